@@ -50,7 +50,7 @@ gpu: $(if $(filter file,$(origin BIN)),install)
 	  $(if $(filter file,$(origin OUT)),,--junit-xml "$(OUT)") $(ARGS) || status=1; \
 	{ for model in $(MODELS); do for stage in 1 2; do for heads in "" "$(IN_TF32)" "$(IN_TF32) --set visft.model.tf32=false"; do \
 	  echo "$$heads --model $$model --stage $$stage"; done; done; done; \
-	for how in "--set visft.model.packed=true" "--set visft.model.compile=blocks" "--engine zero3"; do \
+	for how in "--set visft.model.compile=blocks" "--engine zero3"; do \
 	  echo "--model $(lastword $(MODELS)) --stage 2 $$how"; done; } \
 	| DS_ACCELERATOR=$(DEVICE) xargs -t -L 1 $(BIN)/python -m visft_ds profile --synthetic --steps 3 || status=1; exit $$status
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as launchers/train.py
 
-from visft_ds.resilience.supervisor import main
+from visft_ds.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(["supervise", *sys.argv[1:]]))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import NoReturn
 
 import deepspeed
 import pytest
@@ -38,6 +40,30 @@ def test_the_launchers_word_reaches_the_command(monkeypatch: pytest.MonkeyPatch)
     assert given == [["--local_rank=1", "--run", "r"]]
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_ends_a_ctrl_c_with_130_and_a_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One handler above all of them; none may catch it first, and none may need a launcher to have it."""
+
+    def interrupted(*given: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("argparse.ArgumentParser.parse_known_args", interrupted)
+    words = ["--", "visft", "train"] if name == "supervise" else []
+    try:
+        assert main([name, *words]) == 130
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, "a second one ends it at once"
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "" and len(said) == 2 and said[1].startswith(f"{name}: interrupted")
+    assert ("the same command continues" in said[1]) == (
+        name in ("demo", "shards", "train", "supervise", "judge", "predict", "ablate")
+    )
+
+
 def test_num_gpus_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     started: list[object] = []
     monkeypatch.setattr("visft_ds.cli.start_ranks", lambda words, count: started.append((words, count)) or 0)
@@ -48,12 +74,18 @@ def test_num_gpus_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch, caps
         assert main([command, "--num_gpus", "all"]) == 2 and "--num_gpus all" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "text"), [("RANK", "x"), ("RANK", "1"), ("WORLD_SIZE", ""), ("MASTER_PORT", "-1")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("RANK", "x"), ("RANK", "1"), ("RANK", "\u0661"), ("WORLD_SIZE", ""), ("MASTER_PORT", "-1")),
+        *(("LOCAL_RANK", "x"), ("LOCAL_WORLD_SIZE", "2.0")),
+    ],
+)
 def test_what_no_launcher_has_set_is_told(
     name: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(name, text)
-    for command in ("train", "evaluate"):
+    for command in ("train", "evaluate", "predict"):
         assert main([command]) == 2 and f"{name}={text}" in capsys.readouterr().err
 
 

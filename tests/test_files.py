@@ -5,12 +5,19 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image, ImageOps
 
+from visft_ds import files
+from visft_ds.data.decode import decode_image
 from visft_ds.files import image_frame, open_image, read_bytes, reading, wrong_name
 
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
@@ -30,7 +37,7 @@ def test_pictures_are_upright(orientation: int) -> None:
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert np.array_equal(np.asarray(open_image(data)), np.asarray(expected))
     assert open_image(data, upright=False).size == RGB.size
-    assert image_frame(data) == (20, 30, orientation, "PNG")
+    assert image_frame(data) == (20, 30, orientation, "PNG", ())
     assert image_frame(data).upright == expected.size[::-1]
 
 
@@ -43,10 +50,119 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     else:
         image = RGB.convert(mode)
     options = {"transparency": bytes(range(200))} if mode == "P" else {}  # of which Pillow warns
-    pixels = np.asarray(open_image(encoded(image, "TIFF" if mode in ("CMYK", "F") else "PNG", **options)))
+    data = encoded(image, "TIFF" if mode in ("CMYK", "F") else "PNG", **options)
+    pixels = np.asarray(open_image(data, quiet=True))
     assert pixels.shape == (20, 30, 3)
     assert pixels.min() < 20
     assert pixels.max() > 235  # 16 bits are scaled, not clipped
+
+
+def deep_png(values: npt.NDArray[np.uint16]) -> bytes:
+    """A PNG of 16 bits: (H, W, 1), grey, to (H, W, 4), RGB with transparency."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, bands = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def tiff(values: npt.NDArray[Any], order: str = "<", extra: int | None = None, deflated: bool = False) -> bytes:
+    """A TIFF of (H, W, bands) in RGB, or grey for one band; `extra` is the kind of a fourth band."""
+    height, width, bands = values.shape
+    pixels = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    if deflated:
+        pixels = zlib.compress(pixels)
+    bits = [8 * values.dtype.itemsize] * bands
+    tags = {256: [width], 257: [height], 258: bits, 259: [8 if deflated else 1], 262: [2 if bands > 2 else 1]}
+    tags |= {273: [8], 277: [bands], 278: [height], 279: [len(pixels)]}
+    if extra is not None:
+        tags[338] = [extra]
+    start = 8 + len(pixels) + len(pixels) % 2
+    entries, behind = b"", b""
+    for tag, numbers in tags.items():
+        data = struct.pack(f"{order}{len(numbers)}I", *numbers)
+        if len(data) > 4:
+            place = start + 2 + 12 * len(tags) + 4 + len(behind)
+            behind += data
+            data = struct.pack(f"{order}I", place)
+        entries += struct.pack(f"{order}HHI", tag, 4, len(numbers)) + data
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", start)
+    listed = struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + behind
+    return head + pixels.ljust(start - 8, b"\0") + listed
+
+
+#: Of a camera of 12 bits, which files of 16 bits hold: from 100 to 4000.
+DEEP = np.random.default_rng(0).integers(100, 4001, (20, 30, 4)).astype(np.uint16)
+DEEP[0, 0], DEEP[0, 1] = 100, 4000
+
+
+@pytest.mark.parametrize(
+    ("data", "bands"),
+    [
+        (deep_png(DEEP[..., :1]), 1),
+        (deep_png(DEEP[..., :3]), 3),
+        (deep_png(DEEP), 3),
+        (tiff(DEEP[..., :1]), 1),
+        (tiff(DEEP[..., :1], ">"), 1),
+        (tiff(DEEP[..., :3]), 3),
+        (tiff(DEEP[..., :3], ">"), 3),
+        (tiff(DEEP[..., :3], deflated=True), 3),
+        (tiff(DEEP, extra=2), 3),
+    ],
+)
+def test_more_than_8_bits_are_scaled_from_their_own_range(
+    data: bytes, bands: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_said", set())
+    expected = np.broadcast_to(np.rint((DEEP[..., :bands] - 100.0) * 255 / 3900), (20, 30, 3))
+    for name in ("a.png", "b.png"):
+        assert np.abs(np.asarray(open_image(data, name)) - expected).max() < 0.51
+    told = capsys.readouterr().err
+    assert told.count("warning: ") == told.count("a.png: picture of more than 8 bits (scaled") == 1
+    open_image(data, quiet=True)
+    assert len(image_frame(data).notes) == 1 and not capsys.readouterr().err
+
+
+def test_what_a_picture_has_beyond_colours_is_said() -> None:
+    plain = (DEEP >> 4).astype(np.uint8)
+    assert image_frame(tiff(plain[..., :3])).notes == image_frame(tiff(plain, extra=2)).notes == ()
+    for data in (tiff(plain), tiff(plain, extra=0)):
+        assert image_frame(data).notes == (files.MORE_BANDS,)
+        assert np.array_equal(np.asarray(open_image(data, quiet=True)), plain[..., :3])
+    assert image_frame(tiff(DEEP, extra=0)).notes == (files.SCALED, files.MORE_BANDS)
+    assert image_frame(deep_png(DEEP[..., :2])).notes == (files.UPPER_BITS,)
+    upper = np.asarray(open_image(deep_png(DEEP[..., :2]), quiet=True))
+    assert np.array_equal(upper[..., 0], DEEP[..., 0] >> 8)
+    for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"):
+        assert image_frame(encoded(RGB, kind)).notes == ()
+
+
+def test_values_without_a_range_or_that_are_not_finite() -> None:
+    """A grey wall stays grey; NaN, as maps have it where nothing was measured, is black."""
+    wall = np.full((20, 30, 1), 0x8000, np.uint16)
+    assert np.asarray(open_image(deep_png(wall), quiet=True)).max() == 128
+    values = np.array([[np.nan, np.inf, -3e38, 3e38, 0]], np.float32)
+    shades = np.asarray(open_image(encoded(Image.fromarray(values), "TIFF"), quiet=True))
+    assert shades[0, :, 0].tolist()[2:] == [0, 255, 128] and shades[0, 0, 0] == 0
+
+
+def scans(count: int) -> bytes:
+    """A JPEG of so many scans, of which most repeat the last."""
+    data = encoded(RGB.convert("L"), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * (count - data.count(b"\xff\xda")) + data[-2:]
+
+
+@pytest.mark.parametrize("read", [open_image, decode_image])
+def test_scans_are_those_of_the_picture(read: Callable[[bytes], object]) -> None:
+    """Each scan decodes the whole image again; a phone's film behind the picture has what looks like thousands."""
+    read(encoded(RGB, "JPEG", progressive=True) + b"\xff\xda" * 1000)
+    with pytest.raises(ValueError, match="more than 200 scans"):
+        read(scans(201))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,9 @@ from visft_ds.redaction import redacted, redacted_values, refuse_secrets
     [
         ("https://me:pw@host/x?sig=abc#f", "https://***@host/x?***"),
         ("see https://host/f?sig=abc there", "see https://host/f?*** there"),
+        ("not found: //me:pw@host/x", "not found: //***@host/x"),
+        ("not found: me:pw@host:x/y, me:pw@host", "not found: ***@host:x/y, ***@host"),
+        *((text, text) for text in ("timm:NAME@0.5: no", "hf-hub:ORG/NAME@main", "open_clip:A:b@1", "a //b/c@d/e")),
         ("the token is abcdefgh", "the token is ***"),
         *((text, text) for text in ("http://localhost:8000/a", "images/a?c.jpg", "tokenizer=ptb, tokens=4")),
     ],
@@ -40,10 +43,13 @@ def test_the_url_of_a_folder_holds_no_secret() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["--api-token", "hidden"], ["--token=hidden"], ["--set=comet.api_key=hidden"], ["--set=visft.run.api_key=hidden"]],
+    [
+        *(["--api-token", "hidden"], ["--token=hidden"], ["--token:hidden"]),
+        *(["--set=comet.api_key=hidden"], ["--set=visft.run.api_key=hidden"], ['--set=comet={"key": "hidden"}']),
+    ],
 )
 def test_a_secret_on_the_command_line_is_refused_without_a_word_of_it(words: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"token|api_key") as refused:
+    with pytest.raises(ValueError, match=r"token|api_key|comet") as refused:
         resolve_arguments(["--stage", "1", "--model", "debug", *words])
     assert "hidden" not in str(refused.value)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
 from visft_ds import __version__
-from visft_ds.resilience.errors import tell
-from visft_ds.resilience.processes import start_ranks, without_num_gpus
+from visft_ds.resilience.errors import exit_code, tell
+from visft_ds.resilience.processes import check_environment, start_ranks, without_num_gpus
 
 
 class Program(NamedTuple):
@@ -20,22 +21,33 @@ class Program(NamedTuple):
     module: str
     help: str
     function: str = "main"  #: (words after the command) -> exit status
+    continues: bool = False  #: the same command goes on with what was interrupted
 
 
 COMMANDS = {
-    "demo": Program("visft_ds.demo", "run the full pipeline at small scale: drawings, both stages, evaluation, report"),
+    "demo": Program(
+        "visft_ds.demo",
+        "run the full pipeline at small scale: drawings, both stages, evaluation, report",
+        continues=True,
+    ),
     "toy": Program("visft_ds.toy.coco", "draw a toy data set in COCO's own form"),
-    "shards": Program("visft_ds.shards.cli", "make, verify and describe shards"),
-    "train": Program("visft_ds.launch", "train a stage: 1 heads, 2 the backbone's adapters"),
-    "supervise": Program("visft_ds.resilience.supervisor", "restart a training run that was killed or hangs"),
+    "shards": Program("visft_ds.shards.cli", "make, verify and describe shards", continues=True),
+    "train": Program("visft_ds.launch", "train a stage: 1 heads, 2 the backbone's adapters", continues=True),
+    "supervise": Program(
+        "visft_ds.resilience.supervisor", "restart a training run that was killed or hangs", continues=True
+    ),
     "evaluate": Program("visft_ds.evals.cli", "measure box AP, mask AP and captions of a run on labelled data"),
-    "judge": Program("visft_ds.evals.cli", "test whether training improved the backbone, and at what cost", "judge"),
-    "predict": Program("visft_ds.predict.cli", "find boxes, masks and captions in your own images"),
+    "judge": Program(
+        "visft_ds.evals.cli", "test whether training improved the backbone, and at what cost", "judge", True
+    ),
+    "predict": Program("visft_ds.predict.cli", "find boxes, masks and captions in your own images", continues=True),
     "report": Program("visft_ds.evals.cli", "write a page about one run, or several side by side", "report"),
     "merge": Program("visft_ds.interop.cli", "merge adapters into base weights, or write them in another format"),
     "plan": Program("visft_ds.planner.command", "predict memory and time of a training run on a cluster"),
     "profile": Program("visft_ds.profiling.command", "measure speed, time by part and memory of a training run"),
-    "ablate": Program("visft_ds.experiments.ablate", "compare the gain of stage 2 with controls, over several seeds"),
+    "ablate": Program(
+        "visft_ds.experiments.ablate", "compare the gain of stage 2 with controls, over several seeds", continues=True
+    ),
     "doctor": Program("visft_ds.doctor", "check whether this machine is ready to train"),
 }
 #: Those that several processes do together; `visft train` looks at its configuration before it starts them.
@@ -55,19 +67,32 @@ _USAGE = "\n".join(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status, 2 for an unknown command, 141 for a closed output pipe."""
+    """Run a command; returns its exit status.
+
+    2 for an unknown command and for an environment that no launcher sets, 130 after a Ctrl-C, 141 for a closed output
+    pipe.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0].startswith("--local_rank="):  # the deepspeed launcher puts it in front
+        words[:2] = reversed(words[:2])
+    name = words[0] if words else ""
     try:
         try:
-            return _run(list(sys.argv[1:] if arguments is None else arguments))
+            return _run(words)
         finally:
             sys.stdout.flush()  # at its end Python only complains
     except BrokenPipeError as error:
         return tell(error)
+    except KeyboardInterrupt as error:
+        # A second one ends what is still ending, without the traceback of wherever it is.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            more = "; the same command continues" if name in COMMANDS and COMMANDS[name].continues else ""
+            print(f"\n{name or 'visft'}: interrupted{more}", file=sys.stderr, flush=True)
+        return exit_code(error)
 
 
 def _run(words: list[str]) -> int:
-    if words and words[0].startswith("--local_rank="):  # the deepspeed launcher puts it in front
-        words[:2] = reversed(words[:2])
     told = {"-h": _USAGE, "--help": _USAGE, "--version": f"visft {__version__}"}
     if words and words[0] in told:
         print(told[words[0]])
@@ -78,11 +103,13 @@ def _run(words: list[str]) -> int:
         print(f"visft: no command {words[0]!r};{hint} visft --help lists them" if words else _USAGE, file=sys.stderr)
         return 2
     command = COMMANDS[words[0]]
-    if words[0] in PARALLEL:
-        try:
+    try:
+        check_environment()
+        count = None
+        if words[0] in PARALLEL:
             words, count = without_num_gpus(words)
-        except ValueError as error:
-            return tell(error, f"visft {words[0]}")
-        if count is not None and "RANK" not in os.environ:
-            return start_ranks(words, count)
+    except ValueError as error:
+        return tell(error, f"visft {words[0]}")
+    if count is not None and "RANK" not in os.environ:
+        return start_ranks(words, count)
     return int(getattr(import_module(command.module), command.function)(words[1:]))

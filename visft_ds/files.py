@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from pydantic import ValidationError
 
 #: More than a photograph of 50 megapixels, and below what Pillow warns of.
 MAX_PIXELS = 80_000_000
@@ -26,6 +30,18 @@ MAX_BYTES = 12 * 2**30
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 #: A progressive JPEG has about ten scans; each one decodes the whole image again.
 _MAX_SCANS = 200
+
+#: What `open_image` does with a picture that has more than 8 bits a value, or more than colours and transparency.
+SCALED = "picture of more than 8 bits (scaled to 8: its smallest value is 0, its largest 255)"
+UPPER_BITS = "picture of 16 bits with transparency or in CMYK (only the upper 8 bits are read)"
+MORE_BANDS = "TIFF with bands beyond colour and transparency (not read)"
+#: Colours of 16 bits as Pillow names them: of each value it reads the byte that comes first, or second.
+_DEEP_COLOURS = re.compile("(RGB|RGBX|RGBA);16([LBN])")
+_DEEP_VALUES = re.compile("[^;]+;(16|32)[A-Z]*")
+#: Colours of TIFF's photometric interpretations that Pillow reads; of others there is one.
+_TIFF_COLOURS = {2: 3, 5: 4, 6: 3, 8: 3}
+_TIFF_ALPHA = (1, 2)  # extra samples that mean transparency
+_said = set[str]()  # notes about pictures that this process has printed
 
 
 @contextmanager
@@ -47,7 +63,23 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
             raise
         known = isinstance(error, ValueError | Warning) or (isinstance(error, OSError | SyntaxError) and str(error))
         found = str(error) if known else f"{type(error).__name__} {error}"
+        if isinstance(error, ValidationError):
+            found = _refused(error)
         raise ValueError(f"{path}: cannot be read as {what}: {' '.join(found.split())[:400]}") from error
+
+
+def _refused(error: ValidationError) -> str:
+    """The first problems that a schema has with a value, as `key: problem`, with short values."""
+    clauses: list[str] = []
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"])
+        given = repr(problem["input"])
+        if problem["type"] in ("contradictions", "json_invalid", "missing", "extra_forbidden") or len(given) > 40:
+            clause = problem["msg"]
+        else:
+            clause = f"{problem['msg']}, not {given}"
+        clauses.append(f"{key}: {clause}" if key else clause)
+    return "; ".join(clauses[:3])
 
 
 @contextmanager
@@ -83,16 +115,19 @@ def read_bytes(path: Path | str, most: int = MAX_BYTES) -> bytes:
         return file.read(os.fstat(file.fileno()).st_size)  # read(n) allocates n bytes at once
 
 
-def open_image(source: Path | str | bytes, name: str | None = None, *, upright: bool = True) -> Image.Image:
+def open_image(
+    source: Path | str | bytes, name: str | None = None, *, upright: bool = True, quiet: bool = False
+) -> Image.Image:
     """Decode a picture to RGB; of several frames, the first.
 
-    Grey, 16-bit, palette and CMYK pictures are converted, transparency is dropped. EXIF that cannot be read turns
-    nothing.
+    Grey, palette and CMYK pictures are converted, transparency is dropped; more than 8 bits are scaled from the
+    picture's own range. EXIF that cannot be read turns nothing.
 
     Args:
         source: the file, or its bytes.
         name: how messages call it, if not by its path.
         upright: apply the EXIF orientation.
+        quiet: print no warning about what is lost (`Frame.notes`), which is otherwise printed once in a process.
 
     Returns:
         Picture of mode RGB, loaded.
@@ -103,14 +138,55 @@ def open_image(source: Path | str | bytes, name: str | None = None, *, upright: 
     """
     data = source if isinstance(source, bytes) else read_bytes(source)
     with _opened(io.BytesIO(data), source, name) as image:
-        if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MAX_SCANS:  # a JPEG, where a scan begins
-            raise ValueError(f"a JPEG of more than {_MAX_SCANS} scans")
+        check_scans(data)
+        notes = _notes(image)
+        other_bytes = _other_bytes(image)
         image.load()
-        turn, rgb = _orientation(image) if upright else 1, to_rgb(image)
+        turn = _orientation(image) if upright else 1
+        if other_bytes:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as again:
+                again.tile = other_bytes
+                again.load()
+                rgb = _deep_to_rgb(image, again)
+        else:
+            rgb = to_rgb(image)
+    if not quiet:
+        _say_once(notes, name or ("a picture" if isinstance(source, bytes) else str(source)))
     if turn == 1:
         return rgb
     rgb.getexif()[ExifTags.Base.Orientation] = turn
     return ImageOps.exif_transpose(rgb)
+
+
+def check_scans(data: bytes) -> None:
+    """Raise ValueError for a JPEG of more scans than any program writes, each of which decodes the whole image.
+
+    What comes behind the picture, such as the video of a phone, is not looked at. Other files pass.
+    """
+    if not data.startswith(b"\xff\xd8") or data.count(b"\xff\xda") <= _MAX_SCANS:
+        return
+    place, scans = 2, 0
+    while scans <= _MAX_SCANS:
+        place = data.find(b"\xff", place)
+        marker = data[place + 1] if 0 <= place < len(data) - 1 else 0xD9
+        if marker == 0xD9:  # the end of the picture
+            return
+        if marker == 0xFF:  # fills
+            place += 1
+        elif marker <= 1 or 0xD0 <= marker <= 0xD8:  # inside of a scan, or without a segment
+            place += 2
+        else:
+            scans += marker == 0xDA
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    raise ValueError(f"a JPEG of more than {_MAX_SCANS} scans")
+
+
+def _say_once(notes: Sequence[str], name: str) -> None:
+    """Print what was done to a picture, for the first one of a process; builds of shards count instead."""
+    for note in notes:
+        if note not in _said:
+            _said.add(note)
+            print(f"warning: {shown_name(name)}: {note}; said once", file=sys.stderr, flush=True)
 
 
 class Frame(NamedTuple):
@@ -120,6 +196,7 @@ class Frame(NamedTuple):
     width: int
     orientation: int  #: of EXIF, 1 to 8
     format: str  #: Pillow's name
+    notes: tuple[str, ...]  #: what decoding to RGB does to it beyond what its viewer does: SCALED and the like
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -131,11 +208,11 @@ def image_frame(source: Path | str | bytes, name: str | None = None) -> Frame:
     """The frame of a picture; no pixel is decoded. Arguments and errors are those of `open_image`."""
     with nullcontext(io.BytesIO(source)) if isinstance(source, bytes) else open_regular(source) as file:
         with _opened(file, source, name) as image:
-            return Frame(image.height, image.width, _orientation(image), image.format or "")
+            return Frame(image.height, image.width, _orientation(image), image.format or "", _notes(image))
 
 
 @contextmanager
-def _opened(file: BinaryIO, source: Path | str | bytes, name: str | None) -> Iterator[Image.Image]:
+def _opened(file: BinaryIO, source: Path | str | bytes, name: str | None) -> Iterator[ImageFile.ImageFile]:
     """A picture whose header has been read; what goes wrong with it here or later is one ValueError."""
     name = name or ("a picture" if isinstance(source, bytes) else str(source))
     with reading(name, "a picture (JPEG, PNG, WebP, BMP, GIF or TIFF)"), warnings.catch_warnings():
@@ -155,17 +232,79 @@ def _opened(file: BinaryIO, source: Path | str | bytes, name: str | None) -> Ite
 def to_rgb(image: Image.Image) -> Image.Image:
     """A loaded picture of any mode of Pillow as RGB; transparency is dropped.
 
-    Pixels of 16 bits keep their upper 8; wider ones and floats are scaled from their own range, as they state none.
+    Values of more than 8 bits are scaled from their own range: files do not state how many of their bits are used.
     """
     if image.mode.startswith(("I", "F")):
-        image = image.convert("I") if image.mode.startswith("I;16") else image
-        low, high = (float(value) for value in np.asarray(image.getextrema()))
-        if image.mode == "I" and low >= 0 and high < 2**16:  # PNGs of 16 bits come as these
-            low, high = 0.0, 255 * 256.0
-        scale = 255 / (high - low) if high > low else 0.0
-        image = image.point(lambda value: value * scale + -low * scale).convert("L")
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
     # Through RGBA, because Pillow warns about palettes that carry transparency otherwise.
     return image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
+
+
+def _eight_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Values scaled so that the smallest becomes 0 and the largest 255; what is not finite becomes 0.
+
+    If all are the same, they are taken for 16 bits.
+    """
+    known = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    if low == high:
+        low, high = 0.0, 65535.0
+    if values.dtype.itemsize == 2:  # a table is faster than arithmetic on each value
+        table = (np.arange(65536) - low) * (255 / (high - low))
+        shades: npt.NDArray[np.uint8] = table.clip(0, 255).round().astype(np.uint8)
+        return shades[values.astype(np.uint16)]
+    scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+    return np.nan_to_num(scaled).clip(0, 255).round().astype(np.uint8)
+
+
+def _raw_mode(tile: Any) -> str:
+    """Pillow's name of how values lie in a part of a file."""
+    first = tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args
+    return first if isinstance(first, str) else ""
+
+
+def _notes(image: ImageFile.ImageFile) -> tuple[str, ...]:
+    """What decoding to RGB does to a picture whose header has been read."""
+    notes = list[str]()
+    modes = {_raw_mode(tile) for tile in image.tile}
+    if image.mode.startswith(("I", "F")) or any(map(_DEEP_COLOURS.fullmatch, modes)):
+        notes.append(SCALED)
+    elif any(map(_DEEP_VALUES.fullmatch, modes)) and image.format != "BMP":  # whose 16 bits are a whole pixel
+        notes.append(UPPER_BITS)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tags = image.tag_v2
+        colours = _TIFF_COLOURS.get(tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 0), 1)
+        alpha = tags.get(TiffImagePlugin.EXTRASAMPLES, (0,))[0] in _TIFF_ALPHA
+        if tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) > colours + alpha:
+            notes.append(MORE_BANDS)
+    return tuple(notes)
+
+
+def _other_bytes(image: ImageFile.ImageFile) -> list[Any]:
+    """How to read the other byte of each value of a colour picture of 16 bits, of which Pillow reads the upper one.
+
+    Empty for any other picture.
+    """
+    changed = []
+    for tile in image.tile:
+        mode = _raw_mode(tile)
+        match = _DEEP_COLOURS.fullmatch(mode)
+        if match is None:
+            return []
+        order = match[2]
+        if order == "N":  # that of this machine
+            order = "L" if sys.byteorder == "little" else "B"
+        mode = f"{match[1]};16{'B' if order == 'L' else 'L'}"
+        arguments: Any = tile.args
+        changed.append(tile._replace(args=mode if isinstance(arguments, str) else (mode, *arguments[1:])))
+    return changed
+
+
+def _deep_to_rgb(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    """The picture of the upper and the lower bytes of its values, scaled from their own range over all colours."""
+    values = np.asarray(upper)[..., :3].astype(np.uint16) << 8
+    values |= np.asarray(lower)[..., :3]
+    return Image.fromarray(_eight_bits(values))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -30,8 +30,8 @@ class Parser(argparse.ArgumentParser):
         if message.startswith(_UNKNOWN):
             known = _flags(self)
             words = message.removeprefix(_UNKNOWN).split()
-            # The value of an unknown flag is not repeated: it may be a secret.
-            flags = [word.partition("=")[0] for word in words if word.startswith("-")] or words
+            # The value of an unknown flag is not repeated, however it is joined to it: it may be a secret.
+            flags = [match[0] for word in words if (match := re.match(r"-+[\w-]*", word))] or words
             message = _UNKNOWN + " ".join(flags)
             for word in flags:
                 near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)

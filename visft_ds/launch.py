@@ -13,7 +13,7 @@ from visft_ds import program
 from visft_ds.config import derive_batches
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.preflight import missing_inputs, render_missing
-from visft_ds.resilience.errors import exit_code, tell
+from visft_ds.resilience.errors import tell
 from visft_ds.resilience.processes import start_ranks, without_num_gpus
 from visft_ds.resilience.stop import StopFlag
 
@@ -43,11 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [*program("train").split(), *words]
         result = train(config, resume=options.resume, command=command, stop=stop)
         return result.stopped.status(config.visft.run.requeue_code)
-    except KeyboardInterrupt as error:
-        return exit_code(error)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         return tell(error)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from visft_ds.cli import main as visft  # which answers a Ctrl-C
+
+    sys.exit(visft(["train", *sys.argv[1:]]))

@@ -24,6 +24,9 @@ from visft_ds.tasks.anchor import anchor_losses
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.spec import Criterion, LossDenominators, tensors_of
 
+#: How images reach the backbone. A run never resumes under another rule, which would give other features.
+PADDING = "each image alone, in whole cells"
+
 
 @dataclass(frozen=True)
 class TaskModule:
@@ -35,21 +38,32 @@ class TaskModule:
 
 
 def normalise_pixels(backbone: Backbone, images: Tensor, sizes: Tensor) -> Tensor:
-    """Input of a backbone: images normalised by channel; padding becomes 0, the mean colour, and at least one patch.
+    """Input of a backbone: images normalised by channel, their sides whole cells; padding becomes 0, the mean colour.
 
     Args:
         backbone: whose mean and standard deviation of a channel are meant.
-        images: (B, 3, H, W) uint8, padded right and bottom. A panorama of 2000 x 20 pixels may have a height of 7.
-        sizes: (B, 2) int64, height and width of the valid part.
+        images: (B, 3, H, W) uint8, padded right and bottom.
+        sizes: (B, 2) int64 on any device, height and width of the valid part.
 
     Returns:
-        (B, 3, H, W) float32, H and W at least one patch.
+        (B, 3, H, W) float32, H and W multiples of the pixels to a cell: no pixel is lost right and below.
     """
+    height, width = images.shape[-2:]
     channels = torch.tensor([backbone.pixel_mean, backbone.pixel_std])
     mean, std = to_device(channels, images.device).view(2, 3, 1, 1) * 255.0
-    pixels = (images.float() - mean) / std * valid_region(sizes, images.shape[-2:], images.shape[-2:]).unsqueeze(1)
-    short = [max(0, backbone.patch_size - side) for side in images.shape[-2:]]
-    return F.pad(pixels, (0, short[1], 0, short[0]))
+    valid = valid_region(to_device(sizes, images.device), (height, width), (height, width))
+    pixels = (images.float() - mean) / std * valid.unsqueeze(1)
+    whole_height, whole_width = whole_cells((height, width), backbone.patch_size)
+    return F.pad(pixels, (0, whole_width - width, 0, whole_height - height))
+
+
+def whole_cells(size: Sequence[int], cell: int) -> tuple[int, int]:
+    """(height, width) in pixels of the whole cells that show an image of this size; at least one each way.
+
+    A panorama of 2000 x 20 pixels that is scaled down may have a height of 7.
+    """
+    height, width = (max(1, -(-side // cell)) * cell for side in size)
+    return height, width
 
 
 class MultiTaskModel(nn.Module):
@@ -67,8 +81,8 @@ class MultiTaskModel(nn.Module):
     `feature_cache` keeps the features of a frozen backbone. It is used for batches with `views`: images whose crop and
     flip repeat after some epochs (`data.features`).
 
-    With `packed`, images of different sizes pass through the backbone as one row of tokens, without padding: features
-    of an image are those of it alone. Heads follow an autocast to bf16 unless `heads_in_fp32`; losses never do.
+    Features of an image are those of it alone, whatever lies beside it: the backbone never sees the batch's padding.
+    Heads follow an autocast to bf16 unless `heads_in_fp32`; losses never do.
     """
 
     def __init__(
@@ -83,7 +97,7 @@ class MultiTaskModel(nn.Module):
         self.heads_active = heads_active
         self.faults: list[str] | None = None
         self.feature_cache: FeatureCache | None = None
-        self.packed = self.heads_in_fp32 = False
+        self.heads_in_fp32 = False
         self.anchor: Mapping[str, float] = {}  #: weights of losses near the features without adapters
 
     def train(self, mode: bool = True) -> MultiTaskModel:
@@ -96,59 +110,58 @@ class MultiTaskModel(nn.Module):
     def features(self, batch: Batch) -> tuple[Map, ...]:
         """Maps of the backbone, as heads read them."""
         if batch.views is not None:
-            found, valid = self._features_of_views(batch)
+            tensors = self._features_of_views(batch)
         else:
             pixels = normalise_pixels(self.backbone, batch.images, batch.sizes)
-            frames = self.frames(batch) if self.packed else None
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
-                found = [at_least_float32(one) for one in self.backbone(pixels, frames, prefixes=True)]
-            if frames is None:
-                size, maps = pixels.shape[-2:], [one for one in found if one.ndim == 4]
-                valid = [valid_region(batch.sizes, size, one.shape[-2:]) for one in maps]
-            else:  # packed images have no prefixes
-                patch = self.backbone.patch_size
-                grids = [(height // patch, width // patch) for height, width in frames]
-                parts = zip(batch.sizes, frames, grids, strict=True)
-                shown = stack_padded([valid_region(size[None], frame, grid)[0] for size, frame, grid in parts])
-                valid = [shown] * len(found)
-        prefixes: Sequence[Tensor | None] = found[len(valid) :] or [None] * len(valid)  # they follow the maps
-        return tuple(Map(*one) for one in zip(found[: len(valid)], valid, prefixes, strict=True))
+                tensors = [at_least_float32(one) for one in self.backbone(pixels, self.frames(batch), prefixes=True)]
+        maps = [tensor for tensor in tensors if tensor.ndim == 4]
+        prefixes: Sequence[Tensor | None] = tensors[len(maps) :] or [None] * len(maps)  # they follow the maps
+        size = self.padded_size(batch)
+        return tuple(Map.of(map_, batch.sizes, size, prefix) for map_, prefix in zip(maps, prefixes, strict=True))
 
     def frames(self, batch: Batch) -> Grids | None:
-        """Size in pixels at which the backbone sees each image of a packed batch: its own, without the batch's padding.
+        """Height and width in pixels at which the backbone sees each image: whole cells, without the batch's padding.
 
-        An image keeps the padding that its transform gave it, so that it looks as it would alone. None for images that
-        are all of one size: then there is no padding to save.
+        An image keeps the padding that its transform gave it, so that it looks as it would alone. None: all images have
+        the same cells, and are a batch. Not so with a backbone that takes them `one_by_one`, if images of the stream
+        can differ.
         """
-        if batch.frames is None or len(batch.frames.unique(dim=0)) == 1:
+        if batch.frames is None:
             return None
-        smallest = self.backbone.patch_size
-        return [(max(height, smallest), max(width, smallest)) for height, width in batch.frames.tolist()]
+        frames = [whole_cells(frame, self.backbone.patch_size) for frame in batch.frames.tolist()]
+        alike = len(set(frames)) == 1
+        assert alike or batch.mixed, f"a stream of one size has images of {frames}"
+        if alike and not (batch.mixed and self.backbone.one_by_one):
+            return None
+        return frames
 
-    def _features_of_views(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-        """Features of each image alone, rounded as the cache stores them, and the valid region of each map.
+    def padded_size(self, batch: Batch) -> tuple[int, int]:
+        """(H, W) in pixels of the whole cells that a batch is padded to; known without pixels."""
+        size = batch.images.shape[-2:] if batch.frames is None else batch.frames.amax(dim=0).tolist()
+        return whole_cells(size, self.backbone.patch_size)
 
-        So the features of an image depend neither on its neighbours in a batch nor on whether they came from the cache,
-        and those that did need no pixels.
+    def _features_of_views(self, batch: Batch) -> list[Tensor]:
+        """Features of each image alone, rounded as the cache stores them.
+
+        So the features of an image do not depend on whether they came from the cache, and those that did need no
+        pixels.
         """
         assert self.feature_cache is not None and batch.views is not None and not self.train_backbone
-        images, regions = list[list[Tensor]](), list[list[Tensor]]()
+        images = list[list[Tensor]]()
         for place, view in enumerate(batch.views):
-            height, width = (max(side, self.backbone.patch_size) for side in view.frame)
-            size, stored = batch.sizes[place : place + 1], view.features
+            stored = view.features
             if stored is None:
                 image = batch.images[place : place + 1, :, : view.frame[0], : view.frame[1]]
+                pixels = normalise_pixels(self.backbone, image, batch.sizes[place : place + 1])
                 with torch.no_grad():
-                    found = self.backbone(normalise_pixels(self.backbone, image, size), prefixes=True)
+                    found = self.backbone(pixels, prefixes=True)
                 stored = tuple((one[0].permute(1, 2, 0) if one.ndim == 4 else one[0]).bfloat16() for one in found)
                 key, index = int(batch.random_keys[place]), int(batch.indices[place])
                 self.feature_cache.put(key, index, view.frame, stored)
             images.append([one.float() for one in stored])
-            maps = [one for one in stored if one.ndim == 3]
-            regions.append([valid_region(size, (height, width), one.shape[:2])[0] for one in maps])
         parts = [stack_padded(parts) for parts in zip(*images, strict=True)]
-        features = [one.permute(0, 3, 1, 2) if one.ndim == 4 else one for one in parts]
-        return features, [stack_padded(parts) for parts in zip(*regions, strict=True)]
+        return [one.permute(0, 3, 1, 2) if one.ndim == 4 else one for one in parts]
 
     def forward(self, batch: Batch, loss_denominators: LossDenominators | None = None) -> dict[str, Any]:
         """Losses of a batch, or predictions where no denominators are given.
@@ -195,13 +208,9 @@ class MultiTaskModel(nn.Module):
                     inputs = {name: getattr(target, field) for name, field in target.head_inputs.items()}
                     inputs |= {name: getattr(batch, name) for name in getattr(head, "reads", ())}
                 predicted[task] = head(maps, **inputs)
-        if self.packed and (frames := self.frames(batch)) is not None:  # where images lie in the maps of a mask head
-            pixels = torch.tensor(frames)
-            grids = pixels // self.backbone.patch_size
-            share = to_device(grids / grids.amax(dim=0) / pixels, batch.sizes.device)
-            for task, output in predicted.items():
-                if hasattr(output, "extents"):
-                    predicted[task] = replace(output, extents=share * batch.sizes)
+        for task, output in predicted.items():
+            if hasattr(output, "extents"):  # where images lie in the maps of a mask head
+                predicted[task] = replace(output, extents=maps[-1].shares())
         if loss_denominators is None:
             return predicted
         with autocast_to(device, None):

@@ -14,8 +14,11 @@ from typing import Any
 MASK = "***"
 #: Names of settings and environment variables that hold a secret: `api_key` and `HF_TOKEN` do, `tokenizer` does not.
 SECRET = re.compile(r"(?i)(?:.*[_.-])?(?:token|secret|passw(?:or)?d|credentials?|api_?key|access_?key(?:_id)?|sas)")
-#: User and password before the host of a URL; its query and fragment. Bounded, so that a long text costs linear time.
-_USER = re.compile(r"(:/{1,2})[^\s/?#@]{1,200}@(?=[^\s/]{1,200})")
+#: User and password before the host of a URL, also of one without a scheme; its query and fragment. Bounded, so that a
+#: long text costs linear time.
+_USER = re.compile(r"((?:^|[\s'\"(=,]|:)/{1,2})[^\s/?#@]{1,200}@(?=[^\s/]{1,200})")
+#: The same as scp and rsync write it. Names of models may have a colon and an @ too, and say nothing secret.
+_LOGIN = re.compile(r"(?<![\w.:/-])(?!timm:|hf-hub:|open_clip:)[\w.+-]{1,64}:[^\s/?#@:]{1,200}@(?=[\w.-]{1,200})")
 _QUERY = re.compile(r"(://[^\s?#'\"]{1,2000})[?#][^\s'\"]{1,4000}")
 _SHORTEST = 6  #: letters; shorter values of the environment are too likely to be a word of a message
 
@@ -34,7 +37,16 @@ def redacted(text: object) -> str:
     found = str(text)
     for secret in sorted({secret for secret in known if len(secret) >= _SHORTEST}, key=len, reverse=True):
         found = found.replace(secret, MASK)
-    return _QUERY.sub(rf"\1?{MASK}", _USER.sub(rf"\1{MASK}@", found))
+    found = _LOGIN.sub(f"{MASK}@", _USER.sub(rf"\1{MASK}@", found))
+    return _QUERY.sub(rf"\1?{MASK}", found)
+
+
+def visible(text: str) -> str:
+    """A text for a terminal: signs that would move its cursor, colour it or turn its direction are escapes.
+
+    Ends of lines stay: messages of several lines have them.
+    """
+    return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in text)
 
 
 def redacted_values(value: Any) -> Any:

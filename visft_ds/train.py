@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from visft_ds.checkpoint.export import begin_export
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.loader import StepLoader
 from visft_ds.monitor.callbacks import Callback
+from visft_ds.monitor.metrics import CONCLUSION
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
 from visft_ds.parallel.placement import placement_for
@@ -22,6 +24,7 @@ from visft_ds.resilience.guard import LossGuard, first_non_finite
 from visft_ds.resilience.memory import memory_explained, probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
+from visft_ds.run.advice import findings_of, verdicts
 from visft_ds.run.folder import locked, open_run_folder
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import Machine, check_machine, rank_facts, settle_recompute
@@ -123,7 +126,7 @@ def train(
         )
         if config.visft.features is not None:
             keep_features(config.visft, data.sets, loader, prepared, precision)
-        identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
+        identity = {"precision": precision, **data.identity()}
         identity |= prepared.identity()
         distributed.assert_same_on_all_ranks(identity)
 
@@ -146,8 +149,10 @@ def train(
         if not start and any(isinstance(part, Channels) for part in prepared.module.heads.modules()):
             measure_heads(engine, prepared, loader, data.streams, start_from)
         if distributed.is_main():
-            begin_export(out / "export", prepared, data.vocabulary)
-            write_record(config, identity, command, start_from)
+            if not state.exported:
+                begin_export(out / "export", prepared, data.vocabulary)
+            if not (state.exported and start == config.total_steps):
+                write_record(config, identity, command, start_from)
             print_start(config, data, machine, prepared, start)
 
         # 9: what will not fit into memory fails now, not after hours.
@@ -170,37 +175,52 @@ def train(
 def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog) -> FitResult:
     """Run the loop; write the last checkpoint, the export and the last numbers."""
     state, validation, watchdog, settings = run.state, run.validation, run.watchdog, run.config.visft.run
+    out = Path(settings.out or "")
     try:
         step, complete = _loop(run, start, log)
-        if not complete:
-            log.message(f"stopped after step {step} ({run.stop.why()}); the same command continues")
         watchdog.begin("writing the last checkpoint", timed=False)
         state.report_saves(log, wait=True)
     finally:
         run.loader.close()  # what is read ahead must not hold up the end
-    finished, training = complete or step == run.config.total_steps, dict[str, float]()
-    if finished:
+    if complete and validation and settings.keep_best:  # which decides what is exported
+        watchdog.begin("measuring the last evaluation", timed=False)
+        complete = distributed.by_main_process(lambda: validation.wait_for_all(log, run.stop))
+    training: dict[str, float] | None = None
+    concluded = False
+    if complete:
+        concluded = step == start and distributed.by_main_process(lambda: _is_concluded(run, log))
+    if concluded:
+        log.message(f"nothing is left to do: {out}/export has the result")
+    elif complete:
         watchdog.begin("exporting", timed=False)
-        if validation and settings.keep_best:
-            validation.poll(log, seconds=None)
         exported = state.take_best(step, log)
         distributed.by_main_process(lambda: state.export(exported, prepared))
         if validation:
-            training = validation.on_training_images(run.engine.predict, next(iter(run.data.sets.values())).manifest)
-    stopped = Stop.NOT if complete else max(distributed.from_all_ranks(run.stop.reason))
+            images = next(iter(run.data.sets.values())).manifest
+            training = validation.on_training_images(run.engine.predict, images, run.stop, watchdog)
+    else:
+        log.message(f"stopped after step {step} ({run.stop.why()}); the same command continues")
+    nothing_left = concluded or (complete and (validation is None or training is not None))
+    stopped = Stop.NOT if nothing_left else max(distributed.from_all_ranks(run.stop.reason))
     distributed.close()
     watchdog.leave()
     # After closing: the other ranks need not wait for the last numbers.
-    if validation and finished:
-        validation.poll(log, seconds=None)
-        log.writer.event(step, "training images evaluated", **training)
-        for line in validation.compare(training, log.writer.last):
+    if validation and training is not None and validation.wait_for_all(log, run.stop):
+        log.writer.event(step, CONCLUSION, **training)
+        findings = findings_of(run.config.visft, run.data, prepared.module.backbone.patch_size)
+        for line in verdicts(training, log.writer.evaluations(), run.config.visft.tasks.enabled(), findings):
             log.message(line)
-    elif validation:
+    elif validation and not concluded:
+        stopped = stopped or run.stop.reason
         validation.leave(log)
     if distributed.is_main():
         state.saver.delete_obsolete()
-    return FitResult(Path(settings.out or ""), step, finished, stopped, log.writer.last)
+    return FitResult(out, step, complete, stopped, log.writer.last)
+
+
+def _is_concluded(run: Run, log: RunLog) -> bool:
+    """Return True if an earlier start has exported the result and written all numbers. Main process only."""
+    return run.state.exported and (run.validation is None or log.writer.concluded)
 
 
 def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
@@ -215,11 +235,9 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
         validation.draw(engine.predict, start, log)
     if validation and start and state.is_evaluated(start):
         # An earlier start may have ended between saving this step and evaluating it.
-        evaluated = distributed.by_main_process(lambda: start in log.writer.evaluated)
-        if not evaluated and not validation.evaluate(engine.predict, start, log, run.stop, run.watchdog):
-            return start, False
-        if state.ends_early(start, validation, log):
-            return start, True
+        outcome = _evaluate(run, validation, start, log)
+        if outcome is not Outcome.GOES_ON:
+            return start, outcome is Outcome.ENDS
     began = time.perf_counter()
     begin(f"step {start + 1}: reading")
     for step_plan, batches in run.loader.steps(start, total_steps):
@@ -253,14 +271,33 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
             validation.poll(log)
         if validation and state.is_evaluated(step):
             begin(f"evaluating after step {step}")
-            if not validation.evaluate(engine.predict, step, log, run.stop, run.watchdog):
-                if saved < step:
-                    state.save(step)  # a resume evaluates it
-                return step, False
-            if state.ends_early(step, validation, log):
-                return step, True
+            outcome = _evaluate(run, validation, step, log)
+            if outcome is Outcome.STOPPED and saved < step:
+                state.save(step)  # a resume evaluates it
+            if outcome is not Outcome.GOES_ON:
+                return step, outcome is Outcome.ENDS
         elif stopping and step < total_steps:
             return step, False
         began = time.perf_counter()
         begin(f"step {step + 1}: reading")
     return step, True
+
+
+class Outcome(Enum):
+    """What follows an evaluation."""
+
+    GOES_ON = 0
+    ENDS = 1  #: early stopping
+    STOPPED = 2  #: a rank was asked to stop; the same command evaluates again
+
+
+def _evaluate(run: Run, validation: Validation, step: int, log: RunLog) -> Outcome:
+    """Evaluate after a step, unless an earlier start has. Collective."""
+    evaluated = distributed.by_main_process(lambda: step in log.writer.evaluated)
+    if not evaluated and not validation.evaluate(run.engine.predict, step, log, run.stop, run.watchdog):
+        return Outcome.STOPPED
+    if not run.config.visft.run.patience:
+        return Outcome.GOES_ON
+    if not distributed.by_main_process(lambda: validation.wait_for_all(log, run.stop)):
+        return Outcome.STOPPED
+    return Outcome.ENDS if run.state.ends_early(step, log) else Outcome.GOES_ON

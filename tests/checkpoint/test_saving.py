@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -142,6 +144,30 @@ def test_a_failed_save_does_not_hide_why_the_run_ends(
     with pytest.raises(FloatingPointError):
         diverge()
     assert "warning: no room" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_tried_again_at_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On NFS a folder is not empty as long as another process reads a file that was in it."""
+    real = shutil.rmtree
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    with Saver(tmp_path, {}, Retention(last=1)) as saver:
+        saver.save(2, gather(2.0))
+        saver.finished(wait=True)
+        monkeypatch.setattr(shutil, "rmtree", busy)
+        for step in (4, 6):
+            saver.save(step, gather(float(step)))
+            assert [report.step for report in saver.finished(wait=True)] == [step]
+        assert saver.saved == 6 and saved_steps(tmp_path) == [6]
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 3 and all("cannot be deleted" in line and "tries again" in line for line in told)
+        monkeypatch.setattr(shutil, "rmtree", real)
+        saver.save(8, gather(8.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000008"]
 
 
 def test_the_best_checkpoint_outlives_later_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from visft_ds.config import ResolvedConfig, own
 from visft_ds.config.cli import resolve_arguments
-from visft_ds.run.evaluation import Validation
 from visft_ds.run.report import told
 
 
@@ -58,16 +56,6 @@ def test_a_detr_for_few_photographs_is_warned_of(shards: Path) -> None:
     config = _resolved(shards, "--set", "visft.tasks.detection.head.type=detr")
     assert any(line.startswith("warning") and "DETR" in line for line in told(config, 100))
     assert not any(line.startswith("warning") for line in told(config, 101))
-
-
-@pytest.mark.parametrize(
-    ("learnt", "judged", "words"),
-    [(0.9, 0.1, ["memorised"]), (0.3, 0.0, ["not learnt yet"]), (0.9, 0.8, []), (0.9, None, [])],
-)
-def test_what_was_learnt_is_told(learnt: float, judged: float | None, words: Sequence[str]) -> None:
-    (line,) = Validation.compare({"box/AP50": learnt}, {} if judged is None else {"val/box/AP50": judged})
-    assert f"{learnt:.2f} on training" in line
-    assert [word for word in ("memorised", "not learnt yet") if word in line] == list(words)
 
 
 def test_the_demos_recipe_reads_the_weights_that_pip_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

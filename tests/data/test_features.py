@@ -52,6 +52,26 @@ def test_what_one_process_keeps_others_find(tmp_path: Path) -> None:
     assert nowhere.get(7, 3) is None
 
 
+def test_a_power_cut_leaves_whole_features_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes are on the disk before the name is, and the name before the next step."""
+    done: list[str] = []
+    sync, rename = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        done.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+        sync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append("name")
+        return rename(path, target)
+
+    cache = FeatureCache(tmp_path, {})
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    cache.put(7, 1, (56, 56), some())
+    assert done == ["file", "name", "folder"]
+
+
 def test_a_miss_lists_no_folder_and_nothing_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = FeatureCache(tmp_path, IDENTITY)
     for key in range(300):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from collections import Counter
@@ -26,13 +27,14 @@ from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.prepare.data import samples_of
 from visft_ds.prepare.datasets import TrainingSet
+from visft_ds.resilience.errors import exit_code
 
 SIZE = 1 << 30
 
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "_PAUSE", 0)
+    monkeypatch.setattr(fetch, "_PAUSES", (0.0,) * 10)
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +90,44 @@ def test_a_failure_is_tried_again_and_then_an_error(served: Served, tmp_path: Pa
     reader = ShardReader(Manifest.load(served.url, "toy", Cache(tmp_path)))
     served.faults.extend([fault, fault, "fine"])
     assert reader.read(0)[0]
-    served.faults.extend([fault] * 9)
-    with pytest.raises(ValueError if fault == "flipped" else OSError, match="toy-000009"):
+    served.faults.extend([fault] * 20)
+    with pytest.raises(ValueError if fault == "flipped" else TimeoutError, match="toy-000009"):
         reader.read(39)
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_a_server_that_is_away_for_minutes_is_waited_for_and_said(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()
+    pauses: list[float] = []
+    monkeypatch.setattr(fetch.time, "sleep", pauses.append)
+    reader = ShardReader(Manifest.load(served.url, "toy", Cache(tmp_path)))
+    served.faults.extend([*["500"] * 8, "fine"])
+    assert reader.read(0)[0]
+    assert sum(pauses) > 120
+    told = capsys.readouterr().err.splitlines()
+    assert 3 <= len(told) <= 8 and all("waiting for http" in line and "500" in line for line in told)
+    pauses.clear()
+    served.faults.extend(["500"] * 20)
+    with pytest.raises(TimeoutError, match="11 times") as error:
+        reader.read(39)
+    assert 200 < sum(pauses) < 600 and exit_code(error.value) == 5
+
+
+def test_a_full_disk_of_this_machine_is_not_waited_for(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def get_file(self, source: str, target: str) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", target)
+
+    reader = ShardReader(Manifest.load(served.url, "toy", Cache(tmp_path)))
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda url, **options: (Full(), url))
+    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: pytest.fail("waited"))
+    with pytest.raises(OSError, match="No space left") as error:
+        reader.read(0)
+    assert exit_code(error.value) == 2
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from itertools import permutations
 from math import factorial
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -209,3 +210,20 @@ def test_a_windowed_order_needs_each_shard_once_an_epoch() -> None:
         assert max(map(len, used)) == WINDOW
         epochs.append(steps[0].tolist())
     assert len(set(map(tuple, epochs))) == 3
+
+
+def test_no_order_is_made_twice_however_many_sets_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve pairs of a task and a set; the reader is three steps ahead of the loop."""
+    made: list[int] = []
+
+    def counted(part: SetPlan, key: int) -> npt.NDArray[np.int64]:
+        made.append(key)
+        return _order(part, key)
+
+    monkeypatch.setattr("visft_ds.data.plan._order", counted)
+    sets = {f"s{number}": SetPlan(np.arange(20)) for number in range(3)}
+    plan = Plan({f"t{number}": TaskPlan(sets, 4) for number in range(4)}, 0)
+    for step in range(400):
+        plan.step(step + 3)
+        plan.step(step)
+    assert len(made) == len(set(made)) > 60

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from visft_ds.evals.judge import classes, ocr, probes, retrieval
+from tests.evals.conftest import World
+from visft_ds.evals.judge import classes, dense_sets, objects, ocr, retrieval
 from visft_ds.evals.judge.classes import read_classes
+from visft_ds.evals.judge.images import PARTS, chosen, from_files, grouped
+from visft_ds.evals.judge.in_domain import trained_on
 from visft_ds.evals.judge.kinds import parse_benchmark, parse_benchmarks
+from visft_ds.evals.judge.models import ModelSpec
+from visft_ds.evals.judge.protocol import Benchmark, fifth
 from visft_ds.evals.judge.protocols import QUICK
+from visft_ds.run.record import write_run
+from visft_ds.tasks.classes import VOID
 
 
 def _image(path: Path, colour: tuple[int, int, int] = (10, 200, 30), size: tuple[int, int] = (8, 6)) -> Path:
@@ -112,10 +122,10 @@ def test_captions_of_karpathy(tmp_path: Path) -> None:
 def test_boxes_are_seen_as_crops() -> None:
     image = Image.new("RGB", (100, 60), (0, 0, 0))
     image.paste((0, 200, 0), (10, 10, 30, 50))
-    seen = np.asarray(probes.crop(image, (10, 10, 20, 40)))
+    seen = np.asarray(objects.crop(image, (10, 10, 20, 40)))
     assert seen.shape == (48, 48, 3)  # 1.2 times the longer side
     assert (seen[4:44, 14:34] == (0, 200, 0)).all() and (seen[:, :4] == 128).all() and (seen[0, 10] == 0).all()
-    assert np.asarray(probes.crop(image, (200, 200, 20, 20))).min() == 128  # a box outside of its image
+    assert np.asarray(objects.crop(image, (200, 200, 20, 20))).min() == 128  # a box outside of its image
 
 
 def test_boxes_of_a_coco_tree(tmp_path: Path) -> None:
@@ -178,3 +188,102 @@ def test_benchmarks_of_a_command_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=word):
             parse_benchmarks(texts, primary, QUICK)
+
+
+def _coco(masks: Sequence[bool]) -> dict[str, Any]:
+    """An image of 90 x 60 pixels with objects of two classes side by side, with a mask or without."""
+    found: list[dict[str, Any]] = []
+    for number, drawn in enumerate(masks):
+        box = [30 * number, 10, 20, 40]
+        mask = {"segmentation": [[box[0], 10, box[0] + 20, 10, box[0] + 20, 50, box[0], 50]]} if drawn else {}
+        entry = {"id": number, "image_id": 1, "category_id": number % 2, "iscrowd": 0, "bbox": box}
+        found.append({**entry, **mask})
+    categories = [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]
+    image = {"id": 1, "file_name": "a.jpg", "height": 60, "width": 90}
+    return {"images": [image], "annotations": found, "categories": categories}
+
+
+@pytest.mark.parametrize(
+    ("images", "annotations"),
+    [
+        ("train/a.jpg", "annotations/instances_train.json"),
+        ("images/train/a.jpg", "train.json"),
+        ("train/a.jpg", "train/_annotations.coco.json"),
+    ],
+)
+def test_folders_are_read_as_visft_shards_does(tmp_path: Path, images: str, annotations: str) -> None:
+    """Plain COCO folders of any names, and Roboflow's."""
+    for split in ("train", "val"):
+        _image(tmp_path / images.replace("train", split), size=(90, 60))
+        path = tmp_path / annotations.replace("train", split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_coco([True, True])))
+    learnt, held = dense_sets.read_train_and_test(QUICK.images, str(tmp_path))
+    assert held.classes == ("", "cat", "dog") and len(learnt.things) == 2 and not held.notes
+    label = held.label(0)
+    assert np.unique(label[20]).tolist() == [0, 1, 2] and (label[10:50, :20] == 1).all()
+
+
+def test_a_box_without_a_mask_is_the_truth_of_no_miou(tmp_path: Path) -> None:
+    """Nobody knows its pixels: they count nowhere, and the page says so; without any mask there is no mIoU."""
+    for split, masks in (("train", [True, True]), ("val", [True, False, True])):
+        _image(tmp_path / split / "a.jpg", size=(90, 60))
+        (tmp_path / f"{split}.json").write_text(json.dumps(_coco(masks)))
+    benchmark = parse_benchmark(f"segmentation={tmp_path}", QUICK)
+    assert len(benchmark.notes) == 1 and "1 of 3 objects have a box and no mask" in benchmark.notes[0]
+    _, held = dense_sets.read_train_and_test(QUICK.images, str(tmp_path))
+    label = held.label(0)
+    assert (label[10:50, 30:50] == VOID).all() and (label[10:50, :20] == 1).all() and len(held.things) == 2
+    (tmp_path / "val.json").write_text(json.dumps(_coco([False, False])))
+    with pytest.raises(ValueError, match="--on objects="):
+        parse_benchmark(f"segmentation={tmp_path}", QUICK)
+    assert len(parse_benchmark(f"objects={tmp_path}", QUICK).sets["test"]) == 2
+
+
+def test_one_part_of_a_data_set_is_judged_by_all_kinds(tmp_path: Path) -> None:
+    _folders(tmp_path / "train", ["a", "b"])
+    _folders(tmp_path / "test", ["a", "b"], each=3)
+    _folders(tmp_path / "val", ["a", "b"], each=4)
+    assert len(read_classes(str(tmp_path)).images) == 8
+    assert dense_sets.PARTS is classes.PARTS and PARTS[0] == "val"
+
+
+def test_groups_of_images(tmp_path: Path) -> None:
+    """By a column or a pattern; a fifth of the groups is held out, and whole."""
+    root = _folders(tmp_path / "x", ["a", "b"], each=10)
+    images = read_classes(str(root)).images
+    by_pattern = grouped(images, r"(\d)\.png")
+    (tmp_path / "p.csv").write_text("image,patient\n" + "".join(f"{n}.png,{n % 5}\n" for n in range(10)))
+    by_column = grouped(images, f"{tmp_path}/p.csv:patient")
+    assert by_pattern.groups is not None and by_column.groups is not None
+    assert by_pattern.groups.tolist() == [*range(10)] * 2 and by_column.groups.tolist() == [0, 1, 2, 3, 4] * 4
+    assert by_pattern.fingerprint != by_column.fingerprint != images.fingerprint
+    assert chosen(by_column, [3, 8]).groups.tolist() == [3, 3]  # type: ignore[union-attr]
+    rest, held = fifth(20, by_column.groups)
+    assert held == [4, 9, 14, 19] and sorted(rest + held) == [*range(20)]
+    for by, word in (("(", "regular expression"), ("z", "no group for a/0.png"), (f"{tmp_path}/p.csv:age", "'age'")):
+        with pytest.raises(ValueError, match=word):
+            grouped(images, by)
+
+
+def test_a_model_is_known_to_have_seen_images(tmp_path: Path, world: World) -> None:
+    """By the shards of its run, whatever the files are called; stage 1 trains no backbone."""
+    config = world.configs[2].visft
+    found = []
+    for stage in (1, 2):
+        data = config.data.model_copy(update={"train": "val"})
+        changed = replace(world.configs[stage], visft=world.configs[stage].visft.model_copy(update={"data": data}))
+        write_run(tmp_path / f"run{stage}", changed.to_dict(), 1, ["train.py"])
+        found.append(ModelSpec("tuned", "base.pt", adapter=tmp_path / f"run{stage}/export/adapter"))
+    copies = []
+    for number, path in enumerate(sorted(world.tree.images.iterdir())):
+        copies.append(tmp_path / "renamed" / f"{number}.jpg")
+        copies[-1].parent.mkdir(exist_ok=True)
+        copies[-1].write_bytes(path.read_bytes())
+    other = _image(tmp_path / "renamed/other.png")
+    sets = {"train": from_files([other], tmp_path), "test": from_files([*copies, other], tmp_path)}
+    benchmark = Benchmark("segmentation/x", sets, ("patches",), ("n",), {}, lambda *_: iter(()))
+    assert trained_on([ModelSpec("file", "base.pt"), found[1]], [benchmark]) == [
+        "segmentation/x (0 of 1 of train, 7 of 8 of test)"
+    ]
+    assert trained_on([found[0]], [benchmark]) == []

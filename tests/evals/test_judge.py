@@ -22,10 +22,11 @@ from tests.evals.conftest import SETTINGS
 from tests.random_tower import adapter_of, build_backbone, merge, save_adapter, save_backbone
 from visft_ds.config import resolve
 from visft_ds.evals.cli import judge
-from visft_ds.evals.judge import judging
+from visft_ds.evals.judge import comparison
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
-from visft_ds.evals.judge.models import load_encoder, parse_model
+from visft_ds.evals.judge.layers import blocks_of
+from visft_ds.evals.judge.models import ModelSpec, load_encoder, parse_arms, parse_model
 from visft_ds.evals.judge.protocol import ImageSet
 from visft_ds.evals.judge.scoring import Settings, encode_images, remembered, shared
 from visft_ds.interop.layouts import fingerprint_of
@@ -103,7 +104,7 @@ def _all(world: Path) -> list[str]:
     return [
         *models,
         *(word for kind in kinds for word in ("--on", kind)),
-        *("--primary", "zero_shot/shapes top1", "--layers", "last"),
+        *("--primary", "zero_shot/shapes top1", "--layers", "last", "--quick"),
     ]
 
 
@@ -158,7 +159,7 @@ def test_the_same_command_again_computes_nothing(world: Path, finished: Path, mo
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(judging, "load_encoder", refuse)
+        patched.setattr(comparison, "load_encoder", refuse)
         patched.setattr("visft_ds.interop.layouts.fingerprint", refuse)  # a base of 10 GB is known without being read
         assert _run(*_all(world), "--out", finished)[0] == 0
     assert _record(finished)["rows"] == before
@@ -196,7 +197,7 @@ def test_processes_share_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def work(rank: int) -> list[int]:
         of_thread.rank = rank
-        return shared([partial(result, number) for number in range(5)])
+        return shared([partial(result, number) for number in range(5)], "results")
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(work, (0, 1))) == [[0, 1, 4, 9, 16]] * 2
@@ -207,7 +208,7 @@ def test_processes_share_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     of_thread.rank = 1
     with pytest.raises(RankError, match="damaged"):  # which is printed whatever the rank
-        shared([partial(result, 0), broken])
+        shared([partial(result, 0), broken], "results")
 
 
 def test_an_image_with_broken_features_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +235,27 @@ def test_a_run_is_a_model(tmp_path: Path) -> None:
     assert load_encoder(spec, "fp32").kinds == ("pooled", "patches")
 
 
+def test_a_base_goes_on_behind_the_block_that_its_training_read(tmp_path: Path) -> None:
+    """As BASE a stage-1 run is the network that its user has; where the file ends, or #BLOCK says so, it ends."""
+    settings = [*SETTINGS, "visft.model.layers=[0]"]
+    config = resolve(stage=1, model="debug", settings=settings, flags={"visft.data.root": ("shards", "--data")})
+    options = config.visft.model.backbone_options()
+    for name, layers in (("run", []), ("cut", [0])):
+        write_run(tmp_path / name, config.to_dict(), 1, ["train.py"])
+        backbone = build_backbone("debug", **{**options, "layers": layers})
+        save_backbone(backbone, tmp_path / name / "export" / BACKBONE_FILE)
+        (tmp_path / name / "export/export.json").write_text((tmp_path / name / "run.json").read_text())
+    arms = parse_arms([f"base={tmp_path}/run", f"tuned={tmp_path}/run"])
+    settings_of = Settings(torch.device("cpu"), "fp32", tmp_path, 1, 1)
+
+    def ends(spec: ModelSpec) -> list[str]:
+        return list(blocks_of(load_encoder(spec, "fp32"), settings_of))
+
+    assert ends(arms["base"][0]) == ["blocks.0", "blocks.1"] and ends(arms["tuned"][0]) == ["blocks.0"]
+    for text in (f"{tmp_path}/cut", f"{tmp_path}/run#0"):
+        assert ends(parse_arms([f"base={text}"])["base"][0]) == ["blocks.0"]
+
+
 def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
     base, shapes = world / "clip.safetensors", f"zero_shot={world}/shapes"
     primary = ("--primary", "zero_shot/shapes top1")
@@ -248,6 +270,77 @@ def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
     ):
         status, _, errors = _run(*models, *words, "--on", shapes, "--out", tmp_path / out)
         assert status == 2 and message in errors
+    status, _, errors = _run(base, f"tuned={base}", *primary, "--on", shapes, "--numbers", "top2")
+    assert status == 2 and "--numbers top2: no such number; did you mean top1?" in errors
     words = ("--on", f"objects={world}/coco", "--primary", "objects/coco text top1", "--layers", "last")
     status, _, errors = _run(base, f"cut={base}#0", *words, "--quick", "--out", tmp_path / "silent")
     assert status == 2 and "cut has no such number" in errors
+
+
+def test_what_a_model_lacks_is_told_before_anything_is_encoded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text side for zero-shot, a classifier for kept predictions: known when the models are open."""
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr("visft_ds.evals.judge.scoring.encode_images", refuse)
+    monkeypatch.setattr("visft_ds.evals.judge.layers.encode_images", refuse)
+    base, cut = world / "clip.safetensors", f"cut={world}/clip.safetensors#0"
+    for kind, models, said in (
+        ("zero_shot", (base, cut), "zero_shot/shapes needs clip, which cut does not have"),
+        ("kept", (base, f"tuned={base}"), "clip is not a model of timm"),
+    ):
+        on = ("--on", f"classification={world}/shapes", "--on", f"{kind}={world}/shapes")
+        primary = ("--primary", "classification/shapes kNN")
+        status, _, errors = _run(*models, *on, *primary, "--quick", "--out", tmp_path / kind)
+        assert status == 2 and said in errors
+
+
+def test_a_rehearsal_tells_models_data_and_time_and_writes_nothing(world: Path, tmp_path: Path) -> None:
+    words = ["--on", f"classification={world}/shapes", "--primary", "classification/shapes kNN", "--numbers", "kNN"]
+    models = [f"base={world}/clip.safetensors", f"cut={world}/clip.safetensors#0"]
+    status, said, errors = _run(*models, *words, "--dry-run", "--out", tmp_path / "out")
+    assert (status, errors) == (0, "") and not (tmp_path / "out").exists()
+    text = " ".join(said.split())
+    assert f"base best of blocks.0 to blocks.1 {world}/clip.safetensors" in text
+    assert f"cut blocks.0 {world}/clip.safetensors after block 0" in text
+    assert "classification/shapes 6 train, 6 test kNN" in text
+    # layers of base and cut, 6 each; scores of base, cut, noise and half, 12 each; six measurements of 6 images
+    assert "encoding 96 images" in text
+
+
+def test_weights_of_timm_are_fetched_with_download_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fetch(name: str) -> Path:
+        asked.append(name)
+        return tmp_path
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("visft_ds.pretrained.fetch", fetch)
+    with pytest.raises(ValueError, match="add --download"):
+        parse_arms(["timm:test_vit.r160_in1k"])
+    assert not asked
+    parse_arms(["timm:test_vit.r160_in1k"], download=True)
+    assert asked
+
+
+def test_a_folder_of_open_clip_is_known_by_its_files(tmp_path: Path) -> None:
+    """A second export into the same folder is another model."""
+    (tmp_path / "open_clip_model.safetensors").write_text("one")
+    before = parse_model(f"open_clip:local-dir:{tmp_path}").identity
+    (tmp_path / "open_clip_model.safetensors").write_text("other")
+    assert parse_model(f"open_clip:local-dir:{tmp_path}").identity != before
+
+
+def test_images_of_a_group_are_one_piece_of_evidence(world: Path, tmp_path: Path) -> None:
+    """Twelve images of two patients: fewer than six units can show nothing."""
+    models = [f"base={world}/clip.safetensors", f"tuned={world}/merged.safetensors", "--layers", "last"]
+    words = ["--primary", "zero_shot/shapes top1", "--out", tmp_path / "out"]
+    status, _, errors = _run(*models, "--on", f"zero_shot={world}/shapes,groups=-([0-4])", *words)
+    assert status == 2 and "gives no group for circle/0-5.png" in errors
+    status, said, _ = _run(*models, "--on", rf"zero_shot={world}/shapes,groups=^\w+", *words)
+    assert status == 0 and "fewer than six items can show nothing" in " ".join(said.split())
+    assert _record(tmp_path / "out")["rows"][0]["differences"]["tuned"]["detectable"] is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,28 +14,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.evals.test_judge import _record, _run
-from visft_ds.evals.judge import command, layers, models, protocols
+from visft_ds.evals.judge import command, layers, models, protocols, scoring
 from visft_ds.evals.judge.encoders import BackboneEncoder, Encoder, square_preprocess
 from visft_ds.evals.judge.protocols import QUICK
 
 SIDE, CELL, NUMBER = 64, 8, "segmentation/two in-context mIoU"
 GREY = ((0.5,) * 3, (0.25,) * 3)
-#: File -> what each block keeps of the picture beside noise, and whether the map is turned.
+_drawn = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+TURN = torch.linalg.matrix_exp((_drawn - _drawn.T) / 3)  # a rotation
+#: File -> what each block keeps of the picture beside noise, and what its map is multiplied by.
 TOWERS = {
-    "middle": ((0.0, 1.0, 0.0), False),
-    "copied": ((0.0, 1.0, 1.0), False),
-    "turned": ((0.0, 1.0, 0.0), True),
-    "short": ((0.0, 1.0), False),
-    "wide": ((0.0, 1.0, 0.0, 1.0), False),
+    "middle": ((0.0, 1.0, 0.0), torch.eye(4)),
+    "copied": ((0.0, 1.0, 1.0), torch.eye(4)),
+    "turned": ((0.0, 1.0, 0.0), TURN),
+    "longer": ((0.0, 1.0, 0.0), 2 * torch.eye(4)),
+    "short": ((0.0, 1.0), torch.eye(4)),
+    "wide": ((0.0, 1.0, 0.0, 1.0), torch.eye(4)),
+    "dim": ((0.0, 0.3, 0.0), torch.eye(4)),
+    "rising": ((0.0, 0.3, 1.0), torch.eye(4)),
+    "risen": ((0.0, 0.3), torch.eye(4)),
 }
 
 
 class _Block(nn.Module):
-    def __init__(self, kept: float, turned: bool) -> None:
+    def __init__(self, kept: float, turn: Tensor) -> None:
         super().__init__()
-        self.kept = nn.Parameter(torch.tensor([kept]))
-        turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0]
-        self.turn = nn.Parameter(turn if turned else torch.eye(4))
+        self.kept = nn.Parameter(torch.full((3, 1, 1), kept))  # of each colour: noise makes some better, some worse
+        self.turn = nn.Parameter(turn.clone())
 
     def forward(self, images: Tensor) -> Tensor:
         clear = F.avg_pool2d(images, CELL)
@@ -50,9 +54,10 @@ class _Toy(nn.Module):
 
     layers_read, patch, patch_size = (), CELL, CELL
 
-    def __init__(self, kept: tuple[float, ...], turned: bool) -> None:
+    def __init__(self, kept: tuple[float, ...], turn: Tensor) -> None:
         super().__init__()
-        self.blocks, self.norm = nn.ModuleList(_Block(one, turned) for one in kept), nn.Identity()
+        self.blocks = nn.ModuleList(_Block(share, turn) for share in kept)
+        self.norm = nn.Identity()
 
     def ends(self) -> list[str]:
         return [f"blocks.{number}" for number in range(len(self.blocks))]
@@ -93,9 +98,14 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _judged(data: Path, tuned: str, *words: str, base: str = "middle") -> dict[str, Any]:
-    names = [f"base={data}/{base}.pt", f"tuned={data}/{tuned}.pt"]
-    status, _, errors = _run(*names, "--quick", "--on", f"segmentation={data}/two", "--out", data / "out", *words)
+def _judged(
+    data: Path, tuned: str, *words: str, base: str = "middle", numbers: str = "in-context mIoU"
+) -> dict[str, Any]:
+    """The record of a comparison; names of further models are separated by spaces."""
+    first, *others = tuned.split()
+    names = [f"base={data}/{base}.pt", f"tuned={data}/{first}.pt", *(f"{name}={data}/{name}.pt" for name in others)]
+    words = ("--quick", "--on", f"segmentation={data}/two", "--out", f"{data}/out", "--numbers", numbers, *words)
+    status, _, errors = _run(*names, *words)
     assert status == 0, errors
     return _record(data / "out")
 
@@ -107,17 +117,17 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_copy_of_the_best_block_at_the_end_is_better_placed(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both are read after the middle block, however many blocks are read at once."""
+    """However many blocks are read at once."""
     record = _judged(data, "copied")
     (verdict,), row = record["verdicts"], _row(record)
     assert verdict["word"] == "better placed" and row["last"]["tuned"]["low"] > 0.1
     chosen = record["layers"][NUMBER]
-    assert {arm: of["chosen"] for arm, of in chosen.items()} == {"base": "blocks.1", "tuned": "blocks.1"}
+    assert (chosen["base"]["chosen"], chosen["tuned"]["chosen"]) == ("blocks.1", "blocks.2")  # of equal ones the last
     assert row["differences"]["tuned"]["value"] == 0 and list(chosen["base"]["held_out"]) == [
         f"blocks.{n}" for n in range(3)
     ]
     assert "One fifth of the training images" in (data / "out/judge.html").read_text()
-    monkeypatch.setattr(layers, "MOST", 1)
+    monkeypatch.setattr(scoring, "MOST", 1)
     again = _judged(data, "copied", "--cache", str(data / "other"))
     assert again["layers"] == record["layers"] and again["rows"] == record["rows"]
 
@@ -138,7 +148,8 @@ def test_at_last_layers_nothing_is_called_a_gain(data: Path) -> None:
 
 def test_a_model_beside_itself_is_the_same(data: Path) -> None:
     """Every difference and every bound is 0, exactly."""
-    record = _judged(data, "middle")
+    record = _judged(data, "middle", numbers="in-context mIoU,linear mIoU")
+    assert len(record["rows"]) == 2
     assert record["verdicts"][0]["word"] == "the same" and record["shifts"] == {"tuned": 0.0}
     for row in record["rows"]:
         for of in (*row["differences"].values(), *row["last"].values()):
@@ -148,15 +159,62 @@ def test_a_model_beside_itself_is_the_same(data: Path) -> None:
 def test_features_that_are_turned_move_and_gain_nothing(data: Path) -> None:
     record = _judged(data, "turned")
     row, shifts = _row(record), record["shifts"]
-    assert record["verdicts"][0]["word"] == "not shown" and shifts["tuned"] > 0.5
+    assert record["verdicts"][0]["word"] == "not shown" and shifts["tuned"] > 0.3
     assert row["differences"]["tuned"]["value"] == pytest.approx(0, abs=0.005)
     assert shifts["noise"] == pytest.approx(shifts["tuned"], rel=0.01) and set(row["controls"]["tuned"]) == {"noise"}
 
 
-def test_a_base_is_compared_up_to_where_the_tuned_model_ends(data: Path) -> None:
-    record = _judged(data, "short")
-    assert "ends after blocks.1" in record["notes"][0]
-    assert record["verdicts"][0]["word"] == "the same" and json.dumps(record["layers"]).count("blocks.2") == 0
+def test_features_that_are_only_longer_are_the_same(data: Path) -> None:
+    """In-context and kNN go by directions: a tower that gives twice its features has not moved."""
+    record = _judged(data, "longer")
+    assert record["verdicts"][0]["word"] == "the same" and record["shifts"] == {"tuned": 0.0}
+    assert _row(record)["differences"]["tuned"]["value"] == 0.0
+
+
+def test_a_gain_at_the_best_block_is_gained(data: Path) -> None:
+    """Above both bars of the base and above noise; a control that moves nothing is named and stops nobody."""
+    record = _judged(data, "middle", "--control", f"idle={data}/dim.pt", base="dim")
+    (verdict,), (trial,), row = record["verdicts"], record["trials"], _row(record)
+    assert verdict["word"] == "gained"
+    assert trial["controls"] == ["noise"] and trial["missed"] == {"idle": 0.0} and trial["compared"]
+    assert "idle moves features by 0.000 at most" in verdict["sentences"][0]
+    assert "idle" not in record["arms"] and "idle: no scale of it" in (data / "out/judge.html").read_text()
+    assert row["differences"]["tuned"]["low"] > 0.05 and row["over_last"]["tuned"]["low"] > 0.05
+    assert record["layers"][NUMBER]["noise"]["held_out"].keys() == {"blocks.0", "blocks.1", "blocks.2"}
+
+
+def test_identical_weights_are_the_same_beside_a_model_that_ends_earlier(data: Path) -> None:
+    """The bar of every model is the best block of the whole base."""
+    record = _judged(data, "rising risen short", base="rising")
+    words = {verdict["arm"]: verdict["word"] for verdict in record["verdicts"]}
+    assert words == {"tuned": "the same", "risen": "the same", "short": "better placed"}
+    assert record["layers"][NUMBER]["base"]["chosen"] == "blocks.2"
+    same, cut, placed = (verdict["sentences"][0] for verdict in record["verdicts"])
+    assert same == "No feature of tuned differs from those of base."
+    row = _row(record)
+    assert "ends after blocks.1" in cut and row["differences"]["risen"]["high"] < 0
+    assert row["over_cut"]["risen"]["value"] == 0.0 and row["over_cut"]["short"]["low"] > 0.05
+    assert "up to blocks.1" in placed and "not shown to be better than base at its best layer" in placed
+    assert "base up to blocks.1" in (data / "out/judge.html").read_text()
+
+
+def test_a_control_counts_for_every_tuned_model(data: Path) -> None:
+    record = _judged(data, "middle copied", "--control", f"turned={data}/turned.pt", base="dim")
+    controls = {trial["arm"]: trial["controls"] for trial in record["trials"]}
+    assert controls == {
+        "tuned": ["noise of tuned", "turned of tuned"],
+        "copied": ["noise of copied", "turned of copied"],
+    }
+    for arm, names in controls.items():
+        assert _row(record)["controls"][arm].keys() == set(names)
+        wanted = [record["shifts"][arm]] * 2
+        assert [record["shifts"][name] for name in names] == pytest.approx(wanted, rel=0.01)
+
+
+def test_of_equal_blocks_the_last_is_chosen() -> None:
+    seeds = [{"kNN": {"a": 0.5, "b": 0.25, "c": 0.25}}, {"kNN": {"a": 0.25, "b": 0.25, "c": 0.5}}]
+    assert layers.chosen(seeds) == {"kNN": {"chosen": "c", "held_out": {"a": 0.375, "b": 0.25, "c": 0.375}}}
+    assert layers.best_first({"a": 1.0, "b": 2.0, "c": 1.0}) == ["b", "c", "a"]
 
 
 def test_published_protocols_need_a_gpu_or_a_word(data: Path) -> None:

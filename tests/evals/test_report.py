@@ -119,7 +119,12 @@ def test_what_was_judged_stands_on_the_page(tmp_path: Path, undrawn: None) -> No
         }
         for name, by, worse in (("in-context mIoU", 0.004, False), ("linear mIoU", -0.03, True))
     ]
-    record = {"format": "visft_ds judge", "arms": {"before": [], "after": []}, "rows": rows, "primary": rows[0]["name"]}
+    record = {
+        "format": "visft_ds judge 2",
+        "arms": {"before": [], "after": []},
+        "rows": rows,
+        "primary": rows[0]["name"],
+    }
     record["verdicts"] = [{"arm": "after", "word": "not shown", "sentences": ["One.", "Two."]}]
     (tmp_path / "table").mkdir()
     (tmp_path / "table/judge.json").write_text(json.dumps(record))

@@ -6,15 +6,25 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.clip_case import SIDE
 from tests.evals.test_judge import _record, _run, world
 from tests.random_tower import relative, save_adapter
-from visft_ds.evals.judge.models import Mixture, load_encoder, parse_arms
-from visft_ds.evals.judge.shift import WITHIN, scale_for
+from visft_ds.config.fields import Precision
+from visft_ds.evals.judge import comparison
+from visft_ds.evals.judge import shift as shift_of
+from visft_ds.evals.judge.classes import read_classes
+from visft_ds.evals.judge.encoders import Encoder, square_preprocess
+from visft_ds.evals.judge.models import Mixture, ModelSpec, load_encoder, parse_arms, parse_model
+from visft_ds.evals.judge.protocol import Benchmark, ImageSet
+from visft_ds.evals.judge.scoring import Settings
+from visft_ds.evals.judge.shift import WITHIN, ShiftMeter, scale_for
 from visft_ds.interop.adapter import Adapter
 
 __all__ = ["world"]  # the fixture
@@ -28,31 +38,99 @@ __all__ = ["world"]  # the fixture
 @pytest.mark.parametrize("wanted", [0.02, 0.35, 0.8])
 def test_a_scale_is_found_for_any_shift(shift: Callable[[float], float], wanted: float) -> None:
     calls = []
-    scale, found = scale_for(lambda scale: calls.append(scale) or shift(scale), wanted, "x")  # type: ignore[func-returns-value]
-    assert found == shift(scale) and abs(shift(scale) - wanted) <= WITHIN * wanted and len(calls) <= 20
+
+    def measured(scale: float) -> float:
+        calls.append(scale)
+        return shift(scale)
+
+    scale, found, near = scale_for(measured, wanted)
+    assert near and found == shift(scale) and abs(shift(scale) - wanted) <= WITHIN * wanted and len(calls) <= 20
 
 
 def test_a_shift_that_no_scale_reaches_is_told() -> None:
-    with pytest.raises(ValueError, match="no A up to 8"):
-        scale_for(lambda scale: min(scale, 0.1), 0.3, "x")
+    assert scale_for(lambda scale: min(scale / 10, 0.1), 0.3)[1:] == (0.1, False)
+    assert scale_for(lambda scale: scale / 10 if scale < 3 else math.nan, 0.3) == (2.0, 0.2, False)
 
 
-def test_controls_are_brought_to_the_shift_of_what_they_control(world: Path, tmp_path: Path) -> None:
-    """A control that is named, noise that comes by itself, and half, which keeps its own shift."""
+class _Looking(torch.nn.Module):
+    """An encoder whose features are the pixels, or those of other images."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, images: torch.Tensor, kinds: Any) -> dict[str, torch.Tensor]:
+        return {"pooled": torch.cat([images.mean(dim=(2, 3)), torch.full((len(images), 1), self.by)], dim=1)}
+
+
+def test_the_shift_is_of_directions_over_all_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: (r, g, b, 0) against (r, g, b, x); of many images every k-th, not the first ones."""
+    seen = []
+
+    def read(place: int) -> Image.Image:
+        seen.append(place)
+        return Image.new("RGB", (4, 4), (10 * place + 10,) * 3)
+
+    def load(spec: Any, precision: str) -> Encoder:
+        assert precision == "fp32"
+        return Encoder(
+            _Looking(spec), ("pooled",), square_preprocess(4, (0,) * 3, (1,) * 3), ((0,) * 3, (1,) * 3), 4, None
+        )
+
+    images = ImageSet([str(place) for place in range(9)], read, "")
+    benchmark = Benchmark("b", {"train": images}, ("pooled",), ("n",), {}, lambda *_: iter(()))
+    monkeypatch.setattr(shift_of, "load_encoder", load)
+    monkeypatch.setattr(shift_of, "MOST", 3)
+    meter = ShiftMeter(0.0, "end", benchmark, Settings(torch.device("cpu"), "bf16", Path(), 2, 1))  # type: ignore[arg-type]
+    assert sorted(seen) == [0, 3, 6]
+    grey = [(10 * place + 10) / 255 for place in (0, 3, 6)]
+    cosines = [math.sqrt(3) * value / math.hypot(math.sqrt(3) * value, 0.2) for value in grey]
+    wanted = math.sqrt(sum(2 - 2 * cosine for cosine in cosines) / 3)
+    spec = SimpleNamespace(scale=1.0)
+    monkeypatch.setattr(shift_of, "load_encoder", lambda *_: load(0.2, "fp32"))
+    assert meter.measure(spec)[1] == pytest.approx(wanted, rel=1e-5)  # type: ignore[arg-type]
+
+
+def test_controls_are_brought_to_the_shift_of_what_they_control(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A control that is named, noise that comes by itself, and half, which keeps its own shift. Where models run in 16
+    bit, shifts are those of fp32, and weights that are mixed stay in it."""
     base, adapter = world / "clip.safetensors", Adapter.load(world / "adapter")
     generator = torch.Generator().manual_seed(0)
     other = {name: torch.randn(value.shape, generator=generator) for name, value in adapter.tensors.items()}
     save_adapter(replace(adapter, tensors=other), tmp_path / "other")
     words = [f"base={base}", f"tuned={world}/merged.safetensors", "--control", f"equal={base}+{tmp_path}/other"]
     words += ["--on", f"zero_shot={world}/shapes", "--primary", "zero_shot/shapes top1", "--out", tmp_path / "out"]
-    status, _, errors = _run(*words)
+    loaded = set()
+
+    def load(spec: ModelSpec, precision: Precision) -> Encoder:
+        loaded.add((spec.label, precision))
+        return load_encoder(spec, precision)
+
+    monkeypatch.setattr(comparison, "load_encoder", load)
+    status, _, errors = _run(*words, "--precision", "bf16")
     assert (status, errors) == (0, "")
+    assert loaded == {("base", "bf16"), ("tuned", "bf16"), ("noise", "fp32"), ("half", "fp32"), ("equal", "bf16")}
     record = _record(tmp_path / "out")
     shifts, (trial,) = record["shifts"], record["trials"]
-    assert trial == {"arm": "tuned", "controls": ["noise", "equal"], "half": "half", "shift": shifts["tuned"]}
+    assert (trial["arm"], trial["controls"], trial["half"]) == ("tuned", ["noise", "equal"], "half")
+    assert trial["shift"] == shifts["tuned"] and not trial["missed"] and not trial["compared"]
     assert [shifts["noise"], shifts["equal"]] == pytest.approx([shifts["tuned"]] * 2, rel=WITHIN)
     assert shifts["half"] < 0.9 * shifts["tuned"] and record["scales"]["half"] == 0.5
     assert record["rows"][0]["controls"]["tuned"].keys() == {"noise", "equal"}
+    assert shifts["tuned"] == pytest.approx(_plain_shift(world), rel=1e-4)
+
+
+def _plain_shift(world: Path) -> float:
+    """Root mean square over images and sentences, by plain loops in fp32."""
+    models = [load_encoder(parse_model(str(world / f"{name}.safetensors")), "fp32") for name in ("clip", "merged")]
+    data = read_classes(str(world / "shapes"))
+    images = torch.stack([models[0].preprocess(data.images.read(place)) for place in range(len(data.labels))])
+    with torch.no_grad():
+        before, after = (model.module(images, ["clip"])["clip"] for model in models)
+    squares = ((after - before) ** 2).sum(dim=1).tolist()
+    return math.sqrt(sum(squares) / (len(squares) + len(data.classes)))  # texts have not moved
 
 
 def test_what_is_mixed_of_merged_weights_is_what_the_adapter_gives_at_that_scale(world: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -19,23 +19,43 @@ PRIMARY = "segmentation/voc in-context mIoU"
 UP, AROUND, DOWN = Interval(0.03, 0.01, 0.05), Interval(0.01, -0.01, 0.03), Interval(-0.03, -0.05, -0.01)
 
 
-def _word(
-    gain: Interval,
-    last: Interval | None = None,
-    controls: Sequence[Interval] = (),
-    shift: float | None = 0.2,
-    *,
-    same: bool = False,
-) -> str:
-    def difference(of: Interval) -> Difference:
-        better, worse = of.low > 0, of.high < 0
-        parts = {"p": 0.5, "shown": better or worse, "alone": of, "detectable": 0.02, "each": ()}
-        return Difference(of.value, of.low, of.high, better=better, worse=worse, **parts)  # type: ignore[arg-type]
+def _difference(of: Interval) -> Difference:
+    better, worse = of.low > 0, of.high < 0
+    parts = {"p": 0.5, "shown": better or worse, "alone": of, "detectable": 0.02, "each": ()}
+    return Difference(of.value, of.low, of.high, better=better, worse=worse, **parts)  # type: ignore[arg-type]
 
-    named = {f"control {number}": difference(of) for number, of in enumerate(controls)}
-    ends = {} if last is None else {"tuned": difference(last)}
-    row = Row(PRIMARY, 250, False, {}, {"tuned": difference(gain)}, {"tuned": named}, ends, {})
-    return word_for(row, Trial("tuned", tuple(named), None, shift), same)
+
+def _said(
+    gain: Interval,
+    controls: Sequence[Interval] = (),
+    *,
+    last: Interval | None = None,
+    over_last: Interval = UP,
+    over_cut: Interval | None = None,
+    shift: float | None = 0.2,
+    missed: Mapping[str, float] | None = None,
+    compared: bool = True,
+) -> Verdict:
+    """The verdict about a row of one number."""
+    named = {f"control {number}": _difference(of) for number, of in enumerate(controls)}
+    row = Row(
+        PRIMARY,
+        250,
+        False,
+        values={},
+        differences={"tuned": _difference(gain)},
+        controls={"tuned": named},
+        last={} if last is None else {"tuned": _difference(last)},
+        over_last={"tuned": _difference(over_last)} if compared else {},
+        over_cut={} if over_cut is None else {"tuned": _difference(over_cut)},
+        last_values={},
+        cut_values={},
+    )
+    cut = None if over_cut is None else "blocks.5"
+    trial = Trial("tuned", tuple(named), None, shift, missed or {}, compared, cut)
+    (verdict,) = judged([row], [trial], PRIMARY, "base")
+    assert verdict.word == word_for(row, trial)
+    return verdict
 
 
 @pytest.mark.parametrize(
@@ -52,17 +72,48 @@ def _word(
     ],
 )
 def test_each_word_by_hand(word: str, gain: Interval, last: Interval | None, controls: list[Interval]) -> None:
-    assert _word(gain, last, controls) == word
+    assert _said(gain, controls, last=last).word == word
 
 
 def test_words_of_other_architectures_last_layers_and_twins() -> None:
-    assert _word(UP, UP, shift=None) == "better, without control"
-    assert _word(AROUND, AROUND, shift=None) == "not shown"
-    assert _word(UP, controls=[UP]) == "better placed"  # never "gained" where all are read at their last layers
-    assert _word(UP, controls=[AROUND]) == "moved, not gained"
+    assert _said(UP, last=UP, shift=None).word == "better, without control"
+    assert _said(AROUND, last=AROUND, shift=None).word == "not shown"
+    placed = _said(UP, [UP], compared=False)  # never "gained" where all are read at their last layers
+    assert placed.word == "better placed" and "at their last layers" in placed.sentences[0]
+    assert _said(UP, compared=False).word == "better placed"
+    assert _said(UP, [AROUND], compared=False).word == "moved, not gained"
     none = Interval(0.0, 0.0, 0.0)
-    assert _word(none, none, shift=0.0, same=True) == "the same"
-    assert _word(none, none, same=True) == "not shown"
+    assert _said(none, last=none, over_last=none, shift=0.0).word == "the same"
+    assert _said(none, last=none, over_last=none).word == "not shown"
+    for gain in (UP, DOWN):  # no shift is the same and nothing else
+        assert _said(gain, [UP], shift=0.0).word == "the same"
+
+
+def test_the_bar_is_the_best_block_of_the_whole_base_and_its_last() -> None:
+    for gain, said in ((AROUND, "not shown to be better than base at its best layer"), (DOWN, "but worse than base")):
+        verdict = _said(gain, [UP], over_cut=UP)
+        assert verdict.word == "better placed"
+        assert (
+            "+3.00 [+1.00, +5.00] in" in verdict.sentences[0]
+            and "up to blocks.5, where it ends" in verdict.sentences[0]
+        )
+        assert said in verdict.sentences[0]
+    assert _said(DOWN, [UP], over_cut=AROUND).word == "lost"
+    assert _said(UP, [UP], over_cut=UP).word == "gained"
+    late = _said(UP, [UP], last=UP, over_last=AROUND)
+    assert late.word == "not shown" and "than base at its last layer (+1.00 [-1.00, +3.00])" in late.sentences[0]
+
+
+def test_gained_needs_a_control_that_has_the_shift() -> None:
+    missed = {"noise": 0.1}
+    verdict = _said(UP, missed=missed)
+    assert verdict.word == "better, without control"
+    assert (
+        "no control is of the same feature shift (0.200; noise moves features by 0.100 at most)" in verdict.sentences[0]
+    )
+    verdict = _said(UP, [UP], missed=missed)
+    assert verdict.word == "gained" and "noise moves features by 0.100 at most" in verdict.sentences[0]
+    assert _said(UP).word == "better, without control"
 
 
 def _results() -> Results:
@@ -87,18 +138,21 @@ def _results() -> Results:
 
 
 def _judged(best: bool = True) -> tuple[list[Row], list[Trial], list[Verdict]]:
-    results, trials = _results(), [Trial("tuned", ("noise",), "half", 0.25)]
+    results = _results()
+    trials = [Trial("tuned", ("noise",), "half", 0.25, {}, best)]
     rows = rows_of(results, {arm: [arm] for arm in results}, trials, PRIMARY, results if best else None)
     return rows, trials, judged(rows, trials, PRIMARY, "base")
 
 
 def test_cost_and_half_follow_the_verdict() -> None:
-    """An error that grows is a cost; what rose, or is not shown to fall, is none."""
+    """An error that grows is a cost; what rose, or may not have fallen, is none. Of costs those among all numbers have
+    a mark, but not those of half."""
     _, _, (verdict,) = _judged()
     first, cost, half = verdict.sentences
     assert verdict.word == "gained" and first.startswith("tuned is better than base by +2.73") and "noise" in first
     assert "kNN -4." in cost and "RMSE +0.018" in cost and "linear" not in cost and "75.00 %" in cost
-    assert "kNN -2." in half and "RMSE" not in half and "87.50 %" in half
+    assert cost.count("] *") == 2 and "2 of 3 other numbers, each by its own interval; * is shown" in cost
+    assert "kNN -2." in half and "RMSE" not in half and "87.50 %" in half and "*" not in half
     _, _, (verdict,) = _judged(best=False)
     assert verdict.word == "better placed"
 
@@ -106,7 +160,7 @@ def test_cost_and_half_follow_the_verdict() -> None:
 def test_sentences_name_what_decided() -> None:
     results = dict(_results())
     arms = {arm: [arm] for arm in results}
-    trials = [Trial("tuned", ("noise",), None, 0.25)]
+    trials = [Trial("tuned", ("noise",), None, 0.25, compared=True)]
 
     def said(last: Results) -> tuple[str, str]:
         (verdict,) = judged(rows_of(results, arms, trials, PRIMARY, last), trials, PRIMARY, "base")
@@ -139,7 +193,7 @@ def test_the_page_tells_all_of_the_record() -> None:
         "protocol": "quick",
         "layers": {PRIMARY: {arm: {"chosen": "blocks.3", "held_out": held_out} for arm in ("base", "tuned")}},
         "shifts": {"tuned": 0.25, "noise": 0.248, "half": 0.13},
-        "notes": ["tuned ends before base: both are compared up to blocks.3."],
+        "notes": ["tuned was trained on these images."],
         "rows": [asdict(row) for row in rows],
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "seconds": 61.2,
@@ -151,7 +205,7 @@ def test_the_page_tells_all_of_the_record() -> None:
     assert "tuned: gained" in texts and verdicts[0].sentences[0] in texts and record["notes"][0] in texts
     assert "base, blocks.3" in texts and "0.248" in texts and rows[0].level("noise") in texts
     assert rows[0].controls["tuned"]["noise"].text() + " *" in texts and "tuned, last layer" in texts
-    assert "classification/&lt;digits&gt; kNN" in texts and rows[2].differences["half"].text() + " *" in texts
+    assert "classification/&lt;digits&gt; kNN" in texts and rows[2].differences["tuned"].text() + " *" in texts
     assert "visft judge base.safetensors &#39;a run&#39;" in texts and page.count("data:image/png") == 1
     assert any("not comparable with published numbers" in text for text in texts)
     assert page.count("<svg") == 1 and 'src="http' not in page and "<script" not in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.random_tower import build_backbone, header_of, random_tower
-from visft_ds.interop.layouts import base_parameters, fill, load_backbone, model_in, model_of, open_backbone
+from visft_ds.interop import layouts
+from visft_ds.interop.layouts import MODEL, base_parameters, fill, load_backbone, model_in, model_of, open_backbone
 from visft_ds.interop.weights import open_weights
 from visft_ds.models.eva_vit import EvaViT
 
@@ -59,6 +61,43 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         save_file(tensors, path, header_of(model))
         with pytest.raises(ValueError, match=message):
             load_backbone(path, model_of(model))
+
+
+def test_a_header_that_the_tensors_do_not_bear_out_is_refused_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes of gigabytes, of the wrong type, and of another kind of model."""
+    model, path = random_tower(1), tmp_path / "w.safetensors"
+    told, weights = model_of(model), _weights(model)
+    allocate = layouts.built
+
+    def built(description: dict[str, object], device: str = "cpu") -> object:
+        assert device == "meta", f"{description} takes memory"
+        return allocate(description, device)
+
+    monkeypatch.setattr(layouts, "built", built)
+    for key, value, message in (
+        ("depth", 1_000_000, "depth: Input should be less than or equal to 1000, not 1000000"),
+        ("depth", -1, "depth"),
+        ("depth", 3, "blocks.2.norm1.weight is missing"),
+        ("width", 10_000_000, r"pos_embed is \(1, 5, 32\), not \(1, 5, 10000000\)"),
+        ("width", 2**70, "width"),
+        ("width", "32", "width: Input should be a valid integer, not '32'"),
+        ("num_heads", 0, "num_heads"),
+        ("num_heads", 5, "num_heads must divide the width"),
+        ("mlp_ratio", 1e308, "overflow|Overflow|infinity"),
+        ("image_size", 10**9, "image_size"),
+        ("preset", "timm:resnet18", "is for towers of EVA"),
+        ("preset", "../x", "preset"),
+        ("preset", 3, "preset"),
+        ("layers", [9], "9"),
+        ("layers", "all", "layers"),
+        ("\x1b[2J", 1, "Extra inputs are not permitted"),
+    ):
+        save_file(weights, path, {MODEL: json.dumps({**told, key: value})})
+        with pytest.raises(ValueError, match=message) as refused:
+            load_backbone(path)
+        assert str(refused.value).startswith(str(path)) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("name", "tensors", "parameters"), [("eva_e", 837, 4348719104), ("eva_g", 525, 1011144704)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -159,3 +160,31 @@ def test_a_value_that_is_not_finite_is_found_anywhere(place: int, bad: float) ->
     for part in (values, values.t()):
         with pytest.raises(ValueError, match="NaN"):
             finite(part, "it")
+
+
+def _zip_bomb(path: Path, *, inflated: int) -> None:
+    """A file of torch's whose pickle is compressed, and unpacks to a thousand times as much."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(inflated))
+        archive.writestr("archive/version", "3\n")
+
+
+def _contains_itself(path: Path) -> None:
+    content: dict[str, object] = {"a": torch.zeros(2)}
+    content["state_dict"] = {"model": content}
+    torch.save(content, path)
+
+
+def test_pickles_without_end_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    _zip_bomb(path, inflated=2**26)
+    assert path.stat().st_size < 2**17
+    with pytest.raises(ValueError, match=r"w\.pt: .* is compressed, 67,108,864 bytes unpacked"):
+        open_weights(path)
+    with zipfile.ZipFile(path, "w") as archive:  # lists in lists, of one byte each
+        archive.writestr("archive/data.pkl", b"]" * (2**26 + 1))
+    with pytest.raises(ValueError, match="beside the tensors"):
+        open_weights(path)
+    _contains_itself(path)
+    with pytest.raises(ValueError, match="holds more than tensors: model"):
+        open_weights(path)

@@ -28,12 +28,12 @@ from tests.random_tower import (
     save_adapter,
     save_backbone,
 )
-from tools.merge_lora import main
 from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.config import resolve
 from visft_ds.interop import export
 from visft_ds.interop.adapter import Adapter, average
-from visft_ds.interop.layouts import bases_of, fingerprint_of, other_base
+from visft_ds.interop.cli import main
+from visft_ds.interop.layouts import MODEL, bases_of, fingerprint_of, model_of, other_base
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, open_weights, write_safetensors
 from visft_ds.models.eva_vit import EvaViT
@@ -114,6 +114,23 @@ def test_lavis_form_is_the_giants_tower_alone(tmp_path: Path) -> None:
     assert _run("--base", base, "--out", tmp_path / "no.pth", "--format", "lavis") == 2
 
 
+def test_a_tower_that_ends_early_is_a_shorter_one_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a run exports a tower that trained itself up to a block; LAVIS and EVA-CLIP know one depth each."""
+    base, _, model = _case(tmp_path, post_norm=False)
+    tensors = {name: value for name, value in load_file(base).items() if ".blocks.1." not in name}
+    save_file(tensors, base, {MODEL: json.dumps({**model_of(model), "layers": [0]})})
+    out = merge(base, None, tmp_path / "out", "--verify")
+    assert json.loads((out / "config.json").read_text())["model_args"]["depth"] == 1
+    assert set(load_file(out / "model.safetensors")) == {
+        name.removeprefix("visual.") for name in tensors if name.startswith("visual.")
+    }
+    for form, name in (("lavis", "x.pth"), ("eva_clip", "x.pt"), ("open_clip", "x")):
+        assert _run("--base", base, "--out", tmp_path / name, "--format", form) == 2
+        assert "has 1 of 2 blocks" in capsys.readouterr().err and not (tmp_path / name).exists()
+
+
 def test_scale_and_mean(tmp_path: Path) -> None:
     base, adapter, model = _case(tmp_path)
     move_adapters(model)
@@ -127,6 +144,8 @@ def test_scale_and_mean(tmp_path: Path) -> None:
         assert torch.allclose(after[name] - before[f"visual.{name}"], wanted, atol=1e-5), name
     with pytest.raises(ValueError, match="averaged"):
         average([adapter, replace(second, model={**second.model, "layers": [0]})])
+    with pytest.raises(ValueError, match="two bases"):
+        average([adapter, replace(second, base="another")])
 
 
 def test_one_fingerprint_whatever_the_layout_and_precision(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from tests.random_tower import adapter_of, merge, move_adapters, random_tower, r
 from tests.small_timm import FAMILIES, adapted, random_base
 from visft_ds.interop import export, transformers_names
 from visft_ds.interop.card import README, repository_of
+from visft_ds.interop.cli import main
 from visft_ds.interop.export import by_library
-from visft_ds.interop.layouts import load_backbone, model_of
+from visft_ds.interop.layouts import MODEL, load_backbone, model_of
 from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm
@@ -29,11 +30,11 @@ TOLERANCE = 1e-5
 
 
 def _export(
-    name: str, folder: Path, *forms: str, layers: tuple[int, ...] = (), behind: str | None = None
+    name: str, folder: Path, *forms: str, layers: tuple[int, ...] = (), behind: tuple[str, ...] = ()
 ) -> tuple[Any, *tuple[Path, ...]]:
     """(backbone with its adapter, an export of each form); `behind`: names that begin so are not in the base."""
     base = random_base(name, folder)
-    if behind is not None:
+    if behind:
         save_file({key: value for key, value in load_file(base).items() if not key.startswith(behind)}, base)
     backbone, adapter = adapted(name, base, layers)
     return backbone, *(merge(base, adapter, folder / form, "--format", form, "--verify") for form in forms)
@@ -77,6 +78,39 @@ def test_a_tower_that_ends_early_is_a_shorter_model(tmp_path: Path) -> None:
         wanted = short(_images())[0]
         assert relative(as_map(tokens, wanted), wanted) < TOLERANCE
     assert model.config.num_hidden_layers == 1 and "what `blocks.0` gives" in (out / README).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "behind"),
+    [
+        ("vit_test_patch8_clip_quickgelu_32", (0,), ("blocks.1.",)),
+        ("vit_test_plus_patch8_dinov3_qkvb", (0,), ("blocks.1.",)),
+        ("vit_test_patch8_siglip_32", (0,), ("blocks.1.", "attn_pool.")),
+        ("vit_test_patch8_siglip_32", (), ("attn_pool.",)),
+    ],
+)
+def test_a_base_that_ends_early_is_a_shorter_model_of_timm(
+    tmp_path: Path, name: str, layers: tuple[int, ...], behind: tuple[str, ...]
+) -> None:
+    """As a run exports a backbone that trained itself: nothing may be filled with random numbers."""
+    ours, out = _export(name, tmp_path, "timm", layers=layers, behind=behind)
+    again = merge(tmp_path / "base.safetensors", adapter_of(ours), tmp_path / "again")
+    models = [timm.create_model(f"local-dir:{folder}", pretrained=True).eval() for folder in (out, again)]
+    with torch.no_grad():
+        wanted = ours(_images())[0]
+        for model in models:
+            assert relative(as_map(model.forward_features(_images()), wanted), wanted) < TOLERANCE
+        assert torch.equal(models[0](_images()), models[1](_images())), "nor the pooling"
+
+
+def test_a_convolutional_base_that_ends_early_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = random_base("test_convnext", tmp_path)
+    whole = load_file(base)
+    save_file({key: value for key, value in whole.items() if not key.startswith("stages.3.")}, base)
+    save_file(load_file(base), base, {MODEL: json.dumps({"preset": "timm:test_convnext", "layers": [2]})})
+    assert main(["--base", str(base), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "lacks stages.3.downsample.1.weight" in said and "--format onnx" in said and not (tmp_path / "out").exists()
 
 
 def test_several_maps_come_out_of_what_is_exported(tmp_path: Path) -> None:
@@ -130,7 +164,7 @@ def test_published_sizes_have_names_and_shapes_of_transformers(name: str) -> Non
 def test_transformers_loads_a_folder_for_timm(tmp_path: Path, name: str) -> None:
     """By its wrapper around timm's models; a run's own base weights have no last norm of a ConvNeXt."""
     side = 32 if "dinov3" in name else 160
-    backbone, out = _export(name, tmp_path, "timm", behind="head.norm")
+    backbone, out = _export(name, tmp_path, "timm", behind=("head.norm",))
     model = transformers.AutoModel.from_pretrained(out).eval()
     with torch.no_grad():
         got, wanted = model(pixel_values=_images(side)).last_hidden_state, backbone(_images(side))[0]

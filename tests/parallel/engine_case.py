@@ -372,7 +372,7 @@ def every_run(out: Path, name: str, straight: str = "") -> dict[str, Any]:
     `straight` leaves out all but fp32, on any number of ranks.
     """
     from tests.parallel.test_start import started
-    from tests.parallel.test_traceless import compared, disagree
+    from tests.parallel.test_traceless import OF_MAIN, compared, disagree, told_by_main
     from visft_ds.parallel import distributed
     from visft_ds.parallel import engine as engine_module
 
@@ -391,6 +391,7 @@ def every_run(out: Path, name: str, straight: str = "") -> dict[str, Any]:
     if name == "zero1":  # of all engines in `test_traceless.py`
         results["traceless"] = compared(name, ["fp32"], ["fault", "rehearsal"])
         results["disagree"] = distributed.gather_objects(disagree())
+        results["told by main"] = distributed.gather_objects([told_by_main(error) for error in OF_MAIN.values()])
     if name != "zero3_offload":  # the loss scaler is the same as without offload
         growing = start_engine(1, name, "fp16")
         growing.loss_scale.restore({**growing.loss_scale.state(), "growth_interval": 2})

@@ -19,3 +19,11 @@ def test_the_accelerator_is_torchs_or_what_was_asked_for(
     monkeypatch.setattr("torch.cuda.is_available", lambda: bool(sees))
     importlib.reload(visft_ds.parallel)
     assert f"{environment['DS_ACCELERATOR']} {local_device()}" == told
+
+
+@pytest.mark.parametrize("asked", ["cuda", "tpu"])
+def test_an_accelerator_that_is_not_there_is_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", asked)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"DS_ACCELERATOR={asked}: torch sees no such device here"):
+        local_device()

@@ -26,6 +26,7 @@ from tests.parallel.engine_case import (
     results_of,
     train_plain,
 )
+from tests.parallel.test_traceless import OF_MAIN
 from tests.parallel.test_traceless import check as check_traceless
 
 #: ZeRO-0 is ZeRO-1 undivided, ZeRO-2 divides gradients besides, ZeRO-3 and offload take longest: these run with the
@@ -158,6 +159,7 @@ def test_a_fault_on_one_rank_is_known_to_all_and_leaves_no_trace_nor_does_a_rehe
     check_traceless(given(trained, "traceless"))
     expected = "what the next step is: rank 0 has step 1 detection, rank 1 has step 1 captioning"
     assert len(trained["disagree"]) == 2 and all(expected in said for said in trained["disagree"])
+    assert trained["told by main"] == [list(OF_MAIN)] * 2  # an error without a text is one, too
 
 
 def test_the_reference_clips(plain: dict[str, dict[str, Any]]) -> None:

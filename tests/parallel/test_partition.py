@@ -97,5 +97,5 @@ def test_processes_and_images_are_divided_over_pipelines() -> None:
 
 def test_a_run_may_change_its_pipeline_and_go_on() -> None:
     zero = resolve(stage=1, engine="zero1", model="debug")
-    assert zero.fingerprint() == pipeline().fingerprint()
+    assert zero.identity() == pipeline().identity()
     assert zero.pipeline_stages == 1 and pipeline().pipeline_stages == 2

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tests.parallel.engine_case import ORDER, SCALE, fed, results_of, start_engine, write_results
 from visft_ds.parallel import distributed
+from visft_ds.resilience.errors import exit_code
 
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "pipeline2")
 #: Detection, segmentation, captioning, all of them; BAD is passed over in the reference and leaves no trace in others.
@@ -94,6 +95,28 @@ def disagree() -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def told_by_main(error: Exception) -> str:
+    """What a rank hears of an error of the main process, and how it would end."""
+
+    def fail() -> None:
+        raise error
+
+    try:
+        distributed.by_main_process(fail)
+    except (ValueError, OSError) as heard:
+        return f"{type(heard).__name__} {heard} {exit_code(heard)}"
+    return "nothing"
+
+
+#: Errors of the main process, one of them without a text -> what every rank hears.
+OF_MAIN = {
+    "ValueError no such file 2": ValueError("no such file"),
+    "MainError TimeoutError 5": TimeoutError(),
+    "MainError [Errno 116] Stale file handle 5": OSError(116, "Stale file handle"),
+    "MainError [Errno 28] No space left on device 2": OSError(28, "No space left on device"),
+}
 
 
 def compared(name: str, precisions: Sequence[str], modes: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import asdict, replace
 from typing import Any
@@ -49,6 +50,23 @@ def test_a_planned_step_keeps_what_a_real_one_keeps(stage: int, task: str, setti
     run = PlannedRun(config, derive_batches(config, 1), "fp32", VOCABULARY, CPU, Content(OBJECTS, FIRST_IDS + 1))
     plan = plan_stream(run, config.visft.streams()[task])
     assert plan.total - plan.weights - plan.optimizer == pytest.approx(real_peak(config, task), rel=0.1)
+
+
+@pytest.mark.parametrize(("model", "least", "most"), [("debug", 1.0, 1.2), ("debug_convnext", 2.0, 4.0)])
+def test_images_that_differ_in_size_are_planned_apart(model: str, least: float, most: float) -> None:
+    """Without padding the arithmetic stays; four calls of a timm model cost the host, one packed row hardly more."""
+    found = []
+    for side in (112, None):
+        sizes = {"fixed_size": side, "max_long": 112}
+        settings = [f"visft.tasks.detection.image.{key}={json.dumps(value)}" for key, value in sizes.items()]
+        settings += ["visft.tasks.detection.micro_batch=4", "visft.tasks.detection.batch_size=4"]
+        config = debug(2, "visft.model.recompute=none", *settings, model=model)
+        run = PlannedRun(config, derive_batches(config, 1), "fp32", VOCABULARY, CPU)
+        found.append(trace_step(run, config.visft.streams()["detection"]))
+    squares, mixed = found
+    operations = [sum(count * work.operations for work, count in step.work.items()) for step in found]
+    assert operations[0] == operations[1] and mixed.activations == pytest.approx(squares.activations, rel=0.01)
+    assert least < mixed.work.total() / squares.work.total() < most
 
 
 def test_saved_activations_of_a_block_are_those_of_arithmetic() -> None:

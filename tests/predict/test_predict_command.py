@@ -16,6 +16,7 @@ from PIL import Image
 from visft_ds.predict import command
 from visft_ds.predict.cli import main
 from visft_ds.predict.model import load
+from visft_ds.predict.results import Prediction
 
 ALL = ("--threshold", "0", "--batch-size", "1")
 
@@ -53,6 +54,42 @@ def test_it_writes_what_the_model_predicts(place: Path, tmp_path: Path, capsys: 
     assert len(truth.loadRes(whole["detection"]).getAnnIds()) == 16
     known = {one["id"] for one in whole["categories"]}
     assert {one["category_id"] for one in whole["detection"] + whole["segmentation"]} <= known
+
+
+def test_the_same_command_continues_after_an_interruption(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The third picture is not drawn: two are done then, whose numbers are on disk and whose pictures stay."""
+    out, draws = tmp_path / "out", Prediction.draw
+
+    def draw(prediction: Prediction) -> Any:
+        assert prediction.path is not None
+        if prediction.path == files[2]:
+            raise KeyboardInterrupt
+        return draws(prediction)
+
+    files = sorted(Path("photos").iterdir())
+    monkeypatch.setattr(Prediction, "draw", draw)
+    with pytest.raises(KeyboardInterrupt):
+        _run(out, "photos", *ALL)
+    lines = (out / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+    assert [json.loads(line)["file_name"] for line in lines[1:]] == [file.name for file in files[:2]]
+    assert len(list((out / "pictures").iterdir())) == 2 and not (out / "predictions.json").exists()
+    (out / "predictions.jsonl").write_bytes(b"".join(lines)[:-9])  # killed in the middle of a line
+    kept = (out / f"pictures/{files[0].name}.png").stat().st_mtime_ns
+
+    assert _run(out, "photos", "--threshold", "0.3") == 2
+    assert "other settings: threshold 0.0, now 0.3. Give that command again" in capsys.readouterr().err
+    monkeypatch.setattr(Prediction, "draw", draws)
+    assert _run(out, "photos", "--threshold", "0", "--batch-size", "2") == 0
+    assert "1 of them are done" in capsys.readouterr().out
+    assert (out / f"pictures/{files[0].name}.png").stat().st_mtime_ns == kept
+    assert sorted(path.name for path in out.iterdir()) == ["pictures", "predictions.json"]
+    whole = _results(out)
+    assert [(one["id"], one["file_name"]) for one in whole["images"]] == [*enumerate([f.name for f in files], 1)]
+    assert [one["image_id"] for one in whole["captioning"]] == [1, 2, 3, 4]
+    boxes = [one for one in whole["detection"] if one["image_id"] == 1]
+    assert [one["bbox"] for one in boxes] == [one["bbox"] for one in json.loads(lines[1])["results"]["detection"]]
 
 
 def test_predictions_are_no_input(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,3 +36,9 @@ def test_a_bug_keeps_its_traceback() -> None:
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")])
 def test_too_little_memory_is_no_bug(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     assert tell(error) == 2 and "smaller" in capsys.readouterr().err
+
+
+def test_a_message_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of tensors, values and files that others chose stand in messages."""
+    assert tell(ValueError("two lines:\n  \x1b[2J\x07 \u202etxt.exe \x9b31m \ud800 caf\u00e9")) == 2
+    assert capsys.readouterr().err == ("error: two lines:\n  \\x1b[2J\\x07 \\u202etxt.exe \\x9b31m \\ud800 caf\u00e9\n")

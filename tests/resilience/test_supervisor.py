@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,6 +25,7 @@ CASES = {
     "lost, then done": ([(1, 3), (2, 1), (3, 0)], 0, 3),
     "a mistake": ([(1, 2)], 2, 1),
     "diverged": ([(1, 4)], 4, 1),
+    "a server was away": ([(1, 5), (2, 0)], 0, 2),
     "stopped": ([(1, 143)], 143, 1),
     "queued again": ([(1, 85)], 85, 1),
     "no progress": ([(1, 3)] * 9, GAVE_UP, 4),
@@ -86,3 +92,36 @@ def test_a_rank_that_hangs_is_ended_after_another_has_failed(
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setattr(processes, "_GRACE", 0.5)
     assert processes.start_ranks(["train"], 2) == 3
+
+
+def test_a_rank_that_cannot_start_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as the third of four on a machine that has no room for another process."""
+    started: list[subprocess.Popen[bytes]] = []
+    begin = subprocess.Popen
+
+    def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+        if len(started) == 2:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(begin(["sleep", "600"], process_group=0))
+        return started[-1]
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(BlockingIOError):
+        processes.start_ranks(["train"], 4)
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_ctrl_c_at_any_moment_of_a_start_ends_all_with_130_and_no_traceback() -> None:
+    """Also while the interpreters of the ranks begin, which print a traceback of their own then."""
+    words = [sys.executable, "-m", "visft_ds", "profile", "--num_gpus", "2", "--stage", "1", "--model", "debug"]
+    for seconds in (0.25, 0.6, 1.0):
+        process = start_command([*words, "--synthetic"])
+        with family_of(process) as family:
+            time.sleep(seconds)
+            family += psutil.Process(process.pid).children(recursive=True)
+            os.killpg(process.pid, signal.SIGINT)
+            output = process.communicate(timeout=600)[0]
+        assert process.returncode == 130 and "Traceback" not in output, (seconds, output)

@@ -183,6 +183,13 @@ class Here(ThreadPoolExecutor):
         super().__init__(1)
 
 
+class Deadly:
+    """Ends the process that unpickles it, as a lack of memory does."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (9,)
+
+
 def test_predictions_that_are_not_finite(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +229,23 @@ def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, 
     assert len(seen) == 1 and not validation._waiting
 
 
+def test_a_request_to_stop_ends_the_wait_for_numbers(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation, stop, numbers = parts.validation(), StopFlag(launched=False), {"box/AP": 0.5}
+    monkeypatch.setattr("visft_ds.run.evaluation.ProcessPoolExecutor", Here)
+    released = threading.Event()
+    monkeypatch.setattr("visft_ds.run.evaluation.measure", lambda *_, **__: released.wait(PROMPT) and (numbers, []))
+    with MetricsWriter(tmp_path) as writer:
+        log = RunLog(writer, Progress(4, stream=io.StringIO()))
+        validation.measure(2, {})
+        threading.Timer(0.3, lambda: setattr(stop, "reason", Stop.SIGTERM)).start()
+        assert not validation.wait_for_all(log, stop) and not (tmp_path / "metrics.jsonl").exists()
+        released.set()
+        assert validation.wait_for_all(log, StopFlag(launched=False))
+    assert _judged(tmp_path) == {2: {"val/box/AP": 0.5}}
+
+
 def test_an_evaluation_that_hangs_is_noticed(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,20 +268,33 @@ def test_an_evaluation_that_hangs_is_noticed(
     assert begun[0] < begun[1] and "evaluating after step 2" in capsys.readouterr().err
 
 
-def test_a_killed_process_costs_its_numbers_only(
-    parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_killed_process_is_started_anew_once(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """While it measures (step 2), while it has nothing to do (4), and again and again (6), which costs its numbers."""
+
+    def kill() -> None:
+        assert validation._pool is not None and validation._pool._processes is not None
+        (process,) = validation._pool._processes.values()
+        process.kill()
+        process.join()
+
     validation, printed = parts.validation(), io.StringIO()
+    results = [{"image_id": int(one), "caption": "a cat"} for one in parts.manifest.index["image_id"]]
     with MetricsWriter(tmp_path) as writer, closing(validation):
         log = RunLog(writer, Progress(6, stream=printed))
-        results = [{"image_id": int(one), "caption": "a cat"} for one in parts.manifest.index["image_id"]]
-        for step in (2, 4):
-            validation.measure(step, {"captioning": results})
-            if step == 2:
-                assert validation._pool is not None and validation._pool._processes is not None
-                (process,) = validation._pool._processes.values()
-                process.kill()
-            validation.poll(log, seconds=None)
-        validation.measure(6, {"captioning": []})
-    assert capsys.readouterr().err.count("warning: the evaluation of step 2 failed") == 1
-    assert "step 4 validation" in printed.getvalue() and validation._waiting == deque()
+        validation.measure(2, {"captioning": results})
+        kill()
+        validation.poll(log, seconds=None)
+        kill()
+        validation.measure(4, {"captioning": results})
+        validation.poll(log, seconds=None)
+        assert not capsys.readouterr().err
+        # Its results end whoever measures them.
+        validation.measure(6, {"captioning": [{"image_id": Deadly()}]})
+        validation.poll(log, seconds=None)
+        validation.measure(8, {"captioning": []})
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "the evaluation of step 6 failed" in warning and "killed twice" in warning
+    assert [line.split()[1] for line in printed.getvalue().splitlines() if "validation" in line] == ["2", "4"]
+    assert validation._waiting == deque()

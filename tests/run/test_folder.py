@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import pytest
 
+from tests.checkpoint.faulty_disk import state
+from visft_ds.checkpoint.format import SETTINGS, Checkpoint, check_identity, open_checkpoint, save_checkpoint
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.parallel.engine import Engine
 from visft_ds.run.folder import BACKBONE_FILE, LOCK_FILE, RUN_SCHEMA, Parent, locked, open_run_folder, recorded_config
@@ -75,11 +77,28 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
 def test_a_run_without_its_checkpoints_is_not_trained_over(tmp_path: Path) -> None:
     """Its export would be replaced, and its metrics cut off."""
     out, engine = _run(tmp_path / "run"), cast(Engine, None)  # which is asked for nothing before a checkpoint is found
-    state = RunState(_config(f"visft.run.out={out}"), engine, {}, cast(Any, None))
-    assert state.resume() == 0  # the random base alone is nothing that was trained
+    of_run = RunState(_config(f"visft.run.out={out}"), engine, {}, cast(Any, None))
+    assert of_run.resume() == 0  # the random base alone is nothing that was trained
     (out / "export/export.json").write_text("")
     with pytest.raises(ValueError, match="has an export and no checkpoint"):
-        state.resume()
+        of_run.resume()
+
+
+def test_a_checkpoint_of_an_earlier_release_is_continued_at_the_defaults_of_new_keys(tmp_path: Path) -> None:
+    """It has the settings themselves, not a digest of them; other ones are named."""
+    settings = {key: value for key, value in FIRST.identity().items() if not key.startswith("visft.anchor.")}
+    path = save_checkpoint(tmp_path / "checkpoints", 4, state(4), {"data set": "x", SETTINGS: settings})
+    checkpoint = open_checkpoint(path)
+    check_identity(checkpoint, {"data set": "x"}, FIRST)
+    with pytest.raises(ValueError, match=r"optimizer\.params\.lr: 0\.001 -> 1e-06") as error:
+        check_identity(checkpoint, {"data set": "y"}, OTHER)
+    assert "data set: x -> y" in str(error.value) and "anchor" not in str(error.value)
+    with pytest.raises(ValueError, match=r"visft\.heads\.active_dropout: false -> true"):
+        check_identity(checkpoint, {"data set": "x"}, _config("visft.heads.active_dropout=true"))
+    record = dict(checkpoint.record)
+    del record["identity"][SETTINGS]
+    with pytest.raises(ValueError, match="state of a checkpoint of this release"):
+        check_identity(Checkpoint(path, 4, record), {"data set": "x"}, FIRST)
 
 
 @pytest.mark.parametrize("saved", ["checkpoints/step_00000004.old/state.json", "export/export.json"])
@@ -107,18 +126,22 @@ def test_a_record_is_that_of_the_newest_start_and_says_its_schema(tmp_path: Path
         recorded_config(tmp_path)
 
 
-def test_a_second_run_is_refused_and_the_lock_dies_with_its_process(tmp_path: Path) -> None:
+def test_a_second_run_is_refused_and_the_lock_dies_with_its_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "kept\n"
         with pytest.raises(ValueError, match="in use by another run"), locked(out, patience=0.3):
             raise AssertionError("two runs in one folder")
+        assert f"waiting for {out}/run.lock: another run uses" in capsys.readouterr().err
     finally:
         holder.kill()
         holder.communicate()
     with locked(out, patience=0):
         pass
+    assert not capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

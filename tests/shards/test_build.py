@@ -9,19 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import simplejpeg
 from faster_coco_eval import mask as coco_mask
+from filelock import FileLock
 
 from tests.coco_tree import NO_PHOTOS, PHOTOS, Tree, make_split, write_tree
 from tests.ranks import python
-from tools.make_shards import main
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.shards import Manifest, ShardReader, verify
 from visft_ds.shards.build import Options, build
+from visft_ds.shards.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = 20_480  # bytes of a shard: a few samples
@@ -162,6 +164,19 @@ def test_a_split_built_otherwise_is_not_overwritten(tree: Tree, tmp_path: Path) 
     assert verify(Manifest.load(tmp_path / "out", "toy")) == []
 
 
+def test_of_two_builds_at_once_the_second_is_told(tree: Tree, tmp_path: Path) -> None:
+    """Else both write the same temporary files, and one of them ends with "No such file"."""
+    options = options_of(tree, tmp_path / "out")
+    build(options)
+    before = digests(options.out)
+    with FileLock(options.out / ".toy.build/lock"), pytest.raises(ValueError, match="another build is making 'toy'"):
+        build(options)
+    assert digests(options.out) == before
+    build(replace(options, split="other"))
+    build(options)
+    assert before.items() <= digests(options.out).items()
+
+
 def test_shards_stay_below_the_size_asked_for(tmp_path: Path) -> None:
     manifest = make_split(tmp_path, max_size=20_480)
     # Tars are multiples of 10,240 bytes: the limit is met exactly, not merely undercut.
@@ -206,6 +221,8 @@ def test_verify_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--instances", __file__], "test_build.py"),
         (["--split", "a/b"], "a/b"),
         (["--workers", "0"], "--workers"),
+        (["--out", "s3://bucket/shards"], "s3://bucket/shards: shards are made in a folder"),
+        (["--out", __file__], "is a file"),
     ],
 )
 def test_wrong_usage_is_one_line(
@@ -248,3 +265,21 @@ def test_real_photographs_come_back_as_they_were(tmp_path: Path, split: str) -> 
     for place in range(len(reader)):
         image = (PHOTOS / split / stored[place]["file_name"]).read_bytes()
         assert reader.read(place, "images")[0] == image
+
+
+def test_sides_of_objects_are_those_of_what_is_seen_in_parts_of_the_picture(tree: Tree, tmp_path: Path) -> None:
+    """Crowds do not count, and of a box beyond the border only the part inside does."""
+
+    def change(content: dict[str, Any]) -> None:
+        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+        for number, entry in enumerate(content["annotations"]):
+            width, height = sizes[entry["image_id"]]
+            entry["bbox"] = [width / 2, 0, width / 2 + 1, height / 4 if number % 2 else height / 2]
+
+    tree.edit(change)
+    made = build(options_of(tree, tmp_path / "out"))
+    assert made.counts["crowds"] == 1
+    # Half of the width, and a half or a quarter of the height: roots of 1/4 and 1/8.
+    assert made.object_sides["5"] == made.object_sides["25"] == pytest.approx(0.125**0.5, abs=1e-5)
+    assert made.object_sides["75"] == made.object_sides["95"] == pytest.approx(0.5, abs=1e-5)
+    assert Manifest.load(tmp_path / "out", "toy").object_sides == made.object_sides

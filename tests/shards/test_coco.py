@@ -12,7 +12,7 @@ import pytest
 from faster_coco_eval import mask as coco_mask
 
 from tests.coco_tree import Tree, write_tree
-from tools.make_shards import main
+from visft_ds.shards.cli import main
 from visft_ds.shards.coco import CocoSource, read_coco
 from visft_ds.toy.coco import write_toy_coco
 
@@ -76,6 +76,9 @@ SPOILED: dict[str, tuple[Callable[[Content], Any], str]] = {
     "text in boxes": (lambda entry: entry.update(bbox=list(map(str, entry["bbox"]))), "box or crowd flag"),
     "one id for all": (lambda entry: entry.update(id=7), "unique id"),
     "two corners": (_corners, "box beyond the image"),
+    "far away": (lambda entry: entry["bbox"].__setitem__(2, 1e6), "far outside"),
+    "masks of text": (lambda entry: entry.update(segmentation="a mask"), "neither polygons nor"),
+    "masks of corners": (lambda entry: entry.update(segmentation=[[1, 1, 9, 9]]), "neither polygons nor"),
     "normalised": (_normalised, "box beyond the image or within a pixel"),
 }
 
@@ -90,6 +93,23 @@ def test_annotations_that_cannot_be_used_are_an_error_above_a_tenth(
     first, found, *_ = capsys.readouterr().err.splitlines()
     assert "annotations cannot be used" in first and word in found and found.count("annotation ") >= 3
     assert not (tmp_path / "out").exists()
+
+
+def test_an_annotation_that_is_there_twice_is_counted(toy: Tree) -> None:
+    """Under another id; a split of two exports of the same labels is an error."""
+    before = json.loads(toy.instances.read_text())["annotations"]
+
+    def twice(number: int) -> Change:
+        return lambda content: content["annotations"].extend(
+            {**one, "id": 10_000 + one["id"]} for one in before[:number]
+        )
+
+    toy.edit(twice(2))
+    assert count(read(toy), "there twice") == 2
+    toy.edit(lambda content: content.update(annotations=list(before)))
+    toy.edit(twice(len(before)))
+    with pytest.raises(ValueError, match=f"{len(before)} x annotation that is there twice"):
+        read(toy)
 
 
 def test_less_than_a_tenth_is_counted(toy: Tree) -> None:
@@ -120,31 +140,33 @@ def test_kept_as_they_are(toy: Tree) -> None:
     """Crowds and boxes without area belong to the data set; other fields, unusable masks and a byte order mark not."""
 
     def change(content: Content) -> None:
-        first, second, third, fourth, fifth = [one for one in content["annotations"] if not one["iscrowd"]][:5]
-        content["annotations"] = [first, second, third, fourth, fifth]
+        first, second, third, fourth, fifth, *_ = [one for one in content["annotations"] if not one["iscrowd"]]
         first["bbox"][2] = 0
         first["keypoints"] = [1, 2, 3]
         second.pop("area")
         second["segmentation"] = []
-        third["segmentation"] = [[1, 1, 2, 2], [1, 1, 9, 1, 9, float("1e9")]]
+        third["segmentation"] = [[1, 1, 2, 2], [1, 1, 9, 1, 9, 3]]
         fourth["segmentation"] = [["1", 1, 2, 2, 3, 3]]
         fifth["iscrowd"] = 1
+        changed.extend(one["id"] for one in (first, second, third, fourth, fifth))
 
+    changed = list[int]()
+    before = sum(image.trainable for image in read(toy).images)
     toy.edit(change)
     toy.instances.write_bytes(b"\xef\xbb\xbf" + toy.instances.read_bytes())
     source = read(toy)
-    first, second, third, fourth, fifth = sorted(stored(source), key=lambda one: one["id"])
+    labels = {one["id"]: one for one in stored(source)}
+    first, second, third, fourth, fifth = (labels[number] for number in changed)
     assert first["bbox"][2] == 0 and "keypoints" not in first
     assert second["area"] == second["bbox"][2] * second["bbox"][3] and second["segmentation"] == []
     assert len(third["segmentation"]) == 1 and "segmentation" not in fourth
-    assert fifth["iscrowd"] == 1 and sum(image.crowds for image in source.images) == 1
-    assert sum(image.trainable for image in source.images) == 3
-    assert count(source, "without area") == count(source, "crowd (kept") == 1
-    assert count(source, "instance without mask") == 2
+    assert fifth["iscrowd"] == 1 and before - sum(image.trainable for image in source.images) == 2
+    assert count(source, "without area") == count(source, "less than three points") == 1
+    assert count(source, "neither polygons") == 1 and count(source, "instance without mask") == 2
 
 
 def test_run_length_codes(toy: Tree) -> None:
-    """Runs that are no text become text; what does not fill the image, or is no code, is no mask."""
+    """Runs that are no text become text; what does not fill the image, or is no code, is no mask, and counted."""
     size = [96, 144]
     whole = 96 * 144
     text = coco_mask.frPyObjects({"size": size, "counts": [7, 9, whole - 16]}, *size)["counts"].decode()
@@ -156,16 +178,65 @@ def test_run_length_codes(toy: Tree) -> None:
         {"size": size, "counts": text + text},
         {"size": size, "counts": "\u20ac"},
         {"size": size, "counts": None},
-        "text",
+        {"size": size, "counts": [-7, 9, whole - 2]},
     ]
+    codes.extend([codes[0]] * 60)  # a tenth may be lost
 
     def change(content: Content) -> None:
         one = next(one for one in content["annotations"] if not one["iscrowd"])
-        content["annotations"] = [{**one, "id": n, "segmentation": code} for n, code in enumerate(codes)]
+        kept = [{**one, "id": n, "segmentation": code, "area": n} for n, code in enumerate(codes)]
+        content["annotations"] = kept
 
     toy.edit(change)
     source = read(toy)
-    assert [one.get("segmentation") for one in stored(source)] == [{"size": size, "counts": text}] * 2 + [None] * 6
+    good = {"size": size, "counts": text}
+    assert [one.get("segmentation") for one in stored(source)] == [good] * 2 + [None] * 6 + [good] * 60
+    assert count(source, "neither polygons") == 6
+
+
+FORMS: dict[str, Any] = {
+    "numbers": [10, 10, 40, 10, 40, 50.5],
+    "points": [[10, 10], [40, 10], [40, 50.5]],
+    "lists of points": [[[10, 10], [40, 10], [40, 50.5]]],
+    "text": "[[10, 10, 40, 10, 40, 50.5]]",
+    "text of numbers": "[10, 10, 40, 10, 40, 50.5]",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_polygons_in_another_form_are_read(toy: Tree, form: str) -> None:
+    """Else all masks are lost, and the build ends well."""
+    toy.edit(each(lambda entry: entry.update(segmentation=FORMS[form])))
+    source = read(toy)
+    labels = stored(source)
+    assert all(one["segmentation"] == [[10, 10, 40, 10, 40, 50.5]] for one in labels)
+    assert count(source, "read as polygons") == len(labels) and not count(source, "without mask")
+
+
+def test_polygons_end_where_training_cuts_them_off(toy: Tree) -> None:
+    """The library takes memory in proportion to the distance: a corner at 1e8 ended evaluation and the judge."""
+    toy.edit(each(lambda entry: entry.update(segmentation=[[1, 1, 31, 1, 1e9, -1e9]]), 0.09))
+    source = read(toy)
+    cut = count(source, "cut off there")
+    shapes = [one["segmentation"] for one in stored(source)]
+    assert cut == sum(shape == [[1, 1, 31, 1, 288, -96]] for shape in shapes) > 0
+
+
+def test_classes_are_counted_by_images(toy: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A class that no image has, such as a background that a tool adds, trains nothing."""
+    toy.edit(lambda content: content["categories"].append({"id": 0, "name": "back\x1b[2Jground"}))
+    content = json.loads(toy.instances.read_text())
+    own = [one for one in content["annotations"] if not one["iscrowd"]]
+    most = max(
+        content["categories"], key=lambda one: len({a["image_id"] for a in own if a["category_id"] == one["id"]})
+    )
+    images = len({one["image_id"] for one in own if one["category_id"] == most["id"]})
+    assert main(["build", *toy.arguments(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert f"images that have each of {len(content['categories'])} classes: {most['name']} {images}, " in told
+    assert r"'back\x1b[2Jground' 0" in told and "1 x class that no image has, for instance 'back" in told
+    assert main(["info", str(tmp_path / "out")]) == 0
+    assert f"{most['name']} {images}, " in capsys.readouterr().out
 
 
 def test_ids_of_images_and_categories_are_their_own(toy: Tree) -> None:
@@ -177,6 +248,9 @@ def test_ids_of_images_and_categories_are_their_own(toy: Tree) -> None:
     toy.edit(lambda content: content["images"].pop())
     toy.edit(lambda content: content["categories"].append(dict(content["categories"][0])))
     with pytest.raises(ValueError, match="a unique id"):
+        read(toy)
+    toy.edit(lambda content: content["categories"].__setitem__(-1, {"id": 1000, "name": " "}))
+    with pytest.raises(ValueError, match="a unique id and a name"):
         read(toy)
 
 

@@ -11,10 +11,11 @@ from PIL import Image
 
 from tests.map_folder import bands, write_own, write_pair
 from visft_ds.config.cli import resolve_arguments
-from visft_ds.data.dataset import labels_of_split
+from visft_ds.data.dataset import coco_dataset, labels_of_split
 from visft_ds.data.shards import Manifest, ShardReader
+from visft_ds.evals.judge.dense_sets import read_train_and_test
 from visft_ds.shards.cli import main
-from visft_ds.tasks.semantic.results import place_map
+from visft_ds.tasks.semantic.results import measure_semantic, place_map
 
 
 def _ade(folder: Path) -> Path:
@@ -92,7 +93,10 @@ def _saved(image: Image.Image) -> Callable[[Path], object]:
         (lambda folder: (folder / "classes.txt").write_text("\n".join(map(str, range(256)))), "254"),
         (lambda folder: (folder / "classes.txt").write_text("sky\nsky"), "no two alike"),
         (lambda folder: (folder / "data.yaml").write_text("names: [a]"), "2 layouts"),
-        (lambda folder: [Image.new("L", (9, 9), 255).save(one) for one in folder.glob("*/train/*")], "none of its 8"),
+        (
+            lambda folder: [Image.new("L", (9, 9), 255).save(one) for one in folder.glob("*/train/*")],
+            "all pixels have 255",
+        ),
     ],
 )
 def test_what_is_refused(
@@ -101,6 +105,42 @@ def test_what_is_refused(
     spoil(write_own(tmp_path))
     assert main([str(tmp_path), "--out", str(tmp_path / "shards"), "--split", "train"]) == 2
     assert word in capsys.readouterr().err
+
+
+def test_maps_of_0_and_255_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The usual form of binary masks, whose object would be no class."""
+    write_own(tmp_path)
+    for path in tmp_path.glob("labels/*/*.png"):
+        Image.fromarray(np.where(np.asarray(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
+    (tmp_path / "classes.txt").write_text("back\nobject\n")
+    assert main([str(tmp_path), "--out", str(tmp_path / "shards"), "--split", "train"]) == 0
+    told = capsys.readouterr().out
+    assert "images that have each of 2 classes: back 8, object 0" in told
+    assert "the maps hold 0, 255, of which 255 means no class (--void N), for instance 1 object" in told
+    assert Manifest.load(tmp_path / "shards", "train").findings["class that no image has"] == (1, ["object"])
+
+
+def test_a_number_without_a_class_loses_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CamVid has "Unlabelled" among its 12 names; as a class it would be learnt, and count in the mean IoU as 0."""
+    write_own(tmp_path)
+    command = [str(tmp_path), "--out", str(tmp_path / "shards"), "--void"]
+    assert main([*command, "256"]) == 2 and "0 to 255" in capsys.readouterr().err
+    for path in tmp_path.glob("labels/*/*.png"):
+        numbers = np.asarray(Image.open(path)).copy()
+        numbers[numbers == 255] = 3
+        Image.fromarray(numbers).save(path)
+    (tmp_path / "classes.txt").write_text("sky\nmeadow\nhouse\nUnlabelled\n")
+    assert main([*command, "3"]) == 0
+    assert "for instance 3 Unlabelled" in capsys.readouterr().out
+    reader = ShardReader(Manifest.load(tmp_path / "shards", "val"))
+    assert [one.name for one in reader.manifest.categories] == ["sky", "meadow", "house"]
+    truth = coco_dataset(reader)
+    assert measure_semantic(truth, truth["annotations"], per_category=True) == {
+        **{"semantic/mIoU": 1, "semantic/accuracy": 1},
+        **{f"semantic/IoU/{name}": 1 for name in ("sky", "meadow", "house")},
+    }
+    _, judged = read_train_and_test({"train": 8, "test": 4}, str(tmp_path / "shards"))
+    assert judged.classes == ("sky", "meadow", "house") and set(np.unique(judged.label(0))) <= {0, 1, 2, 255}
 
 
 def test_another_number_without_a_class(tmp_path: Path) -> None:

@@ -113,6 +113,31 @@ def test_lists_do_not_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
         read(path)
 
 
+@pytest.mark.parametrize(
+    "text", ["train: {}", "train: ../../private", "path: {}\ntrain: images", "val: [train/images, {}]"]
+)
+def test_a_description_does_not_lead_out_of_its_folder(tmp_path: Path, text: str) -> None:
+    """A stranger's data.yaml would take private photographs into shards."""
+    write_picture(tmp_path / "private/images/0.jpg")
+    path = write_yolo(tmp_path / "deep/mine")
+    path.write_text(text.format(tmp_path / "private") + "\nnames: [a]\n")
+    with pytest.raises(ValueError, match=r"data\.yaml.*private.* is outside of its folder .*copy the data\.yaml"):
+        read_yolo(path)
+    path.write_text(f"path: {path.parent}\ntrain: {path.parent}/train/images\nnames: [a, b, c]\n")
+    assert len(read(path)["images"]) == 5
+
+
+def test_a_split_that_is_not_there_is_noted(tmp_path: Path) -> None:
+    """Roboflow's exports name a test set even if there is none."""
+    path = write_yolo(tmp_path)
+    path.write_text(path.read_text() + "test: ../test/images\n")
+    train, val = read_yolo(path)
+    assert (train.name, val.name) == ("train", "val") and not val.odd
+    assert train.odd == {"split that it names without having it (not made)": (1, ["test: ../test/images"])}
+    with pytest.raises(ValueError, match=r"test: '\.\./test/images' does not exist"):
+        read_yolo(path, "test")
+
+
 def test_links_to_folders_and_pipes_are_no_images(tmp_path: Path) -> None:
     path = write_yolo(tmp_path / "mine")
     images = tmp_path / "mine/train/images"
@@ -120,8 +145,8 @@ def test_links_to_folders_and_pipes_are_no_images(tmp_path: Path) -> None:
     (images / "up").symlink_to(tmp_path)
     os.mkfifo(images / "pipe.jpg")
     assert len(read(path)["images"]) == 5
-    os.mkfifo(tmp_path / "pipe.txt")
-    path.write_text("train: ../pipe.txt\nnames: [a]\n")
+    os.mkfifo(tmp_path / "mine/pipe.txt")
+    path.write_text("train: pipe.txt\nnames: [a]\n")
     with pytest.raises(ValueError, match="not a regular file"):
         read(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ def test_as_transformers(share: float) -> None:
     """Every set of classes and masks, at both ends of the annealing."""
     torch.manual_seed(2)
     head, maps = _head(), _maps(grid=(5, 5))
-    found = head.train()(maps, KEYS, progress=1.0 - share, padded=False)
+    found = head.train()(maps, KEYS, progress=1.0 - share)
     theirs, sets = _theirs(head, head._tokens(maps)[:, QUERIES:].detach(), side=80, share=share), []
     predict = theirs.predict
     theirs.predict = lambda states: sets.append(predict(states)) or sets[-1]  # type: ignore[func-returns-value]
@@ -152,13 +153,14 @@ def test_padding_and_division_change_nothing() -> None:
     (small,), (large,) = _maps(1, grid=(3, 4), images=1), _maps(1, grid=(4, 6))
     large.features[1, :, :3, :4] = small.features[0]
     large.valid[1, 3:] = large.valid[1, :, 4:] = False
-    both = [Map(large.features, large.valid, torch.cat((large.prefix[:1], small.prefix)))]  # type: ignore[index, list-item]
+    both = Map(large.features, large.valid, torch.cat((large.prefix[:1], small.prefix)))  # type: ignore[index, list-item]
     progress = 0.5  # the first block without masks, one on the way, one with
     shares = [masked_share(block, BLOCKS, progress) for block in range(BLOCKS)]
     assert shares[0] == 0 < shares[1] < 1 == shares[2]
-    alone = head([small], KEYS[1:], progress, padded=False)
-    for padded in (True, None):
-        found = head(both, KEYS, progress, padded=padded)
+    alone = head([small], KEYS[1:], progress)
+    known = torch.tensor([[4.0, 6.0], [2.5, 3.5]], dtype=torch.float64)
+    for cells in (known, None):
+        found = head([replace(both, cells=cells)], KEYS, progress)
         torch.testing.assert_close(found.logits[:, 1], alone.logits[:, 0], rtol=1e-6, atol=1e-6)
         inside = found.masks[:, 1, :, :12, :16]
         torch.testing.assert_close(inside, alone.masks[:, 0], rtol=1e-6, atol=1e-6)
@@ -170,9 +172,9 @@ def test_draws_belong_to_key_and_block() -> None:
     torch.manual_seed(6)
     head, (one,) = _head(widths=[WIDTH]).train(), _maps(1, images=1)
     twice = [Map(one.features.repeat(2, 1, 1, 1), one.valid.repeat(2, 1, 1), one.prefix.repeat(2, 1, 1))]  # type: ignore[union-attr]
-    same, other = (head(twice, torch.tensor([7, key]), 0.5, False).logits for key in (7, 8))
+    same, other = (head(twice, torch.tensor([7, key]), 0.5).logits for key in (7, 8))
     torch.manual_seed(7)
-    again = head(twice, torch.tensor([7, 7]), 0.5, False).logits
+    again = head(twice, torch.tensor([7, 7]), 0.5).logits
     assert torch.equal(same, again) and torch.equal(other[:, 0], same[:, 0])
     torch.testing.assert_close(same[:, 1], same[:, 0], rtol=1e-12, atol=1e-12)
     assert (other[-1, 1] - same[-1, 1]).abs().max() > 1e-3
@@ -204,7 +206,7 @@ def test_recomputed_predictions_give_equal_gradients(monkeypatch: pytest.MonkeyP
         if patched:
             monkeypatch.setattr(PlainHead, "_predicted", PlainHead._predict)
         head.zero_grad()
-        found = head(maps, KEYS, 0.0, False)
+        found = head(maps, KEYS, 0.0)
         (found.masks.square().sum() + found.logits.square().sum()).backward()
         gradients.append({name: parameter.grad for name, parameter in head.named_parameters()})
     assert all(value is not None and torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())

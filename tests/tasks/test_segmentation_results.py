@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.tasks.cases import batch_of
 from visft_ds.data.samples import Batch
+from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.segmentation.head import SegmentationOutput
 from visft_ds.tasks.segmentation.loss import postprocess
 
@@ -83,7 +84,26 @@ def test_only_real_images() -> None:
     assert {result["image_id"] for result in results} == {2} and len(results) == 100
 
 
-def test_of_own_heads_the_largest_region_counts_by_its_quality() -> None:
+def test_a_perfect_mask_of_a_divided_object_has_a_perfect_score() -> None:
+    """A bus behind two poles: three pieces of equal size, of which none may be lost, under either labelling."""
+    mask = torch.zeros(64, 64)
+    polygons = []
+    for left in (4, 24, 44):
+        mask[16:48, left : left + 16] = 1
+        polygons.append([left, 16, left + 16, 16, left + 16, 48, left, 48])
+    annotation = {"image_id": 1, "category_id": 2, "bbox": [4, 16, 56, 32], "segmentation": polygons}
+    truth = {"images": [{"id": 1, "width": 64, "height": 64}], "annotations": [annotation]}
+    truth["categories"] = [{"id": 1, "name": "car"}, {"id": 2, "name": "bus"}]
+    logits = torch.tensor([[[[-20.0, 20.0, -20.0]]]])
+    batch = _show((64, 64), (64, 64), (64, 64))
+    for labelling in ("contiguous", "published"):
+        output = SegmentationOutput(logits, (mask * 2 - 1)[None, None, None] * 20, labelling)  # type: ignore[arg-type]
+        classes = (1, 2) if labelling == "contiguous" else (2,)  # there the first one has no class
+        results = postprocess(output, batch, classes)
+        assert coco_average_precision(truth, results, masks=True)["mask/AP"] == pytest.approx(1.0), labelling
+
+
+def test_a_mask_of_own_heads_counts_by_its_quality() -> None:
     """Two regions in the first mask, of 2 and 6 cells; none in the second."""
     output = _scene((4, 6), queries=2)
     output.masks[:] = -1
@@ -92,9 +112,10 @@ def test_of_own_heads_the_largest_region_counts_by_its_quality() -> None:
     batch = _show((4, 6), (4, 6), (4, 6))
     result, *less = postprocess(output, batch)
     assert all(one["segmentation"] == result["segmentation"] and one["score"] <= result["score"] for one in less)
-    assert result["bbox"] == [3, 2, 3, 2] and coco_mask.area(result["segmentation"]) == 6
+    assert result["bbox"] == [0, 0, 6, 4] and coco_mask.area(result["segmentation"]) == 8
     best = float(output.logits[0, 0, 0].softmax(-1)[:-1].max())
-    assert result["score"] == pytest.approx(best * torch.tensor(1.0).sigmoid().item(), rel=1e-5)
+    quality = (2 / (1 + math.exp(-3)) + 6 / (1 + math.exp(-1))) / 8
+    assert result["score"] == pytest.approx(best * quality, rel=1e-5)
     assert postprocess(output, batch, threshold=0.9 * best) == []
 
 

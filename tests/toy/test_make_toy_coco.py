@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from visft_ds.toy.coco import SPLITS, describe, main, write_toy_coco
-from visft_ds.toy.scenes import CATEGORIES, NAMES, STYLES, draw_scene, rasterise, style_of, trace
+from visft_ds.toy.scenes import CATEGORIES, NAMES, STYLES, Style, draw_scene, rasterise, style_of, trace
 
 # The oracle's own decode() under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -106,18 +107,26 @@ def test_shapes_that_are_left_out_never_come() -> None:
             style_of("a", "even", names)
 
 
-def test_style_c_shares_neither_colours_nor_textures_nor_grounds() -> None:
-    for other in ("a", "b"):
-        for name in ("colours", "textures", "backgrounds", "background_colours"):
-            assert not set(getattr(STYLES["c"], name)) & set(getattr(STYLES[other], name)), (other, name)
+def test_drawn_styles_share_no_pattern_with_style_a() -> None:
+    """They are for judging what was trained on style a; a number always draws the same style."""
+    seen = [style_of(str(number), "even") for number in range(8)]
+    for style in seen:
+        assert not set(style.textures) & set(STYLES["a"].textures)
+        assert not set(style.backgrounds) & set(STYLES["a"].backgrounds)
+        assert len(set(style.colours.values())) == len(CATEGORIES)
+    assert len({style.textures for style in seen}) > 4 and len({style.period for style in seen}) == 8
+    assert seen[3] == style_of("3", "even")
+    for wrong in ("-1", "c", "1.5", "\u0663"):
+        with pytest.raises(ValueError, match="a number"):
+            style_of(wrong, "even")
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_masks_are_the_drawn_pixels(style: str) -> None:
+@pytest.mark.parametrize("style", [*STYLES.values(), replace(style_of("11", "usual"), grain=0.0)])
+def test_masks_are_the_drawn_pixels(style: Style) -> None:
     """Against the same ground without shapes: what changed is what is marked, up to the soft edge."""
     for seed in range(8):
-        scene = draw_scene(np.random.default_rng(seed), STYLES[style], 112, 112)
-        bare = draw_scene(np.random.default_rng(seed), STYLES[style], 112, 112, max_shapes=0).image.astype(int)
+        scene = draw_scene(np.random.default_rng(seed), style, 112, 112)
+        bare = draw_scene(np.random.default_rng(seed), style, 112, 112, max_shapes=0).image.astype(int)
         change = np.abs(scene.image.astype(int) - bare).max(axis=2)
         marked = np.zeros((112, 112), dtype=bool)
         for shape in [*scene.shapes, *([scene.crowd] if scene.crowd else [])]:

@@ -24,6 +24,7 @@ from visft_ds import Callback, FitResult, evaluate, fit
 from visft_ds.interop.heads import open_head
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.resilience.stop import Stop
+from visft_ds.run.evaluation import Measured
 
 #: Of torch and DeepSpeed, at their first use in a process.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
@@ -148,16 +149,31 @@ def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None
     assert written.metrics == found.metrics and (tmp_path / "numbers" / "metrics.json").is_file()
 
 
-def test_ctrl_c_stops_after_the_step_and_the_same_call_goes_on(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)  # not Python's own where the tests run in the background
+def full(*_: object) -> None:
+    raise OSError("no room")
+
+
+def test_ctrl_c_stops_after_the_step_and_the_same_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = signal.getsignal(signal.SIGINT)  # not Python's own where the tests run in the background
     told = Told(at=1, does=lambda: signal.raise_signal(signal.SIGINT))
     stopped = stage1(tmp_path, told)
     assert (stopped.finished, stopped.step) == (False, 2) and told.saves == [(2, True)]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is handler
+    began = json.loads((tmp_path / "run.json").read_text())["started"]
+    monkeypatch.setattr("time.strftime", lambda form: "later")
     told = Told()
     assert stage1(tmp_path, told).finished and told.steps == [3]
+    assert json.loads((tmp_path / "run.json").read_text())["started"] == began
+
+    names = ("run.json", "export/export.json", "export/detection.safetensors")
+    before = {name: (tmp_path / name).stat() for name in names}
+    with monkeypatch.context() as failing:
+        failing.setattr("visft_ds.train.print_start", full)
+        with pytest.raises(OSError, match="no room"):
+            stage1(tmp_path)
     again = stage1(tmp_path)
     assert again.finished and again.step == STEPS and again.metrics["loss/loss"] > 0, "known without a step"
+    assert {name: (tmp_path / name).stat() for name in names} == before, "nothing was left to do"
 
 
 def test_an_error_of_a_callback_is_raised_and_the_process_can_train_again(tmp_path: Path) -> None:
@@ -203,11 +219,12 @@ def test_an_error_of_the_main_process_ends_the_others(tmp_path: Path) -> None:
 def test_a_signal_before_the_last_evaluation_leaves_that_to_the_next_call(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The steps are done and exported; a scheduler that sent the signal is asked to come again."""
+    """The steps are done; launchers kill 30 s after a signal, so that nothing is exported or predicted any more."""
     told = Told(STEPS, lambda: signal.raise_signal(signal.SIGUSR1))
     more = {"visft.run.eval_every": STEPS, "visft.data.val": "train"}
     ended = stage1(tmp_path / "run", told, **more)
-    assert ended.finished and ended.step == STEPS and ended.stopped is Stop.SIGUSR1 and ended.export.is_dir()
+    assert not ended.finished and ended.step == STEPS and ended.stopped is Stop.SIGUSR1
+    assert not (ended.export / "export.json").exists()
     out = capfd.readouterr().out
     assert f"stopped after step {STEPS} (signal SIGUSR1); the same command continues" in out
     assert told.evaluations == []
@@ -215,6 +232,30 @@ def test_a_signal_before_the_last_evaluation_leaves_that_to_the_next_call(
         again = Told()
         ended = stage1(tmp_path / "run", again, **more)
         assert ended.finished and not ended.stopped and [step for step, _ in again.evaluations] == evaluated
+        assert (ended.export / "export.json").is_file()
+        assert capfd.readouterr().out.count("on training images") == 2 * len(evaluated)
+
+
+@pytest.mark.slow
+def test_a_signal_while_numbers_are_measured_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The export waits for the numbers that choose it; the next call measures again and exports the same."""
+
+    def slow(*_: object, **__: object) -> Measured:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert released.wait(600)
+        return {}, []
+
+    released = threading.Event()
+    more = {"visft.run.eval_every": STEPS, "visft.run.save_every": STEPS, "visft.run.keep_best": "box/AP50"}
+    monkeypatch.setattr("visft_ds.run.evaluation._PATIENCE", 0.1)
+    with monkeypatch.context() as held:
+        held.setattr("visft_ds.run.evaluation.measure", slow)
+        ended = stage1(tmp_path, **more)
+    released.set()
+    assert not ended.finished and ended.stopped is Stop.SIGTERM and not (ended.export / "export.json").exists()
+    told = Told()
+    ended = stage1(tmp_path, told, **more)
+    assert ended.finished and not ended.stopped and [step for step, _ in told.evaluations] == [STEPS]
 
 
 def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from visft_ds.checkpoint.format import Checkpoint, explained, newest_checkpoint, open_checkpoint
-from visft_ds.config.preflight import EXPORT_RECORD_FILE
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import TaskConfig
 from visft_ds.interop.adapter import Adapter
@@ -71,7 +70,6 @@ def begin_export(folder: Path, prepared: PreparedModel, vocabulary: Vocabulary |
     (a published one) has none, get those of `vocabulary`. Main process only. Raises OSError: a full disk.
     """
     with explained("what the run does not train", folder, "The same command continues"):
-        (folder / EXPORT_RECORD_FILE).unlink(missing_ok=True)
         if prepared.base.drawn:
             save_base(prepared.base, prepared.module.backbone, folder / BACKBONE_FILE)
         for task, head in prepared.heads.items():

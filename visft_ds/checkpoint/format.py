@@ -2,14 +2,14 @@
 
     <run>/checkpoints/step_00000500/parameters.safetensors   fp32 values, by qualified name
                                     moments.safetensors      "exp_avg/<name>", "exp_avg_sq/<name>"
-                                    state.json               step, fingerprints, sha256 of the files and of itself
+                                    state.json               step, settings, fingerprints, sha256 of files and itself
 
 A checkpoint appears under its name only when every byte is on disk: written as step_N.tmp, state.json last, synced,
 renamed. One of the same step that stood there is step_N.old until then, and still counts. A folder step_N.tmp never
 does: it is half written or half deleted, and the next save removes it. Each change goes through one function of `os`: a
 test ends the process, fills the disk or cuts the power at every one.
 Base weights are not stored; their sha256 is. Nor are generators of random numbers: every step draws from
-(seed, step, rank), and the seed is in the fingerprint of the configuration. The step is also the position in the data.
+(seed, step, rank), and the seed is among the settings. The step is also the position in the data.
 """
 
 from __future__ import annotations
@@ -19,20 +19,26 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.resolve import differences
 from visft_ds.data.fetch import sha256_of
 from visft_ds.files import read_bytes, reading, sync_folder
 from visft_ds.interop.weights import Lazy, Weights, open_weights, safetensors_pieces
 from visft_ds.parallel.state import MOMENTS, EngineState
+from visft_ds.resilience.errors import does_not_answer, retold
 
 _PARAMETERS, _MOMENTS, _STATE = "parameters.safetensors", "moments.safetensors", "state.json"
+#: Name in an identity: the settings, by dotted key, that must be equal for a resume.
+SETTINGS = "settings"
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")
 _CHANGED = "content does not match its sha256; the file was changed or damaged"
 
@@ -61,13 +67,13 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: EngineState, identity: Mapping[str, str], header: Mapping[str, str] | None = None
+    folder: Path, step: int, state: EngineState, identity: Mapping[str, Any], header: Mapping[str, str] | None = None
 ) -> Path:
     """Write one checkpoint; returns its folder when it is on disk. Main process only.
 
     Args:
         folder: <run>/checkpoints.
-        identity: what must be equal for a resume, e.g. {"configuration": ..., "data": ..., "base weights": ...}.
+        identity: what must be equal for a resume, e.g. {"data": ..., "base weights": ..., SETTINGS: ...}.
         header: metadata of the file of values, which describe the heads in it.
 
     Raises:
@@ -81,7 +87,7 @@ def save_checkpoint(
     try:
         with explained(f"the checkpoint of step {step}", folder, kept):
             folder.mkdir(parents=True, exist_ok=True)
-            _tidy(folder)
+            _tidy(folder, temporary)
             os.mkdir(temporary)
             for name, tensors, metadata in ((_PARAMETERS, state.parameters, header or {}), (_MOMENTS, moments, {})):
                 pieces = safetensors_pieces({key: Lazy.of(one) for key, one in tensors.items()}, metadata)
@@ -104,9 +110,23 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint: renamed to step_N.tmp first, so that half of it never counts."""
-    os.replace(path, path.with_suffix(".tmp"))
-    shutil.rmtree(path.with_suffix(".tmp"))
+    """Delete a checkpoint: renamed to step_N.tmp first, so that half of it never counts.
+
+    One that cannot be deleted, such as one that another process reads on NFS, costs no run: a warning is printed, and
+    the next save tries again.
+    """
+    with _warning(path):
+        os.replace(path, path.with_suffix(".tmp"))
+        shutil.rmtree(path.with_suffix(".tmp"))
+
+
+@contextmanager
+def _warning(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        text = f"warning: {path} cannot be deleted ({error}); the next save tries again"
+        print(text, file=sys.stderr, flush=True)
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -142,18 +162,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, record["step"], record)
 
 
-def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
-    """Raise ValueError, naming each difference, for a checkpoint of another configuration, data set or base model."""
-    recorded = checkpoint.record["identity"]
-    other = [
-        f"  {name}: this run {identity.get(name)}, the checkpoint {recorded.get(name)}\n"
-        for name in sorted(recorded.keys() | identity.keys())
-        if recorded.get(name) != identity.get(name)
-    ]
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str], config: ResolvedConfig) -> None:
+    """Raise ValueError, naming each difference, for a checkpoint of other settings, another data set or base model.
+
+    Args:
+        identity: what it must have been made with, beside the settings.
+        config: of the run that wants to continue from it.
+    """
+    recorded = dict(checkpoint.record["identity"])
+    with reading(checkpoint.path / _STATE, "the state of a checkpoint of this release"):
+        other = differences(recorded.pop(SETTINGS), config)
+    for name in sorted(recorded.keys() | identity.keys()):
+        if recorded.get(name) != identity.get(name):
+            other.append(f"{name}: {recorded.get(name)} -> {identity.get(name)}")
     if other:
+        lines = "".join(f"  {line}\n" for line in other)
         raise ValueError(
-            f"{checkpoint.path} belongs to another run:\n{''.join(other)}choose another --out, or give the settings of "
-            "that run (its resolved configuration is in run.json)"
+            f"{checkpoint.path} belongs to another run (the checkpoint -> this run):\n{lines}choose another --out, or "
+            "give the settings of that run (its resolved configuration is in run.json)"
         )
 
 
@@ -164,7 +190,8 @@ def explained(what: str, folder: Path, then: str) -> Iterator[None]:
         yield
     except OSError as error:
         free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB free" if folder.is_dir() else "no such folder"
-        raise OSError(f"{what} cannot be written to {folder} ({free}): {error.strerror or error}. {then}") from error
+        text = f"{what} cannot be written to {folder} ({free}): {error.strerror or error}. {then}"
+        raise retold(text, away=does_not_answer(error)) from error
 
 
 def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
@@ -201,10 +228,11 @@ def _publish(temporary: Path, final: Path) -> None:
         delete_checkpoint(replaced)
 
 
-def _tidy(folder: Path) -> None:
-    """Remove or put back what a process left that was killed while it saved."""
+def _tidy(folder: Path, needed: Path) -> None:
+    """Remove or put back what a process left that was killed while it saved. Raises OSError if `needed` stays."""
     for path in folder.glob("step_*.tmp"):
-        shutil.rmtree(path)
+        with nullcontext() if path == needed else _warning(path):
+            shutil.rmtree(path)
     for path in folder.glob("step_*.old"):
         if path.with_suffix("").exists():
             delete_checkpoint(path)

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class Saver(AbstractContextManager["Saver"]):
     """Saves of one run; a context manager that lets none get lost at the end."""
 
     folder: Path  #: <run>/checkpoints
-    identity: Mapping[str, str]  #: see `save_checkpoint`
+    identity: Mapping[str, Any]  #: see `save_checkpoint`
     retention: Retention
     to_be_judged: Callable[[int], bool] = lambda step: False  #: see `Retention.obsolete`
     saved: int = 0  #: step of the newest checkpoint, on disk as far as this rank knows

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -20,7 +19,7 @@ from visft_ds.config.fields import nearest
 from visft_ds.config.schema import INSTEAD, OURS, OptimizerConfig, Recipe, SchedulerConfig, VisftConfig, complete
 from visft_ds.files import read_bytes, reading
 from visft_ds.redaction import SECRET, redacted_values
-from visft_ds.tasks import config_class, entries
+from visft_ds.tasks import entries
 
 AnyPath = str | os.PathLike[str]  #: a path as users give it
 #: ds_configs/: beside the package in a checkout, inside of it where it was installed from a wheel.
@@ -37,6 +36,8 @@ NOT_IDENTITY = (
     *("visft.model.compile", "visft.shared.micro_batch", "visft.tasks.*.micro_batch", "visft.tasks.*.decoding.*"),
     "visft.tasks.*.vocabulary.file",
 )
+#: How the problem of a key begins that no schema has.
+_UNKNOWN = "unknown key"
 #: Dotted key -> (value, the flag or other reason that sets it).
 Flags = dict[str, tuple[Any, str]]
 
@@ -60,19 +61,81 @@ class ResolvedConfig:
         plain: dict[str, Any] = {"gradient_clipping": self.gradient_clipping}
         for key in ("optimizer", "scheduler", "visft"):
             plain[key] = getattr(self, key).model_dump(mode="json")
-        tasks = plain["visft"]["tasks"].items()  # of those that are off the published ones: a new task changes nothing
-        plain["visft"]["tasks"] = {n: task for n, task in tasks if task is not None or config_class(n).published}
+        tasks = plain["visft"]["tasks"].items()
+        plain["visft"]["tasks"] = {name: task for name, task in tasks if task is not None}  # null and absent are one
         return {**copy.deepcopy(dict(self.deepspeed)), **plain}
 
     def identity(self) -> dict[str, Any]:
         """Dotted key -> value of everything that must be equal to resume a run (all but `NOT_IDENTITY`)."""
-        values = self.to_dict()
-        flat = flatten({key: values[key] for key in OURS})
-        return {key: value for key, value in flat if not any(fnmatch.fnmatch(key, glob) for glob in NOT_IDENTITY)}
+        return identity_of(self.to_dict())
 
-    def fingerprint(self) -> str:
-        """SHA-256 of `identity()`, hexadecimal."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`ResolvedConfig.identity` of a configuration as `to_dict` gives it, also as an earlier release gave it."""
+    flat = flatten({key: values[key] for key in OURS})
+    return {key: value for key, value in flat if not any(fnmatch.fnmatch(key, glob) for glob in NOT_IDENTITY)}
+
+
+def differences(there: Mapping[str, Any], config: ResolvedConfig) -> list[str]:
+    """Settings in which a run differs from one that is to continue, a line each: those of both first.
+
+    A key that the release of that run did not have yet is compared with its default.
+
+    Args:
+        there: `identity` of the run that is to continue.
+    """
+    here = config.identity()
+    in_both = [key for key in sorted(there.keys() & here.keys()) if there[key] != here[key]]
+    lines = [f"{key}: {json.dumps(there[key])} -> {json.dumps(here[key])}" for key in in_both]
+    new = here.keys() - there.keys()
+    defaults = _defaults(config, new)
+    named = dict[str, str]()  # in order, each once
+    for key in sorted(new):
+        if key in defaults:
+            if defaults[key] != here[key]:
+                named[key] = f"{key}: {json.dumps(defaults[key])} (its default) -> {json.dumps(here[key])}"
+            continue
+        whole = _whole_part(key, there)
+        value = json.dumps(here[key]) if whole == key else "(set)"
+        named[whole] = f"{whole}: (absent) -> {value}"
+    for key in sorted(there.keys() - here.keys()):
+        if there[key] is not None:
+            whole = _whole_part(key, here)
+            value = json.dumps(there[key]) if whole == key else "(set)"
+            named[whole] = f"{whole}: {value} -> (absent)"
+    return [*lines, *named.values()]
+
+
+def _whole_part(key: str, other: Mapping[str, Any]) -> str:
+    """The shortest beginning of a dotted key with nothing below it in `other`, such as a task that is off."""
+    parts = key.split(".")
+    beginnings = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return next((one for one in beginnings if not any(f"{name}.".startswith(f"{one}.") for name in other)), key)
+
+
+def _defaults(config: ResolvedConfig, keys: Collection[str]) -> dict[str, Any]:
+    """Identity of the configuration without some keys: what they are where nobody states them; empty if one must be."""
+    if not keys:
+        return {}
+    try:
+        return resolve(whole=(_without(config.to_dict(), keys), "the configuration")).identity()
+    except ValueError:
+        return {}
+
+
+_GONE = object()
+
+
+def _without(value: Any, keys: Collection[str], prefix: str = "") -> Any:
+    """Nested values without some dotted keys, and without what became empty by that (`_GONE`)."""
+    if not isinstance(value, dict | list):
+        return _GONE if prefix[:-1] in keys else value
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    left = {key: _without(nested, keys, f"{prefix}{key}.") for key, nested in pairs}
+    left = {key: nested for key, nested in left.items() if nested is not _GONE}
+    if value and not left:
+        return _GONE
+    return left if isinstance(value, dict) else list(left.values())
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -292,7 +355,7 @@ def problems(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple[
         elif one["type"] == "extra_forbidden":
             for part in location[:-1]:
                 section = section if part.isdigit() else next(models_in(section.model_fields[part].annotation))
-            yield key, f"unknown key{nearest(location[-1], section.model_fields)}"
+            yield key, f"{_UNKNOWN}{nearest(location[-1], section.model_fields)}"
         elif one["type"] == "missing":
             yield key, f"missing; state it in a file or with --set {key}=VALUE"
         else:
@@ -303,6 +366,8 @@ def _line(tree: Tree, key: str, problem: str) -> str:
     """`key = value (source): problem`."""
     if (source := tree.source(key)) is None or problem.startswith("missing;"):
         return f"{key}: {problem}"
+    if problem.startswith(_UNKNOWN):  # whose value may be a secret, whatever it is called
+        return f"{key} ({source}): {problem}"
     given = "***" if SECRET.fullmatch(key.rpartition(".")[2]) else tree.value(key)
     return f"{key} = {shorten(given)} ({source}): {problem}"
 

@@ -26,6 +26,11 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 Root = Annotated[Text, AfterValidator(refuse_secrets)]  #: folder or URL of shards
 
 
+#: AdamW moves every weight by about the learning rate in each step, and weights are hardly ever above 1.
+_MOST_LR = 1.0
+_TOO_FAST = "must be at most 1: AdamW moves every weight by about the learning rate in each step"
+
+
 class OptimizerParams(StrictModel):
     """Settings of AdamW; a parameter group may set its own lr and weight_decay."""
 
@@ -33,6 +38,11 @@ class OptimizerParams(StrictModel):
     weight_decay: Rate
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     eps: Above = 1e-8
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """A learning rate with which nothing can be learnt."""
+        if self.lr > _MOST_LR:
+            yield "lr", _TOO_FAST
 
 
 class OptimizerConfig(StrictModel):
@@ -83,7 +93,6 @@ class ModelConfig(StrictModel):
     #: activations that the backward pass recomputes (gradient checkpointing); auto: the fastest choice that fits
     recompute: Literal["auto", "none", "mlp", "block"] = "auto"
     kernels: Literal["library", "triton"] = "library"  #: of LoRA; triton: a fused kernel (docs/memory-and-speed.md)
-    packed: bool = False  #: pack images of different sizes without padding (docs/memory-and-speed.md)
     #: compute float32 matrix products and convolutions in TF32 on GPUs; auto: in bf16 and fp16 runs
     tf32: Literal["auto", True, False] = "auto"
     compile: Literal["none", "blocks"] = "none"  #: blocks: with torch.compile
@@ -169,6 +178,11 @@ class ParamGroup(StrictModel):
     lr: Rate | None = None
     weight_decay: Rate | None = None
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """As of the optimizer."""
+        if self.lr is not None and self.lr > _MOST_LR:
+            yield "lr", _TOO_FAST
+
     def globs(self) -> tuple[str, ...]:
         """The globs, one by one."""
         return tuple(glob.strip() for glob in self.params.split(","))
@@ -205,7 +219,7 @@ class VisftConfig(StrictModel):
     tasks: TasksConfig
     shared: SharedConfig | None = None  #: needed in mode "shared" only
     heads: HeadsConfig = HeadsConfig()
-    anchor: AnchorConfig = Field(AnchorConfig(), exclude_if=lambda anchor: anchor == AnchorConfig())
+    anchor: AnchorConfig = AnchorConfig()
     start: StartConfig | None = None  #: null: new adapters, and new heads or those of visft.heads
     data: DataConfig = DataConfig()
     features: FeaturesConfig | None = None  #: null: a new flip, crop and size in every epoch, and no cache
@@ -218,7 +232,7 @@ class VisftConfig(StrictModel):
         if model.compile != "none" and model.kernels == "triton":
             yield "model.compile", "must be none with visft.model.kernels = triton: the compiler makes its own kernels"
         shape = [f"overrides.{name}" for name in model.overrides.model_dump(exclude_none=True) if name != "image_size"]
-        used = {"recompute": model.recompute == "mlp", "packed": model.packed, "compile": model.compile != "none"}
+        used = {"recompute": model.recompute == "mlp", "compile": model.compile != "none"}
         of_timm = model.preset.startswith(TIMM)
         for key in [*shape, *(key for key, is_used in used.items() if is_used)] if of_timm else ():
             yield f"model.{key}", f"is for EVA backbones; {model.preset} does not take it"
@@ -339,19 +353,23 @@ class Recipe(StrictModel):
             yield "zero_optimization.stage", "must be 1 with a pipeline: 2 and 3 are refused, 0 clips stage by stage"
         if piped and zero.overlap_comm:
             yield "zero_optimization.overlap_comm", "must be false with a pipeline"
-        if piped and model.packed:
-            yield "visft.model.packed", "must be false with a pipeline"
-        if visft.anchor != AnchorConfig() and (piped or model.packed or visft.lora is None):
-            yield "visft.anchor", "is for stage 2 with visft.lora, without a pipeline and visft.model.packed"
-        plain = any(getattr(task.head, "type", "") == "plain" for task in visft.tasks.enabled().values())
-        if piped and (plain or len(model.layers) > 1):
+        if visft.anchor != AnchorConfig() and (piped or visft.lora is None):
+            yield "visft.anchor", "is for stage 2 with visft.lora, without a pipeline"
+        types = {getattr(task.head, "type", "") for task in visft.tasks.enabled().values()}
+        if piped and ("plain" in types or len(model.layers) > 1):
             yield "visft.model.layers", "several blocks, and plain heads, are not for a pipeline: use --engine zero3"
+        if piped and "linear" in types:
+            yield (
+                "visft.tasks.semantic",
+                "its linear head, which measures the features before the first step, is not for a pipeline: "
+                "use --engine zero1 or zero3",
+            )
         if piped and model.preset.startswith(TIMM):
             yield "visft.model.preset", "timm's models have no stages: use --engine zero0, zero1, zero2 or zero3"
         if model.compile != "none" and zero.stage == 3:
             yield "visft.model.compile", "must be none with ZeRO-3, which gathers weights in Python: use --engine zero2"
-        if visft.features is not None and (visft.stage == 2 or model.packed or piped or zero.stage == 3):
-            yield "visft.features", "must be null in stage 2, with visft.model.packed, with a pipeline and with ZeRO-3"
+        if visft.features is not None and (visft.stage == 2 or piped or zero.stage == 3):
+            yield "visft.features", "must be null in stage 2, with a pipeline and with ZeRO-3"
         if self.scheduler.params.total_num_steps is None and visft.updates() is None:
             yield "scheduler.params.total_num_steps", "missing: state it, or visft.tasks.<task>.updates of every task"
 

@@ -5,13 +5,13 @@ The settings of each task stand in its folder, `visft_ds/tasks/<task>/config.py`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
-from visft_ds.config.fields import Above, Fraction, Positive, Sides, StrictModel, Text
+from visft_ds.config.fields import Above, Ascending, Fraction, Positive, Sides, StrictModel, Text
 
 Findings = Mapping[str, Sequence[Any]]  #: what was odd: kind -> (how often, examples)
 #: An image's caption to learn from: one drawn anew each time, or always the first.
@@ -54,6 +54,12 @@ class Stream:
     def largest_side(self) -> int:
         """Side in pixels of the largest square among the training images."""
         return int(self.image.get("fixed_size") or self.image.get("size") or self.image["max_long"])
+
+    def alike(self, *, train: bool = True) -> bool:
+        """True if all images have one size: squares; or, in training alone where there is `eval_short`, crops."""
+        if self.image.get("fixed_size") is not None:
+            return True
+        return "size" in self.image and (train or "eval_short" not in self.image)
 
 
 class StreamConfig(StrictModel):
@@ -120,6 +126,16 @@ class TasksConfig(StrictModel):
         return next(found, None)
 
 
+#: Smallest and largest side of a random crop, in parts of the image's; null: none.
+Zoom = Annotated[tuple[Above, Above], Ascending] | None
+
+
+def idle_zoom(zoom: tuple[float, float] | None, fixed_size: int | None) -> Iterator[tuple[str, str]]:
+    """The contradiction of a zoom of images that are not squares, which have crops or sizes of their own."""
+    if zoom is not None and fixed_size is None:
+        yield "zoom", "is for squares: set fixed_size, their side in pixels, or leave zoom null"
+
+
 class SharedImage(StrictModel):
     """Geometry that all tasks share, and what their targets need; sizes in pixels."""
 
@@ -129,10 +145,14 @@ class SharedImage(StrictModel):
     eval_short: Positive = 800
     eval_max_long: Positive = 672
     fixed_size: Positive | None = None  #: side of a square for training and evaluation instead of the sizes above
-    zoom: tuple[Above, Above] | None = None  #: with fixed_size: sides of a random crop, in parts of the image's
+    zoom: Zoom = None  #: with fixed_size: smallest and largest side of a random crop, in parts of the image's
     mask_stride: Positive = 4  #: pixels per cell of a target mask
     caption_choice: CaptionChoice = "random"  #: caption to train on: a new "random" one each time, or the "first"
-    max_words: Positive = 50  #: longer captions are cut
+    max_words: Positive = 50  #: longer captions are left out
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """A zoom that nothing would read."""
+        yield from idle_zoom(self.zoom, self.fixed_size)
 
 
 class SharedConfig(StreamConfig):

@@ -1,25 +1,19 @@
-"""Samples as training reads them.
-
-The label of a sample is the JSON file beside each image in a shard:
-{"image_id": 139, "file_name": "000000000139.jpg", "width": 640, "height": 426,
- "annotations": [{"id": 1, "bbox": [x, y, width, height], "category_id": 64, "iscrowd": 0, "area": 531.8,
-                  "segmentation": [[x, y, x, y, ...], ...] or {"size": [height, width], "counts": ...}}, ...],
- "captions": ["A room with a table.", ...]}
-"""
+"""Samples as training reads them; `data/labels.py` says what their labels are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import orjson
 
 from visft_ds.data.decode import decode_image
+from visft_ds.data.labels import parse_label
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import DamagedSample, Role, ShardReader
 from visft_ds.data.transforms import Op
+from visft_ds.files import reading
 
 
 class _Transform(Protocol):
@@ -39,6 +33,7 @@ def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:
 
     Raises:
         DamagedSample: bytes that are not those of the index, or no image; names shard, key and offset.
+        ValueError: a label of the wrong form, by its shard and sample.
     """
     row = reader.manifest.index[index]
     image_file, label_file = reader.read(index, role)
@@ -50,14 +45,14 @@ def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:
             raise DamagedSample(f"{reader.describe(index)} cannot be decoded: {error}") from error
         if image.shape[:2] != size:
             raise DamagedSample(f"{reader.describe(index)} has {image.shape[:2]} pixels, not {size} as in the index")
-    label: Mapping[str, Any] = orjson.loads(label_file) if label_file is not None else {}
+    label = {"annotations": (), "captions": ()} if label_file is None else _label(reader, index, label_file)
     return RawSample(
         index=index,
         image_id=int(row["image_id"]),
         size=size,
         image=image,
-        annotations=label.get("annotations", ()),
-        captions=label.get("captions", ()),
+        annotations=label["annotations"],
+        captions=label["captions"],
     )
 
 
@@ -80,6 +75,13 @@ def caption_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -
 
 
 def labels_of_split(reader: ShardReader, indices: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
-    """The labels of all samples, or of some."""
+    """The labels of all samples, or of some. Raises as `read_raw`."""
     for index in range(len(reader)) if indices is None else indices:
-        yield orjson.loads(reader.read(index, "labels")[1] or b"")
+        yield _label(reader, index, reader.read(index, "labels")[1] or b"")
+
+
+def _label(reader: ShardReader, index: int, data: bytes) -> dict[str, Any]:
+    row = reader.manifest.index[index]
+    with reading(reader.describe(index), "a label"):
+        size = int(row["height"]), int(row["width"])
+        return parse_label(data, int(row["image_id"]), size, reader.manifest.category_ids)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from visft_ds.files import MAX_PIXELS, open_image
+from visft_ds.files import MAX_PIXELS, check_scans, open_image
 
 _JPEG = b"\xff\xd8\xff"
 
@@ -14,17 +14,18 @@ _JPEG = b"\xff\xd8\xff"
 def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
     """Decode a picture: JPEG by simplejpeg, any other of `files.FORMATS` by Pillow.
 
-    Grey, palette, 16-bit and CMYK pictures become RGB; transparency is dropped. EXIF orientation is not applied: shards
-    hold the pixels that the labels fit. Cut files are errors, never half-grey images.
+    Pictures of every kind become RGB as `open_image` says. EXIF orientation is not applied: shards hold the pixels that
+    the labels fit. Cut files are errors, never half-grey images.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        ValueError: no picture, damaged, or of more than `files.MAX_PIXELS` pixels.
+        ValueError: no picture, damaged, of more than `files.MAX_PIXELS` pixels, or a JPEG of hundreds of scans.
     """
     if not data.startswith(_JPEG):
-        return np.array(open_image(data, upright=False))
+        return np.array(open_image(data, upright=False, quiet=True))
+    check_scans(data)
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     if not 0 < height * width <= MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels; allowed are 1 to {MAX_PIXELS:,} in all")

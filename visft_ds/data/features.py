@@ -9,6 +9,7 @@ Shape letters: h w patch grid, D width, P tokens.
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from visft_ds.files import reading
+from visft_ds.files import reading, sync_folder
 from visft_ds.ops import to_device
 
 #: Changes when the same image, geometry and weights would give other features, or a file has another form.
-VERSION = "3"
+VERSION = "4"
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,14 @@ class FeatureCache:
 
 
 def _write(path: Path, data: bytes) -> None:
+    """Write a file that is whole or not there, also after a power cut. Any number of processes may write the same."""
     temporary = path.with_name(f".{uuid.uuid4().hex}")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

@@ -5,8 +5,10 @@ Protocols, credentials and connections are fsspec's and its packages'.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +24,14 @@ from visft_ds.redaction import redacted
 
 #: Protocol of a URL -> the package that implements it.
 _PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "memory": ""}
-_ATTEMPTS, _PAUSE = 4, 1.0  # seconds, doubled each time
+#: Seconds between attempts at a server that does not answer: five minutes in all.
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
+#: A pause from here on is announced.
+_LONG_PAUSE = 4.0
+#: Attempts at a file that arrives, but is another one than its manifest says.
+_ATTEMPTS = 4
+#: What the operating system says of this machine's own disk, whatever the server does.
+_OWN_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _TIMEOUT = 60.0  # seconds without a byte
 
 
@@ -72,7 +81,8 @@ class RemoteFolder:
 
         Raises:
             ValueError: the file is not there, or not what the manifest says.
-            OSError: the server failed repeatedly.
+            TimeoutError: the server did not answer for minutes.
+            OSError: this machine's disk is full.
         """
         folder = Path(self.cache.folder or "~/.cache/visft/shards").expanduser()
         path = folder / f"{sha256}{Path(name).suffix}"
@@ -122,22 +132,34 @@ class RemoteFolder:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT)
             options = {"client_kwargs": {"timeout": timeout}}
         where = f"{redacted(self.url)}/{name}"
-        for attempt in range(_ATTEMPTS):
+        for attempt, pause in enumerate((*_PAUSES, 0.0), 1):
             try:
                 filesystem, source = fsspec.url_to_fs(self.url, **options)
                 filesystem.get_file(f"{source}/{name}", str(target))
             except Exception as error:  # noqa: BLE001  every protocol's package has errors of its own
-                said, status = redacted(f"{type(error).__name__} {error}"), getattr(error, "status", 0)
-                if isinstance(error, FileNotFoundError | PermissionError) or status in (401, 403):
-                    raise ValueError(f"{where} cannot be read: {said}") from None
-                if attempt + 1 == _ATTEMPTS:
-                    raise OSError(f"{where} failed {_ATTEMPTS} times, the last time by {said}") from None
+                said = _said_by_server(where, error)
+                if attempt > len(_PAUSES):
+                    raise TimeoutError(f"{where} failed {attempt} times, the last time by {said}") from None
+                if pause >= _LONG_PAUSE:
+                    left = sum(_PAUSES[attempt - 1 :])
+                    text = f"waiting for {where} ({said}): tried again in {pause:.0f} s, given up in {left:.0f} s"
+                    print(text, file=sys.stderr, flush=True)
             else:
                 if whole():
                     return
-                if attempt + 1 == _ATTEMPTS:
+                if attempt >= _ATTEMPTS:
                     raise ValueError(f"{where} does not match its manifest: copy all files of the split there again")
-            time.sleep(_PAUSE * 2**attempt)
+            time.sleep(pause)
+
+
+def _said_by_server(where: str, error: Exception) -> str:
+    """Words of an error that may pass. Raises ValueError or OSError for one that does not."""
+    said = redacted(f"{type(error).__name__} {error}")
+    if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", 0) in (401, 403):
+        raise ValueError(f"{where} cannot be read: {said}") from None
+    if isinstance(error, OSError) and error.errno in _OWN_DISK:
+        raise error
+    return said
 
 
 def sha256_of(path: Path) -> str:

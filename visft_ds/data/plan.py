@@ -1,8 +1,9 @@
 """Task, samples and random keys of a step: a pure function of (seed, step), the same on every rank.
 
-How a global batch is split over ranks, micro-batches and workers changes who computes, never what is computed. A step
-belongs to one task and takes its samples from one data set; each pair of the two counts its own epochs. All arithmetic
-is on integers or on raw Philox words, which numpy keeps over its versions (NEP 19).
+How a global batch is split over ranks, micro-batches and workers changes who computes, never what is computed, in fp32
+and without dropout (masks of dropout, and kernels of 16 bits, follow the division). A step belongs to one task and
+takes its samples from one data set; each pair of the two counts its own epochs. All arithmetic is on integers or on raw
+Philox words, which numpy keeps over its versions (NEP 19).
 
 Shape letters: N samples of a data set, G samples of a global batch.
 """
@@ -31,6 +32,8 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, made odd
 ORDER_VERSION = 3
 #: Shards whose samples are mixed in a windowed order.
 WINDOW = 4
+#: Steps whose plans are kept: whoever reads or fetches ahead has made them before they are trained.
+_STEPS_KEPT = 64
 
 
 @dataclass(frozen=True, eq=False)  # a key of a cache: it is equal to itself only
@@ -93,6 +96,9 @@ class Plan:
                     )
         # Sorted, so that the order of keys in a configuration file cannot change a run.
         self.tasks, self.seed, self.views = dict(sorted(tasks.items())), seed, views
+        # Each pair of a task and a set is in one epoch at a time, and keeps the order of that.
+        self._orders = {(task, name): lru_cache(maxsize=1)(_order) for task in tasks for name in tasks[task].sets}
+        self._step = lru_cache(maxsize=_STEPS_KEPT)(self._made)
 
     def describe(self) -> str:
         """Line of a checkpoint: what a run and its continuation must have in common."""
@@ -109,7 +115,10 @@ class Plan:
         return len(plan.sets[dataset].samples) // plan.batch_size
 
     def step(self, step: int) -> StepPlan:
-        """The global batch of a step."""
+        """The global batch of a step. Nobody may change its arrays."""
+        return self._step(step)
+
+    def _made(self, step: int) -> StepPlan:
         task, position = _turn({name: task.ratio for name, task in self.tasks.items()}, _hash(self.seed), step)
         plan = self.tasks[task]
         weights = {name: part.weight for name, part in sorted(plan.sets.items())}
@@ -118,7 +127,7 @@ class Plan:
         epoch, batch = divmod(earlier, self.steps_per_epoch(task, dataset))
         key = _hash(self.seed, task, dataset, epoch)
         first = batch * plan.batch_size
-        indices = part.samples[_order(part, key)[first : first + plan.batch_size]]
+        indices = part.samples[self._orders[task, dataset](part, key)[first : first + plan.batch_size]]
         if part.shards is not None:
             indices = np.sort(indices)  # each machine needs few of the window's shards; who computes changes no result
         if self.views is not None:
@@ -166,7 +175,6 @@ def _floor_sum(n: int, b: int) -> int:
         m, a = a, m
 
 
-@lru_cache(maxsize=8)
 def _order(part: SetPlan, key: int) -> Int64Array:
     """(N,) a random permutation. A windowed one needs each shard in one stretch: shards are shuffled, then samples
     within `WINDOW` of them."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.data.features import View
@@ -62,7 +63,7 @@ class Targets:
 class Batch:
     """Micro-batch. `targets` has an entry for every task that learns from these images.
 
-    A model needs images, sizes, targets and views; all else stays on the host, whatever device the batch is on.
+    A model needs images, targets and views on its device; all else stays on the host.
     """
 
     images: Tensor  #: (B, 3, H, W) uint8, padded right and bottom; (B, 3, 0, 0) where no pixels are read
@@ -77,7 +78,7 @@ class Batch:
     #: (B, 2) int64, height and width of each image with the padding of its transform, but not the batch's; stays on the
     #: host. None: all are as large as the batch.
     frames: Tensor | None = None
-    padded: bool = True  #: some image does not fill the batch
+    mixed: bool = True  #: images of this stream can differ in size; the same on every rank, whatever it drew
     progress: float = 0.0  #: share of the training that was done before
 
     def pin_memory(self) -> Batch:
@@ -86,13 +87,19 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch with all that a model needs on `device`; the host does not wait (`ops.to_device`)."""
-        images, sizes = to_device(self.images, device), to_device(self.sizes, device)
         targets = {}
         for task, target in self.targets.items():
             names = [one.name for one in fields(target) if one.name not in target.host]
             targets[task] = replace(target, **{name: to_device(getattr(target, name), device) for name in names})
         views = None if self.views is None else tuple(view.to(device) for view in self.views)
-        return replace(self, images=images, sizes=sizes, targets=targets, views=views)
+        return replace(self, images=to_device(self.images, device), targets=targets, views=views)
+
+    def of_images(self, places: Tensor) -> Batch:
+        """Some of its images, which may repeat, by their places (N,) int64 in it; without labels."""
+        names = ("images", "sizes", "original_sizes", "indices", "image_ids", "random_keys", "real")
+        chosen = {name: getattr(self, name)[places] for name in names}
+        frames = None if self.frames is None else self.frames[places]
+        return replace(self, **chosen, frames=frames, targets={}, views=None)
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,47 @@ class Map:
     features: Tensor  #: (B, D, h, w), at least float32
     valid: Tensor  #: (B, h, w) bool, True in cells that show image; at least one of each
     prefix: Tensor | None = None  #: (B, P, D) tokens that a plain ViT has in front of its patches
+    #: (B, 2) float64 on the host, height and width of each image in cells, of which it may fill the last in part.
+    #: None: each image ends with its last valid cell.
+    cells: Tensor | None = None
+
+    @classmethod
+    def of(cls, features: Tensor, sizes: Tensor, frame: Sequence[int], prefix: Tensor | None = None) -> Map:
+        """The map of a padded batch of `frame` pixels, of which each image has the first `sizes` (B, 2).
+
+        A cell stands for as many pixels in every image, whether the backbone saw the padding or not.
+        """
+        height, width = frame
+        grid = features.shape[-2:]
+        valid = valid_region(sizes, (height, width), grid)
+        # The product is exact, so that an image that ends with a cell has a whole number of them.
+        cells = sizes.double() * torch.tensor(grid) / torch.tensor([height, width])
+        return cls(features, to_device(valid, features.device), prefix, cells)
+
+    def shares(self) -> Tensor | None:
+        """(B, 2) float32 on the host, height and width of each image as a share of (h, w), if they are known."""
+        if self.cells is None:
+            return None
+        return (self.cells / torch.tensor(self.valid.shape[1:])).float()
+
+    def has_empty_cells(self) -> bool:
+        """True if some cell shows no image. Without `cells` the host waits for the device."""
+        if self.cells is None:
+            return not bool(self.valid.all())
+        return bool((self.cells.ceil() < torch.tensor(self.valid.shape[1:])).any())
+
+    def resized(self, grid: Sequence[int], *, antialias: bool = False) -> Tensor:
+        """Features (B, D, *grid), interpolated bilinearly within each image: empty cells have no weight.
+
+        As `F.interpolate` of each image's own part: at its border the last cells count alone.
+        """
+
+        def interpolated(values: Tensor) -> Tensor:
+            return F.interpolate(values, tuple(grid), mode="bilinear", antialias=antialias)
+
+        inside = self.valid[:, None].to(self.features.dtype)
+        weights = interpolated(inside)
+        return interpolated(self.features * inside) / weights.clamp(min=1e-6)
 
 
 def valid_region(sizes: Tensor, image_size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:

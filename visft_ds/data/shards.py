@@ -24,7 +24,7 @@ import orjson
 from visft_ds.data.fetch import Cache, RemoteFolder, sha256_of
 from visft_ds.files import read_bytes, reading, sync_folder
 
-FORMAT, VERSION = "visft_ds shards", 3
+FORMAT, VERSION = "visft_ds shards", 4
 INDEX = ".index.npy"  #: ends the name of an index, behind that of its split
 #: Offsets and sizes are those of the payloads inside the shard, headers excluded.
 INDEX_DTYPE = np.dtype(
@@ -45,6 +45,8 @@ INDEX_DTYPE = np.dtype(
 )
 #: What identifies the content of a sample; the rest of a row says where it lies.
 _CONTENT = ("image_id", "image_size", "image_crc32", "label_size", "label_crc32", "width", "height")
+#: Percentages in `Manifest.object_sides`.
+SIDE_QUANTILES = (5, 10, 25, 50, 75, 90, 95)
 _MOST_MANIFEST = 1 << 30  # bytes
 _MOST_OPEN = 32  # shards; one that was removed from the cache takes its place on the disk while it is open
 Role = Literal["both", "images", "labels"]
@@ -77,6 +79,10 @@ class Manifest:
     split: str
     categories: tuple[Category, ...]
     counts: Mapping[str, int]
+    having_category: Mapping[str, int]  #: id of a category in the source, as text -> images with a usable object of it
+    #: Side of the objects (root of what their box covers of the picture, which has 1): percentage of the objects, as
+    #: text -> largest side among that many of the smallest; empty without boxes.
+    object_sides: Mapping[str, float]
     shards: tuple[ShardFile, ...]
     vocabulary: Mapping[str, int]  #: word -> how often it occurs in the captions
     left_out: Sequence[Sequence[str]]  #: (file name, reason) of each image that is not among the samples
@@ -114,13 +120,15 @@ class Manifest:
                 raise ValueError(f"it is not of version {VERSION}: build the split again, with --replace")
             if values["split"] != split:
                 raise ValueError(f"it is of the split {values['split']}")
-            for name in ("vocabulary", "findings", "options", "sources"):
+            for name in ("having_category", "object_sides", "vocabulary", "findings", "options", "sources"):
                 if not isinstance(values[name], dict):
                     raise ValueError(f"its {name} must be an object")
             values["vocabulary"] = {word: int(count) for word, count in values["vocabulary"].items()}
             values["findings"] = {kind: (int(count), shown) for kind, (count, shown) in values["findings"].items()}
-            values["counts"] = {name: int(count) for name, count in values["counts"].items()}
-            values["categories"] = tuple(Category(**each) for each in values["categories"])
+            for name in ("counts", "having_category"):
+                values[name] = {key: int(count) for key, count in values[name].items()}
+            values["object_sides"] = {key: float(side) for key, side in values["object_sides"].items()}
+            values["categories"] = _categories(values["categories"])
             values["shards"] = tuple(ShardFile(**each) for each in values["shards"])
             manifest = cls(root=root, remote=remote, **values)
             if [shard.name for shard in manifest.shards] != [tar_name(split, n) for n in range(len(manifest.shards))]:
@@ -162,6 +170,11 @@ class Manifest:
             if rows.dtype != INDEX_DTYPE or rows.ndim != 1:
                 raise ValueError("it has different columns: build the split again, with --replace")
         return rows.view(np.ndarray)  # reading a row of a memmap costs several times as much
+
+    @cached_property
+    def category_ids(self) -> frozenset[int]:
+        """The ids of the categories in the source."""
+        return frozenset(category.coco_id for category in self.categories)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "index"}  # it is opened there again
@@ -250,6 +263,19 @@ class ShardReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _categories(listed: Sequence[Mapping[str, Any]]) -> tuple[Category, ...]:
+    """Categories as a manifest lists them. Raises ValueError unless they are numbered from 0, each id there once."""
+    categories = tuple(Category(**each) for each in listed)
+    for number, category in enumerate(categories):
+        if type(category.id) is not int or category.id != number:
+            raise ValueError(f"its categories are not numbered from 0: {category.id!r:.20}")
+        if type(category.coco_id) is not int or type(category.name) is not str:
+            raise ValueError(f"category {number} needs a whole number as coco_id, and a name")
+    if len({category.coco_id for category in categories}) < len(categories):
+        raise ValueError("two of its categories have the same coco_id")
+    return categories
 
 
 def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any]) -> str:

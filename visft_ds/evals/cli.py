@@ -30,26 +30,29 @@ by task, learning rates, speed and memory, settings and environment. A run may s
 """
 JUDGE = """Compare further-trained models with their base, on data that neither was trained on.
 
-    visft judge base.pt RUN --on segmentation=coco --out OUT
-    visft judge base.pt RUN1,RUN2,RUN3 --control P1,P2,P3 --on segmentation=coco --on zero_shot=imagenet/val
+    visft judge base.pt RUN --on segmentation=ade20k --out OUT
+    visft judge base.pt RUN1,RUN2,RUN3 --control P1,P2,P3 --on segmentation=ade20k --on zero_shot=imagenet/val
 
 Runs joined by commas are seeds of one recipe. Features are read after the best block of each model, chosen on held-out
-training images. A gain must exceed the best block of BASE, noise of equal feature shift, and every control (such as a
-run on permuted labels), scaled to that shift. Writes judge.html, judge.json and cached scores/: another model costs
-only its own evaluation.
+training images. A gain must exceed the best block of the whole of BASE and its last one, noise of equal feature shift,
+and every control (such as a run on permuted labels), scaled to that shift. Writes judge.html, judge.json and cached
+scores/: another model costs only its own evaluation.
 
 models: [LABEL=]FILE[+ADAPTER], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE];
     after a model, #BLOCK names the block to read, and @A scales what training changed by A
 
 kinds of --on (and their keys):
-    segmentation    by patches, and names of objects: COCO, shards, ADE20k, images/ labels/ (split, train, name)
-    depth           metres by a linear head: images/ with depth/, 16-bit PNG of millimetres (split, train, name)
-    classification  kNN and linear on frozen features: folders of classes, digits (split, train, name)
-    zero_shot       classes by text similarity: folders of classes, ImageNet's family, ObjectNet (split, name)
+    segmentation    by patches, and names of objects: shards, ADE20k, VOC, images/ with labels/, and what visft shards
+                    reads, such as COCO, Roboflow, YOLO (split, train, groups, name)
+    depth           metres by a linear head: images/ with depth/, 16-bit PNG of millimetres (split, train, groups, name)
+    classification  kNN and linear on frozen features: folders of classes, digits (split, train, groups, name)
+    zero_shot       classes by text similarity: folders of classes, ImageNet's family, ObjectNet (split, groups, name)
     retrieval       captions and images: COCO, Karpathy's JSON (split, name)
-    objects         names of boxed objects: a COCO tree (split, train, name)
+    objects         names of boxed objects, as segmentation; boxes are enough (split, train, name)
     ocr             words read by a small head: train/ and test/ with gt.txt or labels.txt (name)
-    kept            predictions of BASE's own classifier that stay: any images (name)
+    kept            predictions of BASE's own classifier that stay: any images (groups, name)
+split is judged (default: val, validation or test), train teaches; groups= names what images come from together, such as
+patients or videos: FILE.csv:COLUMN, or a regular expression for the images' names
 
 Exit status: 0 judged, whatever the verdict; 2 wrong usage or unusable input.
 """
@@ -85,8 +88,11 @@ def judge(arguments: Sequence[str]) -> int:
     add("--on", action="append", required=True, metavar="KIND=SOURCE", help="data to judge on; repeatable")
     add("--control", action="append", default=[], metavar="MODEL", help="as TUNED, for equal feature shift; repeatable")
     add("--primary", metavar="NUMBER", help="metric that decides (default: the first of the first segmentation)")
+    add("--numbers", metavar="A,B", help="only these, such as 'in-context mIoU' (default: all that the data give)")
     add("--quick", action="store_true", help="compute features once, at the model's size: minutes, not hours")
     add("--layers", choices=("all", "last"), default="all", help="read the best of all or the last (%(default)s)")
+    add("--dry-run", action="store_true", help="print models, data and time, and stop")
+    add("--download", action="store_true", help=DOWNLOAD_HELP)
     add("--out", type=Path, default=Path("judge"), metavar="DIR", help="new, or of an earlier start (%(default)s)")
     add("--cache", type=Path, metavar="DIR", help="scores, shared by several --out (default OUT/scores)")
     add("--device", choices=("auto", "cpu"), default="auto", help="default %(default)s")

@@ -119,9 +119,7 @@ class ModelSource:
             facts[f"{task} head"] = str(head.tensors.path)
         module = MultiTaskModel(backbone, modules, train_backbone=False, heads_active=False)
         if self.run is not None:
-            module.packed, module.heads_in_fp32 = self.run.model.packed, self.run.heads.precision == "fp32"
-        if module.packed:
-            facts["images"] = "packed, without padding"
+            module.heads_in_fp32 = self.run.heads.precision == "fp32"
         module.requires_grad_(False).eval().to(device)
         classes = classes_of_heads(infos)
         streams = {name: replace(stream, classes=classes) for name, stream in self.streams.items()}

@@ -14,18 +14,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from visft_ds.config.fields import Count, Positive
 from visft_ds.config.schema import LoraConfig
 from visft_ds.files import reading
-from visft_ds.interop.layouts import described, fitted, model_of
-from visft_ds.interop.weights import Lazy, Weights, open_weights, save_tensors, write_text
+from visft_ds.interop.layouts import StoredModel, described, fitted, model_of
+from visft_ds.interop.weights import Lazy, Weights, examples, open_weights, save_tensors, write_text
 from visft_ds.models import Backbone
 from visft_ds.models.lora import KINDS, dense_update, inject_lora, lora_layers, lora_parameters
 from visft_ds.ops.lora import Slices, parts_of
@@ -33,6 +36,36 @@ from visft_ds.ops.lora import Slices, parts_of
 FILE = "lora.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = "visft_adapter"
+
+
+class StoredAdapter(LoraConfig):
+    """Settings of an adapter in the header of its file; rank, alpha and targets are those of a configuration."""
+
+    model: StoredModel
+    layers: Annotated[dict[str, tuple[Positive, tuple[tuple[Count, Positive], ...]]], Field(min_length=1)]
+    base: str | None = None
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Layers whose slices do not rise from row to row within them."""
+        for name, (rows, slices) in self.layers.items():
+            ends = [*chain.from_iterable(slices), rows]
+            rises = all(low < high for low, high in slices) and all(low <= high for low, high in pairwise(ends))
+            if not slices or not rises:
+                yield "layers", f"slices of {name[:80]} do not rise from row 0 to row {rows}"
+
+    def check(self, file: Weights) -> None:
+        """Raise ValueError for tensors of other sizes; none of them is read."""
+        for name, (_, slices) in self.layers.items():
+            a, b = file.get(f"{name}.lora_A"), file.get(f"{name}.lora_B")
+            if a is None or b is None:
+                raise ValueError(f"the tensors of {name[:80]} are missing; it has {examples(file)}")
+            width = sum(high - low for low, high in slices)
+            fits = len(a.shape) in (2, 4) and a.shape[0] == len(slices) * self.rank and b.shape == (width, self.rank)
+            if not fits or 0 in a.shape:
+                raise ValueError(
+                    f"{name[:80]}.lora_A is {a.shape} and lora_B {b.shape}, which is not rank {self.rank} on "
+                    f"{len(slices)} slice(s) of {width} rows in all"
+                )
 
 
 @dataclass(frozen=True)
@@ -46,14 +79,12 @@ class Adapter:
     layers: Mapping[str, tuple[int, Slices]]  #: adapted layer -> its rows, and which of them are adapted
     tensors: Mapping[str, Tensor] = field(repr=False)  #: fp32
     base: str | None = None  #: fingerprint of the weights it was trained on
+    path: Path | None = field(default=None, compare=False, repr=False)  #: the file it was read from, for messages
 
     @classmethod
     def of(cls, backbone: Backbone, lora: LoraConfig, tensors: Mapping[str, Tensor], base: str | None) -> Adapter:
         """The adapter in a backbone that `inject_lora` has seen, which may be on the meta device, with these values."""
-        layers = {
-            name: (getattr(layer, "out_features", layer.shapes["lora_B"][0]), layer.slices)
-            for name, layer in lora_layers(backbone).items()
-        }
+        layers = _layers_of(backbone)
         values = {f"{name}.{kind}": tensors[f"{name}.{kind}"].float() for name in layers for kind in KINDS}
         return cls(model_of(backbone), lora.rank, lora.alpha, tuple(lora.targets), layers, values, base)
 
@@ -75,16 +106,18 @@ class Adapter:
 
     def install(self, backbone: Backbone) -> None:
         """Put it into a backbone without adapters. Raises ValueError if it does not fit."""
-        if tuple(self.model.get("layers", ())) != backbone.layers_read:
-            ours = ", ".join(map(str, backbone.layers_read)) or "the last"
-            raise ValueError(f"the adapter is of {described(self.model)}, and this model is read after block {ours}")
-        inject_lora(backbone, rank=self.rank, alpha=self.alpha, targets=self.targets)
-        parameters = lora_parameters(backbone)
-        given = Weights(
-            {name: Lazy.of(value) for name, value in self.tensors.items()},
-            Path(f"the adapter of {described(self.model)}"),
-        )
-        fitted(given, parameters, behind=(), what=backbone.describe())
+        where = self.path or Path(f"the adapter of {described(self.model)}")
+        with reading(where, f"an adapter of {backbone.describe()}"):
+            if tuple(self.model.get("layers", ())) != backbone.layers_read:
+                ours = ", ".join(map(str, backbone.layers_read)) or "the last"
+                raise ValueError(f"it is of {described(self.model)}, and this model is read after block {ours}")
+            inject_lora(backbone, rank=self.rank, alpha=self.alpha, targets=self.targets)
+            parameters = lora_parameters(backbone)
+            given = Weights({key: Lazy.of(value) for key, value in self.tensors.items()}, where)
+            fitted(given, parameters, behind=(), what=backbone.describe())
+            for layer, rows in _layers_of(backbone).items():
+                if self.layers[layer] != rows:
+                    raise ValueError(f"it is of rows {self.layers[layer]} of {layer}, and {self.targets} are {rows}")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(self.tensors[name])
@@ -146,13 +179,22 @@ class Adapter:
         path = path / FILE if path.is_dir() else path
         file = open_weights(path)
         with reading(path, "an adapter of visft_ds"):
-            told = json.loads(file.metadata[_KEY])
-            layers = {
-                name: (rows, tuple((lo, hi) for lo, hi in slices)) for name, (rows, slices) in told["layers"].items()
-            }
-            names = [f"{name}.{kind}" for name in layers for kind in KINDS]
+            if _KEY not in file.metadata:
+                raise ValueError(f"its header has no entry {_KEY!r}: give RUN/export/adapter, or a run")
+            stored = StoredAdapter.model_validate_json(file.metadata[_KEY])
+            stored.check(file)
+            names = [f"{name}.{kind}" for name in stored.layers for kind in KINDS]
             tensors = {name: file.tensor(name, torch.float32) for name in names}
-            return cls(**{**told, "targets": tuple(told["targets"]), "layers": layers}, tensors=tensors)
+        settings = (stored.model.options(), stored.rank, stored.alpha, stored.targets, stored.layers)
+        return cls(*settings, tensors, stored.base, path)
+
+
+def _layers_of(backbone: Backbone) -> dict[str, tuple[int, Slices]]:
+    """Adapted layer -> its rows, and which of them are adapted."""
+    return {
+        name: (getattr(layer, "out_features", layer.shapes["lora_B"][0]), layer.slices)
+        for name, layer in lora_layers(backbone).items()
+    }
 
 
 def average(adapters: Sequence[Adapter]) -> Adapter:
@@ -160,7 +202,7 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
 
     The factors are not averaged: the product of two means is not the mean of two products.
 
-    Raises ValueError for adapters of other models or layers.
+    Raises ValueError for adapters of other models or layers, or of other base weights.
     """
     first, *others = adapters
     if not others:
@@ -168,6 +210,8 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
     for other in others:
         if (other.model, other.layers) != (first.model, first.layers):
             raise ValueError(f"adapters of {described(first.model)} and {described(other.model)} cannot be averaged")
+        if other.base != first.base:
+            raise ValueError("adapters of two bases cannot be averaged: give those that began with the same weights")
     tensors: dict[str, Tensor] = {}
     for layer, (_, slices) in first.layers.items():
         a, b = (f"{layer}.{kind}" for kind in KINDS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from visft_ds.interop import layouts
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.weights import Lazy, Weights, finite
+from visft_ds.interop.weights import Lazy, Weights, examples, finite
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
@@ -114,22 +115,55 @@ def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict
     return "eva02_enormous_patch14_clip_224" if config.post_norm else "eva_giant_patch14_clip_224", arguments
 
 
+def _lacking(model: nn.Module, tower: Mapping[str, Lazy]) -> list[str]:
+    """Names of what timm begins with random numbers and a tower does not have: all but scales, biases, statistics."""
+    return [name for name, value in model.state_dict().items() if name not in tower and value.ndim > 1]
+
+
+def _blocks_in(tower: Mapping[str, Lazy]) -> int:
+    """Number of blocks that a plain ViT's tensors are of."""
+    numbers = [int(match[1]) for name in tower if (match := re.match(r"blocks\.(\d+)\.", name))]
+    return 1 + max(numbers, default=-1)
+
+
+def _shorter(model: nn.Module, tower: Mapping[str, Lazy]) -> dict[str, Any]:
+    """Arguments by which timm makes a plain ViT without the blocks and the pooling that a tower lacks."""
+    from timm.models.eva import Eva
+
+    arguments: dict[str, Any] = {"depth": _blocks_in(tower)}
+    if hasattr(model, "attn_pool") and not any(name.startswith("attn_pool.") for name in tower):
+        # The last norm stays where it is, in front of the pooling.
+        arguments |= {"global_pool": "avg", "use_fc_norm" if isinstance(model, Eva) else "fc_norm": False}
+    return arguments
+
+
 def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """timm's names and config.json, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
 
-    transformers' AutoModel loads the same folder (TimmWrapperModel). What timm has behind the map, and the base lacks,
-    is as timm begins with it.
+    transformers' AutoModel loads the same folder (TimmWrapperModel). A plain ViT whose base ends before its last block
+    is written as a shorter one. Norms behind the map that the base lacks are as timm begins with them.
+
+    Raises ValueError for a base that lacks more: timm would begin with random numbers there.
     """
     from timm import create_model
 
     name, arguments = timm_model(backbone, tower)
     with torch.device("meta"):
         model: Any = create_model(name, **arguments)
+        if _lacking(model, tower) and (isinstance(backbone, EvaViT) or backbone.patch is not None):
+            arguments |= _shorter(model, tower)
+            model = create_model(name, **arguments)
     if isinstance(backbone, EvaViT) and "cls_token" not in tower:  # timm has no position for it then
         one, shape = tower["pos_embed"], tuple(model.pos_embed.shape)
         tower = Weights({**tower, "pos_embed": Lazy(shape, one.dtype, lambda: one.read()[:, -shape[1] :])}, tower.path)
+    lacking = _lacking(model, tower)
+    if lacking:
+        raise ValueError(
+            f"{file.path} lacks {examples(lacking)}, which timm would begin with random numbers: give --base with the "
+            "whole network, or --format onnx, which ends where the training read"
+        )
     names = model.state_dict().keys()
-    if names - tower.keys():  # of a run: it keeps no last norm of a pooling, and no blocks that are not read
+    if names - tower.keys():
         with torch.random.fork_rng(devices=[]):
             start = create_model(name, **arguments).state_dict()
         tower = Weights({**{key: Lazy.of(value) for key, value in start.items()}, **tower}, tower.path)
@@ -148,8 +182,19 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     return Written(tower, {"config.json": config})
 
 
+def _check_whole(tower: Weights, file: Weights, backbone: Backbone) -> None:
+    """Raise ValueError for a tower without its last blocks, for a library that knows one depth."""
+    blocks = _blocks_in(tower)
+    if isinstance(backbone, EvaViT) and blocks < backbone.config.depth:
+        raise ValueError(
+            f"{file.path} has {blocks} of {backbone.config.depth} blocks, and the rest would be random: give --base "
+            "with the whole tower, or --format timm, which writes a shorter one"
+        )
+
+
 def _whole_clip(prefix: str, text: str, tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """EVA-CLIP's or open_clip's whole model: the tower under a prefix, the text side as it is, known by one name."""
+    _check_whole(tower, file, backbone)
     mine = layouts.prefix_of(file) if isinstance(backbone, EvaViT) else ""
     beside = {key: one for key, one in file.items() if not key.startswith(mine)} if mine else {}
     if text not in beside or not {"cls_token", "head.weight"} <= tower.keys():
@@ -176,6 +221,7 @@ def _lavis(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """LAVIS' eva_vit_g.pth; LAVIS reads the first 39 blocks of a pre-norm tower and passes over the rest."""
     if not isinstance(backbone, EvaViT) or backbone.post_norm or "cls_token" not in tower:
         raise ValueError(f"{file.path}: LAVIS has the pre-norm giant of EVA with a class token only")
+    _check_whole(tower, file, backbone)
     return Written(tower, {})
 
 

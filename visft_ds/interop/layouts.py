@@ -8,14 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from visft_ds.config.fields import Count, Positive
+from visft_ds.config.schema import BackboneOverrides, Preset
 from visft_ds.files import reading
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models import Backbone, build_empty
@@ -31,6 +34,25 @@ MODEL, BASE, MERGED = "model", "base", "merged"
 #: In a tower's file, and no part of an image -> feature map backbone: class token, pooling, the CLIP projection.
 _BESIDE = ("cls_token", "head.", "fc_norm.")
 _SAMPLE = 256  #: values of a tensor that a fingerprint looks at
+
+
+class StoredModel(BackboneOverrides):
+    """A model in the header of a file, as `model_of` gives it."""
+
+    preset: Preset
+    layers: tuple[Count, ...] = ()
+    image_size: Annotated[Positive, Field(le=8192)] | None = None
+    class_token: bool | None = None
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Sizes of a model of timm, whose name says them."""
+        if self.preset.startswith(TIMM):
+            for key in self.model_fields_set - {"preset", "layers", "image_size"}:
+                yield key, f"is for towers of EVA; {self.preset} does not take it"
+
+    def options(self) -> dict[str, Any]:
+        """Preset and options for `built`, without the class token, which the file shows."""
+        return self.model_dump(mode="json", exclude_unset=True, exclude={"class_token"})
 
 
 def is_lora(name: str) -> bool:
@@ -96,9 +118,8 @@ def model_in(file: Weights) -> dict[str, Any]:
     Raises ValueError where neither says it.
     """
     if MODEL in file.metadata:
-        with reading(file.path, "weights of visft_ds"):
-            told = json.loads(file.metadata[MODEL])
-            return {"preset": str(told.pop("preset")), **{k: v for k, v in told.items() if k != "class_token"}}
+        with reading(file.path, f"weights of visft_ds (entry {MODEL!r} of its header)"):
+            return StoredModel.model_validate_json(file.metadata[MODEL]).options()
     tower = file.under(prefix_of(file))
     width, _, patch, _ = tower["patch_embed.proj.weight"].shape
     presets = [name for name, one in PRESETS.items() if (one.width, one.patch_size) == (width, patch)]
@@ -172,10 +193,14 @@ def load_backbone(
 ) -> Any:
     """The backbone in a file, on the CPU; matrices in `storage`, the rest in fp32. `model`: what it is of, if known.
 
-    Raises ValueError as `open_backbone`, and for values that are not finite.
+    Raises ValueError for a model that the tensors of the file do not bear out, before any memory is taken for it, and
+    for values that are not finite.
     """
-    backbone = built(model or model_in(open_model(path)))
-    fill(backbone, open_backbone(backbone, path), storage)
+    model = model or model_in(open_model(path))
+    with reading(path, f"weights of {described(model)}"):
+        weights = open_backbone(built(model, "meta"), path)
+    backbone = built(model)
+    fill(backbone, weights, storage)
     return backbone
 
 

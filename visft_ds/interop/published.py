@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.files import reading
-from visft_ds.interop.adapter import FILE, Adapter
+from visft_ds.interop.adapter import FILE, Adapter, StoredAdapter
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.tasks import get_task
@@ -104,7 +104,10 @@ def read_visft_lora(path: Path) -> Adapter:
         raise ValueError(f"{path}: no LoRA of ViSFT, which is on q and v; it has {examples(file)}")
     with reading(path, "a LoRA of ViSFT"):
         double, width = found["blocks.0.attn.qkv.lora_A"].shape
-    preset = next((name for name, one in PRESETS.items() if one.width == width), "debug")
-    slices = ((0, width), (2 * width, 3 * width))
-    layers = {f"blocks.{index}.attn.qkv": (3 * width, slices) for index in range(len(found) // 2)}
-    return Adapter({"preset": preset}, double // 2, 1.0, ("q", "v"), layers, found)
+        preset = next((name for name, one in PRESETS.items() if one.width == width), "debug")
+        slices = ((0, width), (2 * width, 3 * width))
+        layers = {f"blocks.{index}.attn.qkv": (3 * width, slices) for index in range(len(found) // 2)}
+        settings = {"model": {"preset": preset}, "rank": double // 2, "alpha": 1.0, "targets": ("q", "v")}
+        stored = StoredAdapter.model_validate({**settings, "layers": layers})
+        stored.check(Weights({name: Lazy.of(value) for name, value in found.items()}, path))
+    return Adapter({"preset": preset}, stored.rank, stored.alpha, stored.targets, layers, found, path=path)

@@ -21,11 +21,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from visft_ds import __version__
-from visft_ds.files import reading, sync_folder
+from visft_ds.files import reading, shown_name, sync_folder
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 #: Names under which training scripts keep the weights beside an optimizer's state and counters.
 _NESTS = ("model", "state_dict", "module")
+#: Bytes of a pickle without its tensors, some 200 for each of them; its objects take fifty times as much memory.
+_MOST_PICKLED = 1 << 26
 # https://github.com/huggingface/safetensors#format
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -77,7 +79,7 @@ def finite(value: Tensor, what: str) -> Tensor:
 
 def examples(names: Iterable[str], limit: int = 4) -> str:
     """`a, b, c, ... (840 in all)`: a sample of many names for messages."""
-    listed = list(names)
+    listed = [shown_name(name) for name in names]
     more = f", ... ({len(listed)} in all)" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more if listed else "nothing"
 
@@ -107,17 +109,42 @@ def _safetensors(path: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
 
 
 def _pickled(path: Path) -> dict[str, Lazy]:
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _refuse_unpacking(path)
     try:  # the only `torch.load` of this package: no code is run; files since torch 1.6 are mapped
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:  # of a zip that is cut, too: it names no file
         raise ValueError(str(error)) from error
     except pickle.UnpicklingError as error:  # torch advises to run the code in it
         raise ValueError("it is no file of torch, or holds more than tensors") from error
-    while nest := next((name for name in _NESTS if isinstance(content.get(name), Mapping)), None):
-        content = content[nest]
-    if foreign := [str(name) for name, value in content.items() if not isinstance(value, Tensor)]:
+    for _ in _NESTS:  # not for ever: a pickle can contain itself
+        inner = [name for name in _NESTS if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)]
+        if not inner:
+            break
+        content = content[inner[0]]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"it holds a {type(content).__name__}, not tensors by their names")
+    foreign = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if foreign:
         raise ValueError(f"it holds more than tensors: {examples(foreign)}")
     return {name: Lazy.of(value.detach()) for name, value in content.items()}
+
+
+def _refuse_unpacking(path: Path) -> None:
+    """Raise ValueError for a zip whose content is larger than itself, which torch would unpack into memory."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+                raise ValueError(
+                    f"{member.filename} in it is compressed, {member.file_size:,} bytes unpacked, which torch.save "
+                    "never does: load and save it with torch where you trust it"
+                )
+            if member.filename.endswith("/data.pkl") and member.file_size > _MOST_PICKLED:
+                raise ValueError(
+                    f"{member.filename} in it has {member.file_size:,} bytes beside the tensors; at most "
+                    f"{_MOST_PICKLED:,} are read: save the weights alone"
+                )
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:

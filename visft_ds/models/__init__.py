@@ -15,7 +15,7 @@ from visft_ds.pretrained import TIMM
 #: Both give (B, 3, H, W) -> a map (B, D, h, w) for each of `shapes`, (D, pixels to a cell), and with `prefixes` also
 #: the tokens that a plain ViT has in front of its patches. They normalise images by `pixel_mean` and `pixel_std`,
 #: recompute as `recompute` says, and read the blocks `layers_read` (none: the last); `width` and `patch_size` are of
-#: the last map.
+#: the last map. With the sizes of images that differ (`frames`), features are those of each image alone.
 Backbone = EvaViT | TimmBackbone
 
 

@@ -186,6 +186,8 @@ class EvaViT(nn.Module):
     #: What the backward pass recomputes: "none"; each "block"; or the "mlp", whose hidden activations are the widest,
     #: and the attention's projection in front of it.
     recompute = "none"
+    #: Images of a stream with several sizes are packed even where those of a batch are alike.
+    one_by_one = False
 
     def __init__(self, config: EvaViTConfig) -> None:
         super().__init__()
@@ -206,23 +208,40 @@ class EvaViT(nn.Module):
         """(B, 3, H, W), already normalised, at least one patch -> the maps (B, D, h, w) behind the blocks that are
         read, each after the last norm, channels last; with `prefixes`, then the class token (B, 1, D) of each, if any.
 
-        With `frames`, the (height, width) of each image within the padded batch, features are those of each image
-        alone: the patches of all images are packed into one row, positions are resized to each image's own grid, and
-        (h, w) is the largest of these grids, with 0 beyond each. Without, positions span the padding and patches attend
-        to it, as in ViSFT's code.
+        With `frames`, the (height, width) of each image within the padded batch in whole patches, features are those
+        of each image alone: the patches of all images are packed into one row, positions are resized to each image's
+        own grid, and (h, w) is the largest of these grids, with 0 beyond each. Without, all images fill the batch.
         """
         if frames is None:
             found = self.tokens(images)
             first = [tokens[:, :1] for tokens in found] if prefixes and self.cls_token is not None else []
             return (*(self.feature_map(tokens, images.shape[-2:]) for tokens in found), *first)
         grids = [(height // self.patch_size, width // self.patch_size) for height, width in frames]
-        before = int(self.cls_token is not None)
-        packing = Packing.of([before + height * width for height, width in grids], images.device)
-        maps = []
+        packing = self.packing(grids, images.device)
+        maps, first = list[Tensor](), list[Tensor]()
         for tokens in self.tokens(images, grids, packing):
-            parts = zip(tokens[0].split(packing.lengths), grids, strict=True)
-            maps.append(stack_padded([part[before:].unflatten(0, grid) for part, grid in parts]).permute(0, 3, 1, 2))
-        return tuple(maps)
+            map_, class_tokens = self.unpacked(tokens, grids)
+            maps.append(map_)
+            if prefixes and class_tokens is not None:
+                first.append(class_tokens)
+        return (*maps, *first)
+
+    def packing(self, grids: Grids, device: torch.device) -> Packing:
+        """Packing of images of these grids."""
+        return Packing.of(self._lengths(grids), device)
+
+    def unpacked(self, tokens: Tensor, grids: Grids) -> tuple[Tensor, Tensor | None]:
+        """Packed tokens (1, T, D) -> the map (B, D, h, w), and the class tokens (B, 1, D), if any."""
+        before = int(self.cls_token is not None)
+        images = tokens[0].split(self._lengths(grids))
+        cells = [image[before:].unflatten(0, grid) for image, grid in zip(images, grids, strict=True)]
+        class_tokens = torch.stack([image[:1] for image in images]) if before else None
+        return stack_padded(cells).permute(0, 3, 1, 2), class_tokens
+
+    def _lengths(self, grids: Grids) -> list[int]:
+        """Tokens of each image."""
+        before = int(self.cls_token is not None)
+        return [before + height * width for height, width in grids]
 
     def tokens(self, images: Tensor, grids: Grids | None = None, packing: Packing | None = None) -> tuple[Tensor, ...]:
         """(B, 3, H, W) -> (B, [1 +] h*w, D), or packed (1, T, D), normed, behind each block that is read; the class

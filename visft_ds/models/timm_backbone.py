@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visft_ds.models.eva_vit import block_number
+from visft_ds.models.eva_vit import Grids, block_number, stack_padded
 from visft_ds.pretrained import check_timm
 
 _SIDE = 512  #: of the image that measures a model: every stride divides it
@@ -47,11 +47,41 @@ class TimmBackbone(nn.Module):
     forward_intermediates: Callable[..., Any]
     #: "block": every block, or stage, is recomputed in the backward pass; or "none": timm knows no other policies.
     recompute = "none"
+    #: Each image of a stream with several sizes is a call, even where those of a batch are alike. For ZeRO-3, which
+    #: gathers weights in each call: the number of calls must not depend on what a rank drew.
+    one_by_one = False
 
-    def forward(self, images: Tensor, frames: None = None, *, prefixes: bool = False) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, frames: Grids | None = None, *, prefixes: bool = False) -> tuple[Tensor, ...]:
         """(B, 3, H, W), already normalised -> the maps (B, D, h, w); with `prefixes`, then the tokens (B, P, D) in
-        front of the patches of each, if a plain ViT has any. No `frames`: these models are not packed."""
+        front of the patches of each, if a plain ViT has any.
+
+        With `frames`, the (height, width) of each image within the padded batch in whole cells, features are those of
+        each image alone: images of each size are a batch of their own, and (h, w) is the largest of their maps, with 0
+        beyond each. A mask would not do: timm resizes positions to the padded grid, too, convolutions know none, and a
+        masked ViT recomputes nothing.
+        """
         self.set_grad_checkpointing(self.recompute != "none")
+        if frames is None:
+            return self._maps(images, prefixes)
+        tensors_of = dict[int, tuple[Tensor, ...]]()  # by place in the batch
+        for (height, width), places in self._calls(frames):
+            tensors = self._maps(torch.stack([images[place, :, :height, :width] for place in places]), prefixes)
+            for row, place in enumerate(places):
+                tensors_of[place] = tuple(tensor[row] for tensor in tensors)
+        in_order = [tensors_of[place] for place in range(len(frames))]
+        return tuple(_stacked(of_images) for of_images in zip(*in_order, strict=True))
+
+    def _calls(self, frames: Grids) -> list[tuple[tuple[int, int], list[int]]]:
+        """(height, width) of each call, and the places in the batch of its images."""
+        if self.one_by_one:
+            return [(frame, [place]) for place, frame in enumerate(frames)]
+        groups = dict[tuple[int, int], list[int]]()
+        for place, frame in enumerate(frames):
+            groups.setdefault(frame, []).append(place)
+        return list(groups.items())
+
+    def _maps(self, images: Tensor, prefixes: bool) -> tuple[Tensor, ...]:
+        """`forward` of images that fill the batch."""
         patch = self.patch
         if patch is not None:  # pixels right and below the last whole patch are dropped, as EvaViT does
             images = images[..., : images.shape[-2] // patch * patch, : images.shape[-1] // patch * patch]
@@ -119,6 +149,13 @@ class TimmBackbone(nn.Module):
             self.pruning = f"model.forward_intermediates(images{arguments})"
 
 
+def _stacked(of_images: Sequence[Tensor]) -> Tensor:
+    """Maps (D, h, w) of some images, or their tokens (P, D), as (B, D, h, w), with 0 beyond each, or (B, P, D)."""
+    if of_images[0].ndim == 2:
+        return torch.stack(list(of_images))
+    return stack_padded([map_.permute(1, 2, 0) for map_ in of_images]).permute(0, 3, 1, 2)
+
+
 def classifier_names(classifier: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Names of the classifiers that timm's configuration of a model tells."""
     return (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
@@ -165,8 +202,13 @@ def _measured(backbone: TimmBackbone) -> tuple[tuple[tuple[int, int], ...], list
             total = torch.stack([one.sum() for one in maps]).sum()
             gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
         sizes = [one.shape for one in maps]
-        if wrong := [tuple(size) for size in sizes if len(size) != 4 or size[3] // size[2] != 2]:
+        wrong = [tuple(size) for size in sizes if len(size) != 4 or size[3] // size[2] != 2]
+        if wrong:
             raise ValueError(f"features of shape {wrong[0]}")
+        # As of Inception's convolutions without padding: a cell would stand for more pixels in a small image.
+        uneven = [size[2] for size in sizes if backbone.patch is None and _SIDE % size[2]]
+        if uneven:
+            raise ValueError(f"{uneven[0]} rows of cells for {_SIDE} pixels")
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"timm's {backbone.name} gives no map that follows the size of its image, which heads need ({error}); "

@@ -20,7 +20,10 @@ from visft_ds import __version__
 from visft_ds.monitor.callbacks import Callback
 
 METRICS_FILE = "metrics.jsonl"
+CONCLUSION = "training images evaluated"  #: the last event of a run that evaluates
 _BLOCK = 1 << 20  #: bytes of it that are read at once, from its end
+#: Packages whose versions decide results: what computes, decodes pictures, and measures AP.
+_PACKAGES = ("torch", "deepspeed", "numpy", "torchvision", "timm", "safetensors", "simplejpeg", "faster-coco-eval")
 
 
 class MetricsWriter(AbstractContextManager["MetricsWriter"]):
@@ -39,6 +42,7 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         self.path, self._enabled = out / METRICS_FILE, enabled
         self.last: dict[str, float] = {}  #: the newest number of each name, those of an interrupted run included
         self.evaluated: set[int] = set()  #: evaluated steps among the newest records of an interrupted run
+        self.concluded = False  #: the last number of the run has been written
         self._callbacks = callbacks if enabled else ()
         self._warned: set[str] = set()
         self._events: Any = None  # the SummaryWriter of TensorBoard
@@ -51,6 +55,7 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
                     self.last |= {k: float(v) for k, v in record.items() if k not in ("kind", "step", "time")}
                 if is_evaluation(record):
                     self.evaluated.add(record["step"])
+                self.concluded |= record.get("event") == CONCLUSION
         with self._attempt("TensorBoard"):
             from torch.utils.tensorboard import SummaryWriter  # takes a second, which readers of this module save
 
@@ -81,6 +86,12 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
         """Show an image (H, W, 3) RGB in TensorBoard."""
         self._show("add_image", tag, image, step, dataformats="HWC")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Records of all evaluations of the run, those of earlier starts included, in order."""
+        if not self.path.is_file():
+            return []
+        return [record for record in read_metrics(self.path, "val/") if is_evaluation(record)]
 
     def __exit__(self, *_: object) -> None:
         self._show("close")
@@ -161,5 +172,4 @@ def _record(line: bytes) -> dict[str, Any] | None:
 def versions() -> dict[str, str]:
     """Versions of Python, the system and the packages that decide results."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "visft_ds": __version__}
-    packages = ("torch", "deepspeed", "numpy", "torchvision", "safetensors")
-    return found | {name: importlib.metadata.version(name) for name in packages}
+    return found | {name: importlib.metadata.version(name) for name in _PACKAGES}

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.ops import to_device
+from visft_ds.resilience.errors import MainError, does_not_answer, retold
 
 T = TypeVar("T")
 
 #: Room for the counts in the all-reduce of a step; fixed, so that ranks which disagree still exchange equal sizes.
-_COUNT_SLOTS = 12
+_COUNT_SLOTS = 64
 
 #: The process may go on with something else after a run (`keep_open`).
 kept_open = False
@@ -46,8 +47,15 @@ def is_main() -> bool:
 
 
 def local_device() -> torch.device:
-    """The device of this process, which is DeepSpeed's: its GPU by `LOCAL_RANK`, else the CPU."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+    """The device of this process, which is DeepSpeed's: its GPU by `LOCAL_RANK`, else the CPU.
+
+    Raises ValueError if DS_ACCELERATOR asks for another one.
+    """
+    sees = torch.cuda.is_available()
+    wanted = os.environ.get("DS_ACCELERATOR", "cuda" if sees else "cpu")
+    if wanted not in ("cpu", "cuda") or (wanted == "cuda" and not sees):
+        raise ValueError(f"DS_ACCELERATOR={wanted}: torch sees no such device here; unset it, or set it to cpu")
+    if wanted == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -70,9 +78,13 @@ def agree_on_step(
         The counts, summed over ranks, and if some rank was asked to stop.
 
     Raises:
-        ValueError: on every rank, when the ranks are not about to do the same.
+        ValueError: on every rank, when the ranks are not about to do the same; more counts than there is room for.
     """
-    assert len(counts) <= _COUNT_SLOTS, counts
+    if len(counts) > _COUNT_SLOTS:
+        raise ValueError(
+            f"the losses of this step count {len(counts)} things, and at most {_COUNT_SLOTS} are summed over ranks: "
+            f"let `count` of a criterion give fewer ({', '.join(sorted(counts)[:3])}, ...)"
+        )
     token = float(zlib.crc32(what.encode()) % (1 << 20))  # small enough that sums of squares are exact in float64
     keys = sorted(counts)
     values = [counts[key] for key in keys] + [0.0] * (_COUNT_SLOTS - len(keys))
@@ -125,23 +137,33 @@ def from_all_ranks(value: Any) -> list[Any]:
 
 
 def by_main_process(action: Callable[[], T]) -> T:
-    """Result of an action of the main process; its ValueError or OSError is a ValueError of every rank. Collective."""
-    outcome: list[Any] = [None, ""]
+    """Result of an action of the main process. Collective.
+
+    Raises:
+        ValueError: on every rank, where the action raises one.
+        MainError: on every rank, where the action raises an OSError.
+    """
+    outcome: list[Any] = [None, None, None]  # result, the text of an error, what is known about one of the system
     if is_main():
         try:
             outcome[0] = action()
-        except (ValueError, OSError) as error:
-            outcome[1] = str(error)
+        except ValueError as error:
+            outcome[1] = str(error) or type(error).__name__
+        except OSError as error:
+            outcome[1] = str(error) or type(error).__name__
+            outcome[2] = {"away": does_not_answer(error)}
     if dist.is_initialized():
         dist.broadcast_object_list(outcome)
-    result, problem = outcome
-    if problem:
+    result, problem, of_system = outcome
+    if of_system is not None:
+        raise retold(problem, **of_system, kind=MainError)
+    if problem is not None:
         raise ValueError(problem)
     return cast(T, result)
 
 
 def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
-    """Raise ValueError on every rank for what must agree and does not, e.g. {"configuration": its fingerprint}."""
+    """Raise ValueError on every rank for what must agree and does not, e.g. {"data set": its fingerprint}."""
     everyone = from_all_ranks(dict(named))
     for name in named:
         if len({other.get(name) for other in everyone}) > 1:

@@ -28,6 +28,7 @@ from visft_ds.config.schema import OptimizerParams, SchedulerConfig
 from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.eva_vit import EvaViT
+from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
 from visft_ds.parallel.partition import Partition
@@ -175,6 +176,8 @@ class Engine:
         self.device = torch.device(self.deepspeed.device)
         self.accumulation: int = self.deepspeed.gradient_accumulation_steps()
         self.stage: int = self.deepspeed.zero_optimization_stage()
+        if isinstance(module.backbone, TimmBackbone):
+            module.backbone.one_by_one = self.stage == 3
         scaler = getattr(self.deepspeed.optimizer, "torch_autocast_gradscaler", None)
         scaler = scaler or self.deepspeed.torch_autocast_z0_gradscaler
         self.loss_scale = LossScale(self.deepspeed, scaler) if scaler else None  # None in fp32 and bf16
@@ -249,8 +252,16 @@ class Engine:
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Any]:
-        """Every head's output for a batch, in evaluation mode. Under ZeRO-3 all ranks must call it together."""
+        """Every head's output for a batch, in evaluation mode. Under ZeRO-3 all ranks must call it together.
+
+        There, outputs may go on behind the batch's last image: ranks that cut images into windows have more or fewer.
+        """
         self.module.eval()
+        if self.module.backbone.one_by_one:  # an image is a call, and every rank has to make as many
+            count = len(batch.sizes)
+            most = max(distributed.from_all_ranks(count))
+            if most > count:
+                batch = batch.of_images(torch.arange(most).clamp(max=count - 1))
         return dict(self.deepspeed(batch.to(self.device)))
 
 

@@ -28,7 +28,7 @@ from visft_ds.model import MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import step_without_update
 from visft_ds.parallel.engine import Engine
-from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release
+from visft_ds.parallel.pipeline_layers import HeadsLayer, facts_of, owners, pipeline_layers, release
 from visft_ds.tasks.spec import LossDenominators
 
 #: Values of an anchor (see `stage_groups`): at least one for each data-parallel rank that ZeRO-1 divides it over.
@@ -141,7 +141,7 @@ class PipelineEngine(Engine):
 
         if (heads := self._stages.heads) is not None:
             heads.loss_denominators, heads.on_output = loss_denominators, add
-        self.deepspeed.train_batch(_inputs(batches, self.device, first=self.place.stage == 0))
+        self.deepspeed.train_batch(_inputs(self.module, batches, self.device, first=self.place.stage == 0))
         self._steps_here += 1
         norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed skipped the update
         return self._losses, norm, self._accepted
@@ -184,7 +184,7 @@ class PipelineEngine(Engine):
         if (heads := self._stages.heads) is not None:
             heads.loss_denominators = None
             heads.on_output = lambda predicted, received, _: outputs.append(to_host(predicted))
-        fed = _inputs(batches, self.device, first=self.place.stage == 0)
+        fed = _inputs(self.module, batches, self.device, first=self.place.stage == 0)
         self.deepspeed.eval_batch(fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(ranks))
         returned: list[Any] = [None]
         dist.scatter_object_list(returned, outputs or None, src=ranks[-1], group=group)
@@ -257,12 +257,12 @@ def instructions(stage: int, first_trained: int, update: Callable[[Any], None]) 
     }
 
 
-def _inputs(batches: Sequence[Batch], device: torch.device, *, first: bool) -> Iterator[Any]:
+def _inputs(model: MultiTaskModel, batches: Sequence[Batch], device: torch.device, *, first: bool) -> Iterator[Any]:
     """(inputs, labels) of each micro-batch, as DeepSpeed wants them: inputs on the first stage, labels on the last."""
     for batch in batches:
         if first:
             there = batch.to(device)
-            yield (there.images, there.sizes, sample_checksum(batch)), None
+            yield (there.images, there.sizes, facts_of(model, batch, sample_checksum(batch))), None
         else:
             yield (), batch
 

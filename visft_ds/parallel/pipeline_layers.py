@@ -1,7 +1,8 @@
 """A prepared model as the list of layers that a pipeline divides: the same modules, no second definition.
 
-Two tensors travel between layers: the tokens (B, N, D) float32, and an int64 checksum of the samples they belong to,
-which no layer changes. Targets never travel: the last layer gets its batch from this rank's loader.
+Two tensors travel between layers: the tokens (B, N, D) float32, or packed (1, T, D), and int64 facts that no layer
+changes: a checksum of the samples they belong to, and the grids of images that differ in size. Targets never travel:
+the last layer gets its batch from this rank's loader.
 Letters: B images, H W pixels, N tokens of an image, h w patch grid, D width.
 """
 
@@ -10,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from visft_ds.data.samples import Batch, Map, valid_region
+from visft_ds.data.samples import Batch, Map
 from visft_ds.model import MultiTaskModel, normalise_pixels
-from visft_ds.models.eva_vit import EvaViT
+from visft_ds.models.eva_vit import EvaViT, Grids
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.spec import LossDenominators
 
-Travelling = tuple[Tensor, Tensor]  #: tokens float32 first (receive buffers know one dtype each), checksum (1,)
+#: Tokens float32 first (receive buffers know one dtype each), then the facts of `facts_of`.
+Travelling = tuple[Tensor, Tensor]
 
 
 class Layer(nn.Module):
@@ -40,11 +43,11 @@ class EmbeddingLayer(Layer):
         self.patch_embed, self.pos_embed, self.cls_token = backbone.patch_embed, backbone.pos_embed, backbone.cls_token
 
     def forward(self, fed: tuple[Tensor, Tensor, Tensor]) -> Travelling:
-        """(images (B, 3, H, W) uint8, sizes (B, 2), checksum) -> what travels."""
-        images, sizes, checksum = fed
+        """(images (B, 3, H, W) uint8, sizes (B, 2), facts) -> what travels."""
+        images, sizes, facts = fed
         _, backbone = self._whole
-        tokens = backbone.embed(normalise_pixels(backbone, images, sizes))
-        return tokens.contiguous(), checksum  # a transposed view cannot be sent
+        tokens = backbone.embed(normalise_pixels(backbone, images, sizes), grids_of(facts))
+        return tokens.contiguous(), facts  # a transposed view cannot be sent
 
 
 class BlockLayer(Layer):
@@ -56,9 +59,12 @@ class BlockLayer(Layer):
 
     def forward(self, travelling: Travelling) -> Travelling:
         """Tokens to tokens of the same shape."""
-        tokens, checksum = travelling
-        (tokens,) = self._whole[1].run_blocks([self.block], tokens)
-        return tokens, checksum
+        tokens, facts = travelling
+        _, backbone = self._whole
+        grids = grids_of(facts)
+        packing = None if grids is None else backbone.packing(grids, tokens.device)
+        (tokens,) = backbone.run_blocks([self.block], tokens, packing)
+        return tokens, facts
 
 
 class HeadsLayer(Layer):
@@ -80,21 +86,38 @@ class HeadsLayer(Layer):
 
     def forward(self, travelling: Travelling) -> dict[str, Any]:
         """Losses or predictions, as `MultiTaskModel.forward` returns them."""
-        tokens, checksum = travelling
+        tokens, facts = travelling
         model, backbone = self._whole
-        batch = self.batch.to(tokens.device)
-        height, width = padded_size(batch, backbone.patch_size)
-        features = backbone.feature_map(self.norm(tokens), (height, width))
-        valid = valid_region(batch.sizes, (height, width), features.shape[-2:])
-        output = model.outputs([Map(at_least_float32(features), valid)], batch, self.loss_denominators)
-        self.on_output(output, checksum, self.batch)
+        batch, tokens, grids = self.batch.to(tokens.device), self.norm(tokens), grids_of(facts)
+        size = model.padded_size(batch)
+        if grids is None:
+            features = backbone.feature_map(tokens, size)
+        else:
+            features, _ = backbone.unpacked(tokens, grids)
+        output = model.outputs([Map.of(at_least_float32(features), batch.sizes, size)], batch, self.loss_denominators)
+        self.on_output(output, facts[:1], self.batch)
         return output
 
 
-def padded_size(batch: Batch, patch_size: int) -> tuple[int, int]:
-    """(H, W) of what the backbone was fed for these samples, known without pixels: what collating pads to."""
-    height, width = (batch.sizes if batch.frames is None else batch.frames).amax(dim=0).tolist()
-    return max(height, patch_size), max(width, patch_size)
+def facts_of(model: MultiTaskModel, batch: Batch, checksum: Tensor) -> Tensor:
+    """(1 + 2 B,) int64, what travels beside packed tokens: a checksum (1,), height and width of each image in patches.
+
+    The checksum alone for images that are alike, which are a batch.
+    """
+    patch = model.backbone.patch_size
+    sides = [side // patch for frame in model.frames(batch) or () for side in frame]
+    return torch.cat((checksum, torch.tensor(sides, dtype=checksum.dtype)))
+
+
+def grids_of(facts: Tensor) -> Grids | None:
+    """Grids of the images of packed tokens; None for a batch. The host waits for the device, once in each stage."""
+    if len(facts) == 1:
+        return None
+    known = vars(facts)  # of the tensor, which all layers of a stage hand on
+    if "grids" not in known:
+        known["grids"] = [(height, width) for height, width in facts[1:].view(-1, 2).tolist()]
+    grids: Grids = known["grids"]
+    return grids
 
 
 def pipeline_layers(model: MultiTaskModel) -> list[nn.Module]:

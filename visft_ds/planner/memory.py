@@ -6,6 +6,7 @@ Libraries' workspaces, the CUDA context and fragmentation are not in it.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -117,7 +118,9 @@ def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
     targets = {task: TASKS[task].blank(images, (side, side), run.content, stream.image) for task in stream.tasks}
     pixels = torch.empty(images, 3, side, side, dtype=torch.uint8, device=META)
     ids, sizes, real = torch.arange(images), torch.full((images, 2), side), torch.ones(images, dtype=torch.bool)
-    on_host = Batch(pixels, sizes, sizes, ids, ids, ids, real, targets, padded=False)
+    # Images are planned as large as the largest, but each as a call, or a part of a row, where sizes can differ.
+    module.backbone.one_by_one = True
+    on_host = Batch(pixels, sizes, sizes, ids, ids, ids, real, targets, frames=sizes, mixed=not stream.alike())
     denominators = loss_denominators_of(counts_of(module.criteria, [on_host]), 1, META)
     batch, trained = on_host.to(META), [parameter for group in groups for parameter in group.parameters]
     tracer = Tracer(run.device, None if storage == torch.float32 else storage, module.parameters())
@@ -125,6 +128,7 @@ def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
         parameter.register_post_accumulate_grad_hook(tracer.arrived)
     backbone = module.backbone
     by_layer = operations_by_layer(tracer, backbone) if isinstance(backbone, EvaViT) else nullcontext(list[int]())
+    cells = math.prod(module.padded_size(on_host)) // backbone.patch_size**2
     with tracer, operators_of(run.device, zero3=zero3), by_layer as layers:
         torch.autograd.backward(module(batch, denominators)["loss"])
     _TRACED[key] = TracedStep(
@@ -139,7 +143,7 @@ def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
         backbone_trains=module.train_backbone,
         # Our towers and timm's plain ones have blocks; of others timm recomputes stages.
         blocks=len(list(getattr(backbone, "blocks", getattr(backbone, "stages", ())))),
-        tokens=images * (side // backbone.patch_size) ** 2 * backbone.width,
+        tokens=images * cells * backbone.width,
         layers=layers,
     )
     return _TRACED[key]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ USAGE = """Find boxes, masks and captions in your own pictures; no annotations a
 
 Writes into DIR, a new or empty folder: pictures/NAME.png and predictions.json (names and sizes of the images,
 categories, and for each task what was found, in COCO's results format). A file that is no image is named and skipped.
+Until the end, predictions.jsonl has a line for each finished picture, and the same command continues after it.
 Exit status: 0 something was predicted, 2 nothing was, wrong usage or unusable input, 130 interrupted.
 """
 
@@ -34,9 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return tell(error, "predict")
-    except KeyboardInterrupt:
-        print("\npredict: interrupted", file=sys.stderr)
-        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.plan import generator
-from visft_ds.data.samples import RawSample, Sample
+from visft_ds.data.samples import RawSample
 from visft_ds.evals.model import EvaluationModel, ModelSource, source_of
 from visft_ds.model import normalise_pixels
 from visft_ds.ops import DTYPES
@@ -100,7 +100,7 @@ class ImageFeatures(nn.Module):
         self.precision = loaded.precision
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of whole images, the last map; pixels to the right of and below the last whole patch are ignored.
+        """Features of whole images, the last map; sides that are no whole cells are extended with the mean colour.
 
         Args:
             images: (B, 3, H, W) RGB, uint8 from 0 to 255 or float from 0 to 1, H and W at least one patch. They are
@@ -150,7 +150,7 @@ class Model:
         """Predict boxes, masks and captions, in pixels of the original image.
 
         Photographs are turned upright by their EXIF orientation, and resized as in the evaluation of the run. A
-        prediction does not depend on other images, except for rounding: only images of one size share a batch.
+        prediction does not depend on other images, except for rounding.
 
         Args:
             images: a file, a Pillow image of any mode, an array (H, W, 3) or (H, W) or a tensor (3, H, W),
@@ -170,7 +170,9 @@ class Model:
         return predictions[0] if single else predictions
 
     def predict_opened(self, images: Sequence[OpenedImage], threshold: float) -> list[Prediction]:
-        """Predictions for decoded images, few enough for one batch."""
+        """Predictions for decoded images, few enough for one batch; there may be none."""
+        if not images:
+            return []
         raws = [
             RawSample(place, image_id=place, size=one.pixels.shape[:2], image=one.pixels, annotations=(), captions=())
             for place, one in enumerate(images)
@@ -178,17 +180,11 @@ class Model:
         by_task, words = dict[str, Results]({task: [] for task in self.tasks}), self._loaded.vocabulary
         for stream in self._streams.values():
             pipeline = pipeline_of(stream, words, train=False)
-            groups: dict[torch.Size, list[Sample]] = {}
-            for raw in raws:
-                sample = pipeline.transform(raw, generator(0))
-                assert sample.image is not None
-                groups.setdefault(sample.image.shape, []).append(sample)
-            for samples in groups.values():
-                batch = pipeline.collate(samples)
-                outputs = TASKS[stream.tasks[0]].outputs(self._loaded.predict, batch, stream.image)
-                for task in stream.tasks:
-                    classes = stream.classes.get(task)
-                    by_task[task] += TASKS[task].results(outputs[task], batch, words, classes, threshold)
+            batch = pipeline.collate([pipeline.transform(raw, generator(0)) for raw in raws])
+            outputs = TASKS[stream.tasks[0]].outputs(self._loaded.predict, batch, stream.image)
+            for task in stream.tasks:
+                classes = stream.classes.get(task)
+                by_task[task] += TASKS[task].results(outputs[task], batch, words, classes, threshold)
         surest = {  # without scores that are no numbers, of a head whose training has diverged
             task: sorted((r for r in results if r.get("score", 1) >= 0), key=lambda r: -float(r.get("score", 1)))
             for task, results in by_task.items()

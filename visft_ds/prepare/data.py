@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import orjson
 
 from visft_ds.config import Batches, ResolvedConfig, changed
@@ -34,6 +34,7 @@ from visft_ds.prepare.datasets import (
     workers_of,
 )
 from visft_ds.prepare.model import PreparedModel
+from visft_ds.pretrained import TIMM
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import COCO_NAMES
 from visft_ds.tasks.transform import pipeline_of
@@ -85,17 +86,6 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
             entry = f"{key}: {stream.batch_size} -> {smaller}, because of the number of images"
             visft = changed(config, [f"{key}={smaller}"]).visft
             config = replace(config, visft=visft, adapted=(*config.adapted, entry))
-    for task, given in config.visft.tasks.enabled().items():
-        objects = np.concatenate([one.manifest.index["num_annotations"] for one in sets.values() if task in one.tasks])
-        queries = getattr(given.head, "num_queries", None)
-        if queries is None or getattr(given.head, "type", "") == "dense":  # which has none
-            continue
-        beyond = (objects - queries).clip(min=0)
-        if beyond.any():
-            told = f"{task}: {beyond.sum()} of {objects.sum()} objects are ignored in a step"
-            fuller = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {queries}"
-            line = f"{told}, as {fuller} (visft.tasks.{task}.head.num_queries)"
-            config = replace(config, adapted=(*config.adapted, line))
     settings, validation = config.visft, None
     classes, vocabulary = classes_of_run(settings, first.categories), vocabulary_of(settings, sets)
     if settings.run.eval_every:
@@ -162,6 +152,8 @@ def keep_features(
         "data": " ".join(f"{name} {one.manifest.fingerprint}" for name, one in sorted(sets.items())),
         "images": orjson.dumps(streams, option=orjson.OPT_SORT_KEYS).decode(),
     }
+    if config.model.preset.startswith(TIMM):  # another release may compute otherwise
+        identity["timm"] = importlib.metadata.version("timm")
     folder = None if config.features.cache is None else Path(config.features.cache)
     prepared.module.feature_cache = loader.features = FeatureCache(folder, identity)
 

@@ -24,7 +24,7 @@ from visft_ds.data.fetch import sha256_of
 from visft_ds.data.shards import Category
 from visft_ds.interop.heads import HeadFile, HeadInfo, check_heads, open_head, read_elsewhere
 from visft_ds.interop.layouts import is_lora, is_small, other_base
-from visft_ds.model import MultiTaskModel, TaskModule
+from visft_ds.model import PADDING, MultiTaskModel, TaskModule
 from visft_ds.models import build_empty
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora, lora_layers
@@ -61,9 +61,9 @@ class PreparedModel:
     notes: tuple[str, ...] = ()  #: checks passed, one line each
 
     def identity(self) -> dict[str, str]:
-        """Weights that it begins with, for its checkpoints."""
+        """Weights that it begins with, and what it makes of an image's borders, for its checkpoints."""
         heads = " ".join(sha256_of(head.tensors.path) for head in self.heads.values())
-        return {"base weights": self.base.identity, "heads": heads or "trained here"}
+        return {"base weights": self.base.identity, "heads": heads or "trained here", "padding": PADDING}
 
 
 def prepare_model(
@@ -157,7 +157,7 @@ def plan_model(
     # A training has settled "auto" before (run.machine); elsewhere there is no backward pass.
     module.backbone.recompute = "none" if config.model.recompute == "auto" else config.model.recompute
     module.anchor = {term: weight for term, weight in config.anchor if weight}
-    module.packed, module.heads_in_fp32 = config.model.packed, config.heads.precision == "fp32"
+    module.heads_in_fp32 = config.heads.precision == "fp32"
 
     drawn = ["heads.*"] if config.stage == 1 or config.heads.start == "random" else []
     must = [*drawn, *(["backbone.*.lora_*"] if config.lora else [])]

@@ -81,8 +81,9 @@ def memory_explained(what: str, stream: str, batches: Sequence[Batch], device: t
             f"out of memory in {what}: {largest_shape(batches)}\n"
             f"  {(str(error).splitlines() or [type(error).__name__])[0]}\n"
             f"  measured: {', '.join(f'{name} {size / 2**30:.2f} GiB' for name, size in counted.items())}\n"
-            f"  Try --set {key}.micro_batch=N with a smaller number, --set visft.model.recompute=block, or "
-            "--engine zero3 on several GPUs; `visft plan` with the same flags predicts what each needs."
+            f"  Try --set {key}.micro_batch=N with a smaller number (the same losses in fp32, without dropout), "
+            "--set visft.model.recompute=block, or --engine zero3 on several GPUs; `visft plan` with the same flags "
+            "predicts what each needs."
         ) from None
 
 

@@ -15,29 +15,47 @@ from collections.abc import Sequence
 from types import FrameType
 
 from visft_ds import CHECKOUT
-from visft_ds.resilience.errors import LOST_CODE, RankError
+from visft_ds.resilience.errors import LOST_CODE, NO_ANSWER_CODE, RankError
 from visft_ds.resilience.stop import SIGNALS
 
 #: Exit codes of a rank that the others need not wait for; those above are of a stop, after which ranks still save.
-_FAILED = frozenset(range(-64, 5)) - {0}
+_FAILED = frozenset(range(-64, NO_ANSWER_CODE + 1)) - {0}
+#: What a launcher tells each of its ranks -> what holds without one.
+_LAUNCHERS = {
+    **{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"},
+    **{"LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},  # of DeepSpeed, of torchrun
+}
 #: Seconds that ranks have to end by themselves after one has failed.
 _GRACE = 15.0
+
+
+def check_environment() -> None:
+    """Raise ValueError for variables of the environment as no launcher sets them, by their names."""
+    given = {name: os.environ.get(name, default) for name, default in _LAUNCHERS.items()}
+    wrong = {name: text for name, text in given.items() if not _is_count(text)}
+    if not wrong and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        wrong = {name: given[name] for name in ("RANK", "WORLD_SIZE")}
+    if wrong:
+        told = ", ".join(f"{name}={text}" for name, text in wrong.items())
+        raise RankError(f"{told}: no launcher sets this; unset {' and '.join(wrong)}")
+
+
+def _is_count(text: str) -> bool:
+    """Return True for 0, 1, 2, ... in the digits that C reads, too."""
+    return text.isascii() and text.isdecimal()
 
 
 def without_num_gpus(words: Sequence[str]) -> tuple[list[str], int | None]:
     """Words of a command without `--num_gpus N` or `--num_gpus=N`, and N; None without it.
 
-    Raises ValueError for another number, and for variables of the environment as no launcher sets them.
+    Raises ValueError for another number, and as `check_environment`.
     """
-    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    port = os.environ.get("MASTER_PORT", "0")
-    if not (rank.isdecimal() and size.isdecimal() and port.isdecimal() and int(rank) < int(size)):
-        raise RankError(f"RANK={rank}, WORLD_SIZE={size}, MASTER_PORT={port}: no launcher sets these; unset them")
+    check_environment()
     for place, word in enumerate(words):
         flag, equals, number = word.partition("=")
         if flag == "--num_gpus":
             number = number if equals else "".join(words[place + 1 : place + 2])
-            if not number.isdecimal() or int(number) == 0:
+            if not _is_count(number) or int(number) == 0:
                 raise ValueError(f"--num_gpus {number}: give the number of processes, one for each GPU")
             return [*words[:place], *words[place + (1 if equals else 2) :]], int(number)
     return list(words), None
@@ -53,6 +71,7 @@ def start_ranks(words: Sequence[str], count: int) -> int:
         free.bind(("127.0.0.1", 0))
         port = os.environ.get("MASTER_PORT") or str(free.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "LOCAL_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "visft_ds", *words]
     ranks: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -60,11 +79,29 @@ def start_ranks(words: Sequence[str], count: int) -> int:
             process.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    for rank in range(count):
-        environment = {**same_code(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-m", "visft_ds", *words]
-        ranks.append(subprocess.Popen(command, env=environment, process_group=0))
-    failed, ended = None, list[subprocess.Popen[bytes]]()  # by us
+    # A Ctrl-C waits until a rank handles it (`visft_ds.cli.main`): an interpreter that starts would print a traceback.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for rank in range(count):
+            environment = {**same_code(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(command, env=environment, process_group=0))
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        ended = _wait_for(ranks)
+    finally:
+        for process in ranks:  # none is left behind where a later one could not start
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return _status_of([process.returncode for process in ranks if process not in ended])
+
+
+def _wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
+    """Wait for the end of all ranks; returns those that were ended here, some seconds after another one had failed."""
+    failed: float | None = None
+    ended: list[subprocess.Popen[bytes]] = []
     while None in [process.poll() for process in ranks]:  # each of them, or a later rank's end is never seen
         if failed is None and any(process.returncode in _FAILED for process in ranks):
             failed = time.monotonic()
@@ -73,9 +110,7 @@ def start_ranks(words: Sequence[str], count: int) -> int:
             for process in ended:
                 process.kill()
         time.sleep(0.1)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    return _status_of([process.returncode for process in ranks if process not in ended])
+    return ended
 
 
 def _status_of(codes: Sequence[int]) -> int:

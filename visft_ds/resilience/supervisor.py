@@ -1,7 +1,8 @@
 """Restarts of a lost run, on one machine: `visft supervise -- visft train --num_gpus 8 --stage 2`.
 
-A crash and a killed or hanging rank are worth another try from the newest checkpoint. A mistake of the user (exit code
-2), training that diverged (4: a restart would repeat it) and a request to stop are not.
+A crash, a killed or hanging rank and a server or disk that does not answer (5) are worth another try from the newest
+checkpoint. A mistake of the user (2), training that diverged (4: a restart would repeat it) and a request to stop are
+not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from visft_ds import program
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.flags import Parser, check_least
-from visft_ds.resilience.errors import exit_code, tell
+from visft_ds.resilience.errors import tell
 from visft_ds.resilience.processes import start_ranks, without_num_gpus
 from visft_ds.run.folder import named_steps
 
@@ -91,7 +92,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = config.visft.run
         final, limits = {*FINAL_CODES, run.requeue_code}, (options.max_restarts, options.backoff)
         return supervise(["train", *words], count or 1, Path(run.out or ""), final, *limits)
-    except KeyboardInterrupt as error:  # between two attempts
-        return exit_code(error)
     except (ValueError, OSError) as error:
         return tell(error)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ from visft_ds.tasks.vocabulary import Vocabulary
 TRAINING_IMAGES = 100
 #: Seconds that a run which was asked to stop waits for its last numbers: launchers kill after 30.
 _PATIENCE = 15.0
+_LOOK = 0.2  #: seconds between looks at a request to stop while numbers are waited for
+_KILLED = "the process that measures was killed twice, as Linux does when memory runs out; the numbers are missing"
 
 Measured = tuple[dict[str, float], list[str]]  #: metrics by name; a line for each task that cannot be measured
 
@@ -54,7 +58,7 @@ class Validation:
         self._config, self._streams, self._vocabulary, self._judged = config, streams, vocabulary, judged
         self._reader = ShardReader(manifest)
         self._pool: ProcessPoolExecutor | None = None
-        self._waiting: deque[tuple[int, Future[Measured]]] = deque()
+        self._waiting: deque[_Queued] = deque()
 
     def evaluate(self, predict: Predict, step: int, log: RunLog, stop: StopFlag, watchdog: Watchdog) -> bool:
         """Predict the split. Collective; the numbers come later, see `poll`. Each batch is timed by the watchdog.
@@ -62,13 +66,8 @@ class Validation:
         Returns False if a rank was asked to stop: launchers do not wait so long, and a resumed run evaluates again.
         """
 
-        def predict_unless_stopped(batch: Batch) -> Mapping[str, Any]:
-            watchdog.begin(f"evaluating after step {step}")
-            if any(distributed.from_all_ranks(bool(stop))):  # all ranks have equally many batches
-                raise _StoppedError
-            return predict(batch)
-
-        given = (predict_unless_stopped, self._reader, self._streams, self._vocabulary)
+        predict = _unless_stopped(predict, f"evaluating after step {step}", stop, watchdog)
+        given = (predict, self._reader, self._streams, self._vocabulary)
         try:
             collected = collect(*given, limit=self._config.run.eval_limit, num_workers=workers_of(self._config.data))
         except _StoppedError:
@@ -82,21 +81,49 @@ class Validation:
 
     def measure(self, step: int, collected: Mapping[str, Results]) -> None:
         """Queue the results of a step, {task: results}, for measuring."""
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(1, mp_context=fork_server(), initializer=_start_measuring)
-        future = self._pool.submit(measure, collected, self._reader, limit=self._config.run.eval_limit)
-        self._waiting.append((step, future))
+        self._waiting.append(_Queued(step, collected, self._submit(collected)))
+
+    def _submit(self, collected: Mapping[str, Results]) -> Future[Measured]:
+        for _ in range(2):
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(1, mp_context=fork_server(), initializer=_start_measuring)
+            try:
+                return self._pool.submit(measure, collected, self._reader, limit=self._config.run.eval_limit)
+            except BrokenProcessPool:  # it was killed while it had nothing to do
+                self._pool = None
+        raise RuntimeError("the process that measures evaluations cannot be started: it ends at once")
 
     def poll(self, log: RunLog, *, seconds: float | None = 0.0) -> None:
-        """Record the metrics of evaluations that are measured within some seconds; None: wait for all of them."""
-        wait([future for _, future in self._waiting], seconds)
-        while self._waiting and self._waiting[0][1].done():
-            step, future = self._waiting.popleft()
-            if error := future.exception():
-                self._pool = None  # its process may have been killed: the next evaluation gets another one
-                self._record(step, {}, [f"{type(error).__name__}: {error}"], log)
+        """Record the metrics of evaluations that are measured within some seconds; None: wait for all of them.
+
+        A process that was killed while it measured is started anew, once for each evaluation.
+        """
+        until = None if seconds is None else time.monotonic() + seconds
+        while self._waiting:
+            first = self._waiting[0]
+            wait([first.future], None if until is None else max(0.0, until - time.monotonic()))
+            if not first.future.done():
+                return
+            error = first.future.exception()
+            lost = isinstance(error, BrokenProcessPool)
+            if lost and not first.again:
+                first.again, first.future = True, self._submit(first.collected)
+                continue
+            self._waiting.popleft()
+            if error is None:
+                self._record(first.step, *first.future.result(), log)
+            elif lost:
+                self._record(first.step, {}, [_KILLED], log)
             else:
-                self._record(step, *future.result(), log)
+                self._record(first.step, {}, [f"{type(error).__name__}: {error}"], log)
+
+    def wait_for_all(self, log: RunLog, stop: StopFlag) -> bool:
+        """Record the metrics of all evaluations; False: some are missing, as this rank was asked to stop."""
+        while self._waiting:
+            if stop:
+                return False
+            self.poll(log, seconds=_LOOK)
+        return True
 
     def _record(self, step: int, metrics: Mapping[str, float], problems: list[str], log: RunLog) -> None:
         for problem in problems:
@@ -125,32 +152,26 @@ class Validation:
             for image_id, picture in by_image.items():
                 log.writer.image(step, f"{task}/{image_id:012d}", picture)
 
-    def on_training_images(self, predict: Predict, training: Manifest) -> dict[str, float]:
-        """AP50 and mIoU of the first training images. Collective; empty on all ranks but the main process."""
-        reader = ShardReader(training)
-        collected = collect(predict, reader, self._streams, self._vocabulary, limit=TRAINING_IMAGES)
+    def on_training_images(
+        self, predict: Predict, training: Manifest, stop: StopFlag, watchdog: Watchdog
+    ) -> dict[str, float] | None:
+        """AP50 and mIoU of the first training images. Collective; empty on all ranks but the main process.
+
+        Returns None if a rank was asked to stop.
+        """
+        reader, predict = ShardReader(training), _unless_stopped(predict, "evaluating training images", stop, watchdog)
+        try:
+            collected = collect(predict, reader, self._streams, self._vocabulary, limit=TRAINING_IMAGES)
+        except _StoppedError:
+            return None
         metrics, _ = measure(collected or {}, reader, limit=TRAINING_IMAGES)
         return {name: value for name, value in metrics.items() if name.endswith(("/AP50", "/mIoU"))}
-
-    @staticmethod
-    def compare(training: Mapping[str, float], last: Mapping[str, float]) -> list[str]:
-        """Lines that compare AP50 on training images with the last validation, whose names begin with `val/`."""
-        lines = []
-        for name, value in training.items():
-            other = last.get(f"val/{name}", math.nan)
-            line = f"{name} is {value:.2f} on training images and {other:.2f} on validation"
-            if value < 0.5:
-                line += ": not learnt yet, train for more steps (--steps)"
-            elif other < value / 2:
-                line += ": memorised; use more images, or more views of them (visft.features.views, image.zoom)"
-            lines.append(line)
-        return lines
 
     def leave(self, log: RunLog) -> None:
         """Wait some seconds for the numbers of evaluations; report those that are left out."""
         self.poll(log, seconds=_PATIENCE)
         if self._waiting:
-            steps = ", ".join(str(step) for step, _ in self._waiting)
+            steps = ", ".join(str(queued.step) for queued in self._waiting)
             log.message(f"the evaluation of step {steps} took longer than {_PATIENCE:.0f} s and is left out")
 
     def close(self) -> None:
@@ -163,8 +184,30 @@ class Validation:
                 process.kill()
 
 
+@dataclass
+class _Queued:
+    """Evaluation that is being measured."""
+
+    step: int
+    collected: Mapping[str, Results]
+    future: Future[Measured]
+    again: bool = False  #: its first process was killed
+
+
 class _StoppedError(Exception):
     """Some rank was asked to stop."""
+
+
+def _unless_stopped(predict: Predict, doing: str, stop: StopFlag, watchdog: Watchdog) -> Predict:
+    """`predict` that raises `_StoppedError` on all ranks as soon as one is asked to stop."""
+
+    def stoppable(batch: Batch) -> Mapping[str, Any]:
+        watchdog.begin(doing)
+        if any(distributed.from_all_ranks(bool(stop))):  # all ranks have equally many batches
+            raise _StoppedError
+        return predict(batch)
+
+    return stoppable
 
 
 def _start_measuring() -> None:

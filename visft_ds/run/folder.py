@@ -14,6 +14,7 @@ from pydantic import Field
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.config.fields import Count, Positive, StrictModel
 from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
+from visft_ds.config.resolve import differences, identity_of
 from visft_ds.files import read_bytes, reading
 from visft_ds.monitor.metrics import METRICS_FILE
 
@@ -26,6 +27,7 @@ RUN_SCHEMA = 3  #: version of the record
 #: What a start leaves that ended before its record was written.
 _OF_A_START = {"export", "features", METRICS_FILE, LOCK_FILE, "tensorboard"}
 _MOST_BYTES = 1 << 26  #: of a run.json that is read
+_SILENCE = 1.0  #: seconds of waiting for the lock that need no word
 
 
 class Parent(StrictModel):
@@ -71,11 +73,11 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
         return
     if resume == "no":
         raise ValueError(f"--resume no: {out} holds a run; choose another --out, or --resume auto to continue it")
-    there, here, absent = recorded_config(out).identity(), config.identity(), "(absent)"
-    pairs = ((key, there.get(key, absent), here.get(key, absent)) for key in sorted({*there, *here}))
-    if listed := [f"  {key}: {json.dumps(a)} -> {json.dumps(b)}\n" for key, a, b in pairs if a != b]:
-        listed.sort(key=lambda line: absent in line)  # first what both have
-        told = f"{out} holds a run with other settings, {len(listed)} in all (there -> here):\n{''.join(listed[:12])}"
+    with reading(out / RECORD_FILE, "the record of a run"):
+        there = identity_of(read_run(out).config)
+    if listed := differences(there, config):
+        lines = "".join(f"  {line}\n" for line in listed[:12])
+        told = f"{out} holds a run with other settings, {len(listed)} in all (there -> here):\n{lines}"
         raise ValueError(f"{told}choose another --out, or give the settings of that run")
 
 
@@ -103,10 +105,15 @@ def locked(out: Path, patience: float = 30.0) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(out / LOCK_FILE, timeout=patience)
+    lock = FileLock(out / LOCK_FILE)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=min(patience, _SILENCE))
+        except Timeout:
+            text = f"waiting for {out / LOCK_FILE}: another run uses {out}; given up in {patience:.0f} s"
+            print(text, file=sys.stderr, flush=True)
+            lock.acquire(timeout=patience)
     except Timeout as error:
         raise ValueError(f"{out} is in use by another run: wait for it, stop it, or choose another --out") from error
     except OSError as error:

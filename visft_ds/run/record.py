@@ -31,7 +31,8 @@ def write_record(
 
     `start` is what the run begins with; None: random values, or it is resumed.
     """
-    visft, run, parent = config.visft, Path(config.visft.run.out or ""), None
+    visft, run = config.visft, Path(config.visft.run.out or "")
+    parent, started = None, ""
     inputs = {"model.weights": visft.model.weights, "heads.path": visft.heads.path, "data.root": visft.data.root}
     inputs |= {f"data.sets.{number}.root": one.root for number, one in enumerate(visft.data.sets)}
     if words := visft.tasks.with_words():
@@ -40,10 +41,11 @@ def write_record(
     with explained("the record of the run", run, "The same command continues"):
         if start is not None:
             parent = Parent(path=os.path.abspath(start.place), step=start.step, sha256=start.sha256)
-        elif saved_something(run):
-            parent = read_run(run).parent
+        if saved_something(run):
+            earlier = read_run(run)
+            parent, started = parent or earlier.parent, earlier.started
         absolute = changed(config, [f"visft.{key}={json.dumps(os.path.abspath(path))}" for key, path in here.items()])
-        write_run(run, absolute.to_dict(), distributed.world_size(), command, identity, parent)
+        write_run(run, absolute.to_dict(), distributed.world_size(), command, identity, parent, started)
 
 
 def write_run(
@@ -53,8 +55,9 @@ def write_run(
     command: Sequence[str],
     identity: Mapping[str, str] | None = None,
     parent: Parent | None = None,
+    started: str = "",
 ) -> Path:
-    """Write OUT/run.json in one move."""
+    """Write OUT/run.json in one move. `started` is when the run first began; "": now."""
     commit = ""
     if CHECKOUT is not None and (CHECKOUT / ".git").exists():
         describe = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -62,7 +65,7 @@ def write_run(
             commit = subprocess.run(describe, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     record = RunFile(
         schema=RUN_SCHEMA,
-        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        started=started or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         command=[redacted(word) for word in command],
         world_size=world_size,
         versions=versions(),

@@ -11,12 +11,14 @@ from visft_ds.config.own import BY_RECIPE
 from visft_ds.config.preflight import head_files
 from visft_ds.interop.heads import open_head
 from visft_ds.interop.layouts import open_backbone
+from visft_ds.model import MultiTaskModel
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.planner.memory import PlannedRun, plan_largest
 from visft_ds.prepare.data import RunData, is_here, open_data
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, PreparedModel, TrainedGroup, plan_model, stage_name
 from visft_ds.pretrained import local
+from visft_ds.run.advice import findings_of, lines_of
 from visft_ds.run.machine import Machine, check_machine, memory_of, settle_recompute
 from visft_ds.tasks import TASKS
 
@@ -28,15 +30,6 @@ def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepare
     """Print the plan of a run that is about to train, after `start` steps. Main process only."""
     for line in told(config, sum(len(one.manifest) for one in data.sets.values())):
         print(line, flush=True)
-    module, model = prepared.module, config.visft.model
-    total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
-    trained = sum(group.count for group in prepared.groups)
-    facts = [
-        ("backbone", f"{model.name}: {module.backbone.describe()}"),
-        ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
-        ("precision", f"{machine.planned.precision} ({machine.why_precision})"),
-        ("recompute", f"{model.recompute}, {machine.why_recompute}"),
-    ]
     rows = []
     for name, one in data.sets.items():
         where = f"{one.manifest.root}/{one.manifest.split}: {len(one.manifest)} images"
@@ -50,7 +43,28 @@ def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepare
         rows.append(("features", f"{data.plan.views} view(s) of each image, {kept}"))
     title, plan = _plan(config, machine.planned, prepared.groups, start=start)
     passed = [("-", note) for note in prepared.notes]
-    print_plan(title, [Section("model", facts), *plan, Section("data", rows), Section("checks passed", passed)])
+    sections = [_model(config, machine, prepared.module, prepared.groups), *plan, Section("data", rows)]
+    sections += _shown_by_data(config, data, prepared.module)
+    print_plan(title, [*sections, Section("checks passed", passed)])
+
+
+def _model(config: ResolvedConfig, machine: Machine, module: MultiTaskModel, groups: Sequence[TrainedGroup]) -> Section:
+    model = config.visft.model
+    total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
+    trained = sum(group.count for group in groups)
+    facts = [
+        ("backbone", f"{model.name}: {module.backbone.describe()}"),
+        ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
+        ("precision", f"{machine.planned.precision} ({machine.why_precision})"),
+        ("recompute", f"{model.recompute}, {machine.why_recompute}"),
+    ]
+    return Section("model", facts)
+
+
+def _shown_by_data(config: ResolvedConfig, data: RunData, module: MultiTaskModel) -> list[Section]:
+    """A section about what stands in the way of learning, or none."""
+    rows = list(lines_of(findings_of(config.visft, data, module.backbone.patch_size)))
+    return [Section("what the data shows", rows)] if rows else []
 
 
 def told(config: ResolvedConfig, images: int) -> list[str]:
@@ -88,10 +102,12 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
             that does not fit into memory is only reported.
     """
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
-    processes, vocabulary = max(world_size, config.pipeline_stages), None
+    processes, vocabulary, data = max(world_size, config.pipeline_stages), None, None
     if is_here(config.visft):
         config, data = open_data(config, processes)
         vocabulary = data.vocabulary
+        for line in told(config, sum(len(one.manifest) for one in data.sets.values())):
+            print(line, flush=True)
     machine = check_machine(config, vocabulary, processes)
     if config.visft.model.recompute == "auto":
         config, machine = settle_recompute(config, machine, must_fit=False)
@@ -102,11 +118,13 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
     memory = [
         *plan.rows(),
         ("verdict", f"{verdict} {capacity / 2**20:,.0f} MiB ({run.device.type}, {run.precision})"),
-        ("recompute", f"{config.visft.model.recompute}, {machine.why_recompute}"),
     ]
     guessed = vocabulary is None and any(TASKS[task].uses_vocabulary for task in module.heads)
     note = f", with a vocabulary of {PUBLISHED_VOCABULARY:,} ids (ASSUMED)" if guessed else ""
     title, sections = _plan(config, run, groups, note)
+    sections.insert(0, _model(config, machine, module, groups))
+    if data is not None:
+        sections += _shown_by_data(config, data, module)
     sections.append(Section("predicted peak memory of a process", memory))
     print_plan(f"{title} (dry run: nothing is started)", sections)
     # Names and shapes in the files that exist are checked.

@@ -6,10 +6,16 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from visft_ds.checkpoint.export import describe_heads, export_weights
-from visft_ds.checkpoint.format import check_identity, checkpoint_path, explained, newest_checkpoint, open_checkpoint
+from visft_ds.checkpoint.format import (
+    SETTINGS,
+    check_identity,
+    checkpoint_path,
+    explained,
+    newest_checkpoint,
+    open_checkpoint,
+)
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
@@ -24,9 +30,6 @@ from visft_ds.prepare.model import PreparedModel
 from visft_ds.run.folder import saved_something
 from visft_ds.run.log import RunLog
 
-if TYPE_CHECKING:
-    from visft_ds.run.evaluation import Validation
-
 
 class RunState:
     """The state of one run.
@@ -34,7 +37,7 @@ class RunState:
     Args:
         config: `visft.run` says what is kept.
         engine: whose state is saved and restored.
-        identity: what a checkpoint of this run must have been made with.
+        identity: what a checkpoint of this run must have been made with, beside the settings.
         data: categories and words that heads are saved with.
     """
 
@@ -43,7 +46,8 @@ class RunState:
         self._out, self._engine, self._config, self._data = Path(run.out or ""), engine, config, data
         #: Its context waits for a save that is on its way.
         retention = Retention(run.keep_last, run.keep_best)
-        self.saver = Saver(self._out / "checkpoints", self._identity, retention, self.is_evaluated)
+        saved_with = {**identity, SETTINGS: config.identity()}
+        self.saver = Saver(self._out / "checkpoints", saved_with, retention, self.is_evaluated)
 
     def is_evaluated(self, step: int) -> bool:
         """Return True if this step of a run with a validation split is followed by an evaluation."""
@@ -59,7 +63,7 @@ class RunState:
         if place is None:
             return 0
         checkpoint = open_checkpoint(place)
-        check_identity(checkpoint, self._identity)
+        check_identity(checkpoint, self._identity, self._config)
         restore_state(self._engine, checkpoint.load(), checkpoint.step)
         self.saver.resume(checkpoint.step, scores)
         return checkpoint.step
@@ -90,15 +94,12 @@ class RunState:
             log.message(f"saved step {save.step} in {self.saver.folder} ({took})")
             log.writer.save(save.step, {"save/stall_seconds": stall, "save/write_seconds": write}, path)
 
-    def ends_early(self, step: int, validation: Validation, log: RunLog) -> bool:
+    def ends_early(self, step: int, log: RunLog) -> bool:
         """Return True if `visft.run.patience` evaluations in a row gave no better metric. Collective.
 
-        It waits for the metrics of all evaluations so far, so that a resumed run ends at the same step.
+        The metrics of all evaluations have to be known, so that a resumed run ends at the same step.
         """
         run = self._config.visft.run
-        if not run.patience:
-            return False
-        validation.poll(log, seconds=None)
         count, best = distributed.by_main_process(self.saver.since_best)
         if best is None or count < run.patience:
             return False
@@ -119,6 +120,11 @@ class RunState:
         log.message(f"exporting step {best}, the best by {self.saver.retention.best}")
         return best
 
+    @property
+    def exported(self) -> bool:
+        """True if an earlier start of this run has exported its result, and nothing has begun to change it."""
+        return (self._out / "export" / EXPORT_RECORD_FILE).is_file()
+
     def _heads(self, step: int) -> dict[str, HeadInfo]:
         """Descriptions of the heads that train in this run."""
         visft = self._config.visft
@@ -131,6 +137,7 @@ class RunState:
         """Export the checkpoint of `step`, then the record. Main process only. Raises OSError for a full disk."""
         folder = self._out / "export"
         with explained(f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"):
+            (folder / EXPORT_RECORD_FILE).unlink(missing_ok=True)
             remove_unfinished(folder)
             trained = open_checkpoint(checkpoint_path(self.saver.folder, step)).weights()
             export_weights(trained, folder, prepared, self._config.visft, self._heads(step))

@@ -11,12 +11,15 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
+import sys
 import tarfile
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,13 +27,24 @@ from zlib import crc32
 
 import numpy as np
 import orjson
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from visft_ds.data.decode import decode_image
 from visft_ds.data.fetch import sha256_of
-from visft_ds.data.shards import INDEX_DTYPE, VERSION, Manifest, ShardFile, fingerprint, manifest_path, store, tar_name
+from visft_ds.data.shards import (
+    INDEX_DTYPE,
+    SIDE_QUANTILES,
+    VERSION,
+    Manifest,
+    ShardFile,
+    fingerprint,
+    manifest_path,
+    store,
+    tar_name,
+)
 from visft_ds.files import image_frame, open_image, read_bytes, reading, sync_folder, wrong_name
-from visft_ds.shards.coco import CocoFile, Findings, SourceImage, read_coco
+from visft_ds.shards.coco import CocoFile, CocoSource, Findings, SourceImage, read_coco
 from visft_ds.shards.yolo import Exif
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
 
@@ -38,6 +52,9 @@ _BLOCK = tarfile.BLOCKSIZE
 _MOST_OF_A_PICTURE = 1 << 30  # bytes
 #: Pillow's formats -> suffixes in a shard; of others the name is the suffix.
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
+_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")  # pathlib makes one slash of two
+_LOCK = "lock"  #: file in the folder of a build's state
+_NOWHERE = "class that no image has"
 _COUNTED = {"annotations": "objects", "crowds": "crowds", "trainable": "trainable"}
 _TURNED = "picture stored upright, as EXIF says and its annotations fit"
 _ASSUMED = "picture stored upright by EXIF; its size cannot tell (--exif ignore: store it without rotation)"
@@ -62,6 +79,12 @@ class Options:
     maps: CocoFile | None = None  #: label maps instead of instances
 
     def __post_init__(self) -> None:
+        if _ADDRESS.match(str(self.out)):
+            told = "shards are made in a folder of this machine; copy its files to the address afterwards"
+            address = str(self.out).replace(":/", "://", 1)
+            raise ValueError(f"--out {address}: {told}")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out} is a file: name a folder")
         if not self.split or not all(sign.isalnum() or sign in "-_" for sign in self.split):
             raise ValueError(f"split name {self.split!r}: only letters, digits, '-' and '_' are allowed")
         if (self.limit is not None and self.limit < 1) or not 0 <= self.seed < 1 << 63:
@@ -84,9 +107,67 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
     and writes nothing; the manifest is a forecast. `replace` deletes a split of this name that was built otherwise.
 
     Raises:
-        ValueError: unusable input, more than a tenth of the images among it; another split of this name.
+        ValueError: unusable input, more than a tenth of the images among it; another split of this name; another build
+            that is making it.
         OSError: writing failed; shards that are finished are kept.
     """
+    source, chosen, left_out, plan = _plan(options)
+    records = list[dict[str, Any]]()
+    with nullcontext() if dry_run else _alone(options):
+        if not dry_run:
+            _claim(options, {"version": VERSION, **options.content(), "sources": source.files}, len(plan), replace)
+            records = _write_all(options, plan, workers)
+        left_out += [(name, reason) for record in records for name, reason in record["left_out"]]
+        reasons(left_out).refuse_above_a_tenth(len(chosen), options.images, "images")
+        for kind, name in (one for record in records for one in record["odd"]):
+            source.findings.add(kind, name)
+        index = np.array([(n, *row) for n, record in enumerate(records) for row in record["rows"]], dtype=INDEX_DTYPE)
+        file, there = io.BytesIO(), set(index["image_id"].tolist())
+        np.save(file, index, allow_pickle=False)
+        images = [image for image in chosen if image.stamp != -1 and (dry_run or image.image_id in there)]
+        counted = _COUNTED if options.maps is None else {"regions": "trainable"}  # no objects, which other tasks learn
+        having = Counter(number for image in images for number in image.classes)
+        for category in source.categories:
+            if not having[category.coco_id]:
+                source.findings.add(_NOWHERE, category.name)
+        shards = [ShardFile(one["name"], len(one["rows"]), one["bytes"], one["sha256"]) for one in records]
+        manifest = Manifest(
+            root=options.out,
+            split=options.split,
+            categories=source.categories,
+            counts={
+                "images": len(images),
+                **{kind: sum(getattr(image, name) for image in images) for kind, name in counted.items()},
+                "captions": sum(len(image.captions) for image in images),
+                "empty": sum(not image.objects and not image.captions for image in images),
+                "left_out": len(left_out),
+            },
+            having_category={str(category.coco_id): having[category.coco_id] for category in source.categories},
+            object_sides={} if options.maps is not None else _quantiles([image.sides for image in images]),
+            shards=tuple(shards or [ShardFile("", len(part), sum(image.size for image in part), "") for part in plan]),
+            vocabulary=Counter(word for image in images for text in image.captions for word in caption_words(text)),
+            left_out=left_out,
+            findings=source.findings,
+            options=options.content(),
+            sources=source.files,
+            fingerprint=fingerprint(source.categories, index),
+            index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
+        )
+        if not dry_run:
+            manifest.save(file.getvalue())
+        return manifest
+
+
+def _quantiles(sides: Sequence[Sequence[float]]) -> dict[str, float]:
+    """`Manifest.object_sides` of the sides of each image's objects."""
+    every = np.concatenate([np.empty(0, np.float32), *sides])
+    return {str(part): round(float(np.quantile(every, part / 100)), 5) for part in SIDE_QUANTILES if len(every)}
+
+
+def _plan(
+    options: Options,
+) -> tuple[CocoSource, list[SourceImage], list[tuple[str, str]], list[list[SourceImage]]]:
+    """(the data set, images of the split, (name, reason) of those without a file, images of each shard)."""
     source = read_coco(options.instances, options.captions, options.ids, options.masks_from_boxes, options.maps)
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
     order = np.argsort(np.random.Philox(key=key).random_raw(len(source.images)), kind="stable")
@@ -101,44 +182,31 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
         else:
             image.size, image.stamp = path.stat().st_size, path.stat().st_mtime_ns
     reasons(left_out).refuse_above_a_tenth(len(chosen), options.images, "images")
-    plan = _cut([image for image in chosen if image.stamp != -1], options)
-    work, records = options.out / f".{options.split}.build", list[dict[str, Any]]()
-    if not dry_run:
-        _claim(options, work, {"version": VERSION, **options.content(), "sources": source.files}, len(plan), replace)
-        records = _write_all(options, work, plan, workers)
-    left_out += [(name, reason) for record in records for name, reason in record["left_out"]]
-    reasons(left_out).refuse_above_a_tenth(len(chosen), options.images, "images")
-    for kind, name in (one for record in records for one in record["odd"]):
-        source.findings.add(kind, name)
-    index = np.array([(n, *row) for n, record in enumerate(records) for row in record["rows"]], dtype=INDEX_DTYPE)
-    file, there = io.BytesIO(), set(index["image_id"].tolist())
-    np.save(file, index, allow_pickle=False)
-    images = [image for image in chosen if image.stamp != -1 and (dry_run or image.image_id in there)]
-    counted = _COUNTED if options.maps is None else {"regions": "trainable"}  # no objects, which other tasks learn
-    shards = [ShardFile(one["name"], len(one["rows"]), one["bytes"], one["sha256"]) for one in records]
-    manifest = Manifest(
-        root=options.out,
-        split=options.split,
-        categories=source.categories,
-        counts={
-            "images": len(images),
-            **{kind: sum(getattr(image, name) for image in images) for kind, name in counted.items()},
-            "captions": sum(len(image.captions) for image in images),
-            "empty": sum(not image.objects and not image.captions for image in images),
-            "left_out": len(left_out),
-        },
-        shards=tuple(shards or [ShardFile("", len(part), sum(image.size for image in part), "") for part in plan]),
-        vocabulary=Counter(word for image in images for text in image.captions for word in caption_words(text)),
-        left_out=left_out,
-        findings=source.findings,
-        options=options.content(),
-        sources=source.files,
-        fingerprint=fingerprint(source.categories, index),
-        index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
-    )
-    if not dry_run:
-        manifest.save(file.getvalue())
-    return manifest
+    return source, chosen, left_out, _cut([image for image in chosen if image.stamp != -1], options)
+
+
+def _work_folder(options: Options) -> Path:
+    """Folder for the state of a build."""
+    return options.out / f".{options.split}.build"
+
+
+@contextmanager
+def _alone(options: Options) -> Iterator[None]:
+    """Keep other builds from a split while it is made. Raises ValueError if one is making it."""
+    work = _work_folder(options)
+    work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        told = "wait until it has finished, or use another --out"
+        raise ValueError(f"another build is making {options.split!r} in {options.out}: {told}") from error
+    except NotImplementedError:
+        print(f"warning: {options.out} has no locks: do not build in it twice at once", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def reasons(left_out: Sequence[Sequence[str]]) -> Findings:
@@ -164,11 +232,12 @@ def _cut(images: Sequence[SourceImage], options: Options) -> list[list[SourceIma
     return shards
 
 
-def _claim(options: Options, work: Path, wanted: dict[str, Any], planned: int, replace: bool) -> None:
+def _claim(options: Options, wanted: dict[str, Any], planned: int, replace: bool) -> None:
     """Bind the output to these options and files, so that two builds never mix.
 
     Shards of other options or files go with `replace` alone, unless they are of a build of ours that was not finished.
     """
+    work = _work_folder(options)
     shards = sorted(options.out.glob(f"{options.split}-{'[0-9]' * 6}.tar"))
     same = _record(work / "options.json") == wanted
     unfinished = (work / "options.json").exists() and not manifest_path(options.out, options.split).exists()
@@ -176,10 +245,14 @@ def _claim(options: Options, work: Path, wanted: dict[str, Any], planned: int, r
         there = f"{options.out} holds a split {options.split!r} of other files or options"
         raise ValueError(f"{there}: use another --out, or --replace")
     manifest_path(options.out, options.split).unlink(missing_ok=True)  # before what it describes is half gone
-    left_over = [path for path in shards if path.name >= tar_name(options.split, planned)]
-    for path in (*left_over, *work.glob("*.tmp")) if same else (*shards, *work.glob("*")):
-        path.unlink()
-    work.mkdir(parents=True, exist_ok=True)
+    if same:
+        left_over = [path for path in shards if path.name >= tar_name(options.split, planned)]
+        left_over += work.glob("*.tmp")
+    else:
+        left_over = [*shards, *work.glob("*")]
+    for path in left_over:
+        if path.name != _LOCK:
+            path.unlink()
     store(work / "options.json", orjson.dumps(wanted))
 
 
@@ -190,9 +263,9 @@ def _record(path: Path) -> Any:
         return None
 
 
-def _write_all(options: Options, work: Path, plan: list[list[SourceImage]], workers: int) -> list[dict[str, Any]]:
+def _write_all(options: Options, plan: list[list[SourceImage]], workers: int) -> list[dict[str, Any]]:
     """The records of all shards; those that an earlier build has finished from the same images are kept."""
-    stopped = threading.Event()
+    work, stopped = _work_folder(options), threading.Event()
     bar = tqdm(desc=options.split, total=sum(map(len, plan)), unit=" images", disable=None)
 
     def count(number: int) -> None:
@@ -232,7 +305,7 @@ def _write(
             for image in images:
                 count(1)
                 try:
-                    suffix, data, kind = _picture(image, options)
+                    suffix, data, kinds = _picture(image, options)
                 except ValueError as error:
                     left_out.append((image.file_name, str(error).removeprefix(f"{options.images / image.file_name}: ")))
                 else:
@@ -241,7 +314,7 @@ def _write(
                         row += tar.add(name, part), len(part), crc32(part)
                     row += image.width, image.height, image.image_id, image.trainable, len(image.captions)
                     rows.append(row)  # the columns of INDEX_DTYPE behind the shard
-                    odd += [(kind, image.file_name)] if kind else []
+                    odd += [(kind, image.file_name) for kind in kinds]
             tar.close()
             file.flush()
             os.fsync(file.fileno())
@@ -253,16 +326,20 @@ def _write(
     return facts | {"rows": rows, "left_out": left_out, "odd": odd}
 
 
-def _picture(image: SourceImage, options: Options) -> tuple[str, bytes, str | None]:
+def _picture(image: SourceImage, options: Options) -> tuple[str, bytes, list[str]]:
     """(suffix, bytes in the shard, what was odd) of an image file. Raises ValueError for one that cannot be used."""
     data = read_bytes(options.images / image.file_name, _MOST_OF_A_PICTURE)
-    frame, odd = image_frame(data, "unreadable"), None
+    frame = image_frame(data, "unreadable")
+    odd = list(frame.notes)
     stored, labelled = (frame.height, frame.width), (image.height, image.width)
     turn = frame.orientation > 1 and options.exif != "ignore"
     if turn and options.exif is None:
-        turn = not stored == labelled != frame.upright
+        turn = stored != labelled or labelled == frame.upright
         told = options.instances is None or (isinstance(options.instances, Path) and stored != frame.upright)
-        odd = (_TURNED if told else _ASSUMED) if turn else _AS_STORED
+        if not turn:
+            odd.append(_AS_STORED)
+        else:
+            odd.append(_TURNED if told else _ASSUMED)
     height, width = frame.upright if turn else stored
     if (height, width) != labelled:
         raise ValueError(f"another size: {width} x {height}, the annotations say {image.width} x {image.height}")
@@ -271,7 +348,7 @@ def _picture(image: SourceImage, options: Options) -> tuple[str, bytes, str | No
             decode_image(data)  # as training will
         return _SUFFIXES.get(frame.format, frame.format.lower()), data, odd
     upright, jpeg = io.BytesIO(), frame.format in ("JPEG", "MPO")
-    open_image(data, "unreadable").save(upright, "JPEG" if jpeg else "PNG", quality=95, subsampling=0)
+    open_image(data, "unreadable", quiet=True).save(upright, "JPEG" if jpeg else "PNG", quality=95, subsampling=0)
     return "jpg" if jpeg else "png", upright.getvalue(), odd
 
 

@@ -9,17 +9,21 @@ import argparse
 import os
 import shlex
 import sys
+import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
 from visft_ds.data.shards import Manifest, splits_in, verify
+from visft_ds.files import shown_name
 from visft_ds.flags import Parser, check_least, parse_size
 from visft_ds.resilience.errors import tell
 from visft_ds.shards.build import Options, build, reasons
 from visft_ds.shards.coco import FolderSplit, lines_of
 from visft_ds.shards.layouts import recognise
 
+_SHOWN, _WIDTH = 40, 110  #: classes that are listed, columns
 _INPUTS = ("images", "instances", "captions")
 
 
@@ -55,9 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options) or 0)
     except (ValueError, OSError) as error:
         return tell(error, "shards")
-    except KeyboardInterrupt:
-        print("\nshards: interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +75,12 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     add("--split", metavar="NAME", help="name of the split and of its files (of a FOLDER: only this split)")
     add("--ids", type=Path, metavar="FILE", help="only these images: one image id or file name per line")
     add("--masks-from-boxes", action="store_true", help="draw an ellipse into the box of each object without a mask")
-    add("--void", type=int, metavar="N", help="number that means no class in label maps (default: 255; ADE20k 0)")
+    add(
+        "--void",
+        type=int,
+        metavar="N",
+        help="number without a class in label maps, even if it has a name (default: 255; ADE20k 0)",
+    )
     add("--limit", type=int, metavar="N", help="only the first N images of the random order")
     add("--max-size", default="256MB", metavar="SIZE", help="largest size of a shard (default %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the order of samples (default %(default)s)")
@@ -119,10 +125,21 @@ def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> No
     options = Options(split.images, split.instances, split.captions, out, split.name, **named)
     made = build(options, workers=given.workers, dry_run=given.dry_run, replace=given.replace)
     print(f"{split.name}: {'would build' if given.dry_run else 'built'} {_size(made)}, in {out}")
+    print(*_having(made), sep="\n", end="\n" if made.categories else "")
     for findings in (split.odd, made.findings, reasons(made.left_out)):
         print(*lines_of(findings), sep="\n", end="\n" if findings else "")
     if not given.dry_run:
         print(f"  fingerprint {made.fingerprint}")
+
+
+def _having(manifest: Manifest) -> list[str]:
+    """Lines of how many images have each category, the most frequent first."""
+    named = {str(category.coco_id): shown_name(category.name) for category in manifest.categories}
+    shown = [f"{named[number]} {count}" for number, count in Counter(manifest.having_category).most_common()]
+    if len(shown) > _SHOWN:
+        shown[_SHOWN // 2 : -_SHOWN // 2] = ["..."]
+    first = f"  images that have each of {len(named)} classes: "
+    return textwrap.wrap(", ".join(shown), _WIDTH, initial_indent=first, subsequent_indent="    ")
 
 
 def _size(manifest: Manifest) -> str:
@@ -158,6 +175,7 @@ def _info(given: argparse.Namespace) -> None:
         for side in ("width", "height"):
             sides = sorted(manifest.index[side].tolist())
             print(f"  {side} {sides[0]} to {sides[-1]}, median {sides[len(sides) // 2]}")
-        names = ", ".join(f"{category.coco_id} {category.name}" for category in manifest.categories)
+        names = ", ".join(f"{category.coco_id} {shown_name(category.name)}" for category in manifest.categories)
         print(f"  {len(manifest.categories)} categories: {names or 'none'}")
+        print(*_having(manifest), sep="\n", end="\n" if manifest.categories else "")
         print(f"  fingerprint {manifest.fingerprint}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,18 @@ from typing import Any
 import orjson
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 
+from visft_ds.data.labels import is_box, is_near, is_polygon, is_run_length_code
 from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading, shown_name
 
 #: A COCO file, or its content where it was made of another format.
 CocoFile = Path | Mapping[str, Any]
 _EXAMPLES = 3
+_ANOTHER_FORM = "mask given as [x, y, ...], as [[x, y], ...] or as text (read as polygons)"
+_NO_POLYGON = "polygon of less than three points, or of something else than numbers (left out of its mask)"
+_FAR_POLYGON = "polygon with a point far outside the image (cut off there)"
+_NO_MASK = "mask that is neither polygons nor a run-length code of the image (its box is kept)"
+_TWICE = "annotation that is there twice: same image, category, box and mask (kept)"
 
 
 class Findings(dict[str, tuple[int, list[str]]]):
@@ -65,6 +72,8 @@ class SourceImage:
     objects: int = 0
     crowds: int = 0
     trainable: int = 0  #: annotations that are neither crowd nor without area inside the image
+    classes: set[int] = field(default_factory=set)  #: categories of those
+    sides: array[float] = field(default_factory=lambda: array("f"))  #: of those, see `Manifest.object_sides`
     wanted: bool = True  #: it was asked for
     size: int = 0  #: bytes of its file
     stamp: int = -1  #: when that was changed; -1: there is none
@@ -121,9 +130,10 @@ def read_coco(
                 lost = _add_captions(content["annotations"], images, findings, instances is not None)
             else:
                 for category in content["categories"]:
-                    if type(category["id"]) is not int or type(category["name"]) is not str or category["id"] in table:
+                    number, name = category.get("id"), category.get("name")
+                    if type(number) is not int or number in table or type(name) is not str or not name.strip():
                         raise ValueError(f"category {category!r:.100} needs a unique id and a name")
-                    table[category["id"]] = category["name"]
+                    table[number] = name
                 lost = _add_annotations(content["annotations"], images, table, findings, ellipses)
             lost.refuse_above_a_tenth(len(content["annotations"]), where, "annotations")
             findings.update(lost)
@@ -188,6 +198,7 @@ def _add_annotations(
 ) -> Findings:
     """Give the annotations to their images; returns those that cannot be used."""
     lost, apart, masks, seen = Findings(), list[str](), 0, set[int]()
+    contents = set[int]()  # hashes of annotations without their ids
     for entry in entries:
         number, category, crowd = (entry.get(key) for key in ("id", "category_id", "iscrowd"))
         box: Any = entry.get("bbox")
@@ -198,24 +209,34 @@ def _add_annotations(
             lost.add("annotation of unknown category", f"{where}: {category}")
         elif type(number) is not int or number in seen:
             lost.add("annotation without a unique id", where)
-        elif not _is_box(box) or crowd not in (None, 0, 1):
-            lost.add("malformed box or crowd flag", f"{where}: {box}")
+        elif not is_box(box, image.height, image.width) or crowd not in (None, 0, 1):
+            lost.add("malformed box or crowd flag, or a box far outside the image", f"{where}: {box}")
         elif image.wanted:
             seen.add(number)
             x, y, width, height = box
             right, bottom, area = x + width, y + height, entry.get("area")
-            useful = min(right, image.width) > max(x, 0) and min(bottom, image.height) > max(y, 0)
+            seen_width = min(right, image.width) - max(x, 0)
+            seen_height = min(bottom, image.height) - max(y, 0)
+            useful = seen_width > 0 and seen_height > 0
             area = area if type(area) in (int, float) else width * height
             stored = {"id": number, "bbox": box, "category_id": category, "iscrowd": int(bool(crowd)), "area": area}
-            segmentation = stored_segmentation(entry.get("segmentation"), image.height, image.width)
+            segmentation, odd = stored_segmentation(entry.get("segmentation"), image.height, image.width)
             drawn = ellipses and useful and not segmentation and not crowd
             segmentation = [_ellipse(*box)] if drawn else segmentation
             if segmentation is not None:
                 stored["segmentation"] = segmentation
-            image.annotations += orjson.dumps(stored) + b","
+            data = orjson.dumps(stored)
+            content = hash((image.image_id, data[data.index(b",") :]))  # behind its id
+            image.annotations += data + b","
             image.objects += 1
             image.crowds += bool(crowd)
             image.trainable += useful and not crowd
+            if useful and not crowd:
+                image.classes.add(category)
+                image.sides.append(math.sqrt(seen_width * seen_height / (image.width * image.height)))
+            for kind in odd:
+                if kind != _NO_MASK:
+                    findings.add(kind, where)
             for kind, found in (
                 ("mask drawn as an ellipse into its box", drawn),
                 ("crowd (kept; training leaves it out)", crowd),
@@ -227,36 +248,87 @@ def _add_annotations(
             if min(x, y) < -1 or right > image.width + 1 or bottom > image.height + 1 or 0 < max(box) <= 1:
                 kind = "box beyond the image or within a pixel (kept; COCO has x y width height in pixels)"
                 lost.add(kind, f"{where}: {box} in {image.width} x {image.height}")
+            elif content in contents:
+                lost.add(_TWICE, where)
+            elif _NO_MASK in odd:
+                lost.add(_NO_MASK, f"{where}: {entry['segmentation']!r:.60}")
             elif segmentation and not crowd and (extent := _extent(segmentation)):
                 masks += 1
                 if sum(abs(a - b) for a, b in zip(extent, (x, y, right, bottom), strict=True)) > 4:
                     apart.append(f"{where}: {box}")
+            contents.add(content)
     for example in apart if len(apart) > masks / 10 else ():
         findings.add("mask more than a pixel from its box", example)
     return lost
 
 
-def _is_box(box: Any) -> bool:
-    numbers = isinstance(box, list) and len(box) == 4 and all(type(number) in (int, float) for number in box)
-    return numbers and all(map(math.isfinite, box))
+def stored_segmentation(given: Any, height: int, width: int) -> tuple[Any, list[str]]:
+    """(polygons of three points or more, a run-length code with its counts as text, or None; what was odd)."""
+    odd = list[str]()
+    if isinstance(given, str):
+        odd.append(_ANOTHER_FORM)
+        try:
+            given = orjson.loads(given)
+        except orjson.JSONDecodeError:
+            return None, [_NO_MASK]
+    if given is None or given == []:
+        return given, []
+    if isinstance(given, Mapping):
+        code = _run_length_code(given, height, width)
+        return code, [_NO_MASK] if code is None else odd
+    if not isinstance(given, list):
+        return None, [_NO_MASK]
+    polygons = _polygons(given)
+    if polygons is not given and not odd:
+        odd.append(_ANOTHER_FORM)
+    good = [polygon for polygon in polygons if is_polygon(polygon)]
+    if not good:
+        return None, [_NO_MASK]
+    if len(good) < len(polygons):
+        odd.append(_NO_POLYGON)
+    for number, polygon in enumerate(good):
+        if not is_near(polygon, height, width):
+            odd.append(_FAR_POLYGON)
+            good[number] = _cut_off(polygon, height, width)
+    return good, odd
 
 
-def stored_segmentation(given: Any, height: int, width: int) -> Any:
-    """Polygons of three points or more, a run-length code with its counts as text, or None."""
-    if isinstance(given, list):
-        good = [polygon for polygon in given if _is_polygon(polygon)]
-        return good if good or not given else None
-    if not isinstance(given, Mapping) or given.get("size") != [height, width]:
+def _polygons(given: list[Any]) -> list[Any]:
+    """Polygons in COCO's form, of one that is a list of numbers, of points, or of lists of points; others as given."""
+    if all(map(_is_number, given)):
+        return [given]
+    if all(map(_is_point, given)):
+        return [[number for point in given for number in point]]
+    if all(isinstance(polygon, list) and polygon and all(map(_is_point, polygon)) for polygon in given):
+        return [[number for point in polygon for number in point] for polygon in given]
+    return given
+
+
+def _is_number(given: Any) -> bool:
+    return type(given) in (int, float)
+
+
+def _is_point(given: Any) -> bool:
+    return isinstance(given, list) and len(given) == 2 and all(map(_is_number, given))
+
+
+def _cut_off(polygon: list[float], height: int, width: int) -> list[float]:
+    """The polygon with its points moved to one more image around the image, where they lie further away."""
+    sides = (width, height)
+    return [min(max(number, -sides[place % 2]), 2 * sides[place % 2]) for place, number in enumerate(polygon)]
+
+
+def _run_length_code(given: Mapping[str, Any], height: int, width: int) -> dict[str, Any] | None:
+    """A run-length code with its counts as text; None if it does not fill the image."""
+    if given.get("size") != [height, width]:
         return None
-    counts, code = given.get("counts"), {"size": [height, width], "counts": given.get("counts")}
-    try:
-        if isinstance(counts, list):
-            code["counts"] = coco_mask.frPyObjects(code, height, width)["counts"].decode("ascii")
-            return code if sum(counts) == height * width else None
-        coco_mask.decode(code)  # which fails unless its runs fill the image
-    except (ValueError, RuntimeError, TypeError):
-        return None
-    return code
+    counts = given.get("counts")
+    if isinstance(counts, list):
+        if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != height * width:
+            return None
+        counts = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"].decode()
+    code = {"size": [height, width], "counts": counts}
+    return code if is_run_length_code(code, height, width) else None
 
 
 def _ellipse(x: float, y: float, width: float, height: float) -> list[float]:
@@ -264,13 +336,6 @@ def _ellipse(x: float, y: float, width: float, height: float) -> list[float]:
     turns = [2 * math.pi * place / 32 for place in range(32)]
     points = ((x + width * (1 + math.cos(a)) / 2, y + height * (1 + math.sin(a)) / 2) for a in turns)
     return [round(value, 2) for point in points for value in point]
-
-
-def _is_polygon(given: Any) -> bool:
-    try:  # `sum` is the fastest way over millions of numbers: it fails for text, objects and null
-        return isinstance(given, list) and len(given) >= 6 and len(given) % 2 == 0 and math.isfinite(sum(given))
-    except (TypeError, OverflowError):
-        return False
 
 
 def _extent(segmentation: Any) -> tuple[float, float, float, float] | None:

@@ -53,13 +53,14 @@ def map_layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
 def read_maps(kind: str, folder: Path, wanted: str | None = None, void: int | None = None) -> list[FolderSplit]:
     """The splits of a folder with label maps, or the split `wanted` alone.
 
-    `void` is the number of places without a class, in place of the layout's.
+    `void` is the number of places without a class, in place of the layout's; a name that it has is dropped.
 
     Raises:
         ValueError: a map that is none, or with a number that has no name; more than a tenth of images or maps without
-            the other.
+            the other; a split without a pixel of any class.
     """
-    (names, voids), made = _classes(kind, folder, void), list[FolderSplit]()
+    names, voids, dropped = _classes(kind, folder, void)
+    made = list[FolderSplit]()
     categories = [{"id": number, "name": name} for number, name in names.items()]
     for split, (images, maps) in _splits(kind, folder).items():
         if wanted not in (None, split):
@@ -69,14 +70,19 @@ def read_maps(kind: str, folder: Path, wanted: str | None = None, void: int | No
         for name in sorted(pictures.keys() ^ labels.keys()):
             odd.add("image without label map" if name in pictures else "label map without image", name)
         odd.refuse_above_a_tenth(len(pictures.keys() | labels.keys()), maps, "images and label maps")
+        if dropped:
+            odd.add("name dropped, as --void says that its number means no class", dropped)
         content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
+        counts = np.zeros(VOID + 1, dtype=np.int64)  # pixels of each number
         both = tqdm(sorted(pictures.keys() & labels.keys()), desc=f"{split}: label maps", disable=None)
         for number, name in enumerate(both, 1):
             numbers = read_map(labels[name])
+            counts += np.bincount(numbers.ravel(), minlength=VOID + 1)
             (height, width), file = numbers.shape, str(pictures[name].relative_to(images))
             content["images"].append({"id": number, "file_name": file, "height": height, "width": width})
             for one in annotations_of_map(numbers, names, voids, labels[name]):
                 content["annotations"].append({"id": len(content["annotations"]) + 1, "image_id": number, **one})
+        _check_used(counts, names, voids, odd, maps)
         made.append(FolderSplit(split, images, None, None, content, odd=odd))
     return made
 
@@ -92,6 +98,27 @@ def read_map(path: Path) -> npt.NDArray[np.uint8]:
         if numbers.max() > VOID:
             raise ValueError(f"it holds the number {numbers.max()}; numbers from 0 to {VOID} are allowed")
         return numbers.astype(np.uint8)
+
+
+def _check_used(
+    counts: npt.NDArray[np.int64], names: Mapping[int, str], voids: frozenset[int], odd: Findings, maps: Path
+) -> None:
+    """Add to what is odd that classes lie nowhere, where the number that means none does: as in maps of 0 and 255.
+
+    `counts` are the pixels of each number in the maps of a split. Raises ValueError if none has a class.
+    """
+    there = np.flatnonzero(counts).tolist()
+    if not there:
+        return
+    numbers = ", ".join(map(str, there[:10])) + (" ..." if len(there) > 10 else "")
+    of_none = sorted(voids.intersection(there))
+    if len(of_none) == len(there):
+        told = f"all pixels have {numbers}, which means no class: give classes numbers from 0, or another --void"
+        raise ValueError(f"{maps}: {told}")
+    for number, name in names.items():
+        if of_none and not counts[number]:
+            kind = f"class without a pixel; the maps hold {numbers}, of which {of_none[0]} means no class (--void N)"
+            odd.add(kind, f"{number} {name}")
 
 
 def annotations_of_map(
@@ -122,11 +149,16 @@ def _splits(kind: str, folder: Path) -> dict[str, tuple[Path, Path]]:
     return {split: both for split, both in there.items() if all(one.is_dir() for one in both)}
 
 
-def _classes(kind: str, folder: Path, void: int | None) -> tuple[dict[int, str], frozenset[int]]:
-    """(number -> name, numbers without a class) of a data set, of which `void` may be one."""
+def _classes(kind: str, folder: Path, void: int | None) -> tuple[dict[int, str], frozenset[int], str]:
+    """(number -> name, numbers without a class, number and name that `void` drops) of a data set."""
     if kind == "Cityscapes":
-        return CITYSCAPES, frozenset(range(VOID + 1)) - CITYSCAPES.keys()
-    void = void if void is not None else VOID if kind == OWN else 0
+        if void is not None:
+            raise ValueError("--void: the numbers without a class of Cityscapes are those that it is not judged by")
+        return CITYSCAPES, frozenset(range(VOID + 1)) - CITYSCAPES.keys(), ""
+    if void is None:
+        void = VOID if kind == OWN else 0
+    if not 0 <= void <= VOID:
+        raise ValueError(f"--void {void} is not allowed: numbers in label maps are 0 to {VOID}")
     path = folder / ("classes.txt" if kind == OWN else "objectInfo150.txt")
     with reading(path, "a list of classes, one name per line"):
         lines = [line.strip() for line in read_bytes(path).decode("utf-8-sig").strip().splitlines()]
@@ -134,9 +166,13 @@ def _classes(kind: str, folder: Path, void: int | None) -> tuple[dict[int, str],
         if kind != OWN:  # a table: a line of titles, then the number first and the names last
             rows = [line.split("\t") for line in lines[1:]]
             names = {int(row[0]): row[-1].split(",")[0].strip() for row in rows}
-        if not 0 < len(set(names.values()) - {""}) == len(lines) - (kind != OWN) < VOID:
+        expected = len(lines) - (kind != OWN)
+        if not 0 < expected < VOID or len(set(names.values()) - {""}) != expected:
             raise ValueError(f"it has {len(lines)} lines; at most {VOID - 1} names, no two alike, are allowed")
-        return names, frozenset([void])
+        dropped = f"{void} {names.pop(void)}" if void in names else ""
+        if not names:
+            raise ValueError(f"--void {void} leaves none of its names")
+        return names, frozenset([void]), dropped
 
 
 def _by_name(folder: Path, suffixes: set[str] | frozenset[str], ending: str) -> dict[str, Path]:

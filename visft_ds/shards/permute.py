@@ -41,7 +41,7 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
                 (images / image["file_name"]).write_bytes(data)
             else:
                 resized += 1
-                picture = open_image(data, upright=False).resize(size, Image.Resampling.BICUBIC)
+                picture = open_image(data, upright=False, quiet=True).resize(size, Image.Resampling.BICUBIC)
                 picture.save(images / image["file_name"], "JPEG", quality=_QUALITY)
         first = "maps" if "maps" in reader.manifest.labels else "instances"
         for kind, listed in {first: objects["annotations"], "captions": captions}.items():

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from visft_ds.files import checked_name, image_frame, read_bytes, reading
-from visft_ds.shards.coco import Findings, FolderSplit
+from visft_ds.shards.coco import Findings, FolderSplit, lines_of
 from visft_ds.tasks.classes import COCO_NAMES
 
 #: Name of a split in a data set -> its name among the shards.
@@ -48,8 +48,8 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
     """The splits in a data.yaml, or the split `wanted` alone; what is odd are labels without an image.
 
     Raises:
-        ValueError: no data.yaml, or one of images that are nowhere; no label for any image of a split; a line of a
-            label that is wrong; a name that leads out of the data set; more than a tenth of labels without an image.
+        ValueError: no data.yaml, or one of images that are nowhere, or outside of its folder; no label for any image of
+            a split; a line of a label that is wrong; more than a tenth of labels without an image.
     """
     with reading(path, "a data.yaml of YOLO"):
         values = yaml.load(read_bytes(path, _MOST_OF_A_DESCRIPTION), Loader=_Loader)  # all scalars are text
@@ -57,23 +57,34 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
             raise ValueError("it must hold keys with values, such as `names: [cat, dog]`")
         here = Path(os.path.abspath(path.parent))
         root = Path(os.path.normpath(here / values.get("path", "")))
-        roots = (root, here) if root.is_dir() and root != here else (here,)
+        roots: tuple[Path, ...] = (here,)
+        if root.is_dir() and root != here:
+            _check_inside(root, here, "path")
+            roots = (root, here)
         found: dict[str, list[Path]] = {}
+        missing = Findings()
         for key, split in SPLITS.items():
             if values.get(key) and wanted in (None, split):
                 if split in found:
                     raise ValueError(f"it names images of {split!r} twice, again as {key!r}")
                 entries = values[key] if isinstance(values[key], list) else [values[key]]
-                found[split] = [_find(entry, roots, key) for entry in entries]
+                try:
+                    found[split] = [_find(entry, roots, key) for entry in entries]
+                except _NotThereError:
+                    if split == "train" or wanted is not None:
+                        raise
+                    missing.add("split that it names without having it (not made)", f"{key}: {values[key]}")
         if not any(map(values.get, SPLITS)):
             raise ValueError("it names no images: state `train: FOLDER` and `val: FOLDER`")
+        if missing and not found:
+            raise ValueError(f"{'; '.join(lines_of(missing)).strip()}; no other split is there")
         names, (count, size) = _names(values), values.get("kpt_shape") or (0, 0)
         keypoints = int(count) * int(size)
     ids = {number: number for number in names}
     if [names[number] for number in sorted(ids)] == list(COCO_NAMES.values()):
         ids = dict(zip(sorted(ids), COCO_NAMES, strict=True))  # heads know COCO's classes by COCO's own
     categories = [{"id": ids[number], "name": name} for number, name in names.items()]
-    made = []
+    made = list[FolderSplit]()
     for split, places in found.items():
         where, odd = f"{path}: {split}", Findings()
         paths = sorted({file for place in places for file in _image_files(place, roots)})
@@ -98,9 +109,22 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
             if label.name != "classes.txt":  # annotation tools leave it
                 odd.add("label without image", label)
         odd.refuse_above_a_tenth(len(beside) + len(used), where, "labels")
+        if not made:
+            odd.update(missing)
         content = {"images": images, "annotations": annotations, "categories": categories}
         made.append(FolderSplit(split, folder, content, None, odd=odd))
     return made
+
+
+class _NotThereError(ValueError):
+    """Images that a data.yaml names and that do not exist."""
+
+
+def _check_inside(place: Path, here: Path, key: str) -> None:
+    """Raise ValueError for a place outside of the folder of the data.yaml, which a stranger may have written."""
+    if not place.is_relative_to(here):
+        remedy = "copy the data.yaml into a folder that has all of the images below it, and give its path there"
+        raise ValueError(f"{key}: {place} is outside of its folder {here}; only what is inside is read: {remedy}")
 
 
 def _names(values: Mapping[str, Any]) -> dict[int, str]:
@@ -115,14 +139,15 @@ def _names(values: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _find(entry: str, roots: Sequence[Path], key: str) -> Path:
-    """The folder or list of images that an entry means. Exports of Roboflow write "../train/images" for one beside
-    the data.yaml."""
+    """The folder or list of images that an entry means, below the last of the roots. Exports of Roboflow write
+    "../train/images" for one beside the data.yaml."""
     names = [entry[3:], entry] if entry.startswith("../") else [entry]
     tried = [Path(os.path.normpath(root / name)) for name in names for root in roots]
     if found := [place for place in tried if place.exists()]:
+        _check_inside(found[0], roots[-1], key)
         return found[0]
     shown = ", ".join(dict.fromkeys(map(str, tried)))
-    raise ValueError(f"{key}: {entry!r} does not exist; looked for {shown} (--split NAME makes only one split)")
+    raise _NotThereError(f"{key}: {entry!r} does not exist; looked for {shown} (--split NAME makes only one split)")
 
 
 def listed_image(folder: Path, name: str, number: int, exif: Exif) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,16 +49,21 @@ def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -
     """Transform and collate of a stream, with the sizes of its configuration."""
     classes = stream.classes
     made = {task: TASKS[task].targets(train, stream.image, vocabulary, classes.get(task)) for task in stream.tasks}
-    # What several tasks share cuts nothing out, as a caption describes the whole image.
-    shared = of_options(ShortSides, stream.image) if stream.name == SHARED else None
-    geometry = shared or TASKS[stream.name].geometry(stream.image)
-    return SamplePipeline(ImageTransform(train, geometry, made), collate_joint)
+    collate = partial(collate_joint, mixed=not stream.alike(train=train))
+    return SamplePipeline(ImageTransform(train, geometry_of(stream), made), collate)
 
 
-def collate_joint(samples: Sequence[Sample]) -> Batch:
+def geometry_of(stream: Stream) -> Geometry:
+    """The geometry of the images of a stream."""
+    if stream.name == SHARED:  # which cuts nothing out, as a caption describes the whole image
+        return of_options(ShortSides, stream.image)
+    return TASKS[stream.name].geometry(stream.image)
+
+
+def collate_joint(samples: Sequence[Sample], *, mixed: bool = True) -> Batch:
     """A batch with the targets of every task of the samples, in their order; none if no labels were read.
 
-    Images are padded right and bottom with 0 to the largest height and width of the batch.
+    Images are padded right and bottom with 0 to the largest height and width of the batch. `mixed`: see `Batch`.
     """
     assert samples, "a batch needs at least one sample"
     views = tuple(sample.view for sample in samples if sample.view is not None)
@@ -85,5 +91,5 @@ def collate_joint(samples: Sequence[Sample]) -> Batch:
         targets={task: TASKS[task].pack(samples, (height, width)) for task in samples[0].targets},
         views=views or None,
         frames=frames,
-        padded=bool((sizes != frames.amax(dim=0)).any()),
+        mixed=mixed,
     )

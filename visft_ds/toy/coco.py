@@ -2,6 +2,7 @@
 
     visft toy --out toy --train 2000 --val 200 --size 112
     visft toy --out toy_b --train 0 --val 200 --size 160x112 --style b --colours even
+    visft toy --out toy_17 --style 17               # colours, textures and noise drawn by a number
 
 Everything about image i of a split is a function of (seed, style, colours, split, size, most shapes, i): the number of
 workers changes nothing, and `train=100` gives the first hundred images of `train=1000`.
@@ -13,9 +14,11 @@ import argparse
 import multiprocessing
 import os
 import re
+import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -240,16 +243,17 @@ def write_toy_coco(
             f"train={train}, val={val}, seed={seed}, workers={workers}, max_shapes={max_shapes}: counts and seed must "
             f"not be negative, with 1 to 1,000,000 images, 256 workers and {len(_NUMBERS) - 1} shapes to an image"
         )
+    number = list(STYLES).index(style) if style in STYLES else len(STYLES) + int(style)
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     everything: list[dict[str, Any]] = []
     for split, count in zip(SPLITS, (train, val), strict=True):
         (out / split).mkdir()
-        seeds = (seed, sorted(STYLES).index(style), SPLITS.index(split))
+        seeds = (seed, number, SPLITS.index(split))
         save = partial(_make_image, folder=out / split, seeds=seeds, style=drawn, size=(height, width), most=max_shapes)
         if workers == 1:
             records = [save(index) for index in range(count)]
         else:
-            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            with _pool(workers) as pool:
                 records = pool.map(save, range(count), chunksize=16)
         _write_annotations(out, split, records, style, seed)
         everything += records
@@ -262,6 +266,18 @@ def write_toy_coco(
     }
 
 
+def _pool(workers: int) -> Pool:
+    """Processes that are deaf to a Ctrl-C, which reaches all of a terminal's: this one ends them, without tracebacks.
+
+    Ignored signals stay so in processes that are started, from their first instruction on.
+    """
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return multiprocessing.get_context("spawn").Pool(workers)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = Parser(prog=program("toy"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -270,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--train", type=int, default=2000, metavar="N", help="images in train2017 (default %(default)s)")
     add("--val", type=int, default=200, metavar="N", help="images in val2017 (default %(default)s)")
     add("--size", type=_size, default=(112, 112), metavar="WxH", help="pixels, or one side (default 112)")
-    add("--style", choices=sorted(STYLES), default="a", help="b and c have other colours and textures")
+    add("--style", default="a", metavar="a|b|N", help="b has other colours and textures; a number draws a style")
     add("--colours", choices=COLOURS, default="usual", help="even: any shape in any colour, so colours tell nothing")
     add("--without", type=lambda names: names.split(","), default=(), metavar="A,B", help="shapes to leave out")
     add("--max-shapes", type=int, default=MAX_SHAPES, metavar="N", help="most per image (3); 18 give COCO's mean, 7")

@@ -8,6 +8,7 @@ Shape letters: H W pixels, P polygon corners.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +27,7 @@ CROWD_SHARE = 0.06
 EXTENT = (0.16, 0.3)  #: half the side of a shape, relative to the shorter side of the image
 #: How often a category comes in its own colour, else in any. "even": colour says nothing about shape.
 COLOURS = {"usual": 0.85, "even": 0.0}
+_NUMBER = re.compile(r"[0-9]{1,9}")  #: of a drawn style
 TILT = 20.0  #: degrees either way
 #: Raw category ids have holes and do not start the alphabet at 1, as COCO's do not.
 CATEGORIES = (
@@ -45,6 +47,9 @@ class Style:
     backgrounds: tuple[str, ...]
     background_colours: dict[str, tuple[int, int, int]]
     usual_share: float = COLOURS["usual"]
+    period: float = 1.0  #: of the patterns, relative to their usual one
+    contrast: float = 1.0  #: of the patterns, relative to their usual one
+    grain: float = 0.0  #: standard deviation of the noise on every value of the finished image
     shapes: tuple[int, ...] = tuple(range(len(CATEGORIES)))  #: positions in CATEGORIES of those that scenes show
 
 
@@ -73,25 +78,54 @@ STYLES = {
         ("tiled", "marbled", "spotted"),
         _colours("brown=5c3e2c dark_green=204636 navy=1c2454"),
     ),
-    "c": Style(
-        _colours(
-            "maroon=6e1428 indigo=462896 forest=145a28 rust=a54614 cobalt=0050b4 plum=6e2864 "
-            "mustard=b48200 charcoal=3c3c42 emerald=00875f scarlet=dc2814 turquoise=0096aa fuchsia=cd0082"
-        ),
-        ("ringed", "hatched", "zigzag", "mottled"),
-        ("quilted", "misty", "scratched"),
-        _colours("peach=fad0b0 lilac=d6c6ea pistachio=d0e4ae"),
-    ),
 }
 
 
+#: Surfaces and grounds of drawn styles: those that style a, which demo and experiments train on, lacks.
+_DRAWN_TEXTURES = ("checked", "wavy", "speckled", "ringed", "hatched", "zigzag", "mottled")
+_DRAWN_GROUNDS = ("tiled", "marbled", "spotted", "quilted", "misty", "scratched")
+#: Least distance in RGB of a drawn colour to the grounds and, twice nearer, to other colours of its kind.
+_APART = 90.0
+
+
+def drawn_style(number: int) -> Style:
+    """A style drawn by a number from 0, for experiments in which styles are the sample."""
+    rng = np.random.default_rng([number, 1])
+
+    def colours(count: int, name: str, grounds: Sequence[tuple[int, int, int]]) -> dict[str, tuple[int, int, int]]:
+        found: dict[str, tuple[int, int, int]] = {}
+        while len(found) < count:
+            colour = rng.integers(0, 256, 3)
+            far = all(np.linalg.norm(colour - other) >= _APART for other in grounds)
+            new = all(np.linalg.norm(colour - other) >= _APART / 2 for other in found.values())
+            if far and new:
+                found[f"{name}{len(found) + 1}"] = tuple(colour.tolist())
+        return found
+
+    grounds = colours(3, "shade", ())
+    return Style(
+        colours(len(CATEGORIES), "tint", list(grounds.values())),
+        tuple(rng.choice(_DRAWN_TEXTURES, 4, replace=False).tolist()),
+        tuple(rng.choice(_DRAWN_GROUNDS, 3, replace=False).tolist()),
+        grounds,
+        period=float(rng.uniform(0.6, 1.6)),
+        contrast=float(rng.uniform(0.6, 1.2)),
+        grain=float(rng.uniform(0, 16)),
+    )
+
+
 def style_of(name: str, colours: str, without: Sequence[str] = ()) -> Style:
-    """A style of STYLES with one of COLOURS, without some shapes. Raises ValueError for unknown ones, or none left."""
+    """A style of STYLES, or the one that a number draws, with one of COLOURS, without some shapes.
+
+    Raises ValueError for unknown ones, or no shape left.
+    """
     shapes = tuple(place for place, shape in enumerate(NAMES) if shape not in without)
-    if name not in STYLES or colours not in COLOURS or not shapes or len(shapes) + len(set(without)) > len(NAMES):
-        allowed = f"{', '.join(STYLES)}; {', '.join(COLOURS)}; {', '.join(NAMES)}"
+    known = name in STYLES or bool(_NUMBER.fullmatch(name))
+    if not known or colours not in COLOURS or not shapes or len(shapes) + len(set(without)) > len(NAMES):
+        allowed = f"{', '.join(STYLES)}, a number; {', '.join(COLOURS)}; {', '.join(NAMES)}"
         raise ValueError(f"style {name!r}, colours {colours!r}, without {', '.join(without)!r}: allowed are {allowed}")
-    return replace(STYLES[name], usual_share=COLOURS[colours], shapes=shapes)
+    style = STYLES[name] if name in STYLES else drawn_style(int(name))
+    return replace(style, usual_share=COLOURS[colours], shapes=shapes)
 
 
 @dataclass(frozen=True)
@@ -282,26 +316,28 @@ def _turned(rng: np.random.Generator, height: int, width: int) -> tuple[Array, A
     return math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
 
 
-def _surface(rng: np.random.Generator, texture: str, colour: Array, height: int, width: int) -> Array:
+def _surface(rng: np.random.Generator, style: Style, texture: str, colour: Array, height: int, width: int) -> Array:
     """(height, width, 3) float32 RGB: a surface of one colour; the pattern lightens or darkens it."""
     u, v = _turned(rng, height, width)
-    pattern = _TEXTURES[texture](rng, u, v, max(4.0, 0.3 * max(height, width)))
+    pattern = _TEXTURES[texture](rng, u, v, max(4.0, 0.3 * style.period * max(height, width)))
     pattern = pattern if pattern.dtype.kind == "f" else pattern.astype(np.float32)
     bright = float(colour @ np.asarray([0.3, 0.59, 0.11])) > 115
     other = colour * 0.55 if bright else colour * 0.45 + 255 * 0.55
-    return colour + (other - colour) * (0.8 * pattern[..., None])
+    return colour + (other - colour) * (0.8 * style.contrast * pattern[..., None])
 
 
-def _background(rng: np.random.Generator, kind: str, colour: Array, height: int, width: int) -> Array:
+def _background(rng: np.random.Generator, style: Style, kind: str, colour: Array, height: int, width: int) -> Array:
     """(height, width, 3) float32 RGB: a textured ground with weak contrast."""
     u, v = _turned(rng, height, width)
-    period = rng.uniform(0.05, 0.12) * min(height, width)
+    period = rng.uniform(0.05, 0.12) * style.period * min(height, width)
     light = 14 * _blobs(rng, u.shape, 2)
-    light += _GROUNDS[kind](rng, u, v, period)
+    light += style.contrast * _GROUNDS[kind](rng, u, v, period)
     return colour + light[..., None] + rng.normal(0, 6, 3)
 
 
-def _paint(rng: np.random.Generator, canvas: Array, polygons: list[Polygon], colour: Array, texture: str) -> None:
+def _paint(
+    rng: np.random.Generator, style: Style, canvas: Array, polygons: list[Polygon], colour: Array, texture: str
+) -> None:
     """Paint polygons into `canvas` (H, W, 3) float32 in place, with soft edges."""
     corners = np.concatenate(polygons)
     x0, y0 = np.maximum(np.floor(corners.min(0)).astype(int) - 1, 0)
@@ -310,7 +346,7 @@ def _paint(rng: np.random.Generator, canvas: Array, polygons: list[Polygon], col
     fine = rasterise([(polygon - (x0, y0)) * 3 for polygon in polygons], height * 3, width * 3)
     cover = fine.reshape(height, 3, width, 3).mean(axis=(1, 3), dtype=np.float32)[..., None]
     crop = canvas[y0:y1, x0:x1]
-    crop += cover * (_surface(rng, texture, colour, height, width) - crop)
+    crop += cover * (_surface(rng, style, texture, colour, height, width) - crop)
 
 
 def _place(
@@ -349,7 +385,7 @@ def _add(rng: np.random.Generator, style: Style, canvas: Array, category: int, p
     usual = rng.random() < style.usual_share
     colour = colours[category % len(colours)] if usual else str(rng.choice(colours))
     texture = str(rng.choice(style.textures))
-    _paint(rng, canvas, polygons, np.asarray(style.colours[colour], np.float32), texture)
+    _paint(rng, style, canvas, polygons, np.asarray(style.colours[colour], np.float32), texture)
     visible = rasterise(polygons, canvas.shape[0], canvas.shape[1])
     return Shape(category, colour, texture, polygons, int(visible.sum()), visible)
 
@@ -367,7 +403,8 @@ def draw_scene(
             smaller, so that together they fill as much.
     """
     ground, kind = str(rng.choice(list(style.background_colours))), str(rng.choice(style.backgrounds))
-    canvas = _background(rng, kind, np.asarray(style.background_colours[ground], np.float32), height, width)
+    ground_colour = np.asarray(style.background_colours[ground], np.float32)
+    canvas = _background(rng, style, kind, ground_colour, height, width)
     count = math.ceil(max_shapes * rng.random()) if rng.random() >= EMPTY_SHARE else 0
     crowd: Shape | None = None
     shapes: list[Shape] = []
@@ -388,6 +425,8 @@ def draw_scene(
                 break
     if crowd is not None and not crowd.visible.any():  # wholly painted over: nobody could see or name it
         crowd = None
+    if style.grain:
+        canvas += rng.normal(0, style.grain, canvas.shape)
     image = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
     return Scene(image, f"{kind} {ground} background", shapes, crowd)
 

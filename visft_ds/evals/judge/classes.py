@@ -9,7 +9,7 @@ As in CLIP (https://arxiv.org/abs/2103.00020) and EVA-CLIP: a class is the mean 
 | ObjectNet | `mappings/*.json` | its own | those that ImageNet shares |
 | any | one folder for each class | `classnames.txt`, or the folders' | all |
 
-Each has its images in a folder of the split (`test`, `val`, `validation`, `train`), or in the given one itself.
+Each has its images in a folder of the split (`val`, `validation`, `test`, `train`), or in the given one itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from visft_ds.evals.judge.images import changed, chosen, digest, from_files, image_files, read_json, read_lines
+from visft_ds.evals.judge.images import PARTS, changed, chosen, digest, from_files, image_files, read_json, read_lines
 from visft_ds.evals.judge.protocol import (
     PLAIN,
     Benchmark,
@@ -36,7 +36,6 @@ from visft_ds.evals.judge.protocol import (
 )
 from visft_ds.files import checked_name, reading
 
-TESTS = ("test", "val", "validation")
 DIGITS = "digits"  #: in place of a folder
 _BORDER = 2  # red pixels around every image of ObjectNet, as model-soups and CLIP_benchmark cut them off
 
@@ -82,7 +81,7 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
 
     Args:
         source: a folder, or DIGITS.
-        split: folder in it; None: the first of TESTS that is there, or the folder itself.
+        split: folder in it; None: the first of PARTS that is there, or the folder itself.
 
     Raises:
         ValueError: no such folder, no class in it, a class without images, or other names than classes.
@@ -102,7 +101,7 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
     if not (root / (split or ".")).is_dir():
         raise ValueError(f"{root / (split or '')}: no such folder; give one with a folder for each class, or {DIGITS}")
     objectnet = (root / "mappings").is_dir()
-    parts = ["images"] if objectnet else [split] if split else TESTS
+    parts = ["images"] if objectnet else [split] if split else PARTS
     own = next((root / name for name in parts if (root / name).is_dir()), root)
     named, templates = (_objectnet(root, own), imagenet()[1]) if objectnet else _named(own)
     classes = _lines(root, own, "classnames.txt") or list(named.values())

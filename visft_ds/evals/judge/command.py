@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import orjson
 import torch
 
-from visft_ds.evals.judge.judging import Judging, hours_of
+from visft_ds.evals.judge.comparison import Comparison
 from visft_ds.evals.judge.kinds import parse_benchmarks
 from visft_ds.evals.judge.models import parse_arms
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
+from visft_ds.evals.judge.rehearsal import hours_of, rehearsal
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.table import rows_of, section
 from visft_ds.evals.judge.verdict import judged
@@ -42,37 +44,51 @@ def run_judge(given: argparse.Namespace) -> None:
         ValueError: wrong usage, or whatever is wrong with models and data.
     """
     began, settings = time.perf_counter(), _settings(given)
-    arms = parse_arms([given.base, *given.tuned, *given.control])
+    arms = parse_arms([given.base, *given.tuned, *given.control], download=given.download)
     protocol = QUICK if given.quick else PUBLISHED
-    benchmarks, primary = parse_benchmarks(given.on, given.primary, protocol)
+    wanted = [name.strip() for name in given.numbers.split(",")] if given.numbers else []
+    benchmarks, primary = parse_benchmarks(given.on, given.primary, protocol, wanted)
     _check_folder(given.out, primary)
-    published = sum(one.published is not None for one in benchmarks)
+    best = given.layers == "all"
+    if given.dry_run:
+        with TemporaryDirectory() as scratch:
+            nowhere = replace(settings, cache=Path(scratch))
+            comparison = Comparison(arms, len(given.tuned), benchmarks, primary, nowhere)
+            if distributed.is_main():
+                print_plan("visft judge --dry-run", rehearsal(comparison, best=best))
+        return
+    published = sum(benchmark.published is not None for benchmark in benchmarks)
     if published and settings.device.type == "cpu" and given.device == "auto":
-        models = sum(map(len, arms.values())) * (3 if given.layers == "all" else 1)  # with noise and half
+        models = sum(map(len, arms.values())) * (3 if best else 1)  # with noise and half
         hours = hours_of(arms[next(iter(arms))][0], published * models, settings)
         raise ValueError(
             f"published protocols take some {hours:,.0f} hours without a GPU: add --quick, or --device cpu"
         )
-    judging = Judging(arms, len(given.tuned), benchmarks, primary, settings, best=given.layers == "all")
-    results, last = judging.scores()
+    comparison = Comparison(arms, len(given.tuned), benchmarks, primary, settings)
+    if best:
+        comparison.choose_layers()
+    comparison.match_shifts(noise=best)
+    scores = comparison.score()
     if not distributed.is_main():
         return
-    base, members = judging.arms[0].name, {arm.name: [one.label for one in arm.models] for arm in judging.arms}
-    rows = rows_of(results, members, judging.trials, primary, last if judging.best else None)
-    verdicts = judged(rows, judging.trials, primary, base)
-    moved = {arm.name: arm for arm in judging.arms if arm.shift is not None}
+    base = comparison.base.name
+    trials = comparison.trials
+    members = {arm.name: [spec.label for spec in arm.models] for arm in comparison.arms}
+    rows = rows_of(scores.chosen, members, trials, primary, scores.last if best else None, scores.cut)
+    verdicts = judged(rows, trials, primary, base)
+    moved = {arm.name: arm for arm in comparison.arms if arm.shift is not None}
     record: dict[str, Any] = {
         "format": JUDGE,
-        "models": {one.label: str(one) for arm in judging.arms for one in arm.models},
+        "models": {spec.label: str(spec) for arm in comparison.arms for spec in arm.models},
         "arms": members,
-        "trials": [asdict(one) for one in judging.trials],
+        "trials": [asdict(trial) for trial in trials],
         "primary": primary,
         "protocol": protocol.name,
-        "best": judging.best,
-        "layers": judging.layers,
+        "best": best,
+        "layers": comparison.layers,
         "shifts": {name: arm.shift for name, arm in moved.items()},
-        "scales": {name: fmean(one.scale for one in arm.models) for name, arm in moved.items()},
-        "notes": judging.notes,
+        "scales": {name: fmean(spec.scale for spec in arm.models) for name, arm in moved.items()},
+        "notes": comparison.notes,
         "rows": [asdict(row) for row in rows],
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "settings": {key: redacted(value) for key, value in vars(given).items()},
@@ -83,23 +99,25 @@ def run_judge(given: argparse.Namespace) -> None:
     }
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
     write_atomically(given.out / JUDGED, lambda file: file.write(content))
-    shown = (base, *(trial.arm for trial in judging.trials))
-    sheets = [
-        one.sheet({arm: results[members[arm][0]][one.names[0]] for arm in shown}, _SHOWN)
-        for one in benchmarks
-        if one.sheet
-    ]
+    shown = [base, *(trial.arm for trial in trials)]
+    sheets = []
+    for benchmark in benchmarks:
+        if benchmark.sheet:
+            of_arms = {arm: scores.chosen[members[arm][0]][benchmark.names[0]] for arm in shown}
+            sheets.append(benchmark.sheet(of_arms, _SHOWN))
     page = judge_page(orjson.loads(content), sheets)
     write_atomically(given.out / PAGE, lambda file: file.write(page.encode()))
-    read = [(name, *(f"{arm}: {of['chosen']}" for arm, of in each.items())) for name, each in judging.layers.items()]
+    read = []
+    for name, choices in comparison.layers.items():
+        read.append((name, ", ".join(f"{arm}: {choice['chosen']}" for arm, choice in choices.items())))
     shifts = [(name, f"{shift:.3f}", f"A = {record['scales'][name]:.3g}") for name, shift in record["shifts"].items()]
     parts = [
-        Section("verdict", [(one.arm, one.word, " ".join(one.sentences)) for one in verdicts]),
+        Section("verdict", [(verdict.arm, verdict.word, " ".join(verdict.sentences)) for verdict in verdicts]),
         Section("models", list(record["models"].items())),
         Section("best layer, by held-out training images", read),
         section(rows, list(members), primary),
-        Section("feature shift: |f - f0| / |f0 - mean of f0|", shifts),
-        Section("notes", [(note,) for note in judging.notes]),
+        Section("feature shift: |u - u0|, features of length 1", shifts),
+        Section("notes", [(note,) for note in comparison.notes]),
         Section("written", [(str(given.out / PAGE),)]),
     ]
     print_plan("visft judge", [part for part in parts if part.rows])

@@ -2,15 +2,15 @@
 
 | layout | found by | no class |
 |---|---|---|
-| COCO tree | `annotations/instances_<split>2017.json` beside `<split>2017/` | crowds |
 | shards of ours | a manifest of the split | crowds |
 | ADE20k | `images/{training,validation}`, `annotations/{training,validation}` | 0; class n is number n + 1 |
-| Pascal VOC | `JPEGImages`, `SegmentationClass`, `ImageSets/Segmentation/{train,val}.txt` | 255 |
-| any | `images/<split>`, `labels/<split>` | 255 |
+| Pascal VOC | `JPEGImages`, `SegmentationClass[Aug]`, `ImageSets/Segmentation/{train,trainaug,val}.txt` | 255 |
+| any | `images/<split>`, `labels/<split>` with PNG files | 255 |
+| what `visft shards` reads: COCO, Roboflow, YOLO, Cityscapes | as there | crowds |
 
 Label maps are PNG files of class numbers (indexed or grey), called as their images. Labels keep their size; images are
-stretched to squares. Of COCO's objects, each lies on top of the larger ones; what no object covers is class 0, in
-shards of label maps without a class.
+stretched to squares. Of objects, each lies on top of the larger ones; what no object covers is class 0, in shards of
+label maps without a class. Where an object has a box and no mask, nobody knows what is in the box: it has no class.
 
 Depth: `images/<split>` and `depth/<split>`, 16-bit PNG files of millimetres, called as the images; 0 is not known.
 """
@@ -30,17 +30,20 @@ import orjson
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from PIL import Image
 
+from visft_ds.data.dataset import labels_of_split
 from visft_ds.data.shards import Category, Manifest, ShardReader, splits_in
-from visft_ds.evals.judge.images import SUFFIXES, chosen, digest, from_files, image_files, read_lines
+from visft_ds.evals.judge.images import PARTS, SUFFIXES, chosen, digest, from_files, image_files, read_lines
 from visft_ds.evals.judge.protocol import ImageSet, Label
 from visft_ds.files import checked_name, image_frame, open_image, read_bytes, reading
 from visft_ds.monitor.console import gauge
-from visft_ds.shards.coco import read_coco
+from visft_ds.shards.coco import FolderSplit, read_coco
+from visft_ds.shards.layouts import recognise
 from visft_ds.shards.maps import read_map
 from visft_ds.tasks.classes import VOID
 
 _SMALLEST = 1 / 3136  # of an image, below which nobody could recognise an object
-_SPLITS = ("val", "test", "validation")
+_AUGMENTED = "trainaug"  # VOC's training images with those of Hariharan et al., from which published numbers learn
+_ELLIPSES = "mask drawn as an ellipse into its box"  # as visft shards says it of its shards
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Thing:
     owner: int  #: number of the image
     label: int  #: VOID for a crowd
     code: Mapping[str, Any]  #: run-length code of its pixels
+    boxed: bool = False  #: which are those of its box, as nobody drew a mask
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class DenseSet:
     label: Callable[[int], npt.NDArray[Any]]  #: of an image; in metres where depth is asked
     classes: tuple[str, ...] = ()  #: their names; "": no object is there
     things: tuple[Thing, ...] = ()  #: objects that are large enough and no crowds, in the order of their images
+    notes: tuple[str, ...] = ()  #: what is odd about their masks
 
     def part(self, places: Sequence[int]) -> DenseSet:
         """Some of the images, without their objects."""
@@ -75,9 +80,12 @@ def read_train_and_test(
         most: images of "train" and "test"; of a larger part every k-th.
 
     Raises:
-        ValueError: no such folder or layout, a part that is not there or is not labelled, other categories in both.
+        ValueError: no such folder or layout, a part that is not there or is not labelled, other categories in both,
+            objects of which none has a mask.
     """
     found = _pair(_parts(Path(source)), most, source, train, test)
+    for name, part in found.items():
+        found[name] = _masked(part, f"{source}: {name}", source)
     seen = []
     for name, part in found.items():
         counts = np.zeros(VOID + 1, dtype=np.int64)
@@ -90,10 +98,38 @@ def read_train_and_test(
     if not learnt.classes:  # label maps do not name them
         numbers = tuple(map(str, range(int(max(map(max, seen))) + 1)))
         learnt, held = replace(learnt, classes=numbers), replace(held, classes=numbers)
-    if learnt.classes != held.classes:
-        lone = sorted(set(learnt.classes) ^ set(held.classes))
-        raise ValueError(f"{source}: {' and '.join(found)} have other categories or order: {', '.join(lone[:5])}")
+    _check_classes(found, source)
     return learnt, held
+
+
+def read_objects(
+    most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
+) -> tuple[DenseSet, DenseSet]:
+    """As `read_train_and_test`, for objects whose boxes are enough."""
+    found = _pair(_parts(Path(source)), most, source, train, test)
+    _check_classes(found, source)
+    learnt, held = found.values()
+    return learnt, held
+
+
+def _check_classes(parts: Mapping[str, DenseSet], source: str) -> None:
+    """Raise ValueError if two parts have other classes, or in another order."""
+    learnt, held = (part.classes for part in parts.values())
+    if learnt != held:
+        lone = sorted(set(learnt) ^ set(held))
+        raise ValueError(f"{source}: {' and '.join(parts)} have other categories or order: {', '.join(lone[:5])}")
+
+
+def _masked(part: DenseSet, name: str, source: str) -> DenseSet:
+    """A part without its objects that have no mask. Raises ValueError if it has no others."""
+    drawn = tuple(thing for thing in part.things if not thing.boxed)
+    boxed = len(part.things) - len(drawn)
+    if not boxed:
+        return part
+    if not drawn:
+        raise ValueError(f"{name} has boxes and no masks, so that no mIoU can be judged: give --on objects={source}")
+    note = f"{name}: {boxed} of {len(part.things)} objects have a box and no mask; pixels in these boxes count nowhere."
+    return replace(part, things=drawn, notes=(*part.notes, note))
 
 
 def read_depth(
@@ -111,7 +147,8 @@ def _pair(
     parts: Parts, most: Mapping[str, int], source: str, train: str | None, test: str | None
 ) -> dict[str, DenseSet]:
     """The part to train on and the one to judge on by their names: the given ones or the usual ones."""
-    learnt, held = train or "train", test or next((name for name in _SPLITS if name in parts), "val")
+    usual = _AUGMENTED if _AUGMENTED in parts else "train"
+    learnt, held = train or usual, test or next((name for name in PARTS if name in parts), "val")
     if learnt == held or not {learnt, held} <= set(parts):
         has = f"it has {', '.join(parts) or 'no parts'}"
         raise ValueError(f"{source}: probes cannot learn from {learnt} and be judged on {held}: name two parts; {has}")
@@ -120,8 +157,6 @@ def _pair(
 
 def _parts(root: Path) -> Parts:
     """The parts of a folder, in the first layout that it has."""
-    if found := sorted(root.glob("annotations/instances_*2017.json")):
-        return {path.stem.removeprefix("instances_").removesuffix("2017"): partial(_of_coco, path) for path in found}
     if splits := splits_in(root):
         return {split: partial(_of_shards, root, split) for split in splits}
     if (root / "annotations/training").is_dir():
@@ -129,15 +164,23 @@ def _parts(root: Path) -> Parts:
         return {names.get(name, name): part for name, part in _beside(root, "annotations", _ade).items()}
     if found := sorted(root.glob("ImageSets/Segmentation/*.txt")):
         listed = {path.stem: sorted(checked_name(f"{name}.jpg", path) for name in read_lines(path)) for path in found}
-        images, maps = root / "JPEGImages", root / "SegmentationClass"
-        return {
-            part: partial(_of_maps, root, [images / one for one in own], maps, read_map) for part, own in listed.items()
-        }
-    if beside := _beside(root, "labels", read_map):
-        return beside
-    raise ValueError(
-        f"{root} has no labels of pixels: give a COCO tree, shards, ADE20k, VOC, or images/SPLIT and labels/SPLIT"
-    )
+        augmented = root / "SegmentationClassAug"  # of more training images
+        parts = {}
+        for part, listing in listed.items():
+            maps = augmented if part.startswith("train") and augmented.is_dir() else root / "SegmentationClass"
+            parts[part] = partial(_of_maps, root, [root / "JPEGImages" / name for name in listing], maps, read_map)
+        if _AUGMENTED in parts and not augmented.is_dir():
+            del parts[_AUGMENTED]
+        return parts
+    if any(root.glob("labels/*/*.png")):
+        return _beside(root, "labels", read_map)
+    try:
+        splits_of_folder = recognise(root)[1]
+    except ValueError as error:
+        given = "give shards, ADE20k, VOC, images/SPLIT and labels/SPLIT, or what visft shards reads"
+        raise ValueError(f"{root} has no labels of pixels: {given}: {error}") from error
+    labelled = [split for split in splits_of_folder if split.instances is not None or split.maps is not None]
+    return {split.name: partial(_of_split, split) for split in labelled}
 
 
 def _beside(root: Path, kind: str, read: Callable[[Path], npt.NDArray[Any]]) -> Parts:
@@ -184,12 +227,12 @@ def _of_maps(
     return DenseSet(replace(images, stretched=True, fingerprint=stamped), label)
 
 
-def _of_coco(path: Path, most: int) -> DenseSet:
-    source = read_coco(path, None)
-    kept = [source.images[place] for place in every(len(source.images), most)]
-    folder = path.parents[1] / path.stem.removeprefix("instances_")
-    images = from_files([folder / image.file_name for image in kept], folder)
-    return _of_outlines(images, [image.label() for image in kept], source.categories)
+def _of_split(split: FolderSplit, most: int) -> DenseSet:
+    source = read_coco(split.instances, None, maps=split.maps)
+    some = [source.images[place] for place in every(len(source.images), most)]
+    images = from_files([split.images / image.file_name for image in some], split.images)
+    empty = [] if split.instances is None else [""]  # label maps give every pixel a class, or none
+    return _of_outlines(images, [orjson.loads(image.label()) for image in some], source.categories, empty)
 
 
 def _of_shards(root: Path, split: str, most: int) -> DenseSet:
@@ -201,13 +244,19 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
         data, _ = reader.read(places[number], "images")
         return open_image(data or b"", reader.describe(places[number]), upright=False)
 
-    images = ImageSet([f"{split} {manifest.index[place]['image_id']}" for place in places], read, manifest.fingerprint)
-    labels = [reader.read(place, "labels")[1] or b"" for place in places]
-    return _of_outlines(images, labels, manifest.categories, [] if "maps" in manifest.labels else [""])
+    labels = list(labels_of_split(reader, places))
+    rows = manifest.index[places]
+    stored = list(zip(rows["image_size"].tolist(), rows["image_crc32"].tolist(), strict=True))
+    images = ImageSet([label["file_name"] for label in labels], read, manifest.fingerprint, stored=stored)
+    part = _of_outlines(images, labels, manifest.categories, [] if "maps" in manifest.labels else [""])
+    if _ELLIPSES in manifest.findings:
+        note = f"{root} {split}: {manifest.findings[_ELLIPSES][0]} masks were drawn as ellipses into boxes."
+        return replace(part, notes=(note,))
+    return part
 
 
 def _of_outlines(
-    images: ImageSet, labels: Sequence[bytes], categories: Sequence[Category], empty: Sequence[str] = ("",)
+    images: ImageSet, labels: Sequence[Mapping[str, Any]], categories: Sequence[Category], empty: Sequence[str] = ("",)
 ) -> DenseSet:
     """Images with their labels as shards have them; `empty` is the name of what no object covers, if any."""
     if len(categories) + len(empty) > VOID:
@@ -217,13 +266,14 @@ def _of_outlines(
     sizes: list[tuple[int, int]] = []
     things: list[list[Thing]] = []  # of each image, the largest first
     large: list[Thing] = []
-    for owner, image in enumerate(map(orjson.loads, labels)):
+    for owner, image in enumerate(labels):
         sizes.append((image["height"], image["width"]))
         own: list[Thing] = []
         for one in image["annotations"]:
-            shape = one.get("segmentation") or [one["bbox"]]
+            mask = one.get("segmentation")
+            shape = mask or [one["bbox"]]
             code = shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, *sizes[-1]))
-            own.append(Thing(owner, VOID if one["iscrowd"] else numbers[one["category_id"]], code))
+            own.append(Thing(owner, VOID if one["iscrowd"] else numbers[one["category_id"]], code, boxed=not mask))
         things.append(sorted(own, key=lambda thing: -int(coco_mask.area(thing.code))))
         least = _SMALLEST * image["height"] * image["width"]
         large += [one for one in things[-1] if one.label != VOID and coco_mask.area(one.code) >= least]
@@ -231,8 +281,8 @@ def _of_outlines(
     def label(place: int) -> Label:
         drawn = np.full(sizes[place], 0 if empty else VOID, dtype=np.uint8)
         for thing in things[place]:
-            drawn[coco_mask.decode(thing.code) == 1] = thing.label
+            drawn[coco_mask.decode(thing.code) == 1] = VOID if thing.boxed else thing.label
         return drawn
 
-    stamped = replace(images, stretched=True, fingerprint=digest((images.fingerprint, *labels)))
+    stamped = replace(images, stretched=True, fingerprint=digest((images.fingerprint, *map(orjson.dumps, labels))))
     return DenseSet(stamped, label, (*empty, *(category.name for category in ordered)), tuple(large))

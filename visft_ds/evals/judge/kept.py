@@ -22,6 +22,7 @@ from visft_ds.pretrained import TIMM
 
 KIND = "classes"  #: (images,), the number of the class that a classifier predicts
 NUMBER = "predictions"
+_ASKS = "kept= counts which predictions of BASE's own classifier stay, and"
 MOST = 5000  #: images of a folder; a larger one gives every k-th
 
 
@@ -60,6 +61,23 @@ class _Predictions(nn.Module):
         return {KIND: self.model(images).argmax(dim=1)}
 
 
+def check_classifier(base: ModelSpec) -> tuple[Any, int]:
+    """(BASE's backbone without memory, number of classes that its file has a classifier of).
+
+    Raises:
+        ValueError: BASE brings no classifier.
+    """
+    described = {"preset": ""} if base.open_clip else base.model or model_in(open_model(base.name))
+    if not described["preset"].startswith(TIMM):
+        raise ValueError(f"{_ASKS} {base.label} is not a model of timm")
+    file = open_model(base.name)
+    backbone: Any = built({name: value for name, value in described.items() if name != "layers"}, "meta")
+    for layer in backbone.classifier_names:
+        if f"{layer}.weight" in file:
+            return backbone, file[f"{layer}.weight"].shape[0]
+    raise ValueError(f"{_ASKS} {base.name} has no classifier of timm's {backbone.name}")
+
+
 def load_classifier(spec: ModelSpec, base: ModelSpec) -> Encoder:
     """BASE's classifier behind the backbone of a model; on the CPU, in fp32.
 
@@ -68,21 +86,13 @@ def load_classifier(spec: ModelSpec, base: ModelSpec) -> Encoder:
     """
     import timm
 
-    asks = "kept= counts which predictions of BASE's own classifier stay, and"
-    described = {"preset": ""} if base.open_clip else base.model or model_in(open_model(base.name))
-    if not described["preset"].startswith(TIMM):
-        raise ValueError(f"{asks} {base.label} is not a model of timm")
-    file = open_model(base.name)
-    backbone: Any = built({name: one for name, one in described.items() if name != "layers"}, "meta")
-    classes = [file[name].shape[0] for one in backbone.classifier_names if (name := f"{one}.weight") in file]
-    if not classes:
-        raise ValueError(f"{asks} {base.name} has no classifier of timm's {backbone.name}")
-    model = timm.create_model(backbone.name, num_classes=classes[0], **backbone.options)
+    backbone, classes = check_classifier(base)
+    model = timm.create_model(backbone.name, num_classes=classes, **backbone.options)
     with reading(base.name, f"weights of timm's {backbone.name}"):
-        model.load_state_dict({name: one.read() for name, one in file.items()})
+        model.load_state_dict({name: stored.read() for name, stored in open_model(base.name).items()})
     own = weights_of(load_encoder(spec, "fp32"))
     if not alike(own, model.state_dict()):
-        raise ValueError(f"{asks} {spec.label} cannot feed it: it is not a {backbone.name} of timm")
+        raise ValueError(f"{_ASKS} {spec.label} cannot feed it: it is not a {backbone.name} of timm")
     model.load_state_dict({**model.state_dict(), **own})  # a tower may be cut, and has no classifier
     side = backbone.image_size
     config = timm.data.resolve_model_data_config(model) | {"input_size": (3, side, side)}

@@ -3,9 +3,10 @@
 The last block of a tower often has not the best features, so that a gain over it may be no more than a better place.
 BASE and every tuned model are read after the block that is best on a fifth of the *training* images, by a probe of the
 other four fifths. Numbers that train nothing are asked for every block; trained heads for the CANDIDATES best of those,
-and the last, or for all if none are ranked. The other numbers of a data set take the block of its first one.
+and the last, or for all if none are ranked. The other numbers of a data set take the block of its first one. Of blocks
+that reach the same the last one is taken.
 
-As many blocks are read in one forward as fit into MOST bytes of features.
+As many blocks are read in one forward as fit into `scoring.MOST` bytes of features.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from torch import Tensor, nn
 
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.protocol import Benchmark
-from visft_ds.evals.judge.scoring import Settings, encode_images, forward, kinds_of
+from visft_ds.evals.judge.scoring import Settings, brought_near, encode_images, forward, groups, kinds_of
 
 #: Name of what the whole model gives, if that is not what its last block gives.
 END = "end"
-MOST = 8 * 2**30  #: bytes of a data set's features of all blocks that are read together
 CANDIDATES = 3  #: best blocks of a data set's first number among which heads are trained
 DIRECT = ("in-context mIoU", "kNN")  #: numbers that train nothing
 HEADS = ("linear mIoU", "linear", "RMSE")
@@ -97,6 +97,7 @@ def levels_of(
     benchmark: Benchmark,
     sizes: Mapping[str, int],
     ranked: Sequence[str],
+    numbers: Sequence[str],
     settings: Settings,
     label: str,
 ) -> dict[str, dict[str, float]]:
@@ -104,41 +105,61 @@ def levels_of(
 
     Args:
         sizes: the blocks to choose from, and bytes of an image's map of each.
-        ranked: the best blocks by another data set, for one whose numbers all need trained heads.
+        ranked: blocks by another data set, the best first, for numbers that all need trained heads.
+        numbers: of the benchmark, in DIRECT or HEADS.
     """
     held_out = benchmark.held_out
     assert held_out is not None
-    images, kinds = benchmark.choosing or benchmark.sets["train"], kinds_of(encoder, benchmark)
-    levels: dict[str, dict[str, float]] = {number: {} for number in benchmark.numbers if number in (*DIRECT, *HEADS)}
+    images = benchmark.choosing or benchmark.sets["train"]
+    kinds = kinds_of(encoder, benchmark)
+    levels: dict[str, dict[str, float]] = {number: {} for number in numbers}
 
-    def read(blocks: Sequence[str], numbers: Sequence[str]) -> None:
-        left = list(blocks) if numbers else []
-        while left:
-            group = [left.pop(0)]
-            while left and sum(sizes[name] for name in [*group, left[0]]) * len(images) <= MOST:
-                group.append(left.pop(0))
-            found = encode_images(read_after(encoder, *group), images, kinds, settings, label)
+    read_before: dict[str, dict[str, Tensor]] = {}  # block -> its features, where those of all blocks fit
+
+    def measure(name: str, features: dict[str, Tensor], wanted: Sequence[str]) -> None:
+        near = brought_near(features, settings) if benchmark.nearby else features
+        for number in wanted:
+            levels[number][name] = held_out(near, number)
+
+    def read(blocks: Sequence[str], wanted: Sequence[str]) -> None:
+        for name in blocks:
+            if name in read_before:
+                measure(name, read_before[name], wanted)
+        for group in groups({name: sizes[name] for name in blocks if name not in read_before}, len(images)):
+            features = encode_images(read_after(encoder, *group), images, kinds, settings, label)
             for name in group:
-                own = {kind: found.pop(f"{name} {kind}" if len(group) > 1 else kind) for kind in kinds}
-                for number in numbers:
-                    levels[number][name] = held_out(own, number)
+                begin = f"{name} " if len(group) > 1 else ""
+                own = {kind: features.pop(f"{begin}{kind}") for kind in kinds}
+                measure(name, own, wanted)
+                if len(group) == len(sizes):
+                    read_before[name] = own
 
-    direct = [number for number in levels if number in DIRECT]
-    read(list(sizes), direct)
+    direct = [number for number in numbers if number in DIRECT]
     if direct:
-        ranked = sorted(sizes, key=lambda name: -levels[direct[0]][name])
-    candidates = {*([name for name in ranked if name in sizes][:CANDIDATES] or sizes), list(sizes)[-1]}
-    read([name for name in sizes if name in candidates], [number for number in levels if number in HEADS])
+        read(list(sizes), direct)
+        ranked = best_first(levels[direct[0]])
+    heads = [number for number in numbers if number in HEADS]
+    if heads:
+        best = [name for name in ranked if name in sizes][:CANDIDATES]
+        candidates = {*(best or sizes), list(sizes)[-1]}
+        read([name for name in sizes if name in candidates], heads)
     return levels
 
 
-def chosen(levels: Sequence[Mapping[str, Mapping[str, float]]], benchmark: Benchmark) -> dict[str, dict[str, Any]]:
-    """Full name of a number -> {"chosen": block, "held_out": {block: mean over the seeds of an arm}}."""
-    found: dict[str, dict[str, Any]] = {}
-    for number in levels[0]:
-        shared = [name for name in levels[0][number] if all(name in of[number] for of in levels)]
-        means = {name: fmean(of[number][name] for of in levels) for name in shared}
-        found[number] = {"chosen": max(means, key=lambda name: means[name]), "held_out": means}
-    first = next(iter(found.values()))
-    pairs = zip(benchmark.names, benchmark.numbers, strict=True)
-    return {name: found.get(number, first) for name, number in pairs}
+def best_first(held_out: Mapping[str, float]) -> list[str]:
+    """Blocks by what they reach on held-out training images; of equal ones the later comes first."""
+    return sorted(reversed(list(held_out)), key=lambda name: -held_out[name])
+
+
+def chosen(levels: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
+    """Number -> {"chosen": block, "held_out": {block: mean over the seeds of an arm}}.
+
+    Args:
+        levels: what `levels_of` gives for each seed.
+    """
+    choices: dict[str, dict[str, Any]] = {}
+    for number, of_first in levels[0].items():
+        common = [name for name in of_first if all(name in of_seed[number] for of_seed in levels)]
+        means = {name: fmean(of_seed[number][name] for of_seed in levels) for name in common}
+        choices[number] = {"chosen": best_first(means)[0], "held_out": means}
+    return choices

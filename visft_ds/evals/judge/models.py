@@ -28,13 +28,26 @@ from visft_ds.evals.judge.encoders import CLIP, BackboneEncoder, Encoder, open_c
 from visft_ds.evals.judge.images import stamp
 from visft_ds.evals.judge.text import projection_of, text_tower_in
 from visft_ds.evals.model import adapter_for, files_of_run
-from visft_ds.interop.layouts import MODEL, bases_of, load_backbone, model_in, open_model, other_base, whole
+from visft_ds.interop.layouts import (
+    MODEL,
+    base_parameters,
+    bases_of,
+    built,
+    load_backbone,
+    model_in,
+    open_model,
+    other_base,
+    tower_in,
+    whole,
+)
+from visft_ds.interop.weights import Weights
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import KINDS, dense_update, lora_layers
 from visft_ds.ops import DTYPES
 from visft_ds.pretrained import TIMM
 from visft_ds.run.folder import recorded_config
 
+_LOCAL = "local-dir:"  # beginning of the name of a model in a folder
 NOISE, HALF = "noise", "half"  #: arms that come by themselves
 _LABEL = re.compile(r"([\w .-]+)=(.+)")
 _END = re.compile(r"(.+?)(#\d+)?(@[-+]?[0-9.]+(?:e[-+]?[0-9]+)?)?")
@@ -53,15 +66,24 @@ class ModelSpec:
     origin: ModelSpec | None = None  #: BASE of the comparison
     model: Mapping[str, Any] | None = None  #: preset and options of its backbone, if a run or a name tells them
     block: int | None = None  #: that it is read after
+    whole: bool = False  #: it goes on behind the block that a training read, as far as its file does
 
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that its features depend on, in JSON's types; files by name, size and time."""
-        paths = [Path(one) for one in (self.name, self.adapter) if one]
-        files = [each for path in paths for each in ([path] if path.is_file() else sorted(path.glob("*")))]
+        files = []
+        for path in (self.open_clip_folder, Path(self.name) if self.name else None, self.adapter):
+            if path is not None:
+                files += [path] if path.is_file() else sorted(path.glob("*"))
         own = asdict(replace(self, origin=None)) | {"label": "", "adapter": ""}
         origin = self.origin.identity if self.origin is not None and self.mixed else None
         return own | {"origin": origin, "files": [f"{file.name} {stamp(file)}" for file in files]}
+
+    @property
+    def open_clip_folder(self) -> Path | None:
+        """The folder of a model of open_clip that brings its weights along."""
+        name = self.open_clip or ""
+        return Path(name.removeprefix(_LOCAL)) if name.startswith(_LOCAL) else None
 
     @property
     def mixed(self) -> bool:
@@ -80,14 +102,17 @@ class ModelSpec:
         return " ".join(filter(None, parts))
 
 
-def parse_arms(texts: Sequence[str]) -> dict[str, tuple[ModelSpec, ...]]:
+def parse_arms(texts: Sequence[str], *, download: bool = False) -> dict[str, tuple[ModelSpec, ...]]:
     """Label -> models of each arm of a command line, BASE first; files are looked for, not opened.
+
+    Args:
+        download: weights of timm that are not on this machine are fetched.
 
     Raises:
         ValueError: as `parse_model`; also for two arms or models of one name, and numbers of seeds that cannot be
             paired with those of another arm.
     """
-    arms = [_arm(text) for text in texts]
+    arms = [_arm(text, download) for text in texts]
     labels = [name for label, models in arms for name in {label, *(model.label for model in models)}]
     if taken := {NOISE, HALF} & {*labels}:
         raise ValueError(f"{taken.pop()} is an arm that comes by itself: give yours another label")
@@ -100,32 +125,33 @@ def parse_arms(texts: Sequence[str]) -> dict[str, tuple[ModelSpec, ...]]:
     (first, (base, *more)), *others = arms
     if more or base.mixed:
         raise ValueError(f"BASE is one model as it is, and {first} is {len(more) + 1} x {base.scale:g}")
+    base = replace(base, whole=base.block is None and base.adapter is None)  # what its user has, whatever training read
     return {first: (base,), **{label: tuple(replace(one, origin=base) for one in of) for label, of in others}}
 
 
-def _arm(text: str) -> tuple[str, list[ModelSpec]]:
+def _arm(text: str, download: bool) -> tuple[str, list[ModelSpec]]:
     """(label, models) of an arm. A name that exists as a whole is never cut."""
     match = _LABEL.fullmatch(text)
     is_one = Path(match[2] if match else text).exists()
-    models = [parse_model(part) for part in ([text] if is_one else text.split(","))]
+    models = [parse_model(part, download=download) for part in ([text] if is_one else text.split(","))]
     label = models[0].label
     if len(models) == 1:
         return label, models
     return label, [replace(model, label=f"{label} {number}") for number, model in enumerate(models, 1)]
 
 
-def parse_model(text: str) -> ModelSpec:
-    """Read one model of a command line; files are looked for, not opened. Weights of timm may be downloaded.
+def parse_model(text: str, *, download: bool = False) -> ModelSpec:
+    """Read one model of a command line; files are looked for, not opened.
 
     Raises:
-        ValueError: a file that is not there, or an unknown name.
+        ValueError: a file that is not there, an unknown name, or weights of timm that must not be fetched.
     """
     match = _LABEL.fullmatch(text)
     label, given = (match[1].strip(), match[2]) if match else ("", text)
     parts = None if Path(given).exists() else _END.fullmatch(given)  # a name that exists as a whole is never cut
     rest, end, factor = parts.groups("") if parts else (given, "", "")
     inner = rest.partition(":")[2]
-    is_address = inner.startswith(("hf-hub:", "local-dir:"))
+    is_address = inner.startswith(("hf-hub:", _LOCAL))
     name, _, weights = (inner, "", "") if is_address else inner.partition(":")
     if rest.startswith("open_clip:"):
         if end:
@@ -134,8 +160,8 @@ def parse_model(text: str) -> ModelSpec:
     elif rest.startswith(TIMM) and weights:
         spec = ModelSpec(name, weights, model={"preset": f"{TIMM}{name}"})
     elif rest.startswith(TIMM):
-        found = named(name.removeprefix("local-dir:") if is_address else rest, download=True)
-        spec = ModelSpec(Path(name).name, str(found.file(download=True)), model=found.description)
+        found = named(name.removeprefix(_LOCAL) if is_address else rest, download=download)
+        spec = ModelSpec(Path(name).name, str(found.file(download=download)), model=found.description)
     else:
         spec = _of_files(rest)
     block, scale = int(end[1:]) if end else None, float(factor[1:]) if factor else 1.0
@@ -180,6 +206,8 @@ def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
         model["layers"] = adapter.model.get("layers", ())
     elif spec.block is not None and spec.block > max(model.get("layers", ()), default=0):
         model["layers"] = ()  # merged weights go on behind the block that training read
+    elif spec.whole and model.get("layers"):
+        model = _as_far_as(file, model)
     backbone: Any = load_backbone(path, whole(model, file), DTYPES[precision])
     if adapter is not None:
         if problem := other_base(f"the adapter of {spec.label}", adapter.base, bases_of(backbone, path)):
@@ -194,6 +222,14 @@ def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
     text = text_tower_in(path) if "clip" in module.kinds else None
     preprocess, side = square_preprocess(backbone.image_size, *normalisation), backbone.image_size
     return Encoder(module, module.kinds, preprocess, normalisation, side, text)
+
+
+def _as_far_as(file: Weights, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole model instead of one that ends after the block that training read, if the file has all of it."""
+    entire = {name: value for name, value in model.items() if name != "layers"}
+    tower = tower_in(file, entire)
+    has_all = all(name in tower for name in base_parameters(built(entire, "meta")))
+    return entire if has_all else dict(model)
 
 
 class Mixture:

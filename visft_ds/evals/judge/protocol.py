@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,9 @@ class ImageSet:
     read: Callable[[int], Image.Image]  #: RGB; ValueError with the name if there is no whole image
     fingerprint: str  #: other images, other fingerprint
     stretched: bool = False  #: to squares; otherwise the middle square is seen
+    #: Of each image the file, or the (bytes, crc32) that shards have of it; empty: not known.
+    stored: Sequence[Path | tuple[int, int]] = ()
+    groups: IntArray | None = None  #: (images,), numbers of what images come from together, such as patients or videos
 
     def __len__(self) -> int:
         return len(self.names)
@@ -68,10 +72,13 @@ class Benchmark:
     kinds: Sequence[str]
     numbers: Sequence[str]  #: names of its scores; a model may lack some
     settings: Mapping[str, Any]  #: all that scores depend on beside the features, in JSON's types
-    #: The numbers of one model, of those that are wanted (where that saves time).
+    #: The numbers of one model, of those that are wanted (where that saves time). Probes run where features lie.
     scores: Callable[[Features, Collection[str]], Iterator[Score]]
+    left_out: Sequence[str] = ()  #: numbers that it could give, and that nobody asks for
+    notes: Sequence[str] = ()  #: what a reader of its numbers has to know about the data
     texts: Sequence[str] = ()  #: to be encoded
     needs_text: bool = False  #: it gives no score without a text side
+    nearby: bool = False  #: its probes run on a GPU if features lie there
     agrees: bool = False  #: it asks a classifier, and counts predictions that agree with the first model's
     #: (model -> its first score, number of images) -> what each model sees in them.
     sheet: Callable[[Mapping[str, Score], int], Picture] | None = None
@@ -98,12 +105,19 @@ def resamples(images: int, count: int) -> IntArray:
     return np.stack([np.ones(images, dtype=np.int64), *drawn])
 
 
-def fifth(images: int) -> tuple[list[int], list[int]]:
-    """(four fifths of the training images, the fifth that chooses a layer)."""
-    if images < 5:
-        raise ValueError(f"a fifth of the training images chooses a layer, and there are {images}: give --layers last")
-    places = np.arange(images)
-    return places[places % 5 != 4].tolist(), places[4::5].tolist()
+def fifth(images: int, groups: IntArray | None = None) -> tuple[list[int], list[int]]:
+    """(four fifths of the training images, the fifth that chooses a layer).
+
+    Args:
+        groups: (images,) numbers; whole groups are held out, since probes know the others of an image's group.
+    """
+    units = np.arange(images) if groups is None else np.unique(groups, return_inverse=True)[1]
+    count = len(np.unique(units))
+    if count < 5:
+        what = "images" if groups is None else "groups of images"
+        raise ValueError(f"a fifth of the training {what} chooses a layer, and there are {count}: give --layers last")
+    held = units % 5 == 4
+    return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
 
 
 def mean_ratio(sums: FloatArray) -> FloatArray:

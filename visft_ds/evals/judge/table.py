@@ -4,19 +4,19 @@ An arm is a model, or several of one recipe with different seeds. The first arm 
 by item before they are resampled: two models that fail on the same images differ surely by little, even if each of
 their numbers alone is unsure.
 
-One number, the primary, decides by its own intervals. All differences from the base of all other numbers are decided
-together, by Holm's method.
+One number, the primary, decides by its own intervals. Of the other numbers each has its own interval, too; which
+differences of tuned arms from the base remain if all of them are asked about together says Holm's method.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from visft_ds.evals.judge.intervals import LEVEL, combined, holm, interval, resampled, two_sided
+from visft_ds.evals.judge.intervals import LEVEL, combined, holm, interval, resampled, spread_of
 from visft_ds.evals.judge.protocol import FloatArray, Score
 from visft_ds.evals.records import Interval, number_text
 from visft_ds.monitor.console import Section
@@ -26,12 +26,17 @@ Results = Mapping[str, Mapping[str, Score]]  #: model -> name -> score
 
 @dataclass(frozen=True)
 class Trial:
-    """A tuned arm, and the arms that it is judged by beside the base."""
+    """A tuned arm, and what it is judged by beside the base."""
 
     arm: str
-    controls: tuple[str, ...] = ()  #: at its shift: noise, and what `--control` named
+    controls: tuple[str, ...] = ()  #: arms at its shift: noise, and what `--control` named
     half: str | None = None  #: the arm of half its change
     shift: float | None = None  #: how far it moved the base's features; None if it is of another architecture
+    missed: Mapping[str, float] = field(default_factory=dict)  #: control that no scale brings to the shift -> its shift
+    compared: bool = False  #: the best layers were looked for, by the primary number
+    cut: str | None = None  #: the block that it ends after, if the base goes on
+    named: str | None = None  #: the block that it is read after, if nobody could choose it
+    trained_on: tuple[str, ...] = ()  #: data sets with images that it was trained on, in words
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,9 @@ class Difference(Interval):
     p: float  #: of zero, two-sided
     better: bool  #: the whole interval is
     worse: bool
-    shown: bool  #: by its own interval, or by Holm
+    shown: bool  #: by its own interval; of numbers beside the primary one also after Holm's correction
     alone: Interval  #: over test items alone
-    #: The least true difference that would be shown in four of five repetitions: 2.8 standard errors.
-    detectable: float
+    detectable: float | None  #: the least true difference that its interval would show in four of five repetitions
     each: tuple[float, ...]  #: of each seed
 
 
@@ -58,8 +62,12 @@ class Row:
     values: Mapping[str, float]  #: arm -> its number; without arms that have none
     differences: Mapping[str, Difference]  #: arm -> its number minus the base's
     controls: Mapping[str, Mapping[str, Difference]]  #: tuned arm -> control -> tuned minus control
-    last: Mapping[str, Difference]  #: tuned arm -> its difference at both last layers, if any was allowed
+    # Of the primary number alone, by tuned arms:
+    last: Mapping[str, Difference]  #: difference at both last layers
+    over_last: Mapping[str, Difference]  #: the arm where it is read minus the base at its last layer
+    over_cut: Mapping[str, Difference]  #: the arm minus the base at its best layer up to where the arm ends
     last_values: Mapping[str, float]  #: base and tuned arms -> the number at the last layer
+    cut_values: Mapping[str, float]  #: tuned arm -> the number of the base up to where the arm ends
 
     def level(self, arm: str) -> str:
         """An arm's number as text; empty without one."""
@@ -72,6 +80,7 @@ def rows_of(
     trials: Sequence[Trial],
     primary: str,
     last: Results | None = None,
+    cut: Results | None = None,
 ) -> list[Row]:
     """A row for each number, in the order in which they came.
 
@@ -79,41 +88,66 @@ def rows_of(
         results: scores at the layers that were chosen.
         arms: name -> its models; the base first. Arms of as many seeds as another one are paired with it seed by seed.
         last: scores of the base and of tuned arms at their last layers.
+        cut: scores of the base up to where tuned arms end, by their names.
     """
-    base, rows = next(iter(arms)), []
-    for name in dict.fromkeys(name for scores in results.values() for name in scores):
-        having, ends = (_having(name, of, arms) for of in (results, last or {}))
-        first = next(iter(having.values()))[0]
-        rows.append(
-            Row(
-                name,
-                len(first.values),
-                first.lower,
-                {arm: _mean(seeds) for arm, seeds in having.items()},
-                {arm: _minus(name, of, having[base]) for arm, of in having.items() if arm != base and base in having},
-                {
-                    one.arm: {arm: _minus(name, having[one.arm], having[arm]) for arm in one.controls if arm in having}
-                    for one in trials
-                    if one.arm in having
-                },
-                {one.arm: _minus(name, ends[one.arm], ends[base]) for one in trials if {one.arm, base} <= ends.keys()},
-                {arm: _mean(seeds) for arm, seeds in ends.items()},
-            )
-        )
-    return _decided(rows, primary)
+    names = dict.fromkeys(name for scores in results.values() for name in scores)
+    rows = [_row(name, results, arms, trials, last or {}, cut or {}) for name in names]
+    return _decided(rows, primary, [trial.arm for trial in trials])
 
 
-def _decided(rows: Sequence[Row], primary: str) -> list[Row]:
-    """Decide about all differences from the base but those of the primary number together."""
-    shown = holm({(row.name, arm): of.p for row in rows if row.name != primary for arm, of in row.differences.items()})
-    return [
-        row
-        if row.name == primary
-        else replace(
-            row, differences={arm: replace(of, shown=shown[row.name, arm]) for arm, of in row.differences.items()}
-        )
-        for row in rows
-    ]
+def _row(
+    name: str,
+    results: Results,
+    arms: Mapping[str, Sequence[str]],
+    trials: Sequence[Trial],
+    last: Results,
+    cut: Results,
+) -> Row:
+    base = next(iter(arms))
+    having = _having(name, results, arms)
+    ends = _having(name, last, arms)
+    cuts = {arm: [scores[name]] for arm, scores in cut.items() if name in scores}
+    tuned = [trial.arm for trial in trials if trial.arm in having]
+    first = next(iter(having.values()))[0]
+    others = [arm for arm in having if arm != base and base in having]
+    controls: dict[str, dict[str, Difference]] = {}
+    for trial in trials:
+        if trial.arm in having:
+            present = [control for control in trial.controls if control in having]
+            controls[trial.arm] = {control: _minus(name, having[trial.arm], having[control]) for control in present}
+    both_end = [arm for arm in tuned if arm in ends and base in ends]
+    return Row(
+        name=name,
+        items=len(first.values),
+        lower=first.lower,
+        values={arm: _mean(seeds) for arm, seeds in having.items()},
+        differences={arm: _minus(name, having[arm], having[base]) for arm in others},
+        controls=controls,
+        last={arm: _minus(name, ends[arm], ends[base]) for arm in both_end},
+        over_last={arm: _minus(name, having[arm], ends[base]) for arm in both_end},
+        over_cut={arm: _minus(name, having[arm], cuts[arm]) for arm in tuned if arm in cuts},
+        last_values={arm: _mean(seeds) for arm, seeds in ends.items()},
+        cut_values={arm: _mean(seeds) for arm, seeds in cuts.items()},
+    )
+
+
+def _decided(rows: Sequence[Row], primary: str, tuned: Sequence[str]) -> list[Row]:
+    """Decide about the differences of tuned arms from the base in all numbers but the primary one together; nobody asks
+    whether controls differ in these."""
+    others = [row for row in rows if row.name != primary]
+    asked = {(row.name, arm): row.differences[arm].p for row in others for arm in tuned if arm in row.differences}
+    survives = holm(asked)
+    decided = []
+    for row in rows:
+        if row.name == primary:
+            decided.append(row)
+            continue
+        differences = {}
+        for arm, of_arm in row.differences.items():
+            shown = of_arm.shown and survives.get((row.name, arm), False)
+            differences[arm] = replace(of_arm, shown=shown)
+        decided.append(replace(row, differences=differences))
+    return decided
 
 
 def _having(name: str, results: Results, arms: Mapping[str, Sequence[str]]) -> dict[str, list[Score]]:
@@ -137,7 +171,8 @@ def _mean(seeds: Sequence[Score]) -> float:
 def _minus(name: str, new: Sequence[Score], old: Sequence[Score]) -> Difference:
     """Difference of one number, over all seeds of both arms by the same draws."""
     count = max(len(new), len(old))
-    news, olds = (list(part) * count if len(part) == 1 else list(part) for part in (new, old))
+    news = list(new) * count if len(new) == 1 else list(new)
+    olds = list(old) * count if len(old) == 1 else list(old)
     assert all(score.values.shape == news[0].values.shape for score in (*news, *olds)), name
     groups = news[0].groups
     values = np.array([score.value - past.value for score, past in zip(news, olds, strict=True)])
@@ -149,24 +184,25 @@ def _minus(name: str, new: Sequence[Score], old: Sequence[Score]) -> Difference:
         means = drawn[:count] - drawn[count:]
     now, then = _retrained(news), _retrained(olds)
     retrained = None if now is None or then is None else now - then
-    draws = combined(values, means, retrained, _rng(name, "others"))
-    mean, units = float(values.mean()), len(news[0].values if groups is None else np.unique(groups))
-    whole = interval(mean, draws)
+    whole = interval(float(values.mean()), combined(values, means, retrained, _rng(name, "others")))
+    units = len(news[0].values if groups is None else np.unique(groups))
+    spread = spread_of(values, means, retrained, units)
     # That all of n units are of one sign comes by chance in 2^(1 - n) of cases, which resampling does not see.
     least = 2.0 ** (1 - min(units, 64))
     few = least > 1 - LEVEL  # fewer than six
-    low, high = (min(whole.low, 0.0), max(whole.high, 0.0)) if few else (whole.low, whole.high)
+    low = min(whole.low, 0.0) if few else whole.low
+    high = max(whole.high, 0.0) if few else whole.high
     above, below = low > 0, high < 0
     return Difference(
-        mean,
+        whole.value,
         low,
         high,
-        max(two_sided(draws), least),
+        max(spread.two_sided(whole.value), least),
         better=below if news[0].lower else above,
         worse=above if news[0].lower else below,
         shown=above or below,
-        alone=interval(mean, means.mean(axis=0)),
-        detectable=(whole.high - whole.low) / 2 * (2.8 / 1.96),  # half an interval is 1.96 standard errors
+        alone=interval(whole.value, means.mean(axis=0)),
+        detectable=None if few else spread.detectable,
         each=tuple(values.tolist()),
     )
 
@@ -189,5 +225,5 @@ def section(rows: Sequence[Row], arms: Sequence[str], primary: str) -> Section:
             change = row.differences.get(arm)
             text = "" if change is None else f"{change.text(not row.lower)}{' *' if change.shown else ''}"
             lines.append([row.name, str(row.items), row.level(base), arm, row.level(arm), text])
-    title = f"{LEVEL:.0%} intervals; * is significant: {primary} by its own interval, the others by Holm"
+    title = f"{LEVEL:.0%} intervals; * is shown: {primary} by itself, others of tuned models after Holm's correction"
     return Section(title, lines, ["", "n", base, "", "", "difference"])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from visft_ds.config.fields import Above, Ascending, Depth, Fraction, Positive, Probability, Rate, Sides, StrictModel
-from visft_ds.config.task_schema import TaskConfig
+from visft_ds.config.task_schema import TaskConfig, Zoom, idle_zoom
 
 
 class DetectionImage(StrictModel):
@@ -20,7 +20,11 @@ class DetectionImage(StrictModel):
     eval_short: Positive = 800
     eval_max_long: Positive = 672
     fixed_size: Positive | None = None  #: side of a square for training and evaluation instead of the sizes above
-    zoom: tuple[Above, Above] | None = None  #: with fixed_size: sides of a random crop, in parts of the image's
+    zoom: Zoom = None  #: with fixed_size: smallest and largest side of a random crop, in parts of the image's
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """A zoom that nothing would read."""
+        yield from idle_zoom(self.zoom, self.fixed_size)
 
 
 class DetectionHeadConfig(StrictModel):

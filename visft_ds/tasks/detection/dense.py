@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, sigmoid_focal_loss
 
 from visft_ds.data.samples import Batch, Map
+from visft_ds.ops import to_device
 from visft_ds.tasks import Results
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
 from visft_ds.tasks.detection.data import DetectionTargets, box_results
@@ -74,7 +75,10 @@ class DenseHead(nn.Module):
         logits, distances = (
             at_least_float32(embed(x)).flatten(2).transpose(1, 2) for embed in (self.class_embed, self.box_embed)
         )
-        pitch = 1 / torch.stack((valid.any(1).sum(1), valid.any(2).sum(1)), dim=1).to(logits.dtype)  # (B, 2)
+        cells = maps[-1].cells  # the last ones of an image may show less of it than the others
+        if cells is None:
+            cells = torch.stack((valid.any(2).sum(1), valid.any(1).sum(1)), dim=1)
+        pitch = to_device(1 / cells.flip(1).to(logits.dtype), valid.device)  # (B, 2)
         y, x_ = (torch.arange(side, device=valid.device, dtype=logits.dtype) + 0.5 for side in valid.shape[1:])
         grid = torch.stack((x_.repeat(len(y)), y.repeat_interleave(len(x_))), dim=1)  # (S, 2)
         centres = grid * pitch[:, None]

@@ -60,8 +60,7 @@ class SegmentationOutput:
     logits: Tensor  #: (L, B, Q, C + 1), the last class is "no object"
     masks: Tensor  #: (L, B, Q, h, w) logits over the padded batch, 0 at padded cells
     labelling: Labelling = "contiguous"  #: of the head
-    #: (B, 2) height and width of each image as a share of (h, w), for packed images; None: their share of the padded
-    #: batch in pixels is meant.
+    #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch in pixels.
     extents: Tensor | None = None
 
     def last(self) -> SegmentationOutput:

@@ -12,15 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
-from scipy import ndimage
-from scipy.special import expit
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
+from visft_ds.ops import to_device
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.matching import Matches, at_least_float32, class_losses, solve
@@ -74,7 +72,7 @@ class SegmentationCriterion:
     ) -> dict[str, Tensor]:
         head = self.head
         if output.extents is not None:
-            targets = replace(targets, extents=output.extents)
+            targets = replace(targets, extents=to_device(output.extents, output.masks.device))
         logits, masks = at_least_float32(output.logits), at_least_float32(output.masks)
         given, suffixes = (logits.shape[2], logits.shape[3] - 1, output.labelling), self._suffixes[-len(logits) :]
         assert given == (head.num_queries, head.num_classes, head.labelling) and len(suffixes) == len(logits), given
@@ -163,12 +161,13 @@ def postprocess(
 
     segmentation is a run-length code at the size of the stored image, its counts as str; bbox is the (x, y, w, h)
     around it in pixels, category_id the entry of `classes` (by default COCO's) for the class. A mask is where its
-    bilinearly interpolated logits are above 0; of heads in our labelling, the largest connected region of that, and
-    their results are the 100 pairs of a query and a class with the highest softmax probability, scored by that times
-    the mean probability inside the mask (as in Mask2Former's code). In the published labelling a query gives its best
-    class and the probability of that, as in ViSFT's code. A query without a single pixel gives nothing: it would count
-    as a confident mistake. Images without `batch.real` are left out. The batch must have been resized without cropping,
-    as evaluation transforms do. Masks are made in groups of a bounded size, and of scores from `threshold` on only.
+    bilinearly interpolated logits are above 0, in one region or several: what stands in front of an object divides it.
+    Heads in our labelling give the 100 pairs of a query and a class with the highest softmax probability, scored by
+    that times the mean probability inside the mask (as in Mask2Former's code). In the published labelling a query gives
+    its best class and the probability of that, as in ViSFT's code. A query without a single pixel gives nothing: it
+    would count as a confident mistake. Images without `batch.real` are left out. The batch must have been resized
+    without cropping, as evaluation transforms do. Masks are made in groups of a bounded size, and of scores from
+    `threshold` on only.
     """
     classes = COCO_CATEGORY_IDS if classes is None else classes
     first = 0 if output.labelling == "contiguous" else 1  # class 0 means nothing in the published labelling
@@ -187,10 +186,11 @@ def postprocess(
         shown = sorted({query for query, _, _ in kept})
         masks = at_least_float32(output.masks[-1, image, shown])
         shares, stored = extents[image].tolist(), batch.original_sizes[image].tolist()
-        codes = dict(zip(shown, zip(*_mask_codes(masks, shares, stored, regions=first == 0), strict=True), strict=True))
+        codes, qualities = _mask_codes(masks, shares, stored)
+        number = {query: place for place, query in enumerate(shown)}
         for query, label, likelihood in kept:
-            code, quality = codes[query]
-            score = likelihood * quality
+            code = codes[number[query]]
+            score = likelihood * qualities[number[query]] if first == 0 else likelihood
             if not coco_mask.area(code) or score < threshold:
                 continue
             about = {"image_id": int(batch.image_ids[image]), "category_id": classes[label]}
@@ -199,12 +199,10 @@ def postprocess(
     return results
 
 
-def _mask_codes(
-    masks: Tensor, shares: list[float], stored: list[int], *, regions: bool
-) -> tuple[list[dict[str, Any]], list[float]]:
-    """Run-length codes at the stored size of mask logits (Q, h, w), of which `shares` (height, width) are image.
+def _mask_codes(masks: Tensor, shares: list[float], stored: list[int]) -> tuple[list[dict[str, Any]], list[float]]:
+    """Run-length codes of masks at the stored size, and the mean probability inside each, 0 where it is empty.
 
-    With `regions` those of each mask's largest region, and the mean probabilities inside (else ones).
+    `masks` (Q, h, w) are logits, of which `shares` (height, width) are image.
     """
     rows = interpolation(masks.shape[1], shares[0], stored[0], masks)  # (H, h)
     columns = interpolation(masks.shape[2], shares[1], stored[1], masks)  # (W, w)
@@ -214,23 +212,12 @@ def _mask_codes(
     for part in masks.split(step):
         # bilinear interpolation is one linear map along each axis; transposed, as run-length codes go down columns
         logits = columns @ (rows @ part).transpose(1, 2)  # (q, W, H)
-        inside = (logits > 0).to(torch.uint8).cpu().numpy()
-        if regions:
-            qualities += [keep_largest(*each) for each in zip(inside, logits.cpu().numpy(), strict=True)]
-        codes += coco_mask.encode(inside.transpose(2, 1, 0))
-    return codes, qualities or [1.0] * len(codes)
-
-
-def keep_largest(inside: npt.NDArray[np.uint8], logits: npt.NDArray[Any]) -> float:
-    """Leave of a mask its largest connected region alone; returns the mean probability inside, 0 where it is empty."""
-    first, second = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
-    if not len(first):
-        return 0.0
-    window = inside[first[0] : first[-1] + 1, second[0] : second[-1] + 1]
-    regions, number = ndimage.label(window)
-    if number > 1:
-        window[:] = regions == 1 + np.bincount(regions.ravel())[1:].argmax()
-    return float(expit(logits[inside > 0]).mean())
+        inside = logits > 0
+        codes += coco_mask.encode(inside.to(torch.uint8).cpu().numpy().transpose(2, 1, 0))
+        probabilities = logits.sigmoid_().mul_(inside)  # in place: a copy would double what is held
+        pixels = inside.sum(dim=(1, 2)).clamp(min=1)
+        qualities += (probabilities.sum(dim=(1, 2)) / pixels).tolist()
+    return codes, qualities
 
 
 def interpolation(cells: int, share: float, pixels: int, like: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class PlainHead(nn.Module):
     """
 
     #: Fields of a batch with which it is called in training.
-    reads = ("random_keys", "progress", "padded")
+    reads = ("random_keys", "progress")
 
     def __init__(self, shapes: Sequence[tuple[int, int]], options: PlainHeadConfig) -> None:
         super().__init__()
@@ -69,22 +69,20 @@ class PlainHead(nn.Module):
         self.classes = nn.Linear(width, options.num_classes + 1)
 
     def forward(
-        self, maps: Sequence[Map], random_keys: Tensor | None = None, progress: float = 0.0, padded: bool | None = None
+        self, maps: Sequence[Map], random_keys: Tensor | None = None, progress: float = 0.0
     ) -> SegmentationOutput:
         """Masks and classes.
 
         Args:
             random_keys: (B,) of the samples, on the host; needed in training.
             progress: share of the training that is done.
-            padded: whether some cells show no image; None: looked up, for which the host waits.
         """
         valid = maps[self.nearest].valid
         x = self._tokens(maps)
         inside = valid.flatten(1)
         cos, sin = rotations(valid, x.shape[-1] // self.num_heads)
-        if not (bool(valid.logical_not().any()) if padded is None else padded):
-            shown = known = None
-        else:
+        shown = known = None
+        if maps[self.nearest].has_empty_cells():
             shown = valid[:, None].to(x.dtype)
             others = inside.new_ones(len(x), x.shape[1] - inside.shape[1])
             known = torch.cat((others, inside), dim=1)[:, None, None]  # (B, 1, 1, N)
@@ -110,7 +108,7 @@ class PlainHead(nn.Module):
         for lateral, one in zip(self.laterals, maps, strict=True):
             features = one.features
             if features.shape[2:] != grid:
-                features = F.interpolate(features, grid, mode="bilinear", antialias=True)
+                features = one.resized(grid, antialias=True)
             tokens = features.flatten(2).transpose(1, 2)
             added = lateral(tokens if one.prefix is None else torch.cat((one.prefix, tokens), dim=1))
             total = added if total is None else total + added

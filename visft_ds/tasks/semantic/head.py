@@ -28,8 +28,7 @@ class SemanticOutput:
     """Prediction for a batch."""
 
     logits: Tensor  #: (B, C, h, w) over the padded batch
-    #: (B, 2) height and width of each image as a share of (h, w), for packed images; None: their share of the padded
-    #: batch in pixels is meant.
+    #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch in pixels.
     extents: Tensor | None = None
 
 
@@ -49,9 +48,8 @@ class LinearHead(nn.Module):
 
     def forward(self, maps: Sequence[Map]) -> SemanticOutput:
         """Logits on the largest grid."""
-        parts = [one.features for one in maps]
-        grid = max((part.shape[2:] for part in parts), key=math.prod)
-        parts = [part if part.shape[2:] == grid else F.interpolate(part, grid, mode="bilinear") for part in parts]
+        grid = max((one.features.shape[2:] for one in maps), key=math.prod)
+        parts = [one.features if one.features.shape[2:] == grid else one.resized(grid) for one in maps]
         x = self.channels(torch.cat(parts, dim=1).movedim(1, -1)).movedim(-1, 1)
         return SemanticOutput(at_least_float32(self.classifier(self.dropout(x))))
 

@@ -42,21 +42,22 @@ class Windows:
 def cut_windows(batch: Batch, side: int) -> tuple[Batch, list[list[int]]]:
     """A batch of squares of at most `side` pixels out of the images of another, and where those of each image begin.
 
-    As in EoMT's and PMT's code: as few as cover the longer side, evenly spaced.
+    As in EoMT's and PMT's code: as few as cover the longer side, evenly spaced. Windows of a smaller image are as large
+    as it, with the padding of its transform.
     """
-    frame = [min(side, one) for one in batch.images.shape[-2:]]
-    parts, sizes, starts = list[Tensor](), list[list[int]](), list[list[int]]()
-    for image, (height, width) in zip(batch.images, batch.sizes.tolist(), strict=True):
-        longer, count = max(height, width), -(-max(height, width) // side)
-        starts.append([int(place * (longer - side) / (count - 1)) if count > 1 else 0 for place in range(count)])
+    height, width = (min(side, whole) for whole in batch.images.shape[-2:])
+    pixels, starts = list[Tensor](), list[list[int]]()
+    for image, size in zip(batch.images, batch.sizes.tolist(), strict=True):
+        longer = max(size)
+        count = -(-longer // side)
+        starts.append([int(number * (longer - side) / max(1, count - 1)) for number in range(count)])
         for start in starts[-1]:
-            top, left = (start, 0) if height > width else (0, start)
-            parts.append(image[:, top : top + frame[0], left : left + frame[1]])
-            sizes.append([min(side, height), min(side, width)])
-    which = torch.tensor([number for number, places in enumerate(starts) for _ in places])
-    repeated = ("original_sizes", "indices", "image_ids", "random_keys", "real")
-    facts = {name: getattr(batch, name)[which] for name in repeated}
-    return replace(batch, images=torch.stack(parts), sizes=torch.tensor(sizes), frames=None, **facts), starts
+            top, left = (start, 0) if size[0] > size[1] else (0, start)
+            pixels.append(image[:, top : top + height, left : left + width])
+    windows = batch.of_images(torch.tensor([number for number, places in enumerate(starts) for _ in places]))
+    frames = None if windows.frames is None else windows.frames.clamp(max=side)
+    cut = replace(windows, images=torch.stack(pixels), sizes=windows.sizes.clamp(max=side), frames=frames)
+    return replace(cut, targets=batch.targets), starts
 
 
 @torch.no_grad()
@@ -79,8 +80,10 @@ def semantic_results(
         else:
             made, starts, first, frame = output, [0], image, batch.images.shape[-2:]
         covered = [min(one, whole) for one, whole in zip(size, frame, strict=True)]
-        shares = [one / whole for one, whole in zip(covered, frame, strict=True)]
-        shares = shares if made.extents is None else made.extents[image].tolist()
+        if made.extents is None:
+            shares = [one / whole for one, whole in zip(covered, frame, strict=True)]
+        else:  # those of the windows of an image are alike
+            shares = made.extents[first].tolist()
         own = slice(first, first + len(starts))
         if isinstance(made, SemanticOutput):
             maps, weights = made.logits[own].softmax(dim=1), None

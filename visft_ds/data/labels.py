@@ -1,0 +1,115 @@
+"""What a label may say: checked when shards are built, and again when a sample is read, as shards may come from others.
+
+A label is the JSON file beside an image in a shard:
+{"image_id": 139, "file_name": "000000000139.jpg", "width": 640, "height": 426,
+ "annotations": [{"id": 1, "bbox": [x, y, width, height], "category_id": 64, "iscrowd": 0, "area": 531.8,
+                  "segmentation": [[x, y, x, y, ...], ...] or {"size": [height, width], "counts": ...}}, ...],
+ "captions": ["A room with a table.", ...]}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import orjson
+from faster_coco_eval import mask_api_new_cpp  # its Python names lack this function; `decode` costs thirty times more
+
+from visft_ds.files import MAX_PIXELS
+
+_NAMES = ("image_id", "file_name", "width", "height", "annotations", "captions")
+_OF_ANNOTATION = ("id", "bbox", "category_id", "iscrowd", "area")
+
+
+def parse_label(data: bytes, image_id: int, size: tuple[int, int], categories: Collection[int]) -> dict[str, Any]:
+    """The label of an image of this id and `size` (height, width), whose objects are of these category ids.
+
+    Raises:
+        ValueError: not JSON, or not as above: something is missing or of another type, it is the label of another
+            image, a category is not known, a number is not finite or far outside the image, a mask is none.
+    """
+    label = orjson.loads(data)
+    if not isinstance(label, dict) or any(name not in label for name in _NAMES):
+        raise ValueError(f"it must be an object with {', '.join(_NAMES)}")
+    height, width = size
+    if (label["image_id"], label["height"], label["width"]) != (image_id, height, width):
+        raise ValueError(f"it is not the label of image {image_id} of {width} x {height} pixels")
+    if min(size) < 1 or height * width > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels; allowed are 1 to {MAX_PIXELS:,} in all")
+    annotations, captions = label["annotations"], label["captions"]
+    if not isinstance(label["file_name"], str):
+        raise ValueError("file_name must be text")
+    if not isinstance(captions, list) or any(type(caption) is not str for caption in captions):
+        raise ValueError("captions must be a list of texts")
+    if not isinstance(annotations, list):
+        raise ValueError("annotations must be a list")
+    for number, annotation in enumerate(annotations, 1):
+        if problem := _problem(annotation, height, width, categories):
+            raise ValueError(f"annotation {number} of {len(annotations)}: {problem}")
+    return label
+
+
+def _problem(annotation: Any, height: int, width: int, categories: Collection[int]) -> str | None:
+    """What is wrong with an annotation."""
+    if not isinstance(annotation, dict) or any(name not in annotation for name in _OF_ANNOTATION):
+        return f"it must be an object with {', '.join(_OF_ANNOTATION)}"
+    if type(annotation["id"]) is not int:
+        return "id must be a whole number"
+    category = annotation["category_id"]
+    if type(category) is not int or category not in categories:
+        return f"category_id {category!r:.20} is none of the split's"
+    if annotation["iscrowd"] not in (0, 1):
+        return "iscrowd must be 0 or 1"
+    if type(annotation["area"]) not in (int, float) or not math.isfinite(annotation["area"]):
+        return "area must be a number"
+    if not is_box(annotation["bbox"], height, width):
+        return f"bbox {annotation['bbox']!r:.60} must be x, y, width and height in pixels of {width} x {height}"
+    shape = annotation.get("segmentation")
+    if isinstance(shape, dict):
+        return None if is_run_length_code(shape, height, width) else "its run-length code does not fill the image"
+    if isinstance(shape, list):
+        good = all(is_polygon(polygon) and is_near(polygon, height, width) for polygon in shape)
+        return None if good else "a polygon must be x, y, x, y, ... of three points or more, near the image"
+    return None if shape is None else "segmentation must be polygons or a run-length code"
+
+
+def is_box(box: Any, height: int, width: int) -> bool:
+    """Return True for x, y, width and height of a box that is near the image."""
+    if not isinstance(box, list) or len(box) != 4 or any(type(number) not in (int, float) for number in box):
+        return False
+    x, y, across, down = box
+    return is_near((x, y, x + across, y + down), height, width)
+
+
+def is_polygon(polygon: Any) -> bool:
+    """Return True for a list of x, y, x, y, ... of three points or more."""
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 == 1:
+        return False
+    try:
+        return math.isfinite(sum(polygon))  # the fastest way over many numbers: it fails for text, objects and null
+    except (TypeError, OverflowError):
+        return False
+
+
+def is_near(coordinates: Any, height: int, width: int) -> bool:
+    """Return True if coordinates of an image's objects lie at most one more image away from it.
+
+    What draws and compares polygons takes memory in proportion to their extent.
+    """
+    side = max(height, width)
+    return bool(-side <= min(coordinates) and max(coordinates) <= 2 * side)
+
+
+def is_run_length_code(code: Any, height: int, width: int) -> bool:
+    """Return True for {"size": [height, width], "counts": text} whose runs fill an image of this size."""
+    size, counts = code.get("size"), code.get("counts")
+    if not isinstance(size, list) or size != [height, width] or any(type(side) is not int for side in size):
+        return False
+    if not isinstance(counts, str):
+        return False
+    try:
+        (runs,) = mask_api_new_cpp.toUncompressedRLE([{"size": size, "counts": counts}])
+    except (ValueError, RuntimeError):  # what no encoder writes
+        return False
+    return bool(sum(runs["counts"]) == height * width)

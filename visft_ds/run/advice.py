@@ -1,0 +1,204 @@
+"""What the data shows before the first step, and what the numbers at the end of a run mean, in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from visft_ds.config.schema import VisftConfig
+from visft_ds.config.task_schema import Stream, TaskConfig
+from visft_ds.data.fetch import is_url
+from visft_ds.data.plan import generator
+from visft_ds.data.shards import Manifest, manifest_path, splits_in
+from visft_ds.data.transforms import Pad, final_size
+from visft_ds.prepare.data import RunData
+from visft_ds.prepare.datasets import TrainingSet
+from visft_ds.tasks.transform import geometry_of
+
+#: Training images of a class below which little is to be expected of it.
+FEW_IMAGES = 10
+#: Part of the objects that a finding about sizes is about, at least.
+_SHARE_OF_SMALL = 25
+#: Largest side in pixels that is advised; memory and time grow with its square.
+_LARGEST_SIDE = 1344
+_SIDE_STEP = 32
+#: Images whose sizes stand for those of a split.
+_SIZES_LOOKED_AT = 200
+#: A metric on training images from which on the task is learnt, and one below which nothing is.
+_LEARNT, _NOTHING = 0.5, 0.05
+#: A metric rises if the last evaluation is above all before by so much, or by this part of itself.
+_RISE, _RISE_PART = 0.01, 0.05
+_FLAT_AFTER = 3  #: evaluations
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Property of the data that stands in the way of a task; `task` None: of all."""
+
+    task: str | None
+    fact: str  #: which is repeated at the end of a run
+    advice: str  #: goes on behind the fact
+
+
+def findings_of(config: VisftConfig, data: RunData, cell: int) -> list[Finding]:
+    """What the data shows before the first step.
+
+    Args:
+        cell: side in pixels of what one feature of the backbone stands for.
+    """
+    findings = list[Finding]()
+    lacking = _without_validation(config, data)
+    if lacking is not None:
+        findings.append(Finding(None, *lacking))
+    for stream in data.streams.values():
+        for task in stream.tasks:
+            sets = [one for one in data.sets.values() if task in one.tasks]
+            settings = config.tasks.enabled()[task]
+            if settings.labels == "captions":
+                continue
+            about_task = (
+                _beyond_queries(task, settings, sets),
+                _rare_classes(sets),
+                _small_objects(stream, sets, cell),
+            )
+            findings += [Finding(task, *texts) for texts in about_task if texts is not None]
+    return findings
+
+
+def lines_of(findings: Sequence[Finding]) -> Iterator[tuple[str, str]]:
+    """(whom it concerns, text) of each finding, once for tasks that share it."""
+    tasks = dict[str, list[str]]()
+    for finding in findings:
+        tasks.setdefault(finding.fact + finding.advice, []).append(finding.task or "all")
+    for text, names in tasks.items():
+        yield ", ".join(names), text
+
+
+def _without_validation(config: VisftConfig, data: RunData) -> tuple[str, str] | None:
+    root, split = config.data.root, config.data.val
+    if data.validation is not None or is_url(root) or manifest_path(Path(root), split).is_file():
+        return None
+    others = ", ".join(splits_in(Path(root)))
+    return (
+        f"no validation split {root}/{split} (there: {others}; visft.data.val names it)",
+        ", so nothing will show whether the run memorises: set a fifth of the images aside",
+    )
+
+
+def _beyond_queries(task: str, settings: TaskConfig, sets: Sequence[TrainingSet]) -> tuple[str, str] | None:
+    queries = getattr(settings.head, "num_queries", None)
+    if queries is None or getattr(settings.head, "type", "") == "dense":  # which has none
+        return None
+    objects = np.concatenate([one.manifest.index["num_annotations"] for one in sets])
+    beyond = (objects - queries).clip(min=0)
+    if not beyond.any():
+        return None
+    fuller = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {queries}"
+    key = f"visft.tasks.{task}.head.num_queries"
+    return f"{beyond.sum()} of {objects.sum()} objects are ignored in a step", f", as {fuller} ({key})"
+
+
+def _rare_classes(sets: Sequence[TrainingSet]) -> tuple[str, str] | None:
+    images = Counter[str]()
+    for one in sets:
+        images.update(one.manifest.having_category)
+    rare = sum(count < FEW_IMAGES for count in images.values())
+    if not rare:
+        return None
+    median = f"{np.median(list(images.values())):g}"
+    return (
+        f"{rare} of {len(images)} classes are in fewer than {FEW_IMAGES} training images each",
+        f" (half of all in {median} or fewer): expect little of those; more images of them help, or fewer classes",
+    )
+
+
+def _small_objects(stream: Stream, sets: Sequence[TrainingSet], cell: int) -> tuple[str, str] | None:
+    """Of objects below half a cell hardly one is found, of those of a cell and more nearly all (docs/own-data.md)."""
+    small = next((one.manifest for one in sets if one.manifest.object_sides), None)
+    if small is None:
+        return None
+    seen = _seen_side(small, stream)
+    for limit, in_cells, chance in ((cell / 2, "half a cell", "hardly ever"), (cell, "a cell", "often not")):
+        share = max((int(part) for part, side in small.object_sides.items() if side * seen < limit), default=0)
+        if share >= _SHARE_OF_SMALL:
+            return (
+                f"{share} % of the objects are below {limit:.0f} px where the network sees them",
+                f", {in_cells} of its grid of features; such objects are {chance} found: "
+                + _remedy(small, stream, seen, cell),
+            )
+    return None
+
+
+def _remedy(manifest: Manifest, stream: Stream, seen: float, cell: int) -> str:
+    """Advice on the size of images at which nine of ten objects have a cell."""
+    side = math.ceil(cell / manifest.object_sides["10"] / _SIDE_STEP) * _SIDE_STEP
+    if side > _LARGEST_SIDE:
+        return f"nine of ten would have a cell at {side} px only: cut the images into parts"
+    if stream.image.get("fixed_size"):
+        return f"give larger images (--set {stream.key}.image.fixed_size={side})"
+    return f"give larger images ({side} px where {seen:.0f} are seen now; {stream.key}.image)"
+
+
+def _seen_side(manifest: Manifest, stream: Stream) -> float:
+    """Side of a square with as many pixels as the network sees of an image of the median size, in evaluation."""
+    index, geometry = manifest.index[:_SIZES_LOOKED_AT], geometry_of(stream)
+    sides = list[float]()
+    for size in zip(index["height"].tolist(), index["width"].tolist(), strict=True):
+        ops = geometry.draw(size, False, generator(0))
+        inside = [op for op in ops if not (isinstance(op, Pad) and op.outside)]
+        sides.append(math.sqrt(math.prod(final_size(size, inside))))
+    return float(np.median(sides))
+
+
+def verdicts(
+    training: Mapping[str, float],
+    evaluations: Sequence[Mapping[str, float]],
+    tasks: Mapping[str, TaskConfig],
+    findings: Sequence[Finding],
+) -> list[str]:
+    """Lines that compare metrics on training images with those of validation, and say what the difference means.
+
+    Args:
+        training: by name, such as "box/AP50".
+        evaluations: of the run in order, with "val/" before the names.
+        tasks: settings by name.
+        findings: see `findings_of`.
+    """
+    lines = []
+    for name, value in training.items():
+        scores = [metrics[f"val/{name}"] for metrics in evaluations if f"val/{name}" in metrics]
+        of_task = [task for task, settings in tasks.items() if name in settings.metrics]
+        reasons = [finding.fact for finding in findings if finding.task in of_task]
+        beside = f"{scores[-1]:.2f}" if scores else "not known"
+        meaning = _meaning(value, scores, reasons)
+        lines.append(f"{name} is {value:.2f} on training images and {beside} on validation" + meaning)
+    return lines
+
+
+def _meaning(value: float, scores: Sequence[float], reasons: Sequence[str]) -> str:
+    """End of a line of `verdicts`, "" where all is well."""
+    because = f"; in the way: {', '.join(reasons)}" if reasons else ""
+    if value >= _LEARNT:
+        if not scores or scores[-1] >= value - 0.2:
+            return ""
+        if scores[-1] >= value / 2:
+            return f": partly memorised, more images help{because}"
+        views = "more images, or more views of them (visft.features.views, image.zoom)"
+        return f": memorised; use {views}{because}"
+    if value < _NOTHING:
+        return f": nothing is learnt yet, train for more steps (--steps) or with another --lr{because}"
+    shown = ", ".join(f"{score:.3f}" for score in scores[-_FLAT_AFTER:])
+    if len(scores) < 2:
+        return f": little is learnt, and fewer than two evaluations cannot tell whether more steps help{because}"
+    best_before = max(scores[:-1])
+    if scores[-1] > best_before + max(_RISE, _RISE_PART * scores[-1]):
+        return f": not learnt yet, and validation still rises ({shown}): train for more steps (--steps){because}"
+    if len(scores) < _FLAT_AFTER:
+        return f": little is learnt, and validation does not rise ({shown}){because}"
+    advice = because or "; larger images, another --backbone or --lr may"
+    return f": validation no longer rises ({shown}), so that more steps alone will not help{advice}"
