@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.golden.judge import CASES, FILE, digits_of, draw, judged, run, toy_towers
-from visft_ds.evals.judge import layers
+from visft_ds.evals.judge import layers, scoring
 
 NUMBER = "segmentation/two in-context mIoU"
 #: One machine gives equal digits; another one may see a patch of an image otherwise.
@@ -68,7 +68,7 @@ def test_a_copy_of_the_best_block_at_the_end_is_better_placed(
     assert row["differences"]["tuned"]["value"] == 0
     assert list(choices["base"]["held_out"]) == [f"blocks.{number}" for number in range(3)]
     assert "One fifth of the training images" in (data / "out/better placed/judge.html").read_text()
-    monkeypatch.setattr(layers, "MOST", 1)
+    monkeypatch.setattr(scoring, "MOST", 1)
     (data / "cache").rename(data / "cache of all blocks")
     again = judged("better placed", data, data / "again")
     assert again["layers"] == placed["layers"] and again["rows"] == placed["rows"]
