@@ -31,6 +31,17 @@ TINY: dict[str, Any] = {
     "visft.tasks.segmentation.loss.num_points": 32,
     "visft.tasks.captioning.head": {"attention_dim": 16, "embed_dim": 16, "decoder_dim": 16, "grid": 4, "dropout": 0.1},
 }
+#: Over `TINY`: images of different sizes, as every recipe for real data has them, and nothing drawn by a rank.
+MIXED: dict[str, Any] = {
+    "visft.shared.image": {"short_sides": [30, 42, 57], "max_long": 84, "eval_short": 50, "eval_max_long": 84},
+    "visft.tasks.detection.image": {
+        **{"short_sides": [30, 42, 57], "max_long": 84, "eval_short": 50, "eval_max_long": 84},
+        **{"crop_short_sides": [48, 60], "crop_range": [30, 50]},
+    },
+    "visft.tasks.segmentation.image": {"size": 56, "eval_short": 50, "eval_max_long": 84},
+    "visft.tasks.detection.head.dropout": 0.0,
+    "visft.tasks.captioning.head.dropout": 0.0,
+}
 STEPS = 8
 SETTINGS = {
     **TINY,

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tests.evals.conftest import World
-from visft_ds.evals.judge import classes, dense_sets, ocr, probes, retrieval
+from visft_ds.evals.judge import classes, dense_sets, objects, ocr, retrieval
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.images import PARTS, chosen, from_files, grouped
 from visft_ds.evals.judge.in_domain import trained_on
@@ -122,10 +122,10 @@ def test_captions_of_karpathy(tmp_path: Path) -> None:
 def test_boxes_are_seen_as_crops() -> None:
     image = Image.new("RGB", (100, 60), (0, 0, 0))
     image.paste((0, 200, 0), (10, 10, 30, 50))
-    seen = np.asarray(probes.crop(image, (10, 10, 20, 40)))
+    seen = np.asarray(objects.crop(image, (10, 10, 20, 40)))
     assert seen.shape == (48, 48, 3)  # 1.2 times the longer side
     assert (seen[4:44, 14:34] == (0, 200, 0)).all() and (seen[:, :4] == 128).all() and (seen[0, 10] == 0).all()
-    assert np.asarray(probes.crop(image, (200, 200, 20, 20))).min() == 128  # a box outside of its image
+    assert np.asarray(objects.crop(image, (200, 200, 20, 20))).min() == 128  # a box outside of its image
 
 
 def test_boxes_of_a_coco_tree(tmp_path: Path) -> None:

@@ -22,13 +22,14 @@ from tests.evals.conftest import IMAGES, QUERIES, SETTINGS, World, load_stage2, 
 from tests.published import save_published_head
 from tests.random_tower import merge, save_backbone
 from tests.ranks import run_ranks
-from tests.tiny import THREE
+from tests.tiny import MIXED, THREE
 from visft_ds.config import resolve
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.cli import main
 from visft_ds.evals.evaluate import evaluate
 from visft_ds.evals.records import Evaluation, read_evaluation
+from visft_ds.evals.runner import collect
 from visft_ds.interop.adapter import Adapter
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import prepare_model
@@ -159,6 +160,30 @@ def test_files_without_a_run(world: World, whole: Evaluation, tmp_path: Path) ->
     searched = _finished(tmp_path / "searched", *files, "--beam-size", 2)
     assert searched.record["decoding"]["captioning"]["beam_size"] == 2
     assert _captions(searched) != _captions(captions)
+
+
+def test_results_of_an_image_do_not_depend_on_its_batch(world: World) -> None:
+    """Pictures of different sizes, in evaluation as of a run without `fixed_size`."""
+    model, found = load_stage2(world), []
+    for batch_size in (1, 3):
+        settings = {
+            **MIXED,
+            "visft.mode": "sampled",
+            **{f"visft.tasks.{task}.micro_batch": batch_size for task in THREE},
+        }
+        given = [*SETTINGS, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
+        streams = resolve(stage=2, model="debug", settings=given).visft.streams()
+        with ShardReader(Manifest.load(world.shards, "val")) as reader:
+            found.append(collect(model.predict, reader, streams, model.vocabulary))
+    alone, together = found
+    assert alone is not None and together is not None and alone.keys() == set(THREE)
+    assert alone["captioning"] == together["captioning"]
+    for task in ("detection", "segmentation"):
+        for ours, theirs in zip(together[task], alone[task], strict=True):
+            assert ours.get("segmentation") == theirs.get("segmentation")
+            assert ours["category_id"] == theirs["category_id"]
+            numbers = [[*one["bbox"], one["score"]] for one in (ours, theirs)]
+            assert numbers[0] == pytest.approx(numbers[1], rel=1e-5, abs=1e-4)  # boxes in pixels of 24 to 60
 
 
 def test_two_ranks_find_what_one_finds(world: World, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.evals.test_judge import _record, _run
-from visft_ds.evals.judge import command, layers, models, protocols
+from visft_ds.evals.judge import command, layers, models, protocols, scoring
 from visft_ds.evals.judge.encoders import BackboneEncoder, Encoder, square_preprocess
 from visft_ds.evals.judge.protocols import QUICK
 
@@ -127,7 +127,7 @@ def test_a_copy_of_the_best_block_at_the_end_is_better_placed(data: Path, monkey
         f"blocks.{n}" for n in range(3)
     ]
     assert "One fifth of the training images" in (data / "out/judge.html").read_text()
-    monkeypatch.setattr(layers, "MOST", 1)
+    monkeypatch.setattr(scoring, "MOST", 1)
     again = _judged(data, "copied", "--cache", str(data / "other"))
     assert again["layers"] == record["layers"] and again["rows"] == record["rows"]
 

@@ -17,5 +17,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("is it right?")
         terminalreporter.write_line(f"{'case':52}{'':8}{'error':>10}{'bound':>10}{'seconds':>10}  worst")
     for name, outcome, row in _ROWS:
-        numbers = f"{row['error']:>10.2g}{row['bound']:>10.2g}{row['seconds']:>10.1f}"
+        numbers = f"{row['error']:>10.2g}{row['bound']:>10.2g}{row['seconds']:>10.3f}"
         terminalreporter.write_line(f"{name.removeprefix('test_'):52}{outcome:8}{numbers}  {row['worst']}")

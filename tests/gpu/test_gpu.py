@@ -25,6 +25,7 @@ from tests.coco_tree import draw_shards
 from tests.random_tower import build_backbone
 from tests.ranks import REPOSITORY
 from visft_ds.models.lora import inject_lora, lora_parameters
+from visft_ds.models.timm_backbone import build_timm
 from visft_ds.ops import DTYPES, attention, lora
 
 DEVICE, GPUS = torch.device(os.environ.get("VISFT_DEVICE", "cuda")), int(os.environ.get("VISFT_GPUS", "1"))
@@ -173,6 +174,59 @@ def test_blocks_of_eva_vit_e(compare: Any) -> None:
     """Four of them in bf16 against fp32."""
     both = (partial(tower_values, "eva_e", "none", dtype, (1, 3, 224, 224), depth=4) for dtype in ("bf16", "fp32"))
     compare(*both, WIDE)
+
+
+#: Heights and widths of photographs in parts of the short side.
+SHAPES = ((1, 4 / 3), (1, 3 / 2), (4 / 3, 1), (1, 4 / 3))
+
+
+@pytest.mark.parametrize("how", ["padded", "by size"])
+@pytest.mark.parametrize("short", [448, 800])
+@pytest.mark.parametrize("model", ["dinov3_b", "dinov3_l"])
+def test_sizes(record_property: Callable[[str, object], None], model: str, short: int, how: str) -> None:
+    """Seconds of features and gradients of adapters, four photographs of three sizes in one batch, in bf16.
+
+    By size, features are those of each image alone. Padded ones, which nothing here uses any more, are not; how far off
+    they are is the error of that row.
+    """
+    path = REPOSITORY / f"ds_configs/models/{model}.json"
+    preset = json.loads(path.read_text(encoding="utf-8"))["visft"]["model"]["preset"].removeprefix("timm:")
+    dtype = torch.float32 if CPU else torch.bfloat16
+    tower = build_timm("test_vit3" if CPU else preset, device=str(DEVICE), dtype=dtype).requires_grad_(False)
+    inject_lora(tower, targets=("q", "v"))
+    tower.to(DEVICE).train()
+    scale = (short // 8 if CPU else short) / tower.patch_size  # short sides in patches
+    frames = [tuple(round(scale * side) * tower.patch_size for side in shape) for shape in SHAPES]
+    height, width = (max(sides) for sides in zip(*frames, strict=True))
+    images = torch.zeros(len(frames), 3, height, width, device=DEVICE)
+    for image, (own_height, own_width) in zip(images, frames, strict=True):
+        image[:, :own_height, :own_width].normal_(generator=torch.Generator(DEVICE).manual_seed(own_height))
+
+    def step() -> Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=not CPU):
+            (features,) = tower(images, frames if how == "by size" else None)
+        features.float().square().mean().backward()
+        return features
+
+    step()  # chooses kernels and allocates
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        together = step()
+        if not CPU:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    errors = []
+    for image, map_, (own_height, own_width) in zip(images, together, frames, strict=True):
+        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=not CPU):
+            (alone,) = tower(image[None, :, :own_height, :own_width])
+        errors.append(measure([map_[:, : alone.shape[2], : alone.shape[3]]], [alone[0]]))
+    bound = BOUND["fp32"] if CPU else WIDE[0]
+    bound = torch.inf if how == "padded" else bound
+    row = {"error": max(errors), "bound": bound, "seconds": sorted(seconds)[1], "worst": f"{frames}"}
+    for name, value in row.items():
+        record_property(name, value)
+    assert max(errors) <= bound, row
 
 
 @pytest.fixture(scope="module")

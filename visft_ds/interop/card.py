@@ -37,6 +37,9 @@ _TEXT = """\
 {load}
 ```{reading}
 
+Give images whose sides are multiples of {cell} pixels. Extend others right and below, after normalisation with 0: it
+was trained so, and libraries drop what is no whole patch.
+
 The licence is that of the base weights.
 """
 _LOAD = {
@@ -117,4 +120,5 @@ def card(
         facts="\n".join("| {} | {} |".format(*(cell.replace("|", r"\|") for cell in row)) for row in rows.items()),
         load=_LOAD[form].replace("{model}", model),
         reading=reading if backbone.layers_read else "",
+        cell=backbone.patch_size,
     )

@@ -4,7 +4,7 @@
 |---|---|---|
 | shards of ours | a manifest of the split | crowds |
 | ADE20k | `images/{training,validation}`, `annotations/{training,validation}` | 0; class n is number n + 1 |
-| Pascal VOC | `JPEGImages`, `SegmentationClass`, `ImageSets/Segmentation/{train,val}.txt` | 255 |
+| Pascal VOC | `JPEGImages`, `SegmentationClass[Aug]`, `ImageSets/Segmentation/{train,trainaug,val}.txt` | 255 |
 | any | `images/<split>`, `labels/<split>` with PNG files | 255 |
 | what `visft shards` reads: COCO, Roboflow, YOLO, Cityscapes | as there | crowds |
 
@@ -42,6 +42,7 @@ from visft_ds.shards.maps import read_map
 from visft_ds.tasks.classes import VOID
 
 _SMALLEST = 1 / 3136  # of an image, below which nobody could recognise an object
+_AUGMENTED = "trainaug"  # VOC's training images with those of Hariharan et al., from which published numbers learn
 _ELLIPSES = "mask drawn as an ellipse into its box"  # as visft shards says it of its shards
 
 
@@ -146,7 +147,8 @@ def _pair(
     parts: Parts, most: Mapping[str, int], source: str, train: str | None, test: str | None
 ) -> dict[str, DenseSet]:
     """The part to train on and the one to judge on by their names: the given ones or the usual ones."""
-    learnt, held = train or "train", test or next((name for name in PARTS if name in parts), "val")
+    usual = _AUGMENTED if _AUGMENTED in parts else "train"
+    learnt, held = train or usual, test or next((name for name in PARTS if name in parts), "val")
     if learnt == held or not {learnt, held} <= set(parts):
         has = f"it has {', '.join(parts) or 'no parts'}"
         raise ValueError(f"{source}: probes cannot learn from {learnt} and be judged on {held}: name two parts; {has}")
@@ -162,10 +164,14 @@ def _parts(root: Path) -> Parts:
         return {names.get(name, name): part for name, part in _beside(root, "annotations", _ade).items()}
     if found := sorted(root.glob("ImageSets/Segmentation/*.txt")):
         listed = {path.stem: sorted(checked_name(f"{name}.jpg", path) for name in read_lines(path)) for path in found}
-        images, maps = root / "JPEGImages", root / "SegmentationClass"
-        return {
-            part: partial(_of_maps, root, [images / one for one in own], maps, read_map) for part, own in listed.items()
-        }
+        augmented = root / "SegmentationClassAug"  # of more training images
+        parts = {}
+        for part, listing in listed.items():
+            maps = augmented if part.startswith("train") and augmented.is_dir() else root / "SegmentationClass"
+            parts[part] = partial(_of_maps, root, [root / "JPEGImages" / name for name in listing], maps, read_map)
+        if _AUGMENTED in parts and not augmented.is_dir():
+            del parts[_AUGMENTED]
+        return parts
     if any(root.glob("labels/*/*.png")):
         return _beside(root, "labels", read_map)
     try:
