@@ -78,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = words[0] if words else ""
     try:
         try:
-            # A Ctrl-C that came while a rank began waits until here (`start_ranks`).
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `start_ranks`
             return _run(words)
         finally:
             sys.stdout.flush()  # at its end Python only complains
