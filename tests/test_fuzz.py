@@ -47,6 +47,7 @@ class Reader:
 def readers(runs: Path, shards: Path) -> list[Reader]:
     """Readers of everything that comes from outside, which read copies of these finished runs and shards."""
     import numpy as np
+    import torch
     from PIL import Image
 
     from tests.labels import use_labels, write_labels
@@ -60,7 +61,10 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
     from visft_ds.evals.judge.protocols import QUICK
     from visft_ds.evals.judge.retrieval import read_captions
     from visft_ds.files import open_image
-    from visft_ds.interop.weights import open_weights
+    from visft_ds.interop.layouts import MODEL, built, load_backbone, model_in, model_of
+    from visft_ds.interop.published import read_adapter
+    from visft_ds.interop.weights import open_weights, save_tensors
+    from visft_ds.models.timm_backbone import build_timm
     from visft_ds.monitor.metrics import read_metrics
     from visft_ds.predict.model import load
     from visft_ds.run.folder import recorded_config
@@ -88,11 +92,32 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
             place = folder / f"out{number}"
             build(Options(split.images, split.instances, split.captions, place, "toy", maps=split.maps))
 
-    def read_weights(folder: Path) -> None:
+    def write_pickles(folder: Path) -> None:
+        tensors = {"state_dict": {"module.a": torch.ones(2, 3), "module.b": torch.ones(3).half()}, "step": 3}
+        torch.save(tensors, folder / "zip.pt")
+        torch.save(tensors, folder / "legacy.pth", _use_new_zipfile_serialization=False)
+
+    def read_pickles(folder: Path) -> None:
         for path in folder.iterdir():
-            file = open_weights(path)
-            for name in file:
-                file.get(name)
+            for one in open_weights(path).values():
+                one.read()
+
+    def write_backbones(folder: Path) -> None:
+        shutil.copy(runs / "stage2/export/backbone.safetensors", folder / "eva.safetensors")
+        tower = build_timm("test_vit", layers=(0, 1))
+        tensors = {name: value.contiguous() for name, value in tower.state_dict().items()}
+        save_tensors(folder / "timm.safetensors", tensors, {MODEL: json.dumps(model_of(tower))})
+
+    def read_backbones(folder: Path) -> None:
+        for path in folder.iterdir():
+            load_backbone(path)
+
+    def read_adapters(folder: Path) -> None:
+        adapter = read_adapter(folder)
+        adapter.describe(), adapter.fingerprint()
+        adapter.install(built(base, "meta"))
+        for name in adapter.weights():
+            adapter.delta(name)
 
     def read_run(folder: Path) -> None:
         recorded_config(folder)
@@ -121,6 +146,7 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
                 part.label(0), part.images.read(0)
         read_words(folder), read_captions(str(folder)), read_classes(str(folder), "images")
 
+    base = model_in(open_weights(runs / "stage2/export/backbone.safetensors"))
     return [
         Reader("split", copied(*shards.glob("val*")), read_split),
         Reader("labels", write_labels, use_labels),
@@ -129,7 +155,9 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
         Reader("label maps", write_own, read_tree),
         Reader("judged data", write_judged, read_judged),
         Reader("pictures", pictures, lambda folder: [open_image(path) for path in folder.iterdir()]),
-        Reader("weights", copied(runs / "stage2/export/backbone.safetensors"), read_weights),
+        Reader("pickles", write_pickles, read_pickles),
+        Reader("backbones", write_backbones, read_backbones),
+        Reader("adapters", copied(*(runs / "stage2/export/adapter").glob("*.safetensors")), read_adapters),
         Reader("export", tree(runs / "stage1/export"), load),
         Reader("run", copied(runs / "stage2/run.json", runs / "stage2/metrics.jsonl"), read_run),
         Reader("checkpoint", tree(runs / "stage2/checkpoints/step_00000004"), open_checkpoint),
@@ -155,7 +183,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
                 return b"".join(lines)
             (length,) = struct.unpack("<Q", data[:8])  # a safetensors file
             if data[8:9] == b"{" and length < len(data):
-                header = _changed(data[8 : 8 + length], rng)
+                header = _changed_header(data[8 : 8 + length], rng)
                 return struct.pack("<Q", len(header)) + header + data[8 + length :]
         kind = "bits"
     changed, place = bytearray(data or b"\0"), rng.randrange(max(1, len(data)))
@@ -170,6 +198,18 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     else:
         changed[place:place] = changed[place : place + rng.choice((1, 100, 10_000))]
     return bytes(changed)
+
+
+def _changed_header(text: bytes, rng: random.Random) -> bytes:
+    """Header of a safetensors file with one value changed: mostly in the JSON that is one of its entries, if any is."""
+    header = json.loads(text)
+    entries = header.get("__metadata__", {})
+    nested = [name for name, entry in entries.items() if entry.startswith("{")]
+    if not nested or rng.random() < 0.2:
+        return _changed(text, rng)
+    name = rng.choice(nested)
+    entries[name] = _changed(entries[name].encode(), rng).decode()
+    return json.dumps(header).encode()
 
 
 def _changed(text: bytes, rng: random.Random) -> bytes:

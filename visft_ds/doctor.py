@@ -104,7 +104,8 @@ def check_device() -> Iterator[Finding]:
         found = f"a driver is installed, but torch {torch.__version__} sees no GPU. Install torch with CUDA"
         yield Finding(PROBLEM, "GPU", f"{found} (https://pytorch.org), or unset CUDA_VISIBLE_DEVICES")
     elif not count:
-        yield Finding(OK, "GPU", "none: the debug model trains on this CPU, the large ones need GPUs")
+        found = "none: visft train --data FOLDER and the debug model train on this CPU"
+        yield Finding(OK, "GPU", f"{found}; large models need GPUs")
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         found = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / _GIB:.1f} GiB"
@@ -131,8 +132,19 @@ def check_memory(model: str | None) -> Iterator[Finding]:
         precision, _ = choose_precision(config.visft.model.precision, device)
         needed = plan_largest(run_of(config, 1, precision, None, device)).total
         found = f"a process needs {needed / _GIB:.2f} of {room / _GIB:.2f} GiB, as predicted"
-        helps = f"See what helps: visft plan --stage {stage} --model {model}"
+        helps = f"See what helps: visft plan --cluster {_cluster()} --stage {stage} --model {model}"
         yield judged(needed <= room, f"{model}, stage {stage}", found, helps)
+
+
+def _cluster() -> str:
+    """The GPUs of this machine, in words of visft plan; eight of a usual kind where it has none that is known."""
+    import torch
+
+    from visft_ds.planner.hardware import find_gpu
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpu = find_gpu(torch.cuda.get_device_name(0)) if count else None
+    return "8xA100-80GB" if gpu is None else f"{count}x{gpu.name}"
 
 
 def check_disk(folder: Path) -> Iterator[Finding]:

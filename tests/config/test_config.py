@@ -200,10 +200,31 @@ def test_lists_and_tasks_that_differ_are_named_whole() -> None:
     assert len(differences(debug().identity(), boxes)) < 8
 
 
-def test_batches_that_do_not_divide_name_what_does() -> None:
-    with pytest.raises(ValueError, match="would not be whole") as caught:
-        derive_batches(debug("visft.tasks.detection.batch_size=8"), 6)
-    assert "Use batch_size 6 or 12, or 1, 2, 4, 8 processes" in str(caught.value)
+@pytest.mark.parametrize(
+    ("stage", "settings", "processes", "advice"),
+    [
+        (2, (), 64, "add --batch-size 64 --lr 2.8e-5 (as suits Adam"),
+        (2, (), 64, "square root of 64 / 8; the published batch is 8), or start 1, 2, 4 or 8 processes"),
+        (1, (), 16, "batch_size=16 --set visft.tasks.segmentation.batch_size=16 --lr 7.1e-5 ("),
+        # Micro-batches of captions would be of 11 with one accumulation for all, and 8 are allowed.
+        (2, (), 6, "batch_size=12 --set visft.tasks.captioning.batch_size=72 --lr 1.2e-5 ("),
+        (2, ("optimizer.params.lr=1e-4",), 64, "--batch-size 64 --set optimizer.params.lr=2.8e-4 ("),
+        # --batch-size and --lr would do nothing: the first stands behind --set, the second is not of this group.
+        (
+            1,
+            ("visft.tasks=semantic", "visft.tasks.semantic.batch_size=2"),
+            4,
+            "add --set visft.tasks.semantic.batch_size=4 (",
+        ),
+        (1, ("visft.tasks=semantic",), 64, "raise that of semantic in visft.param_groups alike; the configured batch"),
+    ],
+)
+def test_batches_that_do_not_divide_are_told_what_to_add(
+    stage: int, settings: tuple[str, ...], processes: int, advice: str
+) -> None:
+    with pytest.raises(ValueError, match="cannot be divided among") as caught:
+        derive_batches(resolve(stage=stage, settings=settings), processes)
+    assert advice in str(caught.value)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", None)])

@@ -11,11 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from visft_ds.evals.judge import probes, retrieval
+from visft_ds.evals.judge import neighbours, retrieval
 from visft_ds.evals.judge.classes import ClassSet
+from visft_ds.evals.judge.classification import classification
+from visft_ds.evals.judge.logistic import by_regression
+from visft_ds.evals.judge.neighbours import Rows, by_neighbours
 from visft_ds.evals.judge.ocr import read
-from visft_ds.evals.judge.probes import Rows, by_neighbours, by_regression, classification
 from visft_ds.evals.judge.protocol import ImageSet, rank_of, resamples
+from visft_ds.evals.judge.protocols import QUICK
 
 
 def test_equal_answers_do_not_count_as_right() -> None:
@@ -51,7 +54,7 @@ def _rows(features: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Rows:
 def test_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.neighbors import KNeighborsClassifier
 
-    monkeypatch.setattr(probes, "ROWS", 7)
+    monkeypatch.setattr(neighbours, "ROWS", 7)
     rng = np.random.default_rng(0)
     labels, truth = rng.integers(0, 4, 60), rng.integers(0, 4, 30)
     centres = rng.normal(size=(4, 6))
@@ -85,7 +88,7 @@ def test_regression_ignores_the_scale_of_features_and_finds_what_is_there() -> N
 def test_classification_reads_class_token_and_mean_patch_and_chooses_by_training_images() -> None:
     """kNN reads the class token alone, which is noise here."""
     data = ClassSet(ImageSet([""] * 40, lambda _: Image.new("RGB", (2, 2)), "x"), np.arange(40) % 2, ("a", "b"))
-    benchmark = classification("classification/x", data, data)
+    benchmark = classification("classification/x", data, data, QUICK)
     drawn = torch.randn(2, 2, 40, 5, generator=torch.Generator().manual_seed(0))
     drawn[:, 1, :, 0] += 8 * torch.from_numpy(data.labels)
     parts = {

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from visft_ds.evals.judge import depth as module
 from visft_ds.evals.judge import protocols
 from visft_ds.evals.judge.dense_sets import read_depth
-from visft_ds.evals.judge.depth import BINS, NUMBERS, _measured, depth, known, metres, silog
+from visft_ds.evals.judge.depth import BINS, NUMBERS, _measured, depth, judged, metres, silog, taught
 from visft_ds.evals.judge.models import load_encoder, parse_model
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
@@ -49,9 +49,11 @@ def test_metres_and_loss_by_hand() -> None:
     wanted = {True: 0.0, False: 0.0}
     for head in range(2):
         images = np.repeat(np.arange(3), copies[head].int().numpy())
-        errors = np.concatenate([np.log(expected[i, head] / truth[i].numpy().clip(1e-3))[there[i]] for i in images])
+        errors = np.concatenate(
+            [np.log((expected[i, head] + 1e-3) / (truth[i].numpy() + 1e-3))[there[i]] for i in images]
+        )
         for early in wanted:
-            wanted[early] += np.sqrt((0 if early else errors.var()) + 0.15 * errors.mean() ** 2)
+            wanted[early] += np.sqrt((0 if early else errors.var(ddof=1)) + 0.15 * errors.mean() ** 2)
     early, late = (silog(outputs, truth, copies, torch.Generator(), 1, step).item() for step in (99, 100))
     assert early == pytest.approx(wanted[True], rel=1e-6) and late == pytest.approx(wanted[False], rel=1e-6)
 
@@ -59,7 +61,7 @@ def test_metres_and_loss_by_hand() -> None:
 def test_measures_are_numpys_over_the_part_that_counts(tmp_path: Path) -> None:
     """Of NYU's size 426 x 560 pixels are judged, and the border of training images does not teach."""
     train, test = read_depth(QUICK.images, str(_folder(tmp_path, (480, 640), 1)))
-    train, test = known(train, module._TAUGHT), known(test, module._EIGEN)
+    train, test = taught(train), judged(test)
     truth = test.label(0)
     assert (truth > 0).sum() == 426 * 560 and (train.label(0) > 0).sum() == 427 * 565
     said = torch.full((1, 3, 480, 640), 3.0)
@@ -75,7 +77,7 @@ def test_measures_are_numpys_over_the_part_that_counts(tmp_path: Path) -> None:
 def test_quick_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head learns depth that stands in the features; less is better for RMSE, so held-out images give minus it."""
     train, test = read_depth(QUICK.images, str(_folder(tmp_path / "data", (48, 64), 8)))
-    few = replace(QUICK, depth=replace(QUICK.depth, steps=120, warm_up=10, rate=0.1))
+    few = replace(QUICK, depth=replace(QUICK.depth, steps=60, warm_up=6, rate=0.1))
     monkeypatch.setattr(protocols, "BRIEF", few)
     monkeypatch.setattr(module, "_PLAIN_STEPS", 10)
     monkeypatch.setattr(protocols, "SIDE", 48)

@@ -7,10 +7,13 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsRegressor
 
-from visft_ds.evals.judge import probes
-from visft_ds.evals.judge.probes import IN_CONTEXT, RESAMPLES, Rows, recall, remember, shares_of, vote
+from visft_ds.evals.judge import neighbours
+from visft_ds.evals.judge.crops import NO_CLASS
+from visft_ds.evals.judge.in_context import recall, remember, shares_of
+from visft_ds.evals.judge.neighbours import RESAMPLES, Rows, vote
 from visft_ds.evals.judge.protocol import resamples
-from visft_ds.tasks.classes import VOID
+
+IN_CONTEXT = (30, 0.02)  # neighbours and temperature, as published
 
 
 def _memory(rng: np.random.Generator, images: int, patches: int) -> Rows:
@@ -35,17 +38,17 @@ def test_votes_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> Non
         )
         model.fit(memory.features.numpy()[places], memory.labels.numpy()[places])
         np.testing.assert_allclose(found[number], model.predict(queries), atol=1e-6)
-    monkeypatch.setattr(probes, "_BANK", 37)
+    monkeypatch.setattr(neighbours, "_BANK", 37)
     np.testing.assert_allclose(vote(memory, torch.from_numpy(queries), *IN_CONTEXT).numpy(), found)
 
 
 def test_two_patches_by_hand() -> None:
     """Void has no share in any class, and a patch of nothing else is not kept."""
-    label = np.array([[0, 1, VOID, VOID], [0, VOID, VOID, VOID]], dtype=np.uint8)
+    label = torch.tensor([[0, 1, NO_CLASS, NO_CLASS], [0, NO_CLASS, NO_CLASS, NO_CLASS]])
     np.testing.assert_array_equal(shares_of(label, (1, 2), 2), [[0.5, 0.25], [0, 0]])
     patches = torch.tensor([[3.0, 0.0], [0.0, 2.0]]).unsqueeze(1)  # the first looks along the first axis
-    other = np.full((2, 4), 1, dtype=np.uint8)
-    memory = remember([(0, patches, label), (1, patches.flip(2), other)], 2, each=2)
+    other = torch.ones(2, 4, dtype=torch.int64)
+    memory = remember([(0, patches, label), (1, patches.flip(2), other)], 2, most=2, each=2)
     assert memory.owners.tolist() == [0, 1, 1] and memory.features[0].tolist() == [1, 0]
     (seen,) = recall(memory, torch.tensor([[[[1.0]], [[0.98]]]]))
     near = 1 / np.hypot(1, 0.98)
@@ -55,7 +58,7 @@ def test_two_patches_by_hand() -> None:
 
 
 def test_rare_classes_are_kept_first() -> None:
-    label = np.zeros((8, 8), dtype=np.uint8)
+    label = torch.zeros(8, 8, dtype=torch.int64)
     label[0, 0] = 1
-    memory = remember([(0, torch.randn(3, 8, 8), label)], 2, each=2)
+    memory = remember([(0, torch.randn(3, 8, 8), label)], 2, most=1, each=2)
     assert sorted(memory.labels.argmax(dim=1).tolist()) == [0, 1]

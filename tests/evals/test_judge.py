@@ -104,7 +104,7 @@ def _all(world: Path) -> list[str]:
     return [
         *models,
         *(word for kind in kinds for word in ("--on", kind)),
-        *("--primary", "zero_shot/shapes top1", "--layers", "last"),
+        *("--primary", "zero_shot/shapes top1", "--layers", "last", "--quick"),
     ]
 
 
@@ -294,7 +294,7 @@ def test_what_a_model_lacks_is_told_before_anything_is_encoded(
     ):
         on = ("--on", f"classification={world}/shapes", "--on", f"{kind}={world}/shapes")
         primary = ("--primary", "classification/shapes kNN")
-        status, _, errors = _run(*models, *on, *primary, "--out", tmp_path / kind)
+        status, _, errors = _run(*models, *on, *primary, "--quick", "--out", tmp_path / kind)
         assert status == 2 and said in errors
 
 

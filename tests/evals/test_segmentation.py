@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from sklearn.metrics import jaccard_score
 from torch.nn import functional as F
 
 from visft_ds.evals.judge import protocols
-from visft_ds.evals.judge.dense_sets import DenseSet, Thing, read_train_and_test
+from visft_ds.evals.judge.crops import label_of
+from visft_ds.evals.judge.dense_sets import NOTHING, DenseSet, Thing, read_train_and_test
 from visft_ds.evals.judge.models import load_encoder, parse_model
 from visft_ds.evals.judge.protocol import ImageSet, Label
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
@@ -68,6 +70,12 @@ def test_voc_and_wrong_maps(tmp_path: Path) -> None:
         (tmp_path / f"ImageSets/Segmentation/{part}.txt").write_text(f"{part}\n")
     train, test = read_train_and_test(ALL, str(tmp_path))
     assert train.images.names == ["JPEGImages/train.jpg"] and np.array_equal(test.label(0), numbers)
+    (tmp_path / "ImageSets/Segmentation/trainaug.txt").write_text("train\n")
+    assert np.array_equal(read_train_and_test(ALL, str(tmp_path))[0].label(0), numbers)  # its maps are not there
+    (tmp_path / "SegmentationClassAug").mkdir()
+    Image.fromarray(numbers + (numbers == 3)).save(tmp_path / "SegmentationClassAug/train.png")
+    train, test = read_train_and_test(ALL, str(tmp_path))
+    assert (train.label(0)[:5] == 4).all() and (test.label(0)[:5] == 3).all()
     for wrong, word in ((numbers[1:], "pixels"), (np.full_like(numbers, VOID), "one class")):
         Image.fromarray(wrong).save(tmp_path / "SegmentationClass/val.png")
         with pytest.raises(ValueError, match=word):
@@ -108,8 +116,8 @@ def _check_coco(part: DenseSet) -> None:
     label = part.label(0)
     assert part.classes == ("", "cat", "dog")
     assert (label[8:16, 8:16] == 2).all() and (label[:8, :40] == 1).all()
-    assert (label[60:80, 60:80] == VOID).all()  # nobody drew what is in this box
-    assert (label[:4, 100:104] == VOID).all() and (label[90:] == 0).all()
+    assert (label[60:80, 60:80] == NOTHING).all()  # nobody drew what is in this box
+    assert (label[:4, 100:104] == NOTHING).all() and (label[90:] == 0).all()
     # by size; crowds and boxes are none
     assert [(thing.label, thing.owner) for thing in part.things] == [(1, 0), (2, 0)]
     assert coco_mask.area(part.things[1].code) == 8 * 8
@@ -135,15 +143,16 @@ def test_overlaps_are_scikit_learns() -> None:
     labels[1][3:] = 90
     maps = torch.from_numpy(rng.normal(size=(2, 3, 99, 4, 6)))
     maps[:, :, 2] = -9  # a class that is neither there nor said
-    score = overlapping("x", maps, _set(labels, "a" * 99))
+    score = overlapping("x", maps, partial(label_of, _set(labels, "a" * 99)), 99)
     for draw in range(3):
         said = [
             F.interpolate(one[draw : draw + 1], label.shape, mode="bilinear")[0].argmax(dim=0).numpy()
             for one, label in zip(maps, labels, strict=True)
         ]
-        truth, answers = (
-            np.concatenate([one[label != VOID] for one, label in zip(of, labels, strict=True)]) for of in (labels, said)
-        )
+        step = 4 if draw else 1  # of resamples only the spread is asked for
+        several = [(label[::step, ::step], one[::step, ::step]) for label, one in zip(labels, said, strict=True)]
+        truth = np.concatenate([label[label != VOID] for label, _ in several])
+        answers = np.concatenate([one[label != VOID] for label, one in several])
         expected = jaccard_score(truth, answers, average="macro")
         assert (score.value if draw == 0 else score.retrained[draw - 1]) == pytest.approx(expected)  # type: ignore[index]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy import stats
 
+from visft_ds.evals.judge.in_context import recall, remember
 from visft_ds.evals.judge.intervals import Spread, combined, holm, interval, resampled, spread_of
-from visft_ds.evals.judge.probes import recall, remember
 from visft_ds.evals.judge.protocol import FloatArray, IntArray, Score, mean_ratio
 from visft_ds.evals.judge.table import Row, Trial, rows_of, section
 from visft_ds.evals.judge.verdict import judged
@@ -264,7 +264,12 @@ def _pair(seed: int, noise: float) -> Iterator[Score]:
 
     for spread in (1.6, noise):
         maps = features(train, spread)
-        memory = remember(((place, maps[place], of.astype(np.uint8)) for place, of in enumerate(train)), CLASSES, 16)
+        memory = remember(
+            ((number, maps[number], torch.from_numpy(label)) for number, label in enumerate(train)),
+            CLASSES,
+            len(train),
+            16,
+        )
         said = torch.stack(list(recall(memory, features(test, spread)))).argmax(dim=2).numpy()
         own, *others = (overlaps(said[:, number]) for number in range(said.shape[1]))
         yield Score("n", own, retrained=mean_ratio(np.stack([of.sum(axis=0) for of in others])))

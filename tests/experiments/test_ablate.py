@@ -26,6 +26,7 @@ from visft_ds.experiments.ablate import (
     _parser,
     anchors_help,
     main,
+    over_styles,
     verdict,
 )
 from visft_ds.steps import Step
@@ -68,6 +69,27 @@ def test_arms_are_judged_beside_the_base_and_as_controls_of_the_first(steps: dic
     assert all("--without" in steps[name].command for name in ("drawings", "style-b"))
     joint = steps["one-stage-seed0"]
     assert "visft.mode=shared" in joint.command and not any("visft.heads.path" in word for word in joint.command)
+
+
+def test_drawn_styles_are_judged_together_and_are_the_sample(tmp_path: Path) -> None:
+    """Expected: scipy.stats.ttest_1samp([1, 2, 4, 1], 0).confidence_interval() by hand, 2.0 +- 3.182 * sqrt(2) / 2."""
+    words = [*WORDS[:-1], str(tmp_path), "--arms", PERMUTED, "--styles", "4"]
+    plan = Plan(_parser().parse_args(words))
+    judged, runs = plan.steps.steps["styles"], ",".join(str(tmp_path / f"{{}}-seed{seed}") for seed in "01")
+    assert judged.command[2] == f"{FIRST}={runs.format('two-stages', 'two-stages')}"
+    assert _value(judged, "--control") == f"{PERMUTED} {EQUAL}={runs.format('permuted-labels', 'permuted-labels')}"
+    assert [word for word in judged.command if "style-" in word] == [
+        f"segmentation={tmp_path}/style-{number},name=style-{number}" for number in (1, 2, 3, 4)
+    ]
+    drawn = [_value(step, "--style") for name, step in plan.steps.steps.items() if name.startswith("style-")]
+    assert drawn == ["b", "1", "2", "3", "4"]
+    rows = [
+        {"differences": {FIRST: {"value": gain}}, "controls": {FIRST: {"noise": {"value": 1.0}}}}
+        for gain in (1.0, 2.0, 4.0, 1.0)
+    ]
+    found = over_styles(rows)
+    assert found["minus base"] == pytest.approx({"value": 2.0, "low": -0.2503, "high": 4.2503}, abs=1e-3)
+    assert found["minus noise"] == {"value": 1.0, "low": 1.0, "high": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -141,6 +163,8 @@ def test_the_table_holds_what_anchors_are_judged_by(tmp_path: Path, capsys: pyte
         (["--base", "z.pt"], "--base z.pt"),
         (["--arms", ""], "no such arm"),
         (["--seeds", "1"], "--seeds"),
+        (["--styles", "1"], "at least 2"),
+        (["--data", "x", "--styles", "4"], "without --data"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(
@@ -153,14 +177,17 @@ def test_mistakes_are_told_before_anything_runs(
 @pytest.mark.slow
 def test_from_drawings_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     pytest.importorskip("open_clip")
-    for name, value in {"TRAIN": 24, "VAL": 12, "PROBED": (1.0, 0.5), "DRAWN": ("--size", "56")}.items():
+    small = {"TRAIN": 24, "VAL": 12, "PROBED": (1.0, 0.5), "DRAWN": ("--size", "56"), "STYLE_IMAGES": "12"}
+    for name, value in small.items():
         monkeypatch.setattr(ablate, name, value)
     lengths = {"scheduler.params.warmup_num_steps": 0, "scheduler.params.total_num_steps": 2}
     words = ["gain", *WORDS[:-1], str(tmp_path / "out"), "--jobs", "2", "--arms", f"{PERMUTED},soup"]
+    words += ["--styles", "2"]
     words += [part for key, value in {**TINY, **lengths}.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     assert main(words) == 0, capfd.readouterr().out
     assert "The claim" in capfd.readouterr().out
     table = json.loads((tmp_path / "out/table.json").read_text())
+    assert set(table["styles"]) == {"minus base", "minus noise", f"minus {PERMUTED} {EQUAL}"}
     rows = {row["arm"]: row for row in table["rows"]}
     assert list(rows)[:5] == [FIRST, "noise", "half", PERMUTED, f"{PERMUTED} {EQUAL}"] and not table["failed"]
     assert rows[f"{PERMUTED} {EQUAL}"]["feature shift"] == pytest.approx(rows[FIRST]["feature shift"], rel=0.2)

@@ -16,7 +16,7 @@ from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
 from visft_ds.planner.hardware import GPUS, LINK_SHARE, NETWORK_SHARE, Cluster, find_gpu, parse_cluster, peak_rate
 from visft_ds.planner.memory import PlannedRun, model_operations, plan_largest, plan_stream, run_of, trace_step
 from visft_ds.planner.search import fitting_settings, forecast, search
-from visft_ds.planner.time import PRODUCT_SHARE, work_seconds
+from visft_ds.planner.time import PRODUCT_SHARE, step_time, work_seconds
 from visft_ds.planner.trace import Tracer, Work, operators_of
 from visft_ds.tasks.spec import Content
 
@@ -91,6 +91,11 @@ def test_zero_divides_what_its_stage_says() -> None:
     assert plans[1].optimizer == plans[0].optimizer * 3 // 4  # masters beside the moments, a half of all three
     assert plans[3].weights == plans[0].weights // 2 and plans[3].gathered > 0 == plans[2].gathered
     assert plans[3].activations > plans[2].activations  # DeepSpeed's linear layer keeps what torch's need not
+    config = debug(
+        2, "visft.tasks=detection", "zero_optimization.stage=2", "zero_optimization.overlap_comm=true", *sizes
+    )
+    overlapping = plan_largest(run_of(config, 2, "fp32", VOCABULARY, CUDA))
+    assert overlapping.buckets == 2 * 4 * 100_000 == 2 * plans[2].buckets  # one is filled while the other is sent
 
 
 def test_a_stage_of_a_pipeline_holds_its_share() -> None:
@@ -135,7 +140,11 @@ def test_clusters_that_are_not_known_are_refused(text: str) -> None:
         ("NVIDIA GeForce RTX 5090", "5090-32GB"),
         ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA L40", None),
+        ("NVIDIA L40", "L40-48GB"),
+        ("NVIDIA A40", "A40-48GB"),
+        ("NVIDIA A10G", "A10G-24GB"),
+        ("NVIDIA RTX 6000 Ada Generation", "6000Ada-48GB"),
+        ("NVIDIA RTX A4000", None),
     ],
 )
 def test_gpus_are_found_by_their_drivers_names(driver: str, gpu: str | None) -> None:
@@ -215,7 +224,62 @@ def test_settings_that_are_said_to_fit_do() -> None:
 
 def test_engines_that_refuse_what_is_set_are_not_searched() -> None:
     config = debug(2, "visft.model.compile=blocks", "visft.tasks=detection")  # which ZeRO-3 does not take
-    assert [arm.engine for arm in search(config, parse_cluster("2xH100"))] == ["ZeRO-1"]
+    assert [arm.engine for arm in search(config, parse_cluster("2xH100"))] == ["ZeRO-1", "ZeRO-0", "ZeRO-2"]
+
+
+def test_what_all_engines_refuse_is_told() -> None:
+    with pytest.raises(ValueError, match="V100-32GB has no bf16"):
+        search(debug(2, "visft.model.precision=bf16", "visft.tasks=detection"), parse_cluster("1xV100-32GB"))
+
+
+def test_a_model_that_no_gpu_holds_is_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one GPU too, on which ZeRO divides nothing."""
+    shape = 'visft.model.overrides={"width": 1024, "depth": 24, "num_heads": 8}'
+    alone = ("visft.tasks.detection.batch_size=1", "visft.model.recompute=none", "visft.model.precision=auto")
+    config = debug(2, "visft.tasks=detection", shape, *alone)
+    monkeypatch.setattr("visft_ds.planner.search.MEMORY_SHARE", 0.5 / 16)
+    best, *others = search(config, parse_cluster("1xT4"))
+    assert (best.engine, best.flags[:2]) == ("ZeRO-3 offload", ("--engine", "zero3_offload"))
+    assert best.fits and {arm.engine for arm in others if not arm.fits} == {"ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"}
+
+
+def test_gradients_cross_the_links_twice() -> None:
+    """To be summed, each rank a part, and back as sums: of eight parts seven leave a rank each time."""
+    sizes = ("visft.tasks.detection.batch_size=8", "visft.tasks.detection.micro_batch=1")
+    config = debug(2, "visft.tasks=detection", "zero_optimization.stage=0", *sizes)
+    run, stream = run_of(config, 8, "fp32", VOCABULARY, CUDA), config.visft.streams()["detection"]
+    crossing = 2 * 7 / 8 * 4 * trace_step(run, stream).taught
+    assert step_time(run, stream, parse_cluster("8xH100")).communication == pytest.approx(crossing / (0.8 * 450e9))
+
+
+def test_offloaded_weights_come_from_the_host() -> None:
+    """Forward and backward, in each micro-batch; a GPU keeps neither them nor the optimizer."""
+    sizes = ("visft.tasks.detection.batch_size=2", "visft.tasks.detection.micro_batch=1")
+    config = changed(debug(2, "visft.tasks=detection", *sizes), engine="zero3_offload")
+    stream = config.visft.streams()["detection"]
+    run = run_of(config, 1, "bf16", VOCABULARY, CUDA)
+    assert plan_stream(run, stream).weights == plan_stream(run, stream).optimizer == 0
+    on_cpu = plan_stream(run_of(config, 1, "bf16", VOCABULARY, CPU), stream)
+    assert on_cpu.weights > 0 and on_cpu.optimizer > 0, "the host is where a CPU computes"
+    found, slow = trace_step(run, stream), replace(GPUS["H100-80GB"], host=1e-3)
+    time = step_time(run, stream, Cluster(1, slow, 400))
+    moved = 2 * 2 * (found.frozen + 4 * found.trained)
+    assert time.compute + time.communication == pytest.approx(moved / (0.8 * 1e6))
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_pipeline_fills_and_drains(turns: int) -> None:
+    """The first micro-batch passes every stage one after the other; each further one takes as long as the slowest."""
+    sizes = (f"visft.tasks.detection.batch_size={turns}", "visft.tasks.detection.micro_batch=1")
+    config = changed(debug(2, "visft.tasks=detection", *sizes), engine="pipeline")
+    run, stream = run_of(config, 2, "bf16", VOCABULARY, CUDA), config.visft.streams()["detection"]
+    cluster = parse_cluster("2xH100")
+    whole = work_seconds(trace_step(run, stream).work, cluster.gpu)
+    assert run.partition is not None
+    costs = run.partition.stage_costs()
+    slowest = max(costs) / sum(costs) * whole
+    time = step_time(run, stream, cluster)
+    assert time.compute + time.waiting == pytest.approx(whole + (turns - 1) * slowest)
 
 
 @pytest.mark.parametrize(("model", "count"), [pytest.param("debug_convnext", 2, marks=pytest.mark.slow), ("debug", 8)])

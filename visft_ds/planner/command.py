@@ -1,21 +1,26 @@
 """`visft plan`: does a configuration fit a cluster that need not be here, and how long does it take?
 
-Exit status: 0 planned, 2 wrong usage.
+Exit status: 0 planned, 2 wrong usage, or a stage that does not fit with any engine.
 """
 
 from __future__ import annotations
 
+import shlex
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from visft_ds.config import resolve
+from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.config.backbones import model_of, named
+from visft_ds.config.batches import larger_batches
+from visft_ds.config.cli import batch_flags
 from visft_ds.flags import Command
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.resilience.errors import tell
 
 if TYPE_CHECKING:
+    from visft_ds.planner.hardware import Cluster
     from visft_ds.planner.search import SearchArm
 
 _GIB = 2**30
@@ -25,7 +30,10 @@ examples:
   visft plan --cluster 8xV100-32GB
   visft plan --cluster 8x4090 --model eva_g --stage 2
   visft plan --cluster 8xA100-80GB --stage 2 --engine zero1 --set visft.model.recompute=block
-  visft plan --cluster 8x8xH100 --network 25
+  visft plan --cluster 8x8xH100 --network 25 --stage 2 --batch-size 64
+
+It tries every engine and prints the command that trains with the fastest one that fits. Exit status: 0 planned, 2 a
+stage does not fit with any engine, or wrong usage.
 """
 
 
@@ -40,6 +48,7 @@ def build_parser() -> Command:
     add("--download", action="store_true", help="download config.json from the hub")
     add("--stage", type=int, choices=(1, 2), help="stage to plan (both)")
     add("--engine", metavar="NAME|FILE", help="plan this engine as configured, without a search")
+    add("--batch-size", type=int, metavar="N", help="as in visft train")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in visft train")
     return parser
 
@@ -48,43 +57,106 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Plan and print; returns the exit status."""
     try:
         options = build_parser().parse_args(arguments)
-        from visft_ds.planner.hardware import parse_cluster  # these import torch, which costs seconds
-        from visft_ds.planner.search import forecast, search
+        from visft_ds.planner.hardware import parse_cluster  # this imports torch, which costs seconds
 
         cluster = parse_cluster(options.cluster, options.network)
-        machines = f" in machines of {cluster.per_node} with {cluster.network:g} GB/s between them"
-        where = f"{cluster.count}x{cluster.gpu.name}{machines if cluster.count > cluster.per_node else ''}"
-        model, flags, engine = options.model, None, options.engine or "zero1"
+        model, flags = options.model, None
         if options.backbone is not None:
             model, flags = model_of(named(options.backbone, download=options.download), model)
+        fits = True
         for name in [model] if model else ["eva_e", "eva_g"]:
             for stage in [options.stage] if options.stage else [1, 2]:
-                config = resolve(stage=stage, model=name, engine=engine, settings=options.set, flags=flags)
-                stated = [f"--engine {engine}"]
-                arms = [forecast(config, cluster, stated)] if options.engine else search(config, cluster)
-                print_arms(f"{name}, stage {stage}, as predicted on {where}", arms)
+                config = resolve(stage=stage, model=name, engine=options.engine, settings=options.set, flags=flags)
+                if options.batch_size is not None:
+                    config = resolve(
+                        stage=stage,
+                        model=name,
+                        engine=options.engine,
+                        settings=options.set,
+                        flags={**(flags or {}), **batch_flags(config, options.batch_size)},
+                    )
+                fits &= _plan(options, name, config, cluster)
     except (ValueError, OSError) as error:
         return tell(error)
-    return 0
+    return 0 if fits else 2
 
 
-def print_arms(title: str, arms: Sequence[SearchArm]) -> None:
-    """Print the engines; of the first one memory and time of each kind of step, and the command that trains with it."""
-    if not arms:
-        print_plan(title, [Section("no engine divides these batches over so many GPUs and fits", ())])
-        return
-    columns, rows = ("engine", "recomputed", "accumulation", "fits", "GiB", "images/s", "hours", "of peak"), []
-    for arm in arms:
-        fits, memory = "yes" if arm.fits else "NO", f"{arm.needed / _GIB:.1f}"
-        speed = f"{arm.images_per_second:.4g}", f"{arm.hours:.1f}", f"{arm.of_limit:.0%}"
-        recomputed, accumulation = arm.run.config.visft.model.recompute, str(arm.run.batches.accumulation)
-        rows.append((arm.engine, recomputed, accumulation, fits, memory, *speed))
+def _plan(options: Namespace, name: str, config: ResolvedConfig, cluster: Cluster) -> bool:
+    """Plan a stage of a model and print it. Returns False if nothing fits."""
+    from visft_ds.planner.search import forecast, search
+
+    stage, where = config.visft.stage, f"{cluster.count}x{cluster.gpu.name}"
+    if cluster.count > cluster.per_node:
+        where += f" in machines of {cluster.per_node} with {cluster.network:g} GB/s between them"
+    chosen = ["--stage", str(stage)]
+    chosen += ["--backbone", options.backbone] if options.backbone else ["--model", name]
+    chosen += ["--model", options.model] if options.backbone and options.model else []
+    chosen += ["--batch-size", str(options.batch_size)] if options.batch_size is not None else []
+    chosen += [word for setting in options.set for word in ("--set", setting)]
+
+    stated = ["--engine", options.engine]
+    sections = list[Section]()
+    # Engines without a pipeline need a share of each batch for every GPU.
+    dp = max(1, cluster.count // config.pipeline_stages)
+    uneven = [stream.batch_size for stream in config.visft.streams().values() if stream.batch_size % dp]
+    if uneven:
+        larger = larger_batches(config, dp * config.pipeline_stages)
+        config = changed(config, larger.settings)
+        chosen += larger.flags
+        among = f"{dp} {'GPUs' if config.pipeline_stages == 1 else 'pipelines'}"
+        title = f"the batch is the limit: {min(uneven)} images cannot be divided among {among}"
+        sections.append(Section(title, [("planned with", f"{shlex.join(larger.flags)} ({larger.rule})")]))
+
+    arms = search(config, cluster) if options.engine is None else [forecast(config, cluster, stated)]
+    print_arms(f"{name}, stage {stage}, as predicted on {where}", sections, arms)
+    if not arms[0].fits:
+        helps = "plan without --engine, which tries all of them" if options.engine else "give more memory"
+        print(f"nothing fits: {helps}, smaller images (visft.tasks.<task>.image) or a smaller --model", flush=True)
+        return False
+    words = shlex.join([*chosen, *arms[0].flags])
+    for launcher in launchers(cluster):
+        print(f"{launcher} {words}", flush=True)
+    return True
+
+
+def launchers(cluster: Cluster) -> list[str]:
+    """Beginnings of the commands that train on the cluster: on one machine, or with a hostfile and under SLURM."""
+    if cluster.count == 1:
+        return ["visft train"]
+    if cluster.count <= cluster.per_node:
+        return [f"visft train --num_gpus {cluster.count}"]
+    machines, rest = divmod(cluster.count, cluster.per_node)
+    lines = ["deepspeed --hostfile hostfile --module visft_ds.launch"]
+    if not rest:  # launchers/slurm.sbatch is for machines of 8
+        each = f" --ntasks-per-node {cluster.per_node} --gres gpu:{cluster.per_node}" if cluster.per_node != 8 else ""
+        lines.append(f"sbatch --nodes {machines}{each} launchers/slurm.sbatch")
+    return lines
+
+
+def print_arms(title: str, sections: Sequence[Section], arms: Sequence[SearchArm]) -> None:
+    """Print the engines; of the first one memory and time of each kind of step."""
     best = arms[0]
-    sections = [Section(f"engines, with at most {best.capacity / _GIB:.1f} GiB of a GPU", rows, columns)]
+    columns = ("engine", "recomputed", "accumulation", "fits", "GiB", "images/s", "hours", "of peak")
+    rows = list[tuple[str, ...]]()
+    for arm in arms:
+        rows.append(
+            (
+                arm.engine,
+                arm.run.config.visft.model.recompute,
+                str(arm.run.batches.accumulation),
+                "yes" if arm.fits else "NO",
+                f"{arm.needed / _GIB:.1f}",
+                f"{arm.images_per_second:.4g}",
+                f"{arm.hours:.1f}",
+                f"{arm.of_limit:.0%}",
+            )
+        )
+    capacity = f"engines, with at most {best.capacity / _GIB:.1f} GiB of a GPU"
+    steps = f"hours of {best.run.config.total_steps:,} steps (expect 1.1 to 1.6 times as many)"
+    tables = [*sections, Section(f"{capacity}; {steps}", rows, columns)]
     for name, images in best.run.batches.batch_size.items():
         what = f"{name} with {best.engine}: {images} images a step, {best.run.batches.micro[name]} at once on a GPU"
         memory = ", ".join(f"{part} {size / _GIB:.2f}" for part, size in asdict(best.memory[name]).items() if size)
         seconds = ", ".join(f"{part} {spent:.3g}" for part, spent in asdict(best.seconds[name]).items() if spent)
-        sections.append(Section(what, [("GiB", memory), ("seconds", seconds)]))
-    print_plan(title, sections)
-    print(f"visft train {' '.join(best.flags)}", flush=True)
+        tables.append(Section(what, [("GiB", memory), ("seconds", seconds)]))
+    print_plan(title, tables)

@@ -23,6 +23,7 @@ class Gpu:
     pattern: str  #: regular expression for the name that the driver gives; the first one that fits counts
     bandwidth: float  #: of its memory, GB/s
     link: float  #: to a GPU of the same machine, GB/s in one direction
+    host: float  #: to the memory of the machine, GB/s in one direction
     network: float  #: of a machine with 8 of them as they are sold, GB/s in one direction
     half: float  #: products of matrices in 16 bit, TFLOP/s
     tf32: float | None  #: None: the hardware has neither TF32 nor bf16
@@ -44,33 +45,38 @@ class Gpu:
         return "bf16" if self.tf32 else "fp16"
 
 
-#: Links: NVLink 2 to 5 with 150, 300, 450 and 900 GB/s in each direction; PCIe 3, 4, 5 x16 with 16, 32, 64. Networks: a
-#: DGX has an adapter of 400 or 200 Gbit/s for each GPU; other machines are counted with 200 Gbit/s in all.
+#: Links: NVLink 2 to 5 with 150, 300, 450 and 900 GB/s in each direction; PCIe 3, 4, 5 x16 with 16, 32, 64. Two GPUs of
+#: a GB200 share 450 GB/s to their host. Networks: a DGX has an adapter of 400 or 200 Gbit/s for each GPU; other
+#: machines are counted with 200 Gbit/s in all. RTX 6000 Ada: NVIDIA's paper on the Ada architecture. A10G: AWS's cards.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("GB200-186GB", r"GB200", 8000, 900, 400, 2500, 1250, 80),
-        Gpu("B200-180GB", r"B200", 8000, 900, 400, 2250, 1125, 75),
-        Gpu("H200-141GB", r"H200(?! NVL)", 4800, 450, 400, 989.4, 494.7, 66.9),
-        Gpu("H200NVL-141GB", r"H200 NVL", 4800, 450, 25, 835.5, 417.5, 60.0),
-        Gpu("H100NVL-94GB", r"H100 NVL", 3900, 300, 25, 835.5, 417.5, 60.0),
-        Gpu("H100PCIe-80GB", r"H100 PCIe", 2000, 64, 25, 756.5, 378.0, 51.2),
-        Gpu("H100-80GB", r"G?H100", 3350, 450, 400, 989.4, 494.7, 66.9),
-        Gpu("A100-80GB", r"A100.*80GB", 2039, 300, 200, 312.0, 156.0, 19.5),
-        Gpu("A100-40GB", r"A100", 1555, 300, 200, 312.0, 156.0, 19.5),
-        Gpu("V100S-32GB", r"V100S", 1134, 16, 25, 130.0, None, 16.4),
-        Gpu("V100-32GB", r"V100.*SXM\d?.*32", 900, 150, 25, 125.0, None, 15.7),
-        Gpu("V100-16GB", r"V100.*SXM", 900, 150, 25, 125.0, None, 15.7),
-        Gpu("V100PCIe-16GB", r"V100.*PCIE?", 900, 16, 25, 112.0, None, 14.0),
-        Gpu("A6000-48GB", r"RTX A6000", 768, 32, 25, 154.8, 77.4, 38.7),
-        Gpu("L40S-48GB", r"L40S", 864, 32, 25, 362.0, 183.0, 91.6),
-        Gpu("L4-24GB", r"\bL4\b", 300, 32, 25, 121.0, 60.0, 30.3),
-        Gpu("A10-24GB", r"\bA10\b", 600, 32, 25, 125.0, 62.5, 31.2),
-        Gpu("H20-96GB", r"\bH20\b", 4000, 450, 25, 148.0, 74.0, 44.0),
-        Gpu("T4-16GB", r"\bT4\b", 320, 16, 25, 65.0, None, 8.1),
-        Gpu("5090-32GB", r"RTX 5090(?! (D|Laptop))", 1792, 64, 25, 209.5, 104.8, 104.8),
-        Gpu("4090-24GB", r"RTX 4090(?! (D|Laptop))", 1008, 32, 25, 165.2, 82.6, 82.6),
-        Gpu("3090-24GB", r"RTX 3090(?! Ti)", 936, 32, 25, 71.0, 35.6, 35.6),
+        Gpu("GB200-186GB", r"GB200", 8000, 900, 225, 400, 2500, 1250, 80),
+        Gpu("B200-180GB", r"B200", 8000, 900, 64, 400, 2250, 1125, 75),
+        Gpu("H200-141GB", r"H200(?! NVL)", 4800, 450, 64, 400, 989.4, 494.7, 66.9),
+        Gpu("H200NVL-141GB", r"H200 NVL", 4800, 450, 64, 25, 835.5, 417.5, 60.0),
+        Gpu("H100NVL-94GB", r"H100 NVL", 3900, 300, 64, 25, 835.5, 417.5, 60.0),
+        Gpu("H100PCIe-80GB", r"H100 PCIe", 2000, 64, 64, 25, 756.5, 378.0, 51.2),
+        Gpu("H100-80GB", r"G?H100", 3350, 450, 64, 400, 989.4, 494.7, 66.9),
+        Gpu("A100-80GB", r"A100.*80GB", 2039, 300, 32, 200, 312.0, 156.0, 19.5),
+        Gpu("A100-40GB", r"A100", 1555, 300, 32, 200, 312.0, 156.0, 19.5),
+        Gpu("V100S-32GB", r"V100S", 1134, 16, 16, 25, 130.0, None, 16.4),
+        Gpu("V100-32GB", r"V100.*SXM\d?.*32", 900, 150, 16, 25, 125.0, None, 15.7),
+        Gpu("V100-16GB", r"V100.*SXM", 900, 150, 16, 25, 125.0, None, 15.7),
+        Gpu("V100PCIe-16GB", r"V100.*PCIE?", 900, 16, 16, 25, 112.0, None, 14.0),
+        Gpu("A6000-48GB", r"RTX A6000", 768, 32, 32, 25, 154.8, 77.4, 38.7),
+        Gpu("6000Ada-48GB", r"RTX 6000 Ada", 960, 32, 32, 25, 364.2, 182.1, 91.1),
+        Gpu("A40-48GB", r"\bA40\b", 696, 32, 32, 25, 149.7, 74.8, 37.4),
+        Gpu("L40S-48GB", r"L40S", 864, 32, 32, 25, 362.0, 183.0, 91.6),
+        Gpu("L40-48GB", r"\bL40\b", 864, 32, 32, 25, 181.05, 90.5, 90.5),
+        Gpu("L4-24GB", r"\bL4\b", 300, 32, 32, 25, 121.0, 60.0, 30.3),
+        Gpu("A10-24GB", r"\bA10\b", 600, 32, 32, 25, 125.0, 62.5, 31.2),
+        Gpu("A10G-24GB", r"\bA10G\b", 600, 32, 32, 25, 70.0, 35.0, 35.0),
+        Gpu("H20-96GB", r"\bH20\b", 4000, 450, 64, 25, 148.0, 74.0, 44.0),
+        Gpu("T4-16GB", r"\bT4\b", 320, 16, 16, 25, 65.0, None, 8.1),
+        Gpu("5090-32GB", r"RTX 5090(?! (D|Laptop))", 1792, 64, 64, 25, 209.5, 104.8, 104.8),
+        Gpu("4090-24GB", r"RTX 4090(?! (D|Laptop))", 1008, 32, 32, 25, 165.2, 82.6, 82.6),
+        Gpu("3090-24GB", r"RTX 3090(?! Ti)", 936, 32, 32, 25, 71.0, 35.6, 35.6),
     )
 }
 
@@ -116,7 +122,7 @@ def parse_cluster(text: str, network: float | None = None) -> Cluster:
     found = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x(.+)", text)
     if found is None or not int(found[1] or 1) * int(found[2]):
         raise ValueError(f"--cluster {text}: write COUNTxNAME, such as 8xA100-80GB, or MACHINESxGPUSxNAME")
-    wanted = found[3].upper().replace("RTX", "").strip(" -_")
+    wanted = re.sub(r"RTX|[ _]", "", found[3].upper()).strip("-")
     close = [name for name in GPUS if wanted in (name.upper(), name.upper().rpartition("-")[0])]
     if len(close) != 1:
         raise ValueError(f"--cluster {text}: no one GPU is called {found[3]}; known: {', '.join(close or GPUS)}")

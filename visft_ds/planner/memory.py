@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -178,6 +178,11 @@ class MemoryPlan:
         return [(name, f"{size / 2**20:12,.1f} MiB") for name, size in [*parts, ("total", self.total)]]
 
 
+def is_offloaded(zero: Mapping[str, Any], what: str) -> bool:
+    """Return True if `zero_optimization` keeps the "param" or the "optimizer" in the memory of the machine."""
+    return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
+
+
 def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
     """Plan of a stream's step. A pipeline's stage holds its share of the layers, and a micro-batch per later stage."""
     found, batches = trace_step(run, stream), run.batches
@@ -185,12 +190,13 @@ def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
     stage, stages, cpu = int(zero["stage"]), batches.stages, run.device.type == "cpu"
     divided, several = batches.dp if stage else 1, batches.accumulation > 1
 
-    def elsewhere(part: str) -> bool:
-        return not cpu and (zero.get(part) or {}).get("device", "none") != "none"
-
     whole = found.frozen + FP32 * found.trained
-    weights = 0 if elsewhere("offload_param") else whole // (batches.dp if stage == 3 else 1)
-    optimizer = 0 if elsewhere("offload_optimizer") else FP32 * found.trained * (2 + (stage > 0)) // divided
+    weights = whole // (batches.dp if stage == 3 else 1)
+    if is_offloaded(zero, "param") and not cpu:
+        weights = 0
+    optimizer = FP32 * found.trained * (2 + (stage > 0)) // divided
+    if is_offloaded(zero, "optimizer") and not cpu:
+        optimizer = 0
     gradients = FP32 * (found.trained // divided if stage >= 2 else found.taught)
     buckets = (1 + bool(zero.get("overlap_comm") and stage < 3)) * FP32 * int(zero.get("reduce_bucket_size", 5e8))
     live = int(zero.get("stage3_max_live_parameters", 1e9)) * DTYPES[run.precision].itemsize

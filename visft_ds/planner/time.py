@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from visft_ds.config.task_schema import Stream
 from visft_ds.ops import DTYPES
-from visft_ds.planner.hardware import Cluster, Gpu
-from visft_ds.planner.memory import FP32, PlannedRun, trace_step
+from visft_ds.planner.hardware import LINK_SHARE, Cluster, Gpu
+from visft_ds.planner.memory import FP32, PlannedRun, is_offloaded, trace_step
 from visft_ds.planner.trace import Work
 
 #: Of the dense peak, large matrix products reach this much: cuBLAS as commonly reported (H100 790, A100 250, V100 95
@@ -82,7 +82,10 @@ def step_time(run: PlannedRun, stream: Stream, cluster: Cluster) -> PlannedTime:
         seen = taught * batches.accumulation
         hidden = (found.frozen + FP32 * found.trained) * (1 + found.backbone_trains) * batches.accumulation
     rate, ring = cluster.rate(batches.dp), (batches.dp - 1) / batches.dp
-    communication = ring * seen / rate + max(0.0, ring * hidden / rate - compute)
+    gathering = ring * hidden / rate
+    if is_offloaded(run.config.deepspeed["zero_optimization"], "param"):  # each rank brings its share from the host
+        gathering += hidden / batches.dp / (LINK_SHARE * 1e9 * gpu.host)
+    communication = ring * seen / rate + max(0.0, gathering - compute)
     if stages > 1:  # tokens to the next stage, and their gradients back where something before it trains
         turns = (batches.accumulation + stages - 2) * (1 + found.backbone_trains)
         communication += turns * FP32 * found.tokens / cluster.rate(cluster.count)

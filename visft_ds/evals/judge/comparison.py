@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
@@ -375,20 +375,19 @@ class Comparison:
         for name, cut in self._cuts.items():
             if cut.block(self.primary) != self.base.block(self.primary):
                 cuts[name] = self._primary_at(self.origin, cut.block(self.primary))
-        every = [*requests, *elsewhere, *cuts.values()]
-        scores = iter(shared([partial(self._scores, request) for request in every], "scores"))
+        made = self._made([*requests, *elsewhere, *cuts.values()])
         results: dict[str, dict[str, Score]] = {}
         for request in requests:
-            results.setdefault(request.spec.label, {}).update(next(scores))
+            results.setdefault(request.spec.label, {}).update(made(request))
         self._count_agreement(results)
         silent = [label for label, of_model in results.items() if self.primary not in of_model]
         if silent:
             raise ValueError(f"--primary {self.primary}: {silent[0]} has no such number")
         labels = [spec.label for arm in [self.base, *self.tuned] for spec in arm.models]
         last: dict[str, Mapping[str, Score]] = {label: results[label] for label in labels}
-        last |= {request.spec.label: next(scores) for request in elsewhere}
+        last |= {request.spec.label: made(request) for request in elsewhere}
         cut_scores: dict[str, Mapping[str, Score]] = dict.fromkeys(self._cuts, results[self.origin.label])
-        cut_scores |= {name: next(scores) for name in cuts}
+        cut_scores |= {name: made(request) for name, request in cuts.items()}
         return Scores(results, self._primary_of(last), self._primary_of(cut_scores))
 
     def _primary_at(self, spec: ModelSpec, block: str) -> _Request:
@@ -407,21 +406,49 @@ class Comparison:
                     agrees = (of_model[name].values == predicted).astype(float)
                     of_model[name] = replace(of_model[name], values=agrees)
 
-    def _scores(self, request: _Request, own: bool) -> dict[str, Score]:
-        spec, benchmark = request.spec, request.benchmark
+    def _made(self, requests: Sequence[_Request]) -> Callable[[_Request], dict[str, Score]]:
+        """Make what is requested, all numbers of a model on a data set at once, and return what looks them up."""
+        groups: dict[tuple[str, str], list[_Request]] = {}
+        for request in requests:
+            groups.setdefault((request.spec.label, request.benchmark.label), []).append(request)
+        calls = [partial(self._scores, group) for group in groups.values()]
+        made = dict(zip(groups, shared(calls, "scores"), strict=True))
 
-        def read() -> Encoder:
+        def look_up(request: _Request) -> dict[str, Score]:
+            scores = made[request.spec.label, request.benchmark.label][request.block]
+            names = {f"{request.benchmark.label} {number}" for number in request.numbers}
+            return {name: score for name, score in scores.items() if name in names}
+
+        return look_up
+
+    def _scores(self, requests: Sequence[_Request], own: bool) -> dict[str, dict[str, Score]]:
+        """Block -> what is requested of it, by one model on one data set."""
+        spec, benchmark = requests[0].spec, requests[0].benchmark
+        wanted: dict[str, set[str]] = {}
+        for request in requests:
+            wanted.setdefault(request.block, set()).update(request.numbers)
+
+        def read(*blocks: str) -> Encoder:
             if benchmark.agrees:
                 return load_classifier(spec, self.origin)
             encoder = self._load(spec)
             if benchmark.published is not None and (backbone := getattr(encoder.module, "backbone", None)):
                 encoder = replace(encoder, side=SIDE // backbone.patch_size * backbone.patch_size)
-            return read_after(encoder, request.block)
+            return read_after(encoder, *blocks)
 
-        place = {"classifier": self.origin.identity} if benchmark.agrees else {"block": request.block}
-        key = {"of": spec.identity, **place}
-        scores = score(read, key, benchmark, request.numbers, self._precise(spec), spec.label, own)
-        return {f"{benchmark.label} {found.name}": _in_groups(found, benchmark) for found in scores}
+        key: dict[str, Any] = {"of": spec.identity}
+        if benchmark.agrees:
+            key["classifier"] = self.origin.identity
+        sizes = self.base.blocks if spec is self.origin else self._blocks_of(spec)
+        made = score(read, key, benchmark, wanted, sizes, self._precise(spec), spec.label, own)
+        return {
+            block: {f"{benchmark.label} {result.name}": _in_groups(result, benchmark) for result in results}
+            for block, results in made.items()
+        }
+
+    def _blocks_of(self, spec: ModelSpec) -> Mapping[str, int]:
+        """Blocks of the arm that a model belongs to."""
+        return next(arm.blocks for arm in self.arms if spec.label in [model.label for model in arm.models])
 
     def _precise(self, spec: ModelSpec) -> Settings:
         """Settings of a model: fp32 for weights that are mixed, since 16 bits would round a small change away."""

@@ -4,7 +4,7 @@
 |---|---|---|
 | shards of ours | a manifest of the split | crowds |
 | ADE20k | `images/{training,validation}`, `annotations/{training,validation}` | 0; class n is number n + 1 |
-| Pascal VOC | `JPEGImages`, `SegmentationClass`, `ImageSets/Segmentation/{train,val}.txt` | 255 |
+| Pascal VOC | `JPEGImages`, `SegmentationClass[Aug]`, `ImageSets/Segmentation/{train,trainaug,val}.txt` | 255 |
 | any | `images/<split>`, `labels/<split>` with PNG files | 255 |
 | what `visft shards` reads: COCO, Roboflow, YOLO, Cityscapes | as there | crowds |
 
@@ -39,9 +39,10 @@ from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import FolderSplit, read_coco
 from visft_ds.shards.layouts import recognise
 from visft_ds.shards.maps import read_map
-from visft_ds.tasks.classes import VOID
 
+NOTHING = 65_535  #: number of a pixel of outlines that has no class; of label maps it is 255
 _SMALLEST = 1 / 3136  # of an image, below which nobody could recognise an object
+_AUGMENTED = "trainaug"  # VOC's training images with those of Hariharan et al., from which published numbers learn
 _ELLIPSES = "mask drawn as an ellipse into its box"  # as visft shards says it of its shards
 
 
@@ -50,7 +51,7 @@ class Thing:
     """An object of an image."""
 
     owner: int  #: number of the image
-    label: int  #: VOID for a crowd
+    label: int  #: NOTHING for a crowd
     code: Mapping[str, Any]  #: run-length code of its pixels
     boxed: bool = False  #: which are those of its box, as nobody drew a mask
 
@@ -85,17 +86,18 @@ def read_train_and_test(
     found = _pair(_parts(Path(source)), most, source, train, test)
     for name, part in found.items():
         found[name] = _masked(part, f"{source}: {name}", source)
-    seen = []
+    largest = 0
     for name, part in found.items():
-        counts = np.zeros(VOID + 1, dtype=np.int64)
+        seen: set[int] = set()
         for place in gauge(f"labels of {name}", len(part.images), "images", range(len(part.images))):
-            counts += np.bincount(part.label(place).ravel(), minlength=VOID + 1)
-        seen.append(np.flatnonzero(counts[:VOID]))
-        if len(seen[-1]) < 2:
+            label = part.label(place)
+            seen |= {*np.unique(label).tolist()} - {np.iinfo(label.dtype).max}
+        if len(seen) < 2:
             raise ValueError(f"{source}: {name} has labels of one class only; a probe needs two")
+        largest = max(largest, *seen)
     learnt, held = found.values()
     if not learnt.classes:  # label maps do not name them
-        numbers = tuple(map(str, range(int(max(map(max, seen))) + 1)))
+        numbers = tuple(map(str, range(largest + 1)))
         learnt, held = replace(learnt, classes=numbers), replace(held, classes=numbers)
     _check_classes(found, source)
     return learnt, held
@@ -146,7 +148,8 @@ def _pair(
     parts: Parts, most: Mapping[str, int], source: str, train: str | None, test: str | None
 ) -> dict[str, DenseSet]:
     """The part to train on and the one to judge on by their names: the given ones or the usual ones."""
-    learnt, held = train or "train", test or next((name for name in PARTS if name in parts), "val")
+    usual = _AUGMENTED if _AUGMENTED in parts else "train"
+    learnt, held = train or usual, test or next((name for name in PARTS if name in parts), "val")
     if learnt == held or not {learnt, held} <= set(parts):
         has = f"it has {', '.join(parts) or 'no parts'}"
         raise ValueError(f"{source}: probes cannot learn from {learnt} and be judged on {held}: name two parts; {has}")
@@ -162,10 +165,14 @@ def _parts(root: Path) -> Parts:
         return {names.get(name, name): part for name, part in _beside(root, "annotations", _ade).items()}
     if found := sorted(root.glob("ImageSets/Segmentation/*.txt")):
         listed = {path.stem: sorted(checked_name(f"{name}.jpg", path) for name in read_lines(path)) for path in found}
-        images, maps = root / "JPEGImages", root / "SegmentationClass"
-        return {
-            part: partial(_of_maps, root, [images / one for one in own], maps, read_map) for part, own in listed.items()
-        }
+        augmented = root / "SegmentationClassAug"  # of more training images
+        parts = {}
+        for part, listing in listed.items():
+            maps = augmented if part.startswith("train") and augmented.is_dir() else root / "SegmentationClass"
+            parts[part] = partial(_of_maps, root, [root / "JPEGImages" / name for name in listing], maps, read_map)
+        if _AUGMENTED in parts and not augmented.is_dir():
+            del parts[_AUGMENTED]
+        return parts
     if any(root.glob("labels/*/*.png")):
         return _beside(root, "labels", read_map)
     try:
@@ -185,7 +192,7 @@ def _beside(root: Path, kind: str, read: Callable[[Path], npt.NDArray[Any]]) -> 
     }
 
 
-def _ade(path: Path) -> Label:
+def _ade(path: Path) -> npt.NDArray[np.uint8]:
     return read_map(path) - np.uint8(1)  # 0 becomes 255
 
 
@@ -253,8 +260,8 @@ def _of_outlines(
     images: ImageSet, labels: Sequence[Mapping[str, Any]], categories: Sequence[Category], empty: Sequence[str] = ("",)
 ) -> DenseSet:
     """Images with their labels as shards have them; `empty` is the name of what no object covers, if any."""
-    if len(categories) + len(empty) > VOID:
-        raise ValueError(f"{images.names[0]} has {len(categories)} categories; at most {VOID - 1} are allowed")
+    if len(categories) + len(empty) > NOTHING:
+        raise ValueError(f"there are {len(categories):,} categories; at most {NOTHING - 1:,} are allowed")
     ordered = sorted(categories, key=lambda category: category.coco_id)
     numbers = {category.coco_id: number for number, category in enumerate(ordered, len(empty))}
     sizes: list[tuple[int, int]] = []
@@ -267,15 +274,15 @@ def _of_outlines(
             mask = one.get("segmentation")
             shape = mask or [one["bbox"]]
             code = shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, *sizes[-1]))
-            own.append(Thing(owner, VOID if one["iscrowd"] else numbers[one["category_id"]], code, boxed=not mask))
+            own.append(Thing(owner, NOTHING if one["iscrowd"] else numbers[one["category_id"]], code, boxed=not mask))
         things.append(sorted(own, key=lambda thing: -int(coco_mask.area(thing.code))))
         least = _SMALLEST * image["height"] * image["width"]
-        large += [one for one in things[-1] if one.label != VOID and coco_mask.area(one.code) >= least]
+        large += [one for one in things[-1] if one.label != NOTHING and coco_mask.area(one.code) >= least]
 
     def label(place: int) -> Label:
-        drawn = np.full(sizes[place], 0 if empty else VOID, dtype=np.uint8)
+        drawn = np.full(sizes[place], 0 if empty else NOTHING, dtype=np.uint16)
         for thing in things[place]:
-            drawn[coco_mask.decode(thing.code) == 1] = VOID if thing.boxed else thing.label
+            drawn[coco_mask.decode(thing.code) == 1] = NOTHING if thing.boxed else thing.label
         return drawn
 
     stamped = replace(images, stretched=True, fingerprint=digest((images.fingerprint, *map(orjson.dumps, labels))))

@@ -108,14 +108,15 @@ class _OpenClipEncoder(nn.Module):
         return {kind: found[kind] for kind in kinds}
 
 
-def square_preprocess(side: int, mean: Sequence[float], std: Sequence[float]) -> Preprocess:
-    """EVA-CLIP's: the shorter side to `side` pixels by bicubic interpolation, the middle square, normalised.
+def square_preprocess(side: int, mean: Sequence[float], std: Sequence[float], resized: int | None = None) -> Preprocess:
+    """EVA-CLIP's: the shorter side to `resized` pixels by bicubic interpolation (None: to `side`), the middle square of
+    `side` pixels, normalised.
 
     https://github.com/baaivision/EVA/blob/master/EVA-CLIP/rei/eva_clip/transform.py
     """
     return transforms.Compose(
         [
-            transforms.Resize(side, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.Resize(resized or side, interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(side),
             transforms.PILToTensor(),
             transforms.ToDtype(torch.float32, scale=True),

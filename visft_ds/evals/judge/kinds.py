@@ -8,11 +8,12 @@ from pathlib import Path
 
 from visft_ds.config.fields import nearest
 from visft_ds.evals.judge import classes, dense_sets
+from visft_ds.evals.judge.classification import classification
 from visft_ds.evals.judge.depth import depth
 from visft_ds.evals.judge.images import grouped
 from visft_ds.evals.judge.kept import kept, read_images
+from visft_ds.evals.judge.objects import grounding
 from visft_ds.evals.judge.ocr import ocr, read_words
-from visft_ds.evals.judge.probes import classification, grounding
 from visft_ds.evals.judge.protocol import Benchmark, ImageSet
 from visft_ds.evals.judge.protocols import Protocol
 from visft_ds.evals.judge.retrieval import read_captions, retrieval
@@ -61,7 +62,7 @@ def _classification(request: Request) -> Benchmark:
     learnt, held = classes.read_train_and_test(*request.parts)
     train = replace(learnt, images=request.grouped(learnt.images))
     test = replace(held, images=request.grouped(held.images))
-    return classification(request.label, train, test)
+    return classification(request.label, train, test, request.protocol)
 
 
 def _zero_shot(request: Request) -> Benchmark:

@@ -6,7 +6,7 @@ other four fifths. Numbers that train nothing are asked for every block; trained
 and the last, or for all if none are ranked. The other numbers of a data set take the block of its first one. Of blocks
 that reach the same the last one is taken.
 
-As many blocks are read in one forward as fit into MOST bytes of features.
+As many blocks are read in one forward as fit into `scoring.MOST` bytes of features.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.protocol import Benchmark
-from visft_ds.evals.judge.scoring import Settings, encode_images, forward, kinds_of
+from visft_ds.evals.judge.scoring import Settings, brought_near, encode_images, forward, groups, kinds_of
 
 #: Name of what the whole model gives, if that is not what its last block gives.
 END = "end"
-MOST = 8 * 2**30  #: bytes of a data set's features of all blocks that are read together
 CANDIDATES = 3  #: best blocks of a data set's first number among which heads are trained
 DIRECT = ("in-context mIoU", "kNN")  #: numbers that train nothing
 HEADS = ("linear mIoU", "linear", "RMSE")
@@ -115,14 +114,25 @@ def levels_of(
     kinds = kinds_of(encoder, benchmark)
     levels: dict[str, dict[str, float]] = {number: {} for number in numbers}
 
+    read_before: dict[str, dict[str, Tensor]] = {}  # block -> its features, where those of all blocks fit
+
+    def measure(name: str, features: dict[str, Tensor], wanted: Sequence[str]) -> None:
+        near = brought_near(features, settings) if benchmark.nearby else features
+        for number in wanted:
+            levels[number][name] = held_out(near, number)
+
     def read(blocks: Sequence[str], wanted: Sequence[str]) -> None:
-        for group in _groups(blocks, sizes, MOST // len(images)):
+        for name in blocks:
+            if name in read_before:
+                measure(name, read_before[name], wanted)
+        for group in groups({name: sizes[name] for name in blocks if name not in read_before}, len(images)):
             features = encode_images(read_after(encoder, *group), images, kinds, settings, label)
             for name in group:
                 begin = f"{name} " if len(group) > 1 else ""
                 own = {kind: features.pop(f"{begin}{kind}") for kind in kinds}
-                for number in wanted:
-                    levels[number][name] = held_out(own, number)
+                measure(name, own, wanted)
+                if len(group) == len(sizes):
+                    read_before[name] = own
 
     direct = [number for number in numbers if number in DIRECT]
     if direct:
@@ -134,19 +144,6 @@ def levels_of(
         candidates = {*(best or sizes), list(sizes)[-1]}
         read([name for name in sizes if name in candidates], heads)
     return levels
-
-
-def _groups(blocks: Sequence[str], sizes: Mapping[str, int], most: float) -> list[list[str]]:
-    """The blocks in order, as many together as have maps of `most` bytes; at least one."""
-    groups: list[list[str]] = []
-    total = 0
-    for name in blocks:
-        total += sizes[name]
-        if not groups or total > most:
-            groups.append([])
-            total = sizes[name]
-        groups[-1].append(name)
-    return groups
 
 
 def best_first(held_out: Mapping[str, float]) -> list[str]:

@@ -19,7 +19,8 @@ from visft_ds.tasks.pictures import Picture
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 PLAIN: tuple[str, ...] = ("a photo of a {}.",)  #: sentences about a class, unless a data set brings others
-Label = npt.NDArray[np.uint8]  #: (H, W), the class of each pixel of an image, or tasks.classes.VOID
+#: (H, W), the class of each pixel of an image; the largest number of the type where it has none.
+Label = npt.NDArray[np.uint8 | np.uint16]
 _ROWS = 4096  # images that are compared with all classes at once
 #: Set of images -> kind -> (images, ...) float32 on the CPU; "texts" -> "clip" -> (texts, E) of length 1, if the model
 #: has a text side.
@@ -72,12 +73,13 @@ class Benchmark:
     kinds: Sequence[str]
     numbers: Sequence[str]  #: names of its scores; a model may lack some
     settings: Mapping[str, Any]  #: all that scores depend on beside the features, in JSON's types
-    #: The numbers of one model, of those that are wanted (where that saves time).
+    #: The numbers of one model, of those that are wanted (where that saves time). Probes run where features lie.
     scores: Callable[[Features, Collection[str]], Iterator[Score]]
     left_out: Sequence[str] = ()  #: numbers that it could give, and that nobody asks for
     notes: Sequence[str] = ()  #: what a reader of its numbers has to know about the data
     texts: Sequence[str] = ()  #: to be encoded
     needs_text: bool = False  #: it gives no score without a text side
+    nearby: bool = False  #: its probes run on a GPU if features lie there
     agrees: bool = False  #: it asks a classifier, and counts predictions that agree with the first model's
     #: (model -> its first score, number of images) -> what each model sees in them.
     sheet: Callable[[Mapping[str, Score], int], Picture] | None = None

@@ -1,9 +1,9 @@
-"""Dense probes as published, or quick ones: their settings, and where their feature maps come from.
+"""Probes of frozen features as published, or quick ones: their settings, and where feature maps come from.
 
-Published are https://github.com/vpariza/open-hummingbird-eval (in-context) and
-https://github.com/facebookresearch/dinov3 (linear heads): random crops of all images teach, and heads judge windows,
-or images and their mirror images. Quick probes read the features of whole images, each encoded once; their numbers are
-not comparable with published ones.
+Published are https://github.com/vpariza/open-hummingbird-eval (`in_context`), https://github.com/facebookresearch/dinov3
+(`linear_segmentation`, `depth`) and https://github.com/facebookresearch/dinov2 (`classification`): random crops of all
+images teach, and heads judge windows, or images and their mirror images. Quick probes read the features of whole
+images, each encoded once; their numbers are not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -13,24 +13,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, default_collate
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as pixels_of
 
+from visft_ds.evals.judge import linear_segmentation
+from visft_ds.evals.judge.crops import View, label_of, short_side
 from visft_ds.evals.judge.dense_sets import DenseSet, every
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Loss, Recipe, enlarged, fit, windows
-from visft_ds.evals.judge.probes import Rows, remember
+from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Loss, Recipe, Schedule, enlarged, fit
+from visft_ds.evals.judge.linear_segmentation import windows
 from visft_ds.evals.judge.protocol import Benchmark, Features, Score, fifth
 from visft_ds.evals.judge.scoring import Settings, forward, pictures
-from visft_ds.monitor.console import gauge
 
 SIDE = 224  #: of the labels that heads learn from whose features are kept, pixels
-_PASSES = 2  # over the training images, for a memory of crops
 _UNITS = (32, 16, 14, 1)  # pixels of a patch's side: one of these divides the encoder's side
 
 
@@ -40,69 +38,92 @@ class Protocol:
 
     name: str
     images: Mapping[str, int]  #: that are read of "train" and "test"; of more every k-th
+    classified: Mapping[str, int]  #: the same where an image has one class
     memory: int  #: patches
     segmentation: Recipe
     depth: Recipe
     resampled: bool = True  #: probes are retrained on resamples of the training images
 
+    @property
+    def published(self) -> bool:
+        """Return True if numbers are to be those of the sources."""
+        return self.name == "published"
+
 
 PUBLISHED = Protocol(
     "published",
     {"train": 10**9, "test": 10**9},
+    {"train": 10**9, "test": 10**9},
     10_240_000,
-    Recipe(steps=40_000, warm_up=1500, rate=1e-3, decay=1e-3, dropout=0.1),
+    linear_segmentation.RECIPE,
     Recipe(steps=38_400, warm_up=12_800, rate=3e-4, decay=1e-4, betas=(0.9, 0.99), clip=35.0),
 )
 
 
 def _quick(name: str, memory: int, steps: int, resampled: bool) -> Protocol:
     """The same heads after so many steps."""
-    segmentation, depth = (
-        replace(one, steps=steps, warm_up=round(one.warm_up * steps / one.steps), stride=4)
-        for one in (PUBLISHED.segmentation, PUBLISHED.depth)
+
+    def fewer(recipe: Recipe) -> Recipe:
+        return replace(recipe, steps=steps, warm_up=round(recipe.warm_up * steps / recipe.steps), stride=8)
+
+    return Protocol(
+        name,
+        {"train": 1000, "test": 2000},
+        {"train": 10_000, "test": 5000},
+        memory,
+        fewer(PUBLISHED.segmentation),
+        fewer(PUBLISHED.depth),
+        resampled,
     )
-    return Protocol(name, {"train": 1000, "test": 2000}, memory, segmentation, depth, resampled)
 
 
 QUICK = _quick("quick", 102_400, 2000, resampled=True)
 BRIEF = _quick("brief", 6_400, 500, resampled=False)  #: by which a fifth of the training images chooses a layer
-#: Makes a crop of an image and its label, for the encoder's side.
-Change = Callable[[int, Any, Any], tuple[Tensor, Tensor]]
+
+#: Makes a crop of an image and its label as a model takes it.
+Crop = Callable[[Image.Image, Tensor, View], tuple[Tensor, Tensor]]
+#: (B, D, h, w) -> (B, heads, ..., h, w)
+Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Features (images, D, h, w) of whole images in memory."""
+class CachedFeatures:
+    """Features (images, D, h, w) of whole images in memory, on any device. There are no crops."""
 
     protocol: Protocol
     train: DenseSet
-    learnt: Tensor
+    taught: Tensor  #: features of the training images
     test: DenseSet
-    judged: Tensor
+    asked: Tensor  #: features of the test images
 
-    def memory(self, _: Change) -> Rows:
-        """Patches of the training images."""
-        images = ((place, one, self.train.label(place)) for place, one in enumerate(self.learnt))
-        return remember(images, len(self.train.classes), max(1, self.protocol.memory // len(self.learnt)))
+    def remembered(self, _: Crop, passes: int) -> tuple[int, Iterator[tuple[int, Tensor, Tensor]]]:
+        """(how many come, numbers, maps and labels of images for a memory)."""
+        return len(self.taught), ((n, maps, label_of(self.train, n)) for n, maps in enumerate(self.taught))
 
-    def examples(self, order: Tensor, _: Change) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def examples(self, order: Tensor, _: Crop) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches of numbers, features and labels, which are brought to SIDE x SIDE."""
-        labels = (Image.fromarray(self.train.label(place)) for place in range(len(self.learnt)))
-        squares = [np.asarray(label.resize((SIDE, SIDE), Image.Resampling.NEAREST)) for label in labels]
-        truth = torch.from_numpy(np.stack(squares))
-        return ((drawn, self.learnt[drawn], truth[drawn]) for drawn in order.split(BATCH))
+        squares = []
+        for number in range(len(self.taught)):
+            label = label_of(self.train, number).to(torch.float32)  # exact: there are fewer classes than 2^24
+            square = F.interpolate(label[None, None], (SIDE, SIDE), mode="nearest-exact")[0, 0]
+            squares.append(square.to(torch.int16) if self.train.classes else square)
+        labels = torch.stack(squares).to(self.taught.device)
+        for drawn in order.split(BATCH):
+            yield drawn, self.taught[drawn.to(self.taught.device)], labels[drawn.to(labels.device)]
 
     def whole(self, part: DenseSet) -> Iterator[Tensor]:
         """Batches of features of the training or of the test images."""
-        return iter((self.learnt if part is self.train else self.judged).split(BATCH))
+        return iter((self.taught if part is self.train else self.asked).split(BATCH))
 
-    def said(self, head: Callable[[Tensor], Tensor], in_windows: bool) -> Iterator[Tensor]:
+    def in_windows(self, head: Head) -> Iterator[Tensor]:
         """Outputs of a head for each test image."""
-        return (said for maps in self.judged.split(BATCH) for said in head(maps))
+        return (outputs for maps in self.asked.split(BATCH) for outputs in head(maps))
+
+    flipped = in_windows
 
 
 @dataclass(frozen=True)
-class Sight:
+class LiveFeatures:
     """The same of crops and windows, by an encoder of the published size, on its device."""
 
     protocol: Protocol
@@ -111,112 +132,132 @@ class Sight:
     encoder: Encoder
     settings: Settings
 
-    def memory(self, change: Change) -> Rows:
-        """Patches of random crops. Raises ValueError if a GPU has no room for them."""
-        order = torch.arange(len(self.train.images)).repeat(_PASSES)
-        if (device := self.settings.device).type == "cuda":
+    def remembered(self, crop: Crop, passes: int) -> tuple[int, Iterator[tuple[int, Tensor, Tensor]]]:
+        """As above, of random crops. Raises ValueError if a GPU has no room for them."""
+        order = torch.arange(len(self.train.images)).repeat(passes)
+        device = self.settings.device
+        if device.type == "cuda":
             _, channels, *grid = next(self.whole(self.train)).shape
             patches = min(self.protocol.memory, len(order) * math.prod(grid))
-            needed = 4 * patches * (channels + len(self.train.classes))  # in 16 bit, twice while they are gathered
+            needed = 4 * patches * (channels + len(self.train.classes))
             free = torch.cuda.mem_get_info(device)[0]
             if needed > free:
                 room = f"{needed / 2**30:.0f} GiB, and {device} has {free / 2**30:.0f} GiB free"
                 raise ValueError(f"a memory of {patches:,} patches needs {room}: take a larger GPU, or give --quick")
-        images = (
-            image
-            for drawn, maps, labels in self.examples(order, change, self.settings.batch_size)
-            for image in zip(drawn.tolist(), maps.half() if maps.is_cuda else maps, labels.cpu().numpy(), strict=True)
+        batches = self.examples(order, crop, self.settings.batch_size)
+        return len(order), (
+            image for drawn, maps, labels in batches for image in zip(drawn.tolist(), maps, labels, strict=True)
         )
-        images = gauge("in-context memory", len(order), "images", images)
-        return remember(images, len(self.train.classes), max(1, self.protocol.memory // len(order)))
 
-    def examples(self, order: Tensor, change: Change, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def examples(self, order: Tensor, crop: Crop, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches of numbers, features and labels of random crops; the n-th crop is the same for every model."""
 
-        def crops(numbered: Sequence[tuple[int, int]]) -> Any:
-            found = []
-            for number, place in numbered:
-                image = tv_tensors.Image(pixels_of.pil_to_tensor(self.train.images.read(place)))
-                label = tv_tensors.Mask(torch.from_numpy(np.array(self.train.label(place))))
+        def crops(numbers: Sequence[int]) -> Any:
+            made = []
+            for number in numbers:
+                place = int(order[number])
+                image, label = self.train.images.read(place), label_of(self.train, place)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(number)
-                    found.append((place, *change(self.encoder.side, image, label)))
-            return default_collate(found)
+                    made.append((place, *crop(image, label, self._view)))
+            return default_collate(made)
 
-        numbered: Any = list(enumerate(order.tolist()))
-        workers = self.settings.threads  # are forked: readers of images are closures, which no pipe takes
-        context = "fork" if workers else None
-        loader = DataLoader(numbered, size, num_workers=workers, collate_fn=crops, multiprocessing_context=context)
-        return ((drawn, self._see(pixels), label.to(self.settings.device)) for drawn, pixels, label in loader)
+        for drawn, pixels, labels in loaded(len(order), size, crops, self.settings):
+            yield drawn, self._forward(pixels), labels.to(self.settings.device)
 
     def whole(self, part: DenseSet) -> Iterator[Tensor]:
         """Batches of features of images, stretched to squares."""
-        return map(self._forward, pictures(self.encoder, part.images, self.settings))
+        return map(self._forward, pictures(self.encoder, part.images, self.settings, resample=_BILINEAR))
 
-    def said(self, head: Callable[[Tensor], Tensor], in_windows: bool) -> Iterator[Tensor]:
-        """Outputs of a head for each test image: the mean of its probabilities in windows, of which the shorter side of
-        the image is one; or the mean over a whole image and its mirror image.
-        """
+    def in_windows(self, head: Head) -> Iterator[Tensor]:
+        """For each test image, the mean of what a head says in windows, of which the shorter side of it is one."""
         side = self.encoder.side
-        for place in range(len(self.test.images)):
-            pixels = pixels_of.pil_to_tensor(self.test.images.read(place))
-            if in_windows:
-                resized = pixels_of.resize(pixels, [side])
-                yield windows(lambda part: enlarged(head(self._see(part)), (side, side)).softmax(dim=2), resized, side)
-            else:
-                one, mirrored = head(self._see(torch.stack([pixels, pixels.flip(2)])))
-                yield (one + mirrored.flip(-1)) / 2
 
-    def _see(self, pixels: Tensor) -> Tensor:
-        """Features of images (B, 3, H, W) of bytes, whose sides are brought to multiples of the patch."""
-        unit = next(unit for unit in _UNITS if self.encoder.side % unit == 0)
-        size = [max(1, round(side / unit)) * unit for side in pixels.shape[-2:]]
-        scaled = pixels_of.to_dtype(pixels_of.resize(pixels, size), torch.float32, scale=True)
-        return self._forward(pixels_of.normalize(scaled, *self.encoder.normalisation))
+        def see(window: Tensor) -> Tensor:
+            return enlarged(head(self._forward(window)), (side, side))
+
+        for number in range(len(self.test.images)):
+            image = self.test.images.read(number)
+            height, width = short_side((image.height, image.width), side)
+            yield windows(see, self._view.normalised(image.resize((width, height), _BILINEAR)), side)
+
+    def flipped(self, head: Head) -> Iterator[Tensor]:
+        """For each test image, the mean of what a head says of it and, turned back, of its mirror image."""
+        for number in range(len(self.test.images)):
+            pixels = self._view.normalised(self.test.images.read(number))
+            straight, mirrored = head(self._forward(torch.stack([pixels, pixels.flip(2)])))
+            yield (straight + mirrored.flip(-1)) / 2
+
+    @property
+    def _view(self) -> View:
+        return View(self.encoder.side, *self.encoder.normalisation)
 
     def _forward(self, pixels: Tensor) -> Tensor:
+        """Features of images (B, 3, H, W) as the model takes them, filled up with 0 on all sides to whole patches."""
+        unit = next(unit for unit in _UNITS if self.encoder.side % unit == 0)
+        missing = [-length % unit for length in pixels.shape[-2:]]
+        before = [length // 2 for length in missing]
+        padded = F.pad(pixels, (before[1], missing[1] - before[1], before[0], missing[0] - before[0]))
         self.encoder.module.to(self.settings.device)
-        found = forward(self.encoder, pixels, ("patches",), self.settings)["patches"]
-        if not torch.isfinite(found.sum()):
+        maps = forward(self.encoder, padded, ("patches",), self.settings)["patches"]
+        if not torch.isfinite(maps.sum()):
             raise ValueError(f"features are NaN or infinite in {self.settings.precision}: try --precision fp32")
-        return found
+        return maps
 
 
-Source = Kept | Sight
+Source = CachedFeatures | LiveFeatures
 Scores = Callable[[Source, Collection[str]], Iterator[Score]]  #: of the wanted numbers
+_BILINEAR = Image.Resampling.BILINEAR
 
 
-def trained(source: Source, outputs: int, loss: Loss, recipe: Recipe, change: Change) -> Heads:
+def loaded(count: int, size: int, make: Callable[[Sequence[int]], Any], settings: Settings) -> Iterable[Any]:
+    """Batches that worker processes make, ahead, of the numbers from 0 to `count`."""
+    workers = settings.threads  # are forked: readers of images are closures, which no pipe takes
+    context = "fork" if workers else None
+    numbers: Any = range(count)
+    return DataLoader(numbers, size, num_workers=workers, collate_fn=make, multiprocessing_context=context)
+
+
+def trained(source: Source, outputs: int, loss: Loss, recipe: Recipe, crop: Crop, schedule: Schedule) -> Heads:
     """Heads that learnt the labels of the training images, in rounds over all of them."""
-    places, first = range(len(source.train.images)), next(source.whole(source.train))
-    order = RandomSampler(places, num_samples=recipe.steps * BATCH, generator=torch.Generator().manual_seed(0))
+    images = range(len(source.train.images))
+    first = next(source.whole(source.train))
+    order = RandomSampler(images, num_samples=recipe.steps * BATCH, generator=torch.Generator().manual_seed(0))
     heads = Heads(1 + RESAMPLES * source.protocol.resampled, first.shape[1], outputs).to(first.device)
-    return fit(heads, len(places), source.examples(torch.tensor(list(order)), change), loss, recipe)
+    return fit(heads, len(images), source.examples(torch.tensor(list(order)), crop), loss, recipe, schedule)
 
 
 def at_labels(seen: Iterable[Tensor], test: DenseSet) -> Iterator[tuple[Tensor, Tensor]]:
     """(what is seen in it (..., h, w), enlarged, its label (H, W)) of each test image."""
-    for place, one in enumerate(seen):
-        label = torch.from_numpy(test.label(place)).to(one.device)
-        yield enlarged(one, label.shape), label
+    for number, outputs in enumerate(seen):
+        label = label_of(test, number).to(outputs.device)
+        yield enlarged(outputs, label.shape), label
 
 
 def probe(
-    label: str, version: str, numbers: Sequence[str], train: DenseSet, test: DenseSet, protocol: Protocol, of: Scores
+    label: str,
+    version: str,
+    numbers: Sequence[str],
+    train: DenseSet,
+    test: DenseSet,
+    protocol: Protocol,
+    score: Scores,
 ) -> Benchmark:
     """The benchmark of a probe of feature maps."""
     few = train.part(every(len(train.images), QUICK.images["train"]))
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
-        return of(Kept(protocol, train, features["train"]["patches"], test, features["test"]["patches"]), wanted)
+        cached = CachedFeatures(protocol, train, features["train"]["patches"], test, features["test"]["patches"])
+        return score(cached, wanted)
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
-        maps, (rest, held) = features["patches"], fifth(len(few.images))
-        (score,) = of(Kept(BRIEF, few.part(rest), maps[rest], few.part(held), maps[held]), [number])
-        return -score.value if score.lower else score.value
+        maps = features["patches"]
+        rest, held = fifth(len(few.images), few.images.groups)
+        (result,) = score(CachedFeatures(BRIEF, few.part(rest), maps[rest], few.part(held), maps[held]), [number])
+        return -result.value if result.lower else result.value
 
     def published(encoder: Encoder, settings: Settings, wanted: Collection[str]) -> Iterator[Score]:
-        return of(Sight(protocol, train, test, encoder, settings), wanted)
+        return score(LiveFeatures(protocol, train, test, encoder, settings), wanted)
 
     return Benchmark(
         label,
@@ -226,6 +267,7 @@ def probe(
         {"benchmark": version, "protocol": asdict(protocol), "classes": test.classes},
         scores,
         held_out=held_out,
+        nearby=True,
         choosing=few.images,
-        published=published if protocol.name == PUBLISHED.name else None,
+        published=published if protocol.published else None,
     )

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -41,6 +41,7 @@ _DERIVED: dict[str, Callable[[Tensor], Tensor]] = {  # of patches (images, D, h,
 }
 _PARTS = ("values", "groups", "maps", "retrained")  # arrays of a score
 T = TypeVar("T")
+MOST = 8 * 2**30  #: bytes of features of several blocks that are read together
 _AHEAD = 3  # batches that are decoded before they are needed
 
 
@@ -92,19 +93,22 @@ def remembered(what: Mapping[str, Any], settings: Settings, make: Callable[[], T
 
 
 def score(
-    load: Callable[[], Encoder],
+    load: Callable[..., Encoder],
     key: Mapping[str, Any],
     benchmark: Benchmark,
-    wanted: Collection[str],
+    wanted: Mapping[str, Collection[str]],
+    sizes: Mapping[str, int],
     settings: Settings,
     label: str,
     own: bool,
-) -> list[Score]:
-    """The wanted numbers of a model.
+) -> dict[str, list[Score]]:
+    """Block -> the numbers of a model that are wanted of it. Images are encoded once for all blocks that fit.
 
     Args:
-        load: gives the model, read where it is to be.
-        key: all that it depends on, in JSON's types.
+        load: (blocks) -> the model, read after them; of several, names of features begin with `BLOCK `.
+        key: all that it depends on beside the block, in JSON's types.
+        wanted: block -> numbers.
+        sizes: block -> bytes of an image's map, where it is known.
         label: name of the model in messages.
         own: see `remembered`.
 
@@ -112,20 +116,60 @@ def score(
         ValueError: a model that lacks what the benchmark needs, an image that cannot be read, features that are NaN.
     """
     images = {name: images.fingerprint for name, images in benchmark.sets.items()}
-    of = {"model": key, "images": images, "benchmark": benchmark.settings, "numbers": sorted(wanted)}
-    path = settings.cache / f"{_hash(of, settings)}.npz"
-    if own and not path.is_file():
-        encoder = load()
-        if not kinds_of(encoder, benchmark):
-            raise ValueError(f"{benchmark.label} needs {' or '.join(benchmark.kinds)}, which {label} does not have")
-        if benchmark.needs_text and encoder.text is None:
-            raise ValueError(f"{label} has no text side, which {benchmark.label} needs: give a whole CLIP file")
-        if benchmark.published is None:
-            scores = benchmark.scores(encode(encoder, benchmark, settings, f"{label}: {benchmark.label}"), wanted)
-        else:
-            scores = benchmark.published(encoder, settings, wanted)
-        _save(path, [one for one in scores if one.name in wanted])
-    return _load(_present(path))
+    data = {"model": key, "images": images, "benchmark": benchmark.settings}
+    paths = {
+        block: settings.cache / f"{_hash({**data, 'block': block, 'numbers': sorted(numbers)}, settings)}.npz"
+        for block, numbers in wanted.items()
+    }
+    missing = [block for block, path in paths.items() if own and not path.is_file()]
+    count = sum(len(images) for images in benchmark.sets.values())
+    if benchmark.published is not None:
+        for block in missing:
+            encoder = load(block)
+            _check(encoder, benchmark, label)
+            _save(paths[block], benchmark.published(encoder, settings, wanted[block]), wanted[block])
+        missing = []
+    for blocks in groups({block: sizes.get(block, 0) for block in missing}, count):
+        encoder = load(*blocks)
+        _check(encoder, benchmark, label)
+        features = encode(encoder, benchmark, settings, f"{label}: {benchmark.label}")
+        for block in blocks:
+            own_features = of_block(features, block) if len(blocks) > 1 else features
+            _save(paths[block], benchmark.scores(own_features, wanted[block]), wanted[block])
+    return {block: _load(_present(path)) for block, path in paths.items()}
+
+
+def groups(sizes: Mapping[str, int], images: int) -> Iterator[list[str]]:
+    """Blocks whose features of so many images fit into MOST bytes together, in order; at least one."""
+    group: list[str] = []
+    for block, size in sizes.items():
+        if group and (sum(sizes[name] for name in group) + size) * images > MOST:
+            yield group
+            group = []
+        group.append(block)
+    if group:
+        yield group
+
+
+def of_block(features: Mapping[str, Mapping[str, Tensor]], block: str) -> dict[str, dict[str, Tensor]]:
+    """What was read after one of several blocks."""
+    begin = f"{block} "
+    return {
+        name: {
+            kind.removeprefix(begin): value
+            for kind, value in kinds.items()
+            if kind.startswith(begin) or name == "texts"
+        }
+        for name, kinds in features.items()
+    }
+
+
+def _check(encoder: Encoder, benchmark: Benchmark, label: str) -> None:
+    """Raise ValueError if a model lacks what a benchmark needs."""
+    if not kinds_of(encoder, benchmark):
+        raise ValueError(f"{benchmark.label} needs {' or '.join(benchmark.kinds)}, which {label} does not have")
+    if benchmark.needs_text and encoder.text is None:
+        raise ValueError(f"{label} has no text side, which {benchmark.label} needs: give a whole CLIP file")
 
 
 def _present(path: Path) -> Path:
@@ -155,9 +199,21 @@ def encode(encoder: Encoder, benchmark: Benchmark, settings: Settings, what: str
         # Texts are compared with what is judged alone.
         wanted = [kind for kind in kinds if not (name == "train" and kind == "clip")]
         found[name] = encode_images(encoder, images, wanted, settings, f"{what} {name}")
+        if benchmark.nearby:
+            found[name] = brought_near(found[name], settings)
     if benchmark.texts and encoder.text is not None:
         found["texts"] = {"clip": encoder.text.encode(benchmark.texts, settings.device)}
     return found
+
+
+def brought_near(features: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+    """The same features on the GPU, if there is one and they take at most a quarter of its free memory."""
+    if settings.device.type != "cuda":
+        return features
+    needed = sum(value.numel() * value.element_size() for value in features.values())
+    if needed > torch.cuda.mem_get_info(settings.device)[0] / 4:
+        return features
+    return {kind: value.to(settings.device) for kind, value in features.items()}
 
 
 def encode_images(
@@ -196,7 +252,13 @@ def forward(encoder: Encoder, pixels: Tensor, kinds: Collection[str], settings: 
     return {name: value.float() for name, value in found.items()}
 
 
-def pictures(encoder: Encoder, images: ImageSet, settings: Settings, most: int | None = None) -> Iterator[Tensor]:
+def pictures(
+    encoder: Encoder,
+    images: ImageSet,
+    settings: Settings,
+    most: int | None = None,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Iterator[Tensor]:
     """Batches of the first images as the model takes them, (n, 3, side, side); the next ones are decoded meanwhile."""
     stretched = square_preprocess(encoder.side, *encoder.normalisation)  # a model's own may cut off the borders
     places = range(len(images))[:most]
@@ -207,7 +269,7 @@ def pictures(encoder: Encoder, images: ImageSet, settings: Settings, most: int |
     def load(place: int) -> Tensor:
         image = images.read(place)
         if images.stretched:
-            return stretched(image.resize((encoder.side, encoder.side), Image.Resampling.BICUBIC))
+            return stretched(image.resize((encoder.side, encoder.side), resample))
         return encoder.preprocess(image)
 
     with ThreadPoolExecutor(max(1, settings.threads)) as pool:
@@ -226,7 +288,8 @@ def _hash(what: Mapping[str, Any], settings: Settings) -> str:
     return hashlib.sha256(json.dumps(all_of_it, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _save(path: Path, scores: Sequence[Score]) -> None:
+def _save(path: Path, made: Iterable[Score], wanted: Collection[str]) -> None:
+    scores = [score for score in made if score.name in wanted]
     lower = [score.lower for score in scores]
     arrays: dict[str, Any] = {"names": np.array([score.name for score in scores]), "lower": np.array(lower)}
     for number, score in enumerate(scores):

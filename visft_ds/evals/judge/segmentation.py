@@ -1,107 +1,184 @@
 """Segmentation by frozen feature maps: in context, by a linear head, and what the outlined objects are.
 
-    in-context mIoU  by the nearest patches of training images, `probes`
-    linear mIoU      BatchNorm and a 1 x 1 convolution, `heads`
+    in-context mIoU  by the nearest patches of training images, `in_context`
+    linear mIoU      BatchNorm and a 1 x 1 convolution, `linear_segmentation`
     objects kNN      features averaged over an object's outline, the 20 nearest vote with exp(cosine / 0.07)
 
-mIoU is the mean over classes of intersection over union, both summed over the images, at the labels' own size; pixels
-without a class count nowhere.
+mIoU is the mean over classes of intersection over union, both summed over the images, at the labels' own size
+(published in-context: at the images'); pixels without a class count nowhere. Resamples of the training images are
+judged on every _STRIDE-th pixel of every _STRIDE-th row: only their spread is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, groupby
-from typing import Any
 
 import numpy as np
 import torch
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision import tv_tensors
-from torchvision.transforms import v2 as transforms
 
+from visft_ds.evals.judge import in_context, linear_segmentation
+from visft_ds.evals.judge.crops import NO_CLASS, label_of
 from visft_ds.evals.judge.dense_sets import DenseSet, Thing
-from visft_ds.evals.judge.heads import cross_entropy
-from visft_ds.evals.judge.probes import RESAMPLES, Rows, by_neighbours, recall, rows_of
+from visft_ds.evals.judge.heads import enlarged
+from visft_ds.evals.judge.neighbours import RESAMPLES, Rows, by_neighbours
 from visft_ds.evals.judge.protocol import Benchmark, FloatArray, Score, mean_ratio
-from visft_ds.evals.judge.protocols import SIDE, Protocol, Source, at_labels, probe, trained
-from visft_ds.tasks.classes import VOID
+from visft_ds.evals.judge.protocols import LiveFeatures, Protocol, Source, probe, trained
+from visft_ds.monitor.console import gauge
 from visft_ds.tasks.pictures import Picture, draw_objects, grid, palette, side_by_side
 
-IN_CONTEXT, LINEAR, OBJECTS = "in-context mIoU", "linear mIoU", "objects kNN"
-_GREY = (124, 116, 104)  # about the mean of a model's normalisation
+IN_CONTEXT = "in-context mIoU"
+LINEAR = "linear mIoU"
+OBJECTS = "objects kNN"
+SIDE = 224  #: pixels of a panel of the sheet
 _KEPT = 112  # pixels of the side of a segmentation that is kept for the sheet
+_STRIDE = 4  # between the pixels that resamples are judged on
 
 
 def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Benchmark:
     """In-context and linear mIoU and, where objects are known, their kNN."""
     numbers = (IN_CONTEXT, LINEAR, *([OBJECTS] if test.things and train.things else []))
-    found = probe(label, "segmentation 1", numbers, train, test, protocol, _scores)
-    return replace(found, sheet=partial(segmentation_sheet, test))
+    benchmark = probe(label, "segmentation 2", numbers, train, test, protocol, _scores)
+    return replace(benchmark, sheet=partial(segmentation_sheet, test))
 
 
 def _scores(source: Source, wanted: Collection[str]) -> Iterator[Score]:
-    train, test, protocol = source.train, source.test, source.protocol
     if IN_CONTEXT in wanted:
-        memory = source.memory(_cropped)
-        seen = chain.from_iterable(recall(memory, maps, RESAMPLES * protocol.resampled) for maps in source.whole(test))
-        yield overlapping(IN_CONTEXT, seen, test)
+        yield _in_context(source)
     if LINEAR in wanted:
-        head = trained(source, len(train.classes), cross_entropy, protocol.segmentation, _distorted)
-        yield overlapping(LINEAR, source.said(head, in_windows=True), test)
+        classes, recipe = len(source.train.classes), source.protocol.segmentation
+        heads = trained(
+            source,
+            classes,
+            linear_segmentation.cross_entropy,
+            recipe,
+            linear_segmentation.crop,
+            linear_segmentation.schedule,
+        )
+        yield overlapping(LINEAR, source.in_windows(heads), partial(label_of, source.test), classes)
     if OBJECTS in wanted:
-        known, asked = (pooled(chain.from_iterable(source.whole(data)), data.things) for data in (train, test))
+        known, asked = (
+            pooled(chain.from_iterable(source.whole(data)), data.things) for data in (source.train, source.test)
+        )
         yield by_neighbours(OBJECTS, known, asked)
 
 
-def _cropped(side: int, image: Tensor, label: Tensor) -> Any:
-    jitter = transforms.RandomApply([transforms.ColorJitter(0.1, 0.1, 0.1, 0.1)], 0.5)
-    return transforms.Compose([transforms.RandomResizedCrop(side, (0.5, 2.0)), jitter])(image, label)
+def _in_context(source: Source) -> Score:
+    """Nothing is trained. As published: pixels without a class teach class 0, labels have the size of the images."""
+    classes, published = len(source.train.classes), isinstance(source, LiveFeatures)
+    count, images = source.remembered(in_context.crop, in_context.PASSES)
+    if published:
+        images = ((number, maps, label.clamp(min=0)) for number, maps, label in images)
+    each = max(1, source.protocol.memory // count)
+    memory = in_context.remember(gauge("in-context memory", count, "images", images), classes, count, each)
+    draws = RESAMPLES * source.protocol.resampled
+    seen = chain.from_iterable(in_context.recall(memory, maps, draws) for maps in source.whole(source.test))
+
+    def label(number: int) -> Tensor:
+        own = label_of(source.test, number)
+        if not isinstance(source, LiveFeatures):
+            return own
+        side = source.encoder.side
+        return F.interpolate(own[None, None].float(), (side, side), mode="nearest")[0, 0].long()
+
+    return overlapping(IN_CONTEXT, seen, label, classes, matched=published)
 
 
-def _distorted(side: int, image: Tensor, label: Tensor) -> Any:
-    distorted = transforms.Compose(
-        [
-            transforms.RandomResize(side // 2, side * 2),
-            transforms.RandomCrop(side, pad_if_needed=True, fill={tv_tensors.Mask: VOID, "others": _GREY}),
-            transforms.RandomHorizontalFlip(),
-            transforms.RandomPhotometricDistort(),
-        ]
-    )
-    return distorted(image, label)
+def overlapping(
+    name: str, seen: Iterable[Tensor], label: Callable[[int], Tensor], classes: int, *, matched: bool = False
+) -> Score:
+    """Score of what is seen in each test image, (1 + resamples, classes, h, w), the largest of a pixel its class.
+
+    Args:
+        label: number of an image -> (H, W) class numbers, or NO_CLASS.
+        matched: answers are matched with classes by `in_context.matching`, and a class that is nowhere counts as 0.
+    """
+    total: Tensor | None = None  # (1 + resamples, classes, classes) pixels by answer and class
+    counted, maps = [], []
+    for number, outputs in enumerate(seen):
+        truth = label(number).to(outputs.device)
+        answers = largest(outputs[:1], truth.shape)
+        counts = [confusion(answers, truth, classes)]
+        if len(outputs) > 1:
+            sparse = truth[::_STRIDE, ::_STRIDE]
+            counts.append(confusion(largest(outputs[1:], truth.shape, _STRIDE), sparse, classes))
+        both = torch.cat(counts).cpu()
+        total = both if total is None else total.add_(both)
+        counted.append(both[0].to_sparse() if matched else _ratios(both[0]))
+        maps.append(F.interpolate(answers[:1, None].float(), (_KEPT, _KEPT), mode="nearest-exact")[0, 0].cpu())
+    assert total is not None
+    kept = torch.stack(maps).to(torch.int16).numpy()
+    if matched:
+        orders = [torch.from_numpy(in_context.matching(counts)) for counts in total]
+        total = torch.stack([_renamed(counts, order) for counts, order in zip(total, orders, strict=True)])
+        counted = [_ratios(_renamed(counts.to_dense(), orders[0])) for counts in counted]
+        kept = orders[0].numpy()[kept].astype(np.int16)
+    values = torch.stack(counted).double().numpy()
+    sums = _ratios(total).double().numpy()
+    if matched:
+        nowhere = sums[0, 1] == 0
+        values[:, 1, nowhere] = 1
+        sums[:, 1][sums[:, 1] == 0] = 1
+    return Score(name, values, maps=kept, retrained=mean_ratio(sums[1:]))
 
 
-def overlapping(name: str, seen: Iterable[Tensor], test: DenseSet) -> Score:
-    """Score of what is seen in each test image, (1 + resamples, classes, h, w), the largest of a place its class."""
-    found, maps, classes = [], [], len(test.classes)
-    for large, truth in at_labels(seen, test):
-        said, label = large.max(dim=1).indices, truth.long()  # three times as fast as argmax
-        known = label != VOID
-        pairs = said[:, known] + classes * label[known] + classes**2 * torch.arange(len(said)).to(label.device)[:, None]
-        counts = torch.bincount(pairs.flatten(), minlength=len(said) * classes**2).view(-1, classes, classes)
-        both = counts.diagonal(dim1=1, dim2=2)
-        found.append(torch.stack([both, counts.sum(dim=1) + counts.sum(dim=2) - both], dim=1).cpu())
-        maps.append(F.interpolate(said[:1, None].float(), (_KEPT, _KEPT), mode="nearest-exact")[0, 0].cpu())
-    values = torch.stack(found, dim=1).double().numpy()
-    retrained = mean_ratio(values[1:].sum(axis=1))
-    return Score(name, values[0], maps=torch.stack(maps).to(torch.int16).numpy(), retrained=retrained)
+def _renamed(counts: Tensor, order: Tensor) -> Tensor:
+    """Counts (answers, classes) whose answer a stands for class order[a]."""
+    return torch.zeros_like(counts).index_copy_(0, order, counts)
+
+
+def _ratios(counts: Tensor) -> Tensor:
+    """(..., 2, classes), intersection and union of each class, of counts (..., answers, classes)."""
+    both = counts.diagonal(dim1=-2, dim2=-1)
+    return torch.stack([both, counts.sum(dim=-2) + counts.sum(dim=-1) - both], dim=-2)
+
+
+def confusion(answers: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """(heads, answers, classes) pixels, of answers (heads, H, W); those without a class are left out."""
+    heads = torch.arange(len(answers), device=answers.device)[:, None, None]
+    columns = classes + 1  # the last one for pixels without a class
+    pairs = (heads * classes + answers) * columns + torch.where(truth == NO_CLASS, classes, truth)
+    counts = torch.bincount(pairs.flatten(), minlength=len(answers) * classes * columns)
+    return counts.view(-1, classes, columns)[..., :classes]
+
+
+def largest(maps: Tensor, size: Sequence[int], stride: int = 1) -> Tensor:
+    """(heads, H, W), the class that is largest in each pixel of maps (heads, C, h, w) that are enlarged to a size."""
+    possible = contenders(maps).nonzero()[:, 0]
+    large = enlarged(maps[:, possible], size, stride)
+    return possible[large.max(dim=1).indices]  # three times as fast as argmax
+
+
+def contenders(maps: Tensor) -> Tensor:
+    """(C,) of bool, the classes that may be the largest in a pixel of enlarged maps (heads, C, h, w).
+
+    Between four patches a class lies between its least and its largest value there. One whose largest is below the
+    least of another has lost; most have, everywhere, and need not be enlarged.
+    """
+    padded = F.pad(maps, (1, 1, 1, 1), mode="replicate")
+    most = F.max_pool2d(padded, 2, stride=1)
+    least = -F.max_pool2d(-padded, 2, stride=1)
+    margin = 1e-5 * maps.abs().max()  # of rounding
+    return (most >= least.amax(dim=1, keepdim=True) - margin).any(dim=3).any(dim=2).any(dim=0)
 
 
 def pooled(maps: Iterable[Tensor], things: Sequence[Thing]) -> Rows:
     """Objects, each by the mean of its part of the map (D, h, w) of its image."""
     own = {owner: list(several) for owner, several in groupby(things, key=lambda thing: thing.owner)}
-    found = []
-    for place, one in enumerate(maps):
-        for thing in own.get(place, ()):
-            share = F.interpolate(
-                torch.from_numpy(coco_mask.decode(thing.code))[None, None].float(), one.shape[-2:], mode="area"
-            )
-            found.append((one.cpu() * share[0]).sum(dim=(1, 2)) / share.sum())
-    return rows_of(torch.stack(found), things)
+    means = []
+    for number, features in enumerate(maps):
+        for thing in own.get(number, ()):
+            outline = torch.from_numpy(coco_mask.decode(thing.code))[None, None].float()
+            share = F.interpolate(outline.to(features.device), features.shape[-2:], mode="area")[0]
+            means.append((features * share).sum(dim=(1, 2)) / share.sum())
+    device = means[0].device
+    labels = torch.tensor([thing.label for thing in things], device=device)
+    return Rows(torch.stack(means), labels, torch.tensor([thing.owner for thing in things], device=device))
 
 
 def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) -> Picture:

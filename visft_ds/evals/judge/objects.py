@@ -1,0 +1,86 @@
+"""Names of boxed objects: is what a box shows told by text, and by logistic regression?
+
+Of an object the model sees a square around its box, the longer side times MARGIN (what lies outside of the image is
+grey), and answers by text (the category whose sentence is nearest, if it has a text side) and by logistic regression.
+The protocol of the ViSFT paper is not known to us; this one is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
+from PIL import Image
+from torch import Tensor
+
+from visft_ds.evals.judge.dense_sets import DenseSet, Thing
+from visft_ds.evals.judge.images import changed, chosen
+from visft_ds.evals.judge.logistic import by_regression
+from visft_ds.evals.judge.neighbours import Rows
+from visft_ds.evals.judge.protocol import (
+    PLAIN,
+    Benchmark,
+    Features,
+    ImageSet,
+    Score,
+    hits,
+    rank_by_text,
+    sentences,
+)
+
+MARGIN = 1.2
+SMALLEST = 16.0  #: sides of a box below which nobody could recognise it, pixels
+_GREY = (128, 128, 128)
+
+
+def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
+    """Accuracy of naming the object in a box."""
+    (taught, learnt), (shown, judged) = _boxes(train), _boxes(test)
+    names = [name for name in test.classes if name]
+
+    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
+        known, asked = rows_of(features["train"]["pooled"], learnt), rows_of(features["test"]["pooled"], judged)
+        if "texts" in features and "clip" in features["test"]:
+            right = asked.labels.numpy() - test.classes.count("")
+            ranks = rank_by_text(features["test"]["clip"], features["texts"]["clip"], len(PLAIN), right)
+            yield Score("text top1", hits(ranks, 1), asked.owners.numpy())
+        yield by_regression("probe", known, asked)
+
+    return Benchmark(
+        label,
+        {"train": taught, "test": shown},
+        ("clip", "pooled"),
+        ("text top1", "probe"),
+        {"benchmark": "objects 3", "names": names},
+        scores,
+        texts=sentences(names, PLAIN),
+    )
+
+
+def _boxes(data: DenseSet) -> tuple[ImageSet, Sequence[Thing]]:
+    """(boxes as images, what is in them), of those that are at least SMALLEST pixels wide and high."""
+    boxed = [(thing, coco_mask.toBbox(thing.code).tolist()) for thing in data.things]
+    large = [(thing, box) for thing, box in boxed if min(box[2:]) >= SMALLEST]
+    if not large:
+        raise ValueError(f"no object in {data.images.names[0]} and so on has a box of at least {SMALLEST:g} pixels")
+    things, boxes = zip(*large, strict=True)
+    pictures = replace(chosen(data.images, [thing.owner for thing in things]), stretched=False)
+    return changed(pictures, lambda number, image: crop(image, boxes[number]), f"crop {MARGIN} {boxes}"), things
+
+
+def crop(image: Image.Image, box: tuple[float, ...]) -> Image.Image:
+    """The square of MARGIN times the longer side around a box (x, y, width, height)."""
+    x, y, width, height = box
+    side = max(1, round(MARGIN * max(width, height)))
+    left, top = round(x + width / 2 - side / 2), round(y + height / 2 - side / 2)
+    canvas = Image.new("RGB", (side, side), _GREY)
+    canvas.paste(image, (-left, -top))
+    return canvas
+
+
+def rows_of(features: Tensor, things: Sequence[Thing]) -> Rows:
+    """Objects as rows."""
+    labels = torch.tensor([thing.label for thing in things])
+    return Rows(features, labels, torch.tensor([thing.owner for thing in things])).to(features.device)
