@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from visft_ds.evals.judge import protocols
 from visft_ds.evals.judge.crops import label_of
-from visft_ds.evals.judge.dense_sets import DenseSet, Thing, read_train_and_test
+from visft_ds.evals.judge.dense_sets import NOTHING, DenseSet, Thing, read_train_and_test
 from visft_ds.evals.judge.models import load_encoder, parse_model
 from visft_ds.evals.judge.protocol import ImageSet, Label
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
@@ -116,8 +116,8 @@ def _check_coco(part: DenseSet) -> None:
     label = part.label(0)
     assert part.classes == ("", "cat", "dog")
     assert (label[8:16, 8:16] == 2).all() and (label[:8, :40] == 1).all()
-    assert (label[60:80, 60:80] == VOID).all()  # nobody drew what is in this box
-    assert (label[:4, 100:104] == VOID).all() and (label[90:] == 0).all()
+    assert (label[60:80, 60:80] == NOTHING).all()  # nobody drew what is in this box
+    assert (label[:4, 100:104] == NOTHING).all() and (label[90:] == 0).all()
     # by size; crowds and boxes are none
     assert [(thing.label, thing.owner) for thing in part.things] == [(1, 0), (2, 0)]
     assert coco_mask.area(part.things[1].code) == 8 * 8
