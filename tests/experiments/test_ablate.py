@@ -177,14 +177,17 @@ def test_mistakes_are_told_before_anything_runs(
 @pytest.mark.slow
 def test_from_drawings_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     pytest.importorskip("open_clip")
-    for name, value in {"TRAIN": 24, "VAL": 12, "PROBED": (1.0, 0.5), "DRAWN": ("--size", "56")}.items():
+    small = {"TRAIN": 24, "VAL": 12, "PROBED": (1.0, 0.5), "DRAWN": ("--size", "56"), "STYLE_IMAGES": "12"}
+    for name, value in small.items():
         monkeypatch.setattr(ablate, name, value)
     lengths = {"scheduler.params.warmup_num_steps": 0, "scheduler.params.total_num_steps": 2}
     words = ["gain", *WORDS[:-1], str(tmp_path / "out"), "--jobs", "2", "--arms", f"{PERMUTED},soup"]
+    words += ["--styles", "2"]
     words += [part for key, value in {**TINY, **lengths}.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     assert main(words) == 0, capfd.readouterr().out
     assert "The claim" in capfd.readouterr().out
     table = json.loads((tmp_path / "out/table.json").read_text())
+    assert set(table["styles"]) == {"minus base", "minus noise", f"minus {PERMUTED} {EQUAL}"}
     rows = {row["arm"]: row for row in table["rows"]}
     assert list(rows)[:5] == [FIRST, "noise", "half", PERMUTED, f"{PERMUTED} {EQUAL}"] and not table["failed"]
     assert rows[f"{PERMUTED} {EQUAL}"]["feature shift"] == pytest.approx(rows[FIRST]["feature shift"], rel=0.2)
