@@ -19,7 +19,8 @@ from visft_ds.tasks.pictures import Picture
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 PLAIN: tuple[str, ...] = ("a photo of a {}.",)  #: sentences about a class, unless a data set brings others
-Label = npt.NDArray[np.uint8]  #: (H, W), the class of each pixel of an image, or tasks.classes.VOID
+#: (H, W), the class of each pixel of an image; the largest number of the type where it has none.
+Label = npt.NDArray[np.uint8 | np.uint16]
 _ROWS = 4096  # images that are compared with all classes at once
 #: Set of images -> kind -> (images, ...) float32 on the CPU; "texts" -> "clip" -> (texts, E) of length 1, if the model
 #: has a text side.
@@ -96,12 +97,17 @@ class Benchmark:
         return [f"{self.label} {number}" for number in self.numbers]
 
 
-def resamples(images: int, count: int) -> IntArray:
+def resamples(images: int, count: int, groups: IntArray | None = None) -> IntArray:
     """(1 + count, images), how often each training image counts: once, and as often as it is drawn. The same draws for
     every model and number.
+
+    Args:
+        groups: (images,) numbers; whole groups are drawn.
     """
-    even = np.full(images, 1 / images)
-    drawn = [np.random.default_rng([1, draw]).multinomial(images, even) for draw in range(count)]
+    units = np.arange(images) if groups is None else np.unique(groups, return_inverse=True)[1]
+    each = int(units.max()) + 1
+    even = np.full(each, 1 / each)
+    drawn = [np.random.default_rng([1, draw]).multinomial(each, even)[units] for draw in range(count)]
     return np.stack([np.ones(images, dtype=np.int64), *drawn])
 
 
