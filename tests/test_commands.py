@@ -64,6 +64,24 @@ def test_every_command_ends_a_ctrl_c_with_130_and_a_line(
     )
 
 
+def test_a_ctrl_c_that_came_while_a_rank_began_is_answered(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`start_ranks` holds it back until then; a rank that never lets it through cannot be interrupted."""
+    monkeypatch.setattr("argparse.ArgumentParser.parse_known_args", lambda *given: pytest.fail("not interrupted"))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        signal.raise_signal(signal.SIGINT)
+        assert main(["report", "run"]) == 130
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # drops one that still waits
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    assert "report: interrupted" in capsys.readouterr().err
+
+
 def test_num_gpus_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     started: list[object] = []
     monkeypatch.setattr("visft_ds.cli.start_ranks", lambda words, count: started.append((words, count)) or 0)

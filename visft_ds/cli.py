@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = words[0] if words else ""
     try:
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `start_ranks`
             return _run(words)
         finally:
             sys.stdout.flush()  # at its end Python only complains

@@ -35,10 +35,10 @@ _MAX_SCANS = 200
 SCALED = "picture of more than 8 bits (scaled to 8: its smallest value is 0, its largest 255)"
 UPPER_BITS = "picture of 16 bits with transparency or in CMYK (only the upper 8 bits are read)"
 MORE_BANDS = "TIFF with bands beyond colour and transparency (not read)"
-#: Colours of 16 bits as Pillow names them: of each value it reads the byte that comes first, or second.
+#: Colours of 16 bits as Pillow names them, by the order of the bytes of a value, of which it reads one.
 _DEEP_COLOURS = re.compile("(RGB|RGBX|RGBA);16([LBN])")
 _DEEP_VALUES = re.compile("[^;]+;(16|32)[A-Z]*")
-#: Colours of TIFF's photometric interpretations that Pillow reads; of others there is one.
+#: Number of colours by photometric interpretation, of those TIFFs that Pillow reads; any other has one.
 _TIFF_COLOURS = {2: 3, 5: 4, 6: 3, 8: 3}
 _TIFF_ALPHA = (1, 2)  # extra samples that mean transparency
 _said = set[str]()  # notes about pictures that this process has printed
@@ -72,12 +72,12 @@ def _refused(error: ValidationError) -> str:
     """The first problems that a schema has with a value, as `key: problem`, with short values."""
     clauses: list[str] = []
     for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in problem["loc"])
-        given = repr(problem["input"])
-        if problem["type"] in ("contradictions", "json_invalid", "missing", "extra_forbidden") or len(given) > 40:
+        key = ".".join(map(str, problem["loc"]))
+        value = repr(problem["input"])
+        if problem["type"] in ("contradictions", "json_invalid", "missing", "extra_forbidden") or len(value) > 40:
             clause = problem["msg"]
         else:
-            clause = f"{problem['msg']}, not {given}"
+            clause = f"{problem['msg']}, not {value}"
         clauses.append(f"{key}: {clause}" if key else clause)
     return "; ".join(clauses[:3])
 
@@ -159,34 +159,35 @@ def open_image(
 
 
 def check_scans(data: bytes) -> None:
-    """Raise ValueError for a JPEG of more scans than any program writes, each of which decodes the whole image.
+    """Raise ValueError for a JPEG of more scans than any program writes: each decodes the whole image again.
 
-    What comes behind the picture, such as the video of a phone, is not looked at. Other files pass.
+    What follows the picture, such as the video of a phone, does not count. Other files pass.
     """
     if not data.startswith(b"\xff\xd8") or data.count(b"\xff\xda") <= _MAX_SCANS:
         return
-    place, scans = 2, 0
+    offset = 2
+    scans = 0
     while scans <= _MAX_SCANS:
-        place = data.find(b"\xff", place)
-        marker = data[place + 1] if 0 <= place < len(data) - 1 else 0xD9
+        offset = data.find(b"\xff", offset)
+        marker = data[offset + 1] if 0 <= offset < len(data) - 1 else 0xD9
         if marker == 0xD9:  # the end of the picture
             return
-        if marker == 0xFF:  # fills
-            place += 1
-        elif marker <= 1 or 0xD0 <= marker <= 0xD8:  # inside of a scan, or without a segment
-            place += 2
+        if marker == 0xFF:  # padding
+            offset += 1
+        elif marker <= 1 or 0xD0 <= marker <= 0xD8:  # within a scan, or without a segment
+            offset += 2
         else:
             scans += marker == 0xDA
-            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+            offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
     raise ValueError(f"a JPEG of more than {_MAX_SCANS} scans")
 
 
 def _say_once(notes: Sequence[str], name: str) -> None:
-    """Print what was done to a picture, for the first one of a process; builds of shards count instead."""
+    """Print what was done to a picture, each note once in a process; builds of shards count them instead."""
     for note in notes:
         if note not in _said:
             _said.add(note)
-            print(f"warning: {shown_name(name)}: {note}; said once", file=sys.stderr, flush=True)
+            print(f"warning: {shown_name(name)}: {note}; shown once", file=sys.stderr, flush=True)
 
 
 class Frame(NamedTuple):
@@ -196,7 +197,7 @@ class Frame(NamedTuple):
     width: int
     orientation: int  #: of EXIF, 1 to 8
     format: str  #: Pillow's name
-    notes: tuple[str, ...]  #: what decoding to RGB does to it beyond what its viewer does: SCALED and the like
+    notes: tuple[str, ...]  #: what decoding to RGB loses: SCALED and the like
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -241,7 +242,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Values scaled so that the smallest becomes 0 and the largest 255; what is not finite becomes 0.
+    """Values scaled so that the smallest finite one becomes 0 and the largest 255; NaN becomes 0.
 
     If all are the same, they are taken for 16 bits.
     """
@@ -281,7 +282,7 @@ def _notes(image: ImageFile.ImageFile) -> tuple[str, ...]:
 
 
 def _other_bytes(image: ImageFile.ImageFile) -> list[Any]:
-    """How to read the other byte of each value of a colour picture of 16 bits, of which Pillow reads the upper one.
+    """Tiles that read the lower byte of each value of a 16-bit colour picture; Pillow reads the upper one.
 
     Empty for any other picture.
     """

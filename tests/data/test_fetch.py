@@ -106,13 +106,20 @@ def test_a_server_that_is_away_for_minutes_is_waited_for_and_said(
     served.faults.extend([*["500"] * 8, "fine"])
     assert reader.read(0)[0]
     assert sum(pauses) > 120
-    told = capsys.readouterr().err.splitlines()
-    assert 3 <= len(told) <= 8 and all("waiting for http" in line and "500" in line for line in told)
+    lines = capsys.readouterr().err.splitlines()
+    assert 3 <= len(lines) <= 8 and all("waiting for http" in line and "500" in line for line in lines)
     pauses.clear()
     served.faults.extend(["500"] * 20)
     with pytest.raises(TimeoutError, match="11 times") as error:
         reader.read(39)
     assert 200 < sum(pauses) < 600 and exit_code(error.value) == 5
+
+
+def test_a_damaged_copy_after_a_long_wait_is_fetched_again(served: Served, tmp_path: Path) -> None:
+    """Failed requests are no damaged copies, of which there may be three."""
+    reader = ShardReader(Manifest.load(served.url, "toy", Cache(tmp_path)))
+    served.faults.extend([*["500"] * 5, "flipped", "fine"])
+    assert reader.read(0)[0]
 
 
 def test_a_full_disk_of_this_machine_is_not_waited_for(

@@ -16,6 +16,7 @@ from PIL import Image
 from tests.evals.conftest import World
 from visft_ds.evals.judge import classes, dense_sets, objects, ocr, retrieval
 from visft_ds.evals.judge.classes import read_classes
+from visft_ds.evals.judge.crops import NO_CLASS, label_of
 from visft_ds.evals.judge.images import PARTS, chosen, from_files, grouped
 from visft_ds.evals.judge.in_domain import trained_on
 from visft_ds.evals.judge.kinds import parse_benchmark, parse_benchmarks
@@ -23,7 +24,6 @@ from visft_ds.evals.judge.models import ModelSpec
 from visft_ds.evals.judge.protocol import Benchmark, fifth
 from visft_ds.evals.judge.protocols import QUICK
 from visft_ds.run.record import write_run
-from visft_ds.tasks.classes import VOID
 
 
 def _image(path: Path, colour: tuple[int, int, int] = (10, 200, 30), size: tuple[int, int] = (8, 6)) -> Path:
@@ -233,7 +233,9 @@ def test_a_box_without_a_mask_is_the_truth_of_no_miou(tmp_path: Path) -> None:
     assert len(benchmark.notes) == 1 and "1 of 3 objects have a box and no mask" in benchmark.notes[0]
     _, held = dense_sets.read_train_and_test(QUICK.images, str(tmp_path))
     label = held.label(0)
-    assert (label[10:50, 30:50] == VOID).all() and (label[10:50, :20] == 1).all() and len(held.things) == 2
+    assert (
+        (label[10:50, 30:50] == dense_sets.NOTHING).all() and (label[10:50, :20] == 1).all() and len(held.things) == 2
+    )
     (tmp_path / "val.json").write_text(json.dumps(_coco([False, False])))
     with pytest.raises(ValueError, match="--on objects="):
         parse_benchmark(f"segmentation={tmp_path}", QUICK)
@@ -287,3 +289,17 @@ def test_a_model_is_known_to_have_seen_images(tmp_path: Path, world: World) -> N
         "segmentation/x (0 of 1 of train, 7 of 8 of test)"
     ]
     assert trained_on([found[0]], [benchmark]) == []
+
+
+def test_more_classes_than_a_byte_has(tmp_path: Path) -> None:
+    """Objects365 has 365, LVIS 1,203: no number of a class is that of a pixel without one."""
+    content = _coco([True, True])
+    content["categories"] = [{"id": number, "name": f"thing {number}"} for number in range(365)]
+    for entry, category in zip(content["annotations"], (254, 300), strict=True):  # the classes 255 and 301
+        entry["category_id"] = category
+    for split in ("train", "val"):
+        _image(tmp_path / split / "a.jpg", size=(90, 60))
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    _, held = dense_sets.read_train_and_test(QUICK.images, str(tmp_path))
+    numbers = label_of(held, 0)
+    assert numbers.unique().tolist() == [0, 255, 301] and NO_CLASS not in numbers

@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 from visft_ds.evals.judge import protocols
 from visft_ds.evals.judge.crops import label_of
-from visft_ds.evals.judge.dense_sets import DenseSet, Thing, read_train_and_test
+from visft_ds.evals.judge.dense_sets import NOTHING, DenseSet, Thing, read_train_and_test
 from visft_ds.evals.judge.models import load_encoder, parse_model
 from visft_ds.evals.judge.protocol import ImageSet, Label
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
-from visft_ds.evals.judge.segmentation import overlapping, pooled, segmentation, typical
+from visft_ds.evals.judge.segmentation import contenders, largest, overlapping, pooled, segmentation, typical
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.classes import VOID
 
@@ -116,8 +116,8 @@ def _check_coco(part: DenseSet) -> None:
     label = part.label(0)
     assert part.classes == ("", "cat", "dog")
     assert (label[8:16, 8:16] == 2).all() and (label[:8, :40] == 1).all()
-    assert (label[60:80, 60:80] == VOID).all()  # nobody drew what is in this box
-    assert (label[:4, 100:104] == VOID).all() and (label[90:] == 0).all()
+    assert (label[60:80, 60:80] == NOTHING).all()  # nobody drew what is in this box
+    assert (label[:4, 100:104] == NOTHING).all() and (label[90:] == 0).all()
     # by size; crowds and boxes are none
     assert [(thing.label, thing.owner) for thing in part.things] == [(1, 0), (2, 0)]
     assert coco_mask.area(part.things[1].code) == 8 * 8
@@ -162,6 +162,18 @@ def test_pictures_of_a_page_are_typical_ones() -> None:
     changes = np.array([0.9, -0.5, 0.1, 0.0, 0.3, -0.1, 0.2, 0.05, -0.9])
     assert [changes[place] for place in typical(changes, 3)] == [-0.5, 0.05, 0.3]
     assert typical(changes[:2], 6) == [1, 0]
+
+
+@pytest.mark.parametrize("size", [(30, 41), (3, 5)])
+def test_classes_that_cannot_win_are_left_out_and_none_else(size: tuple[int, int]) -> None:
+    """Of sharp maps most; the answers are those of all classes enlarged."""
+    generator = torch.Generator().manual_seed(0)
+    there = torch.randint(0, 12, (3, 2, 2), generator=generator).repeat_interleave(3, 1).repeat_interleave(2, 2)
+    maps = torch.randn(3, 40, 6, 4, generator=generator) + 4 * F.one_hot(there, 40).permute(0, 3, 1, 2)
+    assert 12 < contenders(maps).sum() < 3 * 40
+    expected = F.interpolate(maps, size, mode="bilinear").argmax(dim=1)
+    assert torch.equal(largest(maps, size), expected)
+    assert torch.equal(largest(maps, size, 2), expected[:, ::2, ::2])
 
 
 def _set(labels: list[Label], names: str, things: tuple[Thing, ...] = ()) -> DenseSet:

@@ -164,7 +164,7 @@ def test_a_split_built_otherwise_is_not_overwritten(tree: Tree, tmp_path: Path) 
     assert verify(Manifest.load(tmp_path / "out", "toy")) == []
 
 
-def test_of_two_builds_at_once_the_second_is_told(tree: Tree, tmp_path: Path) -> None:
+def test_of_two_builds_at_once_the_second_is_refused(tree: Tree, tmp_path: Path) -> None:
     """Else both write the same temporary files, and one of them ends with "No such file"."""
     options = options_of(tree, tmp_path / "out")
     build(options)
@@ -221,7 +221,7 @@ def test_verify_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--instances", __file__], "test_build.py"),
         (["--split", "a/b"], "a/b"),
         (["--workers", "0"], "--workers"),
-        (["--out", "s3://bucket/shards"], "s3://bucket/shards: shards are made in a folder"),
+        (["--out", "s3://bucket/shards"], "s3://bucket/shards: shards are built in a local folder"),
         (["--out", __file__], "is a file"),
     ],
 )

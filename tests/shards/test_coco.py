@@ -95,7 +95,7 @@ def test_annotations_that_cannot_be_used_are_an_error_above_a_tenth(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_annotation_that_is_there_twice_is_counted(toy: Tree) -> None:
+def test_duplicate_annotations_are_counted(toy: Tree) -> None:
     """Under another id; a split of two exports of the same labels is an error."""
     before = json.loads(toy.instances.read_text())["annotations"]
 
@@ -105,10 +105,10 @@ def test_an_annotation_that_is_there_twice_is_counted(toy: Tree) -> None:
         )
 
     toy.edit(twice(2))
-    assert count(read(toy), "there twice") == 2
+    assert count(read(toy), "duplicate annotation") == 2
     toy.edit(lambda content: content.update(annotations=list(before)))
     toy.edit(twice(len(before)))
-    with pytest.raises(ValueError, match=f"{len(before)} x annotation that is there twice"):
+    with pytest.raises(ValueError, match=f"{len(before)} x duplicate annotation"):
         read(toy)
 
 
@@ -161,7 +161,7 @@ def test_kept_as_they_are(toy: Tree) -> None:
     assert second["area"] == second["bbox"][2] * second["bbox"][3] and second["segmentation"] == []
     assert len(third["segmentation"]) == 1 and "segmentation" not in fourth
     assert fifth["iscrowd"] == 1 and before - sum(image.trainable for image in source.images) == 2
-    assert count(source, "without area") == count(source, "less than three points") == 1
+    assert count(source, "without area") == count(source, "fewer than three points") == 1
     assert count(source, "neither polygons") == 1 and count(source, "instance without mask") == 2
 
 
@@ -232,9 +232,9 @@ def test_classes_are_counted_by_images(toy: Tree, tmp_path: Path, capsys: pytest
     )
     images = len({one["image_id"] for one in own if one["category_id"] == most["id"]})
     assert main(["build", *toy.arguments(tmp_path / "out")]) == 0
-    told = capsys.readouterr().out
-    assert f"images that have each of {len(content['categories'])} classes: {most['name']} {images}, " in told
-    assert r"'back\x1b[2Jground' 0" in told and "1 x class that no image has, for instance 'back" in told
+    output = capsys.readouterr().out
+    assert f"images with each of {len(content['categories'])} classes: {most['name']} {images}, " in output
+    assert r"'back\x1b[2Jground' 0" in output and "1 x class that no image has, e.g. 'back" in output
     assert main(["info", str(tmp_path / "out")]) == 0
     assert f"{most['name']} {images}, " in capsys.readouterr().out
 

@@ -95,7 +95,7 @@ def _saved(image: Image.Image) -> Callable[[Path], object]:
         (lambda folder: (folder / "data.yaml").write_text("names: [a]"), "2 layouts"),
         (
             lambda folder: [Image.new("L", (9, 9), 255).save(one) for one in folder.glob("*/train/*")],
-            "all pixels have 255",
+            "all pixels are 255",
         ),
     ],
 )
@@ -107,16 +107,16 @@ def test_what_is_refused(
     assert word in capsys.readouterr().err
 
 
-def test_maps_of_0_and_255_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_maps_of_0_and_255_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The usual form of binary masks, whose object would be no class."""
     write_own(tmp_path)
     for path in tmp_path.glob("labels/*/*.png"):
         Image.fromarray(np.where(np.asarray(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
     (tmp_path / "classes.txt").write_text("back\nobject\n")
     assert main([str(tmp_path), "--out", str(tmp_path / "shards"), "--split", "train"]) == 0
-    told = capsys.readouterr().out
-    assert "images that have each of 2 classes: back 8, object 0" in told
-    assert "the maps hold 0, 255, of which 255 means no class (--void N), for instance 1 object" in told
+    output = capsys.readouterr().out
+    assert "images with each of 2 classes: back 8, object 0" in output
+    assert "the maps hold 0, 255, and 255 means no class (--void N), e.g. 1 object" in output
     assert Manifest.load(tmp_path / "shards", "train").findings["class that no image has"] == (1, ["object"])
 
 
@@ -131,7 +131,7 @@ def test_a_number_without_a_class_loses_its_name(tmp_path: Path, capsys: pytest.
         Image.fromarray(numbers).save(path)
     (tmp_path / "classes.txt").write_text("sky\nmeadow\nhouse\nUnlabelled\n")
     assert main([*command, "3"]) == 0
-    assert "for instance 3 Unlabelled" in capsys.readouterr().out
+    assert "e.g. 3 Unlabelled" in capsys.readouterr().out
     reader = ShardReader(Manifest.load(tmp_path / "shards", "val"))
     assert [one.name for one in reader.manifest.categories] == ["sky", "meadow", "house"]
     truth = coco_dataset(reader)

@@ -121,7 +121,7 @@ def test_a_description_does_not_lead_out_of_its_folder(tmp_path: Path, text: str
     write_picture(tmp_path / "private/images/0.jpg")
     path = write_yolo(tmp_path / "deep/mine")
     path.write_text(text.format(tmp_path / "private") + "\nnames: [a]\n")
-    with pytest.raises(ValueError, match=r"data\.yaml.*private.* is outside of its folder .*copy the data\.yaml"):
+    with pytest.raises(ValueError, match=r"data\.yaml.*private.* is outside its folder .*copy the data\.yaml"):
         read_yolo(path)
     path.write_text(f"path: {path.parent}\ntrain: {path.parent}/train/images\nnames: [a, b, c]\n")
     assert len(read(path)["images"]) == 5
@@ -133,7 +133,7 @@ def test_a_split_that_is_not_there_is_noted(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "test: ../test/images\n")
     train, val = read_yolo(path)
     assert (train.name, val.name) == ("train", "val") and not val.odd
-    assert train.odd == {"split that it names without having it (not made)": (1, ["test: ../test/images"])}
+    assert train.odd == {"split whose images are missing (not built)": (1, ["test: ../test/images"])}
     with pytest.raises(ValueError, match=r"test: '\.\./test/images' does not exist"):
         read_yolo(path, "test")
 

@@ -28,8 +28,8 @@ _PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs",
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
 #: A pause from here on is announced.
 _LONG_PAUSE = 4.0
-#: Attempts at a file that arrives, but is another one than its manifest says.
-_ATTEMPTS = 4
+#: Damaged copies of a file that are downloaded before it is an error.
+_MOST_DAMAGED = 4
 #: What the operating system says of this machine's own disk, whatever the server does.
 _OWN_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _TIMEOUT = 60.0  # seconds without a byte
@@ -132,6 +132,7 @@ class RemoteFolder:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT)
             options = {"client_kwargs": {"timeout": timeout}}
         where = f"{redacted(self.url)}/{name}"
+        damaged = 0
         for attempt, pause in enumerate((*_PAUSES, 0.0), 1):
             try:
                 filesystem, source = fsspec.url_to_fs(self.url, **options)
@@ -142,12 +143,13 @@ class RemoteFolder:
                     raise TimeoutError(f"{where} failed {attempt} times, the last time by {said}") from None
                 if pause >= _LONG_PAUSE:
                     left = sum(_PAUSES[attempt - 1 :])
-                    text = f"waiting for {where} ({said}): tried again in {pause:.0f} s, given up in {left:.0f} s"
+                    text = f"waiting for {where} ({said}): trying again in {pause:.0f} s, giving up in {left:.0f} s"
                     print(text, file=sys.stderr, flush=True)
             else:
                 if whole():
                     return
-                if attempt >= _ATTEMPTS:
+                damaged += 1
+                if damaged == _MOST_DAMAGED or attempt > len(_PAUSES):
                     raise ValueError(f"{where} does not match its manifest: copy all files of the split there again")
             time.sleep(pause)
 

@@ -1,4 +1,4 @@
-"""What a label may say: checked when shards are built, and again when a sample is read, as shards may come from others.
+"""What a label may hold: checked when shards are built, and again when read, as shards may come from others.
 
 A label is the JSON file beside an image in a shard:
 {"image_id": 139, "file_name": "000000000139.jpg", "width": 640, "height": 426,
@@ -14,7 +14,7 @@ from collections.abc import Collection
 from typing import Any
 
 import orjson
-from faster_coco_eval import mask_api_new_cpp  # its Python names lack this function; `decode` costs thirty times more
+from faster_coco_eval import mask_api_new_cpp  # not among its Python names; `decode` costs thirty times as much
 
 from visft_ds.files import MAX_PIXELS
 
@@ -26,15 +26,15 @@ def parse_label(data: bytes, image_id: int, size: tuple[int, int], categories: C
     """The label of an image of this id and `size` (height, width), whose objects are of these category ids.
 
     Raises:
-        ValueError: not JSON, or not as above: something is missing or of another type, it is the label of another
-            image, a category is not known, a number is not finite or far outside the image, a mask is none.
+        ValueError: not JSON, or not as above: a key is missing or a value of another type, the label belongs to
+            another image, a category is unknown, a number is not finite or far outside the image, a mask is malformed.
     """
     label = orjson.loads(data)
     if not isinstance(label, dict) or any(name not in label for name in _NAMES):
         raise ValueError(f"it must be an object with {', '.join(_NAMES)}")
     height, width = size
     if (label["image_id"], label["height"], label["width"]) != (image_id, height, width):
-        raise ValueError(f"it is not the label of image {image_id} of {width} x {height} pixels")
+        raise ValueError(f"it is not the label of image {image_id}, {width} x {height} pixels")
     if min(size) < 1 or height * width > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels; allowed are 1 to {MAX_PIXELS:,} in all")
     annotations, captions = label["annotations"], label["captions"]
@@ -58,7 +58,7 @@ def _problem(annotation: Any, height: int, width: int, categories: Collection[in
         return "id must be a whole number"
     category = annotation["category_id"]
     if type(category) is not int or category not in categories:
-        return f"category_id {category!r:.20} is none of the split's"
+        return f"category_id {category!r:.20} is not among the categories of the split"
     if annotation["iscrowd"] not in (0, 1):
         return "iscrowd must be 0 or 1"
     if type(annotation["area"]) not in (int, float) or not math.isfinite(annotation["area"]):

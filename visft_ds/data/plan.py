@@ -32,7 +32,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, made odd
 ORDER_VERSION = 3
 #: Shards whose samples are mixed in a windowed order.
 WINDOW = 4
-#: Steps whose plans are kept: whoever reads or fetches ahead has made them before they are trained.
+#: Steps whose plans are kept: reading and fetching ahead make them before training needs them.
 _STEPS_KEPT = 64
 
 
@@ -96,7 +96,7 @@ class Plan:
                     )
         # Sorted, so that the order of keys in a configuration file cannot change a run.
         self.tasks, self.seed, self.views = dict(sorted(tasks.items())), seed, views
-        # Each pair of a task and a set is in one epoch at a time, and keeps the order of that.
+        # Each pair of a task and a set is in one epoch at a time: its order is kept.
         self._orders = {(task, name): lru_cache(maxsize=1)(_order) for task in tasks for name in tasks[task].sets}
         self._step = lru_cache(maxsize=_STEPS_KEPT)(self._made)
 

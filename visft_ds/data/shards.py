@@ -80,8 +80,8 @@ class Manifest:
     categories: tuple[Category, ...]
     counts: Mapping[str, int]
     having_category: Mapping[str, int]  #: id of a category in the source, as text -> images with a usable object of it
-    #: Side of the objects (root of what their box covers of the picture, which has 1): percentage of the objects, as
-    #: text -> largest side among that many of the smallest; empty without boxes.
+    #: Quantiles of the objects' sides, the side being the square root of the share of the picture that a box covers:
+    #: percentage, as text -> side; empty without boxes.
     object_sides: Mapping[str, float]
     shards: tuple[ShardFile, ...]
     vocabulary: Mapping[str, int]  #: word -> how often it occurs in the captions
@@ -266,7 +266,7 @@ class ShardReader:
 
 
 def _categories(listed: Sequence[Mapping[str, Any]]) -> tuple[Category, ...]:
-    """Categories as a manifest lists them. Raises ValueError unless they are numbered from 0, each id there once."""
+    """Categories as a manifest lists them. Raises ValueError unless numbered from 0 and with unique ids."""
     categories = tuple(Category(**each) for each in listed)
     for number, category in enumerate(categories):
         if type(category.id) is not int or category.id != number:

@@ -178,10 +178,10 @@ class Validation:
         """Cancel the evaluations that are being measured."""
         self._waiting.clear()
         if self._pool is not None:
-            processes = list((self._pool._processes or {}).values())  # `kill_workers` comes with Python 3.14
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
+            for process in list((self._pool._processes or {}).values()):  # `kill_workers` comes with Python 3.14
                 process.kill()
+                process.join(1.0)  # the pool would write to a process that is about to end, and print a traceback
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass

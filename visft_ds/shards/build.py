@@ -80,9 +80,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if _ADDRESS.match(str(self.out)):
-            told = "shards are made in a folder of this machine; copy its files to the address afterwards"
             address = str(self.out).replace(":/", "://", 1)
-            raise ValueError(f"--out {address}: {told}")
+            remedy = "shards are built in a local folder; copy its files to the address afterwards"
+            raise ValueError(f"--out {address}: {remedy}")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file: name a folder")
         if not self.split or not all(sign.isalnum() or sign in "-_" for sign in self.split):
@@ -108,7 +108,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
 
     Raises:
         ValueError: unusable input, more than a tenth of the images among it; another split of this name; another build
-            that is making it.
+            of it that is running.
         OSError: writing failed; shards that are finished are kept.
     """
     source, chosen, left_out, plan = _plan(options)
@@ -119,8 +119,9 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
             records = _write_all(options, plan, workers)
         left_out += [(name, reason) for record in records for name, reason in record["left_out"]]
         reasons(left_out).refuse_above_a_tenth(len(chosen), options.images, "images")
-        for kind, name in (one for record in records for one in record["odd"]):
-            source.findings.add(kind, name)
+        for record in records:
+            for kind, name in record["odd"]:
+                source.findings.add(kind, name)
         index = np.array([(n, *row) for n, record in enumerate(records) for row in record["rows"]], dtype=INDEX_DTYPE)
         file, there = io.BytesIO(), set(index["image_id"].tolist())
         np.save(file, index, allow_pickle=False)
@@ -161,7 +162,9 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
 def _quantiles(sides: Sequence[Sequence[float]]) -> dict[str, float]:
     """`Manifest.object_sides` of the sides of each image's objects."""
     every = np.concatenate([np.empty(0, np.float32), *sides])
-    return {str(part): round(float(np.quantile(every, part / 100)), 5) for part in SIDE_QUANTILES if len(every)}
+    if not len(every):
+        return {}
+    return {str(percent): round(float(np.quantile(every, percent / 100)), 5) for percent in SIDE_QUANTILES}
 
 
 def _plan(
@@ -192,17 +195,18 @@ def _work_folder(options: Options) -> Path:
 
 @contextmanager
 def _alone(options: Options) -> Iterator[None]:
-    """Keep other builds from a split while it is made. Raises ValueError if one is making it."""
+    """Lock a split while it is built. Raises ValueError if another build holds the lock."""
     work = _work_folder(options)
     work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / _LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
-        told = "wait until it has finished, or use another --out"
-        raise ValueError(f"another build is making {options.split!r} in {options.out}: {told}") from error
+        remedy = "wait until it has finished, or use another --out"
+        raise ValueError(f"another build is making {options.split!r} in {options.out}: {remedy}") from error
     except NotImplementedError:
-        print(f"warning: {options.out} has no locks: do not build in it twice at once", file=sys.stderr, flush=True)
+        text = f"warning: {options.out} does not support locks: run one build at a time there"
+        print(text, file=sys.stderr, flush=True)
     try:
         yield
     finally:

@@ -79,7 +79,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "--void",
         type=int,
         metavar="N",
-        help="number without a class in label maps, even if it has a name (default: 255; ADE20k 0)",
+        help="number that means no class in label maps, even if it has a name (default: 255; ADE20k 0)",
     )
     add("--limit", type=int, metavar="N", help="only the first N images of the random order")
     add("--max-size", default="256MB", metavar="SIZE", help="largest size of a shard (default %(default)s)")
@@ -138,7 +138,7 @@ def _having(manifest: Manifest) -> list[str]:
     shown = [f"{named[number]} {count}" for number, count in Counter(manifest.having_category).most_common()]
     if len(shown) > _SHOWN:
         shown[_SHOWN // 2 : -_SHOWN // 2] = ["..."]
-    first = f"  images that have each of {len(named)} classes: "
+    first = f"  images with each of {len(named)} classes: "
     return textwrap.wrap(", ".join(shown), _WIDTH, initial_indent=first, subsequent_indent="    ")
 
 

@@ -21,10 +21,10 @@ from visft_ds.files import MAX_PIXELS, read_bytes, reading, shown_name
 CocoFile = Path | Mapping[str, Any]
 _EXAMPLES = 3
 _ANOTHER_FORM = "mask given as [x, y, ...], as [[x, y], ...] or as text (read as polygons)"
-_NO_POLYGON = "polygon of less than three points, or of something else than numbers (left out of its mask)"
+_NO_POLYGON = "polygon of fewer than three points, or not of numbers (left out of its mask)"
 _FAR_POLYGON = "polygon with a point far outside the image (cut off there)"
 _NO_MASK = "mask that is neither polygons nor a run-length code of the image (its box is kept)"
-_TWICE = "annotation that is there twice: same image, category, box and mask (kept)"
+_TWICE = "duplicate annotation: same image, category, box and mask (kept)"
 
 
 class Findings(dict[str, tuple[int, list[str]]]):
@@ -55,7 +55,7 @@ class FolderSplit:
 
 def lines_of(findings: Mapping[str, Sequence[Any]]) -> list[str]:
     """Findings for a person."""
-    return [f"{count:>7} x {kind}, for instance {', '.join(shown)}" for kind, (count, shown) in findings.items()]
+    return [f"{count:>7} x {kind}, e.g. {', '.join(shown)}" for kind, (count, shown) in findings.items()]
 
 
 @dataclass(slots=True)
@@ -262,24 +262,24 @@ def _add_annotations(
     return lost
 
 
-def stored_segmentation(given: Any, height: int, width: int) -> tuple[Any, list[str]]:
-    """(polygons of three points or more, a run-length code with its counts as text, or None; what was odd)."""
+def stored_segmentation(mask: Any, height: int, width: int) -> tuple[Any, list[str]]:
+    """(polygons of three points or more, a run-length code with its counts as text, or None; problems)."""
     odd = list[str]()
-    if isinstance(given, str):
+    if isinstance(mask, str):
         odd.append(_ANOTHER_FORM)
         try:
-            given = orjson.loads(given)
+            mask = orjson.loads(mask)
         except orjson.JSONDecodeError:
             return None, [_NO_MASK]
-    if given is None or given == []:
-        return given, []
-    if isinstance(given, Mapping):
-        code = _run_length_code(given, height, width)
+    if mask is None or mask == []:
+        return mask, []
+    if isinstance(mask, Mapping):
+        code = _run_length_code(mask, height, width)
         return code, [_NO_MASK] if code is None else odd
-    if not isinstance(given, list):
+    if not isinstance(mask, list):
         return None, [_NO_MASK]
-    polygons = _polygons(given)
-    if polygons is not given and not odd:
+    polygons = _polygons(mask)
+    if polygons is not mask and not odd:
         odd.append(_ANOTHER_FORM)
     good = [polygon for polygon in polygons if is_polygon(polygon)]
     if not good:
@@ -293,29 +293,29 @@ def stored_segmentation(given: Any, height: int, width: int) -> tuple[Any, list[
     return good, odd
 
 
-def _polygons(given: list[Any]) -> list[Any]:
-    """Polygons in COCO's form, of one that is a list of numbers, of points, or of lists of points; others as given."""
-    if all(map(_is_number, given)):
-        return [given]
-    if all(map(_is_point, given)):
-        return [[number for point in given for number in point]]
-    if all(isinstance(polygon, list) and polygon and all(map(_is_point, polygon)) for polygon in given):
-        return [[number for point in polygon for number in point] for polygon in given]
-    return given
+def _polygons(mask: list[Any]) -> list[Any]:
+    """Polygons in COCO's form, of a list of numbers, of points, or of lists of points; any other list as it is."""
+    if all(map(_is_number, mask)):
+        return [mask]
+    if all(map(_is_point, mask)):
+        return [[number for point in mask for number in point]]
+    if all(isinstance(polygon, list) and polygon and all(map(_is_point, polygon)) for polygon in mask):
+        return [[number for point in polygon for number in point] for polygon in mask]
+    return mask
 
 
-def _is_number(given: Any) -> bool:
-    return type(given) in (int, float)
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
-def _is_point(given: Any) -> bool:
-    return isinstance(given, list) and len(given) == 2 and all(map(_is_number, given))
+def _is_point(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
 
 
 def _cut_off(polygon: list[float], height: int, width: int) -> list[float]:
-    """The polygon with its points moved to one more image around the image, where they lie further away."""
+    """The polygon with points that lie more than one image away moved to that distance."""
     sides = (width, height)
-    return [min(max(number, -sides[place % 2]), 2 * sides[place % 2]) for place, number in enumerate(polygon)]
+    return [min(max(number, -sides[axis % 2]), 2 * sides[axis % 2]) for axis, number in enumerate(polygon)]
 
 
 def _run_length_code(given: Mapping[str, Any], height: int, width: int) -> dict[str, Any] | None:

@@ -53,11 +53,11 @@ def map_layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
 def read_maps(kind: str, folder: Path, wanted: str | None = None, void: int | None = None) -> list[FolderSplit]:
     """The splits of a folder with label maps, or the split `wanted` alone.
 
-    `void` is the number of places without a class, in place of the layout's; a name that it has is dropped.
+    `void` is the number that means no class, instead of the layout's; if it has a name, that is dropped.
 
     Raises:
         ValueError: a map that is none, or with a number that has no name; more than a tenth of images or maps without
-            the other; a split without a pixel of any class.
+            the other; a split in which no pixel has a class.
     """
     names, voids, dropped = _classes(kind, folder, void)
     made = list[FolderSplit]()
@@ -71,7 +71,7 @@ def read_maps(kind: str, folder: Path, wanted: str | None = None, void: int | No
             odd.add("image without label map" if name in pictures else "label map without image", name)
         odd.refuse_above_a_tenth(len(pictures.keys() | labels.keys()), maps, "images and label maps")
         if dropped:
-            odd.add("name dropped, as --void says that its number means no class", dropped)
+            odd.add("name dropped: its number means no class (--void)", dropped)
         content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
         counts = np.zeros(VOID + 1, dtype=np.int64)  # pixels of each number
         both = tqdm(sorted(pictures.keys() & labels.keys()), desc=f"{split}: label maps", disable=None)
@@ -103,21 +103,23 @@ def read_map(path: Path) -> npt.NDArray[np.uint8]:
 def _check_used(
     counts: npt.NDArray[np.int64], names: Mapping[int, str], voids: frozenset[int], odd: Findings, maps: Path
 ) -> None:
-    """Add to what is odd that classes lie nowhere, where the number that means none does: as in maps of 0 and 255.
+    """Add classes without a pixel to what is odd, if pixels without a class exist: as in maps of 0 and 255.
 
     `counts` are the pixels of each number in the maps of a split. Raises ValueError if none has a class.
     """
-    there = np.flatnonzero(counts).tolist()
-    if not there:
+    used = np.flatnonzero(counts).tolist()
+    if not used:
         return
-    numbers = ", ".join(map(str, there[:10])) + (" ..." if len(there) > 10 else "")
-    of_none = sorted(voids.intersection(there))
-    if len(of_none) == len(there):
-        told = f"all pixels have {numbers}, which means no class: give classes numbers from 0, or another --void"
-        raise ValueError(f"{maps}: {told}")
+    numbers = ", ".join(map(str, used[:10])) + (" ..." if len(used) > 10 else "")
+    without_class = sorted(voids.intersection(used))
+    if not without_class:
+        return
+    if len(without_class) == len(used):
+        text = f"all pixels are {numbers}, which means no class: number the classes from 0, or give another --void"
+        raise ValueError(f"{maps}: {text}")
+    kind = f"class without a pixel; the maps hold {numbers}, and {without_class[0]} means no class (--void N)"
     for number, name in names.items():
-        if of_none and not counts[number]:
-            kind = f"class without a pixel; the maps hold {numbers}, of which {of_none[0]} means no class (--void N)"
+        if not counts[number]:
             odd.add(kind, f"{number} {name}")
 
 
@@ -130,7 +132,7 @@ def annotations_of_map(
         if number in voids:
             continue
         if number not in names:
-            known = f"the classes have {min(names)} to {max(names)}, places without one {min(voids)} (--void N)"
+            known = f"classes are numbered {min(names)} to {max(names)}, and {min(voids)} means no class (--void N)"
             raise ValueError(f"{path}: the number {number} has no name: {known}")
         code = coco_mask.encode((columns == number).view(np.uint8))
         segmentation = {"size": list(numbers.shape), "counts": code["counts"].decode("ascii")}
@@ -153,7 +155,7 @@ def _classes(kind: str, folder: Path, void: int | None) -> tuple[dict[int, str],
     """(number -> name, numbers without a class, number and name that `void` drops) of a data set."""
     if kind == "Cityscapes":
         if void is not None:
-            raise ValueError("--void: the numbers without a class of Cityscapes are those that it is not judged by")
+            raise ValueError("--void does not apply to Cityscapes: all but 19 of its numbers mean no class")
         return CITYSCAPES, frozenset(range(VOID + 1)) - CITYSCAPES.keys(), ""
     if void is None:
         void = VOID if kind == OWN else 0
@@ -168,7 +170,7 @@ def _classes(kind: str, folder: Path, void: int | None) -> tuple[dict[int, str],
             names = {int(row[0]): row[-1].split(",")[0].strip() for row in rows}
         expected = len(lines) - (kind != OWN)
         if not 0 < expected < VOID or len(set(names.values()) - {""}) != expected:
-            raise ValueError(f"it has {len(lines)} lines; at most {VOID - 1} names, no two alike, are allowed")
+            raise ValueError(f"it has {len(lines)} lines; 1 to {VOID - 1} names, no two alike, are allowed")
         dropped = f"{void} {names.pop(void)}" if void in names else ""
         if not names:
             raise ValueError(f"--void {void} leaves none of its names")

@@ -48,8 +48,8 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
     """The splits in a data.yaml, or the split `wanted` alone; what is odd are labels without an image.
 
     Raises:
-        ValueError: no data.yaml, or one of images that are nowhere, or outside of its folder; no label for any image of
-            a split; a line of a label that is wrong; more than a tenth of labels without an image.
+        ValueError: no data.yaml; images that are missing, or outside its folder; no label for any image of a split; a
+            wrong line in a label; more than a tenth of labels without an image.
     """
     with reading(path, "a data.yaml of YOLO"):
         values = yaml.load(read_bytes(path, _MOST_OF_A_DESCRIPTION), Loader=_Loader)  # all scalars are text
@@ -73,11 +73,11 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
                 except _NotThereError:
                     if split == "train" or wanted is not None:
                         raise
-                    missing.add("split that it names without having it (not made)", f"{key}: {values[key]}")
+                    missing.add("split whose images are missing (not built)", f"{key}: {values[key]}")
         if not any(map(values.get, SPLITS)):
             raise ValueError("it names no images: state `train: FOLDER` and `val: FOLDER`")
         if missing and not found:
-            raise ValueError(f"{'; '.join(lines_of(missing)).strip()}; no other split is there")
+            raise ValueError(f"{'; '.join(lines_of(missing)).strip()}; it names no other split")
         names, (count, size) = _names(values), values.get("kpt_shape") or (0, 0)
         keypoints = int(count) * int(size)
     ids = {number: number for number in names}
@@ -117,14 +117,14 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
 
 
 class _NotThereError(ValueError):
-    """Images that a data.yaml names and that do not exist."""
+    """Images that a data.yaml names do not exist."""
 
 
-def _check_inside(place: Path, here: Path, key: str) -> None:
-    """Raise ValueError for a place outside of the folder of the data.yaml, which a stranger may have written."""
-    if not place.is_relative_to(here):
-        remedy = "copy the data.yaml into a folder that has all of the images below it, and give its path there"
-        raise ValueError(f"{key}: {place} is outside of its folder {here}; only what is inside is read: {remedy}")
+def _check_inside(path: Path, here: Path, key: str) -> None:
+    """Raise ValueError for a path outside the folder of the data.yaml, which a stranger may have written."""
+    if not path.is_relative_to(here):
+        remedy = "copy the data.yaml to a folder above all images, and give its path there"
+        raise ValueError(f"{key}: {path} is outside its folder {here}, and only images below that are read: {remedy}")
 
 
 def _names(values: Mapping[str, Any]) -> dict[int, str]:

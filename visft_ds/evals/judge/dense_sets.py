@@ -39,8 +39,8 @@ from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import FolderSplit, read_coco
 from visft_ds.shards.layouts import recognise
 from visft_ds.shards.maps import read_map
-from visft_ds.tasks.classes import VOID
 
+NOTHING = 65_535  #: number of a pixel of outlines that has no class; of label maps it is 255
 _SMALLEST = 1 / 3136  # of an image, below which nobody could recognise an object
 _AUGMENTED = "trainaug"  # VOC's training images with those of Hariharan et al., from which published numbers learn
 _ELLIPSES = "mask drawn as an ellipse into its box"  # as visft shards says it of its shards
@@ -51,7 +51,7 @@ class Thing:
     """An object of an image."""
 
     owner: int  #: number of the image
-    label: int  #: VOID for a crowd
+    label: int  #: NOTHING for a crowd
     code: Mapping[str, Any]  #: run-length code of its pixels
     boxed: bool = False  #: which are those of its box, as nobody drew a mask
 
@@ -86,17 +86,18 @@ def read_train_and_test(
     found = _pair(_parts(Path(source)), most, source, train, test)
     for name, part in found.items():
         found[name] = _masked(part, f"{source}: {name}", source)
-    seen = []
+    largest = 0
     for name, part in found.items():
-        counts = np.zeros(VOID + 1, dtype=np.int64)
+        seen: set[int] = set()
         for place in gauge(f"labels of {name}", len(part.images), "images", range(len(part.images))):
-            counts += np.bincount(part.label(place).ravel(), minlength=VOID + 1)
-        seen.append(np.flatnonzero(counts[:VOID]))
-        if len(seen[-1]) < 2:
+            label = part.label(place)
+            seen |= {*np.unique(label).tolist()} - {np.iinfo(label.dtype).max}
+        if len(seen) < 2:
             raise ValueError(f"{source}: {name} has labels of one class only; a probe needs two")
+        largest = max(largest, *seen)
     learnt, held = found.values()
     if not learnt.classes:  # label maps do not name them
-        numbers = tuple(map(str, range(int(max(map(max, seen))) + 1)))
+        numbers = tuple(map(str, range(largest + 1)))
         learnt, held = replace(learnt, classes=numbers), replace(held, classes=numbers)
     _check_classes(found, source)
     return learnt, held
@@ -191,7 +192,7 @@ def _beside(root: Path, kind: str, read: Callable[[Path], npt.NDArray[Any]]) -> 
     }
 
 
-def _ade(path: Path) -> Label:
+def _ade(path: Path) -> npt.NDArray[np.uint8]:
     return read_map(path) - np.uint8(1)  # 0 becomes 255
 
 
@@ -259,8 +260,8 @@ def _of_outlines(
     images: ImageSet, labels: Sequence[Mapping[str, Any]], categories: Sequence[Category], empty: Sequence[str] = ("",)
 ) -> DenseSet:
     """Images with their labels as shards have them; `empty` is the name of what no object covers, if any."""
-    if len(categories) + len(empty) > VOID:
-        raise ValueError(f"{images.names[0]} has {len(categories)} categories; at most {VOID - 1} are allowed")
+    if len(categories) + len(empty) > NOTHING:
+        raise ValueError(f"there are {len(categories):,} categories; at most {NOTHING - 1:,} are allowed")
     ordered = sorted(categories, key=lambda category: category.coco_id)
     numbers = {category.coco_id: number for number, category in enumerate(ordered, len(empty))}
     sizes: list[tuple[int, int]] = []
@@ -273,15 +274,15 @@ def _of_outlines(
             mask = one.get("segmentation")
             shape = mask or [one["bbox"]]
             code = shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, *sizes[-1]))
-            own.append(Thing(owner, VOID if one["iscrowd"] else numbers[one["category_id"]], code, boxed=not mask))
+            own.append(Thing(owner, NOTHING if one["iscrowd"] else numbers[one["category_id"]], code, boxed=not mask))
         things.append(sorted(own, key=lambda thing: -int(coco_mask.area(thing.code))))
         least = _SMALLEST * image["height"] * image["width"]
-        large += [one for one in things[-1] if one.label != VOID and coco_mask.area(one.code) >= least]
+        large += [one for one in things[-1] if one.label != NOTHING and coco_mask.area(one.code) >= least]
 
     def label(place: int) -> Label:
-        drawn = np.full(sizes[place], 0 if empty else VOID, dtype=np.uint8)
+        drawn = np.full(sizes[place], 0 if empty else NOTHING, dtype=np.uint16)
         for thing in things[place]:
-            drawn[coco_mask.decode(thing.code) == 1] = VOID if thing.boxed else thing.label
+            drawn[coco_mask.decode(thing.code) == 1] = NOTHING if thing.boxed else thing.label
         return drawn
 
     stamped = replace(images, stretched=True, fingerprint=digest((images.fingerprint, *map(orjson.dumps, labels))))

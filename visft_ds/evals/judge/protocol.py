@@ -19,7 +19,8 @@ from visft_ds.tasks.pictures import Picture
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 PLAIN: tuple[str, ...] = ("a photo of a {}.",)  #: sentences about a class, unless a data set brings others
-Label = npt.NDArray[np.uint8]  #: (H, W), the class of each pixel of an image, or tasks.classes.VOID
+#: (H, W), the class of each pixel of an image; the largest number of the type where it has none.
+Label = npt.NDArray[np.uint8 | np.uint16]
 _ROWS = 4096  # images that are compared with all classes at once
 #: Set of images -> kind -> (images, ...) float32 on the CPU; "texts" -> "clip" -> (texts, E) of length 1, if the model
 #: has a text side.
