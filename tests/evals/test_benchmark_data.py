@@ -22,7 +22,7 @@ from visft_ds.evals.judge.images import PARTS, chosen, from_files, grouped
 from visft_ds.evals.judge.in_domain import trained_on
 from visft_ds.evals.judge.kinds import parse_benchmark, parse_benchmarks
 from visft_ds.evals.judge.models import ModelSpec
-from visft_ds.evals.judge.protocol import Benchmark, fifth
+from visft_ds.evals.judge.protocol import Benchmark, fifth, resamples
 from visft_ds.evals.judge.protocols import QUICK
 from visft_ds.run.record import write_run
 
@@ -341,3 +341,23 @@ def test_more_classes_than_a_byte_has(tmp_path: Path) -> None:
     _, held = dense_sets.read_train_and_test(QUICK.images, str(tmp_path))
     numbers = label_of(held, 0)
     assert numbers.unique().tolist() == [0, 255, 301] and NO_CLASS not in numbers
+
+
+def test_groups_are_drawn_and_held_out_together(tmp_path: Path) -> None:
+    """As test items, as training images of probes, and in the fifth that chooses layers."""
+    groups = np.array([0, 0, 1, 1, 1, 2])
+    drawn = resamples(6, 20, groups)
+    assert (drawn[:, 0] == drawn[:, 1]).all() and (drawn[:, 2] == drawn[:, 4]).all() and (drawn[0] == 1).all()
+    assert len(np.unique(drawn[1:, 5])) > 1
+    for part in ("train", "val"):
+        _folders(tmp_path / part, ["a", "b"], each=10)
+    benchmark = parse_benchmark(rf"classification={tmp_path},groups=(\d{{1,2}})\.png", QUICK)
+    test = benchmark.sets["test"]
+    assert test.groups is not None and test.groups.tolist() == [*range(10)] * 2
+    features = {"pooled": torch.randn(20, 10, generator=torch.Generator().manual_seed(0))}
+    (score,) = benchmark.scores({"train": features, "test": features}, ["kNN"])
+    assert score.retrained is not None and len(score.retrained) == 10
+    two = parse_benchmark(rf"classification={tmp_path},groups=(\w)/", QUICK)
+    assert two.held_out is not None
+    with pytest.raises(ValueError, match="groups of images chooses a layer, and there are 2"):
+        two.held_out(features, "kNN")

@@ -25,7 +25,7 @@ from visft_ds.evals.judge.models import load_encoder, parse_model
 from visft_ds.evals.judge.protocol import ImageSet, Label
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
-from visft_ds.evals.judge.segmentation import overlapping, pooled, segmentation, typical
+from visft_ds.evals.judge.segmentation import contenders, largest, overlapping, pooled, segmentation, typical
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.classes import VOID
 
@@ -162,6 +162,18 @@ def test_pictures_of_a_page_are_typical_ones() -> None:
     changes = np.array([0.9, -0.5, 0.1, 0.0, 0.3, -0.1, 0.2, 0.05, -0.9])
     assert [changes[place] for place in typical(changes, 3)] == [-0.5, 0.05, 0.3]
     assert typical(changes[:2], 6) == [1, 0]
+
+
+@pytest.mark.parametrize("size", [(30, 41), (3, 5)])
+def test_classes_that_cannot_win_are_left_out_and_none_else(size: tuple[int, int]) -> None:
+    """Of sharp maps most; the answers are those of all classes enlarged."""
+    generator = torch.Generator().manual_seed(0)
+    there = torch.randint(0, 12, (3, 2, 2), generator=generator).repeat_interleave(3, 1).repeat_interleave(2, 2)
+    maps = torch.randn(3, 40, 6, 4, generator=generator) + 4 * F.one_hot(there, 40).permute(0, 3, 1, 2)
+    assert 12 < contenders(maps).sum() < 3 * 40
+    expected = F.interpolate(maps, size, mode="bilinear").argmax(dim=1)
+    assert torch.equal(largest(maps, size), expected)
+    assert torch.equal(largest(maps, size, 2), expected[:, ::2, ::2])
 
 
 def _set(labels: list[Label], names: str, things: tuple[Thing, ...] = ()) -> DenseSet:

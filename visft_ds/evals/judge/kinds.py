@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,7 +113,7 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
     if name not in KINDS or not rest:
         raise ValueError(f"--on {text}: give KIND=SOURCE[,key=value] with a kind of {', '.join(KINDS)}")
     make, allowed = KINDS[name]
-    source, *pairs = rest.split(",")
+    source, *pairs = re.split(r",(?=\w+=)", rest)  # a pattern of groups may hold commas
     options = {}
     for pair in pairs:
         key, _, value = pair.partition("=")

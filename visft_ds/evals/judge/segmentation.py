@@ -76,6 +76,8 @@ def _in_context(source: Source) -> Score:
         images = ((number, maps, label.clamp(min=0)) for number, maps, label in images)
     each = max(1, source.protocol.memory // count)
     memory = in_context.remember(gauge("in-context memory", count, "images", images), classes, count, each)
+    if (groups := source.train.images.groups) is not None:  # which are drawn together
+        memory = replace(memory, owners=torch.from_numpy(groups).to(memory.owners)[memory.owners])
     draws = RESAMPLES * source.protocol.resampled
     seen = chain.from_iterable(in_context.recall(memory, maps, draws) for maps in source.whole(source.test))
 
@@ -149,22 +151,30 @@ def confusion(answers: Tensor, truth: Tensor, classes: int) -> Tensor:
 
 def largest(maps: Tensor, size: Sequence[int], stride: int = 1) -> Tensor:
     """(heads, H, W), the class that is largest in each pixel of maps (heads, C, h, w) that are enlarged to a size."""
-    possible = contenders(maps).nonzero()[:, 0]
-    large = enlarged(maps[:, possible], size, stride)
-    return possible[large.max(dim=1).indices]  # three times as fast as argmax
+    answers = []
+    for of_head, possible in zip(maps, contenders(maps), strict=True):
+        classes = possible.nonzero()[:, 0]
+        large = enlarged(of_head[classes], size, stride)
+        answers.append(classes[large.max(dim=0).indices])  # three times as fast as argmax
+    return torch.stack(answers)
 
 
 def contenders(maps: Tensor) -> Tensor:
-    """(C,) of bool, the classes that may be the largest in a pixel of enlarged maps (heads, C, h, w).
+    """(heads, C) of bool, the classes that may be the largest in a pixel of enlarged maps (heads, C, h, w).
 
-    Between four patches a class lies between its least and its largest value there. One whose largest is below the
-    least of another has lost; most have, everywhere, and need not be enlarged.
+    A pixel mixes four patches, whose winners' mean is beaten by the largest there. A class that is below this mean in
+    all four patches has lost between them; most have, everywhere, and need not be enlarged.
     """
     padded = F.pad(maps, (1, 1, 1, 1), mode="replicate")
-    most = F.max_pool2d(padded, 2, stride=1)
-    least = -F.max_pool2d(-padded, 2, stride=1)
+    height, width = maps.shape[-2] + 1, maps.shape[-1] + 1
+    corners = [padded[..., top : top + height, left : left + width] for top in (0, 1) for left in (0, 1)]
+    winners = [corner.argmax(dim=1, keepdim=True) for corner in corners]
     margin = 1e-5 * maps.abs().max()  # of rounding
-    return (most >= least.amax(dim=1, keepdim=True) - margin).any(dim=3).any(dim=2).any(dim=0)
+    possible = torch.zeros(maps.shape[:2], dtype=torch.bool, device=maps.device)
+    for corner in corners:
+        mean = torch.stack([corner.gather(1, winner) for winner in winners]).mean(dim=0)
+        possible |= (corner >= mean - margin).flatten(2).any(dim=2)
+    return possible
 
 
 def pooled(maps: Iterable[Tensor], things: Sequence[Thing]) -> Rows:
