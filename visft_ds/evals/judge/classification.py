@@ -37,7 +37,7 @@ from visft_ds.evals.judge.dense_sets import every
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.logistic import RESAMPLES, STRENGTHS, by_regression, held_out
 from visft_ds.evals.judge.neighbours import ROWS, Rows, by_neighbours
-from visft_ds.evals.judge.protocol import Benchmark, Features, FloatArray, Score, resamples
+from visft_ds.evals.judge.protocol import Benchmark, Features, FloatArray, Score, fifth, resamples
 from visft_ds.evals.judge.protocols import QUICK, Protocol, loaded
 from visft_ds.evals.judge.scoring import Settings, brought_near, encode_images, forward
 from visft_ds.monitor.console import gauge
@@ -73,15 +73,19 @@ def classification(
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         for name in wanted:
-            known, asked = _rows(name, features["train"], train), _rows(name, features["test"], test)
+            known, asked = _taught(name, features["train"], train), _rows(name, features["test"], test)
             yield probes[name](name, known, asked)
 
     def held(features: Mapping[str, Tensor], number: str) -> float:
         known = _rows(number, features, few)
-        fifth = held_out(known.labels)
-        if not fifth.any():
+        if few.images.groups is None:
+            chooses = held_out(known.labels)
+        else:
+            chooses = torch.zeros(len(known.labels), dtype=torch.bool, device=known.labels.device)
+            chooses[fifth(len(few.images), few.images.groups)[1]] = True
+        if not chooses.any():
             raise ValueError(f"{label} has no class of five training images; a fifth of them chooses a layer")
-        return probes[number](number, known.part(~fifth), known.part(fifth), 0).value
+        return probes[number](number, known.part(~chooses), known.part(chooses), 0).value
 
     def published(encoder: Encoder, settings: Settings, wanted: Collection[str]) -> Iterator[Score]:
         viewed = published_view(encoder)
@@ -89,7 +93,7 @@ def classification(
         if "kNN" in wanted:
             known = encode_images(viewed, train.images, ("pooled",), settings, f"{label} train")
             known, near = brought_near(known, settings), brought_near(asked, settings)
-            yield by_neighbours("kNN", _rows("kNN", known, train), _rows("kNN", near, test))
+            yield by_neighbours("kNN", _taught("kNN", known, train), _rows("kNN", near, test))
         if "linear" in wanted:
             yield by_descent("linear", viewed, train, _rows("linear", asked, test), recipe, settings)
 
@@ -119,6 +123,13 @@ def _rows(number: str, features: Mapping[str, Tensor], data: ClassSet) -> Rows:
     kinds = [kind for kind in (KINDS[:1] if number == "kNN" else KINDS) if kind in features]
     rows = torch.cat([features[kind] for kind in kinds], dim=1)
     return Rows(rows, torch.from_numpy(data.labels), torch.arange(len(data.labels))).to(rows.device)
+
+
+def _taught(number: str, features: Mapping[str, Tensor], data: ClassSet) -> Rows:
+    """The same of training images, which belong to the groups that they come from: these are drawn together."""
+    rows = _rows(number, features, data)
+    groups = data.images.groups
+    return rows if groups is None else replace(rows, owners=torch.from_numpy(groups).to(rows.owners))
 
 
 def published_view(encoder: Encoder) -> Encoder:
@@ -179,7 +190,7 @@ def by_descent(name: str, encoder: Encoder, train: ClassSet, test: Rows, recipe:
     encoded = encode_images(encoder, choosing.images, KINDS, settings, "held-out images")
     seen = _rows("linear", encoded, choosing)
     channels = {"class token": encoded["pooled"].shape[1], "class token and mean patch": seen.features.shape[1]}
-    copies = torch.from_numpy(resamples(len(taught.labels), RESAMPLES)).float()
+    copies = torch.from_numpy(resamples(len(taught.labels), RESAMPLES, taught.images.groups)).float()
     device = settings.device
     rates = torch.tensor(recipe.rates, device=device) * recipe.batch / 256
     classes = len(train.classes)

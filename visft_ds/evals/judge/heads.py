@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visft_ds.evals.judge.protocol import resamples
+from visft_ds.evals.judge.protocol import IntArray, resamples
 from visft_ds.monitor.console import gauge
 
 RESAMPLES = 5
@@ -74,14 +74,16 @@ def fit(
     loss_of: Loss,
     recipe: Recipe,
     schedule: Schedule,
+    groups: IntArray | None = None,
 ) -> Heads:
     """Train heads: the first one on all images alike, each further one on a resample.
 
     Args:
         images: number of the training images.
         examples: for each step numbers of the images in its batch, their maps (B, D, h, w), what is there.
+        groups: (images,) numbers of what images come from together.
     """
-    weights = torch.from_numpy(resamples(images, len(heads.bias) - 1)).float()
+    weights = torch.from_numpy(resamples(images, len(heads.bias) - 1, groups)).float()
     drops = torch.Generator().manual_seed(1)
     pixels = torch.Generator().manual_seed(2)
     optimizer = torch.optim.AdamW(heads.parameters(), recipe.rate, recipe.betas, weight_decay=recipe.decay)

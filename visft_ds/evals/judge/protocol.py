@@ -97,12 +97,17 @@ class Benchmark:
         return [f"{self.label} {number}" for number in self.numbers]
 
 
-def resamples(images: int, count: int) -> IntArray:
+def resamples(images: int, count: int, groups: IntArray | None = None) -> IntArray:
     """(1 + count, images), how often each training image counts: once, and as often as it is drawn. The same draws for
     every model and number.
+
+    Args:
+        groups: (images,) numbers; whole groups are drawn.
     """
-    even = np.full(images, 1 / images)
-    drawn = [np.random.default_rng([1, draw]).multinomial(images, even) for draw in range(count)]
+    units = np.arange(images) if groups is None else np.unique(groups, return_inverse=True)[1]
+    each = int(units.max()) + 1
+    even = np.full(each, 1 / each)
+    drawn = [np.random.default_rng([1, draw]).multinomial(each, even)[units] for draw in range(count)]
     return np.stack([np.ones(images, dtype=np.int64), *drawn])
 
 

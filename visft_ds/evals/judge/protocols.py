@@ -224,7 +224,8 @@ def trained(source: Source, outputs: int, loss: Loss, recipe: Recipe, crop: Crop
     first = next(source.whole(source.train))
     order = RandomSampler(images, num_samples=recipe.steps * BATCH, generator=torch.Generator().manual_seed(0))
     heads = Heads(1 + RESAMPLES * source.protocol.resampled, first.shape[1], outputs).to(first.device)
-    return fit(heads, len(images), source.examples(torch.tensor(list(order)), crop), loss, recipe, schedule)
+    examples = source.examples(torch.tensor(list(order)), crop)
+    return fit(heads, len(images), examples, loss, recipe, schedule, source.train.images.groups)
 
 
 def at_labels(seen: Iterable[Tensor], test: DenseSet) -> Iterator[tuple[Tensor, Tensor]]:

@@ -76,6 +76,8 @@ def _in_context(source: Source) -> Score:
         images = ((number, maps, label.clamp(min=0)) for number, maps, label in images)
     each = max(1, source.protocol.memory // count)
     memory = in_context.remember(gauge("in-context memory", count, "images", images), classes, count, each)
+    if (groups := source.train.images.groups) is not None:  # which are drawn together
+        memory = replace(memory, owners=torch.from_numpy(groups).to(memory.owners)[memory.owners])
     draws = RESAMPLES * source.protocol.resampled
     seen = chain.from_iterable(in_context.recall(memory, maps, draws) for maps in source.whole(source.test))
 
