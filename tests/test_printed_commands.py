@@ -24,7 +24,7 @@ from torch.distributed.run import get_args_parser
 
 from tests.coco_tree import write_tree
 from tests.options import known_keys
-from visft_ds import cli, flags
+from visft_ds import cli, flags, launch
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.preflight import missing_inputs, render_missing
@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "ds_configs/README.md", *(ROOT / "docs").glob("*.md")]
 FORMS = [*(ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"), ROOT / "SECURITY.md"]
 SCRIPTS = [*(ROOT / "launchers").iterdir(), *(ROOT / "tools").iterdir()]
+HOSTFILE = ROOT / "launchers/hostfile.example"
 RANKS = (1, 8, 16, 64)
 #: Programs that are not of this project; of `make` and `pip` the target and the extra are looked up.
 #: Flags of other programs that texts name: pip, SLURM, torchrun, git, curl, mypy.
@@ -53,8 +54,8 @@ OTHERS_FLAGS = (
     "--strict",
 )
 ELSEWHERE = ("curl", "export", "hf", "pyproject-build", "twine", "tools/gpu_kit.sh")
-TRAINERS = {"launchers/train.py": "train", "tools/profile.py": "profile", "tools/evaluate.py": "evaluate"}
-TRAINERS |= {"visft_ds.launch": "train"}
+SCRIPTED = {"launchers/train.py": "train", "tools/profile.py": "profile", "tools/evaluate.py": "evaluate"}
+SCRIPTED |= {"visft_ds.launch": "train", "tools/merge_lora.py": "merge", "tools/make_shards.py": "shards"}
 #: Names that stand for something of the user's, in commands that a page prints.
 FOLDERS = ("MYFOLDER", "coco", "photos", "MYPHOTOS", "ADAPTER", "HEADS", "published", "shards", "data/coco")
 RUNS = ("RUN", "runs/stage2", "runs/stage1")
@@ -85,7 +86,8 @@ def blocks(text: str) -> Iterator[str]:
 def mentions(text: str) -> Iterator[str]:
     """Commands within a sentence; those with a gap for the reader, such as `visft report RUN [RUN ...]`, are none."""
     for span in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)):
-        begins = span.startswith(("visft ", "deepspeed --", "torchrun ", "sbatch --nodes", "python -m visft_ds "))
+        programs = ("visft ", "deepspeed --", "torchrun ", "sbatch --nodes", "python -m visft_ds ", "python launchers/")
+        begins = span.startswith((*programs, "python tools/"))
         if begins and not re.search(r"\.\.\.|\[|COMMAND", span):
             yield span
 
@@ -173,7 +175,7 @@ def of_script(script: str, words: Sequence[str], ranks: int) -> Command | None:
     assert script == "visft_ds.launch" or (ROOT / script).is_file(), script
     if script == "launchers/supervise.py":
         return Command("supervise", list(words), ranks)
-    return Command(TRAINERS[script], list(words), ranks)
+    return Command(SCRIPTED[script], list(words), ranks)
 
 
 def of_slurm(words: Sequence[str]) -> Command:
@@ -284,15 +286,18 @@ def test_the_examples_of_help_are_accepted(
     assert count > 20
 
 
-def distinct_trainings() -> dict[str, list[str]]:
-    """Every command line of visft train in a block of a page, by its words."""
-    found = dict[str, list[str]]()
+def every_training() -> Iterator[Command]:
+    """Every command of visft train in a block of a page, whatever launcher it has."""
     for page in PAGES:
         for line in blocks(page.read_text(encoding="utf-8")):
-            command = parse(line)
+            command = parse(line.replace("--hostfile hostfile", f"--hostfile {HOSTFILE}"))
             if command is not None and command.name == "train":
-                found[shlex.join(command.words)] = command.words
-    return found
+                yield command
+
+
+def distinct_trainings() -> dict[str, list[str]]:
+    """Words of these commands, each once."""
+    return {shlex.join(command.words): command.words for command in every_training()}
 
 
 def of_output(text: str) -> list[str]:
@@ -416,3 +421,34 @@ def test_on_more_ranks_a_command_works_or_is_told_what_to_add(here: Path) -> Non
             assert derive_batches(larger, ranks).processes == ranks
             added.add(advice[1])
     assert "--batch-size 64 --lr 2.8e-5" in added
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_flags_for_more_gpus_are_those_that_a_start_advises(stage: int) -> None:
+    """The page says for 16, 32 and 64 GPUs what a start on 64 says; the first try of a cluster runs on any of them."""
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| 16, 32, 64 \|(.+)\|(.+)\|$", page, re.MULTILINE)
+    (flags_of_page,) = re.findall("`(.+)`", row[stage - 1])
+    with pytest.raises(ValueError, match=re.escape(f": add {flags_of_page} (")):
+        derive_batches(resolve(stage=stage), 64)
+    words = ["--stage", str(stage), *shlex.split(flags_of_page)]
+    (first_try,) = re.findall(r"`(--stage 1 --model debug .+)`", page)
+    for ranks in (16, 32, 64):
+        for line in (words, shlex.split(first_try)):
+            assert derive_batches(resolve_arguments(line)[1], ranks).processes == ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", distinct_trainings().values(), ids=shlex.join)
+def test_a_printed_training_command_runs_dry(
+    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole dry run, as rank 0 of the ranks that its launcher starts; only files may be missing."""
+    ranks = max(command.ranks for command in every_training() if command.words == words)
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    status = launch.main([*words, "--dry-run"])
+    said = capsys.readouterr()
+    assert status == 0 or "this run cannot start" in said.err, said.err
+    assert "dry run: nothing is started" in said.out

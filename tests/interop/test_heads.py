@@ -85,6 +85,23 @@ def test_a_head_whose_file_names_the_width_of_its_map(tmp_path: Path) -> None:
     assert all(torch.equal(again[name], value) for name, value in head.state_dict().items())
 
 
+def test_a_header_of_wrong_types_is_refused_with_the_file(tmp_path: Path) -> None:
+    told = {"task": "detection", "shapes": [[WIDTH, 14]], "options": OPTIONS["detection"]}
+    for key, value in (
+        ("options", 0.5),
+        ("shapes", []),
+        ("shapes", [[WIDTH, "14"]]),
+        ("categories", {"id": 1}),
+        ("extra", {"base_weights": 0.5}),
+        ("extra", {"base_weights": ["x"]}),
+        ("extra", {"layers": [-1]}),
+    ):
+        header = {"visft_head": json.dumps({**told, key: value})}
+        save_tensors(tmp_path / "detection.safetensors", {"a": torch.ones(1)}, header)
+        with pytest.raises(ValueError, match=rf"detection\.safetensors: cannot be read as a head of visft_ds: {key}"):
+            open_head(tmp_path, "detection")
+
+
 def test_the_file_of_a_task_is_found(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no captioning heads"):
         open_head(tmp_path, "captioning")

@@ -7,11 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from visft_ds.config.fields import Count, Positive, StrictModel
 from visft_ds.config.preflight import head_files
 from visft_ds.data.shards import Category
 from visft_ds.files import reading
@@ -48,6 +50,25 @@ class HeadInfo:
     def vocabulary(self) -> Vocabulary | None:
         """The words that it brings along."""
         return Vocabulary.from_dict(self.extra["vocabulary"]) if "vocabulary" in self.extra else None
+
+
+class StoredExtra(StrictModel):
+    """What others ask of `HeadInfo.extra`; a trainer may remember more."""
+
+    model_config = ConfigDict(extra="allow")
+
+    base_weights: str | None = None
+    layers: tuple[Count, ...] = ()
+
+
+class StoredHead(StrictModel):
+    """`HeadInfo` in the header of a file."""
+
+    task: str
+    shapes: Annotated[tuple[tuple[Positive, Positive], ...], Field(min_length=1)]
+    options: dict[str, Any] = Field(default_factory=dict)
+    categories: tuple[dict[str, Any], ...] = ()
+    extra: StoredExtra = StoredExtra()
 
 
 @dataclass(frozen=True)
@@ -108,6 +129,7 @@ def open_head(place: str | Path, task: str) -> HeadFile:
     with reading(file.path, "a head of visft_ds"):
         values = json.loads(told)
         values.setdefault("shapes", [(values.pop("in_channels", None), 14)])  # earlier heads read one map of any stride
+        StoredHead.model_validate_json(json.dumps(values))
         info = HeadInfo(**values)
         if info.task != task:
             raise ValueError(f"it is a {info.task} head; a {task} head is wanted")

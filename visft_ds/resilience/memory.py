@@ -82,8 +82,8 @@ def memory_explained(what: str, stream: str, batches: Sequence[Batch], device: t
             f"  {(str(error).splitlines() or [type(error).__name__])[0]}\n"
             f"  measured: {', '.join(f'{name} {size / 2**30:.2f} GiB' for name, size in counted.items())}\n"
             f"  Try --set {key}.micro_batch=N with a smaller number (the same losses in fp32, without dropout), "
-            "--set visft.model.recompute=block, or --engine zero3 on several GPUs; `visft plan` with the same flags "
-            "predicts what each needs."
+            "--set visft.model.recompute=block, or --engine zero3_offload; `visft plan --cluster 8xA100-80GB`, with "
+            "your GPUs and the same --stage, --model and --set, predicts what each needs."
         ) from None
 
 
