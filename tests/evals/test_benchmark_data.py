@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from tests.evals.conftest import World
+from tests.map_folder import write_own
 from visft_ds.evals.judge import classes, dense_sets, objects, ocr, retrieval
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.crops import NO_CLASS, label_of
@@ -240,6 +241,43 @@ def test_a_box_without_a_mask_is_the_truth_of_no_miou(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--on objects="):
         parse_benchmark(f"segmentation={tmp_path}", QUICK)
     assert len(parse_benchmark(f"objects={tmp_path}", QUICK).sets["test"]) == 2
+
+
+def test_named_label_maps_are_read_as_visft_shards_does(tmp_path: Path) -> None:
+    """CamVid has "Unlabelled", its number 11, among 12 names, or 11 names and a number that none has."""
+    write_own(tmp_path, 2, 1)
+    source = f"segmentation={tmp_path}"
+    names = ["sky", "meadow", "house"]
+    for path in tmp_path.glob("labels/*/*.png"):
+        numbers = np.asarray(Image.open(path)).copy()
+        numbers[numbers == 255] = 3
+        Image.fromarray(numbers).save(path)
+    with pytest.raises(ValueError, match=r"train\.png: the number 3 has no name: classes are numbered 0 to 2"):
+        parse_benchmark(source, QUICK)
+    fingerprints = set()
+    for listed, void, expected in (
+        (names, 3, names),
+        ([*names, "Unlabelled"], 3, names),
+        ([*names, "Unlabelled"], 1, ["sky", "house", "Unlabelled"]),
+    ):
+        (tmp_path / "classes.txt").write_text("\n".join(listed))
+        _, held = dense_sets.read_train_and_test(QUICK.images, str(tmp_path), void=void)
+        assert held.classes == tuple(expected)
+        stored = np.asarray(Image.open(tmp_path / "labels/val/0val.png"))
+        label = label_of(held, 0).numpy()
+        assert (label[stored == void] == NO_CLASS).all()
+        for number, name in enumerate(listed):
+            if name in expected:
+                assert (label[stored == number] == expected.index(name)).all()
+        fingerprints.add(held.images.fingerprint)
+    assert len(fingerprints) == 2, "scores are kept by what the labels are"
+    assert parse_benchmark(f"{source},void=3", QUICK).settings["classes"] == tuple(names)
+    for wrong, word in (("256", "0 to 255"), ("x", "void=x")):
+        with pytest.raises(ValueError, match=word):
+            parse_benchmark(f"{source},void={wrong}", QUICK)
+    (tmp_path / "classes.txt").unlink()
+    with pytest.raises(ValueError, match=r"void=3 is for label maps with classes\.txt"):
+        parse_benchmark(f"{source},void=3", QUICK)
 
 
 def test_one_part_of_a_data_set_is_judged_by_all_kinds(tmp_path: Path) -> None:

@@ -298,10 +298,13 @@ def test_what_a_model_lacks_is_told_before_anything_is_encoded(
         assert status == 2 and said in errors
 
 
-def test_a_rehearsal_tells_models_data_and_time_and_writes_nothing(world: Path, tmp_path: Path) -> None:
+def test_a_rehearsal_tells_models_data_and_time_and_writes_nothing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["--on", f"classification={world}/shapes", "--primary", "classification/shapes kNN", "--numbers", "kNN"]
     models = [f"base={world}/clip.safetensors", f"cut={world}/clip.safetensors#0"]
-    status, said, errors = _run(*models, *words, "--dry-run", "--out", tmp_path / "out")
+    words += ["--quick", "--dry-run", "--out", str(tmp_path / "out")]
+    status, said, errors = _run(*models, *words)
     assert (status, errors) == (0, "") and not (tmp_path / "out").exists()
     text = " ".join(said.split())
     assert f"base best of blocks.0 to blocks.1 {world}/clip.safetensors" in text
@@ -309,6 +312,9 @@ def test_a_rehearsal_tells_models_data_and_time_and_writes_nothing(world: Path, 
     assert "classification/shapes 6 train, 6 test kNN" in text
     # layers of base and cut, 6 each; scores of base, cut, noise and half, 12 each; six measurements of 6 images
     assert "encoding 96 images" in text
+    monkeypatch.setattr("visft_ds.parallel.distributed.rank", lambda: 1)
+    monkeypatch.setattr("visft_ds.evals.judge.scoring._present", lambda path: pytest.fail("waited for ever"))
+    assert _run(*models, *words) == (0, "", "")
 
 
 def test_weights_of_timm_are_fetched_with_download_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ models: [LABEL=]FILE[+ADAPTER], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LA
 
 kinds of --on (and their keys):
     segmentation    by patches, and names of objects: shards, ADE20k, VOC, images/ with labels/, and what visft shards
-                    reads, such as COCO, Roboflow, YOLO (split, train, groups, name)
+                    reads, such as COCO, Roboflow, YOLO (split, train, groups, void, name)
     depth           metres by a linear head: images/ with depth/, 16-bit PNG of millimetres (split, train, groups, name)
     classification  kNN and linear on frozen features: folders of classes, digits (split, train, groups, name)
     zero_shot       classes by text similarity: folders of classes, ImageNet's family, ObjectNet (split, groups, name)
@@ -52,7 +52,8 @@ kinds of --on (and their keys):
     ocr             words read by a small head: train/ and test/ with gt.txt or labels.txt (name)
     kept            predictions of BASE's own classifier that stay: any images (groups, name)
 split is judged (default: val, validation or test), train teaches; groups= names what images come from together, such as
-patients or videos: FILE.csv:COLUMN, or a regular expression for the images' names
+patients or videos: FILE.csv:COLUMN, or a regular expression for the images' names; void= is the number that means no
+class in label maps with classes.txt, as --void of visft shards
 
 Exit status: 0 judged, whatever the verdict; 2 wrong usage or unusable input.
 """

@@ -41,6 +41,7 @@ _FOLDERS = {
 }
 _ENDINGS = {"Cityscapes": ("_leftImg8bit", "_gtFine_labelIds")}
 OWN = "label maps"  #: the layout for maps of one's own
+CLASSES = "classes.txt"  #: its list of names
 
 
 def map_layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
@@ -59,7 +60,7 @@ def read_maps(kind: str, folder: Path, wanted: str | None = None, void: int | No
         ValueError: a map that is none, or with a number that has no name; more than a tenth of images or maps without
             the other; a split in which no pixel has a class.
     """
-    names, voids, dropped = _classes(kind, folder, void)
+    names, voids, dropped = classes_of_maps(kind, folder, void)
     made = list[FolderSplit]()
     categories = [{"id": number, "name": name} for number, name in names.items()]
     for split, (images, maps) in _splits(kind, folder).items():
@@ -128,21 +129,29 @@ def annotations_of_map(
 ) -> Iterator[dict[str, Any]]:
     """An annotation in COCO's terms, without ids, for each class of a map (H, W) that lies at `path`."""
     columns = np.asfortranarray(numbers)  # run-length codes go down columns
-    for number in np.flatnonzero(np.bincount(numbers.ravel(), minlength=VOID + 1)).tolist():
-        if number in voids:
-            continue
-        if number not in names:
-            known = f"classes are numbered {min(names)} to {max(names)}, and {min(voids)} means no class (--void N)"
-            raise ValueError(f"{path}: the number {number} has no name: {known}")
+    for number in numbers_with_class(numbers, names, voids, path):
         code = coco_mask.encode((columns == number).view(np.uint8))
         segmentation = {"size": list(numbers.shape), "counts": code["counts"].decode("ascii")}
         facts = {"bbox": coco_mask.toBbox(code).tolist(), "area": int(coco_mask.area(code)), "iscrowd": 0}
         yield {"category_id": number, **facts, "segmentation": segmentation}
 
 
+def numbers_with_class(
+    numbers: npt.NDArray[np.uint8], names: Mapping[int, str], voids: frozenset[int], path: Path
+) -> list[int]:
+    """The numbers of a map (H, W) that have a class. Raises ValueError for one without a name."""
+    used = np.flatnonzero(np.bincount(numbers.ravel(), minlength=VOID + 1)).tolist()
+    having = [number for number in used if number not in voids]
+    nameless = [number for number in having if number not in names]
+    if nameless:
+        known = f"classes are numbered {min(names)} to {max(names)}, and {min(voids)} means no class"
+        raise ValueError(f"{path}: the number {nameless[0]} has no name: {known} (--void N; of visft judge void=N)")
+    return having
+
+
 def _splits(kind: str, folder: Path) -> dict[str, tuple[Path, Path]]:
     """Split -> folders of images and maps, of those splits of a layout that a folder has."""
-    if kind == OWN and (folder / "classes.txt").is_file():
+    if kind == OWN and (folder / CLASSES).is_file():
         parts = [part.name for part in sorted(folder.glob("labels/*/")) if any(part.rglob("*.png"))]
         folders = {SPLITS.get(part, part): (f"images/{part}", f"labels/{part}") for part in parts}
     else:
@@ -151,8 +160,11 @@ def _splits(kind: str, folder: Path) -> dict[str, tuple[Path, Path]]:
     return {split: both for split, both in there.items() if all(one.is_dir() for one in both)}
 
 
-def _classes(kind: str, folder: Path, void: int | None) -> tuple[dict[int, str], frozenset[int], str]:
-    """(number -> name, numbers without a class, number and name that `void` drops) of a data set."""
+def classes_of_maps(kind: str, folder: Path, void: int | None) -> tuple[dict[int, str], frozenset[int], str]:
+    """(number -> name, numbers without a class, number and name that `void` drops) of a data set.
+
+    Raises ValueError for a wrong list of names, and for a `void` out of range or that the layout does not take.
+    """
     if kind == "Cityscapes":
         if void is not None:
             raise ValueError("--void does not apply to Cityscapes: all but 19 of its numbers mean no class")
@@ -160,8 +172,8 @@ def _classes(kind: str, folder: Path, void: int | None) -> tuple[dict[int, str],
     if void is None:
         void = VOID if kind == OWN else 0
     if not 0 <= void <= VOID:
-        raise ValueError(f"--void {void} is not allowed: numbers in label maps are 0 to {VOID}")
-    path = folder / ("classes.txt" if kind == OWN else "objectInfo150.txt")
+        raise ValueError(f"void number {void} is not allowed: numbers in label maps are 0 to {VOID}")
+    path = folder / (CLASSES if kind == OWN else "objectInfo150.txt")
     with reading(path, "a list of classes, one name per line"):
         lines = [line.strip() for line in read_bytes(path).decode("utf-8-sig").strip().splitlines()]
         names = dict(enumerate(lines, int(void == 0)))
@@ -173,7 +185,7 @@ def _classes(kind: str, folder: Path, void: int | None) -> tuple[dict[int, str],
             raise ValueError(f"it has {len(lines)} lines; 1 to {VOID - 1} names, no two alike, are allowed")
         dropped = f"{void} {names.pop(void)}" if void in names else ""
         if not names:
-            raise ValueError(f"--void {void} leaves none of its names")
+            raise ValueError(f"the void number {void} leaves none of its names")
         return names, frozenset([void]), dropped
 
 

@@ -51,10 +51,10 @@ def run_judge(given: argparse.Namespace) -> None:
     _check_folder(given.out, primary)
     best = given.layers == "all"
     if given.dry_run:
-        with TemporaryDirectory() as scratch:
-            nowhere = replace(settings, cache=Path(scratch))
-            comparison = Comparison(arms, len(given.tuned), benchmarks, primary, nowhere)
-            if distributed.is_main():
+        if distributed.is_main():  # the others would wait for facts in folders of their own
+            with TemporaryDirectory() as scratch:
+                nowhere = replace(settings, cache=Path(scratch))
+                comparison = Comparison(arms, len(given.tuned), benchmarks, primary, nowhere)
                 print_plan("visft judge --dry-run", rehearsal(comparison, best=best))
         return
     published = sum(benchmark.published is not None for benchmark in benchmarks)

@@ -5,12 +5,14 @@
 | shards of ours | a manifest of the split | crowds |
 | ADE20k | `images/{training,validation}`, `annotations/{training,validation}` | 0; class n is number n + 1 |
 | Pascal VOC | `JPEGImages`, `SegmentationClass[Aug]`, `ImageSets/Segmentation/{train,trainaug,val}.txt` | 255 |
-| any | `images/<split>`, `labels/<split>` with PNG files | 255 |
+| any | `images/<split>`, `labels/<split>` with PNG files; `classes.txt` names the classes, if it exists | 255 |
 | what `visft shards` reads: COCO, Roboflow, YOLO, Cityscapes | as there | crowds |
 
-Label maps are PNG files of class numbers (indexed or grey), called as their images. Labels keep their size; images are
-stretched to squares. Of objects, each lies on top of the larger ones; what no object covers is class 0, in shards of
-label maps without a class. Where an object has a box and no mask, nobody knows what is in the box: it has no class.
+Label maps are PNG files of class numbers (indexed or grey), called as their images. With `classes.txt` they are read as
+`visft shards` does: a number without a name is an error, and another number than 255 may mean no class. Labels keep
+their size; images are stretched to squares. Of objects, each lies on top of the larger ones; what no object covers is
+class 0, in shards of label maps without a class. Where an object has a box and no mask, nobody knows what is in the
+box: it has no class.
 
 Depth: `images/<split>` and `depth/<split>`, 16-bit PNG files of millimetres, called as the images; 0 is not known.
 """
@@ -38,7 +40,8 @@ from visft_ds.files import checked_name, image_frame, open_image, read_bytes, re
 from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import FolderSplit, read_coco
 from visft_ds.shards.layouts import recognise
-from visft_ds.shards.maps import read_map
+from visft_ds.shards.maps import CLASSES, OWN, classes_of_maps, numbers_with_class, read_map
+from visft_ds.tasks.classes import VOID
 
 NOTHING = 65_535  #: number of a pixel of outlines that has no class; of label maps it is 255
 _SMALLEST = 1 / 3136  # of an image, below which nobody could recognise an object
@@ -72,18 +75,19 @@ class DenseSet:
 
 
 def read_train_and_test(
-    most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
+    most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None, void: int | None = None
 ) -> tuple[DenseSet, DenseSet]:
     """(images to train probes on, images to judge them on), in any layout of the table above.
 
     Args:
         most: images of "train" and "test"; of a larger part every k-th.
+        void: number that means no class, for label maps with `classes.txt`.
 
     Raises:
         ValueError: no such folder or layout, a part that is not there or is not labelled, other categories in both,
-            objects of which none has a mask.
+            objects of which none has a mask; label maps with a number that `classes.txt` does not name.
     """
-    found = _pair(_parts(Path(source)), most, source, train, test)
+    found = _pair(_parts(Path(source), void), most, source, train, test)
     for name, part in found.items():
         found[name] = _masked(part, f"{source}: {name}", source)
     largest = 0
@@ -156,8 +160,10 @@ def _pair(
     return {learnt: parts[learnt](most["train"]), held: parts[held](most["test"])}
 
 
-def _parts(root: Path) -> Parts:
+def _parts(root: Path, void: int | None = None) -> Parts:
     """The parts of a folder, in the first layout that it has."""
+    if void is not None and not (root / CLASSES).is_file():
+        raise ValueError(f"{root}: void={void} is for label maps with {CLASSES}, which names their classes")
     if splits := splits_in(root):
         return {split: partial(_of_shards, root, split) for split in splits}
     if (root / "annotations/training").is_dir():
@@ -173,6 +179,8 @@ def _parts(root: Path) -> Parts:
         if _AUGMENTED in parts and not augmented.is_dir():
             del parts[_AUGMENTED]
         return parts
+    if any(root.glob("labels/*/*.png")) and (root / CLASSES).is_file():
+        return _named(root, void)
     if any(root.glob("labels/*/*.png")):
         return _beside(root, "labels", read_map)
     try:
@@ -182,6 +190,27 @@ def _parts(root: Path) -> Parts:
         raise ValueError(f"{root} has no labels of pixels: {given}: {error}") from error
     labelled = [split for split in splits_of_folder if split.instances is not None or split.maps is not None]
     return {split.name: partial(_of_split, split) for split in labelled}
+
+
+def _named(root: Path, void: int | None) -> Parts:
+    """The parts of label maps whose classes are named; classes are numbered from 0 in the order of their numbers."""
+    names, voids, _ = classes_of_maps(OWN, root, void)
+    places = np.full(VOID + 1, VOID, dtype=np.uint8)
+    places[sorted(names)] = np.arange(len(names))
+
+    def read(path: Path) -> Label:
+        numbers = read_map(path)
+        numbers_with_class(numbers, names, voids, path)
+        placed: Label = places[numbers]
+        return placed
+
+    def named(part: Callable[[int], DenseSet], most: int) -> DenseSet:
+        data = part(most)
+        stamped = digest((data.images.fingerprint, *map(str, sorted(voids))))
+        classes = tuple(names[number] for number in sorted(names))
+        return replace(data, images=replace(data.images, fingerprint=stamped), classes=classes)
+
+    return {name: partial(named, part) for name, part in _beside(root, "labels", read).items()}
 
 
 def _beside(root: Path, kind: str, read: Callable[[Path], npt.NDArray[Any]]) -> Parts:

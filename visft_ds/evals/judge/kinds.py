@@ -33,6 +33,7 @@ class Request:
     train: str | None  #: part to learn from
     test: str | None  #: part that is judged
     groups: str | None  #: of images, see `images.grouped`
+    void: int | None  #: number that means no class in label maps
 
     @property
     def parts(self) -> tuple[str, str | None, str | None]:
@@ -45,7 +46,7 @@ class Request:
 
 
 def _segmentation(request: Request) -> Benchmark:
-    learnt, held = dense_sets.read_train_and_test(request.protocol.images, *request.parts)
+    learnt, held = dense_sets.read_train_and_test(request.protocol.images, *request.parts, request.void)
     train = replace(learnt, images=request.grouped(learnt.images))
     test = replace(held, images=request.grouped(held.images))
     benchmark = segmentation(request.label, train, test, request.protocol)
@@ -91,7 +92,7 @@ def _kept(request: Request) -> Benchmark:
 _ALL = ("split", "train", "groups", "name")
 #: Kind -> (what makes it, keys of its options). `evals.cli` describes them.
 KINDS: dict[str, tuple[Callable[[Request], Benchmark], tuple[str, ...]]] = {
-    SEGMENTATION: (_segmentation, _ALL),
+    SEGMENTATION: (_segmentation, (*_ALL, "void")),
     "depth": (_depth, _ALL),
     "classification": (_classification, _ALL),
     "zero_shot": (_zero_shot, ("split", "groups", "name")),
@@ -119,8 +120,20 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
         if key not in allowed or not value:
             raise ValueError(f"--on {text}: {key!r} is not a setting of {name}; allowed: {', '.join(allowed)}")
         options[key] = value
-    label = f"{name}/{options.get('name') or Path(source).name}"
-    return make(Request(protocol, label, source, options.get("train"), options.get("split"), options.get("groups")))
+    void = options.get("void")
+    if void is not None and not void.isdecimal():
+        raise ValueError(f"--on {text}: void={void} is no number of a label map")
+    return make(
+        Request(
+            protocol,
+            label=f"{name}/{options.get('name') or Path(source).name}",
+            source=source,
+            train=options.get("train"),
+            test=options.get("split"),
+            groups=options.get("groups"),
+            void=None if void is None else int(void),
+        )
+    )
 
 
 def parse_benchmarks(

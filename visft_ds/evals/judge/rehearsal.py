@@ -37,8 +37,10 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
         data.append([benchmark.label, sizes, ", ".join(benchmark.numbers)])
     seconds = seconds_of(comparison.origin, settings)
     quick = [benchmark for benchmark in comparison.benchmarks if benchmark.published is None]
-    images = _images(comparison, quick, best=best)
-    times = [["encoding", f"{images:,} images", f"{seconds * images / 3600:.2g} hours on {settings.device}"]]
+    times = list[list[str]]()
+    if quick:
+        images = _images(comparison, quick, best=best)
+        times.append(["encoding", f"{images:,} images", f"{seconds * images / 3600:.2g} hours on {settings.device}"])
     published = len(comparison.benchmarks) - len(quick)
     if published:
         scored = sum(len(arm.models) for arm in arms) * (3 if best else 1)  # with noise and half
