@@ -216,7 +216,7 @@ def test_lists_and_tasks_that_differ_are_named_whole() -> None:
             4,
             "add --set visft.tasks.semantic.batch_size=4 (",
         ),
-        (1, ("visft.tasks=semantic",), 64, "raise that of semantic in visft.param_groups by the same factor; the configured batch"),
+        (1, ("visft.tasks=semantic",), 64, "in visft.param_groups by the same factor; the configured batch"),
     ],
 )
 def test_batches_that_do_not_divide_are_told_what_to_add(
