@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -322,3 +324,17 @@ def test_gradients_of_a_convolution_cost_twice_its_forward(groups: int) -> None:
             counted.append(tracer.operations)
             torch.autograd.backward(out, torch.empty_like(out))
         assert tracer.operations == 3 * counted[-1] == 3 * 2 * 2 * 240 * layer.weight.numel()
+
+
+@pytest.mark.slow
+def test_the_page_quotes_the_plan() -> None:
+    """Rows that one trace gives; the others of the table take minutes each."""
+    page = (Path(__file__).parents[2] / "docs/memory-and-speed.md").read_text(encoding="utf-8")
+    for cluster in ("8xA100-80GB", "8xH100"):
+        (row,) = re.findall(rf"^\| {cluster.replace('x', ' x ', 1)} \| (.+) \|$", page, re.MULTILINE)
+        engine, policy, memory, speed, hours = row.split(" | ")
+        best = search(resolve(stage=2, model="eva_e"), parse_cluster(cluster))[0]
+        assert (engine, policy) == (best.engine, f"`{best.run.config.visft.model.recompute}`")
+        assert float(memory) == pytest.approx(best.needed / 2**30, rel=0.02)
+        assert float(speed) == pytest.approx(best.images_per_second, rel=0.02)
+        assert float(hours) == pytest.approx(best.hours, rel=0.05)

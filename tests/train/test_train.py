@@ -100,7 +100,7 @@ def test_more_ranks_than_images(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert main(command(shards, tmp_path / "run")) == 2 and not (tmp_path / "run").exists()
-    assert re.match("error: .*batch_size = 4 on 8 processes", capsys.readouterr().err)
+    assert re.match("error: .*batch_size = 4 cannot be divided among 8 processes", capsys.readouterr().err)
 
 
 def test_a_diverged_run_stops_all_ranks_and_names_where_it_begins(shards: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def shared(calls: Sequence[Callable[[bool], T]], what: str) -> list[T]:
     """
     rank, world = distributed.rank(), distributed.world_size()
     made: dict[int, T] = {}
-    with gauge(what, len(calls)) as bar:
+    with gauge(what, len(calls), "results") as bar:
         try:
             for number in range(rank, len(calls), world):
                 made[number] = calls[number](True)

@@ -92,7 +92,7 @@ def _sentence(word: str, row: Row, trial: Trial, base: str) -> str:
     better = f"{arm} is better than {base} by {by}"
     if word == "the same":
         same = f"Where {row.name} is read, {arm} has the features of {base}"
-        ends = f"; it ends after {trial.cut}, and minus {base} at its best layer it is {_text(gain, row)}"
+        ends = f"; it ends after {trial.cut}, and differs by {_text(gain, row)} from {base} at its best layer"
         return f"{same}{ends if trial.cut else ''}"
     if word == "better placed":
         return _better_placed(better, row, trial, base)
