@@ -415,7 +415,7 @@ def test_on_more_ranks_a_command_works_or_is_told_what_to_add(here: Path) -> Non
                 derive_batches(config, ranks)
                 continue
             except ValueError as error:
-                advice = re.search(r": add (.+?) \(as suits Adam", str(error))
+                advice = re.search(r": add (.+?) \(for Adam", str(error))
             assert advice is not None, words
             _, larger = resolve_arguments([*words, *shlex.split(advice[1])])
             assert derive_batches(larger, ranks).processes == ranks

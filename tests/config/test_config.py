@@ -203,7 +203,7 @@ def test_lists_and_tasks_that_differ_are_named_whole() -> None:
 @pytest.mark.parametrize(
     ("stage", "settings", "processes", "advice"),
     [
-        (2, (), 64, "add --batch-size 64 --lr 2.8e-5 (as suits Adam"),
+        (2, (), 64, "add --batch-size 64 --lr 2.8e-5 (for Adam"),
         (2, (), 64, "square root of 64 / 8; the published batch is 8), or start 1, 2, 4 or 8 processes"),
         (1, (), 16, "batch_size=16 --set visft.tasks.segmentation.batch_size=16 --lr 7.1e-5 ("),
         # Micro-batches of captions would be of 11 with one accumulation for all, and 8 are allowed.
@@ -216,7 +216,7 @@ def test_lists_and_tasks_that_differ_are_named_whole() -> None:
             4,
             "add --set visft.tasks.semantic.batch_size=4 (",
         ),
-        (1, ("visft.tasks=semantic",), 64, "raise that of semantic in visft.param_groups alike; the configured batch"),
+        (1, ("visft.tasks=semantic",), 64, "in visft.param_groups by the same factor; the configured batch"),
     ],
 )
 def test_batches_that_do_not_divide_are_told_what_to_add(

@@ -359,5 +359,5 @@ def test_groups_are_drawn_and_held_out_together(tmp_path: Path) -> None:
     assert score.retrained is not None and len(score.retrained) == 10
     two = parse_benchmark(rf"classification={tmp_path},groups=(\w)/", QUICK)
     assert two.held_out is not None
-    with pytest.raises(ValueError, match="groups of images chooses a layer, and there are 2"):
+    with pytest.raises(ValueError, match="groups of images chooses the layer, but there are only 2"):
         two.held_out(features, "kNN")

@@ -80,6 +80,10 @@ def test_the_same_command_continues_after_an_interruption(
 
     assert _run(out, "photos", "--threshold", "0.3") == 2
     assert "other settings: threshold 0.0, now 0.3. Give that command again" in capsys.readouterr().err
+    written = (out / "predictions.jsonl").read_bytes()
+    (out / "predictions.jsonl").write_bytes(b"[]\n" + written)
+    assert _run(out, "photos", *ALL) == 2 and "remove its folder to begin anew" in capsys.readouterr().err
+    (out / "predictions.jsonl").write_bytes(written)
     monkeypatch.setattr(Prediction, "draw", draws)
     assert _run(out, "photos", "--threshold", "0", "--batch-size", "2") == 0
     assert "1 of them are done" in capsys.readouterr().out

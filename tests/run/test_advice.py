@@ -55,7 +55,7 @@ def test_classes_with_few_images_are_counted() -> None:
     config, data = opened()
     having = {**{str(number): 4 for number in range(60)}, **{str(number): 40 for number in range(60, 80)}}
     (found,) = told(config, with_manifest(data, having_category=having, object_sides=LARGE)).items()
-    assert found[0].startswith("60 of 80 classes are in fewer than 10 training images each (half of all in 4")
+    assert found[0].startswith("60 of 80 classes are in fewer than 10 training images each (half of all classes in 4")
     assert found[1] == "detection, segmentation"
 
 
@@ -93,7 +93,7 @@ def test_objects_beyond_the_queries_are_counted() -> None:
     index = np.array(one.manifest.index)
     index["num_annotations"] = [5, 4, 2] * 4
     found = told(config, with_manifest(data, having_category=many(data), object_sides=LARGE, index=index))
-    expected = "12 of 44 objects are ignored in a step, as 8 of 12 images have more than 3"
+    expected = "12 of 44 objects are ignored, as 8 of 12 images have more than 3"
     assert found == {f"{expected} (visft.tasks.detection.head.num_queries)": "detection"}
 
 
@@ -109,7 +109,7 @@ def test_a_run_without_validation_hears_which_splits_there_are(tmp_path: Path) -
 
 
 RARE = Finding("detection", "60 of 80 classes are in fewer than 10 training images each", ": expect little")
-IGNORED = Finding("segmentation", "185 of 731 objects are ignored in a step", ", as some")
+IGNORED = Finding("segmentation", "185 of 731 objects are ignored", ", as some")
 MORE_STEPS = "train for more steps"
 
 

@@ -101,9 +101,9 @@ def larger_batches(config: ResolvedConfig, processes: int) -> LargerBatches:
         by_set = config.sources.get("optimizer.params.lr") == "--set"
         flags += ["--set", settings[-1]] if by_set else ["--lr", rate]
     growth_in_words = f"the square root of {sizes[worst.key]} / {worst.batch_size}"
-    rule = f"as suits Adam, the learning rate is multiplied by {growth_in_words}"
+    rule = f"for Adam the learning rate is multiplied by {growth_in_words}"
     if apart:
-        rule += f"; raise that of {' and '.join(apart)} in visft.param_groups alike"
+        rule += f"; raise that of {' and '.join(apart)} in visft.param_groups by the same factor"
     source = config.sources.get(f"{worst.key}.batch_size", "")
     origin = "published" if source.startswith(f"{CONFIG_ROOT.name}/stage") else "configured"
     return LargerBatches(tuple(settings), tuple(flags), f"{rule}; the {origin} batch is {worst.batch_size}")

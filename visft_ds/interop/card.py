@@ -37,8 +37,8 @@ _TEXT = """\
 {load}
 ```{reading}
 
-Give images whose sides are multiples of {cell} pixels. Extend others right and below, after normalisation with 0: it
-was trained so, and libraries drop what is no whole patch.
+Give images whose sides are multiples of {cell} pixels. Pad others with 0 on the right and bottom, after normalisation,
+as in training: libraries drop pixels beyond the last whole patch.
 
 The licence is that of the base weights.
 """

@@ -143,7 +143,7 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     transformers' AutoModel loads the same folder (TimmWrapperModel). A plain ViT whose base ends before its last block
     is written as a shorter one. Norms behind the map that the base lacks are as timm begins with them.
 
-    Raises ValueError for a base that lacks more: timm would begin with random numbers there.
+    Raises ValueError for a base that lacks more: timm would fill it with random numbers.
     """
     from timm import create_model
 
@@ -159,7 +159,7 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     lacking = _lacking(model, tower)
     if lacking:
         raise ValueError(
-            f"{file.path} lacks {examples(lacking)}, which timm would begin with random numbers: give --base with the "
+            f"{file.path} lacks {examples(lacking)}, which timm would fill with random numbers: give --base with the "
             "whole network, or --format onnx, which ends where the training read"
         )
     names = model.state_dict().keys()

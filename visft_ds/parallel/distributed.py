@@ -82,8 +82,8 @@ def agree_on_step(
     """
     if len(counts) > _COUNT_SLOTS:
         raise ValueError(
-            f"the losses of this step count {len(counts)} things, and at most {_COUNT_SLOTS} are summed over ranks: "
-            f"let `count` of a criterion give fewer ({', '.join(sorted(counts)[:3])}, ...)"
+            f"the losses of this step need {len(counts)} counts, and at most {_COUNT_SLOTS} are summed over ranks: "
+            f"return fewer from `count` of a criterion ({', '.join(sorted(counts)[:3])}, ...)"
         )
     token = float(zlib.crc32(what.encode()) % (1 << 20))  # small enough that sums of squares are exact in float64
     keys = sorted(counts)

@@ -110,8 +110,8 @@ def _plan(options: Namespace, name: str, config: ResolvedConfig, cluster: Cluste
     arms = search(config, cluster) if options.engine is None else [forecast(config, cluster, stated)]
     print_arms(f"{name}, stage {stage}, as predicted on {where}", sections, arms)
     if not arms[0].fits:
-        helps = "plan without --engine, which tries all of them" if options.engine else "give more memory"
-        print(f"nothing fits: {helps}, smaller images (visft.tasks.<task>.image) or a smaller --model", flush=True)
+        helps = "plan without --engine to try all of them" if options.engine else "take GPUs with more memory"
+        print(f"nothing fits: {helps}, smaller images (visft.tasks.<task>.image), or a smaller --model", flush=True)
         return False
     words = shlex.join([*chosen, *arms[0].flags])
     for launcher in launchers(cluster):

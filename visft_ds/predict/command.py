@@ -139,11 +139,12 @@ def _continued(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, A
     if len(whole) < len(content):
         with path.open("r+b") as file:
             file.truncate(len(whole))
+    now = orjson.loads(orjson.dumps(settings))
     with reading(path, "predictions of an interrupted command; remove its folder to begin anew"):
-        first, *records = [orjson.loads(line) for line in whole.splitlines()] or [settings]
+        first, *records = [orjson.loads(line) for line in whole.splitlines()] or [now]
         done = {str(record["file_name"]): record for record in records}
-    given = orjson.loads(orjson.dumps(settings))
-    different = [f"{key} {first.get(key)!r}, now {value!r}" for key, value in given.items() if first.get(key) != value]
+        others = [key for key in now if first.get(key) != now[key]]
+        different = [f"{key} {first.get(key)!r}, now {now[key]!r}" for key in others]
     if different:
         raise ValueError(
             f"{path.parent} has predictions of an interrupted command with other settings: "

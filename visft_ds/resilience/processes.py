@@ -31,13 +31,13 @@ _GRACE = 15.0
 
 def check_environment() -> None:
     """Raise ValueError for variables of the environment as no launcher sets them, by their names."""
-    given = {name: os.environ.get(name, default) for name, default in _LAUNCHERS.items()}
-    wrong = {name: text for name, text in given.items() if not _is_count(text)}
-    if not wrong and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
-        wrong = {name: given[name] for name in ("RANK", "WORLD_SIZE")}
+    variables = {name: os.environ.get(name, default) for name, default in _LAUNCHERS.items()}
+    wrong = {name: text for name, text in variables.items() if not _is_count(text)}
+    if not wrong and int(variables["RANK"]) >= int(variables["WORLD_SIZE"]):
+        wrong = {name: variables[name] for name in ("RANK", "WORLD_SIZE")}
     if wrong:
-        told = ", ".join(f"{name}={text}" for name, text in wrong.items())
-        raise RankError(f"{told}: no launcher sets this; unset {' and '.join(wrong)}")
+        values = ", ".join(f"{name}={text}" for name, text in wrong.items())
+        raise RankError(f"{values}: no launcher sets this; unset {' and '.join(wrong)}")
 
 
 def _is_count(text: str) -> bool:

@@ -100,7 +100,7 @@ def _beyond_queries(task: str, settings: TaskConfig, sets: Sequence[TrainingSet]
         return None
     fuller = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {queries}"
     key = f"visft.tasks.{task}.head.num_queries"
-    return f"{beyond.sum()} of {objects.sum()} objects are ignored in a step", f", as {fuller} ({key})"
+    return f"{beyond.sum()} of {objects.sum()} objects are ignored", f", as {fuller} ({key})"
 
 
 def _rare_classes(sets: Sequence[TrainingSet]) -> tuple[str, str] | None:
@@ -113,7 +113,7 @@ def _rare_classes(sets: Sequence[TrainingSet]) -> tuple[str, str] | None:
     median = f"{np.median(list(images.values())):g}"
     return (
         f"{rare} of {len(images)} classes are in fewer than {FEW_IMAGES} training images each",
-        f" (half of all in {median} or fewer): expect little of those; more images of them help, or fewer classes",
+        f" (half of all classes in {median} or fewer): expect little of those; add images of them, or merge classes",
     )
 
 

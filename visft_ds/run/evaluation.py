@@ -34,7 +34,7 @@ TRAINING_IMAGES = 100
 #: Seconds that a run which was asked to stop waits for its last numbers: launchers kill after 30.
 _PATIENCE = 15.0
 _LOOK = 0.2  #: seconds between looks at a request to stop while numbers are waited for
-_KILLED = "the process that measures was killed twice, as Linux does when memory runs out; the numbers are missing"
+_KILLED = "the measuring process was killed twice, as Linux does when memory runs out; its numbers are missing"
 
 Measured = tuple[dict[str, float], list[str]]  #: metrics by name; a line for each task that cannot be measured
 

@@ -77,8 +77,8 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
         there = identity_of(read_run(out).config)
     if listed := differences(there, config):
         lines = "".join(f"  {line}\n" for line in listed[:12])
-        told = f"{out} holds a run with other settings, {len(listed)} in all (there -> here):\n{lines}"
-        raise ValueError(f"{told}choose another --out, or give the settings of that run")
+        found = f"{out} holds a run with other settings, {len(listed)} in all (there -> here):\n{lines}"
+        raise ValueError(f"{found}choose another --out, or give the settings of that run")
 
 
 def export_of(run: Path) -> Path:
@@ -111,7 +111,7 @@ def locked(out: Path, patience: float = 30.0) -> Iterator[None]:
         try:
             lock.acquire(timeout=min(patience, _SILENCE))
         except Timeout:
-            text = f"waiting for {out / LOCK_FILE}: another run uses {out}; given up in {patience:.0f} s"
+            text = f"waiting for {out / LOCK_FILE}: another run uses {out}; giving up in {patience:.0f} s"
             print(text, file=sys.stderr, flush=True)
             lock.acquire(timeout=patience)
     except Timeout as error:

@@ -84,7 +84,7 @@ def classification(
             chooses = torch.zeros(len(known.labels), dtype=torch.bool, device=known.labels.device)
             chooses[fifth(len(few.images), few.images.groups)[1]] = True
         if not chooses.any():
-            raise ValueError(f"{label} has no class of five training images; a fifth of them chooses a layer")
+            raise ValueError(f"{label} has no class of five training images, a fifth of which would choose the layer")
         return probes[number](number, known.part(~chooses), known.part(chooses), 0).value
 
     def published(encoder: Encoder, settings: Settings, wanted: Collection[str]) -> Iterator[Score]:
@@ -185,7 +185,8 @@ def by_descent(name: str, encoder: Encoder, train: ClassSet, test: Rows, recipe:
     """1.0 for each row whose class the classifier predicts that is best on held-out training images."""
     held = held_out(torch.from_numpy(train.labels), _NTH)
     if not held.any():
-        raise ValueError(f"{train.images.names[0]} and so on: no class has five training images to choose a rate by")
+        first = train.images.names[0]
+        raise ValueError(f"no class has five training images ({first}, ...), a fifth of which would choose the rate")
     choosing, taught = train.part(np.flatnonzero(held)), train.part(np.flatnonzero(~held))
     encoded = encode_images(encoder, choosing.images, KINDS, settings, "held-out images")
     seen = _rows("linear", encoded, choosing)

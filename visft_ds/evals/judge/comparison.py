@@ -158,7 +158,7 @@ class Comparison:
         judged = [arm for arm in self.tuned if arm.alike]
         if self.named and not (judged and all(arm.alike for arm in self.named)):
             names = ", ".join(arm.name for arm in [self.base, *self.tuned, *self.named])
-            raise ValueError(f"--control: {names} are not of one architecture")
+            raise ValueError(f"--control: {names} do not have the same architecture")
         for control in self.named:
             for arm in judged:
                 if not arm.blocks.keys() <= control.blocks.keys():

@@ -122,7 +122,8 @@ def _check_classes(parts: Mapping[str, DenseSet], source: str) -> None:
     learnt, held = (part.classes for part in parts.values())
     if learnt != held:
         lone = sorted(set(learnt) ^ set(held))
-        raise ValueError(f"{source}: {' and '.join(parts)} have other categories or order: {', '.join(lone[:5])}")
+        differ = f"differ in their categories or the order of these: {', '.join(lone[:5])}"
+        raise ValueError(f"{source}: {' and '.join(parts)} {differ}")
 
 
 def _masked(part: DenseSet, name: str, source: str) -> DenseSet:
@@ -132,7 +133,7 @@ def _masked(part: DenseSet, name: str, source: str) -> DenseSet:
     if not boxed:
         return part
     if not drawn:
-        raise ValueError(f"{name} has boxes and no masks, so that no mIoU can be judged: give --on objects={source}")
+        raise ValueError(f"{name} has boxes and no masks, so no mIoU can be judged: give --on objects={source}")
     note = f"{name}: {boxed} of {len(part.things)} objects have a box and no mask; pixels in these boxes count nowhere."
     return replace(part, things=drawn, notes=(*part.notes, note))
 
@@ -187,7 +188,7 @@ def _parts(root: Path, void: int | None = None) -> Parts:
         splits_of_folder = recognise(root)[1]
     except ValueError as error:
         given = "give shards, ADE20k, VOC, images/SPLIT and labels/SPLIT, or what visft shards reads"
-        raise ValueError(f"{root} has no labels of pixels: {given}: {error}") from error
+        raise ValueError(f"{root} has no pixel labels: {given}: {error}") from error
     labelled = [split for split in splits_of_folder if split.instances is not None or split.maps is not None]
     return {split.name: partial(_of_split, split) for split in labelled}
 

@@ -127,6 +127,6 @@ def _column(path: Path, column: str) -> dict[str, str]:
         lines = csv.reader(read_bytes(path, _MOST_TEXT).decode("utf-8-sig").splitlines())
         names = next(lines, [])
         if column not in names[1:]:
-            raise ValueError(f"it has no column {column!r} behind the first one; it has {', '.join(names) or 'none'}")
+            raise ValueError(f"it has no column {column!r} after the first; its columns: {', '.join(names) or 'none'}")
         place = names.index(column, 1)
         return {row[0]: row[place] for row in lines if row}

@@ -122,7 +122,7 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
         options[key] = value
     void = options.get("void")
     if void is not None and not void.isdecimal():
-        raise ValueError(f"--on {text}: void={void} is no number of a label map")
+        raise ValueError(f"--on {text}: void={void} is not a number from 0 to 255")
     return make(
         Request(
             protocol,

@@ -64,7 +64,7 @@ def _boxes(data: DenseSet) -> tuple[ImageSet, Sequence[Thing]]:
     boxed = [(thing, coco_mask.toBbox(thing.code).tolist()) for thing in data.things]
     large = [(thing, box) for thing, box in boxed if min(box[2:]) >= SMALLEST]
     if not large:
-        raise ValueError(f"no object in {data.images.names[0]} and so on has a box of at least {SMALLEST:g} pixels")
+        raise ValueError(f"no object has a box of at least {SMALLEST:g} pixels ({data.images.names[0]}, ...)")
     things, boxes = zip(*large, strict=True)
     pictures = replace(chosen(data.images, [thing.owner for thing in things]), stretched=False)
     return changed(pictures, lambda number, image: crop(image, boxes[number]), f"crop {MARGIN} {boxes}"), things

@@ -121,7 +121,8 @@ def fifth(images: int, groups: IntArray | None = None) -> tuple[list[int], list[
     count = len(np.unique(units))
     if count < 5:
         what = "images" if groups is None else "groups of images"
-        raise ValueError(f"a fifth of the training {what} chooses a layer, and there are {count}: give --layers last")
+        remedy = "give --layers last"
+        raise ValueError(f"a fifth of the training {what} chooses the layer, but there are only {count}: {remedy}")
     held = units % 5 == 4
     return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
 
