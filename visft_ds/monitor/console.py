@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 #: Columns of a table; paths and commands that are longer stay whole, to be copied.
 WIDTH = 100
+_GAP = "\0"  #: between the words of a command while lines are broken
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,17 @@ def print_plan(title: str, sections: Sequence[Section]) -> None:
         for row in rows:
             cells = [f"{cell.ljust(width)}  " for cell, width in zip(row[:-1], widths, strict=False)]
             texts.append(("   " + "".join(cells), row[-1]))
-        for before, text in texts:  # with a hanging indent; words, such as paths, are not cut
-            lines += textwrap.wrap(
-                text,
+        for before, text in texts:  # with a hanging indent; words, such as paths, are not cut, nor commands at the end
+            whole = re.sub(r"(?<=: )visft .+$", lambda command: command[0].replace(" ", _GAP), text)
+            wrapped = textwrap.wrap(
+                whole,
                 max(WIDTH, len(before) + 30),
                 initial_indent=before,
                 subsequent_indent=" " * len(before),
                 break_long_words=False,
                 break_on_hyphens=False,
-            ) or [before.rstrip()]
+            )
+            lines += [line.replace(_GAP, " ") for line in wrapped] or [before.rstrip()]
     print("\n".join(lines), flush=True)
 
 
