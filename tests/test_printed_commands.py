@@ -1,8 +1,8 @@
 """Commands as pages, launchers, help and messages print them, pasted: each meets the parser that it would meet.
 
 Training commands are resolved and their batches divided among the ranks that their launcher starts, up to where torch
-would be needed; those on more ranks than the batch allows must be told what to add, and that must work. Other commands
-are stopped once their flags are read. What is not run here is listed in `ELSEWHERE`.
+would be needed; for more ranks than the batch allows the message must say what to add, and that must work. Other
+commands are stopped once their flags are read. What is not run here is listed in `ELSEWHERE`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ FORMS = [*(ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"), ROOT / "SECURITY.md"]
 SCRIPTS = [*(ROOT / "launchers").iterdir(), *(ROOT / "tools").iterdir()]
 HOSTFILE = ROOT / "launchers/hostfile.example"
 RANKS = (1, 8, 16, 64)
-#: Programs that are not of this project; of `make` and `pip` the target and the extra are looked up.
 #: Flags of other programs that texts name: pip, SLURM, torchrun, git, curl, mypy.
 OTHERS_FLAGS = (
     *("--no-deps", "--no-index", "--no-build-isolation"),
@@ -53,6 +52,7 @@ OTHERS_FLAGS = (
     *("--standalone", "--no-python", "--always", "--dirty", "--abbrev", "--exclude", "--create-dirs"),
     "--strict",
 )
+#: Programs that are not of this project; of `make` and `pip` the target and the extra are looked up.
 ELSEWHERE = ("curl", "export", "hf", "pyproject-build", "twine", "tools/gpu_kit.sh")
 SCRIPTED = {"launchers/train.py": "train", "tools/profile.py": "profile", "tools/evaluate.py": "evaluate"}
 SCRIPTED |= {"visft_ds.launch": "train", "tools/merge_lora.py": "merge", "tools/make_shards.py": "shards"}

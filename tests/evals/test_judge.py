@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,9 +16,9 @@ from PIL import Image
 
 from tests.clip_case import SIDE, make_clip, save_clip
 from tests.evals.conftest import SETTINGS
+from tests.golden.judge import run
 from tests.random_tower import adapter_of, build_backbone, merge, save_adapter, save_backbone
 from visft_ds.config import resolve
-from visft_ds.evals.cli import judge
 from visft_ds.evals.judge import comparison
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
@@ -83,12 +80,7 @@ def _draw(root: Path) -> None:
 
 
 def _run(*arguments: Any) -> tuple[int, str, str]:
-    out, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        status = judge([*map(str, arguments), "--threads", "1"])
-    # A slow machine is told how much is left.
-    said = [line for line in errors.getvalue().splitlines(keepends=True) if not re.search(r"\d+/\d+ .* left \d", line)]
-    return status, out.getvalue(), "".join(said)
+    return run(arguments)
 
 
 def _record(out: Path) -> dict[str, Any]:

@@ -222,6 +222,20 @@ def test_quick_numbers_and_the_choice_of_a_layer(monkeypatch: pytest.MonkeyPatch
         assert benchmark.held_out(good["train"], name) > 0.4 > benchmark.held_out(bad["train"], name)
 
 
+def test_training_images_of_one_group_are_drawn_together() -> None:
+    """All of one patient: there is nothing to draw, so that every resample is the same."""
+    rng = np.random.default_rng(0)
+    code = coco_mask.encode(np.asfortranarray(np.eye(32, dtype=np.uint8)))
+    things = tuple(Thing(owner, number, code) for owner in range(12) for number in (1, 2))
+    train, test = (replace(_set(_blocks(rng, 12), "abc"), things=things) for _ in range(2))
+    together = replace(train, images=replace(train.images, groups=np.zeros(12, dtype=np.int64)))
+    features = {part: {"patches": torch.randn(12, 4, 2, 2)} for part in ("train", "test")}
+    for name in ("in-context mIoU", "objects kNN"):
+        for part, is_drawn in ((train, True), (together, False)):
+            (score,) = segmentation("segmentation/x", part, test, QUICK).scores(features, [name])
+            assert score.retrained is not None and (score.retrained.std() > 0) == is_drawn, name
+
+
 def test_the_published_protocol(tmp_path: Path) -> None:
     """Augmented crops teach, windows judge, at a size that is not the labels'; the same with workers."""
     rng = np.random.default_rng(0)

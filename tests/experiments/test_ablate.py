@@ -159,7 +159,7 @@ def test_the_table_holds_what_anchors_are_judged_by(tmp_path: Path, capsys: pyte
         (["--arm", "rank 4: visft.lora.rannk=4"], "did you mean rank"),
         (["--data", "x", "--on", "digits"], "segmentation="),
         (["--data", "x", "--on", "segmentation=y"], "x/train.manifest.json"),
-        (["--on", "segmentation=y"], "y has no labels"),
+        (["--on", "segmentation=y"], "y has no pixel labels"),
         (["--base", "z.pt"], "--base z.pt"),
         (["--arms", ""], "no such arm"),
         (["--seeds", "1"], "--seeds"),

@@ -211,7 +211,7 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
         if (other.model, other.layers) != (first.model, first.layers):
             raise ValueError(f"adapters of {described(first.model)} and {described(other.model)} cannot be averaged")
         if other.base != first.base:
-            raise ValueError("adapters of different base weights cannot be averaged: give seeds that share one base")
+            raise ValueError("adapters of different base weights cannot be averaged: give those of one base")
     tensors: dict[str, Tensor] = {}
     for layer, (_, slices) in first.layers.items():
         a, b = (f"{layer}.{kind}" for kind in KINDS)

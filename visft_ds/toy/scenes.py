@@ -84,7 +84,7 @@ STYLES = {
 #: Surfaces and grounds of drawn styles: those that style a, which demo and experiments train on, lacks.
 _DRAWN_TEXTURES = ("checked", "wavy", "speckled", "ringed", "hatched", "zigzag", "mottled")
 _DRAWN_GROUNDS = ("tiled", "marbled", "spotted", "quilted", "misty", "scratched")
-#: Least distance in RGB of a drawn colour to the grounds and, twice nearer, to other colours of its kind.
+#: Least distance in RGB of a drawn colour to the grounds; half of it to other colours of its kind.
 _APART = 90.0
 
 

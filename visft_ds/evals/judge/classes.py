@@ -101,7 +101,9 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
     if not (root / (split or ".")).is_dir():
         raise ValueError(f"{root / (split or '')}: no such folder; give one with a folder for each class, or {DIGITS}")
     objectnet = (root / "mappings").is_dir()
-    parts = ["images"] if objectnet else [split] if split else PARTS
+    parts = [split] if split else PARTS
+    if objectnet:
+        parts = ["images"]
     own = next((root / name for name in parts if (root / name).is_dir()), root)
     named, templates = (_objectnet(root, own), imagenet()[1]) if objectnet else _named(own)
     classes = _lines(root, own, "classnames.txt") or list(named.values())

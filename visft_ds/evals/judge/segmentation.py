@@ -65,7 +65,13 @@ def _scores(source: Source, wanted: Collection[str]) -> Iterator[Score]:
         known, asked = (
             pooled(chain.from_iterable(source.whole(data)), data.things) for data in (source.train, source.test)
         )
-        yield by_neighbours(OBJECTS, known, asked)
+        yield by_neighbours(OBJECTS, _drawn_together(known, source.train), asked)
+
+
+def _drawn_together(known: Rows, train: DenseSet) -> Rows:
+    """Rows of training images, which belong to the groups that these come from, if there are such."""
+    groups = train.images.groups
+    return known if groups is None else replace(known, owners=torch.from_numpy(groups).to(known.owners)[known.owners])
 
 
 def _in_context(source: Source) -> Score:
@@ -76,8 +82,7 @@ def _in_context(source: Source) -> Score:
         images = ((number, maps, label.clamp(min=0)) for number, maps, label in images)
     each = max(1, source.protocol.memory // count)
     memory = in_context.remember(gauge("in-context memory", count, "images", images), classes, count, each)
-    if (groups := source.train.images.groups) is not None:  # which are drawn together
-        memory = replace(memory, owners=torch.from_numpy(groups).to(memory.owners)[memory.owners])
+    memory = _drawn_together(memory, source.train)
     draws = RESAMPLES * source.protocol.resampled
     seen = chain.from_iterable(in_context.recall(memory, maps, draws) for maps in source.whole(source.test))
 
