@@ -71,4 +71,4 @@ def use_labels(folder: Path) -> None:
     names = [image["file_name"] for image in truth["images"]]
     images = ImageSet(names, lambda place: None, "")  # type: ignore[arg-type, return-value]
     judged = _of_outlines(images, list(labels_of_split(reader)), reader.manifest.categories)
-    assert {judged.label(place).dtype for place in range(len(reader))} == {np.dtype(np.uint8)}
+    assert {judged.label(place).dtype for place in range(len(reader))} == {np.dtype(np.uint16)}

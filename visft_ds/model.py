@@ -138,8 +138,10 @@ class MultiTaskModel(nn.Module):
 
     def padded_size(self, batch: Batch) -> tuple[int, int]:
         """(H, W) in pixels of the whole cells that a batch is padded to; known without pixels."""
-        size = batch.images.shape[-2:] if batch.frames is None else batch.frames.amax(dim=0).tolist()
-        return whole_cells(size, self.backbone.patch_size)
+        if batch.frames is None:
+            return whole_cells(batch.images.shape[-2:], self.backbone.patch_size)
+        heights, widths = zip(*batch.frames.tolist(), strict=True)
+        return whole_cells((max(heights), max(widths)), self.backbone.patch_size)
 
     def _features_of_views(self, batch: Batch) -> list[Tensor]:
         """Features of each image alone, rounded as the cache stores them.

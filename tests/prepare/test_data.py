@@ -252,31 +252,3 @@ def test_a_split_in_which_a_task_finds_nothing_is_refused(folder: Path, splits: 
         plan_of(folder, "mute")
     check_samples(["detection", "segmentation"], splits["mute"])
     check_samples(config_of().visft.tasks.enabled(), splits["partly"])
-
-
-@pytest.mark.parametrize(
-    ("task", "head"), [("segmentation", "plain"), ("segmentation", "mask2former"), ("detection", "detr")]
-)
-def test_objects_beyond_the_queries_are_counted(splits: dict[str, Manifest], task: str, head: str) -> None:
-    """None is left over by as many queries as the fullest image has objects."""
-    manifest = splits["mute"]
-    counts, said = manifest.index["num_annotations"], []
-    for queries in (1, int(counts.max())):
-        settings = [f"visft.data.root={manifest.root}", "visft.data.train=mute", "visft.run.eval_every=0"]
-        options = json.dumps({"type": head, "num_queries": queries})
-        settings += [f"visft.tasks={task}", f"visft.tasks.{task}.head={options}"]
-        config = resolve(stage=1, model="debug", settings=settings)
-        said.append([line for line in open_data(config, 1)[0].adapted if "objects" in line])
-    assert said[1] == [] and len(said[0]) == 1
-    assert f"{task}: {(counts - 1).clip(0).sum()} of {counts.sum()} objects" in said[0][0]
-
-
-def test_a_run_records_that_its_masks_are_drawn_into_boxes(tmp_path: Path) -> None:
-    tree = write_tree(tmp_path / "coco", 12)
-    said = []
-    for drawn in (False, True):
-        tree.pack(tmp_path, f"train{drawn}", captions=False, masks_from_boxes=drawn)
-        settings = [f"visft.data.root={tmp_path}", f"visft.data.train=train{drawn}", "visft.run.eval_every=0"]
-        config = resolve(stage=1, model="debug", settings=[*settings, "visft.tasks=segmentation"])
-        said.append(open_data(config, 1)[1].identity().get("masks"))
-    assert said == [None, "ellipses drawn into boxes, where there were none"]

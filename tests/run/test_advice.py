@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,14 +88,18 @@ def test_sizes_are_those_of_the_task_where_images_keep_their_shape() -> None:
     assert "50 % of the objects are below 16 px" in line and "visft.tasks.detection.image" in line
 
 
-def test_objects_beyond_the_queries_are_counted() -> None:
-    config, data = opened("visft.tasks.detection.head.num_queries=3", "visft.tasks=detection")
+@pytest.mark.parametrize(
+    ("task", "head"), [("detection", "detr"), ("segmentation", "mask2former"), ("segmentation", "plain")]
+)
+def test_objects_beyond_the_queries_are_counted(task: str, head: str) -> None:
+    options = json.dumps({"type": head, "num_queries": 3})
+    config, data = opened(f"visft.tasks={task}", f"visft.tasks.{task}.head={options}")
     ((_, one),) = data.sets.items()
     index = np.array(one.manifest.index)
     index["num_annotations"] = [5, 4, 2] * 4
     found = told(config, with_manifest(data, having_category=many(data), object_sides=LARGE, index=index))
     expected = "12 of 44 objects are ignored, as 8 of 12 images have more than 3"
-    assert found == {f"{expected} (visft.tasks.detection.head.num_queries)": "detection"}
+    assert found == {f"{expected} (visft.tasks.{task}.head.num_queries)": task}
 
 
 def test_a_run_without_validation_hears_which_splits_there_are(tmp_path: Path) -> None:
