@@ -175,6 +175,14 @@ def _contains_itself(path: Path) -> None:
     torch.save(content, path)
 
 
+@pytest.mark.parametrize("content", [b"hello", b"<html>", b""])
+def test_a_file_that_torch_did_not_write_is_called_so(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="no file of torch"):
+        open_weights(path)
+
+
 def test_pickles_without_end_are_refused_before_they_are_read(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     _zip_bomb(path, inflated=2**26)

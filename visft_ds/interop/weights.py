@@ -116,7 +116,7 @@ def _pickled(path: Path) -> dict[str, Lazy]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:  # of a zip that is cut, too: it names no file
         raise ValueError(str(error)) from error
-    except pickle.UnpicklingError as error:  # torch advises to run the code in it
+    except (pickle.UnpicklingError, KeyError, EOFError) as error:  # torch advises to run the code in it
         raise ValueError("it is no file of torch, or holds more than tensors") from error
     for _ in _NESTS:  # not for ever: a pickle can contain itself
         inner = [name for name in _NESTS if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)]
