@@ -1,4 +1,6 @@
-"""Pages that `make docs` writes from the code: configuration.md (the schema and its comments), api.md (autodoc)."""
+"""Pages that `make docs` writes from the code: configuration.md (the schema and its comments), api.md
+(autodoc).
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,12 @@ def kind_of(annotation: Any, limits: tuple[Any, ...] = ()) -> str:
     if inspect.isclass(origin or annotation) and issubclass(origin or annotation, BaseModel):
         return "object, below"
     flat = [one for limit in limits for one in (limit.metadata if isinstance(limit, FieldInfo) else (limit,))]
-    bounds = [f"{sign} {getattr(one, name):g}" for one in flat for form, name, sign in BOUNDS if isinstance(one, form)]
+    bounds = [
+        f"{sign} {getattr(one, name):g}"
+        for one in flat
+        for form, name, sign in BOUNDS
+        if isinstance(one, form)
+    ]
     return " ".join(filter(None, (WORDS[origin or annotation], ", ".join(bounds))))
 
 
@@ -87,7 +94,9 @@ def nested(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
 
 
 def comments_of(model: type[BaseModel]) -> dict[str, str]:
-    """Field -> its comment (`#:`), beside it or above, as it stands in the source of the class or of a base."""
+    """Field -> its comment (`#:`), beside it or above, as it stands in the source of the class or of a
+    base.
+    """
     found, above = {}, ""
     for kind in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
         for line in inspect.getsource(kind).splitlines():

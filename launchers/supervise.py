@@ -1,4 +1,4 @@
-"""Start a run again after it was lost: `python launchers/supervise.py -- visft train --num_gpus 8 --stage 2`."""
+"""Start a run again after it was lost: `python launchers/supervise.py -- visft train --stage 2`."""
 
 import sys
 from pathlib import Path

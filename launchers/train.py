@@ -1,4 +1,6 @@
-"""Train a stage: `deepspeed --num_gpus 8 launchers/train.py --stage 2`. One process alone works too (no launcher)."""
+"""Train a stage: `deepspeed --num_gpus 8 launchers/train.py --stage 2`. One process alone works too (no
+launcher).
+"""
 
 import sys
 from pathlib import Path

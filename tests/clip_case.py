@@ -28,7 +28,14 @@ CONFIG: dict[str, Any] = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 2},
 }
 MODEL: dict[str, Any] = {
-    **{"preset": "eva_e", "width": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": 2.0, "image_size": SIDE},
+    **{
+        "preset": "eva_e",
+        "width": WIDTH,
+        "depth": DEPTH,
+        "num_heads": HEADS,
+        "mlp_ratio": 2.0,
+        "image_size": SIDE,
+    },
     "class_token": True,
 }
 
@@ -56,7 +63,9 @@ def make_clip(seed: int = 0) -> Any:
 
 
 def save_clip(model: Any, path: Path, *, layout: str = "open_clip") -> Path:
-    """Write it as open_clip or EVA-CLIP would (prefix `visual.trunk.` or `visual.`), with what no tensor tells."""
+    """Write it as open_clip or EVA-CLIP would (prefix `visual.trunk.` or `visual.`), with what no tensor
+    tells.
+    """
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     if layout == "eva_clip":
         tensors = {name.replace("visual.trunk.", "visual."): value for name, value in tensors.items()}

@@ -36,12 +36,19 @@ class Tree:
 
     def arguments(self, out: Path, split: str = "toy") -> list[str]:
         """The input and output arguments of `make_shards.py build`."""
-        paths = {"--images": self.images, "--instances": self.instances, "--captions": self.captions, "--out": out}
+        paths = {
+            "--images": self.images,
+            "--instances": self.instances,
+            "--captions": self.captions,
+            "--out": out,
+        }
         return [text for name, path in paths.items() for text in (name, str(path))] + ["--split", split]
 
     def pack(self, out: Path, split: str = "toy", *, captions: bool = True, **options: Any) -> Manifest:
         """Write its shards."""
-        return build(Options(self.images, self.instances, self.captions if captions else None, out, split, **options))
+        return build(
+            Options(self.images, self.instances, self.captions if captions else None, out, split, **options)
+        )
 
     def edit(self, change: Any, file: str = "instances") -> None:
         """Apply `change` to the content of a JSON file."""
@@ -52,7 +59,9 @@ class Tree:
 
 
 def write_tree(folder: Path, count: int = 12) -> Tree:
-    """`count` small JPEGs with up to three boxes and two captions each; the first has a crowd, the last no boxes."""
+    """`count` small JPEGs with up to three boxes and two captions each; the first has a crowd, the last no
+    boxes.
+    """
     rng = np.random.default_rng(5)
     tree = Tree(folder / "images", folder / "instances.json", folder / "captions.json")
     tree.images.mkdir(parents=True)
@@ -70,18 +79,24 @@ def write_tree(folder: Path, count: int = 12) -> Tree:
             box = [left, top, width - left - 2 - number, height - top - 3]
             corners = [left, top, left + 9, top, left + 9, top + 9]
             annotations.append(_annotation(len(annotations) + 1, image_id, 3 + 5 * number, box, [corners]))
-        captions += [{"id": 2 * place + n, "image_id": image_id, "caption": f"Picture {n}, it's red."} for n in (0, 1)]
+        captions += [
+            {"id": 2 * place + n, "image_id": image_id, "caption": f"Picture {n}, it's red."} for n in (0, 1)
+        ]
     size = [images[0]["height"], images[0]["width"]]
     code = coco_mask.frPyObjects({"size": size, "counts": [5, 4, size[0] * size[1] - 9]}, *size)
     crowd = _annotation(9001, 1000, 3, [1, 1, 8, 9], {"size": size, "counts": code["counts"].decode()})
     annotations.append({**crowd, "iscrowd": 1})
     categories = [{"id": category, "name": f"thing {category}"} for category in (13, 3, 8)]
-    tree.instances.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    tree.instances.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
     tree.captions.write_text(json.dumps({"images": images, "annotations": captions}))
     return tree
 
 
-def _annotation(number: int, image_id: int, category: int, box: list[int], segmentation: Any) -> dict[str, Any]:
+def _annotation(
+    number: int, image_id: int, category: int, box: list[int], segmentation: Any
+) -> dict[str, Any]:
     return {
         "id": number,
         "image_id": image_id,
@@ -95,7 +110,9 @@ def _annotation(number: int, image_id: int, category: int, box: list[int], segme
 
 def make_split(folder: Path, count: int = 12, *, split: str = "toy", **options: Any) -> Manifest:
     """Write a tree and its shards (about four samples in each) below `folder`."""
-    return write_tree(folder / "tree", count).pack(folder / "shards", split, **{"max_size": 20_480, **options})
+    return write_tree(folder / "tree", count).pack(
+        folder / "shards", split, **{"max_size": 20_480, **options}
+    )
 
 
 def draw_shards(folder: Path, *, train: int, val: int = 0, height: int, width: int) -> Path:
@@ -108,7 +125,9 @@ def draw_shards(folder: Path, *, train: int, val: int = 0, height: int, width: i
 
 
 def write_shards(folder: Path, *, captions: bool = True, change: Any = None, **counts: int) -> Path:
-    """A folder with shards of a split for each name, which has so many pictures; `change`: see `Tree.edit`."""
+    """A folder with shards of a split for each name, which has so many pictures; `change`: see
+    `Tree.edit`.
+    """
     for split, count in counts.items():
         tree = write_tree(folder / split, count)
         if change is not None:

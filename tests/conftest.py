@@ -20,7 +20,8 @@ if os.environ.get("VISFT_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 if "VISFT_DEVICE" in os.environ:  # `make gpu DEVICE=cpu`: before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", str(int(os.environ["VISFT_DEVICE"] == "cpu")))
-# Where it is forbidden to keep byte code, each of the many processes that tests start would compile the package anew.
+# Where it is forbidden to keep byte code, each of the many processes that tests start would compile the
+# package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
@@ -30,7 +31,9 @@ LEFT_OUT: list[str] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--minutes", type=float, help="begin no further test after so many minutes, and list them")
+    parser.addoption(
+        "--minutes", type=float, help="begin no further test after so many minutes, and list them"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -78,7 +81,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no CUDA device, and say so; `make gpu DEVICE=cpu` tries them out."""
+    """Skip tests marked `gpu` where there is no CUDA device, and say so; `make gpu DEVICE=cpu` tries them
+    out.
+    """
     import torch
 
     torch.set_num_threads(1)

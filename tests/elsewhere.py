@@ -1,4 +1,6 @@
-"""A model of ours in another library: its features as a map, and the code that a README gives for loading it."""
+"""A model of ours in another library: its features as a map, and the code that a README gives for loading
+it.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ def as_map(features: Tensor, like: Tensor) -> Tensor:
 
 
 def run_readme(folder: Path, monkeypatch: pytest.MonkeyPatch, *change: str, **names: Any) -> dict[str, Any]:
-    """The names after the code of a README has run in its folder; `change`: a word in it, and what to put there."""
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / README).read_text(encoding="utf-8"), flags=re.DOTALL)
+    """The names after the code of a README has run in its folder; `change`: a word in it, and what to put
+    there.
+    """
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (folder / README).read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     monkeypatch.chdir(folder)
     exec(compile(code.replace(*change) if change else code, README, "exec"), names)
     return names

@@ -36,7 +36,9 @@ class FakeHub:
 
 @contextmanager
 def fake_hub(monkeypatch: pytest.MonkeyPatch, cache: object, **repositories: Repository) -> Iterator[FakeHub]:
-    """A hub that huggingface_hub talks to in this process, with a cache of its own. `__` in a name stands for `/`."""
+    """A hub that huggingface_hub talks to in this process, with a cache of its own. `__` in a name stands for
+    `/`.
+    """
     from huggingface_hub import close_session, constants
 
     hub = FakeHub({name.replace("__", "/"): one for name, one in repositories.items()})
@@ -90,7 +92,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _facts(self, name: str, repository: Repository) -> None:
         siblings = [{"rfilename": file, "size": len(data)} for file, data in repository.files.items()]
-        facts = {"id": name, "sha": COMMIT, "private": False, "gated": False, "siblings": siblings, "tags": []}
+        facts = {
+            "id": name,
+            "sha": COMMIT,
+            "private": False,
+            "gated": False,
+            "siblings": siblings,
+            "tags": [],
+        }
         body = json.dumps({**facts, "cardData": {"license": "mit"}}).encode()
         self._answer(200, body, {"Content-Type": "application/json"})
 

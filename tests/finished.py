@@ -1,4 +1,6 @@
-"""Finished runs of the tiny model, made once in a process: shards/ (train, val), stage1 and, on its heads, stage2."""
+"""Finished runs of the tiny model, made once in a process: shards/ (train, val), stage1 and, on its heads,
+stage2.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,21 @@ SMALL: dict[str, object] = {
         **{"num_queries": 4, "hidden_dim": 32, "encoder_layers": 1, "decoder_layers": 1, "num_heads": 2},
         **{"num_points": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
     },
-    "visft.tasks.captioning.head": {"attention_dim": 16, "embed_dim": 16, "decoder_dim": 16, "grid": 2, "dropout": 0.1},
+    "visft.tasks.captioning.head": {
+        "attention_dim": 16,
+        "embed_dim": 16,
+        "decoder_dim": 16,
+        "grid": 2,
+        "dropout": 0.1,
+    },
 }
 
 
 @cache
 def shards() -> Path:
-    """Folder of two splits of drawings, twelve and four, with boxes, masks and captions. Nobody may change it."""
+    """Folder of two splits of drawings, twelve and four, with boxes, masks and captions. Nobody may change
+    it.
+    """
     return draw_shards(_folder(), train=12, val=4, height=56, width=56)
 
 

@@ -1,4 +1,6 @@
-"""Image classification as a fourth task: which kinds of objects are in an image. All that a task of one's own takes."""
+"""Image classification as a fourth task: which kinds of objects are in an image. All that a task of one's own
+takes.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class ClassificationTargets(Targets):
     present: Tensor  #: (B, C) float32, 1 where an image has an object of the class
 
 
-def image_targets(places: Mapping[int, int], raw: RawSample, ops: Sequence[Op], generator: Any) -> dict[str, Any]:
+def image_targets(
+    places: Mapping[int, int], raw: RawSample, ops: Sequence[Op], generator: Any
+) -> dict[str, Any]:
     found = np.zeros(len(places) or MOST, dtype=np.float32)
     for annotation in raw.annotations:
         found[places.get(annotation["category_id"], annotation["category_id"])] = 1
@@ -77,7 +81,9 @@ class ClassificationCriterion:
     def count(self, batch: Batch) -> dict[str, float]:
         return {"images": float(len(batch.images))}
 
-    def __call__(self, output: Any, targets: Any, loss_denominators: Any, image_ids: Any = None) -> dict[str, Tensor]:
+    def __call__(
+        self, output: Any, targets: Any, loss_denominators: Any, image_ids: Any = None
+    ) -> dict[str, Tensor]:
         total = F.binary_cross_entropy_with_logits(output.logits, targets.present, reduction="sum")
         return {"bce": total / loss_denominators["images"]}
 
@@ -91,7 +97,9 @@ class Classification(Task):
     def geometry(self, options: Mapping[str, Any]) -> Geometry:
         return Square(options["size"])
 
-    def targets(self, train: bool, options: Any, vocabulary: Any, classes: Sequence[int] | None) -> ImageTargets:
+    def targets(
+        self, train: bool, options: Any, vocabulary: Any, classes: Sequence[int] | None
+    ) -> ImageTargets:
         return partial(image_targets, {category: place for place, category in enumerate(classes or ())})
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> ClassificationTargets:
@@ -102,19 +110,34 @@ class Classification(Task):
         return ClassificationTargets(torch.zeros(images, MOST))
 
     def results(
-        self, output: Any, batch: Batch, vocabulary: Any, classes: Sequence[int] | None = None, threshold: float = 0.0
+        self,
+        output: Any,
+        batch: Batch,
+        vocabulary: Any,
+        classes: Sequence[int] | None = None,
+        threshold: float = 0.0,
     ) -> Results:
         scores, best = output.logits.sigmoid().max(dim=1)
         rows = zip(batch.image_ids.tolist(), batch.real.tolist(), scores.tolist(), best.tolist(), strict=True)
         ids = range(MOST) if classes is None else classes
-        return [{"image_id": image, "category_id": ids[place], "score": s} for image, real, s, place in rows if real]
+        return [
+            {"image_id": image, "category_id": ids[place], "score": s}
+            for image, real, s, place in rows
+            if real
+        ]
 
     def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
         present = {(annotation["image_id"], annotation["category_id"]) for annotation in truth["annotations"]}
-        return {"class/accuracy": float(np.mean([(one["image_id"], one["category_id"]) in present for one in results]))}
+        return {
+            "class/accuracy": float(
+                np.mean([(one["image_id"], one["category_id"]) in present for one in results])
+            )
+        }
 
     def describe(self, results: Results, names: Mapping[int, str]) -> str:
-        return ", ".join(f"{names.get(one['category_id'], one['category_id'])} {one['score']:.2f}" for one in results)
+        return ", ".join(
+            f"{names.get(one['category_id'], one['category_id'])} {one['score']:.2f}" for one in results
+        )
 
 
 SPEC = Classification()

@@ -1,4 +1,6 @@
-"""Labels of a small split as files beside it, and all that reads labels: training, evaluation, the judge, a control."""
+"""Labels of a small split as files beside it, and all that reads labels: training, evaluation, the judge, a
+control.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,17 @@ class Relabelled(ShardReader):
 
 
 def write_labels(folder: Path) -> None:
-    """Shards of six pictures with boxes, polygons, run-length codes and captions, and their labels as files."""
+    """Shards of six pictures with boxes, polygons, run-length codes and captions, and their labels as
+    files.
+    """
 
     def change(content: dict[str, Any]) -> None:
         sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
         for one in content["annotations"][::2]:
             size = sizes[one["image_id"]]
-            code = coco_mask.encode(np.asfortranarray(np.arange(size[0] * size[1]).reshape(size) % 7 < 3, np.uint8))
+            code = coco_mask.encode(
+                np.asfortranarray(np.arange(size[0] * size[1]).reshape(size) % 7 < 3, np.uint8)
+            )
             one["segmentation"] = {"size": size, "counts": code["counts"].decode()}
 
     with TemporaryDirectory() as place:

@@ -12,7 +12,9 @@ from visft_ds.interop.published import published_name
 
 
 def save_published_lora(adapter: Adapter, path: Path) -> None:
-    """Write the LoRA of q and v as it was published; the file means alpha 1, so the scale goes into lora_B."""
+    """Write the LoRA of q and v as it was published; the file means alpha 1, so the scale goes into
+    lora_B.
+    """
     tensors = {
         f"visual.{name}": value.float() * (adapter.alpha if name.endswith("lora_B") else 1.0)
         for name, value in adapter.tensors.items()

@@ -41,8 +41,12 @@ def build_backbone(
     return backbone
 
 
-def random_tower(seed: int | None = None, *, class_token: bool = True, post_norm: bool = True, **sizes: int) -> EvaViT:
-    """No bias is zero and no scale one, as they are at the start; `seed` None: the global generator's next numbers."""
+def random_tower(
+    seed: int | None = None, *, class_token: bool = True, post_norm: bool = True, **sizes: int
+) -> EvaViT:
+    """No bias is zero and no scale one, as they are at the start; `seed` None: the global generator's next
+    numbers.
+    """
     kind = {"class_token": class_token, "post_norm": post_norm}
     model = build_backbone("debug", seed=None, **kind, **{**SIZES, **sizes})
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -104,7 +108,11 @@ def save_adapter(adapter: Adapter, folder: Path) -> Path:
 
 def merge(base: Path, adapter: Adapter | None, out: Path, *words: str) -> Path:
     """Run `visft merge`, which has to succeed; returns `out`."""
-    given = [] if adapter is None else ["--adapter", str(save_adapter(adapter, out.with_name(f"{out.name}-adapter")))]
+    given = (
+        []
+        if adapter is None
+        else ["--adapter", str(save_adapter(adapter, out.with_name(f"{out.name}-adapter")))]
+    )
     assert main(["--base", str(base), *given, "--out", str(out), *words]) == 0
     return out
 

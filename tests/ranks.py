@@ -1,4 +1,6 @@
-"""Starting several ranks of a program the way a launcher does, without its own seconds, nor those of imports."""
+"""Starting several ranks of a program the way a launcher does, without its own seconds, nor those of
+imports.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _started(command: Sequence[str], environment: Mapping[str, str], *, alone: bool = False) -> subprocess.Popen[str]:
+def _started(
+    command: Sequence[str], environment: Mapping[str, str], *, alone: bool = False
+) -> subprocess.Popen[str]:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=alone, **pipes)
 
@@ -91,7 +95,9 @@ class Forked(subprocess.Popen[str]):
     def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:
         read: list[str] = []
         assert self.stdout is not None
-        thread = threading.Thread(target=lambda stream: read.append(stream.read()), args=[self.stdout], daemon=True)
+        thread = threading.Thread(
+            target=lambda stream: read.append(stream.read()), args=[self.stdout], daemon=True
+        )
         thread.start()
         thread.join(timeout)
         if thread.is_alive():
@@ -101,7 +107,9 @@ class Forked(subprocess.Popen[str]):
         return read[0], ""
 
 
-def start_ranks(arguments: Sequence[str], world: int = 2, *, fresh: bool = False) -> list[subprocess.Popen[str]]:
+def start_ranks(
+    arguments: Sequence[str], world: int = 2, *, fresh: bool = False
+) -> list[subprocess.Popen[str]]:
     """Start `python ARGUMENTS` once for each rank; output and errors of a rank come through one pipe.
 
     Args:
@@ -113,9 +121,18 @@ def start_ranks(arguments: Sequence[str], world: int = 2, *, fresh: bool = False
         environment = {
             **os.environ,
             **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            **{
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONUNBUFFERED": "1",
+            },
         }
-        started = _started([sys.executable, *arguments], environment) if fresh else Forked(rank, arguments, environment)
+        started = (
+            _started([sys.executable, *arguments], environment)
+            if fresh
+            else Forked(rank, arguments, environment)
+        )
         processes.append(started)
     return processes
 
@@ -159,7 +176,10 @@ def family_of(process: subprocess.Popen[str]) -> Iterator[list[psutil.Process]]:
         yield family
         assert psutil.wait_procs(family, timeout=60)[1] == []
     finally:
-        for left in [*(one for one in family if one.is_running()), *([process] if process.poll() is None else [])]:
+        for left in [
+            *(one for one in family if one.is_running()),
+            *([process] if process.poll() is None else []),
+        ]:
             left.kill()
 
 

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 class Served:
     """A running server.
 
-    `faults` are used up one a request for a shard: a status ("500"), "cut" (half of the body), "flipped" (one byte
-    differs); "fine" lets one pass.
+    `faults` are used up one a request for a shard: a status ("500"), "cut" (half of the body), "flipped" (one
+    byte differs); "fine" lets one pass.
     """
 
     url: str = ""

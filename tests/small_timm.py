@@ -1,4 +1,6 @@
-"""Models of the families that transformers has too, under names of their kind, but small; timm builds them by name."""
+"""Models of the families that transformers has too, under names of their kind, but small; timm builds them by
+name.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 _CONFIG = {
     **{"input_size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25), "num_classes": 0},
-    **{"fixed_input_size": True, "interpolation": "bicubic", "crop_pct": 1.0, "first_conv": "patch_embed.proj"},
+    **{
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "first_conv": "patch_embed.proj",
+    },
     "classifier": "head",
 }
 
@@ -50,7 +57,9 @@ default_cfgs = timm.models.generate_default_cfgs(dict.fromkeys(FAMILIES, _CONFIG
 def _register(name: str) -> None:
     def create(pretrained: bool = False, **given: Any) -> nn.Module:
         kind = Eva if "dinov3" in name else VisionTransformer
-        return timm.models.build_model_with_cfg(kind, name, pretrained, **{**SIZES, **FAMILIES[name], **given})
+        return timm.models.build_model_with_cfg(
+            kind, name, pretrained, **{**SIZES, **FAMILIES[name], **given}
+        )
 
     create.__name__, create.__module__ = name, __name__
     timm.models.register_model(create)

@@ -23,7 +23,9 @@ from visft_ds.resilience.processes import start_ranks
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_help_and_version_name_everything_and_what_is_no_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_version_name_everything_and_what_is_no_command_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["--help"]) == 0
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert lines[: len(COMMANDS)] == list(COMMANDS)
@@ -68,7 +70,9 @@ def test_a_ctrl_c_that_came_while_a_rank_began_is_answered(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`start_ranks` holds it back until then; a rank that never lets it through cannot be interrupted."""
-    monkeypatch.setattr("argparse.ArgumentParser.parse_known_args", lambda *given: pytest.fail("not interrupted"))
+    monkeypatch.setattr(
+        "argparse.ArgumentParser.parse_known_args", lambda *given: pytest.fail("not interrupted")
+    )
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -82,7 +86,9 @@ def test_a_ctrl_c_that_came_while_a_rank_began_is_answered(
     assert "report: interrupted" in capsys.readouterr().err
 
 
-def test_num_gpus_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_num_gpus_starts_as_many_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     started: list[object] = []
     monkeypatch.setattr("visft_ds.cli.start_ranks", lambda words, count: started.append((words, count)) or 0)
     for given in (["--num_gpus", "8"], ["--num_gpus=8"]):
@@ -123,7 +129,10 @@ def test_a_process_that_fails_ends_the_others(
 def test_a_command_whose_output_nobody_reads_ends_quietly(unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command, env = [sys.executable, "-m", "visft_ds", "--help"], {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command, env = (
+        [sys.executable, "-m", "visft_ds", "--help"],
+        {**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=env, cwd=ROOT)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
@@ -133,7 +142,9 @@ def test_the_range_of_deepspeed_is_the_same_everywhere(monkeypatch: pytest.Monke
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"version: {visft_ds.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     [needed] = [one for one in map(Requirement, project["dependencies"]) if one.name == "deepspeed"]
-    assert needed.specifier == SpecifierSet(visft_ds.DEEPSPEED) and needed.specifier.contains(deepspeed.__version__)
+    assert needed.specifier == SpecifierSet(visft_ds.DEEPSPEED) and needed.specifier.contains(
+        deepspeed.__version__
+    )
     monkeypatch.setattr(deepspeed, "__version__", "0.20.0")
     with pytest.raises(ValueError, match="works with"):
         engine.start_process_group()

@@ -1,4 +1,6 @@
-"""The demo: steps and their order, mistakes that are told before anything runs, and all of it in very small."""
+"""The demo: steps and their order, mistakes that are told before anything runs, and all of it in very
+small.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def test_the_whole_way_in_very_small(tmp_path: Path) -> None:
     said = python(*words)
     line = next(line for line in said.splitlines() if demo.PRIMARY in line and "[" in line)
     page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
-    assert line[line.rindex("+" if "+" in line else "-") :].split("]")[0][:6] in page and "Out of domain" in page
+    assert (
+        line[line.rindex("+" if "+" in line else "-") :].split("]")[0][:6] in page and "Out of domain" in page
+    )
     judged = (tmp_path / "demo/judge/judge.html").read_text(encoding="utf-8")
     assert "in domain" in said and judged.count("segmentations by each model") == 1
     assert "$ visft" not in python(*words)

@@ -16,7 +16,9 @@ from visft_ds.doctor import OK, PROBLEM, WARNING, Finding, main
 def test_a_model_that_does_not_fit_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [finding.status for finding in doctor.check_memory(None)] == [OK]
     for needed, status in ((2**20, OK), (2**60, PROBLEM)):
-        monkeypatch.setattr("visft_ds.planner.memory.plan_largest", lambda *_, total=needed: Namespace(total=total))
+        monkeypatch.setattr(
+            "visft_ds.planner.memory.plan_largest", lambda *_, total=needed: Namespace(total=total)
+        )
         assert [finding.status for finding in doctor.check_memory("debug")] == [OK, status, status]
 
 
@@ -44,7 +46,9 @@ def test_wrong_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_driver_without_a_matching_torch_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
+    monkeypatch.setattr(
+        doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None
+    )
     found = {finding.subject: finding.status for finding in doctor.check_device()}
     assert found == {"GPU": PROBLEM, "precision": OK}
 

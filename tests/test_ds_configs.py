@@ -13,7 +13,9 @@ from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.prepare.model import deepspeed_dict
 
 #: Models of timm, which no pipeline divides.
-OF_TIMM = tuple(path.stem for path in (CONFIG_ROOT / "models").glob("*.json") if '"preset": "timm:' in path.read_text())
+OF_TIMM = tuple(
+    path.stem for path in (CONFIG_ROOT / "models").glob("*.json") if '"preset": "timm:' in path.read_text()
+)
 COMBINATIONS = [
     one
     for one in product((1, 2), available("engines"), available("models"))
@@ -31,13 +33,16 @@ def test_every_combination_resolves(stage: int, engine: str, model: str) -> None
     assert not {"visft", "optimizer", "scheduler"} & deepspeed_dict(config, 8, precision).keys()
 
 
-#: Recipes of the code published with the paper (https://github.com/TencentARC/ViSFT, projects/visft/configs and
-#: scripts/stage1_train, for 8 GPUs), task by task.
+#: Recipes of the code published with the paper (https://github.com/TencentARC/ViSFT, projects/visft/configs
+#: and scripts/stage1_train, for 8 GPUs), task by task.
 TASKS = ("detection", "segmentation", "captioning")
 RATES = {"detection": 5e-5, "segmentation": 5e-5, "captioning": 4e-4}
 UPDATES = {"detection": 150_000, "segmentation": 150_000, "captioning": 100_000}
 UPDATES_2 = {"detection": 30_000, "segmentation": 30_000, "captioning": 40_000}
-BATCHES = {1: {"detection": 8, "segmentation": 8, "captioning": 256}, 2: dict(zip(TASKS, (8, 8, 64), strict=True))}
+BATCHES = {
+    1: {"detection": 8, "segmentation": 8, "captioning": 256},
+    2: dict(zip(TASKS, (8, 8, 64), strict=True)),
+}
 
 
 def test_stage_1_is_the_published_recipe() -> None:
@@ -47,8 +52,8 @@ def test_stage_1_is_the_published_recipe() -> None:
     assert rates == {f"heads.{task}.*": RATES[task] for task in TASKS}
     assert {task: settings.updates for task, settings in tasks.items()} == UPDATES
     assert {task: settings.batch_size for task, settings in tasks.items()} == BATCHES[1]
-    # One GPU of eight had one image of detection and segmentation, and 32 of captioning. DeepSpeed, which knows one
-    # accumulation, is told of the largest stream, so that its own equation holds.
+    # One GPU of eight had one image of detection and segmentation, and 32 of captioning. DeepSpeed, which
+    # knows one accumulation, is told of the largest stream, so that its own equation holds.
     for world, accumulation in ((1, 8), (8, 1)):
         batches, told = derive_batches(config, world), deepspeed_dict(config, world, "bf16")
         assert dict(batches.micro) == {"detection": 1, "segmentation": 1, "captioning": 32}
@@ -76,7 +81,11 @@ def test_stage_2_of_the_default_model_is_the_published_recipe() -> None:
     (group,) = config.visft.param_groups
     assert (group.lr or config.optimizer.params.lr, config.total_steps) == (1e-5, 100_000)
     assert config.visft.heads.active_dropout is False and config.visft.lora is not None
-    assert (config.visft.lora.rank, config.visft.lora.alpha, config.visft.lora.targets) == (64, 1.0, ("q", "v"))
+    assert (config.visft.lora.rank, config.visft.lora.alpha, config.visft.lora.targets) == (
+        64,
+        1.0,
+        ("q", "v"),
+    )
     params = config.optimizer.params
     assert (params.weight_decay, params.betas, params.eps) == (1e-4, (0.9, 0.999), 1e-8)
 
@@ -88,7 +97,11 @@ def test_images_heads_and_losses_are_the_published_ones(stage: int) -> None:
     assert detection is not None and segmentation is not None and captioning is not None
 
     image = detection.image
-    assert image.short_sides == (480, 512, 544, 576, 608, 640, 672) and image.max_long == 672 and image.flip == 0.5
+    assert (
+        image.short_sides == (480, 512, 544, 576, 608, 640, 672)
+        and image.max_long == 672
+        and image.flip == 0.5
+    )
     assert image.crop_short_sides == (400, 500, 600) and image.crop_range == (384, 600)
     assert (image.eval_short, image.eval_max_long) == (800, 672)
     assert detection.loss.model_dump() == {"ce": 1.0, "l1": 5.0, "giou": 2.0, "no_object": 0.1}
@@ -104,7 +117,12 @@ def test_images_heads_and_losses_are_the_published_ones(stage: int) -> None:
     assert (loss.ce, loss.bce, loss.dice, loss.no_object) == (2.0, 5.0, 5.0, 0.1)
     assert (loss.num_points, loss.oversample, loss.importance) == (12_544, 3.0, 0.75)
     masks = segmentation.head
-    assert (masks.hidden_dim, masks.encoder_ffn_dim, masks.decoder_ffn_dim, masks.num_heads) == (256, 512, 1024, 8)
+    assert (masks.hidden_dim, masks.encoder_ffn_dim, masks.decoder_ffn_dim, masks.num_heads) == (
+        256,
+        512,
+        1024,
+        8,
+    )
     assert (masks.encoder_layers, masks.decoder_layers, masks.num_points, masks.num_queries) == (6, 9, 4, 100)
     assert (masks.num_classes, masks.dropout) == (80, 0.0)
 
@@ -120,7 +138,9 @@ def test_deepspeed_accepts_every_engine(engine: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config = resolve(stage=2, model="debug", engine=engine, settings=["gradient_clipping=0.25"])
-    parsed = DeepSpeedConfig(deepspeed_dict(config, config.pipeline_stages, "fp32"))  # one data-parallel process
+    parsed = DeepSpeedConfig(
+        deepspeed_dict(config, config.pipeline_stages, "fp32")
+    )  # one data-parallel process
     stage = 1 if engine == "pipeline" else int(engine[4])
     assert parsed.zero_optimization_stage == stage and parsed.gradient_clipping == 0.25
     assert parsed.train_batch_size == config.visft.tasks.enabled()["detection"].batch_size

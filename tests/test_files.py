@@ -70,7 +70,9 @@ def deep_png(values: npt.NDArray[np.uint16]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + parts
 
 
-def tiff(values: npt.NDArray[Any], order: str = "<", extra: int | None = None, deflated: bool = False) -> bytes:
+def tiff(
+    values: npt.NDArray[Any], order: str = "<", extra: int | None = None, deflated: bool = False
+) -> bytes:
     """A TIFF of (H, W, bands) in RGB, or grey for one band; `extra` is the kind of a fourth band."""
     height, width, bands = values.shape
     pixels = values.astype(values.dtype.newbyteorder(order)).tobytes()
@@ -159,7 +161,9 @@ def scans(count: int) -> bytes:
 
 @pytest.mark.parametrize("read", [open_image, decode_image])
 def test_scans_are_those_of_the_picture(read: Callable[[bytes], object]) -> None:
-    """Each scan decodes the whole image again; a phone's film behind the picture has what looks like thousands."""
+    """Each scan decodes the whole image again; a phone's film behind the picture has what looks like
+    thousands.
+    """
     read(encoded(RGB, "JPEG", progressive=True) + b"\xff\xda" * 1000)
     with pytest.raises(ValueError, match="more than 200 scans"):
         read(scans(201))
@@ -203,7 +207,11 @@ def test_whatever_a_parser_raises_becomes_one_sentence(text: str) -> None:
 def test_errors_of_the_system_and_nested_ones_pass_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), reading(tmp_path / "none", "anything"):
         read_bytes(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"^y\.txt: wrong$"), reading("y.txt", "a list"), reading("y.txt", "a line"):
+    with (
+        pytest.raises(ValueError, match=r"^y\.txt: wrong$"),
+        reading("y.txt", "a list"),
+        reading("y.txt", "a line"),
+    ):
         raise ValueError("y.txt: wrong")
 
 

@@ -1,4 +1,5 @@
-"""Damaged files for every reader: a correct result, a ValueError or an OSError; no traceback, no hang, bounded memory.
+"""Damaged files for every reader: a correct result, a ValueError or an OSError; no traceback, no hang,
+bounded memory.
 
 python -m tests.test_fuzz --inputs 75000 --seed 9
 """
@@ -37,7 +38,9 @@ ROOM = 6 * 2**30  # bytes of address space beyond what the process has at its st
 
 @dataclass(frozen=True)
 class Reader:
-    """Reader of files: `make` writes valid ones into a folder, `read` reads all; one is damaged before each read."""
+    """Reader of files: `make` writes valid ones into a folder, `read` reads all; one is damaged before each
+    read.
+    """
 
     name: str
     make: Callable[[Path], object]
@@ -167,12 +170,20 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
 VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 2**31, 2**63, 2**70, 1e308, float("nan"), float("inf"), 0.5),
     *("", "../../x", "/etc/passwd", "\ud800", "a" * 100_000, "x\0y", [], {}, [[[[]]]], {"a": {}}, [0] * 1000),
-    *([1, 1, 9, 1, 1e8, -1e8], [[1, 1, 9, 1, 1e300, 9]], {"size": [9, 9], "counts": "P"}, "0" * 1000, "o" * 30),
+    *(
+        [1, 1, 9, 1, 1e8, -1e8],
+        [[1, 1, 9, 1, 1e300, 9]],
+        {"size": [9, 9], "counts": "P"},
+        "0" * 1000,
+        "o" * 30,
+    ),
 )
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """The file with one mistake: bits, length, a block, or a value of the JSON that it is or has as its header."""
+    """The file with one mistake: bits, length, a block, or a value of the JSON that it is or has as its
+    header.
+    """
     kind = rng.choice(("bits", "cut", "block", "twice", "json", "json", "json"))
     if kind == "json":
         with contextlib.suppress(ValueError, struct.error, UnicodeError, RecursionError):
@@ -201,7 +212,9 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def _changed_header(text: bytes, rng: random.Random) -> bytes:
-    """Header of a safetensors file with one value changed: mostly in the JSON that is one of its entries, if any is."""
+    """Header of a safetensors file with one value changed: mostly in the JSON that is one of its entries, if
+    any is.
+    """
     header = json.loads(text)
     entries = header.get("__metadata__", {})
     nested = [name for name, entry in entries.items() if entry.startswith("{")]
@@ -218,7 +231,9 @@ def _changed(text: bytes, rng: random.Random) -> bytes:
     holders: list[Any] = [content]
     for holder in holders:  # grows on the way
         holders += [
-            one for one in (holder.values() if isinstance(holder, dict) else holder) if isinstance(one, dict | list)
+            one
+            for one in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(one, dict | list)
         ]
     holder = rng.choice([one for one in holders if one] or [content])
     key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
@@ -244,7 +259,9 @@ def run(inputs: int, seed: int, made: Sequence[Path], only: str | None = None) -
             valid = Path(place, "valid")
             valid.mkdir()
             reader.make(valid)
-            reader.read(Path(shutil.copytree(valid, Path(place, "whole"))))  # raises if the reader refuses valid files
+            reader.read(
+                Path(shutil.copytree(valid, Path(place, "whole")))
+            )  # raises if the reader refuses valid files
             files = sorted(path.relative_to(valid) for path in valid.rglob("*") if path.is_file())
             refused, began = 0, time.monotonic()
             for number in range(-(-inputs // len(chosen))):
@@ -265,7 +282,8 @@ def run(inputs: int, seed: int, made: Sequence[Path], only: str | None = None) -
                     signal.alarm(0)
                 shutil.rmtree(folder)
             print(
-                f"{reader.name:12} {number + 1} inputs, {refused} refused, {time.monotonic() - began:.0f} s", flush=True
+                f"{reader.name:12} {number + 1} inputs, {refused} refused, {time.monotonic() - began:.0f} s",
+                flush=True,
             )
     return surprises
 
@@ -301,7 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--inputs", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one reader")
-    parser.add_argument("--made", nargs=2, type=Path, metavar=("RUNS", "SHARDS"), help="what `tests.finished` made")
+    parser.add_argument(
+        "--made", nargs=2, type=Path, metavar=("RUNS", "SHARDS"), help="what `tests.finished` made"
+    )
     given = parser.parse_args(arguments)
     made = given.made or (finished.runs(), finished.shards())
     surprises = run(given.inputs, given.seed, made, given.only)

@@ -39,7 +39,9 @@ def test_a_broken_kernel_fails_and_nothing_else_does(tmp_path: Path) -> None:
     path.write_text(text.replace(right, right.replace("))", "), scale=q.shape[-1] ** -0.51)")))
     code, words = cases(copy, "-k", "attention or lora")
     assert (
-        code == 1 and "attention[112-packed-fp32]" in words and "FAILED tests/gpu/test_gpu.py::test_lora" not in words
+        code == 1
+        and "attention[112-packed-fp32]" in words
+        and "FAILED tests/gpu/test_gpu.py::test_lora" not in words
     )
 
 

@@ -13,10 +13,12 @@ from visft_ds.flags import Parser, parse_size
 
 ROOT = Path(__file__).parents[1]
 #: But gpu.py, a test of torch itself.
-PROGRAMS = [path for folder in ("tools", "launchers") for path in (ROOT / folder).glob("*.py") if path.stem != "gpu"]
+PROGRAMS = [
+    path for folder in ("tools", "launchers") for path in (ROOT / folder).glob("*.py") if path.stem != "gpu"
+]
 SLOW = ("torch", "deepspeed", "timm", "transformers", "open_clip", "peft", "scipy", "jinja2", "matplotlib")
-#: Runs command lines one after another, [[what is run, its arguments, ...], ...]; what each printed, and what had been
-#: imported by then.
+#: Runs command lines one after another, [[what is run, its arguments, ...], ...]; what each printed, and what
+#: had been imported by then.
 RUN = f"""
 import contextlib, io, json, runpy, sys
 ended, path = [], list(sys.path)
@@ -45,7 +47,10 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixt
     parser.add_argument("--local_rank")
     parser.add_subparsers().add_parser("build").add_argument("--shard-size")
     for words, told in (
-        (["build", "--shard-sise", "3"], "unrecognized arguments: --shard-sise; did you mean --shard-size?\n"),
+        (
+            ["build", "--shard-sise", "3"],
+            "unrecognized arguments: --shard-sise; did you mean --shard-size?\n",
+        ),
         (["--xyz"], "unrecognized arguments: --xyz\n"),
     ):
         with pytest.raises(SystemExit):

@@ -58,7 +58,9 @@ def imports(path: Path) -> set[str]:
 
 
 def unit(module: str) -> str | None:
-    """Room or module that a dotted name of the package belongs to; None for the package itself and other packages."""
+    """Room or module that a dotted name of the package belongs to; None for the package itself and other
+    packages.
+    """
     package, _, inner = module.partition(".")
     apart = [name for name in APART if inner == name or inner.startswith(f"{name}.")]
     first = inner.split(".")[0]

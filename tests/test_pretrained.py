@@ -22,14 +22,18 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
         yield found
 
 
-def test_what_is_fetched_is_found_again_without_a_network(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_fetched_is_found_again_without_a_network(
+    hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert local(NAME) == Path(NAME)
     path = fetch(NAME)
     assert path.read_bytes() == WEIGHTS
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("fetching"))
     assert line == f"fetching model.safetensors of {hub.url}/some/model: 1.0 MB, licence: mit"
     asked = len(hub.requests)
-    assert fetch(NAME) == local(NAME) == local(f"{NAME}/model.safetensors") == local(f"{NAME}@{COMMIT}") == path
+    assert (
+        fetch(NAME) == local(NAME) == local(f"{NAME}/model.safetensors") == local(f"{NAME}@{COMMIT}") == path
+    )
     assert len(hub.requests) == asked
 
 

@@ -1,8 +1,10 @@
-"""Commands as pages, launchers, help and messages print them, pasted: each meets the parser that it would meet.
+"""Commands as pages, launchers, help and messages print them, pasted: each meets the parser that it would
+meet.
 
-Training commands are resolved and their batches divided among the ranks that their launcher starts, up to where torch
-would be needed; for more ranks than the batch allows the message must say what to add, and that must work. Other
-commands are stopped once their flags are read. What is not run here is listed in `ELSEWHERE`.
+Training commands are resolved and their batches divided among the ranks that their launcher starts, up to
+where torch would be needed; for more ranks than the batch allows the message must say what to add, and that
+must work. Other commands are stopped once their flags are read. What is not run here is listed in
+`ELSEWHERE`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,12 @@ from visft_ds.resilience.supervisor import flags_of_training
 from visft_ds.shards import cli as shards_cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "ds_configs/README.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "ds_configs/README.md",
+    *(ROOT / "docs").glob("*.md"),
+]
 FORMS = [*(ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"), ROOT / "SECURITY.md"]
 SCRIPTS = [*(ROOT / "launchers").iterdir(), *(ROOT / "tools").iterdir()]
 HOSTFILE = ROOT / "launchers/hostfile.example"
@@ -73,7 +80,9 @@ class Command(NamedTuple):
 
 
 def blocks(text: str) -> Iterator[str]:
-    """Lines of the fenced blocks of a page that a shell reads, one command each; of a transcript those after `$`."""
+    """Lines of the fenced blocks of a page that a shell reads, one command each; of a transcript those after
+    `$`.
+    """
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         if language:
             continue
@@ -85,16 +94,27 @@ def blocks(text: str) -> Iterator[str]:
 
 
 def mentions(text: str) -> Iterator[str]:
-    """Commands within a sentence; those with a gap for the reader, such as `visft report RUN [RUN ...]`, are none."""
+    """Commands within a sentence; those with a gap for the reader, such as `visft report RUN [RUN ...]`, are
+    none.
+    """
     for span in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)):
-        programs = ("visft ", "deepspeed --", "torchrun ", "sbatch --nodes", "python -m visft_ds ", "python launchers/")
+        programs = (
+            "visft ",
+            "deepspeed --",
+            "torchrun ",
+            "sbatch --nodes",
+            "python -m visft_ds ",
+            "python launchers/",
+        )
         begins = span.startswith((*programs, "python tools/"))
         if begins and not re.search(r"\.\.\.|\[|COMMAND", span):
             yield span
 
 
 def of_help(text: str) -> Iterator[str]:
-    """Examples in the help of a command, which stand in lines of their own; what follows two spaces explains them."""
+    """Examples in the help of a command, which stand in lines of their own; what follows two spaces explains
+    them.
+    """
     for line in text.splitlines():
         example = re.split(r"\s{2,}", line.strip())[0]
         if re.match(r"\s+(visft|deepspeed|torchrun) ", line) and not re.search(r"\.\.\.|\[|COMMAND", example):
@@ -109,10 +129,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir(parents=True)
     for name in RUNS:
         (tmp_path / name).mkdir(parents=True)
-        record = {"config": resolve(stage=int(name[-1]) if name[-1].isdigit() else 1, model="debug").to_dict()}
+        record = {
+            "config": resolve(stage=int(name[-1]) if name[-1].isdigit() else 1, model="debug").to_dict()
+        }
         (tmp_path / name / "run.json").write_text(json.dumps(record))
     (tmp_path / "hostfile").write_bytes((ROOT / "launchers/hostfile.example").read_bytes())
-    monkeypatch.setattr("visft_ds.config.cli.on_this_machine", lambda *_, **__: None)  # --download fetches nothing
+    monkeypatch.setattr(
+        "visft_ds.config.cli.on_this_machine", lambda *_, **__: None
+    )  # --download fetches nothing
     return tmp_path
 
 
@@ -129,7 +153,9 @@ def parse(text: str) -> Command | None:
     program, rest = words[0], words[1:]
     if program == "make":
         targets = [word for word in rest if "=" not in word]
-        assert set(targets) <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)), text
+        assert set(targets) <= set(
+            re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        ), text
         return None
     if "pip" in words[:3]:
         extras = re.findall(r"\[([\w,]+)\]", text)
@@ -221,7 +247,9 @@ def paste(command: Command, monkeypatch: pytest.MonkeyPatch) -> ResolvedConfig |
     return config
 
 
-def read_flags(name: str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch, *, all_of_it: bool = True) -> None:
+def read_flags(
+    name: str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch, *, all_of_it: bool = True
+) -> None:
     """Let a command read its flags, and no more. `all_of_it`: what is required must be there."""
     read = flags.Parser.parse_args
 
@@ -307,7 +335,9 @@ def of_output(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("model", available("models"))
-def test_what_makes_missing_inputs_can_be_pasted(model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_makes_missing_inputs_can_be_pasted(
+    model: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where a file is downloaded to, it is looked for."""
     (here / "data/coco").rename(here / "elsewhere")
     for stage in (1, 2):
@@ -320,11 +350,15 @@ def test_what_makes_missing_inputs_can_be_pasted(model: str, here: Path, monkeyp
             assert on_hub(str(config.visft.model.weights)) == f"hf-hub:{repository}/{file}"
 
 
-@pytest.mark.parametrize(("cluster", "ranks"), [("1xA10G", 1), ("8xH100", 8), ("2x8xH100", 16), ("8x8xL40", 64)])
+@pytest.mark.parametrize(
+    ("cluster", "ranks"), [("1xA10G", 1), ("8xH100", 8), ("2x8xH100", 16), ("8x8xL40", 64)]
+)
 def test_what_plan_prints_can_be_pasted(
     cluster: str, ranks: int, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the user's own settings; the ranks are those of the launcher, whose hostfile has as many machines."""
+    """With the user's own settings; the ranks are those of the launcher, whose hostfile has as many
+    machines.
+    """
     machines = max(1, ranks // 8)
     (here / "hostfile").write_text("".join(f"node-{number} slots=8\n" for number in range(machines)))
     own = ["--set", "visft.tasks=detection", "--set", "visft.model.weights=a file.pt"]
@@ -336,7 +370,9 @@ def test_what_plan_prints_can_be_pasted(
         assert command is not None and command.ranks == ranks
         config = paste(command, monkeypatch)
         assert config is not None and (config.visft.stage, config.visft.model.preset) == (2, "debug")
-        assert set(config.visft.tasks.enabled()) == {"detection"} and config.visft.model.weights == "a file.pt"
+        assert (
+            set(config.visft.tasks.enabled()) == {"detection"} and config.visft.model.weights == "a file.pt"
+        )
         assert derive_batches(config, ranks).micro["detection"] * ranks == max(32, ranks)
 
 
@@ -369,7 +405,9 @@ def test_what_shards_and_doctor_print_can_be_pasted(
 
 
 def test_flags_and_keys_in_messages_and_pages_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever text of the package or of a page names: a flag is one of some command, a key one of the schema."""
+    """Whatever text of the package or of a page names: a flag is one of some command, a key one of the
+    schema.
+    """
     known = {"--num_gpus", "--local_rank", "--version", *OTHERS_FLAGS}
     for words in (
         *([name, "--help"] for name in cli.COMMANDS),
@@ -388,7 +426,11 @@ def test_flags_and_keys_in_messages_and_pages_exist(capsys: pytest.CaptureFixtur
     for file in (ROOT / "visft_ds").rglob("*.py"):
         texts[str(file.relative_to(ROOT))] = "\n".join(texts_in(ast.parse(file.read_text(encoding="utf-8"))))
     for place, text in texts.items():
-        unknown += [f"{place}: {flag}" for flag in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text) if flag not in known]
+        unknown += [
+            f"{place}: {flag}"
+            for flag in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text)
+            if flag not in known
+        ]
         for key in re.findall(r"(?<![\w/.-])visft\.[a-z][\w.]*\w", text):
             plain = re.sub(r"\.(\d+|N)\b", ".0", key)
             if plain not in keys and not any(other.startswith(f"{plain}.") for other in keys):
@@ -427,7 +469,9 @@ def test_on_more_ranks_a_command_works_or_is_told_what_to_add(here: Path) -> Non
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_flags_for_more_gpus_are_those_that_a_start_advises(stage: int) -> None:
-    """The page says for 16, 32 and 64 GPUs what a start on 64 says; the first try of a cluster runs on any of them."""
+    """The page says for 16, 32 and 64 GPUs what a start on 64 says; the first try of a cluster runs on any of
+    them.
+    """
     page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     (row,) = re.findall(r"^\| 16, 32, 64 \|(.+)\|(.+)\|$", page, re.MULTILINE)
     (flags_of_page,) = re.findall("`(.+)`", row[stage - 1])

@@ -40,7 +40,9 @@ def test_what_has_finished_is_not_run_again(tmp_path: Path, jobs: int) -> None:
     assert _steps(root).run(jobs) == {} and (root / "d").read_text() == "one\n"
     before = _ran(root)
     assert _steps(root).run(jobs) == {} and _ran(root) == before
-    assert _steps(root, "two").run(jobs) == {} and (root / "d").read_text() == "two\n"  # and what came from it
+    assert (
+        _steps(root, "two").run(jobs) == {} and (root / "d").read_text() == "two\n"
+    )  # and what came from it
     assert {name for name, time in _ran(root).items() if time != before[name]} == {"a", "b", "d"}
 
 
@@ -69,7 +71,10 @@ def test_only_what_the_same_command_left_is_continued(tmp_path: Path) -> None:
         return steps.log("a")
 
     assert (
-        start("x", True) == "" and start("x", True) == "half\n" and start("y", True) == "" and start("y", False) == ""
+        start("x", True) == ""
+        and start("x", True) == "half\n"
+        and start("y", True) == ""
+        and start("y", False) == ""
     )
 
 

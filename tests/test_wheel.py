@@ -25,7 +25,9 @@ DRY = ("--stage", "1", "--model", "debug", "--engine", "zero0", "--dry-run")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The sdist of what git knows here, and the wheel that is built from it."""
     folder = tmp_path_factory.mktemp("build")
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in filter(None, files.split("\0")):
         (folder / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "checkout" / name).write_bytes((ROOT / name).read_bytes())

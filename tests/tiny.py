@@ -1,4 +1,6 @@
-"""Runs of the debug model that train all three tasks in a second or two: their settings, command and results."""
+"""Runs of the debug model that train all three tasks in a second or two: their settings, command and
+results.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,23 @@ TINY: dict[str, Any] = {
     "visft.tasks.segmentation.head.hidden_dim": 32,
     "visft.tasks.segmentation.head.num_points": 4,
     "visft.tasks.segmentation.loss.num_points": 32,
-    "visft.tasks.captioning.head": {"attention_dim": 16, "embed_dim": 16, "decoder_dim": 16, "grid": 4, "dropout": 0.1},
+    "visft.tasks.captioning.head": {
+        "attention_dim": 16,
+        "embed_dim": 16,
+        "decoder_dim": 16,
+        "grid": 4,
+        "dropout": 0.1,
+    },
 }
-#: Over `TINY`: images of different sizes, as every recipe for real data has them, and nothing drawn by a rank.
+#: Over `TINY`: images of different sizes, as every recipe for real data has them, and nothing drawn by a
+#: rank.
 MIXED: dict[str, Any] = {
-    "visft.shared.image": {"short_sides": [30, 42, 57], "max_long": 84, "eval_short": 50, "eval_max_long": 84},
+    "visft.shared.image": {
+        "short_sides": [30, 42, 57],
+        "max_long": 84,
+        "eval_short": 50,
+        "eval_max_long": 84,
+    },
     "visft.tasks.detection.image": {
         **{"short_sides": [30, 42, 57], "max_long": 84, "eval_short": 50, "eval_max_long": 84},
         **{"crop_short_sides": [48, 60], "crop_range": [30, 50]},
@@ -76,13 +90,19 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 def losses(out: Path) -> list[dict[str, float]]:
     """Of each step, by name."""
-    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in records(out) if "loss/loss" in line]
+    return [
+        {k: v for k, v in line.items() if k.startswith("loss/")}
+        for line in records(out)
+        if "loss/loss" in line
+    ]
 
 
 def equal(ours: Path, theirs: Path, step: int = STEPS) -> bool:
     """Two runs learnt the same bit for bit. (Two ranks add the same two numbers wherever they are.)"""
     first, second = trained(ours, step), trained(theirs, step)
-    same = first.keys() == second.keys() and all(torch.equal(first[name], value) for name, value in second.items())
+    same = first.keys() == second.keys() and all(
+        torch.equal(first[name], value) for name, value in second.items()
+    )
     return same and losses(ours) == losses(theirs)
 
 

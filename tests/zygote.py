@@ -1,8 +1,9 @@
-"""A process that has imported what training needs and forks ranks: they begin in no time instead of after 5 s of CPU.
+"""A process that has imported what training needs and forks ranks: they begin in no time instead of after 5 s
+of CPU.
 
-Started by `tests.ranks`, one for each number of a rank, so that ranks differ in the hashes of their strings as real
-ones do. A request names the arguments of `python`, environment and current folder, and brings two pipes: for the output
-of the rank, and for its process id and exit code.
+Started by `tests.ranks`, one for each number of a rank, so that ranks differ in the hashes of their strings
+as real ones do. A request names the arguments of `python`, environment and current folder, and brings two
+pipes: for the output of the rank, and for its process id and exit code.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ STATUS = struct.Struct("i")
 def requests(server: socket.socket) -> None:
     """Fork for each request; returns in the new ranks, and never in the process that was started."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who waits for a rank is not waited for
-    # What was imported stays: ranks need neither look through it nor copy it, at their end least of all. Libraries that
-    # then report it as leaked are not heard.
+    # What was imported stays: ranks need neither look through it nor copy it, at their end least of all.
+    # Libraries that then report it as leaked are not heard.
     gc.freeze()
     atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
     while True:

@@ -1,4 +1,6 @@
-"""LoRA adapters and base weights, merged, taken apart or rewritten: see `python tools/merge_lora.py --help`."""
+"""LoRA adapters and base weights, merged, taken apart or rewritten: see `python tools/merge_lora.py
+--help`.
+"""
 
 import sys
 from pathlib import Path

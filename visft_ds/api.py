@@ -34,25 +34,30 @@ def fit(
 ) -> FitResult:
     """Train one stage, as visft train does: alone in a script or notebook, or in each process of a launcher.
 
-    It may be called again and again in one process. Ctrl-C, SIGTERM and SIGUSR1 stop the run after the step, which is
-    saved (heard in the main thread only); a second Ctrl-C raises KeyboardInterrupt. With several processes, all call
-    it, and one that fails ends the others.
+    It may be called again and again in one process. Ctrl-C, SIGTERM and SIGUSR1 stop the run after the step,
+    which is saved (heard in the main thread only); a second Ctrl-C raises KeyboardInterrupt. With several
+    processes, all call it, and one that fails ends the others.
 
     Args:
-        stage: 1 trains the heads, 2 the backbone's adapters; None with `data`: heads for your own photographs.
-        model: name of a file in ds_configs/models, or path of one; default: eva_e, or what goes with the backbone.
-        backbone: instead of the model's: "timm:NAME", "hf-hub:ORG/NAME", a file in ds_configs/models, weights, or a
+        stage: 1 trains the heads, 2 the backbone's adapters; None with `data`: heads for your own
+        photographs.
+        model: name of a file in ds_configs/models, or path of one; default: eva_e, or what goes with the
+        backbone.
+        backbone: instead of the model's: "timm:NAME", "hf-hub:ORG/NAME", a file in ds_configs/models,
+        weights, or a
             folder for timm.
         download: download missing weights from the Hugging Face hub.
         engine: name of a file in ds_configs/engines, or path of one.
         data: folder or URL of the shards.
         out: run folder.
         settings: dotted key -> value, applied last.
-        resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a new folder.
+        resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a
+        new folder.
         callbacks: listeners to the run.
 
     Raises:
-        ValueError: what you can fix: settings, missing inputs (with the commands that make them), a folder in use.
+        ValueError: what you can fix: settings, missing inputs (with the commands that make them), a folder in
+        use.
         FloatingPointError: training diverged.
         RuntimeError: processes that differ, or another one that ended first.
     """
@@ -60,7 +65,9 @@ def fit(
     stop = StopFlag(launched="RANK" in os.environ)
     flags = {"stage": stage, "model": model, "backbone": backbone, "engine": engine, "data": data, "out": out}
     words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    words += [f"--set={key}={json.dumps(value, default=os.fspath)}" for key, value in (settings or {}).items()]
+    words += [
+        f"--set={key}={json.dumps(value, default=os.fspath)}" for key, value in (settings or {}).items()
+    ]
     _, config = resolve_arguments([*words, f"--resume={resume}", *(["--download"] if download else [])])
     if missing := missing_inputs(config):
         raise ValueError(render_missing(missing))

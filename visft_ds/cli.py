@@ -1,4 +1,6 @@
-"""The command `visft`: every program of this package by its name. A program is imported when its name is given."""
+"""The command `visft`: every program of this package by its name. A program is imported when its name is
+given.
+"""
 
 from __future__ import annotations
 
@@ -36,17 +38,27 @@ COMMANDS = {
     "supervise": Program(
         "visft_ds.resilience.supervisor", "restart a training run that was killed or hangs", continues=True
     ),
-    "evaluate": Program("visft_ds.evals.cli", "measure box AP, mask AP and captions of a run on labelled data"),
+    "evaluate": Program(
+        "visft_ds.evals.cli", "measure box AP, mask AP and captions of a run on labelled data"
+    ),
     "judge": Program(
         "visft_ds.evals.cli", "test whether training improved the backbone, and at what cost", "judge", True
     ),
-    "predict": Program("visft_ds.predict.cli", "find boxes, masks and captions in your own images", continues=True),
+    "predict": Program(
+        "visft_ds.predict.cli", "find boxes, masks and captions in your own images", continues=True
+    ),
     "report": Program("visft_ds.evals.cli", "write a page about one run, or several side by side", "report"),
-    "merge": Program("visft_ds.interop.cli", "merge adapters into base weights, or write them in another format"),
+    "merge": Program(
+        "visft_ds.interop.cli", "merge adapters into base weights, or write them in another format"
+    ),
     "plan": Program("visft_ds.planner.command", "predict memory and time of a training run on a cluster"),
-    "profile": Program("visft_ds.profiling.command", "measure speed, time by part and memory of a training run"),
+    "profile": Program(
+        "visft_ds.profiling.command", "measure speed, time by part and memory of a training run"
+    ),
     "ablate": Program(
-        "visft_ds.experiments.ablate", "compare the gain of stage 2 with controls, over several seeds", continues=True
+        "visft_ds.experiments.ablate",
+        "compare the gain of stage 2 with controls, over several seeds",
+        continues=True,
     ),
     "doctor": Program("visft_ds.doctor", "check whether this machine is ready to train"),
 }
@@ -69,8 +81,8 @@ _USAGE = "\n".join(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status.
 
-    2 for an unknown command and for an environment that no launcher sets, 130 after a Ctrl-C, 141 for a closed output
-    pipe.
+    2 for an unknown command and for an environment that no launcher sets, 130 after a Ctrl-C, 141 for a
+    closed output pipe.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].startswith("--local_rank="):  # the deepspeed launcher puts it in front
@@ -101,7 +113,10 @@ def _run(words: list[str]) -> int:
     if not words or words[0] not in COMMANDS:
         near = difflib.get_close_matches("".join(words[:1]), COMMANDS, n=1)
         hint = f" did you mean {near[0]}?" if near else ""
-        print(f"visft: no command {words[0]!r};{hint} visft --help lists them" if words else _USAGE, file=sys.stderr)
+        print(
+            f"visft: no command {words[0]!r};{hint} visft --help lists them" if words else _USAGE,
+            file=sys.stderr,
+        )
         return 2
     command = COMMANDS[words[0]]
     try:

@@ -1,6 +1,7 @@
-"""The full pipeline at small scale: drawings, shards, both stages, evaluation in and out of domain, merging, a report.
+"""The full pipeline at small scale: drawings, shards, both stages, evaluation in and out of domain, merging,
+a report.
 
-    visft demo --out demo     EfficientNet-Lite0 with ImageNet weights on drawings; judged on drawings of another style
+    visft demo --out demo     EfficientNet-Lite0 on drawings; judged on drawings of another style
 
 Every command is printed before it runs and can be run by hand; its output is in OUT/steps. The same command
 continues an interrupted demo. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
@@ -22,7 +23,8 @@ from visft_ds.steps import Steps
 MODEL, TRAIN, VAL = "lite0", 1000, 200
 #: Images of another style that probes learn from, and that are judged, for each one that is trained on.
 PROBED = 0.4, 0.25
-#: The number that decides whether the demo shows something; of one seed, 489 objects are too few (docs/evidence.md).
+#: The number that decides whether the demo shows something; of one seed, 489 objects are too few
+#: (docs/evidence.md).
 PRIMARY = "segmentation/style-b in-context mIoU"
 DRAWN = ("--size", "224", "--colours", "even")  #: otherwise colours would be enough to tell shapes
 #: In-domain numbers of the last table.
@@ -31,11 +33,21 @@ _SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr", "captio
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
-    parser = Parser(prog=program("demo"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="results folder (%(default)s)")
-    parser.add_argument("--train", type=int, default=TRAIN, metavar="N", help="drawings to train on (%(default)s)")
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="processes per run (%(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of both training runs")
+    parser = Parser(
+        prog=program("demo"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), metavar="DIR", help="results folder (%(default)s)"
+    )
+    parser.add_argument(
+        "--train", type=int, default=TRAIN, metavar="N", help="drawings to train on (%(default)s)"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=2, metavar="N", help="processes per run (%(default)s)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="setting of both training runs"
+    )
     given = parser.parse_args(arguments)
     from visft_ds.config import resolve  # takes a second
 
@@ -75,13 +87,17 @@ def plan(given: argparse.Namespace) -> Steps:
         words = ["train", "--num_gpus", str(given.processes)] if given.processes > 1 else ["train"]
         words += ["--stage", str(stage), "--model", MODEL, "--data", str(shards)]
         settings = [f"visft.model.weights={weights}"]
-        settings += [f"visft.heads.path={runs[0]}/export"] if runs else [f"visft.features.cache={root}/features"]
+        settings += (
+            [f"visft.heads.path={runs[0]}/export"] if runs else [f"visft.features.cache={root}/features"]
+        )
         words += [part for setting in (*settings, *given.set) for part in ("--set", setting)]
         runs.append(steps.add(f"stage{stage}", *words, resumes=True))
         out = f"stage{stage}/evaluation-val"
         steps.add(f"evaluation{stage}", "evaluate", "--run", str(runs[-1]), out=out)
     read = resolve(stage=1, model=MODEL, settings=given.set).visft.model.layers
-    end = f"#{read[-1]}" if read else ""  # both where training read the network; its best layer takes minutes more
+    end = (
+        f"#{read[-1]}" if read else ""
+    )  # both where training read the network; its best layer takes minutes more
     words = [f"before={runs[0]}{end}", f"after={runs[1]}", "--quick", "--layers", "last"]
     words += ["--on", f"segmentation={other},name=style-b", "--on", f"kept={other}/val2017,name=style-b"]
     judged = steps.add("judge", "judge", *words, resumes=True)

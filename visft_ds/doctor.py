@@ -43,7 +43,9 @@ def judged(good: bool, subject: str, found: str, helps: str) -> Finding:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every check; returns the exit status."""
-    parser = Parser(prog=program("doctor"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog=program("doctor"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", metavar="NAME|FILE", help="model to train, as for visft train")
     parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="folder for runs (.)")
     options = parser.parse_args(arguments)
@@ -56,15 +58,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts = {status: sum(finding.status == status for finding in findings) for status in STATUSES}
     told = ", ".join(f"{count} {status}" for status, count in counts.items())
     rows = sorted(findings, key=lambda finding: STATUSES.index(finding.status))
-    print_plan(f"this machine is {'not ready' if counts[PROBLEM] else 'ready'}: {told}", [Section("checks", rows)])
+    print_plan(
+        f"this machine is {'not ready' if counts[PROBLEM] else 'ready'}: {told}", [Section("checks", rows)]
+    )
     return 1 if counts[PROBLEM] else 0
 
 
 def examine(folder: Path, model: str | None) -> Iterator[Finding]:
-    """Run every check, for runs in a folder. Raises ValueError for an unknown model and a folder that is not there."""
+    """Run every check, for runs in a folder. Raises ValueError for an unknown model and a folder that is not
+    there.
+    """
     if not folder.is_dir():
         raise ValueError(f"--folder {folder} is not a folder: make it, or name another one")
-    for check in (check_packages(), check_device(), check_memory(model), check_disk(folder), check_processes()):
+    for check in (
+        check_packages(),
+        check_device(),
+        check_memory(model),
+        check_disk(folder),
+        check_processes(),
+    ):
         try:
             yield from check
         except (ImportError, OSError, RuntimeError) as error:
@@ -137,7 +149,9 @@ def check_memory(model: str | None) -> Iterator[Finding]:
 
 
 def _cluster() -> str:
-    """The GPUs of this machine, in words of visft plan; eight of a usual kind where it has none that is known."""
+    """The GPUs of this machine, in words of visft plan; eight of a usual kind where it has none that is
+    known.
+    """
     import torch
 
     from visft_ds.planner.hardware import find_gpu
@@ -152,9 +166,13 @@ def check_disk(folder: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(folder).free
     found = f"{free / _GB:.0f} GB free in {folder.resolve()}"
     if 2 * _GB <= free < 60 * _GB:
-        yield Finding(WARNING, "disk", f"{found}. COCO's shards take 20 GB, EVA-E's weights 9 to 18 GB a file")
+        yield Finding(
+            WARNING, "disk", f"{found}. COCO's shards take 20 GB, EVA-E's weights 9 to 18 GB a file"
+        )
     else:
-        yield judged(free >= 2 * _GB, "disk", found, "Free some space for checkpoints, or use another --folder")
+        yield judged(
+            free >= 2 * _GB, "disk", found, "Free some space for checkpoints, or use another --folder"
+        )
 
 
 _MEMBER = """
@@ -169,7 +187,14 @@ assert value.item() == 3.0, value
 
 def check_processes() -> Iterator[Finding]:
     """Let two processes import DeepSpeed, meet over gloo and add their numbers, within two minutes."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--no-python",
+    ]
     words += [sys.executable, "-c", _MEMBER]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:
@@ -178,6 +203,8 @@ def check_processes() -> Iterator[Finding]:
         failed = done.returncode != 0 and (errors or [f"exit status {done.returncode}"])[0]
     except subprocess.TimeoutExpired:
         failed = "no answer within two minutes"
-    found = f"cannot add two numbers over gloo: {failed}" if failed else "imported DeepSpeed and agreed over gloo"
+    found = (
+        f"cannot add two numbers over gloo: {failed}" if failed else "imported DeepSpeed and agreed over gloo"
+    )
     helps = "If a name or interface is at fault: export GLOO_SOCKET_IFNAME=lo, and check /etc/hosts"
     yield judged(not failed, "two processes", found, helps)

@@ -1,7 +1,8 @@
-"""The door for files from outside: parsers' errors become one ValueError, reads are bounded, pictures are upright RGB.
+"""The door for files from outside: parsers' errors become one ValueError, reads are bounded, pictures are
+upright RGB.
 
-Names of files that stand in other files may not lead out of their folder; what a user has put there under such a name,
-a link to another disk among it, is followed. Letters: H W pixels.
+Names of files that stand in other files may not lead out of their folder; what a user has put there under
+such a name, a link to another disk among it, is followed. Letters: H W pixels.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from pydantic import ValidationError
 MAX_PIXELS = 80_000_000
 #: Largest file that is read whole, bytes: twice the annotation file of Objects365.
 MAX_BYTES = 12 * 2**30
-#: Pillow's names of the formats that are decoded. Others (EPS calls Ghostscript) are refused whatever they are called.
+#: Pillow's names of the formats that are decoded. Others (EPS calls Ghostscript) are refused whatever they
+#: are called.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 #: A progressive JPEG has about ten scans; each one decodes the whole image again.
 _MAX_SCANS = 200
 
-#: What `open_image` does with a picture that has more than 8 bits a value, or more than colours and transparency.
+#: What `open_image` does with a picture that has more than 8 bits a value, or more than colours and
+#: transparency.
 SCALED = "picture of more than 8 bits (scaled to 8: its smallest value is 0, its largest 255)"
 UPPER_BITS = "picture of 16 bits with transparency or in CMYK (only the upper 8 bits are read)"
 MORE_BANDS = "TIFF with bands beyond colour and transparency (not read)"
@@ -46,9 +49,11 @@ _said = set[str]()  # notes about pictures that this process has printed
 
 @contextmanager
 def reading(path: Path | str, what: str) -> Iterator[None]:
-    """Turn whatever a parser raises about a file's content into one ValueError: path, what it should be, cause.
+    """Turn whatever a parser raises about a file's content into one ValueError: path, what it should be,
+    cause.
 
-    Errors of the operating system (no such file, no permission) pass as they are: they name the file themselves.
+    Errors of the operating system (no such file, no permission) pass as they are: they name the file
+    themselves.
 
     Args:
         path: the file, or an address.
@@ -61,7 +66,9 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
             raise
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
-        known = isinstance(error, ValueError | Warning) or (isinstance(error, OSError | SyntaxError) and str(error))
+        known = isinstance(error, ValueError | Warning) or (
+            isinstance(error, OSError | SyntaxError) and str(error)
+        )
         found = str(error) if known else f"{type(error).__name__} {error}"
         if isinstance(error, ValidationError):
             found = _refused(error)
@@ -74,7 +81,10 @@ def _refused(error: ValidationError) -> str:
     for problem in error.errors(include_url=False):
         key = ".".join(map(str, problem["loc"]))
         value = repr(problem["input"])
-        if problem["type"] in ("contradictions", "json_invalid", "missing", "extra_forbidden") or len(value) > 40:
+        if (
+            problem["type"] in ("contradictions", "json_invalid", "missing", "extra_forbidden")
+            or len(value) > 40
+        ):
             clause = problem["msg"]
         else:
             clause = f"{problem['msg']}, not {value}"
@@ -120,20 +130,22 @@ def open_image(
 ) -> Image.Image:
     """Decode a picture to RGB; of several frames, the first.
 
-    Grey, palette and CMYK pictures are converted, transparency is dropped; more than 8 bits are scaled from the
-    picture's own range. EXIF that cannot be read turns nothing.
+    Grey, palette and CMYK pictures are converted, transparency is dropped; more than 8 bits are scaled from
+    the picture's own range. EXIF that cannot be read turns nothing.
 
     Args:
         source: the file, or its bytes.
         name: how messages call it, if not by its path.
         upright: apply the EXIF orientation.
-        quiet: print no warning about what is lost (`Frame.notes`), which is otherwise printed once in a process.
+        quiet: print no warning about what is lost (`Frame.notes`), which is otherwise printed once in a
+        process.
 
     Returns:
         Picture of mode RGB, loaded.
 
     Raises:
-        ValueError: not one of `FORMATS`, damaged or cut, of more than `MAX_PIXELS` pixels, or not a regular file.
+        ValueError: not one of `FORMATS`, damaged or cut, of more than `MAX_PIXELS` pixels, or not a regular
+        file.
         OSError: it is not there, or may not be read.
     """
     data = source if isinstance(source, bytes) else read_bytes(source)
@@ -226,14 +238,17 @@ def _opened(file: BinaryIO, source: Path | str | bytes, name: str | None) -> Ite
             raise ValueError(f"it begins with {start!r}" if start else "the file is empty") from None
         with opened as image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels; allowed are 1 to {MAX_PIXELS:,} in all")
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels; allowed are 1 to {MAX_PIXELS:,} in all"
+                )
             yield image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """A loaded picture of any mode of Pillow as RGB; transparency is dropped.
 
-    Values of more than 8 bits are scaled from their own range: files do not state how many of their bits are used.
+    Values of more than 8 bits are scaled from their own range: files do not state how many of their bits are
+    used.
     """
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(_eight_bits(np.asarray(image)))
@@ -302,7 +317,9 @@ def _other_bytes(image: ImageFile.ImageFile) -> list[Any]:
 
 
 def _deep_to_rgb(upper: Image.Image, lower: Image.Image) -> Image.Image:
-    """The picture of the upper and the lower bytes of its values, scaled from their own range over all colours."""
+    """The picture of the upper and the lower bytes of its values, scaled from their own range over all
+    colours.
+    """
     values = np.asarray(upper)[..., :3].astype(np.uint16) << 8
     values |= np.asarray(lower)[..., :3]
     return Image.fromarray(_eight_bits(values))
@@ -333,5 +350,7 @@ def checked_name(name: str, where: object) -> str:
 
 
 def shown_name(name: str) -> str:
-    """The name for a message: signs that would end its line or move a terminal's cursor are written as escapes."""
+    """The name for a message: signs that would end its line or move a terminal's cursor are written as
+    escapes.
+    """
     return name if name.isprintable() else repr(name)

@@ -1,4 +1,6 @@
-"""Command lines: errors that name the nearest flag, numbers and sizes that a flag takes, packages that it needs."""
+"""Command lines: errors that name the nearest flag, numbers and sizes that a flag takes, packages that it
+needs.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,11 @@ class Command(Parser):
     def __init__(self, name: str, description: str, epilog: str) -> None:
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(
-            prog=program(name), description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False
+            prog=program(name),
+            description=description,
+            epilog=epilog,
+            formatter_class=layout,
+            allow_abbrev=False,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -62,10 +68,14 @@ def check_least(given: object, **least: int) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `200MB`, `1GiB` or `1000000`. Raises ValueError for anything else and for less than one byte."""
+    """Bytes of `5GB`, `200MB`, `1GiB` or `1000000`. Raises ValueError for anything else and for less than one
+    byte.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
-        raise ValueError(f"{text!r} is not a size: write a number and B, KB, MB, GB, KiB, MiB or GiB, such as 5GB")
+        raise ValueError(
+            f"{text!r} is not a size: write a number and B, KB, MB, GB, KiB, MiB or GiB, such as 5GB"
+        )
     return math.floor(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -76,7 +86,9 @@ def install_command(extra: str = "") -> str:
 
 
 def check_extra(what: str, extra: str, packages: Sequence[str]) -> None:
-    """Raise ValueError if `what` needs packages of an extra, given by their import names, that are not installed."""
+    """Raise ValueError if `what` needs packages of an extra, given by their import names, that are not
+    installed.
+    """
     if lacking := [name for name in packages if find_spec(name) is None]:
         raise ValueError(f"{what} needs {', '.join(lacking)}, not installed here: {install_command(extra)}")
 

@@ -19,14 +19,18 @@ from visft_ds.resilience.stop import StopFlag
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0 trained to the end, as `Stop.status` after a stop, else `exit_code`."""
+    """Run the command. Returns the exit code: 0 trained to the end, as `Stop.status` after a stop, else
+    `exit_code`.
+    """
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         stop = StopFlag(launched="RANK" in os.environ)
         words, count = without_num_gpus(words)
         options, config = resolve_arguments(words)
         if options.dry_run:
-            if int(os.environ.get("RANK", "0")):  # an error of this rank would make its launcher end the first
+            if int(
+                os.environ.get("RANK", "0")
+            ):  # an error of this rank would make its launcher end the first
                 return 0
             from visft_ds.run.report import print_dry_run
 

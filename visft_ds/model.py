@@ -1,7 +1,8 @@
 """The model that trains: one backbone, one head per task, and the losses, in one forward.
 
-Heads and criteria run inside `forward`: ZeRO gathers parameters and reduces gradients in hooks of the module that it
-wraps, which fire in that module's forward only. Letters: B images, H W pixels, h w patch grid, D width of the backbone.
+Heads and criteria run inside `forward`: ZeRO gathers parameters and reduces gradients in hooks of the module
+that it wraps, which fire in that module's forward only. Letters: B images, H W pixels, h w patch grid, D
+width of the backbone.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ class TaskModule:
 
     head: nn.Module
     criterion: Criterion
-    decoding: Mapping[str, Any] = field(default_factory=dict)  #: keyword arguments of the head in evaluation (beams)
+    decoding: Mapping[str, Any] = field(
+        default_factory=dict
+    )  #: keyword arguments of the head in evaluation (beams)
 
 
 def normalise_pixels(backbone: Backbone, images: Tensor, sizes: Tensor) -> Tensor:
-    """Input of a backbone: images normalised by channel, their sides whole cells; padding becomes 0, the mean colour.
+    """Input of a backbone: images normalised by channel, their sides whole cells; padding becomes 0, the mean
+    colour.
 
     Args:
         backbone: whose mean and standard deviation of a channel are meant.
@@ -75,14 +79,15 @@ class MultiTaskModel(nn.Module):
         train_backbone: False in stage 1, where the backbone runs without a graph.
         heads_active: False in stage 2, where frozen heads run in evaluation mode (no dropout).
 
-    `faults` is None as long as a loss that cannot be computed (a matching cost of NaN) is an error. The engines put a
-    list there: then the message goes into it and the loss is NaN, so that all ranks finish the backward pass together.
+    `faults` is None as long as a loss that cannot be computed (a matching cost of NaN) is an error. The
+    engines put a list there: then the message goes into it and the loss is NaN, so that all ranks finish the
+    backward pass together.
 
-    `feature_cache` keeps the features of a frozen backbone. It is used for batches with `views`: images whose crop and
-    flip repeat after some epochs (`data.features`).
+    `feature_cache` keeps the features of a frozen backbone. It is used for batches with `views`: images whose
+    crop and flip repeat after some epochs (`data.features`).
 
-    Features of an image are those of it alone, whatever lies beside it: the backbone never sees the batch's padding.
-    Heads follow an autocast to bf16 unless `heads_in_fp32`; losses never do.
+    Features of an image are those of it alone, whatever lies beside it: the backbone never sees the batch's
+    padding. Heads follow an autocast to bf16 unless `heads_in_fp32`; losses never do.
     """
 
     def __init__(
@@ -114,18 +119,23 @@ class MultiTaskModel(nn.Module):
         else:
             pixels = normalise_pixels(self.backbone, batch.images, batch.sizes)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
-                tensors = [at_least_float32(one) for one in self.backbone(pixels, self.frames(batch), prefixes=True)]
+                tensors = [
+                    at_least_float32(one) for one in self.backbone(pixels, self.frames(batch), prefixes=True)
+                ]
         maps = [tensor for tensor in tensors if tensor.ndim == 4]
         prefixes: Sequence[Tensor | None] = tensors[len(maps) :] or [None] * len(maps)  # they follow the maps
         size = self.padded_size(batch)
-        return tuple(Map.of(map_, batch.sizes, size, prefix) for map_, prefix in zip(maps, prefixes, strict=True))
+        return tuple(
+            Map.of(map_, batch.sizes, size, prefix) for map_, prefix in zip(maps, prefixes, strict=True)
+        )
 
     def frames(self, batch: Batch) -> Grids | None:
-        """Height and width in pixels at which the backbone sees each image: whole cells, without the batch's padding.
+        """Height and width in pixels at which the backbone sees each image: whole cells, without the batch's
+        padding.
 
-        An image keeps the padding that its transform gave it, so that it looks as it would alone. None: all images have
-        the same cells, and are a batch. Not so with a backbone that takes them `one_by_one`, if images of the stream
-        can differ.
+        An image keeps the padding that its transform gave it, so that it looks as it would alone. None: all
+        images have the same cells, and are a batch. Not so with a backbone that takes them `one_by_one`, if
+        images of the stream can differ.
         """
         if batch.frames is None:
             return None
@@ -146,8 +156,8 @@ class MultiTaskModel(nn.Module):
     def _features_of_views(self, batch: Batch) -> list[Tensor]:
         """Features of each image alone, rounded as the cache stores them.
 
-        So the features of an image do not depend on whether they came from the cache, and those that did need no
-        pixels.
+        So the features of an image do not depend on whether they came from the cache, and those that did need
+        no pixels.
         """
         assert self.feature_cache is not None and batch.views is not None and not self.train_backbone
         images = list[list[Tensor]]()
@@ -158,7 +168,9 @@ class MultiTaskModel(nn.Module):
                 pixels = normalise_pixels(self.backbone, image, batch.sizes[place : place + 1])
                 with torch.no_grad():
                     found = self.backbone(pixels, prefixes=True)
-                stored = tuple((one[0].permute(1, 2, 0) if one.ndim == 4 else one[0]).bfloat16() for one in found)
+                stored = tuple(
+                    (one[0].permute(1, 2, 0) if one.ndim == 4 else one[0]).bfloat16() for one in found
+                )
                 key, index = int(batch.random_keys[place]), int(batch.indices[place])
                 self.feature_cache.put(key, index, view.frame, stored)
             images.append([one.float() for one in stored])
@@ -170,13 +182,17 @@ class MultiTaskModel(nn.Module):
 
         Args:
             batch: images and the targets of one task ("sampled" mode) or of all ("shared" mode).
-            loss_denominators: per task the numbers its losses are divided by; they hold for the whole optimiser step
-                (all ranks and micro-batches), so that the mean over micro-batches is the loss of the global batch.
+            loss_denominators: per task the numbers its losses are divided by; they hold for the whole
+            optimiser step
+                (all ranks and micro-batches), so that the mean over micro-batches is the loss of the global
+                batch.
 
         Returns:
             With denominators, as 0-d tensors: {"loss": sum over tasks, "<task>": the task's weighted sum,
-            "<task>/<name>": each unweighted loss}; with an anchor "anchor" and "anchor/<name>" are among them.
-            Without: {task: the head's output} for the tasks of the batch, or for every head where it has no targets.
+            "<task>/<name>": each unweighted loss}; with an anchor "anchor" and "anchor/<name>" are among
+            them.
+            Without: {task: the head's output} for the tasks of the batch, or for every head where it has no
+            targets.
         """
         if not self.anchor or loss_denominators is None:
             return self.outputs(self.features(batch), batch, loss_denominators)
@@ -198,9 +214,13 @@ class MultiTaskModel(nn.Module):
     def outputs(
         self, maps: Sequence[Map], batch: Batch, loss_denominators: LossDenominators | None = None
     ) -> dict[str, Any]:
-        """The second half of `forward`, heads and losses; a pipeline's last stage calls it, which has no pixels."""
+        """The second half of `forward`, heads and losses; a pipeline's last stage calls it, which has no
+        pixels.
+        """
         device = maps[-1].features.device
-        dtype = torch.bfloat16 if not self.heads_in_fp32 and autocast_dtype(device) == torch.bfloat16 else None
+        dtype = (
+            torch.bfloat16 if not self.heads_in_fp32 and autocast_dtype(device) == torch.bfloat16 else None
+        )
         predicted, losses = dict[str, Any](), dict[str, Tensor]()
         with autocast_to(device, dtype):
             for task in batch.targets or self.heads:
@@ -229,7 +249,9 @@ class MultiTaskModel(nn.Module):
                     losses[task] = torch.stack(sums).sum() * torch.nan
                     continue
                 # names without a weight are for the log only
-                weighted = [weight * parts[name] for name, weight in criterion.weights.items() if name in parts]
+                weighted = [
+                    weight * parts[name] for name, weight in criterion.weights.items() if name in parts
+                ]
                 losses[task] = torch.stack(weighted).sum()
                 losses.update({f"{task}/{name}": value for name, value in parts.items()})
             return {"loss": torch.stack([losses[task] for task in batch.targets]).sum(), **losses}

@@ -19,16 +19,24 @@ from visft_ds.files import reading
 
 #: What a name begins with: on the hub; of a model of timm.
 HUB, TIMM = "hf-hub:", "timm:"
-#: File name that a configuration gives -> the same weights on the hub, which serve where no file is at that path.
+#: File name that a configuration gives -> the same weights on the hub, which serve where no file is at that
+#: path.
 #: Sources: the model cards of https://huggingface.co/QuanSun/EVA-CLIP and of timm.
 PUBLISHED = {
     "EVA02_CLIP_E_psz14_plus_s9B.pt": "hf-hub:QuanSun/EVA-CLIP/EVA02_CLIP_E_psz14_plus_s9B.pt",
     "vit_base_patch16_clip_224.openai.safetensors": "hf-hub:timm/vit_base_patch16_clip_224.openai/model.safetensors",
 }
 #: Weights of a repository, as timm, transformers and open_clip name them; the first that is there is taken.
-_USUAL = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+_USUAL = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-_NAME = re.compile(r"hf-hub:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+))?")
+_NAME = re.compile(
+    r"hf-hub:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,9 @@ def on_hub(weights: str) -> str | None:
 
 
 def local(weights: str | Path) -> Path:
-    """Weights on this machine: the file at their path, else that in the hub's cache; else a path without a file."""
+    """Weights on this machine: the file at their path, else that in the hub's cache; else a path without a
+    file.
+    """
     path = Path(weights)
     name = None if path.is_file() else on_hub(str(weights))
     return path if name is None else HubFile.parse(name).cached() or path
@@ -78,11 +88,12 @@ def local(weights: str | Path) -> Path:
 def fetch(name: str) -> Path:
     """The file of a name in the hub's cache, downloaded if it is not there.
 
-    A line says its size and licence. Processes of one machine wait for each other; a cut connection continues where it
-    stopped.
+    A line says its size and licence. Processes of one machine wait for each other; a cut connection continues
+    where it stopped.
 
     Raises:
-        ValueError: what huggingface_hub says: no such repository, revision or file, a licence that was not accepted, no
+        ValueError: what huggingface_hub says: no such repository, revision or file, a licence that was not
+        accepted, no
             network.
         OSError: a full disk.
     """
@@ -115,7 +126,11 @@ def check_timm(name: str) -> None:
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(TIMM + known for known in near)}?" if near else "see timm.list_models()"
+        hint = (
+            f"did you mean {' or '.join(TIMM + known for known in near)}?"
+            if near
+            else "see timm.list_models()"
+        )
         raise ValueError(f"timm {timm.__version__} has no model {name!r}; {hint}")
 
 
@@ -131,10 +146,14 @@ def weights_of_timm(name: str) -> str:
     architecture, _, tag = name.partition(".")
     tagged = timm.list_pretrained(f"{architecture}.*")
     if tag and name not in tagged:
-        raise ValueError(f"timm has no weights {tag!r} of {architecture}; it has {', '.join(tagged) or 'none'}")
+        raise ValueError(
+            f"timm has no weights {tag!r} of {architecture}; it has {', '.join(tagged) or 'none'}"
+        )
     settings = timm.get_pretrained_cfg(name)
     if not tagged or settings is None or not settings.hf_hub_id:
-        raise ValueError(f"timm has no weights of {name} on the hub: name a file, --set visft.model.weights=FILE")
+        raise ValueError(
+            f"timm has no weights of {name} on the hub: name a file, --set visft.model.weights=FILE"
+        )
     return f"{HUB}{settings.hf_hub_id}/{settings.hf_hub_filename or _USUAL[0]}"
 
 
@@ -155,7 +174,9 @@ def timm_name(
         settings = timm.get_pretrained_cfg(name)
         if settings is not None and (tuple(settings.mean), tuple(settings.std)) == (mean, std):
             return name, None if settings.input_size[-1] == image_size else image_size
-    raise ValueError(f"images are normalised by {mean} and {std}, which no weights of {architecture} in timm expect")
+    raise ValueError(
+        f"images are normalised by {mean} and {std}, which no weights of {architecture} in timm expect"
+    )
 
 
 def lite0_of_pip() -> Path | None:

@@ -12,19 +12,26 @@ from collections.abc import Mapping
 from typing import Any
 
 MASK = "***"
-#: Names of settings and environment variables that hold a secret: `api_key` and `HF_TOKEN` do, `tokenizer` does not.
-SECRET = re.compile(r"(?i)(?:.*[_.-])?(?:token|secret|passw(?:or)?d|credentials?|api_?key|access_?key(?:_id)?|sas)")
-#: User and password before the host of a URL, also of one without a scheme; its query and fragment. Bounded, so that a
-#: long text costs linear time.
+#: Names of settings and environment variables that hold a secret: `api_key` and `HF_TOKEN` do, `tokenizer`
+#: does not.
+SECRET = re.compile(
+    r"(?i)(?:.*[_.-])?(?:token|secret|passw(?:or)?d|credentials?|api_?key|access_?key(?:_id)?|sas)"
+)
+#: User and password before the host of a URL, also of one without a scheme; its query and fragment. Bounded,
+#: so that a long text costs linear time.
 _USER = re.compile(r"((?:^|[\s'\"(=,]|:)/{1,2})[^\s/?#@]{1,200}@(?=[^\s/]{1,200})")
 #: The same as scp and rsync write it. Names of models may have a colon and an @ too, and say nothing secret.
-_LOGIN = re.compile(r"(?<![\w.:/-])(?!timm:|hf-hub:|open_clip:)[\w.+-]{1,64}:[^\s/?#@:]{1,200}@(?=[\w.-]{1,200})")
+_LOGIN = re.compile(
+    r"(?<![\w.:/-])(?!timm:|hf-hub:|open_clip:)[\w.+-]{1,64}:[^\s/?#@:]{1,200}@(?=[\w.-]{1,200})"
+)
 _QUERY = re.compile(r"(://[^\s?#'\"]{1,2000})[?#][^\s'\"]{1,4000}")
 _SHORTEST = 6  #: letters; shorter values of the environment are too likely to be a word of a message
 
 
 def redacted(text: object) -> str:
-    """A text with a mask in the place of passwords and queries of URLs, and of secrets that this process knows."""
+    """A text with a mask in the place of passwords and queries of URLs, and of secrets that this process
+    knows.
+    """
     # Values of the environment and texts in fsspec's configuration, which an error of a library may show.
     known = [value for name, value in os.environ.items() if SECRET.fullmatch(name)]
     options = [getattr(sys.modules.get("fsspec.config"), "conf", None)]
@@ -60,8 +67,14 @@ def redacted_values(value: Any) -> Any:
 
 
 def refuse_secrets(url: str) -> str:
-    """The URL of a folder. Raises ValueError for a password or a query, which would be stored with each run."""
-    if "://" in url and not url.lower().startswith("file:") and (_USER.search(url) or "?" in url or "#" in url):
+    """The URL of a folder. Raises ValueError for a password or a query, which would be stored with each
+    run.
+    """
+    if (
+        "://" in url
+        and not url.lower().startswith("file:")
+        and (_USER.search(url) or "?" in url or "#" in url)
+    ):
         raise ValueError(
             "a URL may have no password, query or fragment, which each run would record; headers go into FSSPEC_HTTP"
         )

@@ -1,8 +1,9 @@
-"""Commands that make one another's inputs: each runs once, and a list that was stopped continues where it was.
+"""Commands that make one another's inputs: each runs once, and a list that was stopped continues where it
+was.
 
-A step needs those whose results, or the folder around them, its words name. It has finished when it ended well with the
-same command, begun after all that it needs had ended. ROOT/steps has of each NAME.command, NAME.log and, at its end,
-NAME.done.
+A step needs those whose results, or the folder around them, its words name. It has finished when it ended
+well with the same command, begun after all that it needs had ended. ROOT/steps has of each NAME.command,
+NAME.log and, at its end, NAME.done.
 """
 
 from __future__ import annotations
@@ -42,10 +43,14 @@ class Steps:
         self.steps: dict[str, Step] = {}
 
     def add(self, name: str, *words: str, out: str | None = None, resumes: bool = False) -> Path:
-        """Add `visft WORDS --out PLACE` unless it is there; returns the place: ROOT/NAME, or `out` in ROOT."""
+        """Add `visft WORDS --out PLACE` unless it is there; returns the place: ROOT/NAME, or `out` in
+        ROOT.
+        """
         place = self.root / (out or name)
         command = (*words, "--out", str(place))
-        needs = tuple(step.name for step in self.steps.values() if any(_names(word, step.out) for word in command))
+        needs = tuple(
+            step.name for step in self.steps.values() if any(_names(word, step.out) for word in command)
+        )
         step = self.steps.setdefault(name, Step(name, command, place, needs, resumes))
         assert step.command == command, f"two steps are called {name}"
         return place
@@ -66,7 +71,9 @@ class Steps:
             waiting = [step for step in self.steps.values() if not self._finished(step)]
             while waiting or running:
                 pending = {step.name for step in waiting} | running.keys()
-                for step in [step for step in waiting if not pending.intersection(step.needs)][: jobs - len(running)]:
+                for step in [step for step in waiting if not pending.intersection(step.needs)][
+                    : jobs - len(running)
+                ]:
                     waiting.remove(step)
                     if lost := [need for need in step.needs if need in failed]:
                         failed[step.name] = f"needs {lost[0]}, which failed"
@@ -77,7 +84,11 @@ class Steps:
                     if status := running.pop(name).returncode:
                         failed[name] = f"exit status {status}"
                         end = [f"  | {line}" for line in self.log(name).splitlines() if line.strip()][-12:]
-                        print(f"FAILED: {name}: {failed[name]}; the end of {self._path(name, 'log')}:", *end, sep="\n")
+                        print(
+                            f"FAILED: {name}: {failed[name]}; the end of {self._path(name, 'log')}:",
+                            *end,
+                            sep="\n",
+                        )
                     else:
                         self._path(name, "done").touch()
                         seconds = time.time() - self._path(name, "command").stat().st_mtime
@@ -103,7 +114,9 @@ class Steps:
         if not begun.is_file() or begun.read_text(encoding="utf-8") != shlex.join(step.command):
             return False
         ends = [self._path(need, "done") for need in step.needs if self._finished(self.steps[need])]
-        return len(ends) == len(step.needs) and all(e.stat().st_mtime_ns <= begun.stat().st_mtime_ns for e in ends)
+        return len(ends) == len(step.needs) and all(
+            e.stat().st_mtime_ns <= begun.stat().st_mtime_ns for e in ends
+        )
 
     def _start(self, step: Step, jobs: int) -> subprocess.Popen[bytes]:
         self._path(step.name, "done").unlink(missing_ok=True)
@@ -118,7 +131,9 @@ class Steps:
         threads = max(1, (os.cpu_count() or 1) // (jobs * (ranks or 1)))  # cores are divided among all
         environment = {**same_code(), "OMP_NUM_THREADS": str(threads)}
         words = [sys.executable, "-m", "visft_ds", *step.command]
-        with self._path(step.name, "log").open("wb") as log:  # a session of its own: `_stop` tells when to end
+        with self._path(step.name, "log").open(
+            "wb"
+        ) as log:  # a session of its own: `_stop` tells when to end
             return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def _path(self, name: str, suffix: str) -> Path:
@@ -126,7 +141,9 @@ class Steps:
 
 
 def _names(word: str, made: Path) -> bool:
-    """Return True if a word of a command names what a step makes, something in it, or just the folder around it."""
+    """Return True if a word of a command names what a step makes, something in it, or just the folder around
+    it.
+    """
     inside, around = (re.escape(str(place)) for place in (made, made.parent))
     return re.search(rf"(?<![\w./-])({inside}(?![\w.-])|{around}(?![\w./-]))", word) is not None
 

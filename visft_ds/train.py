@@ -1,4 +1,6 @@
-"""Training, read from top to bottom: `train` takes the steps before the loop in order, `_loop` is the only loop."""
+"""Training, read from top to bottom: `train` takes the steps before the loop in order, `_loop` is the only
+loop.
+"""
 
 from __future__ import annotations
 
@@ -62,11 +64,15 @@ class FitResult:
     step: int  #: optimiser steps done, those of earlier starts included
     finished: bool  #: trained to the end or early stopping, and exported; else the same call continues
     stopped: Stop  #: why it ended before everything was done; `Stop.NOT`: it was done
-    metrics: Mapping[str, float]  #: newest number of each name of a step or evaluation; empty but on the main process
+    metrics: Mapping[
+        str, float
+    ]  #: newest number of each name of a step or evaluation; empty but on the main process
 
     @property
     def export(self) -> Path:
-        """Folder of what a finished run has trained: heads after stage 1, an adapter or a backbone after stage 2."""
+        """Folder of what a finished run has trained: heads after stage 1, an adapter or a backbone after
+        stage 2.
+        """
         return self.out / "export"
 
 
@@ -81,13 +87,15 @@ def train(
     """Train one stage. Everything that files and shapes show is checked before any model is allocated.
 
     Args:
-        resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a new folder.
+        resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a
+        new folder.
         command: command line that starts this run again, for its record.
 
     Raises:
         ValueError: a mistake of the user; settings, code or data that differ between ranks.
         OSError: a disk or a server failed.
-        FloatingPointError: losses or gradients that are not finite, more often than `visft.run.skip_bad_steps` allows.
+        FloatingPointError: losses or gradients that are not finite, more often than
+        `visft.run.skip_bad_steps` allows.
         LostRank: another rank ended first.
     """
     # 1-3: data, machine, run folder. Each process alone; nothing is written into the run folder yet.
@@ -103,7 +111,9 @@ def train(
     watchdog = Watchdog(distributed.rank(), config.visft.run.step_timeout)
     with ExitStack() as stack:
         distributed.by_main_process(lambda: stack.enter_context(locked(out)))
-        distributed.by_main_process(lambda: open_run_folder(out, config, resume))  # another run may have used it since
+        distributed.by_main_process(
+            lambda: open_run_folder(out, config, resume)
+        )  # another run may have used it since
         stack.enter_context(watchdog.watching())
 
         # 5: the same settings, code and data on all ranks; below, also the same weights.
@@ -164,7 +174,9 @@ def train(
         if data.validation is not None:
             from visft_ds.run.evaluation import Validation  # brings what measures
 
-            validation = Validation(config.visft, data.streams, data.validation, data.vocabulary, state.saver.judged)
+            validation = Validation(
+                config.visft, data.streams, data.validation, data.vocabulary, state.saver.judged
+            )
             stack.enter_context(closing(validation))
         run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
         log = stack.enter_context(open_log(config, start, callbacks, stop))
@@ -224,7 +236,9 @@ def _is_concluded(run: Run, log: RunLog) -> bool:
 
 
 def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
-    """The training loop. Returns the steps done, and False where a request to stop left steps or an evaluation."""
+    """The training loop. Returns the steps done, and False where a request to stop left steps or an
+    evaluation.
+    """
     engine, state, validation, begin = run.engine, run.state, run.validation, run.watchdog.begin
     settings, total_steps = run.config.visft.run, run.config.total_steps
     saved, step = start, start
@@ -244,9 +258,13 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
         step, task = step_plan.step + 1, step_plan.task
         begin(f"step {step} ({task}): agreeing on it")
         counts = counts_of(engine.module.criteria, batches)
-        summed, stopping = distributed.agree_on_step(f"step {step - 1} {task}", counts, bool(run.stop), engine.device)
+        summed, stopping = distributed.agree_on_step(
+            f"step {step - 1} {task}", counts, bool(run.stop), engine.device
+        )
         begin(f"step {step} ({task}): forward, backward, update")
-        loss_denominators = loss_denominators_of(summed, run.machine.planned.batches.micro_batches, engine.device)
+        loss_denominators = loss_denominators_of(
+            summed, run.machine.planned.batches.micro_batches, engine.device
+        )
         with memory_explained(f"step {step} ({task})", task, batches, engine.device):
             report = engine.train_step(step - 1, batches, loss_denominators)
 

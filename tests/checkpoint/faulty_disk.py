@@ -1,4 +1,5 @@
-"""A disk that fails at one chosen operation: the process dies there, the power goes, the disk is full or read-only.
+"""A disk that fails at one chosen operation: the process dies there, the power goes, the disk is full or
+read-only.
 
 Every change that `os` makes is counted: open for writing, write, fsync, replace, unlink, mkdir, rmdir.
 """
@@ -30,7 +31,8 @@ class FaultyDisk:
     """Counts operations and lets number `at` (from 0) fail.
 
     Args:
-        kind: "killed" (before the operation; in the middle of it for a write), "power" (killed, and whatever was not
+        kind: "killed" (before the operation; in the middle of it for a write), "power" (killed, and whatever
+        was not
             synced is cut at random), or the number of an error that this and all later writes raise.
     """
 
@@ -118,7 +120,9 @@ def value_of(folder: Path) -> tuple[int, float]:
     value = float(loaded.parameters["c"])
     expected = state(value)
     assert all(torch.equal(loaded.parameters[name], t) for name, t in expected.parameters.items())
-    assert all(torch.equal(loaded.moments[key][n], t) for key in MOMENTS for n, t in expected.moments[key].items())
+    assert all(
+        torch.equal(loaded.moments[key][n], t) for key in MOMENTS for n, t in expected.moments[key].items()
+    )
     assert loaded.updates == expected.updates
     return found.step, value
 
@@ -146,7 +150,9 @@ def save(folder: Path, scene: str) -> None:
 
 
 def check_after_crash(folder: Path, scene: str, where: str) -> None:
-    """Something loads, nothing under a final name is half there, and the next save ends as if nothing had been."""
+    """Something loads, nothing under a final name is half there, and the next save ends as if nothing had
+    been.
+    """
     assert value_of(folder) in ({(4, 4.0), (8, 9.0)} if scene == "next" else {(8, 8.0), (8, 9.0)}), where
     for path in folder.iterdir():
         assert path.suffix in (".tmp", ".old") or open_checkpoint(path), where

@@ -15,7 +15,11 @@ from tests.parallel.engine_case import SAVED_AT, STEPS, resume, run_steps, start
 
 #: (engine, ranks); pipelines of two and four stages, and two pipelines beside each other.
 PLACES = (
-    *((engine, world) for engine in ("zero0", "zero1", "zero2", "zero3", "zero3_offload") for world in (1, 2)),
+    *(
+        (engine, world)
+        for engine in ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+        for world in (1, 2)
+    ),
     *(("pipeline2", 2), ("pipeline2", 4), ("pipeline4", 4)),
 )
 #: Stage and precision of the runs that are saved -> whose checkpoints every engine takes up.

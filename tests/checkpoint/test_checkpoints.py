@@ -26,7 +26,9 @@ def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_replaced(shards: Path, straight: Path, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_named_and_replaced(
+    shards: Path, straight: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     shutil.copytree(straight, out)
     damaged = out / "checkpoints/step_00000008/moments.safetensors"
@@ -34,4 +36,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_replaced(shards: Path, straigh
     (output,) = run_ranks(words(shards, out), world=1)
     assert f"warning: not used: {damaged}" in output and "from step 6" in output
     assert equal(out, straight)
-    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == [
+        "step_00000006",
+        "step_00000008",
+    ]

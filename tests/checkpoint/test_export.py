@@ -1,4 +1,6 @@
-"""An export wherever it lies, and a checkpoint, are whole models: predictions, numbers, merged weights, heads."""
+"""An export wherever it lies, and a checkpoint, are whole models: predictions, numbers, merged weights,
+heads.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def test_a_part_of_a_run_is_its_whole_model(
         for source, name in ((place, "ours"), (run, "theirs")):
             assert merge(["--adapter", str(source), "--out", f"{name}.safetensors"]) == 0
         merged = load_file("ours.safetensors")
-        assert all(torch.equal(merged[name], value) for name, value in load_file("theirs.safetensors").items())
+        assert all(
+            torch.equal(merged[name], value) for name, value in load_file("theirs.safetensors").items()
+        )
 
 
 def test_heads_of_a_checkpoint_are_those_of_the_export_at_that_step() -> None:
@@ -58,9 +62,12 @@ def test_heads_of_a_checkpoint_are_those_of_the_export_at_that_step() -> None:
 def test_stage_2_learns_under_the_heads_of_a_checkpoint(tmp_path: Path) -> None:
     run = finished.runs() / "stage1"
     extra = {**finished.SMALL, "visft.heads.path": str(run / EARLIER), "visft.lora.rank": 2}
-    run_ranks(["launchers/train.py", *command(finished.shards(), tmp_path / "two", stage=2, extra=extra)], world=1)
+    run_ranks(
+        ["launchers/train.py", *command(finished.shards(), tmp_path / "two", stage=2, extra=extra)], world=1
+    )
     found, wanted = (
-        load(tmp_path / "two", **heads).predict(IMAGE, threshold=0) for heads in ({}, {"heads": run / EARLIER})
+        load(tmp_path / "two", **heads).predict(IMAGE, threshold=0)
+        for heads in ({}, {"heads": run / EARLIER})
     )
     np.testing.assert_array_equal(found.boxes.scores, wanted.boxes.scores)
 

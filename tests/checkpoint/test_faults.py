@@ -1,4 +1,6 @@
-"""A save that ends anywhere, and files that are not what was written: the newest whole checkpoint is found, loudly."""
+"""A save that ends anywhere, and files that are not what was written: the newest whole checkpoint is found,
+loudly.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.faulty_disk import SCENES, Died, FaultyDisk, check_after_crash, prepare, save, state, value_of
+from tests.checkpoint.faulty_disk import (
+    SCENES,
+    Died,
+    FaultyDisk,
+    check_after_crash,
+    prepare,
+    save,
+    state,
+    value_of,
+)
 from visft_ds.checkpoint.format import newest_checkpoint, open_checkpoint, save_checkpoint
 
 FILES = ("parameters.safetensors", "moments.safetensors", "state.json")
@@ -28,7 +39,9 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def failed_saves(
     folder: Path, scene: str, kind: str | int, raised: type[BaseException]
 ) -> Iterator[tuple[set[str], str]]:
-    """Files behind a save that fails, and its error, once for each operation; and whether all is well after it."""
+    """Files behind a save that fails, and its error, once for each operation; and whether all is well after
+    it.
+    """
     prepare(folder / "before", scene)
     for at in count():
         place = folder / str(at)
@@ -54,7 +67,9 @@ def test_a_crash_at_every_operation(scene: str, kind: str, tmp_path: Path) -> No
     assert len(list(failed_saves(tmp_path, scene, kind, Died))) > 25
 
 
-@pytest.mark.parametrize(("scene", "error"), [("next", errno.ENOSPC), ("again", errno.ENOSPC), ("next", errno.EROFS)])
+@pytest.mark.parametrize(
+    ("scene", "error"), [("next", errno.ENOSPC), ("again", errno.ENOSPC), ("next", errno.EROFS)]
+)
 def test_a_full_or_read_only_disk(scene: str, error: int, tmp_path: Path) -> None:
     """From any operation on: one line, and every earlier checkpoint is still there."""
     found = list(failed_saves(tmp_path, scene, error, OSError))

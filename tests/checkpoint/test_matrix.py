@@ -1,7 +1,8 @@
-"""Save under any of ZeRO 0, 1, 2, 3, offload on one or two ranks and three shapes of pipeline, go on under any other.
+"""Save under any of ZeRO 0, 1, 2, 3, offload on one or two ranks and three shapes of pipeline, go on under
+any other.
 
-All 169 pairs for the heads, a part of them for adapters and with the loss scaler of fp16. Every engine holds the
-checkpoint bit for bit; what it then learns equals plain PyTorch within the rounding of `test_engines.py`.
+All 169 pairs for the heads, a part of them for adapters and with the loss scaler of fp16. Every engine holds
+the checkpoint bit for bit; what it then learns equals plain PyTorch within the rounding of `test_engines.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from tests.parallel.test_engines import LOSS, NORM, WEIGHTS, differences
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
-#: fp16 products of the frozen backbone against fp32 ones; a bound that is off by the scale gives 0.07 after four steps.
+#: fp16 products of the frozen backbone against fp32 ones; a bound that is off by the scale gives 0.07 after
+#: four steps.
 FP16_LOSS, FP16_NORM = 5e-3, 5e-2
 Results = dict[str, dict[str, Any]]  #: "<engine>-<ranks>" -> what its runs gave
 

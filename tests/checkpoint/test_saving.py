@@ -1,4 +1,6 @@
-"""Saving beside the training: what stays, what waits for what, where a failure comes up; the mean of checkpoints."""
+"""Saving beside the training: what stays, what waits for what, where a failure comes up; the mean of
+checkpoints.
+"""
 
 from __future__ import annotations
 

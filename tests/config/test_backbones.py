@@ -21,7 +21,12 @@ TAGGED = {"tag": "openai", "input_size": [3, 224, 224], **CLIP}
 
 def described(**changes: Any) -> bytes:
     """config.json of a CLIP as timm writes it."""
-    values = {"architecture": "vit_base_patch16_clip_224", "num_classes": 512, "pretrained_cfg": TAGGED, **changes}
+    values = {
+        "architecture": "vit_base_patch16_clip_224",
+        "num_classes": 512,
+        "pretrained_cfg": TAGGED,
+        **changes,
+    }
     return json.dumps(values).encode()
 
 
@@ -39,7 +44,10 @@ def of(*words: str, stage: int = 1) -> ResolvedConfig:
 def test_a_name_of_timm_takes_the_settings_of_the_nearest_model(hub: FakeHub) -> None:
     config = of("--backbone", "timm:vit_small_patch16_dinov3.lvd1689m")
     model, recipe = config.visft.model, resolve(stage=1, model="dinov3_b").visft
-    assert (model.preset, model.name) == ("timm:vit_small_patch16_dinov3.lvd1689m", "vit_small_patch16_dinov3.lvd1689m")
+    assert (model.preset, model.name) == (
+        "timm:vit_small_patch16_dinov3.lvd1689m",
+        "vit_small_patch16_dinov3.lvd1689m",
+    )
     assert model.weights == "hf-hub:timm/vit_small_patch16_dinov3.lvd1689m/model.safetensors"
     assert config.visft.tasks == recipe.tasks and config.visft.run.out == f"runs/stage1-{model.name}"
     convnext = of("--backbone", "timm:convnext_tiny.fb_in22k", stage=2).visft
@@ -47,7 +55,9 @@ def test_a_name_of_timm_takes_the_settings_of_the_nearest_model(hub: FakeHub) ->
     assert not hub.requests
 
 
-@pytest.mark.parametrize("words", [("--backbone", "dinov3_b"), ("--backbone", "timm:vit_base_patch16_dinov3.lvd1689m")])
+@pytest.mark.parametrize(
+    "words", [("--backbone", "dinov3_b"), ("--backbone", "timm:vit_base_patch16_dinov3.lvd1689m")]
+)
 def test_a_name_of_a_shipped_model_is_that_model(words: tuple[str, ...]) -> None:
     assert of(*words).to_dict() == resolve(stage=1, model="dinov3_b").to_dict()
 
@@ -80,7 +90,10 @@ def test_a_repository_says_what_model_it_is(hub: FakeHub) -> None:
     assert len(hub.requests) == asked
     large = described(model_args={"img_size": [448, 448], "num_classes": 3})
     hub.repositories["some/large"] = Repository({"config.json": large})
-    assert named("hf-hub:some/large", download=True).description == {"preset": model.preset, "image_size": 448}
+    assert named("hf-hub:some/large", download=True).description == {
+        "preset": model.preset,
+        "image_size": 448,
+    }
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,15 @@ from tests.options import known_keys
 from tests.ranks import python
 from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
 from visft_ds.config.cli import resolve_arguments
-from visft_ds.config.resolve import CONFIG_ROOT, NOT_IDENTITY, Tree, differences, flatten, load_json, parse_assignment
+from visft_ds.config.resolve import (
+    CONFIG_ROOT,
+    NOT_IDENTITY,
+    Tree,
+    differences,
+    flatten,
+    load_json,
+    parse_assignment,
+)
 from visft_ds.config.schema import PRESETS, BackboneOverrides
 from visft_ds.config.task_schema import SHARED
 from visft_ds.prepare.model import deepspeed_dict
@@ -103,17 +111,29 @@ FREE = ["visft.tasks.detection.image.fixed_size=null", "visft.shared.image.fixed
 @pytest.mark.parametrize(
     ("stage", "settings", "message"),
     [
-        (1, ['visft.lora={"rank": 4, "alpha": 1, "targets": ["q"]}'], "stage 1 trains heads on the unchanged"),
+        (
+            1,
+            ['visft.lora={"rank": 4, "alpha": 1, "targets": ["q"]}'],
+            "stage 1 trains heads on the unchanged",
+        ),
         (1, ["visft.heads.path=x"], "which train new heads"),
         (2, ["visft.seed"], "KEY=VALUE"),
         (2, ["optimizer.params.lr.x=1"], "which has no x"),
-        (2, ["optimizer.params.lr=1e9"], "optimizer.params.lr = 1000000000.0 (--set): must be at most 1: AdamW"),
+        (
+            2,
+            ["optimizer.params.lr=1e9"],
+            "optimizer.params.lr = 1000000000.0 (--set): must be at most 1: AdamW",
+        ),
         (1, ['visft.param_groups.0={"name": "h", "params": "heads.*", "lr": 2}'], "param_groups.0.lr = 2 "),
         (2, ["visft.param_groups.2=1"], "has no 2"),
         (2, [TIMM], "model.overrides.width"),
         (2, ["visft.anchor.gram=1", "visft.lora=null"], "is for stage 2 with visft.lora"),
         (2, ["visft.anchor.gram=1", "pipeline.stages=2"], "is for stage 2 with visft.lora"),
-        (1, ["pipeline.stages=2", "visft.tasks=semantic"], "before the first step, is not for a pipeline: use"),
+        (
+            1,
+            ["pipeline.stages=2", "visft.tasks=semantic"],
+            "before the first step, is not for a pipeline: use",
+        ),
         (2, ["visft.tasks.detection.image.zoom=[0.5, 1]", *FREE], "is for squares: set fixed_size"),
         (2, ["visft.shared.image.zoom=[0.5, 1]", *FREE], "is for squares: set fixed_size"),
         (1, ["visft.tasks.detection.image.zoom=[1.4, 0.5]"], "must be [smallest, largest]"),
@@ -130,7 +150,11 @@ FREE = ["visft.tasks.detection.image.fixed_size=null", "visft.shared.image.fixed
         (2, ["visft.tasks=[]"], "no task is on"),
         (2, ["visft.tasks="], "no settings of a task ''; known: semantic"),
         # The first list has thrown the settings of captioning away; the second must not end in an empty run.
-        (2, ["visft.tasks=detection", "visft.tasks=detection,captioning"], "no settings of a task 'captioning'"),
+        (
+            2,
+            ["visft.tasks=detection", "visft.tasks=detection,captioning"],
+            "no settings of a task 'captioning'",
+        ),
         (1, ["visft.model.overrides.depth=2147483648"], "depth"),
     ],
 )
@@ -164,7 +188,10 @@ def test_a_resolved_configuration_given_back_is_the_same(tmp_path: Path) -> None
 def test_the_identity_holds_what_decides_the_result() -> None:
     base = debug()
     same = ["visft.run.out=x", "visft.data.root=x", "visft.shared.micro_batch=1", "zero_optimization.stage=2"]
-    same += ["visft.tasks.captioning.decoding.beam_size=3", "visft.tasks.captioning.vocabulary.file=words.json"]
+    same += [
+        "visft.tasks.captioning.decoding.beam_size=3",
+        "visft.tasks.captioning.vocabulary.file=words.json",
+    ]
     for setting in same:
         assert debug(setting).identity() == base.identity(), setting
     for other in ("optimizer.params.lr=1", "visft.tasks.detection.image.flip=0.25", "visft.mode=shared"):
@@ -173,7 +200,12 @@ def test_the_identity_holds_what_decides_the_result() -> None:
 
 def test_a_key_that_a_release_adds_is_compared_with_its_default() -> None:
     """A run of an earlier release knows neither anchors nor one of the losses, and its export no null."""
-    new = ("visft.anchor.gram", "visft.anchor.cosine", "visft.tasks.detection.loss.giou", "optimizer.params.eps")
+    new = (
+        "visft.anchor.gram",
+        "visft.anchor.cosine",
+        "visft.tasks.detection.loss.giou",
+        "optimizer.params.eps",
+    )
     here = debug()
     assert here.identity().keys() >= set(new)
     there = {key: value for key, value in here.identity().items() if key not in new}
@@ -209,7 +241,8 @@ def test_lists_and_tasks_that_differ_are_named_whole() -> None:
         # Micro-batches of captions would be of 11 with one accumulation for all, and 8 are allowed.
         (2, (), 6, "batch_size=12 --set visft.tasks.captioning.batch_size=72 --lr 1.2e-5 ("),
         (2, ("optimizer.params.lr=1e-4",), 64, "--batch-size 64 --set optimizer.params.lr=2.8e-4 ("),
-        # --batch-size and --lr would do nothing: the first stands behind --set, the second is not of this group.
+        # --batch-size and --lr would do nothing: the first stands behind --set, the second is not of this
+        # group.
         (
             1,
             ("visft.tasks=semantic", "visft.tasks.semantic.batch_size=2"),
@@ -236,7 +269,9 @@ def test_the_dict_for_deepspeed(precision: Any, dtype: str | None) -> None:
     assert [result[key] for key in keys] == [24, 4, 3]
     assert result["gradient_clipping"] == config.gradient_clipping and result["steps_per_print"] > 10**8
     assert result["zero_optimization"]["reduce_bucket_size"] == 30_000_000
-    autocast = None if dtype is None else {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+    autocast = (
+        None if dtype is None else {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+    )
     assert result.get("torch_autocast") == autocast
 
 
@@ -247,13 +282,18 @@ def test_presets_and_overrides_match_the_backbone() -> None:
     from visft_ds.models import eva_vit
 
     assert set(PRESETS) == set(eva_vit.PRESETS)
-    assert {*BackboneOverrides.model_fields, "class_token"} == eva_vit.EvaViTConfig.__dataclass_fields__.keys()
+    assert {
+        *BackboneOverrides.model_fields,
+        "class_token",
+    } == eva_vit.EvaViTConfig.__dataclass_fields__.keys()
 
 
 # Which tasks are on
 
 
-@pytest.mark.parametrize("given", ["detection,captioning", "captioning, detection", '["captioning", "detection"]'])
+@pytest.mark.parametrize(
+    "given", ["detection,captioning", "captioning, detection", '["captioning", "detection"]']
+)
 def test_a_list_of_names_turns_the_other_tasks_off(given: str) -> None:
     config = recipe(f"visft.tasks={given}")
     assert list(config.visft.tasks.enabled()) == ["detection", "captioning"]  # one order, whatever was typed
@@ -284,7 +324,9 @@ def test_groups_of_heads_that_are_off_are_dropped_and_others_stay() -> None:
 
 
 def test_the_length_follows_from_the_updates() -> None:
-    updates = [f"visft.tasks.{task}.updates={number}" for task, number in zip(TASKS, (3000, 2500, 4000), strict=True)]
+    updates = [
+        f"visft.tasks.{task}.updates={number}" for task, number in zip(TASKS, (3000, 2500, 4000), strict=True)
+    ]
     assert recipe(*updates).total_steps == 9500
     assert recipe(*updates, "visft.mode=shared").total_steps == 4000  # every step teaches all of them
     assert recipe(*updates, "scheduler.params.total_num_steps=2500").total_steps == 2500
@@ -303,7 +345,9 @@ def test_a_length_that_follows_from_nothing() -> None:
     # In mode "shared" there is nothing to share out: neither is needed beside a length.
     bare = [f"visft.tasks.{task}.updates=null" for task in TASKS]
     assert debug(*bare, "visft.mode=shared").total_steps == 300
-    assert "missing: state it" in complaint(*bare, "visft.mode=shared", "scheduler.params.total_num_steps=null")
+    assert "missing: state it" in complaint(
+        *bare, "visft.mode=shared", "scheduler.params.total_num_steps=null"
+    )
 
 
 # Streams and batches
@@ -319,12 +363,18 @@ def test_sampled_tasks_have_a_stream_each_and_shared_ones_have_one() -> None:
     assert (stream.batch_size, stream.micro_batch, stream.image["flip"]) == (8, 16, 0.25)
 
 
-@given(shares=st.tuples(*[st.integers(1, 24)] * 3), micro=st.tuples(*[st.integers(1, 8)] * 3), world=st.integers(1, 4))
+@given(
+    shares=st.tuples(*[st.integers(1, 24)] * 3),
+    micro=st.tuples(*[st.integers(1, 8)] * 3),
+    world=st.integers(1, 4),
+)
 @settings(max_examples=40, deadline=None)
 def test_the_common_accumulation_is_the_smallest_that_exists(
     shares: tuple[int, ...], micro: tuple[int, ...], world: int
 ) -> None:
-    sizes = [f"visft.tasks.{task}.batch_size={share * world}" for task, share in zip(TASKS, shares, strict=True)]
+    sizes = [
+        f"visft.tasks.{task}.batch_size={share * world}" for task, share in zip(TASKS, shares, strict=True)
+    ]
     limits = [f"visft.tasks.{task}.micro_batch={most}" for task, most in zip(TASKS, micro, strict=True)]
     config = debug(*sizes, *limits)
     pairs = list(zip(shares, micro, strict=True))
@@ -369,7 +419,11 @@ def test_flags_reach_the_configuration() -> None:
     arguments, config = resolve_arguments([*words.split(), "--set", "visft.seed=4"])
     assert (config.visft.data.root, config.visft.run.out, config.visft.seed) == ("d", "o", 4)
     assert config.deepspeed["zero_optimization"]["stage"] == 2
-    assert (arguments.resume, arguments.dry_run, config.sources["visft.data.root"]) == ("must", True, "--data")
+    assert (arguments.resume, arguments.dry_run, config.sources["visft.data.root"]) == (
+        "must",
+        True,
+        "--data",
+    )
 
 
 def test_configuration_needs_no_tensor_library() -> None:

@@ -19,7 +19,12 @@ def test_photographs_alone_choose_the_recipe(shards: Path) -> None:
     """Twelve of them with captions and without a validation split."""
     config = _resolved(shards)
     visft = config.visft
-    assert (visft.stage, visft.model.name, visft.mode, config.total_steps) == (1, own.MODEL, "shared", own.STEPS)
+    assert (visft.stage, visft.model.name, visft.mode, config.total_steps) == (
+        1,
+        own.MODEL,
+        "shared",
+        own.STEPS,
+    )
     assert visft.tasks.enabled()["detection"].head.model_dump()["type"] == "dense"
     assert visft.features is not None and visft.features.views == own.VIEWS
     assert visft.features.cache == "runs/stage1-own/features"
@@ -34,7 +39,11 @@ def test_flags_replace_what_the_recipe_chose(shards: Path) -> None:
     config = _resolved(shards, *given, "--set", "visft.data.val=train")
     visft = config.visft
     assert (config.total_steps, visft.run.eval_every, visft.run.save_every) == (90, 30, 30)
-    assert visft.run.keep_best == "box/AP50" and visft.features is not None and visft.features.cache == "here/features"
+    assert (
+        visft.run.keep_best == "box/AP50"
+        and visft.features is not None
+        and visft.features.cache == "here/features"
+    )
     assert visft.shared is not None and (visft.shared.batch_size, visft.shared.image.zoom) == (4, (0.5, 1.4))
     assert _resolved(shards, "--epochs", "4", "--set", "visft.data.val=train").visft.run.eval_every == 2
     assert _resolved(shards, "--set", "visft.features=null").visft.features is None
@@ -58,7 +67,9 @@ def test_a_detr_for_few_photographs_is_warned_of(shards: Path) -> None:
     assert not any(line.startswith("warning") for line in told(config, 101))
 
 
-def test_the_demos_recipe_reads_the_weights_that_pip_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demos_recipe_reads_the_weights_that_pip_brought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--stage", "1", "--model", "lite0", "--data", "nowhere"]
     assert resolve_arguments(words)[1].visft.model.weights.endswith(".pth")

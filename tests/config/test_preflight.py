@@ -21,17 +21,30 @@ def debug(*settings: str, stage: int = 2) -> ResolvedConfig:
 
 
 def test_missing_inputs_and_commands_that_exist() -> None:
-    places = ["data.root=nowhere", "model.weights=nowhere/EVA02_CLIP_E_psz14_plus_s9B.pt", "heads.path=nowhere"]
+    places = [
+        "data.root=nowhere",
+        "model.weights=nowhere/EVA02_CLIP_E_psz14_plus_s9B.pt",
+        "heads.path=nowhere",
+    ]
     missing = missing_inputs(resolve(stage=2, settings=[f"visft.{place}" for place in places]))
     text = render_missing(missing)
-    for part in ("nowhere/train.manifest.json", "hf download QuanSun/EVA-CLIP", "visft shards FOLDER --out nowhere"):
+    for part in (
+        "nowhere/train.manifest.json",
+        "hf download QuanSun/EVA-CLIP",
+        "visft shards FOLDER --out nowhere",
+    ):
         assert part in text
     heads = missing[-1].command.split()
     assert heads[:3] == ["visft", "train", "--stage"] and resolve_arguments(heads[2:])[1].visft.stage == 1
 
 
 def test_nothing_is_missing_if_everything_is_there(tmp_path: Path) -> None:
-    for name in ("train.manifest.json", "detection.safetensors", "segmentation.safetensors", "captioning.safetensors"):
+    for name in (
+        "train.manifest.json",
+        "detection.safetensors",
+        "segmentation.safetensors",
+        "captioning.safetensors",
+    ):
         (tmp_path / name).touch()
     config = debug(f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}", "visft.run.eval_every=0")
     assert missing_inputs(config) == []
@@ -41,7 +54,9 @@ def test_nothing_is_missing_if_everything_is_there(tmp_path: Path) -> None:
     (missing,) = missing_inputs(
         debug(f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}", "visft.data.train=a")
     )
-    assert missing.path == str(tmp_path / "a.manifest.json") and "holds none" not in missing.what  # it holds train
+    assert (
+        missing.path == str(tmp_path / "a.manifest.json") and "holds none" not in missing.what
+    )  # it holds train
 
 
 def test_only_heads_that_take_part_can_be_missing(tmp_path: Path) -> None:
@@ -61,7 +76,9 @@ def _shards(shards: Path, folder: Path, without: int = 0, **counts: int) -> list
     """Flags of a training over data of which the manifest counts this."""
     shutil.copytree(shards, folder, dirs_exist_ok=True)
     found = Manifest.load(folder, "train")
-    changed = replace(found, counts={**found.counts, **counts}, findings={"instance without mask": [without, []]})
+    changed = replace(
+        found, counts={**found.counts, **counts}, findings={"instance without mask": [without, []]}
+    )
     changed.save(Path(folder, "train" + INDEX).read_bytes())
     return ["--stage", "1", "--model", "debug", "--data", str(folder)]
 

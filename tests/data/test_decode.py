@@ -1,4 +1,6 @@
-"""JPEGs become the same RGB pixels as in other programs, or are refused. (Other formats: see `tests/test_files.py`.)"""
+"""JPEGs become the same RGB pixels as in other programs, or are refused. (Other formats: see
+`tests/test_files.py`.)
+"""
 
 from __future__ import annotations
 

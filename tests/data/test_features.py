@@ -72,11 +72,15 @@ def test_a_power_cut_leaves_whole_features_or_none(tmp_path: Path, monkeypatch: 
     assert done == ["file", "name", "folder"]
 
 
-def test_a_miss_lists_no_folder_and_nothing_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_miss_lists_no_folder_and_nothing_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = FeatureCache(tmp_path, IDENTITY)
     for key in range(300):
         cache.put(key, key, (42, 28), some(key))
-    assert cache.folder is not None and max(len(list(path.iterdir())) for path in cache.folder.glob("*/")) < 10
+    assert (
+        cache.folder is not None and max(len(list(path.iterdir())) for path in cache.folder.glob("*/")) < 10
+    )
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(os, "scandir", lambda *_: pytest.fail("a folder is listed"))
     monkeypatch.setattr(os, "listdir", lambda *_: pytest.fail("a folder is listed"))
@@ -123,7 +127,12 @@ def test_keys_come_again_after_so_many_epochs_whatever_the_seed(reader: ShardRea
 def test_samples_with_features_are_read_without_pixels(
     reader: ShardReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes: dict[str, Any] = {"short_sides": (30, 36), "max_long": 60, "crop_short_sides": (28,), "crop_range": (20, 30)}
+    sizes: dict[str, Any] = {
+        "short_sides": (30, 36),
+        "max_long": 60,
+        "crop_short_sides": (28,),
+        "crop_range": (20, 30),
+    }
     pipelines = {"detection": {"toy": SamplePipeline(alone("detection", True, **sizes), collate_joint)}}
 
     def steps(first: int, features: FeatureCache | None) -> list[Batch]:
@@ -151,7 +160,9 @@ def test_samples_with_features_are_read_without_pixels(
 
 @pytest.mark.parametrize("preset", ["debug", "timm:test_vit"])
 def test_features_do_not_depend_on_the_batch(preset: str, tmp_path: Path) -> None:
-    """One by one, as in a batch, whether all were kept or some or none; several maps and the tokens in front, too."""
+    """One by one, as in a batch, whether all were kept or some or none; several maps and the tokens in front,
+    too.
+    """
     module, _ = build(1)
     if preset != "debug":
         tower = build_timm("test_vit", layers=(0, 2))

@@ -138,7 +138,8 @@ def test_a_full_disk_of_this_machine_is_not_waited_for(
 
 
 @pytest.mark.parametrize(
-    ("url", "word"), [("ftp://host/x", "https://"), ("pipe://ls", "https://"), ("http://127.0.0.1:1/x", "127.0.0.1")]
+    ("url", "word"),
+    [("ftp://host/x", "https://"), ("pipe://ls", "https://"), ("http://127.0.0.1:1/x", "127.0.0.1")],
 )
 def test_what_cannot_be_read_is_named(url: str, word: str, tmp_path: Path) -> None:
     with pytest.raises((ValueError, OSError), match=word):
@@ -188,7 +189,9 @@ def test_processes_of_a_machine_share_one_copy(served: Served, tmp_path: Path) -
     assert set(served.shards.values()) == {1}
 
 
-def test_a_run_fetches_each_shard_once_an_epoch_and_ahead(local: Manifest, served: Served, tmp_path: Path) -> None:
+def test_a_run_fetches_each_shard_once_an_epoch_and_ahead(
+    local: Manifest, served: Served, tmp_path: Path
+) -> None:
     """With a cache that holds a part of the set: two epochs, batches as from the folder."""
     shards = local.index["shard"]
     plan = Plan({"detection": TaskPlan({"toy": SetPlan(np.arange(40), 1, shards)}, 4)}, seed=1)
@@ -219,7 +222,10 @@ def test_remote_shards_are_read_in_windows(served: Served, tmp_path: Path) -> No
     def windowed(manifest: Manifest, *settings: str) -> bool:
         config = resolve(stage=1, model="debug", settings=["visft.tasks=detection", *settings]).visft
         (stream,) = config.streams().values()
-        return samples_of(config, stream, {"train": TrainingSet(manifest, ("detection",))})["train"].shards is not None
+        return (
+            samples_of(config, stream, {"train": TrainingSet(manifest, ("detection",))})["train"].shards
+            is not None
+        )
 
     assert windowed(remote) and not windowed(replace(remote, root=tmp_path))
     assert not windowed(remote, "visft.data.shuffle=full")

@@ -26,7 +26,12 @@ from visft_ds.data.shards import DamagedSample, Manifest, ShardReader
 from visft_ds.resilience.errors import RankError
 from visft_ds.tasks.transform import collate_joint
 
-SIZES: dict[str, Any] = {"short_sides": (30, 36), "max_long": 60, "crop_short_sides": (28,), "crop_range": (20, 30)}
+SIZES: dict[str, Any] = {
+    "short_sides": (30, 36),
+    "max_long": 60,
+    "crop_short_sides": (28,),
+    "crop_range": (20, 30),
+}
 TRAIN = SamplePipeline(alone("detection", True, **SIZES), collate_joint)
 EVALUATE = SamplePipeline(alone("detection", False, eval_short=30, eval_max_long=48), collate_joint)
 #: Of the two tasks, "other" stands for any second one.
@@ -52,7 +57,9 @@ def plan(reader: ShardReader) -> Plan:
     return Plan({"detection": one(len(reader), 4, 2), "other": one(len(reader), 8, 1)}, seed=3)
 
 
-def _collect(reader: ShardReader, plan: Plan, start: int, stop: int, **options: Any) -> list[tuple[StepPlan, Batch]]:
+def _collect(
+    reader: ShardReader, plan: Plan, start: int, stop: int, **options: Any
+) -> list[tuple[StepPlan, Batch]]:
     steps = loader_of(reader, plan, **options).steps(start, stop)
     return [(step_plan, batch) for step_plan, batches in steps for batch in batches]
 
@@ -65,7 +72,11 @@ def _by_sample(batches: list[tuple[StepPlan, Batch]]) -> Samples:
         for place, index in enumerate(batch.indices.tolist()):
             height, width = batch.sizes[place].tolist()
             image = batch.images[place, :, :height, :width]
-            table[step_plan.step, index] = [image.tolist(), boxes[place].tolist(), batch.random_keys[place].item()]
+            table[step_plan.step, index] = [
+                image.tolist(),
+                boxes[place].tolist(),
+                batch.random_keys[place].item(),
+            ]
     return table
 
 
@@ -80,7 +91,13 @@ def reference(reader: ShardReader, plan: Plan) -> Samples:
     [(1, 4, 0, 2), (2, 1, 0, 2), (2, 2, 1, 0), (1, 1, 4, 5)],
 )
 def test_any_split_over_ranks_and_workers_gives_the_same_samples(
-    reader: ShardReader, plan: Plan, reference: Samples, ranks: int, accumulation: int, workers: int, prefetch: int
+    reader: ShardReader,
+    plan: Plan,
+    reference: Samples,
+    ranks: int,
+    accumulation: int,
+    workers: int,
+    prefetch: int,
 ) -> None:
     got: Samples = {}
     for rank in range(ranks):
@@ -107,7 +124,9 @@ def test_roles_see_the_same_samples(reader: ShardReader, plan: Plan) -> None:
         assert torch.equal(whole.images, pixels.images) and not pixels.targets
         assert truth.images.shape[2:] == (0, 0)
         for name in ("boxes", "labels", "counts"):
-            assert torch.equal(getattr(whole.targets["detection"], name), getattr(truth.targets["detection"], name))
+            assert torch.equal(
+                getattr(whole.targets["detection"], name), getattr(truth.targets["detection"], name)
+            )
         for name in ("sizes", "original_sizes", "indices", "image_ids", "random_keys"):
             assert torch.equal(getattr(whole, name), getattr(pixels, name))
             assert torch.equal(getattr(whole, name), getattr(truth, name))
@@ -186,13 +205,18 @@ def _session(pid: int) -> int | None:
 
 
 @pytest.mark.parametrize(("ranks", "batch_size", "step"), [(1, 4, 1), (3, 2, 1), (2, 5, 3)])
-def test_evaluation_shows_each_image_once(reader: ShardReader, ranks: int, batch_size: int, step: int) -> None:
+def test_evaluation_shows_each_image_once(
+    reader: ShardReader, ranks: int, batch_size: int, step: int
+) -> None:
     places, options = np.arange(18)[1::step], {"num_workers": int(ranks == 2)}
     per_rank = [
-        list(evaluation_batches(reader, EVALUATE, batch_size, r, ranks, places, **options)) for r in range(ranks)
+        list(evaluation_batches(reader, EVALUATE, batch_size, r, ranks, places, **options))
+        for r in range(ranks)
     ]
     assert len({len(batches) for batches in per_rank}) == 1, "ranks stay in step"
-    seen = [index for batches in per_rank for batch in batches for index in batch.indices[batch.real].tolist()]
+    seen = [
+        index for batches in per_rank for batch in batches for index in batch.indices[batch.real].tolist()
+    ]
     assert sorted(seen) == places.tolist()
     assert all(batch.sizes.max() <= 49 and (batch.random_keys == 0).all() for batch in per_rank[0])
 

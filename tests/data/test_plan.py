@@ -48,7 +48,9 @@ def test_an_epoch_shows_each_sample_at_most_once_and_the_next_another_order(plan
         part = plan.step(step)
         seen.setdefault((part.task, part.epoch), []).extend(part.indices.tolist())
     assert all(len(set(indices)) == len(indices) for indices in seen.values())
-    assert set(seen["detection", 0]) != set(seen["detection", 1]), "the rest left out must differ between epochs"
+    assert set(seen["detection", 0]) != set(seen["detection", 1]), (
+        "the rest left out must differ between epochs"
+    )
     first, second = seen["detection", 0], seen["detection", 1]
     assert len(first) == len(second) == 131 // 24 * 24
     assert first != second
@@ -85,7 +87,9 @@ def test_only_eligible_samples_are_planned() -> None:
     eligible = np.array([3, 5, 8, 13, 21])
     samples = np.flatnonzero(np.isin(np.arange(24), eligible))
     plan = Plan({"a": TaskPlan({"coco": SetPlan(samples)}, 2)}, seed=1)
-    assert {index for step in range(20) for index in plan.step(step).indices.tolist()} == set(eligible.tolist())
+    assert {index for step in range(20) for index in plan.step(step).indices.tolist()} == set(
+        eligible.tolist()
+    )
 
 
 def test_keys_belong_to_sample_epoch_task_and_seed() -> None:
@@ -123,7 +127,9 @@ FIRST = ("a", 0, [6, 2, 7], [5837735442352826613, 6536507118599111953, 820772021
 LATER = ("a", 222, [1, 4, 0], [2991898658078678196, 2845352270947173412, 3881813900610913570])
 
 
-@pytest.mark.parametrize(("task", "key"), [("a", "visft.tasks.a.batch_size"), ("shared", "visft.shared.batch_size")])
+@pytest.mark.parametrize(
+    ("task", "key"), [("a", "visft.tasks.a.batch_size"), ("shared", "visft.shared.batch_size")]
+)
 def test_a_set_smaller_than_a_batch_is_refused(task: str, key: str) -> None:
     with pytest.raises(ValueError, match=key):
         Plan({task: one(25, 32)}, seed=0)
@@ -165,7 +171,11 @@ def test_each_set_has_epochs_of_its_own_in_every_task() -> None:
         seen.setdefault((whole.task, whole.dataset, whole.epoch), []).extend(whole.indices.tolist())
     assert all(len(set(indices)) == len(indices) for indices in seen.values())
     assert max(epoch for task, dataset, epoch in seen if (task, dataset) == ("detection", "coco")) > 10
-    assert {epoch for task, dataset, epoch in seen if (task, dataset) == ("captioning", "captions")} == {0, 1, 2}
+    assert {epoch for task, dataset, epoch in seen if (task, dataset) == ("captioning", "captions")} == {
+        0,
+        1,
+        2,
+    }
     assert seen["detection", "coco", 0] != seen["captioning", "coco", 0]
 
 

@@ -16,7 +16,15 @@ import pytest
 
 from tests.coco_tree import make_split
 from visft_ds.data import shards
-from visft_ds.data.shards import INDEX_DTYPE, Category, DamagedSample, Manifest, ShardReader, fingerprint, verify
+from visft_ds.data.shards import (
+    INDEX_DTYPE,
+    Category,
+    DamagedSample,
+    Manifest,
+    ShardReader,
+    fingerprint,
+    verify,
+)
 
 
 @pytest.fixture
@@ -26,7 +34,11 @@ def root(split: Manifest, tmp_path: Path) -> Path:
 
 def test_a_split_describes_itself(split: Manifest) -> None:
     assert len(split) == 12 and [shard.count for shard in split.shards] == [5, 4, 3]
-    assert split.categories == (Category(0, 3, "thing 3"), Category(1, 8, "thing 8"), Category(2, 13, "thing 13"))
+    assert split.categories == (
+        Category(0, 3, "thing 3"),
+        Category(1, 8, "thing 8"),
+        Category(2, 13, "thing 13"),
+    )
     assert split.counts["crowds"] == 1 and split.counts["captions"] == 24
     assert split.vocabulary == {"picture": 24, "it's": 24, "red": 24, "0": 12, "1": 12}
     assert split.labels == {"annotations", "captions"} and split.index.dtype == INDEX_DTYPE
@@ -63,7 +75,9 @@ def test_labels_hold_everything_as_given(split: Manifest) -> None:
     assert all(label["captions"] == ["Picture 0, it's red.", "Picture 1, it's red."] for label in labels)
 
 
-def test_threads_share_a_reader_that_keeps_few_files_open(split: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_share_a_reader_that_keeps_few_files_open(
+    split: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shards, "_MOST_OPEN", 1)
     reader = ShardReader(split)
     expected = [reader.read(index) for index in range(12)]
@@ -125,7 +139,9 @@ def _other(old: str, new: str) -> Callable[[Path], object]:
         ("toy.manifest.json", _other('"findings": ', '"findings": [], "x": '), "findings"),
     ],
 )
-def test_what_is_not_whole_does_not_open(root: Path, file: str, damage: Callable[[Path], object], word: str) -> None:
+def test_what_is_not_whole_does_not_open(
+    root: Path, file: str, damage: Callable[[Path], object], word: str
+) -> None:
     damage(root / file)
     with pytest.raises(ValueError, match=word):
         Manifest.load(root, "toy")
@@ -137,7 +153,9 @@ def test_a_flipped_byte_is_an_error_that_says_where(root: Path) -> None:
     row = manifest.index[5]
     _flip(int(row["image_offset"]) + 100)(root / "toy-000001.tar")
     reader = ShardReader(manifest)
-    with pytest.raises(DamagedSample, match=rf"{row['image_id']:012d} of .*toy-000001.tar: .*{row['image_offset']}"):
+    with pytest.raises(
+        DamagedSample, match=rf"{row['image_id']:012d} of .*toy-000001.tar: .*{row['image_offset']}"
+    ):
         reader.read(5)
     assert reader.read(5, "labels")[1] is not None, "the labels are whole"
     assert verify(manifest) == ["toy-000001.tar"]

@@ -11,7 +11,16 @@ from PIL import Image
 from tests.options import alone, drawn
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
-from visft_ds.data.transforms import Crop, Flip, Op, Resize, apply_to_boxes, apply_to_image, final_size, short_side_size
+from visft_ds.data.transforms import (
+    Crop,
+    Flip,
+    Op,
+    Resize,
+    apply_to_boxes,
+    apply_to_image,
+    final_size,
+    short_side_size,
+)
 from visft_ds.tasks.detection.data import detection_targets
 
 SMALL = {

@@ -1,4 +1,6 @@
-"""Our shards are ordinary tars that any WebDataset reader opens, and what a reader could be tricked into is refused."""
+"""Our shards are ordinary tars that any WebDataset reader opens, and what a reader could be tricked into is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def _files_left_open() -> Iterator[None]:
 
 def _check_samples(samples: list[dict[str, Any]], split: Manifest) -> None:
     """In the order of the index, keys as promised, both members with their bytes."""
-    assert [sample["__key__"] for sample in samples] == [f"{one:012d}" for one in split.index["image_id"].tolist()]
+    assert [sample["__key__"] for sample in samples] == [
+        f"{one:012d}" for one in split.index["image_id"].tolist()
+    ]
     with ShardReader(split) as reader:
         for index, sample in enumerate(samples):
             assert {name for name in sample if not name.startswith("__")} == {"jpg", "json"}
@@ -63,7 +67,9 @@ def test_pythons_tarfile_sees_what_is_promised(split: Manifest) -> None:
                 [image.name[:12], "jpg"],
                 [image.name[:12], "json"],
             )
-        facts = {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode, m.type, bool(m.pax_headers)) for m in members}
+        facts = {
+            (m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode, m.type, bool(m.pax_headers)) for m in members
+        }
         assert facts == {(0, 0, 0, "", "", 0o644, tarfile.REGTYPE, False)}
         assert shard.bytes % 10240 == 0, "other tar programs pad to this"
         first = (split.root / shard.name).read_bytes()[:512]

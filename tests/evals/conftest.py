@@ -81,7 +81,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     pack(world.tree, folder / "draft")
     _export(
         world,
-        vocabulary_of(configs[1].visft, {"val": TrainingSet(Manifest.load(folder / "draft", "val"), ("captioning",))}),
+        vocabulary_of(
+            configs[1].visft, {"val": TrainingSet(Manifest.load(folder / "draft", "val"), ("captioning",))}
+        ),
     )
     collected = _predictions(world, folder / "draft")
     world.tree.edit(lambda content: _annotate(content, collected["detection"], collected["segmentation"]))
@@ -92,7 +94,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def pack(tree: Tree, out: Path, captions: bool = True) -> None:
-    build(Options(tree.images, tree.instances, tree.captions if captions else None, out, "val", max_size=20_480))
+    build(
+        Options(tree.images, tree.instances, tree.captions if captions else None, out, "val", max_size=20_480)
+    )
 
 
 def _export(world: World, vocabulary: Vocabulary | None) -> None:
@@ -105,13 +109,22 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
         for task, head in heads.items():
             for parameter in head.parameters():
                 parameter.mul_(3 if task == "captioning" else 2)
-    categories = [asdict(Category(place, number, f"thing {number}")) for place, number in enumerate(COCO_CATEGORY_IDS)]
+    categories = [
+        asdict(Category(place, number, f"thing {number}")) for place, number in enumerate(COCO_CATEGORY_IDS)
+    ]
     infos = {}
     for task, settings in first.visft.tasks.enabled().items():
         words = task == "captioning"
-        options = settings.head.model_dump(mode="json") | ({"vocabulary_size": vocabulary.size} if words else {})
-        extra = {"base_weights": prepared.base.identity, **({"vocabulary": vocabulary.to_dict()} if words else {})}
-        infos[task] = HeadInfo(task, prepared.module.backbone.shapes, options, [] if words else categories, extra)
+        options = settings.head.model_dump(mode="json") | (
+            {"vocabulary_size": vocabulary.size} if words else {}
+        )
+        extra = {
+            "base_weights": prepared.base.identity,
+            **({"vocabulary": vocabulary.to_dict()} if words else {}),
+        }
+        infos[task] = HeadInfo(
+            task, prepared.module.backbone.shapes, options, [] if words else categories, extra
+        )
     for stage, config in world.configs.items():
         record = write_run(world.run(stage), config.to_dict(), 1, ["train.py"])
         save_backbone(prepared.module.backbone, world.run(stage) / "export" / BACKBONE_FILE)
@@ -136,7 +149,9 @@ def load_stage2(world: World) -> EvaluationModel:
 def _predictions(world: World, shards: Path) -> dict[str, Results]:
     model = load_stage2(world)
     with ShardReader(Manifest.load(shards, "val")) as reader:
-        collected = collect(model.predict, reader, world.configs[2].visft.streams(), model.vocabulary, num_workers=0)
+        collected = collect(
+            model.predict, reader, world.configs[2].visft.streams(), model.vocabulary, num_workers=0
+        )
     assert collected is not None
     return collected
 
@@ -173,13 +188,19 @@ def _annotate(content: dict[str, Any], boxes: Results, masks: Results) -> None:
 
 
 def _many_words(content: dict[str, Any]) -> None:
-    sentences = ("a small red bird sits on the old wall", "near two large white boats", "grey water in a wide bay")
+    sentences = (
+        "a small red bird sits on the old wall",
+        "near two large white boats",
+        "grey water in a wide bay",
+    )
     for place, entry in enumerate(content["annotations"]):
         entry["caption"] = sentences[place % len(sentences)]
 
 
 def _caption(content: dict[str, Any], captions: Results) -> None:
-    """One true caption of each image is what the model says, without one word; n-grams match, not all of them."""
+    """One true caption of each image is what the model says, without one word; n-grams match, not all of
+    them.
+    """
     entries = content["annotations"] = []
     for place, result in enumerate(captions):
         words = result["caption"].split()

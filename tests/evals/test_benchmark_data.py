@@ -1,4 +1,6 @@
-"""Layouts of data sets for benchmarks: each is read as its makers meant it; what is damaged or hostile is refused."""
+"""Layouts of data sets for benchmarks: each is read as its makers meant it; what is damaged or hostile is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def _folders(root: Path, names: list[str], each: int = 2) -> Path:
 
 
 def test_imagenet_and_its_relatives(tmp_path: Path) -> None:
-    """Names by WordNet id; only classes with a folder may be chosen (-A, -R have 200); OpenAI's 80 templates."""
+    """Names by WordNet id; only classes with a folder may be chosen (-A, -R have 200); OpenAI's 80
+    templates.
+    """
     names = classes.imagenet()[0]
     synsets = list(names)
     assert (synsets[0], names[synsets[0]], len(synsets)) == ("n01440764", "tench", 1000)
@@ -73,7 +77,9 @@ def test_objectnet_is_what_imagenet_shares_without_its_red_border(tmp_path: Path
 
 def test_built_in_digits_are_real() -> None:
     train, test = classes.read_train_and_test("digits")
-    assert len(train.images) + len(test.images) == 1797 and train.images.fingerprint != test.images.fingerprint
+    assert (
+        len(train.images) + len(test.images) == 1797 and train.images.fingerprint != test.images.fingerprint
+    )
     assert not set(train.images.names) & set(test.images.names)
     pixels = np.asarray(train.images.read(0))
     assert pixels.max() > 200 and (pixels[..., 0] == pixels[..., 2]).all()
@@ -96,8 +102,13 @@ def test_trees_with_splits(tmp_path: Path) -> None:
 
 def test_captions_of_coco(tmp_path: Path) -> None:
     """In the order of the images, five of each at most."""
-    texts = [{"image_id": 3, "caption": f"why {n}"} for n in range(7)] + [{"image_id": 7, "caption": " an x \n"}]
-    content = {"images": [{"id": 7, "file_name": "x.jpg"}, {"id": 3, "file_name": "y.jpg"}], "annotations": texts}
+    texts = [{"image_id": 3, "caption": f"why {n}"} for n in range(7)] + [
+        {"image_id": 7, "caption": " an x \n"}
+    ]
+    content = {
+        "images": [{"id": 7, "file_name": "x.jpg"}, {"id": 3, "file_name": "y.jpg"}],
+        "annotations": texts,
+    }
     for name in ("x.jpg", "y.jpg"):
         _image(tmp_path / "val2017" / name)
     (tmp_path / "annotations").mkdir()
@@ -125,7 +136,9 @@ def test_boxes_are_seen_as_crops() -> None:
     image.paste((0, 200, 0), (10, 10, 30, 50))
     seen = np.asarray(objects.crop(image, (10, 10, 20, 40)))
     assert seen.shape == (48, 48, 3)  # 1.2 times the longer side
-    assert (seen[4:44, 14:34] == (0, 200, 0)).all() and (seen[:, :4] == 128).all() and (seen[0, 10] == 0).all()
+    assert (
+        (seen[4:44, 14:34] == (0, 200, 0)).all() and (seen[:, :4] == 128).all() and (seen[0, 10] == 0).all()
+    )
     assert np.asarray(objects.crop(image, (200, 200, 20, 20))).min() == 128  # a box outside of its image
 
 
@@ -148,7 +161,10 @@ def test_boxes_of_a_coco_tree(tmp_path: Path) -> None:
         (tmp_path / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
     benchmark = parse_benchmark(f"objects={tmp_path}", QUICK)
     images = benchmark.sets["test"]
-    assert [images.read(place).size for place in range(len(images))] == [(48, 48), (36, 36)] and not images.stretched
+    assert [images.read(place).size for place in range(len(images))] == [
+        (48, 48),
+        (36, 36),
+    ] and not images.stretched
     features = {part: {"pooled": torch.tensor([[1.0, 0], [0, 1]])} for part in ("train", "test")}
     (score,) = benchmark.scores(features, benchmark.numbers)
     assert (
@@ -171,7 +187,10 @@ def test_words(tmp_path: Path) -> None:
     (tmp_path / "train/gt.txt").write_text(lines, encoding="utf-8")
     (tmp_path / "test/labels.txt").write_text("words/word_1.png\tNew York\n")
     benchmark = parse_benchmark(f"ocr={tmp_path},name=x", QUICK)
-    assert benchmark.settings["words"] == [("tiredness", "3"), ("newyork",)] and benchmark.sets["train"].stretched
+    assert (
+        benchmark.settings["words"] == [("tiredness", "3"), ("newyork",)]
+        and benchmark.sets["train"].stretched
+    )
     (tmp_path / "test/labels.txt").write_text("../train/word_1.png\ta\n")
     with pytest.raises(ValueError, match="out of its folder"):
         ocr.read_words(tmp_path / "test")
@@ -226,7 +245,9 @@ def test_folders_are_read_as_visft_shards_does(tmp_path: Path, images: str, anno
 
 
 def test_a_box_without_a_mask_is_the_truth_of_no_miou(tmp_path: Path) -> None:
-    """Nobody knows its pixels: they count nowhere, and the page says so; without any mask there is no mIoU."""
+    """Nobody knows its pixels: they count nowhere, and the page says so; without any mask there is no
+    mIoU.
+    """
     for split, masks in (("train", [True, True]), ("val", [True, False, True])):
         _image(tmp_path / split / "a.jpg", size=(90, 60))
         (tmp_path / f"{split}.json").write_text(json.dumps(_coco(masks)))
@@ -235,7 +256,9 @@ def test_a_box_without_a_mask_is_the_truth_of_no_miou(tmp_path: Path) -> None:
     _, held = dense_sets.read_train_and_test(QUICK.images, str(tmp_path))
     label = held.label(0)
     assert (
-        (label[10:50, 30:50] == dense_sets.NOTHING).all() and (label[10:50, :20] == 1).all() and len(held.things) == 2
+        (label[10:50, 30:50] == dense_sets.NOTHING).all()
+        and (label[10:50, :20] == 1).all()
+        and len(held.things) == 2
     )
     (tmp_path / "val.json").write_text(json.dumps(_coco([False, False])))
     with pytest.raises(ValueError, match="--on objects="):
@@ -252,7 +275,9 @@ def test_named_label_maps_are_read_as_visft_shards_does(tmp_path: Path) -> None:
         numbers = np.asarray(Image.open(path)).copy()
         numbers[numbers == 255] = 3
         Image.fromarray(numbers).save(path)
-    with pytest.raises(ValueError, match=r"train\.png: the number 3 has no name: classes are numbered 0 to 2"):
+    with pytest.raises(
+        ValueError, match=r"train\.png: the number 3 has no name: classes are numbered 0 to 2"
+    ):
         parse_benchmark(source, QUICK)
     fingerprints = set()
     for listed, void, expected in (
@@ -301,7 +326,11 @@ def test_groups_of_images(tmp_path: Path) -> None:
     assert chosen(by_column, [3, 8]).groups.tolist() == [3, 3]  # type: ignore[union-attr]
     rest, held = fifth(20, by_column.groups)
     assert held == [4, 9, 14, 19] and sorted(rest + held) == [*range(20)]
-    for by, word in (("(", "regular expression"), ("z", "no group for a/0.png"), (f"{tmp_path}/p.csv:age", "'age'")):
+    for by, word in (
+        ("(", "regular expression"),
+        ("z", "no group for a/0.png"),
+        (f"{tmp_path}/p.csv:age", "'age'"),
+    ):
         with pytest.raises(ValueError, match=word):
             grouped(images, by)
 
@@ -312,7 +341,9 @@ def test_a_model_is_known_to_have_seen_images(tmp_path: Path, world: World) -> N
     found = []
     for stage in (1, 2):
         data = config.data.model_copy(update={"train": "val"})
-        changed = replace(world.configs[stage], visft=world.configs[stage].visft.model_copy(update={"data": data}))
+        changed = replace(
+            world.configs[stage], visft=world.configs[stage].visft.model_copy(update={"data": data})
+        )
         write_run(tmp_path / f"run{stage}", changed.to_dict(), 1, ["train.py"])
         found.append(ModelSpec("tuned", "base.pt", adapter=tmp_path / f"run{stage}/export/adapter"))
     copies = []

@@ -87,12 +87,15 @@ def test_regression_ignores_the_scale_of_features_and_finds_what_is_there() -> N
 
 def test_classification_reads_class_token_and_mean_patch_and_chooses_by_training_images() -> None:
     """kNN reads the class token alone, which is noise here."""
-    data = ClassSet(ImageSet([""] * 40, lambda _: Image.new("RGB", (2, 2)), "x"), np.arange(40) % 2, ("a", "b"))
+    data = ClassSet(
+        ImageSet([""] * 40, lambda _: Image.new("RGB", (2, 2)), "x"), np.arange(40) % 2, ("a", "b")
+    )
     benchmark = classification("classification/x", data, data, QUICK)
     drawn = torch.randn(2, 2, 40, 5, generator=torch.Generator().manual_seed(0))
     drawn[:, 1, :, 0] += 8 * torch.from_numpy(data.labels)
     parts = {
-        part: {"pooled": token, "mean": mean} for part, (token, mean) in zip(("train", "test"), drawn, strict=True)
+        part: {"pooled": token, "mean": mean}
+        for part, (token, mean) in zip(("train", "test"), drawn, strict=True)
     }
     noise, linear = benchmark.scores(parts, benchmark.numbers)
     assert (noise.name, linear.name) == tuple(benchmark.numbers) and linear.value > 0.95 > noise.value

@@ -40,7 +40,9 @@ def _adapted(tmp_path: Path, model: str) -> tuple[Any, Adapter]:
 
 @torch.no_grad()
 def test_adapted_and_merged_towers(tmp_path: Path) -> None:
-    """An adapter on both blocks, read in front of the second: base + adapter at a scale, and what is merged of it."""
+    """An adapter on both blocks, read in front of the second: base + adapter at a scale, and what is merged
+    of it.
+    """
     path, images = save_clip(make_clip(), tmp_path / "clip.safetensors"), torch.randn(1, 3, SIDE, SIDE)
     _, adapter = _adapted(tmp_path, str(path))
     merge(path, adapter.scaled(0.5), tmp_path / "merged.safetensors")
@@ -60,7 +62,9 @@ def test_adapted_and_merged_towers(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_models_of_timm(tmp_path: Path, name: str, index: int) -> None:
     model = timm.create_model(name, num_classes=5).eval()
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "w.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "w.safetensors"
+    )
     images = torch.randn(1, 3, 160, 160)
     is_vit = name == "test_vit"
     options = {"norm": True, "return_prefix_tokens": True} if is_vit else {}

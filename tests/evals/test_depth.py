@@ -75,7 +75,9 @@ def test_measures_are_numpys_over_the_part_that_counts(tmp_path: Path) -> None:
 
 
 def test_quick_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head learns depth that stands in the features; less is better for RMSE, so held-out images give minus it."""
+    """A head learns depth that stands in the features; less is better for RMSE, so held-out images give minus
+    it.
+    """
     train, test = read_depth(QUICK.images, str(_folder(tmp_path / "data", (48, 64), 8)))
     few = replace(QUICK, depth=replace(QUICK.depth, steps=60, warm_up=6, rate=0.1))
     monkeypatch.setattr(protocols, "BRIEF", few)
@@ -84,17 +86,23 @@ def test_quick_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ramp = torch.linspace(-1, 1, 8).expand(8, 1, 6, 8)
     features = torch.cat([ramp, torch.randn(8, 3, 6, 8, generator=torch.Generator().manual_seed(0))], dim=1)
     benchmark = depth("depth/x", train, test, few)
-    rmse, delta = benchmark.scores({name: {"patches": features} for name in ("train", "test")}, benchmark.numbers)
+    rmse, delta = benchmark.scores(
+        {name: {"patches": features} for name in ("train", "test")}, benchmark.numbers
+    )
     assert rmse.value < 1 and delta.value > 0.5 and rmse.retrained is not None and rmse.retrained.std() < 0.3
     assert benchmark.held_out is not None and -1.5 < benchmark.held_out({"patches": features}, "RMSE") < 0
 
     net = timm.create_model("test_efficientnet", num_classes=0)
-    save_file({key: value.contiguous() for key, value in net.state_dict().items()}, tmp_path / "net.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in net.state_dict().items()}, tmp_path / "net.safetensors"
+    )
     spec = parse_model(f"timm:test_efficientnet:{tmp_path}/net.safetensors")
     encoder = replace(load_encoder(spec, "fp32"), side=64)
     settings = Settings(torch.device("cpu"), "fp32", tmp_path, 4, 0)
     monkeypatch.setattr(module, "_CROP", (32, 32))
-    whole = depth("depth/x", train, test, replace(PUBLISHED, depth=replace(PUBLISHED.depth, steps=2, warm_up=1)))
+    whole = depth(
+        "depth/x", train, test, replace(PUBLISHED, depth=replace(PUBLISHED.depth, steps=2, warm_up=1))
+    )
     assert whole.published is not None
     first, second = ([score.value for score in whole.published(encoder, settings, NUMBERS)] for _ in range(2))
     assert first == second and 0 < first[0] < 10

@@ -39,7 +39,9 @@ def images() -> torch.Tensor:
 def test_our_tower_and_the_text_side_of_its_file_are_open_clips(
     clip: Any, images: torch.Tensor, tmp_path: Path, layout: str
 ) -> None:
-    """Class token, final norm, projection, eos pooling, causal mask: any of them wrong gives other embeddings."""
+    """Class token, final norm, projection, eos pooling, causal mask: any of them wrong gives other
+    embeddings.
+    """
     path = save_clip(clip, tmp_path / "clip.safetensors", layout=layout)
     encoder = load_encoder(parse_model(str(path)), "fp32")
     assert encoder.kinds == KINDS and encoder.text is not None
@@ -47,7 +49,9 @@ def test_our_tower_and_the_text_side_of_its_file_are_open_clips(
     torch.testing.assert_close(found["clip"], clip.encode_image(images, normalize=True), rtol=1e-5, atol=1e-6)
     tokens = clip.visual.trunk.forward_features(images)
     torch.testing.assert_close(found["pooled"], tokens[:, 0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found["patches"].flatten(2).transpose(1, 2), tokens[:, 1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found["patches"].flatten(2).transpose(1, 2), tokens[:, 1:], rtol=1e-5, atol=1e-5
+    )
     wanted = clip.encode_text(open_clip.SimpleTokenizer()(TEXTS), normalize=True)
     torch.testing.assert_close(encoder.text.encode(TEXTS, CPU), wanted, rtol=1e-5, atol=1e-6)
     classes, templates = ["cat", "hot dog", "sea"], ["a photo of a {}.", "a bad {}"]
@@ -82,7 +86,9 @@ def test_open_clips_own_tower(images: torch.Tensor, tmp_path: Path, pooler: dict
 @pytest.mark.parametrize(("name", "grid"), [("test_vit", 10), ("test_vit2", 10), ("test_convnext", 5)])
 @torch.no_grad()
 def test_a_model_of_timm_without_its_classifier(tmp_path: Path, name: str, grid: int) -> None:
-    """One vector is the class token, or the mean of the map: the one token that test_vit2 has is a register."""
+    """One vector is the class token, or the mean of the map: the one token that test_vit2 has is a
+    register.
+    """
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, num_classes=11).eval()
     path = _saved(model, tmp_path)

@@ -129,7 +129,8 @@ def test_merged_weights_do_what_the_adapter_does(world: World, whole: Evaluation
     base = _finished(tmp_path / "base", "--run", world.run(2), "--adapter", "none")
     same, effect = _differ(whole, merged), _differ(whole, base)
     assert effect[0] > 1e-2 and effect[1] > 1
-    # W x + B A x against (W + B A) x in float32, through a random net that amplifies: far below what the adapter does
+    # W x + B A x against (W + B A) x in float32, through a random net that amplifies: far below what the
+    # adapter does
     assert same[0] < 1e-3 * effect[0] and same[1] < 1e-3 * effect[1] and same[2] == 0
     same, effect = (_differ(whole, other, "segmentation") for other in (merged, base))
     assert effect[0] > 1e-3 and same[0] < 1e-2 * effect[0]
@@ -137,7 +138,9 @@ def test_merged_weights_do_what_the_adapter_does(world: World, whole: Evaluation
 
 
 def test_heads_go_with_what_training_made_of_their_base(world: World, tmp_path: Path) -> None:
-    """A fingerprint of content knows the base in another form, too, and merged weights say what they were made of."""
+    """A fingerprint of content knows the base in another form, too, and merged weights say what they were
+    made of.
+    """
     base, other = (
         world.run(1) / "export" / BACKBONE_FILE,
         _save_plain(tmp_path / "other.safetensors", "visft.model.weights_seed=1"),
@@ -216,26 +219,40 @@ def test_some_of_the_tasks(world: World, whole: Evaluation, tmp_path: Path) -> N
     status, printed, errors = _evaluate(*some, "--pictures", 1, "--out", tmp_path / "out")
     assert status == 0, errors
     evaluation = read_evaluation("", tmp_path / "out")
-    assert evaluation.metrics == {name: of for name, of in whole.metrics.items() if not name.startswith("mask/")}
+    assert evaluation.metrics == {
+        name: of for name, of in whole.metrics.items() if not name.startswith("mask/")
+    }
     assert not (tmp_path / "out/segmentation_results.json").exists() and TOKENIZER in printed
     for name in ("box/AP50", "caption/CIDEr"):
         assert re.search(rf"{name} +{evaluation.metrics[name]:.4f}", printed)
     for task in ("captioning", "detection"):
         drawn = next(iter(evaluation.pictures(task).values()))
-        assert drawn.std() > 0 and np.asarray(Image.open(tmp_path / f"out/{task}.png")).shape[1] > drawn.shape[1]
+        assert (
+            drawn.std() > 0 and np.asarray(Image.open(tmp_path / f"out/{task}.png")).shape[1] > drawn.shape[1]
+        )
     found = evaluate(world.run(2), tasks="captioning, detection", limit=2)
-    assert {task: len(of) for task, of in found.results.items()} == {"captioning": 2, "detection": 2 * QUERIES}
-    assert found.out is None and sorted(path.name for path in world.run(2).iterdir()) == ["export", "run.json"]
+    assert {task: len(of) for task, of in found.results.items()} == {
+        "captioning": 2,
+        "detection": 2 * QUERIES,
+    }
+    assert found.out is None and sorted(path.name for path in world.run(2).iterdir()) == [
+        "export",
+        "run.json",
+    ]
 
 
 def test_no_rank_waits_while_one_measures(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """From Python with several ranks, too, whose process group stays open."""
     done: list[str] = []
     monkeypatch.setattr(distributed, "close", lambda: done.append("close"))
-    monkeypatch.setattr("visft_ds.evals.evaluate.measure", lambda *_, **__: done.append("measure") or ({}, []))
+    monkeypatch.setattr(
+        "visft_ds.evals.evaluate.measure", lambda *_, **__: done.append("measure") or ({}, [])
+    )
     for name in ("barrier", "gather_objects", "by_main_process"):
         own = getattr(distributed, name)
-        monkeypatch.setattr(distributed, name, lambda *given, own=own, name=name: (done.append(name), own(*given))[1])
+        monkeypatch.setattr(
+            distributed, name, lambda *given, own=own, name=name: (done.append(name), own(*given))[1]
+        )
     evaluate(world.run(2), tasks="detection", limit=2)
     assert done[-2:] == ["close", "measure"] and "gather_objects" in done
     done.clear()
@@ -248,7 +265,9 @@ def test_published_heads_need_their_word_map(world: World, tmp_path: Path) -> No
     """Files without any description of themselves: words come from beside, the rest from the tensors."""
     words = ["red", "green", "blue", "one"]
     torch.manual_seed(0)
-    head = TASKS["captioning"].build_head([(32, 14)], TASKS["captioning"].settings("head", {}), len(words) + 4)
+    head = TASKS["captioning"].build_head(
+        [(32, 14)], TASKS["captioning"].settings("head", {}), len(words) + 4
+    )
     save_published_head(head, "captioning", tmp_path / "heads/eva_e_caption_heads.ckpt")
     files = ["--backbone", world.run(1) / "export" / BACKBONE_FILE, "--heads", tmp_path / "heads"]
     common = [*files, "--data", world.shards, "--limit", 2]
@@ -276,7 +295,11 @@ def test_mistakes_are_named(world: World, tmp_path: Path) -> None:
     for stage, words, said in (
         (2, ["--backbone", world.merged, "--adapter", world.adapter], "twice"),
         (1, ["--backbone", wide], "does not fit"),
-        (0, ["--backbone", wide, "--heads", world.run(1) / "export", "--data", world.shards], "maps of width"),
+        (
+            0,
+            ["--backbone", wide, "--heads", world.run(1) / "export", "--data", world.shards],
+            "maps of width",
+        ),
         (1, ["--data", tmp_path / "strange"], "stranger"),
         (1, ["--data", tmp_path / "silent"], "no captions"),
     ):

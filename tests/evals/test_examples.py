@@ -14,10 +14,14 @@ TASKS = ("detection", "segmentation", "captioning")
 
 
 def test_positions(split: Manifest) -> None:
-    """The first images that show something of every task; crowds and images without objects are passed over."""
+    """The first images that show something of every task; crowds and images without objects are passed
+    over.
+    """
     with ShardReader(split) as reader:
         assert split.index["num_annotations"][:6].tolist() == [1, 3, 3, 0, 0, 2]
-        assert example_positions(reader, TASKS, 4) == example_positions(reader, ["detection"], 4) == [0, 1, 2, 5]
+        assert (
+            example_positions(reader, TASKS, 4) == example_positions(reader, ["detection"], 4) == [0, 1, 2, 5]
+        )
         assert example_positions(reader, ["captioning"], 4) == [0, 1, 2, 3]
         assert example_positions(reader, TASKS, 4, limit=2) == [0, 1]
 

@@ -85,7 +85,8 @@ def test_resamples_leave_the_first_head_alone() -> None:
     recipe = Recipe(steps=5, warm_up=2, rate=0.05, decay=1e-3, dropout=0.1, clip=0.01)
     examples = _examples(maps, truth, recipe)
     alone, beside = (
-        fit(Heads(count, 6, 3), BATCH, examples, cross_entropy, recipe, schedule) for count in (1, 1 + RESAMPLES)
+        fit(Heads(count, 6, 3), BATCH, examples, cross_entropy, recipe, schedule)
+        for count in (1, 1 + RESAMPLES)
     )
     torch.testing.assert_close(beside.weight[0], alone.weight[0])
     assert (beside.weight[1:] - alone.weight[0]).flatten(1).norm(dim=1).min() > 1e-3

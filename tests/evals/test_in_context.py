@@ -23,7 +23,9 @@ def _memory(rng: np.random.Generator, images: int, patches: int) -> Rows:
 
 
 def test_votes_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a resample, which is a memory with copies; and a bank in parts gives what it gives as a whole."""
+    """Also of a resample, which is a memory with copies; and a bank in parts gives what it gives as a
+    whole.
+    """
     rng = np.random.default_rng(0)
     memory, queries = _memory(rng, 40, 10), rng.normal(size=(60, 12))
     found = vote(memory, torch.from_numpy(queries), *IN_CONTEXT).numpy()

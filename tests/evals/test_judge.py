@@ -37,7 +37,9 @@ CLASSES = ("circle", "square")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP file, an adapter for it, merged weights, a folder of classes and a COCO tree with captions and boxes."""
+    """A CLIP file, an adapter for it, merged weights, a folder of classes and a COCO tree with captions and
+    boxes.
+    """
     root = tmp_path_factory.mktemp("world")
     base = save_clip(make_clip(), root / "clip.safetensors")
     encoder = load_encoder(parse_model(str(base)), "fp32")
@@ -64,14 +66,20 @@ def _draw(root: Path) -> None:
             # each its own colour: towers of random weights tell little else apart
             pixels = (rng.integers(0, 180, 3) + rng.integers(0, 75, (40, 52, 3))).astype(np.uint8)
             file = f"{number}-{place}.png"
-            for path in (root / "shapes" / name / file, root / "coco/val2017" / file, root / "coco/train2017" / file):
+            for path in (
+                root / "shapes" / name / file,
+                root / "coco/val2017" / file,
+                root / "coco/train2017" / file,
+            ):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
             image = len(coco["images"])
             coco["images"].append({"id": image, "file_name": file, "height": 40, "width": 52})
             box = {"bbox": [2, 3, 20, 30], "iscrowd": 0, "category_id": number, "image_id": image}
             coco["annotations"].append({"id": image, **box})
-            captions += [{"image_id": image, "caption": f"{name} {place}, {word}"} for word in ("seen", "drawn")]
+            captions += [
+                {"image_id": image, "caption": f"{name} {place}, {word}"} for word in ("seen", "drawn")
+            ]
     (root / "coco/annotations").mkdir()
     for part in ("train", "val"):
         (root / f"coco/annotations/instances_{part}2017.json").write_text(json.dumps(coco))
@@ -121,7 +129,8 @@ def test_one_table_of_all_models(world: Path, finished: Path) -> None:
     assert "x 0.5" in record["models"]["visft"] and 0 < record["shifts"]["visft"] < record["shifts"]["merged"]
     page = (finished / "judge.html").read_text()
     assert all(
-        f"<h2>{of['arm']}: {of['word']}</h2>" in page and of["sentences"][0] in page for of in record["verdicts"]
+        f"<h2>{of['arm']}: {of['word']}</h2>" in page and of["sentences"][0] in page
+        for of in record["verdicts"]
     )
 
 
@@ -144,7 +153,9 @@ def test_numbers_are_those_of_plain_loops(world: Path, finished: Path) -> None:
     assert rows["retrieval/coco image to text R@1"]["values"]["base"] == pytest.approx(np.mean(found))
 
 
-def test_the_same_command_again_computes_nothing(world: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_command_again_computes_nothing(
+    world: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = _record(finished)["rows"]
 
     def refuse(*arguments: Any) -> Any:
@@ -152,7 +163,9 @@ def test_the_same_command_again_computes_nothing(world: Path, finished: Path, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(comparison, "load_encoder", refuse)
-        patched.setattr("visft_ds.interop.layouts.fingerprint", refuse)  # a base of 10 GB is known without being read
+        patched.setattr(
+            "visft_ds.interop.layouts.fingerprint", refuse
+        )  # a base of 10 GB is known without being read
         assert _run(*_all(world), "--out", finished)[0] == 0
     assert _record(finished)["rows"] == before
     next((finished / "scores").iterdir()).unlink()  # that score alone is computed again
@@ -160,7 +173,9 @@ def test_the_same_command_again_computes_nothing(world: Path, finished: Path, mo
 
 
 def test_scale_of_an_adapter(world: Path) -> None:
-    """Times one it is the merged weights, times nothing the base, and each of them is another entry of the cache."""
+    """Times one it is the merged weights, times nothing the base, and each of them is another entry of the
+    cache.
+    """
     base, image = world / "clip.safetensors", torch.randn(2, 3, SIDE, SIDE)
     texts = [f"{base}+{world}/adapter{end}" for end in ("@0", "", "@0.5", "@-1")]
     loaded = [load_encoder(parse_model(text), "fp32").module for text in (str(base), *texts)]
@@ -209,18 +224,26 @@ def test_an_image_with_broken_features_is_named(monkeypatch: pytest.MonkeyPatch)
             return {"pooled": 1 / (images.mean(dim=(2, 3)) * 255 - 3).round()}
 
     monkeypatch.setenv("RANK", "1")  # where no bar counts
-    drawn = ImageSet([f"{place}.png" for place in range(5)], lambda place: Image.new("RGB", (4, 4), (place,) * 3), "")
-    encoder = Encoder(Broken(), ("pooled",), square_preprocess(4, (0,) * 3, (1,) * 3), ((0,) * 3, (1,) * 3), 4, None)
+    drawn = ImageSet(
+        [f"{place}.png" for place in range(5)], lambda place: Image.new("RGB", (4, 4), (place,) * 3), ""
+    )
+    encoder = Encoder(
+        Broken(), ("pooled",), square_preprocess(4, (0,) * 3, (1,) * 3), ((0,) * 3, (1,) * 3), 4, None
+    )
     with pytest.raises(ValueError, match=r"3\.png"):
         encode_images(encoder, drawn, ["pooled"], Settings(torch.device("cpu"), "fp32", Path(), 2, 1), "")
 
 
 def test_a_run_is_a_model(tmp_path: Path) -> None:
     """A stage-1 run is its base; what no tensor tells comes from the run's configuration."""
-    config = resolve(stage=1, model="debug", settings=SETTINGS, flags={"visft.data.root": ("shards", "--data")})
+    config = resolve(
+        stage=1, model="debug", settings=SETTINGS, flags={"visft.data.root": ("shards", "--data")}
+    )
     run = tmp_path / "stage1"
     write_run(run, config.to_dict(), 1, ["train.py"])
-    save_backbone(build_backbone("debug", **config.visft.model.backbone_options()), run / "export" / BACKBONE_FILE)
+    save_backbone(
+        build_backbone("debug", **config.visft.model.backbone_options()), run / "export" / BACKBONE_FILE
+    )
     (run / "export/export.json").write_text((run / "run.json").read_text())
     spec = parse_model(f"before={run}")
     assert (spec.label, spec.adapter, spec.scale) == ("before", None, 1.0)
@@ -228,9 +251,13 @@ def test_a_run_is_a_model(tmp_path: Path) -> None:
 
 
 def test_a_base_goes_on_behind_the_block_that_its_training_read(tmp_path: Path) -> None:
-    """As BASE a stage-1 run is the network that its user has; where the file ends, or #BLOCK says so, it ends."""
+    """As BASE a stage-1 run is the network that its user has; where the file ends, or #BLOCK says so, it
+    ends.
+    """
     settings = [*SETTINGS, "visft.model.layers=[0]"]
-    config = resolve(stage=1, model="debug", settings=settings, flags={"visft.data.root": ("shards", "--data")})
+    config = resolve(
+        stage=1, model="debug", settings=settings, flags={"visft.data.root": ("shards", "--data")}
+    )
     options = config.visft.model.backbone_options()
     for name, layers in (("run", []), ("cut", [0])):
         write_run(tmp_path / name, config.to_dict(), 1, ["train.py"])
@@ -293,7 +320,14 @@ def test_what_a_model_lacks_is_told_before_anything_is_encoded(
 def test_a_rehearsal_tells_models_data_and_time_and_writes_nothing(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["--on", f"classification={world}/shapes", "--primary", "classification/shapes kNN", "--numbers", "kNN"]
+    words = [
+        "--on",
+        f"classification={world}/shapes",
+        "--primary",
+        "classification/shapes kNN",
+        "--numbers",
+        "kNN",
+    ]
     models = [f"base={world}/clip.safetensors", f"cut={world}/clip.safetensors#0"]
     words += ["--quick", "--dry-run", "--out", str(tmp_path / "out")]
     status, said, errors = _run(*models, *words)
@@ -302,14 +336,17 @@ def test_a_rehearsal_tells_models_data_and_time_and_writes_nothing(
     assert f"base best of blocks.0 to blocks.1 {world}/clip.safetensors" in text
     assert f"cut blocks.0 {world}/clip.safetensors after block 0" in text
     assert "classification/shapes 6 train, 6 test kNN" in text
-    # layers of base and cut, 6 each; scores of base, cut, noise and half, 12 each; six measurements of 6 images
+    # layers of base and cut, 6 each; scores of base, cut, noise and half, 12 each; six measurements of 6
+    # images
     assert "encoding 96 images" in text
     monkeypatch.setattr("visft_ds.parallel.distributed.rank", lambda: 1)
     monkeypatch.setattr("visft_ds.evals.judge.scoring._present", lambda path: pytest.fail("waited for ever"))
     assert _run(*models, *words) == (0, "", "")
 
 
-def test_weights_of_timm_are_fetched_with_download_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_timm_are_fetched_with_download_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def fetch(name: str) -> Path:

@@ -1,4 +1,6 @@
-"""Answers that stay, and one model at several scales: against timm's own model, and models loaded one by one."""
+"""Answers that stay, and one model at several scales: against timm's own model, and models loaded one by
+one.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tensors(root / "base.safetensors", values, header_of(build_timm(NAME)))
     _adapter(NAME, LATE, root / "adapter")
     merge(root / "base.safetensors", Adapter.load(root / "adapter"), root / "merged.safetensors")
-    bare = {key: value for key, value in load_file(root / "merged.safetensors").items() if "classifier" not in key}
+    bare = {
+        key: value for key, value in load_file(root / "merged.safetensors").items() if "classifier" not in key
+    }
     save_tensors(root / "bare.safetensors", bare, header_of(build_timm(NAME)))
     rng = np.random.default_rng(0)
     (root / "pictures").mkdir()
@@ -50,7 +54,10 @@ def _adapter(name: str, targets: tuple[str, ...], folder: Path, spread: float = 
     backbone = build_timm(name).eval()
     inject_lora(backbone, rank=2, alpha=2, targets=targets)
     generator = torch.Generator().manual_seed(0)
-    tensors = {key: spread * torch.randn(p.shape, generator=generator) for key, p in lora_parameters(backbone).items()}
+    tensors = {
+        key: spread * torch.randn(p.shape, generator=generator)
+        for key, p in lora_parameters(backbone).items()
+    }
     save_adapter(replace(adapter_of(backbone, None, targets), tensors=tensors), folder)
 
 
@@ -58,7 +65,11 @@ def test_predictions_are_those_of_timms_own_models(net: Path, tmp_path: Path) ->
     """Base, adapter, merge with and without classifier; times nothing, every answer stays."""
     base = net / "base.safetensors"
     command = [f"base=timm:{NAME}:{base}", f"own={base}+{net}/adapter", f"less={base}+{net}/adapter@0.5"]
-    command += [f"merged={net}/merged.safetensors", f"bare={net}/bare.safetensors", f"none={base}+{net}/adapter@0"]
+    command += [
+        f"merged={net}/merged.safetensors",
+        f"bare={net}/bare.safetensors",
+        f"none={base}+{net}/adapter@0",
+    ]
     primary = "kept/pictures predictions"
     status, _, errors = _run(
         *command, "--on", f"kept={net}/pictures", "--primary", primary, "--layers", "last", "--out", tmp_path

@@ -1,5 +1,5 @@
-"""Runs of visft judge on toy towers: their golden digits, the best block of each model, and the verdicts that depend on
-it."""
+"""Runs of visft judge on toy towers: their golden digits, the best block of each model, and the verdicts that
+depend on it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ Judged = Callable[[str], dict[str, Any]]  #: name of a case -> its record
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Noisy pictures of two greys whose border moves, their label maps, and files in the place of toy towers."""
+    """Noisy pictures of two greys whose border moves, their label maps, and files in the place of toy
+    towers.
+    """
     folder = tmp_path_factory.mktemp("data")
     draw(folder)
     with toy_towers():
@@ -75,7 +77,9 @@ def test_a_copy_of_the_best_block_at_the_end_is_better_placed(
 
 
 def test_heads_alone_choose_among_all_blocks(record: Judged) -> None:
-    assert list(record("heads")["layers"]["depth/two RMSE"]["base"]["held_out"]) == [f"blocks.{n}" for n in range(3)]
+    assert list(record("heads")["layers"]["depth/two RMSE"]["base"]["held_out"]) == [
+        f"blocks.{n}" for n in range(3)
+    ]
 
 
 def test_at_last_layers_nothing_is_called_a_gain(record: Judged) -> None:
@@ -87,8 +91,8 @@ def test_at_last_layers_nothing_is_called_a_gain(record: Judged) -> None:
 
 @pytest.mark.parametrize("case", ["same", "longer"])
 def test_what_has_not_moved_is_the_same(case: str, record: Judged) -> None:
-    """A model beside itself, in every number, and a tower that gives twice its features: in-context goes by directions.
-    Every difference and every bound is 0, exactly."""
+    """A model beside itself, in every number, and a tower that gives twice its features: in-context goes by
+    directions. Every difference and every bound is 0, exactly."""
     same = record(case)
     assert same["verdicts"][0]["word"] == "the same" and same["shifts"] == {"tuned": 0.0}
     for row in same["rows"]:
@@ -101,7 +105,9 @@ def test_features_that_are_turned_move_and_gain_nothing(record: Judged) -> None:
     row, shifts = _row(turned), turned["shifts"]
     assert turned["verdicts"][0]["word"] == "not shown" and shifts["tuned"] > 0.3
     assert row["differences"]["tuned"]["value"] == pytest.approx(0, abs=0.005)
-    assert shifts["noise"] == pytest.approx(shifts["tuned"], rel=0.01) and set(row["controls"]["tuned"]) == {"noise"}
+    assert shifts["noise"] == pytest.approx(shifts["tuned"], rel=0.01) and set(row["controls"]["tuned"]) == {
+        "noise"
+    }
 
 
 def test_a_gain_at_the_best_block_is_gained(record: Judged) -> None:
@@ -117,7 +123,9 @@ def test_a_control_that_moves_nothing_is_named_and_stops_nobody(data: Path, reco
     of_control = record("control")
     (verdict,), (trial,) = of_control["verdicts"], of_control["trials"]
     assert trial["controls"] == ["noise", "other"] and trial["missed"] == {"idle": 0.0} and trial["compared"]
-    assert "idle moves features by 0.000 at most" in verdict["sentences"][0] and "idle" not in of_control["arms"]
+    assert (
+        "idle moves features by 0.000 at most" in verdict["sentences"][0] and "idle" not in of_control["arms"]
+    )
     assert "idle: no scale of it" in (data / "out/control/judge.html").read_text()
 
 
@@ -167,9 +175,13 @@ def test_of_equal_blocks_the_last_is_chosen() -> None:
 
 
 def test_published_protocols_need_a_gpu_or_a_word(data: Path, tmp_path: Path) -> None:
-    """The hours that they would take are told before anything is encoded; a control has to be of the architecture."""
+    """The hours that they would take are told before anything is encoded; a control has to be of the
+    architecture.
+    """
     names = [f"base={data}/middle.pt", f"tuned={data}/copied.pt", "--on", f"segmentation={data}/two"]
     status, _, errors = run([*names, "--out", tmp_path / "out"])
     assert status == 2 and "hours without a GPU" in errors and not (tmp_path / "out").exists()
-    status, _, errors = run([*names, "--quick", "--control", f"other={data}/wide.pt", "--out", tmp_path / "out"])
+    status, _, errors = run(
+        [*names, "--quick", "--control", f"other={data}/wide.pt", "--out", tmp_path / "out"]
+    )
     assert status == 2 and "do not have the same architecture" in errors

@@ -1,9 +1,9 @@
-"""Published protocols: the same features and labels through our code and through the sources' formulas, written down
-here in our own words; constants stand here as numbers.
+"""Published protocols: the same features and labels through our code and through the sources' formulas,
+written down here in our own words; constants stand here as numbers.
 
 The sources: facebookresearch/dinov3 (dinov3/eval/segmentation, dinov3/eval/depth), facebookresearch/dinov2
-(dinov2/eval/knn.py, linear.py, dinov2/data/transforms.py), vpariza/open-hummingbird-eval (hbird/hbird_eval.py,
-hbird/utils).
+(dinov2/eval/knn.py, linear.py, dinov2/data/transforms.py), vpariza/open-hummingbird-eval
+(hbird/hbird_eval.py, hbird/utils).
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class _Patches(nn.Module):
 
 
 def _encoder(side: int) -> Encoder:
-    return Encoder(_Patches(), ("pooled", "patches"), square_preprocess(side, MEAN, STD), (MEAN, STD), side, None)
+    return Encoder(
+        _Patches(), ("pooled", "patches"), square_preprocess(side, MEAN, STD), (MEAN, STD), side, None
+    )
 
 
 def _dense(rng: np.random.Generator, count: int, size: tuple[int, int], classes: int) -> DenseSet:
@@ -59,15 +61,19 @@ def _dense(rng: np.random.Generator, count: int, size: tuple[int, int], classes:
     labels = []
     for _ in range(count):
         cells = rng.integers(0, classes, (3, 4))
-        label = np.repeat(np.repeat(cells, -(-size[0] // 3), 0), -(-size[1] // 4), 1)[: size[0], : size[1]].astype(
-            np.uint8
-        )
+        label = np.repeat(np.repeat(cells, -(-size[0] // 3), 0), -(-size[1] // 4), 1)[
+            : size[0], : size[1]
+        ].astype(np.uint8)
         label[: size[0] // 6] = VOID
         labels.append(label)
     colours = rng.integers(0, 255, (256, 3))
     noise = rng.integers(-60, 60, (count, *size, 3))
-    pictures = [np.clip(colours[label] + of, 0, 255).astype(np.uint8) for label, of in zip(labels, noise, strict=True)]
-    images = ImageSet([str(n) for n in range(count)], lambda n: Image.fromarray(pictures[n]), "x", stretched=True)
+    pictures = [
+        np.clip(colours[label] + of, 0, 255).astype(np.uint8) for label, of in zip(labels, noise, strict=True)
+    ]
+    images = ImageSet(
+        [str(n) for n in range(count)], lambda n: Image.fromarray(pictures[n]), "x", stretched=True
+    )
     return DenseSet(images, lambda n: labels[n], tuple(map(str, range(classes))))
 
 
@@ -95,7 +101,10 @@ def test_constants_are_those_of_the_sources() -> None:
 
 def test_rates_of_both_heads_at_steps_written_out() -> None:
     """Segmentation is one step late; both cosines begin at step 0, so that no rate reaches the highest."""
-    rate = [linear_segmentation.schedule(PUBLISHED.segmentation, step) for step in (0, 1, 751, 1501, 20_000, 40_000)]
+    rate = [
+        linear_segmentation.schedule(PUBLISHED.segmentation, step)
+        for step in (0, 1, 751, 1501, 20_000, 40_000)
+    ]
     expected = [1e-9, 1e-9, 4.906254906e-4, 9.965290e-4, 5e-4, 0]
     assert [found for found, _ in rate] == pytest.approx(expected, rel=1e-6, abs=1e-15)
     assert {beta for _, beta in rate} == {0.9}
@@ -120,7 +129,9 @@ def _drawn(seed: int, make: Callable[[], Any]) -> Any:
 
 
 def test_in_context_is_hummingbirds() -> None:
-    """Void teaches class 0, labels have the size of the input, answers are matched with classes, absent ones are 0."""
+    """Void teaches class 0, labels have the size of the input, answers are matched with classes, absent ones
+    are 0.
+    """
     rng = np.random.default_rng(0)
     side, classes, cells = 32, 5, 4
     train, test = _dense(rng, 6, (40, 56), 4), _dense(rng, 4, (40, 56), 4)
@@ -189,7 +200,8 @@ def test_colours_of_hummingbird_change_each_by_a_coin_of_its_own() -> None:
 
             patch.setattr(in_context.transforms, "ColorJitter", _Told)
             pixels, _ = _drawn(
-                seed, lambda: in_context.crop(image, torch.zeros(40, 40, dtype=torch.int64), View(16, MEAN, STD))
+                seed,
+                lambda: in_context.crop(image, torch.zeros(40, 40, dtype=torch.int64), View(16, MEAN, STD)),
             )
         assert pixels.shape == (3, 16, 16)
         found.add(tuple(asked))
@@ -197,7 +209,9 @@ def test_colours_of_hummingbird_change_each_by_a_coin_of_its_own() -> None:
 
 
 def test_windows_are_means_of_logits_at_the_labels_size(tmp_path: Path) -> None:
-    """Starts, overlaps and sizes by the source's formulas; a class that is nowhere is left out of the mean."""
+    """Starts, overlaps and sizes by the source's formulas; a class that is nowhere is left out of the
+    mean.
+    """
     rng = np.random.default_rng(1)
     side, stride = 48, 32
     test = _dense(rng, 3, (33, 70), 4)
@@ -228,7 +242,10 @@ def test_windows_are_means_of_logits_at_the_labels_size(tmp_path: Path) -> None:
             times[:, end - side : end] += 1
         label = test.label(place)
         answers = (
-            F.interpolate((total / times)[None], label.shape, mode="bilinear")[0].softmax(dim=0).argmax(dim=0).numpy()
+            F.interpolate((total / times)[None], label.shape, mode="bilinear")[0]
+            .softmax(dim=0)
+            .argmax(dim=0)
+            .numpy()
         )
         for number in range(5):
             here, said = label == number, (answers == number) & (label != VOID)
@@ -237,11 +254,15 @@ def test_windows_are_means_of_logits_at_the_labels_size(tmp_path: Path) -> None:
     assert union[4] == 0
     assert score.value == pytest.approx((both[:4] / union[:4]).mean(), abs=1e-9)
     several = source.in_windows(lambda maps: head(maps).softmax(dim=2))
-    assert not np.array_equal(overlapping(LINEAR, several, truth_of, 5).values, score.values)  # logits, not shares
+    assert not np.array_equal(
+        overlapping(LINEAR, several, truth_of, 5).values, score.values
+    )  # logits, not shares
 
 
 def test_colours_of_linear_segmentation_with_the_same_draws() -> None:
-    """Brightness +-32, contrast and saturation 0.5 to 1.5, hue +-0.5, each by a coin; channels keep their order."""
+    """Brightness +-32, contrast and saturation 0.5 to 1.5, hue +-0.5, each by a coin; channels keep their
+    order.
+    """
     picture = np.random.default_rng(0).integers(0, 255, (12, 10, 3)).astype(np.uint8)
     pixels = torch.from_numpy(picture).permute(2, 0, 1)
     untouched = 0
@@ -260,7 +281,9 @@ def test_colours_of_linear_segmentation_with_the_same_draws() -> None:
 
         values = picture
         if coin():
-            values = np.clip(values.astype(np.float32) + np.float32(between(-32, 32)), 0, 255).astype(np.uint8)
+            values = np.clip(values.astype(np.float32) + np.float32(between(-32, 32)), 0, 255).astype(
+                np.uint8
+            )
         first = coin()
         if first and coin():
             values = contrast(values)
@@ -277,8 +300,8 @@ def test_colours_of_linear_segmentation_with_the_same_draws() -> None:
 
 
 def test_crops_of_linear_segmentation() -> None:
-    """Small images are filled up on the right and below, with 0 after the normalisation and no class; one class has at
-    most three quarters, where ten more draws find such a place.
+    """Small images are filled up on the right and below, with 0 after the normalisation and no class; one
+    class has at most three quarters, where ten more draws find such a place.
     """
     view = View(32, MEAN, STD)
     label = torch.zeros(20, 20, dtype=torch.int64)
@@ -307,7 +330,9 @@ def test_crops_of_linear_segmentation() -> None:
 
 
 def test_depth_crops_keep_images_and_depths_together() -> None:
-    """Rotated, mirrored and cut alike, without the border of NYU's images; colours by gamma, brightness, channels."""
+    """Rotated, mirrored and cut alike, without the border of NYU's images; colours by gamma, brightness,
+    channels.
+    """
     rng = np.random.default_rng(0)
     ramp = (np.arange(480)[:, None] * 0.2 + np.arange(640)[None] * 0.2).astype(np.float32)
     image = Image.fromarray(np.repeat(ramp[..., None], 3, axis=2).round().astype(np.uint8))
@@ -319,7 +344,9 @@ def test_depth_crops_keep_images_and_depths_together() -> None:
         assert pixels.shape == (3, 416, 544) and truth.shape == (416, 544)
         known = truth > 0
         near = (pixels[0] * 255 - truth + 1).abs()[known] < 1
-        assert near.float().mean() > 0.99 and known.float().mean() > 0.98  # but at the edge of what was turned in
+        assert (
+            near.float().mean() > 0.99 and known.float().mean() > 0.98
+        )  # but at the edge of what was turned in
         assert truth[known].min() >= 1 + 0.2 * (45 + 43) - 1e-3
         seen.add((bool(known.all()), bool(truth[200, 100] < truth[200, 400])))
     assert {turned for turned, _ in seen} == {mirrored for _, mirrored in seen} == {False, True}
@@ -338,7 +365,9 @@ def test_depth_crops_keep_images_and_depths_together() -> None:
 
 
 def test_depth_is_the_mean_of_an_image_and_its_mirror_image_turned_back() -> None:
-    """Images of another size than whole patches are filled up with 0 on all sides, and measured at their own size."""
+    """Images of another size than whole patches are filled up with 0 on all sides, and measured at their own
+    size.
+    """
     rng = np.random.default_rng(0)
     metres = [rng.uniform(0.5, 12, (20, 37)).astype(np.float32) for _ in range(3)]
     pictures = [rng.integers(0, 255, (20, 37, 3)).astype(np.uint8) for _ in metres]
@@ -374,17 +403,24 @@ def test_depth_is_the_mean_of_an_image_and_its_mirror_image_turned_back() -> Non
 
 
 def test_knn_is_dinov2s() -> None:
-    """Softmax over the 200 nearest at 0.07, of which the first 20 vote; images are cut from 256 pixels to 224."""
+    """Softmax over the 200 nearest at 0.07, of which the first 20 vote; images are cut from 256 pixels to
+    224.
+    """
     rng = np.random.default_rng(0)
     labels, truth = rng.integers(0, 6, 400), rng.integers(0, 6, 90)
     centres = rng.normal(size=(6, 8))
-    known, asked = (torch.from_numpy(centres[own] + 1.5 * rng.normal(size=(len(own), 8))) for own in (labels, truth))
+    known, asked = (
+        torch.from_numpy(centres[own] + 1.5 * rng.normal(size=(len(own), 8))) for own in (labels, truth)
+    )
     similarity = F.normalize(asked, dim=1) @ F.normalize(known, dim=1).T
     nearest, places = similarity.topk(200, dim=1)
     shares = (nearest / 0.07).softmax(dim=1)[:, :20, None]
     votes = (F.one_hot(torch.from_numpy(labels)[places[:, :20]], 6) * shares).sum(dim=1)
     right = (votes.argmax(dim=1).numpy() == truth).astype(float)
-    rows = [Rows(of, torch.from_numpy(own), torch.arange(len(own))) for of, own in ((known, labels), (asked, truth))]
+    rows = [
+        Rows(of, torch.from_numpy(own), torch.arange(len(own)))
+        for of, own in ((known, labels), (asked, truth))
+    ]
     assert by_neighbours("kNN", *rows).values.tolist() == right.tolist() and 0.3 < right.mean() < 1
 
     image = Image.fromarray(rng.integers(0, 255, (300, 410, 3)).astype(np.uint8))
@@ -401,7 +437,9 @@ def test_linear_classifiers_are_trained_by_torchs_sgd_and_cosine() -> None:
     generator = torch.Generator().manual_seed(0)
     rates = (0.01, 0.1)
     ours = classification.Classifiers(torch.tensor(rates) * 1024 / 256, 5, 3, 0.9)
-    assert ours.weights[0, :, :-1].std() == pytest.approx(0.01, rel=0.5) and (ours.weights[..., -1] == 0).all()
+    assert (
+        ours.weights[0, :, :-1].std() == pytest.approx(0.01, rel=0.5) and (ours.weights[..., -1] == 0).all()
+    )
     theirs = []
     for number, rate in enumerate(rates):
         layer = nn.Linear(5, 3)
@@ -409,7 +447,9 @@ def test_linear_classifiers_are_trained_by_torchs_sgd_and_cosine() -> None:
             layer.weight.copy_(ours.weights[number, :, :-1])
             layer.bias.zero_()
         optimizer = torch.optim.SGD(layer.parameters(), lr=rate * 1024 / 256, momentum=0.9, weight_decay=0)
-        theirs.append((layer, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12, eta_min=0)))
+        theirs.append(
+            (layer, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12, eta_min=0))
+        )
     for step in range(12):
         inputs, labels = torch.randn(16, 5, generator=generator), torch.randint(3, (16,), generator=generator)
         ours.learn(inputs, labels, torch.ones(2, 16), classification.fallen_at(step, 12))
@@ -424,10 +464,14 @@ def test_linear_classifiers_are_trained_by_torchs_sgd_and_cosine() -> None:
 
 
 def test_published_classification_from_images_to_accuracy() -> None:
-    """Crops teach, held-out training images choose the rate, the middle squares are judged; the same with workers."""
+    """Crops teach, held-out training images choose the rate, the middle squares are judged; the same with
+    workers.
+    """
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2
-    pictures = [np.clip(rng.integers(0, 120, (30, 30, 3)) + 100 * label, 0, 255).astype(np.uint8) for label in labels]
+    pictures = [
+        np.clip(rng.integers(0, 120, (30, 30, 3)) + 100 * label, 0, 255).astype(np.uint8) for label in labels
+    ]
     images = ImageSet(list(map(str, range(40))), lambda n: Image.fromarray(pictures[n]), "x")
     data = ClassSet(images, labels.astype(np.int64), ("dark", "light"))
     recipe = classification.Recipe(6, 8, (1e-4, 0.1), 0.9)

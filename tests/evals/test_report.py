@@ -24,13 +24,21 @@ METRICS = {"box/AP": 0.25, "box/AP50": 0.5, "box/APl": -1.0, "box/AP/star": 0.3,
 
 def _run(folder: Path, *settings: str) -> Path:
     """A run of three steps, evaluated at its start and its end."""
-    schedule = [f"scheduler.params.{name}={steps}" for name, steps in (("total_num_steps", 3), ("warmup_num_steps", 1))]
+    schedule = [
+        f"scheduler.params.{name}={steps}"
+        for name, steps in (("total_num_steps", 3), ("warmup_num_steps", 1))
+    ]
     config = resolve(stage=2, model="debug", settings=[*schedule, *settings])
     write_run(folder, config.to_dict(), 1, ["visft", "train", "--stage", "2"])
     with MetricsWriter(folder) as writer:
         for step in range(4):
             if step:
-                values = {"loss/loss": 4.0 / step, "loss/detection": 4.0 / step, "lr/lora": 1e-3, "grad_norm": 1.0}
+                values = {
+                    "loss/loss": 4.0 / step,
+                    "loss/detection": 4.0 / step,
+                    "lr/lora": 1e-3,
+                    "grad_norm": 1.0,
+                }
                 writer.step(step, values | {"images_per_second": 16.0, "memory/peak_gib": 1.5})
             if step in (0, 3):
                 writer.evaluation(step, {"box/AP50": 0.1 * step, "caption/CIDEr": 1.0})
@@ -61,7 +69,9 @@ def _page(*words: Path | str) -> str:
     assert report([str(word) for word in words]) == 0
     path = Path(words[-1]) if str(words[-1]).endswith(".html") else Path(words[0]) / "report.html"
     text = path.read_text(encoding="utf-8")
-    assert all(load.startswith("data:image/jpeg;base64,") for load in re.findall(r' (?:src|href)="([^"#]+)', text))
+    assert all(
+        load.startswith("data:image/jpeg;base64,") for load in re.findall(r' (?:src|href)="([^"#]+)', text)
+    )
     assert not re.search(r"https?://(?!www\.w3\.org/)|url\((?!#)|<script", text)
     return text
 
@@ -75,14 +85,22 @@ def _cells(text: str, name: str) -> list[str]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts are their titles: matplotlib takes most of the time."""
-    monkeypatch.setattr(pages, "line_chart", lambda series, *, title, **_: f"<svg>{title}: {len(series)}</svg>")
+    monkeypatch.setattr(
+        pages, "line_chart", lambda series, *, title, **_: f"<svg>{title}: {len(series)}</svg>"
+    )
 
 
 def test_a_run_alone(tmp_path: Path, split: Manifest) -> None:
     """With real charts; numbers of a part of the images say so."""
     data = (f"visft.data.root={split.root}", f"visft.data.val={split.split}", "visft.run.eval_limit=5")
     text = _page(_run(tmp_path / "run", *data))
-    for chart in ("detection loss", "box/AP50", "learning rate", "gradient norm", "peak memory of the fullest device"):
+    for chart in (
+        "detection loss",
+        "box/AP50",
+        "learning rate",
+        "gradient norm",
+        "peak memory of the fullest device",
+    ):
         assert f'aria-label="{chart}"' in text, chart
     assert "run: stage 2 of debug, finished: 3 steps." in text
     assert _cells(text, "box/AP50") == [("0.0000", ""), ("0.3000", "+0.3000")]
@@ -90,21 +108,30 @@ def test_a_run_alone(tmp_path: Path, split: Manifest) -> None:
 
 
 def test_each_run_is_compared_with_the_first(tmp_path: Path, undrawn: None) -> None:
-    runs = [_run(tmp_path / name, f"visft.lora.rank={rank}") for name, rank in (("a", 4), ("b", 8), ("<c>", 8))]
+    runs = [
+        _run(tmp_path / name, f"visft.lora.rank={rank}") for name, rank in (("a", 4), ("b", 8), ("<c>", 8))
+    ]
     for place, run in enumerate(runs):
         _evaluate(run, 0.125 * place**2, total=200)
     text = _page(*runs, "--out", tmp_path / "new/all.html")
     assert _cells(text, "box/AP50") == [("0.5000", ""), ("0.6250", "+0.1250"), ("1.0000", "+0.5000")]
     assert _cells(text, "box/APl") == [("–", ""), ("–", "–"), ("–", "–")]
     assert "2 of 200 images" in text and "Evaluated on shards/&lt;val&gt;." in text
-    assert "<svg>detection loss: 3</svg>" in text and "1 settings differ" in text and "visft.lora.rank" in text
+    assert (
+        "<svg>detection loss: 3</svg>" in text and "1 settings differ" in text and "visft.lora.rank" in text
+    )
     assert re.findall("<div class=label>(.*?)</div>", text) == ["ground truth", "a", "b", "&lt;c&gt;"]
     assert text.count("data:image/jpeg") == 2 * 4
 
 
 def test_what_was_judged_stands_on_the_page(tmp_path: Path, undrawn: None) -> None:
     rows = [
-        {"name": f"segmentation/b {name}", "items": 9, "lower": False, "values": {"before": 0.5, "after": 0.5 + by}}
+        {
+            "name": f"segmentation/b {name}",
+            "items": 9,
+            "lower": False,
+            "values": {"before": 0.5, "after": 0.5 + by},
+        }
         | {
             "differences": {
                 "after": {
@@ -129,7 +156,10 @@ def test_what_was_judged_stands_on_the_page(tmp_path: Path, undrawn: None) -> No
     (tmp_path / "table").mkdir()
     (tmp_path / "table/judge.json").write_text(json.dumps(record))
     text = _page(_run(tmp_path / "run"), "--judge", tmp_path / "table", "--out", tmp_path / "r.html")
-    assert '<small class="">+0.40 [-1.60, +2.40]<' in text and '<small class="down">-3.00 [-5.00, -1.00] *<' in text
+    assert (
+        '<small class="">+0.40 [-1.60, +2.40]<' in text
+        and '<small class="down">-3.00 [-5.00, -1.00] *<' in text
+    )
     assert "after: not shown.</b> One. Two." in text
     for damaged in ({"rows": 3}, {**record, "rows": [{}]}):
         (tmp_path / "table/judge.json").write_text(json.dumps(damaged))
@@ -140,4 +170,9 @@ def test_a_chart_is_the_same_bytes_every_time() -> None:
     """With names escaped, and values of a wide range on a logarithmic axis."""
     series = [Series([0, 2], [100.0, 1.0], "a & $b$ <c>")]
     text, again = (line_chart(series, title="t", y_label="y") for _ in range(2))
-    assert text == again and text.startswith("<svg ") and "a &amp; $b$ &lt;c&gt;" in text and ">50</text>" in text
+    assert (
+        text == again
+        and text.startswith("<svg ")
+        and "a &amp; $b$ &lt;c&gt;" in text
+        and ">50</text>" in text
+    )

@@ -20,7 +20,9 @@ def test_arms_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     parts = [(one.label, one.name, one.block, one.scale) for one in found]
     assert parts == [("s 1", "a.pt", None, 1.0), ("s 2", "c.pt", 5, 0.5)]
     assert all(one.origin is not None and one.origin.label == "base" for one in found)
-    assert len(parse_arms(["l,m.pt"])) == len(parse_arms(["x=l,m.pt"])) == 1  # a name that exists is never cut
+    assert (
+        len(parse_arms(["l,m.pt"])) == len(parse_arms(["x=l,m.pt"])) == 1
+    )  # a name that exists is never cut
     assert [one.label for one in parse_arms(["c.pt", "a.pt,b.pt"])["a"]] == ["a 1", "a 2"]
     with pytest.raises(ValueError, match="seeds"):
         parse_arms(["c.pt", "a=a.pt,b.pt", "b=a.pt,b.pt,c.pt"])
@@ -30,7 +32,14 @@ def test_the_command_compares_seeds_and_keeps_what_was_named(world: Path, tmp_pa
     """An arm of three models; the record says which number was to decide, and no other is taken later."""
     base = world / "clip.safetensors"
     seeds = ",".join(f"{base}+{world}/adapter@{scale}" for scale in (0.8, 1, 1.2))
-    command = [f"base={base}", f"seeds={seeds}", "--on", f"retrieval={world}/coco", "--out", str(tmp_path / "out")]
+    command = [
+        f"base={base}",
+        f"seeds={seeds}",
+        "--on",
+        f"retrieval={world}/coco",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     command += ["--layers", "last"]
     first, other = (f"retrieval/coco text to image R@{count}" for count in (1, 5))
     status, said, errors = _run(*command, "--primary", first)

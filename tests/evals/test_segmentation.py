@@ -1,4 +1,6 @@
-"""Segmentation: labels of every layout at their own size, numbers against scikit-learn, and the published protocol."""
+"""Segmentation: labels of every layout at their own size, numbers against scikit-learn, and the published
+protocol.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def _picture(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "parts", "void"), [("annotations", ("training", "validation"), 0), ("labels", ("train", "val"), VOID)]
+    ("labels", "parts", "void"),
+    [("annotations", ("training", "validation"), 0), ("labels", ("train", "val"), VOID)],
 )
 def test_label_maps(tmp_path: Path, labels: str, parts: tuple[str, str], void: int) -> None:
     """Class numbers are those of the file, and what the layout, ADE20K's or any, calls void is none."""
@@ -71,7 +74,9 @@ def test_voc_and_wrong_maps(tmp_path: Path) -> None:
     train, test = read_train_and_test(ALL, str(tmp_path))
     assert train.images.names == ["JPEGImages/train.jpg"] and np.array_equal(test.label(0), numbers)
     (tmp_path / "ImageSets/Segmentation/trainaug.txt").write_text("train\n")
-    assert np.array_equal(read_train_and_test(ALL, str(tmp_path))[0].label(0), numbers)  # its maps are not there
+    assert np.array_equal(
+        read_train_and_test(ALL, str(tmp_path))[0].label(0), numbers
+    )  # its maps are not there
     (tmp_path / "SegmentationClassAug").mkdir()
     Image.fromarray(numbers + (numbers == 3)).save(tmp_path / "SegmentationClassAug/train.png")
     train, test = read_train_and_test(ALL, str(tmp_path))
@@ -87,7 +92,9 @@ def _box(x: float, y: float, width: float, height: float) -> list[list[float]]:
 
 
 def _coco(root: Path) -> None:
-    """A large object by its polygon, a small one on top by its run-length code, one by its box alone, a crowd."""
+    """A large object by its polygon, a small one on top by its run-length code, one by its box alone, a
+    crowd.
+    """
     code = np.zeros((SIDE, SIDE), np.uint8, order="F")
     code[8:16, 8:16] = 1
     packed = coco_mask.encode(code)
@@ -130,7 +137,11 @@ def test_outlines_of_a_coco_tree_and_of_shards(tmp_path: Path) -> None:
     for part in read_train_and_test(ALL, str(tree)):
         _check_coco(part)
     for split in ("train", "val"):
-        build(Options(tree / f"{split}2017", tree / f"annotations/instances_{split}2017.json", None, shards, split))
+        build(
+            Options(
+                tree / f"{split}2017", tree / f"annotations/instances_{split}2017.json", None, shards, split
+            )
+        )
     for part in read_train_and_test(ALL, str(shards)):
         _check_coco(part)
         assert part.images.read(0).size == (SIDE, SIDE)
@@ -150,7 +161,9 @@ def test_overlaps_are_scikit_learns() -> None:
             for one, label in zip(maps, labels, strict=True)
         ]
         step = 4 if draw else 1  # of resamples only the spread is asked for
-        several = [(label[::step, ::step], one[::step, ::step]) for label, one in zip(labels, said, strict=True)]
+        several = [
+            (label[::step, ::step], one[::step, ::step]) for label, one in zip(labels, said, strict=True)
+        ]
         truth = np.concatenate([label[label != VOID] for label, _ in several])
         answers = np.concatenate([one[label != VOID] for label, one in several])
         expected = jaccard_score(truth, answers, average="macro")
@@ -168,7 +181,9 @@ def test_pictures_of_a_page_are_typical_ones() -> None:
 def test_classes_that_cannot_win_are_left_out_and_none_else(size: tuple[int, int]) -> None:
     """Of sharp maps most; the answers are those of all classes enlarged."""
     generator = torch.Generator().manual_seed(0)
-    there = torch.randint(0, 12, (3, 2, 2), generator=generator).repeat_interleave(3, 1).repeat_interleave(2, 2)
+    there = (
+        torch.randint(0, 12, (3, 2, 2), generator=generator).repeat_interleave(3, 1).repeat_interleave(2, 2)
+    )
     maps = torch.randn(3, 40, 6, 4, generator=generator) + 4 * F.one_hot(there, 40).permute(0, 3, 1, 2)
     assert 12 < contenders(maps).sum() < 3 * 40
     expected = F.interpolate(maps, size, mode="bilinear").argmax(dim=1)
@@ -179,14 +194,18 @@ def test_classes_that_cannot_win_are_left_out_and_none_else(size: tuple[int, int
 def _set(labels: list[Label], names: str, things: tuple[Thing, ...] = ()) -> DenseSet:
     """Images whose grey levels are their labels."""
     pictures = [Image.fromarray((60 * (label % 4)).astype(np.uint8)).convert("RGB") for label in labels]
-    images = ImageSet([str(place) for place in range(len(labels))], lambda place: pictures[place], "x", stretched=True)
+    images = ImageSet(
+        [str(place) for place in range(len(labels))], lambda place: pictures[place], "x", stretched=True
+    )
     return DenseSet(images, lambda place: labels[place], tuple(names), things)
 
 
 def test_objects_are_means_over_their_outlines() -> None:
     rng = np.random.default_rng(0)
     masks = [np.asfortranarray(rng.integers(0, 2, (12, 18)), dtype=np.uint8) for _ in range(3)]
-    things = tuple(Thing(owner, 0, coco_mask.encode(mask)) for owner, mask in zip((0, 2, 2), masks, strict=True))
+    things = tuple(
+        Thing(owner, 0, coco_mask.encode(mask)) for owner, mask in zip((0, 2, 2), masks, strict=True)
+    )
     maps = torch.from_numpy(rng.normal(size=(3, 5, 4, 6)))
     found = pooled(maps, things).features
     for one, thing, mask in zip(found, things, masks, strict=True):
@@ -201,7 +220,9 @@ def _blocks(rng: np.random.Generator, count: int) -> list[Label]:
 
 
 def test_quick_numbers_and_the_choice_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features that hold the classes are nearly always right, noise is not, and held-out training images tell."""
+    """Features that hold the classes are nearly always right, noise is not, and held-out training images
+    tell.
+    """
     rng = np.random.default_rng(0)
     parts = {name: _set(_blocks(rng, count), "abc") for name, count in (("train", 40), ("test", 10))}
     few = replace(QUICK, segmentation=replace(QUICK.segmentation, steps=60, warm_up=2, rate=0.02))
@@ -243,9 +264,13 @@ def test_the_published_protocol(tmp_path: Path) -> None:
     code = coco_mask.encode(np.asfortranarray(np.eye(32, dtype=np.uint8)))
     train, test = (replace(one, things=(Thing(0, 1, code), Thing(1, 2, code))) for one in (train, test))
     steps = replace(PUBLISHED.segmentation, steps=3, warm_up=1)
-    benchmark = segmentation("segmentation/x", train, test, replace(PUBLISHED, memory=100, segmentation=steps))
+    benchmark = segmentation(
+        "segmentation/x", train, test, replace(PUBLISHED, memory=100, segmentation=steps)
+    )
     net = timm.create_model("test_efficientnet", num_classes=0)
-    save_file({key: value.contiguous() for key, value in net.state_dict().items()}, tmp_path / "net.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in net.state_dict().items()}, tmp_path / "net.safetensors"
+    )
     spec = parse_model(f"timm:test_efficientnet:{tmp_path}/net.safetensors")
     encoder = replace(load_encoder(spec, "fp32"), side=64)
     assert benchmark.published is not None

@@ -32,7 +32,12 @@ __all__ = ["world"]  # the fixture
 
 @pytest.mark.parametrize(
     "shift",
-    [lambda scale: 0.4 * scale, lambda scale: 3 * scale**2, lambda scale: 0.9 * math.tanh(scale / 4), math.expm1],
+    [
+        lambda scale: 0.4 * scale,
+        lambda scale: 3 * scale**2,
+        lambda scale: 0.9 * math.tanh(scale / 4),
+        math.expm1,
+    ],
     ids=["linear", "square", "saturating", "steep"],
 )
 @pytest.mark.parametrize("wanted", [0.02, 0.35, 0.8])
@@ -44,7 +49,9 @@ def test_a_scale_is_found_for_any_shift(shift: Callable[[float], float], wanted:
         return shift(scale)
 
     scale, found, near = scale_for(measured, wanted)
-    assert near and found == shift(scale) and abs(shift(scale) - wanted) <= WITHIN * wanted and len(calls) <= 20
+    assert (
+        near and found == shift(scale) and abs(shift(scale) - wanted) <= WITHIN * wanted and len(calls) <= 20
+    )
 
 
 def test_a_shift_that_no_scale_reaches_is_told() -> None:
@@ -74,7 +81,12 @@ def test_the_shift_is_of_directions_over_all_training_images(monkeypatch: pytest
     def load(spec: Any, precision: str) -> Encoder:
         assert precision == "fp32"
         return Encoder(
-            _Looking(spec), ("pooled",), square_preprocess(4, (0,) * 3, (1,) * 3), ((0,) * 3, (1,) * 3), 4, None
+            _Looking(spec),
+            ("pooled",),
+            square_preprocess(4, (0,) * 3, (1,) * 3),
+            ((0,) * 3, (1,) * 3),
+            4,
+            None,
         )
 
     images = ImageSet([str(place) for place in range(9)], read, "")
@@ -94,14 +106,26 @@ def test_the_shift_is_of_directions_over_all_training_images(monkeypatch: pytest
 def test_controls_are_brought_to_the_shift_of_what_they_control(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A control that is named, noise that comes by itself, and half, which keeps its own shift. Where models run in 16
-    bit, shifts are those of fp32, and weights that are mixed stay in it."""
+    """A control that is named, noise that comes by itself, and half, which keeps its own shift. Where models
+    run in 16 bit, shifts are those of fp32, and weights that are mixed stay in it."""
     base, adapter = world / "clip.safetensors", Adapter.load(world / "adapter")
     generator = torch.Generator().manual_seed(0)
     other = {name: torch.randn(value.shape, generator=generator) for name, value in adapter.tensors.items()}
     save_adapter(replace(adapter, tensors=other), tmp_path / "other")
-    words = [f"base={base}", f"tuned={world}/merged.safetensors", "--control", f"equal={base}+{tmp_path}/other"]
-    words += ["--on", f"zero_shot={world}/shapes", "--primary", "zero_shot/shapes top1", "--out", tmp_path / "out"]
+    words = [
+        f"base={base}",
+        f"tuned={world}/merged.safetensors",
+        "--control",
+        f"equal={base}+{tmp_path}/other",
+    ]
+    words += [
+        "--on",
+        f"zero_shot={world}/shapes",
+        "--primary",
+        "zero_shot/shapes top1",
+        "--out",
+        tmp_path / "out",
+    ]
     loaded = set()
 
     def load(spec: ModelSpec, precision: Precision) -> Encoder:
@@ -111,7 +135,13 @@ def test_controls_are_brought_to_the_shift_of_what_they_control(
     monkeypatch.setattr(comparison, "load_encoder", load)
     status, _, errors = _run(*words, "--precision", "bf16")
     assert (status, errors) == (0, "")
-    assert loaded == {("base", "bf16"), ("tuned", "bf16"), ("noise", "fp32"), ("half", "fp32"), ("equal", "bf16")}
+    assert loaded == {
+        ("base", "bf16"),
+        ("tuned", "bf16"),
+        ("noise", "fp32"),
+        ("half", "fp32"),
+        ("equal", "bf16"),
+    }
     record = _record(tmp_path / "out")
     shifts, (trial,) = record["shifts"], record["trials"]
     assert (trial["arm"], trial["controls"], trial["half"]) == ("tuned", ["noise", "equal"], "half")
@@ -124,7 +154,9 @@ def test_controls_are_brought_to_the_shift_of_what_they_control(
 
 def _plain_shift(world: Path) -> float:
     """Root mean square over images and sentences, by plain loops in fp32."""
-    models = [load_encoder(parse_model(str(world / f"{name}.safetensors")), "fp32") for name in ("clip", "merged")]
+    models = [
+        load_encoder(parse_model(str(world / f"{name}.safetensors")), "fp32") for name in ("clip", "merged")
+    ]
     data = read_classes(str(world / "shapes"))
     images = torch.stack([models[0].preprocess(data.images.read(place)) for place in range(len(data.labels))])
     with torch.no_grad():

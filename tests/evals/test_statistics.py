@@ -1,4 +1,6 @@
-"""Intervals over test items, training images and seeds, and decisions about many numbers: against plain loops."""
+"""Intervals over test items, training images and seeds, and decisions about many numbers: against plain
+loops.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def _row(base: Score, *new: Score) -> Row:
 
 
 def test_bootstrap_is_that_of_resampled_items() -> None:
-    """Spread of the mean against plain resampling and, for shares, the formula; several arrays share the draws."""
+    """Spread of the mean against plain resampling and, for shares, the formula; several arrays share the
+    draws.
+    """
     rng = np.random.default_rng(0)
     values = rng.random(200)
     means = resampled([values], None, rng)[0]
@@ -36,7 +40,9 @@ def test_bootstrap_is_that_of_resampled_items() -> None:
     assert means.mean() == pytest.approx(values.mean(), abs=0.002)
     right = (rng.random(1000) < 0.3).astype(np.float64)
     share = right.mean()
-    assert resampled([right], None, rng)[0].std() == pytest.approx(math.sqrt(share * (1 - share) / 1000), rel=0.06)
+    assert resampled([right], None, rng)[0].std() == pytest.approx(
+        math.sqrt(share * (1 - share) / 1000), rel=0.06
+    )
     unions = rng.integers(50, 100, (60, 1, 3)).astype(np.float64)  # and of a mean of ratios of sums
     ratios = np.concatenate([unions * rng.random((60, 1, 3)), unions], axis=1)
     plain = mean_ratio(ratios[rng.integers(0, 60, (4000, 60))].sum(axis=1))
@@ -82,7 +88,9 @@ def test_an_error_is_better_when_lower_and_written_in_its_own_unit() -> None:
 
 
 def test_items_training_images_and_seeds_against_plain_loops() -> None:
-    """Whole groups by plain resampling, training images by their spread, seeds by scipy's t, as independent draws."""
+    """Whole groups by plain resampling, training images by their spread, seeds by scipy's t, as independent
+    draws.
+    """
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(40), 3)
     base = (rng.random(120) < 0.5).astype(np.float64)
@@ -99,7 +107,9 @@ def test_items_training_images_and_seeds_against_plain_loops() -> None:
     items = np.array([changes[rng.integers(0, 40, 40)].mean() for _ in range(8000)])
     whole = items + spread * rng.standard_t(9, 8000) + error * rng.standard_t(2, 8000)
     for found, plain in ((of.alone, items), (of, whole)):
-        assert found.high - found.low == pytest.approx(np.subtract(*np.quantile(plain, [0.975, 0.025])), rel=0.1)
+        assert found.high - found.low == pytest.approx(
+            np.subtract(*np.quantile(plain, [0.975, 0.025])), rel=0.1
+        )
     assert spread > items.std() / 2
 
 
@@ -108,7 +118,9 @@ def test_seeds_are_paired_with_those_of_the_first_arm() -> None:
     rng = np.random.default_rng(0)
     shared = [rng.random(50) + 0.3 * seed for seed in range(2)]
     pairs = {"a": ["a 1", "a 2"], "b": ["b 1", "b 2"]}
-    results = {f"{arm} {seed + 1}": {"n": Score("n", shared[seed] + (arm == "b"))} for arm in "ab" for seed in (0, 1)}
+    results = {
+        f"{arm} {seed + 1}": {"n": Score("n", shared[seed] + (arm == "b"))} for arm in "ab" for seed in (0, 1)
+    }
     (row,) = rows_of(results, pairs, [Trial("b")], "n")
     assert row.differences["b"].each == pytest.approx((1, 1)) and row.differences["b"].p < 0.001
     (row,) = rows_of(results, {"a": ["a 1"], "b": ["b 1", "b 2"]}, [Trial("b")], "n")
@@ -126,7 +138,9 @@ def test_of_few_items_nothing_is_shown() -> None:
 
 @pytest.mark.parametrize("of_seeds", [0.03, 0.1])
 def test_the_interval_over_both_covers_what_it_says(of_seeds: float) -> None:
-    """True difference 0, three seeds, 100 items, both with a spread: 95 % is kept where one kind alone does not."""
+    """True difference 0, three seeds, 100 items, both with a spread: 95 % is kept where one kind alone does
+    not.
+    """
     rng, repeats, missed = np.random.default_rng(0), 300, {"both": 0, "items": 0, "seeds": 0}
     for _ in range(repeats):
         seeds, items = rng.normal(0, of_seeds, (3, 1)), rng.normal(0, 0.5, (1, 100))
@@ -145,7 +159,12 @@ def test_the_interval_over_both_covers_what_it_says(of_seeds: float) -> None:
 
 def test_holm_by_hand() -> None:
     """Steps of 0.05 / 4, / 3, ...: what comes after the first failure is not shown, however small."""
-    assert holm({"a": 0.04, "b": 0.012, "c": 0.016, "d": 0.03}) == {"b": True, "c": True, "d": False, "a": False}
+    assert holm({"a": 0.04, "b": 0.012, "c": 0.016, "d": 0.03}) == {
+        "b": True,
+        "c": True,
+        "d": False,
+        "a": False,
+    }
     assert holm({"a": 0.02, "b": 0.02}) == {"a": True, "b": True} and holm({}) == {}
 
 
@@ -162,12 +181,16 @@ def test_retrained_probes_are_few_and_count_as_such() -> None:
 
 
 def test_p_values_are_those_of_students_t() -> None:
-    """Of one kind of spread alone; of two of the same size with Welch's degrees of freedom; and far out in the tail."""
+    """Of one kind of spread alone; of two of the same size with Welch's degrees of freedom; and far out in
+    the tail.
+    """
     rng = np.random.default_rng(0)
     values = rng.normal(0.3, 1, 40)
     items = spread_of(np.array([values.mean()]), resampled([values], None, rng), None, 40)
     # the bootstrap divides by n and not by n - 1; the spread of 4,000 draws is known to 1 %
-    assert items.two_sided(float(values.mean())) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=0.2)
+    assert items.two_sided(float(values.mean())) == pytest.approx(
+        stats.ttest_1samp(values, 0).pvalue, rel=0.2
+    )
     probes = rng.normal(0, 2, 5)
     alone = spread_of(np.array([1.0]), np.ones((1, 10)), probes, 40)
     assert (alone.error, alone.freedom) == (pytest.approx(probes.std(ddof=1)), pytest.approx(4))
@@ -191,8 +214,8 @@ def test_what_is_called_detectable_is_seen_in_four_of_five_repetitions(freedom: 
 
 
 def test_losses_are_told_however_many_numbers_there_are() -> None:
-    """30 numbers of one seed that all fall by 24 points: draws alone give no p below 0.0005, too much for Holm's first
-    steps."""
+    """30 numbers of one seed that all fall by 24 points: draws alone give no p below 0.0005, too much for
+    Holm's first steps."""
     rng = np.random.default_rng(0)
     arms = ("base", "tuned", "noise", "half", "control")
     results: dict[str, dict[str, Score]] = {arm: {} for arm in arms}
@@ -228,7 +251,10 @@ def test_the_primary_number_is_decided_by_itself_and_the_others_of_tuned_arms_by
         ("n 1", "new"),
         ("n 1", "noise"),
     ]
-    assert [line[0] for line in section(rows, list(arms), "n 1").rows if line[-1].endswith("*")] == ["n 1", "n 1"]
+    assert [line[0] for line in section(rows, list(arms), "n 1").rows if line[-1].endswith("*")] == [
+        "n 1",
+        "n 1",
+    ]
     assert rows[1].controls["new"]["noise"].value == pytest.approx(2 * rows[1].differences["new"].value)
     assert rows[1].last["new"].shown and rows[0].controls["new"].keys() == {"noise"}
     # Five differences beside the primary: one of p 0.005 is shown, the next one of 0.016 is not.
@@ -260,7 +286,9 @@ def _pair(seed: int, noise: float) -> Iterator[Score]:
 
     def overlaps(said: IntArray) -> FloatArray:
         answer, truth = (of[..., None] == np.arange(CLASSES) for of in (said, test))
-        return np.stack([(answer & truth).sum(axis=(1, 2)), (answer | truth).sum(axis=(1, 2))], axis=1).astype(float)
+        return np.stack(
+            [(answer & truth).sum(axis=(1, 2)), (answer | truth).sum(axis=(1, 2))], axis=1
+        ).astype(float)
 
     for spread in (1.6, noise):
         maps = features(train, spread)
@@ -275,9 +303,13 @@ def _pair(seed: int, noise: float) -> Iterator[Score]:
         yield Score("n", own, retrained=mean_ratio(np.stack([of.sum(axis=0) for of in others])))
 
 
-@pytest.mark.parametrize(("pairs", "found", "false"), [(16, 15, 0), pytest.param(200, 190, 14, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("pairs", "found", "false"), [(16, 15, 0), pytest.param(200, 190, 14, marks=pytest.mark.slow)]
+)
 def test_planted_gains_are_found_and_nulls_are_not(pairs: int, found: int, false: int) -> None:
-    """Pairs of towers of which the second has less noise, 1.4, and pairs that differ by nothing but their noise."""
+    """Pairs of towers of which the second has less noise, 1.4, and pairs that differ by nothing but their
+    noise.
+    """
     planted = [_row(*_pair(seed, 1.4)).differences["new"] for seed in range(pairs)]
     null = [_row(*_pair(1000 + seed, 1.6)).differences["new"] for seed in range(pairs)]
     assert sum(of.low > 0 for of in planted) >= found and sum(of.shown for of in null) <= false

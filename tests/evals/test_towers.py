@@ -42,7 +42,14 @@ def test_a_tower_beside_itself_noise_and_another_one(tmp_path: Path) -> None:
     models = (f"base={path}", f"copy={tmp_path}/copy/{path.name}", f"noisy={tmp_path}/noisy/{path.name}")
     models += (f"lite2=timm:tf_efficientnet_lite2:{tmp_path}/lite2.safetensors",)
     status, _, errors = _run(
-        *models, "--on", f"segmentation={tmp_path}/drawn", "--quick", "--layers", "last", "--out", tmp_path / "out"
+        *models,
+        "--on",
+        f"segmentation={tmp_path}/drawn",
+        "--quick",
+        "--layers",
+        "last",
+        "--out",
+        tmp_path / "out",
     )
     assert status == 0, errors
     record = _record(tmp_path / "out")
@@ -98,8 +105,8 @@ def test_a_planted_tower_gains_and_its_twin_of_shuffled_labels_does_not(tmp_path
 
 
 def _drawings(count: int) -> tuple[Tensor, Tensor]:
-    """(count, 3, SIDE, SIDE) pixels in [-1, 1], as the network takes them; (count, SIDE, SIDE) classes, the last of
-    which is the ground."""
+    """(count, 3, SIDE, SIDE) pixels in [-1, 1], as the network takes them; (count, SIDE, SIDE) classes, the
+    last of which is the ground."""
     images, labels = [], []
     for number in range(count):
         scene = draw_scene(np.random.default_rng([5, number]), style_of("b", "even"), SIDE, SIDE)

@@ -71,7 +71,9 @@ def _said(
         ("lost", DOWN, UP, [UP]),
     ],
 )
-def test_each_word_by_hand(word: str, gain: Interval, last: Interval | None, controls: list[Interval]) -> None:
+def test_each_word_by_hand(
+    word: str, gain: Interval, last: Interval | None, controls: list[Interval]
+) -> None:
     assert _said(gain, controls, last=last).word == word
 
 
@@ -90,7 +92,10 @@ def test_words_of_other_architectures_last_layers_and_twins() -> None:
 
 
 def test_the_bar_is_the_best_block_of_the_whole_base_and_its_last() -> None:
-    for gain, said in ((AROUND, "not shown to be better than base at its best layer"), (DOWN, "but worse than base")):
+    for gain, said in (
+        (AROUND, "not shown to be better than base at its best layer"),
+        (DOWN, "but worse than base"),
+    ):
         verdict = _said(gain, [UP], over_cut=UP)
         assert verdict.word == "better placed"
         assert (
@@ -101,7 +106,9 @@ def test_the_bar_is_the_best_block_of_the_whole_base_and_its_last() -> None:
     assert _said(DOWN, [UP], over_cut=AROUND).word == "lost"
     assert _said(UP, [UP], over_cut=UP).word == "gained"
     late = _said(UP, [UP], last=UP, over_last=AROUND)
-    assert late.word == "not shown" and "than base at its last layer (+1.00 [-1.00, +3.00])" in late.sentences[0]
+    assert (
+        late.word == "not shown" and "than base at its last layer (+1.00 [-1.00, +3.00])" in late.sentences[0]
+    )
 
 
 def test_gained_needs_a_control_that_has_the_shift() -> None:
@@ -109,7 +116,8 @@ def test_gained_needs_a_control_that_has_the_shift() -> None:
     verdict = _said(UP, missed=missed)
     assert verdict.word == "better, without control"
     assert (
-        "no control is of the same feature shift (0.200; noise moves features by 0.100 at most)" in verdict.sentences[0]
+        "no control is of the same feature shift (0.200; noise moves features by 0.100 at most)"
+        in verdict.sentences[0]
     )
     verdict = _said(UP, [UP], missed=missed)
     assert verdict.word == "gained" and "noise moves features by 0.100 at most" in verdict.sentences[0]
@@ -145,11 +153,15 @@ def _judged(best: bool = True) -> tuple[list[Row], list[Trial], list[Verdict]]:
 
 
 def test_cost_and_half_follow_the_verdict() -> None:
-    """An error that grows is a cost; what rose, or may not have fallen, is none. Of costs those among all numbers have
-    a mark, but not those of half."""
+    """An error that grows is a cost; what rose, or may not have fallen, is none. Of costs those among all
+    numbers have a mark, but not those of half."""
     _, _, (verdict,) = _judged()
     first, cost, half = verdict.sentences
-    assert verdict.word == "gained" and first.startswith("tuned is better than base by +2.73") and "noise" in first
+    assert (
+        verdict.word == "gained"
+        and first.startswith("tuned is better than base by +2.73")
+        and "noise" in first
+    )
     assert "kNN -4." in cost and "RMSE +0.018" in cost and "linear" not in cost and "75.00 %" in cost
     assert cost.count("] *") == 2 and "2 of 3 other numbers, each by its own interval; * is shown" in cost
     assert "kNN -2." in half and "RMSE" not in half and "87.50 %" in half and "*" not in half
@@ -173,7 +185,9 @@ def test_sentences_name_what_decided() -> None:
     )
     results["base"], last = results["tuned"], {"base": results["base"], "tuned": results["tuned"]}
     word, sentence = said(last)
-    assert word == "better placed" and "+2.73" in sentence and "at their best (+0.00 [+0.00, +0.00])" in sentence
+    assert (
+        word == "better placed" and "+2.73" in sentence and "at their best (+0.00 [+0.00, +0.00])" in sentence
+    )
 
 
 def _texts(page: str) -> Iterator[str]:
@@ -205,7 +219,9 @@ def test_the_page_tells_all_of_the_record() -> None:
     assert "tuned: gained" in texts and verdicts[0].sentences[0] in texts and record["notes"][0] in texts
     assert "base, blocks.3" in texts and "0.248" in texts and rows[0].level("noise") in texts
     assert rows[0].controls["tuned"]["noise"].text() + " *" in texts and "tuned, last layer" in texts
-    assert "classification/&lt;digits&gt; kNN" in texts and rows[2].differences["tuned"].text() + " *" in texts
+    assert (
+        "classification/&lt;digits&gt; kNN" in texts and rows[2].differences["tuned"].text() + " *" in texts
+    )
     assert "visft judge base.safetensors &#39;a run&#39;" in texts and page.count("data:image/png") == 1
     assert any("not comparable with published numbers" in text for text in texts)
     assert page.count("<svg") == 1 and 'src="http' not in page and "<script" not in page

@@ -1,4 +1,6 @@
-"""The experiment: what its arms train on and are compared with, its verdict, and the whole of it in very small."""
+"""The experiment: what its arms train on and are compared with, its verdict, and the whole of it in very
+small.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,10 @@ def test_both_stages_of_the_control_have_the_labels_of_other_images(steps: dict[
 def test_arms_are_judged_beside_the_base_and_as_controls_of_the_first(steps: dict[str, Step]) -> None:
     for name in (FIRST, PERMUTED, "rank 4", *ANCHORS):
         slug = name.replace(" ", "-")
-        table, runs = steps[f"{slug}-table"].command, ",".join(str(steps[f"{slug}-seed{seed}"].out) for seed in "01")
+        table, runs = (
+            steps[f"{slug}-table"].command,
+            ",".join(str(steps[f"{slug}-seed{seed}"].out) for seed in "01"),
+        )
         assert table[1].startswith("base=") and table[2] == f"{name}={runs}"
         assert _value(steps[f"{slug}-table"], "--primary") == "segmentation/style-b in-context mIoU"
         if name != FIRST:
@@ -68,16 +73,23 @@ def test_arms_are_judged_beside_the_base_and_as_controls_of_the_first(steps: dic
     assert "visft.lora.rank=4" in steps["rank-4-seed0"].command
     assert all("--without" in steps[name].command for name in ("drawings", "style-b"))
     joint = steps["one-stage-seed0"]
-    assert "visft.mode=shared" in joint.command and not any("visft.heads.path" in word for word in joint.command)
+    assert "visft.mode=shared" in joint.command and not any(
+        "visft.heads.path" in word for word in joint.command
+    )
 
 
 def test_drawn_styles_are_judged_together_and_are_the_sample(tmp_path: Path) -> None:
-    """Expected: scipy.stats.ttest_1samp([1, 2, 4, 1], 0).confidence_interval() by hand, 2.0 +- 3.182 * sqrt(2) / 2."""
+    """Expected: scipy.stats.ttest_1samp([1, 2, 4, 1], 0).confidence_interval() by hand, 2.0 +- 3.182 *
+    sqrt(2) / 2.
+    """
     words = [*WORDS[:-1], str(tmp_path), "--arms", PERMUTED, "--styles", "4"]
     plan = Plan(_parser().parse_args(words))
     judged, runs = plan.steps.steps["styles"], ",".join(str(tmp_path / f"{{}}-seed{seed}") for seed in "01")
     assert judged.command[2] == f"{FIRST}={runs.format('two-stages', 'two-stages')}"
-    assert _value(judged, "--control") == f"{PERMUTED} {EQUAL}={runs.format('permuted-labels', 'permuted-labels')}"
+    assert (
+        _value(judged, "--control")
+        == f"{PERMUTED} {EQUAL}={runs.format('permuted-labels', 'permuted-labels')}"
+    )
     assert [word for word in judged.command if "style-" in word] == [
         f"segmentation={tmp_path}/style-{number},name=style-{number}" for number in (1, 2, 3, 4)
     ]
@@ -98,11 +110,19 @@ def test_drawn_styles_are_judged_together_and_are_the_sample(tmp_path: Path) -> 
         ((4.5, 2.7, 6.3), (4.4, 0.5, 8.0), "The claim holds: +4.5 [+2.7, +6.3] *"),
         ((4.5, 2.7, 6.3), (4.4, -0.7, 9.5), "Zero is not excluded over labels of other images."),
         ((4.5, -0.1, 9.1), (4.4, 0.5, 8.0), "Zero is not excluded over the base."),
-        ((-4.5, -6, -3), (-1.0, -2.0, -0.5), "Zero is not excluded over the base and labels of other images."),
+        (
+            (-4.5, -6, -3),
+            (-1.0, -2.0, -0.5),
+            "Zero is not excluded over the base and labels of other images.",
+        ),
     ],
 )
-def test_the_claim_needs_both_intervals(own: tuple[float, ...], control: tuple[float, ...], said: str) -> None:
-    gain, against = ({k: v / 100 for k, v in zip(("value", "low", "high"), of, strict=True)} for of in (own, control))
+def test_the_claim_needs_both_intervals(
+    own: tuple[float, ...], control: tuple[float, ...], said: str
+) -> None:
+    gain, against = (
+        {k: v / 100 for k, v in zip(("value", "low", "high"), of, strict=True)} for of in (own, control)
+    )
     rows: list[dict[str, Any]] = [{"arm": FIRST, "minus base": gain}]
     assert "was not judged" in verdict(rows, 5)
     rows.append({"arm": f"{PERMUTED} {EQUAL}", f"{FIRST} minus it": against})
@@ -123,7 +143,9 @@ def test_the_claim_needs_both_intervals(own: tuple[float, ...], control: tuple[f
         ((0.1, -0.2, 0.4), (-1.1, -2.0, 0.1), "does not help"),
     ],
 )
-def test_an_anchor_pays_where_it_keeps_both(gain: tuple[float, ...], kept: tuple[float, ...], said: str) -> None:
+def test_an_anchor_pays_where_it_keeps_both(
+    gain: tuple[float, ...], kept: tuple[float, ...], said: str
+) -> None:
     of = [{k: v / 100 for k, v in zip(("value", "low", "high"), one, strict=True)} for one in (gain, kept)]
     row: dict[str, Any] = {MINUS_IT: of[0], MINUS_IT_KEPT: of[1]}
     (told,) = anchors_help(
@@ -132,14 +154,24 @@ def test_an_anchor_pays_where_it_keeps_both(gain: tuple[float, ...], kept: tuple
     assert told.startswith(f"The {ANCHORS[0]}") and said in told
 
 
-def test_the_table_holds_what_anchors_are_judged_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_holds_what_anchors_are_judged_by(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = Plan(_parser().parse_args([*WORDS[:-1], str(tmp_path), "--arms", ANCHORS[0]]))
     equal, drawn = f"{ANCHORS[0]} {EQUAL}", np.random.default_rng(0).random(400)
-    right = {BASE: (0.2, 1.0), FIRST: (0.5, 0.6), ANCHORS[0]: (0.4, 0.9), equal: (0.5, 0.8)}  #: shares of the items
+    right = {
+        BASE: (0.2, 1.0),
+        FIRST: (0.5, 0.6),
+        ANCHORS[0]: (0.4, 0.9),
+        equal: (0.5, 0.8),
+    }  #: shares of the items
     arms = ([BASE, FIRST], [BASE, ANCHORS[0]], [BASE, FIRST, equal])
     for table, names in zip(plan.tables[FIRST] + plan.tables[ANCHORS[0]], arms, strict=True):
         numbers = {arm: zip((plan.primary, "kept/predictions"), right[arm], strict=True) for arm in names}
-        results = {arm: {name: Score(name, 1.0 * (drawn < share)) for name, share in of} for arm, of in numbers.items()}
+        results = {
+            arm: {name: Score(name, 1.0 * (drawn < share)) for name, share in of}
+            for arm, of in numbers.items()
+        }
         trials = [Trial(names[1], tuple(names[2:]))]
         rows = rows_of(results, {arm: [arm] for arm in names}, trials, plan.primary)
         record = {"arms": {arm: [arm] for arm in names}, "shifts": dict.fromkeys(names, 0.2)}
@@ -148,7 +180,9 @@ def test_the_table_holds_what_anchors_are_judged_by(tmp_path: Path, capsys: pyte
     plan.write({})
     assert f"The {equal} helps" in " ".join(capsys.readouterr().out.split())
     found = {row["arm"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
-    assert found[equal][MINUS_IT]["value"] == 0 and found[equal][MINUS_IT_KEPT]["high"] < 0 and len(found) == 3
+    assert (
+        found[equal][MINUS_IT]["value"] == 0 and found[equal][MINUS_IT_KEPT]["high"] < 0 and len(found) == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,11 +217,15 @@ def test_from_drawings_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     lengths = {"scheduler.params.warmup_num_steps": 0, "scheduler.params.total_num_steps": 2}
     words = ["gain", *WORDS[:-1], str(tmp_path / "out"), "--jobs", "2", "--arms", f"{PERMUTED},soup"]
     words += ["--styles", "2"]
-    words += [part for key, value in {**TINY, **lengths}.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    words += [
+        part for key, value in {**TINY, **lengths}.items() for part in ("--set", f"{key}={json.dumps(value)}")
+    ]
     assert main(words) == 0, capfd.readouterr().out
     assert "The claim" in capfd.readouterr().out
     table = json.loads((tmp_path / "out/table.json").read_text())
     assert set(table["styles"]) == {"minus base", "minus noise", f"minus {PERMUTED} {EQUAL}"}
     rows = {row["arm"]: row for row in table["rows"]}
     assert list(rows)[:5] == [FIRST, "noise", "half", PERMUTED, f"{PERMUTED} {EQUAL}"] and not table["failed"]
-    assert rows[f"{PERMUTED} {EQUAL}"]["feature shift"] == pytest.approx(rows[FIRST]["feature shift"], rel=0.2)
+    assert rows[f"{PERMUTED} {EQUAL}"]["feature shift"] == pytest.approx(
+        rows[FIRST]["feature shift"], rel=0.2
+    )

@@ -1,4 +1,5 @@
-"""Golden runs of visft judge: towers of three blocks that look at noisy pictures, and what is to be said of them.
+"""Golden runs of visft judge: towers of three blocks that look at noisy pictures, and what is to be said of
+them.
 
 `python -m tests.golden.judge` writes the digits again after a deliberate change of maths.
 """
@@ -48,7 +49,8 @@ TOWERS = {
     "late": ((0.0, 0.5, 0.55), torch.eye(4)),
 }
 _IN_CONTEXT = ("--numbers", "in-context mIoU")
-#: Name -> models and words of a command line. All cases share a cache, in which none may find what is another's.
+#: Name -> models and words of a command line. All cases share a cache, in which none may find what is
+#: another's.
 CASES: dict[str, tuple[str, ...]] = {
     "same": ("base=middle", "tuned=middle", "--numbers", "in-context mIoU,linear mIoU"),
     "longer": ("base=middle", "tuned=longer", *_IN_CONTEXT),
@@ -60,7 +62,15 @@ CASES: dict[str, tuple[str, ...]] = {
     "last layers": ("base=middle", "tuned=copied", *_IN_CONTEXT, "--layers", "last"),
     "cut": ("base=rising", "tuned=rising", "risen=risen", "short=short", *_IN_CONTEXT),
     "lost": ("base=middle", "tuned=dim", *_IN_CONTEXT),
-    "control": ("base=dim", "tuned=clear", "--control", "other=middle", "--control", "idle=dim", *_IN_CONTEXT),
+    "control": (
+        "base=dim",
+        "tuned=clear",
+        "--control",
+        "other=middle",
+        "--control",
+        "idle=dim",
+        *_IN_CONTEXT,
+    ),
     "two": ("base=dim", "tuned=middle", "second=clear", "--control", "turned=turned", *_IN_CONTEXT),
     "seeds": ("base=dim", "tuned=early,late", "--control", "other=clear,turned", *_IN_CONTEXT),
     "other architecture": ("base=dim", "tuned=wide", *_IN_CONTEXT),
@@ -74,7 +84,9 @@ CASES: dict[str, tuple[str, ...]] = {
 class _Block(nn.Module):
     def __init__(self, kept: float, turn: Tensor) -> None:
         super().__init__()
-        self.kept = nn.Parameter(torch.full((3, 1, 1), kept))  # of each colour: noise makes some better, some worse
+        self.kept = nn.Parameter(
+            torch.full((3, 1, 1), kept)
+        )  # of each colour: noise makes some better, some worse
         self.turn = nn.Parameter(turn.clone())
 
     def forward(self, images: Tensor) -> Tensor:
@@ -105,8 +117,8 @@ class _Toy(nn.Module):
 
 
 def draw(folder: Path) -> None:
-    """Two data sets of noisy pictures of two greys whose border moves, with label maps and depths, and the towers'
-    files."""
+    """Two data sets of noisy pictures of two greys whose border moves, with label maps and depths, and the
+    towers' files."""
     for seed, name in enumerate(("two", "other")):
         rng = np.random.default_rng(seed)
         for part, count in (("train", 20), ("val", 12)):
@@ -114,7 +126,11 @@ def draw(folder: Path) -> None:
                 labels = (np.arange(SIDE) >= rng.integers(16, 48)).astype(np.uint8)[None].repeat(SIDE, axis=0)
                 noise = rng.integers(0, 120, (SIDE, SIDE, 3)) + 60 * labels[..., None]
                 metres = labels.astype(np.uint16) * 3000 + 1000
-                for place, pixels in (("images", noise.astype(np.uint8)), ("labels", labels), ("depth", metres)):
+                for place, pixels in (
+                    ("images", noise.astype(np.uint8)),
+                    ("labels", labels),
+                    ("depth", metres),
+                ):
                     path = folder / name / place / part / f"{number}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(pixels).save(path)
@@ -147,7 +163,11 @@ def run(words: Sequence[object]) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         status = judge([*map(str, words), "--threads", "1"])
     # A slow machine is told how much is left.
-    said = [line for line in errors.getvalue().splitlines(keepends=True) if not re.search(r"\d+/\d+.* left \d", line)]
+    said = [
+        line
+        for line in errors.getvalue().splitlines(keepends=True)
+        if not re.search(r"\d+/\d+.* left \d", line)
+    ]
     return status, out.getvalue(), "".join(said)
 
 
@@ -174,7 +194,9 @@ def _placed(word: str, data: Path) -> str:
 
 def digits_of(record: dict[str, Any]) -> dict[str, Any]:
     """What a record says: words, layers, shifts, scales and all numbers."""
-    layers = {name: {arm: of["chosen"] for arm, of in arms.items()} for name, arms in record["layers"].items()}
+    layers = {
+        name: {arm: of["chosen"] for arm, of in arms.items()} for name, arms in record["layers"].items()
+    }
     return {
         "words": [verdict["word"] for verdict in record["verdicts"]],
         "layers": layers,

@@ -18,7 +18,9 @@ STEPS = 6
 
 
 def train_stages(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Both stages of ds_configs' debug model on 64 toy images: {"stage1": losses of each step, "stage2": ...}."""
+    """Both stages of ds_configs' debug model on 64 toy images: {"stage1": losses of each step, "stage2":
+    ...}.
+    """
     shards, found = draw_shards(folder, train=64, height=112, width=112), {}
     for stage in (1, 2):
         out = folder / f"stage{stage}"
@@ -29,7 +31,9 @@ def train_stages(folder: Path) -> dict[str, list[dict[str, float]]]:
             **({"visft.heads.path": str(folder / "stage1/export")} if stage == 2 else {}),
         }
         places = ["--data", str(shards), "--out", str(out)]
-        run_ranks(["launchers/train.py", f"--stage={stage}", "--model=debug", *places, *words_of(settings)], world=1)
+        run_ranks(
+            ["launchers/train.py", f"--stage={stage}", "--model=debug", *places, *words_of(settings)], world=1
+        )
         found[f"stage{stage}"] = losses(out)
     return found
 

@@ -1,4 +1,6 @@
-"""Does a GPU compute what a CPU computes? Errors are relative. VISFT_DEVICE=cpu tries the cases out on a CPU."""
+"""Does a GPU compute what a CPU computes? Errors are relative. VISFT_DEVICE=cpu tries the cases out on a
+CPU.
+"""
 
 from __future__ import annotations
 
@@ -32,26 +34,42 @@ DEVICE, GPUS = torch.device(os.environ.get("VISFT_DEVICE", "cuda")), int(os.envi
 CPU = DEVICE.type == "cpu"
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
-Values = Sequence[dict[str, Sequence[Any]]]  #: tensors and numbers under the first bound, and under the second
-UNAVAILABLE = "cannot run here|No (available kernel|viable backend)|from the 'CPU' backend|'flash_attn'|model.compile ="
-#: One operation against float64 on the same inputs. fp32: sums of up to 5,000 terms; TF32 makes 3e-4. 16 bit: factors
-#: and result are rounded once or twice, by 3e-4 and 2e-3 in the mean. A scale off by 3 % is far above all three.
+Values = Sequence[
+    dict[str, Sequence[Any]]
+]  #: tensors and numbers under the first bound, and under the second
+UNAVAILABLE = (
+    "cannot run here|No (available kernel|viable backend)|from the 'CPU' backend|'flash_attn'|model.compile ="
+)
+#: One operation against float64 on the same inputs. fp32: sums of up to 5,000 terms; TF32 makes 3e-4. 16 bit:
+#: factors and result are rounded once or twice, by 3e-4 and 2e-3 in the mean. A scale off by 3 % is far above
+#: all three.
 BOUND = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
 SCORES = 4  #: times as much for 16 bit on a CPU, which rounds every score, and a share is off by as much
-#: Losses and gradients of a step against fp32 on a CPU: in fp32 only the order of sums differs (TF32 in one convolution
-#: makes 3e-4), a CPU itself makes 8e-4 and 3e-2 in bf16, heads included, 1e-5 and 5e-4 in fp16.
+#: Losses and gradients of a step against fp32 on a CPU: in fp32 only the order of sums differs (TF32 in one
+#: convolution makes 3e-4), a CPU itself makes 8e-4 and 3e-2 in bf16, heads included, 1e-5 and 5e-4 in fp16.
 STEP = {"fp32": (1e-5, 1e-4), "bf16": (4e-3, 6e-2), "fp16": (2e-4, 3e-3)}
 MASKED = 5  #: times as much with masks in fp16: rounding moves their borders; a CPU makes 1e-4, 5e-3
-#: Losses and norms of six steps, of which Adam makes some of full size out of the rounding of gradients next to zero. A
-#: CPU makes 2e-3, 4e-2 in bf16 and 5e-3, 3e-3 in fp16. Without one of the updates the loss is off by 1.5 to 7 %.
+#: Losses and norms of six steps, of which Adam makes some of full size out of the rounding of gradients next
+#: to zero. A CPU makes 2e-3, 4e-2 in bf16 and 5e-3, 3e-3 in fp16. Without one of the updates the loss is off
+#: by 1.5 to 7 %.
 RUN = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 1e-1), "fp16": (1e-2, 3e-2)}
 ENGINE = (1e-3, 1e-3)  #: two engines on one device, where only atomic sums differ; between CPUs it is 1e-7
 WIDE = (2e-2, 3e-2)  #: features and gradients of four wide blocks in bf16; a CPU makes 6e-3 and 1e-2
 FUSED = {name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ("flash", "cudnn", "efficient")}
-TASKS = ("detection", "segmentation", "captioning", "loss")  #: and the sum of their losses, from which adapters learn
-#: The debug model: all tasks train adapters and heads in every step. No dropout: other devices draw other numbers.
+TASKS = (
+    "detection",
+    "segmentation",
+    "captioning",
+    "loss",
+)  #: and the sum of their losses, from which adapters learn
+#: The debug model: all tasks train adapters and heads in every step. No dropout: other devices draw other
+#: numbers.
 SETTINGS = [
-    *("scheduler.params.total_num_steps=6", "scheduler.params.warmup_num_steps=2", "visft.heads.start=random"),
+    *(
+        "scheduler.params.total_num_steps=6",
+        "scheduler.params.warmup_num_steps=2",
+        "visft.heads.start=random",
+    ),
     *("visft.run.save_every=1", "visft.run.keep_last=6", "visft.run.eval_every=0", "visft.run.pictures=0"),
     *("visft.mode=shared", "visft.shared.batch_size=4", "visft.shared.micro_batch=2"),
     "visft.tasks.captioning.head.dropout=0.0",
@@ -71,7 +89,9 @@ def compare(record_property: Callable[[str, object], None]) -> Callable[..., Non
             if not re.search(UNAVAILABLE, str(error)):
                 raise
             pytest.skip(str(error).splitlines()[0])
-        errors = [(measure(f[k], e[k]), b, k) for f, e, b in zip(found, exact, bounds, strict=True) for k in e]
+        errors = [
+            (measure(f[k], e[k]), b, k) for f, e, b in zip(found, exact, bounds, strict=True) for k in e
+        ]
         error, bound, worst = max(errors, key=lambda one: one[0] / one[1])
         row = {"error": error, "bound": bound, "seconds": time.perf_counter() - began, "worst": worst}
         for name, value in row.items():
@@ -83,12 +103,16 @@ def compare(record_property: Callable[[str, object], None]) -> Callable[..., Non
 
 def measure(found: Sequence[Any], exact: Sequence[Any]) -> float:
     """The error of tensors as one vector, wherever they are; nothing is worse than what is no number."""
-    one, other = (torch.cat([torch.as_tensor(t).detach().cpu().double().ravel() for t in p]) for p in (found, exact))
+    one, other = (
+        torch.cat([torch.as_tensor(t).detach().cpu().double().ravel() for t in p]) for p in (found, exact)
+    )
     return float(((one - other).norm() / other.norm()).nan_to_num(nan=torch.inf))
 
 
 def run(function: Callable[..., Tensor], inputs: Any, rounded: torch.dtype, used: torch.dtype) -> Values:
-    """Result and gradients of random inputs (deviation, mean, size), rounded to one dtype and computed in another."""
+    """Result and gradients of random inputs (deviation, mean, size), rounded to one dtype and computed in
+    another.
+    """
     torch.manual_seed(0)
     drawn = [mean + deviation * torch.randn(size, device=DEVICE) for deviation, mean, *size in inputs]
     leaves = [tensor.to(rounded).to(used, copy=True).requires_grad_() for tensor in drawn]
@@ -119,9 +143,16 @@ def test_attention(compare: Any, dim: int, name: str, dtype: str) -> None:
         parts = [(q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1) @ v for q, k, v in images]
         return torch.cat(parts, dim=1).transpose(0, 1)
 
-    bound = BOUND[dtype] * (SCORES if CPU and dtype != "fp32" else 1)  # kernels of CPUs round the shares to 16 bit
-    inputs = [(1.5, 0, 2 * long - 5 * (name == "packed"), 4, dim)] * 3  # with even shares a wrong scale would hide
-    ways = (run, compute, inputs, DTYPES[dtype], DTYPES[dtype]), (run, exactly, inputs, DTYPES[dtype], torch.float64)
+    bound = BOUND[dtype] * (
+        SCORES if CPU and dtype != "fp32" else 1
+    )  # kernels of CPUs round the shares to 16 bit
+    inputs = [
+        (1.5, 0, 2 * long - 5 * (name == "packed"), 4, dim)
+    ] * 3  # with even shares a wrong scale would hide
+    ways = (
+        (run, compute, inputs, DTYPES[dtype], DTYPES[dtype]),
+        (run, exactly, inputs, DTYPES[dtype], torch.float64),
+    )
     compare(*(partial(*way) for way in ways), (bound, bound))
 
 
@@ -133,7 +164,11 @@ def test_lora(compare: Any, backend: str, dtype: str) -> None:
         pytest.skip("on a GPU, Triton's tiles are for 16 bit")
     rows, width, rank = (9, 32, 8) if CPU else (1030, 1792, 64)
     slices = (0, width), (2 * width, 3 * width)
-    inputs = [(1, 0, 2, rows, width), (width**-0.5, 0, 3 * width, width), (1, 0, 3 * width)]  # x, weight, bias, A, B
+    inputs = [
+        (1, 0, 2, rows, width),
+        (width**-0.5, 0, 3 * width, width),
+        (1, 0, 3 * width),
+    ]  # x, weight, bias, A, B
     inputs += [(width**-0.5, 0, 2 * rank, width), (rank**-0.5, 0, 2 * width, rank)]
 
     def project(how: str, *given: Tensor) -> Tensor:
@@ -160,7 +195,9 @@ def tower_values(preset: str, how: str, dtype: str, images: Sequence[int], **siz
     with torch.autocast(DEVICE.type, DTYPES[dtype], enabled=dtype != "fp32"):
         (out,) = tower(pixels)
     up = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
-    return {"features": [out]}, {"gradients": torch.autograd.grad(out, [*lora_parameters(tower).values()], up)}
+    return {"features": [out]}, {
+        "gradients": torch.autograd.grad(out, [*lora_parameters(tower).values()], up)
+    }
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -172,7 +209,9 @@ def test_compiled_blocks(compare: Any, dtype: str) -> None:
 
 def test_blocks_of_eva_vit_e(compare: Any) -> None:
     """Four of them in bf16 against fp32."""
-    both = (partial(tower_values, "eva_e", "none", dtype, (1, 3, 224, 224), depth=4) for dtype in ("bf16", "fp32"))
+    both = (
+        partial(tower_values, "eva_e", "none", dtype, (1, 3, 224, 224), depth=4) for dtype in ("bf16", "fp32")
+    )
     compare(*both, WIDE)
 
 
@@ -186,8 +225,8 @@ SHAPES = ((1, 4 / 3), (1, 3 / 2), (4 / 3, 1), (1, 4 / 3))
 def test_sizes(record_property: Callable[[str, object], None], model: str, short: int, how: str) -> None:
     """Seconds of features and gradients of adapters, four photographs of three sizes in one batch, in bf16.
 
-    By size, features are those of each image alone. Padded ones, which nothing here uses any more, are not; how far off
-    they are is the error of that row.
+    By size, features are those of each image alone. Padded ones, which nothing here uses any more, are not;
+    how far off they are is the error of that row.
     """
     path = REPOSITORY / f"ds_configs/models/{model}.json"
     preset = json.loads(path.read_text(encoding="utf-8"))["visft"]["model"]["preset"].removeprefix("timm:")
@@ -237,18 +276,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def train(folder: Path, kind: str, engine: str = "zero1", precision: str = "fp32", out: str = "", **more: Any) -> Path:
+def train(
+    folder: Path, kind: str, engine: str = "zero1", precision: str = "fp32", out: str = "", **more: Any
+) -> Path:
     """The folder of six steps of launchers/train.py; a run that has ended is not made again."""
     place = folder / (out or f"{kind}-{engine}-{precision}")
     if "source" in more:  # goes on behind a checkpoint of another run
         later = (f"step_{step:08d}" for step in range(more["saved"] + 1, 7))
-        shutil.copytree(folder / more["source"], place, ignore=shutil.ignore_patterns("export", "*.lock", *later))
+        shutil.copytree(
+            folder / more["source"], place, ignore=shutil.ignore_patterns("export", "*.lock", *later)
+        )
     if not (place / "export" / "adapter").exists():
-        ranks = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(more["ranks"])] if "ranks" in more else []
-        command = [sys.executable, *ranks, str(REPOSITORY / "launchers/train.py"), "--engine", engine, "--stage=2"]
+        ranks = (
+            ["-m", "deepspeed.launcher.runner", "--num_gpus", str(more["ranks"])] if "ranks" in more else []
+        )
+        command = [
+            sys.executable,
+            *ranks,
+            str(REPOSITORY / "launchers/train.py"),
+            "--engine",
+            engine,
+            "--stage=2",
+        ]
         command += ["--model=debug", f"--data={folder / 'shards'}", f"--out={place}"]
         command += [f"--set={setting}" for setting in (*SETTINGS, f"visft.model.precision={precision}")]
-        hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if kind == "cpu" else {"DS_ACCELERATOR": "cuda"}
+        hidden = (
+            {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+            if kind == "cpu"
+            else {"DS_ACCELERATOR": "cuda"}
+        )
         done = subprocess.run(command, env=os.environ | hidden, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr.strip().removeprefix("error: ") or done.stdout)
@@ -256,14 +312,18 @@ def train(folder: Path, kind: str, engine: str = "zero1", precision: str = "fp32
 
 
 def told(*run: Any, task: str = "", saved: int = 0, **more: Any) -> Values:
-    """Losses, and norms of gradients, of the steps behind a saved one; or loss and gradients of a task in the first."""
+    """Losses, and norms of gradients, of the steps behind a saved one; or loss and gradients of a task in the
+    first.
+    """
     place = train(*run, saved=saved, **more)
     lines = map(json.loads, (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     steps = {line["step"]: line for line in lines if "loss/loss" in line}
     if not task:
         names, numbers = ("loss/loss", "grad_norm"), range(saved + 1, 7)
         return [{f"{name} of step {step}": [steps[step][name]] for step in numbers} for name in names]
-    moments = load_file(place / "checkpoints" / "step_00000001" / "moments.safetensors")  # a tenth of the gradients
+    moments = load_file(
+        place / "checkpoints" / "step_00000001" / "moments.safetensors"
+    )  # a tenth of the gradients
     part = ".*lora_B" if task == "loss" else f"heads.{task}"  # those of A are 0
     gradients = [moments[name] for name in sorted(moments) if re.match(f"exp_avg/{part}", name)]
     return {"loss": [steps[1][f"loss/{task}"]]}, {"gradients": gradients}
@@ -296,7 +356,10 @@ def test_ranks(compare: Any, folder: Path, engine: str) -> None:
 
 def test_checkpoints(compare: Any, folder: Path) -> None:
     """A run of six steps, taken over by a CPU behind the second and by the device again behind the fourth."""
-    for on, saved, source, out in (("cpu", 2, f"{DEVICE.type}-zero1-fp32", "there"), (DEVICE.type, 4, "there", "back")):
+    for on, saved, source, out in (
+        ("cpu", 2, f"{DEVICE.type}-zero1-fp32", "there"),
+        (DEVICE.type, 4, "there", "back"),
+    ):
         exact = partial(told, folder, DEVICE.type, saved=saved)
         exact()
         compare(partial(told, folder, on, saved=saved, source=source, out=out), exact, RUN["fp32"])

@@ -1,12 +1,14 @@
-"""Numbers that others published, by the published protocols: the column "ours", which takes a GPU and the data.
+"""Numbers that others published, by the published protocols: the column "ours", which takes a GPU and the
+data.
 
 VISFT_WEIGHTS names a folder of NAME.safetensors for names of timm; VISFT_VOC, VISFT_ADE20K, VISFT_NYU and
 VISFT_IMAGENET name the data. What is not there is skipped. A published number may be the best of several test
 evaluations; ours is not.
 
-Sources: linear VOC, and DINO's and DINOv2's ADE20k and NYU: Jiawei-Yang/Denoising-ViT, README.md (whose recipe has
-decay 1e-4, no dropout and a linear fall of the rate); DINOv3's: facebookresearch/dinov3, MODEL_CARD.md; ImageNet:
-facebookresearch/dinov2, MODEL_CARD.md; in-context VOC: vpariza/open-hummingbird-eval, README.md.
+Sources: linear VOC, and DINO's and DINOv2's ADE20k and NYU: Jiawei-Yang/Denoising-ViT, README.md (whose
+recipe has decay 1e-4, no dropout and a linear fall of the rate); DINOv3's: facebookresearch/dinov3,
+MODEL_CARD.md; ImageNet: facebookresearch/dinov2, MODEL_CARD.md; in-context VOC:
+vpariza/open-hummingbird-eval, README.md.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 DINO = ("vit_small_patch16_224.dino", "vit_base_patch16_224.dino")
 DINOV2 = tuple(f"vit_{size}_patch14_dinov2.lvd142m" for size in ("small", "base", "large", "giant"))
-DINOV3 = tuple(f"vit_{size}_patch16_dinov3.lvd1689m" for size in ("small", "small_plus", "base", "large", "huge_plus"))
+DINOV3 = tuple(
+    f"vit_{size}_patch16_dinov3.lvd1689m" for size in ("small", "small_plus", "base", "large", "huge_plus")
+)
 NUMBERS: list[tuple[str, str, str, tuple[str, ...], tuple[float, ...]]] = [
     ("segmentation", "VOC", "linear mIoU", (*DINOV2[:3], DINO[1]), (81.8, 83.5, 83.4, 62.9)),
     ("segmentation", "ADE20K", "linear mIoU", (*DINOV2[:3], DINO[1]), (44.1, 47.0, 47.5, 31.0)),
@@ -54,7 +58,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "data", "number", "model", "published"), CASES)
-def test_a_published_number(kind: str, data: str, number: str, model: str, published: float, tmp_path: Path) -> None:
+def test_a_published_number(
+    kind: str, data: str, number: str, model: str, published: float, tmp_path: Path
+) -> None:
     """Within a point, or within 0.01 m."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")

@@ -163,7 +163,9 @@ def _segmentation(width: int, o: Mapping[str, int]) -> dict[str, nn.Module]:
     predictor = _group(
         transformer_self_attention_layers=layers(lambda: {"self_attn": nn.MultiheadAttention(dim, 8)}),
         transformer_cross_attention_layers=layers(lambda: {"multihead_attn": nn.MultiheadAttention(dim, 8)}),
-        transformer_ffn_layers=layers(lambda: {"linear1": nn.Linear(dim, ffn), "linear2": nn.Linear(ffn, dim)}),
+        transformer_ffn_layers=layers(
+            lambda: {"linear1": nn.Linear(dim, ffn), "linear2": nn.Linear(ffn, dim)}
+        ),
         decoder_norm=nn.LayerNorm(dim),
         query_feat=nn.Embedding(o["num_queries"], dim),
         query_embed=nn.Embedding(o["num_queries"], dim),
@@ -184,7 +186,10 @@ def reference(width: int, options: Mapping[str, Mapping[str, int]]) -> dict[str,
     for task, sizes in options.items():
         parts |= PARTS[task](width, sizes)
     state = _group(visft_heads=_group(**parts)).state_dict()
-    return {name: value + 0.1 * torch.randn_like(value) if value.ndim == 1 else value for name, value in state.items()}
+    return {
+        name: value + 0.1 * torch.randn_like(value) if value.ndim == 1 else value
+        for name, value in state.items()
+    }
 
 
 def aliased(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -41,7 +41,11 @@ def test_a_published_file_changes_q_and_v_by_one_over_r(tmp_path: Path, prefix: 
     model = _tiny()
     adapter = read_visft_lora(tmp_path / "lora.pt")
     adapter.install(model)
-    assert (adapter_of(model).rank, adapter_of(model).alpha, adapter_of(model).targets) == (2, 1.0, ("q", "v"))
+    assert (adapter_of(model).rank, adapter_of(model).alpha, adapter_of(model).targets) == (
+        2,
+        1.0,
+        ("q", "v"),
+    )
     a, b = (tensors[f"{prefix}blocks.1.attn.qkv.lora_{part}"] for part in "AB")
     expected = torch.zeros(3 * WIDTH, WIDTH)
     expected[:WIDTH] = b[:WIDTH] @ a[:RANK] / RANK

@@ -12,16 +12,33 @@ from torch import Tensor
 
 from tests.random_tower import build_backbone, header_of, random_tower
 from visft_ds.interop import layouts
-from visft_ds.interop.layouts import MODEL, base_parameters, fill, load_backbone, model_in, model_of, open_backbone
+from visft_ds.interop.layouts import (
+    MODEL,
+    base_parameters,
+    fill,
+    load_backbone,
+    model_in,
+    model_of,
+    open_backbone,
+)
 from visft_ds.interop.weights import open_weights
 from visft_ds.models.eva_vit import EvaViT
 
 #: Prefix -> what real files of these layouts carry beside the tower.
 LAYOUTS = {
-    "visual.trunk.": ["text.ln_final.weight", "logit_scale", "visual.trunk.head.weight", "visual.trunk.cls_token"],
+    "visual.trunk.": [
+        "text.ln_final.weight",
+        "logit_scale",
+        "visual.trunk.head.weight",
+        "visual.trunk.cls_token",
+    ],
     "visual.": ["text.transformer.resblocks.0.ln_1.bias", "token_embedding.weight", "visual.cls_token"],
     "visft_heads.backbone.0.": ["visft_heads.input_proj.weight", "det_losses.empty_weight"],
-    "visual_encoder.": ["Qformer.bert.embeddings.position_ids", "ln_vision.weight", "visual_encoder.cls_token"],
+    "visual_encoder.": [
+        "Qformer.bert.embeddings.position_ids",
+        "ln_vision.weight",
+        "visual_encoder.cls_token",
+    ],
     "": ["cls_token", "head.weight", "head.bias"],
 }
 
@@ -100,14 +117,21 @@ def test_a_header_that_the_tensors_do_not_bear_out_is_refused_before_anything_is
         assert str(refused.value).startswith(str(path)) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("name", "tensors", "parameters"), [("eva_e", 837, 4348719104), ("eva_g", 525, 1011144704)])
-def test_published_towers_are_known_by_their_sizes(tmp_path: Path, name: str, tensors: int, parameters: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "tensors", "parameters"), [("eva_e", 837, 4348719104), ("eva_g", 525, 1011144704)]
+)
+def test_published_towers_are_known_by_their_sizes(
+    tmp_path: Path, name: str, tensors: int, parameters: int
+) -> None:
     """Counts as published, without class token and head."""
     model = build_backbone(name, device="meta")
     shapes = {key: tuple(value.shape) for key, value in model.named_parameters()}
-    assert len(shapes) == tensors and sum(torch.Size(shape).numel() for shape in shapes.values()) == parameters
+    assert (
+        len(shapes) == tensors and sum(torch.Size(shape).numel() for shape in shapes.values()) == parameters
+    )
     known = {
-        f"visual.{key}": torch.empty(shapes[key], dtype=torch.int8) for key in ("pos_embed", "patch_embed.proj.weight")
+        f"visual.{key}": torch.empty(shapes[key], dtype=torch.int8)
+        for key in ("pos_embed", "patch_embed.proj.weight")
     }
     save_file(known, tmp_path / "w.safetensors")
     assert model_in(open_weights(tmp_path / "w.safetensors")) == {"preset": name} == model_of(model)

@@ -1,4 +1,6 @@
-"""Weight files: read alike from every container, refused with the reason when damaged, written whole or not at all."""
+"""Weight files: read alike from every container, refused with the reason when damaged, written whole or not
+at all.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,8 @@ def test_same_tensors_from_every_container(tmp_path: Path, container: str, nesti
         path = tmp_path / "w.pt"
         for name in reversed(nesting):
             content = {name: content, "step": 3}
-        # Published ViSFT adapters have the sizes of files from before torch's zip format, which cannot be mapped.
+        # Published ViSFT adapters have the sizes of files from before torch's zip format, which cannot be
+        # mapped.
         torch.save(content, path, _use_new_zipfile_serialization=container == "zip")
     _same(open_weights(path), tensors)
 
@@ -71,7 +74,9 @@ def test_the_library_reads_what_the_streaming_writer_writes(tmp_path: Path) -> N
     save_tensors(path, tensors, {"note": "ü"})
     read = load_file(path)
     assert sorted(read) == sorted(tensors)
-    assert all(torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in tensors.items())
+    assert all(
+        torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in tensors.items()
+    )
     assert open_weights(path).metadata["note"] == "ü" and open_weights(path).metadata["format"] == "pt"
     _same(open_weights(path), tensors)
 
@@ -82,7 +87,9 @@ class _Code:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "plain pickle"])
-def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_code_in_a_pickle_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     if kind == "plain pickle":
         Path("w.pt").write_bytes(pickle.dumps({"a": _Code()}))
@@ -141,7 +148,9 @@ def test_what_a_killed_writer_left_can_be_removed(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_is_read_is_alone_in_memory(tmp_path: Path) -> None:
-    """Of 64 MiB in 16 bit. On a CPU torch makes an fp32 copy of all that it sums in fp32: twice as much again."""
+    """Of 64 MiB in 16 bit. On a CPU torch makes an fp32 copy of all that it sums in fp32: twice as much
+    again.
+    """
     count = 2**25
     save_file({"one": torch.full((count,), 0.5, dtype=torch.float16)}, tmp_path / "one.safetensors")
     file, sizes = open_weights(tmp_path / "one.safetensors"), dict[str, int]()

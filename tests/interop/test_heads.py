@@ -30,7 +30,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "labelling": "published",
     },
     "captioning": {
-        **{"vocabulary_size": 13, "attention_dim": 10, "embed_dim": 14, "decoder_dim": 6, "grid": 3, "dropout": 0.375}
+        **{
+            "vocabulary_size": 13,
+            "attention_dim": 10,
+            "embed_dim": 14,
+            "decoder_dim": 6,
+            "grid": 3,
+            "dropout": 0.375,
+        }
     },
 }
 HEADS = {"detection": DetectionHead, "segmentation": SegmentationHead, "captioning": CaptioningHead}
@@ -77,7 +84,13 @@ def test_one_file_is_enough_to_have_the_head_again(tmp_path: Path, task: str) ->
 def test_a_head_whose_file_names_the_width_of_its_map(tmp_path: Path) -> None:
     """As they were exported when every head read one."""
     head = _head("detection")
-    told = {"task": "detection", "in_channels": WIDTH, "options": OPTIONS["detection"], "categories": [], "extra": {}}
+    told = {
+        "task": "detection",
+        "in_channels": WIDTH,
+        "options": OPTIONS["detection"],
+        "categories": [],
+        "extra": {},
+    }
     save_tensors(tmp_path / "detection.safetensors", head.state_dict(), {"visft_head": json.dumps(told)})
     opened = open_head(tmp_path, "detection")
     again = opened.build().state_dict()
@@ -98,7 +111,9 @@ def test_a_header_of_wrong_types_is_refused_with_the_file(tmp_path: Path) -> Non
     ):
         header = {"visft_head": json.dumps({**told, key: value})}
         save_tensors(tmp_path / "detection.safetensors", {"a": torch.ones(1)}, header)
-        with pytest.raises(ValueError, match=rf"detection\.safetensors: cannot be read as a head of visft_ds: {key}"):
+        with pytest.raises(
+            ValueError, match=rf"detection\.safetensors: cannot be read as a head of visft_ds: {key}"
+        ):
             open_head(tmp_path, "detection")
 
 

@@ -1,4 +1,6 @@
-"""Merging: the file computes what base + adapter computes, nothing is merged twice or in silence, losses are told."""
+"""Merging: the file computes what base + adapter computes, nothing is merged twice or in silence, losses are
+told.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def _case(
 
 
 def _same_change(first: Adapter, second: Adapter) -> bool:
-    """Whether both change every weight alike; alpha may be part of the scale or of B, which rounds otherwise."""
+    """Whether both change every weight alike; alpha may be part of the scale or of B, which rounds
+    otherwise.
+    """
     changes = [(first.delta(name), second.delta(name)) for name in second.weights()]
     equal = all(torch.allclose(one, other, rtol=0, atol=1e-6) for one, other in changes)
     return equal and set(first.weights()) == set(second.weights())
@@ -102,13 +106,19 @@ def test_eva_clip_form_carries_everything_else_untouched(tmp_path: Path) -> None
 
 
 def test_lavis_form_is_the_giants_tower_alone(tmp_path: Path) -> None:
-    """As LAVIS reads it, by torch.load: names without a prefix, with the class token; post-norm towers are refused."""
+    """As LAVIS reads it, by torch.load: names without a prefix, with the class token; post-norm towers are
+    refused.
+    """
     base, adapter, model = _case(tmp_path, post_norm=False)
     out = merge(base, adapter, tmp_path / "out.pth", "--format", "lavis")
     read = torch.load(out, weights_only=True)
-    assert {"cls_token", "blocks.1.mlp.fc2.bias"} <= read.keys() and not any(n.startswith("visual") for n in read)
+    assert {"cls_token", "blocks.1.mlp.fc2.bias"} <= read.keys() and not any(
+        n.startswith("visual") for n in read
+    )
     fold_adapters(model)
-    assert all(torch.allclose(read[name], p, atol=1e-6) for name, p in model.named_parameters() if "lora" not in name)
+    assert all(
+        torch.allclose(read[name], p, atol=1e-6) for name, p in model.named_parameters() if "lora" not in name
+    )
     (tmp_path / "post").mkdir()
     base, adapter, _ = _case(tmp_path / "post")
     assert _run("--base", base, "--out", tmp_path / "no.pth", "--format", "lavis") == 2
@@ -166,8 +176,12 @@ def test_one_fingerprint_whatever_the_layout_and_precision(tmp_path: Path) -> No
 def test_another_base_is_one_line_of_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter, _ = _case(tmp_path)
     merge(base, replace(adapter, base="f" * 64), tmp_path / "out.safetensors")
-    assert capsys.readouterr().err.startswith("warning: the adapter was trained on other base weights (ffffffffffff)")
-    merge(merge(base, None, tmp_path / "half", "--dtype", "bf16") / "model.safetensors", adapter, tmp_path / "x")
+    assert capsys.readouterr().err.startswith(
+        "warning: the adapter was trained on other base weights (ffffffffffff)"
+    )
+    merge(
+        merge(base, None, tmp_path / "half", "--dtype", "bf16") / "model.safetensors", adapter, tmp_path / "x"
+    )
     assert not capsys.readouterr().err
 
 
@@ -221,7 +235,15 @@ def test_verification_passes_a_right_file_and_fails_a_wrong_one(
         return load(*given)
 
     monkeypatch.setattr(export, "by_library", by_library)
-    words = ["--base", base, "--adapter", save_adapter(adapter, tmp_path / "adapter"), "--verify", "--dtype", dtype]
+    words = [
+        "--base",
+        base,
+        "--adapter",
+        save_adapter(adapter, tmp_path / "adapter"),
+        "--verify",
+        "--dtype",
+        dtype,
+    ]
     assert _run(*words, "--out", tmp_path / "out") == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md",
@@ -240,7 +262,9 @@ def test_a_deep_tower_stays_within_the_tolerance_of_verification(tmp_path: Path)
     save_backbone(model, tmp_path / "base.safetensors")
     inject_lora(model, rank=2)
     for dtype in ("fp16", "bf16"):
-        merge(tmp_path / "base.safetensors", adapter_of(model), tmp_path / dtype, "--dtype", dtype, "--verify")
+        merge(
+            tmp_path / "base.safetensors", adapter_of(model), tmp_path / dtype, "--dtype", dtype, "--verify"
+        )
 
 
 def test_adapters_are_read_from_folder_file_and_published_form(tmp_path: Path) -> None:
@@ -256,7 +280,10 @@ def test_adapters_are_read_from_folder_file_and_published_form(tmp_path: Path) -
 
 def test_without_adapter_the_base_is_written_in_another_form(tmp_path: Path) -> None:
     base, _, _ = _case(tmp_path)
-    before, after = load_file(base), load_file(merge(base, None, tmp_path / "out", "--verify") / "model.safetensors")
+    before, after = (
+        load_file(base),
+        load_file(merge(base, None, tmp_path / "out", "--verify") / "model.safetensors"),
+    )
     inner = {name: name.removeprefix("visual.") for name in before if name.startswith("visual.")}
     assert set(after) == set(inner.values())
     assert all(torch.equal(before[name].float(), after[new].float()) for name, new in inner.items())
@@ -285,7 +312,10 @@ def _unfinished_run(folder: Path, base: Path, adapter: Adapter, *more: str) -> P
 def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(tmp_path: Path) -> None:
     base, adapter, _ = _case(tmp_path)
     run = _unfinished_run(tmp_path, base, adapter)
-    numbers = {20: {"val/box/AP50": 0.125}, 40: {"val/box/AP50": 0.5, "val/box/AP": -1.0, "val/mask/AP50": "nan"}}
+    numbers = {
+        20: {"val/box/AP50": 0.125},
+        40: {"val/box/AP50": 0.5, "val/box/AP": -1.0, "val/mask/AP50": "nan"},
+    }
     lines = [json.dumps({"kind": "step", "step": step, **values}) for step, values in numbers.items()]
     (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     for number, given in enumerate((run, run / "checkpoints" / "step_00000040")):
@@ -304,14 +334,19 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(tmp_path
     assert _run("--base", base, "--adapter", run, "--out", tmp_path / "last", "--format", "peft") == 0
     assert read_adapter(tmp_path / "last").fingerprint() == other.fingerprint()
     record = (run / "run.json").read_text()
-    changed = {**json.loads(record.replace('"eval_limit": null', '"eval_limit": 16')), "identity": {"masks": "drawn"}}
+    changed = {
+        **json.loads(record.replace('"eval_limit": null', '"eval_limit": 16')),
+        "identity": {"masks": "drawn"},
+    }
     (run / "run.json").write_text(json.dumps(changed))
     assert _run("--base", base, "--adapter", run, "--out", tmp_path / "part", "--format", "peft") == 0
     card = (tmp_path / "part/README.md").read_text()
     assert "AP50" not in card and "| masks | drawn |" in card, "numbers of a part are none of the split"
 
 
-def test_a_checkpoint_whose_adapter_is_not_all_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_whose_adapter_is_not_all_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, adapter, _ = _case(tmp_path)
     run = _unfinished_run(tmp_path, base, adapter, "backbone.norm.weight")
     given = ("--base", base, "--adapter", run, "--out", tmp_path / "out.safetensors")

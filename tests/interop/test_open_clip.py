@@ -1,4 +1,6 @@
-"""open_clip is the judge of our `open_clip` files: it builds the model, loads them strictly, computes the same."""
+"""open_clip is the judge of our `open_clip` files: it builds the model, loads them strictly, computes the
+same.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""PEFT is the judge of our adapter folders: it loads them onto a timm model and computes what our model computes."""
+"""PEFT is the judge of our adapter folders: it loads them onto a timm model and computes what our model
+computes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.elsewhere import run_readme
-from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_adapter, save_backbone
+from tests.random_tower import (
+    adapter_of,
+    merge,
+    move_adapters,
+    random_tower,
+    relative,
+    save_adapter,
+    save_backbone,
+)
 from visft_ds.interop.adapter import FILE, PEFT_CONFIG, Adapter
 from visft_ds.interop.card import card
 from visft_ds.interop.export import timm_model

@@ -1,7 +1,7 @@
 """Published head files: read whole or refused by name.
 
-`published_reference` has the names and shapes of the published code, and says which of our parameters is which. It
-knows neither the reader nor the writer.
+`published_reference` has the names and shapes of the published code, and says which of our parameters is
+which. It knows neither the reader nor the writer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from visft_ds.tasks.segmentation.head import SegmentationHead
 from visft_ds.tasks.segmentation.plain import PlainHead
 
 FILES = {
-    task: f"eva_e_{kind}_heads.ckpt" for task, kind in zip(THREE, ("detection", "segment", "caption"), strict=True)
+    task: f"eva_e_{kind}_heads.ckpt"
+    for task, kind in zip(THREE, ("detection", "segment", "caption"), strict=True)
 }
 HEADS = {"detection": DetectionHead, "segmentation": SegmentationHead, "captioning": CaptioningHead}
 
@@ -41,7 +42,10 @@ def theirs(task: str, name: str) -> str:
         return f"visft_heads.caption_decoder.{PUBLISHED_NAMES[name]}"
     number = re.match(r"decoder\.layers\.(\d+)\.", name)
     layer = number[1] if number and task == "segmentation" else "{n}"
-    rules = [(ours.replace("{n}", layer), published.replace("{n}", layer)) for ours, published in NAMES[task].items()]
+    rules = [
+        (ours.replace("{n}", layer), published.replace("{n}", layer))
+        for ours, published in NAMES[task].items()
+    ]
     ours, published = next(rule for rule in rules if name.startswith(rule[0]))
     rest = name[len(ours) :]
     if task == "detection":
@@ -90,12 +94,19 @@ def folder(states: dict[str, dict[str, Tensor]], tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.parametrize("task", THREE)
-def test_a_published_file_gives_the_head(folder: Path, states: dict[str, dict[str, Tensor]], task: str) -> None:
+def test_a_published_file_gives_the_head(
+    folder: Path, states: dict[str, dict[str, Tensor]], task: str
+) -> None:
     found = open_head(folder / FILES[task], task)
     head, info = found.build(), found.info
     assert type(head) is HEADS[task] and not head.training
     assert same(head, expected_head(task, states[task], OPTIONS[task]))
-    assert (info.task, info.shapes, info.categories, info.extra) == (task, [(WIDTH, 14)], (), {"format": "visft"})
+    assert (info.task, info.shapes, info.categories, info.extra) == (
+        task,
+        [(WIDTH, 14)],
+        (),
+        {"format": "visft"},
+    )
     assert info.options.items() >= OPTIONS[task].items()
     assert task != "segmentation" or info.options["labelling"] == "published"
 
@@ -109,7 +120,10 @@ def test_a_checkpoint_of_its_training_holds_everything(
     wanted = expected_head(task, {name: value.float() for name, value in state.items()}, OPTIONS[task])
     for block in range(2):
         attention = f"visft_heads.backbone.0.blocks.{block}.attn.qkv."
-        state |= {f"{attention}lora_A": torch.randn(8, WIDTH), f"{attention}lora_B": torch.randn(2 * WIDTH, 4)}
+        state |= {
+            f"{attention}lora_A": torch.randn(8, WIDTH),
+            f"{attention}lora_B": torch.randn(2 * WIDTH, 4),
+        }
     optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-5, "params": [0]}]}
     model, path = {f"module.{name}": value for name, value in state.items()}, tmp_path / "current.ckpt"
     torch.save({"model": model, "optimizer": optimizer, "num_updates": 7, "best_metric_value": None}, path)
@@ -144,7 +158,12 @@ def test_full_size(width: int, parameters: tuple[int, int, int]) -> None:
     ],
 )
 def test_what_does_not_fit_is_named(
-    states: dict[str, dict[str, Tensor]], tmp_path: Path, task: str, name: str, value: Tensor | None, message: str
+    states: dict[str, dict[str, Tensor]],
+    tmp_path: Path,
+    task: str,
+    name: str,
+    value: Tensor | None,
+    message: str,
 ) -> None:
     state = {**states[task], f"visft_heads.{name}": value}
     torch.save({key: tensor for key, tensor in state.items() if tensor is not None}, tmp_path / "heads.ckpt")
@@ -156,7 +175,10 @@ def _pmt(maps: int, blocks: int, classes: int, queries: int) -> nn.Module:
     """Modules with the names and shapes of PMT's decoder on a DINOv3 of width 32."""
 
     def block() -> nn.ModuleDict:
-        parts = {name: nn.Linear(32, 32, bias=name != "k_proj") for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        parts = {
+            name: nn.Linear(32, 32, bias=name != "k_proj")
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        }
         inner: dict[str, nn.Module] = {"attention": nn.ModuleDict(parts)}
         inner["mlp"] = nn.ModuleDict({"up_proj": nn.Linear(32, 48), "down_proj": nn.Linear(48, 32)})
         for number in "12":
@@ -166,7 +188,9 @@ def _pmt(maps: int, blocks: int, classes: int, queries: int) -> nn.Module:
 
     def upscale() -> nn.ModuleDict:
         near = nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False)
-        return nn.ModuleDict({"conv1": nn.ConvTranspose2d(32, 32, 2, 2), "conv2": near, "norm": nn.LayerNorm(32)})
+        return nn.ModuleDict(
+            {"conv1": nn.ConvTranspose2d(32, 32, 2, 2), "conv2": near, "norm": nn.LayerNorm(32)}
+        )
 
     def linear(*widths: int) -> nn.Sequential:
         layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.GELU())]
@@ -184,12 +208,16 @@ def _pmt(maps: int, blocks: int, classes: int, queries: int) -> nn.Module:
             "class_head": nn.Linear(32, classes + 1),
         }
     )
-    network = nn.ModuleDict({"decoder": decoder, "bn": nn.ModuleList(nn.BatchNorm1d(32) for _ in range(maps))})
+    network = nn.ModuleDict(
+        {"decoder": decoder, "bn": nn.ModuleList(nn.BatchNorm1d(32) for _ in range(maps))}
+    )
     return nn.ModuleDict({"network": network})
 
 
 def test_decoders_of_pmt_are_plain_heads(tmp_path: Path) -> None:
-    """Every tensor has its place, sizes follow from shapes, and statistics of batch norms become means and spreads."""
+    """Every tensor has its place, sizes follow from shapes, and statistics of batch norms become means and
+    spreads.
+    """
     theirs = _pmt(maps=4, blocks=3, classes=80, queries=9)
     with torch.no_grad():
         for value in theirs.state_dict().values():
@@ -208,7 +236,12 @@ def test_decoders_of_pmt_are_plain_heads(tmp_path: Path) -> None:
     norm, lateral = theirs.eval().get_submodule("network.bn.2"), head.laterals[2]
     ours = lateral.channels(x) * lateral.weight + lateral.bias
     torch.testing.assert_close(ours, norm(x.transpose(1, 2)).transpose(1, 2), rtol=1e-5, atol=1e-6)
-    for name in ("blocks.1.attention.k_proj.weight", "upscale.1.conv2.weight", "mask_head.4.bias", "scalers.3"):
+    for name in (
+        "blocks.1.attention.k_proj.weight",
+        "upscale.1.conv2.weight",
+        "mask_head.4.bias",
+        "scalers.3",
+    ):
         mine = {"blocks": "blocks.1.k.weight", "upscal": "upscale.1.near.weight", "mask_h": "mask3.bias"}
         found = head.get_parameter(mine.get(name[:6], "laterals.3.gain"))
         assert torch.equal(found, state[f"network.decoder.{name}"])

@@ -9,7 +9,15 @@ import timm
 import torch
 
 from tests.elsewhere import run_readme
-from tests.random_tower import adapter_of, build_backbone, merge, move_adapters, random_tower, relative, save_backbone
+from tests.random_tower import (
+    adapter_of,
+    build_backbone,
+    merge,
+    move_adapters,
+    random_tower,
+    relative,
+    save_backbone,
+)
 from visft_ds.interop.export import timm_model
 from visft_ds.interop.layouts import fill, open_backbone
 from visft_ds.interop.weights import Lazy
@@ -44,7 +52,10 @@ def test_timm_loads_the_folder_as_its_card_says(
 
 
 def test_published_towers_are_timms() -> None:
-    for preset, name in (("eva_e", "eva02_enormous_patch14_clip_224"), ("eva_g", "eva_giant_patch14_clip_224")):
+    for preset, name in (
+        ("eva_e", "eva02_enormous_patch14_clip_224"),
+        ("eva_g", "eva_giant_patch14_clip_224"),
+    ):
         ours = build_backbone(preset, device="meta", class_token=True)
         assert timm_model(ours, {n: Lazy.of(v) for n, v in ours.named_parameters()})[0] == name
         with torch.device("meta"):

@@ -32,7 +32,9 @@ TOLERANCE = 1e-5
 def _export(
     name: str, folder: Path, *forms: str, layers: tuple[int, ...] = (), behind: tuple[str, ...] = ()
 ) -> tuple[Any, *tuple[Path, ...]]:
-    """(backbone with its adapter, an export of each form); `behind`: names that begin so are not in the base."""
+    """(backbone with its adapter, an export of each form); `behind`: names that begin so are not in the
+    base.
+    """
     base = random_base(name, folder)
     if behind:
         save_file({key: value for key, value in load_file(base).items() if not key.startswith(behind)}, base)
@@ -59,7 +61,9 @@ def test_transformers_loads_the_folder_by_itself(tmp_path: Path, name: str) -> N
     processor = transformers.AutoImageProcessor.from_pretrained(out)
     pixels = processor(torch.zeros(3, 40, 50, dtype=torch.uint8), return_tensors="pt").pixel_values
     assert pixels.shape == (1, 3, 32, 32)
-    assert torch.allclose(pixels.mean((0, 2, 3)), -torch.tensor([0.4, 0.5, 0.6]) / torch.tensor([0.2, 0.3, 0.25]))
+    assert torch.allclose(
+        pixels.mean((0, 2, 3)), -torch.tensor([0.4, 0.5, 0.6]) / torch.tensor([0.2, 0.3, 0.25])
+    )
 
 
 def test_siglip_keeps_its_pooling(tmp_path: Path) -> None:
@@ -103,18 +107,26 @@ def test_a_base_that_ends_early_is_a_shorter_model_of_timm(
         assert torch.equal(models[0](_images()), models[1](_images())), "nor the pooling"
 
 
-def test_a_convolutional_base_that_ends_early_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_convolutional_base_that_ends_early_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = random_base("test_convnext", tmp_path)
     whole = load_file(base)
     save_file({key: value for key, value in whole.items() if not key.startswith("stages.3.")}, base)
     save_file(load_file(base), base, {MODEL: json.dumps({"preset": "timm:test_convnext", "layers": [2]})})
     assert main(["--base", str(base), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "lacks stages.3.downsample.1.weight" in said and "--format onnx" in said and not (tmp_path / "out").exists()
+    assert (
+        "lacks stages.3.downsample.1.weight" in said
+        and "--format onnx" in said
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_several_maps_come_out_of_what_is_exported(tmp_path: Path) -> None:
-    """Those of training, by transformers' backbone with `out_indices`, and by timm with the line of the card."""
+    """Those of training, by transformers' backbone with `out_indices`, and by timm with the line of the
+    card.
+    """
     ours, out, other = _export("vit_test_patch8_dinov3", tmp_path, "transformers", "timm", layers=(0, 1))
     theirs = transformers.DINOv3ViTBackbone.from_pretrained(out, out_indices=(1, 2)).eval()
     model = timm.create_model(f"local-dir:{other}", pretrained=True).eval()
@@ -136,8 +148,16 @@ def test_several_maps_come_out_of_what_is_exported(tmp_path: Path) -> None:
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
-                *("vit_7b_patch16_dinov3.lvd1689m", "vit_base_patch16_dinov3_qkvb", "vit_huge_patch14_clip_224"),
-                *("vit_xsmall_patch16_clip_224", "vit_base_patch16_plus_clip_240", "vit_so400m_patch14_siglip_gap_378"),
+                *(
+                    "vit_7b_patch16_dinov3.lvd1689m",
+                    "vit_base_patch16_dinov3_qkvb",
+                    "vit_huge_patch14_clip_224",
+                ),
+                *(
+                    "vit_xsmall_patch16_clip_224",
+                    "vit_base_patch16_plus_clip_240",
+                    "vit_so400m_patch14_siglip_gap_378",
+                ),
                 *("vit_giantopt_patch16_siglip_384", "vit_so400m_patch16_siglip_512"),
             )
         ),
@@ -227,7 +247,9 @@ def test_a_tower_of_ours_as_a_graph(tmp_path: Path, layers: tuple[int, ...]) -> 
     pytest.importorskip("onnxruntime")
     save_backbone(random_tower(1), tmp_path / "base.safetensors")
     more = {"layers": list(layers)} if layers else {}
-    ours = load_backbone(tmp_path / "base.safetensors", {**model_of(random_tower(1, class_token=False)), **more}).eval()
+    ours = load_backbone(
+        tmp_path / "base.safetensors", {**model_of(random_tower(1, class_token=False)), **more}
+    ).eval()
     inject_lora(ours, rank=3, alpha=1.5)
     move_adapters(ours)
     out = tmp_path / "tower.onnx"

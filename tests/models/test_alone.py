@@ -1,4 +1,6 @@
-"""What a model says of an image does not depend on the images beside it, for every kind of backbone and head."""
+"""What a model says of an image does not depend on the images beside it, for every kind of backbone and
+head.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from visft_ds.tasks import TASKS
 from visft_ds.tasks.semantic.results import Windows, cut_windows, semantic_results
 from visft_ds.tasks.transform import collate_joint
 
-#: (height, width): none is a multiple of a patch, two are alike, one is a strip, and none is as high and wide as all.
+#: (height, width): none is a multiple of a patch, two are alike, one is a strip, and none is as high and wide
+#: as all.
 SIZES = ((100, 131), (180, 90), (100, 131), (7, 150))
 TIMM = {
     "vit": "test_vit3",
@@ -30,7 +33,8 @@ TIMM = {
     "convnext": "test_convnext",
     "efficientnet": "test_efficientnet",
 }
-#: Kinds of backbones, and the blocks that are read; of nets with tokens in front of their patches and without.
+#: Kinds of backbones, and the blocks that are read; of nets with tokens in front of their patches and
+#: without.
 TOWERS: list[tuple[str, tuple[int, ...]]] = [
     *(("eva", ()), ("eva+cls", ()), ("vit", ()), ("vit", (0, 2)), ("dinov3", ())),
     *(("convnext", ()), ("convnext", (1, 2)), ("efficientnet", ())),
@@ -39,7 +43,13 @@ TOWERS: list[tuple[str, tuple[int, ...]]] = [
 
 def tower(kind: str, layers: tuple[int, ...] = ()) -> Backbone:
     if kind.startswith("eva"):
-        options = {"width": 32, "depth": 2, "num_heads": 2, "image_size": 56, "class_token": kind.endswith("cls")}
+        options = {
+            "width": 32,
+            "depth": 2,
+            "num_heads": 2,
+            "image_size": 56,
+            "class_token": kind.endswith("cls"),
+        }
         return build_backbone("debug", seed=3, **options)
     return build_timm(TIMM[kind], layers=layers)
 
@@ -82,13 +92,23 @@ def test_features_are_those_of_each_image_alone(kind: str, layers: tuple[int, ..
                 close(many.prefix[place], one.prefix[0])
 
 
-@pytest.mark.parametrize(("kind", "layers"), [("eva", ()), ("vit", (0, 2)), ("convnext", (1, 2)), ("convnext", (2, 3))])
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("eva", ()), ("vit", (0, 2)), ("convnext", (1, 2)), ("convnext", (2, 3))]
+)
 @torch.no_grad()
 def test_heads_say_the_same_of_an_image_alone(kind: str, layers: tuple[int, ...]) -> None:
-    """The last maps of the last case are of 16 and 32 pixels: an image that fills its batch may leave cells empty."""
+    """The last maps of the last case are of 16 and 32 pixels: an image that fills its batch may leave cells
+    empty.
+    """
     backbone = tower(kind, layers)
     options: dict[str, dict[str, Any]] = {
-        "segmentation": {"type": "plain", "num_queries": 4, "hidden_dim": 32, "num_heads": 2, "num_classes": 3},
+        "segmentation": {
+            "type": "plain",
+            "num_queries": 4,
+            "hidden_dim": 32,
+            "num_heads": 2,
+            "num_classes": 3,
+        },
         "semantic": {"num_classes": 3},
     }
     heads: dict[str, Any] = {"detection": head_of("detection", backbone.width, num_queries=6, encoder_dim=16)}
@@ -120,14 +140,18 @@ def test_no_pixel_is_lost() -> None:
     assert sample.image is not None
     changed = sample.image.clone()
     changed[:, -1], changed[:, :, -1] = 255 - changed[:, -1], 255 - changed[:, :, -1]
-    (before,), (after,) = (module.features(collate_joint([replace(sample, image=i)])) for i in (sample.image, changed))
+    (before,), (after,) = (
+        module.features(collate_joint([replace(sample, image=i)])) for i in (sample.image, changed)
+    )
     moved = (before.features - after.features).abs().sum(1)[0]
     assert moved[-1].min() > 0 and moved[:, -1].min() > 0
     assert before.cells is not None and before.cells[0].tolist() == pytest.approx([100 / 14, 131 / 14])
 
 
 def test_calls_of_a_timm_tower() -> None:
-    """One for each size, or under ZeRO-3 one for each image, also where all are alike: as many on every rank."""
+    """One for each size, or under ZeRO-3 one for each image, also where all are alike: as many on every
+    rank.
+    """
     backbone = tower("vit")
     module, batch = model(backbone), collate_joint(samples())
     same = collate_joint(samples()[::2])
@@ -137,7 +161,9 @@ def test_calls_of_a_timm_tower() -> None:
             module.features(some)
         assert called.call_count == calls
     backbone.one_by_one = True
-    assert module.frames(replace(same, mixed=False)) is None, "crops of one size are a batch under ZeRO-3, too"
+    assert module.frames(replace(same, mixed=False)) is None, (
+        "crops of one size are a batch under ZeRO-3, too"
+    )
 
 
 def _narrow(tower: Any, images: Tensor) -> Tensor:
@@ -175,9 +201,13 @@ def test_a_map_is_resized_within_each_image(grid: tuple[int, int], antialias: bo
 
 @torch.no_grad()
 def test_windows_are_those_of_each_image_alone() -> None:
-    """Semantic segmentation, of an upright and a lying image that the windows are larger than, and of a strip."""
+    """Semantic segmentation, of an upright and a lying image that the windows are larger than, and of a
+    strip.
+    """
     backbone = tower("eva")
-    head = TASKS["semantic"].build_head(backbone.shapes, TASKS["semantic"].settings("head", {"num_classes": 3}), None)
+    head = TASKS["semantic"].build_head(
+        backbone.shapes, TASKS["semantic"].settings("head", {"num_classes": 3}), None
+    )
     torch.nn.init.normal_(head.get_parameter("classifier.weight"), generator=torch.Generator().manual_seed(0))
     module = model(backbone, {"semantic": head})
 

@@ -57,7 +57,9 @@ def _gradients(backbone: EvaViT, images: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize("recompute", ["block", "mlp"])
-def test_whatever_is_recomputed_the_gradients_are_the_same(images: Tensor, recompute: str, post_norm: bool) -> None:
+def test_whatever_is_recomputed_the_gradients_are_the_same(
+    images: Tensor, recompute: str, post_norm: bool
+) -> None:
     """Modules run twice where they are recomputed."""
     backbone = build_backbone("debug", **TINY, post_norm=post_norm).train()
     plain = _gradients(backbone, images)
@@ -92,7 +94,9 @@ def test_packed_images_are_processed_as_if_alone(post_norm: bool, class_token: b
         maps = backbone(batch, frames)[0]
         assert maps.shape == (4, 32, 4, 6)
         grids = [(height // 14, width // 14) for height, width in frames]
-        assert all(not one[:, h:].any() and not one[:, :, w:].any() for one, (h, w) in zip(maps, grids, strict=True))
+        assert all(
+            not one[:, h:].any() and not one[:, :, w:].any() for one, (h, w) in zip(maps, grids, strict=True)
+        )
         return [one[:, :h, :w] for one, (h, w) in zip(maps, grids, strict=True)]
 
     def alone() -> list[Tensor]:
@@ -145,7 +149,9 @@ def test_16_bit_matrices_keep_an_fp32_residual_stream(images: Tensor, post_norm:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_frozen_bf16_tower_keeps_16_bit_branches_in_the_backward_pass(images: Tensor, device: str) -> None:
-    """A norm that returned fp32 under autocast, as torch's does on CUDA, would double what each block keeps."""
+    """A norm that returned fp32 under autocast, as torch's does on CUDA, would double what each block
+    keeps.
+    """
     backbone = build_backbone("debug", **TINY, post_norm=True, dtype=torch.bfloat16, device=device)
     kept: list[Tensor] = []
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -166,5 +172,8 @@ def test_bad_names_and_shapes_are_refused() -> None:
 def test_tokens_lie_one_after_another() -> None:
     """The convolution's order would go through all sums, and each product would need a second wide tensor."""
     backbone = build_backbone("debug", width=32, depth=1, num_heads=2, image_size=28)
-    for images in (torch.randn(2, 3, 28, 28), torch.randn(2, 3, 28, 28).to(memory_format=torch.channels_last)):
+    for images in (
+        torch.randn(2, 3, 28, 28),
+        torch.randn(2, 3, 28, 28).to(memory_format=torch.channels_last),
+    ):
         assert backbone.embed(images).is_contiguous()

@@ -51,7 +51,9 @@ def test_equal_to_timm_at_224(preset: str, class_token: bool) -> None:
 
 @pytest.mark.parametrize("class_token", [False, True])
 @pytest.mark.parametrize("preset", ["eva_e", "eva_g"])
-def test_equal_to_timm_at_another_size_with_the_same_position_embeddings(preset: str, class_token: bool) -> None:
+def test_equal_to_timm_at_another_size_with_the_same_position_embeddings(
+    preset: str, class_token: bool
+) -> None:
     ours, _ = _pair(preset, class_token=class_token, width=48, depth=2, num_heads=3)
     theirs = timm.create_model(
         TIMM[preset], num_classes=0, global_pool="", class_token=class_token, img_size=(168, 294), embed_dim=48,
@@ -88,8 +90,8 @@ def test_resizing_is_bicubic_without_antialiasing() -> None:
     grid = torch.randn(16 * 16, 5)
     assert resized_positions(grid, (16, 16)) is grid
 
-    # By hand from the Keys kernel with a = -0.75: row 3 of a doubled grid sits at input row 1.25, so the weights of
-    # rows 0..3 are those at distances 1.25, 0.25, 0.75, 1.75.
+    # By hand from the Keys kernel with a = -0.75: row 3 of a doubled grid sits at input row 1.25, so the
+    # weights of rows 0..3 are those at distances 1.25, 0.25, 0.75, 1.75.
     def keys(d: float) -> float:
         a = -0.75
         return (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a

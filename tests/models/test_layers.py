@@ -40,8 +40,14 @@ from visft_ds.prepare.model import plan_model
 
 timm = pytest.importorskip("timm")
 SMALL: dict[str, Any] = {"width": 32, "depth": 3, "num_heads": 2, "image_size": 56}
-#: Model of timm -> block: tokens, a list of stages, stages that are children by name, and layers behind the last stage.
-ENDS = {"test_vit": "blocks.3", "test_convnext": "stages.2", "test_resnet": "layer3", "test_efficientnet": "blocks.3"}
+#: Model of timm -> block: tokens, a list of stages, stages that are children by name, and layers behind the
+#: last stage.
+ENDS = {
+    "test_vit": "blocks.3",
+    "test_convnext": "stages.2",
+    "test_resnet": "layer3",
+    "test_efficientnet": "blocks.3",
+}
 #: The same by number; a ResNet's stem is number 0.
 NUMBERS = {"test_vit": 3, "test_convnext": 2, "test_resnet": 3, "test_efficientnet": 3}
 # fp32, a few layers, the same operations on merged weights.
@@ -67,7 +73,9 @@ def test_a_model_of_timm_ends_after_a_block(name: str) -> None:
     assert torch.equal(as_map(again, features), features)
     assert features.shape[1] == cut.width and abs(features.shape[3] - 128 / cut.patch_size) <= 1
     kept = {key: value for key, value in whole.state_dict().items() if key in cut.state_dict()}
-    assert len(kept) < len(whole.state_dict()) and all(torch.equal(v, cut.state_dict()[k]) for k, v in kept.items())
+    assert len(kept) < len(whole.state_dict()) and all(
+        torch.equal(v, cut.state_dict()[k]) for k, v in kept.items()
+    )
     with pytest.raises(ValueError, match="no block 77"):
         build_timm(name, layers=(77,), device="meta")
 
@@ -85,7 +93,9 @@ def _clip_file(folder: Path) -> Path:
 def _timm_file(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     whole = timm.create_model(name, num_classes=7)
-    save_file({key: value.contiguous() for key, value in whole.state_dict().items()}, folder / "base.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in whole.state_dict().items()}, folder / "base.safetensors"
+    )
     return folder / "base.safetensors"
 
 
@@ -110,7 +120,9 @@ def _features(files: ModelFiles, images: Tensor) -> Tensor:
 def test_merged_weights_are_whole_and_say_where_they_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """The base is whole, the adapter of a cut tower; base + adapter, the merged folder and timm give the same."""
+    """The base is whole, the adapter of a cut tower; base + adapter, the merged folder and timm give the
+    same.
+    """
     ours: Backbone
     if name == "eva":
         base, ours = _clip_file(tmp_path), build_backbone("debug", **SMALL, layers=(1,)).eval()
@@ -184,7 +196,8 @@ def test_heads_and_adapters_fit_the_block_of_the_configuration() -> None:
     assert len(names) == 14 and all(".conv_pw" in name for name in names)
 
 
-#: Backbone -> blocks: an Eva with registers, a ViT with a class token, networks of stages, and a tower of ours.
+#: Backbone -> blocks: an Eva with registers, a ViT with a class token, networks of stages, and a tower of
+#: ours.
 SEVERAL = {
     next(iter(small_timm.FAMILIES)): (0, 1),
     "test_vit": (1, 3, 5),
@@ -195,12 +208,16 @@ SEVERAL = {
 
 
 def _of_blocks(name: str, layers: tuple[int, ...]) -> Any:
-    return build_backbone("debug", **SMALL, layers=layers) if name == "eva" else build_timm(name, layers=layers)
+    return (
+        build_backbone("debug", **SMALL, layers=layers) if name == "eva" else build_timm(name, layers=layers)
+    )
 
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_several_maps_are_those_behind_their_blocks(name: str) -> None:
-    """Those of hooks in the whole model; gradients are equal when recomputed; the last map is a shorter model's."""
+    """Those of hooks in the whole model; gradients are equal when recomputed; the last map is a shorter
+    model's.
+    """
     layers = SEVERAL[name]
     cut, whole = _of_blocks(name, layers).eval(), _of_blocks(name, ()).eval()
     images, given = torch.randn(2, 3, 64, 96), dict[str, Tensor]()

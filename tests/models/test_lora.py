@@ -35,7 +35,11 @@ def images() -> Tensor:
 
 
 def _adapted(
-    *, targets: Iterable[str] = ("q", "v"), spread: float = 0.3, dtype: torch.dtype = torch.float32, rank: int = 4
+    *,
+    targets: Iterable[str] = ("q", "v"),
+    spread: float = 0.3,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 4,
 ) -> EvaViT:
     backbone = build_backbone("debug", **TINY, dtype=dtype)
     inject_lora(backbone, rank=rank, alpha=2.0, targets=targets)
@@ -180,7 +184,10 @@ def _trained(backbone: EvaViT, images: Tensor) -> list[Tensor]:
     backbone.zero_grad()
     output = backbone(images)[0]
     output.square().mean().backward()
-    return [output.detach(), *(p.grad.clone() for p in lora_parameters(backbone).values() if p.grad is not None)]
+    return [
+        output.detach(),
+        *(p.grad.clone() for p in lora_parameters(backbone).values() if p.grad is not None),
+    ]
 
 
 def _frozen_but_adapters(**options: Any) -> EvaViT:
@@ -218,11 +225,17 @@ def test_the_kept_wide_weight_computes_what_a_new_one_does(
     # One W: the parameter looks into [W | B].
     for layer in layers:
         assert isinstance(layer, LoRALinear)
-        assert layer.weight.untyped_storage().nbytes() < 2 * (layer.in_features + 3 * 8 + 8) * layer.out_features
+        assert (
+            layer.weight.untyped_storage().nbytes() < 2 * (layer.in_features + 3 * 8 + 8) * layer.out_features
+        )
 
 
-def test_whoever_changes_adapters_or_weights_no_stale_value_is_multiplied(images: Tensor, augmented: None) -> None:
-    """Optimisers write past the counter of changes, checkpoints and averages in place, `.to()` into new memory."""
+def test_whoever_changes_adapters_or_weights_no_stale_value_is_multiplied(
+    images: Tensor, augmented: None
+) -> None:
+    """Optimisers write past the counter of changes, checkpoints and averages in place, `.to()` into new
+    memory.
+    """
     backbone = _frozen_but_adapters()
 
     def check(changed: str) -> None:
@@ -255,7 +268,9 @@ def test_whoever_changes_adapters_or_weights_no_stale_value_is_multiplied(images
         check(name)
 
 
-def test_a_copy_has_its_own_wide_weight_and_trained_weights_have_none(images: Tensor, augmented: None) -> None:
+def test_a_copy_has_its_own_wide_weight_and_trained_weights_have_none(
+    images: Tensor, augmented: None
+) -> None:
     backbone = _frozen_but_adapters()
     before = _trained(backbone, images)
     copied = copy.deepcopy(backbone)
@@ -267,7 +282,9 @@ def test_a_copy_has_its_own_wide_weight_and_trained_weights_have_none(images: Te
     full = _adapted(dtype=torch.bfloat16).train()  # an optimiser owns the storage of what trains
     _trained(full, images)
     assert all(layer.weight.is_contiguous() for layer in lora_layers(full).values())
-    checked = _frozen_but_adapters(spread=0.0)  # before DeepSpeed broadcasts the weights, which must be contiguous
+    checked = _frozen_but_adapters(
+        spread=0.0
+    )  # before DeepSpeed broadcasts the weights, which must be contiguous
     check_reached(checked, images)
     assert all(layer.weight.is_contiguous() for layer in lora_layers(checked).values())
 

@@ -1,7 +1,8 @@
 """Images of different sizes without padding: losses, gradients and predictions are those of each image alone.
 
-Four images in one batch against the same four one after another, all three heads, adapters that train, in float64.
-Sizes are powers of two times a patch, so that the shares of the padded masks, which are kept in float32, are exact.
+Four images in one batch against the same four one after another, all three heads, adapters that train, in
+float64. Sizes are powers of two times a patch, so that the shares of the padded masks, which are kept in
+float32, are exact.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def test_losses_and_gradients_are_those_of_each_image_alone(recompute: str) -> N
 
 @pytest.mark.parametrize("task", TASKS)
 def test_predictions_are_those_of_each_image_alone(task: str) -> None:
-    """Also where an image comes with padding of its own, as segmentation gives it in evaluation, and for a strip."""
+    """Also where an image comes with padding of its own, as segmentation gives it in evaluation, and for a
+    strip.
+    """
     module = model()
     if task == "semantic":
         settings = TASKS[task].settings("head", {"num_classes": 5})
@@ -75,7 +78,9 @@ def test_predictions_are_those_of_each_image_alone(task: str) -> None:
     samples = [replace(sample, targets={}, original_size=(40, 60)) for sample in mixed()]
     if task == "segmentation":
         sizes = [(50, 112), (112, 45), (28, 100), (56, 112)]
-        samples = [replace(sample, size=size, frame=sample.size) for sample, size in zip(samples, sizes, strict=True)]
+        samples = [
+            replace(sample, size=size, frame=sample.size) for sample, size in zip(samples, sizes, strict=True)
+        ]
     else:
         strip = torch.from_numpy(np.full((3, 7, 112), 200, dtype=np.uint8))
         samples[2] = replace(samples[2], size=(7, 112), image=strip)
@@ -118,11 +123,17 @@ def test_images_with_the_same_cells_need_no_packing() -> None:
 def test_frames_stay_on_the_host() -> None:
     """Packing reads them in every step: a copy on a device would have to be waited for."""
     batch = collate_joint(mixed()).to(torch.device("meta"))
-    assert batch.images.is_meta and batch.frames is not None and batch.frames.tolist() == [list(s) for s in SIZES]
+    assert (
+        batch.images.is_meta
+        and batch.frames is not None
+        and batch.frames.tolist() == [list(s) for s in SIZES]
+    )
 
 
 def test_the_last_stage_of_a_pipeline_knows_the_padding_without_pixels() -> None:
-    """Segmentation comes with padding of its own in evaluation: 100 of 112 columns, of 8 patches instead of 7."""
+    """Segmentation comes with padding of its own in evaluation: 100 of 112 columns, of 8 patches instead of
+    7.
+    """
     samples = [replace(sample, size=(50, 100), frame=sample.size, targets={}) for sample in mixed()[:1]]
     batch = collate_joint(samples)
     blind = replace(batch, images=batch.images[..., :0, :0])

@@ -1,4 +1,6 @@
-"""Models of timm as backbones: timm's own features, adapters that PEFT computes alike, files that timm loads."""
+"""Models of timm as backbones: timm's own features, adapters that PEFT computes alike, files that timm
+loads.
+"""
 
 from __future__ import annotations
 
@@ -82,10 +84,17 @@ def test_published_models_by_shape() -> None:
     assert (clip.width, clip.patch_size, clip.image_size, clip.left_out) == (768, 16, 224, {})
     assert clip.pixel_mean == (0.48145466, 0.4578275, 0.40821073)
     siglip = build_timm("vit_base_patch16_siglip_224", device="meta")
-    assert siglip.pixel_std == (0.5, 0.5, 0.5) and {name.partition(".")[0] for name in siglip.left_out} == {"attn_pool"}
+    assert siglip.pixel_std == (0.5, 0.5, 0.5) and {name.partition(".")[0] for name in siglip.left_out} == {
+        "attn_pool"
+    }
     atto = build_timm("convnext_atto", device="meta")
-    assert (atto.width, atto.patch_size) == (320, 32) and set(atto.left_out) == {"head.norm.weight", "head.norm.bias"}
-    lite2 = build_timm("tf_efficientnet_lite2", device="meta")  # 9 rows of 260 pixels, the last a part of a stride
+    assert (atto.width, atto.patch_size) == (320, 32) and set(atto.left_out) == {
+        "head.norm.weight",
+        "head.norm.bias",
+    }
+    lite2 = build_timm(
+        "tf_efficientnet_lite2", device="meta"
+    )  # 9 rows of 260 pixels, the last a part of a stride
     assert (lite2.image_size, lite2.patch_size) == (260, 32)
 
 
@@ -208,7 +217,9 @@ def test_peft_computes_it(tmp_path: Path, name: str) -> None:
 def test_timm_loads_the_folder_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int | None, classes: int
 ) -> None:
-    """A run on a checkpoint with a classifier or without one, merged into a folder, as the README in it says."""
+    """A run on a checkpoint with a classifier or without one, merged into a folder, as the README in it
+    says.
+    """
     sized = {} if size is None else {"img_size": size}
     torch.manual_seed(0)
     whole = timm.create_model(name, num_classes=classes, **sized)
@@ -224,7 +235,10 @@ def test_timm_loads_the_folder_by_itself(
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     assert loaded.num_classes == classes and tuple(loaded.pretrained_cfg["mean"]) == ours.pixel_mean
     assert loaded.state_dict().keys() == whole.state_dict().keys()
-    images, printed = torch.randn(1, 3, size or 160, size or 160), run_readme(out, monkeypatch)["model"].eval()
+    images, printed = (
+        torch.randn(1, 3, size or 160, size or 160),
+        run_readme(out, monkeypatch)["model"].eval(),
+    )
     with torch.no_grad():
         wanted = ours(images)[0]
         for model in (loaded, printed):

@@ -28,7 +28,9 @@ def test_a_plan_is_aligned_text_and_no_line_is_too_long(capsys: pytest.CaptureFi
         "   group          values      lr",
         "   lora           29,360,128  1e-05",
     ]
-    assert [line for line in lines if len(line) > 100] == [f"   y              z           {path}"], "to be copied"
+    assert [line for line in lines if len(line) > 100] == [f"   y              z           {path}"], (
+        "to be copied"
+    )
 
 
 def test_progress_prints_first_last_and_every_nth_step() -> None:
@@ -40,7 +42,8 @@ def test_progress_prints_first_last_and_every_nth_step() -> None:
     lines = stream.getvalue().splitlines()
     assert [text.split()[1] for text in lines[:-1]] == ["3/10", "4/10", "8/10", "10/10"]
     assert (
-        lines[0] == "step 3/10  eta 00:03  detection 2  64 img/s  lr 1.00e-03  grad_norm 3.25  data 10%  mem 1.50 GiB"
+        lines[0]
+        == "step 3/10  eta 00:03  detection 2  64 img/s  lr 1.00e-03  grad_norm 3.25  data 10%  mem 1.50 GiB"
     )
     assert lines[-1] == "saved [step 10]"
 

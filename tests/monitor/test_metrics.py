@@ -29,7 +29,9 @@ def test_records_are_on_disk_before_the_writer_is_closed(tmp_path: Path) -> None
         writer.event(1, "saved", loss=math.nan)
         first, second = records(tmp_path)
     assert (first["kind"], first["step"], first["loss/detection"], first["lr/lora"]) == ("step", 1, 2.5, 1e-5)
-    assert (second["kind"], second["event"], second["loss"]) == ("event", "saved", "nan"), "JSON has no such number"
+    assert (second["kind"], second["event"], second["loss"]) == ("event", "saved", "nan"), (
+        "JSON has no such number"
+    )
     assert first["time"] <= second["time"]
 
 
@@ -39,9 +41,17 @@ def test_resuming_leaves_each_step_once(tmp_path: Path) -> None:
             writer.step(step, {"loss": float(step)})
     with MetricsWriter(tmp_path, resume_step=2) as writer:
         writer.step(3, {"loss": 30.0})
-    assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
     # TensorBoard keeps both files and hides what the second run replaced.
-    assert [(point.step, point.value) for point in tensorboard(tmp_path).Scalars("loss")] == [(1, 1), (2, 2), (3, 30)]
+    assert [(point.step, point.value) for point in tensorboard(tmp_path).Scalars("loss")] == [
+        (1, 1),
+        (2, 2),
+        (3, 30),
+    ]
     with MetricsWriter(tmp_path) as writer:
         writer.step(1, {"loss": 7.0})
     assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(1, 7.0)]
@@ -77,7 +87,9 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [16, 64, 1 << 20])
-def test_a_resume_reads_back_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_a_resume_reads_back_from_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
     """Numbers of an evaluation and of a save come later than those of the steps after it."""
     monkeypatch.setattr(metrics, "_BLOCK", block)
     path = tmp_path / METRICS_FILE

@@ -53,7 +53,9 @@ def test_a_run_that_goes_on_goes_on_there(sent: list[Any], tmp_path: Path) -> No
     assert sent[5][track.STEP] == 2 and not opened["settings"]["save_code"]
 
 
-def test_an_error_of_a_tracker_ends_no_run(sent: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_a_tracker_ends_no_run(
+    sent: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tracker = Tracker(tmp_path, {})
     for step in range(1, 6):
         tracker.on_step(step, {"loss": 1.0})

@@ -2,10 +2,10 @@
 
     python -m tests.ops.compile_kernels [--write]
 
-The wheel of Triton brings ptxas and the disassembler, so no driver is needed. TRITON_INTERPRET must not be set. What it
-finds for each pass, dtype and architecture, as JSON: registers of a thread, bytes that spill, bytes of shared memory,
-and matrix instructions in the machine code (HMMA, HGMMA, UTC*MMA). --write puts it into compiled_kernels.json, with
-which `test_triton.py` compares.
+The wheel of Triton brings ptxas and the disassembler, so no driver is needed. TRITON_INTERPRET must not be
+set. What it finds for each pass, dtype and architecture, as JSON: registers of a thread, bytes that spill,
+bytes of shared memory, and matrix instructions in the machine code (HMMA, HGMMA, UTC*MMA). --write puts it
+into compiled_kernels.json, with which `test_triton.py` compares.
 """
 
 from __future__ import annotations
@@ -63,7 +63,13 @@ def compiled(way: str, dtype: str, architecture: int) -> dict[str, int]:
         ptx.write_text(binary_of.asm["ptx"])
         target = re.search(r"\.target (sm_\w+)", binary_of.asm["ptx"])
         assert target is not None
-        command = [get_ptxas(architecture).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={target[1]}", str(ptx)]
+        command = [
+            get_ptxas(architecture).path,
+            "-v",
+            "--regAllocOptLevel=2",
+            f"--gpu-name={target[1]}",
+            str(ptx),
+        ]
         log = subprocess.run([*command, "-o", str(binary)], capture_output=True, text=True, check=True).stderr
         binary.write_bytes(binary_of.asm["cubin"])
         code = subprocess.run(

@@ -1,8 +1,9 @@
-"""The Triton kernels in Triton's interpreter, on a CPU; `test_triton.py` runs this file with TRITON_INTERPRET=1.
+"""The Triton kernels in Triton's interpreter, on a CPU; `test_triton.py` runs this file with
+TRITON_INTERPRET=1.
 
-Triton decides on interpreting when a kernel is defined, so these tests need a process of their own. Every result is
-compared with float64 on the same inputs. The interpreter computes bf16 wrongly without a word, so launchers go through
-float32 there: that tests what kernels make of bf16 inputs, not their own roundings.
+Triton decides on interpreting when a kernel is defined, so these tests need a process of their own. Every
+result is compared with float64 on the same inputs. The interpreter computes bf16 wrongly without a word, so
+launchers go through float32 there: that tests what kernels make of bf16 inputs, not their own roundings.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from visft_ds.ops.triton_lora import INTERPRETED
 
 assert INTERPRETED, "run by tests/ops/test_triton.py"
 
-#: Relative error in the Frobenius norm. fp32: sums of a hundred terms; 16 bit: u and each result are rounded once.
+#: Relative error in the Frobenius norm. fp32: sums of a hundred terms; 16 bit: u and each result are rounded
+#: once.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
@@ -57,10 +59,14 @@ def test_lora_equals_float64(dtype: torch.dtype) -> None:
 
 @st.composite
 def _cases(draw: st.DrawFn) -> tuple[Slices, tuple[int, ...], int, int, int, bool]:
-    """Ragged slices that end anywhere in a tile, ranks that are no power of two, sizes below and above a tile."""
+    """Ragged slices that end anywhere in a tile, ranks that are no power of two, sizes below and above a
+    tile.
+    """
     fan_out = draw(st.integers(4, 80))
     count = draw(st.integers(1, 3)) if fan_out >= 6 else 1
-    edges = draw(st.lists(st.integers(0, fan_out), min_size=2 * count, max_size=2 * count, unique=True).map(sorted))
+    edges = draw(
+        st.lists(st.integers(0, fan_out), min_size=2 * count, max_size=2 * count, unique=True).map(sorted)
+    )
     slices = tuple((edges[2 * i], edges[2 * i + 1]) for i in range(count))
     lead = draw(st.lists(st.integers(1, 7), min_size=1, max_size=2).map(tuple))
     return slices, lead, draw(st.integers(1, 70)), fan_out, draw(st.integers(1, 40)), draw(st.booleans())

@@ -44,14 +44,18 @@ def test_packed_lengths_equal_one_image_after_the_other(lengths: list[int], head
 
 
 def test_what_kernels_for_packed_lengths_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash-attn's function by a stand-in with its first seven arguments, torch's by the shapes it works out itself."""
+    """flash-attn's function by a stand-in with its first seven arguments, torch's by the shapes it works out
+    itself.
+    """
     lengths = [3, 5, 1]
     q, k, v = (torch.randn(9, 2, 8) for _ in range(3))
     packing = Packing.of(lengths, q.device)
     wanted = attention_packed(q, k, v, packing)
     monkeypatch.setattr("visft_ds.ops.attention.has_packed_kernel", lambda q: True)
     asked = [tensor.to("meta", BF16) for tensor in (q, k, v)]
-    assert attention_packed(asked[0], asked[1], asked[2], Packing.of(lengths, torch.device("meta"))).shape == (9, 2, 8)
+    assert attention_packed(
+        asked[0], asked[1], asked[2], Packing.of(lengths, torch.device("meta"))
+    ).shape == (9, 2, 8)
 
     def stand_in(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_q: int, max_k: int
@@ -82,17 +86,27 @@ def test_which_gpus_have_kernels_for_packed_lengths(monkeypatch: pytest.MonkeyPa
     assert not on_gpu(torch.float16, 112)
 
 
-@pytest.mark.skipif(not hasattr(varlen, "_select_backend"), reason="torch before 2.15 takes flash attention anyway")
+@pytest.mark.skipif(
+    not hasattr(varlen, "_select_backend"), reason="torch before 2.15 takes flash attention anyway"
+)
 @pytest.mark.parametrize("head_dim", [64, 88, 112, 256])
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
 def test_packed_lengths_never_meet_cudnn(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], head_dim: int
 ) -> None:
-    """It plans anew for every number of tokens; torch prefers it on sm_90 and sm_100, unless a run forbids it."""
+    """It plans anew for every number of tokens; torch prefers it on sm_90 and sm_100, unless a run forbids
+    it.
+    """
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: capability)
     monkeypatch.setattr("torch.backends.cudnn.version", lambda: 92400)
     device, offsets = torch.device("cuda", 0), torch.tensor([0, 1600, 4000])
-    shape = {"shape": (4000, 16, head_dim), "dtype": BF16, "device": device, "is_cuda": True, "requires_grad": True}
+    shape = {
+        "shape": (4000, 16, head_dim),
+        "dtype": BF16,
+        "device": device,
+        "is_cuda": True,
+        "requires_grad": True,
+    }
     q, before = types.SimpleNamespace(**shape), torch.backends.cuda.cudnn_sdp_enabled()
 
     def chosen() -> int:
@@ -103,7 +117,9 @@ def test_packed_lengths_never_meet_cudnn(
 
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        assert (chosen() != varlen._FLASH_ATTENTION_BACKEND) == (capability in ((9, 0), (10, 0)) and head_dim <= 128)
+        assert (chosen() != varlen._FLASH_ATTENTION_BACKEND) == (
+            capability in ((9, 0), (10, 0)) and head_dim <= 128
+        )
         use_numerics(device)
         assert chosen() == varlen._FLASH_ATTENTION_BACKEND
     finally:

@@ -18,7 +18,9 @@ from visft_ds.ops import gelu
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_an_mlp_computes_the_same_and_holds_one_wide_tensor_less(adapted: bool) -> None:
-    """With F.gelu three live in the backward pass: what is kept, the gradient of the result and that of the input."""
+    """With F.gelu three live in the backward pass: what is kept, the gradient of the result and that of the
+    input.
+    """
     torch.manual_seed(0)
     mlp = nn.ModuleDict({"fc1": Linear(8, 4096), "fc2": Linear(4096, 8)})
     for parameter in mlp.parameters():

@@ -63,14 +63,18 @@ def test_non_contiguous_input_and_output_gradient(backend: str) -> None:
     x = x.transpose(0, 2).requires_grad_()
     a.requires_grad_(), b.requires_grad_()
     gradient = torch.randn(24, 3, 4, 6, dtype=torch.float64).permute(1, 2, 3, 0)
-    found = torch.autograd.grad(lora_linear(x, weight, bias, a, b, SCALE, QV, backend=backend), (x, a, b), gradient)
+    found = torch.autograd.grad(
+        lora_linear(x, weight, bias, a, b, SCALE, QV, backend=backend), (x, a, b), gradient
+    )
     wanted = torch.autograd.grad(_dense(x, weight, bias, a, b, QV), (x, a, b), gradient)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("trains", ["a", "b", "bias", "weight", "x"])
 def test_every_input_alone_gets_its_gradient(trains: str) -> None:
-    """Parameter groups may train any subset; a tensor that requires a gradient must never silently get none."""
+    """Parameter groups may train any subset; a tensor that requires a gradient must never silently get
+    none.
+    """
     x, weight, bias, a, b = _tensors(RAGGED)
     chosen = {"x": x, "weight": weight, "bias": bias, "a": a, "b": b}[trains].requires_grad_()
     gradient = torch.randn(2, 5, 24, dtype=torch.float64)
@@ -102,7 +106,9 @@ def test_autocast_computes_in_16_bit_with_fp32_gradients(backend: str, weight_dt
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = lora_linear(x, weight.to(weight_dtype), bias, a, b, SCALE, QV, backend=backend)
     if weight_dtype == torch.bfloat16:  # 16-bit input does so by itself
-        assert torch.equal(out, lora_linear(x.bfloat16(), weight.bfloat16(), bias, a, b, SCALE, QV, backend=backend))
+        assert torch.equal(
+            out, lora_linear(x.bfloat16(), weight.bfloat16(), bias, a, b, SCALE, QV, backend=backend)
+        )
     gradient = torch.randn_like(out)
     found = torch.autograd.grad(out, (x, a, b), gradient)
     exact = _dense(x, weight, bias, a, b, QV)
@@ -126,10 +132,14 @@ def test_backward_computes_in_the_precision_of_the_forward() -> None:
 
 @st.composite
 def _layers(draw: st.DrawFn) -> tuple[Slices, tuple[int, ...], int, int, int]:
-    """Slices with gaps and without, that start and end anywhere; leading dimensions with a zero now and then."""
+    """Slices with gaps and without, that start and end anywhere; leading dimensions with a zero now and
+    then.
+    """
     fan_out = draw(st.integers(2, 40))
     count = draw(st.integers(1, min(3, fan_out // 2)))
-    edges = sorted(draw(st.lists(st.integers(0, fan_out), min_size=2 * count, max_size=2 * count, unique=True)))
+    edges = sorted(
+        draw(st.lists(st.integers(0, fan_out), min_size=2 * count, max_size=2 * count, unique=True))
+    )
     slices = tuple((edges[2 * i], edges[2 * i + 1]) for i in range(count))
     lead = tuple(draw(st.lists(st.integers(0, 5), min_size=1, max_size=3)))
     return slices, lead, draw(st.integers(1, 20)), fan_out, draw(st.integers(1, 9))
@@ -137,7 +147,9 @@ def _layers(draw: st.DrawFn) -> tuple[Slices, tuple[int, ...], int, int, int]:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(_layers(), st.sampled_from(LIBRARY))
-def test_any_shape_equals_the_dense_update(layer: tuple[Slices, tuple[int, ...], int, int, int], backend: str) -> None:
+def test_any_shape_equals_the_dense_update(
+    layer: tuple[Slices, tuple[int, ...], int, int, int], backend: str
+) -> None:
     slices, lead, fan_in, fan_out, rank = layer
     torch.manual_seed(0)
     x, weight, bias, a, b = _tensors(slices, lead=lead, fan_in=fan_in, fan_out=fan_out, rank=rank)
@@ -154,8 +166,8 @@ def test_any_shape_equals_the_dense_update(layer: tuple[Slices, tuple[int, ...],
 def test_small_updates_survive_bf16_in_the_augmented_backend(bias_size: float) -> None:
     """|B| = 1e-2, where Adam has brought it after some 200 steps from zero at a learning rate of 5e-5.
 
-    Sizes of EVA-ViT-E at rank 64 and alpha 1. The update is 1e-3 of the output: what is rounded first, with a number as
-    large as the output, mostly vanishes; with a bias of a tenth of it, it does not.
+    Sizes of EVA-ViT-E at rank 64 and alpha 1. The update is 1e-3 of the output: what is rounded first, with a
+    number as large as the output, mostly vanishes; with a bias of a tenth of it, it does not.
     """
     width, rank, scale = 1792, 64, 1 / 64
     slices: Slices = ((0, width),)
@@ -173,7 +185,8 @@ def test_small_updates_survive_bf16_in_the_augmented_backend(bias_size: float) -
         )
         share[backend] = float(((changed - unchanged) * delta).sum() / (delta * delta).sum())
     assert 0.9 < share["augmented"] < 1.1
-    # The other backend is why 16-bit GPUs get the augmented one; if it ever keeps the update, that choice can go.
+    # The other backend is why 16-bit GPUs get the augmented one; if it ever keeps the update, that choice can
+    # go.
     assert share["eager"] < 0.7 if bias_size == 1 else 0.9 < share["eager"] < 1.1
 
 

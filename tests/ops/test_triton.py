@@ -1,4 +1,5 @@
-"""The Triton kernels without a GPU: interpreted against float64, and compiled ahead of time for the GPUs they are for.
+"""The Triton kernels without a GPU: interpreted against float64, and compiled ahead of time for the GPUs they
+are for.
 
 Each in a process of its own: Triton decides when a kernel is defined whether it is interpreted.
 """

@@ -2,8 +2,8 @@
 
 Run as a module it is one rank of the engine (see `test_engines.py`):
     RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.engine_case OUT.pt ENGINE [straight]
-In most steps one task learns and two are idle: a head without a gradient is where DeepSpeed goes wrong silently. In one
-step all three learn from the same images.
+In most steps one task learns and two are idle: a head without a gradient is where DeepSpeed goes wrong
+silently. In one step all three learn from the same images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,15 @@ from visft_ds.tasks.transform import collate_joint
 SAVED_AT, GLOBAL_BATCH, CLIP, SIDE = 3, 4, 0.001, 56
 TASKS = ("detection", "segmentation", "captioning")
 #: Who learns in each step.
-ORDER = (("detection",), ("segmentation",), ("captioning",), TASKS, ("captioning",), ("segmentation",), ("detection",))
+ORDER = (
+    ("detection",),
+    ("segmentation",),
+    ("captioning",),
+    TASKS,
+    ("captioning",),
+    ("segmentation",),
+    ("detection",),
+)
 STEPS, VOCABULARY = len(ORDER), 12
 #: First layers of the stages of a pipeline: the layers are embedding, two blocks and heads.
 BOUNDS = {2: (0, 2, 4), 4: (0, 1, 2, 3, 4)}
@@ -68,7 +76,13 @@ def build_tasks(width: int) -> dict[str, TaskModule]:
         "captioning": {},
     }
     narrow: dict[str, dict[str, Any]] = {
-        "detection": {"encoder_dim": 16, "decoder_dim": 16, "encoder_layers": 1, "num_heads": 2, "ffn_dim": 32},
+        "detection": {
+            "encoder_dim": 16,
+            "decoder_dim": 16,
+            "encoder_layers": 1,
+            "num_heads": 2,
+            "ffn_dim": 32,
+        },
         "segmentation": {"hidden_dim": 32, "encoder_layers": 1, "num_heads": 2},
         "captioning": {"attention_dim": 16, "embed_dim": 16, "decoder_dim": 16, "grid": 3},
     }
@@ -84,7 +98,9 @@ def build_tasks(width: int) -> dict[str, TaskModule]:
     }
 
 
-def build(stage: int, *, storage: torch.dtype = torch.float32) -> tuple[MultiTaskModel, tuple[TrainedGroup, ...]]:
+def build(
+    stage: int, *, storage: torch.dtype = torch.float32
+) -> tuple[MultiTaskModel, tuple[TrainedGroup, ...]]:
     """The same model in every process; frozen matrices in `storage`, what trains in fp32."""
     backbone = build_backbone("debug", seed=3, width=32, depth=2, num_heads=2, image_size=SIDE)
     torch.manual_seed(5)
@@ -146,8 +162,15 @@ def _masks(rng: np.random.Generator, objects: int, size: tuple[int, int]) -> Map
 
 
 def _caption(rng: np.random.Generator, words: int) -> Mapping[str, npt.NDArray[Any]]:
-    tokens = [VOCABULARY - 2, *rng.integers(1, VOCABULARY - 3, words), VOCABULARY - 1] if words else [VOCABULARY - 2]
-    return {"tokens": np.array(tokens, dtype=np.int64), "references": np.array(["words"] * bool(words), dtype=object)}
+    tokens = (
+        [VOCABULARY - 2, *rng.integers(1, VOCABULARY - 3, words), VOCABULARY - 1]
+        if words
+        else [VOCABULARY - 2]
+    )
+    return {
+        "tokens": np.array(tokens, dtype=np.int64),
+        "references": np.array(["words"] * bool(words), dtype=object),
+    }
 
 
 def global_batch(step: int, order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)) -> Batch:
@@ -175,7 +198,9 @@ def factor(step: int) -> float:
 
 
 def like_a_gpu(device: torch.device, dtype: torch.dtype) -> str:
-    """`choose_backend` that takes for bf16 what GPUs take, so that engines meet the kept [W | B] of the layers."""
+    """`choose_backend` that takes for bf16 what GPUs take, so that engines meet the kept [W | B] of the
+    layers.
+    """
     return "augmented" if dtype == torch.bfloat16 else choose_backend(device, dtype)
 
 
@@ -188,9 +213,11 @@ def train_plain(
     parts: int = 1,
     build: Build = build,
 ) -> dict[str, Any]:
-    """One process, one batch (or `parts` of it, one after another), torch alone: what every engine has to equal.
+    """One process, one batch (or `parts` of it, one after another), torch alone: what every engine has to
+    equal.
 
-    A head that takes no part has zero gradients, not none: its moments decay and weight decay applies, as in DeepSpeed.
+    A head that takes no part has zero gradients, not none: its moments decay and weight decay applies, as in
+    DeepSpeed.
     """
     module, groups = build(stage, storage=STORAGE[precision])
     scale = SCALE if precision == "fp16" else 1.0
@@ -228,7 +255,8 @@ def train_plain(
 
 
 def engine_config(name: str, precision: str, micro: int, zero: Mapping[str, Any]) -> dict[str, Any]:
-    """What DeepSpeed is given for batches of GLOBAL_BATCH in micro-batches of `micro` images, with other ZeRO options.
+    """What DeepSpeed is given for batches of GLOBAL_BATCH in micro-batches of `micro` images, with other ZeRO
+    options.
 
     "pipeline4" has four stages; "_gathered" behind a name: no parameter is too small to be taken apart again.
     """
@@ -256,7 +284,12 @@ def engine_config(name: str, precision: str, micro: int, zero: Mapping[str, Any]
 
 
 def start_engine(
-    stage: int, name: str, precision: str, micro: int = 1, build: Build = build, zero: Mapping[str, Any] | None = None
+    stage: int,
+    name: str,
+    precision: str,
+    micro: int = 1,
+    build: Build = build,
+    zero: Mapping[str, Any] | None = None,
 ) -> Any:
     """An engine of ds_configs over the tiny model."""
     from deepspeed.runtime import torch_autocast
@@ -265,13 +298,15 @@ def start_engine(
     from visft_ds.parallel.pipeline import PipelineEngine
     from visft_ds.parallel.placement import placement_for
 
-    # DeepSpeed remembers the autocast of a process's last engine: one of fp32 would get the loss scaler of fp16.
+    # DeepSpeed remembers the autocast of a process's last engine: one of fp32 would get the loss scaler of
+    # fp16.
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     visft_ds.ops.lora.choose_backend = like_a_gpu
     config = engine_config(name, precision, micro, zero or {})
     module, trained = build(stage, storage=STORAGE[precision])
     groups = [
-        {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in trained
+        {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name}
+        for g in trained
     ]
     common: dict[str, Any] = {"build_optimizer": torch.optim.AdamW, "schedule": factor, "seed": 0}
     if "pipeline" in config:
@@ -285,7 +320,9 @@ def start_engine(
 def fed(
     engine: Any, step: int, order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)
 ) -> tuple[list[Batch], LossDenominators]:
-    """What this rank has read of a step (in pipelines pixels, labels or nothing), and what losses are divided by."""
+    """What this rank has read of a step (in pipelines pixels, labels or nothing), and what losses are divided
+    by.
+    """
     from visft_ds.parallel import distributed
 
     place = getattr(engine, "place", None) or Place.of_rank(distributed.rank(), distributed.world_size(), 1)
@@ -301,7 +338,9 @@ def fed(
     return batches, loss_denominators(engine.module, global_batch(step, order, sides), GLOBAL_BATCH // micro)
 
 
-def run_steps(engine: Any, start: int, stop: int, folder: Path | None = None, feed: Feed = fed) -> dict[str, Any]:
+def run_steps(
+    engine: Any, start: int, stop: int, folder: Path | None = None, feed: Feed = fed
+) -> dict[str, Any]:
     """Train some steps on this rank's share; the state after SAVED_AT goes to `folder`. Collective."""
     from visft_ds.checkpoint.format import save_checkpoint
     from visft_ds.parallel import distributed
@@ -325,7 +364,9 @@ def run_steps(engine: Any, start: int, stop: int, folder: Path | None = None, fe
         "scales": distributed.gather_objects(
             [report.loss_scale for report in reports] + [engine.loss_scale and engine.loss_scale.value]
         ),
-        "everyone": distributed.gather_objects([(r.losses, r.gradient_norm, r.learning_rates) for r in reports]),
+        "everyone": distributed.gather_objects(
+            [(r.losses, r.gradient_norm, r.learning_rates) for r in reports]
+        ),
     }
 
 
@@ -341,13 +382,18 @@ def resume(engine: Any, folder: Path) -> bool:
     held = gather_state(engine)
     if held is None:
         return True
-    pairs = [(held.parameters, wanted.parameters), *((held.moments[key], wanted.moments[key]) for key in MOMENTS)]
+    pairs = [
+        (held.parameters, wanted.parameters),
+        *((held.moments[key], wanted.moments[key]) for key in MOMENTS),
+    ]
     same = all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
     return same and held.updates == wanted.updates and held.loss_scale == wanted.loss_scale
 
 
 def write_results(found: Callable[..., dict[str, Any]]) -> None:
-    """One rank of a program `OUT ARGUMENTS`: the main process writes to OUT what `found(OUT, ARGUMENTS)` gave."""
+    """One rank of a program `OUT ARGUMENTS`: the main process writes to OUT what `found(OUT, ARGUMENTS)`
+    gave.
+    """
     from visft_ds.parallel import distributed
     from visft_ds.parallel.engine import start_process_group
 
@@ -360,14 +406,17 @@ def write_results(found: Callable[..., dict[str, Any]]) -> None:
         distributed.close()
 
 
-def results_of(program: str, out: Path, *arguments: str, world: int = 2, fresh: bool = False) -> dict[str, Any]:
+def results_of(
+    program: str, out: Path, *arguments: str, world: int = 2, fresh: bool = False
+) -> dict[str, Any]:
     """What the ranks of a program of this folder write, and what each printed."""
     printed = run_ranks(["-m", f"tests.parallel.{program}", str(out), *arguments], world, fresh=fresh)
     return {**torch.load(out, weights_only=False), "printed": printed}
 
 
 def every_run(out: Path, name: str, straight: str = "") -> dict[str, Any]:
-    """Both stages in fp32, a resume of each, and 16 bits; of ZeRO-3 also stage 1 with gradients that are stale.
+    """Both stages in fp32, a resume of each, and 16 bits; of ZeRO-3 also stage 1 with gradients that are
+    stale.
 
     `straight` leaves out all but fp32, on any number of ranks.
     """
@@ -391,7 +440,9 @@ def every_run(out: Path, name: str, straight: str = "") -> dict[str, Any]:
     if name == "zero1":  # of all engines in `test_traceless.py`
         results["traceless"] = compared(name, ["fp32"], ["fault", "rehearsal"])
         results["disagree"] = distributed.gather_objects(disagree())
-        results["told by main"] = distributed.gather_objects([told_by_main(error) for error in OF_MAIN.values()])
+        results["told by main"] = distributed.gather_objects(
+            [told_by_main(error) for error in OF_MAIN.values()]
+        )
     if name != "zero3_offload":  # the loss scaler is the same as without offload
         growing = start_engine(1, name, "fp16")
         growing.loss_scale.restore({**growing.loss_scale.state(), "growth_interval": 2})

@@ -50,7 +50,11 @@ def run(engine: Any, order: case.Order, folder: Path | None = None, start: int =
         **case.run_steps(engine, start, len(order), folder, partial(case.fed, order=order, sides=SIDES)),
         "training": distributed.gather_objects({n for n, m in engine.module.named_modules() if m.training}),
         "anchors": distributed.gather_objects(
-            [p.detach().clone() for n, p in engine.deepspeed.module.named_parameters() if n.startswith("anchor")]
+            [
+                p.detach().clone()
+                for n, p in engine.deepspeed.module.named_parameters()
+                if n.startswith("anchor")
+            ]
         ),
         "groups": distributed.gather_objects(len(engine.deepspeed.optimizer.param_groups)),
         "held": distributed.gather_objects({n for n, p in engine.module.named_parameters() if not p.is_meta}),
@@ -58,7 +62,9 @@ def run(engine: Any, order: case.Order, folder: Path | None = None, start: int =
 
 
 def predicted(engine: Any) -> list[Any]:
-    """What each rank was told of images of its own, of different sizes; in evaluation mode. On the main process."""
+    """What each rank was told of images of its own, of different sizes; in evaluation mode. On the main
+    process.
+    """
     from visft_ds.parallel import distributed
 
     rank = distributed.rank()
@@ -102,7 +108,11 @@ def overflowing(engine: Any) -> dict[str, Any]:
 
     engine.train_step(0, *case.fed(engine, 0))
     before = state()
-    own = [p for n, p in engine.module.named_parameters() if n.startswith("backbone.blocks.0.") and p.requires_grad]
+    own = [
+        p
+        for n, p in engine.module.named_parameters()
+        if n.startswith("backbone.blocks.0.") and p.requires_grad
+    ]
     hooks = [p.register_hook(lambda gradient: gradient * torch.inf) for p in own if not p.is_meta]
     report = engine.train_step(1, *case.fed(engine, 1))
     for hook in hooks:
@@ -133,7 +143,11 @@ def take_remedy(option: str) -> None:
         ]
     if option == "own-backward":
         names = ("RecvActivation", "SendGrad", "RecvGrad", "BackwardPass")
-        theirs = {one: how for one, how in pipeline.DeepSpeedPipeline._INSTRUCTION_MAP.items() if one.__name__ in names}
+        theirs = {
+            one: how
+            for one, how in pipeline.DeepSpeedPipeline._INSTRUCTION_MAP.items()
+            if one.__name__ in names
+        }
         ours_with_labels = pipeline.instructions
         pipeline.instructions = lambda *arguments: {**ours_with_labels(*arguments), **theirs}
 

@@ -10,7 +10,9 @@ import visft_ds.parallel
 from visft_ds.parallel.distributed import local_device
 
 
-@pytest.mark.parametrize(("sees", "asked", "told"), [(1, "", "cuda cuda:0"), (0, "", "cpu cpu"), (1, "cpu", "cpu cpu")])
+@pytest.mark.parametrize(
+    ("sees", "asked", "told"), [(1, "", "cuda cuda:0"), (0, "", "cpu cpu"), (1, "cpu", "cpu cpu")]
+)
 def test_the_accelerator_is_torchs_or_what_was_asked_for(
     sees: int, asked: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,9 @@
-"""Every ZeRO engine on two gloo ranks equals one plain PyTorch process on the global batch, and resumes bit for bit.
+"""Every ZeRO engine on two gloo ranks equals one plain PyTorch process on the global batch, and resumes bit
+for bit.
 
-Two ranks x two micro-batches of one image against one batch of four; detection, segmentation and captioning, of which
-two are idle in most steps and none in one; a parameter group with its own rate for each head, clipping far below the
-gradient norm.
+Two ranks x two micro-batches of one image against one batch of four; detection, segmentation and captioning,
+of which two are idle in most steps and none in one; a parameter group with its own rate for each head,
+clipping far below the gradient norm.
 """
 
 from __future__ import annotations
@@ -29,22 +30,23 @@ from tests.parallel.engine_case import (
 from tests.parallel.test_traceless import OF_MAIN
 from tests.parallel.test_traceless import check as check_traceless
 
-#: ZeRO-0 is ZeRO-1 undivided, ZeRO-2 divides gradients besides, ZeRO-3 and offload take longest: these run with the
-#: slow tests.
+#: ZeRO-0 is ZeRO-1 undivided, ZeRO-2 divides gradients besides, ZeRO-3 and offload take longest: these run
+#: with the slow tests.
 ENGINES = (
     "zero1",
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero0", "zero2", "zero3", "zero3_offload")),
 )
 #: A few units in the last place of fp32 (1.2e-7): the engines add the same numbers in another order.
 LOSS, NORM = 5e-7, 3e-6
-#: Adam divides by the root of the second moment, which magnifies the rounding of tiny gradients: biases of keys, and of
-#: what a norm follows, have almost none.
+#: Adam divides by the root of the second moment, which magnifies the rounding of tiny gradients: biases of
+#: keys, and of what a norm follows, have almost none.
 WEIGHTS = 8e-6
-#: Shifts all scores of a softmax alike: its gradient is zero but for rounding, of which Adam makes whole steps.
+#: Shifts all scores of a softmax alike: its gradient is zero but for rounding, of which Adam makes whole
+#: steps.
 ONLY_ROUNDING = "heads.captioning.recurrence.full_att_bias"
-#: Once weights differ by rounding in fp32, an activation in bf16 may take its other neighbour, 2**-9 away: seen 3.9e-6.
-#: The weights of that layer follow: under ZeRO-3 with offload 5 of 256 were off by up to 2.2e-5, the median by 1.5e-8.
-#: A gradient that is lost moves them by 2e-2 in one step.
+#: Once weights differ by rounding in fp32, an activation in bf16 may take its other neighbour, 2**-9 away:
+#: seen 3.9e-6. The weights of that layer follow: under ZeRO-3 with offload 5 of 256 were off by up to 2.2e-5,
+#: the median by 1.5e-8. A gradient that is lost moves them by 2e-2 in one step.
 BF16_NORM, BF16_WEIGHTS = 1e-5, 5e-5
 
 
@@ -53,10 +55,13 @@ def plain() -> dict[str, dict[str, Any]]:
     """The reference runs."""
     runs = {f"stage{stage}": train_plain(stage) for stage in (1, 2)}
     runs["stage2-anchor"] = train_plain(2, build=build_anchored)
-    # In 16 bit it matters which images are multiplied together: the process takes them one by one, as the ranks do.
+    # In 16 bit it matters which images are multiplied together: the process takes them one by one, as the
+    # ranks do.
     for stage, precision in ((2, "bf16"), (1, "fp16")):
         runs[f"stage{stage}-{precision}"] = train_plain(stage, precision, parts=GLOBAL_BATCH)
-    with patch.object(F, "linear", zero3_linear_wrap):  # DeepSpeed's, which rounds once more before it adds a bias
+    with patch.object(
+        F, "linear", zero3_linear_wrap
+    ):  # DeepSpeed's, which rounds once more before it adds a bias
         runs["stage2-bf16-zero3"] = train_plain(2, "bf16", parts=GLOBAL_BATCH)
     return runs
 
@@ -88,7 +93,12 @@ def differences(ours: dict[str, Any], reference: dict[str, Any]) -> dict[str, fl
 
 
 def check_equal(
-    ours: dict[str, Any], reference: dict[str, Any], name: str = "", *, norm: float = NORM, weights: float = WEIGHTS
+    ours: dict[str, Any],
+    reference: dict[str, Any],
+    name: str = "",
+    *,
+    norm: float = NORM,
+    weights: float = WEIGHTS,
 ) -> None:
     """Both made the same steps, but for rounding in fp32."""
     found = differences(ours, reference)
@@ -108,7 +118,10 @@ def test_equals_one_process_and_a_resume_is_the_same_run_bit_for_bit(
 def test_equals_one_process_with_an_anchor(trained: dict[str, Any], plain: dict[str, dict[str, Any]]) -> None:
     check_equal(trained["stage2-anchor"], plain["stage2-anchor"])
     pulled = [losses["anchor"] for losses in plain["stage2-anchor"]["named"]]
-    assert min(pulled) > 1e-3 and differences(trained["stage2-anchor"], plain["stage2"])["values"] > 100 * WEIGHTS
+    assert (
+        min(pulled) > 1e-3
+        and differences(trained["stage2-anchor"], plain["stage2"])["values"] > 100 * WEIGHTS
+    )
 
 
 def test_equals_one_process_in_bf16(
@@ -121,7 +134,9 @@ def test_equals_one_process_in_bf16(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 4])
-def test_any_number_of_ranks_makes_the_same_steps(world: int, tmp_path: Path, plain: dict[str, dict[str, Any]]) -> None:
+def test_any_number_of_ranks_makes_the_same_steps(
+    world: int, tmp_path: Path, plain: dict[str, dict[str, Any]]
+) -> None:
     """One rank with four micro-batches, four with one; two with two are in all the other tests."""
     results = results_of("engine_case", tmp_path / "results.pt", "zero1", "straight", world=world)
     for stage in ("stage1", "stage2"):
@@ -131,10 +146,11 @@ def test_any_number_of_ranks_makes_the_same_steps(world: int, tmp_path: Path, pl
 def test_equals_one_process_in_fp16_while_the_loss_scale_grows(
     trained: dict[str, Any], plain: dict[str, dict[str, Any]]
 ) -> None:
-    """The scale must reach neither the bound of clipping nor the norm that is reported, and not move within a step.
+    """The scale must reach neither the bound of clipping nor the norm that is reported, and not move within a
+    step.
 
-    DeepSpeed lets it grow between two groups of one step: what the second one has learnt is then halved. The heads
-    compute in fp32 and the process takes the images one by one, so every product is rounded alike.
+    DeepSpeed lets it grow between two groups of one step: what the second one has learnt is then halved. The
+    heads compute in fp32 and the process takes the images one by one, so every product is rounded alike.
     """
     run = given(trained, "stage1-fp16")
     check_equal(run, plain["stage1-fp16"])
@@ -154,7 +170,9 @@ def test_stale_gradients_need_their_remedy(trained: dict[str, Any], plain: dict[
     assert found["norms"] > 10 * NORM or found["values"] > 10 * WEIGHTS
 
 
-def test_a_fault_on_one_rank_is_known_to_all_and_leaves_no_trace_nor_does_a_rehearsal(trained: dict[str, Any]) -> None:
+def test_a_fault_on_one_rank_is_known_to_all_and_leaves_no_trace_nor_does_a_rehearsal(
+    trained: dict[str, Any],
+) -> None:
     """In `test_traceless.py` for every engine, kind of fault and precision."""
     check_traceless(given(trained, "traceless"))
     expected = "what the next step is: rank 0 has step 1 detection, rank 1 has step 1 captioning"

@@ -1,4 +1,5 @@
-"""Under ZeRO-3 the frozen backbone is whole block by block, also where blocks are recomputed in the backward pass.
+"""Under ZeRO-3 the frozen backbone is whole block by block, also where blocks are recomputed in the backward
+pass.
 
 One rank: RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.test_gathered OUT.pt
 """
@@ -48,16 +49,22 @@ def build(kind: str, stage: int, *, storage: torch.dtype) -> tuple[MultiTaskMode
 
 
 def most_whole(kind: str) -> dict[str, float]:
-    """Most values of the frozen backbone that are whole, in blocks: at any time, and after a backward pass."""
+    """Most values of the frozen backbone that are whole, in blocks: at any time, and after a backward
+    pass.
+    """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     blocks = build(kind, 2, storage=torch.float32)[0].backbone.get_submodule("blocks")
     block = sum(p.numel() for p in blocks.parameters() if not p.requires_grad) / len(list(blocks.children()))
     recipe = json.loads((CONFIG_ROOT / "engines/zero3.json").read_text())["zero_optimization"]
-    limits = {key: int(value / EVA_BLOCK * block) for key, value in recipe.items() if key.startswith("stage3_")}
+    limits = {
+        key: int(value / EVA_BLOCK * block) for key, value in recipe.items() if key.startswith("stage3_")
+    }
     limits["stage3_param_persistence_threshold"] = SMALL
     engine = case.start_engine(2, "zero3", "fp32", build=partial(build, kind), zero=limits)
-    frozen: list[Any] = [p for p in engine.module.backbone.parameters() if not p.requires_grad and p.ds_numel > SMALL]
+    frozen: list[Any] = [
+        p for p in engine.module.backbone.parameters() if not p.requires_grad and p.ds_numel > SMALL
+    ]
     found = {"ever": 0.0, "behind": 0.0}
 
     def noting(function: Any, when: str) -> Any:
@@ -85,7 +92,9 @@ def every_run(_: Path) -> dict[str, Any]:
     return {kind: most_whole(kind) for kind in POLICIES}
 
 
-def test_never_two_blocks_of_a_frozen_backbone_are_whole_and_none_behind_the_backward_pass(tmp_path: Path) -> None:
+def test_never_two_blocks_of_a_frozen_backbone_are_whole_and_none_behind_the_backward_pass(
+    tmp_path: Path,
+) -> None:
     found = case.results_of("test_gathered", tmp_path / "results.pt")
     for kind in POLICIES:
         assert 1 < found[kind]["ever"] < 2 and found[kind]["behind"] == 0, found[kind]

@@ -1,4 +1,6 @@
-"""The forward of each task on a GPU that is not there: shapes and devices alone, and no tensor of another device."""
+"""The forward of each task on a GPU that is not there: shapes and devices alone, and no tensor of another
+device.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,16 @@ def test_a_forward_stays_on_its_device(task: str, monkeypatch: pytest.MonkeyPatc
         for part in module.modules():
             for name, old in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
                 fake = torch.empty(old.shape, dtype=old.dtype, device=DEVICE)
-                setattr(part, name, nn.Parameter(fake, old.requires_grad) if isinstance(old, nn.Parameter) else fake)
+                setattr(
+                    part,
+                    name,
+                    nn.Parameter(fake, old.requires_grad) if isinstance(old, nn.Parameter) else fake,
+                )
         batch = on_host.to(DEVICE)
         (one,) = module.features(batch)
         target = batch.targets[task]
-        output = module.heads[task]([one], **{name: getattr(target, of) for name, of in target.head_inputs.items()})
+        output = module.heads[task](
+            [one], **{name: getattr(target, of) for name, of in target.head_inputs.items()}
+        )
         found = [leaf for leaf in tree_leaves(list(vars(output).values())) if isinstance(leaf, Tensor)]
     assert found and {tensor.device for tensor in (one.features, one.valid, *found)} == {DEVICE}

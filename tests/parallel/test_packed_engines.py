@@ -1,8 +1,11 @@
-"""Packed micro-batches on two ranks equal one process that takes the images one by one; compiled ones eager ones.
+"""Packed micro-batches on two ranks equal one process that takes the images one by one; compiled ones eager
+ones.
 
 One rank:
-    RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.test_packed_engines OUT.pt ENGINE STAGE:OPTION [STAGE:OPTION ...]
-ENGINE is one of ds_configs. OPTION is packed, compiled (blocks through torch.compile), or timm (a tower of timm).
+    RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.test_packed_engines OUT.pt ENGINE STAGE:OPTION
+    [STAGE:OPTION ...]
+ENGINE is one of ds_configs. OPTION is packed, compiled (blocks through torch.compile), or timm (a tower of
+timm).
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from visft_ds.models.timm_backbone import build_timm
 from visft_ds.parallel import distributed
 
 pytestmark = pytest.mark.slow
-#: (height, width) of the images of a step: a micro-batch has two sizes, or one, where that of the other rank has two.
+#: (height, width) of the images of a step: a micro-batch has two sizes, or one, where that of the other rank
+#: has two.
 SIZES = (((56, 112), (112, 56), (28, 112), (84, 70)), ((56, 112), (56, 112), (28, 112), (84, 70)))
 ORDER = (("detection",), ("segmentation",), case.TASKS, ("captioning",), ("detection",))
 RUNS = (
@@ -37,8 +41,8 @@ RUNS = (
 def build(*given: Any, **named: Any) -> Any:
     """`engine_case.build`, with a head off its kink.
 
-    A new segmentation head looks exactly at the cells, where bilinear sampling has a kink: rounding, which is another
-    one in a padded map, would decide which of two gradients its offsets get.
+    A new segmentation head looks exactly at the cells, where bilinear sampling has a kink: rounding, which is
+    another one in a padded map, would decide which of two gradients its offsets get.
     """
     built = case.build(*given, **named)
     for name, parameter in built[0].named_parameters():
@@ -48,7 +52,9 @@ def build(*given: Any, **named: Any) -> Any:
 
 
 def build_timm_case(stage: int, **named: Any) -> Any:
-    """`build` on a tower of timm, whose ranks must call it equally often under ZeRO-3: they draw other sizes."""
+    """`build` on a tower of timm, whose ranks must call it equally often under ZeRO-3: they draw other
+    sizes.
+    """
     tower = build_timm("test_vit3").requires_grad_(False)
     build_tasks = case.build_tasks
     with (
@@ -73,7 +79,9 @@ def one_run(engine_name: str, name: str) -> dict[str, Any]:
 
 
 def unlike(rank: int) -> Batch:
-    """Images of other sizes on each rank, and one fewer on the second, as where images are cut into windows."""
+    """Images of other sizes on each rank, and one fewer on the second, as where images are cut into
+    windows.
+    """
     batch = case.global_batch(rank, ORDER, SIZES)
     return replace(batch.of_images(torch.arange(case.GLOBAL_BATCH - rank)), targets=batch.targets)
 
@@ -87,7 +95,8 @@ def test_two_ranks_equal_one_process(run: tuple[str, ...], tmp_path: Path) -> No
         parts = case.GLOBAL_BATCH
         check_equal(found, case.train_plain(stage, "fp32", ORDER, SIZES, parts, made), name)
         if option == "compiled":
-            # Five steps of two shapes a rank: an input with a gradient and one without, forward only once each.
+            # Five steps of two shapes a rank: an input with a gradient and one without, forward only once
+            # each.
             graphs, _ = found["compilations"]
             assert graphs <= 10
             continue

@@ -51,7 +51,9 @@ def test_what_trains_costs_its_backward_pass() -> None:
     images = ("visft.mode=shared", "visft.shared.batch_size=4", "visft.shared.micro_batch=1")
     plain = (*images, "visft.model.recompute=none")
     heads, adapters = planned(1, *plain), planned(2, *plain)
-    assert 2.2 * heads.costs[2] < adapters.costs[2] < 3.2 * heads.costs[2]  # the gradient of its input, and adapters
+    assert (
+        2.2 * heads.costs[2] < adapters.costs[2] < 3.2 * heads.costs[2]
+    )  # the gradient of its input, and adapters
     recomputed = planned(2, *images, "visft.model.recompute=block")
     # Once more forward, up to the last product, whose result nobody needs.
     assert 0.6 * heads.costs[2] < recomputed.costs[2] - adapters.costs[2] < heads.costs[2]
@@ -62,12 +64,21 @@ def test_stages_wait_as_the_textbook_says() -> None:
     for micro_batches in (1, 4, 32):
         assert partition.bubble(micro_batches) == pytest.approx(3 / (micro_batches + 3))
     uneven = Partition((3.0, 1.0), (0, 1, 2))
-    assert uneven.bubble(1000) == pytest.approx(1 / 3, rel=1e-2)  # the small stage waits two thirds of the time
+    assert uneven.bubble(1000) == pytest.approx(
+        1 / 3, rel=1e-2
+    )  # the small stage waits two thirds of the time
 
 
 def test_places_are_numbered_as_deepspeed_numbers_them() -> None:
     places = [Place.of_rank(rank, 6, 3) for rank in range(6)]
-    assert [(place.stage, place.dp_rank) for place in places] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [(place.stage, place.dp_rank) for place in places] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+        (2, 0),
+        (2, 1),
+    ]
     assert [place.role for place in places] == ["images", "images", None, None, "labels", "labels"]
 
 

@@ -1,8 +1,10 @@
-"""The pipeline engine equals one plain PyTorch process on the global batch, predicts the same and goes on bit for bit.
+"""The pipeline engine equals one plain PyTorch process on the global batch, predicts the same and goes on bit
+for bit.
 
-Two stages with two micro-batches and more against one batch of four; images of another shape in each step; ragged
-labels of three tasks that reach the heads on the last stage only. Stage 1 leaves all stages but the last without
-anything to train, stage 2 freezes the heads, and with four stages each holds a single layer, of which some are frozen.
+Two stages with two micro-batches and more against one batch of four; images of another shape in each step;
+ragged labels of three tasks that reach the heads on the last stage only. Stage 1 leaves all stages but the
+last without anything to train, stage 2 freezes the heads, and with four stages each holds a single layer, of
+which some are frozen.
 """
 
 from __future__ import annotations
@@ -28,7 +30,12 @@ FP16_ROUNDING = 2**-11
 FP16_WEIGHTS = 1e-3
 FAST = ["2:fp16:shared:overflow", "2:fp32:mixed:resume", "1:fp32:mixed:predict"]
 WHOLE = [
-    *(f"{stage}:{precision}:{order}" for stage in (1, 2) for precision in ("fp32", "bf16") for order in ORDERS),
+    *(
+        f"{stage}:{precision}:{order}"
+        for stage in (1, 2)
+        for precision in ("fp32", "bf16")
+        for order in ORDERS
+    ),
     *(f"{stage}:fp16:mixed" for stage in (1, 2)),
     "2:fp32:mixed:recompute",
     *FAST,
@@ -54,7 +61,9 @@ def reference(name: str, parts: int = 1) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
     """Every run of one shape of pipeline, and what its ranks printed."""
     engine, world, names = request.param
     out: Path = tmp_path_factory.mktemp(f"{engine}-{world}") / "results.pt"
@@ -74,11 +83,14 @@ def test_equals_one_process_and_every_rank_reports_every_loss(trained: dict[str,
         check_equal(run, reference(name), name)
         assert all(one == run["everyone"][0] for one in run["everyone"]), name
         for ours, theirs in zip(run["named"], reference(name)["named"], strict=True):
-            assert ours == pytest.approx(theirs, rel=LOSS, abs=1e-7), name  # means over micro-batches, in fp32
+            assert ours == pytest.approx(theirs, rel=LOSS, abs=1e-7), (
+                name
+            )  # means over micro-batches, in fp32
 
 
 def test_equals_one_process_in_bf16(trained: dict[str, dict[str, Any]]) -> None:
-    """In bf16 it matters which images are multiplied together, so the process takes them one by one as the stages do.
+    """In bf16 it matters which images are multiplied together, so the process takes them one by one as the
+    stages do.
 
     Every product is then rounded alike and what is left is the order of fp32 sums: the bounds of fp32 hold.
     """
@@ -87,10 +99,12 @@ def test_equals_one_process_in_bf16(trained: dict[str, dict[str, Any]]) -> None:
 
 
 def test_equals_one_process_in_fp16(trained: dict[str, dict[str, Any]]) -> None:
-    """Each image by itself, as in bf16. The first step is the same; after it weights differ by rounding in fp32.
+    """Each image by itself, as in bf16. The first step is the same; after it weights differ by rounding in
+    fp32.
 
-    That decides now and then how a product of adapted weights is rounded in fp16, by one part in 2048 of one value. The
-    heads compute in fp32, on features of a frozen backbone: there the bounds of fp32 hold throughout.
+    That decides now and then how a product of adapted weights is rounded in fp16, by one part in 2048 of one
+    value. The heads compute in fp32, on features of a frozen backbone: there the bounds of fp32 hold
+    throughout.
     """
     for name, run in runs(trained, "fp16:mixed").items():
         expected = reference(name, case.GLOBAL_BATCH)
@@ -118,13 +132,16 @@ def test_an_overflow_in_one_stage_lowers_the_scale_of_all_and_changes_nothing(
             *((before["moments"][key], after["moments"][key]) for key in case.MOMENTS),
         ]:
             assert first and all(torch.equal(second[key], value) for key, value in first.items()), name
-        assert (before["loss_scale"]["_growth_tracker"], after["loss_scale"]["_growth_tracker"]) == (1, 0), name
+        assert (before["loss_scale"]["_growth_tracker"], after["loss_scale"]["_growth_tracker"]) == (1, 0), (
+            name
+        )
 
 
 def test_a_stage_has_its_own_layers_and_every_group(trained: dict[str, dict[str, Any]]) -> None:
     """DeepSpeed puts every layer of a stage into training mode: frozen heads would drop features out.
 
-    Stages with other numbers of groups would wait for each other for ever; anchors stand for what a stage lacks.
+    Stages with other numbers of groups would wait for each other for ever; anchors stand for what a stage
+    lacks.
     """
     for name, run in runs(trained, "fp32").items():
         frozen, active = ("backbone", "heads") if name.startswith("1") else ("heads", "backbone")
@@ -141,7 +158,9 @@ def test_a_stage_has_its_own_layers_and_every_group(trained: dict[str, dict[str,
 
 
 def test_predictions_return_to_where_the_images_were(trained: dict[str, dict[str, Any]]) -> None:
-    """Every rank has images of its own, of another size; a step after training must not be in training mode."""
+    """Every rank has images of its own, of another size; a step after training must not be in training
+    mode.
+    """
     for name, run in runs(trained, "predict").items():
         module, _ = case.build(int(name[0]))
         module.load_state_dict({**module.state_dict(), **run["values"]})
@@ -152,7 +171,9 @@ def test_predictions_return_to_where_the_images_were(trained: dict[str, dict[str
             assert outputs.keys() == expected.keys()
             for key, value in expected.items():
                 # The same operations on the same batch, but tensors may lie differently in memory.
-                torch.testing.assert_close(outputs[key], value, rtol=1e-5, atol=1e-5, msg=f"{name} {rank} {key}")
+                torch.testing.assert_close(
+                    outputs[key], value, rtol=1e-5, atol=1e-5, msg=f"{name} {rank} {key}"
+                )
     # After all runs one stage read labels of another step.
     assert "step 20: the last pipeline stage has labels of other samples" in trained["printed"][-1]
 
@@ -177,7 +198,9 @@ def test_no_stage_makes_an_update_after_a_loss_that_is_refused(trained: dict[str
     "option", ["zero0", "offload", "offload-stale", "no-anchors", "own-backward", "overflow-alone"]
 )
 def test_faults_of_deepspeed_need_their_remedies(option: str, tmp_path: Path) -> None:
-    """Each fault as DeepSpeed has it, with its remedy taken out; all equal one process with it (above, and offload)."""
+    """Each fault as DeepSpeed has it, with its remedy taken out; all equal one process with it (above, and
+    offload).
+    """
     run = "2:fp16:shared" if option == "overflow-alone" else "1:fp32:mixed"
     out, name = tmp_path / "results.pt", f"{run}:{option}"
     ranks = start_ranks(["-m", "tests.parallel.pipeline_case", str(out), "pipeline2", name])

@@ -1,4 +1,5 @@
-"""No rank has more in memory at any time than what it keeps, and a tensor on its way. Measured, from a real file.
+"""No rank has more in memory at any time than what it keeps, and a tensor on its way. Measured, from a real
+file.
 
 One rank:
     RANK=0 WORLD_SIZE=4 ... python -m tests.parallel.test_start OUT.pt ENGINE SETTINGS
@@ -35,8 +36,8 @@ WORDS = Vocabulary(("a", "red", "circle", "square"))
 #: 101 million values in fp32, of which the largest tensor has 4.2 million.
 OVERRIDES = {"width": 1024, "depth": 8, "num_heads": 8, "image_size": 56}
 MEBIBYTE = 2**20
-#: Beside tensors: Python's and DeepSpeed's objects for each parameter, pages that are half used, and the threads of
-#: gloo. (3 to 8 MiB measured; the largest tensor has 16.)
+#: Beside tensors: Python's and DeepSpeed's objects for each parameter, pages that are half used, and the
+#: threads of gloo. (3 to 8 MiB measured; the largest tensor has 16.)
 OBJECTS = 12 * MEBIBYTE
 #: Seconds between two looks at the memory; copying the largest tensor takes longer.
 INTERVAL = 0.001
@@ -116,7 +117,9 @@ def anonymous() -> int:
 @contextmanager
 def peak(into: dict[str, int], name: str) -> Iterator[None]:
     """Note by how many bytes the process had grown at most meanwhile, and at the end."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # a run before may have told glibc to keep memory
+    if trim := getattr(
+        ctypes.CDLL(None), "malloc_trim", None
+    ):  # a run before may have told glibc to keep memory
         trim(0)
     before, done, highest = anonymous(), threading.Event(), [0]
 
@@ -171,7 +174,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "world"), [("zero3", 4), ("zero3_offload", 2), ("pipeline", 2), ("zero2", 2)])
+@pytest.mark.parametrize(
+    ("engine", "world"), [("zero3", 4), ("zero3_offload", 2), ("pipeline", 2), ("zero2", 2)]
+)
 def test_a_rank_holds_its_part_and_one_tensor(
     engine: str, world: int, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

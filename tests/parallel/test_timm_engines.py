@@ -1,4 +1,5 @@
-"""Models of timm under every ZeRO engine on two gloo ranks equal one plain PyTorch process on the global batch.
+"""Models of timm under every ZeRO engine on two gloo ranks equal one plain PyTorch process on the global
+batch.
 
 One rank:
     RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.test_timm_engines OUT.pt
@@ -53,16 +54,19 @@ RUNS = {
     "vit-all": Run("test_vit", 64, (), ("backbone.*",)),
     "vit-bf16": Run(*_VIT, ("backbone.*.lora_*",), "bf16"),
 }
-#: DeepSpeed never takes parameters below a threshold apart again, which is all of a tiny model: the last engine has no
-#: threshold, so that a parameter which is read before its module gathers it is empty.
+#: DeepSpeed never takes parameters below a threshold apart again, which is all of a tiny model: the last
+#: engine has no threshold, so that a parameter which is read before its module gathers it is empty.
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "zero3_gathered")
-#: Who learns in each step, and the sides of the images: feature maps of 2 x 3 and 3 x 4 cells, or 4 x 6 and 6 x 8.
+#: Who learns in each step, and the sides of the images: feature maps of 2 x 3 and 3 x 4 cells, or 4 x 6 and 6
+#: x 8.
 ORDER = (case.TASKS, ("segmentation",), ("captioning",), ("detection",), case.TASKS, ("segmentation",))
 SIDES = ((64, 96), (96, 128))
-#: Largest differences of losses, norms and weights. In bf16 the gradient of A over four images is rounded once, over
-#: four micro-batches four times (2**-9 each). Under ZeRO-3 gradients of tensors in bf16, such as that a stage of
-#: ConvNeXt begins with, differ by a unit of bf16; the forward pass does not. Measured, on two processors: 1.8e-4,
-#: 1.4e-2, 5.2e-4. At a rate of 2e-2 a gradient that is lost moves a weight by ten times the bound in one step.
+#: Largest differences of losses, norms and weights. In bf16 the gradient of A over four images is rounded
+#: once, over four micro-batches four times (2**-9 each). Under ZeRO-3 gradients of tensors in bf16, such as
+#: that a stage of ConvNeXt begins with, differ by a unit of bf16; the forward pass does not. Measured, on two
+#: processors: 1.8e-4,
+#: 1.4e-2, 5.2e-4. At a rate of 2e-2 a gradient that is lost moves a weight by ten times the bound in one
+#: step.
 FP32, BF16, ZERO3_BF16 = (LOSS, NORM, WEIGHTS), (1e-5, 4e-3, 2e-3), (1e-3, 2e-2, 2e-3)
 
 
@@ -72,7 +76,9 @@ def build(run: Run, stage: int, *, storage: torch.dtype) -> tuple[MultiTaskModel
     backbone = build_timm(run.model, image_size=run.image_size, seed=3)
     torch.manual_seed(5)
     heads_train = "heads.*" in run.groups
-    module = MultiTaskModel(backbone, case.build_tasks(backbone.width), train_backbone=True, heads_active=heads_train)
+    module = MultiTaskModel(
+        backbone, case.build_tasks(backbone.width), train_backbone=True, heads_active=heads_train
+    )
     if run.targets:
         inject_lora(backbone, rank=4, alpha=8.0, targets=run.targets, seed=1)
         move_adapters(backbone, spread=0.05)  # B = 0 would hide errors in the gradient of A
@@ -113,7 +119,10 @@ def test_every_engine_equals_one_process(trained: dict[str, Any], name: str) -> 
     for engine in ENGINES:
         found = differences(trained[f"{engine} {name}"], plain[engine.startswith("zero3")])
         bounds = FP32 if run.precision == "fp32" else ZERO3_BF16 if engine.startswith("zero3") else BF16
-        assert all(value <= bound for value, bound in zip(found.values(), bounds, strict=True)), (engine, found)
+        assert all(value <= bound for value, bound in zip(found.values(), bounds, strict=True)), (
+            engine,
+            found,
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Steps that leave no trace: a loss or gradient that is no number, on one rank of two, and those of the rehearsal.
+"""Steps that leave no trace: a loss or gradient that is no number, on one rank of two, and those of the
+rehearsal.
 
-What is left must be the run without that step. Representative cases run with `test_engines.py` and `test_pipeline.py`,
-in processes that are there anyway. One rank:
+What is left must be the run without that step. Representative cases run with `test_engines.py` and
+`test_pipeline.py`, in processes that are there anyway. One rank:
     RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.test_traceless OUT.pt ENGINE PRECISION [PRECISION ...]
 """
 
@@ -20,11 +21,13 @@ from visft_ds.parallel import distributed
 from visft_ds.resilience.errors import exit_code
 
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "pipeline2")
-#: Detection, segmentation, captioning, all of them; BAD is passed over in the reference and leaves no trace in others.
+#: Detection, segmentation, captioning, all of them; BAD is passed over in the reference and leaves no trace
+#: in others.
 STEPS, BAD = (0, 1, 2, 3), 2
-#: On rank 1 alone a loss, a matching cost or a gradient is no number; "leap" is a finite loss that is refused all the
-#: same: DeepSpeed would not pass over its gradient by itself. "rehearsal": under `unchanged` all steps are made before
-#: the first one, when there are no moments yet, and BAD in its place.
+#: On rank 1 alone a loss, a matching cost or a gradient is no number; "leap" is a finite loss that is refused
+#: all the
+#: same: DeepSpeed would not pass over its gradient by itself. "rehearsal": under `unchanged` all steps are
+#: made before the first one, when there are no moments yet, and BAD in its place.
 MODES = ("loss", "fault", "gradient", "leap", "rehearsal")
 
 
@@ -44,11 +47,16 @@ class Disturbed:
         name = next(iter(self.weights))
         if self._mode == "loss":
             return {**parts, name: parts[name] * torch.nan}
-        return {**parts, name: parts[name] + (parts[name] * 0).sqrt()}  # the root of 0: finite, its gradient is not
+        return {
+            **parts,
+            name: parts[name] + (parts[name] * 0).sqrt(),
+        }  # the root of 0: finite, its gradient is not
 
 
 def rehearse(engine: Any, steps: Sequence[int]) -> None:
-    """Make steps without a trace, not even in random numbers, after which no loss is accepted that was not before."""
+    """Make steps without a trace, not even in random numbers, after which no loss is accepted that was not
+    before.
+    """
     from visft_ds.parallel.state import unchanged, updates_done
 
     torch.manual_seed(7)
@@ -87,11 +95,15 @@ def run(engine: Any, mode: str) -> tuple[Mapping[str, Tensor], list[Any]]:
 
 
 def disagree() -> str:
-    """What a rank hears where the next step is another one on each; a step before is the same and goes through."""
+    """What a rank hears where the next step is another one on each; a step before is the same and goes
+    through.
+    """
     device = torch.device("cpu")
     assert distributed.agree_on_step("step 0 detection", {}, distributed.rank() == 1, device)[1]
     try:
-        distributed.agree_on_step(f"step 1 {('detection', 'captioning')[distributed.rank()]}", {}, False, device)
+        distributed.agree_on_step(
+            f"step 1 {('detection', 'captioning')[distributed.rank()]}", {}, False, device
+        )
     except ValueError as error:
         return str(error)
     return ""
@@ -169,7 +181,9 @@ def check(results: Mapping[str, Any]) -> None:
 def test_no_trace_in_any_precision(engine: str, tmp_path: Path) -> None:
     precisions = ("fp32", "bf16") if engine == "zero3_offload" else ("fp32", "bf16", "fp16")
     results = results_of("test_traceless", tmp_path / "out.pt", engine, *precisions)
-    assert results.pop("printed") and results.keys() == {f"{one}-{mode}" for one in precisions for mode in MODES}
+    assert results.pop("printed") and results.keys() == {
+        f"{one}-{mode}" for one in precisions for mode in MODES
+    }
     check(results)
 
 

@@ -1,4 +1,6 @@
-"""A micro-batch of random pixels and labels of the largest size of a stream, and what a real step of it keeps alive."""
+"""A micro-batch of random pixels and labels of the largest size of a stream, and what a real step of it keeps
+alive.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,17 @@ from visft_ds.tasks.segmentation.masks import grid_size
 from visft_ds.tasks.spec import counts_of, loss_denominators_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
-#: Objects to an image; ids of the first caption (8 words, <start>, <end>; each further one has one more); words.
+#: Objects to an image; ids of the first caption (8 words, <start>, <end>; each further one has one more);
+#: words.
 OBJECTS, FIRST_IDS, VOCABULARY = 5, 10, 300
 _LENGTHS = 11  #: of captions; from there on the first ones again
 _PATCH, _MASK_STRIDE = 14, 4  # pixels: of a patch, and of a cell of the target masks
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages outside of files that operators make inside and that live: now, and most of them."""
+    """Bytes of the storages outside of files that operators make inside and that live: now, and most of
+    them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +43,9 @@ class LiveBytes(TorchDispatchMode):
         self._live: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        before = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and not leaf.is_meta:
@@ -57,7 +64,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 def real_peak(config: ResolvedConfig, task: str) -> int:
-    """Bytes beside weights and optimizer at the fullest moment of a real forward and backward pass on the CPU."""
+    """Bytes beside weights and optimizer at the fullest moment of a real forward and backward pass on the
+    CPU.
+    """
     words = Vocabulary(tuple(f"w{number}" for number in range(VOCABULARY - 4)))
     module = prepare_model(config.visft, config.optimizer.params, vocabulary=words).module
     module.train()
@@ -96,7 +105,9 @@ def _detection_targets(images: int) -> DetectionTargets:
 
 
 def _segmentation_targets(images: int, grid: int) -> SegmentationTargets:
-    """Ellipses of 5 to 50 % of each side, anywhere, on the grid that the transforms make for such an image."""
+    """Ellipses of 5 to 50 % of each side, anywhere, on the grid that the transforms make for such an
+    image.
+    """
     boxes = _detection_targets(images).boxes  # (N, 4) cxcywh
     rows, columns = grid_size((grid * _PATCH, grid * _PATCH), _MASK_STRIDE)
     y, x = (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns

@@ -15,8 +15,23 @@ from torch import nn
 
 from tests.planner.made_up import FIRST_IDS, OBJECTS, VOCABULARY, real_peak
 from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
-from visft_ds.planner.hardware import GPUS, LINK_SHARE, NETWORK_SHARE, Cluster, find_gpu, parse_cluster, peak_rate
-from visft_ds.planner.memory import PlannedRun, model_operations, plan_largest, plan_stream, run_of, trace_step
+from visft_ds.planner.hardware import (
+    GPUS,
+    LINK_SHARE,
+    NETWORK_SHARE,
+    Cluster,
+    find_gpu,
+    parse_cluster,
+    peak_rate,
+)
+from visft_ds.planner.memory import (
+    PlannedRun,
+    model_operations,
+    plan_largest,
+    plan_stream,
+    run_of,
+    trace_step,
+)
 from visft_ds.planner.search import fitting_settings, forecast, search
 from visft_ds.planner.time import PRODUCT_SHARE, step_time, work_seconds
 from visft_ds.planner.trace import Tracer, Work, operators_of
@@ -49,14 +64,18 @@ def debug(stage: int, *settings: str, model: str = "debug") -> ResolvedConfig:
 )
 def test_a_planned_step_keeps_what_a_real_one_keeps(stage: int, task: str, settings: tuple[str, ...]) -> None:
     config = debug(stage, "zero_optimization.stage=0", *settings)
-    run = PlannedRun(config, derive_batches(config, 1), "fp32", VOCABULARY, CPU, Content(OBJECTS, FIRST_IDS + 1))
+    run = PlannedRun(
+        config, derive_batches(config, 1), "fp32", VOCABULARY, CPU, Content(OBJECTS, FIRST_IDS + 1)
+    )
     plan = plan_stream(run, config.visft.streams()[task])
     assert plan.total - plan.weights - plan.optimizer == pytest.approx(real_peak(config, task), rel=0.1)
 
 
 @pytest.mark.parametrize(("model", "least", "most"), [("debug", 1.0, 1.2), ("debug_convnext", 2.0, 4.0)])
 def test_images_that_differ_in_size_are_planned_apart(model: str, least: float, most: float) -> None:
-    """Without padding the arithmetic stays; four calls of a timm model cost the host, one packed row hardly more."""
+    """Without padding the arithmetic stays; four calls of a timm model cost the host, one packed row hardly
+    more.
+    """
     found = []
     for side in (112, None):
         sizes = {"fixed_size": side, "max_long": 112}
@@ -67,12 +86,16 @@ def test_images_that_differ_in_size_are_planned_apart(model: str, least: float, 
         found.append(trace_step(run, config.visft.streams()["detection"]))
     squares, mixed = found
     operations = [sum(count * work.operations for work, count in step.work.items()) for step in found]
-    assert operations[0] == operations[1] and mixed.activations == pytest.approx(squares.activations, rel=0.01)
+    assert operations[0] == operations[1] and mixed.activations == pytest.approx(
+        squares.activations, rel=0.01
+    )
     assert least < mixed.work.total() / squares.work.total() < most
 
 
 def test_saved_activations_of_a_block_are_those_of_arithmetic() -> None:
-    """15.6 D values a token and block in 16 bit: inputs of norms and LoRA, q, k, v, the mixture, the GELU's input."""
+    """15.6 D values a token and block in 16 bit: inputs of norms and LoRA, q, k, v, the mixture, the GELU's
+    input.
+    """
     peaks = []
     for depth in (2, 4):
         sets = ("visft.model.recompute=none", f'visft.model.overrides={{"depth": {depth}}}')
@@ -90,14 +113,18 @@ def test_zero_divides_what_its_stage_says() -> None:
         config = debug(2, "visft.tasks=detection", f"zero_optimization.stage={stage}", *sizes)
         plans.append(plan_largest(run_of(config, 2, "fp32", VOCABULARY, CUDA)))
     assert [plan.gradients * 2 for plan in plans[2:]] == [plans[0].gradients] * 2 == [plans[1].gradients] * 2
-    assert plans[1].optimizer == plans[0].optimizer * 3 // 4  # masters beside the moments, a half of all three
+    assert (
+        plans[1].optimizer == plans[0].optimizer * 3 // 4
+    )  # masters beside the moments, a half of all three
     assert plans[3].weights == plans[0].weights // 2 and plans[3].gathered > 0 == plans[2].gathered
     assert plans[3].activations > plans[2].activations  # DeepSpeed's linear layer keeps what torch's need not
     config = debug(
         2, "visft.tasks=detection", "zero_optimization.stage=2", "zero_optimization.overlap_comm=true", *sizes
     )
     overlapping = plan_largest(run_of(config, 2, "fp32", VOCABULARY, CUDA))
-    assert overlapping.buckets == 2 * 4 * 100_000 == 2 * plans[2].buckets  # one is filled while the other is sent
+    assert (
+        overlapping.buckets == 2 * 4 * 100_000 == 2 * plans[2].buckets
+    )  # one is filled while the other is sent
 
 
 def test_a_stage_of_a_pipeline_holds_its_share() -> None:
@@ -111,8 +138,14 @@ def test_a_stage_of_a_pipeline_holds_its_share() -> None:
 
 def test_clusters_are_read() -> None:
     assert parse_cluster("8xA100-80GB") == Cluster(8, GPUS["A100-80GB"], 200, 8)
-    assert parse_cluster("1xH100").gpu.name == "H100-80GB" and parse_cluster("8x4090").gpu.memory == 24 * 2**30
-    assert parse_cluster("8x8xH100-80GB") == parse_cluster("64xH100-80GB") == Cluster(64, GPUS["H100-80GB"], 400, 8)
+    assert (
+        parse_cluster("1xH100").gpu.name == "H100-80GB" and parse_cluster("8x4090").gpu.memory == 24 * 2**30
+    )
+    assert (
+        parse_cluster("8x8xH100-80GB")
+        == parse_cluster("64xH100-80GB")
+        == Cluster(64, GPUS["H100-80GB"], 400, 8)
+    )
     assert parse_cluster("16xH100", 12.5).network == 12.5
     assert parse_cluster("8xV100-32GB").gpu.precision() == "fp16"
 
@@ -156,7 +189,9 @@ def test_gpus_are_found_by_their_drivers_names(driver: str, gpu: str | None) -> 
 
 def test_the_peak_of_a_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert peak_rate(CUDA, "bf16") == pytest.approx(989.4e12) and peak_rate(CUDA, "fp32") == pytest.approx(66.9e12)
+    assert peak_rate(CUDA, "bf16") == pytest.approx(989.4e12) and peak_rate(CUDA, "fp32") == pytest.approx(
+        66.9e12
+    )
     assert peak_rate(CPU, "fp32") is None
 
 
@@ -187,7 +222,9 @@ def test_products_count_in_what_they_are_computed_in(model: str) -> None:
     exact = []
     for heads in ("auto", "fp32"):
         config = debug(1, f"visft.heads.precision={heads}", "visft.tasks=captioning", model=model)
-        work = trace_step(run_of(config, 1, "bf16", VOCABULARY, CUDA), config.visft.streams()["captioning"]).work
+        work = trace_step(
+            run_of(config, 1, "bf16", VOCABULARY, CUDA), config.visft.streams()["captioning"]
+        ).work
         products = [(what.dtype, what.operations * n) for what, n in work.items() if what.kind == "product"]
         found = Counter[torch.dtype]()
         for dtype, operations in products:
@@ -242,7 +279,12 @@ def test_a_model_that_no_gpu_holds_is_offloaded(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("visft_ds.planner.search.MEMORY_SHARE", 0.5 / 16)
     best, *others = search(config, parse_cluster("1xT4"))
     assert (best.engine, best.flags[:2]) == ("ZeRO-3 offload", ("--engine", "zero3_offload"))
-    assert best.fits and {arm.engine for arm in others if not arm.fits} == {"ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"}
+    assert best.fits and {arm.engine for arm in others if not arm.fits} == {
+        "ZeRO-0",
+        "ZeRO-1",
+        "ZeRO-2",
+        "ZeRO-3",
+    }
 
 
 def test_gradients_cross_the_links_twice() -> None:
@@ -251,7 +293,9 @@ def test_gradients_cross_the_links_twice() -> None:
     config = debug(2, "visft.tasks=detection", "zero_optimization.stage=0", *sizes)
     run, stream = run_of(config, 8, "fp32", VOCABULARY, CUDA), config.visft.streams()["detection"]
     crossing = 2 * 7 / 8 * 4 * trace_step(run, stream).taught
-    assert step_time(run, stream, parse_cluster("8xH100")).communication == pytest.approx(crossing / (0.8 * 450e9))
+    assert step_time(run, stream, parse_cluster("8xH100")).communication == pytest.approx(
+        crossing / (0.8 * 450e9)
+    )
 
 
 def test_offloaded_weights_come_from_the_host() -> None:
@@ -271,7 +315,9 @@ def test_offloaded_weights_come_from_the_host() -> None:
 
 @pytest.mark.parametrize("turns", [1, 3])
 def test_a_pipeline_fills_and_drains(turns: int) -> None:
-    """The first micro-batch passes every stage one after the other; each further one takes as long as the slowest."""
+    """The first micro-batch passes every stage one after the other; each further one takes as long as the
+    slowest.
+    """
     sizes = (f"visft.tasks.detection.batch_size={turns}", "visft.tasks.detection.micro_batch=1")
     config = changed(debug(2, "visft.tasks=detection", *sizes), engine="pipeline")
     run, stream = run_of(config, 2, "bf16", VOCABULARY, CUDA), config.visft.streams()["detection"]
@@ -284,7 +330,9 @@ def test_a_pipeline_fills_and_drains(turns: int) -> None:
     assert time.compute + time.waiting == pytest.approx(whole + (turns - 1) * slowest)
 
 
-@pytest.mark.parametrize(("model", "count"), [pytest.param("debug_convnext", 2, marks=pytest.mark.slow), ("debug", 8)])
+@pytest.mark.parametrize(
+    ("model", "count"), [pytest.param("debug_convnext", 2, marks=pytest.mark.slow), ("debug", 8)]
+)
 def test_models_without_so_many_layers_are_planned(model: str, count: int) -> None:
     """timm's models cannot be divided into stages, the debug model not into eight."""
     assert search(debug(2, "visft.tasks=captioning", model=model), Cluster(count, GPUS["L40S-48GB"], 25))
@@ -293,7 +341,9 @@ def test_models_without_so_many_layers_are_planned(model: str, count: int) -> No
 def test_a_forecast_of_a_cluster() -> None:
     arm = forecast(debug(2, "visft.tasks=detection"), parse_cluster("1xH100"))
     assert arm.fits and arm.engine == "ZeRO-1" and set(arm.seconds) == {"detection"}
-    assert 0 < arm.of_limit < 1 and arm.hours == pytest.approx(arm.run.config.total_steps * arm.step_seconds / 3600)
+    assert 0 < arm.of_limit < 1 and arm.hours == pytest.approx(
+        arm.run.config.total_steps * arm.step_seconds / 3600
+    )
     memory = arm.memory["detection"]
     assert arm.needed == memory.total == sum(asdict(memory).values()) and dict(memory.rows())["total"]
     with pytest.raises(ValueError, match="has no bf16"):

@@ -25,13 +25,32 @@ class Bus(NamedTuple):
     source: str
 
 
-#: Within 1.1 of the plan: what a ring reaches. NVLink SHARP adds in the switch, so that more seems to cross each link.
+#: Within 1.1 of the plan: what a ring reaches. NVLink SHARP adds in the switch, so that more seems to cross
+#: each link.
 BUSES = [
-    Bus("8xH100", None, "all_gather", 370, f"{_ISSUES}/212, NVIDIA: NVLink without SHARP, also NCCL_ALGO=RING"),
-    Bus("8xA100-80GB", None, "all_reduce", 240, "https://github.com/NVIDIA/nccl/issues/1712, NVIDIA: expected"),
-    Bus("64xH100", None, "all_reduce", 8 * 47, f"{_ISSUES}/290, NVIDIA: 46 to 48 of each NDR adapter, eight of them"),
-    Bus("24xA100-40GB", 100, "all_reduce", 96, f"{_ISSUES}/119: three machines, four HDR adapters each, peak"),
-    Bus("16xA100-80GB", 100, "all_reduce", 95.3, f"{_ISSUES}/252: ring, four HDR adapters, mean of 0.5 to 8 GiB"),
+    Bus(
+        "8xH100", None, "all_gather", 370, f"{_ISSUES}/212, NVIDIA: NVLink without SHARP, also NCCL_ALGO=RING"
+    ),
+    Bus(
+        "8xA100-80GB", None, "all_reduce", 240, "https://github.com/NVIDIA/nccl/issues/1712, NVIDIA: expected"
+    ),
+    Bus(
+        "64xH100",
+        None,
+        "all_reduce",
+        8 * 47,
+        f"{_ISSUES}/290, NVIDIA: 46 to 48 of each NDR adapter, eight of them",
+    ),
+    Bus(
+        "24xA100-40GB", 100, "all_reduce", 96, f"{_ISSUES}/119: three machines, four HDR adapters each, peak"
+    ),
+    Bus(
+        "16xA100-80GB",
+        100,
+        "all_reduce",
+        95.3,
+        f"{_ISSUES}/252: ring, four HDR adapters, mean of 0.5 to 8 GiB",
+    ),
     Bus(
         "4x4090",
         None,
@@ -55,9 +74,7 @@ class Training(NamedTuple):
 
 
 _TIMM = "https://github.com/huggingface/pytorch-image-models, results/benchmark-train-amp-nchw-pt112-cu113-rtx3090.csv"
-_NEMO = (
-    "https://docs.nvidia.com/nemo-framework/user-guide/latest/MultimodalModels/VisionLanguageFoundation/Vit/Perf.html"
-)
+_NEMO = "https://docs.nvidia.com/nemo-framework/user-guide/latest/MultimodalModels/VisionLanguageFoundation/Vit/Perf.html"
 LARGE, HUGE, GIANT = (1024, 24, 4.0, 16, 224), (1280, 32, 4.0, 14, 224), (1408, 40, 6144 / 1408, 14, 224)
 TRAININGS = [
     Training("1x3090", LARGE, 64, 117.08, 1.15, f"{_TIMM}: vit_large_patch16_224"),
@@ -81,11 +98,18 @@ def planned_images(training: Training) -> float:
     gpu = parse_cluster(training.cluster).gpu
     width, depth, ratio, patch, side = training.shape
     shape: dict[str, Any] = {"width": width, "depth": depth, "mlp_ratio": ratio, "patch_size": patch}
-    tower = build_backbone("eva_g", device="meta", seed=None, num_heads=16, image_size=side, class_token=True, **shape)
-    with Tracer(torch.device("cuda"), torch.bfloat16, tower.parameters()) as tracer, operators_of(tracer.stands_for):
+    tower = build_backbone(
+        "eva_g", device="meta", seed=None, num_heads=16, image_size=side, class_token=True, **shape
+    )
+    with (
+        Tracer(torch.device("cuda"), torch.bfloat16, tower.parameters()) as tracer,
+        operators_of(tracer.stands_for),
+    ):
         out = tower(torch.empty(training.images, 3, side, side, device="meta"))[0]
         torch.autograd.backward(out, torch.empty_like(out))
-    update = UPDATE_BYTES * sum(p.numel() for p in tower.parameters()) / (BANDWIDTH_SHARE * 1e9 * gpu.bandwidth)
+    update = (
+        UPDATE_BYTES * sum(p.numel() for p in tower.parameters()) / (BANDWIDTH_SHARE * 1e9 * gpu.bandwidth)
+    )
     return training.images / (work_seconds(tracer.work, gpu) + update)
 
 
@@ -94,12 +118,14 @@ def test_throughputs_are_within_the_stated_factor_of_published_ones(training: Tr
     assert 0.9 < planned_images(training) / training.published < training.factor
 
 
-@pytest.mark.parametrize(("gpu", "published"), [("A100-80GB", 10644 / (16 * 693)), ("H100", 21561 / (16 * 1428))])
+@pytest.mark.parametrize(
+    ("gpu", "published"), [("A100-80GB", 10644 / (16 * 693)), ("H100", 21561 / (16 * 1428))]
+)
 def test_what_sixteen_machines_lose_is_as_published(gpu: str, published: float) -> None:
     """ViT g/14 on 128 GPUs against 8 at 4,096 images a step (NeMo, see above).
 
-    All gradients and all weights travel in bf16 for its distributed optimizer, nothing of it hidden; computation as
-    measured on one machine.
+    All gradients and all weights travel in bf16 for its distributed optimizer, nothing of it hidden;
+    computation as measured on one machine.
     """
     cluster = parse_cluster(f"16x8x{gpu}")
     values, each = 2 * 1.011e9, 4096 / 128

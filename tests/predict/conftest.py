@@ -14,7 +14,9 @@ from tests import finished
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The current folder: runs/stage2; stage1, where its record says that its heads are; photos, in order; dog.jpg."""
+    """The current folder: runs/stage2; stage1, where its record says that its heads are; photos, in order;
+    dog.jpg.
+    """
     folder = tmp_path_factory.mktemp("predict")
     for name, to in (("stage2", "runs/stage2"), ("stage1", "stage1")):
         shutil.copytree(finished.runs() / name, folder / to, ignore=shutil.ignore_patterns("checkpoints"))

@@ -35,7 +35,12 @@ def model(place: Path) -> Model:
 
 
 def _same(found: Prediction, wanted: Prediction) -> None:
-    assert found.boxes is not None and wanted.boxes is not None and found.masks is not None and wanted.masks is not None
+    assert (
+        found.boxes is not None
+        and wanted.boxes is not None
+        and found.masks is not None
+        and wanted.masks is not None
+    )
     np.testing.assert_array_equal(found.boxes.xyxy, wanted.boxes.xyxy)
     np.testing.assert_array_equal(found.boxes.scores, wanted.boxes.scores)
     np.testing.assert_array_equal(found.masks.masks, wanted.masks.masks)
@@ -61,16 +66,23 @@ def test_predictions_are_those_of_an_evaluation(model: Model, place: Path) -> No
     names = {category.coco_id: category.name for category in manifest.categories}
     predictions = model.predict([f"photos/{image_id:012}.jpg" for image_id in ids], threshold=0)
     for image_id, found in zip(ids, predictions, strict=True):
-        own = {task: [one for one in results if one["image_id"] == image_id] for task, results in collected.items()}
+        own = {
+            task: [one for one in results if one["image_id"] == image_id]
+            for task, results in collected.items()
+        }
         boxes = sorted(own["detection"], key=lambda one: -one["score"])
         corners = [(x, y, x + w, y + h) for x, y, w, h in (one["bbox"] for one in boxes)]
         assert len(boxes) > 2 and found.boxes is not None and found.masks is not None
         np.testing.assert_array_equal(found.boxes.xyxy, np.array(corners, dtype=np.float32))
-        np.testing.assert_array_equal(found.boxes.scores, np.array([one["score"] for one in boxes], dtype=np.float32))
+        np.testing.assert_array_equal(
+            found.boxes.scores, np.array([one["score"] for one in boxes], dtype=np.float32)
+        )
         assert found.boxes.ids.tolist() == [one["category_id"] for one in boxes]
         assert list(found.boxes.names) == [names[one["category_id"]] for one in boxes]
         coco, masks = found.to_coco(image_id), sorted(own["segmentation"], key=lambda one: -one["score"])
-        assert [one["bbox"] for one in coco["detection"]] == [pytest.approx(one["bbox"], abs=1e-4) for one in boxes]
+        assert [one["bbox"] for one in coco["detection"]] == [
+            pytest.approx(one["bbox"], abs=1e-4) for one in boxes
+        ]
         # run-length codes are unique: these came from a bool mask and back
         assert [one["segmentation"] for one in coco["segmentation"]] == [one["segmentation"] for one in masks]
         assert [one["bbox"] for one in coco["segmentation"]] == [one["bbox"] for one in masks]
@@ -93,7 +105,15 @@ def test_every_kind_of_input_is_the_same_picture(model: Model, place: Path) -> N
     alone = [str(place / "dog.jpg"), Image.fromarray(pixels), pixels, frozen, tensor]
     for one in alone:
         _same(model.predict(one, threshold=0), wanted)
-    lists: list[Any] = [[pixels], (tensor,), iter(alone), folder, f"{folder}/*", f"{folder}/**", [folder, *alone]]
+    lists: list[Any] = [
+        [pixels],
+        (tensor,),
+        iter(alone),
+        folder,
+        f"{folder}/*",
+        f"{folder}/**",
+        [folder, *alone],
+    ]
     counts = [1, 1, 5, 4, 4, 4, 9]
     for many, count in zip(lists, counts, strict=True):
         predictions = model.predict(many, threshold=0, batch_size=1)
@@ -125,7 +145,11 @@ def test_the_threshold_is_of_scores(model: Model, place: Path) -> None:
     assert len(every.boxes) == 4 and len(some.boxes) == 2 and (some.boxes.scores >= middle).all()
     none = model.predict(place / "dog.jpg", threshold=1)
     assert (none.boxes.xyxy.shape, none.masks.masks.shape) == ((0, 4), (0, 56, 56))
-    assert none.to_coco(1) == {"detection": [], "segmentation": [], "captioning": every.to_coco(1)["captioning"]}
+    assert none.to_coco(1) == {
+        "detection": [],
+        "segmentation": [],
+        "captioning": every.to_coco(1)["captioning"],
+    }
     assert repr(none).endswith(f"56 x 56 pixels, 0 boxes, 0 masks, {none.caption!r})")
 
 
@@ -137,7 +161,9 @@ def test_a_drawing_shows_what_was_found(model: Model, place: Path) -> None:
 
     def shown(image: Image.Image) -> list[bool]:
         panels = np.split(np.asarray(image)[:, 6:-6], 3, axis=1)
-        return [bool((panel == colour).all(axis=-1).any()) for panel, colour in zip(panels, wanted, strict=True)]
+        return [
+            bool((panel == colour).all(axis=-1).any()) for panel, colour in zip(panels, wanted, strict=True)
+        ]
 
     assert shown(found.draw(side=200)) == [False, True, True]
     none = model.predict(place / "dog.jpg", threshold=1)

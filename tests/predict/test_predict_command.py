@@ -31,7 +31,9 @@ def _results(out: Path) -> dict[str, Any]:
     return found
 
 
-def test_it_writes_what_the_model_predicts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_writes_what_the_model_predicts(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _run(tmp_path, "photos", *ALL) == 0
     said = capsys.readouterr()
     assert "predicted  4 images" in said.out
@@ -59,7 +61,9 @@ def test_it_writes_what_the_model_predicts(place: Path, tmp_path: Path, capsys: 
 def test_the_same_command_continues_after_an_interruption(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The third picture is not drawn: two are done then, whose numbers are on disk and whose pictures stay."""
+    """The third picture is not drawn: two are done then, whose numbers are on disk and whose pictures
+    stay.
+    """
     out, draws = tmp_path / "out", Prediction.draw
 
     def draw(prediction: Prediction) -> Any:
@@ -90,10 +94,14 @@ def test_the_same_command_continues_after_an_interruption(
     assert (out / f"pictures/{files[0].name}.png").stat().st_mtime_ns == kept
     assert sorted(path.name for path in out.iterdir()) == ["pictures", "predictions.json"]
     whole = _results(out)
-    assert [(one["id"], one["file_name"]) for one in whole["images"]] == [*enumerate([f.name for f in files], 1)]
+    assert [(one["id"], one["file_name"]) for one in whole["images"]] == [
+        *enumerate([f.name for f in files], 1)
+    ]
     assert [one["image_id"] for one in whole["captioning"]] == [1, 2, 3, 4]
     boxes = [one for one in whole["detection"] if one["image_id"] == 1]
-    assert [one["bbox"] for one in boxes] == [one["bbox"] for one in json.loads(lines[1])["results"]["detection"]]
+    assert [one["bbox"] for one in boxes] == [
+        one["bbox"] for one in json.loads(lines[1])["results"]["detection"]
+    ]
 
 
 def test_predictions_are_no_input(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,11 +112,16 @@ def test_predictions_are_no_input(place: Path, tmp_path: Path, monkeypatch: pyte
     options = ("--model", model, "--image-size", "56")
     monkeypatch.chdir(tmp_path)
     assert main([".", *options]) == 0  # into the default folder, below the one that is searched
-    assert [one["file_name"] for one in _results(tmp_path / "predictions")["images"]] == ["a/same.png", "b/same.png"]
+    assert [one["file_name"] for one in _results(tmp_path / "predictions")["images"]] == [
+        "a/same.png",
+        "b/same.png",
+    ]
     assert (tmp_path / "predictions/pictures/b/same.png.png").is_file()
 
 
-def test_a_broken_file_is_named_and_skipped(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_file_is_named_and_skipped(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "in/deep"
     folder.mkdir(parents=True)
     content = (place / "dog.jpg").read_bytes()
@@ -119,7 +132,10 @@ def test_a_broken_file_is_named_and_skipped(place: Path, tmp_path: Path, capsys:
     assert f"skipped {folder / '0.jpg'}" in capsys.readouterr().err
     whole = _results(tmp_path / "out")
     assert [one["file_name"] for one in whole["skipped"]] == ["deep/0.jpg"]
-    assert [one["file_name"] for one in whole["images"]] == [*(f"deep/{n}.jpg" for n in (1, 2, 3)), r"deep/caf\xe9.jpg"]
+    assert [one["file_name"] for one in whole["images"]] == [
+        *(f"deep/{n}.jpg" for n in (1, 2, 3)),
+        r"deep/caf\xe9.jpg",
+    ]
     assert len(whole["captioning"]) == 4
     assert _run(tmp_path / "out", tmp_path / "in") == 2 and "not empty" in capsys.readouterr().err
 

@@ -1,4 +1,6 @@
-"""What a run reads: its data sets, the order of the samples, words, and how samples become batches of each stream."""
+"""What a run reads: its data sets, the order of the samples, words, and how samples become batches of each
+stream.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ SILENT = (1, 4, 5)  #: places of the pictures without captions in "partly"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures as "train", "mute" (no captions), "partly" (of some pictures), "objects" (boxes and no masks),
-    "others" (of other categories), "words" (captions of some pictures alone)."""
+    """Twelve pictures as "train", "mute" (no captions), "partly" (of some pictures), "objects" (boxes and no
+    masks), "others" (of other categories), "words" (captions of some pictures alone)."""
     folder = tmp_path_factory.mktemp("sets")
     tree = write_tree(folder / "coco", 12)
 
@@ -42,7 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree.pack(folder, "mute", captions=False)
     silent = {1000 + 7 * place for place in SILENT}
     tree.edit(
-        lambda content: content.update(annotations=[a for a in content["annotations"] if a["image_id"] not in silent]),
+        lambda content: content.update(
+            annotations=[a for a in content["annotations"] if a["image_id"] not in silent]
+        ),
         "captions",
     )
     tree.pack(folder, "partly")
@@ -79,7 +83,9 @@ def with_sets(folder: Path, *settings: str, sets: Any = None) -> ResolvedConfig:
 
 def load(config: ResolvedConfig, steps: int) -> list[Any]:
     data = open_data(config, 1)[1]
-    loader = StepLoader({name: ShardReader(one.manifest) for name, one in data.sets.items()}, data.plan, data.pipelines)
+    loader = StepLoader(
+        {name: ShardReader(one.manifest) for name, one in data.sets.items()}, data.plan, data.pipelines
+    )
     return [(whole, batches[0]) for whole, batches in loader.steps(0, steps)]
 
 
@@ -101,7 +107,10 @@ def test_a_step_takes_labels_from_the_set_it_draws(folder: Path) -> None:
 
 def test_shared_steps_have_targets_only_for_what_their_set_teaches(folder: Path) -> None:
     """Empty targets would say that there is nothing in the picture."""
-    tasks = {whole.dataset: tuple(batch.targets) for whole, batch in load(with_sets(folder, "visft.mode=shared"), 12)}
+    tasks = {
+        whole.dataset: tuple(batch.targets)
+        for whole, batch in load(with_sets(folder, "visft.mode=shared"), 12)
+    }
     assert tasks == {
         "train": ("detection", "segmentation", "captioning"),
         "objects": ("detection",),
@@ -174,7 +183,9 @@ def test_shared_pictures_are_those_that_teach_any_of_the_tasks(folder: Path) -> 
 def test_steps_are_shared_out_by_updates(folder: Path) -> None:
     plan, stage1 = plan_of(folder, "train"), plan_of(folder, "train", "visft.mode=sampled", stage=1)
     counts = Counter(plan.step(step).task for step in range(1000))
-    assert counts["captioning"] == pytest.approx(400, abs=3) and counts["detection"] == pytest.approx(300, abs=3)
+    assert counts["captioning"] == pytest.approx(400, abs=3) and counts["detection"] == pytest.approx(
+        300, abs=3
+    )
     stage1_counts = Counter(stage1.step(step).task for step in range(1000))
     assert stage1_counts["captioning"] == pytest.approx(250, abs=3)  # 100,000 of 400,000 updates
 
@@ -185,7 +196,13 @@ def test_steps_are_shared_out_by_updates(folder: Path) -> None:
 def sample() -> RawSample:
     """One picture with one object and one caption."""
     outline = [2.0, 2.0, 12.0, 2.0, 12.0, 12.0, 2.0, 12.0]
-    annotation: dict[str, Any] = {"id": 1, "category_id": 3, "bbox": [2, 2, 10, 10], "iscrowd": 0, "area": 100.0}
+    annotation: dict[str, Any] = {
+        "id": 1,
+        "category_id": 3,
+        "bbox": [2, 2, 10, 10],
+        "iscrowd": 0,
+        "area": 100.0,
+    }
     pixels = np.zeros((24, 30, 3), dtype=np.uint8)
     return RawSample(0, 7, (24, 30), pixels, [{**annotation, "segmentation": [outline]}], ["A red picture."])
 
@@ -224,7 +241,9 @@ def test_the_minimum_count_decides_which_captions_words_are_known(splits: dict[s
 
 def test_only_tasks_with_words_have_a_vocabulary(splits: dict[str, Manifest]) -> None:
     assert vocabulary_of(config_of("visft.tasks=detection,segmentation").visft, {}) is None
-    assert needs_vocabulary(["detection", "captioning"]) and not needs_vocabulary({"detection": 1, "segmentation": 2})
+    assert needs_vocabulary(["detection", "captioning"]) and not needs_vocabulary(
+        {"detection": 1, "segmentation": 2}
+    )
     cut_otherwise = replace(splits["train"], options={**splits["train"].options, "tokenizer": "spaces-1"})
     for manifest, word in ((splits["mute"], "captions"), (cut_otherwise, "spaces-1")):
         with pytest.raises(ValueError, match=word):

@@ -28,7 +28,9 @@ DEEP = {"visft.model.overrides": {"width": 64, "depth": 6, "num_heads": 2, "imag
 
 
 def prepare(config: ResolvedConfig, placement: Placement = HOST, **given: Any) -> PreparedModel:
-    return prepare_model(config.visft, config.optimizer.params, vocabulary=WORDS, placement=placement, **given)
+    return prepare_model(
+        config.visft, config.optimizer.params, vocabulary=WORDS, placement=placement, **given
+    )
 
 
 def size(tensors: Any) -> int:
@@ -73,7 +75,9 @@ def test_no_second_copy_is_ever_alive(files: Path, weights: str | None, placemen
     config = configured("zero1", {**DEEP, **extra}, stage=1)
     with LiveBytes() as alive:
         parameters = list(prepare(config, placement, heads_from=files).module.parameters())
-    largest = max(int(p.numel()) * p.element_size() for p in parameters) * (2 if isinstance(placement, Halves) else 1)
+    largest = max(int(p.numel()) * p.element_size() for p in parameters) * (
+        2 if isinstance(placement, Halves) else 1
+    )
     whole = size(prepare(config, heads_from=files).module.parameters())
     # A tensor that has been read, and what is kept of it.
     assert size(parameters) < alive.peak <= size(parameters) + 2 * largest < size(parameters) + whole / 4
@@ -83,7 +87,11 @@ def test_a_part_has_the_values_of_the_whole(files: Path) -> None:
     for stage, extra in ((1, {}), (2, {"visft.model.weights": str(files / "base.pt")})):
         config = configured("zero1", {**DEEP, **extra}, stage)
         whole = dict(prepare(config).module.named_parameters())
-        for beginnings in (("backbone.patch", "backbone.pos"), ("backbone.blocks.3.",), ("backbone.norm", "heads.")):
+        for beginnings in (
+            ("backbone.patch", "backbone.pos"),
+            ("backbone.blocks.3.",),
+            ("backbone.norm", "heads."),
+        ):
             part = prepare(config, Only(*beginnings))
             for name, parameter in part.module.named_parameters():
                 assert parameter.is_meta != name.startswith(beginnings), name
@@ -112,7 +120,10 @@ def test_the_base_is_written_as_the_run_started_with_it(tmp_path: Path) -> None:
     written = load_file(tmp_path / "base.safetensors")
     assert written.keys() == named.keys()
     assert all(value.dtype == named[n].dtype and torch.equal(value, named[n]) for n, value in written.items())
-    assert {written[f"blocks.{index}.mlp.fc1.weight"].dtype for index in (0, 1)} == {torch.bfloat16, torch.float32}
+    assert {written[f"blocks.{index}.mlp.fc1.weight"].dtype for index in (0, 1)} == {
+        torch.bfloat16,
+        torch.float32,
+    }
 
 
 def test_a_random_base_holds_no_buffer_that_timm_computes_itself(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from visft_ds.tasks.vocabulary import Vocabulary
 WORDS = Vocabulary(("a", "red", "circle", "square"))
 CATEGORIES = (Category(0, 1, "person"), Category(1, 2, "bicycle"))
 #: What the published form takes for granted: the schema's defaults.
-PUBLISHED: dict[str, Any] = {f"visft.tasks.{task}.head": TASKS[task].options("head", {}) for task in BUILT_IN[:3]}
+PUBLISHED: dict[str, Any] = {
+    f"visft.tasks.{task}.head": TASKS[task].options("head", {}) for task in BUILT_IN[:3]
+}
 PUBLISHED["visft.tasks.segmentation.head.labelling"] = "published"
 
 
@@ -62,11 +64,15 @@ def test_published_heads_start_stage_2(first: PreparedModel, tmp_path: Path) -> 
         save_published_head(head, task, tmp_path / f"eva_g_{config_class(task).published}_heads.ckpt")
     second = prepared(configured(2, PUBLISHED), tmp_path)
     theirs, ours = first.module.heads.state_dict(), second.module.heads.state_dict()
-    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], value) for name, value in ours.items())
+    assert theirs.keys() == ours.keys() and all(
+        torch.equal(theirs[name], value) for name, value in ours.items()
+    )
     with pytest.raises(ValueError, match=r"was trained with grid 14 \(here 4\)"):
         prepared(configured(2, {**PUBLISHED, "visft.tasks.captioning.head.grid": 4}), tmp_path)
     with pytest.raises(ValueError, match=r"was trained with labelling published \(here contiguous\)"):
-        prepared(configured(2, {**PUBLISHED, "visft.tasks.segmentation.head.labelling": "contiguous"}), tmp_path)
+        prepared(
+            configured(2, {**PUBLISHED, "visft.tasks.segmentation.head.labelling": "contiguous"}), tmp_path
+        )
     with pytest.raises(ValueError, match="the captioning head has 8 ids, the vocabulary 7"):
         prepared(configured(2, PUBLISHED), tmp_path, Vocabulary(("a", "red", "circle")))
 
@@ -85,7 +91,9 @@ def test_random_base_weights_in_a_file_are_the_same_base(first: PreparedModel, t
     """Heads learnt before there was a file; its content says so. Weights of another seed are noted."""
     heads = write_own(tmp_path, first, STAGE1)
     save_base(first.base, first.module.backbone, tmp_path / "base.safetensors")
-    second = prepared(configured(2, {**PUBLISHED, "visft.model.weights": str(tmp_path / "base.safetensors")}), heads)
+    second = prepared(
+        configured(2, {**PUBLISHED, "visft.model.weights": str(tmp_path / "base.safetensors")}), heads
+    )
     assert second.base.identity == first.base.identity and not any("warning" in note for note in second.notes)
     other = prepared(configured(2, {**PUBLISHED, "visft.model.weights_seed": 1}), heads)
     assert sum("was trained on other base weights" in note for note in other.notes) == 3
@@ -95,7 +103,9 @@ def test_random_base_weights_in_a_file_are_the_same_base(first: PreparedModel, t
 def test_frozen_heads_drop_nothing_unless_asked_to(active: bool) -> None:
     model = prepared(configured(2, {"visft.heads.active_dropout": active})).module
     model.train()
-    dropouts = [module for module in model.heads.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
+    dropouts = [
+        module for module in model.heads.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0
+    ]
     assert dropouts and all(module.training == active for module in dropouts)
     assert model.backbone.training and not any(p.requires_grad for p in model.heads.parameters())
 
@@ -105,7 +115,10 @@ METHODS: dict[str, tuple[list[str], set[str]]] = {
     "lora": ([], {"lora_A", "lora_B"}),
     "bias": (["visft.lora=null", "visft.param_groups=backbone.*bias"], {"bias", "q_bias", "v_bias"}),
     "norms": (["visft.lora=null", "visft.param_groups=backbone.*norm*"], {"weight", "bias"}),
-    "both": (["visft.param_groups=backbone.*.lora_*,backbone.*norm*"], {"lora_A", "lora_B", "weight", "bias"}),
+    "both": (
+        ["visft.param_groups=backbone.*.lora_*,backbone.*norm*"],
+        {"lora_A", "lora_B", "weight", "bias"},
+    ),
 }
 
 

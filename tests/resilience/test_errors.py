@@ -19,7 +19,11 @@ CODES = {
 @pytest.mark.parametrize("error", CODES, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize(("rank", "local"), [("0", "0"), ("3", "3"), ("8", "0")])
 def test_an_error_is_printed_by_whoever_alone_meets_it_or_once_a_machine(
-    error: Exception, rank: str, local: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception,
+    rank: str,
+    local: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local)
@@ -33,7 +37,9 @@ def test_a_bug_keeps_its_traceback() -> None:
         tell(RuntimeError("shapes do not fit"))
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")]
+)
 def test_too_little_memory_is_no_bug(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     assert tell(error) == 2 and "smaller" in capsys.readouterr().err
 
@@ -41,4 +47,6 @@ def test_too_little_memory_is_no_bug(error: Exception, capsys: pytest.CaptureFix
 def test_a_message_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """Names of tensors, values and files that others chose stand in messages."""
     assert tell(ValueError("two lines:\n  \x1b[2J\x07 \u202etxt.exe \x9b31m \ud800 caf\u00e9")) == 2
-    assert capsys.readouterr().err == ("error: two lines:\n  \\x1b[2J\\x07 \\u202etxt.exe \\x9b31m \\ud800 caf\u00e9\n")
+    assert capsys.readouterr().err == (
+        "error: two lines:\n  \\x1b[2J\\x07 \\u202etxt.exe \\x9b31m \\ud800 caf\u00e9\n"
+    )

@@ -46,7 +46,9 @@ def test_overflows_of_fp16_end_the_run_at_the_least_scale() -> None:
     for scale in (65536.0, 2.0):
         report = StepReport({"loss": 1.0}, math.inf, {}, True, loss_scale=scale)
         assert not guard.observe(PLAN.step(0), report) and not guard.ends
-    assert "overflows" in guard.observe(PLAN.step(0), StepReport({"loss": 1.0}, math.inf, {}, True, loss_scale=1.0))
+    assert "overflows" in guard.observe(
+        PLAN.step(0), StepReport({"loss": 1.0}, math.inf, {}, True, loss_scale=1.0)
+    )
     assert guard.ends
 
 

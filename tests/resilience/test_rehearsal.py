@@ -46,5 +46,7 @@ def test_stages_of_a_pipeline_make_the_same(shards: Path) -> None:
     data, batches = opened(shards)
     parts = (largest_batches(data, batches.micro, role) for role in ("images", "labels"))
     for (_, pixels), (_, labels) in zip(*parts, strict=True):
-        assert torch.equal(sample_checksum(pixels), sample_checksum(labels)) and torch.equal(pixels.sizes, labels.sizes)
+        assert torch.equal(sample_checksum(pixels), sample_checksum(labels)) and torch.equal(
+            pixels.sizes, labels.sizes
+        )
         assert pixels.images.any() == 0 and not pixels.targets and labels.images.numel() == 0

@@ -1,4 +1,6 @@
-"""A request to stop, whoever gets it: all ranks finish the step, save the same one and leave nobody behind."""
+"""A request to stop, whoever gets it: all ranks finish the step, save the same one and leave nobody
+behind.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ CASES = {
 
 
 def ranks_below(pid: int) -> list[psutil.Process]:
-    found = [process for process in psutil.Process(pid).children(recursive=True) if "RANK" in process.environ()]
+    found = [
+        process for process in psutil.Process(pid).children(recursive=True) if "RANK" in process.environ()
+    ]
     return [process for process in found if process.ppid() not in {other.pid for other in found}]
 
 
@@ -51,11 +55,16 @@ def test_all_ranks_save_the_same_step_and_nobody_is_left(
         family += psutil.Process(process.pid).children(recursive=True)
         ranks = ranks_below(process.pid)
         assert len(ranks) == 2
-        target = {"visft: a rank": ranks[1].pid, "deepspeed: its child": ranks[0].ppid()}.get(who, process.pid)
+        target = {"visft: a rank": ranks[1].pid, "deepspeed: its child": ranks[0].ppid()}.get(
+            who, process.pid
+        )
         os.kill(target, number)
         output = process.communicate(timeout=600)[0]
     assert process.returncode == CASES[who, number], output
-    if (who, number) != ("visft: a rank", KILL):  # after which the others cannot save, and its workers complain
+    if (who, number) != (
+        "visft: a rank",
+        KILL,
+    ):  # after which the others cannot save, and its workers complain
         assert "Traceback" not in output
         (checkpoint,) = (out / "checkpoints").iterdir()
         assert f"saved step {int(checkpoint.name[5:])} in" in output and "stopped after step" in output
@@ -90,7 +99,9 @@ LAUNCHER = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c
 @pytest.mark.parametrize("name", ["deepspeed.launcher.launch", "torchrun"])
 def test_only_deepspeeds_launcher_has_a_parent_to_be_missed(name: str) -> None:
     """`nohup torchrun ... &` goes on when its shell ends; the `deepspeed` command is that of the run."""
-    start = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {LAUNCHER!r}, {RANK!r}, {name!r}])"
+    start = (
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {LAUNCHER!r}, {RANK!r}, {name!r}])"
+    )
     words = [sys.executable, "-c", f"{start}; import time; time.sleep(600)"]
     shell = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
     assert shell.stdin is not None and shell.stdout is not None

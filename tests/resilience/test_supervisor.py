@@ -59,7 +59,9 @@ def test_what_is_started_again(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         (["--", "visft", "train", "--stage", "1", "--model", "debug", "--dry-run"], "--dry-run"),
     ],
 )
-def test_a_command_that_cannot_work_is_refused(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_cannot_work_is_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == 2
     assert told in capsys.readouterr().err
 
@@ -117,7 +119,18 @@ def test_a_rank_that_cannot_start_leaves_none_behind(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("seconds", [0.0, 0.5])
 def test_a_ctrl_c_during_the_start_of_ranks_ends_all_with_130_and_no_traceback(seconds: float) -> None:
     """Interpreters that begin would print tracebacks of their own."""
-    words = [sys.executable, "-m", "visft_ds", "profile", "--num_gpus", "2", "--stage", "1", "--model", "debug"]
+    words = [
+        sys.executable,
+        "-m",
+        "visft_ds",
+        "profile",
+        "--num_gpus",
+        "2",
+        "--stage",
+        "1",
+        "--model",
+        "debug",
+    ]
     process = start_command([*words, "--synthetic"])
     with family_of(process) as family:
         until = time.monotonic() + 600

@@ -1,4 +1,6 @@
-"""A rank that hangs ends itself and says where; one whose peer is gone says so, and lets the other end first."""
+"""A rank that hangs ends itself and says where; one whose peer is gone says so, and lets the other end
+first.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def test_no_progress_ends_the_process_with_its_stacks() -> None:
     assert "most recent call first" in said and 'File "<string>", line 8' in said
 
 
-@pytest.mark.parametrize("said", ["Connection closed by peer [127.0.0.1]:4242", "Timed out waiting 1800000ms for recv"])
+@pytest.mark.parametrize(
+    "said", ["Connection closed by peer [127.0.0.1]:4242", "Timed out waiting 1800000ms for recv"]
+)
 def test_a_lost_peer_is_told_with_the_phase(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
     monkeypatch.setattr(watchdog, "_AFTER_YOU", 0.0)
     dog = Watchdog(0, 0.0)

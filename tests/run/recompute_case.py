@@ -18,7 +18,12 @@ from visft_ds.planner.memory import plan_largest, run_of
 def configured() -> ResolvedConfig:
     """Detection alone, with the policy left to the start; activations are most of what a step holds."""
     settings = [
-        *("visft.mode=sampled", "visft.tasks=detection", "visft.model.recompute=auto", "visft.data.prefetch_steps=0"),
+        *(
+            "visft.mode=sampled",
+            "visft.tasks=detection",
+            "visft.model.recompute=auto",
+            "visft.data.prefetch_steps=0",
+        ),
         *("visft.tasks.detection.micro_batch=4", "visft.tasks.detection.batch_size=4"),
         "zero_optimization.reduce_bucket_size=100000",
         'visft.model.overrides={"width": 64, "depth": 6, "num_heads": 4}',
@@ -43,7 +48,9 @@ def main(out: str) -> None:
     machine.memory_of = lambda device: room
     config = configured()
     chosen, there = machine.settle_recompute(config, machine.check_machine(config, None, 1))
-    Path(f"{out}.{rank}").write_text(json.dumps([chosen.visft.model.recompute, there.why_recompute]), encoding="utf-8")
+    Path(f"{out}.{rank}").write_text(
+        json.dumps([chosen.visft.model.recompute, there.why_recompute]), encoding="utf-8"
+    )
     distributed.close()
 
 

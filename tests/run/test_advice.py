@@ -1,4 +1,6 @@
-"""What a run says about its data and its numbers: each sentence for a case in which another one would mislead."""
+"""What a run says about its data and its numbers: each sentence for a case in which another one would
+mislead.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def test_classes_with_few_images_are_counted() -> None:
     config, data = opened()
     having = {**{str(number): 4 for number in range(60)}, **{str(number): 40 for number in range(60, 80)}}
     (found,) = told(config, with_manifest(data, having_category=having, object_sides=LARGE)).items()
-    assert found[0].startswith("60 of 80 classes are in fewer than 10 training images each (half of all classes in 4")
+    assert found[0].startswith(
+        "60 of 80 classes are in fewer than 10 training images each (half of all classes in 4"
+    )
     assert found[1] == "detection, segmentation"
 
 
@@ -122,7 +126,12 @@ MORE_STEPS = "train for more steps"
     ("name", "value", "scores", "words"),
     [
         # Flat: more steps alone change nothing.
-        ("semantic/mIoU", 0.29, [0.293, 0.292, 0.291], ["no longer rises (0.293, 0.292, 0.291)", "larger images"]),
+        (
+            "semantic/mIoU",
+            0.29,
+            [0.293, 0.292, 0.291],
+            ["no longer rises (0.293, 0.292, 0.291)", "larger images"],
+        ),
         ("mask/AP50", 0.21, [0.016, 0.029, 0.028], ["no longer rises", IGNORED.fact]),
         ("box/AP50", 0.30, [0.1, 0.103, 0.104], ["no longer rises", RARE.fact]),
         # Rising.

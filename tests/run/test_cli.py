@@ -32,7 +32,10 @@ def test_flags_set_the_keys_that_they_name(shards: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "steps"), [("shared", 9), ("sampled", 18)])
 def test_epochs_are_passes_of_each_task_through_the_images(shards: Path, mode: str, steps: int) -> None:
-    assert given(shards, "--epochs", 3, "--batch-size", 4, f"--set=visft.mode={mode}").total_steps == 8 * steps // 9
+    assert (
+        given(shards, "--epochs", 3, "--batch-size", 4, f"--set=visft.mode={mode}").total_steps
+        == 8 * steps // 9
+    )
     assert given(shards, "--epochs", 3, f"--set=visft.mode={mode}").total_steps == steps // 3
 
 
@@ -43,7 +46,9 @@ def test_fewer_images_than_a_batch_train_with_the_smaller_batch(shards: Path) ->
     assert "visft.shared.batch_size: 24 -> 10, because of the number of images" in config.adapted
 
 
-@pytest.mark.parametrize("words", [("--steps", 0), ("--epochs", 1, "--steps", 2), ("--lr", -1), ("--batch-size", 0)])
+@pytest.mark.parametrize(
+    "words", [("--steps", 0), ("--epochs", 1, "--steps", 2), ("--lr", -1), ("--batch-size", 0)]
+)
 def test_flags_out_of_range(shards: Path, words: tuple[object, ...]) -> None:
     with pytest.raises(ValueError, match=r"--steps|--lr|--batch-size"):
         given(shards, *words)

@@ -1,4 +1,6 @@
-"""Evaluation during training: every number once, pictures, and a process beside that may be slow or killed."""
+"""Evaluation during training: every number once, pictures, and a process beside that may be slow or
+killed.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ def test_nobody_waits_for_the_numbers(held: Held) -> None:
     """Steps, the next evaluation, saving and the end of the other rank all come before the first number."""
     assert held.judged_before == 0 and held.alone
     lines = held.printed.splitlines()
-    last, first = (next(n for n, line in enumerate(lines) if text in line) for text in ("step 4/4", "step 2 v"))
+    last, first = (
+        next(n for n, line in enumerate(lines) if text in line) for text in ("step 4/4", "step 2 v")
+    )
     assert last < first
 
 
@@ -121,7 +125,9 @@ def test_numbers_of_every_evaluation_are_recorded(held: Held) -> None:
     lines = [line for line in held.printed.splitlines() if re.match(r"step \d+ validation: ", line)]
     assert [line.split()[1] for line in lines] == ["2", "4"]
     for line, numbers in zip(lines, judged.values(), strict=True):
-        told = [f"{name} {numbers[f'val/{name}']:.3f}" for name in shown_metrics() if f"val/{name}" in numbers]
+        told = [
+            f"{name} {numbers[f'val/{name}']:.3f}" for name in shown_metrics() if f"val/{name}" in numbers
+        ]
         assert line.split("validation: ")[1] == "  ".join(told)
 
 
@@ -169,7 +175,9 @@ class Parts:
 def parts(shards: Path) -> Parts:
     settings = [f"{key}={json.dumps(value)}" for key, value in {**SETTINGS, **EXTRA}.items()]
     config = resolve(stage=1, model="debug", settings=settings)
-    vocabulary = vocabulary_of(config.visft, {"train": TrainingSet(Manifest.load(shards, "train"), ("captioning",))})
+    vocabulary = vocabulary_of(
+        config.visft, {"train": TrainingSet(Manifest.load(shards, "train"), ("captioning",))}
+    )
     assert vocabulary is not None
     return Parts(config, Manifest.load(shards, "val"), vocabulary)
 
@@ -235,7 +243,9 @@ def test_a_request_to_stop_ends_the_wait_for_numbers(
     validation, stop, numbers = parts.validation(), StopFlag(launched=False), {"box/AP": 0.5}
     monkeypatch.setattr("visft_ds.run.evaluation.ProcessPoolExecutor", Here)
     released = threading.Event()
-    monkeypatch.setattr("visft_ds.run.evaluation.measure", lambda *_, **__: released.wait(PROMPT) and (numbers, []))
+    monkeypatch.setattr(
+        "visft_ds.run.evaluation.measure", lambda *_, **__: released.wait(PROMPT) and (numbers, [])
+    )
     with MetricsWriter(tmp_path) as writer:
         log = RunLog(writer, Progress(4, stream=io.StringIO()))
         validation.measure(2, {})
@@ -249,7 +259,9 @@ def test_a_request_to_stop_ends_the_wait_for_numbers(
 def test_an_evaluation_that_hangs_is_noticed(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every batch has the time of a step: an evaluation may take hours, a rank that waits for another one may not."""
+    """Every batch has the time of a step: an evaluation may take hours, a rank that waits for another one may
+    not.
+    """
     validation, dog, ended, begun = parts.validation(), Watchdog(0, 0.0), threading.Event(), list[float]()
     monkeypatch.setattr(watchdog, "_LOOK", 0.01)
     monkeypatch.setattr(os, "_exit", lambda code: ended.set())
@@ -262,7 +274,9 @@ def test_an_evaluation_that_hangs_is_noticed(
             raise InterruptedError
         return {}
 
-    monkeypatch.setattr("visft_ds.run.evaluation.collect", lambda predict, *_, **__: [predict(batch) for batch in "ab"])
+    monkeypatch.setattr(
+        "visft_ds.run.evaluation.collect", lambda predict, *_, **__: [predict(batch) for batch in "ab"]
+    )
     with MetricsWriter(tmp_path) as writer, pytest.raises(InterruptedError), dog.watching():
         validation.evaluate(predict, 2, RunLog(writer, Progress(4)), StopFlag(launched=False), dog)
     assert begun[0] < begun[1] and "evaluating after step 2" in capsys.readouterr().err
@@ -271,7 +285,9 @@ def test_an_evaluation_that_hangs_is_noticed(
 def test_a_killed_process_is_started_anew_once(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """While it measures (step 2), while it has nothing to do (4), and again and again (6), which costs its numbers."""
+    """While it measures (step 2), while it has nothing to do (4), and again and again (6), which costs its
+    numbers.
+    """
 
     def kill() -> None:
         assert validation._pool is not None and validation._pool._processes is not None

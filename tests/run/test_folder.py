@@ -15,7 +15,15 @@ from tests.checkpoint.faulty_disk import state
 from visft_ds.checkpoint.format import SETTINGS, Checkpoint, check_identity, open_checkpoint, save_checkpoint
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.parallel.engine import Engine
-from visft_ds.run.folder import BACKBONE_FILE, LOCK_FILE, RUN_SCHEMA, Parent, locked, open_run_folder, recorded_config
+from visft_ds.run.folder import (
+    BACKBONE_FILE,
+    LOCK_FILE,
+    RUN_SCHEMA,
+    Parent,
+    locked,
+    open_run_folder,
+    recorded_config,
+)
 from visft_ds.run.record import write_run
 from visft_ds.run.state import RunState
 
@@ -53,7 +61,11 @@ def test_a_start_that_recorded_no_step_is_in_nobodys_way(tmp_path: Path) -> None
     """Such as one that ran out of memory: the corrected command works in the same folder."""
     out = _run(tmp_path / "run")
     for config, resume in ((FIRST, "auto"), (OTHER, "auto"), (OTHER, "no")):
-        with pytest.raises(ValueError, match=r"holds a run|optimizer.params.lr") if config is OTHER else nullcontext():
+        with (
+            pytest.raises(ValueError, match=r"holds a run|optimizer.params.lr")
+            if config is OTHER
+            else nullcontext()
+        ):
             open_run_folder(out, config, resume)  # it recorded steps
     (out / "metrics.jsonl").write_text("")
     (out / "checkpoints" / "step_00000004.tmp").mkdir(parents=True)  # cut off while it was written
@@ -76,7 +88,10 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_without_its_checkpoints_is_not_trained_over(tmp_path: Path) -> None:
     """Its export would be replaced, and its metrics cut off."""
-    out, engine = _run(tmp_path / "run"), cast(Engine, None)  # which is asked for nothing before a checkpoint is found
+    out, engine = (
+        _run(tmp_path / "run"),
+        cast(Engine, None),
+    )  # which is asked for nothing before a checkpoint is found
     of_run = RunState(_config(f"visft.run.out={out}"), engine, {}, cast(Any, None))
     assert of_run.resume() == 0  # the random base alone is nothing that was trained
     (out / "export/export.json").write_text("")

@@ -1,4 +1,6 @@
-"""What a start finds out: what `visft.model.recompute` = "auto" becomes, where and why; facts that ranks share."""
+"""What a start finds out: what `visft.model.recompute` = "auto" becomes, where and why; facts that ranks
+share.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_the_debug_model_states_its_policy() -> None:
     assert machine.check_machine(config, None).why_recompute == "as configured"
 
 
-def test_a_run_keeps_its_policy_though_memory_differs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_keeps_its_policy_though_memory_differs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     config, room = changed(configured(), [f"visft.run.out={tmp_path}"]), needs("block")
     assert settled(monkeypatch, room, config)[0] == "block"
     write_run(tmp_path, changed(config, ["visft.model.recompute=block"]).to_dict(), 1, ["train"])
@@ -59,7 +63,9 @@ def test_the_rank_with_the_least_room_decides_for_all(tmp_path: Path) -> None:
     assert found[0] == found[1] and found[0][0] == "block", found
 
 
-def test_a_limit_of_the_control_group_is_all_that_a_cpu_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_limit_of_the_control_group_is_all_that_a_cpu_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A scheduler limits a group in the middle of the path: the process's own has no limit."""
     group = tmp_path / "groups/slurm/job_7/step_0"
     group.mkdir(parents=True)

@@ -1,4 +1,6 @@
-"""A run whose stage-1 folder is deleted, whose own folder is moved, and that is used from another current folder."""
+"""A run whose stage-1 folder is deleted, whose own folder is moved, and that is used from another current
+folder.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ SETTINGS: dict[str, Any] = {
 
 def _train(folder: Path, *more: str) -> str:
     """The training command, from a folder; returns what it printed."""
-    return python(REPOSITORY / "launchers/train.py", "--model=debug", *words_of(SETTINGS), *more, folder=folder)
+    return python(
+        REPOSITORY / "launchers/train.py", "--model=debug", *words_of(SETTINGS), *more, folder=folder
+    )
 
 
 def test_a_run_is_used_without_the_folder_it_began_in(
@@ -71,7 +75,11 @@ def test_a_run_is_used_without_the_folder_it_began_in(
     assert merge(["--adapter", str(moved / "export/adapter"), "--verify", "--out", "merged.safetensors"]) == 0
     assert str(base) in capsys.readouterr().out
     spec = parse_model(f"before={moved}")
-    assert spec.name == str(base) and str(spec.adapter).startswith(str(moved)) and load_encoder(spec, "fp32").kinds
+    assert (
+        spec.name == str(base)
+        and str(spec.adapter).startswith(str(moved))
+        and load_encoder(spec, "fp32").kinds
+    )
     photo = home / "val/images/picture.0.jpg"
     wanted = load(moved).predict(photo, threshold=0)
     assert wanted.boxes is not None and len(wanted.boxes.names) and wanted.caption is not None

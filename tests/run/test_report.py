@@ -13,7 +13,8 @@ from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 from visft_ds.run import machine, report
 from visft_ds.run.report import print_dry_run
 
-#: Values of the debug model's caption head for each id: a row of the embedding and one of the output, with its bias.
+#: Values of the debug model's caption head for each id: a row of the embedding and one of the output, with
+#: its bias.
 BY_ID = 64 + 128 + 1
 DRY = ["--stage", "1", "--model", "debug", "--dry-run", "--data"]
 
@@ -60,7 +61,9 @@ def test_the_dry_run_says_whether_a_process_fits_and_what_is_recomputed(
         print_dry_run(config, 1)
         text = capsys.readouterr().out
         assert "-- predicted peak memory of a process" in text and verdict in text
-        assert re.search(rf"recompute +{'none' if room > 10**6 else 'block'}, chosen: needs 0.. of \S+ GiB", text), text
+        assert re.search(
+            rf"recompute +{'none' if room > 10**6 else 'block'}, chosen: needs 0.. of \S+ GiB", text
+        ), text
 
 
 def test_a_dry_run_opens_the_files_that_a_start_opens(

@@ -1,4 +1,6 @@
-"""`tools/make_shards.py` from outside: the same bytes however it runs or is stopped, and nothing is mixed or lost."""
+"""`tools/make_shards.py` from outside: the same bytes however it runs or is stopped, and nothing is mixed or
+lost.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,20 @@ SMALL = 20_480  # bytes of a shard: a few samples
 
 
 def options_of(tree: Tree, out: Path, **changes: Any) -> Options:
-    given = {"images": tree.images, "instances": tree.instances, "captions": tree.captions, "out": out, "split": "toy"}
+    given = {
+        "images": tree.images,
+        "instances": tree.instances,
+        "captions": tree.captions,
+        "out": out,
+        "split": "toy",
+    }
     return Options(**{**given, "max_size": SMALL, **changes})
 
 
 def digests(root: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.iterdir() if path.is_file()}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.iterdir() if path.is_file()
+    }
 
 
 def times(root: Path) -> dict[str, int]:
@@ -94,7 +104,9 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_any_number_of_workers_writes_the_same_bytes(large: Tree, expected: dict[str, str], tmp_path: Path) -> None:
+def test_any_number_of_workers_writes_the_same_bytes(
+    large: Tree, expected: dict[str, str], tmp_path: Path
+) -> None:
     for workers in (2, 5):
         build(options_of(large, tmp_path / str(workers)), workers=workers)
         assert digests(tmp_path / str(workers)) == expected
@@ -102,7 +114,10 @@ def test_any_number_of_workers_writes_the_same_bytes(large: Tree, expected: dict
 
 def test_the_tool_runs_in_its_own_folder(tree: Tree, tmp_path: Path) -> None:
     """tools/profile.py must not stand in for the standard library's module, which torch imports."""
-    assert main(["build", *tree.arguments(tmp_path / "out"), "--dry-run"]) == 0 and not (tmp_path / "out").exists()
+    assert (
+        main(["build", *tree.arguments(tmp_path / "out"), "--dry-run"]) == 0
+        and not (tmp_path / "out").exists()
+    )
     said = python("make_shards.py", "build", *tree.arguments(tmp_path / "out"), folder=ROOT / "tools")
     assert "toy: built 1 shard(s), 0.1 MB, " in said and "1 x crowd" in said
 
@@ -125,7 +140,9 @@ def test_a_changed_picture_changes_its_shard_only(tree: Tree, tmp_path: Path) ->
 def test_a_failure_while_writing_leaves_only_whole_files(
     tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk in a rebuild: the old manifest must be gone before the first shard that it does not describe."""
+    """A full disk in a rebuild: the old manifest must be gone before the first shard that it does not
+    describe.
+    """
     options = options_of(tree, tmp_path / "out")
     build(options)
     before = digests(options.out)
@@ -160,7 +177,9 @@ def test_a_split_built_otherwise_is_not_overwritten(tree: Tree, tmp_path: Path) 
     assert times(tmp_path / "out").keys() == {"toy-000000.tar"}
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/toy-000000.tar").write_bytes(b"of another program")
-    assert main(["build", *tree.arguments(tmp_path / "theirs")]) == 2 and len(digests(tmp_path / "theirs")) == 1
+    assert (
+        main(["build", *tree.arguments(tmp_path / "theirs")]) == 2 and len(digests(tmp_path / "theirs")) == 1
+    )
     assert verify(Manifest.load(tmp_path / "out", "toy")) == []
 
 
@@ -169,7 +188,10 @@ def test_of_two_builds_at_once_the_second_is_refused(tree: Tree, tmp_path: Path)
     options = options_of(tree, tmp_path / "out")
     build(options)
     before = digests(options.out)
-    with FileLock(options.out / ".toy.build/lock"), pytest.raises(ValueError, match="another build is making 'toy'"):
+    with (
+        FileLock(options.out / ".toy.build/lock"),
+        pytest.raises(ValueError, match="another build is making 'toy'"),
+    ):
         build(options)
     assert digests(options.out) == before
     build(replace(options, split="other"))
@@ -244,7 +266,9 @@ def _compressed(code: dict[str, Any]) -> str:
 def test_real_photographs_come_back_as_they_were(tmp_path: Path, split: str) -> None:
     labels = PHOTOS / "annotations"
     instances, captions = labels / f"instances_{split}.json", labels / f"captions_{split}.json"
-    manifest = build(Options(PHOTOS / split, instances, captions, tmp_path, split, max_size=2_000_000), workers=2)
+    manifest = build(
+        Options(PHOTOS / split, instances, captions, tmp_path, split, max_size=2_000_000), workers=2
+    )
     assert not manifest.left_out and verify(manifest) == []
     source = json.loads(instances.read_text())
     texts = json.loads(captions.read_text())["annotations"]
@@ -267,7 +291,9 @@ def test_real_photographs_come_back_as_they_were(tmp_path: Path, split: str) -> 
         assert reader.read(place, "images")[0] == image
 
 
-def test_sides_of_objects_are_those_of_what_is_seen_in_parts_of_the_picture(tree: Tree, tmp_path: Path) -> None:
+def test_sides_of_objects_are_those_of_what_is_seen_in_parts_of_the_picture(
+    tree: Tree, tmp_path: Path
+) -> None:
     """Crowds do not count, and of a box beyond the border only the part inside does."""
 
     def change(content: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""COCO files as other programs write them: what cannot be used is counted, and above a tenth it is an error."""
+"""COCO files as other programs write them: what cannot be used is counted, and above a tenth it is an
+error.
+"""
 
 from __future__ import annotations
 
@@ -137,10 +139,14 @@ def test_masks_that_contradict_their_boxes_are_counted_above_a_tenth(toy: Tree) 
 
 
 def test_kept_as_they_are(toy: Tree) -> None:
-    """Crowds and boxes without area belong to the data set; other fields, unusable masks and a byte order mark not."""
+    """Crowds and boxes without area belong to the data set; other fields, unusable masks and a byte order
+    mark not.
+    """
 
     def change(content: Content) -> None:
-        first, second, third, fourth, fifth, *_ = [one for one in content["annotations"] if not one["iscrowd"]]
+        first, second, third, fourth, fifth, *_ = [
+            one for one in content["annotations"] if not one["iscrowd"]
+        ]
         first["bbox"][2] = 0
         first["keypoints"] = [1, 2, 3]
         second.pop("area")
@@ -166,7 +172,9 @@ def test_kept_as_they_are(toy: Tree) -> None:
 
 
 def test_run_length_codes(toy: Tree) -> None:
-    """Runs that are no text become text; what does not fill the image, or is no code, is no mask, and counted."""
+    """Runs that are no text become text; what does not fill the image, or is no code, is no mask, and
+    counted.
+    """
     size = [96, 144]
     whole = 96 * 144
     text = coco_mask.frPyObjects({"size": size, "counts": [7, 9, whole - 16]}, *size)["counts"].decode()
@@ -214,7 +222,9 @@ def test_polygons_in_another_form_are_read(toy: Tree, form: str) -> None:
 
 
 def test_polygons_end_where_training_cuts_them_off(toy: Tree) -> None:
-    """The library takes memory in proportion to the distance: a corner at 1e8 ended evaluation and the judge."""
+    """The library takes memory in proportion to the distance: a corner at 1e8 ended evaluation and the
+    judge.
+    """
     toy.edit(each(lambda entry: entry.update(segmentation=[[1, 1, 31, 1, 1e9, -1e9]]), 0.09))
     source = read(toy)
     cut = count(source, "cut off there")
@@ -228,7 +238,8 @@ def test_classes_are_counted_by_images(toy: Tree, tmp_path: Path, capsys: pytest
     content = json.loads(toy.instances.read_text())
     own = [one for one in content["annotations"] if not one["iscrowd"]]
     most = max(
-        content["categories"], key=lambda one: len({a["image_id"] for a in own if a["category_id"] == one["id"]})
+        content["categories"],
+        key=lambda one: len({a["image_id"] for a in own if a["category_id"] == one["id"]}),
     )
     images = len({one["image_id"] for one in own if one["category_id"] == most["id"]})
     assert main(["build", *toy.arguments(tmp_path / "out")]) == 0
@@ -267,7 +278,9 @@ def test_captions(toy: Tree) -> None:
     alone = read_coco(None, toy.captions)
     assert alone.categories == () and all(image.captions for image in alone.images)
     toy.edit(each(lambda entry: entry.update(image_id=10**6 + entry["image_id"]), 0.5), "captions")
-    assert count(read(toy), "caption without image"), "of a part of COCO's images the captions of all are often given"
+    assert count(read(toy), "caption without image"), (
+        "of a part of COCO's images the captions of all are often given"
+    )
     with pytest.raises(ValueError, match="cannot be used"):
         read_coco(None, toy.captions)
     toy.edit(each(lambda entry: entry.update(image_id=-1)), "captions")

@@ -1,4 +1,6 @@
-"""`visft shards FOLDER`: each layout is recognised and packed; two things in one folder, or nothing, are refused."""
+"""`visft shards FOLDER`: each layout is recognised and packed; two things in one folder, or nothing, are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -60,12 +62,20 @@ def test_yolo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         manifest = Manifest.load(tmp_path / "my data-shards", split)
         assert manifest.labels == {"annotations"}
         assert [(c.coco_id, c.name) for c in manifest.categories] == [(0, "cat"), (1, "yes"), (2, "dog")]
-        assert (manifest.counts["images"], manifest.counts["annotations"], manifest.counts["empty"]) == (5, 4, 2)
+        assert (manifest.counts["images"], manifest.counts["annotations"], manifest.counts["empty"]) == (
+            5,
+            4,
+            2,
+        )
         assert verify(manifest) == []
-    assert main(["build", str(tmp_path / "my data/data.yaml"), "--out", str(tmp_path / "my data-shards")]) == 0
+    assert (
+        main(["build", str(tmp_path / "my data/data.yaml"), "--out", str(tmp_path / "my data-shards")]) == 0
+    )
 
 
-def test_boxes_of_unreadable_pictures_do_not_hide_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_boxes_of_unreadable_pictures_do_not_hide_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_yolo(tmp_path / "mine")
     for path in (tmp_path / "mine").rglob("*.jpg"):
         path.write_bytes(b"no picture")
@@ -73,7 +83,9 @@ def test_boxes_of_unreadable_pictures_do_not_hide_why(tmp_path: Path, capsys: py
     assert "5 x unreadable" in capsys.readouterr().err
 
 
-def test_a_wrong_label_of_any_split_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_label_of_any_split_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_yolo(tmp_path / "mine")
     (tmp_path / "mine/valid/labels/1.txt").write_text("4 0.5 0.5 0.5 0.5")
     assert main([str(tmp_path / "mine")]) == 2
@@ -88,7 +100,9 @@ def test_cocos_tree_is_the_same_as_by_flags(tmp_path: Path, capsys: pytest.Captu
     files = ["--instances", str(folder / "annotations/instances_val2017.json")]
     files += ["--captions", str(folder / "annotations/captions_val2017.json")]
     out = tmp_path / "flags"
-    assert main(["build", "--images", str(folder / "val2017"), *files, "--out", str(out), "--split", "val"]) == 0
+    assert (
+        main(["build", "--images", str(folder / "val2017"), *files, "--out", str(out), "--split", "val"]) == 0
+    )
     for path in sorted(out.glob("val*")):
         assert path.read_bytes() == (tmp_path / "coco-shards" / path.name).read_bytes()
     assert not (tmp_path / "coco-shards/train.manifest.json").exists()
@@ -103,7 +117,10 @@ def test_roboflows_coco_and_plain_names(tmp_path: Path) -> None:
         (plain / f"annotations/captions_{split}.json").unlink()
         (plain / f"annotations/instances_{split}.json").rename(plain / f"{split}.json")
     kind, splits, _ = recognise(plain)
-    assert kind == "COCO" and [(split.name, split.captions) for split in splits] == [("train", None), ("val", None)]
+    assert kind == "COCO" and [(split.name, split.captions) for split in splits] == [
+        ("train", None),
+        ("val", None),
+    ]
 
 
 def test_captioned_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +150,9 @@ def test_a_folder_that_is_two_things_is_refused(tmp_path: Path) -> None:
         recognise(tmp_path)
 
 
-def test_a_folder_that_is_nothing_says_what_was_looked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_nothing_says_what_was_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "labels").mkdir()
     (tmp_path / "package.json").write_text("{}")
     assert main([str(tmp_path)]) == 2
@@ -160,7 +179,9 @@ def test_wrong_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: 
 def test_two_years_of_one_split_are_refused(tmp_path: Path) -> None:
     folder = _coco(tmp_path)
     shutil.copytree(folder / "train2017", folder / "train2014")
-    shutil.copyfile(folder / "annotations/instances_train2017.json", folder / "annotations/instances_train2014.json")
+    shutil.copyfile(
+        folder / "annotations/instances_train2017.json", folder / "annotations/instances_train2014.json"
+    )
     with pytest.raises(ValueError, match="has more than one 'train'"):
         recognise(folder)
     assert [split.name for split in recognise(folder, "val")[1]] == ["val"]

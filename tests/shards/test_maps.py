@@ -61,7 +61,9 @@ def test_layouts(
     assert known == names or (len(known) == 19 and known[0] == "road" and known[-1] == "bicycle")
     assert manifest.index["num_annotations"].sum() == regions
     _, config = resolve_arguments(["--data", str(shards)])  # the command that it prints
-    assert list(config.visft.tasks.enabled()) == ["semantic"] and config.visft.run.keep_best == "semantic/mIoU"
+    assert (
+        list(config.visft.tasks.enabled()) == ["semantic"] and config.visft.run.keep_best == "semantic/mIoU"
+    )
 
 
 def test_nothing_of_a_map_is_lost(tmp_path: Path) -> None:
@@ -121,7 +123,9 @@ def test_maps_of_0_and_255_are_named(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_number_without_a_class_loses_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """CamVid has "Unlabelled" among its 12 names; as a class it would be learnt, and count in the mean IoU as 0."""
+    """CamVid has "Unlabelled" among its 12 names; as a class it would be learnt, and count in the mean IoU as
+    0.
+    """
     write_own(tmp_path)
     command = [str(tmp_path), "--out", str(tmp_path / "shards"), "--void"]
     assert main([*command, "256"]) == 2 and "0 to 255" in capsys.readouterr().err
@@ -140,7 +144,12 @@ def test_a_number_without_a_class_loses_its_name(tmp_path: Path, capsys: pytest.
         **{f"semantic/IoU/{name}": 1 for name in ("sky", "meadow", "house")},
     }
     _, judged = read_train_and_test({"train": 8, "test": 4}, str(tmp_path / "shards"))
-    assert judged.classes == ("sky", "meadow", "house") and set(np.unique(judged.label(0))) <= {0, 1, 2, 65_535}
+    assert judged.classes == ("sky", "meadow", "house") and set(np.unique(judged.label(0))) <= {
+        0,
+        1,
+        2,
+        65_535,
+    }
 
 
 def test_another_number_without_a_class(tmp_path: Path) -> None:

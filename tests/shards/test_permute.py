@@ -34,10 +34,17 @@ def test_labels_lie_beside_another_image_which_takes_their_size(split: Manifest,
     reader = ShardReader(split)
     content = orjson.loads((tmp_path / "tree/annotations/instances_toy2017.json").read_bytes())
     captions = orjson.loads((tmp_path / "tree/annotations/captions_toy2017.json").read_bytes())
-    labels = [orjson.loads(data) for data in (reader.read(place, "labels")[1] or b"" for place in range(len(reader)))]
+    labels = [
+        orjson.loads(data)
+        for data in (reader.read(place, "labels")[1] or b"" for place in range(len(reader)))
+    ]
     places = others(len(reader), 3)
     for label, image, place in zip(labels, content["images"], places, strict=True):
-        assert (image["id"], image["width"], image["height"]) == (label["image_id"], label["width"], label["height"])
+        assert (image["id"], image["width"], image["height"]) == (
+            label["image_id"],
+            label["width"],
+            label["height"],
+        )
         own = [one for one in content["annotations"] if one["image_id"] == image["id"]]
         assert [one["bbox"] for one in own] == [one["bbox"] for one in label["annotations"]]
         texts = [one["caption"] for one in captions["annotations"] if one["image_id"] == image["id"]]
@@ -48,7 +55,9 @@ def test_labels_lie_beside_another_image_which_takes_their_size(split: Manifest,
             assert picture.size == (label["width"], label["height"])
         assert (found.read_bytes() == data) == (picture.size == (other["width"], other["height"]))
     words = ["--images", str(tmp_path / "tree/toy2017"), "--split", "toy", "--out", str(tmp_path / "again")]
-    words += [f"--{kind}={tmp_path}/tree/annotations/{kind}_toy2017.json" for kind in ("instances", "captions")]
+    words += [
+        f"--{kind}={tmp_path}/tree/annotations/{kind}_toy2017.json" for kind in ("instances", "captions")
+    ]
     assert shards_main(["build", *words]) == 0
     assert len(Manifest.load(tmp_path / "again", "toy")) == len(reader)
 
@@ -60,7 +69,11 @@ def test_label_maps_stay_label_maps(tmp_path: Path) -> None:
     assert shards_main([str(tmp_path / "tree"), "--out", str(tmp_path / "again")]) == 0
     for name in ("train", "val"):
         split, again = (Manifest.load(tmp_path / folder, name) for folder in ("shards", "again"))
-        assert "maps" in again.labels and "annotations" not in again.labels and again.categories == split.categories
+        assert (
+            "maps" in again.labels
+            and "annotations" not in again.labels
+            and again.categories == split.categories
+        )
         before, after = (coco_dataset(ShardReader(one)) for one in (split, again))
         masks = [
             {(a["image_id"], a["category_id"]): a["segmentation"] for a in one["annotations"]}

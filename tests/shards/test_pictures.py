@@ -1,4 +1,6 @@
-"""Pictures of any format and orientation end up in shards with the pixels that their labels fit; lost ones are told."""
+"""Pictures of any format and orientation end up in shards with the pixels that their labels fit; lost ones
+are told.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,12 @@ def encoded(pixels: npt.NDArray[Any] | Image.Image, kind: str, **options: Any) -
     return file.getvalue()
 
 
-def photograph(orientation: int, kind: str = "JPEG", side: tuple[int, int] = (40, 60)) -> tuple[bytes, tuple[int, int]]:
-    """(file, (H, W) as stored) of a picture that shows a white rectangle at `BOX` when its EXIF data is applied."""
+def photograph(
+    orientation: int, kind: str = "JPEG", side: tuple[int, int] = (40, 60)
+) -> tuple[bytes, tuple[int, int]]:
+    """(file, (H, W) as stored) of a picture that shows a white rectangle at `BOX` when its EXIF data is
+    applied.
+    """
     shown = np.zeros((*side, 3), np.uint8)
     x, y, width, height = BOX
     shown[y : y + height, x : x + width] = 255
@@ -76,8 +82,13 @@ def test_labels_of_upright_pictures_fit(tmp_path: Path, orientation: int, side: 
     assert white(manifest) == list(BOX) and not manifest.left_out
     told = [kind for kind in manifest.findings if "EXIF" in kind]
     assert len(told) == (orientation > 1)
-    assert all(("cannot tell" in kind) == (stored == side and (side[0] == side[1] or orientation < 5)) for kind in told)
-    assert (ShardReader(manifest).read(0, "images")[0] == data) == (orientation == 1), "others are stored upright"
+    assert all(
+        ("cannot tell" in kind) == (stored == side and (side[0] == side[1] or orientation < 5))
+        for kind in told
+    )
+    assert (ShardReader(manifest).read(0, "images")[0] == data) == (orientation == 1), (
+        "others are stored upright"
+    )
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
@@ -110,7 +121,9 @@ def test_yolo_labels_fit_the_picture_as_shown(
     for split in ("train", "valid"):
         (tmp_path / f"mine/{split}/images/0.jpg").write_bytes(data)
     assert main([str(tmp_path / "mine"), *exif]) == 0
-    assert ("1 x picture stored upright by EXIF; its size cannot tell" in capsys.readouterr().out) == (not exif)
+    assert ("1 x picture stored upright by EXIF; its size cannot tell" in capsys.readouterr().out) == (
+        not exif
+    )
     manifest = Manifest.load(tmp_path / "mine-shards", "train")
     assert white(manifest) == box == read_raw(ShardReader(manifest), 0).annotations[0]["bbox"]
 
@@ -185,7 +198,9 @@ def test_lost_pictures_are_counted_and_above_a_tenth_an_error(
 
 
 def test_what_is_no_plain_file_is_left_out(tmp_path: Path) -> None:
-    """A pipe that nobody writes to, a device, terabytes without content, a link to itself, a picture elsewhere."""
+    """A pipe that nobody writes to, a device, terabytes without content, a link to itself, a picture
+    elsewhere.
+    """
     tree = write_tree(tmp_path / "tree", 80)
     for place in range(5):
         (tree.images / f"picture.{place}.jpg").unlink()

@@ -25,7 +25,14 @@ def test_boxes_polygons_and_pictures_without_a_label(tmp_path: Path) -> None:
     assert {(image["height"], image["width"]) for image in content["images"]} == {(32, 64)}
     assert content["categories"] == [{"id": n, "name": name} for n, name in enumerate(("cat", "yes", "dog"))]
     box, _, small, outline = content["annotations"]
-    assert box == {"id": 1, "image_id": 1, "category_id": 0, "iscrowd": 0, "bbox": [16, 12, 32, 8], "area": 256}
+    assert box == {
+        "id": 1,
+        "image_id": 1,
+        "category_id": 0,
+        "iscrowd": 0,
+        "bbox": [16, 12, 32, 8],
+        "area": 256,
+    }
     assert (small["image_id"], small["category_id"], small["bbox"]) == (2, 1, [12.8, 6.4, 6.4, 3.2])
     assert outline["segmentation"] == [[16, 8, 48, 8, 48, 24]]
     assert outline["bbox"] == [16, 8, 32, 16] and outline["area"] == 256
@@ -100,7 +107,9 @@ def test_lists_of_images_labels_beside_them_and_cocos_names(tmp_path: Path) -> N
     for split in ("train", "val"):
         content = read(tmp_path / "coco.yaml", split)
         assert [image["file_name"] for image in content["images"]] == ["a/1.jpg", "b/2.jpg"]
-        assert {annotation["category_id"] for annotation in content["annotations"]} == {2, 90}, "bicycle, toothbrush"
+        assert {annotation["category_id"] for annotation in content["annotations"]} == {2, 90}, (
+            "bicycle, toothbrush"
+        )
 
 
 @pytest.mark.parametrize("name", ["../../secret.jpg", "/etc/secret.jpg", "images/../../../secret.jpg"])
@@ -121,7 +130,9 @@ def test_a_description_does_not_lead_out_of_its_folder(tmp_path: Path, text: str
     write_picture(tmp_path / "private/images/0.jpg")
     path = write_yolo(tmp_path / "deep/mine")
     path.write_text(text.format(tmp_path / "private") + "\nnames: [a]\n")
-    with pytest.raises(ValueError, match=r"data\.yaml.*private.* is outside its folder .*copy the data\.yaml"):
+    with pytest.raises(
+        ValueError, match=r"data\.yaml.*private.* is outside its folder .*copy the data\.yaml"
+    ):
         read_yolo(path)
     path.write_text(f"path: {path.parent}\ntrain: {path.parent}/train/images\nnames: [a, b, c]\n")
     assert len(read(path)["images"]) == 5

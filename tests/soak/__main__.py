@@ -2,8 +2,8 @@
 
     python -m tests.soak --out FOLDER --seed 0
 
-Stage 2 of a tiny model on two processes, all three tasks, with evaluation beside it. The exit code is 1 where anything
-is different, or where the run does not do after a fault what it promises.
+Stage 2 of a tiny model on two processes, all three tasks, with evaluation beside it. The exit code is 1 where
+anything is different, or where the run does not do after a fault what it promises.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from tests.soak.trial import SoakFailed
 
 def main() -> int:
     """Parse, soak, report. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.soak", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="a new folder for data, runs and logs")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule of faults (0)")
-    parser.add_argument("--steps", type=int, default=5400, help="length of the run (5400: half an hour, about)")
+    parser.add_argument(
+        "--steps", type=int, default=5400, help="length of the run (5400: half an hour, about)"
+    )
     options = parser.parse_args()
     # A job in the background of a shell ignores it, and so would every process that is started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -50,7 +54,9 @@ def as_text(report: Report) -> str:
         f"steps lost and made again: {sum(one.lost for one in report.faults)}",
         f"undisturbed run {report.reference_seconds:.0f} s, disturbed run {report.seconds:.0f} s",
     ]
-    lines += [f"DIFFERENT: {one}" for one in report.differences] or ["the same, bit for bit, as the undisturbed run"]
+    lines += [f"DIFFERENT: {one}" for one in report.differences] or [
+        "the same, bit for bit, as the undisturbed run"
+    ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,6 @@
-"""Whether two runs left the same: weights, moments and averages bit for bit, the numbers of every step, the export."""
+"""Whether two runs left the same: weights, moments and averages bit for bit, the numbers of every step, the
+export.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,9 @@ class Injury:
     fault: Fault
     shards: Path  #: folder of the data of the run
     disk: Path | None  #: a small disk that holds the run folder; None where none could be mounted
-    says: list[str] = field(default_factory=list)  #: texts, besides those of the kind, that the output must contain
+    says: list[str] = field(
+        default_factory=list
+    )  #: texts, besides those of the kind, that the output must contain
     note: str = ""  #: for the report
     restarts: int = 1  #: that the supervisor makes for it, where it makes any
     mend: Callable[[], object] = lambda: None  #: before the run is started again
@@ -62,7 +64,9 @@ class Injury:
         self.note = "in the save" if any(folder.glob("*.tmp")) else "the save was done"
 
     def kill_twice(self) -> None:
-        """SIGKILL to a rank; then to one of the attempt that follows, within the ten seconds that a start takes."""
+        """SIGKILL to a rank; then to one of the attempt that follows, within the ten seconds that a start
+        takes.
+        """
         first = self.trial.find("rank", self.fault.rank)
         restarts = self.trial.restarts
         first.kill()
@@ -71,7 +75,9 @@ class Injury:
         time.sleep(10 * self.fault.draw)
         second = self._starting()
         assert second is not None
-        self.note = f"after {10 * self.fault.draw:.1f} s, {'before' if not self.trial.step else 'in'} its steps"
+        self.note = (
+            f"after {10 * self.fault.draw:.1f} s, {'before' if not self.trial.step else 'in'} its steps"
+        )
         second.kill()
         self.restarts = 2
 
@@ -146,4 +152,6 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
         yield folder if mounted else None
     finally:
         if mounted:
-            subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a rank may still be there after a failure
+            subprocess.run(
+                ["umount", "--lazy", str(folder)], check=True
+            )  # a rank may still be there after a failure

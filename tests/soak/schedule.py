@@ -13,8 +13,8 @@ from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1, Signals
 class Kind:
     """One way to disturb a run, and what has to follow.
 
-    Where `code` is given the supervisor ends with it, by design, and somebody has to start it again; else it restarts
-    the run by itself.
+    Where `code` is given the supervisor ends with it, by design, and somebody has to start it again; else it
+    restarts the run by itself.
     """
 
     name: str
@@ -59,7 +59,8 @@ class Fault:
 
 
 def schedule(seed: int, *, gap: int, last: int) -> list[Fault]:
-    """The faults of a run up to step `last`, `gap` steps apart in the mean; a longer run has the same ones and more.
+    """The faults of a run up to step `last`, `gap` steps apart in the mean; a longer run has the same ones
+    and more.
 
     Requests to stop and harm take turns; each of either comes once before any comes again.
     """

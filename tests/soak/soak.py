@@ -88,7 +88,9 @@ def soak(out: Path, *, seed: int, gap: int, steps: int) -> Report:
     return report
 
 
-def _disturb(trial: Trial, faults: Sequence[Fault], shards: Path, disk: Path | None, done: list[Survived]) -> None:
+def _disturb(
+    trial: Trial, faults: Sequence[Fault], shards: Path, disk: Path | None, done: list[Survived]
+) -> None:
     """One fault after the other, then the end of the run."""
     trial.start()
     began = time.monotonic()
@@ -96,7 +98,9 @@ def _disturb(trial: Trial, faults: Sequence[Fault], shards: Path, disk: Path | N
         trial.wait_for_step(fault.step)
         survived = _survive(trial, Injury(trial, fault, shards, disk), time.monotonic() - began)
         done.append(survived)
-        _tell(f"{survived.at:.0f} s, step {survived.step}: {survived.kind}: lost {survived.lost}; {survived.note}")
+        _tell(
+            f"{survived.at:.0f} s, step {survived.step}: {survived.kind}: lost {survived.lost}; {survived.note}"
+        )
     trial.wait_for(lambda: trial.ended, "the end of the run", seconds=1800)
     if code := trial.wait_for_end():
         raise SoakFailed(f"the run ended with {code}. The last lines:\n{trial.tail()}")
@@ -114,7 +118,9 @@ def _survive(trial: Trial, injury: Injury, at: float) -> Survived:
     else:
         code = trial.wait_for_end()
         if code != kind.code:
-            raise SoakFailed(f"{kind.name}: ended with {code}, expected {kind.code}. The last lines:\n{trial.tail()}")
+            raise SoakFailed(
+                f"{kind.name}: ended with {code}, expected {kind.code}. The last lines:\n{trial.tail()}"
+            )
         injury.mend()
         trial.start()
     trial.wait_for_step(1)
@@ -148,9 +154,19 @@ def _arguments(stage: int, shards: Path, out: Path, settings: dict[str, object])
 
 
 def _command(shards: Path, heads: Path, out: Path, steps: int) -> list[str]:
-    """Stage 2 on two processes of this machine, under a supervisor that never gives up for the number of restarts."""
+    """Stage 2 on two processes of this machine, under a supervisor that never gives up for the number of
+    restarts.
+    """
     settings = {**SETTINGS, "visft.heads.path": str(heads), "scheduler.params.total_num_steps": steps}
-    supervised = [sys.executable, "launchers/supervise.py", "--max-restarts", "100000", "--backoff", "0.5", "--"]
+    supervised = [
+        sys.executable,
+        "launchers/supervise.py",
+        "--max-restarts",
+        "100000",
+        "--backoff",
+        "0.5",
+        "--",
+    ]
     return [*supervised, "visft", "train", "--num_gpus", "2", *_arguments(2, shards, out, settings)]
 
 

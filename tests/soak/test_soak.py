@@ -24,7 +24,11 @@ from visft_ds.parallel.state import EngineState
 def test_a_disturbed_run_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     report = soak(tmp_path, seed=51, gap=15, steps=90)
     assert report.differences == []
-    assert [one.kind for one in report.faults] == ["disk full", "SIGTERM to rank", "SIGKILL, and again while it starts"]
+    assert [one.kind for one in report.faults] == [
+        "disk full",
+        "SIGTERM to rank",
+        "SIGKILL, and again while it starts",
+    ]
     assert (report.starts, report.restarts) == (3, 2)
 
 
@@ -56,7 +60,9 @@ def save(out: Path, step: int, what: EngineState) -> None:
 CHANGES: dict[str, Callable[[Path], None]] = {
     "9 updates, expected 4": lambda out: save(out, 4, replace(state(4), updates=9)),
     "checkpoints of steps [2, 3, 4]": lambda out: save(out, 3, state(3)),
-    "adapter_config.json: other bytes": lambda out: os.truncate(out / "export/adapter/adapter_config.json", 1),
+    "adapter_config.json: other bytes": lambda out: os.truncate(
+        out / "export/adapter/adapter_config.json", 1
+    ),
     "more than once [2]": lambda out: write(out, [*records(out), records(out)[1]]),
     "the first is 1": lambda out: write(
         out, [{**one, "loss/loss": 2.0} if one["step"] == 1 else one for one in records(out)]

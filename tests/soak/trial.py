@@ -28,7 +28,9 @@ class SoakFailed(Exception):
 
 
 class Trial:
-    """A run under launchers/supervise.py: the command of each start, the run folder, and a log of all starts."""
+    """A run under launchers/supervise.py: the command of each start, the run folder, and a log of all
+    starts.
+    """
 
     def __init__(self, command: Sequence[str], out: Path, log: Path) -> None:
         self._command, self.out, self.log = command, out, log
@@ -94,7 +96,9 @@ class Trial:
         """Wait until the run has made a step."""
         self.wait_for(lambda: self.step >= step or self.ended, f"step {step}", seconds=1800)
         if self.step < step:
-            raise SoakFailed(f"the run ended with {self.code()} before step {step}. The last lines:\n{self.tail()}")
+            raise SoakFailed(
+                f"the run ended with {self.code()} before step {step}. The last lines:\n{self.tail()}"
+            )
 
     def wait_for_end(self) -> int:
         """Wait for the command, then for every process that it ever started. Returns its exit code."""

@@ -19,7 +19,9 @@ CLASSES = 6
 def boxes_of(counts: Sequence[int], classes: int = CLASSES) -> DetectionTargets:
     """Random boxes inside the images."""
     total = sum(counts)
-    return DetectionTargets(torch.rand(total, 4) * 0.5 + 0.2, torch.randint(classes, (total,)), torch.tensor(counts))
+    return DetectionTargets(
+        torch.rand(total, 4) * 0.5 + 0.2, torch.randint(classes, (total,)), torch.tensor(counts)
+    )
 
 
 def masks_of(
@@ -28,8 +30,13 @@ def masks_of(
     """Random soft masks: blobs rather than noise, so that costs differ; classes from `first`."""
     total, ones = sum(counts), torch.ones(len(counts), 2)
     blobs = F.interpolate(torch.randn(total + 1, 1, 4, 4), size=grid, mode="bicubic")[:total, 0]
-    masks, labels = (blobs.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8), torch.randint(first, classes, (total,))
-    return SegmentationTargets(masks, labels, ones, ones, torch.tensor(counts), torch.arange(len(counts)) + 100)
+    masks, labels = (
+        (blobs.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8),
+        torch.randint(first, classes, (total,)),
+    )
+    return SegmentationTargets(
+        masks, labels, ones, ones, torch.tensor(counts), torch.arange(len(counts)) + 100
+    )
 
 
 def batch_of(count: int, targets: Mapping[str, Any] | None = None, **fields: Tensor) -> Batch:
@@ -47,10 +54,14 @@ def corners(x0: float, y0: float, x1: float, y1: float) -> list[float]:
 
 
 def hide_parameters(head: nn.Module) -> None:
-    """As under ZeRO-3: values are there between the start and the end of their owner's forward, and nowhere else."""
+    """As under ZeRO-3: values are there between the start and the end of their owner's forward, and nowhere
+    else.
+    """
     for module in head.modules():
         if own := {parameter: parameter.detach().clone() for parameter in module.parameters(recurse=False)}:
-            module.register_forward_pre_hook(lambda *_, own=own: [p.data.copy_(v) for p, v in own.items()] and None)
+            module.register_forward_pre_hook(
+                lambda *_, own=own: [p.data.copy_(v) for p, v in own.items()] and None
+            )
             module.register_forward_hook(lambda *_, own=own: [p.data.fill_(torch.nan) for p in own] and None)
         for parameter in own:
             parameter.data.fill_(torch.nan)
@@ -60,5 +71,6 @@ def denominators(task: str, criterion: Any, *targets: Any, parts: int = 1) -> di
     """As the training loop makes them: global sum, at least 1, divided by ranks times micro-batches."""
     counts = [criterion.count(batch_of(1, {task: one})) for one in targets]
     return {
-        name: torch.tensor(max(sum(c[name] for c in counts), 1.0) / parts, dtype=torch.float64) for name in counts[0]
+        name: torch.tensor(max(sum(c[name] for c in counts), 1.0) / parts, dtype=torch.float64)
+        for name in counts[0]
     }

@@ -25,7 +25,9 @@ def held(now: Tensor, base: Tensor, valid: Tensor | None = None, *prefixes: Tens
     """Losses of maps (B, D, h, w), all of which is image unless `valid` says so."""
     valid = torch.ones_like(now[:, 0], dtype=torch.bool) if valid is None else valid
     first, second = prefixes or (None, None)
-    return anchor_losses(BOTH, Map(now, valid, first), Map(base, valid, second), torch.arange(len(now)), bool(prefixes))
+    return anchor_losses(
+        BOTH, Map(now, valid, first), Map(base, valid, second), torch.arange(len(now)), bool(prefixes)
+    )
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -50,7 +52,9 @@ def test_the_terms_are_those_of_their_definition() -> None:
 
 def test_the_gradient_is_that_of_the_losses() -> None:
     base, valid = drawn(2, 3, 2, 2, seed=1), torch.tensor([[[1, 1], [1, 1]], [[1, 0], [1, 0]]]).bool()
-    assert torch.autograd.gradcheck(lambda now: held(now, base, valid)["anchor"], drawn(2, 3, 2, 2).requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda now: held(now, base, valid)["anchor"], drawn(2, 3, 2, 2).requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("most", [1024, 4])
@@ -58,7 +62,10 @@ def test_padding_changes_nothing(most: int) -> None:
     now, base, shape = drawn(2, 5, 3, 3), drawn(2, 5, 3, 3, seed=1), (0, 2, 0, 1)
     region = F.pad(torch.ones(2, 3, 3, dtype=torch.bool), shape)
     with patch.object(anchor, "_MOST", most):
-        alone, padded = held(now, base), held(F.pad(now, shape, value=7.0), F.pad(base, shape, value=-7.0), region)
+        alone, padded = (
+            held(now, base),
+            held(F.pad(now, shape, value=7.0), F.pad(base, shape, value=-7.0), region),
+        )
     assert all(torch.allclose(padded[name], value, rtol=1e-12) for name, value in alone.items())
 
 
@@ -87,7 +94,9 @@ def test_nothing_pulls_before_the_first_update() -> None:
     losses = module(batch, loss_denominators(module, batch, 1))
     assert losses["anchor"] == losses["anchor/gram"] == losses["anchor/cosine"] == 0
     losses["anchor"].backward()
-    assert all(one.grad is not None and one.grad.abs().max() < 1e-12 for one in lora_parameters(module).values())
+    assert all(
+        one.grad is not None and one.grad.abs().max() < 1e-12 for one in lora_parameters(module).values()
+    )
 
 
 def test_the_second_forward_is_made_for_a_weighted_loss_alone() -> None:

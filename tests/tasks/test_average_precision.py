@@ -1,4 +1,6 @@
-"""Average precision: equal to pycocotools, from shards as from the JSON file, without objects that have no mask."""
+"""Average precision: equal to pycocotools, from shards as from the JSON file, without objects that have no
+mask.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Results = list[dict[str, Any]]
 
 
 def _truth(images: int = 12) -> dict[str, Any]:
-    """Objects of all sizes, some of them crowds, in categories 1, 5, 90; category 7 has none; one image is empty."""
+    """Objects of all sizes, some of them crowds, in categories 1, 5, 90; category 7 has none; one image is
+    empty.
+    """
     rng = np.random.default_rng(0)
     annotations = []
     for image_id in range(1, images):
@@ -57,7 +61,9 @@ def _results(truth: dict[str, Any]) -> Results:
             box = np.array(annotation["bbox"])
             moved = box + rng.normal(0, 0.08, 4) * box[2:].repeat(2)
             category = annotation["category_id"] if rng.random() < 0.9 else 5
-            results.append(_result(annotation["image_id"], category, moved.tolist(), round(rng.uniform(0.2, 1), 1)))
+            results.append(
+                _result(annotation["image_id"], category, moved.tolist(), round(rng.uniform(0.2, 1), 1))
+            )
     for _ in range(150):
         results.append(_result(2, 1, rng.uniform(1, 200, 4).tolist(), round(rng.uniform(), 1)))
     return results
@@ -73,7 +79,9 @@ def _as_masks(results: Results) -> Results:
         x, y, width, height = result["bbox"]
         corners = [[x, y, x + width, y, x + width, y + height]]
         mask = pycocotools.mask.merge(pycocotools.mask.frPyObjects(corners, 500, 500))
-        masks.append({**{name: result[name] for name in ("image_id", "category_id", "score")}, "segmentation": mask})
+        masks.append(
+            {**{name: result[name] for name in ("image_id", "category_id", "score")}, "segmentation": mask}
+        )
     return masks
 
 
@@ -90,7 +98,9 @@ def _oracle(truth: dict[str, Any], results: Results, iou_type: str) -> tuple[Any
 
 
 @pytest.mark.parametrize(("iou_type", "prefix"), [("bbox", "box"), ("segm", "mask")])
-def test_numbers_are_those_of_pycocotools(iou_type: str, prefix: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_numbers_are_those_of_pycocotools(
+    iou_type: str, prefix: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     truth = _truth()
     results = _results(truth) if iou_type == "bbox" else _as_masks(_results(truth))
     stats, precision = _oracle(truth, results, iou_type)
@@ -118,7 +128,9 @@ def test_shards_and_file_give_the_same(split: Manifest) -> None:
 
 
 def test_results_of_categories_that_do_not_exist_are_left_out() -> None:
-    """The head has classes for the holes in COCO's ids. No results are zeros, and -1 where nothing is to be found."""
+    """The head has classes for the holes in COCO's ids. No results are zeros, and -1 where nothing is to be
+    found.
+    """
     truth = _truth()
     results = _results(truth)
     strange = [{**result, "category_id": 12, "score": 1.0} for result in results]
@@ -147,6 +159,8 @@ def test_objects_without_masks_are_left_out_of_masks_and_counted(mask: Any) -> N
     assert coco_average_precision(odd, boxes) == coco_average_precision(truth, boxes)
     measured = coco_average_precision(odd, masks, masks=True)
     assert measured.pop(WITHOUT_MASK) == 2
-    assert measured == coco_average_precision({**truth, "annotations": without[:4] + without[6:]}, masks, masks=True)
+    assert measured == coco_average_precision(
+        {**truth, "annotations": without[:4] + without[6:]}, masks, masks=True
+    )
     with pytest.raises(ValueError, match="mask"):
         coco_average_precision({**truth, "annotations": without[4:6]}, masks, masks=True)

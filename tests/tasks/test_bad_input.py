@@ -1,4 +1,6 @@
-"""Labels and images at the edge of what a data set may hold, through transforms, heads and criteria of all tasks."""
+"""Labels and images at the edge of what a data set may hold, through transforms, heads and criteria of all
+tasks.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +62,9 @@ def streams() -> list[Stream]:
         "captioning": {"size": 42},
     }
     shared = {"short_sides": (42,), "max_long": 84, "eval_short": 42, "eval_max_long": 84}
-    return [Stream(name, (name,), 1.0, 1, 1, options(name, "image", **image)) for name, image in alone.items()] + [
-        Stream(SHARED, tuple(alone), 1.0, 1, 1, SharedImage().model_dump() | shared)
-    ]
+    return [
+        Stream(name, (name,), 1.0, 1, 1, options(name, "image", **image)) for name, image in alone.items()
+    ] + [Stream(SHARED, tuple(alone), 1.0, 1, 1, SharedImage().model_dump() | shared)]
 
 
 @pytest.fixture(scope="module")

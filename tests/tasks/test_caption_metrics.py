@@ -33,8 +33,8 @@ CANDIDATES = {
     7: "A surfer isn't riding a big wave on a surfboard.",
     12: "a clock tower in st. louis",
 }
-#: Measured with pycocoevalcap 1.2 on the words of its own Java tokenizer. CIDEr is its Cider, as papers report it
-#: (CIDEr-D). No 4-gram is right here, so BLEU-4 also pins its guard against zeros.
+#: Measured with pycocoevalcap 1.2 on the words of its own Java tokenizer. CIDEr is its Cider, as papers
+#: report it (CIDEr-D). No 4-gram is right here, so BLEU-4 also pins its guard against zeros.
 MEASURED = {
     "CIDEr": 2.0565600715357943,
     "BLEU-1": 0.9057885043665107,
@@ -108,17 +108,22 @@ def test_equal_to_pycocoevalcap() -> None:
     from pycocoevalcap.rouge.rouge import Rouge
 
     for seed in range(12):
-        # Even seeds have references without words. An empty candidate beside one of these is left out: pycocoevalcap
-        # calls the two equal.
+        # Even seeds have references without words. An empty candidate beside one of these is left out:
+        # pycocoevalcap calls the two equal.
         references, candidates = corpus(seed, images=1 + seed % 7, shortest=seed % 2)
         given = {image: [*texts, "w0"] for image, texts in references.items()}
         said = {image: [text or "w0"] for image, text in candidates.items()}
-        expected = {"CIDEr": Cider().compute_score(given, said)[0], "ROUGE-L": Rouge().compute_score(given, said)[0]}
+        expected = {
+            "CIDEr": Cider().compute_score(given, said)[0],
+            "ROUGE-L": Rouge().compute_score(given, said)[0],
+        }
         bleu = Bleu(4).compute_score(given, said, verbose=0)[0]
         expected |= {f"BLEU-{place + 1}": score for place, score in enumerate(bleu)}
         scores = scores_of(given, {image: text for image, (text,) in said.items()})
         # The same formulas in another order of summation: rounding only.
-        assert {name: scores[f"caption/{name}"] for name in expected} == pytest.approx(expected, rel=1e-12, abs=1e-15)
+        assert {name: scores[f"caption/{name}"] for name in expected} == pytest.approx(
+            expected, rel=1e-12, abs=1e-15
+        )
 
 
 def test_empty_candidates_score_nothing() -> None:

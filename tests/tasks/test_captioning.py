@@ -26,9 +26,17 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 def small_head(size: int = SIZE, dropout: float = 0.0) -> CaptioningHead:
     head = head_of(
-        "captioning", D, vocabulary_size=size, attention_dim=5, embed_dim=4, decoder_dim=7, grid=GRID, dropout=dropout
+        "captioning",
+        D,
+        vocabulary_size=size,
+        attention_dim=5,
+        embed_dim=4,
+        decoder_dim=7,
+        grid=GRID,
+        dropout=dropout,
     ).double()
-    # Larger weights than at the start of a training: no part of the head is close to linear, words depend on the image.
+    # Larger weights than at the start of a training: no part of the head is close to linear, words depend on
+    # the image.
     for name, parameter in head.named_parameters():
         parameter.data.mul_(20 if name in ("embedding.weight", "fc.weight") else 3)
     return head
@@ -53,7 +61,9 @@ def caption_batch(*lengths: int) -> CaptionTargets:
 
 
 class PlainHead(nn.Module):
-    """The head as the paper and the published code have it: one image, one step at a time, one layer per product."""
+    """The head as the paper and the published code have it: one image, one step at a time, one layer per
+    product.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +77,9 @@ class PlainHead(nn.Module):
         self.double()
 
     def forward(self, feature: Tensor, words: list[int]) -> tuple[Tensor, Tensor]:
-        """feature (D, h, w) without padding -> scores (steps, V), attention (steps, P); one step per word given."""
+        """feature (D, h, w) without padding -> scores (steps, V), attention (steps, P); one step per word
+        given.
+        """
         pixels = nn.AdaptiveAvgPool2d(GRID)(feature).flatten(1).T
         hidden, cell = self.init_h(pixels.mean(0)), self.init_c(pixels.mean(0))
         scores, attention = [], []
@@ -119,7 +131,9 @@ def test_equal_to_one_image_and_step_at_a_time() -> None:
 
 
 def test_shared_weights_are_used_once_whatever_the_length_of_the_captions() -> None:
-    """ZeRO-3 gathers weights when their owner is called; ranks with other captions must gather equally often."""
+    """ZeRO-3 gathers weights when their owner is called; ranks with other captions must gather equally
+    often.
+    """
     head = small_head()
     features, valid = feature_maps(2)
     owners = {name: module for name, module in head.named_modules() if list(module.parameters(recurse=False))}
@@ -207,7 +221,9 @@ def test_mean_over_micro_batches_is_the_loss_of_the_global_batch() -> None:
 
     def losses_of(images: slice, parts: int) -> dict[str, Tensor]:
         own = targets.lengths[images]
-        tokens = targets.tokens[images, : max(2, int(own.max()))]  # each micro-batch is as long as its longest caption
+        tokens = targets.tokens[
+            images, : max(2, int(own.max()))
+        ]  # each micro-batch is as long as its longest caption
         part = CaptionTargets(tokens, own, ())
         output = head([Map(features[images], valid[images])], part.tokens, part.lengths)
         return criterion(output, part, denominators("captioning", criterion, targets, parts=parts))
@@ -239,5 +255,7 @@ def test_a_micro_batch_without_captions_trains_nothing_but_stays_in_the_graph() 
 def test_results_are_of_real_images() -> None:
     vocabulary = Vocabulary(("a", "cat", "on", "the", "mat"))
     said = GeneratedCaptions(torch.tensor([[7, 1, 2, 8, 0], [7, 8, 0, 0, 0], [7, 5, 5, 5, 8]]))
-    results = TASKS["captioning"].results(said, batch_of(3, real=torch.tensor([True, True, False])), vocabulary)
+    results = TASKS["captioning"].results(
+        said, batch_of(3, real=torch.tensor([True, True, False])), vocabulary
+    )
     assert results == [{"image_id": 1, "caption": "a cat"}, {"image_id": 2, "caption": ""}]

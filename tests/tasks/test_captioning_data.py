@@ -37,7 +37,10 @@ def test_the_caption_belongs_to_the_key() -> None:
 
 def test_evaluation_and_fixed_captions_draw_nothing() -> None:
     for train, choice in ((False, "random"), (False, "first"), (True, "first")):
-        transform, random = alone("captioning", train, vocabulary=VOCABULARY, caption_choice=choice), generator(3)
+        transform, random = (
+            alone("captioning", train, vocabulary=VOCABULARY, caption_choice=choice),
+            generator(3),
+        )
         sample = transform(raw("...", "b c", "d", "d e"), random)
         assert sample.targets["captioning"]["tokens"].tolist() == [8, 2, 3, 9]
         assert random.integers(1 << 60) == generator(3).integers(1 << 60)

@@ -90,7 +90,9 @@ def test_mean_over_micro_batches_is_the_global_loss(parts: int) -> None:
         first, last = part * 4 // parts, (part + 1) * 4 // parts
         rows = slice(ends[first], ends[last])
         inner = DetectionTargets(targets.boxes[rows], targets.labels[rows], targets.counts[first:last])
-        losses = criterion(_rows(output, slice(first, last)), inner, {"boxes": torch.tensor(number / parts).double()})
+        losses = criterion(
+            _rows(output, slice(first, last)), inner, {"boxes": torch.tensor(number / parts).double()}
+        )
         sums = {name: sums[name] + value / parts for name, value in losses.items()}
     for name, value in whole.items():
         torch.testing.assert_close(sums[name], value)
@@ -117,10 +119,14 @@ def test_losses_are_those_of_the_field() -> None:
 
 
 def test_results_are_suppressed_cut_and_in_pixels() -> None:
-    """Two cells tell nearly the same box of a class, one of them the same of another class, one is padding."""
+    """Two cells tell nearly the same box of a class, one of them the same of another class, one is
+    padding.
+    """
     logits = torch.full((1, 4, CLASSES), -9.0)
     logits[0, 0, 1], logits[0, 1, 1], logits[0, 1, 2], logits[0, 3, 0] = 3.0, 2.0, 1.0, 9.0
-    boxes = torch.tensor([[[-0.1, 0.2, 0.5, 0.6], [0.0, 0.2, 0.5, 0.61], [0.7, 0.7, 0.8, 0.8], [0.0, 0.0, 1.0, 1.0]]])
+    boxes = torch.tensor(
+        [[[-0.1, 0.2, 0.5, 0.6], [0.0, 0.2, 0.5, 0.61], [0.7, 0.7, 0.8, 0.8], [0.0, 0.0, 1.0, 1.0]]]
+    )
     valid = torch.tensor([[True, True, True, False]])
     output = DenseOutput(logits, boxes, torch.zeros(1, 4, 2), torch.ones(1, 2), valid)
     found = dense_results(

@@ -15,7 +15,14 @@ from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionHead, DetectionOutput, postprocess
 from visft_ds.tasks.matching import generalized_box_iou, match
 
-SMALL = {"num_queries": 7, "encoder_dim": 16, "decoder_dim": 32, "num_heads": 4, "ffn_dim": 24, "num_classes": 6}
+SMALL = {
+    "num_queries": 7,
+    "encoder_dim": 16,
+    "decoder_dim": 32,
+    "num_heads": 4,
+    "ffn_dim": 24,
+    "num_classes": 6,
+}
 
 
 def _small_head() -> DetectionHead:
@@ -51,7 +58,9 @@ def test_task_token_positions_and_the_way_around_the_encoder_take_part() -> None
 
 
 def test_losses_of_a_prediction_that_is_known() -> None:
-    """Every number by hand: one object found exactly, one query left over, uniform class scores over 6 + 1."""
+    """Every number by hand: one object found exactly, one query left over, uniform class scores over 6 +
+    1.
+    """
     criterion = criterion_of("detection", num_queries=2, decoder_layers=1, no_object=0.1)
     box = torch.tensor([0.5, 0.5, 0.2, 0.2])
     targets = DetectionTargets(box[None], torch.tensor([3]), torch.tensor([1]))
@@ -65,10 +74,14 @@ def test_losses_of_a_prediction_that_is_known() -> None:
 
 
 def test_postprocess() -> None:
-    """Pixels of the stored image (not square), raw ids, never "no object", and no result for a repeated image."""
+    """Pixels of the stored image (not square), raw ids, never "no object", and no result for a repeated
+    image.
+    """
     logits = torch.full((1, 2, 2, 7), -20.0)
     logits[0, 0, 0, 5] = 20.0
-    logits[0, 0, 1, 6] = 20.0  # surely nothing: still a result, with a tiny score and the best class that is left
+    logits[0, 0, 1, 6] = (
+        20.0  # surely nothing: still a result, with a tiny score and the best class that is left
+    )
     logits[0, 0, 1, 2] = -10.0
     boxes = torch.tensor([0.5, 0.5, 0.2, 0.4]).expand(1, 2, 2, 4)
     batch = batch_of(
@@ -89,7 +102,9 @@ def test_postprocess() -> None:
 
 
 def test_16_bit_predictions_are_compared_in_float32() -> None:
-    """Two candidates 0.02 apart in cost, which bfloat16 arithmetic would round away: around 8 it has steps of 1/16."""
+    """Two candidates 0.02 apart in cost, which bfloat16 arithmetic would round away: around 8 it has steps of
+    1/16.
+    """
     boxes = torch.full((1, 1, 2, 4), 0.5)
     boxes[0, 0, 1, 0] += 2**-8  # one step of bfloat16 nearer to the object
     targets = DetectionTargets(torch.full((1, 4), 0.9), torch.tensor([0]), torch.tensor([1]))
@@ -103,6 +118,7 @@ def test_boxes_without_area_are_finite() -> None:
     other = torch.tensor([point, line, [0.1, 0.1, 0.9, 0.9]])
     values = generalized_box_iou(degenerate, other)
     values.sum().backward()
-    # equal boxes without area: nothing overlaps and the hull is empty too; the line in a box of 0.64 leaves all of it
+    # equal boxes without area: nothing overlaps and the hull is empty too; the line in a box of 0.64 leaves
+    # all of it
     assert values.tolist() == [0.0, 0.0, 0.0]
     assert degenerate.grad is not None and torch.isfinite(degenerate.grad).all()

@@ -1,7 +1,7 @@
 """Matcher, losses and layers against the DETR of `transformers`.
 
-Its decoder as a whole is not compared: with auxiliary outputs it feeds the normed state of a layer into the next one.
-Layers and losses are compared one by one instead, on the same tensors.
+Its decoder as a whole is not compared: with auxiliary outputs it feeds the normed state of a layer into the
+next one. Layers and losses are compared one by one instead, on the same tensors.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def test_matches_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> Non
     ours = match(logits, boxes, targets, (1, 5, 2))
     starts = targets.counts.cumsum(0) - targets.counts
     for layer in range(LAYERS):
-        theirs = _their_matcher()({"logits": logits[layer], "pred_boxes": boxes[layer]}, _their_targets(targets))
+        theirs = _their_matcher()(
+            {"logits": logits[layer], "pred_boxes": boxes[layer]}, _their_targets(targets)
+        )
         for image, (queries, objects) in enumerate(theirs):
             here = (ours.layers == layer) & (ours.images == image)
             wanted = set(zip(queries.tolist(), (objects + starts[image]).tolist(), strict=True))
@@ -70,7 +72,9 @@ def test_losses_and_gradients_are_equal(case: tuple[Tensor, Tensor, DetectionTar
             # float32 sums of up to 80 terms in another order
             torch.testing.assert_close(*pairs[-1], rtol=2e-6, atol=0)
     assert ours["cardinality_error"].item() == theirs["cardinality_error"].item()
-    gradients = (torch.autograd.grad(torch.stack(terms).sum(), (logits, boxes)) for terms in zip(*pairs, strict=True))
+    gradients = (
+        torch.autograd.grad(torch.stack(terms).sum(), (logits, boxes)) for terms in zip(*pairs, strict=True)
+    )
     for our_gradient, their_gradient in zip(*gradients, strict=True):
         # float32; the formulas of the overlap divide in another order
         torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-7)
@@ -80,14 +84,20 @@ def _their_class_loss(logits: Tensor, boxes: Tensor, targets: DetectionTargets) 
     """Mean over images, each as the one image of a GPU, as in the published code."""
     oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["labels"])
     each = zip(logits.split(1), boxes.split(1), _their_targets(targets), strict=True)
-    return torch.stack([oracle({"logits": a, "pred_boxes": b}, [one])["loss_ce"] for a, b, one in each]).mean()
+    return torch.stack(
+        [oracle({"logits": a, "pred_boxes": b}, [one])["loss_ce"] for a, b, one in each]
+    ).mean()
 
 
 def _their_names(layer: nn.Module, width: int, norms: dict[str, str]) -> dict[str, Tensor]:
     """Our weights under their names: they keep q, k and v apart."""
     renamed = {}
     for name, value in layer.state_dict().items():
-        name = name.replace("cross_attn", "encoder_attn").replace("linear", "mlp.fc").replace("out_proj", "o_proj")
+        name = (
+            name.replace("cross_attn", "encoder_attn")
+            .replace("linear", "mlp.fc")
+            .replace("out_proj", "o_proj")
+        )
         for ours, theirs in norms.items():
             name = name.replace(ours, theirs)
         if ".in_proj_" in name:

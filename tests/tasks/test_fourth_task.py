@@ -66,7 +66,9 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mode", [pytest.param("sampled", marks=pytest.mark.slow), "shared"])
-def test_it_trains_evaluates_exports_predicts_draws_and_is_planned(mode: str, tmp_path: Path, picture: Path) -> None:
+def test_it_trains_evaluates_exports_predicts_draws_and_is_planned(
+    mode: str, tmp_path: Path, picture: Path
+) -> None:
     installed = tmp_path / "site/own-1.0.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Name: own\nVersion: 1.0\n")
@@ -80,7 +82,9 @@ def test_it_trains_evaluates_exports_predicts_draws_and_is_planned(mode: str, tm
         losses = [record["loss/classification"] for record in records if "loss/classification" in record]
         assert losses and (stage == 1 or any("class/accuracy" in json.dumps(record) for record in records))
     assert (tmp_path / "stage1/export/classification.safetensors").is_file()
-    assert (tmp_path / "drawn.png").is_file() and list((tmp_path / "evaluation/pictures").glob("*classification*"))
+    assert (tmp_path / "drawn.png").is_file() and list(
+        (tmp_path / "evaluation/pictures").glob("*classification*")
+    )
     page = (tmp_path / "stage2/report.html").read_text(encoding="utf-8")
     assert "class/accuracy" in page
 

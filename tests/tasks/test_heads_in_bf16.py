@@ -28,11 +28,36 @@ from visft_ds.tasks.matching import Matches, solve
 from visft_ds.tasks.spec import tensors_of
 
 WIDTH, SIDE, WORDS, COUNTS = 96, 16, 500, [5, 3]
-IN_16_BIT = {"linear", "conv2d", "matmul", "__matmul__", "mm", "bmm", "einsum", "scaled_dot_product_attention"}
-IN_FLOAT32 = {"layer_norm", "softmax", "log_softmax", "sum", "cumsum", "prod", "exp", "rsqrt", "softplus", "pow"}
-#: Largest relative errors of outputs and gradients, and largest regret: what the matching costs in float32, over the
-#: cheapest. Seen: 6e-3, .0133, 5e-5; 9e-3, .0178, 1e-5; 4e-3, .0038. Norms and sampling points in 16 bit: .026.
-BOUNDS = {"detection": (8e-3, 1.7e-2, 2e-4), "segmentation": (1.1e-2, 2.2e-2, 3e-4), "captioning": (5e-3, 5e-3, 0.0)}
+IN_16_BIT = {
+    "linear",
+    "conv2d",
+    "matmul",
+    "__matmul__",
+    "mm",
+    "bmm",
+    "einsum",
+    "scaled_dot_product_attention",
+}
+IN_FLOAT32 = {
+    "layer_norm",
+    "softmax",
+    "log_softmax",
+    "sum",
+    "cumsum",
+    "prod",
+    "exp",
+    "rsqrt",
+    "softplus",
+    "pow",
+}
+#: Largest relative errors of outputs and gradients, and largest regret: what the matching costs in float32,
+#: over the cheapest. Seen: 6e-3, .0133, 5e-5; 9e-3, .0178, 1e-5; 4e-3, .0038. Norms and sampling points in 16
+#: bit: .026.
+BOUNDS = {
+    "detection": (8e-3, 1.7e-2, 2e-4),
+    "segmentation": (1.1e-2, 2.2e-2, 3e-4),
+    "captioning": (5e-3, 5e-3, 0.0),
+}
 
 
 class LikeCuda(TorchFunctionMode):
@@ -63,7 +88,9 @@ class Found:
 @pytest.fixture(scope="module")
 def module() -> MultiTaskModel:
     torch.manual_seed(0)
-    tasks = {task: TaskModule(head_of(task, WIDTH, WORDS, dropout=0.0), criterion_of(task)) for task in BOUNDS}
+    tasks = {
+        task: TaskModule(head_of(task, WIDTH, WORDS, dropout=0.0), criterion_of(task)) for task in BOUNDS
+    }
     return MultiTaskModel(build(1)[0].backbone, tasks, train_backbone=False, heads_active=True)
 
 
@@ -76,8 +103,12 @@ def targets() -> Mapping[str, Any]:
     return {"detection": boxes_of(COUNTS), "segmentation": masks_of(COUNTS), "captioning": captioning}
 
 
-def learn(module: MultiTaskModel, task: str, targets: Any, *modes: Any, forced: list[Matches] | None = None) -> Found:
-    """Outputs, and the gradients of the head and of its features, with the matching of another run if given."""
+def learn(
+    module: MultiTaskModel, task: str, targets: Any, *modes: Any, forced: list[Matches] | None = None
+) -> Found:
+    """Outputs, and the gradients of the head and of its features, with the matching of another run if
+    given.
+    """
     criterion, found = module.criteria[task], Found([], [])
 
     def criterion_without_autocast(output: Any, *rest: Any) -> Any:
@@ -90,7 +121,9 @@ def learn(module: MultiTaskModel, task: str, targets: Any, *modes: Any, forced: 
         found.matches.append(solve(cost, *rest))
         return forced[0] if forced else found.matches[-1]
 
-    features = torch.randn(len(COUNTS), WIDTH, SIDE, SIDE, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    features = torch.randn(
+        len(COUNTS), WIDTH, SIDE, SIDE, generator=torch.Generator().manual_seed(2)
+    ).requires_grad_()
     valid = torch.ones(len(COUNTS), SIDE, SIDE, dtype=torch.bool)
     valid[1, :, SIDE // 2 :] = False
     criterion_without_autocast.weights = criterion.weights  # type: ignore[attr-defined]
@@ -100,9 +133,14 @@ def learn(module: MultiTaskModel, task: str, targets: Any, *modes: Any, forced: 
             patch.setattr(where, "solve", recorded)
         for mode in modes:
             stack.enter_context(mode)
-        batch, divisors = batch_of(len(COUNTS), {task: targets}), {task: denominators(task, criterion, targets)}
+        batch, divisors = (
+            batch_of(len(COUNTS), {task: targets}),
+            {task: denominators(task, criterion, targets)},
+        )
         loss = module.outputs([Map(features, valid)], batch, divisors)["loss"]
-    found.gradients += torch.autograd.grad(loss, [features, *module.heads[task].parameters()], allow_unused=True)
+    found.gradients += torch.autograd.grad(
+        loss, [features, *module.heads[task].parameters()], allow_unused=True
+    )
     return found
 
 
@@ -141,7 +179,9 @@ def test_heads_compute_in_float32_where_stated_and_in_fp16_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "heads_in_fp32", stated)
-    plain, ours = (learn(module, task, targets[task], *modes) for modes in ([], [torch.autocast("cpu", dtype)]))
+    plain, ours = (
+        learn(module, task, targets[task], *modes) for modes in ([], [torch.autocast("cpu", dtype)])
+    )
     assert apart(ours.outputs, plain.outputs) == 0 == apart(ours.gradients, plain.gradients)
 
 

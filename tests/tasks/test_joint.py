@@ -31,7 +31,9 @@ def _joint(train: bool = True, tasks: Any = tuple(THREE), **options: Any) -> Ima
     return together(train, tasks, vocabulary=VOCABULARY, **{**SMALL, **options})
 
 
-def _annotation(x0: float, y0: float, x1: float, y1: float, category: int = 7, crowd: int = 0) -> dict[str, Any]:
+def _annotation(
+    x0: float, y0: float, x1: float, y1: float, category: int = 7, crowd: int = 0
+) -> dict[str, Any]:
     places = {"bbox": [x0, y0, x1 - x0, y1 - y0], "segmentation": [corners(x0, y0, x1, y1)]}
     return {"id": 31, "category_id": category, "iscrowd": crowd, **places}
 
@@ -89,7 +91,9 @@ def test_the_transform_of_one_task_gives_the_same_for_the_same_operations(train:
         sample = joint(_raw(), generator(key))
         for task, single in (("detection", detection), ("segmentation", segmentation)):
             own = replace(single, geometry=_Given(ops))(_raw(), generator(0))
-            assert torch.equal(sample.image, own.image) and sample.size == own.size == final_size((70, 90), ops)
+            assert torch.equal(sample.image, own.image) and sample.size == own.size == final_size(
+                (70, 90), ops
+            )
             _assert_same(sample.targets[task], own.targets[task])
         # the caption is drawn from what geometry left of the random numbers
         own = alone("captioning", train, vocabulary=VOCABULARY)(_raw(), random)
@@ -111,20 +115,25 @@ def test_masks_of_rectangles_lie_on_their_boxes(
     (left, right), (top, bottom) = sorted(shares[:2]), sorted(shares[2:])
     x0, y0, x1, y1 = left * size[1], top * size[0], right * size[1], bottom * size[0]
     assume(x1 - x0 > 0.1 and y1 - y0 > 0.1)
-    sample = _joint(fixed_size=fixed_size)(_raw(size, (_annotation(x0, y0, x1, y1),), pixels=False), generator(key))
+    sample = _joint(fixed_size=fixed_size)(
+        _raw(size, (_annotation(x0, y0, x1, y1),), pixels=False), generator(key)
+    )
     (box,) = sample.targets["detection"]["boxes"]
     cells = [-(-side // 4) for side in sample.size]
     centre, extent = box[[1, 0]] * cells, box[[3, 2]] * cells
-    # Only where an object covers some cell wholly along each axis does the other axis show its profile unweakened.
+    # Only where an object covers some cell wholly along each axis does the other axis show its profile
+    # unweakened.
     assume(min(extent) >= 2.5)
     (mask,) = sample.targets["segmentation"]["masks"]
     assert mask.shape == tuple(cells)
     for axis in (0, 1):
         profile = mask.max(axis=1 - axis) / 255
         middle = (profile * (np.arange(cells[axis]) + 0.5)).sum() / profile.sum()
-        # Filling rounds an edge to the nearest subsample (a quarter of a cell), after rounding to a fifth of one: 0.15.
+        # Filling rounds an edge to the nearest subsample (a quarter of a cell), after rounding to a fifth of
+        # one: 0.15.
         assert abs(profile.sum() - extent[axis]) <= 2 * 0.15 + 1e-2
-        # The weight of a partly covered cell is taken at its middle: at most 0.125 cells off, shared by 2.5 cells.
+        # The weight of a partly covered cell is taken at its middle: at most 0.125 cells off, shared by 2.5
+        # cells.
         assert abs(middle - centre[axis]) <= 0.15 + 0.125 / 2.5 + 1e-2
 
 
@@ -148,7 +157,9 @@ def test_a_task_more_changes_nothing_of_the_others(tasks: tuple[str, ...], train
     st.sampled_from([(), CAPTIONS, ("?!",)]),
 )
 @settings(max_examples=50, deadline=None)
-def test_pixels_and_labels_can_be_read_apart(key: int, size: tuple[int, int], captions: tuple[str, ...]) -> None:
+def test_pixels_and_labels_can_be_read_apart(
+    key: int, size: tuple[int, int], captions: tuple[str, ...]
+) -> None:
     """Who reads labels only, or pixels only, has the same part of the same sample."""
     raw = _raw(size, captions=captions)
     transform = _joint()
@@ -166,14 +177,20 @@ def test_pixels_and_labels_can_be_read_apart(key: int, size: tuple[int, int], ca
 def _samples() -> list[Sample]:
     """48 x 61, 61 x 48 and 48 x 48; the second without objects and captions."""
     raws = [_raw(), _raw((90, 70), (), ()), _raw((60, 60), (_annotation(0, 0, 60, 60),), ("c d",))]
-    return [replace(_joint(False)(raw, generator(0)), random_key=70 + place) for place, raw in enumerate(raws)]
+    return [
+        replace(_joint(False)(raw, generator(0)), random_key=70 + place) for place, raw in enumerate(raws)
+    ]
 
 
 def test_ragged_images_and_the_frames_of_their_targets() -> None:
     samples = _samples()
     batch = collate_joint(samples)
     assert batch.images.shape == (3, 3, 61, 61) and tuple(batch.targets) == tuple(THREE)
-    assert batch.sizes.tolist() == [[48, 61], [61, 48], [48, 48]] and batch.random_keys.tolist() == [70, 71, 72]
+    assert batch.sizes.tolist() == [[48, 61], [61, 48], [48, 48]] and batch.random_keys.tolist() == [
+        70,
+        71,
+        72,
+    ]
     for padded, sample in zip(batch.images, samples, strict=True):
         height, width = sample.size
         assert torch.equal(padded[:, :height, :width], sample.image)
@@ -187,8 +204,12 @@ def test_ragged_images_and_the_frames_of_their_targets() -> None:
     torch.testing.assert_close(boxes.boxes[2], torch.tensor([0.5, 0.5, 1.0, 1.0]))
     assert (masks.masks[2, :12, :12] == 255).all() and masks.masks[2].sum() == 144 * 255
     # the first image's boxes, in cells of its own part of the grid, hold their masks
-    for (x, y, w, h), mask in zip(boxes.boxes[:2] * torch.tensor([16, 12, 16, 12]), masks.masks[:2], strict=True):
-        top, left, bottom, right = (int(v) for v in ((y - h / 2), (x - w / 2), (y + h / 2).ceil(), (x + w / 2).ceil()))
+    for (x, y, w, h), mask in zip(
+        boxes.boxes[:2] * torch.tensor([16, 12, 16, 12]), masks.masks[:2], strict=True
+    ):
+        top, left, bottom, right = (
+            int(v) for v in ((y - h / 2), (x - w / 2), (y + h / 2).ceil(), (x + w / 2).ceil())
+        )
         assert mask.sum() == mask[top:bottom, left:right].sum() > 0
     assert batch.targets["captioning"].tokens.tolist() == [[8, 1, 2, 9], [8, 0, 0, 0], [8, 3, 4, 9]]
     assert batch.targets["captioning"].references == (CAPTIONS, (), ("c d",))

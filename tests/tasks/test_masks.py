@@ -1,4 +1,6 @@
-"""Soft masks: right place, right amount, from polygons as from run-length codes, at a cost that follows the object."""
+"""Soft masks: right place, right amount, from polygons as from run-length codes, at a cost that follows the
+object.
+"""
 
 from __future__ import annotations
 
@@ -33,18 +35,23 @@ def test_coverage_of_cells() -> None:
     expected = np.zeros(GRID)
     expected[3, 2:5], expected[3, 5] = 255, 127.5
     expected[4, 2:5], expected[4, 5] = 127.5, 63.75
-    np.testing.assert_allclose(_mask([corners(8, 12, 22, 18)]), expected, atol=0.5)  # rounding to whole numbers
+    np.testing.assert_allclose(
+        _mask([corners(8, 12, 22, 18)]), expected, atol=0.5
+    )  # rounding to whole numbers
     pixel = _mask([corners(9, 13, 10, 14)])
     assert pixel[3, 2] == 16 and pixel.sum() == 16
 
 
 @pytest.mark.parametrize("ops", WAYS.values(), ids=WAYS.keys())
 def test_near_the_full_size_mask(ops: list[Op]) -> None:
-    """Against the same polygon filled 16 times finer over the whole image; edges at other angles than 0 and 90."""
+    """Against the same polygon filled 16 times finer over the whole image; edges at other angles than 0 and
+    90.
+    """
     points = np.array([[5.3, 7.1], [50.2, 3.4], [58.0, 36.6], [30.7, 20.2], [9.9, 38.0]])
     scale, offset = placement(SIZE, ops)
     fine = (points * scale + offset) * 16
-    # the filler leaves out what lies left of its canvas only if it has one: shift everything into a larger one
+    # the filler leaves out what lies left of its canvas only if it has one: shift everything into a larger
+    # one
     canvas = coco_mask.frPyObjects([(fine + 2000).ravel().tolist()], 4000, 4000)
     full = coco_mask.decode(canvas)[2000 : 2000 + 640, 2000 : 2000 + 960, 0]
     expected = 255.0 * full.reshape(10, 64, 15, 64).mean(axis=(1, 3))

@@ -1,4 +1,6 @@
-"""Categories of other ids than COCO's: as many classes as the data has, in both heads, and its own ids in results."""
+"""Categories of other ids than COCO's: as many classes as the data has, in both heads, and its own ids in
+results.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def num_classes(config: ResolvedConfig) -> list[int]:
     return [tasks[task].head.num_classes for task in BOTH]
 
 
-def test_labels_count_the_categories_of_the_data_and_results_have_its_ids(splits: dict[str, Manifest]) -> None:
+def test_labels_count_the_categories_of_the_data_and_results_have_its_ids(
+    splits: dict[str, Manifest],
+) -> None:
     config, data = settled(splits["own"])
     assert num_classes(config) == [len(OWN)] * 2
     reader = ShardReader(data.sets["train"].manifest)
@@ -110,7 +114,9 @@ def test_the_ids_of_coco_keep_the_classes_of_the_published_heads(splits: dict[st
         ("own", "segmentation.head.labelling=published"),
     ],
 )
-def test_numbers_of_classes_that_do_not_agree_are_refused(splits: dict[str, Manifest], name: str, setting: str) -> None:
+def test_numbers_of_classes_that_do_not_agree_are_refused(
+    splits: dict[str, Manifest], name: str, setting: str
+) -> None:
     with pytest.raises(ValueError, match=setting.partition("=")[0]):
         settled(splits[name], f"visft.tasks.{setting}")
 
@@ -124,7 +130,9 @@ def test_every_class_of_coco_is_its_place_among_the_80() -> None:
 
 
 def _info(task: str, number: int, table: Mapping[int, str], **extra: Any) -> HeadInfo:
-    categories = [{"id": place, "coco_id": id_, "name": name} for place, (id_, name) in enumerate(table.items())]
+    categories = [
+        {"id": place, "coco_id": id_, "name": name} for place, (id_, name) in enumerate(table.items())
+    ]
     return HeadInfo(task, [(8, 14)], {"num_classes": number}, categories, extra)
 
 
@@ -137,7 +145,9 @@ def test_heads_know_which_categories_their_classes_stand_for(task: str) -> None:
     heads = {task: _info(task, 4, OWN)}
     assert classes_of_heads(heads) == {task: (0, 1, 2, 12)}
     assert classes_of_heads({"captioning": HeadInfo("captioning", [(8, 14)])}) == {}
-    check_categories(heads, _table({12: "rust"}), "here", "Do it")  # what the data lacks does no harm in evaluation
+    check_categories(
+        heads, _table({12: "rust"}), "here", "Do it"
+    )  # what the data lacks does no harm in evaluation
     with pytest.raises(ValueError, match="5 'hole'"):
         check_categories(heads, _table({**OWN, 5: "hole"}), "here", "Do it")
     check_heads(heads, {task: (0, 1, 2, 12)}, _table(OWN), None)
@@ -148,7 +158,11 @@ def test_heads_know_which_categories_their_classes_stand_for(task: str) -> None:
 @pytest.mark.parametrize("task", BOTH)
 def test_published_heads_know_cocos_categories_by_id_and_name(task: str) -> None:
     """Tools number categories from 1, so ids say nothing: such a head would call each scratch a person."""
-    heads = {task: HeadInfo(task, [(8, 14)], {"num_classes": 91, "labelling": "published"}, extra={"format": "visft"})}
+    heads = {
+        task: HeadInfo(
+            task, [(8, 14)], {"num_classes": 91, "labelling": "published"}, extra={"format": "visft"}
+        )
+    }
     assert classes_of_heads(heads) == {}
     check_categories(heads, _table({1: "person", 90: "toothbrush"}), "here", "Do it")
     for name in ("scratch", "Person"):

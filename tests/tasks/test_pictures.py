@@ -17,7 +17,9 @@ SQUARE = [[10.0, 40.0, 40.0, 40.0, 40.0, 70.0, 10.0, 70.0]]
 def _example(*results: dict[str, object]) -> Example:
     image = np.full((112, 112, 3), 128, dtype=np.uint8)
     true = {"category_id": 1, "bbox": [10, 40, 30, 30], "iscrowd": 0, "segmentation": SQUARE}
-    return Example(RawSample(0, 7, (112, 112), image, (true,), ("A grey square.",)), list(results), NAMES, 0.5)
+    return Example(
+        RawSample(0, 7, (112, 112), image, (true,), ("A grey square.",)), list(results), NAMES, 0.5
+    )
 
 
 def _share(picture: np.ndarray, colour: tuple[int, int, int]) -> float:
@@ -38,7 +40,9 @@ def test_truth_is_left_and_predictions_above_the_threshold_are_right() -> None:
 
 
 def test_boxes_lie_where_the_objects_are() -> None:
-    """A 50 x 100 image at four times its size: the frame of (10, 20, 30, 40) runs from (40, 80) to (160, 240)."""
+    """A 50 x 100 image at four times its size: the frame of (10, 20, 30, 40) runs from (40, 80) to (160,
+    240).
+    """
     image = np.full((100, 50, 3), 128, dtype=np.uint8)
     odd = [[-50, -50, 20, 20], [30, 90, 500, 500], [5, 5, 0, 0]]
     picture = draw_objects(image, ["cat"], ["cat"], COLOURS, boxes=[[10, 20, 30, 40]], side=400)

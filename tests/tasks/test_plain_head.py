@@ -1,4 +1,6 @@
-"""The plain mask head against transformers' EoMT of decoder blocks, and what keeps a loss independent of its batch."""
+"""The plain mask head against transformers' EoMT of decoder blocks, and what keeps a loss independent of its
+batch.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,13 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 def _head(widths: Sequence[int] = (WIDTH, WIDTH), **options: Any) -> PlainHead:
     """A head in float64 whose gains, norms and biases are not trivial."""
-    given = {"num_classes": CLASSES, "num_queries": QUERIES, "blocks": BLOCKS, "hidden_dim": WIDTH, "num_heads": HEADS}
+    given = {
+        "num_classes": CLASSES,
+        "num_queries": QUERIES,
+        "blocks": BLOCKS,
+        "hidden_dim": WIDTH,
+        "num_heads": HEADS,
+    }
     head = PlainHead([(width, 16) for width in widths], PlainHeadConfig(**{**given, **options}))
     with torch.no_grad():
         for parameter in head.parameters():
@@ -62,8 +70,19 @@ RULES = {
     "mask": "mask_head.fc",
     "classes.": "class_predictor.",
 }
-PARTS = {".q.": "attention.q_proj", ".k.": "attention.k_proj", ".v.": "attention.v_proj", ".proj.": "attention.o_proj"}
-PARTS |= {".fc1.": "mlp.up_proj", ".fc2.": "mlp.down_proj", ".up.": "conv1", ".near.": "conv2", ".norm.": "layernorm2d"}
+PARTS = {
+    ".q.": "attention.q_proj",
+    ".k.": "attention.k_proj",
+    ".v.": "attention.v_proj",
+    ".proj.": "attention.o_proj",
+}
+PARTS |= {
+    ".fc1.": "mlp.up_proj",
+    ".fc2.": "mlp.down_proj",
+    ".up.": "conv1",
+    ".near.": "conv2",
+    ".norm.": "layernorm2d",
+}
 
 
 def _theirs(head: PlainHead, tokens: Tensor, side: int, share: float) -> EomtDinov3ForUniversalSegmentation:
@@ -209,7 +228,9 @@ def test_recomputed_predictions_give_equal_gradients(monkeypatch: pytest.MonkeyP
         found = head(maps, KEYS, 0.0)
         (found.masks.square().sum() + found.logits.square().sum()).backward()
         gradients.append({name: parameter.grad for name, parameter in head.named_parameters()})
-    assert all(value is not None and torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())
+    assert all(
+        value is not None and torch.equal(value, gradients[1][name]) for name, value in gradients[0].items()
+    )
 
 
 def test_parameters_are_used_by_their_owner_only() -> None:
@@ -225,7 +246,10 @@ def test_maps_of_unequal_strides_meet_at_the_one_nearest_16() -> None:
         [(8, 8), (12, 16), (WIDTH, 32)], PlainHeadConfig(num_classes=CLASSES, num_queries=QUERIES, blocks=1)
     )
     valid = [torch.ones(1, 8 >> place, 8 >> place, dtype=torch.bool) for place in range(3)]
-    maps = [Map(torch.randn(1, width, *one.shape[1:]), one) for width, one in zip((8, 12, WIDTH), valid, strict=True)]
+    maps = [
+        Map(torch.randn(1, width, *one.shape[1:]), one)
+        for width, one in zip((8, 12, WIDTH), valid, strict=True)
+    ]
     found = head.eval()(maps)
     assert found.masks.shape == (1, 1, QUERIES, 16, 16) and found.logits.shape == (1, 1, QUERIES, CLASSES + 1)
     with pytest.raises(ValueError, match="not a multiple of 4"):
@@ -235,9 +259,15 @@ def test_maps_of_unequal_strides_meet_at_the_one_nearest_16() -> None:
 @pytest.mark.parametrize("sets", [1, BLOCKS + 1])
 def test_losses_of_as_many_sets_as_come(sets: int) -> None:
     """Those of the last set have the same names and values whether or not others are in front of it."""
-    criterion = criterion_of("segmentation", type="plain", num_classes=CLASSES, num_queries=QUERIES, blocks=BLOCKS)
+    criterion = criterion_of(
+        "segmentation", type="plain", num_classes=CLASSES, num_queries=QUERIES, blocks=BLOCKS
+    )
     logits, masks = torch.randn(sets, 2, QUERIES, CLASSES + 1), torch.randn(sets, 2, QUERIES, 5, 6)
     targets = masks_of([2, 3])
-    losses = criterion(SegmentationOutput(logits, masks), targets, denominators("segmentation", criterion, targets))
+    losses = criterion(
+        SegmentationOutput(logits, masks), targets, denominators("segmentation", criterion, targets)
+    )
     assert len(losses) == 3 * sets + 1 and {"ce", "bce", "dice", "class_error"} <= losses.keys() - {""}
-    assert losses.keys() - {"class_error"} <= criterion.weights.keys() and len(criterion.weights) == 3 * (BLOCKS + 1)
+    assert losses.keys() - {"class_error"} <= criterion.weights.keys() and len(criterion.weights) == 3 * (
+        BLOCKS + 1
+    )

@@ -20,7 +20,13 @@ OPTIONS = {"num_classes": CLASSES, "num_queries": QUERIES, "decoder_layers": LAY
 
 
 def _head(**options: int | float | str) -> SegmentationHead:
-    sizes = {"hidden_dim": 32, "encoder_layers": 2, "num_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    sizes = {
+        "hidden_dim": 32,
+        "encoder_layers": 2,
+        "num_heads": 4,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+    }
     return head_of("segmentation", CHANNELS, **{**OPTIONS, **sizes, **options})
 
 
@@ -43,7 +49,10 @@ def test_a_mask_that_covers_nothing_lets_its_query_see_the_whole_image() -> None
     valid = torch.ones(1, 3, 4, dtype=torch.bool)
     valid[:, 2] = False
     seen = []
-    for sign in (-1.0, 1.0):  # every mask covers all or, with its sign turned, nothing: one or the other of each query
+    for sign in (
+        -1.0,
+        1.0,
+    ):  # every mask covers all or, with its sign turned, nothing: one or the other of each query
         nn.init.constant_(head.pixel_decoder.mask_proj.bias, sign)
         seen.append(head([Map(torch.ones(1, CHANNELS, 3, 4), valid)]).logits)
     assert torch.isfinite(seen[0]).all()
@@ -78,7 +87,9 @@ def test_points_belong_to_key_and_layer() -> None:
 
 
 def test_padding_of_batch_and_masks_changes_nothing() -> None:
-    """The loss of an image that covers a part of the predicted grid and of the mask grid, as in a mixed batch."""
+    """The loss of an image that covers a part of the predicted grid and of the mask grid, as in a mixed
+    batch.
+    """
     targets, output, criterion = masks_of([3]), _output(), _criterion()
     divisors = denominators("segmentation", criterion, targets)
     alone = criterion(output, targets, divisors)

@@ -20,12 +20,21 @@ from visft_ds.tasks.segmentation.data import segmentation_targets
 SMALL: dict[str, Any] = {"size": 64, "eval_short": 48, "eval_max_long": 90, "eval_multiple": 14}
 
 
-def _annotation(polygons: Any, *, category: int = 7, crowd: int = 0, bbox: list[float] | None = None) -> dict[str, Any]:
+def _annotation(
+    polygons: Any, *, category: int = 7, crowd: int = 0, bbox: list[float] | None = None
+) -> dict[str, Any]:
     if bbox is None:
         points = np.concatenate([np.array(polygon, dtype=float).reshape(-1, 2) for polygon in polygons])
         low, high = points.min(axis=0), points.max(axis=0)
         bbox = [*low, *(high - low)]
-    return {"id": 31, "bbox": bbox, "category_id": category, "iscrowd": crowd, "area": 1.0, "segmentation": polygons}
+    return {
+        "id": 31,
+        "bbox": bbox,
+        "category_id": category,
+        "iscrowd": crowd,
+        "area": 1.0,
+        "segmentation": polygons,
+    }
 
 
 def _raw(size: tuple[int, int], *annotations: dict[str, Any]) -> RawSample:
@@ -51,7 +60,8 @@ def test_masks_follow_the_pixels() -> None:
             assert bright.mean() < 1
             continue
         seen += 1
-        # both are averages over 2 x 2 pixels; the resized picture is smoothed by a pixel or two along the edges
+        # both are averages over 2 x 2 pixels; the resized picture is smoothed by a pixel or two along the
+        # edges
         difference = np.abs(bright - masks[0])
         assert difference.mean() < 6, key
         assert np.abs((bright > 127).mean() - (masks[0] > 127).mean()) < 0.02, key
@@ -59,7 +69,9 @@ def test_masks_follow_the_pixels() -> None:
 
 
 def test_scale_padding_and_crop() -> None:
-    """At scale 1 the picture fits the square and is padded with grey; at 2 it is cut; size follows the longer side."""
+    """At scale 1 the picture fits the square and is padded with grey; at 2 it is cut; size follows the longer
+    side.
+    """
     raw = _raw((50, 100), _annotation([corners(0, 0, 100, 50)]))
     fits = alone("segmentation", True, scale=(1.0, 1.0), flip=0.0, **SMALL)(raw, generator(1))
     assert (fits.image[:, :32] == 0).all() and (fits.image[:, 32:] == 128).all()

@@ -30,7 +30,9 @@ def _pixels(result: Mapping[str, object]) -> Tensor:
 
 def _show(size: tuple[int, int], frame: tuple[int, int], stored: tuple[int, int], **fields: Tensor) -> Batch:
     images = torch.zeros(1, 3, *frame, dtype=torch.uint8)
-    return batch_of(1, images=images, sizes=torch.tensor([size]), original_sizes=torch.tensor([stored]), **fields)
+    return batch_of(
+        1, images=images, sizes=torch.tensor([size]), original_sizes=torch.tensor([stored]), **fields
+    )
 
 
 def test_masks_at_the_stored_size() -> None:
@@ -47,7 +49,10 @@ def test_masks_at_the_stored_size() -> None:
         rows, columns = seen.nonzero().unbind(1)
         left, top = int(columns.min()), int(rows.min())
         assert result["bbox"] == [left, top, int(columns.max()) + 1 - left, int(rows.max()) + 1 - top]
-        assert isinstance(result["segmentation"]["counts"], str) and result["segmentation"]["size"] == [60, 95]
+        assert isinstance(result["segmentation"]["counts"], str) and result["segmentation"]["size"] == [
+            60,
+            95,
+        ]
         assert result["score"] == pytest.approx(float(scores[query].max()))
         assert result["image_id"] == 1
 
@@ -65,7 +70,9 @@ def test_padding_is_cut_off() -> None:
 
 
 def test_categories() -> None:
-    """0..79 are COCO's 80 ids; in the published labelling 1..79 are the first 79, and class 0 is never named."""
+    """0..79 are COCO's 80 ids; in the published labelling 1..79 are the first 79, and class 0 is never
+    named.
+    """
     output = _scene((4, 4), queries=4)
     output.logits[:] = 0
     for query, label in enumerate((0, 11, 79, 80)):
@@ -85,7 +92,9 @@ def test_only_real_images() -> None:
 
 
 def test_a_perfect_mask_of_a_divided_object_has_a_perfect_score() -> None:
-    """A bus behind two poles: three pieces of equal size, of which none may be lost, under either labelling."""
+    """A bus behind two poles: three pieces of equal size, of which none may be lost, under either
+    labelling.
+    """
     mask = torch.zeros(64, 64)
     polygons = []
     for left in (4, 24, 44):
@@ -111,7 +120,9 @@ def test_a_mask_of_own_heads_counts_by_its_quality() -> None:
     output.masks[0, 0, 0, 2:, 3:] = 1
     batch = _show((4, 6), (4, 6), (4, 6))
     result, *less = postprocess(output, batch)
-    assert all(one["segmentation"] == result["segmentation"] and one["score"] <= result["score"] for one in less)
+    assert all(
+        one["segmentation"] == result["segmentation"] and one["score"] <= result["score"] for one in less
+    )
     assert result["bbox"] == [0, 0, 6, 4] and coco_mask.area(result["segmentation"]) == 8
     best = float(output.logits[0, 0, 0].softmax(-1)[:-1].max())
     quality = (2 / (1 + math.exp(-3)) + 6 / (1 + math.exp(-1))) / 8
@@ -130,7 +141,9 @@ def test_of_own_heads_the_best_pairs_of_query_and_class_count() -> None:
     inside = float(torch.tensor(2.0).sigmoid())
     wanted = [(6, 1 / (1 + math.exp(-1))), (10, 0.5), (8, 1 / (1 + math.exp(1)))]
     assert [one["category_id"] for one in results] == [label for label, _ in wanted]
-    assert [one["score"] for one in results] == pytest.approx([share * inside for _, share in wanted], rel=1e-5)
+    assert [one["score"] for one in results] == pytest.approx(
+        [share * inside for _, share in wanted], rel=1e-5
+    )
 
 
 def test_an_empty_mask_is_no_prediction() -> None:

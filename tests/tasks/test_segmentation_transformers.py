@@ -1,7 +1,9 @@
-"""The segmentation head, matching and losses against the Mask2Former of `transformers`, its three levels set to one.
+"""The segmentation head, matching and losses against the Mask2Former of `transformers`, its three levels set
+to one.
 
-Its pixel decoder, encoder, masked-attention decoder, matcher and loss are used as they are; attributes and layers that
-count levels are replaced. Its pixel decoder knows no padding, so padded maps are compared in its encoder only.
+Its pixel decoder, encoder, masked-attention decoder, matcher and loss are used as they are; attributes and
+layers that count levels are replaced. Its pixel decoder knows no padding, so padded maps are compared in its
+encoder only.
 """
 
 from __future__ import annotations
@@ -109,7 +111,9 @@ _RULES = {
 
 
 def _copy_weights(reference: Reference, head: SegmentationHead) -> None:
-    """Every tensor of the reference into the head, by name; `load_state_dict` refuses a rest on either side."""
+    """Every tensor of the reference into the head, by name; `load_state_dict` refuses a rest on either
+    side.
+    """
     ours: dict[str, Tensor] = {}
     for name, value in reference.state_dict().items():
         for pattern, new in _RULES.items():
@@ -153,11 +157,15 @@ def test_head_and_gradient(pair: tuple[Reference, SegmentationHead]) -> None:
         total = (direction[0] * scores).sum() + (direction[1] * shapes).sum()
         gradients.append(torch.autograd.grad(total, features)[0])
     # sums over all sets and cells: an order of magnitude more terms
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3 * float(gradients[0].abs().max()))
+    torch.testing.assert_close(
+        gradients[1], gradients[0], rtol=1e-3, atol=1e-3 * float(gradients[0].abs().max())
+    )
 
 
 def test_padded_encoder(pair: tuple[Reference, SegmentationHead]) -> None:
-    """Positions, sampling points and the values of padded cells where the images of a batch differ in size."""
+    """Positions, sampling points and the values of padded cells where the images of a batch differ in
+    size.
+    """
     reference, head = pair
     valid = torch.zeros(2, 6, 8, dtype=torch.bool)
     valid[0, :4, :8] = valid[1, :6, :5] = True
@@ -218,13 +226,17 @@ def test_losses_and_their_gradient(same_draws: list[Tensor]) -> None:
     out, targets = _case(counts)
     criterion = _criterion()
     sizes = (NUM_POINTS, 3 * NUM_POINTS, NUM_POINTS // 4)
-    matching, candidates, uniform = draw_points(targets.keys.tolist(), DECODER_LAYERS + 1, sizes, torch.device("cpu"))
+    matching, candidates, uniform = draw_points(
+        targets.keys.tolist(), DECODER_LAYERS + 1, sizes, torch.device("cpu")
+    )
     theirs_loss, wanted = theirs.Mask2FormerLoss(_config(), weight_dict={}), dict[str, Tensor]()
     each = zip(counts, targets.masks.split(counts), targets.labels.split(counts), strict=True)
     for image, (count, masks, labels) in enumerate(each):
         for layer in (DECODER_LAYERS, *range(DECODER_LAYERS)):  # theirs begins with the last
             same_draws.append(matching[image, layer][None])
-            same_draws += [drawn[image, layer].repeat(min(count, QUERIES), 1, 1) for drawn in (candidates, uniform)]
+            same_draws += [
+                drawn[image, layer].repeat(min(count, QUERIES), 1, 1) for drawn in (candidates, uniform)
+            ]
         here = zip(out.masks[:, image : image + 1], out.logits[:, image : image + 1], strict=True)
         *auxiliary, last = ({"masks_queries_logits": m, "class_queries_logits": c} for m, c in here)
         found = theirs_loss(*last.values(), [masks.float() / 255], [labels], auxiliary)
@@ -241,6 +253,8 @@ def test_losses_and_their_gradient(same_draws: list[Tensor]) -> None:
         pairs.append((losses[name], wanted[f"{names[kind]}_{number}" if number else names[kind]]))
         torch.testing.assert_close(*pairs[-1], rtol=1e-5, atol=1e-6)
     tensors = (out.logits, out.masks)
-    ours, expected = (torch.autograd.grad(torch.stack(terms).sum(), tensors) for terms in zip(*pairs, strict=True))
+    ours, expected = (
+        torch.autograd.grad(torch.stack(terms).sum(), tensors) for terms in zip(*pairs, strict=True)
+    )
     for gradient, wanted_gradient in zip(ours, expected, strict=True):
         torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-4, atol=1e-7)

@@ -1,4 +1,6 @@
-"""Semantic segmentation: labels, loss, windows, results against torch, transformers and scikit-learn; the whole way."""
+"""Semantic segmentation: labels, loss, windows, results against torch, transformers and scikit-learn; the
+whole way.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,13 @@ from visft_ds.tasks.segmentation.masks import decode_mask
 from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticLoss
 from visft_ds.tasks.semantic.data import SemanticTargets
 from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion, SemanticOutput
-from visft_ds.tasks.semantic.results import Windows, cut_windows, measure_semantic, place_map, semantic_results
+from visft_ds.tasks.semantic.results import (
+    Windows,
+    cut_windows,
+    measure_semantic,
+    place_map,
+    semantic_results,
+)
 
 VOID, CLASSES = 255, 19
 
@@ -48,7 +56,9 @@ def _annotations(numbers: np.ndarray) -> list[dict[str, Any]]:
     return found
 
 
-def _packed(*maps: np.ndarray, stride: int = 1, ops: Sequence[Op] = (), frame: Size | None = None) -> SemanticTargets:
+def _packed(
+    *maps: np.ndarray, stride: int = 1, ops: Sequence[Op] = (), frame: Size | None = None
+) -> SemanticTargets:
     """Labels of images with these maps, whose padding fills `frame`."""
     places, samples = {number: number for number in range(CLASSES)}, []
     for place, numbers in enumerate(maps):
@@ -89,7 +99,9 @@ def test_the_loss_is_torch_s_and_depends_on_no_division_and_no_padding() -> None
     number = criterion.count(batch_of(2, {"semantic": packed}))["cells"]
 
     def loss(logits: torch.Tensor, targets: Any) -> torch.Tensor:
-        return criterion(SemanticOutput(logits), targets, {"cells": torch.tensor(number, dtype=torch.float64)})["ce"]
+        return criterion(
+            SemanticOutput(logits), targets, {"cells": torch.tensor(number, dtype=torch.float64)}
+        )["ce"]
 
     labels = torch.from_numpy(np.stack(maps)).long()
     fine = F.interpolate(logits, (16, 24), mode="bilinear")
@@ -98,7 +110,9 @@ def test_the_loss_is_torch_s_and_depends_on_no_division_and_no_padding() -> None
     alone = [loss(logits[n : n + 1], _packed(maps[n])) for n in range(2)]
     assert torch.allclose(alone[0] + alone[1], wanted, rtol=1e-12)
     wider = _packed(*maps, frame=(20, 32))
-    assert torch.allclose(loss(F.pad(logits, (0, 4, 0, 2), value=7.0), wider), wanted, rtol=1e-6)  # float32 shares
+    assert torch.allclose(
+        loss(F.pad(logits, (0, 4, 0, 2), value=7.0), wider), wanted, rtol=1e-6
+    )  # float32 shares
 
 
 def test_the_head_starts_small_and_sees_a_cell_alone() -> None:
@@ -119,7 +133,9 @@ def test_results_are_the_class_that_torch_s_interpolation_makes_the_most_probabl
     output = SemanticOutput(torch.randn(2, CLASSES, 8, 12, dtype=torch.float64) * 3)
     found = semantic_results(output, batch, [10 * place for place in range(CLASSES)])
     for image, size in ((1, (75, 113)), (2, (40, 50))):
-        wanted = F.interpolate(output.logits[image - 1 : image].softmax(dim=1), size, mode="bilinear")[0].argmax(dim=0)
+        wanted = F.interpolate(output.logits[image - 1 : image].softmax(dim=1), size, mode="bilinear")[
+            0
+        ].argmax(dim=0)
         own = [one for one in found if one["image_id"] == image]
         assert np.array_equal(place_map(own, size, {10 * n: n for n in range(CLASSES)}), wanted.numpy())
     part = semantic_results(output, replace(batch, real=torch.tensor([True, False])))
@@ -152,14 +168,23 @@ def test_windows_and_their_mean_are_those_of_transformers(head: str) -> None:
         fine = F.interpolate(logits.softmax(dim=1), (side, side), mode="bilinear")
         wanted = processor.merge_image_patches(fine, offsets, stored, size)
     else:
-        masks, logits = torch.randn(1, len(parts), 30, 8, 8) * 3, torch.randn(1, len(parts), 30, CLASSES + 1) * 3
+        masks, logits = (
+            torch.randn(1, len(parts), 30, 8, 8) * 3,
+            torch.randn(1, len(parts), 30, CLASSES + 1) * 3,
+        )
         output = SegmentationOutput(logits, masks)
-        theirs = SimpleNamespace(masks_queries_logits=masks[0], class_queries_logits=logits[0], patch_offsets=offsets)
-        results = processor.post_process_semantic_segmentation(theirs, stored, size, return_segmentation_scores=True)
+        theirs = SimpleNamespace(
+            masks_queries_logits=masks[0], class_queries_logits=logits[0], patch_offsets=offsets
+        )
+        results = processor.post_process_semantic_segmentation(
+            theirs, stored, size, return_segmentation_scores=True
+        )
         wanted = [one.segmentation_scores for one in results]
     found = semantic_results(Windows(output, starts, (side, side)), batch)
     for image, (size, scores) in enumerate(zip(stored, wanted, strict=True), 1):
-        own = place_map([one for one in found if one["image_id"] == image], size, {n: n for n in range(CLASSES)})
+        own = place_map(
+            [one for one in found if one["image_id"] == image], size, {n: n for n in range(CLASSES)}
+        )
         best = scores.topk(2, dim=0)
         clear = (best.values[0] - best.values[1] > 1e-5).numpy()
         assert clear.mean() > 0.999 and np.array_equal(own[clear], best.indices[0].numpy()[clear])
@@ -178,7 +203,8 @@ def test_mean_iou_and_accuracy_are_those_of_scikit_learn() -> None:
         predicted[-1][predicted[-1] == VOID] = 8
     images = [{"id": number, "height": 30, "width": 40} for number in range(3)]
     entries = [
-        [{**one, "image_id": n} for n in range(3) for one in _annotations(part[n])] for part in (true, predicted)
+        [{**one, "image_id": n} for n in range(3) for one in _annotations(part[n])]
+        for part in (true, predicted)
     ]
     categories = [{"id": number, "name": f"class {number}"} for number in range(CLASSES)]
     truth = {"images": images, "annotations": entries[0], "categories": categories}
@@ -252,7 +278,12 @@ def test_the_whole_way(tmp_path: Path, head: dict[str, object]) -> None:
     }
     (printed,) = run_ranks(["-c", WAY, str(tmp_path), json.dumps(settings)], world=1)
     told, size, ids, refused = json.loads(printed.splitlines()[-1])
-    assert "%" in told and size == [64, 40] and set(ids) <= {0, 1, 2} and f"trained with type {head['type']}" in refused
+    assert (
+        "%" in told
+        and size == [64, 40]
+        and set(ids) <= {0, 1, 2}
+        and f"trained with type {head['type']}" in refused
+    )
     losses = json.loads((tmp_path / "stage1/metrics.jsonl").read_text().splitlines()[0]).keys()
     assert ("loss/semantic/dice_0" in losses) == (head is PLAIN)
     measured = json.loads((tmp_path / "stage2/evaluation-val/metrics.json").read_text())
@@ -267,7 +298,9 @@ def test_the_whole_way(tmp_path: Path, head: dict[str, object]) -> None:
 @ON_PHOTOS
 @pytest.mark.parametrize(("head", "steps", "least"), [("linear", 400, 0.48), ("plain", 300, 0.8)])
 def test_photographs_are_learnt_by_heart(tmp_path: Path, head: str, steps: int, least: float) -> None:
-    """Label maps of the objects of COCO's at 224 pixels, by a linear head on one map, or by a plain one on three."""
+    """Label maps of the objects of COCO's at 224 pixels, by a linear head on one map, or by a plain one on
+    three.
+    """
     content = json.loads((PHOTOS / "annotations/instances_train2017.json").read_text())
     used = sorted({one["category_id"] for one in content["annotations"]})
     for image in content["images"]:
@@ -285,7 +318,11 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path, head: str, steps: int, 
         (tmp_path / f"data/images/train/{name}").write_bytes((PHOTOS / "train2017" / name).read_bytes())
     (tmp_path / "data/classes.txt").write_text("\n".join(str(number) for number in used))
     assert make_shards([str(tmp_path / "data")]) == 0
-    settings = {"scheduler.params.total_num_steps": steps, "visft.features.views": 1, "visft.run.eval_every": 0}
+    settings = {
+        "scheduler.params.total_num_steps": steps,
+        "visft.features.views": 1,
+        "visft.run.eval_every": 0,
+    }
     settings |= {"visft.shared.image": {"fixed_size": 224, "flip": 0.0}}
     if head == "linear":
         settings |= {"visft.tasks.semantic.head.dropout": 0.0}

@@ -1,4 +1,6 @@
-"""What both heads with queries have in common: padding, gradients, and losses however the batch is divided."""
+"""What both heads with queries have in common: padding, gradients, and losses however the batch is
+divided.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ COUNTS = [0, 3, 12, 1, 0, 0, 5, 7]
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the two tasks; the published heads of segmentation count classes from 1, and the last is no object's."""
+    """One of the two tasks; the published heads of segmentation count classes from 1, and the last is no
+    object's.
+    """
 
     task: str
     labelling: str = "contiguous"
@@ -137,7 +141,9 @@ def test_every_parameter_gets_a_gradient_without_any_object(kind: Kind) -> None:
 @both
 @pytest.mark.parametrize("parts", [2, 4])
 def test_mean_over_micro_batches_is_the_global_loss(kind: Kind, parts: int) -> None:
-    """The reason for given denominators and keyed points: images with 0, few and too many objects, spread unevenly."""
+    """The reason for given denominators and keyed points: images with 0, few and too many objects, spread
+    unevenly.
+    """
     criterion, targets, output = kind.criterion(), kind.targets(COUNTS), kind.output(8)
     whole = criterion(output, targets, denominators(kind.task, criterion, targets))
     size = len(COUNTS) // parts
@@ -172,7 +178,9 @@ def test_a_prediction_that_is_not_finite_names_its_image(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", ["detection", "segmentation", "segmentation published"], indirect=True)
 def test_each_image_weighs_as_on_a_gpu_of_its_own(kind: Kind) -> None:
-    """Against torch's weighted mean, image by image: what each GPU of the published code computes, and their mean."""
+    """Against torch's weighted mean, image by image: what each GPU of the published code computes, and their
+    mean.
+    """
     criterion, targets, output = kind.criterion(), kind.targets(COUNTS), kind.output(8)
     losses = criterion(output, targets, denominators(kind.task, criterion, targets))
     wanted = kind.classes_of_queries(output, targets)
@@ -180,7 +188,9 @@ def test_each_image_weighs_as_on_a_gpu_of_its_own(kind: Kind) -> None:
     weight[-1] = 0.1
     names = [*(f"ce_{layer}" for layer in range(len(wanted) - 1)), "ce"]
     expected = [
-        torch.stack([F.cross_entropy(output.logits[layer, image], wanted[layer, image], weight) for image in range(8)])
+        torch.stack(
+            [F.cross_entropy(output.logits[layer, image], wanted[layer, image], weight) for image in range(8)]
+        )
         for layer in range(len(wanted))
     ]
     ours, theirs = torch.stack([losses[name] for name in names]), torch.stack(expected).mean(dim=1)
@@ -193,7 +203,9 @@ def test_each_image_weighs_as_on_a_gpu_of_its_own(kind: Kind) -> None:
 
 @pytest.mark.parametrize("step", [0, 1, 3], ids=["detection", "segmentation", "all"])
 def test_a_step_is_the_published_one_on_as_many_gpus_as_images(step: int) -> None:
-    """Losses and gradients of the whole model: each image alone with its own class weights, all objects in common."""
+    """Losses and gradients of the whole model: each image alone with its own class weights, all objects in
+    common.
+    """
     (module, _), whole = build(2), global_batch(step)
     images = len(whole.images)
     ours = _gradients(module, [(whole, loss_denominators(module, whole, 1))])

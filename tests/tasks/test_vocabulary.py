@@ -42,7 +42,9 @@ def test_any_text_has_defined_words_and_ids(text: str) -> None:
 
 
 def test_ids_begin_with_the_words() -> None:
-    assert VOCABULARY.encode(caption_words("A zebra, unheard of")) == [6, 1, 4, 5, 5, 7] and VOCABULARY.size == 8
+    assert (
+        VOCABULARY.encode(caption_words("A zebra, unheard of")) == [6, 1, 4, 5, 5, 7] and VOCABULARY.size == 8
+    )
 
 
 def test_decode() -> None:

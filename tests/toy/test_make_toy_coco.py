@@ -1,4 +1,6 @@
-"""The toy set must be COCO as pycocotools reads it, its masks must be the drawn pixels, its bytes reproducible."""
+"""The toy set must be COCO as pycocotools reads it, its masks must be the drawn pixels, its bytes
+reproducible.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from visft_ds.toy.coco import SPLITS, describe, main, write_toy_coco
 from visft_ds.toy.scenes import CATEGORIES, NAMES, STYLES, Style, draw_scene, rasterise, style_of, trace
 
 # The oracle's own decode() under NumPy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
+)
 
 TRAIN, VAL, WIDTH, HEIGHT = 70, 40, 144, 96
 
@@ -42,15 +46,22 @@ def test_the_command_writes_the_same_bytes_with_two_workers(
     out = str(tmp_path / "again")
     words = f"--train {TRAIN} --val {VAL} --size {WIDTH}x{HEIGHT} --seed 3 --workers 2 --out {out}".split()
     assert main(words) == 0 and _digest(tmp_path / "again") == _digest(tree)
-    for wrong, said in ((words, "not an empty folder"), (["--out", f"{out}2", "--size", "20"], "sides of 28")):
+    for wrong, said in (
+        (words, "not an empty folder"),
+        (["--out", f"{out}2", "--size", "20"], "sides of 28"),
+    ):
         assert main(wrong) == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "again2").exists()
 
 
-def test_fewer_images_are_the_first_ones_and_other_seeds_or_styles_are_different(tree: Path, tmp_path: Path) -> None:
+def test_fewer_images_are_the_first_ones_and_other_seeds_or_styles_are_different(
+    tree: Path, tmp_path: Path
+) -> None:
     changes = {"few": {}, "seed": {"seed": 4}, "style": {"style": "b"}, "even": {"colours": "even"}}
     for name, change in changes.items():
-        write_toy_coco(tmp_path / name, **{"train": 4, "val": 2, "height": HEIGHT, "width": WIDTH, "seed": 3} | change)
+        write_toy_coco(
+            tmp_path / name, **{"train": 4, "val": 2, "height": HEIGHT, "width": WIDTH, "seed": 3} | change
+        )
     whole, few, *others = (_digest(folder) for folder in (tree, *(tmp_path / name for name in changes)))
     pictures = [name for name in few if name.endswith(".jpg")]
     assert len(pictures) == 6 and all(few[name] == whole[name] for name in pictures)
@@ -60,8 +71,12 @@ def test_fewer_images_are_the_first_ones_and_other_seeds_or_styles_are_different
 @pytest.mark.parametrize("split", SPLITS)
 def test_pycocotools_reads_the_annotations(tree: Path, split: str) -> None:
     coco = COCO(str(tree / "annotations" / f"instances_{split}.json"))
-    assert sorted(path.name for path in (tree / split).iterdir()) == sorted(i["file_name"] for i in coco.imgs.values())
-    assert {c["id"]: c["name"] for c in coco.cats.values()} == {number: name for number, name, _ in CATEGORIES}
+    assert sorted(path.name for path in (tree / split).iterdir()) == sorted(
+        i["file_name"] for i in coco.imgs.values()
+    )
+    assert {c["id"]: c["name"] for c in coco.cats.values()} == {
+        number: name for number, name, _ in CATEGORIES
+    }
     for annotation in coco.anns.values():
         mask = coco.annToMask(annotation)
         assert mask.shape == (HEIGHT, WIDTH)
@@ -70,7 +85,10 @@ def test_pycocotools_reads_the_annotations(tree: Path, split: str) -> None:
         assert x >= 0 and y >= 0 and x + w <= WIDTH and y + h <= HEIGHT
         ys, xs = np.nonzero(mask)
         # COCO's rasteriser rounds corners to pixels: a box may differ from the pixels', most at thin tips.
-        assert np.abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - (x, y, x + w, y + h)).max() <= 2
+        assert (
+            np.abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - (x, y, x + w, y + h)).max()
+            <= 2
+        )
         assert isinstance(annotation["segmentation"], dict) == bool(annotation["iscrowd"])
     for image in coco.imgs.values():
         shapes = [coco.annToMask(coco.anns[number]) for number in coco.getAnnIds(image["id"])]
@@ -79,7 +97,9 @@ def test_pycocotools_reads_the_annotations(tree: Path, split: str) -> None:
     assert sorted(one["image_id"] for one in told) == sorted(5 * list(coco.imgs)) and len(
         {one["id"] for one in told}
     ) == len(told)
-    assert 0 < sum(not coco.getAnnIds(number) for number in coco.imgs) < len(coco.imgs) // 2  # images without objects
+    assert (
+        0 < sum(not coco.getAnnIds(number) for number in coco.imgs) < len(coco.imgs) // 2
+    )  # images without objects
     assert {one["category_id"] for one in coco.anns.values()} == set(coco.cats)
     assert any(one["iscrowd"] for one in coco.anns.values())
 
@@ -99,7 +119,9 @@ def test_shapes_that_are_left_out_never_come() -> None:
     style = style_of("a", "even", ("heart", "arrow"))
     scenes = [draw_scene(np.random.default_rng(number), style, 56, 56) for number in range(200)]
     seen = {
-        NAMES[shape.category] for scene in scenes for shape in (*scene.shapes, *([scene.crowd] * bool(scene.crowd)))
+        NAMES[shape.category]
+        for scene in scenes
+        for shape in (*scene.shapes, *([scene.crowd] * bool(scene.crowd)))
     }
     assert seen == set(NAMES) - {"heart", "arrow"}
     for names, told in ((("hart",), "hart"), (NAMES, "allowed")):
@@ -134,7 +156,9 @@ def test_masks_are_the_drawn_pixels(style: Style) -> None:
         for shape in scene.shapes:
             marked |= shape.visible
         inside = marked & ~_grow(~marked)
-        assert not scene.shapes or np.mean(change[inside] > 8) > 0.99  # a pattern may meet the colour of the ground
+        assert (
+            not scene.shapes or np.mean(change[inside] > 8) > 0.99
+        )  # a pattern may meet the colour of the ground
         assert change[~_grow(marked)].max() <= 32  # a tip thinner than a pixel shows faintly
 
 
@@ -170,11 +194,17 @@ def test_captions_count_what_is_there() -> None:
         if scene.shapes:
             assert captions[1].split()[0] == numbers[len(scene.shapes)]
             assert all(f"{shape.colour} {NAMES[shape.category]}" in captions[0] for shape in scene.shapes)
-    scenes = [draw_scene(np.random.default_rng(seed), STYLES["a"], 160, 200, max_shapes=18) for seed in range(24)]
+    scenes = [
+        draw_scene(np.random.default_rng(seed), STYLES["a"], 160, 200, max_shapes=18) for seed in range(24)
+    ]
     counts = [len(scene.shapes) for scene in scenes]
     assert 6 < np.mean(counts) < 9 and max(counts) > 13
 
 
-@pytest.mark.parametrize("words", ["--size 27", "--size 4097", "--train 1000001", "--workers 257", "--max-shapes 0"])
-def test_what_cannot_be_drawn_is_refused(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "words", ["--size 27", "--size 4097", "--train 1000001", "--workers 257", "--max-shapes 0"]
+)
+def test_what_cannot_be_drawn_is_refused(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--out", str(tmp_path / "toy"), *words.split()]) == 2 and " to " in capsys.readouterr().err

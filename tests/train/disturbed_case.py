@@ -1,6 +1,8 @@
-"""One rank of launchers/train.py whose loss is FACTOR times as large on rank RANK in steps FIRST to LAST (from 0).
+"""One rank of launchers/train.py whose loss is FACTOR times as large on rank RANK in steps FIRST to LAST
+(from 0).
 
-RANK=0 WORLD_SIZE=2 ... python -m tests.train.disturbed_case FIRST LAST FACTOR RANK ARGUMENTS OF launchers/train.py
+RANK=0 WORLD_SIZE=2 ... python -m tests.train.disturbed_case FIRST LAST FACTOR RANK ARGUMENTS OF
+launchers/train.py
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ def _disturb(kind: Any, factor: Callable[[int], float]) -> None:
     def train_step(engine: Any, step: int, batches: Sequence[Any], loss_denominators: Any) -> Any:
         weights = {task: dict(criterion.weights) for task, criterion in engine.module.criteria.items()}
         for criterion in engine.module.criteria.values():
-            criterion.weights.update({name: factor(step) * weight for name, weight in criterion.weights.items()})
+            criterion.weights.update(
+                {name: factor(step) * weight for name, weight in criterion.weights.items()}
+            )
         try:
             return original(engine, step, batches, loss_denominators)
         finally:

@@ -1,7 +1,8 @@
-"""What launchers/slurm.sbatch needs of SLURM, on one machine: `srun`, `scancel` and `scontrol` as the real ones behave.
+"""What launchers/slurm.sbatch needs of SLURM, on one machine: `srun`, `scancel` and `scontrol` as the real
+ones behave.
 
-Run by files of these names on PATH: python fake_slurm.py srun|scancel|scontrol ARGUMENTS. The tasks are processes here;
-the machines are told apart by SLURM_NODEID alone.
+Run by files of these names on PATH: python fake_slurm.py srun|scancel|scontrol ARGUMENTS. The tasks are
+processes here; the machines are told apart by SLURM_NODEID alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Losses that are no numbers and overflows of fp16 in real runs of two ranks: passed over, or the end of the run."""
+"""Losses that are no numbers and overflows of fp16 in real runs of two ranks: passed over, or the end of the
+run.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def test_overflows_at_the_beginning_pass_and_a_collapse_ends_the_run(
     found = [record for record in records(out) if "loss_scale" in record]
     overflowed = [bool(line["skipped"]) for line in found]
     assert 0 < sum(overflowed) < steps // 2
-    assert [line["loss_scale"] for line in found] == [65536 / 2 ** sum(overflowed[:step]) for step in range(steps)]
+    assert [line["loss_scale"] for line in found] == [
+        65536 / 2 ** sum(overflowed[:step]) for step in range(steps)
+    ]
 
     arguments = [*ENGINES[engine], *command(shards, tmp_path / "collapses", stage=2, extra=extra)]
     codes, outputs = finish(start_ranks(case(4, steps, 1e12, "all", *arguments)))

@@ -1,4 +1,6 @@
-"""The dense detection head in whole runs: the same under every engine; photographs learnt by heart, by DETR as well."""
+"""The dense detection head in whole runs: the same under every engine; photographs learnt by heart, by DETR
+as well.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,9 @@ from visft_ds.resilience.stop import Stop
 from visft_ds.run.evaluation import Measured
 
 #: Of torch and DeepSpeed, at their first use in a process.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning"
+)
 SHARDS = finished.shards()
 STEPS = 3
 SETTINGS: dict[str, Any] = {
@@ -50,7 +52,8 @@ EARLY: dict[str, Any] = {
     "visft.run.keep_best": "box/AP50",
     "visft.run.patience": 2,
 }
-#: A script of one's own: both stages, under the ranks of a launcher as well. `seen` is what its callback was told.
+#: A script of one's own: both stages, under the ranks of a launcher as well. `seen` is what its callback was
+#: told.
 SCRIPT = f"""
 import json, sys
 from pathlib import Path
@@ -140,12 +143,16 @@ def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None
     assert tuned.finished and (tuned.export / "adapter" / "adapter_config.json").is_file()
     assert models_alive() == alive
     assert os.environ == environment
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert [
+        signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    ] == handlers
 
     found = evaluate(tuned.out, tasks=["detection"], limit=2, split="val")
     assert found.metrics.keys() >= {"box/AP", "box/AP50"} and list(found.results) == ["detection"]
     assert found.out is None and not list(tuned.out.glob("evaluation*"))
-    written = evaluate(tuned.out, tasks=["detection"], limit=2, split="val", out=tmp_path / "numbers", pictures=0)
+    written = evaluate(
+        tuned.out, tasks=["detection"], limit=2, split="val", out=tmp_path / "numbers", pictures=0
+    )
     assert written.metrics == found.metrics and (tmp_path / "numbers" / "metrics.json").is_file()
 
 
@@ -153,7 +160,9 @@ def full(*_: object) -> None:
     raise OSError("no room")
 
 
-def test_ctrl_c_stops_after_the_step_and_the_same_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_after_the_step_and_the_same_call_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     handler = signal.getsignal(signal.SIGINT)  # not Python's own where the tests run in the background
     told = Told(at=1, does=lambda: signal.raise_signal(signal.SIGINT))
     stopped = stage1(tmp_path, told)
@@ -194,7 +203,11 @@ def test_an_error_of_a_callback_is_raised_and_the_process_can_train_again(tmp_pa
 @pytest.mark.slow
 def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
     text = (REPOSITORY / "docs/getting-started.md").read_text(encoding="utf-8")
-    script = text.partition("## Train and evaluate from Python\n")[2].partition("```python\n")[2].partition("```")[0]
+    script = (
+        text.partition("## Train and evaluate from Python\n")[2]
+        .partition("```python\n")[2]
+        .partition("```")[0]
+    )
     (tmp_path / "train.py").write_text(script, encoding="utf-8")
     (tmp_path / "shards").symlink_to(SHARDS)
     said = python("train.py", folder=tmp_path)
@@ -219,7 +232,9 @@ def test_an_error_of_the_main_process_ends_the_others(tmp_path: Path) -> None:
 def test_a_signal_before_the_last_evaluation_leaves_that_to_the_next_call(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The steps are done; launchers kill 30 s after a signal, so that nothing is exported or predicted any more."""
+    """The steps are done; launchers kill 30 s after a signal, so that nothing is exported or predicted any
+    more.
+    """
     told = Told(STEPS, lambda: signal.raise_signal(signal.SIGUSR1))
     more = {"visft.run.eval_every": STEPS, "visft.data.val": "train"}
     ended = stage1(tmp_path / "run", told, **more)
@@ -237,7 +252,9 @@ def test_a_signal_before_the_last_evaluation_leaves_that_to_the_next_call(
 
 
 @pytest.mark.slow
-def test_a_signal_while_numbers_are_measured_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_numbers_are_measured_ends_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The export waits for the numbers that choose it; the next call measures again and exports the same."""
 
     def slow(*_: object, **__: object) -> Measured:
@@ -252,7 +269,9 @@ def test_a_signal_while_numbers_are_measured_ends_the_wait(tmp_path: Path, monke
         held.setattr("visft_ds.run.evaluation.measure", slow)
         ended = stage1(tmp_path, **more)
     released.set()
-    assert not ended.finished and ended.stopped is Stop.SIGTERM and not (ended.export / "export.json").exists()
+    assert (
+        not ended.finished and ended.stopped is Stop.SIGTERM and not (ended.export / "export.json").exists()
+    )
     told = Told()
     ended = stage1(tmp_path, told, **more)
     assert ended.finished and not ended.stopped and [step for step, _ in told.evaluations] == [STEPS]
@@ -261,10 +280,10 @@ def test_a_signal_while_numbers_are_measured_ends_the_wait(tmp_path: Path, monke
 def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """`visft.run.patience`; what is exported is the best checkpoint; the last start finds nothing left to do."""
-    told = (
-        "early stopping after step 3: 2 evaluations without a better box/AP50 than that of step 1 (visft.run.patience)"
-    )
+    """`visft.run.patience`; what is exported is the best checkpoint; the last start finds nothing left to
+    do.
+    """
+    told = "early stopping after step 3: 2 evaluations without a better box/AP50 than that of step 1 (visft.run.patience)"
     for number in range(3):
         if number == 1:  # it was killed before it saved the last one
             shutil.rmtree(tmp_path / "checkpoints/step_00000003")
@@ -273,7 +292,9 @@ def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(
         said = capfd.readouterr().out
         assert (ended.finished, ended.step) == (True, 3) and told in said
         assert number == 2 or "exporting step 1, the best by box/AP50" in said
-        assert {*steps_recorded(tmp_path)} == {1, 2, 3} and (tmp_path / "export/detection.safetensors").is_file()
+        assert {*steps_recorded(tmp_path)} == {1, 2, 3} and (
+            tmp_path / "export/detection.safetensors"
+        ).is_file()
     exported = load_file(tmp_path / "export/detection.safetensors")
     best, last = (load_file(tmp_path / f"checkpoints/step_0000000{n}/parameters.safetensors") for n in (1, 3))
     assert all(torch.equal(best[f"heads.detection.{name}"], value) for name, value in exported.items())

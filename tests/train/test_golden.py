@@ -9,8 +9,8 @@ import pytest
 
 from tests.golden.losses import STEPS, golden, train_stages
 
-#: On one machine the numbers are equal to the last digit. Other processors sum in another order (1e-7), which six steps
-#: of training and the discrete matching magnify.
+#: On one machine the numbers are equal to the last digit. Other processors sum in another order (1e-7), which
+#: six steps of training and the discrete matching magnify.
 TOLERANCE = 1e-3
 
 

@@ -1,4 +1,6 @@
-"""The training command under the pipeline engine: the same run as under ZeRO, evaluation and resuming included."""
+"""The training command under the pipeline engine: the same run as under ZeRO, evaluation and resuming
+included.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ SETTINGS: dict[str, object] = {
 }
 
 
-def run(shards: Path, out: Path, *engine: str, world: int, stage: int = 1, heads: Path | None = None) -> list[str]:
+def run(
+    shards: Path, out: Path, *engine: str, world: int, stage: int = 1, heads: Path | None = None
+) -> list[str]:
     """Train to the end; what the ranks printed."""
     extra = {**SETTINGS, **({"visft.heads.path": str(heads), "visft.lora.rank": 2} if heads else {})}
     return run_ranks(["launchers/train.py", *engine, *command(shards, out, stage=stage, extra=extra)], world)
@@ -46,7 +50,9 @@ def zero(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("stages", "world"), [(2, 2), (3, 3), (2, 4)])
-def test_the_same_run_as_under_zero(shards: Path, zero: Path, tmp_path: Path, stages: int, world: int) -> None:
+def test_the_same_run_as_under_zero(
+    shards: Path, zero: Path, tmp_path: Path, stages: int, world: int
+) -> None:
     """Losses by name, the numbers of the evaluation, names and shapes of the exported heads."""
     out = tmp_path / "stage1"
     printed = run(shards, out, "--engine=pipeline", f"--set=pipeline.stages={stages}", world=world)
@@ -78,5 +84,6 @@ def test_adapters_train_and_a_run_changes_its_engine(shards: Path, zero: Path, t
         ends[name] = trained(out)
     for name in ("from", "to"):
         for key, tensor in ends["straight"].items():
-            # Adam makes whole steps of the rounding of gradients that are nearly zero: rate x steps is the most.
+            # Adam makes whole steps of the rounding of gradients that are nearly zero: rate x steps is the
+            # most.
             torch.testing.assert_close(ends[name][key], tensor, rtol=1e-3, atol=2e-5, msg=f"{name} {key}")

@@ -1,4 +1,6 @@
-"""The plain mask head on several maps in whole runs: resumed, under every engine, both stages; photographs by heart."""
+"""The plain mask head on several maps in whole runs: resumed, under every engine, both stages; photographs by
+heart.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ PLAIN: dict[str, object] = {
 
 
 def test_a_run_resumed_in_the_middle_of_annealing_is_the_same(shards: Path, tmp_path: Path) -> None:
-    """From a checkpoint half-way, masks come and go by the same draws; means and spreads are those that it holds."""
+    """From a checkpoint half-way, masks come and go by the same draws; means and spreads are those that it
+    holds.
+    """
     whole, again = tmp_path / "whole", tmp_path / "again"
     run_ranks(["launchers/train.py", *command(shards, whole, extra=PLAIN)], 1)
     shutil.copytree(whole, again)
@@ -99,7 +103,11 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path) -> None:
     ("engine", "settings", "message"),
     [
         ("pipeline", ["visft.model.layers=[0, 1]", "pipeline.stages=2"], "not for a pipeline"),
-        ("pipeline", ['visft.tasks.segmentation.head={"type": "plain"}', "pipeline.stages=2"], "not for a pipeline"),
+        (
+            "pipeline",
+            ['visft.tasks.segmentation.head={"type": "plain"}', "pipeline.stages=2"],
+            "not for a pipeline",
+        ),
         ("zero1", ["visft.tasks.segmentation.head.type=plain"], "not an option of a plain head"),
         ("zero1", ["visft.tasks.segmentation.head.type=plane"], "mask2former or plain"),
     ],

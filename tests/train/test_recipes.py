@@ -47,7 +47,9 @@ SETTINGS: dict[str, Any] = {
 def test_every_shipped_model_with_weights_on_the_hub_is_tried() -> None:
     from visft_ds.config.resolve import available
 
-    found = [name for name in available("models") if resolve(stage=1, model=name).visft.model.preset[:5] == "timm:"]
+    found = [
+        name for name in available("models") if resolve(stage=1, model=name).visft.model.preset[:5] == "timm:"
+    ]
     assert set(SMALL) == set(found) - {"debug_convnext", "lite0", "own"}
 
 
@@ -80,7 +82,9 @@ def test_a_recipe_trains_merges_and_loads_in_timm(
     assert merge(["--adapter", str(tmp_path / "2"), "--out", str(merged), "--verify"]) == 0
     whole = timm.create_model(f"local-dir:{merged}", pretrained=True).eval()
     ours, images = load_backbone(tmp_path / "2"), torch.rand(1, 3, *_size(whole))
-    mean, std = (torch.tensor(values)[:, None, None] for values in (ours.backbone.pixel_mean, ours.backbone.pixel_std))
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (ours.backbone.pixel_mean, ours.backbone.pixel_std)
+    )
     with torch.no_grad():
         theirs = whole.forward_features((images - mean) / std)
         if theirs.ndim == 3:

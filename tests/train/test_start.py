@@ -101,7 +101,8 @@ def learnt(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / f"checkpoints/step_{step:08d}/parameters.safetensors")
 
 
-#: Steps that change nothing but zeros, by 1e-30: the checkpoint after one has the values that the run began with.
+#: Steps that change nothing but zeros, by 1e-30: the checkpoint after one has the values that the run began
+#: with.
 FROZEN = words_of({"optimizer.params.lr": 1e-30, "optimizer.params.weight_decay": 0})
 ONE_STEP = words_of({"scheduler.params.total_num_steps": 1})
 
@@ -152,7 +153,9 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, capsys: pytest.Captur
     place, base, out = work / "two/export/adapter", work / "two/export/backbone.safetensors", tmp_path / "out"
     adapter = read_adapter(place)
     words = ["--stage", 2, "--model", "debug", "--data", work / "first/shards", "--out", out, "--from", place]
-    words += words_of({**SETTINGS, "visft.heads.path": f"{work}/one/export", "visft.model.weights": str(base)})
+    words += words_of(
+        {**SETTINGS, "visft.heads.path": f"{work}/one/export", "visft.model.weights": str(base)}
+    )
     wanted = f"""has other settings: --set 'visft.lora={{"rank":2,"alpha":{adapter.alpha},"""
     assert wanted in refused(capsys, *words, *FROZEN)
     done(*words, *words_of({"visft.lora.rank": 2, "visft.lora.alpha": adapter.alpha}), *FROZEN, *ONE_STEP)

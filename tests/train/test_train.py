@@ -1,4 +1,6 @@
-"""The training command itself: through the launcher, killed and resumed, stopped by a signal, and fed rubbish."""
+"""The training command itself: through the launcher, killed and resumed, stopped by a signal, and fed
+rubbish.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from tests.ranks import finish, run_ranks, start_command, start_ranks, wait_for
 from tests.tiny import MIXED, STEPS, THREE, command, equal, records, steps_recorded
 from visft_ds.launch import main
 
-#: launchers/train.py, and a look at what it leaves: a process in a group may die in a destructor (code -6, sometimes).
+#: launchers/train.py, and a look at what it leaves: a process in a group may die in a destructor (code -6,
+#: sometimes).
 TRAIN_AND_LOOK = """
 import sys
 import torch.distributed
@@ -48,12 +51,18 @@ def test_killed_and_resumed_equals_the_undisturbed_run(shards: Path, straight: P
 
 
 def test_a_step_does_not_depend_on_its_division(shards: Path, tmp_path: Path) -> None:
-    """Of images of different sizes: one by one, in one batch, and as two in a pipeline, adapters and heads train."""
+    """Of images of different sizes: one by one, in one batch, and as two in a pipeline, adapters and heads
+    train.
+    """
     found = {}
     for name, world, micro_batch in (("one by one", 1, 1), ("batch", 1, 4), ("pipeline", 2, 2)):
         extra = {
             **MIXED,
-            **{"visft.mode": "shared", "visft.shared.micro_batch": micro_batch, "visft.heads.start": "random"},
+            **{
+                "visft.mode": "shared",
+                "visft.shared.micro_batch": micro_batch,
+                "visft.heads.start": "random",
+            },
             **{"scheduler.params.total_num_steps": 1, "visft.run.eval_every": 0, "visft.run.pictures": 0},
         }
         engine = ["--engine=pipeline"] if name == "pipeline" else []
@@ -62,13 +71,18 @@ def test_a_step_does_not_depend_on_its_division(shards: Path, tmp_path: Path) ->
         (step,) = (line for line in records(tmp_path / name) if line["kind"] == "step")
         found[name] = {key: step[key] for key in step if key.startswith("loss/") or key == "grad_norm"}
     assert "loss/segmentation/dice" in found["batch"]
-    for name in ("one by one", "pipeline"):  # only sums in another order: losses of padded batches were off by 1e-2
+    for name in (
+        "one by one",
+        "pipeline",
+    ):  # only sums in another order: losses of padded batches were off by 1e-2
         assert found[name] == pytest.approx(found["batch"], rel=1e-6, abs=1e-6)
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
-    processes = start_ranks(["launchers/train.py", *command(shards, out, extra={"visft.run.save_every": 100})])
+    processes = start_ranks(
+        ["launchers/train.py", *command(shards, out, extra={"visft.run.save_every": 100})]
+    )
     wait_for(processes[0], "step 1/")
     processes[1].send_signal(signal.SIGTERM)
     codes, outputs = finish(processes, timeout=600)
@@ -114,7 +128,9 @@ def test_a_diverged_run_stops_all_ranks_and_names_where_it_begins(shards: Path, 
     assert f"the last good checkpoint is that of step {int(step) - 1}" in outputs[0]
     assert re.search(r"rank \d: it begins with the .* values are not finite", outputs[0])
     for folder in (out / "checkpoints").iterdir():
-        assert all(tensor.isfinite().all() for tensor in load_file(folder / "parameters.safetensors").values())
+        assert all(
+            tensor.isfinite().all() for tensor in load_file(folder / "parameters.safetensors").values()
+        )
 
 
 #: launchers/train.py, with a seed that differs from rank to rank.
@@ -151,7 +167,9 @@ def test_a_second_run_in_the_folder_waits_for_a_while_and_is_refused(shards: Pat
 
 @pytest.mark.slow
 def test_kept_features_change_no_result(shards: Path, tmp_path: Path) -> None:
-    """Against the same run without a folder; of other sizes in a batch, in bf16 storage, for all heads together."""
+    """Against the same run without a folder; of other sizes in a batch, in bf16 storage, for all heads
+    together.
+    """
     shared = {
         "visft.mode": "shared",
         "visft.shared.image": {"short_sides": [42, 56], "max_long": 56},

@@ -53,7 +53,9 @@ def _train(shards: Path, out: Path, stage: int, **more: object) -> Path:
 
 
 def test_a_tower_that_ends_after_a_block(shards: Path, tmp_path: Path) -> None:
-    """Both stages with kept features, predictions of the run, merged weights, and heads that want the same block."""
+    """Both stages with kept features, predictions of the run, merged weights, and heads that want the same
+    block.
+    """
     model: dict[str, object] = {"visft.model.preset": "timm:test_efficientnet", "visft.model.layers": [3]}
     features = {"views": 1, "cache": str(tmp_path / "features")}
     first = _train(shards, tmp_path / "one", 1, **model, **{"visft.features": features})
@@ -68,13 +70,19 @@ def test_a_tower_that_ends_after_a_block(shards: Path, tmp_path: Path) -> None:
     merged = load_features(out)
     assert merged.backbone.layers_read == (3,) and torch.allclose(merged(images), run(images), atol=1e-5)
     assert torch.equal(load(second, tasks="detection").backbone(images), run(images))
-    assert torch.allclose(load(out, tasks="detection", heads=first / "export").backbone(images), run(images), atol=1e-5)
-    with pytest.raises(AssertionError, match=r"learnt to read block 3, and the backbone is read after the last block"):
+    assert torch.allclose(
+        load(out, tasks="detection", heads=first / "export").backbone(images), run(images), atol=1e-5
+    )
+    with pytest.raises(
+        AssertionError, match=r"learnt to read block 3, and the backbone is read after the last block"
+    ):
         _train(shards, tmp_path / "other", 2, **{**model, "visft.model.layers": []}, **heads)
 
 
 def test_norms_of_a_resnet_train_and_all_else_is_as_in_the_base(shards: Path, tmp_path: Path) -> None:
-    """Statistics, too, and matrices that the engine has in 16 bits; a merge moves nothing but what trained."""
+    """Statistics, too, and matrices that the engine has in 16 bits; a merge moves nothing but what
+    trained.
+    """
     base, drawn = tmp_path / "base.safetensors", build_timm("test_resnet", seed=1)
     save_tensors(base, {**drawn.state_dict(), **drawn.left_out}, header_of(drawn))
     more: dict[str, object] = {

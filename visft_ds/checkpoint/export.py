@@ -1,9 +1,10 @@
 """Export of a run: heads, adapters and base weights in files that other programs read, in <run>/export.
 
-It holds `<task>.safetensors` for every head, the adapter of stage 2 (also for PEFT), base weights that were drawn, and
-a copy of the run's record, which is written last: with the base weights at hand it is a whole model. A backbone that
-trained itself is written whole, beside its base. What trained is read out of a checkpoint, one tensor at a time.
-The backbone in a checkpoint is found here, too, for runs that have no export yet.
+It holds `<task>.safetensors` for every head, the adapter of stage 2 (also for PEFT), base weights that were
+drawn, and a copy of the run's record, which is written last: with the base weights at hand it is a whole
+model. A backbone that trained itself is written whole, beside its base. What trained is read out of a
+checkpoint, one tensor at a time. The backbone in a checkpoint is found here, too, for runs that have no
+export yet.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ from visft_ds.tasks.vocabulary import Vocabulary
 
 
 def export_weights(
-    trained: Weights, folder: Path, prepared: PreparedModel, config: VisftConfig, infos: Mapping[str, HeadInfo]
+    trained: Weights,
+    folder: Path,
+    prepared: PreparedModel,
+    config: VisftConfig,
+    infos: Mapping[str, HeadInfo],
 ) -> None:
     """Write everything that trained. Main process only.
 
@@ -54,7 +59,9 @@ def export_weights(
         # Adapters belong to that one.
         identity, repository = fingerprint_of(backbone, folder / TRAINED_BACKBONE_FILE), None
     for task, info in infos.items():
-        given = prepared.heads[task].tensors if task in prepared.heads else {}  # a group may train a part of a head
+        given = (
+            prepared.heads[task].tensors if task in prepared.heads else {}
+        )  # a group may train a part of a head
         save_head(head_file(folder, task), info, _read({**given, **trained.under(f"heads.{task}.")}))
     if config.lora is not None:
         tensors = _read({name: one for name, one in of_backbone.items() if is_lora(name)})
@@ -64,10 +71,12 @@ def export_weights(
 
 
 def begin_export(folder: Path, prepared: PreparedModel, vocabulary: Vocabulary | None) -> None:
-    """Write what a run does not train and no other folder is sure to have: drawn base weights, heads of stage 1.
+    """Write what a run does not train and no other folder is sure to have: drawn base weights, heads of stage
+    1.
 
-    Without its record, which is written last, the folder is no export yet. Heads that work with words, and whose file
-    (a published one) has none, get those of `vocabulary`. Main process only. Raises OSError: a full disk.
+    Without its record, which is written last, the folder is no export yet. Heads that work with words, and
+    whose file (a published one) has none, get those of `vocabulary`. Main process only. Raises OSError: a
+    full disk.
     """
     with explained("what the run does not train", folder, "The same command continues"):
         if prepared.base.drawn:
@@ -79,11 +88,17 @@ def begin_export(folder: Path, prepared: PreparedModel, vocabulary: Vocabulary |
             save_head(head_file(folder, task), replace(head.info, extra=extra), _read(head.tensors))
 
 
-def save_base(base: BaseWeights, backbone: Backbone, path: Path, trained: Mapping[str, Lazy] | None = None) -> None:
-    """Write a backbone whole: as a run starts with it, or in fp32 with what trained of it; one tensor at a time."""
+def save_base(
+    base: BaseWeights, backbone: Backbone, path: Path, trained: Mapping[str, Lazy] | None = None
+) -> None:
+    """Write a backbone whole: as a run starts with it, or in fp32 with what trained of it; one tensor at a
+    time.
+    """
     stored, tensors = backbone.state_dict().keys(), dict[str, Lazy]()
     for name, one in base.parameters.items():
-        read = partial(base.read, name) if trained is None else partial(base.weights.tensor, name, torch.float32)
+        read = (
+            partial(base.read, name) if trained is None else partial(base.weights.tensor, name, torch.float32)
+        )
         tensors[name] = Lazy(tuple(one.shape), one.dtype if trained is None else torch.float32, read)
     tensors |= {name: Lazy.of(value) for name, value in base.buffers.items() if name in stored}
     header = {MODEL: json.dumps(model_of(backbone)), **({BASE: base.identity} if trained else {})}
@@ -93,7 +108,8 @@ def save_base(base: BaseWeights, backbone: Backbone, path: Path, trained: Mappin
 def adapter_of_checkpoint(folder: Path) -> Adapter:
     """The adapter in `<run>/checkpoints/step_N`, or in the newest whole checkpoint of a run.
 
-    Raises ValueError for a damaged checkpoint, and for one of a run that trains more of its backbone, or nothing.
+    Raises ValueError for a damaged checkpoint, and for one of a run that trains more of its backbone, or
+    nothing.
     """
     if not (folder / "state.json").is_file():
         checkpoint, skipped = newest_checkpoint(folder / "checkpoints")
@@ -104,14 +120,19 @@ def adapter_of_checkpoint(folder: Path) -> Adapter:
     empty = build_empty(visft.model.preset, torch.float32, visft.model.backbone_options())
     checkpoint, tensors = install_checkpoint(empty, folder)
     if visft.lora is None or not all(map(is_lora, tensors)):
-        raise ValueError(f"{folder}: the run trains its backbone itself: let it finish, its export has whole weights")
+        raise ValueError(
+            f"{folder}: the run trains its backbone itself: let it finish, its export has whole weights"
+        )
     return Adapter.of(empty, visft.lora, tensors, checkpoint.record["identity"]["base weights"])
 
 
 @torch.no_grad()
 def install_checkpoint(backbone: Backbone, folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
     """Put what a checkpoint has of the backbone into one with the base weights; returns it, too."""
-    checkpoint, lora = open_checkpoint(folder.resolve()), recorded_config(folder.resolve().parents[1]).visft.lora
+    checkpoint, lora = (
+        open_checkpoint(folder.resolve()),
+        recorded_config(folder.resolve().parents[1]).visft.lora,
+    )
     tensors = _read(checkpoint.weights().under("backbone."))
     if not tensors:
         raise ValueError(f"{folder}: the run trains no part of its backbone")
@@ -134,7 +155,11 @@ def describe_heads(
     extra = {**facts, **({"layers": list(backbone.layers_read)} if backbone.layers_read else {})}
     infos = {}
     for name, task in tasks.items():
-        options, known, more = task.head.model_dump(mode="json"), [asdict(one) for one in data.categories], dict(extra)
+        options, known, more = (
+            task.head.model_dump(mode="json"),
+            [asdict(one) for one in data.categories],
+            dict(extra),
+        )
         if TASKS[name].uses_vocabulary:  # its classes are words, not categories
             assert data.vocabulary is not None
             options["vocabulary_size"], known = data.vocabulary.size, []

@@ -2,12 +2,14 @@
 
     <run>/checkpoints/step_00000500/parameters.safetensors   fp32 values, by qualified name
                                     moments.safetensors      "exp_avg/<name>", "exp_avg_sq/<name>"
-                                    state.json               step, settings, fingerprints, sha256 of files and itself
+                                    state.json               step, settings, fingerprints, sha256 of files and
+                                    itself
 
-A checkpoint appears under its name only when every byte is on disk: written as step_N.tmp, state.json last, synced,
-renamed. One of the same step that stood there is step_N.old until then, and still counts. A folder step_N.tmp never
-does: it is half written or half deleted, and the next save removes it. Each change goes through one function of `os`: a
-test ends the process, fills the disk or cuts the power at every one.
+A checkpoint appears under its name only when every byte is on disk: written as step_N.tmp, state.json last,
+synced, renamed. One of the same step that stood there is step_N.old until then, and still counts. A folder
+step_N.tmp never
+does: it is half written or half deleted, and the next save removes it. Each change goes through one function
+of `os`: a test ends the process, fills the disk or cuts the power at every one.
 Base weights are not stored; their sha256 is. Nor are generators of random numbers: every step draws from
 (seed, step, rank), and the seed is among the settings. The step is also the position in the data.
 """
@@ -56,7 +58,10 @@ class Checkpoint:
         parameters, moments = load_file(self.path / _PARAMETERS), load_file(self.path / _MOMENTS)
         return EngineState(
             parameters=parameters,
-            moments={key: {n: moments[f"{key}/{n}"] for n in parameters if f"{key}/{n}" in moments} for key in MOMENTS},
+            moments={
+                key: {n: moments[f"{key}/{n}"] for n in parameters if f"{key}/{n}" in moments}
+                for key in MOMENTS
+            },
             updates=self.record["updates"],
             loss_scale=self.record["loss_scale"],
         )
@@ -67,7 +72,11 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: EngineState, identity: Mapping[str, Any], header: Mapping[str, str] | None = None
+    folder: Path,
+    step: int,
+    state: EngineState,
+    identity: Mapping[str, Any],
+    header: Mapping[str, str] | None = None,
 ) -> Path:
     """Write one checkpoint; returns its folder when it is on disk. Main process only.
 
@@ -77,11 +86,14 @@ def save_checkpoint(
         header: metadata of the file of values, which describe the heads in it.
 
     Raises:
-        OSError: a full disk, a read-only folder; earlier checkpoints are as they were, no part of this one is left.
+        OSError: a full disk, a read-only folder; earlier checkpoints are as they were, no part of this one is
+        left.
     """
     final = checkpoint_path(folder, step)
     temporary = final.with_suffix(".tmp")
-    moments = {f"{key}/{name}": tensor for key, named in state.moments.items() for name, tensor in named.items()}
+    moments = {
+        f"{key}/{name}": tensor for key, named in state.moments.items() for name, tensor in named.items()
+    }
     written = {}
     kept = "Earlier checkpoints are untouched; the same command goes on from the newest"
     try:
@@ -89,7 +101,10 @@ def save_checkpoint(
             folder.mkdir(parents=True, exist_ok=True)
             _tidy(folder, temporary)
             os.mkdir(temporary)
-            for name, tensors, metadata in ((_PARAMETERS, state.parameters, header or {}), (_MOMENTS, moments, {})):
+            for name, tensors, metadata in (
+                (_PARAMETERS, state.parameters, header or {}),
+                (_MOMENTS, moments, {}),
+            ):
                 pieces = safetensors_pieces({key: Lazy.of(one) for key, one in tensors.items()}, metadata)
                 written[name] = _write_file(temporary / name, pieces)
             record = {"step": step, "updates": state.updates, "loss_scale": dict(state.loss_scale)}
@@ -112,8 +127,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def delete_checkpoint(path: Path) -> None:
     """Delete a checkpoint: renamed to step_N.tmp first, so that half of it never counts.
 
-    One that cannot be deleted, such as one that another process reads on NFS, costs no run: a warning is printed, and
-    the next save tries again.
+    One that cannot be deleted, such as one that another process reads on NFS, costs no run: a warning is
+    printed, and the next save tries again.
     """
     with _warning(path):
         os.replace(path, path.with_suffix(".tmp"))
@@ -163,7 +178,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str], config: ResolvedConfig) -> None:
-    """Raise ValueError, naming each difference, for a checkpoint of other settings, another data set or base model.
+    """Raise ValueError, naming each difference, for a checkpoint of other settings, another data set or base
+    model.
 
     Args:
         identity: what it must have been made with, beside the settings.
@@ -185,7 +201,9 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str], config: 
 
 @contextmanager
 def explained(what: str, folder: Path, then: str) -> Iterator[None]:
-    """Turn an OSError within into a line: what could not be written into a folder, why, and then where things stand."""
+    """Turn an OSError within into a line: what could not be written into a folder, why, and then where things
+    stand.
+    """
     try:
         yield
     except OSError as error:
@@ -229,7 +247,9 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _tidy(folder: Path, needed: Path) -> None:
-    """Remove or put back what a process left that was killed while it saved. Raises OSError if `needed` stays."""
+    """Remove or put back what a process left that was killed while it saved. Raises OSError if `needed`
+    stays.
+    """
     for path in folder.glob("step_*.tmp"):
         with nullcontext() if path == needed else _warning(path):
             shutil.rmtree(path)

@@ -1,7 +1,8 @@
 """Asynchronous saving: a snapshot in host memory, a thread that writes it, and which checkpoints are kept.
 
-Training stands still only while the state is copied to the host. One save is on its way at a time: the next one waits
-for it. What goes wrong in the thread is raised in the training thread, at the next step or at the end.
+Training stands still only while the state is copied to the host. One save is on its way at a time: the next
+one waits for it. What goes wrong in the thread is raised in the training thread, at the next step or at the
+end.
 """
 
 from __future__ import annotations
@@ -33,12 +34,17 @@ class Retention:
     best: str | None = None  #: and the best one by this metric of the validation split (more is better)
 
     def obsolete(
-        self, steps: Sequence[int], newest: int, scores: Mapping[int, float | None], to_be_judged: Callable[[int], bool]
+        self,
+        steps: Sequence[int],
+        newest: int,
+        scores: Mapping[int, float | None],
+        to_be_judged: Callable[[int], bool],
     ) -> list[int]:
         """Steps to delete among those that have a checkpoint.
 
         Args:
-            newest: the one just written. Newer ones (damaged, passed over by a resume) push nothing out and stay.
+            newest: the one just written. Newer ones (damaged, passed over by a resume) push nothing out and
+            stay.
             scores: step -> the metric; None where the evaluation gave none.
             to_be_judged: whether a step is one that gets evaluated. Numbers come later than the next save.
         """
@@ -56,9 +62,13 @@ def best_step(scores: Mapping[int, float | None]) -> int | None:
 
 
 def recorded_scores(path: Path, metric: str) -> dict[int, float | None]:
-    """Step -> validation metric, out of the metrics.jsonl of a run; a record without that metric gives None."""
+    """Step -> validation metric, out of the metrics.jsonl of a run; a record without that metric gives
+    None.
+    """
     records = read_metrics(path, "val/") if path.is_file() else ()
-    return {record["step"]: _number(record.get(f"val/{metric}")) for record in records if is_evaluation(record)}
+    return {
+        record["step"]: _number(record.get(f"val/{metric}")) for record in records if is_evaluation(record)
+    }
 
 
 def _number(value: object) -> float | None:
@@ -70,7 +80,9 @@ class SaveReport:
     """Report of a finished save."""
 
     step: int
-    stall_seconds: float  #: for which training stood still: waiting for the save before, gathering, copying to the host
+    stall_seconds: (
+        float  #: for which training stood still: waiting for the save before, gathering, copying to the host
+    )
     write_seconds: float  #: writing, beside the training
 
 
@@ -95,9 +107,13 @@ class Saver(AbstractContextManager["Saver"]):
         self._scores = {judged: score for judged, score in scores.items() if judged <= step}
 
     def save(
-        self, step: int, gather: Callable[[ToHost], EngineState | None], header: Mapping[str, str] | None = None
+        self,
+        step: int,
+        gather: Callable[[ToHost], EngineState | None],
+        header: Mapping[str, str] | None = None,
     ) -> None:
-        """Take a snapshot and hand it to the thread. Collective: `gather` gives the state on the main process.
+        """Take a snapshot and hand it to the thread. Collective: `gather` gives the state on the main
+        process.
 
         Raises OSError if the save before this one failed.
         """
@@ -120,13 +136,17 @@ class Saver(AbstractContextManager["Saver"]):
         self._writing = self._pool.submit(write)
 
     def to_host(self, name: str, tensor: Tensor) -> Tensor:
-        """Begin to copy a tensor to the host as fp32, into the same memory at every save, pinned if it is on a GPU."""
+        """Begin to copy a tensor to the host as fp32, into the same memory at every save, pinned if it is on
+        a GPU.
+        """
         if name not in self._buffers:
             self._buffers[name] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
         return self._buffers[name].copy_(tensor.detach(), non_blocking=True)
 
     def finished(self, *, wait: bool = False) -> list[SaveReport]:
-        """Saves that are on disk and were not returned before; with `wait`, all. Raises OSError if one failed."""
+        """Saves that are on disk and were not returned before; with `wait`, all. Raises OSError if one
+        failed.
+        """
         if wait or (self._writing is not None and self._writing.done()):
             self._join()
         reports, self._reports = self._reports, []
@@ -138,12 +158,16 @@ class Saver(AbstractContextManager["Saver"]):
             return False
         self._scores[step] = score = _number(metrics.get(self.retention.best))
         if score is None and metrics:
-            told = f"the evaluation of step {step} gave no {self.retention.best!r}; it gave {', '.join(metrics)}"
+            told = (
+                f"the evaluation of step {step} gave no {self.retention.best!r}; it gave {', '.join(metrics)}"
+            )
             print(f"warning: visft.run.keep_best: {told}", file=sys.stderr, flush=True)
         return step == best_step(self._scores)
 
     def best(self) -> int | None:
-        """The best of the steps that have a checkpoint; None without one, or without a metric to choose by."""
+        """The best of the steps that have a checkpoint; None without one, or without a metric to choose
+        by.
+        """
         return best_step({step: self._scores.get(step) for step in saved_steps(self.folder)})
 
     def since_best(self) -> tuple[int, int | None]:
@@ -152,7 +176,9 @@ class Saver(AbstractContextManager["Saver"]):
         return sum(step > (best or 0) and score is not None for step, score in self._scores.items()), best
 
     def delete_obsolete(self, scores: Mapping[int, float | None] | None = None) -> None:
-        """Delete what need not stay by these scores, or by all that are known. Main process, nothing being written."""
+        """Delete what need not stay by these scores, or by all that are known. Main process, nothing being
+        written.
+        """
         scores = self._scores if scores is None else scores
         steps = saved_steps(self.folder)
         for step in self.retention.obsolete(steps, self.saved, scores, self.to_be_judged):

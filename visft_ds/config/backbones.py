@@ -25,7 +25,15 @@ from visft_ds.files import read_bytes, reading
 from visft_ds.pretrained import HUB, TIMM, HubFile, local, on_hub
 
 #: Arguments of a model of timm that do not change its feature map, or that every backbone is made with.
-_IDLE = ("num_classes", "global_pool", "dynamic_img_size", "drop_rate", "drop_path_rate", "class_token", "img_size")
+_IDLE = (
+    "num_classes",
+    "global_pool",
+    "dynamic_img_size",
+    "drop_rate",
+    "drop_path_rate",
+    "class_token",
+    "img_size",
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,9 @@ class Named:
 
 
 def on_this_machine(weights: str, *, download: bool) -> Path:
-    """The file of a path or name, fetched where it is not here. Raises ValueError: it cannot, or must not be."""
+    """The file of a path or name, fetched where it is not here. Raises ValueError: it cannot, or must not
+    be.
+    """
     path, name = local(weights), on_hub(weights)
     if path.is_file() or name is None:
         return path
@@ -55,7 +65,8 @@ def on_this_machine(weights: str, *, download: bool) -> Path:
 
 
 def named(text: str, *, download: bool = False) -> Named:
-    """Read a name of a backbone; of the hub's files only config.json is fetched, where it is needed and not here.
+    """Read a name of a backbone; of the hub's files only config.json is fetched, where it is needed and not
+    here.
 
     Raises:
         ValueError: nothing of that name, or a model that is no backbone of ours.
@@ -74,7 +85,9 @@ def named(text: str, *, download: bool = False) -> Named:
         inside = pretrained.weights_among(inner.name for inner in path.iterdir())
         if inside is None:
             raise ValueError(f"{text} does not have exactly one weight file: give the file")
-        return Named(text, _slug(path.resolve().name), str(path / inside), _described(path / "config.json", text))
+        return Named(
+            text, _slug(path.resolve().name), str(path / inside), _described(path / "config.json", text)
+        )
     if path.is_file() or path.suffix in pretrained.WEIGHT_SUFFIXES:
         return Named(text, None, text, None)
     try:
@@ -88,18 +101,24 @@ def model_of(found: Named, model: str | None) -> tuple[str | None, Flags]:
     """(file in ds_configs/models, settings) with which a backbone trains.
 
     Args:
-        model: file that was asked for; None: that of the backbone, or of published weights the one with the nearest
+        model: file that was asked for; None: that of the backbone, or of published weights the one with the
+        nearest
             name.
     """
     shipped = {name: _model_file(name) for name in available("models")}
     options = dict(found.description or {})
     if model is None and options:
-        presets = {other["preset"]: name for name, (weights, other) in shipped.items() if on_hub(weights or "")}
+        presets = {
+            other["preset"]: name for name, (weights, other) in shipped.items() if on_hub(weights or "")
+        }
         (nearest_preset,) = difflib.get_close_matches(options["preset"], presets, n=1, cutoff=0.0)
         model = found.text if found.text in shipped else presets[nearest_preset]
     if model in shipped and shipped[model] == (found.weights, options):
         return model, {}
-    values: dict[str, Any] = {"weights": found.weights, **({} if found.name is None else {"name": found.name})}
+    values: dict[str, Any] = {
+        "weights": found.weights,
+        **({} if found.name is None else {"name": found.name}),
+    }
     if options:
         values |= {"preset": options.pop("preset"), "layers": options.pop("layers", []), "overrides": options}
     return model, {f"visft.model.{key}": (value, f"--backbone {found.text}") for key, value in values.items()}
@@ -116,9 +135,15 @@ def _described(path: Path, text: str) -> dict[str, Any]:
     """The model of timm in a config.json. Raises ValueError for another one."""
     if not path.is_file():
         raise ValueError(f"{text} has no config.json, which says what model of timm it is")
-    with reading(path, f"timm's config.json; other models' weights: --model NAME --set visft.model.weights={text}"):
+    with reading(
+        path, f"timm's config.json; other models' weights: --model NAME --set visft.model.weights={text}"
+    ):
         values = json.loads(read_bytes(path))
-        name, settings, arguments = values["architecture"], values["pretrained_cfg"], values.get("model_args") or {}
+        name, settings, arguments = (
+            values["architecture"],
+            values["pretrained_cfg"],
+            values.get("model_args") or {},
+        )
         if other := sorted(arguments.keys() - set(_IDLE)):
             raise ValueError(f"a {name} with {', '.join(other)} different from timm's")
         size = arguments.get("img_size") or settings["input_size"][-1]

@@ -37,7 +37,8 @@ class Batches:
 
 
 def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
-    """The smallest accumulation that suits every task: batch_size divides evenly and no micro-batch is too large.
+    """The smallest accumulation that suits every task: batch_size divides evenly and no micro-batch is too
+    large.
 
     Raises:
         ValueError: no accumulation does; names the equation and the nearest values that work.
@@ -80,8 +81,8 @@ class LargerBatches:
 def larger_batches(config: ResolvedConfig, processes: int) -> LargerBatches:
     """Each batch raised to the next one that so many processes can share.
 
-    With Adam the learning rate grows with the square root of the batch (Malladi et al., arXiv 2205.10287). DETR's
-    authors call more than that too much (https://github.com/facebookresearch/detr/issues/48).
+    With Adam the learning rate grows with the square root of the batch (Malladi et al., arXiv 2205.10287).
+    DETR's authors call more than that too much (https://github.com/facebookresearch/detr/issues/48).
     """
     streams = list(config.visft.streams().values())
     sizes = _raised(streams, processes // config.pipeline_stages)
@@ -110,7 +111,9 @@ def larger_batches(config: ResolvedConfig, processes: int) -> LargerBatches:
 
 
 def _raised(streams: Sequence[Stream], dp: int) -> dict[str, int]:
-    """Key of each stream -> its batch, raised as little as `dp` processes with one accumulation for all allow."""
+    """Key of each stream -> its batch, raised as little as `dp` processes with one accumulation for all
+    allow.
+    """
     accumulation = 1
     while True:
         several = dp * accumulation
@@ -142,7 +145,9 @@ def _cannot_be_divided(config: ResolvedConfig, processes: int) -> str:
     """Message about batches that so many processes cannot share: what to add, and how many processes can."""
     stages, streams = config.pipeline_stages, config.visft.streams().values()
     dp = processes // stages
-    uneven = [f"{stream.key}.batch_size = {stream.batch_size}" for stream in streams if stream.batch_size % dp]
+    uneven = [
+        f"{stream.key}.batch_size = {stream.batch_size}" for stream in streams if stream.batch_size % dp
+    ]
     among = f"{processes} processes" + (f" ({dp} pipelines)" if stages > 1 else "")
     common = math.gcd(*(stream.batch_size for stream in streams))
     divisors = [number for number in range(1, common + 1) if common % number == 0]

@@ -19,7 +19,9 @@ from visft_ds.files import read_bytes, reading
 from visft_ds.flags import Command
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
-BACKBONE_HELP = "backbone: a file, timm:NAME, hf-hub:ORG/NAME, a name in ds_configs/models, or a folder for timm"
+BACKBONE_HELP = (
+    "backbone: a file, timm:NAME, hf-hub:ORG/NAME, a name in ds_configs/models, or a folder for timm"
+)
 DOWNLOAD_HELP = "download missing weights from the Hugging Face hub"
 #: Flag -> the key that it is a word for.
 KEYS = {
@@ -58,18 +60,39 @@ def build_parser() -> Command:
     reset = "with --from RUN: initialise its heads anew, e.g. for other categories"
     add("--reset-heads", action="store_const", const="reset", help=reset)
     add("--heads", metavar="FOLDER", help="stage 2: trained heads, e.g. RUN/export (visft.heads.path)")
-    length("--steps", type=int, metavar="N", help="optimiser steps of the run (scheduler.params.total_num_steps)")
+    length(
+        "--steps", type=int, metavar="N", help="optimiser steps of the run (scheduler.params.total_num_steps)"
+    )
     length("--epochs", type=int, metavar="N", help="passes through the training images, instead of --steps")
-    add("--batch-size", type=int, metavar="N", help="images per step over all GPUs (visft.tasks.<task>.batch_size)")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images per step over all GPUs (visft.tasks.<task>.batch_size)",
+    )
     add("--lr", type=float, metavar="X", help="learning rate (optimizer.params.lr)")
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
     add("--track", metavar="wandb", help="also send metrics to Weights & Biases (visft.run.track)")
     resume = "auto: from the newest checkpoint, if any; must: requires one; no: requires a new folder (%(default)s)"
     add("--resume", default="auto", choices=("auto", "must", "no"), help=resume)
-    add("--dry-run", action="store_true", help="print the plan and missing files (exit status 2), start nothing")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="set one key, e.g. visft.seed=1; repeatable")
-    add("--deepspeed_config", metavar="FILE", help="one complete configuration of your own instead of ds_configs/")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the plan and missing files (exit status 2), start nothing",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set one key, e.g. visft.seed=1; repeatable",
+    )
+    add(
+        "--deepspeed_config",
+        metavar="FILE",
+        help="one complete configuration of your own instead of ds_configs/",
+    )
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
     return parser
 
@@ -78,7 +101,8 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
     """Parse the command line (None: the process's own) and resolve the configuration it names.
 
     Raises:
-        ValueError: an unknown flag (with the nearest one) or value, or an invalid configuration (all errors at once).
+        ValueError: an unknown flag (with the nearest one) or value, or an invalid configuration (all errors
+        at once).
         OSError: a file of the user's own that cannot be read.
     """
     given = build_parser().parse_args(argv)
@@ -96,24 +120,31 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         others = ["model", "backbone", *([] if fork is None else ["deepspeed_config"])]
         if doubled := [f"--{name}" for name in others if getattr(given, name) is not None]:
             raise ValueError(f"{whole[1]} is a complete configuration: leave out {' and '.join(doubled)}")
-    flags |= {key: (value, f"--{name}") for name, key in KEYS.items() if (value := getattr(given, name)) is not None}
+    flags |= {
+        key: (value, f"--{name}") for name, key in KEYS.items() if (value := getattr(given, name)) is not None
+    }
     config = _with_data(given, flags, whole)
     if given.download and not given.dry_run and config.visft.model.weights is not None:
         on_this_machine(config.visft.model.weights, download=True)
     return given, config
 
 
-def _with_data(given: argparse.Namespace, flags: Flags, whole: tuple[dict[str, Any], str] | None) -> ResolvedConfig:
-    """`resolve` with what backbone and data decide: the model, the recipe for photographs, the tasks, the length.
+def _with_data(
+    given: argparse.Namespace, flags: Flags, whole: tuple[dict[str, Any], str] | None
+) -> ResolvedConfig:
+    """`resolve` with what backbone and data decide: the model, the recipe for photographs, the tasks, the
+    length.
 
-    Tasks of the recipe that the data has no labels for take no part, but for those that are named. Raises ValueError as
-    `resolve`, and for epochs of data whose number of images is not known yet.
+    Tasks of the recipe that the data has no labels for take no part, but for those that are named. Raises
+    ValueError as `resolve`, and for epochs of data whose number of images is not known yet.
     """
     stage, model, of_backbone = given.stage, given.model, Flags()
     settings = [*([f"visft.tasks={given.tasks}"] if given.tasks is not None else []), *given.set]
     if whole is None and stage is None:
         if model not in (None, own.MODEL) or "visft.data.root" not in flags:
-            raise ValueError("--stage is missing: 1 trains heads, 2 adapters; --data FOLDER alone: heads for it")
+            raise ValueError(
+                "--stage is missing: 1 trains heads, 2 adapters; --data FOLDER alone: heads for it"
+            )
         stage, model = 1, own.MODEL
     if given.backbone is not None:
         model, of_backbone = model_of(named(given.backbone, download=given.download), model)
@@ -153,8 +184,9 @@ def batch_flags(config: ResolvedConfig, size: int) -> Flags:
 def _fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     """(configuration, where it is recorded) of the run that a place is or belongs to; None for an adapter.
 
-    A run that --out names, or that lies in RUN-fork, continues without the run or adapter that it came from. Numbers of
-    classes are left out: they are those of the data. Raises ValueError: nothing there, or no readable record.
+    A run that --out names, or that lies in RUN-fork, continues without the run or adapter that it came from.
+    Numbers of classes are left out: they are those of the data. Raises ValueError: nothing there, or no
+    readable record.
     """
     run, place = run_of(Path(source)), folder_of_run(Path(source))
     if run is None and Path(source).exists():
@@ -165,7 +197,9 @@ def _fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
         if run is None:  # gone: only what began with it continues
             parent = content.get("parent") or {}
             if folder_of_run(Path(parent.get("path", ""))) != Path(os.path.abspath(place)):
-                raise ValueError(f"{source} is no run, checkpoint or adapter, and {record} did not start from it")
+                raise ValueError(
+                    f"{source} is no run, checkpoint or adapter, and {record} did not start from it"
+                )
             if parent["step"] is None:  # an adapter
                 return None
         for task in content["config"]["visft"]["tasks"].values():

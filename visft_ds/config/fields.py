@@ -6,13 +6,21 @@ import difflib
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 
 class StrictModel(BaseModel):
-    """Part of a configuration or record: unknown keys are errors, "1e-5" is no number, true no integer, nothing
-    changes, and values that are right alone may be refused together."""
+    """Part of a configuration or record: unknown keys are errors, "1e-5" is no number, true no integer,
+    nothing changes, and values that are right alone may be refused together."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 

@@ -1,7 +1,7 @@
 """The recipe for photographs of one's own, `visft train --data FOLDER`.
 
-`ds_configs/models/own.json`, and by number and labels of the photographs the length of the run, zooms, kept features,
-and the evaluations in between.
+`ds_configs/models/own.json`, and by number and labels of the photographs the length of the run, zooms, kept
+features, and the evaluations in between.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def chosen(config: ResolvedConfig) -> Flags:
 
 
 def of_backbone(model: str, backbone: Flags, settings: Sequence[str]) -> Flags:
-    """Weights that pip brought, where none were named or are here, and the map that is read of another backbone."""
+    """Weights that pip brought, where none were named or are here, and the map that is read of another
+    backbone.
+    """
     if not backbone:
         here = model == DEMO and Path("weights/efficientnet_lite0.safetensors").exists()
         stated = any(text.startswith("visft.model.weights=") for text in settings)
@@ -64,6 +66,12 @@ def of_backbone(model: str, backbone: Flags, settings: Sequence[str]) -> Flags:
     from visft_ds.models.timm_backbone import fine_map
 
     block, side = fine_map(preset.removeprefix(TIMM))
-    sizes = ("shared.image.fixed_size", "tasks.detection.image.fixed_size", "tasks.segmentation.image.fixed_size")
-    where = {f"visft.{key}": (side, f"the map of {preset}") for key in (*sizes, "tasks.captioning.image.size")}
+    sizes = (
+        "shared.image.fixed_size",
+        "tasks.detection.image.fixed_size",
+        "tasks.segmentation.image.fixed_size",
+    )
+    where = {
+        f"visft.{key}": (side, f"the map of {preset}") for key in (*sizes, "tasks.captioning.image.size")
+    }
     return {**where, "visft.model.layers": ([] if block is None else [block], f"the map of {preset}")}

@@ -42,7 +42,10 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
     for root, split in places:
         if is_url(root) or manifest_path(Path(root), split).is_file():
             continue
-        what, command = f"shards of {split} (or give their --data)", f"visft shards FOLDER --out {quote(root)}"
+        what, command = (
+            f"shards of {split} (or give their --data)",
+            f"visft shards FOLDER --out {quote(root)}",
+        )
         if (root, split) == (data.root, data.val):
             what = "shards for evaluation (or train without: --set visft.run.eval_every=0)"
         elif Path(root).is_dir() and not splits_in(Path(root)):
@@ -53,7 +56,9 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
 
     task, words = visft.tasks.with_words() or ("", None)
     if words is not None and (file := words.vocabulary.file) is not None and not Path(file).is_file():
-        command = f"put it there, or take the words of the captions: --set visft.tasks.{task}.vocabulary.file=null"
+        command = (
+            f"put it there, or take the words of the captions: --set visft.tasks.{task}.vocabulary.file=null"
+        )
         found.append(Missing("vocabulary of the captions", file, command))
 
     weights, what = visft.model.weights, f"base weights of {visft.model.name}"
@@ -65,7 +70,9 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
             command = "put the file there, or name another one by --backbone FILE"
         elif name == weights:
             what += ", in the hub's cache"
-            command = "the same command with --download, which says size and licence first, or with --backbone FILE"
+            command = (
+                "the same command with --download, which says size and licence first, or with --backbone FILE"
+            )
         else:
             what, hub = f"{what} (or give --download)", HubFile.parse(name)
             command = f"hf download {hub.repository} {hub.file}"  # into the hub's cache, where it is looked for, too
@@ -75,7 +82,11 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
     absent = [task for task in tasks if heads is not None and not head_files(Path(heads), task)]
     if heads is not None and absent:
         source = config.sources.get("visft.model.name", "")  # the file of the model, or the flag --backbone
-        model = source if source.endswith(".json") and not source.startswith(CONFIG_ROOT.name) else visft.model.name
+        model = (
+            source
+            if source.endswith(".json") and not source.startswith(CONFIG_ROOT.name)
+            else visft.model.name
+        )
         command = f"visft train --stage 1 {source if source.startswith('--backbone') else f'--model {model}'}"
         command += f" --data {quote(data.root)}" if "visft.data.root" in config.sources else ""
         command += f" --tasks {','.join(tasks)}"
@@ -86,7 +97,8 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
 
 
 def tasks_without_labels(config: ResolvedConfig) -> Flags:
-    """The settings that turn tasks of the shipped recipe off that the shards do not teach, and that of label maps on.
+    """The settings that turn tasks of the shipped recipe off that the shards do not teach, and that of label
+    maps on.
 
     A task that the user mentions is wanted, and what it lacks is an error. Empty where nothing would be left.
     """
@@ -106,7 +118,9 @@ def tasks_without_labels(config: ResolvedConfig) -> Flags:
 
 
 def training_sets(config: ResolvedConfig) -> list[Manifest]:
-    """The training sets; none where one of them is not on this machine. Raises ValueError as `Manifest.load`."""
+    """The training sets; none where one of them is not on this machine. Raises ValueError as
+    `Manifest.load`.
+    """
     places = config.visft.data.places()
     here = all(not is_url(root) and manifest_path(Path(root), split).is_file() for root, split in places)
     return [Manifest.load(root, split) for root, split in places] if here else []
@@ -137,14 +151,21 @@ def head_files(folder: Path, task: str) -> list[Path]:
         with reading(values, "values of a checkpoint"), safe_open(values, framework="numpy") as file:
             return [values] if f"visft_head.{task}" in (file.metadata() or {}) else []
     word = config_class(task).published
-    ours, published = folder / f"{task}.safetensors", [folder / f"eva_{tower}_{word}_heads.ckpt" for tower in "eg"]
+    ours, published = (
+        folder / f"{task}.safetensors",
+        [folder / f"eva_{tower}_{word}_heads.ckpt" for tower in "eg"],
+    )
     published += [folder / "pytorch_model.bin"] * (task == "segmentation")  # of PMT
     return [ours] if ours.is_file() else [path for path in published if path.is_file()]
 
 
 def render_missing(missing: Sequence[Missing]) -> str:
-    """Message for missing inputs: what is missing, where it was looked for, and the commands that make it, in order."""
-    lines = [f"this run cannot start: {len(missing)} of its inputs {'is' if len(missing) == 1 else 'are'} missing"]
+    """Message for missing inputs: what is missing, where it was looked for, and the commands that make it, in
+    order.
+    """
+    lines = [
+        f"this run cannot start: {len(missing)} of its inputs {'is' if len(missing) == 1 else 'are'} missing"
+    ]
     for item in missing:
         lines += [f"  - {item.what}", f"    not found: {item.path}"]
     return "\n".join([*lines, "make them with:", *(f"  {item.command}" for item in missing)])

@@ -1,4 +1,6 @@
-"""Resolved configuration: stage, engine and model file of ds_configs/, then flags and --set; later ones win."""
+"""Resolved configuration: stage, engine and model file of ds_configs/, then flags and --set; later ones
+win.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from pydantic import BaseModel, ValidationError
 
 from visft_ds import CHECKOUT
 from visft_ds.config.fields import nearest
-from visft_ds.config.schema import INSTEAD, OURS, OptimizerConfig, Recipe, SchedulerConfig, VisftConfig, complete
+from visft_ds.config.schema import (
+    INSTEAD,
+    OURS,
+    OptimizerConfig,
+    Recipe,
+    SchedulerConfig,
+    VisftConfig,
+    complete,
+)
 from visft_ds.files import read_bytes, reading
 from visft_ds.redaction import SECRET, redacted_values
 from visft_ds.tasks import entries
@@ -24,16 +34,28 @@ from visft_ds.tasks import entries
 AnyPath = str | os.PathLike[str]  #: a path as users give it
 #: ds_configs/: beside the package in a checkout, inside of it where it was installed from a wheel.
 CONFIG_ROOT = (CHECKOUT or Path(str(resources.files("visft_ds")))) / "ds_configs"
-#: What may differ between a run and its resumption, as globs over dotted keys: where files lie, what is logged and
-#: saved, and how the work is divided. Weights, heads and data are compared by their content, in the checkpoint.
-#: DeepSpeed's own keys are left out as well: a checkpoint does not depend on the ZeRO stage. `visft.start` is of no
-#: account once a run has saved something; of `visft.data.shuffle` the order of samples counts.
+#: What may differ between a run and its resumption, as globs over dotted keys: where files lie, what is
+#: logged and saved, and how the work is divided. Weights, heads and data are compared by their content, in
+#: the checkpoint. DeepSpeed's own keys are left out as well: a checkpoint does not depend on the ZeRO stage.
+#: `visft.start` is of no account once a run has saved something; of `visft.data.shuffle` the order of samples
+#: counts.
 NOT_IDENTITY = (
     *("visft.run.*", "visft.start*", "visft.heads.path", "visft.features.cache"),
     *("visft.data.root", "visft.data.sets.*.root", "visft.data.shuffle", "visft.data.num_workers"),
     *("visft.data.prefetch_steps", "visft.data.cache*"),
-    *("visft.model.name", "visft.model.weights", "visft.model.recompute", "visft.model.kernels", "visft.model.tf32"),
-    *("visft.model.compile", "visft.shared.micro_batch", "visft.tasks.*.micro_batch", "visft.tasks.*.decoding.*"),
+    *(
+        "visft.model.name",
+        "visft.model.weights",
+        "visft.model.recompute",
+        "visft.model.kernels",
+        "visft.model.tf32",
+    ),
+    *(
+        "visft.model.compile",
+        "visft.shared.micro_batch",
+        "visft.tasks.*.micro_batch",
+        "visft.tasks.*.decoding.*",
+    ),
     "visft.tasks.*.vocabulary.file",
 )
 #: How the problem of a key begins that no schema has.
@@ -50,19 +72,27 @@ class ResolvedConfig:
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
     gradient_clipping: float
-    deepspeed: Mapping[str, Any]  #: DeepSpeed's own keys as given; no batch, precision, optimizer or scheduler keys
-    sources: Mapping[str, str]  #: dotted key -> file or flag that set it; keys left at their default are absent
+    deepspeed: Mapping[
+        str, Any
+    ]  #: DeepSpeed's own keys as given; no batch, precision, optimizer or scheduler keys
+    sources: Mapping[
+        str, str
+    ]  #: dotted key -> file or flag that set it; keys left at their default are absent
     total_steps: int  #: length of the run in optimiser steps
     pipeline_stages: int  #: processes that hold one model together; 1 without a pipeline
     adapted: tuple[str, ...] = ()  #: what a start changed, and why
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, defaults included; given back with --deepspeed_config it resolves to the same."""
+        """Plain JSON values, defaults included; given back with --deepspeed_config it resolves to the
+        same.
+        """
         plain: dict[str, Any] = {"gradient_clipping": self.gradient_clipping}
         for key in ("optimizer", "scheduler", "visft"):
             plain[key] = getattr(self, key).model_dump(mode="json")
         tasks = plain["visft"]["tasks"].items()
-        plain["visft"]["tasks"] = {name: task for name, task in tasks if task is not None}  # null and absent are one
+        plain["visft"]["tasks"] = {
+            name: task for name, task in tasks if task is not None
+        }  # null and absent are one
         return {**copy.deepcopy(dict(self.deepspeed)), **plain}
 
     def identity(self) -> dict[str, Any]:
@@ -71,7 +101,9 @@ class ResolvedConfig:
 
 
 def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`ResolvedConfig.identity` of a configuration as `to_dict` gives it, also as an earlier release gave it."""
+    """`ResolvedConfig.identity` of a configuration as `to_dict` gives it, also as an earlier release gave
+    it.
+    """
     flat = flatten({key: values[key] for key in OURS})
     return {key: value for key, value in flat if not any(fnmatch.fnmatch(key, glob) for glob in NOT_IDENTITY)}
 
@@ -110,11 +142,15 @@ def _whole_part(key: str, other: Mapping[str, Any]) -> str:
     """The shortest beginning of a dotted key with nothing below it in `other`, such as a task that is off."""
     parts = key.split(".")
     beginnings = [".".join(parts[:count]) for count in range(1, len(parts))]
-    return next((one for one in beginnings if not any(f"{name}.".startswith(f"{one}.") for name in other)), key)
+    return next(
+        (one for one in beginnings if not any(f"{name}.".startswith(f"{one}.") for name in other)), key
+    )
 
 
 def _defaults(config: ResolvedConfig, keys: Collection[str]) -> dict[str, Any]:
-    """Identity of the configuration without some keys: what they are where nobody states them; empty if one must be."""
+    """Identity of the configuration without some keys: what they are where nobody states them; empty if one
+    must be.
+    """
     if not keys:
         return {}
     try:
@@ -140,7 +176,9 @@ def _without(value: Any, keys: Collection[str], prefix: str = "") -> Any:
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything that is nested in objects and lists."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    pairs = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    )
     if pairs is None:
         yield prefix[:-1], value
     else:
@@ -154,7 +192,9 @@ def available(folder: str) -> list[str]:
 
 
 def load_json(path: Path, name: str | None = None) -> dict[str, Any]:
-    """The object in a configuration file. Raises ValueError, also for a key that occurs twice; OSError for no file."""
+    """The object in a configuration file. Raises ValueError, also for a key that occurs twice; OSError for no
+    file.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -193,7 +233,8 @@ class Tree:
     def assign(self, key: str, value: Any, source: str) -> None:
         """Set a dotted key; a number is a position in a list, that behind the last one adds an item.
 
-        Whether the key exists is checked by the schema. Raises ValueError for a key through a value without keys.
+        Whether the key exists is checked by the schema. Raises ValueError for a key through a value without
+        keys.
         """
         parent, _, last = key.rpartition(".")
         if self.value(parent) is None:  # a default, or a task that was off
@@ -225,7 +266,9 @@ class Tree:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """`a.b=value` -> ("a.b", value); the value is JSON if it parses as JSON, else a text. Raises ValueError."""
+    """`a.b=value` -> ("a.b", value); the value is JSON if it parses as JSON, else a text. Raises
+    ValueError.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ValueError(f"--set {text}: must be KEY=VALUE, such as optimizer.params.lr=1e-5")
@@ -250,7 +293,8 @@ def resolve(
         stage: 1 or 2; may be None with `whole`, which states it.
         engine: name of a file in ds_configs/engines, or path of one; None: zero1, or that of `whole`.
         model: name of a file in ds_configs/models, or path of one.
-        whole: a complete configuration, such as `to_dict()` gives, and its origin, in place of the three layers.
+        whole: a complete configuration, such as `to_dict()` gives, and its origin, in place of the three
+        layers.
         flags: what is laid over the layers.
         settings: "dotted.key=value" texts, applied last and in order.
 
@@ -285,7 +329,8 @@ def resolve(
     for key, (value, flag) in (flags or {}).items():
         tree.assign(key, value, flag)
     for key, value in sorted(  # names of tasks last: a setting of another task does not turn it on again
-        map(parse_assignment, settings), key=lambda one: one[0] == "visft.tasks" and not isinstance(one[1], dict)
+        map(parse_assignment, settings),
+        key=lambda one: one[0] == "visft.tasks" and not isinstance(one[1], dict),
     ):
         if key == "visft.tasks" and isinstance(value, str | list):
             _keep_tasks(tree, value)
@@ -326,17 +371,25 @@ def _keep_tasks(tree: Tree, given: str | list[Any]) -> None:
     """`--tasks detection,captioning`, or a list behind `--set visft.tasks=`: turn every other task off."""
     names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
     source = f"--tasks {','.join(map(str, names))}"
-    tasks = {"semantic": {}, **(tree.value("visft.tasks") or {})}  # which is in no recipe, and has defaults for all
+    tasks = {
+        "semantic": {},
+        **(tree.value("visft.tasks") or {}),
+    }  # which is in no recipe, and has defaults for all
     known = [task for task, values in tasks.items() if values is not None]
     if unknown := [str(name) for name in names if name not in known]:
-        raise ValueError(f"{source}: no settings of a task {unknown[0]!r}{nearest(unknown[0].lower(), known)}")
+        raise ValueError(
+            f"{source}: no settings of a task {unknown[0]!r}{nearest(unknown[0].lower(), known)}"
+        )
     for name in entries():
         if name not in names or not tasks[name]:
             tree.assign(f"visft.tasks.{name}", {} if name in names else None, source)
 
 
-def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:
-    """The same configuration with other values ("dotted.key=value"), or under another engine of ds_configs/engines.
+def changed(
+    config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None
+) -> ResolvedConfig:
+    """The same configuration with other values ("dotted.key=value"), or under another engine of
+    ds_configs/engines.
 
     Raises ValueError as `resolve`.
     """
@@ -354,7 +407,9 @@ def problems(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple[
             yield key, f"follows from other keys; state {INSTEAD[key]}"
         elif one["type"] == "extra_forbidden":
             for part in location[:-1]:
-                section = section if part.isdigit() else next(models_in(section.model_fields[part].annotation))
+                section = (
+                    section if part.isdigit() else next(models_in(section.model_fields[part].annotation))
+                )
             yield key, f"{_UNKNOWN}{nearest(location[-1], section.model_fields)}"
         elif one["type"] == "missing":
             yield key, f"missing; state it in a file or with --set {key}=VALUE"

@@ -1,8 +1,9 @@
-"""The keys of a run's configuration: the "visft" block, optimizer, scheduler, and DeepSpeed's as far as we decide.
+"""The keys of a run's configuration: the "visft" block, optimizer, scheduler, and DeepSpeed's as far as we
+decide.
 
 Values every recipe shares are defaults here, as in the code published with the paper (arXiv 2401.10222,
-https://github.com/TencentARC/ViSFT); those of a recipe or a model are set in ds_configs/. DeepSpeed itself checks the
-rest of `zero_optimization` at start.
+https://github.com/TencentARC/ViSFT); those of a recipe or a model are set in ds_configs/. DeepSpeed itself
+checks the rest of `zero_optimization` at start.
 """
 
 from __future__ import annotations
@@ -13,7 +14,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 from pydantic.fields import FieldInfo
 
-from visft_ds.config.fields import Above, Count, Depth, Positive, Probability, Rate, StrictModel, Text, nearest
+from visft_ds.config.fields import (
+    Above,
+    Count,
+    Depth,
+    Positive,
+    Probability,
+    Rate,
+    StrictModel,
+    Text,
+    nearest,
+)
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 from visft_ds.pretrained import TIMM
 from visft_ds.redaction import refuse_secrets
@@ -74,7 +85,9 @@ class BackboneOverrides(StrictModel):
     num_heads: Positive | None = None
     mlp_ratio: Above | None = None
     patch_size: Positive | None = None
-    image_size: Positive | None = None  #: pixels, which set the grid of positions; the only key for models of timm
+    image_size: Positive | None = (
+        None  #: pixels, which set the grid of positions; the only key for models of timm
+    )
     post_norm: bool | None = None
 
 
@@ -84,15 +97,21 @@ class ModelConfig(StrictModel):
     name: Name  #: part of the names of run folders
     preset: Preset  #: eva_e, eva_g, debug, or timm:NAME
     overrides: BackboneOverrides = BackboneOverrides()
-    #: numbers of the blocks whose features are read, such as [5] or [2, 5, 8, 11]; []: the last one (docs/training.md)
+    #: numbers of the blocks whose features are read, such as [5] or [2, 5, 8, 11]; []: the last one
+    #: (docs/training.md)
     layers: tuple[Count, ...] = ()
     #: file of base weights, or hf-hub:ORG/NAME[/FILE]; null: random weights, drawn by weights_seed
     weights: Text | None
     weights_seed: Count = 0
-    precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 if the GPU has it, else fp16; fp32 on CPUs
-    #: activations that the backward pass recomputes (gradient checkpointing); auto: the fastest choice that fits
+    precision: Literal[
+        "auto", "fp32", "bf16", "fp16"
+    ]  #: auto: bf16 if the GPU has it, else fp16; fp32 on CPUs
+    #: activations that the backward pass recomputes (gradient checkpointing); auto: the fastest choice that
+    #: fits
     recompute: Literal["auto", "none", "mlp", "block"] = "auto"
-    kernels: Literal["library", "triton"] = "library"  #: of LoRA; triton: a fused kernel (docs/memory-and-speed.md)
+    kernels: Literal["library", "triton"] = (
+        "library"  #: of LoRA; triton: a fused kernel (docs/memory-and-speed.md)
+    )
     #: compute float32 matrix products and convolutions in TF32 on GPUs; auto: in bf16 and fp16 runs
     tf32: Literal["auto", True, False] = "auto"
     compile: Literal["none", "blocks"] = "none"  #: blocks: with torch.compile
@@ -108,20 +127,26 @@ class LoraConfig(StrictModel):
 
     rank: Positive
     alpha: Above
-    targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: layers: q, k, v, proj, fc1, fc2; in timm also globs
+    targets: Annotated[
+        tuple[Text, ...], Field(min_length=1)
+    ]  #: layers: q, k, v, proj, fc1, fc2; in timm also globs
 
 
 class HeadsConfig(StrictModel):
     """`visft.heads`: the heads of stage 2, and the precision of heads."""
 
-    start: Literal["trained", "random"] = "trained"  #: random: without stage 1; heads train together with the backbone
+    start: Literal["trained", "random"] = (
+        "trained"  #: random: without stage 1; heads train together with the backbone
+    )
     path: Text | None = None  #: folder of heads; null in stage 2: runs/stage1-<visft.model.name>/export
     precision: Literal["auto", "fp32"] = "auto"  #: auto: bf16 in bf16 runs, else fp32
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
 
 
 class AnchorConfig(StrictModel):
-    """`visft.anchor`: weights of losses that keep stage 2's features near the base's; 0: off (docs/training.md)."""
+    """`visft.anchor`: weights of losses that keep stage 2's features near the base's; 0: off
+    (docs/training.md).
+    """
 
     gram: Rate = 0.0  #: penalises changes of the cosines between patches of an image
     cosine: Rate = 0.0  #: penalises changes in direction of each patch, and of the whole image
@@ -152,11 +177,17 @@ class DataConfig(StrictModel):
     val: Text = "val"  #: name of the validation split
     weight: Above = 1.0  #: share of a task's steps from this split, relative to `sets`
     sets: tuple[DataSetConfig, ...] = ()  #: further training sets
-    shuffle: Literal["full", "windowed"] | None = None  #: windowed: a few shards at a time; null: only for a URL
-    num_workers: Annotated[Count, Field(le=256)] | None = None  #: loader processes per rank; null: by the machine
+    shuffle: Literal["full", "windowed"] | None = (
+        None  #: windowed: a few shards at a time; null: only for a URL
+    )
+    num_workers: Annotated[Count, Field(le=256)] | None = (
+        None  #: loader processes per rank; null: by the machine
+    )
     prefetch_steps: Count = 2  #: steps that are loaded ahead
     cache: Text | None = None  #: folder for copies of remote shards; null: ~/.cache/visft/shards
-    cache_bytes: Positive = 200_000_000_000  #: size limit of that folder; the least recently read shards go first
+    cache_bytes: Positive = (
+        200_000_000_000  #: size limit of that folder; the least recently read shards go first
+    )
 
     def places(self) -> list[tuple[str, str]]:
         """(folder or URL, split) of all training sets."""
@@ -189,23 +220,35 @@ class ParamGroup(StrictModel):
 
 
 class RunConfig(StrictModel):
-    """`visft.run`: run folder, intervals of checkpoints, evaluations and logs in optimiser steps, failure handling."""
+    """`visft.run`: run folder, intervals of checkpoints, evaluations and logs in optimiser steps, failure
+    handling.
+    """
 
     out: Text | None = None  #: null: runs/stage<N>-<visft.model.name>
     save_every: Positive = 500  #: steps between checkpoints
     keep_last: Positive = 3  #: number of newest checkpoints to keep
-    keep_best: Text | None = None  #: also keep the best checkpoint by this metric, such as box/AP50; null: none
+    keep_best: Text | None = (
+        None  #: also keep the best checkpoint by this metric, such as box/AP50; null: none
+    )
     patience: Count = 0  #: early stopping after so many evaluations without a better keep_best; 0: off
     eval_every: Count = 5000  #: steps between evaluations; 0: none during training
     eval_limit: Positive | None = None  #: number of images to evaluate; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20  #: steps between console lines
     track: Literal["wandb"] | None = None  #: also send metrics and settings there (`--track`); null: no
-    deterministic: bool = False  #: on GPUs, refuse operators that are not deterministic (docs/memory-and-speed.md)
-    rehearsal: bool = True  #: run the largest step of each task first, so that running out of memory shows at once
+    deterministic: bool = (
+        False  #: on GPUs, refuse operators that are not deterministic (docs/memory-and-speed.md)
+    )
+    rehearsal: bool = (
+        True  #: run the largest step of each task first, so that running out of memory shows at once
+    )
     skip_bad_steps: Count = 0  #: steps in a row with NaN or Inf that are skipped before the run stops
-    step_timeout: Rate = 1800.0  #: seconds without progress after which a rank prints its stacks and ends; 0: never
-    requeue_code: Annotated[int, Field(ge=0, lt=126)] = 85  #: exit code after a stop by SIGUSR1, to queue the job again
+    step_timeout: Rate = (
+        1800.0  #: seconds without progress after which a rank prints its stacks and ends; 0: never
+    )
+    requeue_code: Annotated[int, Field(ge=0, lt=126)] = (
+        85  #: exit code after a stop by SIGUSR1, to queue the job again
+    )
 
 
 class VisftConfig(StrictModel):
@@ -215,7 +258,9 @@ class VisftConfig(StrictModel):
     seed: Count = 0
     model: ModelConfig
     lora: LoraConfig | None = None  #: null: no adapters
-    mode: Literal["sampled", "shared"] = "sampled"  #: each step trains one task, or all tasks on the same images
+    mode: Literal["sampled", "shared"] = (
+        "sampled"  #: each step trains one task, or all tasks on the same images
+    )
     tasks: TasksConfig
     shared: SharedConfig | None = None  #: needed in mode "shared" only
     heads: HeadsConfig = HeadsConfig()
@@ -227,24 +272,44 @@ class VisftConfig(StrictModel):
     run: RunConfig = RunConfig()
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Settings of another model, stage or mode or of no task, and names that nothing has or that stand twice."""
+        """Settings of another model, stage or mode or of no task, and names that nothing has or that stand
+        twice.
+        """
         enabled, model, run = self.tasks.enabled(), self.model, self.run
         if model.compile != "none" and model.kernels == "triton":
-            yield "model.compile", "must be none with visft.model.kernels = triton: the compiler makes its own kernels"
-        shape = [f"overrides.{name}" for name in model.overrides.model_dump(exclude_none=True) if name != "image_size"]
+            yield (
+                "model.compile",
+                "must be none with visft.model.kernels = triton: the compiler makes its own kernels",
+            )
+        shape = [
+            f"overrides.{name}"
+            for name in model.overrides.model_dump(exclude_none=True)
+            if name != "image_size"
+        ]
         used = {"recompute": model.recompute == "mlp", "compile": model.compile != "none"}
         of_timm = model.preset.startswith(TIMM)
         for key in [*shape, *(key for key, is_used in used.items() if is_used)] if of_timm else ():
             yield f"model.{key}", f"is for EVA backbones; {model.preset} does not take it"
         if self.stage == 1 and self.lora is not None:
-            yield "lora", "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
+            yield (
+                "lora",
+                "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2",
+            )
         if self.heads.path is not None and (self.stage == 1 or self.heads.start == "random"):
-            yield "heads.path", 'must be null in stage 1 and with visft.heads.start = "random", which train new heads'
+            yield (
+                "heads.path",
+                'must be null in stage 1 and with visft.heads.start = "random", which train new heads',
+            )
         if not enabled:
             yield "tasks", f"no task is on; state at least one of: {', '.join(type(self.tasks).model_fields)}"
         if self.mode == "shared" and self.shared is None:
-            yield "shared", 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
-        for name in [name for name, task in enabled.items() if self.mode == "sampled" and task.updates is None]:
+            yield (
+                "shared",
+                'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch',
+            )
+        for name in [
+            name for name, task in enabled.items() if self.mode == "sampled" and task.updates is None
+        ]:
             yield f"tasks.{name}.updates", "missing: steps are shared out in proportion to the tasks' updates"
         groups = [group.name for group in self.param_groups]
         for number, name in enumerate(groups):
@@ -253,25 +318,39 @@ class VisftConfig(StrictModel):
         sets = [self.data.train, *(one.name for one in self.data.sets)]
         for number, one in enumerate(self.data.sets):
             if one.name in sets[: number + 1]:
-                yield f"data.sets.{number}.name", f"another training set is called {one.name}; give each its own name"
+                yield (
+                    f"data.sets.{number}.name",
+                    f"another training set is called {one.name}; give each its own name",
+                )
             if idle := [task for task in one.tasks or () if task not in enabled]:
                 yield f"data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
         if model.compile != "none" and not run.rehearsal:
-            yield "model.compile", "must be none without visft.run.rehearsal, which is when blocks are compiled"
+            yield (
+                "model.compile",
+                "must be none without visft.run.rehearsal, which is when blocks are compiled",
+            )
         best, measured = run.keep_best, [name for task in enabled.values() for name in task.metrics]
         if best is not None and not run.eval_every:
             yield "run.keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
         elif best is not None and run.eval_every % run.save_every:
-            yield "run.keep_best", f"needs eval_every = {run.eval_every} as a multiple of save_every = {run.save_every}"
+            yield (
+                "run.keep_best",
+                f"needs eval_every = {run.eval_every} as a multiple of save_every = {run.save_every}",
+            )
         if best is None and run.patience:
             yield "run.patience", "needs a metric: set visft.run.keep_best"
         if best is not None and best not in measured:
             yield "run.keep_best", f"is not a metric of this run's tasks{nearest(best, measured)}"
 
     def filled(self) -> VisftConfig:
-        """Settings with the run's folder, the heads of stage 2, and parameter groups of enabled tasks only."""
+        """Settings with the run's folder, the heads of stage 2, and parameter groups of enabled tasks
+        only.
+        """
         off = tuple(f"heads.{task}." for task in entries() if task not in self.tasks.enabled())
-        kept = [(group, [glob for glob in group.globs() if not glob.startswith(off)]) for group in self.param_groups]
+        kept = [
+            (group, [glob for glob in group.globs() if not glob.startswith(off)])
+            for group in self.param_groups
+        ]
         groups = tuple(group.model_copy(update={"params": ",".join(globs)}) for group, globs in kept if globs)
         out = self.run.out or f"runs/stage{self.stage}-{self.model.name}"
         changes: dict[str, Any] = {"run": self.run.model_copy(update={"out": out})}
@@ -313,7 +392,9 @@ class ZeroOptimization(StrictModel):
     model_config = ConfigDict(extra="allow")
 
     stage: Literal[0, 1, 2, 3]
-    reduce_bucket_size: Positive  #: required: DeepSpeed's 5e8 allocates gigabytes for a few million trained values
+    reduce_bucket_size: (
+        Positive  #: required: DeepSpeed's 5e8 allocates gigabytes for a few million trained values
+    )
     overlap_comm: bool | None = None
     offload_param: Offload = Offload()  #: for stage 3
     offload_optimizer: Offload = Offload()  #: for stages 1 to 3
@@ -342,22 +423,36 @@ class Recipe(StrictModel):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Contradictions in the engine, between engine and model, and in the length of the run."""
-        visft, model, zero, piped = self.visft, self.visft.model, self.zero_optimization, self.pipeline is not None
+        visft, model, zero, piped = (
+            self.visft,
+            self.visft.model,
+            self.zero_optimization,
+            self.pipeline is not None,
+        )
         if zero.offload_param.device != "none" and zero.stage != 3:
             yield "zero_optimization.offload_param", "needs zero_optimization.stage = 3"
         if zero.offload_optimizer.device != "none" and zero.stage == 0:
             yield "zero_optimization.offload_optimizer", "needs zero_optimization.stage = 1, 2 or 3"
         if zero.offload_optimizer.device != "none" and self.zero_force_ds_cpu_optimizer is not False:
-            yield "zero_force_ds_cpu_optimizer", "must be false with offload_optimizer: DeepSpeed would compile its own"
+            yield (
+                "zero_force_ds_cpu_optimizer",
+                "must be false with offload_optimizer: DeepSpeed would compile its own",
+            )
         if piped and zero.stage != 1:
-            yield "zero_optimization.stage", "must be 1 with a pipeline: 2 and 3 are refused, 0 clips stage by stage"
+            yield (
+                "zero_optimization.stage",
+                "must be 1 with a pipeline: 2 and 3 are refused, 0 clips stage by stage",
+            )
         if piped and zero.overlap_comm:
             yield "zero_optimization.overlap_comm", "must be false with a pipeline"
         if visft.anchor != AnchorConfig() and (piped or visft.lora is None):
             yield "visft.anchor", "is for stage 2 with visft.lora, without a pipeline"
         types = {getattr(task.head, "type", "") for task in visft.tasks.enabled().values()}
         if piped and ("plain" in types or len(model.layers) > 1):
-            yield "visft.model.layers", "several blocks, and plain heads, are not for a pipeline: use --engine zero3"
+            yield (
+                "visft.model.layers",
+                "several blocks, and plain heads, are not for a pipeline: use --engine zero3",
+            )
         if piped and "linear" in types:
             yield (
                 "visft.tasks.semantic",
@@ -365,19 +460,30 @@ class Recipe(StrictModel):
                 "use --engine zero1 or zero3",
             )
         if piped and model.preset.startswith(TIMM):
-            yield "visft.model.preset", "timm's models have no stages: use --engine zero0, zero1, zero2 or zero3"
+            yield (
+                "visft.model.preset",
+                "timm's models have no stages: use --engine zero0, zero1, zero2 or zero3",
+            )
         if model.compile != "none" and zero.stage == 3:
-            yield "visft.model.compile", "must be none with ZeRO-3, which gathers weights in Python: use --engine zero2"
+            yield (
+                "visft.model.compile",
+                "must be none with ZeRO-3, which gathers weights in Python: use --engine zero2",
+            )
         if visft.features is not None and (visft.stage == 2 or piped or zero.stage == 3):
             yield "visft.features", "must be null in stage 2, with a pipeline and with ZeRO-3"
         if self.scheduler.params.total_num_steps is None and visft.updates() is None:
-            yield "scheduler.params.total_num_steps", "missing: state it, or visft.tasks.<task>.updates of every task"
+            yield (
+                "scheduler.params.total_num_steps",
+                "missing: state it, or visft.tasks.<task>.updates of every task",
+            )
 
 
 _BATCH = "visft.tasks.<task>.batch_size and .micro_batch"
 #: Keys of DeepSpeed that follow from `visft` -> what to state instead.
 INSTEAD = {
-    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), _BATCH),
+    **dict.fromkeys(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), _BATCH
+    ),
     **dict.fromkeys(("bf16", "fp16", "torch_autocast"), "visft.model.precision"),
     "activation_checkpointing": "visft.model.recompute",
     "checkpoint": "visft.run.save_every",

@@ -56,7 +56,9 @@ class Stream:
         return int(self.image.get("fixed_size") or self.image.get("size") or self.image["max_long"])
 
     def alike(self, *, train: bool = True) -> bool:
-        """True if all images have one size: squares; or, in training alone where there is `eval_short`, crops."""
+        """True if all images have one size: squares; or, in training alone where there is `eval_short`,
+        crops.
+        """
         if self.image.get("fixed_size") is not None:
             return True
         return "size" in self.image and (train or "eval_short" not in self.image)
@@ -75,14 +77,15 @@ class StreamConfig(StrictModel):
 
 
 class TaskConfig(StreamConfig):
-    """Settings of a task, `visft.tasks.<task>`; a subclass gives image, head and loss types and defaults of their own.
+    """Settings of a task, `visft.tasks.<task>`; a subclass gives image, head and loss types and defaults of
+    their own.
 
-    The fields of `image` are read by the task's geometry and targets, those of `head` and `loss` are the keyword
-    arguments of its head and criterion.
+    The fields of `image` are read by the task's geometry and targets, those of `head` and `loss` are the
+    keyword arguments of its head and criterion.
     """
 
-    #: Names "part/metric" of the numbers of an evaluation; `shown` are those of a short line, `main` the one that
-    #: the task is known by.
+    #: Names "part/metric" of the numbers of an evaluation; `shown` are those of a short line, `main` the one
+    #: that the task is known by.
     metrics: ClassVar[tuple[str, ...]] = ()
     shown: ClassVar[tuple[str, ...]] = ()
     main: ClassVar[str] = ""
@@ -91,8 +94,8 @@ class TaskConfig(StreamConfig):
     learns_from: ClassVar[str] = "any"  #: which samples it can learn from, see `Manifest.selection`
     published: ClassVar[str | None] = None  #: its word in the names of the published files of heads
 
-    #: Optimiser steps of this task; a share if the length of the run is set. Otherwise a run has the sum of all tasks'
-    #: `updates`, in mode "shared" the largest.
+    #: Optimiser steps of this task; a share if the length of the run is set. Otherwise a run has the sum of
+    #: all tasks' `updates`, in mode "shared" the largest.
     updates: Positive | None = None
     head: StrictModel
     loss: BaseModel
@@ -144,10 +147,14 @@ class SharedImage(StrictModel):
     flip: Fraction = 0.5  #: probability of a horizontal flip
     eval_short: Positive = 800
     eval_max_long: Positive = 672
-    fixed_size: Positive | None = None  #: side of a square for training and evaluation instead of the sizes above
+    fixed_size: Positive | None = (
+        None  #: side of a square for training and evaluation instead of the sizes above
+    )
     zoom: Zoom = None  #: with fixed_size: smallest and largest side of a random crop, in parts of the image's
     mask_stride: Positive = 4  #: pixels per cell of a target mask
-    caption_choice: CaptionChoice = "random"  #: caption to train on: a new "random" one each time, or the "first"
+    caption_choice: CaptionChoice = (
+        "random"  #: caption to train on: a new "random" one each time, or the "first"
+    )
     max_words: Positive = 50  #: longer captions are left out
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -156,6 +163,8 @@ class SharedImage(StrictModel):
 
 
 class SharedConfig(StreamConfig):
-    """`visft.shared`: batch and images of a step in which all tasks share the images (`visft.mode` "shared")."""
+    """`visft.shared`: batch and images of a step in which all tasks share the images (`visft.mode`
+    "shared").
+    """
 
     image: SharedImage = SharedImage()

@@ -17,7 +17,9 @@ from visft_ds.files import reading
 
 
 class _Transform(Protocol):
-    def __call__(self, raw: RawSample, generator: np.random.Generator, ops: Sequence[Op] | None = None) -> Sample: ...
+    def __call__(
+        self, raw: RawSample, generator: np.random.Generator, ops: Sequence[Op] | None = None
+    ) -> Sample: ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class SamplePipeline:
 
 
 def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:
-    """Read and decode one sample; `role` "images" leaves annotations and captions empty, "labels" the image None.
+    """Read and decode one sample; `role` "images" leaves annotations and captions empty, "labels" the image
+    None.
 
     Raises:
         DamagedSample: bytes that are not those of the index, or no image; names shard, key and offset.
@@ -44,7 +47,9 @@ def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:
         except ValueError as error:
             raise DamagedSample(f"{reader.describe(index)} cannot be decoded: {error}") from error
         if image.shape[:2] != size:
-            raise DamagedSample(f"{reader.describe(index)} has {image.shape[:2]} pixels, not {size} as in the index")
+            raise DamagedSample(
+                f"{reader.describe(index)} has {image.shape[:2]} pixels, not {size} as in the index"
+            )
     label = {"annotations": (), "captions": ()} if label_file is None else _label(reader, index, label_file)
     return RawSample(
         index=index,
@@ -60,7 +65,9 @@ def coco_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -> d
     """The stored annotations (crowds included) as an ordinary COCO dictionary, for evaluators."""
     images, annotations = [], []
     for label in labels_of_split(reader, indices):
-        images.append({name: label[name] for name in ("file_name", "width", "height")} | {"id": label["image_id"]})
+        images.append(
+            {name: label[name] for name in ("file_name", "width", "height")} | {"id": label["image_id"]}
+        )
         annotations += [{**annotation, "image_id": label["image_id"]} for annotation in label["annotations"]]
     categories = [{"id": category.coco_id, "name": category.name} for category in reader.manifest.categories]
     return {"images": images, "annotations": annotations, "categories": categories}

@@ -1,4 +1,6 @@
-"""Bytes of an image -> RGB pixels. The build checks every file with the function that training decodes with."""
+"""Bytes of an image -> RGB pixels. The build checks every file with the function that training decodes
+with.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,15 @@ _JPEG = b"\xff\xd8\xff"
 def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
     """Decode a picture: JPEG by simplejpeg, any other of `files.FORMATS` by Pillow.
 
-    Pictures of every kind become RGB as `open_image` says. EXIF orientation is not applied: shards hold the pixels that
-    the labels fit. Cut files are errors, never half-grey images.
+    Pictures of every kind become RGB as `open_image` says. EXIF orientation is not applied: shards hold the
+    pixels that the labels fit. Cut files are errors, never half-grey images.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        ValueError: no picture, damaged, of more than `files.MAX_PIXELS` pixels, or a JPEG of hundreds of scans.
+        ValueError: no picture, damaged, of more than `files.MAX_PIXELS` pixels, or a JPEG of hundreds of
+        scans.
     """
     if not data.startswith(_JPEG):
         return np.array(open_image(data, upright=False, quiet=True))

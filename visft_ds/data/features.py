@@ -1,7 +1,8 @@
 """Kept features of a frozen backbone, so that later epochs need neither pixels nor the backbone.
 
-A file holds the features of one image under one geometry (flip, crop and size), named by the sample's random key, which
-decides the geometry. It is written whole or not at all; any number of processes may share a folder.
+A file holds the features of one image under one geometry (flip, crop and size), named by the sample's random
+key, which decides the geometry. It is written whole or not at all; any number of processes may share a
+folder.
 
 Shape letters: h w patch grid, D width, P tokens.
 """
@@ -33,7 +34,8 @@ class View:
     """An image under a geometry that repeats after some epochs (`visft.features.views`)."""
 
     frame: tuple[int, int]  #: height and width in pixels, padding included
-    #: bfloat16, a map (h, w, D) of each block that is read, then the tokens (P, D) in front of them, if there are any;
+    #: bfloat16, a map (h, w, D) of each block that is read, then the tokens (P, D) in front of them, if there
+    #: are any;
     #: None: they are not kept yet
     features: tuple[Tensor, ...] | None = None
 
@@ -45,10 +47,11 @@ class View:
 
 
 class FeatureCache:
-    """Features by random key. All features are rounded to bfloat16, kept or not, so that keeping them changes nothing.
+    """Features by random key. All features are rounded to bfloat16, kept or not, so that keeping them changes
+    nothing.
 
-    In `root`, which may be None to keep nothing, each `identity` has a folder of its own: everything that the features
-    depend on besides the key, by name.
+    In `root`, which may be None to keep nothing, each `identity` has a folder of its own: everything that the
+    features depend on besides the key, by name.
     """
 
     def __init__(self, root: Path | None, identity: Mapping[str, str]) -> None:
@@ -91,7 +94,9 @@ class FeatureCache:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file that is whole or not there, also after a power cut. Any number of processes may write the same."""
+    """Write a file that is whole or not there, also after a power cut. Any number of processes may write the
+    same.
+    """
     temporary = path.with_name(f".{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:

@@ -23,7 +23,14 @@ from visft_ds.files import read_bytes
 from visft_ds.redaction import redacted
 
 #: Protocol of a URL -> the package that implements it.
-_PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "memory": ""}
+_PACKAGES = {
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "hf": "huggingface_hub",
+    "memory": "",
+}
 #: Seconds between attempts at a server that does not answer: five minutes in all.
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
 #: A pause from here on is announced.
@@ -50,7 +57,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """Folder of shards behind a URL. Copies are named by their sha256, so that a name means one content forever.
+    """Folder of shards behind a URL. Copies are named by their sha256, so that a name means one content
+    forever.
 
     Raises:
         ValueError: a protocol that is not allowed, or whose package is not installed.
@@ -77,7 +85,8 @@ class RemoteFolder:
             return read_bytes(Path(folder) / "file", most)
 
     def copy(self, name: str, size: int, sha256: str) -> Path:
-        """Path of this machine's copy of a file, made now if there is none; one process of the machine makes it.
+        """Path of this machine's copy of a file, made now if there is none; one process of the machine makes
+        it.
 
         Raises:
             ValueError: the file is not there, or not what the manifest says.
@@ -116,7 +125,9 @@ class RemoteFolder:
     def _make_room(self, folder: Path, size: int) -> None:
         """Remove the shards read least recently until `size` more bytes fit. Open ones stay readable."""
         with FileLock(folder / ".room.lock"):
-            copies = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob("*.tar"))
+            copies = sorted(
+                (path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob("*.tar")
+            )
             total = size + sum(copy[1] for copy in copies)
             for _, each, path in copies:
                 if total <= self.cache.max_bytes:
@@ -150,7 +161,9 @@ class RemoteFolder:
                     return
                 damaged += 1
                 if damaged == _MOST_DAMAGED or attempt > len(_PAUSES):
-                    raise ValueError(f"{where} does not match its manifest: copy all files of the split there again")
+                    raise ValueError(
+                        f"{where} does not match its manifest: copy all files of the split there again"
+                    )
             time.sleep(pause)
 
 

@@ -14,7 +14,9 @@ from collections.abc import Collection
 from typing import Any
 
 import orjson
-from faster_coco_eval import mask_api_new_cpp  # not among its Python names; `decode` costs thirty times as much
+from faster_coco_eval import (
+    mask_api_new_cpp,
+)  # not among its Python names; `decode` costs thirty times as much
 
 from visft_ds.files import MAX_PIXELS
 
@@ -22,12 +24,16 @@ _NAMES = ("image_id", "file_name", "width", "height", "annotations", "captions")
 _OF_ANNOTATION = ("id", "bbox", "category_id", "iscrowd", "area")
 
 
-def parse_label(data: bytes, image_id: int, size: tuple[int, int], categories: Collection[int]) -> dict[str, Any]:
+def parse_label(
+    data: bytes, image_id: int, size: tuple[int, int], categories: Collection[int]
+) -> dict[str, Any]:
     """The label of an image of this id and `size` (height, width), whose objects are of these category ids.
 
     Raises:
-        ValueError: not JSON, or not as above: a key is missing or a value of another type, the label belongs to
-            another image, a category is unknown, a number is not finite or far outside the image, a mask is malformed.
+        ValueError: not JSON, or not as above: a key is missing or a value of another type, the label belongs
+        to
+            another image, a category is unknown, a number is not finite or far outside the image, a mask is
+            malformed.
     """
     label = orjson.loads(data)
     if not isinstance(label, dict) or any(name not in label for name in _NAMES):
@@ -64,10 +70,16 @@ def _problem(annotation: Any, height: int, width: int, categories: Collection[in
     if type(annotation["area"]) not in (int, float) or not math.isfinite(annotation["area"]):
         return "area must be a number"
     if not is_box(annotation["bbox"], height, width):
-        return f"bbox {annotation['bbox']!r:.60} must be x, y, width and height in pixels of {width} x {height}"
+        return (
+            f"bbox {annotation['bbox']!r:.60} must be x, y, width and height in pixels of {width} x {height}"
+        )
     shape = annotation.get("segmentation")
     if isinstance(shape, dict):
-        return None if is_run_length_code(shape, height, width) else "its run-length code does not fill the image"
+        return (
+            None
+            if is_run_length_code(shape, height, width)
+            else "its run-length code does not fill the image"
+        )
     if isinstance(shape, list):
         good = all(is_polygon(polygon) and is_near(polygon, height, width) for polygon in shape)
         return None if good else "a polygon must be x, y, x, y, ... of three points or more, near the image"
@@ -87,7 +99,9 @@ def is_polygon(polygon: Any) -> bool:
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 == 1:
         return False
     try:
-        return math.isfinite(sum(polygon))  # the fastest way over many numbers: it fails for text, objects and null
+        return math.isfinite(
+            sum(polygon)
+        )  # the fastest way over many numbers: it fails for text, objects and null
     except (TypeError, OverflowError):
         return False
 

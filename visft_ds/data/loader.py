@@ -1,4 +1,5 @@
-"""Micro-batches of a rank, made ahead of their use by torch's DataLoader: the plan says which, workers hold no state.
+"""Micro-batches of a rank, made ahead of their use by torch's DataLoader: the plan says which, workers hold
+no state.
 
 Shape letters: B images.
 """
@@ -43,11 +44,15 @@ class Place:
     stages: int
     dp_rank: int
     dp_size: int
-    role: Role | None  #: what it reads: the first stage pixels, the last one labels, those between nothing (None)
+    role: (
+        Role | None
+    )  #: what it reads: the first stage pixels, the last one labels, those between nothing (None)
 
     @classmethod
     def of_rank(cls, rank: int, world_size: int, stages: int) -> Place:
-        """Place of a rank as DeepSpeed numbers them: first all ranks of stage 0, then all of stage 1, and so on."""
+        """Place of a rank as DeepSpeed numbers them: first all ranks of stage 0, then all of stage 1, and so
+        on.
+        """
         assert world_size % stages == 0, (world_size, stages)
         stage, dp_rank = divmod(rank, world_size // stages)
         roles: dict[int, Role] = {0: "images", stages - 1: "labels"}
@@ -56,7 +61,9 @@ class Place:
 
 @dataclass(frozen=True)
 class _BatchMaker(Dataset[Batch | Exception]):
-    """Batches by the plan of each, as workers make them. Samples whose features are kept come without pixels."""
+    """Batches by the plan of each, as workers make them. Samples whose features are kept come without
+    pixels.
+    """
 
     sets: Mapping[str, ShardReader]
     pipelines: Mapping[str, Mapping[str, SamplePipeline]]  #: task -> data set -> what makes its batches
@@ -93,8 +100,8 @@ class StepLoader:
     dp_rank: int = 0  #: with the next two, this rank's part of each global batch
     dp_size: int = 1
     accumulation: int = 1
-    #: "images" (first stage of a pipeline) gives batches without targets, "labels" (its last stage) batches without
-    #: pixels, of the same samples in the same order; None (between them) steps without batches
+    #: "images" (first stage of a pipeline) gives batches without targets, "labels" (its last stage) batches
+    #: without pixels, of the same samples in the same order; None (between them) steps without batches
     role: Role | None = "both"
     num_workers: int = 0  #: processes; 0 works in the caller's thread
     prefetch_steps: int = 2  #: how many steps may be ready beyond the one in use
@@ -104,13 +111,14 @@ class StepLoader:
     def steps(self, start: int, stop: int | None = None) -> Iterator[tuple[StepPlan, list[Batch]]]:
         """The plan of each global batch from `start` to `stop` (exclusive), with this rank's micro-batches.
 
-        At `stop` the training is done: it decides the batches' `progress`. An error in a worker appears here, at its
-        step. Leaving the loop in any way ends the workers.
+        At `stop` the training is done: it decides the batches' `progress`. An error in a worker appears here,
+        at its step. Leaving the loop in any way ends the workers.
         """
         numbers = range(start, sys.maxsize if stop is None else stop)
         accumulation = self.accumulation if self.role else 0
         split = (
-            self.plan.split(self.plan.step(step), self.dp_rank, self.dp_size, self.accumulation) for step in numbers
+            self.plan.split(self.plan.step(step), self.dp_rank, self.dp_size, self.accumulation)
+            for step in numbers
         )
         parts = (part for micro in split for part in micro[:accumulation])
         maker = _BatchMaker(self.sets, self.pipelines, self.role or "both", self.features)
@@ -163,22 +171,28 @@ def evaluation_batches(
     *,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """This rank's batches of the images at some places of a split: each once over all ranks, equally many batches.
+    """This rank's batches of the images at some places of a split: each once over all ranks, equally many
+    batches.
 
-    Where the images do not divide evenly, ranks repeat the last one with `Batch.real` False: collective operations stay
-    in step and no result is counted twice.
+    Where the images do not divide evenly, ranks repeat the last one with `Batch.real` False: collective
+    operations stay in step and no result is counted twice.
     """
     count = len(places)
     ours = rank + world_size * np.arange(-(-count // world_size))
     chunks = [ours[first : first + batch_size] for first in range(0, len(ours), batch_size)]
     name = reader.manifest.split  # stands for the task and the data set: there is one of each
-    parts = [StepPlan(0, name, name, 0, 0, places[chunk.clip(max=count - 1)], np.zeros_like(chunk)) for chunk in chunks]
+    parts = [
+        StepPlan(0, name, name, 0, 0, places[chunk.clip(max=count - 1)], np.zeros_like(chunk))
+        for chunk in chunks
+    ]
     maker = _BatchMaker({name: reader}, {name: {name: pipeline}})
     for chunk, batch in zip(chunks, _made(maker, parts, min(num_workers, len(parts)), ahead=2), strict=True):
         yield replace(batch, real=torch.from_numpy(chunk < count))
 
 
-def _made(maker: _BatchMaker, parts: Iterable[StepPlan], workers: int, ahead: int) -> Generator[Batch, None, None]:
+def _made(
+    maker: _BatchMaker, parts: Iterable[StepPlan], workers: int, ahead: int
+) -> Generator[Batch, None, None]:
     """The batches of `parts`, in order; up to `ahead` more are made ahead of the one in use."""
     options: dict[str, Any] = {}
     if workers:
@@ -223,14 +237,18 @@ def _end_with(sentinel: int) -> None:
 
 
 def fork_server() -> multiprocessing.context.ForkServerContext:
-    """Start the server whose children the workers will be, deaf to the signals that ask a training process to stop.
+    """Start the server whose children the workers will be, deaf to the signals that ask a training process to
+    stop.
 
-    A fork of a process with threads or a GPU may hang, and a fresh start would load torch again every time: the server
-    loads what the pipelines work with once. Launchers and schedulers send signals to every process below them; without
-    its workers a training process could not finish its step. A mask is inherited, and no signal is lost meanwhile.
+    A fork of a process with threads or a GPU may hang, and a fresh start would load torch again every time:
+    the server loads what the pipelines work with once. Launchers and schedulers send signals to every process
+    below them; without its workers a training process could not finish its step. A mask is inherited, and no
+    signal is lost meanwhile.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *sorted(m for m in sys.modules if m.startswith("visft_ds.tasks."))])
+    context.set_forkserver_preload(
+        [__name__, *sorted(m for m in sys.modules if m.startswith("visft_ds.tasks."))]
+    )
     resource_tracker.ensure_running()  # first, because starting it unblocks signals that this thread has blocked
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
     try:

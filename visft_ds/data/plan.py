@@ -1,9 +1,9 @@
 """Task, samples and random keys of a step: a pure function of (seed, step), the same on every rank.
 
-How a global batch is split over ranks, micro-batches and workers changes who computes, never what is computed, in fp32
-and without dropout (masks of dropout, and kernels of 16 bits, follow the division). A step belongs to one task and
-takes its samples from one data set; each pair of the two counts its own epochs. All arithmetic is on integers or on raw
-Philox words, which numpy keeps over its versions (NEP 19).
+How a global batch is split over ranks, micro-batches and workers changes who computes, never what is
+computed, in fp32 and without dropout (masks of dropout, and kernels of 16 bits, follow the division). A step
+belongs to one task and takes its samples from one data set; each pair of the two counts its own epochs. All
+arithmetic is on integers or on raw Philox words, which numpy keeps over its versions (NEP 19).
 
 Shape letters: N samples of a data set, G samples of a global batch.
 """
@@ -42,7 +42,9 @@ class SetPlan:
 
     samples: Int64Array  #: (N,) positions in its index
     weight: float = 1.0
-    shards: Int64Array | None = None  #: (N,) the shard of each, for a windowed order; None: any may follow any other
+    shards: Int64Array | None = (
+        None  #: (N,) the shard of each, for a windowed order; None: any may follow any other
+    )
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,10 @@ class Plan:
     Args:
         tasks: task name -> TaskPlan.
         seed: 0 or more.
-        views: None: a sample has a new key in every epoch. A number: its keys, and with them its crops and flips,
-            repeat after so many epochs and do not depend on the seed, so that kept features serve other runs too.
+        views: None: a sample has a new key in every epoch. A number: its keys, and with them its crops and
+        flips,
+            repeat after so many epochs and do not depend on the seed, so that kept features serve other runs
+            too.
 
     Raises:
         ValueError: a data set with fewer samples than a global batch.
@@ -97,20 +101,26 @@ class Plan:
         # Sorted, so that the order of keys in a configuration file cannot change a run.
         self.tasks, self.seed, self.views = dict(sorted(tasks.items())), seed, views
         # Each pair of a task and a set is in one epoch at a time: its order is kept.
-        self._orders = {(task, name): lru_cache(maxsize=1)(_order) for task in tasks for name in tasks[task].sets}
+        self._orders = {
+            (task, name): lru_cache(maxsize=1)(_order) for task in tasks for name in tasks[task].sets
+        }
         self._step = lru_cache(maxsize=_STEPS_KEPT)(self._made)
 
     def describe(self) -> str:
         """Line of a checkpoint: what a run and its continuation must have in common."""
         tasks = {}
         for name, task in self.tasks.items():
-            sets = {key: [len(p.samples), p.weight, p.shards is not None] for key, p in sorted(task.sets.items())}
+            sets = {
+                key: [len(p.samples), p.weight, p.shards is not None] for key, p in sorted(task.sets.items())
+            }
             tasks[name] = [task.batch_size, task.ratio, sets]
         digest = hashlib.sha256(json.dumps([tasks, self.views]).encode()).hexdigest()
         return f"version {ORDER_VERSION}, seed {self.seed}, {digest}"
 
     def steps_per_epoch(self, task: str, dataset: str) -> int:
-        """Steps in which `task` sees each sample of the set at most once; an incomplete last batch is dropped."""
+        """Steps in which `task` sees each sample of the set at most once; an incomplete last batch is
+        dropped.
+        """
         plan = self.tasks[task]
         return len(plan.sets[dataset].samples) // plan.batch_size
 
@@ -119,7 +129,9 @@ class Plan:
         return self._step(step)
 
     def _made(self, step: int) -> StepPlan:
-        task, position = _turn({name: task.ratio for name, task in self.tasks.items()}, _hash(self.seed), step)
+        task, position = _turn(
+            {name: task.ratio for name, task in self.tasks.items()}, _hash(self.seed), step
+        )
         plan = self.tasks[task]
         weights = {name: part.weight for name, part in sorted(plan.sets.items())}
         dataset, earlier = _turn(weights, _hash(self.seed, task), position)
@@ -129,27 +141,33 @@ class Plan:
         first = batch * plan.batch_size
         indices = part.samples[self._orders[task, dataset](part, key)[first : first + plan.batch_size]]
         if part.shards is not None:
-            indices = np.sort(indices)  # each machine needs few of the window's shards; who computes changes no result
+            indices = np.sort(
+                indices
+            )  # each machine needs few of the window's shards; who computes changes no result
         if self.views is not None:
             key = _hash(task, dataset, epoch % self.views)
         keys = np.array([_hash(key, index) >> 1 for index in indices.tolist()], dtype=np.int64)
         return StepPlan(step, task, dataset, position, epoch, indices, keys)
 
     def split(self, step_plan: StepPlan, dp_rank: int, dp_size: int, accumulation: int) -> list[StepPlan]:
-        """All micro-batches of a rank, in order; those of all ranks are disjoint and together are the step."""
+        """All micro-batches of a rank, in order; those of all ranks are disjoint and together are the
+        step.
+        """
         size, rest = divmod(len(step_plan.indices), dp_size * accumulation)
         assert not rest and 0 <= dp_rank < dp_size, (len(step_plan.indices), dp_rank, dp_size, accumulation)
         firsts = [(micro * dp_size + dp_rank) * size for micro in range(accumulation)]
         parts = [slice(first, first + size) for first in firsts]
-        return [replace(step_plan, indices=step_plan.indices[part], keys=step_plan.keys[part]) for part in parts]
+        return [
+            replace(step_plan, indices=step_plan.indices[part], keys=step_plan.keys[part]) for part in parts
+        ]
 
 
 def _turn(shares: Mapping[str, float], offset: int, turn: int) -> tuple[str, int]:
     """Whose turn it is, and how many turns the name had before, exact and without counting them.
 
-    Names take turns by their shares, tasks over steps and data sets over the steps of a task. Turn i is a point on a
-    circle, and each name an arc of it as long as its share. The points form a golden-ratio (low-discrepancy) sequence,
-    so that counts never drift from the shares.
+    Names take turns by their shares, tasks over steps and data sets over the steps of a task. Turn i is a
+    point on a circle, and each name an arc of it as long as its share. The points form a golden-ratio
+    (low-discrepancy) sequence, so that counts never drift from the shares.
 
     Args:
         shares: name -> share relative to the others, above 0.
@@ -176,8 +194,8 @@ def _floor_sum(n: int, b: int) -> int:
 
 
 def _order(part: SetPlan, key: int) -> Int64Array:
-    """(N,) a random permutation. A windowed one needs each shard in one stretch: shards are shuffled, then samples
-    within `WINDOW` of them."""
+    """(N,) a random permutation. A windowed one needs each shard in one stretch: shards are shuffled, then
+    samples within `WINDOW` of them."""
     words = np.random.Philox(key=np.array([key, 0], dtype=np.uint64)).random_raw(len(part.samples))
     if part.shards is None:
         return np.argsort(words, kind="stable")

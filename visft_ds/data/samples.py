@@ -23,8 +23,8 @@ from visft_ds.ops import to_device
 class RawSample:
     """Record of a shard after decoding, before any transform.
 
-    `image` is None where a process reads labels only (the last pipeline stage); every transform must then give the
-    same targets as with pixels, which is why the image size comes from the index.
+    `image` is None where a process reads labels only (the last pipeline stage); every transform must then
+    give the same targets as with pixels, which is why the image size comes from the index.
     """
 
     index: int  #: position in the split's index; identifies the sample everywhere
@@ -47,14 +47,18 @@ class Sample:
     random_key: int  #: key of this sample's counter-based random numbers in this step; 0 in evaluation
     targets: Mapping[str, Mapping[str, npt.NDArray[Any]]]
     view: View | None = None  #: with a feature cache; where it has features, `image` is None
-    frame: tuple[int, int] | None = None  #: (height, width) of `image` with padding of its own; None: it has none
+    frame: tuple[int, int] | None = (
+        None  #: (height, width) of `image` with padding of its own; None: it has none
+    )
 
 
 @dataclass(frozen=True)
 class Targets:
     """Labels of a task for a batch: a dataclass of tensors over all objects, and the number of each image."""
 
-    host: ClassVar[tuple[str, ...]] = ()  #: fields that only the host uses: it must not wait for a copy to come back
+    host: ClassVar[
+        tuple[str, ...]
+    ] = ()  #: fields that only the host uses: it must not wait for a copy to come back
     #: Arguments of the head besides the maps in training -> the fields that it gets; most heads need none.
     head_inputs: ClassVar[Mapping[str, str]] = {}
 
@@ -74,9 +78,11 @@ class Batch:
     random_keys: Tensor  #: (B,) int64, each sample's `random_key`: criteria draw from it, never from a global generator
     real: Tensor  #: (B,) bool, False for repeats that only keep ranks in step during evaluation
     targets: Mapping[str, Any] = field(default_factory=dict)  #: task -> Targets of that task
-    views: tuple[View, ...] | None = None  #: of each image, with a feature cache; those with features lack pixels
-    #: (B, 2) int64, height and width of each image with the padding of its transform, but not the batch's; stays on the
-    #: host. None: all are as large as the batch.
+    views: tuple[View, ...] | None = (
+        None  #: of each image, with a feature cache; those with features lack pixels
+    )
+    #: (B, 2) int64, height and width of each image with the padding of its transform, but not the batch's;
+    #: stays on the host. None: all are as large as the batch.
     frames: Tensor | None = None
     mixed: bool = True  #: images of this stream can differ in size; the same on every rank, whatever it drew
     progress: float = 0.0  #: share of the training that was done before
@@ -90,7 +96,9 @@ class Batch:
         targets = {}
         for task, target in self.targets.items():
             names = [one.name for one in fields(target) if one.name not in target.host]
-            targets[task] = replace(target, **{name: to_device(getattr(target, name), device) for name in names})
+            targets[task] = replace(
+                target, **{name: to_device(getattr(target, name), device) for name in names}
+            )
         views = None if self.views is None else tuple(view.to(device) for view in self.views)
         return replace(self, images=to_device(self.images, device), targets=targets, views=views)
 
@@ -109,7 +117,8 @@ class Map:
     features: Tensor  #: (B, D, h, w), at least float32
     valid: Tensor  #: (B, h, w) bool, True in cells that show image; at least one of each
     prefix: Tensor | None = None  #: (B, P, D) tokens that a plain ViT has in front of its patches
-    #: (B, 2) float64 on the host, height and width of each image in cells, of which it may fill the last in part.
+    #: (B, 2) float64 on the host, height and width of each image in cells, of which it may fill the last in
+    #: part.
     #: None: each image ends with its last valid cell.
     cells: Tensor | None = None
 
@@ -127,7 +136,9 @@ class Map:
         return cls(features, to_device(valid, features.device), prefix, cells)
 
     def shares(self) -> Tensor | None:
-        """(B, 2) float32 on the host, height and width of each image as a share of (h, w), if they are known."""
+        """(B, 2) float32 on the host, height and width of each image as a share of (h, w), if they are
+        known.
+        """
         if self.cells is None:
             return None
         return (self.cells / torch.tensor(self.valid.shape[1:])).float()
@@ -153,7 +164,8 @@ class Map:
 
 
 def valid_region(sizes: Tensor, image_size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
-    """Mask of the grid cells over a padded image that show image: nearest-neighbour sampling of the pixel mask.
+    """Mask of the grid cells over a padded image that show image: nearest-neighbour sampling of the pixel
+    mask.
 
     Args:
         sizes: (B, 2) int64, height and width of the valid part in pixels.

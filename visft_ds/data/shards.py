@@ -1,7 +1,8 @@
 """A split on disk: NAME.manifest.json, NAME.index.npy and the tars, and reading of its samples.
 
-The manifest lists shards, categories, counts and what was odd; the index has a row of fixed size for each sample, so
-that any sample is one read. Every read is checked by crc32, as decoders do not notice a flipped byte in a JPEG.
+The manifest lists shards, categories, counts and what was odd; the index has a row of fixed size for each
+sample, so that any sample is one read. Every read is checked by crc32, as decoders do not notice a flipped
+byte in a JPEG.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ INDEX_DTYPE = np.dtype(
         ("width", "<i4"),
         ("height", "<i4"),
         ("image_id", "<i8"),
-        ("num_annotations", "<i4"),  # that training uses: neither crowd nor without area; of label maps, the classes
+        (
+            "num_annotations",
+            "<i4",
+        ),  # that training uses: neither crowd nor without area; of label maps, the classes
         ("num_captions", "<i4"),
     ]
 )
@@ -79,9 +83,11 @@ class Manifest:
     split: str
     categories: tuple[Category, ...]
     counts: Mapping[str, int]
-    having_category: Mapping[str, int]  #: id of a category in the source, as text -> images with a usable object of it
-    #: Quantiles of the objects' sides, the side being the square root of the share of the picture that a box covers:
-    #: percentage, as text -> side; empty without boxes.
+    having_category: Mapping[
+        str, int
+    ]  #: id of a category in the source, as text -> images with a usable object of it
+    #: Quantiles of the objects' sides, the side being the square root of the share of the picture that a box
+    #: covers: percentage, as text -> side; empty without boxes.
     object_sides: Mapping[str, float]
     shards: tuple[ShardFile, ...]
     vocabulary: Mapping[str, int]  #: word -> how often it occurs in the captions
@@ -124,14 +130,18 @@ class Manifest:
                 if not isinstance(values[name], dict):
                     raise ValueError(f"its {name} must be an object")
             values["vocabulary"] = {word: int(count) for word, count in values["vocabulary"].items()}
-            values["findings"] = {kind: (int(count), shown) for kind, (count, shown) in values["findings"].items()}
+            values["findings"] = {
+                kind: (int(count), shown) for kind, (count, shown) in values["findings"].items()
+            }
             for name in ("counts", "having_category"):
                 values[name] = {key: int(count) for key, count in values[name].items()}
             values["object_sides"] = {key: float(side) for key, side in values["object_sides"].items()}
             values["categories"] = _categories(values["categories"])
             values["shards"] = tuple(ShardFile(**each) for each in values["shards"])
             manifest = cls(root=root, remote=remote, **values)
-            if [shard.name for shard in manifest.shards] != [tar_name(split, n) for n in range(len(manifest.shards))]:
+            if [shard.name for shard in manifest.shards] != [
+                tar_name(split, n) for n in range(len(manifest.shards))
+            ]:
                 raise ValueError(f"its shards are not {tar_name(split, 0)} and so on")
             digests = [*(shard.sha256 for shard in manifest.shards), manifest.index_sha256]
             if not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):
@@ -146,15 +156,23 @@ class Manifest:
         of, numbers = manifest.index["shard"], np.arange(len(counts))
         same = len(of) == len(manifest) and np.array_equal(of, np.repeat(numbers, counts))
         if not same or (remote is None and sha256_of(Path(root, split + INDEX)) != manifest.index_sha256):
-            raise ValueError(f"the index of {path} does not belong to it: run the same `visft shards build` again")
+            raise ValueError(
+                f"the index of {path} does not belong to it: run the same `visft shards build` again"
+            )
         return manifest
 
     def save(self, index: bytes) -> None:
         """Write the index and then the manifest into `root`, when all shards are there."""
         store(Path(self.root, self.split + INDEX), index)
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("root", "remote")}
+        values = {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if each.name not in ("root", "remote")
+        }
         values |= {"format": FORMAT, "version": VERSION}
-        content = orjson.dumps(values, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
+        content = orjson.dumps(
+            values, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
+        )
         store(manifest_path(Path(self.root), self.split), content)
 
     @cached_property
@@ -177,13 +195,19 @@ class Manifest:
         return frozenset(category.coco_id for category in self.categories)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "index"}  # it is opened there again
+        return {
+            name: value for name, value in self.__dict__.items() if name != "index"
+        }  # it is opened there again
 
     @property
     def labels(self) -> frozenset[str]:
-        """Kinds of labels that the split was made with: "annotations" (of objects) or "maps", "captions", or both."""
+        """Kinds of labels that the split was made with: "annotations" (of objects) or "maps", "captions", or
+        both.
+        """
         made_with = {"annotations": "instances", "maps": "maps", "captions": "captions"}
-        return frozenset(kind for kind, role in made_with.items() if role in self.sources or self.counts.get(kind))
+        return frozenset(
+            kind for kind, role in made_with.items() if role in self.sources or self.counts.get(kind)
+        )
 
     def having(self, labels: str) -> npt.NDArray[np.int64]:
         """Positions of the samples with "annotations" or "captions", or of "any"."""
@@ -206,7 +230,9 @@ class ShardReader:
     """Random access to the samples of a split; safe for threads, and opened anew in another process."""
 
     manifest: Manifest
-    _files: dict[int, int] = field(default_factory=dict)  # shard -> descriptor, the last one read from at the end
+    _files: dict[int, int] = field(
+        default_factory=dict
+    )  # shard -> descriptor, the last one read from at the end
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __len__(self) -> int:
@@ -218,7 +244,9 @@ class ShardReader:
     def describe(self, index: int) -> str:
         """Name of a sample in messages."""
         row = self.manifest.index[index]
-        return f"sample {row['image_id']:012d} of {self.manifest.root}/{self.manifest.shards[row['shard']].name}"
+        return (
+            f"sample {row['image_id']:012d} of {self.manifest.root}/{self.manifest.shards[row['shard']].name}"
+        )
 
     def read(self, index: int, role: Role = "both") -> tuple[bytes | None, bytes | None]:
         """(image file, label) of a sample; what `role` does not ask for is not read, and None.
@@ -280,7 +308,9 @@ def _categories(listed: Sequence[Mapping[str, Any]]) -> tuple[Category, ...]:
 
 def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any]) -> str:
     """Identity of a split's content and order."""
-    digest = hashlib.sha256(orjson.dumps([asdict(category) for category in categories], option=orjson.OPT_SORT_KEYS))
+    digest = hashlib.sha256(
+        orjson.dumps([asdict(category) for category in categories], option=orjson.OPT_SORT_KEYS)
+    )
     for column in _CONTENT:
         digest.update(np.ascontiguousarray(index[column]).tobytes())
     return digest.hexdigest()

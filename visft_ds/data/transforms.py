@@ -1,8 +1,8 @@
 """Geometry of images: operations, what draws them for an image, and their effect on pixels and boxes.
 
-The geometry of a sample (flip, crop, sizes) is drawn from the sample's random numbers and the stored image size alone,
-before any pixel is looked at. A process that reads labels only therefore arrives at the same targets as one that also
-has the image.
+The geometry of a sample (flip, crop, sizes) is drawn from the sample's random numbers and the stored image
+size alone, before any pixel is looked at. A process that reads labels only therefore arrives at the same
+targets as one that also has the image.
 
 Shape letters: H W pixels, n boxes of one image.
 """
@@ -83,8 +83,8 @@ def final_size(size: Size, ops: Sequence[Op]) -> Size:
 def apply_to_image(image: npt.NDArray[np.uint8], ops: Sequence[Op]) -> Tensor:
     """(H, W, 3) uint8 -> (3, H', W') uint8.
 
-    The channels-first tensor is a view of the decoded array: resizing that view is measurably faster than resizing a
-    contiguous copy, and gives the same values.
+    The channels-first tensor is a view of the decoded array: resizing that view is measurably faster than
+    resizing a contiguous copy, and gives the same values.
     """
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     for op in ops:
@@ -105,7 +105,9 @@ def apply_to_image(image: npt.NDArray[np.uint8], ops: Sequence[Op]) -> Tensor:
 
 
 def apply_to_boxes(boxes: FloatArray, size: Size, ops: Sequence[Op]) -> FloatArray:
-    """(n, 4) xyxy in pixels of an image of `size` -> the same boxes after `ops`, cut at the borders of every crop."""
+    """(n, 4) xyxy in pixels of an image of `size` -> the same boxes after `ops`, cut at the borders of every
+    crop.
+    """
     boxes = boxes.copy()
     for op in ops:
         if isinstance(op, Flip):
@@ -120,10 +122,11 @@ def apply_to_boxes(boxes: FloatArray, size: Size, ops: Sequence[Op]) -> FloatArr
 
 
 def short_side_size(size: Size, short_side: int, max_long: int | None) -> Size:
-    """The size with the given short side and the same shape; a smaller one if the long side would pass `max_long`.
+    """The size with the given short side and the same shape; a smaller one if the long side would pass
+    `max_long`.
 
-    The rule is the reference's: the short side is rounded to what `max_long` allows, the long side is cut off to an
-    integer (DETR, https://arxiv.org/abs/2005.12872, its public training recipe).
+    The rule is the reference's: the short side is rounded to what `max_long` allows, the long side is cut off
+    to an integer (DETR, https://arxiv.org/abs/2005.12872, its public training recipe).
     """
     small, large = min(size), max(size)
     if max_long is not None and large / small * short_side > max_long:
@@ -149,10 +152,11 @@ class Square:
 class ShortSides:
     """Mirroring and scaling of whole images by the short side.
 
-    Training: mirror with probability `flip`, scale the short side to one of `short_sides`, the long one to at most
-    `max_long`. Evaluation: short side `eval_short`, long side at most `eval_max_long`. With `fixed_size`, both scale to
-    a square of that many pixels, and training also mirrors and, five times of six, zooms: it takes a window with sides
-    of `zoom` times those of the image, smallest to largest, up to 15 % wider or narrower, in or around the image.
+    Training: mirror with probability `flip`, scale the short side to one of `short_sides`, the long one to at
+    most `max_long`. Evaluation: short side `eval_short`, long side at most `eval_max_long`. With
+    `fixed_size`, both scale to a square of that many pixels, and training also mirrors and, five times of
+    six, zooms: it takes a window with sides of `zoom` times those of the image, smallest to largest, up to 15
+    % wider or narrower, in or around the image.
     """
 
     short_sides: Sequence[int]
@@ -173,7 +177,10 @@ class ShortSides:
         assert self.zoom is not None
         if generator.random() < 1 / 6:
             return []
-        factor, stretch = np.exp(generator.uniform(*np.log(self.zoom))), np.exp(generator.uniform(-0.15, 0.15) / 2)
+        factor, stretch = (
+            np.exp(generator.uniform(*np.log(self.zoom))),
+            np.exp(generator.uniform(-0.15, 0.15) / 2),
+        )
         sides = [max(1, round(size[0] * factor / stretch)), max(1, round(size[1] * factor * stretch))]
         spare = [whole - side for whole, side in zip(size, sides, strict=True)]
         top, left = (int(generator.integers(min(0, one), max(0, one) + 1)) for one in spare)

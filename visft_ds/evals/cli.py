@@ -71,7 +71,9 @@ def main(arguments: Sequence[str]) -> int:
     add("--data", metavar="DIR|URL", help="shards made by visft shards")
     add("--split", metavar="NAME", help="split (default: the run's validation split, or val)")
     add("--limit", type=int, metavar="N", help="only the first N images")
-    add("--batch-size", type=int, metavar="N", help="images per batch of a process (default: the run's, or 8)")
+    add(
+        "--batch-size", type=int, metavar="N", help="images per batch of a process (default: the run's, or 8)"
+    )
     add("--out", type=Path, metavar="DIR", help="new or empty folder (default RUN/evaluation-SPLIT)")
     add("--pictures", type=int, default=8, metavar="N", help="pictures to draw (default %(default)s)")
     given = _parsed(parser, arguments)
@@ -87,14 +89,39 @@ def judge(arguments: Sequence[str]) -> int:
     add("base", metavar="BASE", help="model that the others are compared with")
     add("tuned", nargs="+", metavar="TUNED", help="a model trained further, or seeds joined by commas")
     add("--on", action="append", required=True, metavar="KIND=SOURCE", help="data to judge on; repeatable")
-    add("--control", action="append", default=[], metavar="MODEL", help="as TUNED, for equal feature shift; repeatable")
-    add("--primary", metavar="NUMBER", help="metric that decides (default: the first of the first segmentation)")
-    add("--numbers", metavar="A,B", help="only these, such as 'in-context mIoU' (default: all that the data give)")
+    add(
+        "--control",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="as TUNED, for equal feature shift; repeatable",
+    )
+    add(
+        "--primary",
+        metavar="NUMBER",
+        help="metric that decides (default: the first of the first segmentation)",
+    )
+    add(
+        "--numbers",
+        metavar="A,B",
+        help="only these, such as 'in-context mIoU' (default: all that the data give)",
+    )
     add("--quick", action="store_true", help="compute features once, at the model's size: minutes, not hours")
-    add("--layers", choices=("all", "last"), default="all", help="read the best of all or the last (%(default)s)")
+    add(
+        "--layers",
+        choices=("all", "last"),
+        default="all",
+        help="read the best of all or the last (%(default)s)",
+    )
     add("--dry-run", action="store_true", help="print models, data and time, and stop")
     add("--download", action="store_true", help=DOWNLOAD_HELP)
-    add("--out", type=Path, default=Path("judge"), metavar="DIR", help="new, or of an earlier start (%(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("judge"),
+        metavar="DIR",
+        help="new, or of an earlier start (%(default)s)",
+    )
     add("--cache", type=Path, metavar="DIR", help="scores, shared by several --out (default OUT/scores)")
     add("--device", choices=("auto", "cpu"), default="auto", help="default %(default)s")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default %(default)s")
@@ -111,7 +138,9 @@ def report(arguments: Sequence[str]) -> int:
     parser = _parser("report", REPORT)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of visft train")
     parser.add_argument("--judge", type=Path, metavar="DIR", help="folder that visft judge wrote")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="a .html file (default for one run: RUN/report.html)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="a .html file (default for one run: RUN/report.html)"
+    )
     given = _parsed(parser, arguments)
     from visft_ds.evals.report import report_runs
 

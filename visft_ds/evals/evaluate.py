@@ -38,7 +38,9 @@ from visft_ds.tasks.pictures import grid, save_png
 class EvaluationResult:
     """Numbers of an evaluation and what they were computed from; empty but on the main process."""
 
-    metrics: Mapping[str, float]  #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1: the data has no such objects
+    metrics: Mapping[
+        str, float
+    ]  #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1: the data has no such objects
     results: Mapping[str, Results]  #: task -> predictions in COCO's results format, in the order of the data
     out: Path | None = None  #: folder of what was written
 
@@ -66,7 +68,8 @@ def evaluate(
     Collective: with several processes all call it, and each image is evaluated once.
 
     Args:
-        run: folder of a run, or RUN/checkpoints/step_N; the rest replaces what it says. Without it give backbone,
+        run: folder of a run, or RUN/checkpoints/step_N; the rest replaces what it says. Without it give
+        backbone,
             heads and data.
         backbone: file of base or merged weights, of any known layout; or a name, as `fit` takes it.
         download: download missing weights from the Hugging Face hub.
@@ -84,14 +87,17 @@ def evaluate(
         command: print what is evaluated and found; of a run, `out` is RUN/evaluation-SPLIT by default.
 
     Raises:
-        ValueError: missing or damaged files, parts that do not belong together, data that a task cannot be judged by
+        ValueError: missing or damaged files, parts that do not belong together, data that a task cannot be
+        judged by
             (predictions are written all the same).
     """
     counts = SimpleNamespace(limit=limit, batch_size=batch_size, beam_size=beam_size, pictures=pictures)
     check_least(counts, limit=1, batch_size=1, beam_size=1, pictures=0)
     out, cache = None if out is None else Path(out), None
     if run is None and None in (backbone, heads, data, out if command else ""):
-        raise ValueError(f"without --run give --backbone, --heads{', --data and --out' if command else ' and --data'}")
+        raise ValueError(
+            f"without --run give --backbone, --heads{', --data and --out' if command else ' and --data'}"
+        )
     source = source_of(
         None if run is None else Path(run),
         tasks=tasks,
@@ -123,7 +129,9 @@ def evaluate(
         from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
 
         start_process_group()
-    check_categories(model.heads, manifest.categories, str(manifest.root), "Evaluate it on data of its own categories")
+    check_categories(
+        model.heads, manifest.categories, str(manifest.root), "Evaluate it on data of its own categories"
+    )
     count, where = min(limit or len(manifest), len(manifest)), f"{manifest.root}/{split}"
     _check_truth(source.tasks, manifest, count)
     if command and distributed.is_main():
@@ -132,7 +140,9 @@ def evaluate(
         print_plan("visft_ds evaluation", [Section("model and data", facts)])
     with ShardReader(manifest) as reader:
         began, workers = time.perf_counter(), workers_of(DataConfig())
-        collected = collect(model.predict, reader, streams, model.vocabulary, limit=limit, num_workers=workers)
+        collected = collect(
+            model.predict, reader, streams, model.vocabulary, limit=limit, num_workers=workers
+        )
         seconds = time.perf_counter() - began
         distributed.close()  # before measuring, which the main process does alone
         if collected is None:
@@ -166,9 +176,12 @@ def evaluate(
         # Last: a folder without it was not finished.
         (out / METRICS).write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
         if command:
-            # Names of a category's numbers have two strokes; -1 is COCO's mark for "there is nothing of this kind".
+            # Names of a category's numbers have two strokes; -1 is COCO's mark for "there is nothing of this
+            # kind".
             shown = {name: value for name, value in metrics.items() if name.count("/") == 1}
-            rows = [(name, "no such objects" if value < 0 else f"{value:.4f}") for name, value in shown.items()]
+            rows = [
+                (name, "no such objects" if value < 0 else f"{value:.4f}") for name, value in shown.items()
+            ]
             rows += [(name.replace("_", " "), str(value)) for name, value in facts_of.items()]
             written = [*files.values(), METRICS, f"{PICTURES}/"]
             rows += [("images/s", f"{count / seconds:.1f}"), ("written", f"{out}: {', '.join(written)}")]

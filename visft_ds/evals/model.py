@@ -1,7 +1,7 @@
 """A model for evaluation, rebuilt from files alone: backbone weights, heads, and an adapter or none.
 
-Everything that a file records about itself is checked against the others before a tensor is copied: sizes of the tower,
-width of the features, the base an adapter was trained on, the categories a head knows.
+Everything that a file records about itself is checked against the others before a tensor is copied: sizes of
+the tower, width of the features, the base an adapter was trained on, the categories a head knows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ from visft_ds.ops import DTYPES, use_numerics
 from visft_ds.prepare.data import read_vocabulary
 from visft_ds.prepare.datasets import needs_vocabulary
 from visft_ds.pretrained import local, weights_among
-from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, export_of, recorded_config
+from visft_ds.run.folder import (
+    ADAPTER_FOLDER,
+    BACKBONE_FILE,
+    TRAINED_BACKBONE_FILE,
+    export_of,
+    recorded_config,
+)
 from visft_ds.tasks import TASKS, config_class
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -46,7 +52,9 @@ class ModelFiles:
     backbone: Path
     heads: Path  #: folder of `<task>.safetensors`, or of published files
     adapter: Path | None
-    model: Mapping[str, Any] | None = None  #: preset and options of the backbone, where a run or a name tells them
+    model: Mapping[str, Any] | None = (
+        None  #: preset and options of the backbone, where a run or a name tells them
+    )
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,8 @@ class ModelSource:
             precision: what the backbone computes in, and heads in bf16; its matrices are stored in it too.
 
         Raises:
-            ValueError: a missing or damaged file, an adapter on top of merged weights, heads for another width.
+            ValueError: a missing or damaged file, an adapter on top of merged weights, heads for another
+            width.
         """
         use_numerics(device, tf32=precision != "fp32")
         heads = {task: open_head(self.files.heads, task) for task in self.tasks}
@@ -144,7 +153,8 @@ def source_of(
     """All that a model is built of; what is given replaces what a run says.
 
     Args:
-        place: a run, its export or a checkpoint; or weights, or a folder that merging wrote, together with `heads`.
+        place: a run, its export or a checkpoint; or weights, or a folder that merging wrote, together with
+        `heads`.
             None: `backbone` and `heads` are given.
         alone: the backbone without heads.
 
@@ -180,7 +190,9 @@ def source_of(
         if weights is None and place is not None and place.is_dir():
             inside = weights_among(path.name for path in place.iterdir())
             if inside is None:
-                raise ValueError(f"{place} does not have exactly one weight file: give backbone=FILE (--backbone FILE)")
+                raise ValueError(
+                    f"{place} does not have exactly one weight file: give backbone=FILE (--backbone FILE)"
+                )
             place = place / inside
         weights = weights or place
         assert weights is not None, "a place or a backbone"
@@ -188,28 +200,40 @@ def source_of(
         files = ModelFiles(weights, folder or weights, own, chosen.description if chosen else None)
     beams = {"beam_size": beam_size} if beam_size else {}
     decoding = {
-        task: one.decoding.model_dump() | beams for task, one in settings.items() if isinstance(one, WordsConfig)
+        task: one.decoding.model_dump() | beams
+        for task, one in settings.items()
+        if isinstance(one, WordsConfig)
     }
     precision = precision or (config.model.precision if config else "auto")
     return ModelSource(files, streams, config, words, decoding, precision)
 
 
-def _chosen(streams: Mapping[str, Stream], names: str | Sequence[str] | None, heads: Path | None) -> dict[str, Stream]:
+def _chosen(
+    streams: Mapping[str, Stream], names: str | Sequence[str] | None, heads: Path | None
+) -> dict[str, Stream]:
     """The streams of the tasks that were asked for, by default of all that have a head.
 
     Args:
         names: of the tasks, in a list or with commas.
         heads: folder that has all heads; None: the run has them.
     """
-    found = [task for stream in streams.values() for task in stream.tasks if heads is None or head_files(heads, task)]
+    found = [
+        task
+        for stream in streams.values()
+        for task in stream.tasks
+        if heads is None or head_files(heads, task)
+    ]
     if not found:
         raise ValueError(f"{heads} holds no heads: give RUN/export, or the published files")
     listed = names.split(",") if isinstance(names, str) else names
     wanted = [name.strip() for name in listed] if listed else found
     if unknown := [name for name in wanted if name not in found]:
-        raise ValueError(f"--tasks: no head for {', '.join(map(repr, unknown))}; allowed are {', '.join(found)}")
+        raise ValueError(
+            f"--tasks: no head for {', '.join(map(repr, unknown))}; allowed are {', '.join(found)}"
+        )
     kept = {
-        name: replace(one, tasks=tuple(task for task in one.tasks if task in wanted)) for name, one in streams.items()
+        name: replace(one, tasks=tuple(task for task in one.tasks if task in wanted))
+        for name, one in streams.items()
     }
     return {name: stream for name, stream in kept.items() if stream.tasks}
 
@@ -223,12 +247,14 @@ def files_of_run(
     heads: Path | None = None,
     adapter: AnyPath | None = None,
 ) -> ModelFiles:
-    """The files of a run's model: all of its export, or of its checkpoint, but for base weights that have a name.
+    """The files of a run's model: all of its export, or of its checkpoint, but for base weights that have a
+    name.
 
     Args:
         place: a run, its export, or RUN/checkpoints/step_N.
         tasks: whose heads are needed.
-        backbone, heads, adapter: replace the run's; adapter "none" leaves it out. A backbone that has an adapter merged
+        backbone, heads, adapter: replace the run's; adapter "none" leaves it out. A backbone that has an
+        adapter merged
             in takes none from the run.
 
     Raises:
@@ -250,7 +276,9 @@ def files_of_run(
         own_adapter = export / ADAPTER_FOLDER if (export / ADAPTER_FOLDER).is_dir() else None
         if (export / TRAINED_BACKBONE_FILE).is_file():
             own_backbone = export / TRAINED_BACKBONE_FILE
-    if adapter is not None or (backbone is not None and layouts.MERGED in layouts.open_model(backbone).metadata):
+    if adapter is not None or (
+        backbone is not None and layouts.MERGED in layouts.open_model(backbone).metadata
+    ):
         own_adapter = None if adapter in (None, "none") else Path(adapter)
     backbone, heads = backbone or own_backbone, heads or own_heads or export
     if missing := [str(path) for path in (backbone, heads, own_adapter) if path and not path.exists()]:
@@ -258,7 +286,9 @@ def files_of_run(
             f"not found: {', '.join(missing)}. Files that were moved are named by --backbone FILE, --heads FOLDER and "
             "--adapter FOLDER"
         )
-    return ModelFiles(backbone, heads, own_adapter, {"preset": config.model.preset, **config.model.backbone_options()})
+    return ModelFiles(
+        backbone, heads, own_adapter, {"preset": config.model.preset, **config.model.backbone_options()}
+    )
 
 
 def _load_backbone(

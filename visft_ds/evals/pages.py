@@ -1,4 +1,5 @@
-"""Pages: one HTML file each that needs no network, with pictures and charts in it, out of templates beside this module.
+"""Pages: one HTML file each that needs no network, with pictures and charts in it, out of templates beside
+this module.
 
 Charts are `<svg>` elements, drawn by matplotlib: no script, nothing to load, equal bytes for equal data.
 """
@@ -57,7 +58,9 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.globals["number"] = number_text
-    environment.globals["interval"] = lambda of, *percent: Interval(of["value"], of["low"], of["high"]).text(*percent)
+    environment.globals["interval"] = lambda of, *percent: Interval(of["value"], of["low"], of["high"]).text(
+        *percent
+    )
     try:
         return environment.get_template(template).render(**values)
     except (UndefinedError, TypeError) as error:
@@ -86,11 +89,12 @@ class Series:
 def line_chart(
     series: Sequence[Series], *, title: str, y_label: str, linear: bool = False, places: Sequence[str] = ()
 ) -> str:
-    """An `<svg>` element with grid lines and a legend of the named series, over optimiser steps or named places.
+    """An `<svg>` element with grid lines and a legend of the named series, over optimiser steps or named
+    places.
 
-    A series has the colour of its place among all; "" where none has a point. Unless it is to be `linear`, the vertical
-    axis is logarithmic where all values are positive and the largest is more than WIDE times the smallest: a loss falls
-    most in its first steps. `title` is also read out aloud.
+    A series has the colour of its place among all; "" where none has a point. Unless it is to be `linear`,
+    the vertical axis is logarithmic where all values are positive and the largest is more than WIDE times the
+    smallest: a loss falls most in its first steps. `title` is also read out aloud.
     """
     from matplotlib import style  # takes a second
     from matplotlib.figure import Figure
@@ -101,7 +105,9 @@ def line_chart(
         return ""
     text = io.StringIO()
     with style.context(["default", _STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of other scripts: the reader's program has fonts
+        warnings.filterwarnings(
+            "ignore", "Glyph .* missing"
+        )  # of other scripts: the reader's program has fonts
         figure = Figure((640 / 72, 340 / 72) if places else (360 / 72, 260 / 72), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title, weight="bold")

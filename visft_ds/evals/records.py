@@ -54,7 +54,9 @@ class Evaluation:
 
     label: str
     folder: Path
-    metrics: Mapping[str, float]  #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1: the data has no such objects
+    metrics: Mapping[
+        str, float
+    ]  #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1: the data has no such objects
     images: str  #: how many were evaluated, in words
     record: Mapping[str, Any]
 
@@ -62,7 +64,9 @@ class Evaluation:
         """Image id -> ground truth beside prediction. Raises ValueError for a damaged picture."""
         files = self.record.get("pictures", {}).get(task, ())
         place = self.folder / PICTURES
-        return {entry["image_id"]: np.asarray(open_image(place / Path(entry["file"]).name)) for entry in files}
+        return {
+            entry["image_id"]: np.asarray(open_image(place / Path(entry["file"]).name)) for entry in files
+        }
 
 
 def read_evaluation(label: str, folder: Path) -> Evaluation:

@@ -51,7 +51,9 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
     """
     check_extra("visft report", "report", ["matplotlib"])
     names = [folder.resolve().name for folder in folders]
-    labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+    labels = [
+        name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)
+    ]
     if out is None and len(folders) > 1:
         raise ValueError(f"--out is needed for {len(folders)} runs: name the page, as in --out report.html")
     path = out or folders[0] / "report.html"
@@ -72,7 +74,9 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
         states=[_state(run) for run in runs],
         beyond=read_judged(judged) if judged else None,
         evaluations=evaluations,
-        results=[found for part in parts if (found := [name for name in measured if name.startswith(f"{part}/")])],
+        results=[
+            found for part in parts if (found := [name for name in measured if name.startswith(f"{part}/")])
+        ],
         mains=list(MAIN.values()),
         pictures=[one for task in MAIN if (one := _pictures(evaluations, task))["rows"]],
         curves=_charts({run.label: run.history for run in runs}),
@@ -93,7 +97,9 @@ def _state(run: _Run) -> str:
 
 
 def _evaluations(run: _Run, alone: bool) -> list[Evaluation]:
-    """Evaluations of a run: that of visft evaluate, else the last during training, if `alone` also the first."""
+    """Evaluations of a run: that of visft evaluate, else the last during training, if `alone` also the
+    first.
+    """
     data, limit = run.config.visft.data, run.config.visft.run.eval_limit
     made = run.folder / f"evaluation-{data.val}"
     if (made / METRICS).is_file():
@@ -128,7 +134,9 @@ def _charts(histories: Mapping[str, History]) -> list[dict[str, Any]]:
     """Charts by kind, {"title", "charts"}; a number that no run recorded is a chart less, never an error."""
     rough = {"smooth": True, "linear": False}
     kinds = {
-        "Loss by task": [_chart(histories, f"loss/{task}", f"{task} loss", "weighted loss", **rough) for task in MAIN],
+        "Loss by task": [
+            _chart(histories, f"loss/{task}", f"{task} loss", "weighted loss", **rough) for task in MAIN
+        ],
         "Evaluation during training": [_chart(histories, f"val/{name}", name, "") for name in MAIN.values()],
         "Learning rate and gradient": [
             _rates(histories),
@@ -150,7 +158,13 @@ def _points(history: History, name: str) -> tuple[list[float], list[float]]:
 
 
 def _chart(
-    histories: Mapping[str, History], name: str, title: str, unit: str, *, smooth: bool = False, linear: bool = True
+    histories: Mapping[str, History],
+    name: str,
+    title: str,
+    unit: str,
+    *,
+    smooth: bool = False,
+    linear: bool = True,
 ) -> str:
     """A line of each run; to be `smooth`, pale behind it as it was recorded."""
     series: list[Series] = []
@@ -158,7 +172,9 @@ def _chart(
         steps, values = _points(history, name)
         told = label if len(histories) > 1 else "smoothed" if smooth else ""
         shown = (
-            uniform_filter1d(values, 1 + int(_WINDOW * len(values)), mode="nearest") if smooth and values else values
+            uniform_filter1d(values, 1 + int(_WINDOW * len(values)), mode="nearest")
+            if smooth and values
+            else values
         )
         series.append(Series(steps, list(shown), told, behind=values if smooth else ()))
     return line_chart(series, title=title, y_label=unit, linear=linear)
@@ -188,7 +204,9 @@ def _facts(run: _Run) -> dict[str, str]:
             f"{group['name']} ({group['params']}, learning rate {rate if group['lr'] is None else group['lr']:g})"
             for group in visft["param_groups"]
         ),
-        "adapter": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {'+'.join(lora['targets'])}" if lora else "none",
+        "adapter": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {'+'.join(lora['targets'])}"
+        if lora
+        else "none",
         "steps": f"{schedule['total_num_steps']}, {schedule['warmup_num_steps']} of them warm-up",
         "optimiser": f"{optimizer['type']}, clipping {config['gradient_clipping']:g}",
         "processes": f"{run.record.world_size}, ZeRO-{config['zero_optimization']['stage']}",
@@ -200,7 +218,12 @@ def _facts(run: _Run) -> dict[str, str]:
 
 def _environment(record: RunFile) -> dict[str, str]:
     command = " ".join([redacted(word) for word in record.command])
-    return {"started": record.started or _NONE, "command": command, "commit": record.commit or _NONE, **record.versions}
+    return {
+        "started": record.started or _NONE,
+        "command": command,
+        "commit": record.commit or _NONE,
+        **record.versions,
+    }
 
 
 def _differing(configs: Sequence[ResolvedConfig]) -> dict[str, list[str]]:

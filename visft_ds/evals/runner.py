@@ -1,4 +1,5 @@
-"""Evaluation on a split: each image once over all ranks (`collect`), then numbers and pictures on the main process.
+"""Evaluation on a split: each image once over all ranks (`collect`), then numbers and pictures on the main
+process.
 
 They are apart so that no rank has to wait in a collective while the main process computes average precision.
 """
@@ -32,9 +33,11 @@ def collect(
     places: Sequence[int] | None = None,
     num_workers: int = 0,
 ) -> dict[str, Results] | None:
-    """Run every task over the split. Collective: all ranks call it; the main process gets {task: results}, others None.
+    """Run every task over the split. Collective: all ranks call it; the main process gets {task: results},
+    others None.
 
-    Results are in the order of the data set, however many ranks there were: files of two models can be compared.
+    Results are in the order of the data set, however many ranks there were: files of two models can be
+    compared.
 
     Args:
         streams: what to evaluate, with the classes of its heads; `micro_batch` is the evaluation batch size.
@@ -67,11 +70,17 @@ def collect(
 
 
 def measure(
-    collected: Mapping[str, Results], reader: ShardReader, *, limit: int | None = None, per_category: bool = False
+    collected: Mapping[str, Results],
+    reader: ShardReader,
+    *,
+    limit: int | None = None,
+    per_category: bool = False,
 ) -> tuple[dict[str, float], list[str]]:
-    """Compare results with the labels of the first `limit` images of the split. No collective: for one process.
+    """Compare results with the labels of the first `limit` images of the split. No collective: for one
+    process.
 
-    Returns the numbers of all tasks, and a line for each task that cannot be judged: it takes nothing from the others.
+    Returns the numbers of all tasks, and a line for each task that cannot be judged: it takes nothing from
+    the others.
     """
     metrics, problems = dict[str, float](), list[str]()
     for task, results in collected.items():
@@ -83,7 +92,9 @@ def measure(
     return metrics, problems
 
 
-def example_positions(reader: ShardReader, tasks: Sequence[str], count: int, limit: int | None = None) -> list[int]:
+def example_positions(
+    reader: ShardReader, tasks: Sequence[str], count: int, limit: int | None = None
+) -> list[int]:
     """The first images with something to show of every task (objects, captions): the same for all models."""
     index = reader.manifest.index[:limit]
     shown = np.ones(len(index), dtype=bool)

@@ -1,14 +1,14 @@
 """Test of stage 2: its gain out of domain compared with controls, and its cost.
 
     visft ablate --seeds 5 --jobs 2 --out gain        EfficientNet-Lite0 and drawings; hours on two cores
-    visft ablate --arms "permuted labels" --arm "rank 4: visft.lora.rank=4" --arm "rank 64: visft.lora.rank=64"
-    visft ablate --seeds 5 --arms "permuted labels" --styles 10        ten more styles of drawings, one value each
-    visft ablate --model eva_e --processes 8 --data SHARDS --on segmentation=SOURCE --on zero_shot=imagenet/val
+    visft ablate --arms "permuted labels" --arm "rank 4: visft.lora.rank=4"
+    visft ablate --seeds 5 --arms "permuted labels" --styles 10        ten more styles of drawings
+    visft ablate --model eva_e --processes 8 --data SHARDS --on segmentation=SOURCE
 
-Every arm (variant of training) is trained with every seed and compared with the untouched base, over items and seeds
-together. Then it is a control of the first arm, scaled to equal feature shift. The claim holds if the first arm beats
-the base, and labels of other images at equal feature shift. The same command continues an interrupted
-experiment. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
+Every arm (variant of training) is trained with every seed and compared with the untouched base, over items
+and seeds together. Then it is a control of the first arm, scaled to equal feature shift. The claim holds if
+the first arm beats the base, and labels of other images at equal feature shift. The same command continues an
+interrupted experiment. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ HELD = "heart,arrow"  # shapes that no training image shows
 
 @dataclass(frozen=True)
 class Arm:
-    """Training that departs from the recipe. In settings, $heads is stage 1's rate, $mode its visft.mode, $hundredth a
-    hundredth of stage 2's rate."""
+    """Training that departs from the recipe. In settings, $heads is stage 1's rate, $mode its visft.mode,
+    $hundredth a hundredth of stage 2's rate."""
 
     settings: tuple[str, ...] = ()  #: --set of stage 2
     both: tuple[str, ...] = ()  #: --set of both stages: it has a base of its own
@@ -66,7 +66,8 @@ ARMS = {
     "captions": Arm(("visft.tasks=captioning",)),
     "random heads": Arm((*_RANDOM, _heads("0"), "optimizer.params.lr=$hundredth"), joint=True),
     "soup": Arm(soup=True),
-    # Weights: the least power of ten that lowered the feature shift by a quarter on a seed that is not judged.
+    # Weights: the least power of ten that lowered the feature shift by a quarter on a seed that is not
+    # judged.
     "gram anchor": Arm(("visft.anchor.gram=1000",)),
     "cosine anchor": Arm(("visft.anchor.cosine=100",)),
 }
@@ -80,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_extra("visft judge, which judges what is trained here,", "eval", EVAL)
         check_least(given, seeds=2, jobs=1, processes=1, styles=0)
         if given.jobs > 1 and given.processes > 1:
-            raise ValueError(f"--jobs {given.jobs}: trainings of several processes would share their GPUs; give 1")
+            raise ValueError(
+                f"--jobs {given.jobs}: trainings of several processes would share their GPUs; give 1"
+            )
         plan = Plan(given)
         if given.dry_run:
             plan.steps.show()
@@ -93,11 +96,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=program("ablate"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog=program("ablate"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("experiment", nargs="?", choices=("gain",), default="gain", help="the only experiment, and the default")
+    add(
+        "experiment",
+        nargs="?",
+        choices=("gain",),
+        default="gain",
+        help="the only experiment, and the default",
+    )
     add("--arms", metavar="A,B", help=f"arms besides {FIRST!r} (default: all of {', '.join(ARMS)})")
-    add("--arm", action="append", default=[], metavar='"NAME: KEY=VALUE ..."', help="another arm: settings of stage 2")
+    add(
+        "--arm",
+        action="append",
+        default=[],
+        metavar='"NAME: KEY=VALUE ..."',
+        help="another arm: settings of stage 2",
+    )
     add("--seeds", type=int, default=3, metavar="N", help="seeds of every arm (default %(default)s)")
     add("--out", type=Path, default=Path("ablation"), metavar="DIR", help="results folder (%(default)s)")
     add("--jobs", type=int, default=1, metavar="N", help="commands at a time (default %(default)s)")
@@ -107,7 +124,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="SHARDS", help="training data (default: drawings, made here)")
     decides = "as in visft judge; the first segmentation decides"
     add("--on", action="append", default=[], metavar="KIND=SOURCE", help=decides)
-    add("--styles", type=int, default=0, metavar="N", help="also judge N drawn styles, which are then the sample (0)")
+    add(
+        "--styles",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also judge N drawn styles, which are then the sample (0)",
+    )
     add("--processes", type=int, default=1, metavar="N", help="processes per training run (%(default)s)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of every training run")
     return parser
@@ -127,7 +150,9 @@ class Plan:
         self.judges: list[str] = list(given.on)
         self.data, self.base = given.data, given.base
         if given.styles == 1 or (given.styles and self.data is not None):
-            raise ValueError(f"--styles {given.styles}: give at least 2, without --data: they are styles of drawings")
+            raise ValueError(
+                f"--styles {given.styles}: give at least 2, without --data: they are styles of drawings"
+            )
         if self.data is None:
             self._draw()
         segmentations = [text for text in self.judges if text.startswith("segmentation=")]
@@ -169,12 +194,17 @@ class Plan:
             self.base = str(self.steps.add("weights", "merge", *words, out="weights.safetensors"))
             self.judges.append(f"kept={other}/val2017,name=style-b")
 
-    # ------------------------------------------------------------------------------------------------- trainings
+    # -------------------------------------------------------------------------------------------------
+    # trainings
 
     def _filled(self, settings: Sequence[str]) -> list[str]:
         """Settings of an arm with the values that they name."""
         one, two = self.recipe[1], self.recipe[2].optimizer.params.lr
-        values = {"heads": f"{one.optimizer.params.lr:g}", "mode": one.visft.mode, "hundredth": f"{two / 100:g}"}
+        values = {
+            "heads": f"{one.optimizer.params.lr:g}",
+            "mode": one.visft.mode,
+            "hundredth": f"{two / 100:g}",
+        }
         return [Template(text).safe_substitute(values) for text in settings]
 
     def _train(self, name: str, stage: int, seed: int, arm: Arm, *settings: str) -> Path:
@@ -228,26 +258,33 @@ class Plan:
         return found
 
     def _judge_styles(self) -> Path:
-        """Comparison of the first arm with the base, noise and permuted labels in styles that numbers draw."""
+        """Comparison of the first arm with the base, noise and permuted labels in styles that numbers
+        draw.
+        """
         first, base = self._models(FIRST, self.arms[FIRST]), self._stage1(self.arms[FIRST], 0)
         words = ["judge", f"{BASE}={base}", f"{FIRST}={first}"]
         if PERMUTED in self.arms:
             words += ["--control", f"{PERMUTED} {EQUAL}={self._models(PERMUTED, self.arms[PERMUTED])}"]
         for style in range(1, self.given.styles + 1):
             of = ("--style", str(style), "--train", STYLE_IMAGES, "--val", STYLE_IMAGES)
-            drawings = self.steps.add(f"style-{style}", "toy", *DRAWN, "--without", HELD, "--workers", "1", *of)
+            drawings = self.steps.add(
+                f"style-{style}", "toy", *DRAWN, "--without", HELD, "--workers", "1", *of
+            )
             words += ["--on", f"segmentation={drawings},name=style-{style}"]
         words += ["--numbers", IN_CONTEXT, "--cache", f"{self.given.out}/scores", "--quick"]
         return self.steps.add("styles", *words, resumes=True)
 
-    # --------------------------------------------------------------------------------------------------- results
+    # ---------------------------------------------------------------------------------------------------
+    # results
 
     def write(self, failed: Mapping[str, str]) -> None:
         """Print the verdict and one table of all arms; write them as table.json and table.md."""
         from visft_ds.monitor.console import Section, print_plan
 
         rows: list[dict[str, Any]] = []
-        for table in (table for tables in self.tables.values() for table in tables if table.name not in failed):
+        for table in (
+            table for tables in self.tables.values() for table in tables if table.name not in failed
+        ):
             record = json.loads((table / "judge.json").read_text(encoding="utf-8"))
             kept = [of["name"] for of in record["rows"] if of["name"].startswith("kept/")]
             for label in [name for name in [*record["arms"]][1:] if name not in [row["arm"] for row in rows]]:
@@ -255,7 +292,9 @@ class Plan:
                 row[f"minus {BASE}"] = difference(record["rows"], self.primary, label)
                 for of in record["rows"]:
                     if label in of["controls"].get(FIRST, ()):
-                        row[MINUS_IT if of["name"] == self.primary else MINUS_IT_KEPT] = of["controls"][FIRST][label]
+                        row[MINUS_IT if of["name"] == self.primary else MINUS_IT_KEPT] = of["controls"][
+                            FIRST
+                        ][label]
                 rows.append(row | {name: difference(record["rows"], name, label) for name in kept})
         said = " ".join([verdict(rows, self.given.seeds), *anchors_help(rows)])
         content: dict[str, Any] = {"primary": self.primary, "verdict": said, "rows": rows, "failed": failed}
@@ -268,7 +307,9 @@ class Plan:
         sections = [Section("verdict", [(said,)]), Section(title, lines, columns)]
         means = [(f"{FIRST} {name}", _cell(of)) for name, of in content.get("styles", {}).items()]
         if means:
-            sections.append(Section(f"{IN_CONTEXT}, mean over {self.given.styles} drawn styles, Student's t", means))
+            sections.append(
+                Section(f"{IN_CONTEXT}, mean over {self.given.styles} drawn styles, Student's t", means)
+            )
         print_plan(self.primary, sections)
         (self.given.out / "table.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         marked = [columns, ["---"] * len(columns), *lines]
@@ -297,14 +338,17 @@ def _chosen_arms(names: str | None, more: Sequence[str], *, whole: bool) -> dict
 
 
 def difference(rows: Sequence[Mapping[str, Any]], number: str, arm: str) -> dict[str, float] | None:
-    """{"value", "low", "high"} of an arm minus the first one of its table; None if either has no such number."""
+    """{"value", "low", "high"} of an arm minus the first one of its table; None if either has no such
+    number.
+    """
     return next((row["differences"].get(arm) for row in rows if row["name"] == number), None)
 
 
 def over_styles(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """The first arm's mean difference from the base and from each control, by name; one value of a style.
 
-    Intervals are Student's t over the styles, of which there are at least two: images and seeds are part of each value.
+    Intervals are Student's t over the styles, of which there are at least two: images and seeds are part of
+    each value.
     """
     values: dict[str, list[float]] = {}
     for row in rows:
@@ -329,7 +373,9 @@ def verdict(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
     gain = of_arm.get(FIRST, {}).get(f"minus {BASE}")
     more = of_arm.get(f"{PERMUTED} {EQUAL}", {}).get(f"{FIRST} minus it")
     if gain is None or more is None:
-        return f"The claim was not judged: it needs {FIRST!r} and {PERMUTED!r}, and one of them has no result."
+        return (
+            f"The claim was not judged: it needs {FIRST!r} and {PERMUTED!r}, and one of them has no result."
+        )
     lacks = [what for what, one in (("the base", gain), ("labels of other images", more)) if one["low"] <= 0]
     few = f" {seeds} seeds of the {CLAIM_SEEDS} that it asks for." if seeds < CLAIM_SEEDS else ""
     zero = f" Zero is not excluded over {' and '.join(lacks)}." if lacks else ""
@@ -340,14 +386,18 @@ def verdict(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
 
 
 def anchors_help(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences on whether anchors help, by a criterion that was named before they were measured: at equal feature
-    shift more predictions of the base's classifier are kept, and less than half a point of the gain is lost."""
+    """Sentences on whether anchors help, by a criterion that was named before they were measured: at equal
+    feature shift more predictions of the base's classifier are kept, and less than half a point of the gain
+    is lost.
+    """
     told = []
     for row in rows:
         gain, kept = row.get(MINUS_IT), row.get(MINUS_IT_KEPT)
         if gain and kept and row["arm"] in [f"{name} {EQUAL}" for name in ANCHORS]:
             helps = kept["high"] < 0 and gain["high"] < LOSS_ALLOWED
-            beside = f"{FIRST!r} minus it is {_cell(gain)} of the gain and {_cell(kept)} of the predictions kept"
+            beside = (
+                f"{FIRST!r} minus it is {_cell(gain)} of the gain and {_cell(kept)} of the predictions kept"
+            )
             told.append(f"The {row['arm']} {'helps' if helps else 'does not help'}: {beside}.")
     return told
 

@@ -1,4 +1,6 @@
-"""Weights in and out: weights.py reads and writes files, layouts.py knows backbones in them, export.py the formats."""
+"""Weights in and out: weights.py reads and writes files, layouts.py knows backbones in them, export.py the
+formats.
+"""
 
 #: Format -> file of weights in its folder; an adapter has two.
 FORMATS = {

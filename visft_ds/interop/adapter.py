@@ -1,12 +1,12 @@
 """A low-rank adapter apart from any model, as a run exports it and as everything here reads it.
 
-Letters: r rank, G adapted slices of a layer. Linear layers have `lora_A` (G*r, in) and `lora_B` (adapted rows, r),
-stacked slice by slice; convolutions `lora_A` (r, in, k, k) and `lora_B` (out, r). The change of a weight is
-alpha / r * B A.
+Letters: r rank, G adapted slices of a layer. Linear layers have `lora_A` (G*r, in) and `lora_B` (adapted
+rows, r), stacked slice by slice; convolutions `lora_A` (r, in, k, k) and `lora_B` (out, r). The change of a
+weight is alpha / r * B A.
 
-A folder holds it twice, in a file of ours and as PEFT reads it. PEFT has no LoRA on slices of a fused qkv. Ours becomes
-its plain one on the whole qkv: of G slices rank G*r, A as it is, B (3D, G*r) block by block and zero elsewhere, alpha G
-times as large. That is exact.
+A folder holds it twice, in a file of ours and as PEFT reads it. PEFT has no LoRA on slices of a fused qkv.
+Ours becomes its plain one on the whole qkv: of G slices rank G*r, A as it is, B (3D, G*r) block by block and
+zero elsewhere, alpha G times as large. That is exact.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ _KEY = "visft_adapter"
 
 
 class StoredAdapter(LoraConfig):
-    """Settings of an adapter in the header of its file; rank, alpha and targets are those of a configuration."""
+    """Settings of an adapter in the header of its file; rank, alpha and targets are those of a
+    configuration.
+    """
 
     model: StoredModel
     layers: Annotated[dict[str, tuple[Positive, tuple[tuple[Count, Positive], ...]]], Field(min_length=1)]
@@ -49,7 +51,9 @@ class StoredAdapter(LoraConfig):
         """Layers whose slices do not rise from row to row within them."""
         for name, (rows, slices) in self.layers.items():
             ends = [*chain.from_iterable(slices), rows]
-            rises = all(low < high for low, high in slices) and all(low <= high for low, high in pairwise(ends))
+            rises = all(low < high for low, high in slices) and all(
+                low <= high for low, high in pairwise(ends)
+            )
             if not slices or not rises:
                 yield "layers", f"slices of {name[:80]} do not rise from row 0 to row {rows}"
 
@@ -60,7 +64,11 @@ class StoredAdapter(LoraConfig):
             if a is None or b is None:
                 raise ValueError(f"the tensors of {name[:80]} are missing; it has {examples(file)}")
             width = sum(high - low for low, high in slices)
-            fits = len(a.shape) in (2, 4) and a.shape[0] == len(slices) * self.rank and b.shape == (width, self.rank)
+            fits = (
+                len(a.shape) in (2, 4)
+                and a.shape[0] == len(slices) * self.rank
+                and b.shape == (width, self.rank)
+            )
             if not fits or 0 in a.shape:
                 raise ValueError(
                     f"{name[:80]}.lora_A is {a.shape} and lora_B {b.shape}, which is not rank {self.rank} on "
@@ -79,11 +87,17 @@ class Adapter:
     layers: Mapping[str, tuple[int, Slices]]  #: adapted layer -> its rows, and which of them are adapted
     tensors: Mapping[str, Tensor] = field(repr=False)  #: fp32
     base: str | None = None  #: fingerprint of the weights it was trained on
-    path: Path | None = field(default=None, compare=False, repr=False)  #: the file it was read from, for messages
+    path: Path | None = field(
+        default=None, compare=False, repr=False
+    )  #: the file it was read from, for messages
 
     @classmethod
-    def of(cls, backbone: Backbone, lora: LoraConfig, tensors: Mapping[str, Tensor], base: str | None) -> Adapter:
-        """The adapter in a backbone that `inject_lora` has seen, which may be on the meta device, with these values."""
+    def of(
+        cls, backbone: Backbone, lora: LoraConfig, tensors: Mapping[str, Tensor], base: str | None
+    ) -> Adapter:
+        """The adapter in a backbone that `inject_lora` has seen, which may be on the meta device, with these
+        values.
+        """
         layers = _layers_of(backbone)
         values = {f"{name}.{kind}": tensors[f"{name}.{kind}"].float() for name in layers for kind in KINDS}
         return cls(model_of(backbone), lora.rank, lora.alpha, tuple(lora.targets), layers, values, base)
@@ -101,7 +115,9 @@ class Adapter:
 
     def scaled(self, scale: float) -> Adapter:
         """Adapter with `scale` times the effect."""
-        scaled = {name: value * scale if name.endswith("lora_B") else value for name, value in self.tensors.items()}
+        scaled = {
+            name: value * scale if name.endswith("lora_B") else value for name, value in self.tensors.items()
+        }
         return replace(self, tensors=scaled)
 
     def install(self, backbone: Backbone) -> None:
@@ -110,14 +126,18 @@ class Adapter:
         with reading(where, f"an adapter of {backbone.describe()}"):
             if tuple(self.model.get("layers", ())) != backbone.layers_read:
                 ours = ", ".join(map(str, backbone.layers_read)) or "the last"
-                raise ValueError(f"it is of {described(self.model)}, and this model is read after block {ours}")
+                raise ValueError(
+                    f"it is of {described(self.model)}, and this model is read after block {ours}"
+                )
             inject_lora(backbone, rank=self.rank, alpha=self.alpha, targets=self.targets)
             parameters = lora_parameters(backbone)
             given = Weights({key: Lazy.of(value) for key, value in self.tensors.items()}, where)
             fitted(given, parameters, behind=(), what=backbone.describe())
             for layer, rows in _layers_of(backbone).items():
                 if self.layers[layer] != rows:
-                    raise ValueError(f"it is of rows {self.layers[layer]} of {layer}, and {self.targets} are {rows}")
+                    raise ValueError(
+                        f"it is of rows {self.layers[layer]} of {layer}, and {self.targets} are {rows}"
+                    )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(self.tensors[name])
@@ -144,7 +164,9 @@ class Adapter:
         settings = json.dumps({name: getattr(self, name) for name in names})
         save_tensors(folder / FILE, self.tensors, {_KEY: settings})
         save_tensors(folder / PEFT_WEIGHTS, self._peft_tensors(), {})
-        several = {re.escape(layer): len(slices) for layer, (_, slices) in self.layers.items() if len(slices) > 1}
+        several = {
+            re.escape(layer): len(slices) for layer, (_, slices) in self.layers.items() if len(slices) > 1
+        }
         config = {
             "peft_type": "LORA",
             "base_model_name_or_path": base_model,
@@ -175,7 +197,9 @@ class Adapter:
 
     @classmethod
     def load(cls, path: Path) -> Adapter:
-        """Read our own file, or that in a folder. Raises ValueError for another one, and for values not finite."""
+        """Read our own file, or that in a folder. Raises ValueError for another one, and for values not
+        finite.
+        """
         path = path / FILE if path.is_dir() else path
         file = open_weights(path)
         with reading(path, "an adapter of visft_ds"):
@@ -198,7 +222,8 @@ def _layers_of(backbone: Backbone) -> dict[str, tuple[int, Slices]]:
 
 
 def average(adapters: Sequence[Adapter]) -> Adapter:
-    """The adapter whose change of every weight is the mean of theirs, exactly: ranks add up, alpha / rank is 1.
+    """The adapter whose change of every weight is the mean of theirs, exactly: ranks add up, alpha / rank is
+    1.
 
     The factors are not averaged: the product of two means is not the mean of two products.
 
@@ -209,7 +234,9 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
         return first
     for other in others:
         if (other.model, other.layers) != (first.model, first.layers):
-            raise ValueError(f"adapters of {described(first.model)} and {described(other.model)} cannot be averaged")
+            raise ValueError(
+                f"adapters of {described(first.model)} and {described(other.model)} cannot be averaged"
+            )
         if other.base != first.base:
             raise ValueError("adapters of different base weights cannot be averaged: give those of one base")
     tensors: dict[str, Tensor] = {}
@@ -217,6 +244,8 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
         a, b = (f"{layer}.{kind}" for kind in KINDS)
         parts = [one.tensors[a].chunk(len(slices)) for one in adapters]
         tensors[a] = torch.cat([part[index] for index in range(len(slices)) for part in parts])
-        tensors[b] = torch.cat([one.alpha / one.rank / len(adapters) * one.tensors[b] for one in adapters], dim=1)
+        tensors[b] = torch.cat(
+            [one.alpha / one.rank / len(adapters) * one.tensors[b] for one in adapters], dim=1
+        )
     rank = sum(one.rank for one in adapters)
     return replace(first, rank=rank, alpha=float(rank), tensors=tensors)

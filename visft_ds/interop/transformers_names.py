@@ -55,7 +55,9 @@ _FAMILIES: Mapping[str, tuple[str, str, str, Mapping[str, str]]] = {
 
 
 def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
-    """Content in transformers' form, as `export.FORMATS` want it. Raises ValueError for a model of no such class."""
+    """Content in transformers' form, as `export.FORMATS` want it. Raises ValueError for a model of no such
+    class.
+    """
     name = backbone.name.partition(".")[0] if isinstance(backbone, TimmBackbone) else ""
     known = next((found for pattern, found in _FAMILIES.items() if re.fullmatch(pattern, name)), None)
     if known is None:
@@ -66,7 +68,9 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     kind, model_type, processor, rules = known
     model: Any = backbone
     pooled = "attn_pool.latent" in tower and not backbone.layers_read
-    kept = dict(backbone.named_parameters()).keys() | {n for n in tower if pooled and n.startswith("attn_pool.")}
+    kept = dict(backbone.named_parameters()).keys() | {
+        n for n in tower if pooled and n.startswith("attn_pool.")
+    }
     tensors: dict[str, Lazy] = {}
     for name in (name for name in tower if name in kept):
         for theirs, one in _parts(name, tower, flat=model_type != "dinov3_vit"):
@@ -87,7 +91,10 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     if model_type == "dinov3_vit":
         mask = (1, 1, backbone.width)  # of pretraining alone; published files have it
         tensors["embeddings.mask_token"] = Lazy(mask, dtype, partial(torch.zeros, mask, dtype=dtype))
-        config |= {"num_register_tokens": model.reg_token.shape[1], "use_gated_mlp": hasattr(block.mlp, "fc1_g")}
+        config |= {
+            "num_register_tokens": model.reg_token.shape[1],
+            "use_gated_mlp": hasattr(block.mlp, "fc1_g"),
+        }
         config |= {"query_bias": block.attn.q_bias is not None, "value_bias": block.attn.v_bias is not None}
         config |= {"key_bias": False, "rope_theta": 100.0}
     if model_type == "siglip_vision_model":
@@ -103,7 +110,9 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
 
 
 def _parts(name: str, tower: Weights, *, flat: bool) -> Iterator[tuple[str, Lazy]]:
-    """(name, tensor) of what transformers makes of a tensor: thirds of a qkv, joined parts of a pooling, or it."""
+    """(name, tensor) of what transformers makes of a tensor: thirds of a qkv, joined parts of a pooling, or
+    it.
+    """
     one = tower[name]
     if match := re.fullmatch(r"(.+\.attn\.)qkv\.(weight|bias)", name):
         shape = (one.shape[0] // 3, *one.shape[1:])

@@ -1,6 +1,8 @@
-"""Weight files, read lazily and written one tensor at a time: any file needs the memory of its largest tensor.
+"""Weight files, read lazily and written one tensor at a time: any file needs the memory of its largest
+tensor.
 
-Nothing here knows what the tensors mean. Pickled files are read as tensors and plain containers alone, never run.
+Nothing here knows what the tensors mean. Pickled files are read as tensors and plain containers alone, never
+run.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from visft_ds.files import reading, shown_name, sync_folder
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 #: Names under which training scripts keep the weights beside an optimizer's state and counters.
 _NESTS = ("model", "state_dict", "module")
-#: Bytes of a pickle without its tensors, some 200 for each of them; its objects take fifty times as much memory.
+#: Bytes of a pickle without its tensors, some 200 for each of them; its objects take fifty times as much
+#: memory.
 _MOST_PICKLED = 1 << 26
 # https://github.com/huggingface/safetensors#format
 _DTYPES = {
@@ -54,7 +57,9 @@ class Lazy:
 class Weights(dict[str, Lazy]):
     """Name -> tensor, with the path of the file and the header (str -> str) that a safetensors file has."""
 
-    def __init__(self, tensors: Mapping[str, Lazy], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Lazy], path: Path, metadata: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(tensors)
         self.path, self.metadata = path, dict(metadata or {})
 
@@ -72,7 +77,11 @@ class Weights(dict[str, Lazy]):
 
 def finite(value: Tensor, what: str) -> Tensor:
     """The tensor itself. Raises ValueError for NaN and infinity in it, which are found without a copy."""
-    if value.is_floating_point() and value.numel() and not torch.stack(value.detach().aminmax()).isfinite().all():
+    if (
+        value.is_floating_point()
+        and value.numel()
+        and not torch.stack(value.detach().aminmax()).isfinite().all()
+    ):
         raise ValueError(f"{what} holds NaN or infinity, or does not fit into {value.dtype}")
     return value
 
@@ -85,7 +94,8 @@ def examples(names: Iterable[str], limit: int = 4) -> str:
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Open a weight file; names are the file's own, without a nest and without a `module.` that all of them have.
+    """Open a weight file; names are the file's own, without a nest and without a `module.` that all of them
+    have.
 
     Raises ValueError for a missing or damaged file, another suffix, and a pickle of anything but tensors.
     """
@@ -119,7 +129,9 @@ def _pickled(path: Path) -> dict[str, Lazy]:
     except (pickle.UnpicklingError, KeyError, EOFError) as error:  # torch advises to run the code in it
         raise ValueError("it is no file of torch, or holds more than tensors") from error
     for _ in _NESTS:  # not for ever: a pickle can contain itself
-        inner = [name for name in _NESTS if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)]
+        inner = [
+            name for name in _NESTS if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)
+        ]
         if not inner:
             break
         content = content[inner[0]]
@@ -132,7 +144,9 @@ def _pickled(path: Path) -> dict[str, Lazy]:
 
 
 def _refuse_unpacking(path: Path) -> None:
-    """Raise ValueError for a zip whose content is larger than itself, which torch would unpack into memory."""
+    """Raise ValueError for a zip whose content is larger than itself, which torch would unpack into
+    memory.
+    """
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
@@ -161,8 +175,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_safetensors(path, {name: Lazy.of(value) for name, value in tensors.items()}, metadata)
 
 
-def safetensors_pieces(tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, tensor by tensor: the largest elements first, so that all are aligned."""
+def safetensors_pieces(
+    tensors: Mapping[str, Lazy], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, tensor by tensor: the largest elements first, so that all are
+    aligned.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     order, end = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0
     for name in order:

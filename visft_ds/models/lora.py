@@ -1,9 +1,10 @@
 """Low-rank adapters inside a backbone (LoRA, https://arxiv.org/abs/2106.09685).
 
-An adapted layer keeps the names of the layer it replaces (`weight`, `bias`) and adds `lora_A` and `lora_B`, stacked
-over the adapted slices as loralib's MergedLinear stacks them. A slice is a range of output rows: of a fused qkv any of
-q, k and v can be adapted alone. A convolution is updated by one to r channels and a 1x1 one behind it. Evaluation mode
-changes nothing (loralib merges in `eval()`, and ViSFT's code then adds the update a second time).
+An adapted layer keeps the names of the layer it replaces (`weight`, `bias`) and adds `lora_A` and `lora_B`,
+stacked over the adapted slices as loralib's MergedLinear stacks them. A slice is a range of output rows: of a
+fused qkv any of q, k and v can be adapted alone. A convolution is updated by one to r channels and a 1x1 one
+behind it. Evaluation mode changes nothing (loralib merges in `eval()`, and ViSFT's code then adds the update
+a second time).
 Letters: G slices of a layer, r rank, R adapted rows: the sum of the slices' widths.
 """
 
@@ -35,9 +36,11 @@ TARGETS = {
 
 
 class AdaptedLayer(nn.Module):
-    """Layer with the weight and bias of the one it replaces, lora_A (G*r, fan in) and lora_B (R, r), at least fp32.
+    """Layer with the weight and bias of the one it replaces, lora_A (G*r, fan in) and lora_B (R, r), at least
+    fp32.
 
-    A starts uniform in +-1/sqrt(fan in), as loralib initialises it, and B at zero: the output does not change.
+    A starts uniform in +-1/sqrt(fan in), as loralib initialises it, and B at zero: the output does not
+    change.
     """
 
     weight: nn.Parameter
@@ -55,7 +58,10 @@ class AdaptedLayer(nn.Module):
             "lora_A": (len(slices) * rank, *weight.shape[1:]),
             "lora_B": (sum(hi - lo for lo, hi in slices), rank),
         }
-        like: dict[str, Any] = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        like: dict[str, Any] = {
+            "device": weight.device,
+            "dtype": torch.promote_types(weight.dtype, torch.float32),
+        }
         for kind, shape in self.shapes.items():
             self.register_parameter(kind, nn.Parameter(torch.zeros(shape, **like)))
 
@@ -68,7 +74,9 @@ class LoRALinear(AdaptedLayer):
         self.in_features, self.out_features, self._wide = base.in_features, base.out_features, WideWeight()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LoRALinear:
-        """Move or cast the parameters (`.to()`, `.half()`), and give back the memory that the weight looked into."""
+        """Move or cast the parameters (`.to()`, `.half()`), and give back the memory that the weight looked
+        into.
+        """
         super()._apply(fn, recurse)
         self._wide = WideWeight()
         return self
@@ -107,13 +115,20 @@ def dense_update(rows: int, a: Tensor, b: Tensor, slices: Slices, scale: float) 
 
 
 def inject_lora(
-    backbone: nn.Module, *, rank: int = 64, alpha: float = 1.0, targets: Iterable[str] = ("q", "v"), seed: int = 0
+    backbone: nn.Module,
+    *,
+    rank: int = 64,
+    alpha: float = 1.0,
+    targets: Iterable[str] = ("q", "v"),
+    seed: int = 0,
 ) -> None:
-    """Replace the targeted layers by adapted ones, in place; output and existing parameters do not change by this.
+    """Replace the targeted layers by adapted ones, in place; output and existing parameters do not change by
+    this.
 
     Args:
         alpha: the update is scaled by alpha / rank.
-        targets: roles in every block (keys of TARGETS), or globs over names of linear layers and convolutions.
+        targets: roles in every block (keys of TARGETS), or globs over names of linear layers and
+        convolutions.
         seed: decides A of every layer, whatever the device.
 
     Raises:
@@ -158,12 +173,16 @@ def _rows_of(layers: dict[str, Any], target: str) -> dict[str, tuple[int, int]]:
         elif name.endswith(f".attn.{target}_proj") if parts == 3 else not path and fnmatchcase(name, target):
             found[name] = (0, out)
     if grouped := [name for name in found if getattr(layers[name], "groups", 1) > 1]:
-        raise ValueError(f"visft.lora.targets: {target!r} matches {grouped[0]}, and grouped convolutions have no LoRA")
+        raise ValueError(
+            f"visft.lora.targets: {target!r} matches {grouped[0]}, and grouped convolutions have no LoRA"
+        )
     return found
 
 
 def first_value(backbone: nn.Module, name: str, seed: int) -> Tensor:
-    """Initial value, fp32 on the CPU, of "...lora_A" or "...lora_B" in a backbone that was adapted without values."""
+    """Initial value, fp32 on the CPU, of "...lora_A" or "...lora_B" in a backbone that was adapted without
+    values.
+    """
     path, _, kind = name.rpartition(".")
     layer: Any = backbone.get_submodule(path)
     shape = layer.shapes[kind]
@@ -178,4 +197,8 @@ def lora_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
 
 def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by qualified name: `...lora_A`, `...lora_B`."""
-    return {f"{name}.{kind}": getattr(layer, kind) for name, layer in lora_layers(module).items() for kind in KINDS}
+    return {
+        f"{name}.{kind}": getattr(layer, kind)
+        for name, layer in lora_layers(module).items()
+        for kind in KINDS
+    }

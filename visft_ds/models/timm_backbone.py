@@ -1,9 +1,10 @@
 """Any model of timm whose feature map follows the size of its image, as a backbone: image -> maps.
 
-A map is what timm's `forward_features` gives: of a plain ViT the normed tokens of the patches, else the last stage.
-What lies behind it (pooling, classifier) is left out. timm's `prune_intermediate_layers` ends a model after a block;
-a plain ViT keeps its last norm, through which maps of earlier blocks pass, too, where several are read. Batch norms
-always compute with the statistics that came with the weights: a step of a few images, of one task, has others.
+A map is what timm's `forward_features` gives: of a plain ViT the normed tokens of the patches, else the last
+stage. What lies behind it (pooling, classifier) is left out. timm's `prune_intermediate_layers` ends a model
+after a block; a plain ViT keeps its last norm, through which maps of earlier blocks pass, too, where several
+are read. Batch norms always compute with the statistics that came with the weights: a step of a few images,
+of one task, has others.
 Letters: B images, H W pixels, h w feature grid, D width, P tokens in front of the patches.
 """
 
@@ -45,27 +46,32 @@ class TimmBackbone(nn.Module):
     set_grad_checkpointing: Callable[[bool], None]
     prune_intermediate_layers: Callable[..., Any]
     forward_intermediates: Callable[..., Any]
-    #: "block": every block, or stage, is recomputed in the backward pass; or "none": timm knows no other policies.
+    #: "block": every block, or stage, is recomputed in the backward pass; or "none": timm knows no other
+    #: policies.
     recompute = "none"
-    #: Each image of a stream with several sizes is a call, even where those of a batch are alike. For ZeRO-3, which
-    #: gathers weights in each call: the number of calls must not depend on what a rank drew.
+    #: Each image of a stream with several sizes is a call, even where those of a batch are alike. For ZeRO-3,
+    #: which gathers weights in each call: the number of calls must not depend on what a rank drew.
     one_by_one = False
 
-    def forward(self, images: Tensor, frames: Grids | None = None, *, prefixes: bool = False) -> tuple[Tensor, ...]:
-        """(B, 3, H, W), already normalised -> the maps (B, D, h, w); with `prefixes`, then the tokens (B, P, D) in
-        front of the patches of each, if a plain ViT has any.
+    def forward(
+        self, images: Tensor, frames: Grids | None = None, *, prefixes: bool = False
+    ) -> tuple[Tensor, ...]:
+        """(B, 3, H, W), already normalised -> the maps (B, D, h, w); with `prefixes`, then the tokens (B, P,
+        D) in front of the patches of each, if a plain ViT has any.
 
-        With `frames`, the (height, width) of each image within the padded batch in whole cells, features are those of
-        each image alone: images of each size are a batch of their own, and (h, w) is the largest of their maps, with 0
-        beyond each. A mask would not do: timm resizes positions to the padded grid, too, convolutions know none, and a
-        masked ViT recomputes nothing.
+        With `frames`, the (height, width) of each image within the padded batch in whole cells, features are
+        those of each image alone: images of each size are a batch of their own, and (h, w) is the largest of
+        their maps, with 0 beyond each. A mask would not do: timm resizes positions to the padded grid, too,
+        convolutions know none, and a masked ViT recomputes nothing.
         """
         self.set_grad_checkpointing(self.recompute != "none")
         if frames is None:
             return self._maps(images, prefixes)
         tensors_of = dict[int, tuple[Tensor, ...]]()  # by place in the batch
         for (height, width), places in self._calls(frames):
-            tensors = self._maps(torch.stack([images[place, :, :height, :width] for place in places]), prefixes)
+            tensors = self._maps(
+                torch.stack([images[place, :, :height, :width] for place in places]), prefixes
+            )
             for row, place in enumerate(places):
                 tensors_of[place] = tuple(tensor[row] for tensor in tensors)
         in_order = [tensors_of[place] for place in range(len(frames))]
@@ -115,21 +121,33 @@ class TimmBackbone(nn.Module):
     def describe(self) -> str:
         """A few words for the console."""
         ends = self.ends()
-        read = f", read after {', '.join(ends[number] for number in self.layers_read)}" if self.layers_read else ""
+        read = (
+            f", read after {', '.join(ends[number] for number in self.layers_read)}"
+            if self.layers_read
+            else ""
+        )
         return f"timm {self.name}, width {self.width}, a cell for {self.patch_size} x {self.patch_size} pixels{read}"
 
     def ends(self) -> list[str]:
-        """Names of the blocks that can be read, by number: those of timm's list of features, and their siblings."""
+        """Names of the blocks that can be read, by number: those of timm's list of features, and their
+        siblings.
+        """
         known, found = dict(self.named_modules()), dict[str, None]()
         for info in getattr(self, "feature_info", ()):
             parent, _, leaf = info["module"].rpartition(".")
             siblings = list(known[parent]._modules) if leaf.isdigit() and parent in known else [leaf]
             found |= dict.fromkeys(f"{parent}.{name}" if parent else name for name in siblings)
         pruned = (nn.Sequential, nn.ModuleList)  # timm leaves them empty
-        return [name for name in found if name in known and not (type(known[name]) in pruned and not len(known[name]))]
+        return [
+            name
+            for name in found
+            if name in known and not (type(known[name]) in pruned and not len(known[name]))
+        ]
 
     def read_after(self, layers: Sequence[int]) -> None:
-        """Leave out all that lies behind the last of these blocks. Raises ValueError for one that it does not have."""
+        """Leave out all that lies behind the last of these blocks. Raises ValueError for one that it does not
+        have.
+        """
         self.layers_read, self.reading = tuple(layers), {}
         if not layers:
             return
@@ -150,7 +168,9 @@ class TimmBackbone(nn.Module):
 
 
 def _stacked(of_images: Sequence[Tensor]) -> Tensor:
-    """Maps (D, h, w) of some images, or their tokens (P, D), as (B, D, h, w), with 0 beyond each, or (B, P, D)."""
+    """Maps (D, h, w) of some images, or their tokens (P, D), as (B, D, h, w), with 0 beyond each, or (B, P,
+    D).
+    """
     if of_images[0].ndim == 2:
         return torch.stack(list(of_images))
     return stack_padded([map_.permute(1, 2, 0) for map_ in of_images]).permute(0, 3, 1, 2)
@@ -161,9 +181,13 @@ def classifier_names(classifier: str | tuple[str, ...] | None) -> tuple[str, ...
     return (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
 
 
-def as_backbone(model: nn.Module, name: str, options: Mapping[str, int], layers: Sequence[int] = ()) -> TimmBackbone:
-    """Turn a model that `timm.create_model` made with these options into a backbone, in place: `TimmBackbone` comes in
-    front of its class. Raises ValueError for one without a map that follows the size of its image, or no such block."""
+def as_backbone(
+    model: nn.Module, name: str, options: Mapping[str, int], layers: Sequence[int] = ()
+) -> TimmBackbone:
+    """Turn a model that `timm.create_model` made with these options into a backbone, in place: `TimmBackbone`
+    comes in front of its class. Raises ValueError for one without a map that follows the size of its image,
+    or no such block.
+    """
     from timm.layers import to_2tuple
 
     found: Any = model
@@ -214,7 +238,11 @@ def _measured(backbone: TimmBackbone) -> tuple[tuple[tuple[int, int], ...], list
             f"timm's {backbone.name} gives no map that follows the size of its image, which heads need ({error}); "
             "plain ViTs and convolutional networks do"
         ) from error
-    used = {name.partition(".")[0] for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
+    used = {
+        name.partition(".")[0]
+        for name, gradient in zip(named, gradients, strict=True)
+        if gradient is not None
+    }
     unused = [name for name in named if name.partition(".")[0] not in used]
     return tuple((size[1], backbone.patch or _SIDE // size[2]) for size in sizes), unused
 
@@ -230,8 +258,8 @@ def build_timm(
 ) -> TimmBackbone:
     """A model of timm by its name, with timm's random weights; nothing is ever downloaded.
 
-    Gains that timm starts at or near 0 (layer scales, the last norm of a branch) are 1, or a frozen random tower would
-    be little more than its stem.
+    Gains that timm starts at or near 0 (layer scales, the last norm of a branch) are 1, or a frozen random
+    tower would be little more than its stem.
 
     Args:
         name: with or without the tag of pretrained weights, which decides how images are normalised.
@@ -248,8 +276,12 @@ def build_timm(
     return backbone
 
 
-def build_model(name: str, image_size: int | None, device: str, seed: int) -> tuple[nn.Module, str, dict[str, int]]:
-    """timm's model itself, without classifier, its name, and what of its size was given (CNNs have no positions)."""
+def build_model(
+    name: str, image_size: int | None, device: str, seed: int
+) -> tuple[nn.Module, str, dict[str, int]]:
+    """timm's model itself, without classifier, its name, and what of its size was given (CNNs have no
+    positions).
+    """
     check_timm(name)
     import timm
     from timm.layers import set_reentrant_ckpt
@@ -272,7 +304,9 @@ def build_model(name: str, image_size: int | None, device: str, seed: int) -> tu
 
 
 def fine_map(name: str) -> tuple[int | None, int]:
-    """(number of the block whose map has a cell for 16 pixels, None: the last; side of an image of some 20 cells)."""
+    """(number of the block whose map has a cell for 16 pixels, None: the last; side of an image of some 20
+    cells).
+    """
     backbone = build_timm(name, device="meta")
     known = [(str(info["module"]), int(info["reduction"])) for info in getattr(backbone, "feature_info", ())]
     block, stride = ([one for one in known if one[1] <= 16] or [("", 16)])[-1]

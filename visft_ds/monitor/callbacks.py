@@ -10,9 +10,10 @@ from typing import Protocol
 class Callback(Protocol):
     """Listener to a run: subclass it and write those of its methods that are wanted; the others do nothing.
 
-    Called on the main process only, by the training loop itself: the run waits for it, and one that takes longer than
-    `visft.run.step_timeout` counts as hanging. An error in it ends the run on all ranks, and `fit` raises it.
-    `signal.raise_signal(signal.SIGINT)` in it stops the run after the next step, which is saved.
+    Called on the main process only, by the training loop itself: the run waits for it, and one that takes
+    longer than `visft.run.step_timeout` counts as hanging. An error in it ends the run on all ranks, and
+    `fit` raises it. `signal.raise_signal(signal.SIGINT)` in it stops the run after the next step, which is
+    saved.
     """
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
@@ -20,7 +21,9 @@ class Callback(Protocol):
         return
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Follow the numbers of the evaluation after `step`; they are measured beside the training and come later."""
+        """Follow the numbers of the evaluation after `step`; they are measured beside the training and come
+        later.
+        """
         return
 
     def on_save(self, step: int, folder: Path) -> None:

@@ -40,7 +40,10 @@ def print_plan(title: str, sections: Sequence[Section]) -> None:
         for row in rows:
             cells = [f"{cell.ljust(width)}  " for cell, width in zip(row[:-1], widths, strict=False)]
             texts.append(("   " + "".join(cells), row[-1]))
-        for before, text in texts:  # with a hanging indent; words, such as paths, are not cut, nor commands at the end
+        for (
+            before,
+            text,
+        ) in texts:  # with a hanging indent; words, such as paths, are not cut, nor commands at the end
             whole = re.sub(r"(?<=: )visft .+$", lambda command: command[0].replace(" ", _GAP), text)
             wrapped = textwrap.wrap(
                 whole,
@@ -88,7 +91,9 @@ class Progress(AbstractContextManager["Progress"]):
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, step: int, losses: Mapping[str, float], values: Mapping[str, float], images: int) -> None:
+    def update(
+        self, step: int, losses: Mapping[str, float], values: Mapping[str, float], images: int
+    ) -> None:
         """Show a finished step.
 
         Args:
@@ -128,7 +133,9 @@ class Progress(AbstractContextManager["Progress"]):
 
 
 def gauge(what: str, total: float, unit: str = "", items: Iterable[Any] | None = None) -> tqdm[Any]:
-    """A tqdm bar on stderr for any work but training, silent for five seconds; in a log a line every half minute."""
+    """A tqdm bar on stderr for any work but training, silent for five seconds; in a log a line every half
+    minute.
+    """
     live = sys.stderr is not None and sys.stderr.isatty()
     return tqdm(
         items,

@@ -1,4 +1,6 @@
-"""metrics.jsonl and TensorBoard of a run. Losing a record must not lose a run: a failing writer warns once."""
+"""metrics.jsonl and TensorBoard of a run. Losing a record must not lose a run: a failing writer warns
+once.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,21 @@ METRICS_FILE = "metrics.jsonl"
 CONCLUSION = "training images evaluated"  #: the last event of a run that evaluates
 _BLOCK = 1 << 20  #: bytes of it that are read at once, from its end
 #: Packages whose versions decide results: what computes, decodes pictures, and measures AP.
-_PACKAGES = ("torch", "deepspeed", "numpy", "torchvision", "timm", "safetensors", "simplejpeg", "faster-coco-eval")
+_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "numpy",
+    "torchvision",
+    "timm",
+    "safetensors",
+    "simplejpeg",
+    "faster-coco-eval",
+)
 
 
 class MetricsWriter(AbstractContextManager["MetricsWriter"]):
-    """Appends one JSON object per step or event to OUT/metrics.jsonl, and the same numbers to OUT/tensorboard/.
+    """Appends one JSON object per step or event to OUT/metrics.jsonl, and the same numbers to
+    OUT/tensorboard/.
 
     Args:
         out: the run folder.
@@ -40,7 +52,9 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         self, out: Path, *, resume_step: int = 0, enabled: bool = True, callbacks: Sequence[Callback] = ()
     ) -> None:
         self.path, self._enabled = out / METRICS_FILE, enabled
-        self.last: dict[str, float] = {}  #: the newest number of each name, those of an interrupted run included
+        self.last: dict[
+            str, float
+        ] = {}  #: the newest number of each name, those of an interrupted run included
         self.evaluated: set[int] = set()  #: evaluated steps among the newest records of an interrupted run
         self.concluded = False  #: the last number of the run has been written
         self._callbacks = callbacks if enabled else ()
@@ -57,7 +71,9 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
                     self.evaluated.add(record["step"])
                 self.concluded |= record.get("event") == CONCLUSION
         with self._attempt("TensorBoard"):
-            from torch.utils.tensorboard import SummaryWriter  # takes a second, which readers of this module save
+            from torch.utils.tensorboard import (
+                SummaryWriter,
+            )  # takes a second, which readers of this module save
 
             self._events = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
 
@@ -106,7 +122,9 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         if not self._enabled:
             return
         # NaN and infinity as texts: JSON has no such numbers, and a diverged loss must stay visible.
-        record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        record = {
+            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+        }
         with self._attempt(METRICS_FILE), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
 
@@ -119,14 +137,25 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     def _attempt(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, ImportError, ValueError, RuntimeError) as error:  # anything else is a mistake of ours
+        except (
+            OSError,
+            ImportError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # anything else is a mistake of ours
             if what not in self._warned:
-                print(f"warning: {what} is not being written: {error}; training continues", file=sys.stderr, flush=True)
+                print(
+                    f"warning: {what} is not being written: {error}; training continues",
+                    file=sys.stderr,
+                    flush=True,
+                )
             self._warned.add(what)
 
 
 def read_metrics(path: Path, having: str = "") -> Iterator[dict[str, Any]]:
-    """Records of a metrics.jsonl in order that have a text such as "val/" in them; torn lines are left out."""
+    """Records of a metrics.jsonl in order that have a text such as "val/" in them; torn lines are left
+    out.
+    """
     with path.open("rb") as file:
         for line in file:
             if having.encode() in line and (record := _record(line)) is not None:
@@ -136,8 +165,8 @@ def read_metrics(path: Path, having: str = "") -> Iterator[dict[str, Any]]:
 def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     """Keep the records up to and including `step`, reading back from the end no further than that.
 
-    Returns the newest kept records, at least those since the last step that was trained: numbers of evaluations and
-    saves come late, and everything before the record of a trained step is older.
+    Returns the newest kept records, at least those since the last step that was trained: numbers of
+    evaluations and saves come late, and everything before the record of a trained step is older.
     """
     with path.open("r+b") as file:
         end, size, start = file.seek(0, 2), _BLOCK, -1

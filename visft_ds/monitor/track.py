@@ -1,4 +1,6 @@
-"""Weights & Biases follows a run: a `Callback` that sends on what metrics.jsonl gets. Needs the extra `wandb`."""
+"""Weights & Biases follows a run: a `Callback` that sends on what metrics.jsonl gets. Needs the extra
+`wandb`.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,14 @@ class Tracker(Callback):
         import wandb
 
         known = out / "tracker-wandb"
-        # Nothing but numbers and settings leaves: no command lines, no console. Nobody may be there to log in.
+        # Nothing but numbers and settings leaves: no command lines, no console. Nobody may be there to log
+        # in.
         private = {"console": "off", "disable_git": True, "save_code": False, "x_disable_meta": True}
-        given = {"project": os.environ.get("WANDB_PROJECT", "visft_ds"), "name": out.name, "config": dict(settings)}
+        given = {
+            "project": os.environ.get("WANDB_PROJECT", "visft_ds"),
+            "name": out.name,
+            "config": dict(settings),
+        }
         given |= {"dir": str(out), "settings": wandb.Settings(**private, login_timeout=30), "resume": "allow"}
         self._run: Any = None
 

@@ -1,4 +1,6 @@
-"""Operations that models share; the plain PyTorch version of each is the specification that a faster one must equal."""
+"""Operations that models share; the plain PyTorch version of each is the specification that a faster one must
+equal.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,18 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from visft_ds.config.fields import Precision
 
 #: Precision of a run -> dtype.
-DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: Mapping[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def stand_in(device: torch.device) -> Any:
-    """The innermost torch dispatch mode that replaces a meta device by another one, `stands_for`, which need not exist
-    here, and whose autocast to `autocast` (None: it is off) replaces torch's; None on every other device."""
+    """The innermost torch dispatch mode that replaces a meta device by another one, `stands_for`, which need
+    not exist here, and whose autocast to `autocast` (None: it is off) replaces torch's; None on every other
+    device.
+    """
     if device.type != "meta":  # torch.compile cannot look any further
         return None
     modes: list[Any] = _get_current_dispatch_mode_stack()
@@ -30,7 +38,9 @@ def stand_in(device: torch.device) -> Any:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype `torch.autocast` computes in on this device right now; None where it is off, and on meta alone."""
+    """The dtype `torch.autocast` computes in on this device right now; None where it is off, and on meta
+    alone.
+    """
     if device.type == "meta":
         found: torch.dtype | None = getattr(stand_in(device), "autocast", None)
         return found
@@ -38,7 +48,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Autocast to what `autocast_dtype` returned elsewhere inside; for None it is off, for code that casts by hand."""
+    """Autocast to what `autocast_dtype` returned elsewhere inside; for None it is off, for code that casts by
+    hand.
+    """
     if dtype == autocast_dtype(device):
         return nullcontext()
     if mode := stand_in(device):
@@ -47,14 +59,17 @@ def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractCont
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; from the host to a GPU through pinned memory, so that the host goes on at once."""
+    """The tensor on `device`; from the host to a GPU through pinned memory, so that the host goes on at
+    once.
+    """
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
 
 
 def use_numerics(device: torch.device, *, tf32: bool = False, deterministic: bool = False) -> None:
-    """Choose for the whole process, once at its start. On a CPU everything is in one order; there, memory is kept.
+    """Choose for the whole process, once at its start. On a CPU everything is in one order; there, memory is
+    kept.
 
     Args:
         tf32: round the factors of float32 products and convolutions to 10 bits, where the GPU has TF32.
@@ -66,20 +81,22 @@ def use_numerics(device: torch.device, *, tf32: bool = False, deterministic: boo
             keep(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
             keep(-3, 2**30)  # M_MMAP_THRESHOLD
         return
-    # By their older names: once the newer ones (`fp32_precision`) are set, torch refuses to read these, and parts of
-    # its compiler do.
+    # By their older names: once the newer ones (`fp32_precision`) are set, torch refuses to read these, and
+    # parts of its compiler do.
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = False  # it would choose anew for each size of image, by the clock
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of tokens, a second each time
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # it plans anew for every number of tokens, a second each time
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # sums of cuBLAS in one order; read once
     torch.use_deterministic_algorithms(deterministic)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The exact GELU, x * Phi(x), whose backward pass needs no second tensor as wide as the hidden layer of an MLP: one
-    layer alone may read the result, for its gradient is written over."""
+    """The exact GELU, x * Phi(x), whose backward pass needs no second tensor as wide as the hidden layer of
+    an MLP: one layer alone may read the result, for its gradient is written over."""
     if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
         return F.gelu(x)
     out: Tensor = _Gelu.apply(x)
@@ -96,4 +113,6 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         into = dy if dy.is_contiguous() and x.is_contiguous() else torch.empty_like(x)
-        return torch.ops.aten.gelu_backward.grad_input(dy, x, grad_input=into)  # refuses a second derivative by itself
+        return torch.ops.aten.gelu_backward.grad_input(
+            dy, x, grad_input=into
+        )  # refuses a second derivative by itself

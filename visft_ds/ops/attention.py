@@ -1,4 +1,5 @@
-"""Softmax attention without a mask within each of several images of different lengths, packed in one row of tokens.
+"""Softmax attention without a mask within each of several images of different lengths, packed in one row of
+tokens.
 
 Letters: T tokens of all packed images, d width of a head.
 """
@@ -33,11 +34,15 @@ class Packing:
 
 @torch.compiler.disable  # lengths are numbers of Python, and every other one would be compiled anew
 def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of each image, (T, heads, d) each, any strides, one after another -> (T, heads, d)."""
+    """softmax(q k^T / sqrt(d)) v of each image, (T, heads, d) each, any strides, one after another -> (T,
+    heads, d).
+    """
     assert sum(packing.lengths) == len(q), (packing.lengths, q.shape)
     if not has_packed_kernel(q):
         parts = zip(*(tensor.split(packing.lengths) for tensor in (q, k, v)), strict=True)
-        done = [F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in image)) for image in parts]
+        done = [
+            F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in image)) for image in parts
+        ]
         return torch.cat([image[0].transpose(0, 1) for image in done])
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func as kernel

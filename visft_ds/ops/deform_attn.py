@@ -1,9 +1,10 @@
 """Multi-scale deformable attention: every query looks at a few points of each feature level.
 
-Letters: B images, L levels, S = sum of h*w over the levels, Q queries, M heads, c channels of a head, P points.
+Letters: B images, L levels, S = sum of h*w over the levels, Q queries, M heads, c channels of a head, P
+points.
 
-Zhu et al., "Deformable DETR", arXiv 2010.04159, eq. 3. In plain PyTorch: it runs on every device and in every floating
-type that `grid_sample` knows.
+Zhu et al., "Deformable DETR", arXiv 2010.04159, eq. 3. In plain PyTorch: it runs on every device and in every
+floating type that `grid_sample` knows.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def deform_attn(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+def deform_attn(
+    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
     """Weighted sum of bilinear samples.
 
     Args:
         value: (B, S, M, c), the levels one after another, each row by row.
         shapes: (height, width) of each level.
-        locations: (B, Q, M, L, P, 2) x and y in [0, 1] of each level's area; (0, 0) is its outer top left corner.
+        locations: (B, Q, M, L, P, 2) x and y in [0, 1] of each level's area; (0, 0) is its outer top left
+        corner.
             Samples outside see zeros.
         weights: (B, Q, M, L, P), for an attention summing to 1 over L and P.
 

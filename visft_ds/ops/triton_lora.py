@@ -1,12 +1,12 @@
 """A large product and a thin one added up in one fp32 accumulator, as layers with low-rank updates need them.
 
-Forward y = x W^T + u B^T + b and backward dx = dy W + du A, where u = scale * x A^T and du = scale * dy B are made by
-the library beforehand (the split of LoRAFusion, arXiv 2510.00206). The gradients of A and B are skinny products that
-the library has. Nothing as large as x, y or W is copied.
+Forward y = x W^T + u B^T + b and backward dx = dy W + du A, where u = scale * x A^T and du = scale * dy B are
+made by the library beforehand (the split of LoRAFusion, arXiv 2510.00206). The gradients of A and B are
+skinny products that the library has. Nothing as large as x, y or W is copied.
 
-TRITON_INTERPRET=1 runs the kernel on a CPU, for tests: slow, and silently wrong in bf16 (Triton 3.9), so it is given
-float32 there. Letters: left (M, K), right (K, N), low (M, D), up (D, N). Offsets of rows are 64 bit: M * N passes 2^31
-at 1024 px.
+TRITON_INTERPRET=1 runs the kernel on a CPU, for tests: slow, and silently wrong in bf16 (Triton 3.9), so it
+is given float32 there. Letters: left (M, K), right (K, N), low (M, D), up (D, N). Offsets of rows are 64 bit:
+M * N passes 2^31 at 1024 px.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-#: Tile sizes and launch options: of a GPU before sm_90 and from there on, and of the interpreter, where small tiles
-#: make several of them out of a small problem. tests/ops/compiled_kernels.json has what they compile to.
+#: Tile sizes and launch options: of a GPU before sm_90 and from there on, and of the interpreter, where small
+#: tiles make several of them out of a small problem. tests/ops/compiled_kernels.json has what they compile
+#: to.
 TILES: dict[str, dict[str, int]] = {
     "sm_80": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     "sm_90": {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3},
@@ -33,7 +34,9 @@ GROUP = 8
 
 
 @triton.jit
-def _add_product(total, left, right, row, column, M, N, K, left_row, right_row, right_column, BK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_product(
+    total, left, right, row, column, M, N, K, left_row, right_row, right_column, BK: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """total + left @ right for a tile of rows and columns; the columns of left lie side by side."""
     for start in range(0, K, BK):
         inner = start + tl.arange(0, BK)
@@ -69,7 +72,9 @@ def kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
-    """out (M, N) = left @ right + low @ up + bias, a tile a program: GROUP tiles of rows share the columns' tiles."""
+    """out (M, N) = left @ right + low @ up + bias, a tile a program: GROUP tiles of rows share the columns'
+    tiles.
+    """
     program, down, across = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
     first = program // (GROUP * across) * GROUP
     height = min(down - first, GROUP)
@@ -98,7 +103,15 @@ def sum_of_products(left: Tensor, right: Tensor, low: Tensor, up: Tensor, bias: 
         name = "sm_90" if torch.cuda.get_device_capability(left.device) >= (9, 0) else "sm_80"
     tiles = TILES[name]
     grid = (triton.cdiv(len(out), tiles["BM"]) * triton.cdiv(out.shape[1], tiles["BN"]),)
-    sizes = (*out.shape, left.shape[1], low.shape[1], left.stride(0), *right.stride(), low.stride(0), *up.stride())
+    sizes = (
+        *out.shape,
+        left.shape[1],
+        low.shape[1],
+        left.stride(0),
+        *right.stride(),
+        low.stride(0),
+        *up.stride(),
+    )
     added = None if bias is None else bias.contiguous()
     kernel[grid](left, right, low, up, added, out, *sizes, HAS_BIAS=added is not None, **tiles, GROUP=GROUP)
     return out

@@ -5,7 +5,8 @@ import warnings
 
 import torch
 
-# Before anything imports DeepSpeed, which would look for device files, and compute elsewhere than torch (WSL2, ROCm).
+# Before anything imports DeepSpeed, which would look for device files, and compute elsewhere than torch
+# (WSL2, ROCm).
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 # Torch's flight recorder, from which the watchdog names the last collective.
 os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")

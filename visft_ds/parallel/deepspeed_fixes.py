@@ -1,4 +1,6 @@
-"""Remedies for faults of DeepSpeed 0.19.8 in a step: the loss scale of fp16, updates refused, stale gradients."""
+"""Remedies for faults of DeepSpeed 0.19.8 in a step: the loss scale of fp16, updates refused, stale
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,12 @@ _NEVER = 2**31 - 1
 class LossScale:
     """The dynamic loss scale of an engine in fp16.
 
-    DeepSpeed keeps a scaler of torch's on each rank and lets it decide after each parameter group. So the scale may
-    grow between two groups of one step, whose second one is then divided by twice of what it was multiplied with; it
-    grows after 2000 groups, not steps; and it never falls, for a step with an overflow is skipped before the scaler is
-    asked. Here the scaler only multiplies and divides. Whether the scale moves is decided once a step from the norm
-    of the gradient, which DeepSpeed adds up over all ranks and pipeline stages: all of them move alike.
+    DeepSpeed keeps a scaler of torch's on each rank and lets it decide after each parameter group. So the
+    scale may grow between two groups of one step, whose second one is then divided by twice of what it was
+    multiplied with; it grows after 2000 groups, not steps; and it never falls, for a step with an overflow is
+    skipped before the scaler is asked. Here the scaler only multiplies and divides. Whether the scale moves
+    is decided once a step from the norm of the gradient, which DeepSpeed adds up over all ranks and pipeline
+    stages: all of them move alike.
 
     Args:
         engine: of DeepSpeed.
@@ -30,7 +33,8 @@ class LossScale:
 
     def __init__(self, engine: Any, scaler: torch.amp.GradScaler) -> None:
         self._engine, self._scaler = engine, scaler
-        # A scaler makes its tensors when it scales a loss; pipeline stages without one divide by it all the same.
+        # A scaler makes its tensors when it scales a loss; pipeline stages without one divide by it all the
+        # same.
         scaler.scale(torch.zeros((), device=engine.device))
         self.restore(scaler.state_dict())
 
@@ -40,7 +44,9 @@ class LossScale:
         return float(self._state["scale"])
 
     def move(self, *, overflow: bool) -> None:
-        """Take note of a finished step: fall by half after an overflow, double after 2000 steps without one."""
+        """Take note of a finished step: fall by half after an overflow, double after 2000 steps without
+        one.
+        """
         state = dict(self._state)
         state["_growth_tracker"] = 0 if overflow else state["_growth_tracker"] + 1
         if overflow:
@@ -58,18 +64,19 @@ class LossScale:
         self._state = dict(state)
         self._scaler.load_state_dict({**state, "growth_interval": _NEVER, "_growth_tracker": 0})
         if self._engine.zero_optimization_stage():
-            # DeepSpeed clips gradients that are still multiplied by the scale, so the bound has to be as well.
+            # DeepSpeed clips gradients that are still multiplied by the scale, so the bound has to be as
+            # well.
             self._engine.optimizer.clip_grad = self._engine.gradient_clipping() * self.value
 
 
 def step_without_update(engine: Any, stage: int, step: Callable[[], None]) -> None:
     """End an optimiser step as `step` does, without an update; gradients are dropped. Collective.
 
-    Weights, moments, schedule and loss scale stay as they are; the step counts as a skipped one. It is DeepSpeed's way
-    of skipping a step, taken on every rank in every precision. By itself DeepSpeed skips one where the norm of the
-    gradient is not finite, but not under ZeRO-0, where the weights become NaN, and never because of a loss; and under
-    fp16 autocast it then forgets to lower the loss scale (ZeRO 1-3), so that every later step overflows as well, or
-    advances the schedule (ZeRO-0).
+    Weights, moments, schedule and loss scale stay as they are; the step counts as a skipped one. It is
+    DeepSpeed's way of skipping a step, taken on every rank in every precision. By itself DeepSpeed skips one
+    where the norm of the gradient is not finite, but not under ZeRO-0, where the weights become NaN, and
+    never because of a loss; and under fp16 autocast it then forgets to lower the loss scale (ZeRO 1-3), so
+    that every later step overflows as well, or advances the schedule (ZeRO-0).
 
     Args:
         engine: of DeepSpeed, after the backward pass of the last micro-batch.
@@ -89,7 +96,8 @@ def step_without_update(engine: Any, stage: int, step: Callable[[], None]) -> No
         optimizer.overflow = True
         return True
 
-    # The names under which ZeRO-1 and 2, and ZeRO-3, look for an overflow; an attribute goes before that of the class.
+    # The names under which ZeRO-1 and 2, and ZeRO-3, look for an overflow; an attribute goes before that of
+    # the class.
     checks = getattr(optimizer, "check_grad_overflow", True)
     optimizer.check_grad_overflow = True
     optimizer.check_overflow = optimizer._overflow_check_and_loss_scale_update = overflow
@@ -103,8 +111,9 @@ def step_without_update(engine: Any, stage: int, step: Callable[[], None]) -> No
 def clear_stale_gradients(optimizer: Any) -> None:
     """Zero the gradients DeepSpeed kept from the last step for parameters that took no part in this one.
 
-    Under ZeRO-3 (`grad_partitions_flat_buffer`) and under every optimiser offload (CPU copies of the gradients) such a
-    parameter would silently get its previous gradient again. A no-op where there is nothing of the kind.
+    Under ZeRO-3 (`grad_partitions_flat_buffer`) and under every optimiser offload (CPU copies of the
+    gradients) such a parameter would silently get its previous gradient again. A no-op where there is nothing
+    of the kind.
     """
     buffer = getattr(optimizer, "grad_partitions_flat_buffer", None)
     if buffer is not None:
@@ -124,5 +133,7 @@ def check_zero(zero: Mapping[str, Any]) -> None:
     try:
         DeepSpeedZeroConfig.model_validate(zero)
     except ValidationError as error:
-        lines = [f"zero_optimization.{key}: {problem}" for key, problem in problems(error, DeepSpeedZeroConfig)]
+        lines = [
+            f"zero_optimization.{key}: {problem}" for key, problem in problems(error, DeepSpeedZeroConfig)
+        ]
         raise ValueError("\n".join(lines)) from error

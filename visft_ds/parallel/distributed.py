@@ -19,7 +19,8 @@ from visft_ds.resilience.errors import MainError, does_not_answer, retold
 
 T = TypeVar("T")
 
-#: Room for the counts in the all-reduce of a step; fixed, so that ranks which disagree still exchange equal sizes.
+#: Room for the counts in the all-reduce of a step; fixed, so that ranks which disagree still exchange equal
+#: sizes.
 _COUNT_SLOTS = 64
 
 #: The process may go on with something else after a run (`keep_open`).
@@ -54,7 +55,9 @@ def local_device() -> torch.device:
     sees = torch.cuda.is_available()
     wanted = os.environ.get("DS_ACCELERATOR", "cuda" if sees else "cpu")
     if wanted not in ("cpu", "cuda") or (wanted == "cuda" and not sees):
-        raise ValueError(f"DS_ACCELERATOR={wanted}: torch sees no such device here; unset it, or set it to cpu")
+        raise ValueError(
+            f"DS_ACCELERATOR={wanted}: torch sees no such device here; unset it, or set it to cpu"
+        )
     if wanted == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -71,21 +74,25 @@ def agree_on_step(
 ) -> tuple[dict[str, float], bool]:
     """Sum counts and requests to stop by one all-reduce before a step, and check that all ranks do the same.
 
-    Ranks that run different tasks in one step add one head's gradients to another's under ZeRO-1/2, silently. So every
-    rank sends a checksum of `what` it is about to do (and its square: equal numbers are the only ones whose sums fit).
+    Ranks that run different tasks in one step add one head's gradients to another's under ZeRO-1/2, silently.
+    So every rank sends a checksum of `what` it is about to do (and its square: equal numbers are the only
+    ones whose sums fit).
 
     Returns:
         The counts, summed over ranks, and if some rank was asked to stop.
 
     Raises:
-        ValueError: on every rank, when the ranks are not about to do the same; more counts than there is room for.
+        ValueError: on every rank, when the ranks are not about to do the same; more counts than there is room
+        for.
     """
     if len(counts) > _COUNT_SLOTS:
         raise ValueError(
             f"the losses of this step need {len(counts)} counts, and at most {_COUNT_SLOTS} are summed over ranks: "
             f"return fewer from `count` of a criterion ({', '.join(sorted(counts)[:3])}, ...)"
         )
-    token = float(zlib.crc32(what.encode()) % (1 << 20))  # small enough that sums of squares are exact in float64
+    token = float(
+        zlib.crc32(what.encode()) % (1 << 20)
+    )  # small enough that sums of squares are exact in float64
     keys = sorted(counts)
     values = [counts[key] for key in keys] + [0.0] * (_COUNT_SLOTS - len(keys))
     vector = to_device(torch.tensor([float(stop), token, token**2, *values], dtype=torch.float64), device)
@@ -98,11 +105,14 @@ def agree_on_step(
     return dict(zip(keys, sums[: len(keys)], strict=True)), stops > 0
 
 
-def mean_losses(losses: Mapping[str, Tensor], slots: int, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-    """Means of the losses of a step, 0-d tensors, over all ranks (of a group): one all-reduce, one copy to the host.
+def mean_losses(
+    losses: Mapping[str, Tensor], slots: int, group: dist.ProcessGroup | None = None
+) -> dict[str, float]:
+    """Means of the losses of a step, 0-d tensors, over all ranks (of a group): one all-reduce, one copy to
+    the host.
 
-    A rank with a fault has "loss", which is NaN then, and not all the others: where the mean of "loss" is not finite,
-    it is the only one.
+    A rank with a fault has "loss", which is NaN then, and not all the others: where the mean of "loss" is not
+    finite, it is the only one.
 
     Args:
         slots: room for losses in the all-reduce, equal on all ranks.
@@ -119,7 +129,9 @@ def mean_losses(losses: Mapping[str, Tensor], slots: int, group: dist.ProcessGro
 
 
 def gather_objects(value: Any) -> list[Any] | None:
-    """`value` of every rank in rank order on the main process, None elsewhere. For small, rare messages only."""
+    """`value` of every rank in rank order on the main process, None elsewhere. For small, rare messages
+    only.
+    """
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] | None = [None] * world_size() if is_main() else None
@@ -143,7 +155,11 @@ def by_main_process(action: Callable[[], T]) -> T:
         ValueError: on every rank, where the action raises one.
         MainError: on every rank, where the action raises an OSError.
     """
-    outcome: list[Any] = [None, None, None]  # result, the text of an error, what is known about one of the system
+    outcome: list[Any] = [
+        None,
+        None,
+        None,
+    ]  # result, the text of an error, what is known about one of the system
     if is_main():
         try:
             outcome[0] = action()
@@ -172,15 +188,17 @@ def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
 
 
 def keep_open() -> None:
-    """Let `close` leave the group to the end of the process, for a script that trains more than once: DeepSpeed keeps
-    groups in globals, so a process that has left one cannot train in another."""
+    """Let `close` leave the group to the end of the process, for a script that trains more than once:
+    DeepSpeed keeps groups in globals, so a process that has left one cannot train in another."""
     global kept_open
     kept_open = True
     atexit.register(_leave)
 
 
 def close() -> None:
-    """Leave the process group; without this, a process may die in a destructor at exit (code -6, a flaky launch)."""
+    """Leave the process group; without this, a process may die in a destructor at exit (code -6, a flaky
+    launch).
+    """
     if dist.is_initialized():
         dist.barrier()
         if not kept_open:

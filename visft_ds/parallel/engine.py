@@ -1,7 +1,8 @@
 """The engine that trains a prepared model: ZeRO 0-3 through `deepspeed.initialize`.
 
-One signature for every engine: a step takes the micro-batches of this rank and reports what happened, alike on all
-ranks. `train` calls it once an optimiser step; remedies for silent faults of DeepSpeed stand in `deepspeed_fixes`.
+One signature for every engine: a step takes the micro-batches of this rank and reports what happened, alike
+on all ranks. `train` calls it once an optimiser step; remedies for silent faults of DeepSpeed stand in
+`deepspeed_fixes`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class StepReport:
     learning_rates: Mapping[str, float]  #: by parameter group, as used in this step
     skipped: bool  #: True when a low-precision overflow made the optimiser skip the update
     refused: Refused = ""  #: what was not accepted, so that no rank made an update
-    faults: Mapping[int, Sequence[str]] = field(default_factory=dict)  #: of a refused step: rank -> what it found
+    faults: Mapping[int, Sequence[str]] = field(
+        default_factory=dict
+    )  #: of a refused step: rank -> what it found
     loss_scale: float | None = None  #: what the loss was multiplied by; None in fp32 and bf16
 
 
@@ -76,10 +79,12 @@ class Schedule:
 
 
 def start_process_group() -> None:
-    """Join the process group of the launcher (nccl on GPUs, gloo on CPUs); one process meets nobody and needs no port.
+    """Join the process group of the launcher (nccl on GPUs, gloo on CPUs); one process meets nobody and needs
+    no port.
 
     Raises:
-        ValueError: an untested DeepSpeed release, unless VISFT_ALLOW_UNTESTED_DEEPSPEED=1; the port on which the
+        ValueError: an untested DeepSpeed release, unless VISFT_ALLOW_UNTESTED_DEEPSPEED=1; the port on which
+        the
             processes meet is in use.
     """
     known = SpecifierSet(DEEPSPEED).contains(deepspeed.__version__, prereleases=True)
@@ -91,7 +96,8 @@ def start_process_group() -> None:
     deepspeed.utils.logger.setLevel(logging.ERROR)
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() == "cpu":
-        # A C++ extension that only DeepSpeed's inference kernels use; building it would need a compiler and a minute.
+        # A C++ extension that only DeepSpeed's inference kernels use; building it would need a compiler and a
+        # minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
     if distributed.local_device().type == "cuda":
@@ -105,15 +111,18 @@ def start_process_group() -> None:
         if "EADDRINUSE" not in str(error):
             raise
         port = os.environ["MASTER_PORT"]
-        raise ValueError(f"port {port}, on which the processes meet, is in use: deepspeed --master_port N") from error
+        raise ValueError(
+            f"port {port}, on which the processes meet, is in use: deepspeed --master_port N"
+        ) from error
 
 
 @contextlib.contextmanager
 def released(engine: Engine) -> Iterator[Engine]:
-    """The engine, whose memory is freed at the end, for a process that goes on afterwards (`distributed.keep_open`).
+    """The engine, whose memory is freed at the end, for a process that goes on afterwards
+    (`distributed.keep_open`).
 
-    DeepSpeed hangs hooks into autograd that keep a model for ever; under ZeRO-3 a list and a cache do so too. A rank
-    that failed among others frees nothing: it would wait for collectives that they never join.
+    DeepSpeed hangs hooks into autograd that keep a model for ever; under ZeRO-3 a list and a cache do so too.
+    A rank that failed among others frees nothing: it would wait for collectives that they never join.
     """
     succeeded = False
     try:
@@ -135,7 +144,8 @@ class Engine:
         module: the prepared model; trainable parameters in fp32, frozen ones in any precision.
         groups: optimiser groups: {"params", "lr", "weight_decay", "name"}.
         config: the plain DeepSpeed dict, batch keys included, without optimizer and scheduler.
-        build_optimizer: groups -> optimiser. (For one named in `config` DeepSpeed would compile an extension.)
+        build_optimizer: groups -> optimiser. (For one named in `config` DeepSpeed would compile an
+        extension.)
         schedule: learning-rate factor of each step.
         seed: with the step and the rank it decides every random number (dropout) of a step.
         inside: what DeepSpeed runs in place of the module.
@@ -145,7 +155,8 @@ class Engine:
         stage: of ZeRO.
         deepspeed: DeepSpeed's engine, which this one drives.
         holders: parameter -> the rank that reads it for checkpoints, where that is not 0.
-        should_update: decides, from the mean loss of the global batch, if a step may change the weights. It has to
+        should_update: decides, from the mean loss of the global batch, if a step may change the weights. It
+        has to
             answer alike on every rank, and to refuse what is not finite.
     """
 
@@ -182,11 +193,16 @@ class Engine:
         scaler = scaler or self.deepspeed.torch_autocast_z0_gradscaler
         self.loss_scale = LossScale(self.deepspeed, scaler) if scaler else None  # None in fp32 and bf16
         self.should_update: Callable[[float], bool] = math.isfinite
-        #: Most losses of a step: the sum, an anchor's 3, of each task its weighted, unweighted and logged ones.
-        self._most_losses = 4 + sum(1 + len(criterion.weights) + _LOGGED for criterion in module.criteria.values())
+        #: Most losses of a step: the sum, an anchor's 3, of each task its weighted, unweighted and logged
+        #: ones.
+        self._most_losses = 4 + sum(
+            1 + len(criterion.weights) + _LOGGED for criterion in module.criteria.values()
+        )
         self._sums: dict[str, Tensor] = {}  # losses of a step on this rank, means over its micro-batches
 
-    def train_step(self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators) -> StepReport:
+    def train_step(
+        self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators
+    ) -> StepReport:
         """Run an optimiser step over this rank's micro-batches (as many as `accumulation`).
 
         Of a refused step every rank learns the faults that the others have found.
@@ -221,8 +237,8 @@ class Engine:
         """Compute a step, and make the update unless loss or gradient are refused, alike on every rank.
 
         Returns:
-            Means of the losses over all ranks; the norm of the gradient, still multiplied by the loss scale, inf where
-            it is unknown; and if `should_update` accepted the loss.
+            Means of the losses over all ranks; the norm of the gradient, still multiplied by the loss scale,
+            inf where it is unknown; and if `should_update` accepted the loss.
         """
         assert len(batches) == self.accumulation, (len(batches), self.accumulation)
         self.module.train()
@@ -254,7 +270,8 @@ class Engine:
     def predict(self, batch: Batch) -> dict[str, Any]:
         """Every head's output for a batch, in evaluation mode. Under ZeRO-3 all ranks must call it together.
 
-        There, outputs may go on behind the batch's last image: ranks that cut images into windows have more or fewer.
+        There, outputs may go on behind the batch's last image: ranks that cut images into windows have more
+        or fewer.
         """
         self.module.eval()
         if self.module.backbone.one_by_one:  # an image is a call, and every rank has to make as many
@@ -279,7 +296,8 @@ def build_engine(
 
     Args:
         config: from `deepspeed_dict`.
-        compile: "blocks": those of the backbone run through torch.compile, which is done once for all of them.
+        compile: "blocks": those of the backbone run through torch.compile, which is done once for all of
+        them.
     """
     module = prepared.module
     groups = [

@@ -30,8 +30,9 @@ class Partition:
     def bubble(self, micro_batches: int) -> float:
         """Predicted share of the time in which a stage waits, on average over the stages, in [0, 1).
 
-        One micro-batch follows another as fast as the slowest stage allows, after the first went through all of them.
-        With equal stages this is (stages - 1) / (micro_batches + stages - 1). Communication is not in it.
+        One micro-batch follows another as fast as the slowest stage allows, after the first went through all
+        of them. With equal stages this is (stages - 1) / (micro_batches + stages - 1). Communication is not
+        in it.
         """
         stages = self.stage_costs()
         busy = micro_batches * sum(stages)
@@ -41,9 +42,13 @@ class Partition:
         """Rows for the stages, and for the idle share of the time."""
         names = ["embedding", *(f"blocks.{index}" for index in range(len(self.costs) - 2)), "heads"]
         lines, total = [], sum(self.costs)
-        for number, ((start, stop), cost) in enumerate(zip(pairwise(self.bounds), self.stage_costs(), strict=True)):
+        for number, ((start, stop), cost) in enumerate(
+            zip(pairwise(self.bounds), self.stage_costs(), strict=True)
+        ):
             span = " to ".join(dict.fromkeys((names[start], names[stop - 1])))
-            lines.append((f"stage {number}", f"{span} ({stop - start} layers), {cost / total:.1%} of the operations"))
+            lines.append(
+                (f"stage {number}", f"{span} ({stop - start} layers), {cost / total:.1%} of the operations")
+            )
         idle = f"{self.bubble(micro_batches):.0%} of the time, predicted for {micro_batches} micro-batches per step"
         return [*lines, ("bubble", f"{idle}; a smaller micro_batch gives more of them, which wait less")]
 
@@ -68,8 +73,8 @@ def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
 
 @contextmanager
 def operations_by_layer(tracer: Tracer, backbone: EvaViT) -> Iterator[list[int]]:
-    """Count the operations of each layer, as `Partition` has them, while a step is traced: a layer's part of the
-    backward pass begins with the gradient of what the next one read."""
+    """Count the operations of each layer, as `Partition` has them, while a step is traced: a layer's part of
+    the backward pass begins with the gradient of what the next one read."""
     costs, here, counted = [0] * (len(backbone.blocks) + 2), 0, 0
 
     def enter(layer: int, *_: Any) -> None:

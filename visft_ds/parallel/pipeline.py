@@ -1,8 +1,8 @@
 """The pipeline engine: the prepared model divided over stages, `deepspeed.pipe` x ZeRO-1 data parallel.
 
-DeepSpeed 0.19.8 goes wrong with frozen stages, several parameter groups, several losses and modes of frozen parts;
-each remedy here names the fault it cures. They use private parts of DeepSpeed (`_INSTRUCTION_MAP`, `pipe_buffers`),
-which is why `start_process_group` refuses releases that were not tested.
+DeepSpeed 0.19.8 goes wrong with frozen stages, several parameter groups, several losses and modes of frozen
+parts; each remedy here names the fault it cures. They use private parts of DeepSpeed (`_INSTRUCTION_MAP`,
+`pipe_buffers`), which is why `start_process_group` refuses releases that were not tested.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.pipeline_layers import HeadsLayer, facts_of, owners, pipeline_layers, release
 from visft_ds.tasks.spec import LossDenominators
 
-#: Values of an anchor (see `stage_groups`): at least one for each data-parallel rank that ZeRO-1 divides it over.
+#: Values of an anchor (see `stage_groups`): at least one for each data-parallel rank that ZeRO-1 divides it
+#: over.
 _ANCHOR_SIZE = 64
 #: Steps between two comparisons of samples; comparing makes the host wait for the device.
 CHECK_EVERY = 20
@@ -46,7 +47,9 @@ class StagesModule(PipelineModule):
     """
 
     def __init__(self, model: MultiTaskModel, bounds: Sequence[int]) -> None:
-        self._model = (model,)  # a tuple: the model is not part of the module, only the layers of this stage are
+        self._model = (
+            model,
+        )  # a tuple: the model is not part of the module, only the layers of this stage are
         self._bounds = list(bounds)
         layers = pipeline_layers(model)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers and seeds
@@ -62,7 +65,8 @@ class StagesModule(PipelineModule):
                 release(layer)
 
     def _partition_layers(self, method: str = "given") -> None:
-        # DeepSpeed's method "parameters" counts what trains: with frozen blocks one stage would get nearly all of them.
+        # DeepSpeed's method "parameters" counts what trains: with frozen blocks one stage would get nearly
+        # all of them.
         self.parts = self._bounds
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(self.parts[stage], self.parts[stage + 1])
@@ -83,9 +87,9 @@ class StagesModule(PipelineModule):
 class PipelineEngine(Engine):
     """Stages x ZeRO-1 over the layers of a prepared model.
 
-    In a step the first stage takes batches with pixels, the last one batches with labels, and those between none. Only
-    the stage of a parameter holds its values: in the other stages' `module` it is on the meta device. Every stage gets
-    the mean loss of the global batch before the update, for `should_update`.
+    In a step the first stage takes batches with pixels, the last one batches with labels, and those between
+    none. Only the stage of a parameter holds its values: in the other stages' `module` it is on the meta
+    device. Every stage gets the mean loss of the global batch before the update, for `should_update`.
 
     Args:
         bounds: first layer of each stage, and the number of layers.
@@ -104,10 +108,14 @@ class PipelineEngine(Engine):
         self.place = Place.of_rank(distributed.rank(), distributed.world_size(), len(bounds) - 1)
         stage_of = owners(module, bounds)
         #: The first stage with something to train: no gradient flows into it or into those before.
-        first_trained = min(stage_of[name] for name, value in module.named_parameters() if value.requires_grad)
+        first_trained = min(
+            stage_of[name] for name, value in module.named_parameters() if value.requires_grad
+        )
         self._stages = StagesModule(module, bounds)
         super().__init__(module, stage_groups(self._stages, groups), config, inside=self._stages, **others)
-        assert not self.deepspeed.using_bf16_optimizer, "it wipes gradients of the heads; precision comes by autocast"
+        assert not self.deepspeed.using_bf16_optimizer, (
+            "it wipes gradients of the heads; precision comes by autocast"
+        )
         # An attribute of the object hides the table of its class: no other engine is changed.
         self.deepspeed._INSTRUCTION_MAP = instructions(self.place.stage, first_trained, self._end_step)
         self.holders = {name: stage * self.place.dp_size for name, stage in stage_of.items()}
@@ -149,7 +157,8 @@ class PipelineEngine(Engine):
     def _end_step(self, engine: Any) -> None:
         """End a step in every stage: make the update, unless `should_update` refuses the loss.
 
-        The last stages know the losses, means over the pipelines, and the loss scale; all ranks get them from there.
+        The last stages know the losses, means over the pipelines, and the loss scale; all ranks get them from
+        there.
         """
         losses: Mapping[str, float] = {}
         if self._stages.heads is not None:
@@ -160,7 +169,8 @@ class PipelineEngine(Engine):
         box = [(losses, scale)]
         dist.broadcast_object_list(box, src=last)
         self._losses, theirs = box[0]
-        # The last stage's scale multiplied the gradients that came from there; no stage may divide by another one.
+        # The last stage's scale multiplied the gradients that came from there; no stage may divide by another
+        # one.
         assert scale == theirs, (scale, theirs)
         self._accepted = self.should_update(self._losses["loss"])
         step = partial(DeepSpeedPipeline._exec_optimizer_step, engine)
@@ -171,10 +181,11 @@ class PipelineEngine(Engine):
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Any]:
-        """Every head's output for this rank's batch, on the CPU, in evaluation mode. All ranks call it together.
+        """Every head's output for this rank's batch, on the CPU, in evaluation mode. All ranks call it
+        together.
 
-        Every rank has other images: those of one pipeline's ranks go through it one after another, and each output
-        returns to the rank its images came from.
+        Every rank has other images: those of one pipeline's ranks go through it one after another, and each
+        output returns to the rank its images came from.
         """
         group = self.deepspeed.grid.get_pipe_parallel_group()
         ranks = self.deepspeed.grid.pp_group
@@ -194,8 +205,9 @@ class PipelineEngine(Engine):
 def stage_groups(stages: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The parameters of each optimiser group that this stage holds, or an anchor where it holds none.
 
-    ZeRO-1 runs collectives for each group, so stages with different numbers of groups would wait for each other for
-    ever, and a stage without any fails at start. An anchor is a parameter that nothing uses: it stays 0.
+    ZeRO-1 runs collectives for each group, so stages with different numbers of groups would wait for each
+    other for ever, and a stage without any fails at start. An anchor is a parameter that nothing uses: it
+    stays 0.
     """
     here = {id(parameter) for parameter in stages.parameters()}
     divided = []
@@ -211,13 +223,15 @@ def stage_groups(stages: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list
     return divided
 
 
-def instructions(stage: int, first_trained: int, update: Callable[[Any], None]) -> dict[Any, Callable[..., None]]:
+def instructions(
+    stage: int, first_trained: int, update: Callable[[Any], None]
+) -> dict[Any, Callable[..., None]]:
     """DeepSpeed's table of instructions for a stage, with these differences.
 
-    The last stage hands the heads their batch before their forward. Where nothing in front trains, tokens are received
-    without a gradient and none is sent; a stage with nothing to train in it or in front has no backward at all.
-    DeepSpeed wants a gradient of every tensor that travels, and fails where there is none. `update` takes the place of
-    the optimiser's step.
+    The last stage hands the heads their batch before their forward. Where nothing in front trains, tokens are
+    received without a gradient and none is sent; a stage with nothing to train in it or in front has no
+    backward at all. DeepSpeed wants a gradient of every tensor that travels, and fails where there is none.
+    `update` takes the place of the optimiser's step.
     """
 
     def receive_tokens(engine: Any, buffer_id: int) -> None:
@@ -239,7 +253,9 @@ def instructions(stage: int, first_trained: int, update: Callable[[Any], None]) 
         if stage >= first_trained:
             DeepSpeedPipeline._exec_backward_pass(engine, buffer_id)
         else:
-            engine.pipe_buffers["outputs"][buffer_id] = engine.pipe_buffers["output_tensors"][buffer_id] = None
+            engine.pipe_buffers["outputs"][buffer_id] = engine.pipe_buffers["output_tensors"][buffer_id] = (
+                None
+            )
 
     def forward(engine: Any, buffer_id: int) -> None:
         if (heads := engine.module.heads) is not None:
@@ -257,8 +273,12 @@ def instructions(stage: int, first_trained: int, update: Callable[[Any], None]) 
     }
 
 
-def _inputs(model: MultiTaskModel, batches: Sequence[Batch], device: torch.device, *, first: bool) -> Iterator[Any]:
-    """(inputs, labels) of each micro-batch, as DeepSpeed wants them: inputs on the first stage, labels on the last."""
+def _inputs(
+    model: MultiTaskModel, batches: Sequence[Batch], device: torch.device, *, first: bool
+) -> Iterator[Any]:
+    """(inputs, labels) of each micro-batch, as DeepSpeed wants them: inputs on the first stage, labels on the
+    last.
+    """
     for batch in batches:
         if first:
             there = batch.to(device)
@@ -268,7 +288,9 @@ def _inputs(model: MultiTaskModel, batches: Sequence[Batch], device: torch.devic
 
 
 def to_host(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Outputs of heads (dataclasses of tensors) on the CPU, without earlier layers, which are for losses only."""
+    """Outputs of heads (dataclasses of tensors) on the CPU, without earlier layers, which are for losses
+    only.
+    """
     moved = {}
     for task, output in outputs.items():
         output = output.last() if hasattr(output, "last") else output

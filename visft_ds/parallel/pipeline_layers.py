@@ -1,8 +1,9 @@
 """A prepared model as the list of layers that a pipeline divides: the same modules, no second definition.
 
-Two tensors travel between layers: the tokens (B, N, D) float32, or packed (1, T, D), and int64 facts that no layer
-changes: a checksum of the samples they belong to, and the grids of images that differ in size. Targets never travel:
-the last layer gets its batch from this rank's loader.
+Two tensors travel between layers: the tokens (B, N, D) float32, or packed (1, T, D), and int64 facts that no
+layer
+changes: a checksum of the samples they belong to, and the grids of images that differ in size. Targets never
+travel: the last layer gets its batch from this rank's loader.
 Letters: B images, H W pixels, N tokens of an image, h w patch grid, D width.
 """
 
@@ -30,7 +31,8 @@ class Layer(nn.Module):
     def __init__(self, model: MultiTaskModel) -> None:
         super().__init__()
         assert isinstance(model.backbone, EvaViT), "the configuration allows no other"
-        # A tuple, so that the whole model is not part of this layer; the parts of other stages are on the meta device.
+        # A tuple, so that the whole model is not part of this layer; the parts of other stages are on the
+        # meta device.
         self._whole = (model, model.backbone)
 
 
@@ -40,7 +42,11 @@ class EmbeddingLayer(Layer):
     def __init__(self, model: MultiTaskModel) -> None:
         super().__init__(model)
         _, backbone = self._whole
-        self.patch_embed, self.pos_embed, self.cls_token = backbone.patch_embed, backbone.pos_embed, backbone.cls_token
+        self.patch_embed, self.pos_embed, self.cls_token = (
+            backbone.patch_embed,
+            backbone.pos_embed,
+            backbone.cls_token,
+        )
 
     def forward(self, fed: tuple[Tensor, Tensor, Tensor]) -> Travelling:
         """(images (B, 3, H, W) uint8, sizes (B, 2), facts) -> what travels."""
@@ -68,10 +74,12 @@ class BlockLayer(Layer):
 
 
 class HeadsLayer(Layer):
-    """The last norm, the heads and the losses; a layer, since DeepSpeed's hooks see the parameters of layers only.
+    """The last norm, the heads and the losses; a layer, since DeepSpeed's hooks see the parameters of layers
+    only.
 
     Attributes:
-        batch: labels of the micro-batch whose tokens come next; set before each forward. Its pixels are not used.
+        batch: labels of the micro-batch whose tokens come next; set before each forward. Its pixels are not
+        used.
         loss_denominators: of the step; None: predict.
         on_output: is given (output, checksum that came with the tokens, batch) of each micro-batch.
     """
@@ -94,13 +102,16 @@ class HeadsLayer(Layer):
             features = backbone.feature_map(tokens, size)
         else:
             features, _ = backbone.unpacked(tokens, grids)
-        output = model.outputs([Map.of(at_least_float32(features), batch.sizes, size)], batch, self.loss_denominators)
+        output = model.outputs(
+            [Map.of(at_least_float32(features), batch.sizes, size)], batch, self.loss_denominators
+        )
         self.on_output(output, facts[:1], self.batch)
         return output
 
 
 def facts_of(model: MultiTaskModel, batch: Batch, checksum: Tensor) -> Tensor:
-    """(1 + 2 B,) int64, what travels beside packed tokens: a checksum (1,), height and width of each image in patches.
+    """(1 + 2 B,) int64, what travels beside packed tokens: a checksum (1,), height and width of each image in
+    patches.
 
     The checksum alone for images that are alike, which are a batch.
     """
@@ -110,7 +121,9 @@ def facts_of(model: MultiTaskModel, batch: Batch, checksum: Tensor) -> Tensor:
 
 
 def grids_of(facts: Tensor) -> Grids | None:
-    """Grids of the images of packed tokens; None for a batch. The host waits for the device, once in each stage."""
+    """Grids of the images of packed tokens; None for a batch. The host waits for the device, once in each
+    stage.
+    """
     if len(facts) == 1:
         return None
     known = vars(facts)  # of the tensor, which all layers of a stage hand on
@@ -139,8 +152,12 @@ def owners(module: MultiTaskModel, bounds: Sequence[int]) -> dict[str, int]:
 
 
 def release(layer: nn.Module) -> None:
-    """Free what a layer of another stage holds, if anything; names and shapes stay in the model, on the meta device."""
+    """Free what a layer of another stage holds, if anything; names and shapes stay in the model, on the meta
+    device.
+    """
     layer.to("meta")
-    if isinstance(layer, EmbeddingLayer):  # parameters of the backbone itself, which the line above does not reach
+    if isinstance(
+        layer, EmbeddingLayer
+    ):  # parameters of the backbone itself, which the line above does not reach
         _, backbone = layer._whole
         backbone.pos_embed, backbone.cls_token = layer.pos_embed, layer.cls_token

@@ -1,7 +1,7 @@
 """Placements of a model's values for each engine (`visft_ds.prepare.materialize.Placement`).
 
-Every process reads the weight file itself, mapped into memory: the processes of a host share its pages, which the
-system may drop at any time; and each finds a damaged value at the same tensor as all others.
+Every process reads the weight file itself, mapped into memory: the processes of a host share its pages, which
+the system may drop at any time; and each finds a damaged value at the same tensor as all others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def placement_for(config: dict[str, Any], partition: Partition | None) -> Placem
 
 
 class OnDevice(Placement):
-    """Placement of the whole model on this process's device (ZeRO 0-2); the host holds one tensor of it at a time."""
+    """Placement of the whole model on this process's device (ZeRO 0-2); the host holds one tensor of it at a
+    time.
+    """
 
     def place(self, parameter: nn.Parameter) -> None:
         """Move it."""
@@ -50,7 +52,8 @@ class OwnLayers(OnDevice):
 
 
 class Shards(Placement):
-    """Placement of a share of every tensor in each process (ZeRO-3), on its device, or on the host when offloading.
+    """Placement of a share of every tensor in each process (ZeRO-3), on its device, or on the host when
+    offloading.
 
     Each process holds the undivided tensor while it is divided; the values are the main process's.
 

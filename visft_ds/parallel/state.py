@@ -1,7 +1,9 @@
-"""Training state read from and written to an engine, whatever its topology: undivided tensors by parameter name.
+"""Training state read from and written to an engine, whatever its topology: undivided tensors by parameter
+name.
 
-DeepSpeed's own accessors have gaps in 0.19.8 (only the first parameter group is found, the ZeRO-3 setter needs sizes
-divisible by the world size, low-precision copies are not rewritten); each is closed here, next to the call it concerns.
+DeepSpeed's own accessors have gaps in 0.19.8 (only the first parameter group is found, the ZeRO-3 setter
+needs sizes divisible by the world size, low-precision copies are not rewritten); each is closed here, next to
+the call it concerns.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 #: What DeepSpeed counts as steps go by.
 _COUNTED = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
 VALUE = "value"
-#: Copies a tensor to the host as fp32, under a name that is the same at every save: "value/<name>", "exp_avg/<name>".
+#: Copies a tensor to the host as fp32, under a name that is the same at every save: "value/<name>",
+#: "exp_avg/<name>".
 ToHost = Callable[[str, Tensor], Tensor]
 
 
@@ -61,7 +64,9 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
             tensor = on_main(engine, name, gather_tensor(engine, parameter, what))
             if tensor is not None:  # the copies of the other ranks are dropped at once: one tensor at a time
                 named[name] = keep(f"{what}/{name}", tensor)
-    found[VALUE] |= {name: keep(f"{VALUE}/{name}", value) for name, value in measured(engine.module.heads).items()}
+    found[VALUE] |= {
+        name: keep(f"{VALUE}/{name}", value) for name, value in measured(engine.module.heads).items()
+    }
     if not distributed.is_main():
         return None
     scale = engine.loss_scale.state() if engine.loss_scale else {}
@@ -74,7 +79,8 @@ def updates_done(engine: Engine) -> int:
 
 
 def restore_state(engine: Engine, state: EngineState, step: int) -> None:
-    """Put a state back. Every rank passes the same state; `step` counts optimiser steps including skipped ones.
+    """Put a state back. Every rank passes the same state; `step` counts optimiser steps including skipped
+    ones.
 
     Raises:
         ValueError: names or shapes differ from what trains here.
@@ -83,7 +89,9 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
     expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in values.items()}
     found = {name: tuple(value.shape) for name, value in state.parameters.items()}
     if expected != found:
-        differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        differing = sorted(
+            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+        )
         lines = [f"  {n}: here {expected.get(n)}, in the checkpoint {found.get(n)}" for n in differing[:8]]
         raise ValueError(
             f"the checkpoint trains something else: {len(differing)} tensors differ (another LoRA rank, other "
@@ -111,10 +119,11 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
 
 @contextmanager
 def unchanged(engine: Engine) -> Iterator[None]:
-    """Within, `train_step` leaves weights, moments, schedule, loss scale, counters and random numbers as they are.
+    """Within, `train_step` leaves weights, moments, schedule, loss scale, counters and random numbers as they
+    are.
 
-    Everything else happens, but every step ends as one whose loss is refused. The moments, which AdamW allocates in its
-    first update, exist from here on.
+    Everything else happens, but every step ends as one whose loss is refused. The moments, which AdamW
+    allocates in its first update, exist from here on.
     """
     prepare_moments(engine)
     counted = {name: getattr(engine.deepspeed, name) for name in _COUNTED}
@@ -135,7 +144,8 @@ def base_optimizer(engine: Engine) -> Any:
 
 
 def prepare_moments(engine: Engine, updates: int | None = None) -> None:
-    """Let every accessor find Adam's moments, which it makes in its first update only: here they are zero before.
+    """Let every accessor find Adam's moments, which it makes in its first update only: here they are zero
+    before.
 
     Args:
         updates: forget the moments there are, and begin anew after so many updates.
@@ -155,7 +165,9 @@ def prepare_moments(engine: Engine, updates: int | None = None) -> None:
 
 
 def gather_tensor(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor | None:
-    """An undivided tensor on this rank's device, fp32 where it trains; None if another stage holds it. Collective."""
+    """An undivided tensor on this rank's device, fp32 where it trains; None if another stage holds it.
+    Collective.
+    """
     if parameter.is_meta:
         return None
     if what == VALUE:
@@ -176,10 +188,12 @@ def gathered(parameter: nn.Parameter) -> Tensor:
 
 
 def on_main(engine: Engine, name: str, held: Tensor | None) -> Tensor | None:
-    """A tensor of a parameter on the main process, sent by the rank in `Engine.holders`; None elsewhere. Collective.
+    """A tensor of a parameter on the main process, sent by the rank in `Engine.holders`; None elsewhere.
+    Collective.
 
     Args:
-        held: the undivided tensor, of the parameter's shape and dtype; None if another pipeline stage holds it.
+        held: the undivided tensor, of the parameter's shape and dtype; None if another pipeline stage holds
+        it.
     """
     source = engine.holders.get(name, 0)
     if distributed.rank() == source != 0:
@@ -195,7 +209,9 @@ def on_main(engine: Engine, name: str, held: Tensor | None) -> Tensor | None:
 
 @torch.no_grad()
 def set_tensor(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE) -> None:
-    """Write this rank's part of an undivided fp32 tensor; the forward's low-precision copies stay as they are."""
+    """Write this rank's part of an undivided fp32 tensor; the forward's low-precision copies stay as they
+    are.
+    """
     if parameter.is_meta:  # another pipeline stage holds it
         return
     if engine.stage == 0:
@@ -220,7 +236,9 @@ def refresh_module(engine: Engine) -> None:
     optimizer = engine.deepspeed.optimizer
     if engine.stage == 3:
         for index in range(len(optimizer.fp16_groups)):
-            optimizer.fp16_partitioned_groups_flat[index].data.copy_(optimizer.fp32_partitioned_groups_flat[index].data)
+            optimizer.fp16_partitioned_groups_flat[index].data.copy_(
+                optimizer.fp32_partitioned_groups_flat[index].data
+            )
             optimizer._unflatten_partitioned_parameters(index)
         if persistent := optimizer.persistent_parameters:
             # Small ones stay gathered from step to step, and what is there is not gathered again.

@@ -39,10 +39,22 @@ stage does not fit with any engine, or wrong usage.
 
 def build_parser() -> Command:
     """The parser."""
-    parser = Command("plan", "Predict memory and time of both stages, and find the fastest settings that fit.", _EPILOG)
+    parser = Command(
+        "plan", "Predict memory and time of both stages, and find the fastest settings that fit.", _EPILOG
+    )
     add = parser.add_argument
-    add("--cluster", metavar="SPEC", required=True, help="such as 8xA100-80GB, 8x8xH100 (machines x GPUs), 8x4090")
-    add("--network", type=float, metavar="GB/s", help="bandwidth of a machine, one way (default: usual for the GPU)")
+    add(
+        "--cluster",
+        metavar="SPEC",
+        required=True,
+        help="such as 8xA100-80GB, 8x8xH100 (machines x GPUs), 8x4090",
+    )
+    add(
+        "--network",
+        type=float,
+        metavar="GB/s",
+        help="bandwidth of a machine, one way (default: usual for the GPU)",
+    )
     add("--model", metavar="NAME|FILE", help="as in visft train (eva_e and eva_g)")
     add("--backbone", metavar="NAME|FILE", help="as in visft train; of its files only config.json is needed")
     add("--download", action="store_true", help="download config.json from the hub")
@@ -66,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fits = True
         for name in [model] if model else ["eva_e", "eva_g"]:
             for stage in [options.stage] if options.stage else [1, 2]:
-                config = resolve(stage=stage, model=name, engine=options.engine, settings=options.set, flags=flags)
+                config = resolve(
+                    stage=stage, model=name, engine=options.engine, settings=options.set, flags=flags
+                )
                 if options.batch_size is not None:
                     config = resolve(
                         stage=stage,
@@ -111,7 +125,10 @@ def _plan(options: Namespace, name: str, config: ResolvedConfig, cluster: Cluste
     print_arms(f"{name}, stage {stage}, as predicted on {where}", sections, arms)
     if not arms[0].fits:
         helps = "plan without --engine to try all of them" if options.engine else "take GPUs with more memory"
-        print(f"nothing fits: {helps}, smaller images (visft.tasks.<task>.image), or a smaller --model", flush=True)
+        print(
+            f"nothing fits: {helps}, smaller images (visft.tasks.<task>.image), or a smaller --model",
+            flush=True,
+        )
         return False
     words = shlex.join([*chosen, *arms[0].flags])
     for launcher in launchers(cluster):
@@ -120,7 +137,9 @@ def _plan(options: Namespace, name: str, config: ResolvedConfig, cluster: Cluste
 
 
 def launchers(cluster: Cluster) -> list[str]:
-    """Beginnings of the commands that train on the cluster: on one machine, or with a hostfile and under SLURM."""
+    """Beginnings of the commands that train on the cluster: on one machine, or with a hostfile and under
+    SLURM.
+    """
     if cluster.count == 1:
         return ["visft train"]
     if cluster.count <= cluster.per_node:
@@ -128,7 +147,11 @@ def launchers(cluster: Cluster) -> list[str]:
     machines, rest = divmod(cluster.count, cluster.per_node)
     lines = ["deepspeed --hostfile hostfile --module visft_ds.launch"]
     if not rest:  # launchers/slurm.sbatch is for machines of 8
-        each = f" --ntasks-per-node {cluster.per_node} --gres gpu:{cluster.per_node}" if cluster.per_node != 8 else ""
+        each = (
+            f" --ntasks-per-node {cluster.per_node} --gres gpu:{cluster.per_node}"
+            if cluster.per_node != 8
+            else ""
+        )
         lines.append(f"sbatch --nodes {machines}{each} launchers/slurm.sbatch")
     return lines
 
@@ -156,7 +179,11 @@ def print_arms(title: str, sections: Sequence[Section], arms: Sequence[SearchArm
     tables = [*sections, Section(f"{capacity}; {steps}", rows, columns)]
     for name, images in best.run.batches.batch_size.items():
         what = f"{name} with {best.engine}: {images} images a step, {best.run.batches.micro[name]} at once on a GPU"
-        memory = ", ".join(f"{part} {size / _GIB:.2f}" for part, size in asdict(best.memory[name]).items() if size)
-        seconds = ", ".join(f"{part} {spent:.3g}" for part, spent in asdict(best.seconds[name]).items() if spent)
+        memory = ", ".join(
+            f"{part} {size / _GIB:.2f}" for part, size in asdict(best.memory[name]).items() if size
+        )
+        seconds = ", ".join(
+            f"{part} {spent:.3g}" for part, spent in asdict(best.seconds[name]).items() if spent
+        )
         tables.append(Section(what, [("GiB", memory), ("seconds", seconds)]))
     print_plan(title, tables)

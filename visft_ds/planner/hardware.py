@@ -10,14 +10,16 @@ import torch
 
 from visft_ds.config.fields import Precision
 
-#: Of the bandwidth in one direction, large collectives reach this much of a link and of a machine's network: nccl-tests
-#: as published, see tests/planner/test_published.py.
+#: Of the bandwidth in one direction, large collectives reach this much of a link and of a machine's network:
+#: nccl-tests as published, see tests/planner/test_published.py.
 LINK_SHARE, NETWORK_SHARE = 0.8, 0.9
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Kind of GPU. Rates are dense: data sheets print those "with sparsity" beside, which are twice as high."""
+    """Kind of GPU. Rates are dense: data sheets print those "with sparsity" beside, which are twice as
+    high.
+    """
 
     name: str  #: ends with its memory in GiB
     pattern: str  #: regular expression for the name that the driver gives; the first one that fits counts
@@ -45,9 +47,10 @@ class Gpu:
         return "bf16" if self.tf32 else "fp16"
 
 
-#: Links: NVLink 2 to 5 with 150, 300, 450 and 900 GB/s in each direction; PCIe 3, 4, 5 x16 with 16, 32, 64. Two GPUs of
-#: a GB200 share 450 GB/s to their host. Networks: a DGX has an adapter of 400 or 200 Gbit/s for each GPU; other
-#: machines are counted with 200 Gbit/s in all. RTX 6000 Ada: NVIDIA's paper on the Ada architecture. A10G: AWS's cards.
+#: Links: NVLink 2 to 5 with 150, 300, 450 and 900 GB/s in each direction; PCIe 3, 4, 5 x16 with 16, 32, 64.
+#: Two GPUs of a GB200 share 450 GB/s to their host. Networks: a DGX has an adapter of 400 or 200 Gbit/s for
+#: each GPU; other machines are counted with 200 Gbit/s in all. RTX 6000 Ada: NVIDIA's paper on the Ada
+#: architecture. A10G: AWS's cards.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -83,7 +86,11 @@ GPUS = {
 
 def find_gpu(name: str) -> Gpu | None:
     """The kind of a GPU by its driver's name; None for unknown ones and for slices of one (MIG)."""
-    return None if "MIG" in name else next((gpu for gpu in GPUS.values() if re.search(gpu.pattern, name, re.I)), None)
+    return (
+        None
+        if "MIG" in name
+        else next((gpu for gpu in GPUS.values() if re.search(gpu.pattern, name, re.I)), None)
+    )
 
 
 def peak_rate(device: torch.device, precision: Precision) -> float | None:
@@ -115,8 +122,10 @@ class Cluster:
 
 
 def parse_cluster(text: str, network: float | None = None) -> Cluster:
-    """`8xA100-80GB` or `2x8xH100` (machines x GPUs; the memory where there are several), with a network of so many GB/s
-    in one direction (None: as such machines are sold). Raises ValueError for another form or an unknown name."""
+    """`8xA100-80GB` or `2x8xH100` (machines x GPUs; the memory where there are several), with a network of so
+    many GB/s in one direction (None: as such machines are sold). Raises ValueError for another form or an
+    unknown name.
+    """
     if network is not None and not 0 < network < math.inf:
         raise ValueError(f"--network {network}: give GB/s above 0, such as 25 (200 Gbit/s)")
     found = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x(.+)", text)
@@ -125,6 +134,10 @@ def parse_cluster(text: str, network: float | None = None) -> Cluster:
     wanted = re.sub(r"RTX|[ _]", "", found[3].upper()).strip("-")
     close = [name for name in GPUS if wanted in (name.upper(), name.upper().rpartition("-")[0])]
     if len(close) != 1:
-        raise ValueError(f"--cluster {text}: no one GPU is called {found[3]}; known: {', '.join(close or GPUS)}")
+        raise ValueError(
+            f"--cluster {text}: no one GPU is called {found[3]}; known: {', '.join(close or GPUS)}"
+        )
     gpu, per_node = GPUS[close[0]], int(found[2]) if found[1] else Cluster.per_node
-    return Cluster(int(found[1] or 1) * int(found[2]), gpu, gpu.network if network is None else network, per_node)
+    return Cluster(
+        int(found[1] or 1) * int(found[2]), gpu, gpu.network if network is None else network, per_node
+    )

@@ -1,7 +1,7 @@
 """Memory of a rank's optimiser step before anything is allocated: the model's own step on the meta device.
 
-Activations and temporaries are those of a traced micro-batch; what the engine holds follows from numbers of values.
-Libraries' workspaces, the CUDA context and fragmentation are not in it.
+Activations and temporaries are those of a traced micro-batch; what the engine holds follows from numbers of
+values. Libraries' workspaces, the CUDA context and fragmentation are not in it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from visft_ds.tasks import TASKS
 from visft_ds.tasks.spec import Content, counts_of, loss_denominators_of, tensors_of
 
 FP32 = 4  #: bytes
-#: Of a GPU's memory, what a plan may fill: the CUDA context, libraries' workspaces and fragmentation take the rest.
+#: Of a GPU's memory, what a plan may fill: the CUDA context, libraries' workspaces and fragmentation take the
+#: rest.
 MEMORY_SHARE = 0.92
 _TRACED: dict[tuple[Any, ...], TracedStep] = {}  # by all that a step depends on
 
@@ -47,7 +48,9 @@ class PlannedRun:
     content: Content = field(default_factory=Content)
 
     def changed(self, config: ResolvedConfig) -> PlannedRun:
-        """Another configuration on the same processes. Raises ValueError: its batches cannot be divided over them."""
+        """Another configuration on the same processes. Raises ValueError: its batches cannot be divided over
+        them.
+        """
         return replace(self, config=config, batches=derive_batches(config, self.batches.processes))
 
     def with_policy(self, policy: str) -> PlannedRun:
@@ -68,10 +71,14 @@ class PlannedRun:
             return None
         streams = self.config.visft.streams().values()
         layers = [[stream.share * cost for cost in trace_step(self, stream).layers] for stream in streams]
-        costs = [sum(shares) / sum(stream.share for stream in streams) for shares in zip(*layers, strict=True)]
+        costs = [
+            sum(shares) / sum(stream.share for stream in streams) for shares in zip(*layers, strict=True)
+        ]
         if stages > len(costs):
             name = self.config.visft.model.name
-            raise ValueError(f"pipeline.stages = {stages}: {name} has {len(costs)} layers; give at most as many")
+            raise ValueError(
+                f"pipeline.stages = {stages}: {name} has {len(costs)} layers; give at most as many"
+            )
         return Partition(tuple(costs), divide(costs, stages))
 
 
@@ -94,10 +101,14 @@ class TracedStep:
 
 
 def run_of(
-    config: ResolvedConfig, processes: int, precision: Precision, words: int | None, device: torch.device | None
+    config: ResolvedConfig,
+    processes: int,
+    precision: Precision,
+    words: int | None,
+    device: torch.device | None,
 ) -> PlannedRun:
-    """A run with captions of so many words (None: those of the published heads) on processes' devices (None: this
-    one's own). Raises ValueError: batches that cannot be divided."""
+    """A run with captions of so many words (None: those of the published heads) on processes' devices (None:
+    this one's own). Raises ValueError: batches that cannot be divided."""
     batches, device = derive_batches(config, processes), device or distributed.local_device()
     return PlannedRun(config, batches, precision, words or PUBLISHED_VOCABULARY, device)
 
@@ -108,26 +119,47 @@ def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
     model = visft.model_dump_json(include={"stage", "model", "lora", "heads", "anchor", "param_groups"})
     heads = tuple(task.model_dump_json(include={"head", "loss"}) for task in visft.tasks.enabled().values())
     zero3 = run.config.deepspeed["zero_optimization"]["stage"] == 3
-    key = (model, heads, repr(stream), images, run.precision, run.vocabulary_size, run.device.type, run.content, zero3)
+    key = (
+        model,
+        heads,
+        repr(stream),
+        images,
+        run.precision,
+        run.vocabulary_size,
+        run.device.type,
+        run.content,
+        zero3,
+    )
     if key in _TRACED:
         return _TRACED[key]
     storage = DTYPES[run.precision]
     module, groups = plan_model(visft, run.config.optimizer.params, run.vocabulary_size, storage)
     module.train()
     side = stream.largest_side()
-    targets = {task: TASKS[task].blank(images, (side, side), run.content, stream.image) for task in stream.tasks}
+    targets = {
+        task: TASKS[task].blank(images, (side, side), run.content, stream.image) for task in stream.tasks
+    }
     pixels = torch.empty(images, 3, side, side, dtype=torch.uint8, device=META)
-    ids, sizes, real = torch.arange(images), torch.full((images, 2), side), torch.ones(images, dtype=torch.bool)
-    # Images are planned as large as the largest, but each as a call, or a part of a row, where sizes can differ.
+    ids, sizes, real = (
+        torch.arange(images),
+        torch.full((images, 2), side),
+        torch.ones(images, dtype=torch.bool),
+    )
+    # Images are planned as large as the largest, but each as a call, or a part of a row, where sizes can
+    # differ.
     module.backbone.one_by_one = True
-    on_host = Batch(pixels, sizes, sizes, ids, ids, ids, real, targets, frames=sizes, mixed=not stream.alike())
+    on_host = Batch(
+        pixels, sizes, sizes, ids, ids, ids, real, targets, frames=sizes, mixed=not stream.alike()
+    )
     denominators = loss_denominators_of(counts_of(module.criteria, [on_host]), 1, META)
     batch, trained = on_host.to(META), [parameter for group in groups for parameter in group.parameters]
     tracer = Tracer(run.device, None if storage == torch.float32 else storage, module.parameters())
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(tracer.arrived)
     backbone = module.backbone
-    by_layer = operations_by_layer(tracer, backbone) if isinstance(backbone, EvaViT) else nullcontext(list[int]())
+    by_layer = (
+        operations_by_layer(tracer, backbone) if isinstance(backbone, EvaViT) else nullcontext(list[int]())
+    )
     cells = math.prod(module.padded_size(on_host)) // backbone.patch_size**2
     with tracer, operators_of(run.device, zero3=zero3), by_layer as layers:
         torch.autograd.backward(module(batch, denominators)["loss"])
@@ -179,12 +211,16 @@ class MemoryPlan:
 
 
 def is_offloaded(zero: Mapping[str, Any], what: str) -> bool:
-    """Return True if `zero_optimization` keeps the "param" or the "optimizer" in the memory of the machine."""
+    """Return True if `zero_optimization` keeps the "param" or the "optimizer" in the memory of the
+    machine.
+    """
     return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
 
 
 def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
-    """Plan of a stream's step. A pipeline's stage holds its share of the layers, and a micro-batch per later stage."""
+    """Plan of a stream's step. A pipeline's stage holds its share of the layers, and a micro-batch per later
+    stage.
+    """
     found, batches = trace_step(run, stream), run.batches
     zero = run.config.deepspeed["zero_optimization"]
     stage, stages, cpu = int(zero["stage"]), batches.stages, run.device.type == "cpu"
@@ -198,7 +234,9 @@ def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
     if is_offloaded(zero, "optimizer") and not cpu:
         optimizer = 0
     gradients = FP32 * (found.trained // divided if stage >= 2 else found.taught)
-    buckets = (1 + bool(zero.get("overlap_comm") and stage < 3)) * FP32 * int(zero.get("reduce_bucket_size", 5e8))
+    buckets = (
+        (1 + bool(zero.get("overlap_comm") and stage < 3)) * FP32 * int(zero.get("reduce_bucket_size", 5e8))
+    )
     live = int(zero.get("stage3_max_live_parameters", 1e9)) * DTYPES[run.precision].itemsize
     # Batches on the device; on a CPU that is where the loader puts them, so the prefetched ones count too.
     held = found.batch * ((1 + run.config.visft.data.prefetch_steps) * batches.accumulation if cpu else 1)
@@ -206,14 +244,18 @@ def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
     update = 0 if cpu else FP32 * found.trained // divided // stages
 
     def plan(activations: int, *, arrived: bool) -> MemoryPlan:
-        """Plan of a moment; `arrived`: gradients are there, and the buckets that the first one has allocated."""
+        """Plan of a moment; `arrived`: gradients are there, and the buckets that the first one has
+        allocated.
+        """
         return MemoryPlan(
             weights=weights // stages,
             gradients=gradients // stages * arrived,
             optimizer=optimizer // stages,
             buckets=buckets * (stage == 3 or (stage > 0 and arrived)),
             gathered=min(live, whole) if stage == 3 else 0,
-            activations=max(activations * min(stages, batches.accumulation) // stages + held, update * arrived),
+            activations=max(
+                activations * min(stages, batches.accumulation) // stages + held, update * arrived
+            ),
         )
 
     if several or stage == 3:  # gradients and buckets are there from the beginning

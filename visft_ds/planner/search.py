@@ -1,4 +1,6 @@
-"""Settings that fit: the fastest on a cluster, the first recomputing policy that fits, and changes that would."""
+"""Settings that fit: the fastest on a cluster, the first recomputing policy that fits, and changes that
+would.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ ALIKE = 0.01
 
 @dataclass(frozen=True)
 class SearchArm:
-    """A configuration on a cluster; numbers of all streams together are means by their shares of the steps."""
+    """A configuration on a cluster; numbers of all streams together are means by their shares of the
+    steps.
+    """
 
     flags: tuple[str, ...]  #: words of visft train that lead to it
     engine: str
@@ -56,12 +60,17 @@ class SearchArm:
 
 
 def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()) -> SearchArm:
-    """Memory and time of a configuration on a cluster. Raises ValueError: batches that cannot be divided over it."""
+    """Memory and time of a configuration on a cluster. Raises ValueError: batches that cannot be divided over
+    it.
+    """
     gpu, stated = cluster.gpu, config.visft.model.precision
     precision = gpu.precision() if stated == "auto" else stated
     if gpu.rate(precision) is None:
         raise ValueError(f"visft.model.precision: {gpu.name} has no {precision}")
-    run, capacity = run_of(config, cluster.count, precision, None, torch.device("cuda")), int(MEMORY_SHARE * gpu.memory)
+    run, capacity = (
+        run_of(config, cluster.count, precision, None, torch.device("cuda")),
+        int(MEMORY_SHARE * gpu.memory),
+    )
     plain, batches, streams = run.with_policy("none"), run.batches, config.visft.streams()
     if config.visft.stage == 1 or config.visft.model.recompute == "auto":
         run, _ = choose_recompute(run, capacity)
@@ -72,7 +81,9 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
 
     seconds = {name: step_time(run, stream, cluster) for name, stream in streams.items()}
     step = mean({name: one.total for name, one in seconds.items()})
-    ideal = {name: peak_seconds(trace_step(plain, one).work, gpu, tf32=run.tf32) for name, one in streams.items()}
+    ideal = {
+        name: peak_seconds(trace_step(plain, one).work, gpu, tf32=run.tf32) for name, one in streams.items()
+    }
     zero = config.deepspeed["zero_optimization"]
     engine = f"ZeRO-{zero['stage']}" + (" offload" if is_offloaded(zero, "param") else "")
     return SearchArm(
@@ -90,10 +101,12 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
 
 
 def search(config: ResolvedConfig, cluster: Cluster) -> list[SearchArm]:
-    """Arms, one for each engine that the cluster allows, with its fastest settings that fit; the fastest first.
+    """Arms, one for each engine that the cluster allows, with its fastest settings that fit; the fastest
+    first.
 
-    Where nothing fits, an engine's arm is the one that needs least. Each policy is tried with the fewest micro-batches
-    that fit; a stated one is the only one. Raises ValueError where all engines refuse what is configured.
+    Where nothing fits, an engine's arm is the one that needs least. Each policy is tried with the fewest
+    micro-batches that fit; a stated one is the only one. Raises ValueError where all engines refuse what is
+    configured.
     """
     arms = list[SearchArm]()
     refusals = list[ValueError]()
@@ -102,7 +115,9 @@ def search(config: ResolvedConfig, cluster: Cluster) -> list[SearchArm]:
             continue  # a pipeline divides what does not fit; it waits while it fills
         try:
             arms += _fastest(changed(config, settings, engine), cluster, _flags(settings, engine))
-        except ValueError as error:  # more stages than the model has layers; an engine that refuses what is configured
+        except (
+            ValueError
+        ) as error:  # more stages than the model has layers; an engine that refuses what is configured
             refusals.append(error)
     if not arms and refusals:
         raise refusals[0]
@@ -112,14 +127,18 @@ def search(config: ResolvedConfig, cluster: Cluster) -> list[SearchArm]:
 
 
 def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str]) -> list[SearchArm]:
-    """The fastest settings of an engine that fit, else those that need least; none: batches cannot be divided."""
+    """The fastest settings of an engine that fit, else those that need least; none: batches cannot be
+    divided.
+    """
     stated = config.visft.model.recompute
     dp = cluster.count // config.pipeline_stages
     streams = config.visft.streams().values()
     if any(stream.batch_size % dp for stream in streams):
         return []
     shares = {stream.key: stream.batch_size // dp for stream in streams}
-    counts = [n for n in range(1, max(shares.values()) + 1) if all(share % n == 0 for share in shares.values())]
+    counts = [
+        n for n in range(1, max(shares.values()) + 1) if all(share % n == 0 for share in shares.values())
+    ]
     policies = policies_of(config) if stated == "auto" else (stated,)
     configured = [f"{key}={value}" for key, value in flatten(config.to_dict())]
 
@@ -165,7 +184,9 @@ def policies_of(config: ResolvedConfig) -> tuple[str, ...]:
 
 
 def choose_recompute(run: PlannedRun, capacity: int) -> tuple[PlannedRun, int]:
-    """The run with the first policy that fits into `capacity` bytes, or the smallest, and the bytes that it needs."""
+    """The run with the first policy that fits into `capacity` bytes, or the smallest, and the bytes that it
+    needs.
+    """
     tried = list[tuple[PlannedRun, int]]()
     for policy in policies_of(run.config):
         candidate = run.with_policy(policy)
@@ -176,8 +197,8 @@ def choose_recompute(run: PlannedRun, capacity: int) -> tuple[PlannedRun, int]:
 
 
 def fitting_settings(now: PlannedRun, capacity: int) -> list[str]:
-    """Flags of fewer images at once, and of another engine, after which the fullest rank of a run holds no more than
-    `capacity` bytes; without those that are not enough."""
+    """Flags of fewer images at once, and of another engine, after which the fullest rank of a run holds no
+    more than `capacity` bytes; without those that are not enough."""
     config, micro = now.config, now.batches.micro
     streams = config.visft.streams()
     fewer = list[tuple[str | None, list[str]]]()
@@ -190,7 +211,8 @@ def fitting_settings(now: PlannedRun, capacity: int) -> list[str]:
     helpful = list[str]()
     for kind in (fewer, engines):
         for engine, settings in kind:
-            # Refused: batches that do not divide that way, more stages than layers, an engine for other models.
+            # Refused: batches that do not divide that way, more stages than layers, an engine for other
+            # models.
             with suppress(ValueError):
                 if plan_largest(now.changed(changed(config, settings, engine))).total <= capacity:
                     helpful.append(shlex.join(_flags(settings, engine)))

@@ -76,7 +76,9 @@ class Tracer(TorchDispatchMode):
         return result
 
     def arrived(self, parameter: Tensor) -> None:
-        """Count the gradient that has arrived at a parameter apart from now on. The first one ends the forward pass."""
+        """Count the gradient that has arrived at a parameter apart from now on. The first one ends the
+        forward pass.
+        """
         assert parameter.grad is not None
         if not self.apart:
             self.forward_peak, self.peak = self.peak, self.now
@@ -96,7 +98,9 @@ class Tracer(TorchDispatchMode):
 
 
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any) -> int:
-    """Operations of a convolution's gradients, each as many as forward; torch counts a depthwise one as if dense."""
+    """Operations of a convolution's gradients, each as many as forward; torch counts a depthwise one as if
+    dense.
+    """
     cells = x if rest[4] else gradient  # of a transposed one, each cell of its input meets the weights
     return 2 * weight.numel() * len(cells) * math.prod(cells.shape[2:]) * sum(rest[7][:2])
 
@@ -121,11 +125,13 @@ def _kind(func: Any) -> str | None:
 
 @contextmanager
 def operators_of(device: torch.device, *, zero3: bool = False) -> Iterator[None]:
-    """Let attention, linear layers and convolutions on the meta device cost and keep what they do on a device.
+    """Let attention, linear layers and convolutions on the meta device cost and keep what they do on a
+    device.
 
     Autocast rounds factors. Attention is a fused kernel: FlashAttention in 16 bit on a GPU, elsewhere the
-    memory-efficient one, which keeps as much as that of CPUs. Under ZeRO-3, DeepSpeed's linear layer keeps its input,
-    frozen or not. Functions are replaced: torch's function modes are off when a backward pass recomputes.
+    memory-efficient one, which keeps as much as that of CPUs. Under ZeRO-3, DeepSpeed's linear layer keeps
+    its input, frozen or not. Functions are replaced: torch's function modes are off when a backward pass
+    recomputes.
     """
     attend, multiply, aten = F.scaled_dot_product_attention, F.linear, torch.ops.aten
 
@@ -138,7 +144,13 @@ def operators_of(device: torch.device, *, zero3: bool = False) -> Iterator[None]
         return call
 
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, *rest: Any, **named: Any
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        *rest: Any,
+        **named: Any,
     ) -> Any:
         if not q.is_meta:
             return attend(q, k, v, attn_mask, dropout_p, *rest, **named)

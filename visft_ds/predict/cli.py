@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=program("predict"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog=program("predict"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     images = "JPEG, PNG, WebP, BMP, GIF or TIFF; folders and all below them; patterns with *, ?, [...] or **"
     add("images", nargs="+", metavar="IMAGE|FOLDER|PATTERN", help=images)

@@ -1,7 +1,7 @@
 """`visft predict`: every picture through a model, a drawing of each, one JSON file of all.
 
-Numbers are written picture by picture, as lines of JSON behind a line of settings. At the end they become one file, and
-until then the same command goes on where it was interrupted.
+Numbers are written picture by picture, as lines of JSON behind a line of settings. At the end they become one
+file, and until then the same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def predict(images: list[str], out: Path, threshold: float, batch_size: int | No
 def _predictions(
     files: Mapping[str, Path], loaded: Model, threshold: float, size: int
 ) -> Iterator[tuple[str, Prediction | str]]:
-    """(name, prediction, or reason why it was skipped) of each file; `size` of them go through the model together."""
+    """(name, prediction, or reason why it was skipped) of each file; `size` of them go through the model
+    together.
+    """
     listed = list(files.items())
     with ThreadPoolExecutor(_THREADS) as pool, tqdm(total=len(listed), unit=" images", disable=None) as bar:
 
@@ -128,9 +130,11 @@ def _append(lines: BinaryIO, record: Mapping[str, Any]) -> None:
 
 
 def _continued(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name -> line of the pictures that are done, of an interrupted command with these settings; none without a file.
+    """Name -> line of the pictures that are done, of an interrupted command with these settings; none without
+    a file.
 
-    A last line that was cut off is taken out of the file. Raises ValueError for other settings, and a damaged file.
+    A last line that was cut off is taken out of the file. Raises ValueError for other settings, and a damaged
+    file.
     """
     if not path.is_file():
         return {}
@@ -154,7 +158,9 @@ def _continued(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, A
 
 
 def _changed_last(place: Path) -> int:
-    """Time of the last change of a file, or of the files in a folder, of a run in its export; ns, 0 for no file."""
+    """Time of the last change of a file, or of the files in a folder, of a run in its export; ns, 0 for no
+    file.
+    """
     folder = export_of(place) if export_of(place).is_dir() else place
     files = [place] if place.is_file() else [path for path in folder.rglob("*") if path.is_file()]
     return max((path.stat().st_mtime_ns for path in files), default=0)
@@ -162,10 +168,17 @@ def _changed_last(place: Path) -> int:
 
 def _joined(records: list[dict[str, Any]], skipped: Mapping[str, str], loaded: Model) -> dict[str, Any]:
     """The content of `RESULTS`: images are numbered from 1 in this order."""
-    whole: dict[str, Any] = {"images": [], "categories": [], "skipped": [], **{task: [] for task in loaded.tasks}}
+    whole: dict[str, Any] = {
+        "images": [],
+        "categories": [],
+        "skipped": [],
+        **{task: [] for task in loaded.tasks},
+    }
     ids = set(loaded.categories)
     for number, record in enumerate(records, 1):
-        whole["images"].append({"id": number, **{key: record[key] for key in ("file_name", "width", "height")}})
+        whole["images"].append(
+            {"id": number, **{key: record[key] for key in ("file_name", "width", "height")}}
+        )
         for task, results in record["results"].items():
             whole[task] += [{**result, "image_id": number} for result in results]
             ids |= {result["category_id"] for result in results if "category_id" in result}

@@ -1,4 +1,5 @@
-"""Pictures of every kind that people have -> RGB pixels: files, folders, patterns, Pillow images, arrays, tensors.
+"""Pictures of every kind that people have -> RGB pixels: files, folders, patterns, Pillow images, arrays,
+tensors.
 
 Letters: H W pixels.
 """
@@ -21,7 +22,8 @@ from visft_ds.files import open_image, reading, to_rgb
 Pixels = npt.NDArray[np.uint8]
 ImageInput = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
 
-#: Endings of files that are taken from a folder; HEIC and AVIF cannot be read, and are named rather than overlooked.
+#: Endings of files that are taken from a folder; HEIC and AVIF cannot be read, and are named rather than
+#: overlooked.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
 _ALLOWED = "give a path, a Pillow image, uint8 in an array (H, W, 3) or (H, W) or a tensor (3, H, W), or a list of them"
 
@@ -39,8 +41,8 @@ def printable(path: str | Path) -> str:
 
 
 def find_images(given: Sequence[str | Path], *, outside: Path | None = None) -> dict[str, Path]:
-    """Name -> file: files as they are; of folders and patterns those that end as images do, sorted. Links to folders
-    and hidden files are passed over. A name is the path below the folder that all of them lie in.
+    """Name -> file: files as they are; of folders and patterns those that end as images do, sorted. Links to
+    folders and hidden files are passed over. A name is the path below the folder that all of them lie in.
 
     Args:
         given: files, folders with all below them, and patterns with *, ?, [...] or ** for any folders.
@@ -83,7 +85,9 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
 
     Raises ValueError for what is no picture, by its path or its place in the list.
     """
-    alone = isinstance(images, str | Path | Image.Image | np.ndarray | Tensor) or not isinstance(images, Iterable)
+    alone = isinstance(images, str | Path | Image.Image | np.ndarray | Tensor) or not isinstance(
+        images, Iterable
+    )
     every: list[OpenedImage] = []
     for place, image in enumerate([images] if alone else cast(Iterable[ImageInput], images)):
         if isinstance(image, str | Path):
@@ -110,6 +114,13 @@ def _of_memory(image: object, what: str) -> OpenedImage:
         raise ValueError(f"{what} is of type {type(image).__name__}: {_ALLOWED}")
     if isinstance(array, np.ndarray) and array.ndim == 2:
         array = np.stack([array] * 3, axis=-1)
-    if not (str(array.dtype).endswith("uint8") and array.ndim == 3 and array.shape[2] == 3 and 0 not in array.shape):
-        raise ValueError(f"{what} has the shape {tuple(array.shape)} and numbers of {array.dtype}: {_ALLOWED}")
+    if not (
+        str(array.dtype).endswith("uint8")
+        and array.ndim == 3
+        and array.shape[2] == 3
+        and 0 not in array.shape
+    ):
+        raise ValueError(
+            f"{what} has the shape {tuple(array.shape)} and numbers of {array.dtype}: {_ALLOWED}"
+        )
     return OpenedImage(np.array(array.numpy() if isinstance(array, Tensor) else array, order="C"), None)

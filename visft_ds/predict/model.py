@@ -43,16 +43,19 @@ def load(
     """Load a trained model for predictions.
 
     Args:
-        source: folder of a finished run, or RUN/checkpoints/step_N; its export folder, which may have moved; or
+        source: folder of a finished run, or RUN/checkpoints/step_N; its export folder, which may have moved;
+        or
             merged weights (a file, or the folder that merging wrote) together with `heads`.
         tasks: names, in a list or with commas; default: all that have a head.
         device: "cpu", "cuda", "cuda:1"; default: a GPU if there is one.
         precision: "fp32", "bf16", "fp16" or "auto"; default: the run's.
-        backbone, heads, adapter: file or name, folder of heads and adapter folder that replace the source's; adapter
+        backbone, heads, adapter: file or name, folder of heads and adapter folder that replace the source's;
+        adapter
             "none" leaves it out.
         download: download a missing backbone from the Hugging Face hub.
         vocabulary: word map of a published captioning head.
-        image_size: side in pixels of the squares that images are resized to; default: as in the run, or as in the
+        image_size: side in pixels of the squares that images are resized to; default: as in the run, or as in
+        the
             paper without a run.
 
     Raises:
@@ -82,7 +85,9 @@ def load_backbone(
     download: bool = False,
     adapter: str | Path | None = None,
 ) -> ImageFeatures:
-    """Load the backbone alone, with the adapter in it, without heads; arguments and errors as those of `load`."""
+    """Load the backbone alone, with the adapter in it, without heads; arguments and errors as those of
+    `load`.
+    """
     parts = source_of(
         Path(source), backbone=backbone, download=download, adapter=adapter, precision=precision, alone=True
     )
@@ -100,10 +105,12 @@ class ImageFeatures(nn.Module):
         self.precision = loaded.precision
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of whole images, the last map; sides that are no whole cells are extended with the mean colour.
+        """Features of whole images, the last map; sides that are no whole cells are extended with the mean
+        colour.
 
         Args:
-            images: (B, 3, H, W) RGB, uint8 from 0 to 255 or float from 0 to 1, H and W at least one patch. They are
+            images: (B, 3, H, W) RGB, uint8 from 0 to 255 or float from 0 to 1, H and W at least one patch.
+            They are
                 normalised here.
 
         Returns:
@@ -117,7 +124,9 @@ class ImageFeatures(nn.Module):
             if images.device.type == "cpu":  # of a GPU the numbers would have to be waited for
                 low, high = images.aminmax()
                 if not (low >= 0 and high <= 1):  # NaN is neither
-                    raise ValueError(f"float images from {low:g} to {high:g}: give 0 to 1, or uint8 from 0 to 255")
+                    raise ValueError(
+                        f"float images from {low:g} to {high:g}: give 0 to 1, or uint8 from 0 to 255"
+                    )
             images = images * 255
         elif images.dtype != torch.uint8:
             raise ValueError(f"images of {images.dtype}: give uint8 from 0 to 255, or float from 0 to 1")
@@ -141,16 +150,22 @@ class Model:
         self.backbone = ImageFeatures(loaded)
 
     def __repr__(self) -> str:
-        about = f"{', '.join(self.tasks)}; {len(self.categories)} categories; {self.precision} on {self.device}"
+        about = (
+            f"{', '.join(self.tasks)}; {len(self.categories)} categories; {self.precision} on {self.device}"
+        )
         return f"Model({self.source}: {about})"
 
     def predict(
-        self, images: ImageInput | Iterable[ImageInput], *, threshold: float = 0.5, batch_size: int | None = None
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        threshold: float = 0.5,
+        batch_size: int | None = None,
     ) -> Any:
         """Predict boxes, masks and captions, in pixels of the original image.
 
-        Photographs are turned upright by their EXIF orientation, and resized as in the evaluation of the run. A
-        prediction does not depend on other images, except for rounding.
+        Photographs are turned upright by their EXIF orientation, and resized as in the evaluation of the run.
+        A prediction does not depend on other images, except for rounding.
 
         Args:
             images: a file, a Pillow image of any mode, an array (H, W, 3) or (H, W) or a tensor (3, H, W),
@@ -159,8 +174,10 @@ class Model:
             batch_size: largest number of images in a batch; default: the run's.
 
         Returns:
-            One `Prediction` for one image; a list of them for a list, folder or pattern, with the pixels of every
-            image: give thousands in parts, or to `visft predict`. Raises ValueError for a file that is not an image.
+            One `Prediction` for one image; a list of them for a list, folder or pattern, with the pixels of
+            every
+            image: give thousands in parts, or to `visft predict`. Raises ValueError for a file that is not an
+            image.
         """
         check_options(threshold, batch_size=batch_size)
         every, single = opened(images)
@@ -174,7 +191,14 @@ class Model:
         if not images:
             return []
         raws = [
-            RawSample(place, image_id=place, size=one.pixels.shape[:2], image=one.pixels, annotations=(), captions=())
+            RawSample(
+                place,
+                image_id=place,
+                size=one.pixels.shape[:2],
+                image=one.pixels,
+                annotations=(),
+                captions=(),
+            )
             for place, one in enumerate(images)
         ]
         by_task, words = dict[str, Results]({task: [] for task in self.tasks}), self._loaded.vocabulary
@@ -186,7 +210,9 @@ class Model:
                 classes = stream.classes.get(task)
                 by_task[task] += TASKS[task].results(outputs[task], batch, words, classes, threshold)
         surest = {  # without scores that are no numbers, of a head whose training has diverged
-            task: sorted((r for r in results if r.get("score", 1) >= 0), key=lambda r: -float(r.get("score", 1)))
+            task: sorted(
+                (r for r in results if r.get("score", 1) >= 0), key=lambda r: -float(r.get("score", 1))
+            )
             for task, results in by_task.items()
         }
         found = []
@@ -205,12 +231,16 @@ def check_options(threshold: float = 0.5, **numbers: int | None) -> None:
             raise ValueError(f"{name.replace('_', ' ')} {number} is not allowed: give 1 to 8192")
 
 
-def _build(parts: ModelSource, device: str | torch.device | None) -> tuple[EvaluationModel, dict[str, Stream]]:
+def _build(
+    parts: ModelSource, device: str | torch.device | None
+) -> tuple[EvaluationModel, dict[str, Stream]]:
     place = distributed.local_device()
     if device is not None:
         kind, number = f"{device}:0".split(":")[:2]
         here = torch.cuda.device_count()
         if kind not in ("cpu", "cuda") or not number.isdecimal() or (kind == "cuda" and int(number) >= here):
-            raise ValueError(f"device {device} is not allowed: give cpu, or cuda:N of the {here} GPUs of this machine")
+            raise ValueError(
+                f"device {device} is not allowed: give cpu, or cuda:N of the {here} GPUs of this machine"
+            )
         place = torch.device(device)
     return parts.build(choose_precision(parts.precision, place)[0], place)

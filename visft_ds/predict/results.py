@@ -75,7 +75,9 @@ class Prediction:
             return None
         masks = np.zeros((0, *self.image.shape[:2]), dtype=np.bool_)
         if found:
-            masks = coco_mask.decode([one["segmentation"] for one in found]).transpose(2, 0, 1).astype(np.bool_)
+            masks = (
+                coco_mask.decode([one["segmentation"] for one in found]).transpose(2, 0, 1).astype(np.bool_)
+            )
         return Masks(*self._labels(found), masks)
 
     @property
@@ -101,9 +103,13 @@ class Prediction:
         return f"Prediction({'' if self.path is None else f'{self.path}: '}{', '.join(parts)})"
 
     def draw(self, *, side: int = SIDE) -> Image.Image:
-        """The image, its boxes and its masks side by side, with the caption; `side`: pixels of the longer side."""
+        """The image, its boxes and its masks side by side, with the caption; `side`: pixels of the longer
+        side.
+        """
         objects = self._objects()
-        colours = palette([*self.categories.values(), *(name for found, _ in objects.values() for name in found.names)])
+        colours = palette(
+            [*self.categories.values(), *(name for found, _ in objects.values() for name in found.names)]
+        )
         lines = [*([] if self.caption is None else [self.caption or "(no words)"]), *self._lines()]
         panels = [(with_text(self.image, lines, side), "image")]
         for kind, (found, shapes) in objects.items():
@@ -125,8 +131,12 @@ class Prediction:
 
     def _lines(self) -> list[str]:
         """Lines of other tasks about the image."""
-        return [TASKS[n].describe(found, self.categories) for n, found in self.results.items() if n not in _SHOWN]
+        return [
+            TASKS[n].describe(found, self.categories) for n, found in self.results.items() if n not in _SHOWN
+        ]
 
     def to_coco(self, image_id: int) -> dict[str, Results]:
         """Task -> predictions in COCO's results format, as an evaluation writes them."""
-        return {task: [{**one, "image_id": image_id} for one in results] for task, results in self.results.items()}
+        return {
+            task: [{**one, "image_id": image_id} for one in results] for task, results in self.results.items()
+        }

@@ -1,4 +1,6 @@
-"""Data of a run: its data sets, their order, its vocabulary, and the pipelines that make batches of each stream."""
+"""Data of a run: its data sets, their order, its vocabulary, and the pipelines that make batches of each
+stream.
+"""
 
 from __future__ import annotations
 
@@ -68,9 +70,11 @@ class RunData:
 
 
 def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, RunData]:
-    """The data of a run on so many processes, and its configuration with the batches and classes that it decides.
+    """The data of a run on so many processes, and its configuration with the batches and classes that it
+    decides.
 
-    Raises ValueError for a split that is missing or damaged, lacks what a task needs, or does not fit the others.
+    Raises ValueError for a split that is missing or damaged, lacks what a task needs, or does not fit the
+    others.
     """
     sets = open_training_data(config.visft)
     first, dp_size = next(iter(sets.values())).manifest, max(1, processes // config.pipeline_stages)
@@ -93,11 +97,19 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
         validation = Manifest.load(settings.data.root, settings.data.val, cache)
         check_samples(settings.tasks.enabled(), validation)
         check_same_categories(validation, first)
-    streams, pipelines, plans = dict[str, Stream](), dict[str, dict[str, SamplePipeline]](), dict[str, TaskPlan]()
+    streams, pipelines, plans = (
+        dict[str, Stream](),
+        dict[str, dict[str, SamplePipeline]](),
+        dict[str, TaskPlan](),
+    )
     for name, stream in settings.streams().items():
-        streams[name] = replace(stream, classes={task: classes[task] for task in stream.tasks if task in classes})
+        streams[name] = replace(
+            stream, classes={task: classes[task] for task in stream.tasks if task in classes}
+        )
         parts = parts_of(streams[name], sets)
-        pipelines[name] = {part: pipeline_of(taught, vocabulary, train=True) for part, taught in parts.items()}
+        pipelines[name] = {
+            part: pipeline_of(taught, vocabulary, train=True) for part, taught in parts.items()
+        }
         plans[name] = TaskPlan(samples[name], stream.batch_size, stream.share)
     plan = Plan(plans, settings.seed, None if settings.features is None else settings.features.views)
     return config, RunData(sets, first.categories, streams, pipelines, plan, vocabulary, validation)
@@ -179,8 +191,8 @@ def parts_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Strea
 
 
 def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocabulary | None:
-    """The words of a run: those of the captions it learns from, the most frequent first and equal ones by the alphabet,
-    or of a file; None where no task works with words.
+    """The words of a run: those of the captions it learns from, the most frequent first and equal ones by the
+    alphabet, or of a file; None where no task works with words.
 
     Raises ValueError for a tokenizer of another release, captions without words, or an unusable file.
     """
@@ -202,7 +214,9 @@ def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocab
     kept = sorted((-count, word) for word, count in words.items() if count >= settings.min_count)
     if not kept:
         key = f"visft.tasks.{task}.vocabulary.min_count = {settings.min_count}"
-        raise ValueError(f"{where}, {key}: none of {len(words)} words of the captions occurs so often: lower it")
+        raise ValueError(
+            f"{where}, {key}: none of {len(words)} words of the captions occurs so often: lower it"
+        )
     return Vocabulary(tuple(word for _, word in kept))
 
 
@@ -213,4 +227,8 @@ def read_vocabulary(path: Path) -> Vocabulary:
     """
     with reading(path, "the word map of a captioning head, a JSON object word -> id"):
         fields = orjson.loads(read_bytes(path))
-        return Vocabulary.from_dict(fields) if fields.get("format") == FORMAT else Vocabulary.from_word_map(fields)
+        return (
+            Vocabulary.from_dict(fields)
+            if fields.get("format") == FORMAT
+            else Vocabulary.from_word_map(fields)
+        )

@@ -27,11 +27,15 @@ class TrainingSet:
 def open_training_data(config: VisftConfig) -> dict[str, TrainingSet]:
     """All training sets by name. The first, ROOT/TRAIN, decides which categories there are.
 
-    Raises ValueError for a split that is missing or damaged, that lacks what a task needs, or has other categories.
+    Raises ValueError for a split that is missing or damaged, that lacks what a task needs, or has other
+    categories.
     """
     data, enabled, sets = config.data, config.tasks.enabled(), dict[str, TrainingSet]()
     further = [(one.name, one.root, one.split, one.weight, one.tasks) for one in data.sets]
-    for name, root, split, weight, stated in [(data.train, data.root, data.train, data.weight, None), *further]:
+    for name, root, split, weight, stated in [
+        (data.train, data.root, data.train, data.weight, None),
+        *further,
+    ]:
         manifest = Manifest.load(root, split, Cache(data.cache, data.cache_bytes))
         labelled = [task for task in enabled if TASKS[task].config.labels in manifest.labels]
         tasks = tuple(task for task in enabled if task in (stated or labelled))
@@ -47,7 +51,9 @@ def open_training_data(config: VisftConfig) -> dict[str, TrainingSet]:
     for one in others:
         if any(enabled[task].labels != "captions" for task in one.tasks):
             check_same_categories(one.manifest, first.manifest)
-    check_samples([task for task in enabled if not any(task in one.tasks for one in sets.values())], first.manifest)
+    check_samples(
+        [task for task in enabled if not any(task in one.tasks for one in sets.values())], first.manifest
+    )
     return sets
 
 
@@ -64,7 +70,9 @@ def needs_vocabulary(tasks: Sequence[str] | Mapping[str, object]) -> bool:
 
 
 def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifest) -> None:
-    """Raise ValueError for a split in which a task finds nothing, naming the task and what the split lacks."""
+    """Raise ValueError for a split in which a task finds nothing, naming the task and what the split
+    lacks.
+    """
     for task in tasks:
         labels = TASKS[task].config.labels
         if labels not in manifest.labels or not len(manifest.having(TASKS[task].config.learns_from)):

@@ -1,7 +1,8 @@
-"""The values of a model that was built from shapes alone: each tensor is read or drawn, handed over, and forgotten.
+"""The values of a model that was built from shapes alone: each tensor is read or drawn, handed over, and
+forgotten.
 
-Which processes need which values, and what becomes of them (all kept, a share kept, moved to a GPU), is a `Placement`;
-those of the engines are in `parallel.placement`. A value is the same whatever the placement.
+Which processes need which values, and what becomes of them (all kept, a share kept, moved to a GPU), is a
+`Placement`; those of the engines are in `parallel.placement`. A value is the same whatever the placement.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from torch import Tensor, nn
 
 from visft_ds.config.schema import ModelConfig, VisftConfig
 from visft_ds.interop.heads import HeadFile
-from visft_ds.interop.layouts import base_parameters, buffers_in, fingerprint, fitted, is_lora, is_small, open_backbone
+from visft_ds.interop.layouts import (
+    base_parameters,
+    buffers_in,
+    fingerprint,
+    fitted,
+    is_lora,
+    is_small,
+    open_backbone,
+)
 from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.model import MultiTaskModel
 from visft_ds.models import Backbone
@@ -31,7 +40,8 @@ from visft_ds.tasks import TASKS
 
 
 class Placement:
-    """Holds the whole model in this process, on the host; engines place values in their ways, one tensor at a time.
+    """Holds the whole model in this process, on the host; engines place values in their ways, one tensor at a
+    time.
 
     Every process asks in the same order.
     """
@@ -71,7 +81,8 @@ class BaseWeights:
 
 
 def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> BaseWeights:
-    """The base weights of a configuration; of a file names and shapes are checked, and a sample of its values is read.
+    """The base weights of a configuration; of a file names and shapes are checked, and a sample of its values
+    is read.
 
     `backbone` is on any device and has every dtype as it will be. Raises ValueError as `open_backbone`.
     """
@@ -79,7 +90,9 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
     values, buffers, seed = dict[str, Lazy](), dict[str, Tensor](), model.weights_seed
     if isinstance(backbone, TimmBackbone) and (model.weights is None or [*backbone.buffers()]):
         # timm draws a model as a whole, and computes buffers that are in no file.
-        drawn = build_timm(backbone.name, image_size=model.overrides.image_size, layers=model.layers, seed=seed)
+        drawn = build_timm(
+            backbone.name, image_size=model.overrides.image_size, layers=model.layers, seed=seed
+        )
         buffers = dict(drawn.named_buffers())
         for name, drawn_one in drawn.named_parameters():
             values[name] = Lazy(tuple(drawn_one.shape), storage, partial(drawn_one.detach().to, storage))
@@ -100,17 +113,21 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
 
 
 def random_weight(name: str, shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """EVA's initial weights: normal(0, .02), branch outputs divided by sqrt(2 * (block + 1)), biases 0, norms 1.
+    """EVA's initial weights: normal(0, .02), branch outputs divided by sqrt(2 * (block + 1)), biases 0, norms
+    1.
 
-    Positions are fixed sines instead: random ones of this size drown in a frozen random tower, and heads learn boxes
-    half as well. EVA's truncation lies 100 standard deviations out and costs twenty times the drawing: it is left out.
-    The values are on the CPU, rounded from fp32: a function of the seed, the parameter's name and its shape alone.
+    Positions are fixed sines instead: random ones of this size drown in a frozen random tower, and heads
+    learn boxes half as well. EVA's truncation lies 100 standard deviations out and costs twenty times the
+    drawing: it is left out. The values are on the CPU, rounded from fp32: a function of the seed, the
+    parameter's name and its shape alone.
     """
     if name.endswith("bias"):
         return torch.zeros(tuple(shape), dtype=dtype)
     if "norm" in name:
         return torch.ones(tuple(shape), dtype=dtype)
-    if name == "pos_embed":  # sines and cosines of a square grid (MAE, arXiv 2111.06377, A.1); odd channels are 0
+    if (
+        name == "pos_embed"
+    ):  # sines and cosines of a square grid (MAE, arXiv 2111.06377, A.1); odd channels are 0
         side, width, count = math.isqrt(shape[1] - 1), shape[2], shape[2] // 4
         frequencies = 10_000.0 ** -(torch.arange(count, dtype=torch.float32) / max(1, count))
         angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies  # (side, D / 4)
@@ -135,14 +152,20 @@ class Start:
     step: int | None = None  #: of a run
 
     def check(self, module: nn.Module, trained: Iterable[str], base: str) -> None:
-        """Raise ValueError if these are not the values of what a run trains (names), or are of another base."""
+        """Raise ValueError if these are not the values of what a run trains (names), or are of another
+        base.
+        """
         if self.base not in (None, base):
-            raise ValueError(f"{self.place} was trained on other base weights ({self.base}); these are {base}")
+            raise ValueError(
+                f"{self.place} was trained on other base weights ({self.base}); these are {base}"
+            )
         parts, buffers = {_part(name) for name in self.tensors}, dict(module.named_buffers())
         measured = [name for name in buffers if name.startswith("heads.")]
         named = {**dict(module.named_parameters()), **buffers}
         wanted = {name: named[name] for name in (*trained, *measured) if _part(name) in parts}
-        fitted(self.tensors, wanted, behind=(), what="what this run trains (--reset-heads draws the heads anew)")
+        fitted(
+            self.tensors, wanted, behind=(), what="what this run trains (--reset-heads draws the heads anew)"
+        )
 
 
 def _part(name: str) -> str:
@@ -159,9 +182,11 @@ def fill_model(
     placement: Placement,
     start: Start | None = None,
 ) -> None:
-    """Give every parameter that this process holds its value, in the module's order: one tensor exists at a time.
+    """Give every parameter that this process holds its value, in the module's order: one tensor exists at a
+    time.
 
-    Heads without a file draw from one generator, one head after the other, so of these one head exists at a time.
+    Heads without a file draw from one generator, one head after the other, so of these one head exists at a
+    time.
 
     Args:
         module: on the meta device, each parameter of the dtype it is to have.
@@ -188,7 +213,11 @@ def fill_model(
                 setattr(part.get_submodule(owner), leaf, value)
 
     try:
-        fill(backbone, "backbone.", lambda n: first_value(backbone, n, config.seed) if is_lora(n) else base.read(n))
+        fill(
+            backbone,
+            "backbone.",
+            lambda n: first_value(backbone, n, config.seed) if is_lora(n) else base.read(n),
+        )
         for name, value in base.buffers.items():
             owner, _, leaf = name.rpartition(".")
             setattr(backbone.get_submodule(owner), leaf, value)

@@ -1,6 +1,8 @@
-"""Stages: what is adapted and what trains. `prepare_model` is the one ordered list of steps that makes a model.
+"""Stages: what is adapted and what trains. `prepare_model` is the one ordered list of steps that makes a
+model.
 
-Stage 1: the heads train on a frozen backbone. Stage 2: the backbone trains, through adapters (arXiv 2401.10222, section
+Stage 1: the heads train on a frozen backbone. Stage 2: the backbone trains, through adapters (arXiv
+2401.10222, section
 3) or itself; the heads are frozen. Parameter groups decide what trains, a stage what must be among it.
 """
 
@@ -77,7 +79,8 @@ def prepare_model(
     placement: Placement = HOST,
     start: Start | None = None,
 ) -> PreparedModel:
-    """The model of a stage; nothing is allocated before all that follows from shapes and descriptions is checked.
+    """The model of a stage; nothing is allocated before all that follows from shapes and descriptions is
+    checked.
 
     Args:
         defaults: learning rate and weight decay of groups that set none.
@@ -88,7 +91,8 @@ def prepare_model(
         start: values instead of drawn ones.
 
     Raises:
-        ValueError: weights of another model, a group that matches nothing, a parameter in two groups, something that
+        ValueError: weights of another model, a group that matches nothing, a parameter in two groups,
+        something that
             must train but does not, adapters without effect.
     """
     storage = DTYPES[precision]
@@ -126,7 +130,8 @@ def plan_model(
 
     Args:
         vocabulary_size: that of the published captioning heads unless the data's own is known.
-        storage: of the frozen matrices; the few small tensors (norms and position embeddings) and what trains are fp32,
+        storage: of the frozen matrices; the few small tensors (norms and position embeddings) and what trains
+        are fp32,
             but for vectors that our blocks use in it.
 
     Raises:
@@ -135,7 +140,8 @@ def plan_model(
     model = config.model
     backbone = build_empty(model.preset, storage, model.backbone_options())
     for name, parameter in backbone.named_parameters():
-        # Our blocks use their vectors in 16 bit, but for norms of the residual stream; stored so, they are not cast.
+        # Our blocks use their vectors in 16 bit, but for norms of the residual stream; stored so, they are
+        # not cast.
         of_block = isinstance(backbone, EvaViT) and name.startswith("blocks.")
         if is_small(name, parameter.shape) and not (of_block and (backbone.post_norm or ".norm" not in name)):
             parameter.data = parameter.data.float()
@@ -144,7 +150,9 @@ def plan_model(
         with torch.device("meta"):
             head = TASKS[name].build_head(backbone.shapes, task.head, vocabulary_size)
         criterion = TASKS[name].losses(task.head, task.loss)
-        tasks[name] = TaskModule(head, criterion, task.decoding.model_dump() if isinstance(task, WordsConfig) else {})
+        tasks[name] = TaskModule(
+            head, criterion, task.decoding.model_dump() if isinstance(task, WordsConfig) else {}
+        )
     module = MultiTaskModel(backbone, tasks, train_backbone=False, heads_active=False)
     if config.lora is not None:
         inject_lora(backbone, **config.lora.model_dump())
@@ -153,7 +161,9 @@ def plan_model(
         parameter.data = parameter.data.float()
     names = [name for group in groups for name in group.names if name.startswith("backbone.")]
     module.train_backbone = bool(names)
-    module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
+    module.heads_active = config.heads.active_dropout or any(
+        p.requires_grad for p in module.heads.parameters()
+    )
     # A training has settled "auto" before (run.machine); elsewhere there is no backward pass.
     module.backbone.recompute = "none" if config.model.recompute == "auto" else config.model.recompute
     module.anchor = {term: weight for term, weight in config.anchor if weight}
@@ -168,7 +178,9 @@ def plan_model(
             f"group, e.g. {idle[0]}; widen a glob of visft.param_groups, or set visft.lora=null for no adapters"
         )
     if module.anchor and (more := [name for name in names if not is_lora(name)]):
-        raise ValueError(f"visft.anchor: the anchor is the backbone without adapters, but {more[0]} trains, too")
+        raise ValueError(
+            f"visft.anchor: the anchor is the backbone without adapters, but {more[0]} trains, too"
+        )
     if config.stage == 2 and not module.train_backbone:
         raise ValueError(
             f"stage {stage_name(config)!r} must train some of backbone.*, but no group of visft.param_groups holds any "
@@ -190,14 +202,20 @@ def apply_groups(
     for group in groups:
         for glob in group.globs():
             if not any(fnmatchcase(name, glob) for name in named):
-                problems.append(f"group {group.name!r}: {glob!r} matches no parameter (names begin with {beginnings})")
+                problems.append(
+                    f"group {group.name!r}: {glob!r} matches no parameter (names begin with {beginnings})"
+                )
         names = tuple(name for name in named if any(fnmatchcase(name, glob) for glob in group.globs()))
-        problems += [f"{name} is in groups {owner[name]!r} and {group.name!r}" for name in names if name in owner][:3]
+        problems += [
+            f"{name} is in groups {owner[name]!r} and {group.name!r}" for name in names if name in owner
+        ][:3]
         owner.update(dict.fromkeys(names, group.name))
         lr = defaults.lr if group.lr is None else group.lr
         decay = defaults.weight_decay if group.weight_decay is None else group.weight_decay
         parameters = tuple(named[name] for name in names)
-        matched.append(TrainedGroup(group.name, lr, decay, names, parameters, sum(map(torch.numel, parameters))))
+        matched.append(
+            TrainedGroup(group.name, lr, decay, names, parameters, sum(map(torch.numel, parameters)))
+        )
     if problems:
         raise ValueError("visft.param_groups:\n" + "\n".join(f"  {problem}" for problem in problems))
     for name, parameter in named.items():
@@ -206,12 +224,21 @@ def apply_groups(
 
 
 def choose_precision(requested: str, device: torch.device) -> tuple[Precision, str]:
-    """The precision of a run and why. Raises ValueError for an unknown one, or one that the hardware lacks."""
+    """The precision of a run and why. Raises ValueError for an unknown one, or one that the hardware
+    lacks.
+    """
     if requested not in ("auto", *get_args(Precision)):
-        raise ValueError(f"precision {requested!r} is not allowed: give auto, {', '.join(get_args(Precision))}")
+        raise ValueError(
+            f"precision {requested!r} is not allowed: give auto, {', '.join(get_args(Precision))}"
+        )
     if device.type == "cpu":
-        return ("fp32", "auto: a CPU") if requested == "auto" else (cast(Precision, requested), "as configured")
-    name, has_bf16 = torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported(including_emulation=False)
+        return (
+            ("fp32", "auto: a CPU") if requested == "auto" else (cast(Precision, requested), "as configured")
+        )
+    name, has_bf16 = (
+        torch.cuda.get_device_name(device),
+        torch.cuda.is_bf16_supported(including_emulation=False),
+    )
     if requested == "auto":
         return ("bf16", f"auto: {name} has bf16") if has_bf16 else ("fp16", f"auto: {name} has no bf16")
     if requested == "bf16" and not has_bf16:
@@ -237,28 +264,39 @@ def deepspeed_dict(config: ResolvedConfig, world_size: int, precision: Precision
         "steps_per_print": 10**9,
     }
     if precision != "fp32":
-        # No module is listed, so that DeepSpeed reduces gradients in the dtype of their parameter, which is fp32.
+        # No module is listed, so that DeepSpeed reduces gradients in the dtype of their parameter, which is
+        # fp32.
         dtype = "bfloat16" if precision == "bf16" else "float16"
         result["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
     return result
 
 
 def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseWeights) -> list[str]:
-    """Check what shapes do not show: options of a head and the block that it reads, refused; base and mode, noted."""
+    """Check what shapes do not show: options of a head and the block that it reads, refused; base and mode,
+    noted.
+    """
     notes = []
     for task, info in infos.items():
         here = config.tasks.enabled()[task].head.model_dump(mode="json")
-        trained = {n: value for n, value in info.options.items() if n != "dropout" and value != here.get(n, value)}
+        trained = {
+            n: value for n, value in info.options.items() if n != "dropout" and value != here.get(n, value)
+        }
         if trained:
-            other = ", ".join(f"{name} {value} (here {here[name]})" for name, value in sorted(trained.items()))
-            raise ValueError(f"the {task} head was trained with {other}: give visft.tasks.{task}.head the same values")
+            other = ", ".join(
+                f"{name} {value} (here {here[name]})" for name, value in sorted(trained.items())
+            )
+            raise ValueError(
+                f"the {task} head was trained with {other}: give visft.tasks.{task}.head the same values"
+            )
         if problem := read_elsewhere(info, config.model.layers):
             raise ValueError(f"{problem}: give visft.model.layers the value of stage 1")
         if problem := other_base(f"the {task} head", info.extra.get("base_weights"), {base.identity}):
             notes.append(f"warning: {problem}")
         mode = info.extra.get("mode", config.mode)
         if mode != config.mode:
-            notes.append(f"the {task} head was trained in mode {mode}, this run is in mode {config.mode} (visft.mode)")
+            notes.append(
+                f"the {task} head was trained in mode {mode}, this run is in mode {config.mode} (visft.mode)"
+            )
     return notes
 
 
@@ -266,7 +304,9 @@ def stage_name(config: VisftConfig) -> str:
     """Name of a stage by what it trains, as it is printed."""
     if config.stage == 1:
         return "heads"
-    return " and ".join(["lora" if config.lora else "backbone", *(["heads"] if config.heads.start == "random" else [])])
+    return " and ".join(
+        ["lora" if config.lora else "backbone", *(["heads"] if config.heads.start == "random" else [])]
+    )
 
 
 @torch.no_grad()

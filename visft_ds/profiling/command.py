@@ -1,4 +1,5 @@
-"""`visft profile`: N steps of the real run, with any engine: images a second, MFU, time by part, memory, a trace.
+"""`visft profile`: N steps of the real run, with any engine: images a second, MFU, time by part, memory, a
+trace.
 
 Exit status: 0 measured, 2 wrong usage or something missing, 3 another rank ended first.
 """
@@ -58,12 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from visft_ds.profiling import measure  # imports torch and deepspeed, which costs seconds
 
         if options.loader:
-            record = measure.measure_loader(config, options.steps, options.warmup, synthetic=options.synthetic)
+            record = measure.measure_loader(
+                config, options.steps, options.warmup, synthetic=options.synthetic
+            )
             found = record["loader"].items()
-            text = "\n".join(f"{name:16}{one['samples'] / one['seconds']:10.1f} samples/s" for name, one in found)
+            text = "\n".join(
+                f"{name:16}{one['samples'] / one['seconds']:10.1f} samples/s" for name, one in found
+            )
         else:
             trace = options.trace
-            record = measure.measure(config, options.steps, options.warmup, synthetic=options.synthetic, trace=trace)
+            record = measure.measure(
+                config, options.steps, options.warmup, synthetic=options.synthetic, trace=trace
+            )
             if not record:
                 return 0
             text = render(record)
@@ -76,19 +83,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def render(record: dict[str, Any]) -> str:
-    """A line for each stream, of its slowest rank; below it the time by part and the planned memory by part."""
+    """A line for each stream, of its slowest rank; below it the time by part and the planned memory by
+    part.
+    """
     lines = [f"{'':16}{'images/s':>10}{'ms/step':>10}{'TFLOP/s':>10}{'MFU':>8}{'peak GiB':>10}{'planned':>9}"]
     for name in record["ranks"][0]:
-        one = max((rank[name] for rank in record["ranks"]), key=lambda found: statistics.median(found["seconds"]))
+        one = max(
+            (rank[name] for rank in record["ranks"]), key=lambda found: statistics.median(found["seconds"])
+        )
         peak = max(rank[name]["peak"] for rank in record["ranks"])
         seconds, planned = statistics.median(one["seconds"]), sum(one["planned"].values())
         mfu = "" if one["utilisation"] is None else f"{one['utilisation']:.1%}"
-        speed = (
-            f"{one['images'] / seconds:10.2f}{1e3 * seconds:10.1f}{one['operations'] / seconds / 1e12:10.3g}{mfu:>8}"
-        )
+        speed = f"{one['images'] / seconds:10.2f}{1e3 * seconds:10.1f}{one['operations'] / seconds / 1e12:10.3g}{mfu:>8}"
         lines.append(f"{name:16}{speed}{peak / 2**30:10.2f}{planned / 2**30:9.2f}")
         hooked = sum(one["parts"].values())
-        lines += [f"  {part:14}{1e3 * spent:20.1f}{spent / hooked:10.1%}" for part, spent in one["parts"].items()]
+        lines += [
+            f"  {part:14}{1e3 * spent:20.1f}{spent / hooked:10.1%}" for part, spent in one["parts"].items()
+        ]
         lines += [f"  {part:14}{size / 2**30:57.2f}" for part, size in one["planned"].items() if size]
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Steps of the real run, measured: the model, engine and loader that `train` builds, without a run folder.
 
-Whole steps are timed in turn with steps that have marks around their parts, so that a machine whose speed drifts does
-so for both. With gloo and NCCL alike, what a rank waits for others lies in the part that waits.
+Whole steps are timed in turn with steps that have marks around their parts, so that a machine whose speed
+drifts does so for both. With gloo and NCCL alike, what a rank waits for others lies in the part that waits.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class StreamProfile:
     utilisation: float | None  #: of the GPU's dense peak (MFU); None: it is not known
 
 
-def measure(config: ResolvedConfig, steps: int, warmup: int, *, synthetic: bool, trace: Path | None) -> dict[str, Any]:
+def measure(
+    config: ResolvedConfig, steps: int, warmup: int, *, synthetic: bool, trace: Path | None
+) -> dict[str, Any]:
     """The record of all streams on the main process, empty elsewhere. Collective."""
     with open_session(config, synthetic=synthetic) as session:
         found = {}
@@ -74,7 +76,9 @@ def measure(config: ResolvedConfig, steps: int, warmup: int, *, synthetic: bool,
 
 
 def measure_loader(config: ResolvedConfig, steps: int, warmup: int, *, synthetic: bool) -> dict[str, Any]:
-    """Samples a second of this rank's loader by itself, and the seconds of its threads by part, for each stream."""
+    """Samples a second of this rank's loader by itself, and the seconds of its threads by part, for each
+    stream.
+    """
     found: dict[str, Any] = {}
     with open_run_data(config, synthetic=synthetic) as (opened, data):
         machine = check_machine(opened, data.vocabulary)
@@ -92,7 +96,9 @@ def measure_loader(config: ResolvedConfig, steps: int, warmup: int, *, synthetic
 
 @contextmanager
 def open_run_data(config: ResolvedConfig, *, synthetic: bool) -> Iterator[tuple[ResolvedConfig, RunData]]:
-    """The data of a run that begins, of generated pictures if asked for, and its configuration. No run is read."""
+    """The data of a run that begins, of generated pictures if asked for, and its configuration. No run is
+    read.
+    """
     with tempfile.TemporaryDirectory(prefix="visft-profile-") as folder:
         run = config.visft.run.model_copy(update={"out": f"{folder}/run", "eval_every": 0, "keep_best": None})
         config = replace(config, visft=config.visft.model_copy(update={"run": run, "features": None}))
@@ -135,15 +141,23 @@ def drawn_shards(config: ResolvedConfig, folder: Path) -> Path:
     count = 2 * max(stream.batch_size for stream in config.visft.streams().values())
     tree, split = folder / "coco", config.visft.data.train
     write_toy_coco(tree, train=count, val=0, height=_IMAGE[0], width=_IMAGE[1], max_shapes=18)
-    instances, captions = (tree / "annotations" / f"{kind}_train2017.json" for kind in ("instances", "captions"))
+    instances, captions = (
+        tree / "annotations" / f"{kind}_train2017.json" for kind in ("instances", "captions")
+    )
     build(Options(tree / "train2017", instances, captions, folder / "shards", split))
     return folder / "shards"
 
 
 def with_random_weights(config: ResolvedConfig, shards: Path) -> ResolvedConfig:
-    """The same on other shards, with random values where files are not here: speed does not depend on values."""
+    """The same on other shards, with random values where files are not here: speed does not depend on
+    values.
+    """
     settings = [f"visft.data.root={shards}", "visft.data.sets=[]"]
-    weights, heads, words = config.visft.model.weights, config.visft.heads.path, config.visft.tasks.with_words()
+    weights, heads, words = (
+        config.visft.model.weights,
+        config.visft.heads.path,
+        config.visft.tasks.with_words(),
+    )
     if words is not None and words[1].vocabulary.file is None:
         settings.append(f"visft.tasks.{words[0]}.vocabulary.min_count=1")
     if weights is not None and not local(weights).is_file():
@@ -155,7 +169,9 @@ def with_random_weights(config: ResolvedConfig, shards: Path) -> ResolvedConfig:
 
 @contextmanager
 def loading(config: ResolvedConfig, data: RunData, stream: str, machine: Machine) -> Iterator[StepLoader]:
-    """The loader of a run that has this stream only: its batches in the order in which training meets them."""
+    """The loader of a run that has this stream only: its batches in the order in which training meets
+    them.
+    """
     plan = data.plan
     alone = replace(data, plan=Plan({stream: plan.tasks[stream]}, plan.seed, plan.views))
     loader = open_loader(config.visft, alone, machine.planned.batches)
@@ -203,7 +219,9 @@ class Session:
         )
 
     def trace(self, stream: str, folder: Path) -> None:
-        """Trace a step by torch.profiler: FOLDER/STREAM-rankN.json.gz for Perfetto, and a table of its operators."""
+        """Trace a step by torch.profiler: FOLDER/STREAM-rankN.json.gz for Perfetto, and a table of its
+        operators.
+        """
         cuda = self.engine.device.type == "cuda"
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its own starts and stops
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -220,13 +238,17 @@ class Session:
             print(f"{stream}: {path}\n{profiler.key_averages().table(sort_by=by, row_limit=15)}", flush=True)
 
     def _step(self, stream: str, steps: Iterator[tuple[StepPlan, list[Batch]]]) -> tuple[float, int]:
-        """A step as the training loop makes it: seconds from asking for the data to its end, images of all ranks."""
+        """A step as the training loop makes it: seconds from asking for the data to its end, images of all
+        ranks.
+        """
         engine = self.engine
         synchronize(engine.device)
         began = time.perf_counter()
         step_plan, batches = next(steps)
         what = f"step {step_plan.step} of {stream}"
-        summed, _ = distributed.agree_on_step(what, counts_of(engine.module.criteria, batches), False, engine.device)
+        summed, _ = distributed.agree_on_step(
+            what, counts_of(engine.module.criteria, batches), False, engine.device
+        )
         micro_batches = self.machine.planned.batches.micro_batches
         denominators = loss_denominators_of(summed, micro_batches, engine.device)
         with memory_explained(what, stream, batches, engine.device):
@@ -272,14 +294,18 @@ class Stopwatch:
         synchronize(self._device)
 
         def between(first: Any, last: Any) -> float:
-            return float(first.elapsed_time(last)) / 1e3 if self._device.type == "cuda" else float(last - first)
+            return (
+                float(first.elapsed_time(last)) / 1e3 if self._device.type == "cuda" else float(last - first)
+            )
 
         return {part: sum(map(between, marks[::2], marks[1::2])) for part, marks in self._marks.items()}
 
 
 @contextmanager
 def timed_parts(engine: Engine) -> Iterator[Stopwatch]:
-    """Marks around the parts of a step, removed at the end; of a pipeline, around what this stage is told to do."""
+    """Marks around the parts of a step, removed at the end; of a pipeline, around what this stage is told to
+    do.
+    """
     watch, module = Stopwatch(engine.device), engine.module
     with ExitStack() as stack:
         if isinstance(engine, PipelineEngine):
@@ -289,7 +315,10 @@ def timed_parts(engine: Engine) -> Iterator[Stopwatch]:
             }
             stack.enter_context(patch.object(engine.deepspeed, "_INSTRUCTION_MAP", instructions))
         else:
-            for part, owner in (("backbone", module.backbone), *(("heads", head) for head in module.heads.values())):
+            for part, owner in (
+                ("backbone", module.backbone),
+                *(("heads", head) for head in module.heads.values()),
+            ):
                 before = owner.register_forward_pre_hook(lambda *_, part=part: watch.mark(part), prepend=True)
                 after = owner.register_forward_hook(lambda *_, part=part: watch.mark(part))
                 stack.callback(before.remove)

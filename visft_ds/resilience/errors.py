@@ -18,9 +18,11 @@ NO_ANSWER_CODE = 5
 LOST_PEER = re.compile(
     r"Connection (closed|reset|was likely closed)|remote process exited|Broken pipe|recvValue failed|Timed out waiting"
 )
-#: What allocators say that raise a plain RuntimeError or OSError: torch's for the CPU and the GPU, C++, cuBLAS, Linux.
+#: What allocators say that raise a plain RuntimeError or OSError: torch's for the CPU and the GPU, C++,
+#: cuBLAS, Linux.
 NO_MEMORY = re.compile(r"(can't|Cannot) allocate memory|out of memory|bad_alloc|CUBLAS_STATUS_ALLOC_FAILED")
-#: Numbers of the operating system for a server, network or disk that is away; a full disk or a missing file is not.
+#: Numbers of the operating system for a server, network or disk that is away; a full disk or a missing file
+#: is not.
 _NO_ANSWER = {
     errno.EIO,
     errno.ESTALE,
@@ -55,7 +57,9 @@ def does_not_answer(error: BaseException) -> bool:
 
 
 def retold(text: str, *, away: bool, kind: type[OSError] = OSError) -> OSError:
-    """An error of the operating system in words of ours; `away` as `does_not_answer` says of the first one."""
+    """An error of the operating system in words of ours; `away` as `does_not_answer` says of the first
+    one.
+    """
     error = kind(text)
     if away:
         error.errno = errno.ETIMEDOUT
@@ -63,8 +67,10 @@ def retold(text: str, *, away: bool, kind: type[OSError] = OSError) -> OSError:
 
 
 def exit_code(error: BaseException) -> int:
-    """Exit code of a rank: 2 for what the user can fix, 3 after the loss of another rank, 4 when training diverged,
-    5 when a server or a disk does not answer, 130 after a Ctrl-C, 141 when nobody reads the output, 1 for a bug."""
+    """Exit code of a rank: 2 for what the user can fix, 3 after the loss of another rank, 4 when training
+    diverged, 5 when a server or a disk does not answer, 130 after a Ctrl-C, 141 when nobody reads the output,
+    1 for a bug.
+    """
     if does_not_answer(error):
         return NO_ANSWER_CODE
     codes: dict[type[BaseException], int] = {
@@ -81,8 +87,8 @@ def exit_code(error: BaseException) -> int:
 def tell(error: Exception, name: str = "error") -> int:
     """Print an error that ends a command, and return its exit code.
 
-    All ranks meet a ValueError, a MainError or training that diverged: the first of each machine prints it. Anything
-    else is printed by the rank that meets it.
+    All ranks meet a ValueError, a MainError or training that diverged: the first of each machine prints it.
+    Anything else is printed by the rank that meets it.
 
     Args:
         name: in front of the message: "error", or the command.
@@ -94,7 +100,9 @@ def tell(error: Exception, name: str = "error") -> int:
         # The rank that failed reports why; the traceback of one that only waited for it would bury that.
         error = LostRank("another rank ended first")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
-        error = RankError(f"out of memory: give smaller images or batches; {' '.join(str(error).split())[:200]}")
+        error = RankError(
+            f"out of memory: give smaller images or batches; {' '.join(str(error).split())[:200]}"
+        )
     code = exit_code(error)
     if code == 1:
         raise error
@@ -102,7 +110,9 @@ def tell(error: Exception, name: str = "error") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would complain when it flushes at its end
         return code
     rank = os.environ.get("RANK", "0")
-    by_all = isinstance(error, ValueError | FloatingPointError | MainError) and not isinstance(error, RankError)
+    by_all = isinstance(error, ValueError | FloatingPointError | MainError) and not isinstance(
+        error, RankError
+    )
     if not by_all or "0" in (rank, os.environ.get("LOCAL_RANK", rank)):
         tag = f"[rank {rank}] " if rank != "0" or isinstance(error, LostRank) else ""
         what = "stopped" if isinstance(error, LostRank) else name

@@ -1,4 +1,6 @@
-"""Guard of the loss: NaN and infinity are counted; too many end the run on every rank, which names where they begin."""
+"""Guard of the loss: NaN and infinity are counted; too many end the run on every rank, which names where they
+begin.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +48,23 @@ class LossGuard:
             return f"{where}: the gradient overflows in fp16 at the smallest loss scale, {scale:g}: use bf16 or fp32"
         if not report.refused:
             return ""
-        what = "the gradient is not finite" if report.refused == "gradient" else f"the loss is {report.losses['loss']}"
-        faults = [f"\n  rank {rank}: {text}" for rank, texts in report.faults.items() for text in texts[:_SHOWN]]
+        what = (
+            "the gradient is not finite"
+            if report.refused == "gradient"
+            else f"the loss is {report.losses['loss']}"
+        )
+        faults = [
+            f"\n  rank {rank}: {text}" for rank, texts in report.faults.items() for text in texts[:_SHOWN]
+        ]
         return f"{where}: {what}, no update was made on any rank{''.join(faults)}"
 
     def stop(self, message: str, saved: int) -> None:
-        """End the run on every rank: raise FloatingPointError. `saved`: step of the newest checkpoint, 0 for none."""
-        after = f" after {self.allowed} skipped steps in a row (visft.run.skip_bad_steps)" if self.bad > 1 else ""
+        """End the run on every rank: raise FloatingPointError. `saved`: step of the newest checkpoint, 0 for
+        none.
+        """
+        after = (
+            f" after {self.allowed} skipped steps in a row (visft.run.skip_bad_steps)" if self.bad > 1 else ""
+        )
         good = f"the last good checkpoint is that of step {saved}" if saved else "nothing was saved yet"
         raise FloatingPointError(
             f"{message}\nstopped{after}; {good}. A smaller learning rate or a longer warm-up usually helps"
@@ -65,13 +77,17 @@ def is_finite(report: StepReport) -> bool:
 
 
 def first_non_finite(
-    engine: Engine, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators, report: StepReport
+    engine: Engine,
+    step: int,
+    batches: Sequence[Batch],
+    loss_denominators: LossDenominators,
+    report: StepReport,
 ) -> str:
     """Make a refused step once more, without an update, and name what is not finite first. Collective.
 
-    It runs through the engine, at the loss scale of that step, so that every rank and pipeline stage sees what it saw.
-    The run has to stop afterwards: the engine's counters are not right any more. Returns the first modules, parameters
-    and images of each rank, the same on every rank.
+    It runs through the engine, at the loss scale of that step, so that every rank and pipeline stage sees
+    what it saw. The run has to stop afterwards: the engine's counters are not right any more. Returns the
+    first modules, parameters and images of each rank, the same on every rank.
     """
     found: list[str] = []
     engine.should_update = lambda loss: False
@@ -82,13 +98,19 @@ def first_non_finite(
     # The rows inside of a tower's block are of no one image: the block's own output names it.
     images = [one for one in found if ", images [" in one][:1]
     everyone: list[list[str]] = distributed.from_all_ranks(list(dict.fromkeys(found[:_SHOWN] + images)))
-    lines = [f"\n  rank {rank}: it begins with the {'; '.join(texts)}" for rank, texts in enumerate(everyone) if texts]
+    lines = [
+        f"\n  rank {rank}: it begins with the {'; '.join(texts)}"
+        for rank, texts in enumerate(everyone)
+        if texts
+    ]
     return "".join(lines[:_SHOWN]) or "\n  repeated, the step is finite: the hardware may be faulty"
 
 
 @contextlib.contextmanager
 def watched(module: nn.Module, found: list[str]) -> Iterator[None]:
-    """Append to `found` what is not finite in passes through a module: targets, outputs, gradients, as they come."""
+    """Append to `found` what is not finite in passes through a module: targets, outputs, gradients, as they
+    come.
+    """
     seen, batch = set[str](), list[Batch]()
 
     def note(what: str, tensor: Tensor) -> None:

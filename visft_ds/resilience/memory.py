@@ -1,7 +1,9 @@
-"""Memory: a step of the largest micro-batches before the first one ("rehearsal"), and a step that does not fit.
+"""Memory: a step of the largest micro-batches before the first one ("rehearsal"), and a step that does not
+fit.
 
-Images differ in size and in numbers of objects, so that a step that needs more memory than all before may come after
-days. In the rehearsal it comes first, and its result is discarded. Only pixels and labels are made up.
+Images differ in size and in numbers of objects, so that a step that needs more memory than all before may
+come after days. In the rehearsal it comes first, and its result is discarded. Only pixels and labels are made
+up.
 """
 
 from __future__ import annotations
@@ -55,8 +57,11 @@ def host_memory() -> int:
 
 
 @contextmanager
-def memory_explained(what: str, stream: str, batches: Sequence[Batch], device: torch.device) -> Iterator[None]:
-    """Turn the error of an allocator into a `RankError`: what was done, its shapes, what was counted, what to try.
+def memory_explained(
+    what: str, stream: str, batches: Sequence[Batch], device: torch.device
+) -> Iterator[None]:
+    """Turn the error of an allocator into a `RankError`: what was done, its shapes, what was counted, what to
+    try.
 
     Args:
         what: name of the work inside, for the message.
@@ -106,20 +111,32 @@ def largest_shape(batches: Sequence[Batch]) -> str:
 def largest_batches(data: RunData, micro: Mapping[str, int], role: Role) -> Iterator[tuple[str, Batch]]:
     """For each data set of each stream (stream, micro-batch that needs at least as much memory as any other).
 
-    Its images are squares of the largest side, with the most objects that images have; captions have `max_words` words.
+    Its images are squares of the largest side, with the most objects that images have; captions have
+    `max_words` words.
 
     Args:
         micro: images of a micro-batch, by stream.
         role: of this process, which makes its part of the batch.
     """
-    category = next((category.coco_id for category in data.categories), 0)  # the heads know those of the first set
+    category = next(
+        (category.coco_id for category in data.categories), 0
+    )  # the heads know those of the first set
     for name, stream in data.streams.items():
-        count, side, caption = micro[name], stream.largest_side(), " ".join(["a"] * stream.image.get("max_words", 1))
+        count, side, caption = (
+            micro[name],
+            stream.largest_side(),
+            " ".join(["a"] * stream.image.get("max_words", 1)),
+        )
         for dataset, pipeline in data.pipelines[name].items():
             index = data.sets[dataset].manifest.index
             objects = np.sort(np.concatenate([index["num_annotations"], np.zeros(count, np.int64)]))[::-1]
             outline = [0, 0, side, 0, side, side, 0, side]
-            whole = {"bbox": [0, 0, side, side], "category_id": category, "iscrowd": 0, "segmentation": [outline]}
+            whole = {
+                "bbox": [0, 0, side, side],
+                "category_id": category,
+                "iscrowd": 0,
+                "segmentation": [outline],
+            }
             image, samples = None if role == "labels" else np.zeros((side, side, 3), np.uint8), []
             for number, in_image in enumerate(objects[:count].tolist()):
                 raw = RawSample(number, number, (side, side), image, [whole] * in_image, [caption])
@@ -129,8 +146,11 @@ def largest_batches(data: RunData, micro: Mapping[str, int], role: Role) -> Iter
             yield name, pipeline.collate(samples)
 
 
-def probe_memory(model: ModelConfig, engine: Engine, data: RunData, batches: Batches, watchdog: Watchdog) -> None:
-    """Run a step of the largest micro-batches of every stream that changes nothing; print its cost. Collective.
+def probe_memory(
+    model: ModelConfig, engine: Engine, data: RunData, batches: Batches, watchdog: Watchdog
+) -> None:
+    """Run a step of the largest micro-batches of every stream that changes nothing; print its cost.
+    Collective.
 
     Raises:
         RankError: a step does not fit into memory.

@@ -1,6 +1,7 @@
 """The ranks of a command on this machine, as `visft COMMAND --num_gpus N` starts them. Imports nothing heavy.
 
-DeepSpeed's launcher ends with 0 when it was killed, and a Ctrl-C ends it with a traceback while ranks still save.
+DeepSpeed's launcher ends with 0 when it was killed, and a Ctrl-C ends it with a traceback while ranks still
+save.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from visft_ds import CHECKOUT
 from visft_ds.resilience.errors import LOST_CODE, NO_ANSWER_CODE, RankError
 from visft_ds.resilience.stop import SIGNALS
 
-#: Exit codes of a rank that the others need not wait for; those above are of a stop, after which ranks still save.
+#: Exit codes of a rank that the others need not wait for; those above are of a stop, after which ranks still
+#: save.
 _FAILED = frozenset(range(-64, NO_ANSWER_CODE + 1)) - {0}
 #: What a launcher tells each of its ranks -> what holds without one.
 _LAUNCHERS = {
@@ -62,15 +64,21 @@ def without_num_gpus(words: Sequence[str]) -> tuple[list[str], int | None]:
 
 
 def start_ranks(words: Sequence[str], count: int) -> int:
-    """Run `visft WORDS` in `count` processes that train or evaluate together. Returns their common exit status.
+    """Run `visft WORDS` in `count` processes that train or evaluate together. Returns their common exit
+    status.
 
-    A signal is passed on to each rank once: the ranks are no part of the terminal's foreground group. A rank that fails
-    ends the others, which get some seconds to say why.
+    A signal is passed on to each rank once: the ranks are no part of the terminal's foreground group. A rank
+    that fails ends the others, which get some seconds to say why.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = os.environ.get("MASTER_PORT") or str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(count), "LOCAL_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     command = [sys.executable, "-m", "visft_ds", *words]
     ranks: list[subprocess.Popen[bytes]] = []
 
@@ -79,7 +87,8 @@ def start_ranks(words: Sequence[str], count: int) -> int:
             process.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    # A Ctrl-C waits until a rank handles it (`visft_ds.cli.main`): an interpreter that starts would print a traceback.
+    # A Ctrl-C waits until a rank handles it (`visft_ds.cli.main`): an interpreter that starts would print a
+    # traceback.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for rank in range(count):
@@ -99,7 +108,9 @@ def start_ranks(words: Sequence[str], count: int) -> int:
 
 
 def _wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
-    """Wait for the end of all ranks; returns those that were ended here, some seconds after another one had failed."""
+    """Wait for the end of all ranks; returns those that were ended here, some seconds after another one had
+    failed.
+    """
     failed: float | None = None
     ended: list[subprocess.Popen[bytes]] = []
     while None in [process.poll() for process in ranks]:  # each of them, or a later rank's end is never seen
@@ -114,7 +125,9 @@ def _wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen
 
 
 def _status_of(codes: Sequence[int]) -> int:
-    """Exit status of all ranks together: that of the rank which failed by itself, not of those that only lost it."""
+    """Exit status of all ranks together: that of the rank which failed by itself, not of those that only lost
+    it.
+    """
     for code in codes:
         if code < 0:
             print(f"a process was ended by signal {signal.Signals(-code).name}", file=sys.stderr, flush=True)
@@ -126,7 +139,8 @@ def _status_of(codes: Sequence[int]) -> int:
 def same_code() -> dict[str, str]:
     """Environment of a child process that imports the copy of this package which runs here.
 
-    With `python -m` it would first look into the current folder, and a checkout need not be the copy that is installed.
+    With `python -m` it would first look into the current folder, and a checkout need not be the copy that is
+    installed.
     """
     places = [*([str(CHECKOUT)] if CHECKOUT else []), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}

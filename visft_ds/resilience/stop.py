@@ -1,6 +1,7 @@
 """Stopping cleanly: a signal, or a launcher that is gone, sets one flag that ranks read before each step.
 
-Imports nothing heavy: it is made before torch is imported, so that a launcher that dies during the start is missed.
+Imports nothing heavy: it is made before torch is imported, so that a launcher that dies during the start is
+missed.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopFlag:
     """Flag that SIGTERM, SIGINT or SIGUSR1 sets, or the end of the launcher above this process.
 
-    The `deepspeed` command does not pass signals on: killed alone, it leaves launcher and ranks running as orphans. So
-    a rank watches its parent and, if that is DeepSpeed's launcher, its grandparent. The ranks agree on stopping in the
-    all-reduce that each step makes anyway: all stop after the same step and save the same step.
+    The `deepspeed` command does not pass signals on: killed alone, it leaves launcher and ranks running as
+    orphans. So a rank watches its parent and, if that is DeepSpeed's launcher, its grandparent. The ranks
+    agree on stopping in the all-reduce that each step makes anyway: all stop after the same step and save the
+    same step.
 
     Args:
         launched: whether a launcher started this process.
@@ -104,7 +106,9 @@ class StopFlag:
         return f"signal {self.reason.name}" if self.reason else "asked by another rank"
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is Stop.SIGINT and number == signal.SIGINT:  # the user does not want to wait for the step
+        if (
+            self.reason is Stop.SIGINT and number == signal.SIGINT
+        ):  # the user does not want to wait for the step
             raise KeyboardInterrupt
         self.reason = max(self.reason, Stop[signal.Signals(number).name])
 

@@ -1,8 +1,8 @@
 """Restarts of a lost run, on one machine: `visft supervise -- visft train --num_gpus 8 --stage 2`.
 
-A crash, a killed or hanging rank and a server or disk that does not answer (5) are worth another try from the newest
-checkpoint. A mistake of the user (2), training that diverged (4: a restart would repeat it) and a request to stop are
-not.
+A crash, a killed or hanging rank and a server or disk that does not answer (5) are worth another try from the
+newest checkpoint. A mistake of the user (2), training that diverged (4: a restart would repeat it) and a
+request to stop are not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from visft_ds.resilience.processes import start_ranks, without_num_gpus
 from visft_ds.run.folder import named_steps
 
 GAVE_UP = 1
-#: Exit codes of a run that a restart would not change: done, a mistake to fix, diverged, stopped by SIGINT or SIGTERM.
+#: Exit codes of a run that a restart would not change: done, a mistake to fix, diverged, stopped by SIGINT or
+#: SIGTERM.
 FINAL_CODES = (0, 2, 4, 130, 143)
 #: Restarts in a row that may end before anything new is saved.
 FRUITLESS = 2
@@ -45,12 +46,17 @@ def supervise(
         code = start_ranks(words, count)
         if code in final:
             return code
-        # The newest one does not tell: an attempt that passes a damaged checkpoint over saves steps below that.
+        # The newest one does not tell: an attempt that passes a damaged checkpoint over saves steps below
+        # that.
         now = named_steps(out)
         fruitless, saved = 0 if now - saved else fruitless + 1, now
         ended = f"attempt {attempt} ended with {code}, its newest checkpoint is of step {max(now, default=0)}"
         if fruitless > FRUITLESS or attempt > max_restarts:
-            why = f"{fruitless} attempts in a row saved nothing" if fruitless > FRUITLESS else "no restart is left"
+            why = (
+                f"{fruitless} attempts in a row saved nothing"
+                if fruitless > FRUITLESS
+                else "no restart is left"
+            )
             print(f"[supervisor] given up: {ended}; {why}", file=sys.stderr, flush=True)
             break
         seconds = backoff * 2 ** min(fruitless, 6)
@@ -66,7 +72,9 @@ def flags_of_training(command: Sequence[str]) -> Sequence[str]:
         if Path(word).name in ("visft", "visft_ds") and command[place + 1 : place + 2] == ["train"]:
             return command[place + 2 :]
     given = " ".join(command) or "no command"
-    raise ValueError(f"{given}: give a training command after --, for example visft train --num_gpus 8 --stage 2")
+    raise ValueError(
+        f"{given}: give a training command after --, for example visft train --num_gpus 8 --stage 2"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words, count = without_num_gpus(flags_of_training(options.command))
         given, config = resolve_arguments(words)
         if given.resume == "no" or given.dry_run:
-            raise ValueError("--resume no and --dry-run leave nothing that a restart could continue: leave them out")
+            raise ValueError(
+                "--resume no and --dry-run leave nothing that a restart could continue: leave them out"
+            )
         run = config.visft.run
         final, limits = {*FINAL_CODES, run.requeue_code}, (options.max_restarts, options.backoff)
         return supervise(["train", *words], count or 1, Path(run.out or ""), final, *limits)

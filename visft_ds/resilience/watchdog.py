@@ -1,7 +1,9 @@
-"""Watchdog of a rank: a step that hangs ends the process, after saying where it is and which collective it waits for.
+"""Watchdog of a rank: a step that hangs ends the process, after saying where it is and which collective it
+waits for.
 
-A rank that dies is noticed by its launcher, which ends the others; by gloo at once; by NCCL after its own timeout. What
-is left for us: a hang with nobody dead, and an error of the backend that does not say it is about another rank.
+A rank that dies is noticed by its launcher, which ends the others; by gloo at once; by NCCL after its own
+timeout. What is left for us: a hang with nobody dead, and an error of the backend that does not say it is
+about another rank.
 """
 
 from __future__ import annotations
@@ -22,13 +24,16 @@ from torch._C import _distributed_c10d
 from visft_ds.resilience.errors import LOST_CODE, LOST_PEER, LostRank
 
 _LOOK = 1.0  #: seconds between looks at the clock
-#: Seconds that a rank waits which only follows another one: a launcher gives the code of the first that has ended.
+#: Seconds that a rank waits which only follows another one: a launcher gives the code of the first that has
+#: ended.
 _AFTER_YOU = 3.0
 
 
 @dataclass
 class Watchdog:
-    """Ends this process, which is `rank`, when a timed phase takes longer than `timeout` seconds; 0: never."""
+    """Ends this process, which is `rank`, when a timed phase takes longer than `timeout` seconds; 0:
+    never.
+    """
 
     rank: int
     timeout: float
@@ -47,7 +52,9 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Watchdog]:
-        """Watch everything inside; a backend's error about a lost peer becomes a `LostRank` that says where we were."""
+        """Watch everything inside; a backend's error about a lost peer becomes a `LostRank` that says where
+        we were.
+        """
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
             yield self
@@ -64,18 +71,28 @@ class Watchdog:
             seconds = time.monotonic() - self._since
             if self.timeout and self._timed and seconds > self.timeout:
                 text = f"no progress for {seconds:.0f} s in: {self._doing}; {last_collective()}"
-                print(f"[rank {self.rank}] stopped: {text}; stacks of this process:", file=sys.stderr, flush=True)
-                with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr of a notebook has no descriptor
+                print(
+                    f"[rank {self.rank}] stopped: {text}; stacks of this process:",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                with contextlib.suppress(
+                    OSError, ValueError, AttributeError
+                ):  # stderr of a notebook has no descriptor
                     faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
                 os._exit(LOST_CODE)
 
 
 def last_collective() -> str:
     """Text about this process's last collective, from torch's flight recorder."""
-    dump = getattr(_distributed_c10d, "_dump_fr_trace_json", None)  # a private name, which another torch may lack
+    dump = getattr(
+        _distributed_c10d, "_dump_fr_trace_json", None
+    )  # a private name, which another torch may lack
     entries: list[dict[str, Any]] = json.loads(dump(True, False)).get("entries", []) if dump else []
     if not entries:
         return "no collective recorded"
     last = entries[-1]
     sizes = f" of {last['input_sizes'][0]}" if last["input_sizes"] else ""
-    return f"last collective: number {last['record_id'] + 1}, {last['profiling_name']}{sizes}, {last['state']}"
+    return (
+        f"last collective: number {last['record_id'] + 1}, {last['profiling_name']}{sizes}, {last['state']}"
+    )

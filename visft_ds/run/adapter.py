@@ -8,13 +8,21 @@ from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE, run_of
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.published import read_adapter
 from visft_ds.pretrained import local
-from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, export_of, recorded_config
+from visft_ds.run.folder import (
+    ADAPTER_FOLDER,
+    BACKBONE_FILE,
+    TRAINED_BACKBONE_FILE,
+    export_of,
+    recorded_config,
+)
 
 
 def adapter_at(path: Path) -> Adapter | None:
-    """The adapter that a path names: of a run its export, else its newest whole checkpoint; or of any other kind.
+    """The adapter that a path names: of a run its export, else its newest whole checkpoint; or of any other
+    kind.
 
-    None for a run that trained its backbone itself, whose export is a base. Raises ValueError if there is none.
+    None for a run that trained its backbone itself, whose export is a base. Raises ValueError if there is
+    none.
     """
     export = export_of(path)
     if (export / EXPORT_RECORD_FILE).is_file():
@@ -37,7 +45,8 @@ def run_around(path: Path) -> Path | None:
 
 
 def base_of(path: Path) -> Path:
-    """The base weights of a run, by its folder or a path inside; a backbone that was trained itself is a base, too.
+    """The base weights of a run, by its folder or a path inside; a backbone that was trained itself is a
+    base, too.
 
     Raises ValueError for a path that belongs to no run, and if the weights have moved.
     """

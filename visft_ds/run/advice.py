@@ -118,13 +118,17 @@ def _rare_classes(sets: Sequence[TrainingSet]) -> tuple[str, str] | None:
 
 
 def _small_objects(stream: Stream, sets: Sequence[TrainingSet], cell: int) -> tuple[str, str] | None:
-    """Of objects below half a cell hardly one is found, of those of a cell and more nearly all (docs/own-data.md)."""
+    """Of objects below half a cell hardly one is found, of those of a cell and more nearly all
+    (docs/own-data.md).
+    """
     small = next((one.manifest for one in sets if one.manifest.object_sides), None)
     if small is None:
         return None
     seen = _seen_side(small, stream)
     for limit, in_cells, chance in ((cell / 2, "half a cell", "hardly ever"), (cell, "a cell", "often not")):
-        share = max((int(part) for part, side in small.object_sides.items() if side * seen < limit), default=0)
+        share = max(
+            (int(part) for part, side in small.object_sides.items() if side * seen < limit), default=0
+        )
         if share >= _SHARE_OF_SMALL:
             return (
                 f"{share} % of the objects are below {limit:.0f} px where the network sees them",
@@ -145,7 +149,9 @@ def _remedy(manifest: Manifest, stream: Stream, seen: float, cell: int) -> str:
 
 
 def _seen_side(manifest: Manifest, stream: Stream) -> float:
-    """Side of a square with as many pixels as the network sees of an image of the median size, in evaluation."""
+    """Side of a square with as many pixels as the network sees of an image of the median size, in
+    evaluation.
+    """
     index, geometry = manifest.index[:_SIZES_LOOKED_AT], geometry_of(stream)
     sides = list[float]()
     for size in zip(index["height"].tolist(), index["width"].tolist(), strict=True):
@@ -161,7 +167,8 @@ def verdicts(
     tasks: Mapping[str, TaskConfig],
     findings: Sequence[Finding],
 ) -> list[str]:
-    """Lines that compare metrics on training images with those of validation, and say what the difference means.
+    """Lines that compare metrics on training images with those of validation, and say what the difference
+    means.
 
     Args:
         training: by name, such as "box/AP50".
@@ -194,10 +201,14 @@ def _meaning(value: float, scores: Sequence[float], reasons: Sequence[str]) -> s
         return f": nothing is learnt yet, train for more steps (--steps) or with another --lr{because}"
     shown = ", ".join(f"{score:.3f}" for score in scores[-_FLAT_AFTER:])
     if len(scores) < 2:
-        return f": little is learnt, and fewer than two evaluations cannot tell whether more steps help{because}"
+        return (
+            f": little is learnt, and fewer than two evaluations cannot tell whether more steps help{because}"
+        )
     best_before = max(scores[:-1])
     if scores[-1] > best_before + max(_RISE, _RISE_PART * scores[-1]):
-        return f": not learnt yet, and validation still rises ({shown}): train for more steps (--steps){because}"
+        return (
+            f": not learnt yet, and validation still rises ({shown}): train for more steps (--steps){because}"
+        )
     if len(scores) < _FLAT_AFTER:
         return f": little is learnt, and validation does not rise ({shown}){because}"
     advice = because or "; larger images, another --backbone or --lr may"

@@ -1,4 +1,6 @@
-"""Evaluation during training: all ranks predict, a process beside the training measures, TensorBoard gets pictures."""
+"""Evaluation during training: all ranks predict, a process beside the training measures, TensorBoard gets
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,13 @@ TRAINING_IMAGES = 100
 #: Seconds that a run which was asked to stop waits for its last numbers: launchers kill after 30.
 _PATIENCE = 15.0
 _LOOK = 0.2  #: seconds between looks at a request to stop while numbers are waited for
-_KILLED = "the measuring process was killed twice, as Linux does when memory runs out; its numbers are missing"
+_KILLED = (
+    "the measuring process was killed twice, as Linux does when memory runs out; its numbers are missing"
+)
 
-Measured = tuple[dict[str, float], list[str]]  #: metrics by name; a line for each task that cannot be measured
+Measured = tuple[
+    dict[str, float], list[str]
+]  #: metrics by name; a line for each task that cannot be measured
 
 
 class Validation:
@@ -61,15 +67,19 @@ class Validation:
         self._waiting: deque[_Queued] = deque()
 
     def evaluate(self, predict: Predict, step: int, log: RunLog, stop: StopFlag, watchdog: Watchdog) -> bool:
-        """Predict the split. Collective; the numbers come later, see `poll`. Each batch is timed by the watchdog.
+        """Predict the split. Collective; the numbers come later, see `poll`. Each batch is timed by the
+        watchdog.
 
-        Returns False if a rank was asked to stop: launchers do not wait so long, and a resumed run evaluates again.
+        Returns False if a rank was asked to stop: launchers do not wait so long, and a resumed run evaluates
+        again.
         """
 
         predict = _unless_stopped(predict, f"evaluating after step {step}", stop, watchdog)
         given = (predict, self._reader, self._streams, self._vocabulary)
         try:
-            collected = collect(*given, limit=self._config.run.eval_limit, num_workers=workers_of(self._config.data))
+            collected = collect(
+                *given, limit=self._config.run.eval_limit, num_workers=workers_of(self._config.data)
+            )
         except _StoppedError:
             return False
         if collected is not None:
@@ -94,7 +104,8 @@ class Validation:
         raise RuntimeError("the process that measures evaluations cannot be started: it ends at once")
 
     def poll(self, log: RunLog, *, seconds: float | None = 0.0) -> None:
-        """Record the metrics of evaluations that are measured within some seconds; None: wait for all of them.
+        """Record the metrics of evaluations that are measured within some seconds; None: wait for all of
+        them.
 
         A process that was killed while it measured is started anew, once for each evaluation.
         """
@@ -148,7 +159,9 @@ class Validation:
 
     def _draw(self, step: int, collected: Mapping[str, Results], log: RunLog) -> None:
         run = self._config.run
-        for task, by_image in draw_examples(collected, self._reader, run.pictures, limit=run.eval_limit).items():
+        for task, by_image in draw_examples(
+            collected, self._reader, run.pictures, limit=run.eval_limit
+        ).items():
             for image_id, picture in by_image.items():
                 log.writer.image(step, f"{task}/{image_id:012d}", picture)
 
@@ -159,7 +172,10 @@ class Validation:
 
         Returns None if a rank was asked to stop.
         """
-        reader, predict = ShardReader(training), _unless_stopped(predict, "evaluating training images", stop, watchdog)
+        reader, predict = (
+            ShardReader(training),
+            _unless_stopped(predict, "evaluating training images", stop, watchdog),
+        )
         try:
             collected = collect(predict, reader, self._streams, self._vocabulary, limit=TRAINING_IMAGES)
         except _StoppedError:
@@ -178,9 +194,13 @@ class Validation:
         """Cancel the evaluations that are being measured."""
         self._waiting.clear()
         if self._pool is not None:
-            for process in list((self._pool._processes or {}).values()):  # `kill_workers` comes with Python 3.14
+            for process in list(
+                (self._pool._processes or {}).values()
+            ):  # `kill_workers` comes with Python 3.14
                 process.kill()
-                process.join(1.0)  # the pool would write to a process that is about to end, and print a traceback
+                process.join(
+                    1.0
+                )  # the pool would write to a process that is about to end, and print a traceback
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 

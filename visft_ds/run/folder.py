@@ -1,4 +1,6 @@
-"""The run folder: its lock, its record run.json, and what a new start finds in it. No run overwrites another."""
+"""The run folder: its lock, its record run.json, and what a new start finds in it. No run overwrites
+another.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from visft_ds.config.resolve import differences, identity_of
 from visft_ds.files import read_bytes, reading
 from visft_ds.monitor.metrics import METRICS_FILE
 
-#: What a run leaves in <run>/export, beside heads and a copy of its record: its base (if it was random), a backbone
-#: that was trained itself, the adapter.
+#: What a run leaves in <run>/export, beside heads and a copy of its record: its base (if it was random), a
+#: backbone that was trained itself, the adapter.
 BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
 ADAPTER_FOLDER = "adapter"
 LOCK_FILE = "run.lock"
@@ -67,12 +69,16 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
         raise ValueError(f"--resume must: no run in {out} has saved anything; use --resume auto to start one")
     if not (out / RECORD_FILE).is_file():
         if others := sorted({path.name for path in out.glob("[!.]*")} - _OF_A_START):
-            raise ValueError(f"{out} holds no run but other files ({', '.join(others[:8])}); choose another --out")
+            raise ValueError(
+                f"{out} holds no run but other files ({', '.join(others[:8])}); choose another --out"
+            )
         return
     if not saved and not (metrics.is_file() and metrics.stat().st_size):
         return
     if resume == "no":
-        raise ValueError(f"--resume no: {out} holds a run; choose another --out, or --resume auto to continue it")
+        raise ValueError(
+            f"--resume no: {out} holds a run; choose another --out, or --resume auto to continue it"
+        )
     with reading(out / RECORD_FILE, "the record of a run"):
         there = identity_of(read_run(out).config)
     if listed := differences(there, config):
@@ -115,9 +121,13 @@ def locked(out: Path, patience: float = 30.0) -> Iterator[None]:
             print(text, file=sys.stderr, flush=True)
             lock.acquire(timeout=patience)
     except Timeout as error:
-        raise ValueError(f"{out} is in use by another run: wait for it, stop it, or choose another --out") from error
+        raise ValueError(
+            f"{out} is in use by another run: wait for it, stop it, or choose another --out"
+        ) from error
     except OSError as error:
-        raise ValueError(f"{out} cannot be written: {error.strerror}; choose another --out, or fix it") from error
+        raise ValueError(
+            f"{out} cannot be written: {error.strerror}; choose another --out, or fix it"
+        ) from error
     except NotImplementedError:
         print(f"warning: {out} has no locks: a second run could use it, too", file=sys.stderr, flush=True)
     try:
@@ -132,7 +142,9 @@ def recorded_config(out: Path) -> ResolvedConfig:
 
 
 def read_run(out: Path) -> RunFile:
-    """The record of the run, or of the export, in `out`. Raises ValueError: none there, or one of another schema."""
+    """The record of the run, or of the export, in `out`. Raises ValueError: none there, or one of another
+    schema.
+    """
     record = out / (EXPORT_RECORD_FILE if (out / EXPORT_RECORD_FILE).is_file() else RECORD_FILE)
     if not record.is_file():
         raise ValueError(f"there is no run in {out}: {record} does not exist")
@@ -146,7 +158,9 @@ def read_run(out: Path) -> RunFile:
 def refuse_filled(out: Path) -> None:
     """Raise ValueError for a folder of results that is not new or empty."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"{out} is not empty, and nothing is overwritten: choose another --out, or remove it")
+        raise ValueError(
+            f"{out} is not empty, and nothing is overwritten: choose another --out, or remove it"
+        )
 
 
 def named_steps(out: Path) -> set[int]:

@@ -43,7 +43,11 @@ class RunLog:
             "grad_norm": report.gradient_norm,
             "images_per_second": images / seconds,
             # Tasks that share a step share its images.
-            **{f"images_per_second/{task}": images / seconds for task in self.tasks if plan.task in (task, SHARED)},
+            **{
+                f"images_per_second/{task}": images / seconds
+                for task in self.tasks
+                if plan.task in (task, SHARED)
+            },
             "memory/peak_gib": peak_memory(distributed.local_device()) / 2**30,
             "data_wait_seconds": waiting,
             "skipped": float(report.skipped),
@@ -54,8 +58,12 @@ class RunLog:
 
 
 @contextmanager
-def open_log(config: ResolvedConfig, start: int, callbacks: Sequence[Callback], stop: StopFlag) -> Iterator[RunLog]:
-    """The log of a run that is resumed after `start` of its steps. `stop` hears when nobody reads the console."""
+def open_log(
+    config: ResolvedConfig, start: int, callbacks: Sequence[Callback], stop: StopFlag
+) -> Iterator[RunLog]:
+    """The log of a run that is resumed after `start` of its steps. `stop` hears when nobody reads the
+    console.
+    """
     main, run = distributed.is_main(), config.visft.run
     out = Path(run.out or "")
     with ExitStack() as stack:
@@ -65,7 +73,9 @@ def open_log(config: ResolvedConfig, start: int, callbacks: Sequence[Callback], 
             tracker = stack.enter_context(closing(Tracker(out, redacted_values(config.identity()))))
             callbacks = [*callbacks, tracker]
         progress = stack.enter_context(
-            Progress(config.total_steps, start=start, log_every=run.log_every, enabled=main, gone=stop.output_gone)
+            Progress(
+                config.total_steps, start=start, log_every=run.log_every, enabled=main, gone=stop.output_gone
+            )
         )
         writer = stack.enter_context(MetricsWriter(out, resume_step=start, enabled=main, callbacks=callbacks))
         yield RunLog(writer, progress, tuple(config.visft.tasks.enabled()))

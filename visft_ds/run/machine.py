@@ -34,7 +34,9 @@ class Machine:
     deepspeed_config: dict[str, Any]  #: the configuration for `deepspeed.initialize`
 
 
-def check_machine(config: ResolvedConfig, vocabulary: Vocabulary | None, world_size: int | None = None) -> Machine:
+def check_machine(
+    config: ResolvedConfig, vocabulary: Vocabulary | None, world_size: int | None = None
+) -> Machine:
     """Choose precision, kernels, batches and layers for the processes that there are. Nothing is allocated.
 
     Args:
@@ -45,21 +47,33 @@ def check_machine(config: ResolvedConfig, vocabulary: Vocabulary | None, world_s
         ValueError: hardware that cannot do what is asked, or batches that cannot be divided.
     """
     zero = config.deepspeed["zero_optimization"]
-    if not zero.keys() <= {"stage", "reduce_bucket_size"}:  # which the schema has checked; DeepSpeed's takes seconds
+    if not zero.keys() <= {
+        "stage",
+        "reduce_bucket_size",
+    }:  # which the schema has checked; DeepSpeed's takes seconds
         check_zero(zero)
-    model, device, world_size = config.visft.model, distributed.local_device(), world_size or distributed.world_size()
+    model, device, world_size = (
+        config.visft.model,
+        distributed.local_device(),
+        world_size or distributed.world_size(),
+    )
     precision, why_precision = choose_precision(model.precision, device)
     use_kernels(model.kernels, device)
     if tracker := config.visft.run.track:
         check_extra("visft.run.track", tracker, [tracker])
-    batches, words = derive_batches(config, world_size), vocabulary.size if vocabulary else PUBLISHED_VOCABULARY
+    batches, words = (
+        derive_batches(config, world_size),
+        vocabulary.size if vocabulary else PUBLISHED_VOCABULARY,
+    )
     run = PlannedRun(config, batches, precision, words, device)
     use_numerics(device, tf32=run.tf32, deterministic=config.visft.run.deterministic)
     return Machine(run, why_precision, "as configured", deepspeed_dict(config, world_size, precision))
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes that a plan may fill on this process's device: most of a GPU, or a process's part of the host's memory."""
+    """Bytes that a plan may fill on this process's device: most of a GPU, or a process's part of the host's
+    memory.
+    """
     if device.type == "cuda":
         return int(MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory)
     return int(0.8 * host_memory()) // distributed.processes_here()
@@ -106,6 +120,10 @@ def settle_recompute(
 
 
 def rank_facts(config: ResolvedConfig) -> dict[str, str]:
-    """Facts that must be equal on all ranks, by name: every setting, and the versions of what decides results."""
+    """Facts that must be equal on all ranks, by name: every setting, and the versions of what decides
+    results.
+    """
     facts = {key: json.dumps(value) for key, value in flatten(config.to_dict())}
-    return facts | {f"version of {name}": version for name, version in versions().items() if name != "platform"}
+    return facts | {
+        f"version of {name}": version for name, version in versions().items() if name != "platform"
+    }

@@ -27,24 +27,33 @@ from visft_ds.run.folder import RUN_SCHEMA, Parent, RunFile, read_run, saved_som
 def write_record(
     config: ResolvedConfig, identity: Mapping[str, str], command: Sequence[str], start: Start | None
 ) -> None:
-    """Write RUN/run.json, with paths that hold from any folder. Main process only. Raises OSError: a full disk.
+    """Write RUN/run.json, with paths that hold from any folder. Main process only. Raises OSError: a full
+    disk.
 
     `start` is what the run begins with; None: random values, or it is resumed.
     """
     visft, run = config.visft, Path(config.visft.run.out or "")
     parent, started = None, ""
-    inputs = {"model.weights": visft.model.weights, "heads.path": visft.heads.path, "data.root": visft.data.root}
+    inputs = {
+        "model.weights": visft.model.weights,
+        "heads.path": visft.heads.path,
+        "data.root": visft.data.root,
+    }
     inputs |= {f"data.sets.{number}.root": one.root for number, one in enumerate(visft.data.sets)}
     if words := visft.tasks.with_words():
         inputs[f"tasks.{words[0]}.vocabulary.file"] = words[1].vocabulary.file
-    here = {key: path for key, path in inputs.items() if path and "://" not in path and not path.startswith(HUB)}
+    here = {
+        key: path for key, path in inputs.items() if path and "://" not in path and not path.startswith(HUB)
+    }
     with explained("the record of the run", run, "The same command continues"):
         if start is not None:
             parent = Parent(path=os.path.abspath(start.place), step=start.step, sha256=start.sha256)
         if saved_something(run):
             earlier = read_run(run)
             parent, started = parent or earlier.parent, earlier.started
-        absolute = changed(config, [f"visft.{key}={json.dumps(os.path.abspath(path))}" for key, path in here.items()])
+        absolute = changed(
+            config, [f"visft.{key}={json.dumps(os.path.abspath(path))}" for key, path in here.items()]
+        )
         write_run(run, absolute.to_dict(), distributed.world_size(), command, identity, parent, started)
 
 
@@ -60,9 +69,20 @@ def write_run(
     """Write OUT/run.json in one move. `started` is when the run first began; "": now."""
     commit = ""
     if CHECKOUT is not None and (CHECKOUT / ".git").exists():
-        describe = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        describe = [
+            "git",
+            "-C",
+            str(CHECKOUT),
+            "describe",
+            "--always",
+            "--dirty",
+            "--abbrev=40",
+            "--exclude=*",
+        ]
         with suppress(OSError, subprocess.SubprocessError):
-            commit = subprocess.run(describe, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+            commit = subprocess.run(
+                describe, capture_output=True, text=True, check=True, timeout=20
+            ).stdout.strip()
     record = RunFile(
         schema=RUN_SCHEMA,
         started=started or time.strftime("%Y-%m-%dT%H:%M:%S%z"),

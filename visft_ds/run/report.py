@@ -26,7 +26,9 @@ from visft_ds.tasks import TASKS
 FEW_FOR_DETR = 100
 
 
-def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepared: PreparedModel, start: int) -> None:
+def print_start(
+    config: ResolvedConfig, data: RunData, machine: Machine, prepared: PreparedModel, start: int
+) -> None:
     """Print the plan of a run that is about to train, after `start` steps. Main process only."""
     for line in told(config, sum(len(one.manifest) for one in data.sets.values())):
         print(line, flush=True)
@@ -37,7 +39,10 @@ def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepare
     for task, classes in classes_of_run(config.visft, data.categories).items():
         rows.append((f"classes, {task}", f"{len(classes)}, the categories of the data by their ids"))
     for task, part in data.plan.tasks.items():
-        rows += [(f"epoch, {task}", f"{data.plan.steps_per_epoch(task, name)} step(s) of {name}") for name in part.sets]
+        rows += [
+            (f"epoch, {task}", f"{data.plan.steps_per_epoch(task, name)} step(s) of {name}")
+            for name in part.sets
+        ]
     if (features := config.visft.features) is not None:
         kept = f"kept in {features.cache}" if features.cache else "not kept (visft.features.cache)"
         rows.append(("features", f"{data.plan.views} view(s) of each image, {kept}"))
@@ -48,9 +53,13 @@ def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepare
     print_plan(title, [*sections, Section("checks passed", passed)])
 
 
-def _model(config: ResolvedConfig, machine: Machine, module: MultiTaskModel, groups: Sequence[TrainedGroup]) -> Section:
+def _model(
+    config: ResolvedConfig, machine: Machine, module: MultiTaskModel, groups: Sequence[TrainedGroup]
+) -> Section:
     model = config.visft.model
-    total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
+    total = sum(
+        int(getattr(p, "ds_numel", p.numel())) for p in module.parameters()
+    )  # ZeRO-3 empties its tensors
     trained = sum(group.count for group in groups)
     facts = [
         ("backbone", f"{model.name}: {module.backbone.describe()}"),
@@ -75,17 +84,23 @@ def told(config: ResolvedConfig, images: int) -> list[str]:
     if config.sources.get("visft.run.save_every", "").startswith(BY_RECIPE):
         stream = next(iter(visft.streams().values()))
         end = f"block {visft.model.layers[0]}" if visft.model.layers else "its last block"
-        parts = [f"{images} photographs: {visft.model.preset}, frozen, up to {end}, at {stream.largest_side()} px"]
+        parts = [
+            f"{images} photographs: {visft.model.preset}, frozen, up to {end}, at {stream.largest_side()} px"
+        ]
         if head == "dense":
             parts.append("dense boxes (too few photographs for a DETR)")
         if visft.features is not None:
             kept = f", features kept in {visft.features.cache}" if visft.features.cache else ""
             parts.append(f"{visft.features.views} views of each (flipped, zoomed){kept}")
-        parts.append(f"{config.total_steps} steps of {stream.batch_size} images, lr {config.optimizer.params.lr:g}")
+        parts.append(
+            f"{config.total_steps} steps of {stream.batch_size} images, lr {config.optimizer.params.lr:g}"
+        )
         if run.keep_best:
             count = math.ceil(config.total_steps / run.eval_every)
             parts.append(f"{count} evaluations, the best {run.keep_best} is kept")
-        lines.append(f"{'; '.join(parts)}. Change this by --backbone, --tasks, --steps, --batch-size, --lr, --set")
+        lines.append(
+            f"{'; '.join(parts)}. Change this by --backbone, --tasks, --steps, --batch-size, --lr, --set"
+        )
     if head == "detr" and visft.stage == 1 and images <= FEW_FOR_DETR:
         lines.append(
             f"warning: a DETR memorises {images} photographs and finds nothing on others: give "
@@ -98,7 +113,8 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
     """Print what would train, how batches divide, and whether it fits into memory.
 
     Raises:
-        ValueError: what keeps a start from running on this machine, such as a file that cannot be read. A plan
+        ValueError: what keeps a start from running on this machine, such as a file that cannot be read. A
+        plan
             that does not fit into memory is only reported.
     """
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
@@ -132,7 +148,11 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
     if weights is not None and local(weights).is_file():
         open_backbone(module.backbone, local(weights))
     for task, head in module.heads.items():
-        if heads is None or not head_files(Path(heads), task) or (TASKS[task].uses_vocabulary and vocabulary is None):
+        if (
+            heads is None
+            or not head_files(Path(heads), task)
+            or (TASKS[task].uses_vocabulary and vocabulary is None)
+        ):
             continue  # without the data nobody knows its number of words
         open_head(heads, task).check(head)
 
@@ -140,7 +160,9 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
 def _plan(
     config: ResolvedConfig, run: PlannedRun, groups: Sequence[TrainedGroup], note: str = "", start: int = 0
 ) -> tuple[str, list[Section]]:
-    """Title and sections of the plan: what trains, in which batches, how a pipeline is divided, what is kept."""
+    """Title and sections of the plan: what trains, in which batches, how a pipeline is divided, what is
+    kept.
+    """
     title = f"visft_ds stage {config.visft.stage} ({stage_name(config.visft)}), {config.visft.model.name}"
     trained = [
         (g.name, str(len(g.names)), f"{g.count:,}", f"{g.lr:g}", f"{g.weight_decay:g}", g.names[0][-42:])
@@ -150,10 +172,15 @@ def _plan(
     zero = config.deepspeed["zero_optimization"]["stage"]
     engine, parts = f"ZeRO-{zero}, {batches.dp} process(es)", "process(es)"
     if batches.stages > 1:
-        engine, parts = f"{batches.dp} pipeline(s) of {batches.stages} stages, ZeRO-{zero} between them", "pipeline(s)"
+        engine, parts = (
+            f"{batches.dp} pipeline(s) of {batches.stages} stages, ZeRO-{zero} between them",
+            "pipeline(s)",
+        )
     learnt = [("engine", engine)]
     for name, images in batches.batch_size.items():
-        division = f"micro-batch {batches.micro[name]} x accumulation {batches.accumulation} x {batches.dp} {parts}"
+        division = (
+            f"micro-batch {batches.micro[name]} x accumulation {batches.accumulation} x {batches.dp} {parts}"
+        )
         learnt.append(("batch", f"{name}: {images} images = {division}"))
     for stream in streams:
         share = 100 * stream.share / sum(other.share for other in streams)

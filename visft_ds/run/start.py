@@ -1,4 +1,6 @@
-"""Start of a run from another one or from an adapter (`visft.start`): what it is, whether it fits, and its record."""
+"""Start of a run from another one or from an adapter (`visft.start`): what it is, whether it fits, and its
+record.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,16 @@ def open_start(config: VisftConfig, data: RunData) -> Start | None:
     place, out = Path(config.start.path), Path(config.run.out or "")
     run = run_of(place)
     if run is not None and run.resolve() == out.resolve():
-        raise ValueError(f"--out {out} is the run to start from: name another folder, or resume it without --from")
+        raise ValueError(
+            f"--out {out} is the run to start from: name another folder, or resume it without --from"
+        )
     if named_steps(out):
         return None
     if run is None:
         return _of_adapter(config, place)
-    checkpoint, skipped = (open_checkpoint(place), []) if run != place else newest_checkpoint(run / "checkpoints")
+    checkpoint, skipped = (
+        (open_checkpoint(place), []) if run != place else newest_checkpoint(run / "checkpoints")
+    )
     if checkpoint is None:
         told = f"visft.start: {run} has no whole checkpoint to start from {examples(skipped)}"
         raise ValueError(f"{told}; for its adapter alone give {run}/export/adapter")
@@ -53,7 +59,11 @@ def open_start(config: VisftConfig, data: RunData) -> Start | None:
 
 
 def measure_heads(
-    engine: Engine, prepared: PreparedModel, loader: StepLoader, streams: Mapping[str, Stream], start: Start | None
+    engine: Engine,
+    prepared: PreparedModel,
+    loader: StepLoader,
+    streams: Mapping[str, Stream],
+    start: Start | None,
 ) -> None:
     """Let new heads measure the channels that they read, on the first images of the plan. Collective."""
     begun = {name.split(".")[1] for name in (start.tensors if start else ()) if name.startswith("heads.")}
@@ -62,7 +72,11 @@ def measure_heads(
         return distributed.by_main_process(lambda: value)
 
     for stream in streams.values():
-        drawn = [engine.module.heads[task] for task in stream.tasks if task not in prepared.heads and task not in begun]
+        drawn = [
+            engine.module.heads[task]
+            for task in stream.tasks
+            if task not in prepared.heads and task not in begun
+        ]
         measure_channels(drawn, engine.predict, loader.first_images(stream.name, _MEASURED), agree)
 
 
@@ -72,13 +86,17 @@ def _of_adapter(config: VisftConfig, place: Path) -> Start:
     adapter = read_adapter(place)
     backbone = build_empty(config.model.preset, torch.float32, config.model.backbone_options())
     if adapter.model != model_of(backbone):
-        raise ValueError(f"visft.start: the adapter in {place} is for {described(adapter.model)}, not for this model")
+        raise ValueError(
+            f"visft.start: the adapter in {place} is for {described(adapter.model)}, not for this model"
+        )
     there = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
     _check_lora(place, there, config.lora)
     return Start(
         place=place,
         sha256=adapter.fingerprint(),
-        tensors=Weights({f"backbone.{name}": Lazy.of(value) for name, value in adapter.tensors.items()}, place),
+        tensors=Weights(
+            {f"backbone.{name}": Lazy.of(value) for name, value in adapter.tensors.items()}, place
+        ),
         base=adapter.base,
         note=f"started from the adapter in {place} ({adapter.describe()})",
     )
@@ -98,7 +116,9 @@ def _of_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoin
     try:
         check_heads(infos, classes_of_run(config, data.categories), data.categories, data.vocabulary)
     except ValueError as error:
-        raise ValueError(f"visft.start: {error}; --reset-heads initialises the heads of {run} anew") from error
+        raise ValueError(
+            f"visft.start: {error}; --reset-heads initialises the heads of {run} anew"
+        ) from error
     if any(name.startswith("backbone.") for name in file):
         _check_lora(run, there.lora, config.lora)
     beginnings = ("backbone.", *(f"heads.{task}." for task in kept))

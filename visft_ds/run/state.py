@@ -41,7 +41,9 @@ class RunState:
         data: categories and words that heads are saved with.
     """
 
-    def __init__(self, config: ResolvedConfig, engine: Engine, identity: Mapping[str, str], data: RunData) -> None:
+    def __init__(
+        self, config: ResolvedConfig, engine: Engine, identity: Mapping[str, str], data: RunData
+    ) -> None:
         run, self._identity = config.visft.run, identity
         self._out, self._engine, self._config, self._data = Path(run.out or ""), engine, config, data
         #: Its context waits for a save that is on its way.
@@ -69,7 +71,9 @@ class RunState:
         return checkpoint.step
 
     def _newest(self) -> tuple[Path | None, dict[int, float | None]]:
-        """The checkpoint to continue from, and the scores of its evaluations by the metric that chooses the best."""
+        """The checkpoint to continue from, and the scores of its evaluations by the metric that chooses the
+        best.
+        """
         checkpoint, skipped = newest_checkpoint(self.saver.folder)
         for line in skipped:
             print(f"warning: not used: {line}", file=sys.stderr, flush=True)
@@ -79,17 +83,27 @@ class RunState:
         if skipped:
             raise ValueError(f"no checkpoint in {self.saver.folder} is whole: move them away to train anew")
         if saved_something(self._out):
-            raise ValueError(f"{self._out} has an export and no checkpoint to continue from: choose another --out")
+            raise ValueError(
+                f"{self._out} has an export and no checkpoint to continue from: choose another --out"
+            )
         return None, {}
 
     def save(self, step: int) -> None:
-        """Take a snapshot, written while training continues. Collective. Raises OSError if the one before failed."""
+        """Take a snapshot, written while training continues. Collective. Raises OSError if the one before
+        failed.
+        """
         self.saver.save(step, partial(gather_state, self._engine), described(self._heads(step)))
 
     def report_saves(self, log: RunLog, *, wait: bool = False) -> None:
-        """Record the saves that are on disk by now; with `wait`, all of them. Raises OSError if one failed."""
+        """Record the saves that are on disk by now; with `wait`, all of them. Raises OSError if one
+        failed.
+        """
         for save in self.saver.finished(wait=wait):
-            path, stall, write = checkpoint_path(self.saver.folder, save.step), save.stall_seconds, save.write_seconds
+            path, stall, write = (
+                checkpoint_path(self.saver.folder, save.step),
+                save.stall_seconds,
+                save.write_seconds,
+            )
             took = f"training paused for {stall:.2f} s; written in {write:.2f} s"
             log.message(f"saved step {save.step} in {self.saver.folder} ({took})")
             log.writer.save(save.step, {"save/stall_seconds": stall, "save/write_seconds": write}, path)
@@ -116,13 +130,17 @@ class RunState:
         if best is None:
             return step
         if best != step:
-            restore_state(self._engine, open_checkpoint(checkpoint_path(self.saver.folder, best)).load(), best)
+            restore_state(
+                self._engine, open_checkpoint(checkpoint_path(self.saver.folder, best)).load(), best
+            )
         log.message(f"exporting step {best}, the best by {self.saver.retention.best}")
         return best
 
     @property
     def exported(self) -> bool:
-        """True if an earlier start of this run has exported its result, and nothing has begun to change it."""
+        """True if an earlier start of this run has exported its result, and nothing has begun to change
+        it.
+        """
         return (self._out / "export" / EXPORT_RECORD_FILE).is_file()
 
     def _heads(self, step: int) -> dict[str, HeadInfo]:
@@ -134,9 +152,13 @@ class RunState:
         return describe_heads(self._engine.module.backbone, tasks, facts, self._data)
 
     def export(self, step: int, prepared: PreparedModel) -> None:
-        """Export the checkpoint of `step`, then the record. Main process only. Raises OSError for a full disk."""
+        """Export the checkpoint of `step`, then the record. Main process only. Raises OSError for a full
+        disk.
+        """
         folder = self._out / "export"
-        with explained(f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"):
+        with explained(
+            f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"
+        ):
             (folder / EXPORT_RECORD_FILE).unlink(missing_ok=True)
             remove_unfinished(folder)
             trained = open_checkpoint(checkpoint_path(self.saver.folder, step)).weights()

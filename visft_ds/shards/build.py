@@ -1,7 +1,8 @@
-"""COCO -> shards: the same input gives the same bytes, and a build that was killed goes on with the missing shards.
+"""COCO -> shards: the same input gives the same bytes, and a build that was killed goes on with the missing
+shards.
 
-Samples are assigned to shards first, from the sizes of the image files. A shard gets its final name when it is whole
-and on disk; its record in the hidden folder `.SPLIT.build` follows, the manifest comes last.
+Samples are assigned to shards first, from the sizes of the image files. A shard gets its final name when it
+is whole and on disk; its record in the hidden folder `.SPLIT.build` follows, the manifest comes last.
 
 Shards hold the pixels that the labels fit: a picture that its EXIF data turns is stored upright.
 """
@@ -88,7 +89,9 @@ class Options:
         if not self.split or not all(sign.isalnum() or sign in "-_" for sign in self.split):
             raise ValueError(f"split name {self.split!r}: only letters, digits, '-' and '_' are allowed")
         if (self.limit is not None and self.limit < 1) or not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"limit {self.limit}, seed {self.seed}: a limit from 1 and a seed from 0 are allowed")
+            raise ValueError(
+                f"limit {self.limit}, seed {self.seed}: a limit from 1 and a seed from 0 are allowed"
+            )
         if self.instances is self.maps is self.captions is None:
             raise ValueError("there are no labels: give --instances, --captions or both")
         if not self.images.is_dir():
@@ -101,13 +104,16 @@ class Options:
 
 
 def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace: bool = False) -> Manifest:
-    """Make the shards, index and manifest of a split; go on with what an earlier, interrupted build has finished.
+    """Make the shards, index and manifest of a split; go on with what an earlier, interrupted build has
+    finished.
 
-    The result does not depend on `workers` (threads). `dry_run` plans from the JSON files and the sizes of the images,
-    and writes nothing; the manifest is a forecast. `replace` deletes a split of this name that was built otherwise.
+    The result does not depend on `workers` (threads). `dry_run` plans from the JSON files and the sizes of
+    the images, and writes nothing; the manifest is a forecast. `replace` deletes a split of this name that
+    was built otherwise.
 
     Raises:
-        ValueError: unusable input, more than a tenth of the images among it; another split of this name; another build
+        ValueError: unusable input, more than a tenth of the images among it; another split of this name;
+        another build
             of it that is running.
         OSError: writing failed; shards that are finished are kept.
     """
@@ -115,18 +121,27 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
     records = list[dict[str, Any]]()
     with nullcontext() if dry_run else _alone(options):
         if not dry_run:
-            _claim(options, {"version": VERSION, **options.content(), "sources": source.files}, len(plan), replace)
+            _claim(
+                options,
+                {"version": VERSION, **options.content(), "sources": source.files},
+                len(plan),
+                replace,
+            )
             records = _write_all(options, plan, workers)
         left_out += [(name, reason) for record in records for name, reason in record["left_out"]]
         reasons(left_out).refuse_above_a_tenth(len(chosen), options.images, "images")
         for record in records:
             for kind, name in record["odd"]:
                 source.findings.add(kind, name)
-        index = np.array([(n, *row) for n, record in enumerate(records) for row in record["rows"]], dtype=INDEX_DTYPE)
+        index = np.array(
+            [(n, *row) for n, record in enumerate(records) for row in record["rows"]], dtype=INDEX_DTYPE
+        )
         file, there = io.BytesIO(), set(index["image_id"].tolist())
         np.save(file, index, allow_pickle=False)
         images = [image for image in chosen if image.stamp != -1 and (dry_run or image.image_id in there)]
-        counted = _COUNTED if options.maps is None else {"regions": "trainable"}  # no objects, which other tasks learn
+        counted = (
+            _COUNTED if options.maps is None else {"regions": "trainable"}
+        )  # no objects, which other tasks learn
         having = Counter(number for image in images for number in image.classes)
         for category in source.categories:
             if not having[category.coco_id]:
@@ -143,10 +158,16 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
                 "empty": sum(not image.objects and not image.captions for image in images),
                 "left_out": len(left_out),
             },
-            having_category={str(category.coco_id): having[category.coco_id] for category in source.categories},
+            having_category={
+                str(category.coco_id): having[category.coco_id] for category in source.categories
+            },
             object_sides={} if options.maps is not None else _quantiles([image.sides for image in images]),
-            shards=tuple(shards or [ShardFile("", len(part), sum(image.size for image in part), "") for part in plan]),
-            vocabulary=Counter(word for image in images for text in image.captions for word in caption_words(text)),
+            shards=tuple(
+                shards or [ShardFile("", len(part), sum(image.size for image in part), "") for part in plan]
+            ),
+            vocabulary=Counter(
+                word for image in images for text in image.captions for word in caption_words(text)
+            ),
             left_out=left_out,
             findings=source.findings,
             options=options.content(),
@@ -171,7 +192,9 @@ def _plan(
     options: Options,
 ) -> tuple[CocoSource, list[SourceImage], list[tuple[str, str]], list[list[SourceImage]]]:
     """(the data set, images of the split, (name, reason) of those without a file, images of each shard)."""
-    source = read_coco(options.instances, options.captions, options.ids, options.masks_from_boxes, options.maps)
+    source = read_coco(
+        options.instances, options.captions, options.ids, options.masks_from_boxes, options.maps
+    )
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
     order = np.argsort(np.random.Philox(key=key).random_raw(len(source.images)), kind="stable")
     chosen = [source.images[place] for place in order[: options.limit].tolist()]
@@ -228,7 +251,10 @@ def _cut(images: Sequence[SourceImage], options: Options) -> list[list[SourceIma
     used = 0
     for image in images:
         size = sum(_BLOCK + length + -length % _BLOCK for length in (image.size, len(image.label())))
-        if not shards or -(-(used + size + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE > options.max_size:
+        if (
+            not shards
+            or -(-(used + size + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE > options.max_size
+        ):
             shards.append([])
             used = 0
         shards[-1].append(image)
@@ -239,7 +265,8 @@ def _cut(images: Sequence[SourceImage], options: Options) -> list[list[SourceIma
 def _claim(options: Options, wanted: dict[str, Any], planned: int, replace: bool) -> None:
     """Bind the output to these options and files, so that two builds never mix.
 
-    Shards of other options or files go with `replace` alone, unless they are of a build of ours that was not finished.
+    Shards of other options or files go with `replace` alone, unless they are of a build of ours that was not
+    finished.
     """
     work = _work_folder(options)
     shards = sorted(options.out.glob(f"{options.split}-{'[0-9]' * 6}.tar"))
@@ -278,7 +305,11 @@ def _write_all(options: Options, plan: list[list[SourceImage]], workers: int) ->
         bar.update(number)
 
     def write(number: int) -> dict[str, Any]:
-        shard, record, images = options.out / tar_name(options.split, number), work / f"{number}.json", plan[number]
+        shard, record, images = (
+            options.out / tar_name(options.split, number),
+            work / f"{number}.json",
+            plan[number],
+        )
         found, key = _record(record), hashlib.sha256()
         for image in images:  # the time of change stands for the pixels
             key.update(b"%d %d %b" % (image.size, image.stamp, image.label()))
@@ -299,7 +330,11 @@ def _write_all(options: Options, plan: list[list[SourceImage]], workers: int) ->
 
 
 def _write(
-    shard: Path, temporary: Path, images: Sequence[SourceImage], options: Options, count: Callable[[int], None]
+    shard: Path,
+    temporary: Path,
+    images: Sequence[SourceImage],
+    options: Options,
+    count: Callable[[int], None],
 ) -> dict[str, Any]:
     """Write a shard, first under a temporary name; returns its record."""
     rows, left_out, odd = list[list[int]](), list[tuple[str, str]](), list[tuple[str, str]]()
@@ -311,7 +346,9 @@ def _write(
                 try:
                     suffix, data, kinds = _picture(image, options)
                 except ValueError as error:
-                    left_out.append((image.file_name, str(error).removeprefix(f"{options.images / image.file_name}: ")))
+                    left_out.append(
+                        (image.file_name, str(error).removeprefix(f"{options.images / image.file_name}: "))
+                    )
                 else:
                     row, key = list[int](), f"{image.image_id:012d}"
                     for name, part in ((f"{key}.{suffix}", data), (f"{key}.json", image.label())):
@@ -331,7 +368,9 @@ def _write(
 
 
 def _picture(image: SourceImage, options: Options) -> tuple[str, bytes, list[str]]:
-    """(suffix, bytes in the shard, what was odd) of an image file. Raises ValueError for one that cannot be used."""
+    """(suffix, bytes in the shard, what was odd) of an image file. Raises ValueError for one that cannot be
+    used.
+    """
     data = read_bytes(options.images / image.file_name, _MOST_OF_A_PICTURE)
     frame = image_frame(data, "unreadable")
     odd = list(frame.notes)
@@ -346,13 +385,17 @@ def _picture(image: SourceImage, options: Options) -> tuple[str, bytes, list[str
             odd.append(_TURNED if told else _ASSUMED)
     height, width = frame.upright if turn else stored
     if (height, width) != labelled:
-        raise ValueError(f"another size: {width} x {height}, the annotations say {image.width} x {image.height}")
+        raise ValueError(
+            f"another size: {width} x {height}, the annotations say {image.width} x {image.height}"
+        )
     if not turn:
         with reading("unreadable", "a picture"):
             decode_image(data)  # as training will
         return _SUFFIXES.get(frame.format, frame.format.lower()), data, odd
     upright, jpeg = io.BytesIO(), frame.format in ("JPEG", "MPO")
-    open_image(data, "unreadable", quiet=True).save(upright, "JPEG" if jpeg else "PNG", quality=95, subsampling=0)
+    open_image(data, "unreadable", quiet=True).save(
+        upright, "JPEG" if jpeg else "PNG", quality=95, subsampling=0
+    )
     return "jpg" if jpeg else "png", upright.getvalue(), odd
 
 

@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words and words[0] not in commands.choices and not words[0].startswith("-"):
             if not Path(words[0]).exists():
-                raise ValueError(f"{words[0]} is neither a folder nor a command: {', '.join(commands.choices)}")
+                raise ValueError(
+                    f"{words[0]} is neither a folder nor a command: {', '.join(commands.choices)}"
+                )
             words = ["build", *words]
         options = parser.parse_args(words)
         return int(options.run(options) or 0)
@@ -67,14 +69,24 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "export, YOLO (data.yaml), images with captions (jsonl), or with label maps (ADE20k, Cityscapes, your own)."
     )
     add = parser.add_argument
-    add("folder", nargs="?", type=Path, metavar="FOLDER", help="a data set, or its data.yaml; else give the files")
+    add(
+        "folder",
+        nargs="?",
+        type=Path,
+        metavar="FOLDER",
+        help="a data set, or its data.yaml; else give the files",
+    )
     add("--images", type=Path, metavar="DIR", help="folder of the image files")
     add("--instances", type=Path, metavar="FILE", help="instances_*.json of COCO")
     add("--captions", type=Path, metavar="FILE", help="captions_*.json of COCO; this, --instances or both")
     add("--out", type=Path, metavar="DIR", help="folder for the shards (default of FOLDER: FOLDER-shards)")
     add("--split", metavar="NAME", help="name of the split and of its files (of a FOLDER: only this split)")
     add("--ids", type=Path, metavar="FILE", help="only these images: one image id or file name per line")
-    add("--masks-from-boxes", action="store_true", help="draw an ellipse into the box of each object without a mask")
+    add(
+        "--masks-from-boxes",
+        action="store_true",
+        help="draw an ellipse into the box of each object without a mask",
+    )
     add(
         "--void",
         type=int,
@@ -84,15 +96,31 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, metavar="N", help="only the first N images of the random order")
     add("--max-size", default="256MB", metavar="SIZE", help="largest size of a shard (default %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the order of samples (default %(default)s)")
-    add("--exif", choices=("apply", "ignore"), help="rotate images or not (default: unless only the stored size fits)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="threads (default: cores)")
-    add("--replace", action="store_true", help="replace a split of this name that was built with other settings")
+    add(
+        "--exif",
+        choices=("apply", "ignore"),
+        help="rotate images or not (default: unless only the stored size fits)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="threads (default: cores)",
+    )
+    add(
+        "--replace",
+        action="store_true",
+        help="replace a split of this name that was built with other settings",
+    )
     add("--dry-run", action="store_true", help="read the annotations and plan, write nothing")
     parser.set_defaults(run=_build)
 
 
 def _build(given: argparse.Namespace) -> None:
-    """Build the split of the files, or every split of a folder; all YOLO labels are read before anything is written."""
+    """Build the split of the files, or every split of a folder; all YOLO labels are read before anything is
+    written.
+    """
     check_least(given, workers=1)
     if given.folder is None:
         if missing := [f"--{name}" for name in ("images", "out", "split") if getattr(given, name) is None]:
@@ -165,7 +193,11 @@ def _verify(given: argparse.Namespace) -> bool:
     damaged = {manifest.split: verify(manifest) for manifest in _loaded(given)}
     for split, files in damaged.items():
         fine = f"{split}: no file is damaged"
-        print(f"{split}: damaged: {', '.join(files)}; run the same `visft shards build` again" if files else fine)
+        print(
+            f"{split}: damaged: {', '.join(files)}; run the same `visft shards build` again"
+            if files
+            else fine
+        )
     return any(damaged.values())
 
 
@@ -175,7 +207,9 @@ def _info(given: argparse.Namespace) -> None:
         for side in ("width", "height"):
             sides = sorted(manifest.index[side].tolist())
             print(f"  {side} {sides[0]} to {sides[-1]}, median {sides[len(sides) // 2]}")
-        names = ", ".join(f"{category.coco_id} {shown_name(category.name)}" for category in manifest.categories)
+        names = ", ".join(
+            f"{category.coco_id} {shown_name(category.name)}" for category in manifest.categories
+        )
         print(f"  {len(manifest.categories)} categories: {names or 'none'}")
         print(*_having(manifest), sep="\n", end="\n" if manifest.categories else "")
         print(f"  fingerprint {manifest.fingerprint}")

@@ -38,7 +38,9 @@ class Findings(dict[str, tuple[int, list[str]]]):
         """Raise ValueError if there are more than a tenth of all."""
         total = sum(count for count, _ in self.values())
         if total > of / 10:
-            raise ValueError("\n".join([f"{where}: {total} of its {of} {what} cannot be used:", *lines_of(self)]))
+            raise ValueError(
+                "\n".join([f"{where}: {total} of its {of} {what} cannot be used:", *lines_of(self)])
+            )
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class SourceImage:
     width: int
     height: int
     kept: dict[str, Any]  #: licence and address: who shows an image must be able to name its author
-    annotations: bytearray = field(default_factory=bytearray)  #: JSON; one growing buffer leaves no holes in the memory
+    annotations: bytearray = field(
+        default_factory=bytearray
+    )  #: JSON; one growing buffer leaves no holes in the memory
     captions: list[str] = field(default_factory=list)
     objects: int = 0
     crowds: int = 0
@@ -105,18 +109,21 @@ def read_coco(
 ) -> CocoSource:
     """Read COCO JSON files; without instances, the images are those of the captions file.
 
-    `only` is a text file of image ids or file names, one a line: only these images. With `ellipses`, an object without
-    a mask gets the ellipse in its box.
+    `only` is a text file of image ids or file names, one a line: only these images. With `ellipses`, an
+    object without a mask gets the ellipse in its box.
 
     Raises:
-        ValueError: no COCO file; two images or categories of one id; more than a tenth of the images or annotations
+        ValueError: no COCO file; two images or categories of one id; more than a tenth of the images or
+        annotations
             is unusable; nothing to learn.
     """
     findings, files = Findings(), dict[str, Mapping[str, Any]]()
     images, table, names = dict[int, SourceImage](), dict[int, str](), set[str]()
     if only is not None:
         with reading(only, "a list of image ids or file names"):
-            names = {line.strip() for line in _read(only, "ids", files).decode("utf-8-sig").splitlines()} - {""}
+            names = {line.strip() for line in _read(only, "ids", files).decode("utf-8-sig").splitlines()} - {
+                ""
+            }
     for role, place in {"instances": instances, "maps": maps, "captions": captions}.items():
         if place is None:
             continue
@@ -131,7 +138,12 @@ def read_coco(
             else:
                 for category in content["categories"]:
                     number, name = category.get("id"), category.get("name")
-                    if type(number) is not int or number in table or type(name) is not str or not name.strip():
+                    if (
+                        type(number) is not int
+                        or number in table
+                        or type(name) is not str
+                        or not name.strip()
+                    ):
                         raise ValueError(f"category {category!r:.100} needs a unique id and a name")
                     table[number] = name
                 lost = _add_annotations(content["annotations"], images, table, findings, ellipses)
@@ -139,10 +151,14 @@ def read_coco(
             findings.update(lost)
     chosen = [images[number] for number in sorted(images) if images[number].wanted]
     if missing := names - {str(image.image_id) for image in chosen} - {image.file_name for image in chosen}:
-        raise ValueError(f"{only}: {len(missing)} of its {len(names)} lines name no image: {sorted(missing)[:3]}")
+        raise ValueError(
+            f"{only}: {len(missing)} of its {len(names)} lines name no image: {sorted(missing)[:3]}"
+        )
     # 1 x 1 stands for a file that cannot be read, which is the better reason
     if not any(image.trainable or image.captions or image.width * image.height == 1 for image in chosen):
-        raise ValueError(f"{where}: none of its {len(chosen)} images has an object or a caption to learn from")
+        raise ValueError(
+            f"{where}: none of its {len(chosen)} images has an object or a caption to learn from"
+        )
     categories = tuple(Category(place, number, table[number]) for place, number in enumerate(sorted(table)))
     return CocoSource(chosen, categories, findings, files)
 
@@ -167,17 +183,22 @@ def _images(entries: list[dict[str, Any]], where: object, findings: Findings) ->
                 raise ValueError(f"{name} and {images[number].file_name} both have the id {number}")
             findings.add("image listed twice", name)
         else:
-            kept = {key: entry[key] for key in ("license", "flickr_url") if type(entry.get(key)) in (int, str)}
+            kept = {
+                key: entry[key] for key in ("license", "flickr_url") if type(entry.get(key)) in (int, str)
+            }
             images[number] = SourceImage(number, name, width, height, kept)
     lost.refuse_above_a_tenth(len(entries), where, "images")
     findings.update(lost)
     return images
 
 
-def _add_captions(entries: Any, images: Mapping[int, SourceImage], findings: Findings, strangers: bool) -> Findings:
+def _add_captions(
+    entries: Any, images: Mapping[int, SourceImage], findings: Findings, strangers: bool
+) -> Findings:
     """Give the captions to their images; returns those that cannot be used.
 
-    `strangers`: they may be of more images than there are, as of a part of COCO the captions of all are often given.
+    `strangers`: they may be of more images than there are, as of a part of COCO the captions of all are often
+    given.
     """
     lost, unknown = Findings(), Findings()
     for entry in entries:
@@ -194,7 +215,11 @@ def _add_captions(entries: Any, images: Mapping[int, SourceImage], findings: Fin
 
 
 def _add_annotations(
-    entries: Any, images: Mapping[int, SourceImage], categories: Mapping[int, str], findings: Findings, ellipses: bool
+    entries: Any,
+    images: Mapping[int, SourceImage],
+    categories: Mapping[int, str],
+    findings: Findings,
+    ellipses: bool,
 ) -> Findings:
     """Give the annotations to their images; returns those that cannot be used."""
     lost, apart, masks, seen = Findings(), list[str](), 0, set[int]()
@@ -219,7 +244,13 @@ def _add_annotations(
             seen_height = min(bottom, image.height) - max(y, 0)
             useful = seen_width > 0 and seen_height > 0
             area = area if type(area) in (int, float) else width * height
-            stored = {"id": number, "bbox": box, "category_id": category, "iscrowd": int(bool(crowd)), "area": area}
+            stored = {
+                "id": number,
+                "bbox": box,
+                "category_id": category,
+                "iscrowd": int(bool(crowd)),
+                "area": area,
+            }
             segmentation, odd = stored_segmentation(entry.get("segmentation"), image.height, image.width)
             drawn = ellipses and useful and not segmentation and not crowd
             segmentation = [_ellipse(*box)] if drawn else segmentation
@@ -294,7 +325,9 @@ def stored_segmentation(mask: Any, height: int, width: int) -> tuple[Any, list[s
 
 
 def _polygons(mask: list[Any]) -> list[Any]:
-    """Polygons in COCO's form, of a list of numbers, of points, or of lists of points; any other list as it is."""
+    """Polygons in COCO's form, of a list of numbers, of points, or of lists of points; any other list as it
+    is.
+    """
     if all(map(_is_number, mask)):
         return [mask]
     if all(map(_is_point, mask)):
@@ -326,7 +359,9 @@ def _run_length_code(given: Mapping[str, Any], height: int, width: int) -> dict[
     if isinstance(counts, list):
         if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != height * width:
             return None
-        counts = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"].decode()
+        counts = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)[
+            "counts"
+        ].decode()
     code = {"size": [height, width], "counts": counts}
     return code if is_run_length_code(code, height, width) else None
 

@@ -33,13 +33,16 @@ _SHOWN = 8  # names in a message
 def recognise(
     place: Path, wanted: str | None = None, exif: Exif = None, void: int | None = None
 ) -> tuple[str, list[FolderSplit], list[Path]]:
-    """(kind of the data set, its splits, annotations that are not read) of a folder, or of the data.yaml of one.
+    """(kind of the data set, its splits, annotations that are not read) of a folder, or of the data.yaml of
+    one.
 
-    `wanted` is the name of the only split to look for. `exif` is for annotations that state no sizes: those of the
-    pictures as stored ("ignore"), or upright. `void` is the number of places without a class in label maps.
+    `wanted` is the name of the only split to look for. `exif` is for annotations that state no sizes: those
+    of the pictures as stored ("ignore"), or upright. `void` is the number of places without a class in label
+    maps.
 
     Raises:
-        ValueError: nothing that is known, or two things; no split of the name; the files of the layout are wrong.
+        ValueError: nothing that is known, or two things; no split of the name; the files of the layout are
+        wrong.
     """
     yaml = place.suffix in (".yaml", ".yml") and place.is_file()
     if not yaml and not place.is_dir():
@@ -50,7 +53,9 @@ def recognise(
         raise ValueError(f"{place} is not a data set of a known layout; {_LOOKED_FOR}\nfound {_few(content)}")
     told = [f"{kind}: {_few([str(path.relative_to(place)) for path in files])}" for kind, files in found]
     if len(found) > 1:
-        remedy = "name the data.yaml of one, or the files by --images, --instances, --captions, --out and --split"
+        remedy = (
+            "name the data.yaml of one, or the files by --images, --instances, --captions, --out and --split"
+        )
         raise ValueError(f"{place} fits {len(found)} layouts, {'; '.join(told)}; {remedy}")
     kind, files = found[0]
     if kind == "COCO":
@@ -74,8 +79,9 @@ def recognise(
 
 
 def read_captions(path: Path, exif: Exif = None) -> dict[str, Any]:
-    """JSON lines of `file_name` and `text`, as image folders of the Hugging Face Hub have them (metadata.jsonl), as a
-    COCO file. `caption` or `captions` do as well, each a text or a list of texts; images lie beside the file.
+    """JSON lines of `file_name` and `text`, as image folders of the Hugging Face Hub have them
+    (metadata.jsonl), as a COCO file. `caption` or `captions` do as well, each a text or a list of texts;
+    images lie beside the file.
     """
     numbers: dict[str, int] = {}
     captions: list[dict[str, Any]] = []
@@ -117,13 +123,17 @@ def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
 
 
 def _split_of(name: str) -> str:
-    """Name among the shards of a split that is called `name` in a folder; "" for one that no split may have."""
+    """Name among the shards of a split that is called `name` in a folder; "" for one that no split may
+    have.
+    """
     name = _YEAR.sub(r"\1", name)
     return SPLITS.get(name, name if all(sign.isalnum() or sign in "-_" for sign in name) else "")
 
 
 def _of_coco(folder: Path, path: Path) -> tuple[str, str, Path | None]:
-    """(role, split, folder of the images) of an annotation file of COCO; the role is "" for any other file."""
+    """(role, split, folder of the images) of an annotation file of COCO; the role is "" for any other
+    file.
+    """
     found = _COCO_FILE.fullmatch(path.name)
     if found is None or (found[1] is None and found[2] not in SPLITS):
         return "", "", None
@@ -140,9 +150,16 @@ def _coco(folder: Path, files: Sequence[Path], wanted: str | None) -> list[Folde
         if wanted not in (None, split):
             continue
         if not split or images is None:
-            raise ValueError(f"{path}: there is no folder of its images; --split NAME makes only another split")
+            raise ValueError(
+                f"{path}: there is no folder of its images; --split NAME makes only another split"
+            )
         parts = found.setdefault(split, {"images": images})
         if role in parts or parts["images"] != images:
-            raise ValueError(f"{folder} has more than one {split!r}: {path.name}, {_few([*map(str, parts.values())])}")
+            raise ValueError(
+                f"{folder} has more than one {split!r}: {path.name}, {_few([*map(str, parts.values())])}"
+            )
         parts[role] = path
-    return [FolderSplit(name, p["images"], *map(p.get, ("instances", "captions", "maps"))) for name, p in found.items()]
+    return [
+        FolderSplit(name, p["images"], *map(p.get, ("instances", "captions", "maps")))
+        for name, p in found.items()
+    ]

@@ -1,4 +1,5 @@
-"""Label maps -> annotations: one for each class of a map, its mask a run-length code, so that nothing is lost.
+"""Label maps -> annotations: one for each class of a map, its mask a run-length code, so that nothing is
+lost.
 
 | layout | images | maps | number without a class |
 |---|---|---|---|
@@ -36,7 +37,9 @@ CITYSCAPES = {
 
 #: Layout -> split -> folders of images and of maps; and what the names of both end with, before the suffix.
 _FOLDERS = {
-    "ADE20k": {s: (f"images/{n}", f"annotations/{n}") for s, n in (("train", "training"), ("val", "validation"))},
+    "ADE20k": {
+        s: (f"images/{n}", f"annotations/{n}") for s, n in (("train", "training"), ("val", "validation"))
+    },
     "Cityscapes": {split: (f"leftImg8bit/{split}", f"gtFine/{split}") for split in ("train", "val")},
 }
 _ENDINGS = {"Cityscapes": ("_leftImg8bit", "_gtFine_labelIds")}
@@ -51,13 +54,16 @@ def map_layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
             yield kind, found
 
 
-def read_maps(kind: str, folder: Path, wanted: str | None = None, void: int | None = None) -> list[FolderSplit]:
+def read_maps(
+    kind: str, folder: Path, wanted: str | None = None, void: int | None = None
+) -> list[FolderSplit]:
     """The splits of a folder with label maps, or the split `wanted` alone.
 
     `void` is the number that means no class, instead of the layout's; if it has a name, that is dropped.
 
     Raises:
-        ValueError: a map that is none, or with a number that has no name; more than a tenth of images or maps without
+        ValueError: a map that is none, or with a number that has no name; more than a tenth of images or maps
+        without
             the other; a split in which no pixel has a class.
     """
     names, voids, dropped = classes_of_maps(kind, folder, void)
@@ -82,7 +88,9 @@ def read_maps(kind: str, folder: Path, wanted: str | None = None, void: int | No
             (height, width), file = numbers.shape, str(pictures[name].relative_to(images))
             content["images"].append({"id": number, "file_name": file, "height": height, "width": width})
             for one in annotations_of_map(numbers, names, voids, labels[name]):
-                content["annotations"].append({"id": len(content["annotations"]) + 1, "image_id": number, **one})
+                content["annotations"].append(
+                    {"id": len(content["annotations"]) + 1, "image_id": number, **one}
+                )
         _check_used(counts, names, voids, odd, maps)
         made.append(FolderSplit(split, images, None, None, content, odd=odd))
     return made
@@ -92,7 +100,9 @@ def read_map(path: Path) -> npt.NDArray[np.uint8]:
     """(H, W) class numbers of a PNG. Raises ValueError for another picture, or numbers above 255."""
     with reading(path, "a label map"), Image.open(io.BytesIO(read_bytes(path)), formats=("PNG",)) as image:
         if image.mode not in ("1", "P", "L", "I", "I;16"):
-            raise ValueError(f"it is a picture of mode {image.mode}: give class numbers as indexed or grey PNG")
+            raise ValueError(
+                f"it is a picture of mode {image.mode}: give class numbers as indexed or grey PNG"
+            )
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels; allowed are {MAX_PIXELS:,} in all")
         numbers = np.asarray(image)
@@ -145,7 +155,9 @@ def numbers_with_class(
     nameless = [number for number in having if number not in names]
     if nameless:
         known = f"classes are numbered {min(names)} to {max(names)}, and {min(voids)} means no class"
-        raise ValueError(f"{path}: the number {nameless[0]} has no name: {known} (--void N; of visft judge void=N)")
+        raise ValueError(
+            f"{path}: the number {nameless[0]} has no name: {known} (--void N; of visft judge void=N)"
+        )
     return having
 
 
@@ -163,7 +175,8 @@ def _splits(kind: str, folder: Path) -> dict[str, tuple[Path, Path]]:
 def classes_of_maps(kind: str, folder: Path, void: int | None) -> tuple[dict[int, str], frozenset[int], str]:
     """(number -> name, numbers without a class, number and name that `void` drops) of a data set.
 
-    Raises ValueError for a wrong list of names, and for a `void` out of range or that the layout does not take.
+    Raises ValueError for a wrong list of names, and for a `void` out of range or that the layout does not
+    take.
     """
     if kind == "Cityscapes":
         if void is not None:
@@ -191,6 +204,8 @@ def classes_of_maps(kind: str, folder: Path, void: int | None) -> tuple[dict[int
 
 def _by_name(folder: Path, suffixes: set[str] | frozenset[str], ending: str) -> dict[str, Path]:
     """Name without ending and suffix -> file, of all in a folder."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.stem.endswith(ending))
+    found = (
+        path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.stem.endswith(ending)
+    )
     named = ((str(path.relative_to(folder).with_suffix("")).removesuffix(ending), path) for path in found)
     return {name: path for name, path in named if path.is_file()}

@@ -21,8 +21,8 @@ _QUALITY = 95  # of images that take the size of another
 
 
 def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[str, int]]]:
-    """Write a COCO tree in which the labels of each image lie beside another one, which takes the size of the image
-    that they are of; yields each split of the shards with its counts.
+    """Write a COCO tree in which the labels of each image lie beside another one, which takes the size of the
+    image that they are of; yields each split of the shards with its counts.
     """
     if out.exists():
         raise ValueError(f"{out} exists and is not overwritten: name a new folder")
@@ -45,13 +45,18 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
                 picture.save(images / image["file_name"], "JPEG", quality=_QUALITY)
         first = "maps" if "maps" in reader.manifest.labels else "instances"
         for kind, listed in {first: objects["annotations"], "captions": captions}.items():
-            content = {**objects, "annotations": [{**one, "id": number} for number, one in enumerate(listed, 1)]}
+            content = {
+                **objects,
+                "annotations": [{**one, "id": number} for number, one in enumerate(listed, 1)],
+            }
             (out / "annotations" / f"{kind}_{split}2017.json").write_bytes(orjson.dumps(content))
         yield split, {"images": len(reader), "objects": len(objects["annotations"]), "resized": resized}
 
 
 def others(count: int, seed: int) -> npt.NDArray[np.int64]:
-    """(count,) places, each another one's: one random round through all, in which none is followed by itself."""
+    """(count,) places, each another one's: one random round through all, in which none is followed by
+    itself.
+    """
     if count < 2:
         raise ValueError(f"{count} image with labels: permuting needs at least 2")
     order = np.random.default_rng(seed).permutation(count)

@@ -1,8 +1,9 @@
 """YOLO data sets -> COCO's lists: a data.yaml, images, and for each image a text file of boxes or polygons.
 
-A line is `class x y width height` (the centre of a box) or `class x1 y1 x2 y2 x3 y3 ...` (a polygon), in fractions of
-the picture as it is shown; an image without a file has no objects (https://docs.ultralytics.com/datasets). The label of
-an image is where the last folder `images` of its path is called `labels`, or beside it.
+A line is `class x y width height` (the centre of a box) or `class x1 y1 x2 y2 x3 y3 ...` (a polygon), in
+fractions of the picture as it is shown; an image without a file has no objects
+(https://docs.ultralytics.com/datasets). The label of an image is where the last folder `images` of its path
+is called `labels`, or beside it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ from visft_ds.shards.coco import Findings, FolderSplit, lines_of
 from visft_ds.tasks.classes import COCO_NAMES
 
 #: Name of a split in a data set -> its name among the shards.
-SPLITS: Mapping[str, str] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-#: Whether pictures are turned as their EXIF data says; None: unless only the stored size fits the annotations.
+SPLITS: Mapping[str, str] = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+#: Whether pictures are turned as their EXIF data says; None: unless only the stored size fits the
+#: annotations.
 Exif = Literal["apply", "ignore"] | None
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 _MOST_OF_A_DESCRIPTION, _MOST_OF_A_TEXT = 1 << 20, 1 << 28  # bytes
@@ -48,7 +56,8 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
     """The splits in a data.yaml, or the split `wanted` alone; what is odd are labels without an image.
 
     Raises:
-        ValueError: no data.yaml; images that are missing, or outside its folder; no label for any image of a split; a
+        ValueError: no data.yaml; images that are missing, or outside its folder; no label for any image of a
+        split; a
             wrong line in a label; more than a tenth of labels without an image.
     """
     with reading(path, "a data.yaml of YOLO"):
@@ -92,7 +101,9 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
         used = {label for label in labels.values() if label.is_file()}
         if not used:
             looked = f" (looked for {labels[paths[0]]} and the like)" if paths else ""
-            told = f"none of its {len(paths)} images has a label{looked}; --split NAME makes only another split"
+            told = (
+                f"none of its {len(paths)} images has a label{looked}; --split NAME makes only another split"
+            )
             raise ValueError(f"{where}: {told}")
         folder = Path(os.path.commonpath([file.parent for file in paths]))
         images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
@@ -100,11 +111,20 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
             name = checked_name(str(file.relative_to(folder)), where)
             images.append(listed_image(folder, name, number, exif))
             height, width = images[-1]["height"], images[-1]["width"]
-            for category, points, outline in _lines(labels[file], names, keypoints) if labels[file] in used else ():
-                if (height, width) != (1, 1):  # it will be left out with the reason, which its boxes would hide
+            for category, points, outline in (
+                _lines(labels[file], names, keypoints) if labels[file] in used else ()
+            ):
+                if (height, width) != (
+                    1,
+                    1,
+                ):  # it will be left out with the reason, which its boxes would hide
                     entry = {**_placed(points, outline, height, width), "category_id": ids[category]}
-                    annotations.append({"id": len(annotations) + 1, "image_id": number, **entry, "iscrowd": 0})
-        beside = {file for label in used for file in label.parent.glob("*.txt") if "labels" in label.parts} - used
+                    annotations.append(
+                        {"id": len(annotations) + 1, "image_id": number, **entry, "iscrowd": 0}
+                    )
+        beside = {
+            file for label in used for file in label.parent.glob("*.txt") if "labels" in label.parts
+        } - used
         for label in sorted(beside) if all(place.is_dir() for place in places) else ():
             if label.name != "classes.txt":  # annotation tools leave it
                 odd.add("label without image", label)
@@ -124,13 +144,21 @@ def _check_inside(path: Path, here: Path, key: str) -> None:
     """Raise ValueError for a path outside the folder of the data.yaml, which a stranger may have written."""
     if not path.is_relative_to(here):
         remedy = "copy the data.yaml to a folder above all images, and give its path there"
-        raise ValueError(f"{key}: {path} is outside its folder {here}, and only images below that are read: {remedy}")
+        raise ValueError(
+            f"{key}: {path} is outside its folder {here}, and only images below that are read: {remedy}"
+        )
 
 
 def _names(values: Mapping[str, Any]) -> dict[int, str]:
     given = values["names"]
     names = {int(key): name for key, name in (given.items() if isinstance(given, dict) else enumerate(given))}
-    if isinstance(given, str) or not names or len(names) < len(given) or min(names) < 0 or not all(names.values()):
+    if (
+        isinstance(given, str)
+        or not names
+        or len(names) < len(given)
+        or min(names) < 0
+        or not all(names.values())
+    ):
         raise ValueError("names must be a list of names, or number: name")
     "".join(names.values()).encode()  # fails for what is no text, and for half a character of an escape
     if values.get("nc") and int(values["nc"]) != len(names):
@@ -139,15 +167,17 @@ def _names(values: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _find(entry: str, roots: Sequence[Path], key: str) -> Path:
-    """The folder or list of images that an entry means, below the last of the roots. Exports of Roboflow write
-    "../train/images" for one beside the data.yaml."""
+    """The folder or list of images that an entry means, below the last of the roots. Exports of Roboflow
+    write "../train/images" for one beside the data.yaml."""
     names = [entry[3:], entry] if entry.startswith("../") else [entry]
     tried = [Path(os.path.normpath(root / name)) for name in names for root in roots]
     if found := [place for place in tried if place.exists()]:
         _check_inside(found[0], roots[-1], key)
         return found[0]
     shown = ", ".join(dict.fromkeys(map(str, tried)))
-    raise _NotThereError(f"{key}: {entry!r} does not exist; looked for {shown} (--split NAME makes only one split)")
+    raise _NotThereError(
+        f"{key}: {entry!r} does not exist; looked for {shown} (--split NAME makes only one split)"
+    )
 
 
 def listed_image(folder: Path, name: str, number: int, exif: Exif) -> dict[str, Any]:
@@ -187,22 +217,32 @@ def _text_of(path: Path) -> str:
         return read_bytes(path, _MOST_OF_A_TEXT).decode("utf-8-sig")
 
 
-def _lines(path: Path, names: Mapping[int, str], keypoints: int) -> Iterator[tuple[int, Sequence[float], bool]]:
-    """(class, x y x y ... of a polygon or of two corners, whether it is a polygon) of each line of a label."""
+def _lines(
+    path: Path, names: Mapping[int, str], keypoints: int
+) -> Iterator[tuple[int, Sequence[float], bool]]:
+    """(class, x y x y ... of a polygon or of two corners, whether it is a polygon) of each line of a
+    label.
+    """
     for place, words in enumerate(map(str.split, _text_of(path).splitlines()), 1):
         if not words:
             continue
         try:
             number, *values = map(float, words)
             if number not in names:
-                raise ValueError(f"class {words[0]:.40}, but the names are those of {min(names)} to {max(names)}")
+                raise ValueError(
+                    f"class {words[0]:.40}, but the names are those of {min(names)} to {max(names)}"
+                )
             if keypoints and len(words) == _BOX + keypoints:
                 values = values[:4]
             elif len(words) != _BOX and (keypoints or len(words) < _BOX or len(words) % 2 == 0):
-                other = f"one with keypoints {_BOX + keypoints}" if keypoints else "a polygon 7, 9, 11 or more"
+                other = (
+                    f"one with keypoints {_BOX + keypoints}" if keypoints else "a polygon 7, 9, 11 or more"
+                )
                 raise ValueError(f"{len(words)} values; a box has {_BOX}, {other}")
             if wrong := [value for value in values if not -_ROUNDING <= value <= 1 + _ROUNDING]:
-                raise ValueError(f"{wrong[0]:g} is outside of [0, 1]: coordinates are fractions of width and height")
+                raise ValueError(
+                    f"{wrong[0]:g} is outside of [0, 1]: coordinates are fractions of width and height"
+                )
         except ValueError as error:
             raise ValueError(f"{path} line {place}: {error}") from error
         if len(values) > 4:
@@ -214,7 +254,9 @@ def _lines(path: Path, names: Mapping[int, str], keypoints: int) -> Iterator[tup
 
 def _placed(given: Sequence[float], outline: bool, height: int, width: int) -> dict[str, Any]:
     """Box, area and polygon of a line as COCO has them, in pixels."""
-    points = [(round(x * width, 3), round(y * height, 3)) for x, y in zip(given[::2], given[1::2], strict=True)]
+    points = [
+        (round(x * width, 3), round(y * height, 3)) for x, y in zip(given[::2], given[1::2], strict=True)
+    ]
     xs, ys = zip(*points, strict=True)
     left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
     box = [left, top, round(right - left, 3), round(bottom - top, 3)]

@@ -1,7 +1,8 @@
 """The tasks a backbone learns from: a folder and a `Task` each. The loop names no task.
 
-Nothing of a task is imported before it is asked for: a configuration is read without the tensor library. Other packages
-add theirs by an entry point in the group `visft_ds.tasks`, scripts of one process by `register`.
+Nothing of a task is imported before it is asked for: a configuration is read without the tensor library.
+Other packages add theirs by an entry point in the group `visft_ds.tasks`, scripts of one process by
+`register`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def entries() -> dict[str, str]:
 
 
 def register(name: str, place: str) -> None:
-    """Add a task to this process: `register("classification", "my_package.my_task:SPEC")`, where SPEC is a `Task`.
+    """Add a task to this process: `register("classification", "my_package.my_task:SPEC")`, where SPEC is a
+    `Task`.
 
     Raises:
         ValueError: the name is taken.

@@ -1,7 +1,7 @@
 """Losses of stage 2 that hold features near those of the same images in the tower without its adapters.
 
-Both see directions alone, which do not depend on the scale of a tower. They are sums of squared differences: exactly
-0, as are their gradients, where nothing has moved.
+Both see directions alone, which do not depend on the scale of a tower. They are sums of squared differences:
+exactly 0, as are their gradients, where nothing has moved.
 Letters: B images, N cells of a map, K of them that are compared in pairs, D width.
 """
 
@@ -23,15 +23,20 @@ _MOST = 1024  #: patches of an image that are compared in pairs, of which there 
 _STREAM = 1 << 20  #: of a sample's random key; masks draw from lower ones
 
 
-def anchor_losses(weights: Mapping[str, float], now: Map, base: Map, keys: Tensor, token: bool) -> dict[str, Tensor]:
-    """The terms that have a weight, means over images, as "anchor/<term>", and their weighted sum as "anchor".
+def anchor_losses(
+    weights: Mapping[str, float], now: Map, base: Map, keys: Tensor, token: bool
+) -> dict[str, Tensor]:
+    """The terms that have a weight, means over images, as "anchor/<term>", and their weighted sum as
+    "anchor".
 
     * gram: mean over pairs of patches of the squared change of their cosine.
-    * cosine: 1 - cosine of each patch with itself in the base, and of the whole image with itself, half of each.
+    * cosine: 1 - cosine of each patch with itself in the base, and of the whole image with itself, half of
+      each.
 
     Args:
         base: features of the same images without adapters, and without a graph.
-        keys: (B,) of the samples, on the host. They choose the patches of an image that has more than `_MOST`.
+        keys: (B,) of the samples, on the host. They choose the patches of an image that has more than
+        `_MOST`.
         token: the whole image is the first of the prefixes, a class token; else it is the mean patch.
     """
     valid = now.valid.flatten(1)

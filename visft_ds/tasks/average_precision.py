@@ -24,15 +24,18 @@ def coco_average_precision(
 ) -> dict[str, float]:
     """Average precision and recall by name.
 
-    The names are `box/` and those of _SUMMARY; with `per_category` also `box/AP/<category name>`. With `masks` they
-    begin with `mask/`, and objects that have none are left out and counted (`WITHOUT_MASK`). Values are in [0, 1]; -1
-    marks a measure without any ground truth (no large object, say), as in the COCO API.
+    The names are `box/` and those of _SUMMARY; with `per_category` also `box/AP/<category name>`. With
+    `masks` they begin with `mask/`, and objects that have none are left out and counted (`WITHOUT_MASK`).
+    Values are in [0, 1]; -1 marks a measure without any ground truth (no large object, say), as in the COCO
+    API.
 
-    `truth` is a COCO dictionary, `results` are in COCO's results format; neither is changed. Results of categories that
-    the ground truth does not list are left out: a head with raw COCO ids has classes for ids that no category has.
+    `truth` is a COCO dictionary, `results` are in COCO's results format; neither is changed. Results of
+    categories that the ground truth does not list are left out: a head with raw COCO ids has classes for ids
+    that no category has.
 
     Raises:
-        ValueError: no categories; objects of which none has a mask; a result whose score or box is not finite.
+        ValueError: no categories; objects of which none has a mask; a result whose score or box is not
+        finite.
     """
     prefix, shape, iou_type = ("mask", "segmentation", "segm") if masks else ("box", "bbox", "bbox")
     names = {int(category["id"]): str(category["name"]) for category in truth["categories"]}
@@ -40,12 +43,15 @@ def coco_average_precision(
         raise ValueError("average precision needs data with categories, and this has none")
     objects = [one for one in truth["annotations"] if not masks or one.get("segmentation")]
     if truth["annotations"] and not objects:
-        raise ValueError(f"none of the {len(truth['annotations'])} objects has a mask, which mask AP compares with")
+        raise ValueError(
+            f"none of the {len(truth['annotations'])} objects has a mask, which mask AP compares with"
+        )
     found = [{key: one[key] for key in ("image_id", "category_id", "score", shape)} for one in results]
     numbers = [[one["score"], *one.get("bbox", ())] for one in found]
     if not np.isfinite(np.array(numbers, dtype=np.float64)).all():
         raise ValueError("a score or box of the predictions is not finite: the training has diverged")
-    # New objects, because the evaluator writes into them. They are numbered from 1: id 0 means "unmatched" there.
+    # New objects, because the evaluator writes into them. They are numbered from 1: id 0 means "unmatched"
+    # there.
     coco = COCO(
         {
             "images": [{key: image[key] for key in ("id", "width", "height")} for image in truth["images"]],
@@ -68,7 +74,8 @@ def coco_average_precision(
     if len(objects) < len(truth["annotations"]):
         measures[WITHOUT_MASK] = float(len(truth["annotations"]) - len(objects))
     if per_category:
-        # (IoU thresholds, recall thresholds, categories, areas, detection limits): all areas, the largest limit
+        # (IoU thresholds, recall thresholds, categories, areas, detection limits): all areas, the largest
+        # limit
         precision = np.asarray(evaluation.eval["precision"])[..., 0, -1]
         for place, category in enumerate(evaluation.params.catIds):
             values = precision[:, :, place][precision[:, :, place] > -1]

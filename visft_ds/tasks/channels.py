@@ -1,4 +1,6 @@
-"""Fixed means and spreads of the channels that a head reads, in place of a batch norm's, which are of a batch."""
+"""Fixed means and spreads of the channels that a head reads, in place of a batch norm's, which are of a
+batch.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ def measured(heads: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def measure_channels(
-    heads: Iterable[nn.Module], predict: Callable[[Any], object], images: Iterable[Any], agree: Callable[[Any], Any]
+    heads: Iterable[nn.Module],
+    predict: Callable[[Any], object],
+    images: Iterable[Any],
+    agree: Callable[[Any], Any],
 ) -> None:
     """Set the means and spreads of some heads to those of what they read of some images.
 
@@ -53,7 +58,9 @@ def measure_channels(
         x = given[0].double().flatten(end_dim=-2)
         total += torch.stack((torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0))).cpu()
 
-    hooks = [part.register_forward_pre_hook(partial(add, total)) for part, total in zip(parts, sums, strict=True)]
+    hooks = [
+        part.register_forward_pre_hook(partial(add, total)) for part, total in zip(parts, sums, strict=True)
+    ]
     for image in images:
         predict(image)
     for part, hook, (count, total, squares) in zip(parts, hooks, agree(sums), strict=True):

@@ -1,8 +1,9 @@
 """Categories of the data and classes of the heads: which category each class stands for.
 
-Categories are COCO's if ids and names are. Heads for ids among COCO's have the classes of the published ones, which
-data of some of these ids share: in detection a class is a raw id (91 of them, with holes), in segmentation a place
-among the 80. Heads for other ids have as many classes as there are categories, in the order of their ids.
+Categories are COCO's if ids and names are. Heads for ids among COCO's have the classes of the published ones,
+which data of some of these ids share: in detection a class is a raw id (91 of them, with holes), in
+segmentation a place among the 80. Heads for other ids have as many classes as there are categories, in the
+order of their ids.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ _NAMES = (
 #: COCO's 80 categories by their raw ids 1 to 90 (https://cocodataset.org), which have ten holes.
 COCO_NAMES: Mapping[int, str] = {number: name for number, name in enumerate(_NAMES.split(","), 1) if name}
 COCO_CATEGORY_IDS = tuple(COCO_NAMES)
-#: Number of a place without a class, in label maps of one's own and among labels of classes; those are below it.
+#: Number of a place without a class, in label maps of one's own and among labels of classes; those are below
+#: it.
 VOID = 255
 
 
 def category_name(id_: int, names: Mapping[int, str]) -> str:
-    """The name of a category; heads for COCO's ids may have classes that their training data had no name for."""
+    """The name of a category; heads for COCO's ids may have classes that their training data had no name
+    for.
+    """
     return names.get(id_, f"category {id_}")
 
 
@@ -36,8 +40,8 @@ def are_of_coco(names: Mapping[int, str]) -> bool:
 
 
 def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) -> tuple[int, ...] | None:
-    """The raw id of each class of a head with these options, for data of these categories (id -> name); None: as in
-    the published heads. Any task but segmentation may have raw ids as classes.
+    """The raw id of each class of a head with these options, for data of these categories (id -> name); None:
+    as in the published heads. Any task but segmentation may have raw ids as classes.
 
     Raises:
         ValueError: no such head has classes for these categories.
@@ -47,7 +51,9 @@ def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) 
     number, published = options["num_classes"], options.get("labelling") == "published"
     ids_of_coco = names.keys() <= COCO_NAMES.keys()
     if published and not ids_of_coco:
-        raise ValueError(f"visft.tasks.{task}.head.labelling = published has COCO's ids only, and the data has others")
+        raise ValueError(
+            f"visft.tasks.{task}.head.labelling = published has COCO's ids only, and the data has others"
+        )
     as_published, least = min(names, default=0) >= 0, max(names, default=0) + 1
     if task == "segmentation":
         as_published, least = ids_of_coco, len(COCO_NAMES)
@@ -61,7 +67,11 @@ def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) 
 
 
 def check_unnamed(task: str, options: Mapping[str, Any]) -> None:
-    """Refuse a head whose categories are not known and whose classes are too few to be those of the published heads."""
+    """Refuse a head whose categories are not known and whose classes are too few to be those of the published
+    heads.
+    """
     enough = options.get("labelling") == "published" or options.get("num_classes", 0) >= len(COCO_NAMES)
     if task == "segmentation" and not enough:
-        raise ValueError(f"a segmentation head of {options.get('num_classes')} classes does not name their categories")
+        raise ValueError(
+            f"a segmentation head of {options.get('num_classes')} classes does not name their categories"
+        )

@@ -1,11 +1,12 @@
 """Set prediction: matching of queries to objects, the loss of their classes, and the overlap of boxes.
 
-Letters: L decoder layers, B images, Q queries, C classes without "no object", N objects of all images concatenated,
-M matched pairs of all layers.
+Letters: L decoder layers, B images, Q queries, C classes without "no object", N objects of all images
+concatenated, M matched pairs of all layers.
 
-Objects are assigned to queries one to one at the least total cost (Carion et al., arXiv 2005.12872, eq. 1, 2). The host
-waits for the device once: all costs are copied to it together, and the indices of all pairs go back in one copy. Boxes
-are `centers` (cx, cy, w, h) or `corners` (x0, y0, x1, y1) on the last axis, in any unit.
+Objects are assigned to queries one to one at the least total cost (Carion et al., arXiv 2005.12872, eq. 1,
+2). The host waits for the device once: all costs are copied to it together, and the indices of all pairs go
+back in one copy. Boxes are `centers` (cx, cy, w, h) or `corners` (x0, y0, x1, y1) on the last axis, in any
+unit.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch import Tensor
 from visft_ds.ops import to_device
 from visft_ds.tasks.detection.data import DetectionTargets
 
-# Areas and unions are divided by no less than this. Relative boxes of one pixel in a million pixels have area 1e-6, so
-# that only boxes without any area are affected; their overlap is 0 instead of NaN.
+# Areas and unions are divided by no less than this. Relative boxes of one pixel in a million pixels have area
+# 1e-6, so that only boxes without any area are affected; their overlap is 0 instead of NaN.
 _SMALLEST_AREA = 1e-12
 
 
@@ -48,11 +49,13 @@ def class_losses(
     no_object: float,
     loss_denominators: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropy (L,) of the classes of all queries, and 100 times the objects that got a wrong class.
+    """Weighted cross-entropy (L,) of the classes of all queries, and 100 times the objects that got a wrong
+    class.
 
-    `logits` (L, B, Q, C + 1), `labels` (N,) and `counts` (B,) of the objects. A query has the class of its object, or
-    the last one, "no object". A term has the weight of its class: 1, or `no_object`, as nearly all queries see none.
-    The weighted mean of each image is averaged over images; one without objects has the mean over its queries.
+    `logits` (L, B, Q, C + 1), `labels` (N,) and `counts` (B,) of the objects. A query has the class of its
+    object, or the last one, "no object". A term has the weight of its class: 1, or `no_object`, as nearly all
+    queries see none. The weighted mean of each image is averaged over images; one without objects has the
+    mean over its queries.
     """
     classes = torch.full(logits.shape[:3], logits.shape[3] - 1, dtype=torch.int64, device=logits.device)
     classes[matches.layers, matches.images, matches.queries] = labels[matches.objects]
@@ -66,14 +69,18 @@ def class_losses(
 
 @torch.no_grad()
 def match(
-    logits: Tensor, boxes: Tensor, targets: DetectionTargets, costs: Sequence[float], image_ids: Tensor | None = None
+    logits: Tensor,
+    boxes: Tensor,
+    targets: DetectionTargets,
+    costs: Sequence[float],
+    image_ids: Tensor | None = None,
 ) -> Matches:
     """The cheapest assignment of objects to queries, for each layer and image on its own.
 
-    `logits` (L, B, Q, C + 1) with "no object" last, `boxes` (L, B, Q, 4) cxcywh in [0, 1], targets on the same device,
-    weights `costs` of minus the probability of the object's class, the L1 distance of the boxes and minus their
-    generalized IoU. Where an image has more objects than there are queries, the cheapest Q objects are matched.
-    `image_ids` (B,) are for errors only.
+    `logits` (L, B, Q, C + 1) with "no object" last, `boxes` (L, B, Q, 4) cxcywh in [0, 1], targets on the
+    same device, weights `costs` of minus the probability of the object's class, the L1 distance of the boxes
+    and minus their generalized IoU. Where an image has more objects than there are queries, the cheapest Q
+    objects are matched. `image_ids` (B,) are for errors only.
 
     Raises FloatingPointError where a cost is not finite.
     """
@@ -95,8 +102,9 @@ def match(
 def solve(cost: Tensor, counts: Tensor, pairs: int, image_ids: Tensor | None) -> Matches:
     """Assign objects of each layer and image at the least `cost` (L, N, Q).
 
-    `counts` (B,) are the objects of each image, there or on the host; `pairs` is the number of pairs of a layer, for
-    costs on the meta device (planner), where there are no values; `image_ids` (B,) are for errors only.
+    `counts` (B,) are the objects of each image, there or on the host; `pairs` is the number of pairs of a
+    layer, for costs on the meta device (planner), where there are no values; `image_ids` (B,) are for errors
+    only.
     """
     if cost.is_meta:
         return Matches(*torch.empty(4, len(cost) * pairs, dtype=torch.int64, device=cost.device))
@@ -130,8 +138,8 @@ def centers_to_corners(boxes: Tensor) -> Tensor:
 def generalized_box_iou(first: Tensor, second: Tensor) -> Tensor:
     """Generalized IoU of corner boxes paired by broadcasting, in (-1, 1].
 
-    Rezatofighi et al., arXiv 1902.09630, algorithm 1. Unlike torchvision's, finite for two boxes without area, and the
-    host does not wait for the device.
+    Rezatofighi et al., arXiv 1902.09630, algorithm 1. Unlike torchvision's, finite for two boxes without
+    area, and the host does not wait for the device.
     """
     overlap = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
     intersection = overlap.clamp(min=0).prod(dim=-1)

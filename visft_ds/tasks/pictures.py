@@ -1,4 +1,6 @@
-"""Pictures of predictions beside the truth: (H, W, 3) uint8 RGB arrays; boxes are x y w h in pixels, as in COCO."""
+"""Pictures of predictions beside the truth: (H, W, 3) uint8 RGB arrays; boxes are x y w h in pixels, as in
+COCO.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ _OPACITY = 0.5  # of a mask
 
 
 def palette(names: Sequence[str]) -> dict[str, Colour]:
-    """A colour for each category name: twelve hues, five steps apart from name to name; the next dozen darker.
+    """A colour for each category name: twelve hues, five steps apart from name to name; the next dozen
+    darker.
 
     Give all names of a data set, so that a category has one colour in all pictures.
     """
@@ -67,7 +70,9 @@ def draw_objects(
             draw.rectangle((left, top, right, bottom), outline=colours[name], width=line)
         place = draw.textbbox((left + line + 1, top), tag, font=letters(TEXT))
         moved = min(0.0, canvas.width - place[2] - 2)  # a tag at the right border begins further left
-        draw.rectangle((place[0] + moved - 2, place[1] - 1, place[2] + moved + 2, place[3] + 1), fill=colours[name])
+        draw.rectangle(
+            (place[0] + moved - 2, place[1] - 1, place[2] + moved + 2, place[3] + 1), fill=colours[name]
+        )
         # ITU-R BT.601 luma decides whether dark or light letters can be read on the colour
         bright = float(np.dot(colours[name], (0.299, 0.587, 0.114))) > 140
         ink = (0, 0, 0) if bright else (255, 255, 255)
@@ -88,7 +93,9 @@ def with_text(image: Picture, lines: Sequence[str], side: int = SIDE) -> Picture
 
 
 def side_by_side(*panels: tuple[Picture, str]) -> Picture:
-    """Pictures beside each other, each below its title, filled up with paper to one size in which the titles fit."""
+    """Pictures beside each other, each below its title, filled up with paper to one size in which the titles
+    fit.
+    """
     height = max(picture.shape[0] for picture, _ in panels)
     width = max(max(picture.shape[1], int(letters(_TITLE).getlength(title)) + 5) for picture, title in panels)
     sheet = paper(height + _TITLE + 9, len(panels) * (width + _GAP) - _GAP)
@@ -108,7 +115,9 @@ def split_panels(picture: Picture) -> tuple[Picture, Picture]:
 
 
 def grid(pictures: Sequence[Picture], *, columns: int = 2) -> Picture:
-    """Pictures in rows of `columns`; a row is as high as its highest picture, all columns are equally wide."""
+    """Pictures in rows of `columns`; a row is as high as its highest picture, all columns are equally
+    wide.
+    """
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
     heights = [max(picture.shape[0] for picture in row) + _GAP for row in rows]
     width = max(picture.shape[1] for picture in pictures) + _GAP

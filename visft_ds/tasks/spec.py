@@ -43,18 +43,26 @@ class Criterion(Protocol):
         ...
 
     def __call__(
-        self, output: Any, targets: Any, loss_denominators: Mapping[str, Tensor], image_ids: Tensor | None = None
+        self,
+        output: Any,
+        targets: Any,
+        loss_denominators: Mapping[str, Tensor],
+        image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Unweighted losses by name: sums over the micro-batch divided by `loss_denominators` (the keys of `count`).
+        """Unweighted losses by name: sums over the micro-batch divided by `loss_denominators` (the keys of
+        `count`).
 
-        These are sums of `count` over the global batch divided by ranks times micro-batches. So the mean of a loss over
-        ranks and micro-batches is the loss of the global batch in one process. `image_ids` (B,) are for errors only.
+        These are sums of `count` over the global batch divided by ranks times micro-batches. So the mean of a
+        loss over ranks and micro-batches is the loss of the global batch in one process. `image_ids` (B,) are
+        for errors only.
         """
         ...
 
 
 def counts_of(criteria: Mapping[str, Criterion], batches: Iterable[Batch]) -> dict[str, float]:
-    """Count by "<task>/<name>", in the labels alone, what losses are divided by once it is summed over ranks."""
+    """Count by "<task>/<name>", in the labels alone, what losses are divided by once it is summed over
+    ranks.
+    """
     sums: dict[str, float] = {}
     for batch in batches:
         for task in batch.targets:
@@ -64,7 +72,8 @@ def counts_of(criteria: Mapping[str, Criterion], batches: Iterable[Batch]) -> di
 
 
 def loss_denominators_of(counts: Mapping[str, float], parts: int, device: torch.device) -> LossDenominators:
-    """Divisors of the losses such that their mean over ranks and micro-batches is the loss of the global batch.
+    """Divisors of the losses such that their mean over ranks and micro-batches is the loss of the global
+    batch.
 
     Args:
         counts: summed over ranks.
@@ -102,7 +111,9 @@ class Example:
         """True objects; crowd regions are not drawn."""
         return [annotation for annotation in self.raw.annotations if not annotation.get("iscrowd", 0)]
 
-    def draw(self, true: Sequence[Mapping[str, Any]], **shapes: Callable[[Mapping[str, Any]], Any]) -> Picture:
+    def draw(
+        self, true: Sequence[Mapping[str, Any]], **shapes: Callable[[Mapping[str, Any]], Any]
+    ) -> Picture:
         """True and predicted objects beside each other; `shapes` is boxes= or masks=, the shape of an object.
 
         Predictions are those of categories the data set has, with enough score, the best first.
@@ -115,7 +126,9 @@ class Example:
             scores = [f" {one['score']:.2f}" if "score" in one else "" for one in objects]
             tags = [name + score for name, score in zip(names, scores, strict=True)]
             drawn: dict[str, Any] = {kind: [shape(one) for one in objects] for kind, shape in shapes.items()}
-            panels.append((draw_objects(self.pixels(), names, tags, colours, **drawn), f"{title}: {len(names)}"))
+            panels.append(
+                (draw_objects(self.pixels(), names, tags, colours, **drawn), f"{title}: {len(names)}")
+            )
         return side_by_side(*panels)
 
     def pixels(self) -> Picture:
@@ -127,18 +140,24 @@ class Example:
 
 @dataclass(frozen=True)
 class Content:
-    """Contents of a micro-batch besides pixels. The defaults are more than all but a few of COCO's images have."""
+    """Contents of a micro-batch besides pixels. The defaults are more than all but a few of COCO's images
+    have.
+    """
 
     objects: int = 30  #: in every image; COCO's mean is 7.3
     caption_ids: int = 30  #: of the longest caption, <start> and <end> included; COCO's mean is 12.5
 
 
 class Task(ABC):
-    """A task for the training loop, the evaluation and the planner; a module has one instance of a subclass."""
+    """A task for the training loop, the evaluation and the planner; a module has one instance of a
+    subclass.
+    """
 
     name: ClassVar[str]
     config: ClassVar[type[TaskConfig]]
-    head: ClassVar[type[nn.Module]]  #: (width of the last map, its settings); called with the maps of the backbone
+    head: ClassVar[
+        type[nn.Module]
+    ]  #: (width of the last map, its settings); called with the maps of the backbone
     losses: ClassVar[Callable[..., Criterion]]  #: (the settings of the head, those of the loss)
     facts: ClassVar[Mapping[str, Any]] = {}  #: what its numbers depend on, for the record of an evaluation
 
@@ -148,7 +167,9 @@ class Task(ABC):
 
     @abstractmethod
     def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
-        """Function that makes the targets of an image; `options` are those of its images, or of all tasks' together."""
+        """Function that makes the targets of an image; `options` are those of its images, or of all tasks'
+        together.
+        """
 
     @abstractmethod
     def pack(self, samples: Sequence[Sample], frame: Size) -> Targets:
@@ -183,7 +204,9 @@ class Task(ABC):
     def picture(self, example: Example) -> Picture:
         """Predictions for an image beside the truth, or the image itself."""
         image, line = example.pixels(), self.describe(example.results, example.names)
-        return side_by_side((np.asarray(scaled(image, SIDE)), "image"), (with_text(image, [line]), "predicted"))
+        return side_by_side(
+            (np.asarray(scaled(image, SIDE)), "image"), (with_text(image, [line]), "predicted")
+        )
 
     @property
     def uses_vocabulary(self) -> bool:
@@ -200,10 +223,14 @@ class Task(ABC):
 
     def settings(self, part: Literal["head", "loss"], given: Options) -> Any:
         """The same as an object of the schema, which knows nothing of the number of words."""
-        return self.schema(part, given)(**{name: one for name, one in given.items() if name != "vocabulary_size"})
+        return self.schema(part, given)(
+            **{name: one for name, one in given.items() if name != "vocabulary_size"}
+        )
 
     def build_head(self, shapes: Shapes, head: Any, vocabulary_size: int | None) -> nn.Module:
-        """A new head with these settings for maps of these shapes; a task that works with words takes their number."""
+        """A new head with these settings for maps of these shapes; a task that works with words takes their
+        number.
+        """
         return self.head(shapes[-1][0], head)
 
     def criterion(self, head_options: Options, loss_options: Options) -> Criterion:

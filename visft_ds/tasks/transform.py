@@ -1,4 +1,5 @@
-"""Transform of an image for any set of tasks: one geometry (`data.transforms`), and the targets of every task in it.
+"""Transform of an image for any set of tasks: one geometry (`data.transforms`), and the targets of every task
+in it.
 
 It is drawn before anything else, the caption last: neither the pixels nor the choice of tasks can move it.
 """
@@ -29,8 +30,12 @@ class ImageTransform:
     geometry: Geometry
     tasks: Mapping[str, ImageTargets]
 
-    def __call__(self, raw: RawSample, generator: np.random.Generator, ops: Sequence[Op] | None = None) -> Sample:
-        """Transform one sample, by `ops` or those of the geometry; evaluation draws nothing from `generator`."""
+    def __call__(
+        self, raw: RawSample, generator: np.random.Generator, ops: Sequence[Op] | None = None
+    ) -> Sample:
+        """Transform one sample, by `ops` or those of the geometry; evaluation draws nothing from
+        `generator`.
+        """
         ops = self.geometry.draw(raw.size, self.train, generator) if ops is None else ops
         inside = [op for op in ops if not (isinstance(op, Pad) and op.outside)]
         return Sample(
@@ -48,7 +53,9 @@ class ImageTransform:
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:
     """Transform and collate of a stream, with the sizes of its configuration."""
     classes = stream.classes
-    made = {task: TASKS[task].targets(train, stream.image, vocabulary, classes.get(task)) for task in stream.tasks}
+    made = {
+        task: TASKS[task].targets(train, stream.image, vocabulary, classes.get(task)) for task in stream.tasks
+    }
     collate = partial(collate_joint, mixed=not stream.alike(train=train))
     return SamplePipeline(ImageTransform(train, geometry_of(stream), made), collate)
 
@@ -63,7 +70,8 @@ def geometry_of(stream: Stream) -> Geometry:
 def collate_joint(samples: Sequence[Sample], *, mixed: bool = True) -> Batch:
     """A batch with the targets of every task of the samples, in their order; none if no labels were read.
 
-    Images are padded right and bottom with 0 to the largest height and width of the batch. `mixed`: see `Batch`.
+    Images are padded right and bottom with 0 to the largest height and width of the batch. `mixed`: see
+    `Batch`.
     """
     assert samples, "a batch needs at least one sample"
     views = tuple(sample.view for sample in samples if sample.view is not None)

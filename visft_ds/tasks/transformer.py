@@ -2,12 +2,12 @@
 
 Letters: B images, h w patch grid, S = h*w (+ 1 task token) entries, Q queries, D width.
 
-Architecture after DETR (Carion et al., arXiv 2005.12872, appendix A.3): post-norm layers, positions added to queries
-and keys of every attention but never to the values.
+Architecture after DETR (Carion et al., arXiv 2005.12872, appendix A.3): post-norm layers, positions added to
+queries and keys of every attention but never to the values.
 
 A parameter is used only in the forward of the module that owns it, and these modules take and return tensors:
-ZeRO-3 gathers parameters in hooks that fire at module boundaries and look into tensors only. That is why attention is
-not `nn.MultiheadAttention`, whose parent reads `out_proj.weight` without calling `out_proj`.
+ZeRO-3 gathers parameters in hooks that fire at module boundaries and look into tensors only. That is why
+attention is not `nn.MultiheadAttention`, whose parent reads `out_proj.weight` without calling `out_proj`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 def sine_positions(valid: Tensor, width: int, *, temperature: float = 10000.0) -> Tensor:
     """Sine positions (B, h, w, width) float32 of a padded grid, first half for y, second half for x.
 
-    `valid` (B, h, w) bool is True inside the image. A coordinate runs to 2 pi at the end of the *valid* part, so that a
-    position means the same share of the image whatever the padding. 4 divides `width`.
+    `valid` (B, h, w) bool is True inside the image. A coordinate runs to 2 pi at the end of the *valid* part,
+    so that a position means the same share of the image whatever the padding. 4 divides `width`.
     """
     exponent = torch.arange(width // 4, dtype=torch.float32, device=valid.device) * (4 / width)
     halves = []
@@ -56,11 +56,14 @@ class MultiHeadAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
         """query (B, Q, D), key and value (B, S, D) -> (B, Q, D).
 
-        `allowed` (B, Q or 1, S) bool: entries that a query may attend to, at least one, else its output is NaN.
+        `allowed` (B, Q or 1, S) bool: entries that a query may attend to, at least one, else its output is
+        NaN.
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         inputs = zip((query, key, value), weights, biases, strict=True)
-        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, w, b in inputs)
+        q, k, v = (
+            F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, w, b in inputs
+        )
         mask = None if allowed is None else allowed[:, None]  # the same for all heads
         mixed = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(start_dim=2))
@@ -97,7 +100,9 @@ class DecoderLayer(nn.Module):
     self_attn: MultiHeadAttention
     cross_attn: MultiHeadAttention
 
-    def __init__(self, width: int, num_heads: int, ffn_dim: int, dropout: float, *, masked: bool = False) -> None:
+    def __init__(
+        self, width: int, num_heads: int, ffn_dim: int, dropout: float, *, masked: bool = False
+    ) -> None:
         super().__init__()
         self.masked = masked
         for name in ("cross_attn", "self_attn") if masked else ("self_attn", "cross_attn"):
@@ -111,11 +116,13 @@ class DecoderLayer(nn.Module):
         for linear in (self.linear1, self.linear2) if masked else ():
             nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, state: Tensor, query: Tensor, memory: Tensor, memory_key: Tensor, allowed: Tensor) -> Tensor:
+    def forward(
+        self, state: Tensor, query: Tensor, memory: Tensor, memory_key: Tensor, allowed: Tensor
+    ) -> Tensor:
         """Queries after the layer, (B, Q, D).
 
-        state, query (B, Q, D); memory, memory_key = memory + positions (B, S, D); allowed (B, Q or 1, S) bool: entries
-        of the memory that a query may attend to.
+        state, query (B, Q, D); memory, memory_key = memory + positions (B, S, D); allowed (B, Q or 1, S)
+        bool: entries of the memory that a query may attend to.
         """
         for norm, of_memory in ((self.norm1, self.masked), (self.norm2, not self.masked)):
             placed = state + query

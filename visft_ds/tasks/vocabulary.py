@@ -1,7 +1,7 @@
 """Words of captions and their ids: shards count what `caption_words` finds, and heads are trained on it.
 
-The published captioning heads were trained on the ready-made tokens of the Karpathy split. Their 9,490 ids cannot be
-rebuilt from COCO's caption files: they need their word map.
+The published captioning heads were trained on the ready-made tokens of the Karpathy split. Their 9,490 ids
+cannot be rebuilt from COCO's caption files: they need their word map.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 def caption_words(caption: str) -> list[str]:
-    """Lower-case words of a caption: runs of letters and digits of any script, with apostrophes inside a word."""
+    """Lower-case words of a caption: runs of letters and digits of any script, with apostrophes inside a
+    word.
+    """
     text = unicodedata.normalize("NFKC", caption).lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     return _WORD.findall(text)
 
@@ -55,12 +57,16 @@ class Vocabulary:
         first, *words = sorted(word_map, key=word_map.__getitem__)
         ids = sorted(word_map.values())
         if ids != list(range(len(ids))) or first != PAD or words[-3:] != [UNKNOWN, START, END]:
-            raise ValueError(f"a word map of a captioning head goes from {PAD} at 0 to {UNKNOWN}, {START}, {END}")
+            raise ValueError(
+                f"a word map of a captioning head goes from {PAD} at 0 to {UNKNOWN}, {START}, {END}"
+            )
         return cls(tuple(words[:-3]))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Vocabulary:
-        """The inverse of `to_dict`; raises ValueError for what this program did not write, or not in this form."""
+        """The inverse of `to_dict`; raises ValueError for what this program did not write, or not in this
+        form.
+        """
         given = {name: fields.get(name) for name in _HEADER}
         if given != _HEADER:
             raise ValueError(f"a {FORMAT} begins with {_HEADER}, not {given}")
@@ -81,7 +87,9 @@ class Vocabulary:
         words = takewhile(lambda word: word != END, (tokens[id_] for id_ in ids))
         return " ".join(word for word in words if word not in (PAD, START))
 
-    def check_same(self, other: Vocabulary, *, this: str = "the captioning head", that: str = "the shards") -> None:
+    def check_same(
+        self, other: Vocabulary, *, this: str = "the captioning head", that: str = "the shards"
+    ) -> None:
         """Raise ValueError unless every id means the same word in both."""
         if self.words != other.words:
             different = ", ".join(map(repr, sorted(set(self.words) ^ set(other.words))[:5])) or "none"
@@ -91,4 +99,6 @@ class Vocabulary:
     def check_size(self, vocabulary_size: int) -> None:
         """Raise ValueError unless a head with that many ids can use this vocabulary."""
         if vocabulary_size != self.size:
-            raise ValueError(f"the captioning head has {vocabulary_size} ids, the vocabulary {self.size}. {_REMEDY}")
+            raise ValueError(
+                f"the captioning head has {vocabulary_size} ids, the vocabulary {self.size}. {_REMEDY}"
+            )

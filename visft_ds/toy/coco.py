@@ -1,11 +1,12 @@
-"""`visft toy`: a toy data set in COCO's own form: images of shapes with polygons, RLE crowds and five captions each.
+"""`visft toy`: a toy data set in COCO's own form: images of shapes with polygons, RLE crowds and five
+captions each.
 
     visft toy --out toy --train 2000 --val 200 --size 112
     visft toy --out toy_b --train 0 --val 200 --size 160x112 --style b --colours even
     visft toy --out toy_17 --style 17               # colours, textures and noise drawn by a number
 
-Everything about image i of a split is a function of (seed, style, colours, split, size, most shapes, i): the number of
-workers changes nothing, and `train=100` gives the first hundred images of `train=1000`.
+Everything about image i of a split is a function of (seed, style, colours, split, size, most shapes, i): the
+number of workers changes nothing, and `train=100` gives the first hundred images of `train=1000`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,21 @@ MIN_SIDE = 28
 MAX_SIDE = 4096
 JPEG_QUALITY = 92
 _NUMBERS = (
-    *("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *(
+        "no",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+    ),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
 
@@ -195,13 +210,22 @@ def _make_image(
     return {"image": image, "instances": instances, "captions": captions}
 
 
-def _write_annotations(out: Path, split: str, records: Sequence[Mapping[str, Any]], style: str, seed: int) -> None:
+def _write_annotations(
+    out: Path, split: str, records: Sequence[Mapping[str, Any]], style: str, seed: int
+) -> None:
     head = {
         "info": {
-            **{"description": f"Toy shapes, style {style}, seed {seed}", "url": "", "version": "1.0", "year": 2017},
+            **{
+                "description": f"Toy shapes, style {style}, seed {seed}",
+                "url": "",
+                "version": "1.0",
+                "year": 2017,
+            },
             **{"contributor": "visft_ds", "date_created": "2017/01/01"},
         },
-        "licenses": [{"url": "https://creativecommons.org/publicdomain/zero/1.0/", "id": 1, "name": "CC0 1.0"}],
+        "licenses": [
+            {"url": "https://creativecommons.org/publicdomain/zero/1.0/", "id": 1, "name": "CC0 1.0"}
+        ],
         "images": [record["image"] for record in records],
     }
     for kind in ("instances", "captions"):
@@ -227,16 +251,20 @@ def write_toy_coco(
     without: Sequence[str] = (),
     workers: int = 1,
 ) -> dict[str, int]:
-    """Write an ordinary COCO tree to `out`: `{train,val}2017/*.jpg` and `annotations/{instances,captions}_*.json`.
+    """Write an ordinary COCO tree to `out`: `{train,val}2017/*.jpg` and
+    `annotations/{instances,captions}_*.json`.
 
-    Returns counts (`images`, `instances`, `crowds`, `empty`). Raises ValueError for a folder that holds anything, sides
-    under 28 or above 4096 pixels, an unknown style, shape or kind of colours, or numbers out of range.
+    Returns counts (`images`, `instances`, `crowds`, `empty`). Raises ValueError for a folder that holds
+    anything, sides under 28 or above 4096 pixels, an unknown style, shape or kind of colours, or numbers out
+    of range.
     """
     drawn = style_of(style, colours, without)
     if not MIN_SIDE <= min(height, width) <= max(height, width) <= MAX_SIDE:
         raise ValueError(f"size {width}x{height}: sides of {MIN_SIDE} to {MAX_SIDE} pixels are drawn")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty folder and nothing is overwritten; name a new folder or remove it")
+        raise ValueError(
+            f"{out} is not an empty folder and nothing is overwritten; name a new folder or remove it"
+        )
     right = min(train, val, seed) >= 0 and 0 < train + val <= 10**6 and 0 < workers <= 256
     if not (right and 0 < max_shapes < len(_NUMBERS)):
         raise ValueError(
@@ -249,7 +277,9 @@ def write_toy_coco(
     for split, count in zip(SPLITS, (train, val), strict=True):
         (out / split).mkdir()
         seeds = (seed, number, SPLITS.index(split))
-        save = partial(_make_image, folder=out / split, seeds=seeds, style=drawn, size=(height, width), most=max_shapes)
+        save = partial(
+            _make_image, folder=out / split, seeds=seeds, style=drawn, size=(height, width), most=max_shapes
+        )
         if workers == 1:
             records = [save(index) for index in range(count)]
         else:
@@ -267,7 +297,8 @@ def write_toy_coco(
 
 
 def _pool(workers: int) -> Pool:
-    """Processes that are deaf to a Ctrl-C, which reaches all of a terminal's: this one ends them, without tracebacks.
+    """Processes that are deaf to a Ctrl-C, which reaches all of a terminal's: this one ends them, without
+    tracebacks.
 
     Ignored signals stay so in processes that are started, from their first instruction on.
     """
@@ -280,18 +311,48 @@ def _pool(workers: int) -> Pool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = Parser(prog=program("toy"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog=program("toy"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     add("--train", type=int, default=2000, metavar="N", help="images in train2017 (default %(default)s)")
     add("--val", type=int, default=200, metavar="N", help="images in val2017 (default %(default)s)")
     add("--size", type=_size, default=(112, 112), metavar="WxH", help="pixels, or one side (default 112)")
-    add("--style", default="a", metavar="a|b|N", help="b has other colours and textures; a number draws a style")
-    add("--colours", choices=COLOURS, default="usual", help="even: any shape in any colour, so colours tell nothing")
-    add("--without", type=lambda names: names.split(","), default=(), metavar="A,B", help="shapes to leave out")
-    add("--max-shapes", type=int, default=MAX_SHAPES, metavar="N", help="most per image (3); 18 give COCO's mean, 7")
+    add(
+        "--style",
+        default="a",
+        metavar="a|b|N",
+        help="b has other colours and textures; a number draws a style",
+    )
+    add(
+        "--colours",
+        choices=COLOURS,
+        default="usual",
+        help="even: any shape in any colour, so colours tell nothing",
+    )
+    add(
+        "--without",
+        type=lambda names: names.split(","),
+        default=(),
+        metavar="A,B",
+        help="shapes to leave out",
+    )
+    add(
+        "--max-shapes",
+        type=int,
+        default=MAX_SHAPES,
+        metavar="N",
+        help="most per image (3); 18 give COCO's mean, 7",
+    )
     add("--seed", type=int, default=0, metavar="N", help="random seed (default %(default)s)")
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)")
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default: one per core)",
+    )
     given = vars(parser.parse_args(arguments))
     width, height = given.pop("size")
     try:
@@ -309,5 +370,7 @@ def _size(text: str) -> tuple[int, int]:
     """(width, height) of `160x112`, or of `112` for a square."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 112 or 160x112 (width x height, pixels)")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; write 112 or 160x112 (width x height, pixels)"
+        )
     return int(match[1]), int(match[2] or match[1])

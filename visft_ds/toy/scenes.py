@@ -1,6 +1,7 @@
 """Random images of textured shapes, with the exact visible pixels of every shape.
 
-A scene is a textured background, at times a crowd of tiny shapes, and a few larger shapes painted back to front.
+A scene is a textured background, at times a crowd of tiny shapes, and a few larger shapes painted back to
+front.
 
 Shape letters: H W pixels, P polygon corners.
 """
@@ -32,7 +33,12 @@ TILT = 20.0  #: degrees either way
 #: Raw category ids have holes and do not start the alphabet at 1, as COCO's do not.
 CATEGORIES = (
     *((1, "circle", "round"), (3, "ring", "round"), (4, "crescent", "round"), (8, "heart", "round")),
-    *((13, "square", "angular"), (17, "triangle", "angular"), (27, "bar", "angular"), (34, "hourglass", "angular")),
+    *(
+        (13, "square", "angular"),
+        (17, "triangle", "angular"),
+        (27, "bar", "angular"),
+        (34, "hourglass", "angular"),
+    ),
     *((52, "star", "pointed"), (61, "cross", "pointed"), (78, "arrow", "pointed"), (90, "bolt", "pointed")),
 )
 NAMES = tuple(name for _, name, _ in CATEGORIES)
@@ -50,7 +56,9 @@ class Style:
     period: float = 1.0  #: of the patterns, relative to their usual one
     contrast: float = 1.0  #: of the patterns, relative to their usual one
     grain: float = 0.0  #: standard deviation of the noise on every value of the finished image
-    shapes: tuple[int, ...] = tuple(range(len(CATEGORIES)))  #: positions in CATEGORIES of those that scenes show
+    shapes: tuple[int, ...] = tuple(
+        range(len(CATEGORIES))
+    )  #: positions in CATEGORIES of those that scenes show
 
 
 def _colours(text: str) -> dict[str, tuple[int, int, int]]:
@@ -92,7 +100,9 @@ def drawn_style(number: int) -> Style:
     """A style drawn by a number from 0, for experiments in which styles are the sample."""
     rng = np.random.default_rng([number, 1])
 
-    def colours(count: int, name: str, grounds: Sequence[tuple[int, int, int]]) -> dict[str, tuple[int, int, int]]:
+    def colours(
+        count: int, name: str, grounds: Sequence[tuple[int, int, int]]
+    ) -> dict[str, tuple[int, int, int]]:
         found: dict[str, tuple[int, int, int]] = {}
         while len(found) < count:
             colour = rng.integers(0, 256, 3)
@@ -123,7 +133,9 @@ def style_of(name: str, colours: str, without: Sequence[str] = ()) -> Style:
     known = name in STYLES or bool(_NUMBER.fullmatch(name))
     if not known or colours not in COLOURS or not shapes or len(shapes) + len(set(without)) > len(NAMES):
         allowed = f"{', '.join(STYLES)}, a number; {', '.join(COLOURS)}; {', '.join(NAMES)}"
-        raise ValueError(f"style {name!r}, colours {colours!r}, without {', '.join(without)!r}: allowed are {allowed}")
+        raise ValueError(
+            f"style {name!r}, colours {colours!r}, without {', '.join(without)!r}: allowed are {allowed}"
+        )
     style = STYLES[name] if name in STYLES else drawn_style(int(name))
     return replace(style, usual_share=COLOURS[colours], shapes=shapes)
 
@@ -140,7 +152,9 @@ class Shape:
     visible: Array = field(repr=False)
 
     def segmentation(self) -> list[Polygon]:
-        """Polygons of the visible pixels: the outline itself where nothing hides it, else traced along the pixels."""
+        """Polygons of the visible pixels: the outline itself where nothing hides it, else traced along the
+        pixels.
+        """
         height, width = self.visible.shape
         corners = np.concatenate(self.polygons)
         inside = bool((corners >= 0).all() and (corners <= (width, height)).all())
@@ -149,7 +163,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """Drawn image. `image` (H, W, 3) uint8 RGB; `crowd` is a group of tiny shapes of one category, or None."""
+    """Drawn image. `image` (H, W, 3) uint8 RGB; `crowd` is a group of tiny shapes of one category, or
+    None.
+    """
 
     image: Array
     background: str
@@ -165,7 +181,9 @@ def _arc(
 
 
 def _outline(name: str) -> list[Polygon]:
-    """A category's outline in the square [-1, 1]^2, y down; a ring has two parts: COCO polygons have no holes."""
+    """A category's outline in the square [-1, 1]^2, y down; a ring has two parts: COCO polygons have no
+    holes.
+    """
     a, b = 0.33, 0.98
     half = [[-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a]]
     corners: dict[str, list[list[float]]] = {
@@ -175,7 +193,15 @@ def _outline(name: str) -> list[Polygon]:
         "bar": [[-1, -0.32], [1, -0.32], [1, 0.32], [-1, 0.32]],
         "hourglass": [[-0.8, -1], [0.8, -1], [0.14, 0], [0.8, 1], [-0.8, 1], [-0.14, 0]],
         "arrow": [[-1, -0.28], [0.1, -0.28], [0.1, -0.85], [1, 0], [0.1, 0.85], [0.1, 0.28], [-1, 0.28]],
-        "bolt": [[-0.15, -1], [0.65, -1], [0.25, -0.25], [0.75, -0.25], [-0.45, 1], [-0.1, 0.12], [-0.65, 0.12]],
+        "bolt": [
+            [-0.15, -1],
+            [0.65, -1],
+            [0.25, -0.25],
+            [0.75, -0.25],
+            [-0.45, 1],
+            [-0.1, 0.12],
+            [-0.65, 0.12],
+        ],
     }
     if name in corners:
         return [np.asarray(corners[name], dtype=np.float64)]
@@ -209,7 +235,9 @@ def rasterise(polygons: list[Polygon], height: int, width: int) -> Array:
 
 
 def _boundary_loops(mask: Array) -> Iterator[list[tuple[int, int]]]:
-    """Closed loops along the pixel edges of `mask`, interior on the right; diagonal neighbours are not joined."""
+    """Closed loops along the pixel edges of `mask`, interior on the right; diagonal neighbours are not
+    joined.
+    """
     height, width = mask.shape
     padded = np.pad(mask, 1)
     following: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -242,7 +270,8 @@ def _boundary_loops(mask: Array) -> Iterator[list[tuple[int, int]]]:
 def trace(mask: Array) -> list[Polygon]:
     """Polygons whose COCO raster is exactly `mask` (H, W) bool.
 
-    Corners are pixel corners. A part with a hole is cut in two through the hole, because COCO polygons have none.
+    Corners are pixel corners. A part with a hole is cut in two through the hole, because COCO polygons have
+    none.
     """
     polygons = []
     for loop in _boundary_loops(mask):
@@ -262,7 +291,8 @@ def _blobs(rng: np.random.Generator, shape: tuple[int, ...], cells: int) -> Arra
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
 
 
-#: Texture -> pattern (height, width) of a surface, 0 to 1: (generator, u, v, period) with coordinates in periods.
+#: Texture -> pattern (height, width) of a surface, 0 to 1: (generator, u, v, period) with coordinates in
+#: periods.
 _Pattern = Callable[[np.random.Generator, Array, Array, float], Array]
 _TEXTURES: dict[str, _Pattern] = {
     "plain": lambda rng, u, v, period: np.zeros_like(u),
@@ -285,9 +315,15 @@ _GROUNDS: dict[str, _Pattern] = {
     "grainy": lambda rng, u, v, period: rng.integers(-24, 25, u.shape, dtype=np.int16),
     "lined": lambda rng, u, v, period: 14 * np.sin(2 * math.pi * u / period),
     "tiled": lambda rng, u, v, period: -26 * _bricks(u.shape, period),
-    "marbled": lambda rng, u, v, period: 20 * np.sin(2 * math.pi * u / (3 * period) + 5 * _blobs(rng, u.shape, 5)),
-    "spotted": lambda rng, u, v, period: 22 * (((u / period % 1 - 0.5) ** 2 + (v / period % 1 - 0.5) ** 2) < 0.06),
-    "quilted": lambda rng, u, v, period: -26 * ((u / (2 * period) % 1 < 0.08) | (v / (2 * period) % 1 < 0.08)),
+    "marbled": lambda rng, u, v, period: (
+        20 * np.sin(2 * math.pi * u / (3 * period) + 5 * _blobs(rng, u.shape, 5))
+    ),
+    "spotted": lambda rng, u, v, period: (
+        22 * (((u / period % 1 - 0.5) ** 2 + (v / period % 1 - 0.5) ** 2) < 0.06)
+    ),
+    "quilted": lambda rng, u, v, period: (
+        -26 * ((u / (2 * period) % 1 < 0.08) | (v / (2 * period) % 1 < 0.08))
+    ),
     "misty": lambda rng, u, v, period: 45 * (u - u.min()) / (u.max() - u.min()) - 30,
     "scratched": lambda rng, u, v, period: (
         -24 * (np.sin(2 * math.pi * u / period + 9 * _blobs(rng, u.shape, 3)) > 0.93)
@@ -316,7 +352,9 @@ def _turned(rng: np.random.Generator, height: int, width: int) -> tuple[Array, A
     return math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
 
 
-def _surface(rng: np.random.Generator, style: Style, texture: str, colour: Array, height: int, width: int) -> Array:
+def _surface(
+    rng: np.random.Generator, style: Style, texture: str, colour: Array, height: int, width: int
+) -> Array:
     """(height, width, 3) float32 RGB: a surface of one colour; the pattern lightens or darkens it."""
     u, v = _turned(rng, height, width)
     pattern = _TEXTURES[texture](rng, u, v, max(4.0, 0.3 * style.period * max(height, width)))
@@ -326,7 +364,9 @@ def _surface(rng: np.random.Generator, style: Style, texture: str, colour: Array
     return colour + (other - colour) * (0.8 * style.contrast * pattern[..., None])
 
 
-def _background(rng: np.random.Generator, style: Style, kind: str, colour: Array, height: int, width: int) -> Array:
+def _background(
+    rng: np.random.Generator, style: Style, kind: str, colour: Array, height: int, width: int
+) -> Array:
     """(height, width, 3) float32 RGB: a textured ground with weak contrast."""
     u, v = _turned(rng, height, width)
     period = rng.uniform(0.05, 0.12) * style.period * min(height, width)
@@ -336,7 +376,12 @@ def _background(rng: np.random.Generator, style: Style, kind: str, colour: Array
 
 
 def _paint(
-    rng: np.random.Generator, style: Style, canvas: Array, polygons: list[Polygon], colour: Array, texture: str
+    rng: np.random.Generator,
+    style: Style,
+    canvas: Array,
+    polygons: list[Polygon],
+    colour: Array,
+    texture: str,
 ) -> None:
     """Paint polygons into `canvas` (H, W, 3) float32 in place, with soft edges."""
     corners = np.concatenate(polygons)
@@ -352,7 +397,9 @@ def _paint(
 def _place(
     rng: np.random.Generator, name: str, extent: float, centre: tuple[float, float], tilt: float
 ) -> list[Polygon]:
-    """The outline of `name` in pixels: `extent` is half its side; it is mirrored at random and tilted (degrees)."""
+    """The outline of `name` in pixels: `extent` is half its side; it is mirrored at random and tilted
+    (degrees).
+    """
     turn = math.radians(rng.uniform(-tilt, tilt))
     mirror = -1.0 if rng.random() < 0.5 else 1.0
     stretch = extent * np.asarray([mirror * rng.uniform(0.85, 1.15), 1.0])
@@ -376,10 +423,13 @@ def _area(polygon: Polygon) -> float:
     return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
 
 
-def _add(rng: np.random.Generator, style: Style, canvas: Array, category: int, polygons: list[Polygon]) -> Shape:
+def _add(
+    rng: np.random.Generator, style: Style, canvas: Array, category: int, polygons: list[Polygon]
+) -> Shape:
     """Paint a shape of its usual or a random colour and of a random texture, and describe it.
 
-    A usual colour makes the task learnable in minutes, as yellow helps with bananas; it differs between the styles.
+    A usual colour makes the task learnable in minutes, as yellow helps with bananas; it differs between the
+    styles.
     """
     colours = list(style.colours)
     usual = rng.random() < style.usual_share
@@ -395,11 +445,12 @@ def draw_scene(
 ) -> Scene:
     """Draw a random image with everything that is known about it.
 
-    About 5 % of the images have no shapes, 6 % a crowd. Later shapes cover earlier ones, but each keeps at least
-    half of its pixels, and shapes that reach over the border lose at most a fifth.
+    About 5 % of the images have no shapes, 6 % a crowd. Later shapes cover earlier ones, but each keeps at
+    least half of its pixels, and shapes that reach over the border lose at most a fifth.
 
     Args:
-        max_shapes: from one to so many, one as likely as the other. Where there may be more than MAX_SHAPES, they are
+        max_shapes: from one to so many, one as likely as the other. Where there may be more than MAX_SHAPES,
+        they are
             smaller, so that together they fill as much.
     """
     ground, kind = str(rng.choice(list(style.background_colours))), str(rng.choice(style.backgrounds))
@@ -436,6 +487,9 @@ def _somewhere(
 ) -> tuple[list[Polygon], Array]:
     """Outlines of a shape of random size (times `size`) and place, and its pixels (height, width) bool."""
     extent = min(height, width) * size * rng.uniform(*EXTENT)
-    centre = (rng.uniform(0.6 * extent, width - 0.6 * extent), rng.uniform(0.6 * extent, height - 0.6 * extent))
+    centre = (
+        rng.uniform(0.6 * extent, width - 0.6 * extent),
+        rng.uniform(0.6 * extent, height - 0.6 * extent),
+    )
     polygons = _place(rng, NAMES[category], extent, centre, TILT)
     return polygons, rasterise(polygons, height, width)

@@ -1,6 +1,8 @@
-"""Images with classes: folders, ImageNet and its relatives, ObjectNet, scikit-learn's digits; and zero-shot accuracy.
+"""Images with classes: folders, ImageNet and its relatives, ObjectNet, scikit-learn's digits; and zero-shot
+accuracy.
 
-As in CLIP (https://arxiv.org/abs/2103.00020) and EVA-CLIP: a class is the mean of its sentences, each of length 1.
+As in CLIP (https://arxiv.org/abs/2103.00020) and EVA-CLIP: a class is the mean of its sentences, each of
+length 1.
 
 | layout | found by | names of the classes | who may be chosen |
 |---|---|---|---|
@@ -9,7 +11,8 @@ As in CLIP (https://arxiv.org/abs/2103.00020) and EVA-CLIP: a class is the mean 
 | ObjectNet | `mappings/*.json` | its own | those that ImageNet shares |
 | any | one folder for each class | `classnames.txt`, or the folders' | all |
 
-Each has its images in a folder of the split (`val`, `validation`, `test`, `train`), or in the given one itself.
+Each has its images in a folder of the split (`val`, `validation`, `test`, `train`), or in the given one
+itself.
 """
 
 from __future__ import annotations
@@ -22,7 +25,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from visft_ds.evals.judge.images import PARTS, changed, chosen, digest, from_files, image_files, read_json, read_lines
+from visft_ds.evals.judge.images import (
+    PARTS,
+    changed,
+    chosen,
+    digest,
+    from_files,
+    image_files,
+    read_json,
+    read_lines,
+)
 from visft_ds.evals.judge.protocol import (
     PLAIN,
     Benchmark,
@@ -99,7 +111,9 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
         return ClassSet(drawn, loaded.target.astype(np.int64), tuple("0123456789"))
     root = Path(source)
     if not (root / (split or ".")).is_dir():
-        raise ValueError(f"{root / (split or '')}: no such folder; give one with a folder for each class, or {DIGITS}")
+        raise ValueError(
+            f"{root / (split or '')}: no such folder; give one with a folder for each class, or {DIGITS}"
+        )
     objectnet = (root / "mappings").is_dir()
     parts = [split] if split else PARTS
     if objectnet:
@@ -114,9 +128,13 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
     if loose := image_files(own):
         raise ValueError(f"{own} has {len(loose)} images outside of its folders of classes ({loose[0].name})")
     if len(classes) != len(files):
-        raise ValueError(f"{root}: {len(classes)} names of classes for {len(files)} folders; name each, in order")
+        raise ValueError(
+            f"{root}: {len(classes)} names of classes for {len(files)} folders; name each, in order"
+        )
     if empty := [folder.name for folder, found in zip(named, files, strict=True) if not found]:
-        raise ValueError(f"{own}: {len(empty)} of {len(files)} classes have no images: {', '.join(empty[:5])}")
+        raise ValueError(
+            f"{own}: {len(empty)} of {len(files)} classes have no images: {', '.join(empty[:5])}"
+        )
     twice = [name for name in classes if classes.count(name) > 1]
     if twice and templates != imagenet()[1]:  # ImageNet has some, and is scored as it is
         raise ValueError(f"{root}: two classes are called {twice[0]!r}: no text can tell them apart")
@@ -124,14 +142,18 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
         raise ValueError(f"{root}: a template without {{}} for the class: {wrong[0]!r}")
     images = from_files([path for found in files for path in found], own)
     if objectnet:
-        images = changed(images, lambda _, image: ImageOps.crop(image, _BORDER), f"without {_BORDER} pixels of border")
+        images = changed(
+            images, lambda _, image: ImageOps.crop(image, _BORDER), f"without {_BORDER} pixels of border"
+        )
     labels = np.repeat(np.arange(len(files)), [len(found) for found in files]).astype(np.int64)
     return ClassSet(images, labels, tuple(classes), templates)
 
 
-def read_train_and_test(source: str, train: str | None = None, test: str | None = None) -> tuple[ClassSet, ClassSet]:
-    """(train, test) of the same classes. If the source has no `train`, every second image of each class trains and the
-    others test.
+def read_train_and_test(
+    source: str, train: str | None = None, test: str | None = None
+) -> tuple[ClassSet, ClassSet]:
+    """(train, test) of the same classes. If the source has no `train`, every second image of each class
+    trains and the others test.
 
     Raises:
         ValueError: as `read_classes`; also if the two have other classes, or a class has one image only.
@@ -142,7 +164,9 @@ def read_train_and_test(source: str, train: str | None = None, test: str | None 
         for label, name in enumerate(whole.classes):
             of_class = np.flatnonzero(whole.labels == label)
             if len(of_class) < 2:
-                raise ValueError(f"{source}: {name} has {len(of_class)} image(s); a probe needs two, to train and test")
+                raise ValueError(
+                    f"{source}: {name} has {len(of_class)} image(s); a probe needs two, to train and test"
+                )
             tests[of_class[1::2]] = True
         return whole.part(np.flatnonzero(~tests)), whole.part(np.flatnonzero(tests))
     if (train or "train") == test:
@@ -150,13 +174,17 @@ def read_train_and_test(source: str, train: str | None = None, test: str | None 
     learnt, held = read_classes(source, train or "train"), read_classes(source, test)
     if learnt.classes != held.classes:
         lone = sorted(set(learnt.classes) ^ set(held.classes))
-        raise ValueError(f"{source}: train and test have other classes: {', '.join(lone[:5]) or 'in another order'}")
+        raise ValueError(
+            f"{source}: train and test have other classes: {', '.join(lone[:5]) or 'in another order'}"
+        )
     return learnt, held
 
 
 @cache
 def imagenet() -> tuple[dict[str, str], tuple[str, ...]]:
-    """(ImageNet's classes in their order, WordNet id -> name as open_clip has it for texts; OpenAI's 80 templates)."""
+    """(ImageNet's classes in their order, WordNet id -> name as open_clip has it for texts; OpenAI's 80
+    templates).
+    """
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
     from timm.data import ImageNetInfo
 

@@ -4,16 +4,16 @@ Published, as facebookresearch/dinov2 measures it on ImageNet (dinov2/eval/{knn,
 dinov2/data/transforms.py): images are resized to 256 pixels and cut to 224.
 
 * kNN: the 20 class tokens nearest by cosine vote, each with exp(similarity / 0.07).
-* linear: classifiers of the class token, and of it beside the mean patch, learn for 12,500 steps of 1,024 random crops
-  by SGD at 13 rates.
+* linear: classifiers of the class token, and of it beside the mean patch, learn for 12,500 steps of 1,024
+  random crops by SGD at 13 rates.
 
-Differs from the source in: pixels are normalised as the model was trained; where a model has no class token the mean
-patch stands for it; equal votes count as wrong. Linear: the tokens are those of one block (there also of the last four
-together), and a fiftieth of the training images chooses the classifier and teaches none (there the test images
-choose).
+Differs from the source in: pixels are normalised as the model was trained; where a model has no class token
+the mean patch stands for it; equal votes count as wrong. Linear: the tokens are those of one block (there
+also of the last four together), and a fiftieth of the training images chooses the classifier and teaches none
+(there the test images choose).
 
-With --quick, at most 10,000 images teach and 5,000 judge, as the model takes them, and the linear classifier is
-logistic regression (`logistic`).
+With --quick, at most 10,000 images teach and 5,000 judge, as the model takes them, and the linear classifier
+is logistic regression (`logistic`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Recipe:
     momentum: float
 
 
-RECIPE = Recipe(12_500, 1024, (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1), 0.9)
+RECIPE = Recipe(
+    12_500, 1024, (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1), 0.9
+)
 
 
 def classification(
@@ -84,7 +86,9 @@ def classification(
             chooses = torch.zeros(len(known.labels), dtype=torch.bool, device=known.labels.device)
             chooses[fifth(len(few.images), few.images.groups)[1]] = True
         if not chooses.any():
-            raise ValueError(f"{label} has no class of five training images, a fifth of which would choose the layer")
+            raise ValueError(
+                f"{label} has no class of five training images, a fifth of which would choose the layer"
+            )
         return probes[number](number, known.part(~chooses), known.part(chooses), 0).value
 
     def published(encoder: Encoder, settings: Settings, wanted: Collection[str]) -> Iterator[Score]:
@@ -126,7 +130,9 @@ def _rows(number: str, features: Mapping[str, Tensor], data: ClassSet) -> Rows:
 
 
 def _taught(number: str, features: Mapping[str, Tensor], data: ClassSet) -> Rows:
-    """The same of training images, which belong to the groups that they come from: these are drawn together."""
+    """The same of training images, which belong to the groups that they come from: these are drawn
+    together.
+    """
     rows = _rows(number, features, data)
     groups = data.images.groups
     return rows if groups is None else replace(rows, owners=torch.from_numpy(groups).to(rows.owners))
@@ -181,16 +187,23 @@ def fallen_at(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def by_descent(name: str, encoder: Encoder, train: ClassSet, test: Rows, recipe: Recipe, settings: Settings) -> Score:
+def by_descent(
+    name: str, encoder: Encoder, train: ClassSet, test: Rows, recipe: Recipe, settings: Settings
+) -> Score:
     """1.0 for each row whose class the classifier predicts that is best on held-out training images."""
     held = held_out(torch.from_numpy(train.labels), _NTH)
     if not held.any():
         first = train.images.names[0]
-        raise ValueError(f"no class has five training images ({first}, ...), a fifth of which would choose the rate")
+        raise ValueError(
+            f"no class has five training images ({first}, ...), a fifth of which would choose the rate"
+        )
     choosing, taught = train.part(np.flatnonzero(held)), train.part(np.flatnonzero(~held))
     encoded = encode_images(encoder, choosing.images, KINDS, settings, "held-out images")
     seen = _rows("linear", encoded, choosing)
-    channels = {"class token": encoded["pooled"].shape[1], "class token and mean patch": seen.features.shape[1]}
+    channels = {
+        "class token": encoded["pooled"].shape[1],
+        "class token and mean patch": seen.features.shape[1],
+    }
     copies = torch.from_numpy(resamples(len(taught.labels), RESAMPLES, taught.images.groups)).float()
     device = settings.device
     rates = torch.tensor(recipe.rates, device=device) * recipe.batch / 256

@@ -110,9 +110,14 @@ def run_judge(given: argparse.Namespace) -> None:
     read = []
     for name, choices in comparison.layers.items():
         read.append((name, ", ".join(f"{arm}: {choice['chosen']}" for arm, choice in choices.items())))
-    shifts = [(name, f"{shift:.3f}", f"A = {record['scales'][name]:.3g}") for name, shift in record["shifts"].items()]
+    shifts = [
+        (name, f"{shift:.3f}", f"A = {record['scales'][name]:.3g}")
+        for name, shift in record["shifts"].items()
+    ]
     parts = [
-        Section("verdict", [(verdict.arm, verdict.word, " ".join(verdict.sentences)) for verdict in verdicts]),
+        Section(
+            "verdict", [(verdict.arm, verdict.word, " ".join(verdict.sentences)) for verdict in verdicts]
+        ),
         Section("models", list(record["models"].items())),
         Section("best layer, by held-out training images", read),
         section(rows, list(members), primary),
@@ -124,7 +129,9 @@ def run_judge(given: argparse.Namespace) -> None:
 
 
 def _settings(given: argparse.Namespace) -> Settings:
-    """Settings by the flags. Raises ValueError for numbers out of range and packages that are not installed."""
+    """Settings by the flags. Raises ValueError for numbers out of range and packages that are not
+    installed.
+    """
     check_extra("visft judge", "eval", EVAL)
     check_least(given, batch_size=1, threads=0)
     if distributed.world_size() != distributed.processes_here():
@@ -140,6 +147,8 @@ def _check_folder(out: Path, primary: str) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (SCORES, JUDGED)):
-        raise ValueError(f"{out} is not empty and not of an earlier start of this command: choose another --out")
+        raise ValueError(
+            f"{out} is not empty and not of an earlier start of this command: choose another --out"
+        )
     if (out / JUDGED).is_file() and (named := read_judged(out)["primary"]) != primary:
         raise ValueError(f"{out} was judged by {named}: for another --primary choose another --out")

@@ -1,10 +1,13 @@
 """Comparison that `visft judge` makes, in three steps: choose layers, match feature shifts, score.
 
-1. `choose_layers`: BASE and every tuned arm are read after the block that is best on held-out training images.
-2. `match_shifts`: each tuned arm gets controls that move BASE's features as far as it does: `noise` in every parameter
-   that training changed, and all that `--control` names. Controls choose their own best block for the primary number.
-   `half` is half of the change, at its own shift.
-3. `score`: all numbers of all arms. The primary number is also taken at last blocks, and of BASE without the blocks
+1. `choose_layers`: BASE and every tuned arm are read after the block that is best on held-out training
+  images.
+2. `match_shifts`: each tuned arm gets controls that move BASE's features as far as it does: `noise` in every
+  parameter
+   that training changed, and all that `--control` names. Controls choose their own best block for the primary
+   number. `half` is half of the change, at its own shift.
+3. `score`: all numbers of all arms. The primary number is also taken at last blocks, and of BASE without the
+  blocks
    behind the end of a tuned arm that ends earlier.
 """
 
@@ -39,7 +42,9 @@ class Arm:
     blocks: Mapping[str, int]  #: that it may be read after; bytes of an image's map after each
     kinds: tuple[str, ...]  #: of features that its models have
     has_text: bool  #: a side that encodes texts
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)  #: number -> its block, and numbers of all
+    layers: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  #: number -> its block, and numbers of all
     shift: float | None = None  #: how far it moved BASE's features
 
     def block(self, number: str) -> str:
@@ -144,7 +149,9 @@ class Comparison:
             for arm in arms:
                 if benchmark.agrees:
                     if not arm.alike:
-                        raise ValueError(f"{benchmark.label}: {arm.name} cannot feed the classifier of {arms[0].name}")
+                        raise ValueError(
+                            f"{benchmark.label}: {arm.name} cannot feed the classifier of {arms[0].name}"
+                        )
                     continue
                 if not kinds_of(arm, benchmark):
                     needed = " or ".join(benchmark.kinds)
@@ -154,7 +161,9 @@ class Comparison:
                     raise ValueError(f"{arm.name} has no text side, {needed}")
 
     def _check_controls(self) -> None:
-        """Raise ValueError for controls that cannot be mixed with BASE, or not be read where a tuned arm is."""
+        """Raise ValueError for controls that cannot be mixed with BASE, or not be read where a tuned arm
+        is.
+        """
         judged = [arm for arm in self.tuned if arm.alike]
         if self.named and not (judged and all(arm.alike for arm in self.named)):
             names = ", ".join(arm.name for arm in [self.base, *self.tuned, *self.named])
@@ -188,7 +197,9 @@ class Comparison:
     # ---------------------------------------------------------------------------------------------------------- layers
 
     def choose_layers(self) -> None:
-        """Choose the blocks after which BASE and tuned arms are read, for every number that has training images."""
+        """Choose the blocks after which BASE and tuned arms are read, for every number that has training
+        images.
+        """
         asked = [arm for arm in [self.base, *self.tuned] if arm.asked]
         for benchmark in self.benchmarks:
             if benchmark.held_out:
@@ -197,18 +208,23 @@ class Comparison:
             if self.primary in self.base.layers:
                 self._choose_cut(cut)
 
-    def _choose(self, arms: Sequence[Arm], benchmark: Benchmark, numbers: Sequence[str], names: Sequence[str]) -> None:
+    def _choose(
+        self, arms: Sequence[Arm], benchmark: Benchmark, numbers: Sequence[str], names: Sequence[str]
+    ) -> None:
         """Choose the blocks of arms.
 
         Args:
             numbers: of the benchmark, measured on held-out training images.
-            names: full names of the numbers that are then read there; those that were not measured are read where the
+            names: full names of the numbers that are then read there; those that were not measured are read
+            where the
                 first one is.
         """
         calls = []
         for arm in arms:
             ranked = self._ranked.get(arm.name, ())
-            calls += [partial(self._levels, spec, benchmark, arm.blocks, ranked, numbers) for spec in arm.models]
+            calls += [
+                partial(self._levels, spec, benchmark, arm.blocks, ranked, numbers) for spec in arm.models
+            ]
         levels = iter(shared(calls, f"layers: {benchmark.label}"))
         for arm in arms:
             choices = chosen([next(levels) for _ in arm.models])
@@ -223,7 +239,9 @@ class Comparison:
 
     @property
     def _measured(self) -> list[str]:
-        """Numbers that choose the block of the primary one: itself or the first of its data set, and what ranks it."""
+        """Numbers that choose the block of the primary one: itself or the first of its data set, and what
+        ranks it.
+        """
         numbers = _choosing(self._deciding)
         choosing = self._number if self._number in numbers else numbers[0]
         return [number for number in numbers if number in DIRECT or number == choosing]
@@ -285,7 +303,9 @@ class Comparison:
             self.tuned[number] = replace(arm, shift=self.trials[number].shift)
 
     def _compared(self, arm: Arm) -> bool:
-        """Return True if BASE's best block for the primary number was looked for, and the arm is read at its best."""
+        """Return True if BASE's best block for the primary number was looked for, and the arm is read at its
+        best.
+        """
         return self.primary in self.base.layers and (self.primary in arm.layers or not arm.asked)
 
     def _fixed(self, arm: Arm) -> str | None:
@@ -313,7 +333,9 @@ class Comparison:
             if all(near for _, _, near in pairs):
                 models = _labelled(name, [spec for spec, _, _ in pairs])
                 layers = {number: choice for number, choice in arm.layers.items() if number != self.primary}
-                reached.append(replace(control, name=name, models=models, layers=layers, shift=shift_of_control))
+                reached.append(
+                    replace(control, name=name, models=models, layers=layers, shift=shift_of_control)
+                )
             else:
                 missed[name] = shift_of_control
         self._choose_primary(reached)
@@ -333,7 +355,9 @@ class Comparison:
         return float(self._remembered_shift(arm, spec, None)[1])
 
     def _scaled(self, arm: Arm, spec: ModelSpec, wanted: float) -> tuple[ModelSpec, float, bool]:
-        """(the model scaled to the wanted shift where an arm is read, its shift, whether that is the wanted one)."""
+        """(the model scaled to the wanted shift where an arm is read, its shift, whether that is the wanted
+        one).
+        """
         scale, shift, near = self._remembered_shift(arm, spec, wanted)
         return replace(spec, scale=scale), shift, near
 
@@ -368,7 +392,9 @@ class Comparison:
                 for number, name in zip(benchmark.numbers, benchmark.names, strict=True):
                     by_block.setdefault(arm.block(name), []).append(number)
                 for spec in arm.models:
-                    requests += [_Request(spec, block, benchmark, tuple(of)) for block, of in by_block.items()]
+                    requests += [
+                        _Request(spec, block, benchmark, tuple(of)) for block, of in by_block.items()
+                    ]
         at_last = [arm for arm in [self.base, *self.tuned] if arm.block(self.primary) != arm.last]
         elsewhere = [self._primary_at(spec, arm.last) for arm in at_last for spec in arm.models]
         cuts = {}
@@ -407,7 +433,9 @@ class Comparison:
                     of_model[name] = replace(of_model[name], values=agrees)
 
     def _made(self, requests: Sequence[_Request]) -> Callable[[_Request], dict[str, Score]]:
-        """Make what is requested, all numbers of a model on a data set at once, and return what looks them up."""
+        """Make what is requested, all numbers of a model on a data set at once, and return what looks them
+        up.
+        """
         groups: dict[tuple[str, str], list[_Request]] = {}
         for request in requests:
             groups.setdefault((request.spec.label, request.benchmark.label), []).append(request)
@@ -451,7 +479,9 @@ class Comparison:
         return next(arm.blocks for arm in self.arms if spec.label in [model.label for model in arm.models])
 
     def _precise(self, spec: ModelSpec) -> Settings:
-        """Settings of a model: fp32 for weights that are mixed, since 16 bits would round a small change away."""
+        """Settings of a model: fp32 for weights that are mixed, since 16 bits would round a small change
+        away.
+        """
         return replace(self.settings, precision="fp32") if spec.mixed else self.settings
 
     def _load(self, spec: ModelSpec) -> Encoder:

@@ -1,4 +1,6 @@
-"""Parts of images that published protocols teach with: what a view of an image is, and what all their crops share."""
+"""Parts of images that published protocols teach with: what a view of an image is, and what all their crops
+share.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class View:
 
 
 def label_of(data: DenseSet, number: int) -> Tensor:
-    """(H, W) int64 class numbers of an image, NO_CLASS where it has none; or float32 metres where depth is asked."""
+    """(H, W) int64 class numbers of an image, NO_CLASS where it has none; or float32 metres where depth is
+    asked.
+    """
     label = data.label(number)
     if not data.classes:
         return torch.from_numpy(np.ascontiguousarray(label, dtype=np.float32))

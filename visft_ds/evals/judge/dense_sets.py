@@ -4,17 +4,21 @@
 |---|---|---|
 | shards of ours | a manifest of the split | crowds |
 | ADE20k | `images/{training,validation}`, `annotations/{training,validation}` | 0; class n is number n + 1 |
-| Pascal VOC | `JPEGImages`, `SegmentationClass[Aug]`, `ImageSets/Segmentation/{train,trainaug,val}.txt` | 255 |
-| any | `images/<split>`, `labels/<split>` with PNG files; `classes.txt` names the classes, if it exists | 255 |
+| Pascal VOC | `JPEGImages`, `SegmentationClass[Aug]`, `ImageSets/Segmentation/{train,trainaug,val}.txt` | 255
+|
+| any | `images/<split>`, `labels/<split>` with PNG files; `classes.txt` names the classes, if it exists | 255
+|
 | what `visft shards` reads: COCO, Roboflow, YOLO, Cityscapes | as there | crowds |
 
-Label maps are PNG files of class numbers (indexed or grey), called as their images. With `classes.txt` they are read as
-`visft shards` does: a number without a name is an error, and another number than 255 may mean no class. Labels keep
-their size; images are stretched to squares. Of objects, each lies on top of the larger ones; what no object covers is
-class 0, in shards of label maps without a class. Where an object has a box and no mask, nobody knows what is in the
+Label maps are PNG files of class numbers (indexed or grey), called as their images. With `classes.txt` they
+are read as `visft shards` does: a number without a name is an error, and another number than 255 may mean no
+class. Labels keep their size; images are stretched to squares. Of objects, each lies on top of the larger
+ones; what no object covers is class 0, in shards of label maps without a class. Where an object has a box and
+no mask, nobody knows what is in the
 box: it has no class.
 
-Depth: `images/<split>` and `depth/<split>`, 16-bit PNG files of millimetres, called as the images; 0 is not known.
+Depth: `images/<split>` and `depth/<split>`, 16-bit PNG files of millimetres, called as the images; 0 is not
+known.
 """
 
 from __future__ import annotations
@@ -45,7 +49,9 @@ from visft_ds.tasks.classes import VOID
 
 NOTHING = 65_535  #: number of a pixel of outlines that has no class; of label maps it is 255
 _SMALLEST = 1 / 3136  # of an image, below which nobody could recognise an object
-_AUGMENTED = "trainaug"  # VOC's training images with those of Hariharan et al., from which published numbers learn
+_AUGMENTED = (
+    "trainaug"  # VOC's training images with those of Hariharan et al., from which published numbers learn
+)
 _ELLIPSES = "mask drawn as an ellipse into its box"  # as visft shards says it of its shards
 
 
@@ -66,7 +72,9 @@ class DenseSet:
     images: ImageSet
     label: Callable[[int], npt.NDArray[Any]]  #: of an image; in metres where depth is asked
     classes: tuple[str, ...] = ()  #: their names; "": no object is there
-    things: tuple[Thing, ...] = ()  #: objects that are large enough and no crowds, in the order of their images
+    things: tuple[
+        Thing, ...
+    ] = ()  #: objects that are large enough and no crowds, in the order of their images
     notes: tuple[str, ...] = ()  #: what is odd about their masks
 
     def part(self, places: Sequence[int]) -> DenseSet:
@@ -75,7 +83,11 @@ class DenseSet:
 
 
 def read_train_and_test(
-    most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None, void: int | None = None
+    most: Mapping[str, int],
+    source: str,
+    train: str | None = None,
+    test: str | None = None,
+    void: int | None = None,
 ) -> tuple[DenseSet, DenseSet]:
     """(images to train probes on, images to judge them on), in any layout of the table above.
 
@@ -84,7 +96,8 @@ def read_train_and_test(
         void: number that means no class, for label maps with `classes.txt`.
 
     Raises:
-        ValueError: no such folder or layout, a part that is not there or is not labelled, other categories in both,
+        ValueError: no such folder or layout, a part that is not there or is not labelled, other categories in
+        both,
             objects of which none has a mask; label maps with a number that `classes.txt` does not name.
     """
     found = _pair(_parts(Path(source), void), most, source, train, test)
@@ -133,7 +146,9 @@ def _masked(part: DenseSet, name: str, source: str) -> DenseSet:
     if not boxed:
         return part
     if not drawn:
-        raise ValueError(f"{name} has boxes and no masks, so no mIoU can be judged: give --on objects={source}")
+        raise ValueError(
+            f"{name} has boxes and no masks, so no mIoU can be judged: give --on objects={source}"
+        )
     note = f"{name}: {boxed} of {len(part.things)} objects have a box and no mask; pixels in these boxes count nowhere."
     return replace(part, things=drawn, notes=(*part.notes, note))
 
@@ -141,7 +156,9 @@ def _masked(part: DenseSet, name: str, source: str) -> DenseSet:
 def read_depth(
     most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
 ) -> tuple[DenseSet, DenseSet]:
-    """(images to train heads on, images to judge them on), whose labels are metres. Raises ValueError without any."""
+    """(images to train heads on, images to judge them on), whose labels are metres. Raises ValueError without
+    any.
+    """
     learnt, held = _pair(_beside(Path(source), "depth", _metres), most, source, train, test).values()
     return learnt, held
 
@@ -157,7 +174,9 @@ def _pair(
     learnt, held = train or usual, test or next((name for name in PARTS if name in parts), "val")
     if learnt == held or not {learnt, held} <= set(parts):
         has = f"it has {', '.join(parts) or 'no parts'}"
-        raise ValueError(f"{source}: probes cannot learn from {learnt} and be judged on {held}: name two parts; {has}")
+        raise ValueError(
+            f"{source}: probes cannot learn from {learnt} and be judged on {held}: name two parts; {has}"
+        )
     return {learnt: parts[learnt](most["train"]), held: parts[held](most["test"])}
 
 
@@ -171,12 +190,19 @@ def _parts(root: Path, void: int | None = None) -> Parts:
         names = {"training": "train", "validation": "val"}
         return {names.get(name, name): part for name, part in _beside(root, "annotations", _ade).items()}
     if found := sorted(root.glob("ImageSets/Segmentation/*.txt")):
-        listed = {path.stem: sorted(checked_name(f"{name}.jpg", path) for name in read_lines(path)) for path in found}
+        listed = {
+            path.stem: sorted(checked_name(f"{name}.jpg", path) for name in read_lines(path))
+            for path in found
+        }
         augmented = root / "SegmentationClassAug"  # of more training images
         parts = {}
         for part, listing in listed.items():
-            maps = augmented if part.startswith("train") and augmented.is_dir() else root / "SegmentationClass"
-            parts[part] = partial(_of_maps, root, [root / "JPEGImages" / name for name in listing], maps, read_map)
+            maps = (
+                augmented if part.startswith("train") and augmented.is_dir() else root / "SegmentationClass"
+            )
+            parts[part] = partial(
+                _of_maps, root, [root / "JPEGImages" / name for name in listing], maps, read_map
+            )
         if _AUGMENTED in parts and not augmented.is_dir():
             del parts[_AUGMENTED]
         return parts
@@ -194,7 +220,9 @@ def _parts(root: Path, void: int | None = None) -> Parts:
 
 
 def _named(root: Path, void: int | None) -> Parts:
-    """The parts of label maps whose classes are named; classes are numbered from 0 in the order of their numbers."""
+    """The parts of label maps whose classes are named; classes are numbered from 0 in the order of their
+    numbers.
+    """
     names, voids, _ = classes_of_maps(OWN, root, void)
     places = np.full(VOID + 1, VOID, dtype=np.uint8)
     places[sorted(names)] = np.arange(len(names))
@@ -218,7 +246,9 @@ def _beside(root: Path, kind: str, read: Callable[[Path], npt.NDArray[Any]]) -> 
     """The parts that have a folder of images and one of maps of a kind."""
     both = [(root / "images" / maps.name, maps) for maps in sorted(root.glob(f"{kind}/*/"))]
     return {
-        maps.name: partial(_of_maps, root, image_files(images), maps, read) for images, maps in both if images.is_dir()
+        maps.name: partial(_of_maps, root, image_files(images), maps, read)
+        for images, maps in both
+        if images.is_dir()
     }
 
 
@@ -251,7 +281,9 @@ def _of_maps(
     def label(place: int) -> npt.NDArray[Any]:
         numbers, frame = read(maps[place]), image_frame(kept[place])
         if numbers.shape != (frame.height, frame.width):
-            raise ValueError(f"{kept[place]} has other pixels than its label map {maps[place]}: give maps of its size")
+            raise ValueError(
+                f"{kept[place]} has other pixels than its label map {maps[place]}: give maps of its size"
+            )
         return numbers
 
     stamped = digest((images.fingerprint, from_files(maps, root).fingerprint))
@@ -287,7 +319,10 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
 
 
 def _of_outlines(
-    images: ImageSet, labels: Sequence[Mapping[str, Any]], categories: Sequence[Category], empty: Sequence[str] = ("",)
+    images: ImageSet,
+    labels: Sequence[Mapping[str, Any]],
+    categories: Sequence[Category],
+    empty: Sequence[str] = ("",),
 ) -> DenseSet:
     """Images with their labels as shards have them; `empty` is the name of what no object covers, if any."""
     if len(categories) + len(empty) > NOTHING:
@@ -303,8 +338,14 @@ def _of_outlines(
         for one in image["annotations"]:
             mask = one.get("segmentation")
             shape = mask or [one["bbox"]]
-            code = shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, *sizes[-1]))
-            own.append(Thing(owner, NOTHING if one["iscrowd"] else numbers[one["category_id"]], code, boxed=not mask))
+            code = (
+                shape
+                if isinstance(shape, Mapping)
+                else coco_mask.merge(coco_mask.frPyObjects(shape, *sizes[-1]))
+            )
+            own.append(
+                Thing(owner, NOTHING if one["iscrowd"] else numbers[one["category_id"]], code, boxed=not mask)
+            )
         things.append(sorted(own, key=lambda thing: -int(coco_mask.area(thing.code))))
         least = _SMALLEST * image["height"] * image["width"]
         large += [one for one in things[-1] if one.label != NOTHING and coco_mask.area(one.code) >= least]
@@ -315,5 +356,7 @@ def _of_outlines(
             drawn[coco_mask.decode(thing.code) == 1] = NOTHING if thing.boxed else thing.label
         return drawn
 
-    stamped = replace(images, stretched=True, fingerprint=digest((images.fingerprint, *map(orjson.dumps, labels))))
+    stamped = replace(
+        images, stretched=True, fingerprint=digest((images.fingerprint, *map(orjson.dumps, labels)))
+    )
     return DenseSet(stamped, label, (*empty, *(category.name for category in ordered)), tuple(large))

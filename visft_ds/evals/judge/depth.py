@@ -1,12 +1,14 @@
 """Depth by a linear head on a frozen feature map, as facebookresearch/dinov3 measures it on NYU Depth v2.
 
-dinov3/eval/depth/{train,eval,loss,metrics,transforms,schedulers}.py with configs/config-nyu.yaml. 256 depths from 1 mm
-to 10 m, each with the weight (relu + 0.1) / sum, give a patch its own; the loss is SILog, https://arxiv.org/abs/1406.2283.
-RMSE in metres and delta1, the share of pixels within a factor of 1.25, are means over the test images of what is
-measured in each. In maps of NYU's size the part counts that Eigen et al. named.
+dinov3/eval/depth/{train,eval,loss,metrics,transforms,schedulers}.py with configs/config-nyu.yaml. 256 depths
+from 1 mm to 10 m, each with the weight (relu + 0.1) / sum, give a patch its own; the loss is SILog,
+https://arxiv.org/abs/1406.2283. RMSE in metres and delta1, the share of pixels within a factor of 1.25, are
+means over the test images of what is measured in each. In maps of NYU's size the part counts that Eigen et
+al. named.
 
-Differs from the source in: pixels are normalised as the model was trained; crops of images that are smaller than
-416 x 544 are filled up (there refused); Eigen's part is cut out of maps of 480 x 640 alone (there of any size, scaled).
+Differs from the source in: pixels are normalised as the model was trained; crops of images that are smaller
+than 416 x 544 are filled up (there refused); Eigen's part is cut out of maps of 480 x 640 alone (there of any
+size, scaled).
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ def _within(data: DenseSet, part: tuple[slice, slice], counts: _Mask) -> DenseSe
         kept = np.zeros_like(metres)
         kept[inner] = np.where(counts(metres), metres, 0)[inner]
         if not kept.any():
-            raise ValueError(f"{data.images.names[number]} has no depth between {NEAREST:g} and {FARTHEST:g} m")
+            raise ValueError(
+                f"{data.images.names[number]} has no depth between {NEAREST:g} and {FARTHEST:g} m"
+            )
         return kept
 
     return replace(data, label=label)
@@ -98,7 +102,9 @@ def crop(image: Image.Image, truth: Tensor, view: View) -> tuple[Tensor, Tensor]
         pixels, truth = pixels.flip(-1), truth.flip(-1)
     missing = [max(0, length - there) for length, there in zip(_CROP, truth.shape, strict=True)]
     pixels, truth = (F.pad(map_, (0, missing[1], 0, missing[0])) for map_ in (pixels, truth))
-    top, left = (int(torch.randint(there - length + 1, ())) for length, there in zip(_CROP, truth.shape, strict=True))
+    top, left = (
+        int(torch.randint(there - length + 1, ())) for length, there in zip(_CROP, truth.shape, strict=True)
+    )
     part = ..., slice(top, top + _CROP[0]), slice(left, left + _CROP[1])
     pixels, truth = coloured(pixels[part]), truth[part]
     return pixels_of.normalize(pixels, list(view.mean), list(view.std)), truth
@@ -114,7 +120,9 @@ def coloured(pixels: Tensor) -> Tensor:
 
 
 def schedule(recipe: Recipe, step: int) -> tuple[float, float]:
-    """(learning rate, beta1): both by a cosine, the rate over all steps, also in the warm-up, beta1 behind it."""
+    """(learning rate, beta1): both by a cosine, the rate over all steps, also in the warm-up, beta1 behind
+    it.
+    """
     if step < recipe.warm_up:
         fallen = (1 + math.cos(math.pi * step / recipe.steps)) / 2
         return recipe.rate * (_FIRST + fallen * step / recipe.warm_up), 0.0

@@ -1,4 +1,5 @@
-"""Image encoders for evaluation: what an image becomes in a backbone of ours or of timm, or in a model of open_clip.
+"""Image encoders for evaluation: what an image becomes in a backbone of ours or of timm, or in a model of
+open_clip.
 
 Every encoder is a module `(images, kinds) -> {kind: tensor}` that computes all kinds in one forward:
 
@@ -42,7 +43,9 @@ class Encoder:
     module: nn.Module  #: as the head of this file says, in eval mode, without gradients
     kinds: tuple[str, ...]  #: what it can compute
     preprocess: Preprocess
-    normalisation: tuple[Sequence[float], Sequence[float]]  #: (mean, std) of RGB in [0, 1], the last step of it
+    normalisation: tuple[
+        Sequence[float], Sequence[float]
+    ]  #: (mean, std) of RGB in [0, 1], the last step of it
     side: int  #: of its images, pixels
     text: TextTower | None
 
@@ -50,7 +53,8 @@ class Encoder:
 class BackboneEncoder(nn.Module):
     """A backbone of ours or of timm; `pooled` is its class token, or the mean of the map where there is none.
 
-    `clip` is the projection of the class token into the space of texts, of a tower that ends where its file does.
+    `clip` is the projection of the class token into the space of texts, of a tower that ends where its file
+    does.
     """
 
     def __init__(self, backbone: Backbone, projection: nn.Linear | None = None) -> None:
@@ -72,7 +76,9 @@ class BackboneEncoder(nn.Module):
         tokens = self.backbone.norm(given) if self.gives_tokens else given
         return self._features(self.backbone.feature_map(tokens, images.shape[-2:]), tokens, images, kinds)
 
-    def _features(self, patches: Tensor, tokens: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+    def _features(
+        self, patches: Tensor, tokens: Tensor, images: Tensor, kinds: Collection[str]
+    ) -> dict[str, Tensor]:
         if not self.gives_tokens and patches.shape[-1] * COARSE > images.shape[-1]:
             height, width = (-(-side // COARSE) for side in images.shape[-2:])
             patches = F.adaptive_avg_pool2d(patches, (height, width))
@@ -84,7 +90,9 @@ class BackboneEncoder(nn.Module):
 
 
 class _OpenClipEncoder(nn.Module):
-    """The image side of an open_clip model; `pooled` is what comes before the last projection if timm gives it."""
+    """The image side of an open_clip model; `pooled` is what comes before the last projection if timm gives
+    it.
+    """
 
     kinds = KINDS
 
@@ -108,9 +116,11 @@ class _OpenClipEncoder(nn.Module):
         return {kind: found[kind] for kind in kinds}
 
 
-def square_preprocess(side: int, mean: Sequence[float], std: Sequence[float], resized: int | None = None) -> Preprocess:
-    """EVA-CLIP's: the shorter side to `resized` pixels by bicubic interpolation (None: to `side`), the middle square of
-    `side` pixels, normalised.
+def square_preprocess(
+    side: int, mean: Sequence[float], std: Sequence[float], resized: int | None = None
+) -> Preprocess:
+    """EVA-CLIP's: the shorter side to `resized` pixels by bicubic interpolation (None: to `side`), the middle
+    square of `side` pixels, normalised.
 
     https://github.com/baaivision/EVA/blob/master/EVA-CLIP/rei/eva_clip/transform.py
     """
@@ -143,7 +153,11 @@ def open_clip_encoder(name: str, weights: str) -> Encoder:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none of that name"
         raise ValueError(f"open_clip:{name}: give open_clip:NAME:TAG or open_clip:NAME:FILE; tags: {tags}")
     with reading(f"open_clip:{name}", "a model of open_clip"):
-        model = open_clip.create_model(name, pretrained=weights or None, load_weights=True).requires_grad_(False).eval()
+        model = (
+            open_clip.create_model(name, pretrained=weights or None, load_weights=True)
+            .requires_grad_(False)
+            .eval()
+        )
         # Code of a repository is not run, and nobody is asked.
         foreign = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
         tokenizer = open_clip.get_tokenizer(name, **({"trust_remote_code": False} if foreign else {}))

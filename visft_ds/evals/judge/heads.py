@@ -1,10 +1,10 @@
 """Linear heads of a frozen feature map: BatchNorm and a 1 x 1 convolution, trained with AdamW.
 
-The head of facebookresearch/dinov3, dinov3/eval/segmentation/models/heads/linear_head.py: channels dropped, BatchNorm,
-a convolution that begins with weights of N(0, 0.01) and no bias. Judged is the last iterate.
+The head of facebookresearch/dinov3, dinov3/eval/segmentation/models/heads/linear_head.py: channels dropped,
+BatchNorm, a convolution that begins with weights of N(0, 0.01) and no bias. Judged is the last iterate.
 
-Beside a head, RESAMPLES others learn from the same batches with the same start, in which an image counts as often as a
-bootstrap of the training images drew it: their spread is what the choice of these images does.
+Beside a head, RESAMPLES others learn from the same batches with the same start, in which an image counts as
+often as a bootstrap of the training images drew it: their spread is what the choice of these images does.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from visft_ds.monitor.console import gauge
 RESAMPLES = 5
 BATCH = 16
 
-#: Outputs (B, heads, C, h, w), what is there (B, H, W), weights of images (heads, B), generator, stride between pixels
-#: that count, number of the step -> loss: the sum over heads.
+#: Outputs (B, heads, C, h, w), what is there (B, H, W), weights of images (heads, B), generator, stride
+#: between pixels that count, number of the step -> loss: the sum over heads.
 Loss = Callable[[Tensor, Tensor, Tensor, torch.Generator, int, int], Tensor]
 
 
@@ -124,8 +124,8 @@ def enlarged(maps: Tensor, size: Sequence[int], stride: int = 1, first: Sequence
 
 
 def sampled(maps: Tensor, truth: Tensor, stride: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Maps (..., h, w) enlarged to labels (..., H, W), and these, at every `stride`-th pixel of every `stride`-th row,
-    from a random one on.
+    """Maps (..., h, w) enlarged to labels (..., H, W), and these, at every `stride`-th pixel of every
+    `stride`-th row, from a random one on.
     """
     step = min(stride, *truth.shape[-2:])
     row, column = torch.randint(step, (2,), generator=generator).tolist()

@@ -1,6 +1,7 @@
 """Image files as sets of images; the hash that identifies a set; lists and annotations beside them.
 
-Files are identified by name, size and modification time, so that a set of millions is not read twice to be known.
+Files are identified by name, size and modification time, so that a set of millions is not read twice to be
+known.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def grouped(images: ImageSet, by: str) -> ImageSet:
     """The images with the groups that they come from, such as patients or videos.
 
     Args:
-        by: `FILE.csv:COLUMN`, whose first column has the images' names; or a regular expression that is found in each
+        by: `FILE.csv:COLUMN`, whose first column has the images' names; or a regular expression that is found
+        in each
             name, of which the first pair of parentheses, or else all that it finds, is the group.
 
     Raises:
@@ -106,7 +108,9 @@ def grouped(images: ImageSet, by: str) -> ImageSet:
     try:
         pattern = re.compile(by)
     except re.error as error:
-        raise ValueError(f"groups={by}: neither FILE.csv:COLUMN nor a regular expression ({error})") from error
+        raise ValueError(
+            f"groups={by}: neither FILE.csv:COLUMN nor a regular expression ({error})"
+        ) from error
     groups = []
     for name in images.names:
         if named is not None:
@@ -127,6 +131,8 @@ def _column(path: Path, column: str) -> dict[str, str]:
         lines = csv.reader(read_bytes(path, _MOST_TEXT).decode("utf-8-sig").splitlines())
         names = next(lines, [])
         if column not in names[1:]:
-            raise ValueError(f"it has no column {column!r} after the first; its columns: {', '.join(names) or 'none'}")
+            raise ValueError(
+                f"it has no column {column!r} after the first; its columns: {', '.join(names) or 'none'}"
+            )
         place = names.index(column, 1)
         return {row[0]: row[place] for row in lines if row}

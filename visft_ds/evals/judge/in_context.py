@@ -1,16 +1,17 @@
-"""In-context segmentation: nothing is trained, a patch takes its classes from the most similar training patches.
+"""In-context segmentation: nothing is trained, a patch takes its classes from the most similar training
+patches.
 
 Hummingbird's dense retrieval (https://arxiv.org/abs/2306.01667), as vpariza/open-hummingbird-eval runs it:
-hbird/hbird_eval.py, hbird/utils/transforms.py, hbird/utils/eval_metrics.py. A patch in memory has the shares of the
-classes among its pixels; the 30 nearest by cosine count by softmax(similarity / 0.02).
+hbird/hbird_eval.py, hbird/utils/transforms.py, hbird/utils/eval_metrics.py. A patch in memory has the shares
+of the classes among its pixels; the 30 nearest by cosine count by softmax(similarity / 0.02).
 
-Published: PASSES augmented passes over the training images fill a memory of at most 10,240,000 patches, in which pixels
-without a class are class 0. Labels are judged at the size of the images, after a one-to-one matching of answers to
-classes (Hungarian), and a class that does not occur counts as 0.
+Published: PASSES augmented passes over the training images fill a memory of at most 10,240,000 patches, in
+which pixels without a class are class 0. Labels are judged at the size of the images, after a one-to-one
+matching of answers to classes (Hungarian), and a class that does not occur counts as 0.
 
-Differs from the source in: search is exact (there quantised, by ScaNN); all images take part (there not the last
-incomplete batch of each part); pixels are normalised as the model was trained (there 0.255 stands for the 0.225 of
-blue); of ADE20k, pixels without a class are class 0 of 150 (there a class of their own, of 151).
+Differs from the source in: search is exact (there quantised, by ScaNN); all images take part (there not the
+last incomplete batch of each part); pixels are normalised as the model was trained (there 0.255 stands for
+the 0.225 of blue); of ADE20k, pixels without a class are class 0 of 150 (there a class of their own, of 151).
 
 With --quick, a pixel without a class has a share in none, and patches without any other are not kept.
 """
@@ -55,7 +56,8 @@ def crop(image: Image.Image, label: Tensor, view: View) -> tuple[Tensor, Tensor]
 
 
 def remember(images: Iterable[tuple[int, Tensor, Tensor]], classes: int, most: int, each: int) -> Rows:
-    """Keep at most `each` patches of every image: those of classes that are rare in it, at random among equals.
+    """Keep at most `each` patches of every image: those of classes that are rare in it, at random among
+    equals.
 
     Args:
         images: (number of the image, its map (D, h, w), its label (H, W) of class numbers or NO_CLASS).
@@ -82,7 +84,9 @@ def remember(images: Iterable[tuple[int, Tensor, Tensor]], classes: int, most: i
 
 
 def shares_of(label: Tensor, grid: Sequence[int], classes: int) -> FloatArray:
-    """(h * w, classes), the share of each class among the pixels of each patch; a pixel belongs to one patch."""
+    """(h * w, classes), the share of each class among the pixels of each patch; a pixel belongs to one
+    patch.
+    """
     rows, columns = (np.arange(size) * cells // size for size, cells in zip(label.shape, grid, strict=True))
     numbers = label.numpy()
     numbers = np.where((numbers >= 0) & (numbers < classes), numbers, classes)
@@ -93,7 +97,9 @@ def shares_of(label: Tensor, grid: Sequence[int], classes: int) -> FloatArray:
 
 
 def recall(memory: Rows, maps: Tensor, draws: int = RESAMPLES) -> Iterator[Tensor]:
-    """For each image of (n, D, h, w): (1 + draws, C, h, w), what its patches are by the memory and by resamples."""
+    """For each image of (n, D, h, w): (1 + draws, C, h, w), what its patches are by the memory and by
+    resamples.
+    """
     for images in maps.split(max(1, ROWS // maps[0, 0].numel())):
         queries = images.flatten(2).transpose(1, 2).flatten(0, 1)
         votes = vote(memory, queries, NEIGHBOURS, TEMPERATURE, draws)

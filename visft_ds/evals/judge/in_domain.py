@@ -1,7 +1,9 @@
-"""Were models trained on the images that they are judged on? By what runs record and shards hold; nothing is guessed.
+"""Were models trained on the images that they are judged on? By what runs record and shards hold; nothing is
+guessed.
 
-A run names its shards, whose index has size and crc32 of each image; an image that is judged is one of those if both
-are equal. Models without a run, shards that are gone or behind a URL, and images that were stored anew are not known.
+A run names its shards, whose index has size and crc32 of each image; an image that is judged is one of those
+if both are equal. Models without a run, shards that are gone or behind a URL, and images that were stored
+anew are not known.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ _DEPTH = 3  # folders between a file of a run and its record, at most
 
 
 def trained_on(models: Sequence[ModelSpec], benchmarks: Sequence[Benchmark]) -> list[str]:
-    """`segmentation/coco (150 of 181 of train, 0 of 20 of test)` for each data set with images that one of the models
-    was trained on."""
+    """`segmentation/coco (150 of 181 of train, 0 of 20 of test)` for each data set with images that one of
+    the models was trained on."""
     places = sorted({place for spec in models for place in _places(spec)})
     known: set[tuple[int, int]] = set()
     for root, split in places:

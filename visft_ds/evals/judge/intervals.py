@@ -1,18 +1,19 @@
 """Intervals of numbers: over test items, training images and seeds; and which of many differences is shown.
 
-Items are resampled: bootstrap intervals of a mean (Efron, https://doi.org/10.1214/aos/1176344552). Drawing n items with
-replacement decides only how often each value comes; so the counts of the distinct values are drawn (multinomial), which
-is the same distribution and costs the same for ten items and for a million. (scipy.stats.bootstrap draws item by item,
-forty times as long for 50,000 shares, and knows no groups of items.)
+Items are resampled: bootstrap intervals of a mean (Efron, https://doi.org/10.1214/aos/1176344552). Drawing n
+items with replacement decides only how often each value comes; so the counts of the distinct values are drawn
+(multinomial), which is the same distribution and costs the same for ten items and for a million.
+(scipy.stats.bootstrap draws item by item, forty times as long for 50,000 shares, and knows no groups of
+items.)
 
-A probe also depends on the images it learnt from. R probes retrained on resamples of them say by how much: the standard
-deviation of their difference, times a value of Student's t with R - 1 degrees of freedom, is added to each draw.
-Resampling test items alone finds a difference between equal models in 9 % of cases instead of 5 (docs/evidence.md), and
-a normal value for five probes in 12 % where the training images decide.
+A probe also depends on the images it learnt from. R probes retrained on resamples of them say by how much:
+the standard deviation of their difference, times a value of Student's t with R - 1 degrees of freedom, is
+added to each draw. Resampling test items alone finds a difference between equal models in 9 % of cases
+instead of 5 (docs/evidence.md), and a normal value for five probes in 12 % where the training images decide.
 
-Seeds are few, so they follow Student's t: s / sqrt(k) times a value of Student's t with k - 1 degrees of freedom is
-added, s being the spread of the k seeds. Where seeds decide, drawing three of them with replacement covers 80 % instead
-of 95 (docs/evidence.md).
+Seeds are few, so they follow Student's t: s / sqrt(k) times a value of Student's t with k - 1 degrees of
+freedom is added, s being the spread of the k seeds. Where seeds decide, drawing three of them with
+replacement covers 80 % instead of 95 (docs/evidence.md).
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def resampled(several: Sequence[FloatArray], groups: IntArray | None, rng: np.ra
     means = []
     step = max(1, _CELLS // max(kinds.shape))
     for start in range(0, DRAWS, step):
-        drawn = rng.multinomial(len(sums), often / often.sum(), size=min(step, DRAWS - start)).astype(np.float64)
+        drawn = rng.multinomial(len(sums), often / often.sum(), size=min(step, DRAWS - start)).astype(
+            np.float64
+        )
         means.append(mean_ratio((drawn @ kinds).reshape(-1, *rows.shape[1:])))
     return np.concatenate(means).T
 
@@ -74,7 +77,8 @@ def combined(
     Args:
         values: (seeds,), the numbers themselves.
         means: (seeds, DRAWS), the same of resampled items.
-        retrained: (R,), their mean over the seeds by probes that learnt from R resamples; None where nothing learns.
+        retrained: (R,), their mean over the seeds by probes that learnt from R resamples; None where nothing
+        learns.
     """
     draws: FloatArray = means.mean(axis=0)
     if retrained is not None:
@@ -96,7 +100,9 @@ class Spread:
     freedom: float
 
     def two_sided(self, value: float) -> float:
-        """p value of zero for a number, by the tail of Student's t: draws alone cannot tell small ones apart."""
+        """p value of zero for a number, by the tail of Student's t: draws alone cannot tell small ones
+        apart.
+        """
         if not self.error:
             return float(value == 0)
         return float(2 * stdtr(self.freedom, -abs(value) / self.error))
@@ -125,7 +131,8 @@ def spread_of(values: FloatArray, means: FloatArray, retrained: FloatArray | Non
 
 
 def holm(p_values: Mapping[_Key, float]) -> dict[_Key, bool]:
-    """Key -> whether it is shown, so that a false one is among all shown at most once in 1 / (1 - LEVEL) times.
+    """Key -> whether it is shown, so that a false one is among all shown at most once in 1 / (1 - LEVEL)
+    times.
 
     Holm, https://www.jstor.org/stable/4615733.
     """

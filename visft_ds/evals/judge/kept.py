@@ -1,7 +1,7 @@
 """Share of a classifier's own predictions that is kept when its backbone is trained.
 
-The classifier is that of BASE, a whole model of timm; every other model lends it its own tensors, by name. What lies
-behind a tower that ends early stays as it was. Images are prepared as timm does it for BASE.
+The classifier is that of BASE, a whole model of timm; every other model lends it its own tensors, by name.
+What lies behind a tower that ends early stays as it was. Images are prepared as timm does it for BASE.
 """
 
 from __future__ import annotations
@@ -27,16 +27,21 @@ MOST = 5000  #: images of a folder; a larger one gives every k-th
 
 
 def kept(label: str, images: ImageSet) -> Benchmark:
-    """Share of the first model's top-1 predictions that a model makes, too. Scores are the predictions themselves."""
+    """Share of the first model's top-1 predictions that a model makes, too. Scores are the predictions
+    themselves.
+    """
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         yield Score(NUMBER, features["test"][KIND].double().numpy())
 
-    return Benchmark(label, {"test": images}, (KIND,), (NUMBER,), {"benchmark": "kept 3"}, scores, agrees=True)
+    return Benchmark(
+        label, {"test": images}, (KIND,), (NUMBER,), {"benchmark": "kept 3"}, scores, agrees=True
+    )
 
 
 def read_images(source: str) -> ImageSet:
-    """The images of a folder; where it has none, of val2017 in it (a COCO tree), or else of all folders in it.
+    """The images of a folder; where it has none, of val2017 in it (a COCO tree), or else of all folders in
+    it.
 
     Raises:
         ValueError: no such folder, or none with images.

@@ -118,7 +118,9 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
     for pair in pairs:
         key, _, value = pair.partition("=")
         if key not in allowed or not value:
-            raise ValueError(f"--on {text}: {key!r} is not a setting of {name}; allowed: {', '.join(allowed)}")
+            raise ValueError(
+                f"--on {text}: {key!r} is not a setting of {name}; allowed: {', '.join(allowed)}"
+            )
         options[key] = value
     void = options.get("void")
     if void is not None and not void.isdecimal():
@@ -139,18 +141,22 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
 def parse_benchmarks(
     texts: Sequence[str], primary: str | None, protocol: Protocol, wanted: Sequence[str] = ()
 ) -> tuple[list[Benchmark], str]:
-    """(all benchmarks of a command line, the number that decides: by default the first of the first segmentation).
+    """(all benchmarks of a command line, the number that decides: by default the first of the first
+    segmentation).
 
     Args:
         wanted: names of numbers, whole or without their data set; none: all.
 
     Raises:
-        ValueError: as `parse_benchmark`; also if two have the same name, or none has the primary or a wanted number.
+        ValueError: as `parse_benchmark`; also if two have the same name, or none has the primary or a wanted
+        number.
     """
     found = [parse_benchmark(text, protocol) for text in texts]
     labels = [benchmark.label for benchmark in found]
     if twice := [label for label in labels if labels.count(label) > 1]:
-        raise ValueError(f"two of --on are called {twice[0]}: give one of them another name, as in ...,name=NAME")
+        raise ValueError(
+            f"two of --on are called {twice[0]}: give one of them another name, as in ...,name=NAME"
+        )
     if wanted:
         found = _with_numbers(found, wanted)
     numbers = [name for benchmark in found for name in benchmark.names]
@@ -168,7 +174,9 @@ def _with_numbers(benchmarks: Sequence[Benchmark], wanted: Sequence[str]) -> lis
     known = short | {name for benchmark in benchmarks for name in benchmark.names}
     if unknown := [name for name in wanted if name not in known]:
         like = nearest(unknown[0], sorted(known))
-        raise ValueError(f"--numbers {unknown[0]}: no such number{like}; there are {', '.join(sorted(short))}")
+        raise ValueError(
+            f"--numbers {unknown[0]}: no such number{like}; there are {', '.join(sorted(short))}"
+        )
     found = []
     for benchmark in benchmarks:
         pairs = zip(benchmark.numbers, benchmark.names, strict=True)

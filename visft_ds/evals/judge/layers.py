@@ -1,10 +1,10 @@
 """Blocks of a model: read together in one forward, and the best of them for each number.
 
-The last block of a tower often has not the best features, so that a gain over it may be no more than a better place.
-BASE and every tuned model are read after the block that is best on a fifth of the *training* images, by a probe of the
-other four fifths. Numbers that train nothing are asked for every block; trained heads for the CANDIDATES best of those,
-and the last, or for all if none are ranked. The other numbers of a data set take the block of its first one. Of blocks
-that reach the same the last one is taken.
+The last block of a tower often has not the best features, so that a gain over it may be no more than a better
+place. BASE and every tuned model are read after the block that is best on a fifth of the *training* images,
+by a probe of the other four fifths. Numbers that train nothing are asked for every block; trained heads for
+the CANDIDATES best of those, and the last, or for all if none are ranked. The other numbers of a data set
+take the block of its first one. Of blocks that reach the same the last one is taken.
 
 As many blocks are read in one forward as fit into `scoring.MOST` bytes of features.
 """
@@ -52,7 +52,9 @@ class _Reader(nn.Module):
                 raise _Enough
 
         hooks = [
-            model.backbone.get_submodule(name).register_forward_hook(lambda *parts, name=name: keep(name, parts[-1]))
+            model.backbone.get_submodule(name).register_forward_hook(
+                lambda *parts, name=name: keep(name, parts[-1])
+            )
             for name in inner
         ]
         try:
@@ -85,7 +87,9 @@ def blocks_of(encoder: Encoder, settings: Settings) -> dict[str, int]:
     encoder.module.to(settings.device)
     image = torch.randn(1, 3, encoder.side, encoder.side, generator=torch.Generator().manual_seed(0))
     reader = read_after(encoder, *model.backbone.ends(), END)
-    found = {name.partition(" ")[0]: value for name, value in forward(reader, image, ["patches"], settings).items()}
+    found = {
+        name.partition(" ")[0]: value for name, value in forward(reader, image, ["patches"], settings).items()
+    }
     *_, last, end = found.values()
     if last.shape == end.shape and torch.equal(last, end):
         del found[END]

@@ -1,11 +1,13 @@
 """Linear segmentation: a linear head on a frozen feature map.
 
-As facebookresearch/dinov3 judges it on ADE20k: dinov3/eval/segmentation/{train,eval,inference,transforms,schedulers,
-loss}.py with configs/config-ade20k-linear-training.yaml. 40,000 steps of 16 crops of 512 pixels teach; windows of 512
+As facebookresearch/dinov3 judges it on ADE20k:
+dinov3/eval/segmentation/{train,eval,inference,transforms,schedulers, loss}.py with
+configs/config-ade20k-linear-training.yaml. 40,000 steps of 16 crops of 512 pixels teach; windows of 512
 pixels, 341 apart, judge.
 
-Differs from the source in: pixels are normalised as the model was trained; a patch of 14 pixels makes the square 504
-pixels and its windows 336 apart; judged is the last iterate (there the best of eight evaluations on the test images).
+Differs from the source in: pixels are normalised as the model was trained; a patch of 14 pixels makes the
+square 504 pixels and its windows 336 apart; judged is the last iterate (there the best of eight evaluations
+on the test images).
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ _HUE = (-0.5, 0.5)
 
 
 def crop(image: Image.Image, label: Tensor, view: View) -> tuple[Tensor, Tensor]:
-    """A square of an enlarged or reduced image, in half of the cases mirrored, with other colours; and its label.
+    """A square of an enlarged or reduced image, in half of the cases mirrored, with other colours; and its
+    label.
 
     What is outside of the image, below it or on its right, is 0 and has no class.
     """
@@ -97,7 +100,9 @@ def distorted(pixels: Tensor) -> Tensor:
 
 
 def schedule(recipe: Recipe, step: int) -> tuple[float, float]:
-    """(learning rate, beta1). The rate is one step late, and falls by a cosine over all steps, also in the warm-up."""
+    """(learning rate, beta1). The rate is one step late, and falls by a cosine over all steps, also in the
+    warm-up.
+    """
     late = max(step - 1, 0)
     if late < recipe.warm_up:
         begun = 1 - (1 - late / recipe.warm_up) * (1 - _START)
@@ -116,12 +121,16 @@ def cross_entropy(
             large, seen = sampled(part, truth, step, generator)
             several = seen.long().unsqueeze(1).expand(-1, part.shape[1], -1, -1).flatten(0, 1)
             losses = F.cross_entropy(large.flatten(0, 1), several, ignore_index=NO_CLASS, reduction="none")
-            total = total + (losses.unflatten(0, part.shape[:2]).mean(dim=(2, 3)) * weights[heads].T).mean(dim=0).sum()
+            total = (
+                total
+                + (losses.unflatten(0, part.shape[:2]).mean(dim=(2, 3)) * weights[heads].T).mean(dim=0).sum()
+            )
     return total
 
 
 def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int) -> Tensor:
-    """(..., C, H, W), the mean over squares, two thirds of a side apart, of what is seen in each of an image (3, H, W).
+    """(..., C, H, W), the mean over squares, two thirds of a side apart, of what is seen in each of an image
+    (3, H, W).
 
     Args:
         see: (1, 3, side, side) -> (1, ..., C, side, side).

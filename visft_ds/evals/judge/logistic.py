@@ -1,7 +1,7 @@
 """Logistic regression on frozen features, on the device that they lie on.
 
-Features are centred and divided by one number for all channels. The strength of regularisation is the best of STRENGTHS
-on a fifth of the training images, which the classifier then learns as well.
+Features are centred and divided by one number for all channels. The strength of regularisation is the best of
+STRENGTHS on a fifth of the training images, which the classifier then learns as well.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _HISTORY = 20  # steps that L-BFGS remembers
 
 
 class _Problem:
-    """Training rows, centred and scaled, with the last solution: the next strength or resample begins there."""
+    """Training rows, centred and scaled, with the last solution: the next strength or resample begins
+    there.
+    """
 
     def __init__(self, train: Rows) -> None:
         features = train.features.float()
@@ -35,7 +37,9 @@ class _Problem:
         self._features = (features - self._middle) / self._spread
         self._labels = train.labels.long()
         classes = int(self._labels.max()) + 1
-        self._solution = features.new_zeros(classes, features.shape[1] + 1)  # the last column is the intercept
+        self._solution = features.new_zeros(
+            classes, features.shape[1] + 1
+        )  # the last column is the intercept
         self._taught = torch.zeros(classes, dtype=torch.bool, device=features.device)
         self._taught[self._labels] = True
 
@@ -98,7 +102,9 @@ def by_regression(name: str, train: Rows, test: Rows, draws: int = RESAMPLES) ->
 
 
 def held_out(labels: Tensor, nth: int = 5) -> Tensor:
-    """Mask of every nth image of a class; of a class of fewer than `nth` every fifth, of fewer than five none."""
+    """Mask of every nth image of a class; of a class of fewer than `nth` every fifth, of fewer than five
+    none.
+    """
     held = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
     for label in labels.unique():
         own = (labels == label).nonzero()[:, 0]

@@ -4,9 +4,9 @@
 [LABEL=]RUN                        what a finished training leaves: its base and, after stage 2, its adapter
 [LABEL=]timm:NAME[:FILE]           without a file timm's own weights; also timm:hf-hub:..., timm:local-dir:...
 [LABEL=]open_clip:NAME:TAG|FILE    also open_clip:hf-hub:..., open_clip:local-dir:...
-...#BLOCK                          any of these but open_clip's, read after a block and without what lies behind it
-...@A                              so many times the adapter, or BASE + A (MODEL - BASE) of whole weights
-[LABEL=]MODEL,MODEL,...            one arm: trainings that differ by their seed
+...#BLOCK                          any of these but open_clip's, read after a block and without what lies
+behind it ...@A                              so many times the adapter, or BASE + A (MODEL - BASE) of whole
+weights [LABEL=]MODEL,MODEL,...            one arm: trainings that differ by their seed
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class ModelSpec:
     scale: float = 1.0  #: factor on the effect of the adapter, or on the difference from `origin`
     noise: int | None = None  #: seed of noise in place of the difference from `origin`
     origin: ModelSpec | None = None  #: BASE of the comparison
-    model: Mapping[str, Any] | None = None  #: preset and options of its backbone, if a run or a name tells them
+    model: Mapping[str, Any] | None = (
+        None  #: preset and options of its backbone, if a run or a name tells them
+    )
     block: int | None = None  #: that it is read after
     whole: bool = False  #: it goes on behind the block that a training read, as far as its file does
 
@@ -109,7 +111,8 @@ def parse_arms(texts: Sequence[str], *, download: bool = False) -> dict[str, tup
         download: weights of timm that are not on this machine are fetched.
 
     Raises:
-        ValueError: as `parse_model`; also for two arms or models of one name, and numbers of seeds that cannot be
+        ValueError: as `parse_model`; also for two arms or models of one name, and numbers of seeds that
+        cannot be
             paired with those of another arm.
     """
     arms = [_arm(text, download) for text in texts]
@@ -117,7 +120,9 @@ def parse_arms(texts: Sequence[str], *, download: bool = False) -> dict[str, tup
     if taken := {NOISE, HALF} & {*labels}:
         raise ValueError(f"{taken.pop()} is an arm that comes by itself: give yours another label")
     if twice := [label for label in labels if labels.count(label) > 1]:
-        raise ValueError(f"two models are called {twice[0]}: give one of them a label, as in LABEL={twice[0]}...")
+        raise ValueError(
+            f"two models are called {twice[0]}: give one of them a label, as in LABEL={twice[0]}..."
+        )
     several = {label: len(models) for label, models in arms if len(models) > 1}
     if len({*several.values()}) > 1:
         told = ", ".join(f"{label} has {count}" for label, count in several.items())
@@ -125,7 +130,9 @@ def parse_arms(texts: Sequence[str], *, download: bool = False) -> dict[str, tup
     (first, (base, *more)), *others = arms
     if more or base.mixed:
         raise ValueError(f"BASE is one model as it is, and {first} is {len(more) + 1} x {base.scale:g}")
-    base = replace(base, whole=base.block is None and base.adapter is None)  # what its user has, whatever training read
+    base = replace(
+        base, whole=base.block is None and base.adapter is None
+    )  # what its user has, whatever training read
     return {first: (base,), **{label: tuple(replace(one, origin=base) for one in of) for label, of in others}}
 
 
@@ -148,7 +155,9 @@ def parse_model(text: str, *, download: bool = False) -> ModelSpec:
     """
     match = _LABEL.fullmatch(text)
     label, given = (match[1].strip(), match[2]) if match else ("", text)
-    parts = None if Path(given).exists() else _END.fullmatch(given)  # a name that exists as a whole is never cut
+    parts = (
+        None if Path(given).exists() else _END.fullmatch(given)
+    )  # a name that exists as a whole is never cut
     rest, end, factor = parts.groups("") if parts else (given, "", "")
     inner = rest.partition(":")[2]
     is_address = inner.startswith(("hf-hub:", _LOCAL))
@@ -188,7 +197,8 @@ def load_encoder(spec: ModelSpec, precision: Precision) -> Encoder:
     """Build a model on the CPU; the matrices of a backbone are stored in the precision they compute in.
 
     Raises:
-        ValueError: whatever is wrong with one of its files, a block that it does not have, or an origin of another
+        ValueError: whatever is wrong with one of its files, a block that it does not have, or an origin of
+        another
             architecture.
     """
     if spec.mixed:
@@ -217,7 +227,10 @@ def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
         backbone.read_after((spec.block,))
     normalisation, projection = (backbone.pixel_mean, backbone.pixel_std), None
     if isinstance(backbone, EvaViT):
-        normalisation, projection = CLIP, None if backbone.layers_read else projection_of(path, backbone.width)
+        normalisation, projection = (
+            CLIP,
+            None if backbone.layers_read else projection_of(path, backbone.width),
+        )
     module = BackboneEncoder(backbone, projection).requires_grad_(False).eval()
     text = text_tower_in(path) if "clip" in module.kinds else None
     preprocess, side = square_preprocess(backbone.image_size, *normalisation), backbone.image_size
@@ -225,7 +238,9 @@ def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
 
 
 def _as_far_as(file: Weights, model: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole model instead of one that ends after the block that training read, if the file has all of it."""
+    """The whole model instead of one that ends after the block that training read, if the file has all of
+    it.
+    """
     entire = {name: value for name, value in model.items() if name != "layers"}
     tower = tower_in(file, entire)
     has_all = all(name in tower for name in base_parameters(built(entire, "meta")))
@@ -233,7 +248,8 @@ def _as_far_as(file: Weights, model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Mixture:
-    """W0 + A (W1 - W0) for any A: W0 of a model's origin, W1 its own, adapter merged; or noise in place of W1 - W0.
+    """W0 + A (W1 - W0) for any A: W0 of a model's origin, W1 its own, adapter merged; or noise in place of W1
+    - W0.
 
     Noise is Gaussian in every parameter that changed, of the norm of its change.
     """
@@ -267,7 +283,9 @@ class Mixture:
 
 def weights_of(encoder: Encoder) -> dict[str, Tensor]:
     """All tensors of a model by the names that its library gives them, an adapter merged."""
-    found = {name: one.detach() for name, one in _tensors(encoder).items() if name.rpartition(".")[2] not in KINDS}
+    found = {
+        name: one.detach() for name, one in _tensors(encoder).items() if name.rpartition(".")[2] not in KINDS
+    }
     for name, layer in lora_layers(encoder.module).items():
         weight = layer.weight.detach().float()
         update = dense_update(len(weight), layer.lora_A, layer.lora_B, layer.slices, layer.scale)

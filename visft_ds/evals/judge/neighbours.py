@@ -1,7 +1,8 @@
-"""Nearest neighbours: patches, images and objects take the class of the most similar ones of the training images.
+"""Nearest neighbours: patches, images and objects take the class of the most similar ones of the training
+images.
 
-A vote of the k nearest by cosine, each with exp(cosine / temperature). Resamples of the training images need no search
-of their own: in a bootstrap a row counts as often as its image is drawn.
+A vote of the k nearest by cosine, each with exp(cosine / temperature). Resamples of the training images need
+no search of their own: in a bootstrap a row counts as often as its image is drawn.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ class Rows:
         return Rows(self.features.to(device), self.labels.to(device), self.owners.to(device))
 
 
-def vote(memory: Rows, queries: Tensor, neighbours: int, temperature: float, draws: int = RESAMPLES) -> Tensor:
-    """(1 + draws, n, C): mean labels of the rows nearest to (n, D), each by exp(cosine / temperature), and the same by
-    bootstraps of the training images.
+def vote(
+    memory: Rows, queries: Tensor, neighbours: int, temperature: float, draws: int = RESAMPLES
+) -> Tensor:
+    """(1 + draws, n, C): mean labels of the rows nearest to (n, D), each by exp(cosine / temperature), and
+    the same by bootstraps of the training images.
 
     Args:
         memory: rows of length 1.

@@ -1,8 +1,8 @@
 """Names of boxed objects: is what a box shows told by text, and by logistic regression?
 
-Of an object the model sees a square around its box, the longer side times MARGIN (what lies outside of the image is
-grey), and answers by text (the category whose sentence is nearest, if it has a text side) and by logistic regression.
-The protocol of the ViSFT paper is not known to us; this one is ours.
+Of an object the model sees a square around its box, the longer side times MARGIN (what lies outside of the
+image is grey), and answers by text (the category whose sentence is nearest, if it has a text side) and by
+logistic regression. The protocol of the ViSFT paper is not known to us; this one is ours.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
     names = [name for name in test.classes if name]
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
-        known, asked = rows_of(features["train"]["pooled"], learnt), rows_of(features["test"]["pooled"], judged)
+        known, asked = (
+            rows_of(features["train"]["pooled"], learnt),
+            rows_of(features["test"]["pooled"], judged),
+        )
         if "texts" in features and "clip" in features["test"]:
             right = asked.labels.numpy() - test.classes.count("")
             ranks = rank_by_text(features["test"]["clip"], features["texts"]["clip"], len(PLAIN), right)
@@ -67,7 +70,9 @@ def _boxes(data: DenseSet) -> tuple[ImageSet, Sequence[Thing]]:
         raise ValueError(f"no object has a box of at least {SMALLEST:g} pixels ({data.images.names[0]}, ...)")
     things, boxes = zip(*large, strict=True)
     pictures = replace(chosen(data.images, [thing.owner for thing in things]), stretched=False)
-    return changed(pictures, lambda number, image: crop(image, boxes[number]), f"crop {MARGIN} {boxes}"), things
+    return changed(
+        pictures, lambda number, image: crop(image, boxes[number]), f"crop {MARGIN} {boxes}"
+    ), things
 
 
 def crop(image: Image.Image, box: tuple[float, ...]) -> Image.Image:

@@ -1,10 +1,12 @@
 """Word recognition: how much of a printed word a small reader finds in the frozen feature map.
 
-The map is pooled to two rows and read as a sequence of columns; a linear layer, one bidirectional LSTM and CTC
-(https://doi.org/10.1145/1143844.1143891) learn the characters, two steps for each column. The protocol is ours.
+The map is pooled to two rows and read as a sequence of columns; a linear layer, one bidirectional LSTM and
+CTC (https://doi.org/10.1145/1143844.1143891) learn the characters, two steps for each column. The protocol is
+ours.
 
-Data: a folder with `train/` and `test/`, each with word pictures and ICDAR's `gt.txt` (`word_1.png, "Tiredness"`) or
-`labels.txt` (`NAME<TAB>TEXT`). Letters and digits count, in lower case, as most papers compare.
+Data: a folder with `train/` and `test/`, each with word pictures and ICDAR's `gt.txt` (`word_1.png,
+"Tiredness"`) or `labels.txt` (`NAME<TAB>TEXT`). Letters and digits count, in lower case, as most papers
+compare.
 """
 
 from __future__ import annotations
@@ -43,21 +45,27 @@ def ocr(label: str, train: WordSet, test: WordSet) -> Benchmark:
         {"train": taught, "test": shown},
         ("columns",),
         ("words",),
-        {"benchmark": "ocr 3", "protocol": [WIDTH, STEPS_PER_COLUMN, UPDATES, BATCH, RATE], "words": [words, right]},
+        {
+            "benchmark": "ocr 3",
+            "protocol": [WIDTH, STEPS_PER_COLUMN, UPDATES, BATCH, RATE],
+            "words": [words, right],
+        },
         scores,
     )
 
 
 def read(known: Tensor, words: Sequence[str], asked: Tensor, updates: int) -> list[str]:
-    """Words that columns (n, C, w) say, by a reader that learns from known ones. A word that has more characters
-    than steps teaches nothing; equal neighbours need a blank between them.
+    """Words that columns (n, C, w) say, by a reader that learns from known ones. A word that has more
+    characters than steps teaches nothing; equal neighbours need a blank between them.
     """
     if known.shape[2] * STEPS_PER_COLUMN < min(map(len, words)):
         raise ValueError(f"features of {known.shape[2]} columns are too few for any word")
     alphabet = sorted({character for word in words for character in word})  # a blank comes after it
     # One number for all channels: some hardly vary, and would be blown up to noise.
     mean, scale = known.mean(dim=(0, 2)), known.std().clamp_min(1e-6)
-    with torch.random.fork_rng(devices=[]):  # the same for the same input, whatever the global generator's state
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the same for the same input, whatever the global generator's state
         torch.manual_seed(0)
         narrow = nn.Linear(known.shape[1], WIDTH)
         sequence = nn.LSTM(WIDTH, WIDTH // 2, bidirectional=True, batch_first=True)
@@ -68,7 +76,9 @@ def read(known: Tensor, words: Sequence[str], asked: Tensor, updates: int) -> li
             """(w * STEPS_PER_COLUMN, n, characters) log-probabilities."""
             x = torch.relu(narrow((columns.transpose(1, 2) - mean) / scale))
             x = x + sequence(x)[0]
-            return out(x).unflatten(2, (STEPS_PER_COLUMN, -1)).flatten(1, 2).log_softmax(dim=2).transpose(0, 1)
+            return (
+                out(x).unflatten(2, (STEPS_PER_COLUMN, -1)).flatten(1, 2).log_softmax(dim=2).transpose(0, 1)
+            )
 
         optimizer = torch.optim.AdamW(reader.parameters(), lr=RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -80,7 +90,9 @@ def read(known: Tensor, words: Sequence[str], asked: Tensor, updates: int) -> li
             drawn = [words[place] for place in batch.tolist()]
             targets = torch.tensor([alphabet.index(character) for word in drawn for character in word])
             logs = steps_of(known[batch])
-            loss = loss_of(logs, targets, torch.full((BATCH,), len(logs)), torch.tensor(list(map(len, drawn))))
+            loss = loss_of(
+                logs, targets, torch.full((BATCH,), len(logs)), torch.tensor(list(map(len, drawn)))
+            )
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
@@ -93,7 +105,9 @@ def read(known: Tensor, words: Sequence[str], asked: Tensor, updates: int) -> li
 
 
 def read_words(folder: Path) -> WordSet:
-    """Word pictures of a folder. Raises ValueError for a label file without words, or with a line of another form."""
+    """Word pictures of a folder. Raises ValueError for a label file without words, or with a line of another
+    form.
+    """
     path = folder / ("gt.txt" if (folder / "gt.txt").is_file() else "labels.txt")
     files, words = [], []
     with reading(path, 'lines of NAME, "TEXT" or NAME<TAB>TEXT'):

@@ -22,8 +22,8 @@ PLAIN: tuple[str, ...] = ("a photo of a {}.",)  #: sentences about a class, unle
 #: (H, W), the class of each pixel of an image; the largest number of the type where it has none.
 Label = npt.NDArray[np.uint8 | np.uint16]
 _ROWS = 4096  # images that are compared with all classes at once
-#: Set of images -> kind -> (images, ...) float32 on the CPU; "texts" -> "clip" -> (texts, E) of length 1, if the model
-#: has a text side.
+#: Set of images -> kind -> (images, ...) float32 on the CPU; "texts" -> "clip" -> (texts, E) of length 1, if
+#: the model has a text side.
 Features = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -37,7 +37,9 @@ class ImageSet:
     stretched: bool = False  #: to squares; otherwise the middle square is seen
     #: Of each image the file, or the (bytes, crc32) that shards have of it; empty: not known.
     stored: Sequence[Path | tuple[int, int]] = ()
-    groups: IntArray | None = None  #: (images,), numbers of what images come from together, such as patients or videos
+    groups: IntArray | None = (
+        None  #: (images,), numbers of what images come from together, such as patients or videos
+    )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -48,12 +50,16 @@ class Score:
     """A number with all that it is the mean of."""
 
     name: str
-    #: (n,), one of each item, the number is their mean; or (n, 2, C), such as intersections and unions of C classes:
-    #: the number is the mean over classes of (sum of the first) / (sum of the second), where the second is not 0.
+    #: (n,), one of each item, the number is their mean; or (n, 2, C), such as intersections and unions of C
+    #: classes: the number is the mean over classes of (sum of the first) / (sum of the second), where the
+    #: second is not 0.
     values: FloatArray
-    groups: IntArray | None = None  #: (n,); items of one group are no independent evidence (captions of an image)
+    groups: IntArray | None = (
+        None  #: (n,); items of one group are no independent evidence (captions of an image)
+    )
     maps: npt.NDArray[np.int16] | None = None  #: (images, h, w), the class that the model sees in each place
-    #: (R,), the number by probes that learnt from R resamples of the training images, the same ones for every model.
+    #: (R,), the number by probes that learnt from R resamples of the training images, the same ones for every
+    #: model.
     retrained: FloatArray | None = None
     lower: bool = False  #: is better, as of an error
 
@@ -73,7 +79,8 @@ class Benchmark:
     kinds: Sequence[str]
     numbers: Sequence[str]  #: names of its scores; a model may lack some
     settings: Mapping[str, Any]  #: all that scores depend on beside the features, in JSON's types
-    #: The numbers of one model, of those that are wanted (where that saves time). Probes run where features lie.
+    #: The numbers of one model, of those that are wanted (where that saves time). Probes run where features
+    #: lie.
     scores: Callable[[Features, Collection[str]], Iterator[Score]]
     left_out: Sequence[str] = ()  #: numbers that it could give, and that nobody asks for
     notes: Sequence[str] = ()  #: what a reader of its numbers has to know about the data
@@ -83,12 +90,12 @@ class Benchmark:
     agrees: bool = False  #: it asks a classifier, and counts predictions that agree with the first model's
     #: (model -> its first score, number of images) -> what each model sees in them.
     sheet: Callable[[Mapping[str, Score], int], Picture] | None = None
-    #: (features of "train", name of a number) -> the number on the fifth of the training images that is held out, by a
-    #: probe of the other four; more is better: it chooses the layer.
+    #: (features of "train", name of a number) -> the number on the fifth of the training images that is held
+    #: out, by a probe of the other four; more is better: it chooses the layer.
     held_out: Callable[[Mapping[str, Tensor], str], float] | None = None
     choosing: ImageSet | None = None  #: what `held_out` sees in place of "train"
-    #: (encoder at the published size, `scoring.Settings`, wanted numbers) -> scores by the published protocol, in place
-    #: of `scores`; None: that is what `scores` does.
+    #: (encoder at the published size, `scoring.Settings`, wanted numbers) -> scores by the published
+    #: protocol, in place of `scores`; None: that is what `scores` does.
     published: Callable[[Any, Any, Collection[str]], Iterator[Score]] | None = None
 
     @property
@@ -98,8 +105,8 @@ class Benchmark:
 
 
 def resamples(images: int, count: int, groups: IntArray | None = None) -> IntArray:
-    """(1 + count, images), how often each training image counts: once, and as often as it is drawn. The same draws for
-    every model and number.
+    """(1 + count, images), how often each training image counts: once, and as often as it is drawn. The same
+    draws for every model and number.
 
     Args:
         groups: (images,) numbers; whole groups are drawn.
@@ -115,14 +122,17 @@ def fifth(images: int, groups: IntArray | None = None) -> tuple[list[int], list[
     """(four fifths of the training images, the fifth that chooses a layer).
 
     Args:
-        groups: (images,) numbers; whole groups are held out, since probes know the others of an image's group.
+        groups: (images,) numbers; whole groups are held out, since probes know the others of an image's
+        group.
     """
     units = np.arange(images) if groups is None else np.unique(groups, return_inverse=True)[1]
     count = len(np.unique(units))
     if count < 5:
         what = "images" if groups is None else "groups of images"
         remedy = "give --layers last"
-        raise ValueError(f"a fifth of the training {what} chooses the layer, but there are only {count}: {remedy}")
+        raise ValueError(
+            f"a fifth of the training {what} chooses the layer, but there are only {count}: {remedy}"
+        )
     held = units % 5 == 4
     return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
 
@@ -138,8 +148,8 @@ def mean_ratio(sums: FloatArray) -> FloatArray:
 def rank_of(similarity: Tensor, right: Tensor) -> Tensor:
     """Place of the right column (rows,) in each row of (rows, columns), 0 the best, (rows,) int64.
 
-    Whatever is as similar as the right one counts as before it: a model that says the same to all images is last, not
-    first.
+    Whatever is as similar as the right one counts as before it: a model that says the same to all images is
+    last, not first.
     """
     true = similarity.gather(1, right[:, None])
     return (similarity >= true).sum(dim=1) - 1

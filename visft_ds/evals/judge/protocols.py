@@ -1,9 +1,10 @@
 """Probes of frozen features as published, or quick ones: their settings, and where feature maps come from.
 
-Published are https://github.com/vpariza/open-hummingbird-eval (`in_context`), https://github.com/facebookresearch/dinov3
-(`linear_segmentation`, `depth`) and https://github.com/facebookresearch/dinov2 (`classification`): random crops of all
-images teach, and heads judge windows, or images and their mirror images. Quick probes read the features of whole
-images, each encoded once; their numbers are not comparable with published ones.
+Published are https://github.com/vpariza/open-hummingbird-eval (`in_context`),
+https://github.com/facebookresearch/dinov3 (`linear_segmentation`, `depth`) and
+https://github.com/facebookresearch/dinov2 (`classification`): random crops of all images teach, and heads
+judge windows, or images and their mirror images. Quick probes read the features of whole images, each encoded
+once; their numbers are not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def _quick(name: str, memory: int, steps: int, resampled: bool) -> Protocol:
 
 
 QUICK = _quick("quick", 102_400, 2000, resampled=True)
-BRIEF = _quick("brief", 6_400, 500, resampled=False)  #: by which a fifth of the training images chooses a layer
+BRIEF = _quick(
+    "brief", 6_400, 500, resampled=False
+)  #: by which a fifth of the training images chooses a layer
 
 #: Makes a crop of an image and its label as a model takes it.
 Crop = Callable[[Image.Image, Tensor, View], tuple[Tensor, Tensor]]
@@ -143,14 +146,22 @@ class LiveFeatures:
             free = torch.cuda.mem_get_info(device)[0]
             if needed > free:
                 room = f"{needed / 2**30:.0f} GiB, and {device} has {free / 2**30:.0f} GiB free"
-                raise ValueError(f"a memory of {patches:,} patches needs {room}: take a larger GPU, or give --quick")
+                raise ValueError(
+                    f"a memory of {patches:,} patches needs {room}: take a larger GPU, or give --quick"
+                )
         batches = self.examples(order, crop, self.settings.batch_size)
         return len(order), (
-            image for drawn, maps, labels in batches for image in zip(drawn.tolist(), maps, labels, strict=True)
+            image
+            for drawn, maps, labels in batches
+            for image in zip(drawn.tolist(), maps, labels, strict=True)
         )
 
-    def examples(self, order: Tensor, crop: Crop, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of numbers, features and labels of random crops; the n-th crop is the same for every model."""
+    def examples(
+        self, order: Tensor, crop: Crop, size: int = BATCH
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of numbers, features and labels of random crops; the n-th crop is the same for every
+        model.
+        """
 
         def crops(numbers: Sequence[int]) -> Any:
             made = []
@@ -170,7 +181,9 @@ class LiveFeatures:
         return map(self._forward, pictures(self.encoder, part.images, self.settings, resample=_BILINEAR))
 
     def in_windows(self, head: Head) -> Iterator[Tensor]:
-        """For each test image, the mean of what a head says in windows, of which the shorter side of it is one."""
+        """For each test image, the mean of what a head says in windows, of which the shorter side of it is
+        one.
+        """
         side = self.encoder.side
 
         def see(window: Tensor) -> Tensor:
@@ -193,7 +206,9 @@ class LiveFeatures:
         return View(self.encoder.side, *self.encoder.normalisation)
 
     def _forward(self, pixels: Tensor) -> Tensor:
-        """Features of images (B, 3, H, W) as the model takes them, filled up with 0 on all sides to whole patches."""
+        """Features of images (B, 3, H, W) as the model takes them, filled up with 0 on all sides to whole
+        patches.
+        """
         unit = next(unit for unit in _UNITS if self.encoder.side % unit == 0)
         missing = [-length % unit for length in pixels.shape[-2:]]
         before = [length // 2 for length in missing]
@@ -201,7 +216,9 @@ class LiveFeatures:
         self.encoder.module.to(self.settings.device)
         maps = forward(self.encoder, padded, ("patches",), self.settings)["patches"]
         if not torch.isfinite(maps.sum()):
-            raise ValueError(f"features are NaN or infinite in {self.settings.precision}: try --precision fp32")
+            raise ValueError(
+                f"features are NaN or infinite in {self.settings.precision}: try --precision fp32"
+            )
         return maps
 
 
@@ -218,11 +235,15 @@ def loaded(count: int, size: int, make: Callable[[Sequence[int]], Any], settings
     return DataLoader(numbers, size, num_workers=workers, collate_fn=make, multiprocessing_context=context)
 
 
-def trained(source: Source, outputs: int, loss: Loss, recipe: Recipe, crop: Crop, schedule: Schedule) -> Heads:
+def trained(
+    source: Source, outputs: int, loss: Loss, recipe: Recipe, crop: Crop, schedule: Schedule
+) -> Heads:
     """Heads that learnt the labels of the training images, in rounds over all of them."""
     images = range(len(source.train.images))
     first = next(source.whole(source.train))
-    order = RandomSampler(images, num_samples=recipe.steps * BATCH, generator=torch.Generator().manual_seed(0))
+    order = RandomSampler(
+        images, num_samples=recipe.steps * BATCH, generator=torch.Generator().manual_seed(0)
+    )
     heads = Heads(1 + RESAMPLES * source.protocol.resampled, first.shape[1], outputs).to(first.device)
     examples = source.examples(torch.tensor(list(order)), crop)
     return fit(heads, len(images), examples, loss, recipe, schedule, source.train.images.groups)
@@ -248,13 +269,17 @@ def probe(
     few = train.part(every(len(train.images), QUICK.images["train"]))
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
-        cached = CachedFeatures(protocol, train, features["train"]["patches"], test, features["test"]["patches"])
+        cached = CachedFeatures(
+            protocol, train, features["train"]["patches"], test, features["test"]["patches"]
+        )
         return score(cached, wanted)
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
         maps = features["patches"]
         rest, held = fifth(len(few.images), few.images.groups)
-        (result,) = score(CachedFeatures(BRIEF, few.part(rest), maps[rest], few.part(held), maps[held]), [number])
+        (result,) = score(
+            CachedFeatures(BRIEF, few.part(rest), maps[rest], few.part(held), maps[held]), [number]
+        )
         return -result.value if result.lower else result.value
 
     def published(encoder: Encoder, settings: Settings, wanted: Collection[str]) -> Iterator[Score]:

@@ -1,4 +1,6 @@
-"""What a comparison would do, before it does it: its models, its data, and the time it takes, by that of one batch."""
+"""What a comparison would do, before it does it: its models, its data, and the time it takes, by that of one
+batch.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,16 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
     times = list[list[str]]()
     if quick:
         images = _images(comparison, quick, best=best)
-        times.append(["encoding", f"{images:,} images", f"{seconds * images / 3600:.2g} hours on {settings.device}"])
+        times.append(
+            ["encoding", f"{images:,} images", f"{seconds * images / 3600:.2g} hours on {settings.device}"]
+        )
     published = len(comparison.benchmarks) - len(quick)
     if published:
         scored = sum(len(arm.models) for arm in arms) * (3 if best else 1)  # with noise and half
         hours = hours_of(comparison.origin, published * scored, settings)
-        times.append(["published heads", f"{published * scored} or more", f"{hours:,.2g} hours on {settings.device}"])
+        times.append(
+            ["published heads", f"{published * scored} or more", f"{hours:,.2g} hours on {settings.device}"]
+        )
     return [
         Section("models", models, ["", "layers", ""]),
         Section("data, images and numbers", data),

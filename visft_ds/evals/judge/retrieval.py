@@ -3,10 +3,11 @@
 | layout | files |
 |---|---|
 | COCO | `annotations/captions_<split>2017.json` and `<split>2017/` |
-| Karpathy's splits of COCO and Flickr30k | `dataset_*.json`, its images anywhere below the folder by their names |
+| Karpathy's splits of COCO and Flickr30k | `dataset_*.json`, its images anywhere below the folder by their
+names |
 
-Recall as in the papers: of an image, whether one of its captions is among the first k; of a caption, whether its image
-is. At most CAPTIONS captions of an image take part, the first ones.
+Recall as in the papers: of an image, whether one of its captions is among the first k; of a caption, whether
+its image is. At most CAPTIONS captions of an image take part, the first ones.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ Pairs = list[tuple[Path, list[str]]]  #: file of an image, its captions
 
 
 def retrieval(label: str, images: ImageSet, captions: Sequence[str], owners: IntArray) -> Benchmark:
-    """R@1, R@5 and R@10 from image to text and from text to image; `owners` are the places of the captions' images."""
+    """R@1, R@5 and R@10 from image to text and from text to image; `owners` are the places of the captions'
+    images.
+    """
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         seen, read = features["images"]["clip"], features["texts"]["clip"]
@@ -86,7 +89,11 @@ def read_captions(source: str, split: str | None = None) -> tuple[ImageSet, tupl
     if mute := [str(path) for (path, _), own in zip(pairs, texts, strict=True) if not own or "" in own]:
         raise ValueError(f"{source}: {len(mute)} images have no caption or an empty one, first {mute[0]}")
     owners = np.repeat(np.arange(len(pairs)), [len(own) for own in texts]).astype(np.int64)
-    return from_files([path for path, _ in pairs], root), tuple(caption for own in texts for caption in own), owners
+    return (
+        from_files([path for path, _ in pairs], root),
+        tuple(caption for own in texts for caption in own),
+        owners,
+    )
 
 
 def _coco(root: Path, split: str) -> Pairs:
@@ -98,11 +105,15 @@ def _coco(root: Path, split: str) -> Pairs:
         texts: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
             texts[annotation["image_id"]].append(str(annotation["caption"]))
-        return [(folder / checked_name(one["file_name"], path), texts[one["id"]]) for one in content["images"]]
+        return [
+            (folder / checked_name(one["file_name"], path), texts[one["id"]]) for one in content["images"]
+        ]
 
 
 def _karpathy(path: Path, root: Path, split: str) -> Pairs:
-    places = {name: Path(folder) / name for folder, _, names in os.walk(root) for name in names}  # follows no links
+    places = {
+        name: Path(folder) / name for folder, _, names in os.walk(root) for name in names
+    }  # follows no links
     with reading(path, "Karpathy's splits"):
         images = [image for image in read_json(path)["images"] if image["split"] == split]
         files = [places.get(one["filename"], root / checked_name(one["filename"], path)) for one in images]

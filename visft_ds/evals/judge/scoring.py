@@ -1,7 +1,7 @@
 """A model and a data set -> scores of single items, kept on disk under a hash of what they depend on.
 
-Several processes share the folder: each makes its share of all results and reads those of the others. A killed command
-has lost what it was at: one data set by one model.
+Several processes share the folder: each makes its share of all results and reads those of the others. A
+killed command has lost what it was at: one data set by one model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from visft_ds.parallel import distributed
 from visft_ds.resilience.errors import RankError
 
 VERSION = 5  #: changes when the same model and data would give other scores
-#: Rows that a feature map is pooled to for a sequence of columns: upper and lower halves of letters stay apart.
+#: Rows that a feature map is pooled to for a sequence of columns: upper and lower halves of letters stay
+#: apart.
 COLUMN_ROWS = 2
 _DERIVED: dict[str, Callable[[Tensor], Tensor]] = {  # of patches (images, D, h, w)
     "columns": lambda patches: F.adaptive_avg_pool2d(patches, (COLUMN_ROWS, None)).flatten(1, 2),
@@ -79,7 +80,9 @@ def shared(calls: Sequence[Callable[[bool], T]], what: str) -> list[T]:
     return [made[number] for number in range(len(calls))]
 
 
-def remembered(what: Mapping[str, Any], settings: Settings, make: Callable[[], T], own: bool | None = None) -> T:
+def remembered(
+    what: Mapping[str, Any], settings: Settings, make: Callable[[], T], own: bool | None = None
+) -> T:
     """Result of `make`, in JSON's types, computed once for the same `what`.
 
     Args:
@@ -113,7 +116,8 @@ def score(
         own: see `remembered`.
 
     Raises:
-        ValueError: a model that lacks what the benchmark needs, an image that cannot be read, features that are NaN.
+        ValueError: a model that lacks what the benchmark needs, an image that cannot be read, features that
+        are NaN.
     """
     images = {name: images.fingerprint for name, images in benchmark.sets.items()}
     data = {"model": key, "images": images, "benchmark": benchmark.settings}
@@ -167,7 +171,9 @@ def of_block(features: Mapping[str, Mapping[str, Tensor]], block: str) -> dict[s
 def _check(encoder: Encoder, benchmark: Benchmark, label: str) -> None:
     """Raise ValueError if a model lacks what a benchmark needs."""
     if not kinds_of(encoder, benchmark):
-        raise ValueError(f"{benchmark.label} needs {' or '.join(benchmark.kinds)}, which {label} does not have")
+        raise ValueError(
+            f"{benchmark.label} needs {' or '.join(benchmark.kinds)}, which {label} does not have"
+        )
     if benchmark.needs_text and encoder.text is None:
         raise ValueError(f"{label} has no text side, which {benchmark.label} needs: give a whole CLIP file")
 
@@ -189,7 +195,11 @@ class HasKinds(Protocol):
 
 def kinds_of(model: HasKinds, benchmark: Benchmark) -> list[str]:
     """The kinds of features that a benchmark reads of a model, with those that come out of its patches."""
-    return [kind for kind in benchmark.kinds if kind in model.kinds or ("patches" in model.kinds and kind in _DERIVED)]
+    return [
+        kind
+        for kind in benchmark.kinds
+        if kind in model.kinds or ("patches" in model.kinds and kind in _DERIVED)
+    ]
 
 
 def encode(encoder: Encoder, benchmark: Benchmark, settings: Settings, what: str) -> Features:
@@ -236,7 +246,9 @@ def encode_images(
 
 
 @torch.inference_mode()
-def forward(encoder: Encoder, pixels: Tensor, kinds: Collection[str], settings: Settings) -> dict[str, Tensor]:
+def forward(
+    encoder: Encoder, pixels: Tensor, kinds: Collection[str], settings: Settings
+) -> dict[str, Tensor]:
     """Kind -> features of a batch of images, float32 on the device."""
     wanted = {"patches" if kind in _DERIVED else kind for kind in kinds}
     dtype = DTYPES[settings.precision]
@@ -259,8 +271,12 @@ def pictures(
     most: int | None = None,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Iterator[Tensor]:
-    """Batches of the first images as the model takes them, (n, 3, side, side); the next ones are decoded meanwhile."""
-    stretched = square_preprocess(encoder.side, *encoder.normalisation)  # a model's own may cut off the borders
+    """Batches of the first images as the model takes them, (n, 3, side, side); the next ones are decoded
+    meanwhile.
+    """
+    stretched = square_preprocess(
+        encoder.side, *encoder.normalisation
+    )  # a model's own may cut off the borders
     places = range(len(images))[:most]
     batches = iter(
         [places[start : start + settings.batch_size] for start in range(0, len(places), settings.batch_size)]

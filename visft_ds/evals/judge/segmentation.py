@@ -5,8 +5,8 @@
     objects kNN      features averaged over an object's outline, the 20 nearest vote with exp(cosine / 0.07)
 
 mIoU is the mean over classes of intersection over union, both summed over the images, at the labels' own size
-(published in-context: at the images'); pixels without a class count nowhere. Resamples of the training images are
-judged on every _STRIDE-th pixel of every _STRIDE-th row: only their spread is asked for.
+(published in-context: at the images'); pixels without a class count nowhere. Resamples of the training images
+are judged on every _STRIDE-th pixel of every _STRIDE-th row: only their spread is asked for.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def _scores(source: Source, wanted: Collection[str]) -> Iterator[Score]:
         yield overlapping(LINEAR, source.in_windows(heads), partial(label_of, source.test), classes)
     if OBJECTS in wanted:
         known, asked = (
-            pooled(chain.from_iterable(source.whole(data)), data.things) for data in (source.train, source.test)
+            pooled(chain.from_iterable(source.whole(data)), data.things)
+            for data in (source.train, source.test)
         )
         yield by_neighbours(OBJECTS, _drawn_together(known, source.train), asked)
 
@@ -71,11 +72,17 @@ def _scores(source: Source, wanted: Collection[str]) -> Iterator[Score]:
 def _drawn_together(known: Rows, train: DenseSet) -> Rows:
     """Rows of training images, which belong to the groups that these come from, if there are such."""
     groups = train.images.groups
-    return known if groups is None else replace(known, owners=torch.from_numpy(groups).to(known.owners)[known.owners])
+    return (
+        known
+        if groups is None
+        else replace(known, owners=torch.from_numpy(groups).to(known.owners)[known.owners])
+    )
 
 
 def _in_context(source: Source) -> Score:
-    """Nothing is trained. As published: pixels without a class teach class 0, labels have the size of the images."""
+    """Nothing is trained. As published: pixels without a class teach class 0, labels have the size of the
+    images.
+    """
     classes, published = len(source.train.classes), isinstance(source, LiveFeatures)
     count, images = source.remembered(in_context.crop, in_context.PASSES)
     if published:
@@ -99,11 +106,13 @@ def _in_context(source: Source) -> Score:
 def overlapping(
     name: str, seen: Iterable[Tensor], label: Callable[[int], Tensor], classes: int, *, matched: bool = False
 ) -> Score:
-    """Score of what is seen in each test image, (1 + resamples, classes, h, w), the largest of a pixel its class.
+    """Score of what is seen in each test image, (1 + resamples, classes, h, w), the largest of a pixel its
+    class.
 
     Args:
         label: number of an image -> (H, W) class numbers, or NO_CLASS.
-        matched: answers are matched with classes by `in_context.matching`, and a class that is nowhere counts as 0.
+        matched: answers are matched with classes by `in_context.matching`, and a class that is nowhere counts
+        as 0.
     """
     total: Tensor | None = None  # (1 + resamples, classes, classes) pixels by answer and class
     counted, maps = [], []
@@ -117,7 +126,9 @@ def overlapping(
         both = torch.cat(counts).cpu()
         total = both if total is None else total.add_(both)
         counted.append(both[0].to_sparse() if matched else _ratios(both[0]))
-        maps.append(F.interpolate(answers[:1, None].float(), (_KEPT, _KEPT), mode="nearest-exact")[0, 0].cpu())
+        maps.append(
+            F.interpolate(answers[:1, None].float(), (_KEPT, _KEPT), mode="nearest-exact")[0, 0].cpu()
+        )
     assert total is not None
     kept = torch.stack(maps).to(torch.int16).numpy()
     if matched:
@@ -155,7 +166,9 @@ def confusion(answers: Tensor, truth: Tensor, classes: int) -> Tensor:
 
 
 def largest(maps: Tensor, size: Sequence[int], stride: int = 1) -> Tensor:
-    """(heads, H, W), the class that is largest in each pixel of maps (heads, C, h, w) that are enlarged to a size."""
+    """(heads, H, W), the class that is largest in each pixel of maps (heads, C, h, w) that are enlarged to a
+    size.
+    """
     answers = []
     for of_head, possible in zip(maps, contenders(maps), strict=True):
         classes = possible.nonzero()[:, 0]
@@ -167,8 +180,8 @@ def largest(maps: Tensor, size: Sequence[int], stride: int = 1) -> Tensor:
 def contenders(maps: Tensor) -> Tensor:
     """(heads, C) of bool, the classes that may be the largest in a pixel of enlarged maps (heads, C, h, w).
 
-    A pixel mixes four patches, whose winners' mean is beaten by the largest there. A class that is below this mean in
-    all four patches has lost between them; most have, everywhere, and need not be enlarged.
+    A pixel mixes four patches, whose winners' mean is beaten by the largest there. A class that is below this
+    mean in all four patches has lost between them; most have, everywhere, and need not be enlarged.
     """
     padded = F.pad(maps, (1, 1, 1, 1), mode="replicate")
     height, width = maps.shape[-2] + 1, maps.shape[-1] + 1
@@ -197,11 +210,11 @@ def pooled(maps: Iterable[Tensor], things: Sequence[Thing]) -> Rows:
 
 
 def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) -> Picture:
-    """Images beside what is there and what each model sees: `typical` ones by the change from the first of several
-    models to the last.
+    """Images beside what is there and what each model sees: `typical` ones by the change from the first of
+    several models to the last.
 
-    The number above is the overlap in percent, over all classes (of objects, those) together: a few stray pixels of
-    another class would halve a mean over the classes of one image.
+    The number above is the overlap in percent, over all classes (of objects, those) together: a few stray
+    pixels of another class would halve a mean over the classes of one image.
 
     Args:
         scores: model -> its score with maps.
@@ -220,7 +233,9 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
         for title, classes in seen.items():
             there = [number for number, name in enumerate(test.classes) if name and (classes == number).any()]
             names, masks = [test.classes[number] for number in there], [classes == number for number in there]
-            panels.append((draw_objects(pale, names, [""] * len(names), colours, masks=masks, side=SIDE), title))
+            panels.append(
+                (draw_objects(pale, names, [""] * len(names), colours, masks=masks, side=SIDE), title)
+            )
         rows.append(side_by_side(*panels))
     return grid(rows)
 
@@ -228,7 +243,8 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
 def typical(changes: FloatArray, count: int) -> list[int]:
     """Places of at most so many items, from the worst change to the best, whose ranks are evenly spaced.
 
-    Half of all changes lie on either side of the middle one. The items that change most would show more than the mean.
+    Half of all changes lie on either side of the middle one. The items that change most would show more than
+    the mean.
     """
     order = np.argsort(changes, kind="stable")
     count = min(count, len(order))

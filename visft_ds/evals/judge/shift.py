@@ -1,11 +1,14 @@
-"""Equal feature shift: a control at the scale at which it moves features as far as the model that it is a control of.
+"""Equal feature shift: a control at the scale at which it moves features as far as the model that it is a
+control of.
 
-Arms that moved features by different amounts cannot be compared: the one that moved further gains and loses more.
+Arms that moved features by different amounts cannot be compared: the one that moved further gains and loses
+more.
 
-The shift is the root mean square of |u - u0|: u are the features of a model and u0 those of BASE after the same block,
-both of length 1. It is 0 for equal directions, 1.41 for unrelated ones and never more than 2; features that are only
-longer have not moved, as nearest neighbours by cosine answer the same. It is measured on the training images of the
-deciding data set, of more than MOST on every k-th, and always in fp32: in 16 bits rounding counts as movement.
+The shift is the root mean square of |u - u0|: u are the features of a model and u0 those of BASE after the
+same block, both of length 1. It is 0 for equal directions, 1.41 for unrelated ones and never more than 2;
+features that are only longer have not moved, as nearest neighbours by cosine answer the same. It is measured
+on the training images of the deciding data set, of more than MOST on every k-th, and always in fp32: in 16
+bits rounding counts as movement.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ _KINDS = ("patches", "pooled", "clip")  # the first that a data set and a model 
 
 
 class ShiftMeter:
-    """Measures how far models move the features of BASE after a block, on the training images of a data set."""
+    """Measures how far models move the features of BASE after a block, on the training images of a data
+    set.
+    """
 
     def __init__(self, base: ModelSpec, block: str, benchmark: Benchmark, settings: Settings) -> None:
         self._block = block
@@ -52,12 +57,14 @@ class ShiftMeter:
         """(A, shift, True) of a model. Raises ValueError for features that are not finite."""
         shift = self._shift(load_encoder(spec, "fp32"))
         if not math.isfinite(shift):
-            raise ValueError(f"{spec.label}: features of {self._label} after {self._block} are NaN or infinite")
+            raise ValueError(
+                f"{spec.label}: features of {self._label} after {self._block} are NaN or infinite"
+            )
         return spec.scale, shift, True
 
     def match(self, spec: ModelSpec, wanted: float) -> tuple[float, float, bool]:
-        """(A, shift, True) of the mixture of a model with BASE that has the wanted shift; False with the largest shift
-        if none has."""
+        """(A, shift, True) of the mixture of a model with BASE that has the wanted shift; False with the
+        largest shift if none has."""
         mixture = Mixture(spec, "fp32")
         return scale_for(lambda scale: self._shift(mixture.at(scale)), wanted)
 
@@ -68,7 +75,9 @@ class ShiftMeter:
         return 0.0 if shift < ROUNDING else shift
 
     def _features(self, encoder: Encoder) -> list[Tensor]:
-        """Features (n, D) of length 1 of places in images, and of texts where images are compared with them."""
+        """Features (n, D) of length 1 of places in images, and of texts where images are compared with
+        them.
+        """
         encoder.module.to(self._settings.device)
         reader = read_after(encoder, self._block)
         found = []
@@ -82,8 +91,8 @@ class ShiftMeter:
 
 
 def scale_for(shift: Callable[[float], float], wanted: float) -> tuple[float, float, bool]:
-    """(A, its shift, True) within WITHIN of the wanted shift; (A, its shift, False) of the largest shift if no A up to
-    FURTHEST reaches it."""
+    """(A, its shift, True) within WITHIN of the wanted shift; (A, its shift, False) of the largest shift if
+    no A up to FURTHEST reaches it."""
     if not wanted:
         return 0.0, 0.0, True
     measured = {0.0: 0.0}

@@ -1,11 +1,12 @@
 """The table of a comparison: each number of each arm, and its differences.
 
-An arm is a model, or several of one recipe with different seeds. The first arm is the base. Differences are taken item
-by item before they are resampled: two models that fail on the same images differ surely by little, even if each of
-their numbers alone is unsure.
+An arm is a model, or several of one recipe with different seeds. The first arm is the base. Differences are
+taken item by item before they are resampled: two models that fail on the same images differ surely by little,
+even if each of their numbers alone is unsure.
 
-One number, the primary, decides by its own intervals. Of the other numbers each has its own interval, too; which
-differences of tuned arms from the base remain if all of them are asked about together says Holm's method.
+One number, the primary, decides by its own intervals. Of the other numbers each has its own interval, too;
+which differences of tuned arms from the base remain if all of them are asked about together says Holm's
+method.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Trial:
     controls: tuple[str, ...] = ()  #: arms at its shift: noise, and what `--control` named
     half: str | None = None  #: the arm of half its change
     shift: float | None = None  #: how far it moved the base's features; None if it is of another architecture
-    missed: Mapping[str, float] = field(default_factory=dict)  #: control that no scale brings to the shift -> its shift
+    missed: Mapping[str, float] = field(
+        default_factory=dict
+    )  #: control that no scale brings to the shift -> its shift
     compared: bool = False  #: the best layers were looked for, by the primary number
     cut: str | None = None  #: the block that it ends after, if the base goes on
     named: str | None = None  #: the block that it is read after, if nobody could choose it
@@ -48,7 +51,9 @@ class Difference(Interval):
     worse: bool
     shown: bool  #: by its own interval; of numbers beside the primary one also after Holm's correction
     alone: Interval  #: over test items alone
-    detectable: float | None  #: the least true difference that its interval would show in four of five repetitions
+    detectable: (
+        float | None
+    )  #: the least true difference that its interval would show in four of five repetitions
     each: tuple[float, ...]  #: of each seed
 
 
@@ -86,7 +91,8 @@ def rows_of(
 
     Args:
         results: scores at the layers that were chosen.
-        arms: name -> its models; the base first. Arms of as many seeds as another one are paired with it seed by seed.
+        arms: name -> its models; the base first. Arms of as many seeds as another one are paired with it seed
+        by seed.
         last: scores of the base and of tuned arms at their last layers.
         cut: scores of the base up to where tuned arms end, by their names.
     """
@@ -114,7 +120,9 @@ def _row(
     for trial in trials:
         if trial.arm in having:
             present = [control for control in trial.controls if control in having]
-            controls[trial.arm] = {control: _minus(name, having[trial.arm], having[control]) for control in present}
+            controls[trial.arm] = {
+                control: _minus(name, having[trial.arm], having[control]) for control in present
+            }
     both_end = [arm for arm in tuned if arm in ends and base in ends]
     return Row(
         name=name,
@@ -132,10 +140,12 @@ def _row(
 
 
 def _decided(rows: Sequence[Row], primary: str, tuned: Sequence[str]) -> list[Row]:
-    """Decide about the differences of tuned arms from the base in all numbers but the primary one together; nobody asks
-    whether controls differ in these."""
+    """Decide about the differences of tuned arms from the base in all numbers but the primary one together;
+    nobody asks whether controls differ in these."""
     others = [row for row in rows if row.name != primary]
-    asked = {(row.name, arm): row.differences[arm].p for row in others for arm in tuned if arm in row.differences}
+    asked = {
+        (row.name, arm): row.differences[arm].p for row in others for arm in tuned if arm in row.differences
+    }
     survives = holm(asked)
     decided = []
     for row in rows:
@@ -187,7 +197,8 @@ def _minus(name: str, new: Sequence[Score], old: Sequence[Score]) -> Difference:
     whole = interval(float(values.mean()), combined(values, means, retrained, _rng(name, "others")))
     units = len(news[0].values if groups is None else np.unique(groups))
     spread = spread_of(values, means, retrained, units)
-    # That all of n units are of one sign comes by chance in 2^(1 - n) of cases, which resampling does not see.
+    # That all of n units are of one sign comes by chance in 2^(1 - n) of cases, which resampling does not
+    # see.
     least = 2.0 ** (1 - min(units, 64))
     few = least > 1 - LEVEL  # fewer than six
     low = min(whole.low, 0.0) if few else whole.low
@@ -214,7 +225,8 @@ def _retrained(seeds: Sequence[Score]) -> FloatArray | None:
 
 
 def section(rows: Sequence[Row], arms: Sequence[str], primary: str) -> Section:
-    """The table for a console: a row for each number and arm; a difference with its interval, marked * if it is shown.
+    """The table for a console: a row for each number and arm; a difference with its interval, marked * if it
+    is shown.
 
     Numbers are in percent, errors in their own unit.
     """

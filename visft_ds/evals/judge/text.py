@@ -1,8 +1,8 @@
 """The text side of a CLIP: texts -> unit vectors in the space of its image embeddings.
 
 EVA-CLIP's flat files and open_clip's hold it under `text.`, with the names of open_clip's `TextTransformer`
-(https://github.com/mlfoundations/open_clip/blob/main/src/open_clip/transformer.py), so that a backbone of ours takes
-it from the file that its base came from. n texts, E width of the embedding.
+(https://github.com/mlfoundations/open_clip/blob/main/src/open_clip/transformer.py), so that a backbone of
+ours takes it from the file that its base came from. n texts, E width of the embedding.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class TextTower:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], device: torch.device) -> Tensor:
-        """(n, E) float32, each of length 1, on the CPU. A text longer than the tower reads is cut at its end."""
+        """(n, E) float32, each of length 1, on the CPU. A text longer than the tower reads is cut at its
+        end.
+        """
         self.module.to(device)
         parts = [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]
         found = torch.cat([self.embed(self.tokenize(list(part)).to(device)) for part in parts])

@@ -1,17 +1,17 @@
 """The verdict about a tuned model: one word for its primary number, and what it costs.
 
-    gained                   above the base's best layer and its last, and above every control of equal feature shift
-    better placed            above the base only up to where the tuned model ends, or only at the last layers of both
-    moved, not gained        above the base's best layer, but not above a control
+    gained                   above the base's best layer and its last, and above every control of equal
+    feature shift better placed            above the base only up to where the tuned model ends, or only at
+    the last layers of both moved, not gained        above the base's best layer, but not above a control
     not shown                not above the base
     lost                     below the base's best layer
     better, without control  above the base, but nothing else has its feature shift: the base is of another
                              architecture, or no scale of a control reaches it
     the same                 no feature moved where the number is read
 
-The base is read at the best block of its whole tower, also where a tuned model ends earlier: that is what its user has
-today. Each word asks for intervals of the primary number alone, several at once, so it needs no correction. Where best
-layers were not looked for, "gained" is never said.
+The base is read at the best block of its whole tower, also where a tuned model ends earlier: that is what its
+user has today. Each word asks for intervals of the primary number alone, several at once, so it needs no
+correction. Where best layers were not looked for, "gained" is never said.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def judged(rows: Sequence[Row], trials: Sequence[Trial], primary: str, base: str
             change = row.differences[trial.half].text(not row.lower)
             sentences.append(f"Half of the change gives {change}; cost: {_cost(rows, row, trial.half)}.")
         if trial.trained_on:
-            sentences.append(f"In domain: {trial.arm} was trained on images of {'; '.join(trial.trained_on)}.")
+            sentences.append(
+                f"In domain: {trial.arm} was trained on images of {'; '.join(trial.trained_on)}."
+            )
         verdicts.append(Verdict(trial.arm, word, tuple(sentences)))
     return verdicts
 
@@ -156,8 +158,8 @@ def _missed(trial: Trial) -> str:
 
 
 def _cost(rows: Sequence[Row], primary: Row, arm: str) -> str:
-    """The numbers that are worse than the base's by their own intervals, those marked that remain after correction; and
-    the kept predictions of its classifier."""
+    """The numbers that are worse than the base's by their own intervals, those marked that remain after
+    correction; and the kept predictions of its classifier."""
     having = [row for row in rows if row is not primary and arm in row.differences]
     others = [row for row in having if not row.name.startswith(KEPT)]
     worse = []
@@ -167,7 +169,9 @@ def _cost(rows: Sequence[Row], primary: Row, arm: str) -> str:
             worse.append(f"{row.name} {_text(change, row)}{' *' if change.shown else ''}")
     if worse:
         mark = "; * is shown among all of them" if any(text.endswith("*") for text in worse) else ""
-        parts = [f"{', '.join(worse)} ({len(worse)} of {len(others)} other numbers, each by its own interval{mark})"]
+        parts = [
+            f"{', '.join(worse)} ({len(worse)} of {len(others)} other numbers, each by its own interval{mark})"
+        ]
     elif others:
         parts = [f"no other number of {len(others)} is worse by its own interval"]
     else:

@@ -10,7 +10,9 @@ class CaptioningImage(StrictModel):
     """Geometry and targets of captioning; sizes in pixels."""
 
     size: Positive = 256  #: side of the square
-    caption_choice: CaptionChoice = "random"  #: caption to train on: a new "random" one each time, or the "first"
+    caption_choice: CaptionChoice = (
+        "random"  #: caption to train on: a new "random" one each time, or the "first"
+    )
     max_words: Positive = 50
 
 

@@ -22,8 +22,8 @@ from visft_ds.tasks.vocabulary import Vocabulary, caption_words
 class CaptionTargets(Targets):
     """A caption per image, and all its reference captions.
 
-    An image without a caption that can be learned has length 1 (`<start>` alone): nothing is to be predicted for it,
-    and it counts neither as a caption nor as tokens.
+    An image without a caption that can be learned has length 1 (`<start>` alone): nothing is to be predicted
+    for it, and it counts neither as a caption nor as tokens.
     """
 
     tokens: Tensor  #: (B, T) int64, `<start> word ... <end>`, filled up with 0; T is at least 2
@@ -34,12 +34,17 @@ class CaptionTargets(Targets):
 
 
 def caption_targets(
-    words: Vocabulary, random: bool, most: int, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
+    words: Vocabulary,
+    random: bool,
+    most: int,
+    raw: RawSample,
+    ops: Sequence[Op],
+    generator: np.random.Generator,
 ) -> Mapping[str, npt.NDArray[Any]]:
     """Ids (T,) int64 of one of the captions, and all of them as they are (captions,) str objects.
 
-    The caption is one of those with 1 to `most` words: one that is drawn from `generator` if `random`, else the first.
-    If an image has none, no caption is given (see `CaptionTargets`), never an empty or a cut one.
+    The caption is one of those with 1 to `most` words: one that is drawn from `generator` if `random`, else
+    the first. If an image has none, no caption is given (see `CaptionTargets`), never an empty or a cut one.
     """
     cut = [caption_words(caption) for caption in raw.captions]
     usable = [caption for caption in cut if 1 <= len(caption) <= most]

@@ -1,8 +1,9 @@
-"""Captioning: head, criterion and generation of the attentive LSTM ("Show, Attend and Tell", arXiv 1502.03044).
+"""Captioning: head, criterion and generation of the attentive LSTM ("Show, Attend and Tell", arXiv
+1502.03044).
 
-Letters: B images, h w patch grid, D backbone width, P cells of the pooled grid ("pixels" in the paper), T caption
-length in word ids (`<start>` and `<end>` included), S = T - 1 steps, A attention width, E embedding width, R recurrent
-width, V vocabulary size, K beams.
+Letters: B images, h w patch grid, D backbone width, P cells of the pooled grid ("pixels" in the paper), T
+caption length in word ids (`<start>` and `<end>` included), S = T - 1 steps, A attention width, E embedding
+width, R recurrent width, V vocabulary size, K beams.
 """
 
 from __future__ import annotations
@@ -33,9 +34,16 @@ PUBLISHED_NAMES: Mapping[str, str] = {
     **{f"recurrence.decoder_att_{kind}": f"attention.decoder_att.{kind}" for kind in ("weight", "bias")},
     **{f"recurrence.full_att_{kind}": f"attention.full_att.{kind}" for kind in ("weight", "bias")},
     **{f"recurrence.f_beta_{kind}": f"f_beta.{kind}" for kind in ("weight", "bias")},
-    **{f"recurrence.{name}": f"decode_step.{name}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
+    **{
+        f"recurrence.{name}": f"decode_step.{name}"
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    },
     "embedding.weight": "embedding.weight",
-    **{f"{name}.{kind}": f"{name}.{kind}" for name in ("init_h", "init_c", "fc") for kind in ("weight", "bias")},
+    **{
+        f"{name}.{kind}": f"{name}.{kind}"
+        for name in ("init_h", "init_c", "fc")
+        for kind in ("weight", "bias")
+    },
 }
 
 
@@ -57,12 +65,13 @@ class GeneratedCaptions:
 class CaptioningHead(nn.Module):
     """Feature map -> scores of the next word, step by step, with the attention that led to them.
 
-    The published ViSFT head: average pooling to `grid` x `grid` cells, LSTM cell whose input is the embedded last word
-    and a gated, attention-weighted mean of the cells, initial state from the mean cell, dropout before the word layer.
-    `vocabulary_size` includes the special ids (`Vocabulary.size`). Initialisation: U(-0.1, 0.1) for embedding and word
-    layer, whose bias is 0; PyTorch's defaults elsewhere.
+    The published ViSFT head: average pooling to `grid` x `grid` cells, LSTM cell whose input is the embedded
+    last word and a gated, attention-weighted mean of the cells, initial state from the mean cell, dropout
+    before the word layer. `vocabulary_size` includes the special ids (`Vocabulary.size`). Initialisation:
+    U(-0.1, 0.1) for embedding and word layer, whose bias is 0; PyTorch's defaults elsewhere.
 
-    With captions it predicts each next word from the true previous ones (teacher forcing); without, it generates them.
+    With captions it predicts each next word from the true previous ones (teacher forcing); without, it
+    generates them.
     """
 
     def __init__(self, in_channels: int, options: CaptioningHeadConfig, vocabulary_size: int) -> None:
@@ -91,14 +100,17 @@ class CaptioningHead(nn.Module):
     ) -> CaptioningOutput | GeneratedCaptions:
         """Scores of captions, or generated ones, from the last map.
 
-        With `captions` (B, T) int64 and `lengths` (B,), `<start>` and `<end>` included: scores of captions[:, 1:].
-        Without: the best caption of each image by beam search. `max_length` is the largest number of words, after which
-        `<end>` is forced. A beam's score is the plain sum of log-probabilities, without length normalisation, and
-        finished beams keep their place among the K. `<pad>`, `<start>` and `<unk>` are never chosen, and there is no
-        dropout, in training mode either. Among equal scores the choice is PyTorch's.
+        With `captions` (B, T) int64 and `lengths` (B,), `<start>` and `<end>` included: scores of captions[:,
+        1:].
+        Without: the best caption of each image by beam search. `max_length` is the largest number of words,
+        after which `<end>` is forced. A beam's score is the plain sum of log-probabilities, without length
+        normalisation, and finished beams keep their place among the K. `<pad>`, `<start>` and `<unk>` are
+        never chosen, and there is no dropout, in training mode either. Among equal scores the choice is
+        PyTorch's.
 
-        There are always `max_length` + 1 steps: to stop as soon as all captions have ended, the host would wait for the
-        device after each step, and under ZeRO-3 ranks would gather the weights at different steps.
+        There are always `max_length` + 1 steps: to stop as soon as all captions have ended, the host would
+        wait for the device after each step, and under ZeRO-3 ranks would gather the weights at different
+        steps.
         """
         features, valid = maps[-1].features, maps[-1].valid
         with autocast_to(features.device, None):  # rounded, pooling would be most of the error of captions
@@ -110,14 +122,18 @@ class CaptioningHead(nn.Module):
         assert lengths is not None and captions.shape[1] >= 2, (lengths, captions.shape)
         hidden, attention, _ = self.recurrence(self.embedding(captions[:, :-1]), *start)
         scores = at_least_float32(self.fc(self.dropout(hidden)))
-        past_end = (torch.arange(1, captions.shape[1], device=lengths.device) >= lengths[:, None]).unsqueeze(-1)
+        past_end = (torch.arange(1, captions.shape[1], device=lengths.device) >= lengths[:, None]).unsqueeze(
+            -1
+        )
         return CaptioningOutput(scores.masked_fill(past_end, 0), attention.masked_fill(past_end, 0))
 
     @torch.no_grad()
     def _search(
         self, pixels: Tensor, keys: Tensor, hidden: Tensor, cell: Tensor, beams: int, max_length: int
     ) -> Tensor:
-        """The best caption of each image, (B, max_length + 2) ids. The tensors are as in `Recurrence.forward`."""
+        """The best caption of each image, (B, max_length + 2) ids. The tensors are as in
+        `Recurrence.forward`.
+        """
         images, size, end = len(pixels), self.vocabulary_size, self.vocabulary_size + _END
         # Row b * K + k is beam k of image b.
         start = (pixels, keys, hidden, cell)
@@ -142,7 +158,9 @@ class CaptioningHead(nn.Module):
             gains = (at_least_float32(self.fc(states[:, 0])) + banned).log_softmax(dim=-1)
             gains = gains if step < max_length else gains + ends
             gains = torch.where(ended.unsqueeze(-1), stays, gains).view(images, beams, size)
-            totals, chosen = (totals.unsqueeze(-1) + gains).flatten(start_dim=1).topk(beams)  # (B, K), of K * V
+            totals, chosen = (
+                (totals.unsqueeze(-1) + gains).flatten(start_dim=1).topk(beams)
+            )  # (B, K), of K * V
             totals = totals - totals[:, :1]  # relative to the best: small numbers keep their digits
             rows = (first + chosen // size).flatten()  # the beams that are continued
             word = (chosen % size).flatten()
@@ -155,13 +173,13 @@ class CaptioningHead(nn.Module):
 class Recurrence(nn.Module):
     """All steps of the decoder: attention, gate and LSTM cell.
 
-    They are a single module that owns all weights of a step, for three reasons. ZeRO-3 gathers weights when the module
-    that owns them is called: once for all steps here, so that ranks whose captions differ in length still gather
-    equally often. What depends on the words alone is computed for all steps at once. And the three products with the
-    last hidden state become one.
+    They are a single module that owns all weights of a step, for three reasons. ZeRO-3 gathers weights when
+    the module that owns them is called: once for all steps here, so that ranks whose captions differ in
+    length still gather equally often. What depends on the words alone is computed for all steps at once. And
+    the three products with the last hidden state become one.
 
-    Names are those of the published files: `decoder_att` and `full_att` score the cells, `f_beta` is the gate on the
-    attended features (arXiv 1502.03044, section 4.2.1; here one value for each channel).
+    Names are those of the published files: `decoder_att` and `full_att` score the cells, `f_beta` is the gate
+    on the attended features (arXiv 1502.03044, section 4.2.1; here one value for each channel).
     """
 
     def __init__(self, in_channels: int, attention_dim: int, embed_dim: int, decoder_dim: int) -> None:
@@ -188,7 +206,8 @@ class Recurrence(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states (B, S, R), attention (B, S, P) and the last cell state (B, R).
 
-        embedded (B, S, E) words, pixels (B, P, D), keys (B, P, A), hidden and cell state (B, R) before the first step.
+        embedded (B, S, E) words, pixels (B, P, D), keys (B, P, A), hidden and cell state (B, R) before the
+        first step.
         """
         from_words = F.linear(embedded, self.weight_ih[:, : self.embed_dim], self.bias_ih)  # (B, S, 4 R)
         from_pixels = self.weight_ih[:, self.embed_dim :]
@@ -200,10 +219,14 @@ class Recurrence(nn.Module):
         states, attention = [], []
         for word in from_words.unbind(dim=1):
             # Both states stay float32, whatever the products are computed in.
-            query, gate, from_state = at_least_float32(F.linear(hidden, weight, bias)).split(self.splits, dim=1)
+            query, gate, from_state = at_least_float32(F.linear(hidden, weight, bias)).split(
+                self.splits, dim=1
+            )
             energy = F.linear(F.relu(keys + query.unsqueeze(1)), self.full_att_weight, self.full_att_bias)
             weights = at_least_float32(energy.squeeze(-1)).softmax(dim=1)  # (B, P)
-            context = torch.bmm(weights.to(pixels.dtype).unsqueeze(1), pixels).squeeze(1) * gate.sigmoid()  # (B, D)
+            context = (
+                torch.bmm(weights.to(pixels.dtype).unsqueeze(1), pixels).squeeze(1) * gate.sigmoid()
+            )  # (B, D)
             # In the order of nn.LSTMCell's weights.
             gates = word + from_state + F.linear(context, from_pixels)
             input_gate, forget_gate, new, output_gate = gates.chunk(4, dim=1)
@@ -217,9 +240,10 @@ class Recurrence(nn.Module):
 def pool_valid(features: Tensor, valid: Tensor, grid: int) -> Tensor:
     """Adaptive average pooling of the valid part of each feature map: (B, grid * grid, D).
 
-    features (B, D, h, w); valid (B, h, w) bool, a rectangle of at least a patch in the upper left corner. Cells are
-    those of torch.nn.AdaptiveAvgPool2d on that rectangle: cell i averages its n rows from floor(i n / grid) to
-    ceil((i + 1) n / grid). Averaging first columns and then rows is the same, as products with two small matrices.
+    features (B, D, h, w); valid (B, h, w) bool, a rectangle of at least a patch in the upper left corner.
+    Cells are those of torch.nn.AdaptiveAvgPool2d on that rectangle: cell i averages its n rows from floor(i n
+    / grid) to ceil((i + 1) n / grid). Averaging first columns and then rows is the same, as products with two
+    small matrices.
     """
     batch, width, height = features.shape[:3]
     cells, averages = torch.arange(grid, device=features.device), []
@@ -237,13 +261,15 @@ def pool_valid(features: Tensor, valid: Tensor, grid: int) -> Tensor:
 
 
 class CaptioningCriterion:
-    """Cross-entropy of the words and the doubly stochastic attention penalty (arXiv 1502.03044, section 4.2.1).
+    """Cross-entropy of the words and the doubly stochastic attention penalty (arXiv 1502.03044, section
+    4.2.1).
 
     Calling it gives *unweighted* losses by name; `weights` holds the factor of each.
 
     - `ce`: mean cross-entropy over all ids to be predicted, `<end>` included.
     - `attention`: mean over images and cells of (1 - sum of the cell's attention over the caption)^2.
-    - `top5_accuracy`, for the log only: percentage of the ids for which fewer than five ids have a higher score.
+    - `top5_accuracy`, for the log only: percentage of the ids for which fewer than five ids have a higher
+      score.
 
     Images without a caption take no part.
     """

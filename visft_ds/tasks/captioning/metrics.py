@@ -1,8 +1,9 @@
 """Caption metrics in plain Python: CIDEr, BLEU-1 to 4, ROUGE-L, as coco-caption defines them.
 
-The numbers are those of https://github.com/tylin/coco-caption on the same words; `tokenizer.ptb_words` cuts captions
-into words. CIDEr is CIDEr-D of its paper (arXiv 1411.5726), as papers report it: it depends on the set of images, and
-is 0 for one image. BLEU and ROUGE-L go from 0 to 1, CIDEr from 0 to 10; papers print 100 times as much.
+The numbers are those of https://github.com/tylin/coco-caption on the same words; `tokenizer.ptb_words` cuts
+captions into words. CIDEr is CIDEr-D of its paper (arXiv 1411.5726), as papers report it: it depends on the
+set of images, and is 0 for one image. BLEU and ROUGE-L go from 0 to 1, CIDEr from 0 to 10; papers print 100
+times as much.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 from visft_ds.tasks.captioning.tokenizer import ptb_words
 
 _ORDERS = (1, 2, 3, 4)
-#: Width, in words, of CIDEr's penalty for a length that differs from the reference's (arXiv 1411.5726, eq. 4).
+#: Width, in words, of CIDEr's penalty for a length that differs from the reference's (arXiv 1411.5726, eq.
+#: 4).
 _SIGMA = 6.0
 #: Weight of recall in ROUGE-L, as in coco-caption.
 _BETA = 1.2
@@ -31,8 +33,8 @@ Counts = Counter[tuple[str, ...]]
 def caption_metrics(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Scores of one caption for each image against its references.
 
-    Entries of `truth["annotations"]` and `results` have image_id and caption, as COCO's; images without a reference are
-    left out. Keys: "caption/CIDEr", "caption/BLEU-1" ... "caption/BLEU-4", "caption/ROUGE-L".
+    Entries of `truth["annotations"]` and `results` have image_id and caption, as COCO's; images without a
+    reference are left out. Keys: "caption/CIDEr", "caption/BLEU-1" ... "caption/BLEU-4", "caption/ROUGE-L".
 
     Raises ValueError for an image without a result, and if there is no image.
     """
@@ -69,7 +71,10 @@ def _cider(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> flo
     def weighted(counts: Sequence[Counts]) -> list[Mapping[tuple[str, ...], float]]:
         # tf-idf. An n-gram that no reference has weighs like one that a single image has.
         rare = [{gram: log_images - math.log(frequency.get(gram, 1)) for gram in part} for part in counts]
-        return [{gram: part[gram] * value[gram] for gram in part} for part, value in zip(counts, rare, strict=True)]
+        return [
+            {gram: part[gram] * value[gram] for gram in part}
+            for part, value in zip(counts, rare, strict=True)
+        ]
 
     total = 0.0
     for references, words in zip(counted, generated, strict=True):
@@ -84,8 +89,12 @@ def _cider(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> flo
 
 
 def _clipped_cosine(one: Mapping[tuple[str, ...], float], two: Mapping[tuple[str, ...], float]) -> float:
-    """Cosine of a candidate and a reference, to which a word counts no more often than the reference has it."""
-    norms = math.sqrt(sum(value * value for value in one.values()) * sum(value * value for value in two.values()))
+    """Cosine of a candidate and a reference, to which a word counts no more often than the reference has
+    it.
+    """
+    norms = math.sqrt(
+        sum(value * value for value in one.values()) * sum(value * value for value in two.values())
+    )
     common = sum(min(value, two[gram]) * two[gram] for gram, value in one.items() if gram in two)
     return common / norms if norms else 0.0
 
@@ -116,7 +125,9 @@ def _rouge(references: Sequence[Words], words: Words) -> float:
     if not any(common):
         return 0.0
     precision = max(common) / len(words)
-    recall = max(length / len(reference) for length, reference in zip(common, references, strict=True) if reference)
+    recall = max(
+        length / len(reference) for length, reference in zip(common, references, strict=True) if reference
+    )
     return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
 
 

@@ -30,7 +30,9 @@ class Captioning(Task):
     losses = CaptioningCriterion
     facts: ClassVar[Mapping[str, Any]] = {"caption_tokenizer": TOKENIZER}
 
-    def build_head(self, shapes: Shapes, head: CaptioningHeadConfig, vocabulary_size: int | None) -> nn.Module:
+    def build_head(
+        self, shapes: Shapes, head: CaptioningHeadConfig, vocabulary_size: int | None
+    ) -> nn.Module:
         assert vocabulary_size is not None
         return CaptioningHead(shapes[-1][0], head, vocabulary_size)
 

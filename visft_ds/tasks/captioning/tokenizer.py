@@ -1,13 +1,14 @@
 """Tokenizer of captions for caption metrics.
 
-COCO's caption scores are defined on the output of Stanford's Penn Treebank tokenizer (release 3.4.1, a Java program, as
-called by https://github.com/tylin/coco-caption) with most punctuation taken out. `ptb_words` follows the same rules, as
-far as they can matter for a caption, without Java: contractions are split ("isn't": is n't), abbreviations and numbers
-stay whole, hyphens and slashes join words, brackets become words such as "-lrb-".
+COCO's caption scores are defined on the output of Stanford's Penn Treebank tokenizer (release 3.4.1, a Java
+program, as called by https://github.com/tylin/coco-caption) with most punctuation taken out. `ptb_words`
+follows the same rules, as far as they can matter for a caption, without Java: contractions are split
+("isn't": is n't), abbreviations and numbers stay whole, hyphens and slashes join words, brackets become words
+such as "-lrb-".
 
-Both agree on all 255 captions of 51 COCO images and on more than 99 % of English prose. Known differences: words joined
-by a dot together with a hyphen or digits, more than two slashes, emoticons beyond the usual ones, letters with a
-superscript, mixed fractions, apostrophes within unusual words, graves as apostrophes.
+Both agree on all 255 captions of 51 COCO images and on more than 99 % of English prose. Known differences:
+words joined by a dot together with a hyphen or digits, more than two slashes, emoticons beyond the usual
+ones, letters with a superscript, mixed fractions, apostrophes within unusual words, graves as apostrophes.
 """
 
 from __future__ import annotations
@@ -18,15 +19,27 @@ from collections.abc import Mapping
 #: Name of these rules; it belongs beside every number that was computed with them.
 TOKENIZER = "visft-ptb-1"
 
-#: Tokens that are taken out, by the list of coco-caption; quotation marks are never produced in the first place.
+#: Tokens that are taken out, by the list of coco-caption; quotation marks are never produced in the first
+#: place.
 _DROPPED = frozenset([".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _RENAMED: Mapping[str, str] = {
     **{"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"},
-    # The Treebank has no signs for other currencies than the dollar; the Java program puts these in their place.
+    # The Treebank has no signs for other currencies than the dollar; the Java program puts these in their
+    # place.
     **{"£": "#", "€": "$", "¢": "cents"},
 }
 _PREPARED: Mapping[str, str] = {
-    **{"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "’": "'", "‘": "'", "“": '"', "”": '"', "…": "..."},
+    **{
+        "&amp;": "&",
+        "&lt;": "<",
+        "&gt;": ">",
+        "&quot;": '"',
+        "’": "'",
+        "‘": "'",
+        "“": '"',
+        "”": '"',
+        "…": "...",
+    },
     **{"–": "--", "—": "--", "―": "--", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "},
 }
 _PREPARE = re.compile("|".join(map(re.escape, _PREPARED)))
@@ -35,8 +48,8 @@ _ABBREVIATIONS = (
     "mr|mrs|ms|dr|st|ave|mt|jr|sr|inc|co|corp|ltd|jan|feb|mar|apr|jun|jul|aug|sept|oct|nov|dec|mon|tue|tues|wed|thu|"
     "thurs|fri|blvd|rd|sgt|capt|lt|col|gov|sen|rep|rev|gen|prof|calif|fla|ariz|conn|penn|vs|etc|ft|ph\\.d"
 )
-#: What follows a single letter whose full stop ends a sentence. At the end of a caption the Java program lets the first
-#: word of whichever caption comes next decide; it is taken to begin a sentence here.
+#: What follows a single letter whose full stop ends a sentence. At the end of a caption the Java program lets
+#: the first word of whichever caption comes next decide; it is taken to begin a sentence here.
 _SENTENCE_END = r"\W*$ | \s+(?-i:A|The|This|Then|There|In|If|It)\b"
 #: One token, by the first alternative that fits. `[^\W_]` is a letter or digit of any script.
 _TOKEN = re.compile(

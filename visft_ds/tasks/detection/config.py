@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from visft_ds.config.fields import Above, Ascending, Depth, Fraction, Positive, Probability, Rate, Sides, StrictModel
+from visft_ds.config.fields import (
+    Above,
+    Ascending,
+    Depth,
+    Fraction,
+    Positive,
+    Probability,
+    Rate,
+    Sides,
+    StrictModel,
+)
 from visft_ds.config.task_schema import TaskConfig, Zoom, idle_zoom
 
 
@@ -19,7 +29,9 @@ class DetectionImage(StrictModel):
     flip: Fraction = 0.5  #: probability of a horizontal flip
     eval_short: Positive = 800
     eval_max_long: Positive = 672
-    fixed_size: Positive | None = None  #: side of a square for training and evaluation instead of the sizes above
+    fixed_size: Positive | None = (
+        None  #: side of a square for training and evaluation instead of the sizes above
+    )
     zoom: Zoom = None  #: with fixed_size: smallest and largest side of a random crop, in parts of the image's
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -30,7 +42,8 @@ class DetectionImage(StrictModel):
 class DetectionHeadConfig(StrictModel):
     """Options of the detection head."""
 
-    #: detr: the published asymmetric DETR; dense: a box from every cell of the feature map, for few photographs
+    #: detr: the published asymmetric DETR; dense: a box from every cell of the feature map, for few
+    #: photographs
     type: Literal["detr", "dense"] = "detr"
     num_classes: Positive = 91  #: default for ids that are not COCO's: the number of categories
     width: Positive = 64  #: of the dense head; the keys below are the DETR's
@@ -50,11 +63,16 @@ class DetectionHeadConfig(StrictModel):
             if width % self.num_heads:
                 yield name, f"{width} is not a multiple of num_heads = {self.num_heads}"
         if self.encoder_dim % 4:
-            yield "encoder_dim", f"{self.encoder_dim} is not a multiple of 4 (sine and cosine of two coordinates)"
+            yield (
+                "encoder_dim",
+                f"{self.encoder_dim} is not a multiple of 4 (sine and cosine of two coordinates)",
+            )
 
 
 class DetectionLoss(StrictModel):
-    """Weights of the detection losses, and in the DETR's matching; the dense head has ce (focal) and giou alone."""
+    """Weights of the detection losses, and in the DETR's matching; the dense head has ce (focal) and giou
+    alone.
+    """
 
     ce: Rate = 1.0
     l1: Rate = 5.0

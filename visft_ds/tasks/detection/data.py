@@ -42,9 +42,9 @@ class DetectionTargets(Targets):
 class CropRecipe:
     """Geometry of detection alone: that of the DETR recipe, with a cap for a plain ViT.
 
-    Training: mirror; then, with equal chances, either scale as `sides` does, or scale the short side to one of
-    `crop_short_sides`, cut out a random rectangle with sides from `crop_range` and scale that as in the first case.
-    Evaluation, and all of it where `sides` has a `fixed_size`: as `sides`.
+    Training: mirror; then, with equal chances, either scale as `sides` does, or scale the short side to one
+    of `crop_short_sides`, cut out a random rectangle with sides from `crop_range` and scale that as in the
+    first case. Evaluation, and all of it where `sides` has a `fixed_size`: as `sides`.
     """
 
     sides: ShortSides
@@ -72,8 +72,8 @@ def detection_targets(
 ) -> Mapping[str, npt.NDArray[Any]]:
     """Boxes (n, 4) float32 cxcywh relative to the image after `ops`, labels (n,) int64.
 
-    `labels` maps category ids; None leaves them as they are. Crowd regions and boxes without area (before or after a
-    crop) give no target.
+    `labels` maps category ids; None leaves them as they are. Crowd regions and boxes without area (before or
+    after a crop) give no target.
     """
     used = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
     xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
@@ -95,8 +95,8 @@ def box_results(
 ) -> Results:
     """Predictions of an image of the batch in COCO's results format: image_id, category_id, bbox, score.
 
-    `corners` (n, 4) are relative to the image; bbox is (x, y, w, h) in pixels of the stored one. category_id is the
-    label, or its entry in `classes`. All is on the host.
+    `corners` (n, 4) are relative to the image; bbox is (x, y, w, h) in pixels of the stored one. category_id
+    is the label, or its entry in `classes`. All is on the host.
     """
     height, width = batch.original_sizes[image].tolist()
     pixels = (corners.double() * torch.tensor([width, height, width, height])).tolist()

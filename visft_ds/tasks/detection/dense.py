@@ -1,8 +1,10 @@
-"""Dense detection: every cell of the feature map tells classes and a box around itself (after FCOS, arXiv 1904.01355).
+"""Dense detection: every cell of the feature map tells classes and a box around itself (after FCOS, arXiv
+1904.01355).
 
 Boxes relative to cells are learnt from few photographs, where the queries of a DETR learn places by heart.
 
-Letters: B images, h w grid, S = h * w cells, D backbone width, C classes, N objects of all images concatenated.
+Letters: B images, h w grid, S = h * w cells, D backbone width, C classes, N objects of all images
+concatenated.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from visft_ds.tasks.segmentation.pixel_decoder import GROUPS, MaskedGroupNorm
 RADIUS = 1.5
 #: Cells that answer for a large object; sums over all cells are divided by as many for each object.
 CELLS = round((2 * RADIUS) ** 2)
-#: Overlap above which the weaker of two boxes of a class is dropped, and the most boxes that are considered and kept.
+#: Overlap above which the weaker of two boxes of a class is dropped, and the most boxes that are considered
+#: and kept.
 OVERLAP, CANDIDATES, KEPT = 0.5, 400, 100
 
 
@@ -45,9 +48,9 @@ class DenseOutput:
 class DenseHead(nn.Module):
     """Feature map -> scores of the classes and a box, from every cell.
 
-    A 1x1 convolution to `width`, two 3x3 convolutions, group norms, and a 3x3 convolution each for classes and for the
-    logarithms of the four distances to the sides. What valid cells predict does not depend on how far their batch is
-    padded.
+    A 1x1 convolution to `width`, two 3x3 convolutions, group norms, and a 3x3 convolution each for classes
+    and for the logarithms of the four distances to the sides. What valid cells predict does not depend on how
+    far their batch is padded.
     """
 
     def __init__(self, in_channels: int, options: DetectionHeadConfig) -> None:
@@ -73,13 +76,16 @@ class DenseHead(nn.Module):
             x = F.relu(norm(conv(x * inside), valid))
         x = x * inside
         logits, distances = (
-            at_least_float32(embed(x)).flatten(2).transpose(1, 2) for embed in (self.class_embed, self.box_embed)
+            at_least_float32(embed(x)).flatten(2).transpose(1, 2)
+            for embed in (self.class_embed, self.box_embed)
         )
         cells = maps[-1].cells  # the last ones of an image may show less of it than the others
         if cells is None:
             cells = torch.stack((valid.any(2).sum(1), valid.any(1).sum(1)), dim=1)
         pitch = to_device(1 / cells.flip(1).to(logits.dtype), valid.device)  # (B, 2)
-        y, x_ = (torch.arange(side, device=valid.device, dtype=logits.dtype) + 0.5 for side in valid.shape[1:])
+        y, x_ = (
+            torch.arange(side, device=valid.device, dtype=logits.dtype) + 0.5 for side in valid.shape[1:]
+        )
         grid = torch.stack((x_.repeat(len(y)), y.repeat_interleave(len(x_))), dim=1)  # (S, 2)
         centres = grid * pitch[:, None]
         low, high = distances.exp().chunk(2, dim=-1)
@@ -88,11 +94,12 @@ class DenseHead(nn.Module):
 
 
 class DenseCriterion:
-    """Focal loss of the classes of all cells, and generalized IoU of the boxes of the cells that answer for an object.
+    """Focal loss of the classes of all cells, and generalized IoU of the boxes of the cells that answer for
+    an object.
 
-    `ce` and `giou` weigh the two. A cell answers for an object if its centre lies inside the box and less than RADIUS
-    cells from the box's, or is the nearest to that; of several objects the smallest counts. The overlap is a mean over
-    the cells of an object; the focal loss is divided by CELLS as well.
+    `ce` and `giou` weigh the two. A cell answers for an object if its centre lies inside the box and less
+    than RADIUS cells from the box's, or is the nearest to that; of several objects the smallest counts. The
+    overlap is a mean over the cells of an object; the focal loss is divided by CELLS as well.
     """
 
     def __init__(self, head: DetectionHeadConfig, loss: DetectionLoss) -> None:
@@ -112,8 +119,12 @@ class DenseCriterion:
         answers = (objects < len(targets.boxes)).to(output.logits.dtype)  # (B, S)
         # One row more, for cells without an object: its label is none of the classes.
         labels = F.pad(targets.labels, (0, 1), value=-1)[objects]
-        boxes = F.pad(centers_to_corners(targets.boxes.to(output.boxes.dtype)), (0, 0, 0, 1), value=0.5)[objects]
-        wanted = (labels[..., None] == torch.arange(output.logits.shape[-1], device=labels.device)).to(answers.dtype)
+        boxes = F.pad(centers_to_corners(targets.boxes.to(output.boxes.dtype)), (0, 0, 0, 1), value=0.5)[
+            objects
+        ]
+        wanted = (labels[..., None] == torch.arange(output.logits.shape[-1], device=labels.device)).to(
+            answers.dtype
+        )
         focal = sigmoid_focal_loss(output.logits, wanted).sum(dim=-1) * output.valid
         cells = torch.zeros(len(targets.boxes) + 1, dtype=answers.dtype, device=answers.device)
         cells = cells.index_add(0, objects.flatten(), torch.ones_like(answers).flatten())  # of each object
@@ -141,7 +152,10 @@ def assign(output: DenseOutput, targets: DetectionTargets) -> Tensor:
     # Objects by area, the smallest first: the least place wins a cell.
     order = sides.prod(dim=-1).flatten().argsort(stable=True)
     place = torch.empty_like(order).scatter(0, order, torch.arange(number, device=order.device))
-    found, rows = torch.full((images, cells), number, device=order.device), image_of[:, None].expand(-1, cells)
+    found, rows = (
+        torch.full((images, cells), number, device=order.device),
+        image_of[:, None].expand(-1, cells),
+    )
     found = found.scatter_reduce(0, rows, torch.where(near, place[:, None], number), "amin")
     return F.pad(order, (0, 1), value=number)[found]
 
@@ -152,8 +166,8 @@ def dense_results(
 ) -> Results:
     """Predictions in COCO's results format, see `box_results`; boxes are cut off at the borders of the image.
 
-    The best CANDIDATES pairs of cell and class go through non-maximum suppression within their class; at most KEPT of
-    an image stay. Images without `batch.real` are left out.
+    The best CANDIDATES pairs of cell and class go through non-maximum suppression within their class; at most
+    KEPT of an image stay. Images without `batch.real` are left out.
     """
     scores = output.logits.sigmoid().masked_fill(~output.valid[..., None], -1.0).cpu()
     boxes, results = output.boxes.clamp(0, 1).cpu(), Results()

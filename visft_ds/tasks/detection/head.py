@@ -1,7 +1,7 @@
 """Detection: head, criterion and post-processing of the set-prediction detector (DETR, arXiv 2005.12872).
 
-Letters: B images, h w patch grid, D backbone width, Q queries, C classes (raw COCO ids 0..90, or indices of other
-categories), L decoder layers, N objects of all images concatenated, M matched pairs of all layers.
+Letters: B images, h w patch grid, D backbone width, Q queries, C classes (raw COCO ids 0..90, or indices of
+other categories), L decoder layers, N objects of all images concatenated, M matched pairs of all layers.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from visft_ds.tasks.matching import (
 )
 from visft_ds.tasks.transformer import DecoderLayer, EncoderLayer, FeedForward, sine_positions
 
-# Rows of the task embedding. Only row 0 is used; the published files have them all (UniT had a row for each task).
+# Rows of the task embedding. Only row 0 is used; the published files have them all (UniT had a row for each
+# task).
 _TASK_ROWS = 256
 
 
 _DETR = "transformer.decoders.detection.detection_coco."
-#: Our names -> those of the published files (`interop.published`), the first whose beginning fits; {n} is a layer.
+#: Our names -> those of the published files (`interop.published`), the first whose beginning fits; {n} is a
+#: layer.
 PUBLISHED_NAMES = {
     "input_proj.": "input_proj.",
     "task_embed.": "transformer.task_embeddings_enc.",
@@ -61,10 +63,11 @@ class DetectionOutput:
 class DetectionHead(nn.Module):
     """Feature map -> a fixed set of Q boxes with classes, from every decoder layer.
 
-    The asymmetric DETR of the published ViSFT heads, after UniT (Hu and Singh, arXiv 2102.10772): 1x1 projection to
-    `encoder_dim`, a learnt task token in front of the patches, encoder with a residual around it, linear projections of
-    memory and positions to the wider `decoder_dim`, decoder, and a norm, a class layer and a box MLP that all decoder
-    layers share. Initialisation: Xavier for the encoder and the two projections, PyTorch's defaults elsewhere.
+    The asymmetric DETR of the published ViSFT heads, after UniT (Hu and Singh, arXiv 2102.10772): 1x1
+    projection to `encoder_dim`, a learnt task token in front of the patches, encoder with a residual around
+    it, linear projections of memory and positions to the wider `decoder_dim`, decoder, and a norm, a class
+    layer and a box MLP that all decoder layers share. Initialisation: Xavier for the encoder and the two
+    projections, PyTorch's defaults elsewhere.
     """
 
     def __init__(self, in_channels: int, options: DetectionHeadConfig) -> None:
@@ -91,8 +94,11 @@ class DetectionHead(nn.Module):
     def forward(self, maps: Sequence[Map]) -> DetectionOutput:
         """Boxes and classes from the last map."""
         features, valid = maps[-1].features, maps[-1].valid
-        # The residual stream keeps the features' precision; under autocast the projection would start it in 16 bit.
-        patches = self.input_proj(features).to(features.dtype).flatten(start_dim=2).transpose(1, 2)  # (B, h*w, encoder)
+        # The residual stream keeps the features' precision; under autocast the projection would start it in
+        # 16 bit.
+        patches = (
+            self.input_proj(features).to(features.dtype).flatten(start_dim=2).transpose(1, 2)
+        )  # (B, h*w, encoder)
         positions = sine_positions(valid, self.encoder_dim).to(features.dtype).flatten(start_dim=1, end_dim=2)
         inside = valid.flatten(start_dim=1)
         # The task token stands in front while patches are encoded; its position embedding is 0.
@@ -104,7 +110,9 @@ class DetectionHead(nn.Module):
             entries = layer(entries, places, entry_valid)
         memory = self.memory_proj(patches + entries[:, 1:])
         memory_key = memory + self.position_proj(positions)
-        query = self.query_embed(torch.arange(self.num_queries, device=features.device)).expand(batch_size, -1, -1)
+        query = self.query_embed(torch.arange(self.num_queries, device=features.device)).expand(
+            batch_size, -1, -1
+        )
         state = torch.zeros_like(query)  # `query`, the learnt positions, is added to it in every attention
         layers = []
         for layer in self.decoder["layers"].children():
@@ -116,14 +124,15 @@ class DetectionHead(nn.Module):
 
 
 class DetectionCriterion:
-    """Set-prediction loss of every decoder layer: class cross-entropy, L1 and generalized IoU of the matched boxes.
+    """Set-prediction loss of every decoder layer: class cross-entropy, L1 and generalized IoU of the matched
+    boxes.
 
     `ce`, `l1` and `giou` weigh the losses and the costs of the matching alike (DETR's, appendix A.4).
 
-    Calling it gives *unweighted* losses by name: `ce`, `l1`, `giou` of the last layer, `ce_0` .. `giou_{L-2}` of the
-    earlier ones; `weights` holds the factor of each. Two more entries are for the log only and not in `weights`:
-    `class_error` (percent of the objects whose matched query names another class) and `cardinality_error` (mean
-    absolute difference between the number of objects and of queries that see one).
+    Calling it gives *unweighted* losses by name: `ce`, `l1`, `giou` of the last layer, `ce_0` .. `giou_{L-2}`
+    of the earlier ones; `weights` holds the factor of each. Two more entries are for the log only and not in
+    `weights`: `class_error` (percent of the objects whose matched query names another class) and
+    `cardinality_error` (mean absolute difference between the number of objects and of queries that see one).
     """
 
     def __init__(self, head: DetectionHeadConfig, loss: DetectionLoss) -> None:
@@ -147,7 +156,9 @@ class DetectionCriterion:
         logits, boxes = at_least_float32(output.logits), at_least_float32(output.boxes)
         assert (len(logits), logits.shape[2]) == (len(self._suffixes), self.num_queries), logits.shape
         matches = match(logits, boxes, targets, self.costs, image_ids)
-        ce, wrong = class_losses(logits, targets.labels, targets.counts, matches, self.no_object, loss_denominators)
+        ce, wrong = class_losses(
+            logits, targets.labels, targets.counts, matches, self.no_object, loss_denominators
+        )
         # Without any pair the sums are zero and still carry a (zero) gradient.
         predicted = boxes[matches.layers, matches.images, matches.queries]  # (M, 4)
         true, number = targets.boxes.to(boxes.dtype)[matches.objects], loss_denominators["boxes"]
@@ -162,7 +173,11 @@ class DetectionCriterion:
         }
         seen = (logits[-1].detach().argmax(dim=-1) != logits.shape[-1] - 1).sum(dim=1)  # (B,)
         return {
-            **{name + s: one for name, each in by_name.items() for s, one in zip(self._suffixes, each, strict=True)},
+            **{
+                name + s: one
+                for name, each in by_name.items()
+                for s, one in zip(self._suffixes, each, strict=True)
+            },
             "class_error": wrong / number,
             "cardinality_error": (seen - targets.counts).abs().float().mean(),
         }
@@ -174,13 +189,18 @@ def postprocess(
 ) -> Results:
     """Predictions in COCO's results format, see `box_results`.
 
-    As in DETR every query gives a result: its best class apart from "no object", and the softmax probability of that.
-    Only scores below `threshold` are dropped (there is no non-maximum suppression), and boxes are not clipped. Images
-    without `batch.real` are left out. The batch must have been resized without cropping, as evaluation transforms do.
+    As in DETR every query gives a result: its best class apart from "no object", and the softmax probability
+    of that. Only scores below `threshold` are dropped (there is no non-maximum suppression), and boxes are
+    not clipped. Images without `batch.real` are left out. The batch must have been resized without cropping,
+    as evaluation transforms do.
     """
-    scores, best = (values.cpu() for values in at_least_float32(output.logits[-1]).softmax(-1)[..., :-1].max(dim=-1))
+    scores, best = (
+        values.cpu() for values in at_least_float32(output.logits[-1]).softmax(-1)[..., :-1].max(dim=-1)
+    )
     corners, results = centers_to_corners(at_least_float32(output.boxes[-1])).cpu(), Results()
     for image in batch.real.nonzero().flatten().tolist():
         kept = ~(scores[image] < threshold)  # NaN is kept
-        results += box_results(batch, image, corners[image, kept], scores[image, kept], best[image, kept], classes)
+        results += box_results(
+            batch, image, corners[image, kept], scores[image, kept], best[image, kept], classes
+        )
     return results

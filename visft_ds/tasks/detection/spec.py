@@ -19,7 +19,17 @@ from visft_ds.tasks.detection.data import CropRecipe, DetectionTargets, detectio
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, dense_results
 from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, postprocess
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.spec import Classes, Content, Criterion, Example, ImageTargets, Options, Shapes, Task, Words
+from visft_ds.tasks.spec import (
+    Classes,
+    Content,
+    Criterion,
+    Example,
+    ImageTargets,
+    Options,
+    Shapes,
+    Task,
+    Words,
+)
 
 
 class Detection(Task):
@@ -38,7 +48,9 @@ class Detection(Task):
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> DetectionTargets:
         parts = [sample.targets[self.name] for sample in samples]
-        boxes, labels = (torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in ("boxes", "labels"))
+        boxes, labels = (
+            torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in ("boxes", "labels")
+        )
         return DetectionTargets(boxes, labels, counts=torch.tensor([len(part["labels"]) for part in parts]))
 
     def blank(self, images: int, size: Size, content: Content, options: Options) -> DetectionTargets:

@@ -1,4 +1,6 @@
-"""`visft.tasks.segmentation`: images, head and loss of segmentation. Defaults are those of the published code."""
+"""`visft.tasks.segmentation`: images, head and loss of segmentation. Defaults are those of the published
+code.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ from visft_ds.config.fields import (
 )
 from visft_ds.config.task_schema import Findings, TaskConfig
 
-#: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained, where the last
-#: category (toothbrush) coincides with "no object" and class 0 is never used.
+#: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained,
+#: where the last category (toothbrush) coincides with "no object" and class 0 is never used.
 Labelling = Literal["contiguous", "published"]
 
 
@@ -37,7 +39,9 @@ class SegmentationImage(StrictModel):
     eval_short: Positive = 800
     eval_max_long: Positive = 1333
     eval_multiple: Positive = 32
-    fixed_size: Positive | None = None  #: side of a square for training and evaluation instead of the sizes above
+    fixed_size: Positive | None = (
+        None  #: side of a square for training and evaluation instead of the sizes above
+    )
     mask_stride: Positive = 4  #: pixels per cell of a target mask
 
 
@@ -147,7 +151,9 @@ class SegmentationTask(MaskTask):
 
     @classmethod
     def misleads(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
-        """Objects without masks are background here: a set of boxes alone would teach that nothing is there."""
+        """Objects without masks are background here: a set of boxes alone would teach that nothing is
+        there.
+        """
         without, objects = findings.get("instance without mask", (0,))[0], counts.get("annotations", 0)
         return f"mask for {without} of its {objects} objects" if 2 * without > objects else None
 

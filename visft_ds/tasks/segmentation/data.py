@@ -1,6 +1,7 @@
 """Segmentation data: large-scale jitter, soft masks as targets, and their packing into a batch.
 
-Shape letters: B images, H W pixels, N objects packed over the batch, n objects of one image, hm wm cells of the masks.
+Shape letters: B images, H W pixels, N objects packed over the batch, n objects of one image, hm wm cells of
+the masks.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ class SegmentationTargets(Targets):
 class LargeScaleJitter:
     """Geometry of segmentation alone: large-scale jitter (Ghiasi et al., arXiv 2012.07177).
 
-    Training: mirror with probability `flip`; scale to fit a square of s * `size` pixels, s uniform in `scale`; extend
-    right and bottom to `size` x `size` with the value `pad_value`; cut out a random square of that size. The extension
-    belongs to the image, as in the reference. Evaluation: short side `eval_short`, long side at most `eval_max_long`,
-    then extended to multiples of `eval_multiple` pixels, so that patches lose no strip; that extension is padding. With
-    `fixed_size`, both only scale to a square of that many pixels, and training also mirrors.
+    Training: mirror with probability `flip`; scale to fit a square of s * `size` pixels, s uniform in
+    `scale`; extend right and bottom to `size` x `size` with the value `pad_value`; cut out a random square of
+    that size. The extension belongs to the image, as in the reference. Evaluation: short side `eval_short`,
+    long side at most `eval_max_long`, then extended to multiples of `eval_multiple` pixels, so that patches
+    lose no strip; that extension is padding. With `fixed_size`, both only scale to a square of that many
+    pixels, and training also mirrors.
     """
 
     size: int
@@ -64,13 +66,20 @@ class LargeScaleJitter:
         height, width = (max(1, round(side * factor)) for side in size)
         padded = (max(height, self.size), max(width, self.size))
         top, left = (int(generator.integers(0, side - self.size + 1)) for side in padded)
-        return [*ops, Resize(height, width), Pad(*padded, self.pad_value), Crop(top, left, self.size, self.size)]
+        return [
+            *ops,
+            Resize(height, width),
+            Pad(*padded, self.pad_value),
+            Crop(top, left, self.size, self.size),
+        ]
 
 
 def evaluation_size(size: Size, short_side: int, max_long: int) -> Size:
-    """The size with the given short side and the same shape; a smaller one if the long side would pass `max_long`.
+    """The size with the given short side and the same shape; a smaller one if the long side would pass
+    `max_long`.
 
-    Both sides are cut off to integers, as in the reference (`short_side_size` of detection rounds the capped one).
+    Both sides are cut off to integers, as in the reference (`short_side_size` of detection rounds the capped
+    one).
     """
     small, large = min(size), max(size)
     if large * short_side > max_long * small:
@@ -80,14 +89,19 @@ def evaluation_size(size: Size, short_side: int, max_long: int) -> Size:
 
 
 def segmentation_targets(
-    labels: Mapping[int, int], mask_stride: int, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
+    labels: Mapping[int, int],
+    mask_stride: int,
+    raw: RawSample,
+    ops: Sequence[Op],
+    generator: np.random.Generator,
 ) -> dict[str, npt.NDArray[Any]]:
     """Masks (n, hm, wm) uint8 and labels (n,) int64 of an image after `ops`.
 
-    A mask has the covered part of cells of at most `mask_stride` pixels: with 4, the dice loss of a good prediction is
-    0.5 % higher than with masks of full size and its BCE 2 % (8 pixels: 1.8 % and 10 %), at 40 times less work.
-    `labels` maps category ids. Crowd regions, objects without a mask, and objects whose box or mask has no area (before
-    or after a crop) give no target.
+    A mask has the covered part of cells of at most `mask_stride` pixels: with 4, the dice loss of a good
+    prediction is
+    0.5 % higher than with masks of full size and its BCE 2 % (8 pixels: 1.8 % and 10 %), at 40 times less
+    work. `labels` maps category ids. Crowd regions, objects without a mask, and objects whose box or mask has
+    no area (before or after a crop) give no target.
     """
     used = [one for one in raw.annotations if not one["iscrowd"] and one.get("segmentation")]
     boxes = np.array([one["bbox"] for one in used], dtype=np.float64).reshape(-1, 4)

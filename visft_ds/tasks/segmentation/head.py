@@ -1,11 +1,12 @@
 """Segmentation head, single-scale Mask2Former: queries attend to the cells their own mask covers.
 
-Letters: B images, h w patch grid, S = h*w cells, D backbone width, Q queries, E width, C classes, L prediction sets =
-decoder layers + 1.
+Letters: B images, h w patch grid, S = h*w cells, D backbone width, Q queries, E width, C classes, L
+prediction sets = decoder layers + 1.
 
-Masked attention after Mask2Former (Cheng et al., arXiv 2112.01527, section 3.2.1): attention into the memory first,
-then among the queries, then the feed-forward; post-norm. A query attends where the mask it predicted before the layer
-is at least one half. The queries predict masks before the first layer already, hence L = layers + 1.
+Masked attention after Mask2Former (Cheng et al., arXiv 2112.01527, section 3.2.1): attention into the memory
+first, then among the queries, then the feed-forward; post-norm. A query attends where the mask it predicted
+before the layer is at least one half. The queries predict masks before the first layer already, hence L =
+layers + 1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _PIXEL, _PREDICTOR = "segment_pixel_decoder.", "segment_predictor."
 _CROSS = f"{_PREDICTOR}transformer_cross_attention_layers.{{n}}."
 _SELF = f"{_PREDICTOR}transformer_self_attention_layers.{{n}}."
 _FFN = f"{_PREDICTOR}transformer_ffn_layers.{{n}}."
-#: Our names -> those of the published files (`interop.published`), the first whose beginning fits; {n} is a layer.
+#: Our names -> those of the published files (`interop.published`), the first whose beginning fits; {n} is a
+#: layer.
 PUBLISHED_NAMES = {
     "pixel_decoder.input_proj.": f"{_PIXEL}input_proj.0.0.",
     "pixel_decoder.input_norm.": f"{_PIXEL}input_proj.0.1.",
@@ -60,7 +62,8 @@ class SegmentationOutput:
     logits: Tensor  #: (L, B, Q, C + 1), the last class is "no object"
     masks: Tensor  #: (L, B, Q, h, w) logits over the padded batch, 0 at padded cells
     labelling: Labelling = "contiguous"  #: of the head
-    #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch in pixels.
+    #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch
+    #: in pixels.
     extents: Tensor | None = None
 
     def last(self) -> SegmentationOutput:
@@ -71,9 +74,9 @@ class SegmentationOutput:
 class SegmentationHead(nn.Module):
     """Feature map -> a fixed set of Q masks with classes, from every decoder layer.
 
-    The single-scale Mask2Former of the published ViSFT heads: masks have the resolution of the feature map. What an
-    image's valid cells predict does not depend on how far its batch is padded. `labelling` is a property of trained
-    weights; the loss and the results follow it.
+    The single-scale Mask2Former of the published ViSFT heads: masks have the resolution of the feature map.
+    What an image's valid cells predict does not depend on how far its batch is padded. `labelling` is a
+    property of trained weights; the loss and the results follow it.
     """
 
     def __init__(self, in_channels: int, options: SegmentationHeadConfig) -> None:
@@ -111,7 +114,8 @@ class SegmentationHead(nn.Module):
         for layer in (None, *decoder["layers"].children()):
             if layer is not None:
                 covered = (masks[-1].detach().flatten(2).sigmoid() >= 0.5) & inside  # (B, Q, S)
-                # A query whose mask covers no cell attends to the whole image: a softmax over nothing would be NaN.
+                # A query whose mask covers no cell attends to the whole image: a softmax over nothing would
+                # be NaN.
                 allowed = torch.where(covered.any(dim=-1, keepdim=True), covered, inside)
                 state = layer(state, query, memory, memory_key, allowed)
             normed = decoder["norm"](state)

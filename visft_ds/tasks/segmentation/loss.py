@@ -1,7 +1,7 @@
 """Segmentation: matching, criterion and post-processing of single-scale Mask2Former (arXiv 2112.01527).
 
-Letters: B images, A of them with objects, h w patch grid, Q queries, C classes, L prediction sets = decoder layers + 1,
-N objects of all images concatenated, n objects and m matched pairs of an image, P points.
+Letters: B images, A of them with objects, h w patch grid, Q queries, C classes, L prediction sets = decoder
+layers + 1, N objects of all images concatenated, n objects and m matched pairs of an image, P points.
 """
 
 from __future__ import annotations
@@ -33,31 +33,42 @@ _RESULTS = 100  #: of an image, as COCO's evaluation counts them
 
 
 class SegmentationCriterion:
-    """Set-prediction loss of every prediction set: class cross-entropy, mask cross-entropy and dice at points.
+    """Set-prediction loss of every prediction set: class cross-entropy, mask cross-entropy and dice at
+    points.
 
-    `ce`, `bce` and `dice` weigh the losses and the costs of the matching alike. The masks of a pair are compared at
-    `num_points` points (112 x 112): the share `importance` are those of `num_points * oversample` random ones where the
-    prediction is least certain, the others uniform (see `mask_points`).
+    `ce`, `bce` and `dice` weigh the losses and the costs of the matching alike. The masks of a pair are
+    compared at `num_points` points (112 x 112): the share `importance` are those of `num_points * oversample`
+    random ones where the prediction is least certain, the others uniform (see `mask_points`).
 
-    Calling it gives *unweighted* losses by name: `ce`, `bce`, `dice` of the last layer, and with suffixes `_0` (before
-    the first layer), `_1` .. `_{layers - 1}` those of the earlier sets; `weights` holds the factor of each. A plain
-    head in evaluation mode gives the last set alone.
+    Calling it gives *unweighted* losses by name: `ce`, `bce`, `dice` of the last layer, and with suffixes
+    `_0` (before the first layer), `_1` .. `_{layers - 1}` those of the earlier sets; `weights` holds the
+    factor of each. A plain head in evaluation mode gives the last set alone.
     `class_error` (percent of the objects whose matched query names another class) is for the log only.
 
     The points depend on an image's random key and on the layer alone: how the batch is split changes nothing.
     """
 
     def __init__(
-        self, head: SegmentationHeadConfig | PlainHeadConfig, loss: SegmentationLoss, task: str = "segmentation"
+        self,
+        head: SegmentationHeadConfig | PlainHeadConfig,
+        loss: SegmentationLoss,
+        task: str = "segmentation",
     ) -> None:
         self.head, self.no_object, self.task = head, loss.no_object, task
         self.uncertain = int(loss.importance * loss.num_points)
-        #: points of an image and prediction set: for the matching, candidates for the uncertain ones, uniform ones
-        self.points = (loss.num_points, int(loss.num_points * loss.oversample), loss.num_points - self.uncertain)
+        #: points of an image and prediction set: for the matching, candidates for the uncertain ones, uniform
+        #: ones
+        self.points = (
+            loss.num_points,
+            int(loss.num_points * loss.oversample),
+            loss.num_points - self.uncertain,
+        )
         self.costs = (loss.ce, loss.bce, loss.dice)
         self._suffixes = [*(f"_{layer}" for layer in range(head.decoder_layers)), ""]
         by_name = {"ce": loss.ce, "bce": loss.bce, "dice": loss.dice}
-        self.weights: dict[str, float] = {name + s: weight for s in self._suffixes for name, weight in by_name.items()}
+        self.weights: dict[str, float] = {
+            name + s: weight for s in self._suffixes for name, weight in by_name.items()
+        }
 
     def count(self, batch: Batch) -> dict[str, float]:
         counts = batch.targets[self.task].counts
@@ -74,8 +85,13 @@ class SegmentationCriterion:
         if output.extents is not None:
             targets = replace(targets, extents=to_device(output.extents, output.masks.device))
         logits, masks = at_least_float32(output.logits), at_least_float32(output.masks)
-        given, suffixes = (logits.shape[2], logits.shape[3] - 1, output.labelling), self._suffixes[-len(logits) :]
-        assert given == (head.num_queries, head.num_classes, head.labelling) and len(suffixes) == len(logits), given
+        given, suffixes = (
+            (logits.shape[2], logits.shape[3] - 1, output.labelling),
+            self._suffixes[-len(logits) :],
+        )
+        assert given == (head.num_queries, head.num_classes, head.labelling) and len(suffixes) == len(
+            logits
+        ), given
         keys = targets.keys[targets.counts > 0].tolist()
         matching, candidates, uniform = draw_points(keys, len(masks), self.points, masks.device)
         labels = targets.labels if head.labelling == "contiguous" else targets.labels + 1
@@ -86,7 +102,8 @@ class SegmentationCriterion:
         # the pairs are ordered by set and then by image, and every set has the same number of them
         queries, objects = matches.queries.view(len(masks), -1), matches.objects.view(len(masks), -1)
         every_set = torch.arange(len(masks), device=masks.device)[:, None]
-        # the image's first pair and first object, and its place among the images with objects, for which points exist
+        # the image's first pair and first object, and its place among the images with objects, for which
+        # points exist
         pair = first = place = 0
         for image, count in enumerate(targets.counts.tolist()):
             if count == 0:
@@ -94,22 +111,30 @@ class SegmentationCriterion:
             pairs = slice(pair, pair + min(count, head.num_queries))
             predicted = masks[every_set, image, queries[:, pairs]]  # (L, m, h, w)
             extent = targets.extents[image]
-            chosen = uncertain_points(predicted.detach(), candidates[place], uniform[place], self.uncertain, extent)
+            chosen = uncertain_points(
+                predicted.detach(), candidates[place], uniform[place], self.uncertain, extent
+            )
             true = targets.masks[first : first + count, None].to(masks.dtype) / 255  # stored as uint8
             # set by set, so that there is never a copy of the masks for every pair of every set
             sets = zip(objects[:, pairs] - first, chosen, strict=True)
             seen = [sample(true[rows], at, targets.mask_extents[image]).squeeze(1) for rows, at in sets]
             wanted = torch.stack(seen)  # (L, m, P) in [0, 1]
-            x = sample(predicted.flatten(0, 1)[:, None], chosen.flatten(0, 1), extent).view_as(wanted)  # logits
+            x = sample(predicted.flatten(0, 1)[:, None], chosen.flatten(0, 1), extent).view_as(
+                wanted
+            )  # logits
             share = x.sigmoid()
-            bce = bce + F.binary_cross_entropy_with_logits(x, wanted, reduction="none").mean(dim=-1).sum(dim=1)
+            bce = bce + F.binary_cross_entropy_with_logits(x, wanted, reduction="none").mean(dim=-1).sum(
+                dim=1
+            )
             # + 1 as in Mask2Former's code: defined, and 0 for two empty masks
             overlap, areas = (share * wanted).sum(dim=-1), share.sum(dim=-1) + wanted.sum(dim=-1)
             dice = dice + (1 - (2 * overlap + 1) / (areas + 1)).sum(dim=1)
             pair, first, place = pairs.stop, first + count, place + 1
         number = loss_denominators["masks"]
         by_name = {"ce": ce, "bce": bce / number, "dice": dice / number}  # (L,) each
-        losses = {name + s: one for name, each in by_name.items() for s, one in zip(suffixes, each, strict=True)}
+        losses = {
+            name + s: one for name, each in by_name.items() for s, one in zip(suffixes, each, strict=True)
+        }
         return {**losses, "class_error": wrong / number}
 
 
@@ -123,12 +148,13 @@ def match_masks(
     costs: tuple[float, float, float],
     image_ids: Tensor | None = None,
 ) -> Matches:
-    """The cheapest assignment of objects to queries, for each prediction set and image on its own (ibid., 3.3).
+    """The cheapest assignment of objects to queries, for each prediction set and image on its own (ibid.,
+    3.3).
 
-    `logits` (L, B, Q, C + 1), `masks` (L, B, Q, h, w) logits, `labels` (N,) int64 in the head's numbering, `points`
-    (A, L, P, 2) in [0, 1] of each image that has objects, weights `costs` of minus the probability of the object's
-    class, the mean cross-entropy and the dice at the points. Where an image has more objects than there are queries,
-    the cheapest Q objects are matched. `image_ids` (B,) are for errors only.
+    `logits` (L, B, Q, C + 1), `masks` (L, B, Q, h, w) logits, `labels` (N,) int64 in the head's numbering,
+    `points` (A, L, P, 2) in [0, 1] of each image that has objects, weights `costs` of minus the probability
+    of the object's class, the mean cross-entropy and the dice at the points. Where an image has more objects
+    than there are queries, the cheapest Q objects are matched. `image_ids` (B,) are for errors only.
 
     Raises FloatingPointError where a cost is not finite.
     """
@@ -159,19 +185,21 @@ def postprocess(
 ) -> Results:
     """Predictions in COCO's results format: image_id, category_id, segmentation, bbox, score.
 
-    segmentation is a run-length code at the size of the stored image, its counts as str; bbox is the (x, y, w, h)
-    around it in pixels, category_id the entry of `classes` (by default COCO's) for the class. A mask is where its
-    bilinearly interpolated logits are above 0, in one region or several: what stands in front of an object divides it.
-    Heads in our labelling give the 100 pairs of a query and a class with the highest softmax probability, scored by
-    that times the mean probability inside the mask (as in Mask2Former's code). In the published labelling a query gives
-    its best class and the probability of that, as in ViSFT's code. A query without a single pixel gives nothing: it
-    would count as a confident mistake. Images without `batch.real` are left out. The batch must have been resized
-    without cropping, as evaluation transforms do. Masks are made in groups of a bounded size, and of scores from
-    `threshold` on only.
+    segmentation is a run-length code at the size of the stored image, its counts as str; bbox is the (x, y,
+    w, h) around it in pixels, category_id the entry of `classes` (by default COCO's) for the class. A mask is
+    where its bilinearly interpolated logits are above 0, in one region or several: what stands in front of an
+    object divides it. Heads in our labelling give the 100 pairs of a query and a class with the highest
+    softmax probability, scored by that times the mean probability inside the mask (as in Mask2Former's code).
+    In the published labelling a query gives its best class and the probability of that, as in ViSFT's code. A
+    query without a single pixel gives nothing: it would count as a confident mistake. Images without
+    `batch.real` are left out. The batch must have been resized without cropping, as evaluation transforms do.
+    Masks are made in groups of a bounded size, and of scores from `threshold` on only.
     """
     classes = COCO_CATEGORY_IDS if classes is None else classes
     first = 0 if output.labelling == "contiguous" else 1  # class 0 means nothing in the published labelling
-    likely = at_least_float32(output.logits[-1]).softmax(dim=-1)[..., first:-1][..., : len(classes)]  # (B, Q, C)
+    likely = at_least_float32(output.logits[-1]).softmax(dim=-1)[..., first:-1][
+        ..., : len(classes)
+    ]  # (B, Q, C)
     if first == 0:
         scores, pairs = likely.flatten(1).topk(min(_RESULTS, likely[0].numel()))
         queries, best = pairs // likely.shape[2], pairs % likely.shape[2]
@@ -182,7 +210,9 @@ def postprocess(
     whole = batch.sizes.double().cpu() / torch.tensor(batch.images.shape[-2:])
     extents, results = whole if output.extents is None else output.extents, Results()
     for image in batch.real.nonzero().flatten().tolist():
-        kept = [one for one in zip(*(part[image] for part in found), strict=True) if not one[2] < threshold]  # NaN, too
+        kept = [
+            one for one in zip(*(part[image] for part in found), strict=True) if not one[2] < threshold
+        ]  # NaN, too
         shown = sorted({query for query, _, _ in kept})
         masks = at_least_float32(output.masks[-1, image, shown])
         shares, stored = extents[image].tolist(), batch.original_sizes[image].tolist()
@@ -195,12 +225,17 @@ def postprocess(
                 continue
             about = {"image_id": int(batch.image_ids[image]), "category_id": classes[label]}
             shape = {"size": stored, "counts": code["counts"].decode("ascii")}
-            results.append({**about, "segmentation": shape, "bbox": coco_mask.toBbox(code).tolist(), "score": score})
+            results.append(
+                {**about, "segmentation": shape, "bbox": coco_mask.toBbox(code).tolist(), "score": score}
+            )
     return results
 
 
-def _mask_codes(masks: Tensor, shares: list[float], stored: list[int]) -> tuple[list[dict[str, Any]], list[float]]:
-    """Run-length codes of masks at the stored size, and the mean probability inside each, 0 where it is empty.
+def _mask_codes(
+    masks: Tensor, shares: list[float], stored: list[int]
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Run-length codes of masks at the stored size, and the mean probability inside each, 0 where it is
+    empty.
 
     `masks` (Q, h, w) are logits, of which `shares` (height, width) are image.
     """
@@ -210,7 +245,8 @@ def _mask_codes(masks: Tensor, shares: list[float], stored: list[int]) -> tuple[
     codes: list[dict[str, Any]] = []
     qualities: list[float] = []
     for part in masks.split(step):
-        # bilinear interpolation is one linear map along each axis; transposed, as run-length codes go down columns
+        # bilinear interpolation is one linear map along each axis; transposed, as run-length codes go down
+        # columns
         logits = columns @ (rows @ part).transpose(1, 2)  # (q, W, H)
         inside = logits > 0
         codes += coco_mask.encode(inside.to(torch.uint8).cpu().numpy().transpose(2, 1, 0))
@@ -221,10 +257,11 @@ def _mask_codes(masks: Tensor, shares: list[float], stored: list[int]) -> tuple[
 
 
 def interpolation(cells: int, share: float, pixels: int, like: Tensor) -> Tensor:
-    """Matrix (pixels, cells) of linear interpolation from cells to pixels spread over the first `share` of the cells.
+    """Matrix (pixels, cells) of linear interpolation from cells to pixels spread over the first `share` of
+    the cells.
 
-    As `F.interpolate(mode="bilinear", align_corners=False)`, which can take a whole number of cells only. Cells beyond
-    the image have no part in it.
+    As `F.interpolate(mode="bilinear", align_corners=False)`, which can take a whole number of cells only.
+    Cells beyond the image have no part in it.
     """
     inside = share * cells
     place = (torch.arange(pixels, device=like.device, dtype=torch.float64) + 0.5) * (inside / pixels) - 0.5

@@ -1,11 +1,12 @@
-"""Points at which masks are compared: drawn per image and layer, chosen where a prediction is uncertain, sampled.
+"""Points at which masks are compared: drawn per image and layer, chosen where a prediction is uncertain,
+sampled.
 
 Letters: A images with objects, L prediction sets, n objects of an image, m matched pairs of an image and set,
 P points, K candidates, U uniform points, R maps, h w patch grid.
 
-A point is (x, y) in [0, 1] of the unpadded image. Comparing masks at points instead of at every pixel, most of them
-where the prediction is undecided, is PointRend's idea (Kirillov et al., arXiv 1912.08193, section 3.1), with the
-numbers of Mask2Former (arXiv 2112.01527, section 3.3).
+A point is (x, y) in [0, 1] of the unpadded image. Comparing masks at points instead of at every pixel, most
+of them where the prediction is undecided, is PointRend's idea (Kirillov et al., arXiv 1912.08193, section
+3.1), with the numbers of Mask2Former (arXiv 2112.01527, section 3.3).
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from visft_ds.data.plan import generator
 from visft_ds.ops import to_device
 
 
-def draw_points(keys: Sequence[int], layers: int, counts: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
+def draw_points(
+    keys: Sequence[int], layers: int, counts: Sequence[int], device: torch.device
+) -> tuple[Tensor, ...]:
     """Random points of A images, a tensor (A, L, count, 2) float32 in [0, 1) for each of `counts`.
 
-    They depend on an image's key and the layer alone, whatever else is in the batch. They are drawn on the host, so
-    that they are the same on every device, and moved in one copy that nobody waits for. Layer l draws from stream 1 + l
-    of the key; stream 0 belongs to the transforms.
+    They depend on an image's key and the layer alone, whatever else is in the batch. They are drawn on the
+    host, so that they are the same on every device, and moved in one copy that nobody waits for. Layer l
+    draws from stream 1 + l of the key; stream 0 belongs to the transforms.
     """
     numbers = torch.empty(len(keys), layers, sum(counts), 2, pin_memory=device.type == "cuda")
     for image, key in enumerate(keys):
@@ -38,15 +41,17 @@ def draw_points(keys: Sequence[int], layers: int, counts: Sequence[int], device:
 def sample(maps: Tensor, points: Tensor, extent: Tensor) -> Tensor:
     """Bilinear values at points that the channels share: (R, n, h, w), (R, P, 2) -> (R, n, P).
 
-    `extent` (2,): height and width of the image as a share of the map, which covers the padded batch. Beyond the map,
-    values count as 0.
+    `extent` (2,): height and width of the image as a share of the map, which covers the padded batch. Beyond
+    the map, values count as 0.
     """
     grid = 2 * points.to(maps.dtype) * extent.flip(0).to(maps.dtype) - 1
     return F.grid_sample(maps, grid[:, None], align_corners=False).squeeze(2)
 
 
 @torch.no_grad()
-def uncertain_points(masks: Tensor, candidates: Tensor, uniform: Tensor, uncertain: int, extent: Tensor) -> Tensor:
+def uncertain_points(
+    masks: Tensor, candidates: Tensor, uniform: Tensor, uncertain: int, extent: Tensor
+) -> Tensor:
     """Points of each pair: the `uncertain` candidates with the smallest |logit|, then the uniform points.
 
     Mask logits (L, m, h, w), candidates (L, K, 2), uniform (L, U, 2) -> (L, m, uncertain + U, 2).

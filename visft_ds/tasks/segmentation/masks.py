@@ -1,4 +1,5 @@
-"""Soft masks from COCO segmentations, drawn directly on the grid that a loss needs, inside the object's own box.
+"""Soft masks from COCO segmentations, drawn directly on the grid that a loss needs, inside the object's own
+box.
 
 Shape letters: hm wm cells of the mask grid.
 """
@@ -38,14 +39,20 @@ def placement(size: Size, ops: Sequence[Op]) -> npt.NDArray[np.float64]:
     return np.stack([scale, offset])
 
 
-def draw_masks(segmentations: Sequence[Any], size: Size, ops: Sequence[Op], stride: int, fine: int = _FINE) -> Mask:
-    """(n, hm, wm) uint8: the part of each cell that an object covers, 0 to 255, after `ops` on an image of `size`.
+def draw_masks(
+    segmentations: Sequence[Any], size: Size, ops: Sequence[Op], stride: int, fine: int = _FINE
+) -> Mask:
+    """(n, hm, wm) uint8: the part of each cell that an object covers, 0 to 255, after `ops` on an image of
+    `size`.
 
     `segmentations` are polygons [[x, y, x, y, ...], ...] or run-length codes {"size", "counts"}, as in COCO.
     """
     after, limit = final_size(size, ops), np.array([size[1], size[0]])
     grid = grid_size(after, stride)
-    scale, offset = placement(size, ops) * [grid[1] * fine / after[1], grid[0] * fine / after[0]]  # to subsamples
+    scale, offset = placement(size, ops) * [
+        grid[1] * fine / after[1],
+        grid[0] * fine / after[0],
+    ]  # to subsamples
     masks = np.zeros((len(segmentations), *grid), dtype=np.uint8)
     for mask, segmentation in zip(masks, segmentations, strict=True):
         code = dict(segmentation) if isinstance(segmentation, Mapping) else None
@@ -64,13 +71,19 @@ def draw_masks(segmentations: Sequence[Any], size: Size, ops: Sequence[Op], stri
         rows, columns = bottom - top, right - left
         if code is None:
             inside = [(outline - [left * fine, top * fine]).ravel().tolist() for outline in outlines]
-            samples = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(inside, rows * fine, columns * fine)))
+            samples = coco_mask.decode(
+                coco_mask.merge(coco_mask.frPyObjects(inside, rows * fine, columns * fine))
+            )
         else:  # the stored pixel under the centre of each subsample
             y = np.floor((np.arange(top * fine, bottom * fine) + 0.5 - offset[1]) / scale[1]).astype(int)
             x = np.floor((np.arange(left * fine, right * fine) + 0.5 - offset[0]) / scale[0]).astype(int)
             shown = ((y >= 0) & (y < size[0]))[:, None] & ((x >= 0) & (x < size[1]))
             samples = coco_mask.decode(code)[np.ix_(y.clip(0, size[0] - 1), x.clip(0, size[1] - 1))] * shown
-        counts = samples.T.reshape(columns, fine, rows, fine).sum(axis=1, dtype=np.uint8).sum(axis=2, dtype=np.uint8)
+        counts = (
+            samples.T.reshape(columns, fine, rows, fine)
+            .sum(axis=1, dtype=np.uint8)
+            .sum(axis=2, dtype=np.uint8)
+        )
         mask[top:bottom, left:right] = np.rint(counts.T * (255 / fine**2))
     return masks
 

@@ -1,16 +1,18 @@
-"""Pixel decoder of the segmentation head: deformable-attention layers over a feature map, and features for masks.
+"""Pixel decoder of the segmentation head: deformable-attention layers over a feature map, and features for
+masks.
 
-Letters: B images, h w patch grid, S = h*w cells, D backbone width, E head width, M attention heads, P sampling points
-of a head.
+Letters: B images, h w patch grid, S = h*w cells, D backbone width, E head width, M attention heads, P
+sampling points of a head.
 
-Architecture after Mask2Former (Cheng et al., arXiv 2112.01527, section 3.2 and appendix A), reduced to a single scale
-as in the published ViSFT heads: one level of deformable attention and one lateral connection at the same resolution.
+Architecture after Mask2Former (Cheng et al., arXiv 2112.01527, section 3.2 and appendix A), reduced to a
+single scale as in the published ViSFT heads: one level of deformable attention and one lateral connection at
+the same resolution.
 
-Padded cells (`valid` False) have no influence on the others: their values count as zeros in attention, norms over
-space leave them out, and convolutions see zeros there as they do beyond the border of an unpadded map.
+Padded cells (`valid` False) have no influence on the others: their values count as zeros in attention, norms
+over space leave them out, and convolutions see zeros there as they do beyond the border of an unpadded map.
 
-A parameter is used only in the forward of the module that owns it, and modules that own parameters directly take and
-return tensors: ZeRO-3 gathers parameters in hooks at module boundaries.
+A parameter is used only in the forward of the module that owns it, and modules that own parameters directly
+take and return tensors: ZeRO-3 gathers parameters in hooks at module boundaries.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class MaskedGroupNorm(nn.GroupNorm):
     """Group norm whose mean and variance are those of the valid cells."""
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
-        """x (B, E, h, w), valid (B, h, w) bool, at least one True for each image -> (B, E, h, w), at least float32."""
+        """x (B, E, h, w), valid (B, h, w) bool, at least one True for each image -> (B, E, h, w), at least
+        float32.
+        """
         x = at_least_float32(x)
         inside = valid[:, None, None].to(x.dtype)  # (B, 1, 1, h, w)
         grouped = x.unflatten(1, (self.num_groups, -1)) * inside
@@ -60,10 +64,13 @@ class DeformableAttention(nn.Module):
         self.attention_weights = nn.Linear(width, total)
         self.value_proj = nn.Linear(width, width)
         self.output_proj = nn.Linear(width, width)
-        # Points of head m start 1, 2, ... cells away at angle 2 pi m / M, with equal weights (ibid., appendix A.4).
+        # Points of head m start 1, 2, ... cells away at angle 2 pi m / M, with equal weights (ibid., appendix
+        # A.4).
         angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
-        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # on the border of the square [-1, 1]^2
+        direction = direction / direction.abs().amax(
+            dim=-1, keepdim=True
+        )  # on the border of the square [-1, 1]^2
         steps = torch.arange(1, num_points + 1, dtype=torch.float32)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_((direction[:, None] * steps[:, None]).flatten())  # (M, P, 2)
@@ -77,14 +84,18 @@ class DeformableAttention(nn.Module):
     def forward(self, query: Tensor, entries: Tensor, valid: Tensor, shape: tuple[int, int]) -> Tensor:
         """query (with positions) and entries (B, S, E), valid (B, S) bool, shape (h, w) -> (B, S, E)."""
         linear = self.value_proj(entries), self.sampling_offsets(query), self.attention_weights(query)
-        value, offsets, weights = map(at_least_float32, linear)  # in bf16, points are off by a share of a cell
+        value, offsets, weights = map(
+            at_least_float32, linear
+        )  # in bf16, points are off by a share of a cell
         value = value.masked_fill(~valid[..., None], 0.0).unflatten(-1, (self.num_heads, -1))
         # `deform_attn` takes points of several feature maps (levels); this is one.
         sizes = (self.num_heads, 1, self.num_points)
         offsets = offsets.unflatten(-1, (*sizes, 2))  # (B, S, M, 1, P, 2), in cells
         weights = weights.unflatten(-1, (self.num_heads, -1)).softmax(dim=-1)
         y, x = ((torch.arange(side, device=query.device, dtype=offsets.dtype) + 0.5) / side for side in shape)
-        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(end_dim=1)[:, None, None, None]
+        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(end_dim=1)[
+            :, None, None, None
+        ]
         # Width and height, made from Python numbers on the device, without a copy that waits.
         extent = torch.stack([offsets.new_full((), side) for side in reversed(shape)])
         mixed = deform_attn(value, [shape], centres + offsets / extent, weights.unflatten(-1, sizes[1:]))
@@ -116,7 +127,9 @@ class PixelLayer(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Feature map -> memory that queries attend to, and embeddings of cells whose products with queries are masks."""
+    """Feature map -> memory that queries attend to, and embeddings of cells whose products with queries are
+    masks.
+    """
 
     def __init__(self, in_channels: int, options: SegmentationHeadConfig) -> None:
         super().__init__()
@@ -125,7 +138,9 @@ class PixelDecoder(nn.Module):
         self.input_proj = nn.Conv2d(in_channels, width, kernel_size=1)
         self.input_norm = MaskedGroupNorm(GROUPS, width)
         self.level_embed = nn.Embedding(1, width)
-        self.layers = nn.ModuleList(PixelLayer(width, *sizes, options.dropout) for _ in range(options.encoder_layers))
+        self.layers = nn.ModuleList(
+            PixelLayer(width, *sizes, options.dropout) for _ in range(options.encoder_layers)
+        )
         self.lateral_proj = nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
         self.lateral_norm = MaskedGroupNorm(GROUPS, width)
         self.output_conv = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)

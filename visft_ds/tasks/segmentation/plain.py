@@ -1,10 +1,12 @@
-"""Plain mask head: queries and cells pass together through transformer blocks; each query gives a class and a mask.
+"""Plain mask head: queries and cells pass together through transformer blocks; each query gives a class and a
+mask.
 
-The decoder of PMT (https://github.com/tue-mps/pmt), whose published weights fit, but for what keeps a loss independent
-of the division of a batch: means and spreads of channels are fixed instead of a batch's, positions run over each
-image's own part, padded cells are neither seen nor counted, and random numbers come from the samples' keys.
-Letters: B images, K maps, D width of a map, E width of the head, h w grid, S = h*w cells, P tokens in front of them,
-Q queries, N = Q + P + S, C classes, L blocks.
+The decoder of PMT (https://github.com/tue-mps/pmt), whose published weights fit, but for what keeps a loss
+independent of the division of a batch: means and spreads of channels are fixed instead of a batch's,
+positions run over each image's own part, padded cells are neither seen nor counted, and random numbers come
+from the samples' keys.
+Letters: B images, K maps, D width of a map, E width of the head, h w grid, S = h*w cells, P tokens in front
+of them, Q queries, N = Q + P + S, C classes, L blocks.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ _STREAM = 64  #: of a sample's random key, for the first block; points of the lo
 
 
 def masked_share(block: int, blocks: int, progress: float) -> float:
-    """Share of the queries that see only cells of their own mask in a block, at `progress` in [0, 1] of a training."""
+    """Share of the queries that see only cells of their own mask in a block, at `progress` in [0, 1] of a
+    training.
+    """
     start = 1 / 6 + block / (2 * (blocks - 1)) if block else 0.0
     length = 1 / 6 if block else 0.034
     return float((1 - min(max((progress - start) / length, 0.0), 1.0)) ** _POWER)
@@ -42,9 +46,9 @@ def masked_share(block: int, blocks: int, progress: float) -> float:
 class PlainHead(nn.Module):
     """Maps of a tower -> Q masks with classes: one set of them, in training also one before each block.
 
-    In training a query sees, in each block, the cells where the mask that it predicts in front of it is at least one
-    half, or all cells; which of both is drawn for each image and query (`masked_share`). Predictions are computed again
-    in the backward pass: they are most of what would be kept.
+    In training a query sees, in each block, the cells where the mask that it predicts in front of it is at
+    least one half, or all cells; which of both is drawn for each image and query (`masked_share`).
+    Predictions are computed again in the backward pass: they are most of what would be kept.
     """
 
     #: Fields of a batch with which it is called in training.
@@ -55,13 +59,17 @@ class PlainHead(nn.Module):
         width = options.hidden_dim or shapes[-1][0]
         num_heads = options.num_heads or max(1, width // 64)
         if width % (4 * num_heads):
-            raise ValueError(f"a plain head: hidden_dim {width} is not a multiple of 4 * num_heads = {num_heads}")
+            raise ValueError(
+                f"a plain head: hidden_dim {width} is not a multiple of 4 * num_heads = {num_heads}"
+            )
         self.num_queries, self.num_heads = options.num_queries, num_heads
         strides = [stride for _, stride in shapes]
         self.nearest = min(range(len(shapes)), key=lambda place: abs(math.log2(strides[place] / _STRIDE)))
         self.laterals = nn.ModuleList(Lateral(one, width) for one, _ in shapes)
         self.queries = nn.Embedding(options.num_queries, width)
-        self.blocks = nn.ModuleList(Block(width, num_heads, options.ffn_dim or width) for _ in range(options.blocks))
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, options.ffn_dim or width) for _ in range(options.blocks)
+        )
         self.norm = nn.LayerNorm(width, _EPS)
         doublings = max(1, int(math.log2(strides[self.nearest])) - 2)
         self.upscale = nn.ModuleList(Upscale(width) for _ in range(doublings))
@@ -168,20 +176,31 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm1, self.norm2 = nn.LayerNorm(width, _EPS), nn.LayerNorm(width, _EPS)
-        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width, bias=False), nn.Linear(width, width)
+        self.q, self.k, self.v = (
+            nn.Linear(width, width),
+            nn.Linear(width, width, bias=False),
+            nn.Linear(width, width),
+        )
         self.proj = nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, ffn_dim), nn.Linear(ffn_dim, width)
         self.gain1, self.gain2 = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, known: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, known: Tensor | None
+    ) -> Tensor:
         """(B, N, E) -> (B, N, E).
 
-        `seen` (B, 1, Q, N) bool: what the queries attend to; None: as all others, to `known` (B, 1, 1, N), or to all.
+        `seen` (B, 1, Q, N) bool: what the queries attend to; None: as all others, to `known` (B, 1, 1, N), or
+        to all.
         """
         y = self.norm1(x)
-        q, k, v = (part(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = (
+            part(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v)
+        )
         q, k = rotated(q, cos, sin), rotated(k, cos, sin)
-        rows = 0 if seen is None else seen.shape[2]  # the few rows with masks of their own leave the rest a fast kernel
+        rows = (
+            0 if seen is None else seen.shape[2]
+        )  # the few rows with masks of their own leave the rest a fast kernel
         parts = [F.scaled_dot_product_attention(q[:, :, :rows], k, v, seen)] if rows else []
         parts.append(F.scaled_dot_product_attention(q[:, :, rows:], k, v, known))
         x = x + self.gain1 * self.proj(torch.cat(parts, dim=2).transpose(1, 2).flatten(2))
@@ -198,21 +217,27 @@ class Upscale(nn.Module):
         self.norm = nn.LayerNorm(width, 1e-6)
 
     def forward(self, x: Tensor, shown: Tensor | None) -> Tensor:
-        """(B, E, h, w) -> (B, E, 2h, 2w); `shown` (B, 1, 2h, 2w), 1 inside the images and 0 outside, None: all is."""
+        """(B, E, h, w) -> (B, E, 2h, 2w); `shown` (B, 1, 2h, 2w), 1 inside the images and 0 outside, None:
+        all is.
+        """
         x = F.gelu(self.up(x))
         x = self.near(x if shown is None else x * shown)
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def rotations(valid: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, S, width) of the cells of valid (B, h, w): axes run from -1 to 1 over an image's part."""
+    """cos and sin (B, 1, S, width) of the cells of valid (B, h, w): axes run from -1 to 1 over an image's
+    part.
+    """
     places = []
     for axis in (1, 2):
         inside = valid.any(dim=3 - axis).sum(dim=1)  # (B,) rows or columns that show image
         cell = torch.arange(valid.shape[axis], device=valid.device) + 0.5
         places.append(2 * cell[None] / inside[:, None] - 1)
     rows, columns = places
-    place = torch.stack((rows[:, :, None].expand(valid.shape), columns[:, None, :].expand(valid.shape)), dim=-1)
+    place = torch.stack(
+        (rows[:, :, None].expand(valid.shape), columns[:, None, :].expand(valid.shape)), dim=-1
+    )
     rates = _ROPE_BASE ** -(torch.arange(width // 4, device=valid.device) * (4 / width))
     angles = (2 * math.pi * place.flatten(1, 2)[..., None] * rates).flatten(2).tile(2)[:, None]
     return angles.cos(), angles.sin()

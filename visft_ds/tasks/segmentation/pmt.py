@@ -1,4 +1,6 @@
-"""Decoders that PMT published for DINOv3 (https://github.com/tue-mps/pmt, model_zoo): plain heads under other names."""
+"""Decoders that PMT published for DINOv3 (https://github.com/tue-mps/pmt, model_zoo): plain heads under other
+names.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from typing import Any
 
 from visft_ds.tasks.segmentation.config import PlainHeadConfig
 
-#: Our names -> theirs behind "network.", the first whose beginning fits; {n} is a map, block or step. `spread` is the
-#: root of their variance, with `tasks.channels.EPS` added.
+#: Our names -> theirs behind "network.", the first whose beginning fits; {n} is a map, block or step.
+#: `spread` is the root of their variance, with `tasks.channels.EPS` added.
 PMT_NAMES = {
     "queries.": "decoder.q.",
     "laterals.{n}.channels.mean": "bn.{n}.running_mean",
@@ -44,7 +46,9 @@ _LAYERS = {1024: (5, 11, 17, 23)}
 def described(
     sizes: Mapping[str, Sequence[int]],
 ) -> tuple[list[tuple[int, int]], dict[str, Any], tuple[int, ...]] | None:
-    """(shapes of maps, options, blocks that it reads) of a decoder with tensors of these sizes; None: it is none."""
+    """(shapes of maps, options, blocks that it reads) of a decoder with tensors of these sizes; None: it is
+    none.
+    """
     if "network.decoder.q.weight" not in sizes:
         return None
 

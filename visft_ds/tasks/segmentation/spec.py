@@ -17,13 +17,28 @@ from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.segmentation.config import MaskTask, PlainHeadConfig, SegmentationHeadConfig, SegmentationTask
+from visft_ds.tasks.segmentation.config import (
+    MaskTask,
+    PlainHeadConfig,
+    SegmentationHeadConfig,
+    SegmentationTask,
+)
 from visft_ds.tasks.segmentation.data import LargeScaleJitter, SegmentationTargets, segmentation_targets
 from visft_ds.tasks.segmentation.head import SegmentationHead
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion, postprocess
 from visft_ds.tasks.segmentation.masks import decode_mask, grid_size
 from visft_ds.tasks.segmentation.plain import PlainHead
-from visft_ds.tasks.spec import Classes, Content, Criterion, Example, ImageTargets, Options, Shapes, Task, Words
+from visft_ds.tasks.spec import (
+    Classes,
+    Content,
+    Criterion,
+    Example,
+    ImageTargets,
+    Options,
+    Shapes,
+    Task,
+    Words,
+)
 
 
 class Segmentation(Task):
@@ -34,7 +49,11 @@ class Segmentation(Task):
     losses: ClassVar[Callable[..., Criterion]] = SegmentationCriterion
 
     def schema(self, part: Literal["image", "head", "loss"], given: Options) -> type[BaseModel]:
-        return self.config.heads[given["type"]] if part == "head" and "type" in given else super().schema(part, given)
+        return (
+            self.config.heads[given["type"]]
+            if part == "head" and "type" in given
+            else super().schema(part, given)
+        )
 
     def build_head(
         self, shapes: Shapes, head: SegmentationHeadConfig | PlainHeadConfig, vocabulary_size: int | None

@@ -1,6 +1,7 @@
 """`visft.tasks.semantic`: images, head and loss of semantic segmentation; all of it has defaults.
 
-They are those of DINOv3's linear probe on ADE20k (https://github.com/facebookresearch/dinov3, eval/segmentation).
+They are those of DINOv3's linear probe on ADE20k (https://github.com/facebookresearch/dinov3,
+eval/segmentation).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class SemanticImage(StrictModel):
     pad_value: Annotated[Count, Field(le=255)] = 0
     eval_short: Positive = 512
     eval_max_long: Positive = 2048
-    fixed_size: Positive | None = None  #: side of a square for training and evaluation instead of the sizes above
+    fixed_size: Positive | None = (
+        None  #: side of a square for training and evaluation instead of the sizes above
+    )
     mask_stride: Positive = 4  #: pixels per cell of the labels
     #: side of the overlapping squares along the longer side that evaluation uses; null: whole images
     window: Positive | None = 512
@@ -83,7 +86,9 @@ class SemanticTask(MaskTask):
     def _of_head(cls, given: Any, _: object, info: ValidationInfo) -> StrictModel:
         """The loss of the head's type."""
         named = getattr(info.data.get("head"), "type", "linear")
-        return of_kind(LOSSES[named], {} if isinstance(given, SemanticLoss) else given, f"the loss of a {named} head")
+        return of_kind(
+            LOSSES[named], {} if isinstance(given, SemanticLoss) else given, f"the loss of a {named} head"
+        )
 
 
 CONFIG = SemanticTask

@@ -24,7 +24,9 @@ class SemanticTargets(SegmentationTargets):
     host = ("counts", "keys", "grids", "shares")
 
     def cells(self) -> Iterator[Tensor]:
-        """Labels (hm, wm) int64 of each image: the class that covers most of a cell, VOID where most of it has none."""
+        """Labels (hm, wm) int64 of each image: the class that covers most of a cell, VOID where most of it
+        has none.
+        """
         first = 0
         for count, (height, width) in zip(self.counts.tolist(), self.grids.tolist(), strict=True):
             own = slice(first, first + count)

@@ -28,7 +28,8 @@ class SemanticOutput:
     """Prediction for a batch."""
 
     logits: Tensor  #: (B, C, h, w) over the padded batch
-    #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch in pixels.
+    #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch
+    #: in pixels.
     extents: Tensor | None = None
 
 
@@ -55,7 +56,9 @@ class LinearHead(nn.Module):
 
 
 class SemanticCriterion:
-    """Cross-entropy of the labelled cells, to which the logits are interpolated: a mean over the global batch."""
+    """Cross-entropy of the labelled cells, to which the logits are interpolated: a mean over the global
+    batch.
+    """
 
     def __init__(self, head: SemanticHeadConfig, loss: SemanticLoss) -> None:
         self.weights = {"ce": loss.ce}
@@ -73,7 +76,9 @@ class SemanticCriterion:
         extents = targets.shares if output.extents is None else output.extents
         total = output.logits.new_zeros(())
         for logits, cells, shares in zip(output.logits, targets.cells(), extents.tolist(), strict=True):
-            rows, columns = (interpolation(logits.shape[1 + a], shares[a], cells.shape[a], logits) for a in (0, 1))
+            rows, columns = (
+                interpolation(logits.shape[1 + a], shares[a], cells.shape[a], logits) for a in (0, 1)
+            )
             fine = (rows @ logits @ columns.T)[None]  # (1, C, hm, wm)
             total = total + F.cross_entropy(fine, cells[None], ignore_index=VOID, reduction="sum")
         return {"ce": total / loss_denominators["cells"]}

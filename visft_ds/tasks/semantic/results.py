@@ -1,6 +1,8 @@
-"""Predictions of semantic segmentation: a class for each pixel of an image, also from windows, and how good they are.
+"""Predictions of semantic segmentation: a class for each pixel of an image, also from windows, and how good
+they are.
 
-Letters: B images, N windows, n of them of one image, C classes, Q queries, H W pixels of the stored image, h w grid.
+Letters: B images, N windows, n of them of one image, C classes, Q queries, H W pixels of the stored image, h
+w grid.
 """
 
 from __future__ import annotations
@@ -40,10 +42,11 @@ class Windows:
 
 
 def cut_windows(batch: Batch, side: int) -> tuple[Batch, list[list[int]]]:
-    """A batch of squares of at most `side` pixels out of the images of another, and where those of each image begin.
+    """A batch of squares of at most `side` pixels out of the images of another, and where those of each image
+    begin.
 
-    As in EoMT's and PMT's code: as few as cover the longer side, evenly spaced. Windows of a smaller image are as large
-    as it, with the padding of its transform.
+    As in EoMT's and PMT's code: as few as cover the longer side, evenly spaced. Windows of a smaller image
+    are as large as it, with the padding of its transform.
     """
     height, width = (min(side, whole) for whole in batch.images.shape[-2:])
     pixels, starts = list[Tensor](), list[list[int]]()
@@ -64,12 +67,14 @@ def cut_windows(batch: Batch, side: int) -> tuple[Batch, list[list[int]]]:
 def semantic_results(
     output: SemanticOutput | SegmentationOutput | Windows, batch: Batch, classes: Sequence[int] | None = None
 ) -> Results:
-    """Predictions in COCO's results format: image_id, category_id, segmentation, one for each class of an image.
+    """Predictions in COCO's results format: image_id, category_id, segmentation, one for each class of an
+    image.
 
-    segmentation is a run-length code at the size of the stored image, its counts as str; category_id is the entry of
-    `classes` for the class, or its place. The probabilities of the classes are interpolated to that size, where windows
-    overlap their mean, and the most probable one is taken. Masks are interpolated to the image as it was evaluated; a
-    class has there the sum over queries of its probability times the mask's. Images without `batch.real` are left out.
+    segmentation is a run-length code at the size of the stored image, its counts as str; category_id is the
+    entry of `classes` for the class, or its place. The probabilities of the classes are interpolated to that
+    size, where windows overlap their mean, and the most probable one is taken. Masks are interpolated to the
+    image as it was evaluated; a class has there the sum over queries of its probability times the mask's.
+    Images without `batch.real` are left out.
     """
     found = Results()
     for image in batch.real.nonzero().flatten().tolist():
@@ -88,7 +93,10 @@ def semantic_results(
         if isinstance(made, SemanticOutput):
             maps, weights = made.logits[own].softmax(dim=1), None
         else:
-            masks, weights = made.masks[-1, own], made.logits[-1, own].softmax(dim=-1)[..., :-1].transpose(1, 2)
+            masks, weights = (
+                made.masks[-1, own],
+                made.logits[-1, own].softmax(dim=-1)[..., :-1].transpose(1, 2),
+            )
             rows, columns = (interpolation(masks.shape[2 + a], shares[a], covered[a], masks) for a in (0, 1))
             maps, shares = (rows @ masks @ columns.T).sigmoid(), [1.0, 1.0]
         along = 0 if size[0] > size[1] else 1
@@ -103,16 +111,22 @@ def semantic_results(
         places = most_probable(maps, weights, along, *matrices)
         for place in np.unique(places).tolist():
             code = coco_mask.encode(np.asfortranarray(places == place).view(np.uint8))
-            about = {"image_id": int(batch.image_ids[image]), "category_id": classes[place] if classes else place}
-            found.append({**about, "segmentation": {"size": stored, "counts": code["counts"].decode("ascii")}})
+            about = {
+                "image_id": int(batch.image_ids[image]),
+                "category_id": classes[place] if classes else place,
+            }
+            found.append(
+                {**about, "segmentation": {"size": stored, "counts": code["counts"].decode("ascii")}}
+            )
     return found
 
 
 def _merging(fine: Tensor, size: int, starts: Sequence[int], stored: int) -> Tensor:
-    """Matrix (stored, len(starts) * cells) from cells of windows along an axis, one window after the other, to pixels.
+    """Matrix (stored, len(starts) * cells) from cells of windows along an axis, one window after the other,
+    to pixels.
 
-    Each window is interpolated to its own pixels (`fine`) of the image as it was evaluated (`size`), where windows
-    overlap the mean is taken, and all of it is interpolated to the stored size.
+    Each window is interpolated to its own pixels (`fine`) of the image as it was evaluated (`size`), where
+    windows overlap the mean is taken, and all of it is interpolated to the stored size.
     """
     covered, cells = fine.shape
     merged = fine.new_zeros(size, len(starts) * cells)
@@ -124,13 +138,15 @@ def _merging(fine: Tensor, size: int, starts: Sequence[int], stored: int) -> Ten
 def most_probable(maps: Tensor, weights: Tensor | None, along: int, rows: Tensor, columns: Tensor) -> Places:
     """(H, W) best class of maps of n windows, which lie one after the other along an axis.
 
-    The maps are probabilities (n, C, h, w), or masks (n, Q, h, w), whose `weights` (n, C, Q) are the classes'. They are
-    interpolated by `rows` (H, h), or (H, n * h), and `columns`.
+    The maps are probabilities (n, C, h, w), or masks (n, Q, h, w), whose `weights` (n, C, Q) are the
+    classes'. They are interpolated by `rows` (H, h), or (H, n * h), and `columns`.
     """
     tops, bests = list[Tensor](), list[Tensor]()
     for first in range(0, maps.shape[1] if weights is None else weights.shape[1], _GROUP):
         group = slice(first, first + _GROUP)  # never all classes at full size
-        scores = maps[:, group] if weights is None else torch.einsum("ncq,nqhw->nchw", weights[:, group], maps)
+        scores = (
+            maps[:, group] if weights is None else torch.einsum("ncq,nqhw->nchw", weights[:, group], maps)
+        )
         top, best = (rows @ torch.cat([*scores], dim=1 + along) @ columns.T).max(dim=0)
         tops.append(top)
         bests.append((best + first).to(torch.uint8))
@@ -139,7 +155,9 @@ def most_probable(maps: Tensor, weights: Tensor | None, along: int, rows: Tensor
     return places
 
 
-def place_map(annotations: Sequence[Mapping[str, Any]], size: tuple[int, int], places: Mapping[int, int]) -> Places:
+def place_map(
+    annotations: Sequence[Mapping[str, Any]], size: tuple[int, int], places: Mapping[int, int]
+) -> Places:
     """(H, W) places of the categories of annotations or results of an image, VOID where there is none."""
     found = np.full(size, VOID, dtype=np.uint8)
     for one in annotations:
@@ -149,17 +167,21 @@ def place_map(annotations: Sequence[Mapping[str, Any]], size: tuple[int, int], p
 
 
 def measure_semantic(truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
-    """Mean IoU over the classes that the labels or the predictions have, accuracy of the labelled pixels; in [0, 1].
+    """Mean IoU over the classes that the labels or the predictions have, accuracy of the labelled pixels; in
+    [0, 1].
 
-    With `per_category` also `semantic/IoU/<category name>`, -1 where neither has it. All images count together, pixel
-    by pixel at their stored size. `truth` is a COCO dictionary; unlabelled pixels are left out.
+    With `per_category` also `semantic/IoU/<category name>`, -1 where neither has it. All images count
+    together, pixel by pixel at their stored size. `truth` is a COCO dictionary; unlabelled pixels are left
+    out.
 
     Raises ValueError without labelled pixels.
     """
     names = {int(category["id"]): str(category["name"]) for category in truth["categories"]}
     places, count = {number: place for place, number in enumerate(names)}, len(names)
     labelled, predicted = _by_image(truth["annotations"]), _by_image(results)
-    table = np.zeros((count, count + 1), dtype=np.int64)  # true class, predicted class or none that the data has
+    table = np.zeros(
+        (count, count + 1), dtype=np.int64
+    )  # true class, predicted class or none that the data has
     for image in truth["images"]:
         size = image["height"], image["width"]
         true = place_map(labelled.get(image["id"], ()), size, places).astype(np.int64)
@@ -172,7 +194,10 @@ def measure_semantic(truth: Mapping[str, Any], results: Results, per_category: b
     both = table.diagonal()
     either = table.sum(axis=1) + table[:, :-1].sum(axis=0) - both
     ious = np.where(either > 0, both / either.clip(min=1), -1)
-    measures = {"semantic/mIoU": float(ious[either > 0].mean()), "semantic/accuracy": float(both.sum() / table.sum())}
+    measures = {
+        "semantic/mIoU": float(ious[either > 0].mean()),
+        "semantic/accuracy": float(both.sum() / table.sum()),
+    }
     own = {f"semantic/IoU/{name}": float(iou) for name, iou in zip(names.values(), ious, strict=True)}
     return {**measures, **(own if per_category else {})}
 

@@ -22,8 +22,24 @@ from visft_ds.tasks.segmentation.spec import Segmentation
 from visft_ds.tasks.semantic.config import LOSSES, SemanticHeadConfig, SemanticTask
 from visft_ds.tasks.semantic.data import SemanticTargets
 from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion
-from visft_ds.tasks.semantic.results import Windows, cut_windows, draw_regions, measure_semantic, semantic_results
-from visft_ds.tasks.spec import Classes, Content, Criterion, Example, ImageTargets, Options, Predict, Shapes, Words
+from visft_ds.tasks.semantic.results import (
+    Windows,
+    cut_windows,
+    draw_regions,
+    measure_semantic,
+    semantic_results,
+)
+from visft_ds.tasks.spec import (
+    Classes,
+    Content,
+    Criterion,
+    Example,
+    ImageTargets,
+    Options,
+    Predict,
+    Shapes,
+    Words,
+)
 
 #: Sides of images in evaluation are multiples of it, so that patches and strides lose no strip.
 _MULTIPLE = 32
@@ -43,7 +59,10 @@ class Semantic(Segmentation):
         return partial(segmentation_targets, places, options["mask_stride"])
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> SemanticTargets:
-        masks, grids = super().pack(samples, frame), [one.targets[self.name]["masks"].shape[1:] for one in samples]
+        masks, grids = (
+            super().pack(samples, frame),
+            [one.targets[self.name]["masks"].shape[1:] for one in samples],
+        )
         return SemanticTargets(**vars(masks), grids=torch.tensor(grids), shares=masks.extents)
 
     def blank(self, images: int, size: Size, content: Content, options: Options) -> SemanticTargets:
@@ -82,7 +101,10 @@ class Semantic(Segmentation):
 
     def describe(self, results: Results, names: Mapping[int, str]) -> str:
         """Shares of the image, the largest first."""
-        parts = [(coco_mask.area(one["segmentation"]) / math.prod(one["segmentation"]["size"]), one) for one in results]
+        parts = [
+            (coco_mask.area(one["segmentation"]) / math.prod(one["segmentation"]["size"]), one)
+            for one in results
+        ]
         parts.sort(key=lambda part: -part[0])
         return ", ".join(f"{category_name(one['category_id'], names)} {share:.0%}" for share, one in parts)
 
