@@ -21,12 +21,12 @@ from scipy.optimize import brentq
 from torch import Tensor
 from torch.nn import functional as F
 
+from visft_ds.evals.judge.benchmark import Benchmark
 from visft_ds.evals.judge.dense_sets import every
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.images import chosen
 from visft_ds.evals.judge.layers import read_after
 from visft_ds.evals.judge.models import Mixture, ModelSpec, load_encoder
-from visft_ds.evals.judge.protocol import Benchmark
 from visft_ds.evals.judge.scoring import Settings, forward, pictures
 
 MOST = 1000  #: images, and texts
@@ -46,7 +46,7 @@ class ShiftMeter:
         self._settings = replace(settings, precision="fp32")
         self._label = benchmark.label
         encoder = load_encoder(base, "fp32")
-        images = benchmark.sets.get("train") or next(iter(benchmark.sets.values()))
+        images = benchmark.training_images
         self._images = list(pictures(encoder, chosen(images, every(len(images), MOST)), self._settings))
         kinds = [kind for kind in _KINDS if kind in encoder.kinds]
         self._kind = next((kind for kind in kinds if kind in benchmark.kinds), kinds[0])
