@@ -24,8 +24,8 @@ from typing import Any
 
 from visft_ds import program
 from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL
+from visft_ds.errors import tell
 from visft_ds.flags import EVAL, Parser, check_extra, check_least
-from visft_ds.resilience.errors import tell
 from visft_ds.steps import Steps
 
 BASE, FIRST, PERMUTED, EQUAL = "base", "two stages", "permuted labels", "at equal feature shift"
