@@ -19,7 +19,7 @@ RESERVED = {
     "timm": ("interop", "pretrained", "models.timm_backbone", "evals.judge"),
     "peft": ("interop",),
     "open_clip": ("interop", "evals.judge"),
-    "huggingface_hub": ("interop", "pretrained"),
+    "huggingface_hub": ("interop", "merge", "pretrained"),
     "triton": ("ops",),
     "flash_attn": ("ops",),
 }
