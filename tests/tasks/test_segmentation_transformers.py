@@ -19,8 +19,8 @@ from transformers.models.mask2former import modeling_mask2former as theirs
 from tests.options import criterion_of, head_of
 from tests.tasks.cases import masks_of
 from visft_ds.data.samples import Map
+from visft_ds.tasks.masks.data import SegmentationTargets
 from visft_ds.tasks.masks.points import draw_points
-from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.head import SegmentationHead, SegmentationOutput
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion
 from visft_ds.tasks.transformer import sine_positions

@@ -21,10 +21,10 @@ from visft_ds.data.samples import Batch
 from visft_ds.ops import to_device
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
+from visft_ds.tasks.masks.data import SegmentationTargets
 from visft_ds.tasks.masks.points import draw_points, sample, uncertain_points
 from visft_ds.tasks.matching import Matches, at_least_float32, class_losses, solve
 from visft_ds.tasks.segmentation.config import PlainHeadConfig, SegmentationHeadConfig, SegmentationLoss
-from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.head import SegmentationOutput
 
 #: Values of full-size masks that post-processing holds at a time: 128 MiB of float32.
