@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from visft_ds.data.plan import generator
 from visft_ds.data.samples import Map
 from visft_ds.ops import to_device
+from visft_ds.randomness import generator
 from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.masks.config import PlainHeadConfig
 from visft_ds.tasks.masks.output import SegmentationOutput

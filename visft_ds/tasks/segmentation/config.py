@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from visft_ds.config.fields import (
+from visft_ds.settings.fields import (
     Above,
     Ascending,
     Count,
@@ -19,7 +19,7 @@ from visft_ds.config.fields import (
     Probability,
     StrictModel,
 )
-from visft_ds.config.task_schema import Findings
+from visft_ds.settings.task_schema import Findings
 from visft_ds.tasks.masks.config import Labelling, MaskTask, PlainHeadConfig, SegmentationLoss
 
 
