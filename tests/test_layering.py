@@ -14,16 +14,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "visft_ds"
 #: Modules that stand on another floor than the rest of their room.
 APART = (
-    "parallel.distributed",
     "planner.trace",
     "resilience.processes",
-    "resilience.errors",
     "resilience.stop",
     "run.folder",
     "interop.cli",
     "interop.command",
-    "config.fields",
-    "config.task_schema",
 )
 #: Package -> the only places that may import it.
 RESERVED = {

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from visft_ds import __version__
-from visft_ds.resilience.errors import exit_code, tell
+from visft_ds.errors import exit_code, tell
 from visft_ds.resilience.processes import check_environment, start_ranks, without_num_gpus
 
 

@@ -20,6 +20,7 @@ from tests.evals.conftest import SETTINGS
 from tests.golden.judge import run
 from tests.random_tower import adapter_of, build_backbone, merge, save_adapter, save_backbone
 from visft_ds.config import resolve
+from visft_ds.errors import RankError
 from visft_ds.evals.judge import comparison
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
@@ -29,7 +30,6 @@ from visft_ds.evals.judge.protocol import ImageSet
 from visft_ds.evals.judge.scoring import Settings, encode_images, remembered, shared
 from visft_ds.interop.layouts import fingerprint_of
 from visft_ds.models.lora import inject_lora
-from visft_ds.resilience.errors import RankError
 from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.run.record import write_run
 
@@ -193,8 +193,8 @@ def test_scale_of_an_adapter(world: Path) -> None:
 def test_processes_share_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each result is made by one of two processes, here threads; both read all."""
     settings, made, of_thread = Settings(torch.device("cpu"), "fp32", tmp_path, 5, 3), [], threading.local()
-    monkeypatch.setattr("visft_ds.parallel.distributed.world_size", lambda: 2)
-    monkeypatch.setattr("visft_ds.parallel.distributed.rank", lambda: of_thread.rank)
+    monkeypatch.setattr("visft_ds.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("visft_ds.distributed.rank", lambda: of_thread.rank)
 
     def result(number: int, own: bool) -> int:
         def make() -> int:
@@ -340,7 +340,7 @@ def test_a_rehearsal_tells_models_data_and_time_and_writes_nothing(
     # layers of base and cut, 6 each; scores of base, cut, noise and half, 12 each; six measurements of 6
     # images
     assert "encoding 96 images" in text
-    monkeypatch.setattr("visft_ds.parallel.distributed.rank", lambda: 1)
+    monkeypatch.setattr("visft_ds.distributed.rank", lambda: 1)
     monkeypatch.setattr("visft_ds.evals.judge.scoring._present", lambda path: pytest.fail("waited for ever"))
     assert _run(*models, *words) == (0, "", "")
 

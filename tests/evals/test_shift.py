@@ -16,7 +16,6 @@ from PIL import Image
 from tests.clip_case import SIDE
 from tests.evals.test_judge import _record, _run, world
 from tests.random_tower import relative, save_adapter
-from visft_ds.config.fields import Precision
 from visft_ds.evals.judge import comparison
 from visft_ds.evals.judge import shift as shift_of
 from visft_ds.evals.judge.classes import read_classes
@@ -26,6 +25,7 @@ from visft_ds.evals.judge.protocol import Benchmark, ImageSet
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.shift import WITHIN, ShiftMeter, scale_for
 from visft_ds.interop.adapter import Adapter
+from visft_ds.settings.fields import Precision
 
 __all__ = ["world"]  # the fixture
 

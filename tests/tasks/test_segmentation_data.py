@@ -11,9 +11,9 @@ from faster_coco_eval import mask as coco_mask
 
 from tests.options import alone, drawn
 from tests.tasks.cases import corners
-from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
 from visft_ds.data.transforms import Crop, Flip
+from visft_ds.randomness import generator
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.segmentation.data import segmentation_targets
 

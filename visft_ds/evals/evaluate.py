@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from visft_ds import distributed
 from visft_ds.config.preflight import folder_of_run
 from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import DataConfig
@@ -25,7 +26,6 @@ from visft_ds.flags import check_least
 from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
-from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import needs_vocabulary, workers_of
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 
 from visft_ds.config.backbones import named
-from visft_ds.config.fields import Precision
 from visft_ds.config.preflight import EXPORT_RECORD_FILE, folder_of_run, head_files, run_of
 from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import VisftConfig
-from visft_ds.config.task_schema import Stream, WordsConfig
 from visft_ds.data.samples import Batch
 from visft_ds.interop import layouts
 from visft_ds.interop.adapter import Adapter
@@ -39,6 +37,8 @@ from visft_ds.run.folder import (
     export_of,
     recorded_config,
 )
+from visft_ds.settings.fields import Precision
+from visft_ds.settings.task_schema import Stream, WordsConfig
 from visft_ds.tasks import TASKS, config_class
 from visft_ds.tasks.vocabulary import Vocabulary
 

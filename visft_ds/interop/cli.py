@@ -8,9 +8,9 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.config.cli import DOWNLOAD_HELP
+from visft_ds.errors import tell
 from visft_ds.flags import Parser
 from visft_ds.interop import FORMATS
-from visft_ds.resilience.errors import tell
 
 USAGE = """Merge LoRA adapters into base weights, or write an adapter in another format.
 

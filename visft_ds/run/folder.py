@@ -14,11 +14,11 @@ from typing import Any
 from pydantic import Field
 
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.config.fields import Count, Positive, StrictModel
 from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
 from visft_ds.config.resolve import differences, identity_of
 from visft_ds.files import read_bytes, reading
 from visft_ds.monitor.metrics import METRICS_FILE
+from visft_ds.settings.fields import Count, Positive, StrictModel
 
 #: What a run leaves in <run>/export, beside heads and a copy of its record: its base (if it was random), a
 #: backbone that was trained itself, the adapter.

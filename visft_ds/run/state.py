@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+from visft_ds import distributed
 from visft_ds.checkpoint.export import describe_heads, export_weights
 from visft_ds.checkpoint.format import (
     SETTINGS,
@@ -22,7 +23,6 @@ from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
 from visft_ds.interop.heads import HeadInfo, described
 from visft_ds.interop.weights import remove_unfinished, write_text
 from visft_ds.monitor.metrics import METRICS_FILE
-from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from visft_ds.config.fields import nearest
 from visft_ds.evals.judge import classes, dense_sets
 from visft_ds.evals.judge.classification import classification
 from visft_ds.evals.judge.depth import depth
@@ -19,6 +18,7 @@ from visft_ds.evals.judge.protocol import Benchmark, ImageSet
 from visft_ds.evals.judge.protocols import Protocol
 from visft_ds.evals.judge.retrieval import read_captions, retrieval
 from visft_ds.evals.judge.segmentation import segmentation
+from visft_ds.settings.fields import nearest
 
 SEGMENTATION = "segmentation"
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from visft_ds.config.fields import (
+from visft_ds.settings.fields import (
     Above,
     Ascending,
     Count,
@@ -22,7 +22,7 @@ from visft_ds.config.fields import (
     StrictModel,
     nearest,
 )
-from visft_ds.config.task_schema import Findings, TaskConfig
+from visft_ds.settings.task_schema import Findings, TaskConfig
 
 #: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained,
 #: where the last category (toothbrush) coincides with "no object" and class 0 is never used.

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from visft_ds.data.plan import generator
 from visft_ds.data.samples import Map
 from visft_ds.ops import to_device
+from visft_ds.randomness import generator
 from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.segmentation.config import PlainHeadConfig
