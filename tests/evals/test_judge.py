@@ -30,8 +30,8 @@ from visft_ds.evals.judge.protocol import ImageSet
 from visft_ds.evals.judge.scoring import Settings, encode_images, remembered, shared
 from visft_ds.interop.layouts import fingerprint_of
 from visft_ds.models.lora import inject_lora
-from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.run.record import write_run
+from visft_ds.run_files import BACKBONE_FILE
 
 CLASSES = ("circle", "square")
 

@@ -29,9 +29,9 @@ from visft_ds.data.transforms import Crop, Flip, Op, Pad, Size, final_size
 from visft_ds.randomness import generator
 from visft_ds.shards.cli import main as make_shards
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.segmentation.data import segmentation_targets
-from visft_ds.tasks.segmentation.head import SegmentationOutput
-from visft_ds.tasks.segmentation.masks import decode_mask
+from visft_ds.tasks.masks.data import segmentation_targets
+from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticLoss
 from visft_ds.tasks.semantic.data import SemanticTargets
 from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion, SemanticOutput

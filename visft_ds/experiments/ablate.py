@@ -230,7 +230,7 @@ class Plan:
         if not arm.soup:
             return ",".join(map(str, runs))
         words = [part for run in runs for part in ("--adapter", f"{run}/export/adapter")]
-        from visft_ds.run.folder import BACKBONE_FILE
+        from visft_ds.run_files import BACKBONE_FILE
 
         run = self._stage1(self.arms[FIRST], 0)
         base = self.base or self.recipe[2].visft.model.weights or f"{run}/export/{BACKBONE_FILE}"

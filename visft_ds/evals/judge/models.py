@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from visft_ds.config.backbones import named
+from visft_ds.config.record import recorded_config
 from visft_ds.evals.judge.encoders import (
     CLIP,
     BackboneEncoder,
@@ -53,7 +54,6 @@ from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import KINDS, dense_update, lora_layers
 from visft_ds.ops import DTYPES
 from visft_ds.pretrained import TIMM
-from visft_ds.run.folder import recorded_config
 from visft_ds.settings.fields import Precision
 
 _LOCAL = "local-dir:"  # beginning of the name of a model in a folder

@@ -21,7 +21,7 @@ from visft_ds.settings.fields import (
     Rate,
     StrictModel,
 )
-from visft_ds.tasks.segmentation.config import MaskTask, PlainHeadConfig, SegmentationLoss, of_kind
+from visft_ds.tasks.masks.config import MaskTask, PlainHeadConfig, SegmentationLoss, of_kind
 
 
 class SemanticImage(StrictModel):
