@@ -47,8 +47,8 @@ kinds of --on (and their keys):
     depth           metres by a linear head: images/ with depth/, 16-bit PNG of millimetres (split, train, groups, name)
     classification  kNN and linear on frozen features: folders of classes, digits (split, train, groups, name)
     zero_shot       classes by text similarity: folders of classes, ImageNet's family, ObjectNet (split, groups, name)
-    retrieval       captions and images: COCO, Karpathy's JSON (split, name)
-    objects         names of boxed objects, as segmentation; boxes are enough (split, train, name)
+    retrieval       captions and images: COCO, Karpathy's JSON (split, groups, name)
+    objects         names of boxed objects, as segmentation; boxes are enough (split, train, groups, name)
     ocr             words read by a small head: train/ and test/ with gt.txt or labels.txt (name)
     kept            predictions of BASE's own classifier that stay: any images (groups, name)
 split is judged (default: val, validation or test), train teaches; groups= names what images come from together, such as
