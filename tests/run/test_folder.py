@@ -14,18 +14,12 @@ import pytest
 from tests.checkpoint.faulty_disk import state
 from visft_ds.checkpoint.format import SETTINGS, Checkpoint, check_identity, open_checkpoint, save_checkpoint
 from visft_ds.config import ResolvedConfig, resolve
+from visft_ds.config.record import RUN_SCHEMA, Parent, recorded_config
 from visft_ds.parallel.engine import Engine
-from visft_ds.run.folder import (
-    BACKBONE_FILE,
-    LOCK_FILE,
-    RUN_SCHEMA,
-    Parent,
-    locked,
-    open_run_folder,
-    recorded_config,
-)
+from visft_ds.run.folder import locked, open_run_folder
 from visft_ds.run.record import write_run
 from visft_ds.run.state import RunState
+from visft_ds.run_files import BACKBONE_FILE, LOCK_FILE
 
 RECORDS = ("run.json", "metrics.jsonl", f"export/{BACKBONE_FILE}")
 

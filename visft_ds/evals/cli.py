@@ -162,7 +162,7 @@ def _parsed(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
 
 def _done(name: str, work: Callable[[], object]) -> int:
     """Do the work of a command; returns its exit status."""
-    from visft_ds.resilience.errors import tell
+    from visft_ds.errors import tell
 
     try:
         work()

@@ -24,8 +24,8 @@ from typing import Any
 
 from visft_ds import program
 from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL
+from visft_ds.errors import tell
 from visft_ds.flags import EVAL, Parser, check_extra, check_least
-from visft_ds.resilience.errors import tell
 from visft_ds.steps import Steps
 
 BASE, FIRST, PERMUTED, EQUAL = "base", "two stages", "permuted labels", "at equal feature shift"
@@ -230,7 +230,7 @@ class Plan:
         if not arm.soup:
             return ",".join(map(str, runs))
         words = [part for run in runs for part in ("--adapter", f"{run}/export/adapter")]
-        from visft_ds.run.folder import BACKBONE_FILE
+        from visft_ds.run_files import BACKBONE_FILE
 
         run = self._stage1(self.arms[FIRST], 0)
         base = self.base or self.recipe[2].visft.model.weights or f"{run}/export/{BACKBONE_FILE}"

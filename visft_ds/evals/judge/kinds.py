@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from visft_ds.config.fields import nearest
+from visft_ds.settings.fields import nearest
 
 if TYPE_CHECKING:
     from visft_ds.evals.judge.benchmark import Benchmark, ImageSet, Number
@@ -107,14 +107,17 @@ def _zero_shot(request: Request) -> Benchmark:
 def _retrieval(request: Request) -> Benchmark:
     from visft_ds.evals.judge.retrieval import read_captions, retrieval
 
-    return retrieval(request.label, *read_captions(request.source, request.test))
+    images, captions, owners = read_captions(request.source, request.test)
+    return retrieval(request.label, request.grouped(images), captions, owners)
 
 
 def _objects(request: Request) -> Benchmark:
     from visft_ds.evals.judge.dense_sets import read_objects
     from visft_ds.evals.judge.objects import grounding
 
-    train, test = read_objects(request.protocol.images, request.source, request.train, request.test)
+    learnt, held = read_objects(request.protocol.images, request.source, request.train, request.test)
+    train = request.with_groups(learnt)
+    test = request.with_groups(held)
     return grounding(request.label, train, test)
 
 
@@ -158,12 +161,12 @@ KINDS: Mapping[str, Kind] = {
         "classes by text similarity: folders of classes, ImageNet's family, ObjectNet",
     ),
     "retrieval": Kind(
-        _retrieval, "retrieval", ("split", "name"), "captions and images: COCO, Karpathy's JSON"
+        _retrieval, "retrieval", ("split", "groups", "name"), "captions and images: COCO, Karpathy's JSON"
     ),
     "objects": Kind(
         _objects,
         "objects",
-        ("split", "train", "name"),
+        ("split", "train", "groups", "name"),
         "names of boxed objects, as segmentation; boxes are enough",
     ),
     "ocr": Kind(

@@ -13,7 +13,7 @@ from visft_ds.evals.judge.benchmark import Benchmark
 from visft_ds.evals.judge.comparison import SIDE, Arm, Comparison
 from visft_ds.evals.judge.models import ModelSpec, load_encoder
 from visft_ds.evals.judge.scoring import Settings, forward
-from visft_ds.evals.judge.shift import MOST
+from visft_ds.evals.judge.shift import SEARCHED
 from visft_ds.monitor.console import Section
 
 CROPS = 640_000  #: that a published head learns from
@@ -75,7 +75,7 @@ def _images(comparison: Comparison, benchmarks: Sequence[Benchmark], *, best: bo
         of_layers = len(benchmark.layer_choice.images) if best and benchmark.layer_choice else 0
         of_shift = 0
         if comparison.primary in benchmark.full_names:
-            of_shift = min(MOST, len(benchmark.training_images))
+            of_shift = min(SEARCHED, len(benchmark.training_images))
         total += of_scores + of_layers
         for arm in comparison.tuned:
             total += len(arm.models) * (of_scores + of_layers)
