@@ -19,7 +19,7 @@ from visft_ds.config.task_schema import TaskConfig
 from visft_ds.data.samples import Batch, Map, RawSample, Sample, Targets
 from visft_ds.data.transforms import Geometry, Op, Size, Square
 from visft_ds.tasks import Results
-from visft_ds.tasks.spec import Content, ImageTargets, Task
+from visft_ds.tasks.task import Content, ImageTargets, Task
 
 NAME, MOST = "classification", 91  # COCO's ids are below this
 

@@ -36,8 +36,8 @@ class SegmentationImage(StrictModel):
     scale: Annotated[tuple[Above, Above], Ascending] = (0.1, 2.0)
     flip: Fraction = 0.5  #: probability of a horizontal flip
     pad_value: Annotated[Count, Field(le=255)] = 128
-    eval_short: Positive = 800
-    eval_max_long: Positive = 1333
+    min_size_test: Positive = 800
+    max_size_test: Positive = 1333
     eval_multiple: Positive = 32
     fixed_size: Positive | None = (
         None  #: side of a square for training and evaluation instead of the sizes above
@@ -96,7 +96,7 @@ class SegmentationLoss(StrictModel):
     ce: Rate = 2.0
     bce: Rate = 5.0
     dice: Rate = 5.0
-    no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
+    eos_coef: Above = 0.1  #: class weight of "no object" in the cross-entropy
     num_points: Positive = 12544
     oversample: Annotated[float, Field(ge=1)] = 3.0
     importance: Fraction = 0.75

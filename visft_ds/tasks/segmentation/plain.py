@@ -23,9 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Map
-from visft_ds.ops import to_device
+from visft_ds.ops import at_least_float32, to_device
 from visft_ds.tasks.channels import Channels
-from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.segmentation.config import PlainHeadConfig
 from visft_ds.tasks.segmentation.head import SegmentationOutput
 
