@@ -27,8 +27,8 @@ from visft_ds.config.resolve import (
     parse_assignment,
 )
 from visft_ds.config.schema import PRESETS, BackboneOverrides
-from visft_ds.config.task_schema import SHARED
 from visft_ds.prepare.model import deepspeed_dict
+from visft_ds.settings.task_schema import SHARED
 
 TASKS = ("detection", "segmentation", "captioning")
 

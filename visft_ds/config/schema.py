@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 from pydantic.fields import FieldInfo
 
-from visft_ds.config.fields import (
+from visft_ds.pretrained import TIMM
+from visft_ds.redaction import refuse_secrets
+from visft_ds.settings.fields import (
     Above,
     Count,
     Depth,
@@ -25,9 +27,7 @@ from visft_ds.config.fields import (
     Text,
     nearest,
 )
-from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
-from visft_ds.pretrained import TIMM
-from visft_ds.redaction import refuse_secrets
+from visft_ds.settings.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 from visft_ds.tasks import config_class, entries
 
 #: Towers of our own; TIMM + NAME is a model of timm.

@@ -12,11 +12,11 @@ import numpy.typing as npt
 from pydantic import BaseModel
 from torch import nn
 
-from visft_ds.config.task_schema import TaskConfig, WordsConfig
 from visft_ds.data.dataset import caption_dataset, coco_dataset
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.transforms import Geometry, Op, Size
+from visft_ds.settings.task_schema import TaskConfig, WordsConfig
 from visft_ds.tasks import Results
 from visft_ds.tasks.criterion import Criterion
 from visft_ds.tasks.example import Example

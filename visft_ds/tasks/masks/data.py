@@ -17,7 +17,7 @@ from torch import Tensor
 
 from visft_ds.data.samples import RawSample, Targets
 from visft_ds.data.transforms import Crop, Flip, Op, Pad, Resize, Size, final_size
-from visft_ds.tasks.segmentation.masks import draw_masks, placement
+from visft_ds.tasks.masks.rasters import draw_masks, placement
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,17 @@ class LargeScaleJitter:
         ]
 
 
-def evaluation_size(size: Size, short_side: int, max_long: int) -> Size:
+def evaluation_size(size: Size, short_side: int, max_size_train: int) -> Size:
     """The size with the given short side and the same shape; a smaller one if the long side would pass
-    `max_long`.
+    `max_size_train`.
 
     Both sides are cut off to integers, as in the reference (`short_side_size` of detection rounds the capped
     one).
     """
     small, large = min(size), max(size)
-    if large * short_side > max_long * small:
-        short_side = max(1, max_long * small // large)
-    long_side = min(short_side * large // small, max_long) if large > small else short_side
+    if large * short_side > max_size_train * small:
+        short_side = max(1, max_size_train * small // large)
+    long_side = min(short_side * large // small, max_size_train) if large > small else short_side
     return (short_side, long_side) if size[0] <= size[1] else (long_side, short_side)
 
 
