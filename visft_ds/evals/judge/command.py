@@ -25,8 +25,8 @@ from visft_ds.evals.judge.table import rows_of, section
 from visft_ds.evals.judge.verdict import judged
 from visft_ds.evals.pages import judge_page
 from visft_ds.evals.records import JUDGE, JUDGED, read_judged
+from visft_ds.files import write_bytes, write_text
 from visft_ds.flags import EVAL, check_extra, check_least
-from visft_ds.interop.weights import write_atomically
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.ops import use_numerics
@@ -98,7 +98,7 @@ def run_judge(given: argparse.Namespace) -> None:
         "command": [redacted(word) for word in ("visft", "judge", *sys.argv[2:])],
     }
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
-    write_atomically(given.out / JUDGED, lambda file: file.write(content))
+    write_bytes(given.out / JUDGED, content)
     shown = [base, *(trial.arm for trial in trials)]
     sheets = []
     for benchmark in benchmarks:
@@ -106,7 +106,7 @@ def run_judge(given: argparse.Namespace) -> None:
             of_arms = {arm: scores.chosen[members[arm][0]][benchmark.names[0]] for arm in shown}
             sheets.append(benchmark.sheet(of_arms, _SHOWN))
     page = judge_page(orjson.loads(content), sheets)
-    write_atomically(given.out / PAGE, lambda file: file.write(page.encode()))
+    write_text(given.out / PAGE, page)
     read = []
     for name, choices in comparison.layers.items():
         read.append((name, ", ".join(f"{arm}: {choice['chosen']}" for arm, choice in choices.items())))

@@ -27,7 +27,7 @@ from visft_ds import distributed
 from visft_ds.errors import RankError
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, Score
-from visft_ds.interop.weights import write_atomically, write_text
+from visft_ds.files import write_text, writing
 from visft_ds.monitor.console import gauge
 from visft_ds.ops import DTYPES
 from visft_ds.settings.fields import Precision
@@ -312,7 +312,8 @@ def _save(path: Path, made: Iterable[Score], wanted: Collection[str]) -> None:
         assert np.isfinite(score.values).all() and len(score.values), score.name
         parts = {name: getattr(score, name) for name in _PARTS}
         arrays |= {f"{number}.{name}": value for name, value in parts.items() if value is not None}
-    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+    with writing(path) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def _load(path: Path) -> list[Score]:
