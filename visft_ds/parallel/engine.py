@@ -100,9 +100,20 @@ def start_process_group() -> None:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
     if distributed.local_device().type == "cuda":
         torch.cuda.set_device(distributed.local_device())
+    backend = accelerator.communication_backend_name()
     if distributed.world_size() == 1 and not dist.is_initialized():
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(accelerator.communication_backend_name(), store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun 2.15 keeps the store of the attempt before, where ranks would find the addresses of dead ones.
+        rank, world_size = distributed.rank(), distributed.world_size()
+        kept = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False
+        )
+        fresh = dist.PrefixStore(f"attempt {attempt}", kept)
+        timeout = deepspeed.constants.default_pg_timeout
+        dist.init_process_group(backend, timeout=timeout, world_size=world_size, rank=rank, store=fresh)
     try:
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
     except dist.DistNetworkError as error:
