@@ -124,8 +124,8 @@ def sync_folder(path: Path) -> None:
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears under its name when all of it is on disk, also before a power cut.
 
-    It is written beside its name, synced and renamed; folders are made. What fails within leaves the old file and
-    nothing else. Any number of processes and threads may write the same file: the last one to end wins.
+    It is written beside its name, synced and renamed; folders are made. What fails within leaves the old file
+    and nothing else. Any number of processes and threads may write the same file: the last one to end wins.
 
     Raises:
         OSError: a full disk, a read-only folder; it names the file.
@@ -158,7 +158,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_unfinished(folder: Path, name: str = "*") -> None:
-    """Remove what `writing` has left of files of this name (a pattern) below a folder, in processes that were killed."""
+    """Remove what `writing` left below a folder where it was killed, of files of this name (a pattern)."""
     for path in folder.rglob(f".{name}.tmp-*"):
         path.unlink()
 

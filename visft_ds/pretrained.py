@@ -24,7 +24,9 @@ HUB, TIMM = "hf-hub:", "timm:"
 #: Sources: the model cards of https://huggingface.co/QuanSun/EVA-CLIP and of timm.
 PUBLISHED = {
     "EVA02_CLIP_E_psz14_plus_s9B.pt": "hf-hub:QuanSun/EVA-CLIP/EVA02_CLIP_E_psz14_plus_s9B.pt",
-    "vit_base_patch16_clip_224.openai.safetensors": "hf-hub:timm/vit_base_patch16_clip_224.openai/model.safetensors",
+    "vit_base_patch16_clip_224.openai.safetensors": (
+        "hf-hub:timm/vit_base_patch16_clip_224.openai/model.safetensors"
+    ),
 }
 #: Weights of a repository, as timm, transformers and open_clip name them; the first that is there is taken.
 _USUAL = (

@@ -70,12 +70,9 @@ def refuse_secrets(url: str) -> str:
     """The URL of a folder. Raises ValueError for a password or a query, which would be stored with each
     run.
     """
-    if (
-        "://" in url
-        and not url.lower().startswith("file:")
-        and (_USER.search(url) or "?" in url or "#" in url)
-    ):
+    remote = "://" in url and not url.lower().startswith("file:")
+    if remote and (_USER.search(url) or "?" in url or "#" in url):
         raise ValueError(
-            "a URL may have no password, query or fragment, which each run would record; headers go into FSSPEC_HTTP"
+            "a URL must not contain a password, query or fragment (run.json would store it): use FSSPEC_HTTP"
         )
     return url

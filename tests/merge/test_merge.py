@@ -252,7 +252,7 @@ def test_verification_passes_a_right_file_and_fails_a_wrong_one(
     ]
     monkeypatch.setattr(Adapter, "delta", lambda self, weight: torch.zeros(96, 32))
     assert _run(*words, "--out", tmp_path / "wrong") == 1 and not (tmp_path / "wrong").exists()
-    assert "does not compute what base + adapter does" in capsys.readouterr().err
+    assert "verification failed" in capsys.readouterr().err
     assert not [name for name in os.listdir(tmp_path) if "tmp-" in name]
 
 
@@ -369,7 +369,7 @@ def _spoiled(folder: Path, base: Path, adapter: Adapter) -> dict[str, Path]:
     ("change", "word"),
     [
         ({"--base": "poisoned"}, "fc2.bias holds NaN"),
-        ({"--base": "merged"}, "merged in already"),
+        ({"--base": "merged"}, "already contains a merged adapter"),
         ({"--adapter": "base"}, "LoRA"),
         ({"--format": "lavis"}, "suffix"),
         ({"--format": "open_clip"}, "text tower"),

@@ -6,6 +6,13 @@ Imports nothing heavy: the flags of the command name them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from visft_ds.interop.export import Written
+    from visft_ds.interop.weights import Weights
+    from visft_ds.models import Backbone
 
 
 @dataclass(frozen=True)
@@ -16,6 +23,20 @@ class Format:
     snippet: str  #: code that loads the folder it stands in, for the model card
     make: str = ""  #: "module:function" of this room that makes the content; "": an adapter, a graph
     library: str = ""  #: module that loads it, for `--verify`; "": none that can be installed
+
+    def content(self, tower: Weights, file: Weights, backbone: Backbone) -> Written:
+        """What it consists of.
+
+        Args:
+            tower: the tensors of the backbone, and what belongs to it.
+            file: the whole base file.
+
+        Raises:
+            ValueError: the library has no such model, or the base lacks a part of it.
+        """
+        module, _, function = self.make.partition(":")
+        made: Written = getattr(import_module(f"visft_ds.interop.{module}"), function)(tower, file, backbone)
+        return made
 
 
 FORMATS = {
@@ -28,7 +49,8 @@ FORMATS = {
     "lavis": Format(
         file="eva_vit_g.pth",
         make="export:lavis",
-        snippet="# takes the place of LAVIS' own eva_vit_g.pth, see create_eva_vit_g in lavis/models/eva_vit.py\n"
+        snippet="# takes the place of LAVIS' own eva_vit_g.pth, "
+        "see create_eva_vit_g in lavis/models/eva_vit.py\n"
         'weights = torch.load("eva_vit_g.pth")',
     ),
     "onnx": Format(

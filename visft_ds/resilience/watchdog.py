@@ -44,7 +44,9 @@ class Watchdog:
 
     def begin(self, doing: str, *, timed: bool = True) -> None:
         """Record the phase that begins; `timed=False` for what may take any time, such as an export."""
-        self._doing, self._timed, self._since = doing, timed, time.monotonic()
+        self._doing = doing
+        self._timed = timed
+        self._since = time.monotonic()
 
     def leave(self) -> None:
         """Stop watching: from here on this process needs no other."""
