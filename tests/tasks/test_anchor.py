@@ -13,7 +13,7 @@ from tests.parallel.engine_case import build, global_batch, loss_denominators
 from visft_ds.config import resolve
 from visft_ds.data.samples import Map
 from visft_ds.models.lora import lora_parameters
-from visft_ds.planner.memory import model_operations, run_of
+from visft_ds.planner.memory import model_operations, planned_run
 from visft_ds.prepare.model import plan_model
 from visft_ds.tasks import anchor
 from visft_ds.tasks.anchor import anchor_losses
@@ -125,6 +125,6 @@ def test_a_configuration_turns_it_on_and_a_plan_counts_it() -> None:
     )
     assert plain.identity() == zero.identity() != on.identity()
     assert plan_model(on.visft, on.optimizer.params)[0].anchor == {"gram": 10.0}
-    runs = [run_of(one, 1, "fp32", None, torch.device("cpu")) for one in (plain, on)]
+    runs = [planned_run(one, 1, "fp32", None, torch.device("cpu")) for one in (plain, on)]
     counts = [model_operations(run, run.config.visft.streams()["detection"]) for run in runs]
     assert counts[1] > 1.1 * counts[0]
