@@ -162,7 +162,7 @@ class Plan:
         from visft_ds.data.fetch import is_url
         from visft_ds.data.shards import Manifest
         from visft_ds.evals.judge.kinds import parse_benchmark
-        from visft_ds.evals.judge.protocols import QUICK
+        from visft_ds.evals.judge.protocol import QUICK
         from visft_ds.pretrained import local
 
         if self.given.base is not None and not local(self.given.base).is_file():
