@@ -72,7 +72,7 @@ def fit(
     if missing := missing_inputs(config):
         raise ValueError(render_missing(missing))
 
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
     from visft_ds.train import train
 
     distributed.keep_open()

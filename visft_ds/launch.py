@@ -13,7 +13,7 @@ from visft_ds import program
 from visft_ds.config import derive_batches
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.preflight import missing_inputs, render_missing
-from visft_ds.resilience.errors import tell
+from visft_ds.errors import tell
 from visft_ds.resilience.processes import start_ranks, without_num_gpus
 from visft_ds.resilience.stop import StopFlag
 

@@ -12,12 +12,12 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visft_ds import distributed
 from visft_ds.checkpoint.export import begin_export
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.loader import StepLoader
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.monitor.metrics import CONCLUSION
-from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
 from visft_ds.parallel.placement import placement_for
 from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
@@ -35,7 +35,7 @@ from visft_ds.run.report import print_start
 from visft_ds.run.start import measure_heads, open_start
 from visft_ds.run.state import RunState
 from visft_ds.tasks.channels import Channels
-from visft_ds.tasks.spec import counts_of, loss_denominators_of
+from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 
 if TYPE_CHECKING:
     from visft_ds.run.evaluation import Validation
@@ -123,7 +123,7 @@ def train(
             config, machine = settle_recompute(config, machine)
 
         # 6: the model, with weights of files or drawn ones.
-        precision, partition = machine.planned.precision, machine.planned.partition
+        precision, bounds = machine.planned.precision, machine.planned.bounds
         prepared = prepare_model(
             config.visft,
             config.optimizer.params,
@@ -131,7 +131,7 @@ def train(
             heads_from=Path(config.visft.heads.path) if config.visft.heads.path else None,
             categories=data.categories,
             vocabulary=data.vocabulary,
-            placement=placement_for(machine.deepspeed_config, partition),
+            placement=placement_for(machine.deepspeed_config, bounds),
             start=start_from,
         )
         if config.visft.features is not None:
@@ -147,7 +147,7 @@ def train(
             config.optimizer.params,
             Schedule(config.scheduler, config.total_steps),
             seed=config.visft.seed,
-            partition=partition,
+            bounds=bounds,
             compile=config.visft.model.compile,
         )
         if distributed.kept_open:  # by a script that trains more than once

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import TINY
-from visft_ds.evals.judge.protocol import Score
+from visft_ds.evals.judge.benchmark import Score
 from visft_ds.evals.judge.table import Trial, rows_of
 from visft_ds.experiments import ablate
 from visft_ds.experiments.ablate import Experiment, _parser, main

@@ -26,13 +26,13 @@ from tests.random_tower import build_backbone, move_adapters
 from tests.ranks import run_ranks
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
-from visft_ds.data.loader import Place
 from visft_ds.data.samples import Batch, Sample
+from visft_ds.distributed import PipelinePosition
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.lora import inject_lora
 from visft_ds.ops.lora import choose_backend
 from visft_ds.prepare.model import TrainedGroup, apply_groups
-from visft_ds.tasks.spec import LossDenominators, counts_of
+from visft_ds.tasks.criterion import LossDenominators, counts_of
 from visft_ds.tasks.transform import collate_joint
 
 SAVED_AT, GLOBAL_BATCH, CLIP, SIDE = 3, 4, 0.001, 56
@@ -84,7 +84,7 @@ def build_tasks(width: int) -> dict[str, TaskModule]:
             "ffn_dim": 32,
         },
         "segmentation": {"hidden_dim": 32, "encoder_layers": 1, "num_heads": 2},
-        "captioning": {"attention_dim": 16, "embed_dim": 16, "decoder_dim": 16, "grid": 3},
+        "captioning": {"attention_dim": 16, "embed_dim": 16, "decoder_dim": 16, "encoded_image_size": 3},
     }
     narrow["segmentation"] |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     narrow["captioning"] |= {"vocabulary_size": VOCABULARY}
@@ -112,13 +112,6 @@ def build(
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad and parameter.ndim >= 2 and name.startswith("backbone.blocks"):
             parameter.data = parameter.data.to(storage)
-    return module, groups
-
-
-def build_anchored(stage: int, *, storage: torch.dtype = torch.float32) -> Any:
-    """`build`, with an anchor."""
-    module, groups = build(stage, storage=storage)
-    module.anchor = {"gram": 3e3, "cosine": 1e3}
     return module, groups
 
 
@@ -260,7 +253,7 @@ def engine_config(name: str, precision: str, micro: int, zero: Mapping[str, Any]
 
     "pipeline4" has four stages; "_gathered" behind a name: no parameter is too small to be taken apart again.
     """
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
 
     stages = int(name.removeprefix("pipeline")) if name.startswith("pipeline") else 1
     file = "pipeline" if stages > 1 else name.removesuffix("_gathered")
@@ -323,9 +316,11 @@ def fed(
     """What this rank has read of a step (in pipelines pixels, labels or nothing), and what losses are divided
     by.
     """
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
 
-    place = getattr(engine, "place", None) or Place.of_rank(distributed.rank(), distributed.world_size(), 1)
+    place = getattr(engine, "position", None) or PipelinePosition.of_rank(
+        distributed.rank(), distributed.world_size(), 1
+    )
     if place.role is None:
         return [], {}
     micro = GLOBAL_BATCH // (place.dp_size * engine.accumulation)
@@ -342,8 +337,8 @@ def run_steps(
     engine: Any, start: int, stop: int, folder: Path | None = None, feed: Feed = fed
 ) -> dict[str, Any]:
     """Train some steps on this rank's share; the state after SAVED_AT goes to `folder`. Collective."""
+    from visft_ds import distributed
     from visft_ds.checkpoint.format import save_checkpoint
-    from visft_ds.parallel import distributed
     from visft_ds.parallel.state import gather_state
 
     reports = []
@@ -394,7 +389,7 @@ def write_results(found: Callable[..., dict[str, Any]]) -> None:
     """One rank of a program `OUT ARGUMENTS`: the main process writes to OUT what `found(OUT, ARGUMENTS)`
     gave.
     """
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
     from visft_ds.parallel.engine import start_process_group
 
     torch.set_num_threads(1)
@@ -422,7 +417,7 @@ def every_run(out: Path, name: str, straight: str = "") -> dict[str, Any]:
     """
     from tests.parallel.test_start import started
     from tests.parallel.test_traceless import OF_MAIN, compared, disagree, told_by_main
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
     from visft_ds.parallel import engine as engine_module
 
     results: dict[str, Any] = {}
@@ -435,7 +430,6 @@ def every_run(out: Path, name: str, straight: str = "") -> dict[str, Any]:
             results[f"stage{stage}-resumed"] = {"exact": exact, **run_steps(engine, SAVED_AT, STEPS)}
     if straight:
         return results
-    results["stage2-anchor"] = run_steps(start_engine(2, name, "fp32", build=build_anchored), 0, STEPS)
     results["stage2-bf16"] = run_steps(start_engine(2, name, "bf16"), 0, STEPS)
     if name == "zero1":  # of all engines in `test_traceless.py`
         results["traceless"] = compared(name, ["fp32"], ["fault", "rehearsal"])

@@ -38,7 +38,7 @@ def needs(policy: str) -> int:
 
 
 def main(out: str) -> None:
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
     from visft_ds.parallel.engine import start_process_group
     from visft_ds.run import machine
 

@@ -21,7 +21,7 @@ from visft_ds.prepare.data import RunData, open_data
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS, classes_of
 from visft_ds.tasks.detection.head import DetectionOutput
-from visft_ds.tasks.segmentation.loss import SegmentationOutput
+from visft_ds.tasks.masks.output import SegmentationOutput
 
 BOTH = ("detection", "segmentation")
 #: Ids of the small tree, and what they become.

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL
+from visft_ds.errors import tell
 from visft_ds.experiments.arms import ARMS, FIRST, PERMUTED, chosen_arms
 from visft_ds.experiments.results import BASE, EQUAL, IN_CONTEXT, report
 from visft_ds.flags import EVAL, Parser, check_extra, check_least
-from visft_ds.resilience.errors import tell
 from visft_ds.steps import Steps
 
 STYLE_IMAGES = 100  #: drawings of each drawn style that probes learn from, and as many that are judged
@@ -156,7 +156,7 @@ class Experiment:
         from visft_ds.data.fetch import is_url
         from visft_ds.data.shards import Manifest
         from visft_ds.evals.judge.kinds import parse_benchmark
-        from visft_ds.evals.judge.protocols import QUICK
+        from visft_ds.evals.judge.protocol import QUICK
         from visft_ds.pretrained import local
 
         if self.flags.base is not None and not local(self.flags.base).is_file():
@@ -229,7 +229,7 @@ class Experiment:
         return ",".join(str(self._stage2(name, seed)) for seed in range(self.flags.seeds))
 
     def _soup(self) -> str:
-        from visft_ds.run.folder import BACKBONE_FILE
+        from visft_ds.run_files import BACKBONE_FILE
 
         run = self._stage1(0)
         base = self.base or self.configured_base or f"{run}/export/{BACKBONE_FILE}"

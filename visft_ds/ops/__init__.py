@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from visft_ds.config.fields import Precision
+from visft_ds.settings.fields import Precision
 
 #: Precision of a run -> dtype.
 DTYPES: Mapping[Precision, torch.dtype] = {
@@ -56,6 +56,11 @@ def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractCont
     if mode := stand_in(device):
         return patch.object(mode, "autocast", dtype)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Convert to float32, unless the values are float64: costs and losses are never computed in 16 bit."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

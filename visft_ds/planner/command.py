@@ -15,9 +15,9 @@ from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.config.backbones import model_of, named
 from visft_ds.config.batches import larger_batches
 from visft_ds.config.cli import batch_flags
+from visft_ds.errors import tell
 from visft_ds.flags import Command
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.resilience.errors import tell
 
 if TYPE_CHECKING:
     from visft_ds.planner.hardware import Cluster

@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from visft_ds import distributed
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.schema import DataConfig, VisftConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Category, Manifest
-from visft_ds.parallel import distributed
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import classes_of
 

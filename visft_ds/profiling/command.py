@@ -15,8 +15,8 @@ from typing import Any
 
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.preflight import missing_inputs, render_missing
+from visft_ds.errors import tell
 from visft_ds.flags import Command
-from visft_ds.resilience.errors import tell
 
 _EPILOG = """every other flag is one of visft train and means what it means there: --stage, --model, --data, ...
 nothing is written but the files of --json and --trace.

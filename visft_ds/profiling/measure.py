@@ -21,12 +21,12 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from visft_ds import distributed
 from visft_ds.config import ResolvedConfig, changed
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.monitor.metrics import versions
-from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, Schedule, build_engine, start_process_group
 from visft_ds.parallel.pipeline import PipelineEngine
 from visft_ds.parallel.placement import placement_for
@@ -38,7 +38,7 @@ from visft_ds.pretrained import local
 from visft_ds.resilience.memory import memory_explained, peak_memory
 from visft_ds.run.machine import Machine, check_machine, settle_recompute
 from visft_ds.shards.build import Options, build
-from visft_ds.tasks.spec import counts_of, loss_denominators_of
+from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 from visft_ds.toy.coco import write_toy_coco
 
 _IMAGE = (480, 640)  #: of a generated picture: COCO's most frequent size
@@ -122,7 +122,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             heads_from=Path(config.visft.heads.path) if config.visft.heads.path else None,
             categories=data.categories,
             vocabulary=data.vocabulary,
-            placement=placement_for(machine.deepspeed_config, machine.planned.partition),
+            placement=placement_for(machine.deepspeed_config, machine.planned.bounds),
         )
         engine = build_engine(
             prepared,
@@ -130,7 +130,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             config.optimizer.params,
             Schedule(config.scheduler, config.total_steps),
             seed=config.visft.seed,
-            partition=machine.planned.partition,
+            bounds=machine.planned.bounds,
             compile=config.visft.model.compile,
         )
         yield Session(config, data, machine, engine)

@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from visft_ds.tasks.spec import Task
+    from visft_ds.tasks.task import Task
 
 Results = list[dict[str, Any]]  #: COCO results format
 #: The tasks of this package; a run's losses are summed, and its tasks listed, in this order.
@@ -78,7 +78,7 @@ def get_task(name: str) -> Task:
 
 
 def config_class(name: str) -> Any:
-    """Class of the settings of a task, a subclass of `visft_ds.config.task_schema.TaskConfig`."""
+    """Class of the settings of a task, a subclass of `visft_ds.settings.task_schema.TaskConfig`."""
     if name in BUILT_IN:
         return import_module(f"visft_ds.tasks.{name}.config").CONFIG
     return get_task(name).config

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from visft_ds.config.fields import Positive, Probability, Rate, StrictModel
-from visft_ds.config.task_schema import CaptionChoice, WordsConfig
+from visft_ds.settings.fields import Positive, Probability, Rate, StrictModel
+from visft_ds.settings.task_schema import CaptionChoice, WordsConfig
 
 
 class CaptioningImage(StrictModel):
@@ -22,7 +22,8 @@ class CaptioningHeadConfig(StrictModel):
     attention_dim: Positive = 384
     embed_dim: Positive = 384
     decoder_dim: Positive = 384
-    grid: Positive = 14
+    #: Side of the square of cells that features are pooled to (Show, Attend and Tell, arXiv 1502.03044)
+    encoded_image_size: Positive = 14
     dropout: Probability = 0.5
 
 
