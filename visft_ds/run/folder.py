@@ -5,53 +5,19 @@ another.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field
-
-from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.record import read_run
 from visft_ds.config.resolve import differences, identity_of
-from visft_ds.files import read_bytes, reading
-from visft_ds.monitor.metrics import METRICS_FILE
-from visft_ds.settings.fields import Count, Positive, StrictModel
+from visft_ds.files import reading
+from visft_ds.run_files import EXPORT, LOCK_FILE, METRICS_FILE, RECORD_FILE, saved_something
 
-#: What a run leaves in <run>/export, beside heads and a copy of its record: its base (if it was random), a
-#: backbone that was trained itself, the adapter.
-BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
-ADAPTER_FOLDER = "adapter"
-LOCK_FILE = "run.lock"
-RUN_SCHEMA = 3  #: version of the record
 #: What a start leaves that ended before its record was written.
-_OF_A_START = {"export", "features", METRICS_FILE, LOCK_FILE, "tensorboard"}
-_MOST_BYTES = 1 << 26  #: of a run.json that is read
+_OF_A_START = {EXPORT, "features", METRICS_FILE, LOCK_FILE, "tensorboard"}
 _SILENCE = 1.0  #: seconds of waiting for the lock that need no word
-
-
-class Parent(StrictModel):
-    """Origin of a run: a checkpoint of another one, or an adapter."""
-
-    path: str
-    step: Count | None
-    sha256: str  #: of what was read
-
-
-class RunFile(StrictModel):
-    """Content of run.json; its number is that of its schema."""
-
-    number: Count = Field(alias="schema")
-    config: dict[str, Any]
-    world_size: Positive = 1
-    started: str = ""
-    command: list[str] = Field(default_factory=list)
-    versions: dict[str, str] = Field(default_factory=dict)
-    commit: str = ""  #: of the checkout, with "-dirty" where files differ from it; empty where it is none
-    identity: dict[str, str] = Field(default_factory=dict)  #: fingerprints of what it was made with
-    parent: Parent | None = None
 
 
 def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
@@ -85,18 +51,6 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
         lines = "".join(f"  {line}\n" for line in listed[:12])
         found = f"{out} holds a run with other settings, {len(listed)} in all (there -> here):\n{lines}"
         raise ValueError(f"{found}choose another --out, or give the settings of that run")
-
-
-def export_of(run: Path) -> Path:
-    """The folder of what a run has exported or will export; an export is its own."""
-    return run if (run / EXPORT_RECORD_FILE).is_file() else run / "export"
-
-
-def saved_something(out: Path) -> bool:
-    """Return True if a run in `out` has left a checkpoint, damaged ones too, or a whole export."""
-    checkpoints = (path for path in (out / "checkpoints").glob("step_*") if path.suffix != ".tmp")
-    exported = (out / "export" / EXPORT_RECORD_FILE).is_file()
-    return (out / RECORD_FILE).is_file() and (exported or any(True for _ in checkpoints))
 
 
 @contextlib.contextmanager
@@ -136,34 +90,9 @@ def locked(out: Path, patience: float = 30.0) -> Iterator[None]:
         lock.release()
 
 
-def recorded_config(out: Path) -> ResolvedConfig:
-    """The resolved configuration of the run in `out`. Raises ValueError as `read_run`."""
-    return resolve(whole=(read_run(out).config, str(out / RECORD_FILE)))
-
-
-def read_run(out: Path) -> RunFile:
-    """The record of the run, or of the export, in `out`. Raises ValueError: none there, or one of another
-    schema.
-    """
-    record = out / (EXPORT_RECORD_FILE if (out / EXPORT_RECORD_FILE).is_file() else RECORD_FILE)
-    if not record.is_file():
-        raise ValueError(f"there is no run in {out}: {record} does not exist")
-    with reading(record, "the record of a run"):
-        data = read_bytes(record, _MOST_BYTES)
-        if (schema := json.loads(data)["schema"]) != RUN_SCHEMA:
-            raise ValueError(f"schema {schema}; this release reads {RUN_SCHEMA}")
-        return RunFile.model_validate_json(data)
-
-
 def refuse_filled(out: Path) -> None:
     """Raise ValueError for a folder of results that is not new or empty."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(
             f"{out} is not empty, and nothing is overwritten: choose another --out, or remove it"
         )
-
-
-def named_steps(out: Path) -> set[int]:
-    """Steps of the checkpoints of the run in `out` by their names, which they get when they are whole."""
-    names = [path.name[5:] for path in (out / "checkpoints").glob("step_*")]
-    return {int(name) for name in names if name.isdigit()}

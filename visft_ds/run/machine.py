@@ -11,6 +11,7 @@ import torch
 
 from visft_ds import distributed
 from visft_ds.config import ResolvedConfig, changed, derive_batches
+from visft_ds.config.record import recorded_config
 from visft_ds.config.resolve import flatten
 from visft_ds.flags import check_extra
 from visft_ds.monitor.metrics import versions
@@ -20,7 +21,7 @@ from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.planner.memory import MEMORY_SHARE, PlannedRun
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, choose_precision, deepspeed_dict
 from visft_ds.resilience.memory import host_memory
-from visft_ds.run.folder import recorded_config, saved_something
+from visft_ds.run_files import saved_something
 from visft_ds.tasks.vocabulary import Vocabulary
 
 

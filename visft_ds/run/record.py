@@ -14,13 +14,13 @@ from typing import Any
 from visft_ds import CHECKOUT, distributed
 from visft_ds.checkpoint.format import explained
 from visft_ds.config import ResolvedConfig, changed
-from visft_ds.config.preflight import RECORD_FILE
-from visft_ds.interop.weights import write_text
+from visft_ds.config.record import RUN_SCHEMA, Parent, RunFile, read_run
+from visft_ds.files import write_text
 from visft_ds.monitor.metrics import versions
 from visft_ds.prepare.materialize import Start
 from visft_ds.pretrained import HUB
 from visft_ds.redaction import redacted, redacted_values
-from visft_ds.run.folder import RUN_SCHEMA, Parent, RunFile, read_run, saved_something
+from visft_ds.run_files import RECORD_FILE, saved_something
 
 
 def write_record(

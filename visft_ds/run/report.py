@@ -8,7 +8,6 @@ from pathlib import Path
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.own import BY_RECIPE
-from visft_ds.config.preflight import head_files
 from visft_ds.interop.heads import open_head
 from visft_ds.interop.layouts import open_backbone
 from visft_ds.model import MultiTaskModel
@@ -21,6 +20,7 @@ from visft_ds.pretrained import local
 from visft_ds.run.advice import findings_of, lines_of
 from visft_ds.run.machine import Machine, check_machine, memory_of, settle_recompute
 from visft_ds.tasks import TASKS
+from visft_ds.tasks.head_files import head_files
 
 #: Photographs that a DETR memorises.
 FEW_FOR_DETR = 100

@@ -12,7 +12,7 @@ import torch
 
 from visft_ds import distributed
 from visft_ds.checkpoint.format import Checkpoint, newest_checkpoint, open_checkpoint
-from visft_ds.config.preflight import run_of
+from visft_ds.config.record import recorded_config
 from visft_ds.config.schema import LoraConfig, VisftConfig
 from visft_ds.data.loader import StepLoader
 from visft_ds.interop.heads import check_heads, open_head
@@ -25,7 +25,7 @@ from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import Start
 from visft_ds.prepare.model import PreparedModel
-from visft_ds.run.folder import named_steps, recorded_config
+from visft_ds.run_files import named_steps, run_of
 from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks.channels import measure_channels
 

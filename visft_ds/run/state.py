@@ -19,16 +19,14 @@ from visft_ds.checkpoint.format import (
 )
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
+from visft_ds.files import remove_unfinished, write_text
 from visft_ds.interop.heads import HeadInfo, described
-from visft_ds.interop.weights import remove_unfinished, write_text
-from visft_ds.monitor.metrics import METRICS_FILE
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.model import PreparedModel
-from visft_ds.run.folder import saved_something
 from visft_ds.run.log import RunLog
+from visft_ds.run_files import EXPORT_RECORD_FILE, METRICS_FILE, RECORD_FILE, saved_something
 
 
 class RunState:

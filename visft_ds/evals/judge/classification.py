@@ -31,14 +31,23 @@ from torch.nn import functional as F
 from torch.utils.data import RandomSampler, default_collate
 from torchvision.transforms import v2 as transforms
 
+from visft_ds.evals.judge.benchmark import (
+    Benchmark,
+    Features,
+    FloatArray,
+    LayerChoice,
+    Number,
+    Score,
+    resamples,
+)
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.crops import View
+from visft_ds.evals.judge.dense_probes import loaded
 from visft_ds.evals.judge.dense_sets import every
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.logistic import RESAMPLES, STRENGTHS, by_regression, held_out
 from visft_ds.evals.judge.neighbours import ROWS, Rows, by_neighbours
-from visft_ds.evals.judge.protocol import Benchmark, Features, FloatArray, Score, fifth, resamples
-from visft_ds.evals.judge.protocols import QUICK, Protocol, loaded
+from visft_ds.evals.judge.protocol import CLASSIFIED_SIZES, NORMALISED, QUICK, Protocol
 from visft_ds.evals.judge.scoring import Settings, brought_near, encode_images, forward
 from visft_ds.monitor.console import gauge
 
@@ -65,13 +74,37 @@ RECIPE = Recipe(
 )
 
 
+KNN = Number(
+    "kNN",
+    how="The 20 class tokens nearest by cosine, weighted by softmax(similarity / 0.07).",
+    published="The middle 224 pixels of images of 256.",
+    quick=CLASSIFIED_SIZES,
+    source="https://github.com/facebookresearch/dinov2, eval/knn.py",
+    differs=f"{NORMALISED}; equal votes count as wrong; without a class token, the mean patch",
+    chooses_layer=True,
+)
+LINEAR = Number(
+    "linear",
+    how="A linear classifier of class token and mean patch.",
+    published="Those of the class token, and of it beside the mean patch, each by SGD at 13 rates, learn for 12,500 "
+    "steps of 1,024 crops of 224 pixels.",
+    quick=f"Logistic regression, its strength chosen on a fifth of the training images. {CLASSIFIED_SIZES}",
+    source="https://github.com/facebookresearch/dinov2, eval/linear.py",
+    differs=f"{NORMALISED}; tokens of one block (there also of the last four); a fiftieth of the training images "
+    "chooses the classifier and teaches none (there the test images choose)",
+    chooses_layer=True,
+    trained=True,
+)
+NUMBERS = (KNN, LINEAR)
+
+
 def classification(
     label: str, train: ClassSet, test: ClassSet, protocol: Protocol, recipe: Recipe = RECIPE
 ) -> Benchmark:
     """kNN and linear accuracy."""
     train, test = _most(train, protocol.classified["train"]), _most(test, protocol.classified["test"])
     few = _most(train, QUICK.classified["train"])
-    probes: Mapping[str, Callable[..., Score]] = {"kNN": by_neighbours, "linear": by_regression}
+    probes: Mapping[str, Callable[..., Score]] = {KNN.name: by_neighbours, LINEAR.name: by_regression}
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         for name in wanted:
@@ -79,15 +112,12 @@ def classification(
             yield probes[name](name, known, asked)
 
     def held(features: Mapping[str, Tensor], number: str) -> float:
-        known = _rows(number, features, few)
-        if few.images.groups is None:
-            chooses = held_out(known.labels)
-        else:
-            chooses = torch.zeros(len(known.labels), dtype=torch.bool, device=known.labels.device)
-            chooses[fifth(len(few.images), few.images.groups)[1]] = True
+        known = _taught(number, features, few)
+        chooses = held_out(known.labels, known.owners)
         if not chooses.any():
+            units = "class of five training images" if few.images.groups is None else "five groups of images"
             raise ValueError(
-                f"{label} has no class of five training images, a fifth of which would choose the layer"
+                f"{label} has no {units}, a fifth of which would choose the layer: give --layers last"
             )
         return probes[number](number, known.part(~chooses), known.part(chooses), 0).value
 
@@ -107,12 +137,10 @@ def classification(
         label,
         {"train": train.images, "test": test.images},
         KINDS,
-        tuple(probes),
-        {"benchmark": "classification 2", "protocol": how, "labels": labels, "names": list(test.classes)},
+        NUMBERS,
+        {"benchmark": "classification 3", "protocol": how, "labels": labels, "names": list(test.classes)},
         scores,
-        held_out=held,
-        nearby=True,
-        choosing=few.images,
+        layer_choice=LayerChoice(few.images, held),
         published=published if protocol.published else None,
     )
 
@@ -191,7 +219,9 @@ def by_descent(
     name: str, encoder: Encoder, train: ClassSet, test: Rows, recipe: Recipe, settings: Settings
 ) -> Score:
     """1.0 for each row whose class the classifier predicts that is best on held-out training images."""
-    held = held_out(torch.from_numpy(train.labels), _NTH)
+    groups = train.images.groups
+    owners = np.arange(len(train.labels)) if groups is None else groups
+    held = held_out(torch.from_numpy(train.labels), torch.from_numpy(owners), _NTH).numpy()
     if not held.any():
         first = train.images.names[0]
         raise ValueError(

@@ -56,7 +56,7 @@ class MaskLoss(StrictModel):
     #: weight of the dice loss, from 0 (Mask2Former: 5)
     dice: Rate = 5.0
     #: class weight of "no object" in the cross-entropy, above 0 (DETR: 0.1)
-    no_object: Above = 0.1
+    eos_coef: Above = 0.1
     #: points of an object, at least 1 (Mask2Former: 112 x 112)
     train_num_points: Positive = 12544
     #: random candidates for the uncertain points, times train_num_points; at least 1 (PointRend: 3)

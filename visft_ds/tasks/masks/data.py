@@ -48,8 +48,8 @@ class LargeScaleJitter:
 
     Training: mirror with probability `flip`; scale to fit a square of s * `size` pixels, s uniform in
     `scale`; extend right and bottom to `size` x `size` with the value `pad_value`; cut out a random square of
-    that size. The extension belongs to the image, as in the reference. Evaluation: short side `eval_short`,
-    long side at most `eval_max_long`, then extended to multiples of 32 pixels, so that patches lose no strip;
+    that size. The extension belongs to the image, as in the reference. Evaluation: short side `min_size_test`,
+    long side at most `max_size_test`, then extended to multiples of 32 pixels, so that patches lose no strip;
     that extension is padding. With `fixed_size`, both only scale to a square of that many pixels, and
     training also mirrors.
     """
@@ -57,8 +57,8 @@ class LargeScaleJitter:
     size: int
     scale: tuple[float, float]
     flip: float
-    eval_short: int
-    eval_max_long: int
+    min_size_test: int
+    max_size_test: int
     fixed_size: int | None
     pad_value: int
 
@@ -71,7 +71,7 @@ class LargeScaleJitter:
             return [*ops, Resize(self.fixed_size, self.fixed_size)]
         if train:
             return [*ops, *self._jitter(size, generator)]
-        height, width = evaluation_size(size, self.eval_short, self.eval_max_long)
+        height, width = evaluation_size(size, self.min_size_test, self.max_size_test)
         rows, columns = grid_size((height, width), _MULTIPLE)
         padding = Pad(rows * _MULTIPLE, columns * _MULTIPLE, self.pad_value, outside=True)
         return [Resize(height, width), padding]

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
-from visft_ds.ops import to_device
+from visft_ds.ops import at_least_float32, to_device
 from visft_ds.tasks.masks.config import ClassIds, MaskLoss
 from visft_ds.tasks.masks.data import MaskTargets, slices_of
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.points import draw_points, sample, uncertain_points
-from visft_ds.tasks.matching import Matches, at_least_float32, class_losses, solve
+from visft_ds.tasks.matching import Matches, class_losses, solve
 
 
 class MaskHeadConfig(Protocol):
@@ -119,7 +119,7 @@ class MaskCriterion:
         loss_denominators: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Class cross-entropy (L,), and 100 times the objects that got a wrong class."""
-        return class_losses(logits, labels, targets.counts, matches, self.loss.no_object, loss_denominators)
+        return class_losses(logits, labels, targets.counts, matches, self.loss.eos_coef, loss_denominators)
 
     def loss_masks(
         self,

@@ -12,12 +12,13 @@ from torch import nn
 
 from visft_ds.data.samples import Sample
 from visft_ds.data.transforms import Geometry, Size, of_options
+from visft_ds.tasks.criterion import Criterion
 from visft_ds.tasks.masks.config import MaskTaskConfig
 from visft_ds.tasks.masks.data import LargeScaleJitter, MaskTargets, mask_targets, packed_masks
 from visft_ds.tasks.masks.loss import MaskCriterion
 from visft_ds.tasks.masks.plain import PlainHead
 from visft_ds.tasks.masks.rasters import STRIDE, grid_size
-from visft_ds.tasks.spec import Classes, Content, Criterion, ImageTargets, Options, Shapes, Task, Words
+from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Shapes, Task, Words
 
 
 class MaskTask(Task):

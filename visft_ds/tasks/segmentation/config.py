@@ -22,9 +22,9 @@ class SegmentationImage(StrictModel):
     #: probability of a horizontal flip, 0 to 1 (ViSFT: 0.5)
     flip: Fraction = 0.5
     #: short side of an image in evaluation, pixels (detectron2: 800)
-    eval_short: Positive = 800
+    min_size_test: Positive = 800
     #: most pixels of its long side, which then decides (detectron2: 1333)
-    eval_max_long: Positive = 1333
+    max_size_test: Positive = 1333
     #: side of a square for training and evaluation, pixels, instead of the sizes above; null: none
     fixed_size: Positive | None = None
 

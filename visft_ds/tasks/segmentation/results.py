@@ -13,10 +13,10 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns un
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
+from visft_ds.ops import at_least_float32
 from visft_ds.tasks import Results
 from visft_ds.tasks.masks.interpolation import interpolation
 from visft_ds.tasks.masks.output import MaskOutput
-from visft_ds.tasks.matching import at_least_float32
 
 #: Values of full-size masks that are held at a time: 128 MiB of float32.
 _MASK_BUDGET = 1 << 25

@@ -11,13 +11,14 @@ from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
+from visft_ds.tasks.example import Example
 from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.masks.task import MaskTask
 from visft_ds.tasks.pictures import Picture
 from visft_ds.tasks.segmentation.config import SegmentationHeadConfig, SegmentationTask
 from visft_ds.tasks.segmentation.head import SegmentationHead
 from visft_ds.tasks.segmentation.results import instances
-from visft_ds.tasks.spec import Classes, Example, Shapes, Words
+from visft_ds.tasks.task import Classes, Shapes, Words
 
 
 class Segmentation(MaskTask):

@@ -26,9 +26,9 @@ class SemanticImage(StrictModel):
     #: probability of a horizontal flip, 0 to 1 (DINOv3: 0.5)
     flip: Fraction = 0.5
     #: short side of an image in evaluation, pixels (DINOv3: 512)
-    eval_short: Positive = 512
+    min_size_test: Positive = 512
     #: most pixels of its long side, which then decides (DINOv3: 2048)
-    eval_max_long: Positive = 2048
+    max_size_test: Positive = 2048
     #: side of a square for training and evaluation, pixels, instead of the sizes above; null: none
     fixed_size: Positive | None = None
     #: side of the overlapping squares along the longer side that evaluation uses, pixels, at least the short
@@ -37,8 +37,8 @@ class SemanticImage(StrictModel):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """A window that leaves something out."""
-        if self.window is not None and self.window < self.eval_short:
-            yield "window", f"must be at least eval_short = {self.eval_short}, or null"
+        if self.window is not None and self.window < self.min_size_test:
+            yield "window", f"must be at least min_size_test = {self.min_size_test}, or null"
 
 
 class SemanticHeadConfig(StrictModel):

@@ -12,6 +12,8 @@ from torch import nn
 from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import VOID, category_name
+from visft_ds.tasks.criterion import Criterion
+from visft_ds.tasks.example import Example
 from visft_ds.tasks.masks.task import MaskTask
 from visft_ds.tasks.pictures import Picture, side_by_side
 from visft_ds.tasks.semantic.config import LOSSES, SemanticHeadConfig, SemanticTask
@@ -23,7 +25,7 @@ from visft_ds.tasks.semantic.results import (
     measure_semantic,
     semantic_results,
 )
-from visft_ds.tasks.spec import Classes, Criterion, Example, Options, Predict, Shapes, Words
+from visft_ds.tasks.task import Classes, Options, Predict, Shapes, Words
 
 
 class Semantic(MaskTask):

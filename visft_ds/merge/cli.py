@@ -29,7 +29,7 @@ Exit status: 0 written, 1 --verify found different outputs (nothing is kept), 2 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     given = _parser().parse_args(arguments)
-    from visft_ds.interop.command import merge_files
+    from visft_ds.merge.command import merge_files
 
     try:
         return merge_files(given)
