@@ -63,7 +63,11 @@ def published_head(
     """
     kind, spec, layers = task, get_task(task), tuple[int, ...]()
     with reading(file.path, f"a {task} head of ViSFT or PMT"), torch.device("meta"):
-        found = options_of_pmt({name: one.shape for name, one in file.items()}) if task == "segmentation" else None
+        found = (
+            options_of_pmt({name: one.shape for name, one in file.items()})
+            if task == "segmentation"
+            else None
+        )
         if found is not None:
             kind, (shapes, options, layers) = "pmt", found
         else:
