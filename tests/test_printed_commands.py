@@ -28,8 +28,8 @@ from tests.coco_tree import write_tree
 from tests.options import known_keys
 from visft_ds import cli, doctor, flags, launch
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
-from visft_ds.config.cli import resolve_arguments
-from visft_ds.config.preflight import missing_inputs, render_missing
+from visft_ds.prepare.settle import settle
+from visft_ds.prepare.inputs import missing_inputs, render_missing
 from visft_ds.config.resolve import available
 from visft_ds.doctor import check_memory
 from visft_ds.planner import command as planner
@@ -239,7 +239,7 @@ def paste(command: Command, monkeypatch: pytest.MonkeyPatch) -> ResolvedConfig |
     if name != "train":
         read_flags(name, words, monkeypatch)
         return None
-    _, config = resolve_arguments(words)
+    config = settle(words).config
     ranks = max(ranks, config.pipeline_stages)  # as a dry run on one process
     derive_batches(config, ranks)
     precision = config.visft.model.precision
@@ -451,7 +451,7 @@ def texts_in(tree: ast.AST) -> Iterator[str]:
 def test_on_more_ranks_a_command_works_or_is_told_what_to_add(here: Path) -> None:
     added = set[str]()
     for words in distinct_trainings().values():
-        _, config = resolve_arguments(words)
+        config = settle(words).config
         for ranks in RANKS:
             if ranks % config.pipeline_stages:
                 continue
@@ -481,7 +481,7 @@ def test_the_flags_for_more_gpus_are_those_that_a_start_advises(stage: int) -> N
     (first_try,) = re.findall(r"`(--stage 1 --model debug .+)`", page)
     for ranks in (16, 32, 64):
         for line in (words, shlex.split(first_try)):
-            assert derive_batches(resolve_arguments(line)[1], ranks).processes == ranks
+            assert derive_batches(settle(line).config, ranks).processes == ranks
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import fsspec.config
 import pytest
 
 from tests.shard_server import serve
-from visft_ds.config.cli import resolve_arguments
+from visft_ds.prepare.settle import settle
 from visft_ds.data.fetch import Cache, RemoteFolder
 from visft_ds.redaction import redacted, redacted_values, refuse_secrets
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from visft_ds.config.cli import DEFAULT_ENGINE, resolve_arguments
-from visft_ds.config.preflight import missing_inputs, render_missing
+from visft_ds.prepare.inputs import missing_inputs, render_missing
 from visft_ds.config.resolve import AnyPath
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.resilience.stop import StopFlag
@@ -68,7 +68,7 @@ def fit(
     words += [
         f"--set={key}={json.dumps(value, default=os.fspath)}" for key, value in (settings or {}).items()
     ]
-    _, config = resolve_arguments([*words, f"--resume={resume}", *(["--download"] if download else [])])
+    config = settle([*words, f"--resume={resume}", *(["--download"] if download else [])]).config
     if missing := missing_inputs(config):
         raise ValueError(render_missing(missing))
 

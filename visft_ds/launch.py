@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from visft_ds import program
 from visft_ds.config import derive_batches
-from visft_ds.config.cli import resolve_arguments
-from visft_ds.config.preflight import missing_inputs, render_missing
+from visft_ds.prepare.settle import settle
+from visft_ds.prepare.inputs import missing_inputs, render_missing
 from visft_ds.resilience.errors import tell
 from visft_ds.resilience.processes import start_ranks, without_num_gpus
 from visft_ds.resilience.stop import StopFlag

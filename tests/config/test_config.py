@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.options import known_keys
 from tests.ranks import python
 from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
-from visft_ds.config.cli import resolve_arguments
+from visft_ds.prepare.settle import settle
 from visft_ds.config.resolve import (
     CONFIG_ROOT,
     NOT_IDENTITY,
@@ -181,7 +181,7 @@ def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
 def test_a_resolved_configuration_given_back_is_the_same(tmp_path: Path) -> None:
     first = resolve(stage=2, model="debug", engine="zero3_offload", settings=["visft.seed=3"])
     (tmp_path / "own.json").write_text(json.dumps(first.to_dict()))
-    second = resolve_arguments(["--deepspeed_config", str(tmp_path / "own.json")])[1]
+    second = settle(["--deepspeed_config", str(tmp_path / "own.json")]).config
     assert second.to_dict() == first.to_dict() and second.identity() == first.identity()
 
 
@@ -429,9 +429,9 @@ def test_flags_reach_the_configuration() -> None:
 def test_configuration_needs_no_tensor_library() -> None:
     """A wrong key must be reported in a second, also where torch takes ten to import."""
     code = (
-        "import sys; from visft_ds.config.cli import resolve_arguments; from visft_ds.config.preflight import *;"
+        "import sys; from visft_ds.prepare.settle import settle; from visft_ds.config.preflight import *;"
         "import visft_ds.monitor.console, visft_ds.monitor.metrics;"
-        "missing_inputs(resolve_arguments(['--stage', '2'])[1]);"
+        "missing_inputs(settle(['--stage', '2']).config);"
         "assert not {'torch', 'deepspeed'} & set(sys.modules)"
     )
     python("-c", code)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from visft_ds.config import ResolvedConfig, own
-from visft_ds.config.cli import resolve_arguments
+from visft_ds.prepare.settle import settle
 from visft_ds.run.report import told
 
 
 def _resolved(shards: Path, *flags: str) -> ResolvedConfig:
-    return resolve_arguments(["--data", str(shards), *flags])[1]
+    return settle(["--data", str(shards), *flags]).config
 
 
 def test_photographs_alone_choose_the_recipe(shards: Path) -> None:
@@ -72,6 +72,6 @@ def test_the_demos_recipe_reads_the_weights_that_pip_brought(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--stage", "1", "--model", "lite0", "--data", "nowhere"]
-    assert resolve_arguments(words)[1].visft.model.weights.endswith(".pth")
-    stated = resolve_arguments([*words, "--set", "visft.model.weights=mine.safetensors"])[1]
+    assert settle(words).config.visft.model.weights.endswith(".pth")
+    stated = settle([*words, "--set", "visft.model.weights=mine.safetensors"]).config
     assert stated.visft.model.weights == "mine.safetensors"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.config.cli import resolve_arguments
-from visft_ds.config.preflight import missing_inputs, render_missing
+from visft_ds.prepare.settle import settle
+from visft_ds.prepare.inputs import missing_inputs, render_missing
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.data.shards import INDEX, Manifest
 
@@ -35,7 +35,7 @@ def test_missing_inputs_and_commands_that_exist() -> None:
     ):
         assert part in text
     heads = missing[-1].command.split()
-    assert heads[:3] == ["visft", "train", "--stage"] and resolve_arguments(heads[2:])[1].visft.stage == 1
+    assert heads[:3] == ["visft", "train", "--stage"] and settle(heads[2:]).config.visft.stage == 1
 
 
 def test_nothing_is_missing_if_everything_is_there(tmp_path: Path) -> None:
@@ -84,12 +84,12 @@ def _shards(shards: Path, folder: Path, without: int = 0, **counts: int) -> list
 
 
 def _tasks(*words: str) -> list[str]:
-    return list(resolve_arguments(words)[1].visft.tasks.enabled())
+    return list(settle(words).config.visft.tasks.enabled())
 
 
 def test_tasks_are_those_that_the_data_has_labels_for(shards: Path, tmp_path: Path) -> None:
     boxes = _shards(shards, tmp_path, without=4, annotations=7, trainable=7, captions=0)
-    config = resolve_arguments(boxes)[1]
+    config = settle(boxes).config
     assert list(config.visft.tasks.enabled()) == ["detection"]
     assert "no mask for 4 of its 7 objects" in config.sources["visft.tasks.segmentation"]
     assert [group.name for group in config.visft.param_groups] == ["detection"]

@@ -8,7 +8,7 @@ import pytest
 
 from tests.coco_tree import write_shards
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.cli import resolve_arguments
+from visft_ds.prepare.settle import settle
 from visft_ds.prepare.data import open_data
 
 
@@ -19,7 +19,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def given(shards: Path, *words: object) -> ResolvedConfig:
     flags = ["--stage", 1, "--model", "debug", "--data", shards, "--out", shards.parent / "run", *words]
-    return resolve_arguments([str(word) for word in flags])[1]
+    return settle([str(word) for word in flags]).config
 
 
 def test_flags_set_the_keys_that_they_name(shards: Path) -> None:

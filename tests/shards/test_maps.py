@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.map_folder import bands, write_own, write_pair
-from visft_ds.config.cli import resolve_arguments
+from visft_ds.prepare.settle import settle
 from visft_ds.data.dataset import coco_dataset, labels_of_split
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.judge.dense_sets import read_train_and_test

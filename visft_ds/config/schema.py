@@ -189,9 +189,12 @@ class DataConfig(StrictModel):
         200_000_000_000  #: size limit of that folder; the least recently read shards go first
     )
 
-    def places(self) -> list[tuple[str, str]]:
-        """(folder or URL, split) of all training sets."""
-        return [(self.root, self.train), *((one.root, one.split) for one in self.sets)]
+    def training_sets(self) -> tuple[DataSetConfig, ...]:
+        """All training sets; the first is ROOT/TRAIN, called by its split."""
+        first = DataSetConfig.model_construct(
+            name=self.train, root=self.root, split=self.train, weight=self.weight
+        )
+        return (first, *self.sets)
 
 
 class FeaturesConfig(StrictModel):

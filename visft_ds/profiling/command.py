@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from visft_ds.config.cli import resolve_arguments
-from visft_ds.config.preflight import missing_inputs, render_missing
+from visft_ds.prepare.settle import settle
+from visft_ds.prepare.inputs import missing_inputs, render_missing
 from visft_ds.flags import Command
 from visft_ds.resilience.errors import tell
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--json {options.json}: give a file in a folder that exists")
         if options.trace is not None and options.trace.exists() and not options.trace.is_dir():
             raise ValueError(f"--trace {options.trace}: give a folder")
-        _, config = resolve_arguments(rest)
+        config = settle(rest).config
         missing = [] if options.synthetic else missing_inputs(config)
         if missing:
             raise ValueError(f"{render_missing(missing)}\nor measure without files: --synthetic")

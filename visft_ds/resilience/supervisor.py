@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.config.cli import resolve_arguments
+from visft_ds.prepare.settle import settle
 from visft_ds.flags import Parser, check_least
 from visft_ds.resilience.errors import tell
 from visft_ds.resilience.processes import start_ranks, without_num_gpus
