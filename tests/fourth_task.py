@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.config.fields import Positive, Rate, StrictModel
-from visft_ds.config.task_schema import TaskConfig
 from visft_ds.data.samples import Batch, Map, RawSample, Sample, Targets
 from visft_ds.data.transforms import Geometry, Op, Size, Square
+from visft_ds.settings.fields import Positive, Rate, StrictModel
+from visft_ds.settings.task_schema import TaskConfig
 from visft_ds.tasks import Results
 from visft_ds.tasks.spec import Content, ImageTargets, Task
 

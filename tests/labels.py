@@ -21,7 +21,7 @@ from visft_ds.shards.permute import others
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.captioning.data import caption_targets
 from visft_ds.tasks.detection.data import detection_targets
-from visft_ds.tasks.segmentation.data import segmentation_targets
+from visft_ds.tasks.masks.data import segmentation_targets
 from visft_ds.tasks.semantic.results import measure_semantic
 from visft_ds.tasks.vocabulary import Vocabulary, caption_words
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from visft_ds.config.task_schema import SHARED, SharedImage, Stream
 from visft_ds.data.transforms import Op, Size
+from visft_ds.settings.task_schema import SHARED, SharedImage, Stream
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.transform import ImageTransform, pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from visft_ds.config.schema import LoraConfig
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.cli import main
 from visft_ds.interop.layouts import MODEL, base_parameters, model_of
 from visft_ds.interop.weights import save_tensors
+from visft_ds.merge.cli import main
 from visft_ds.models import Backbone, build_empty
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import TARGETS, AdaptedLayer, dense_update, lora_layers, lora_parameters

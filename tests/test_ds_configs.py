@@ -7,10 +7,10 @@ from itertools import product
 import pytest
 
 from visft_ds.config import derive_batches, resolve
-from visft_ds.prepare.settle import settle
 from visft_ds.config.resolve import CONFIG_ROOT, available
 from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.prepare.model import deepspeed_dict
+from visft_ds.prepare.settle import settle
 
 #: Models of timm, which no pipeline divides.
 OF_TIMM = tuple(

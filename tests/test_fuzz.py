@@ -57,6 +57,7 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
     from tests.map_folder import bands, write_own, write_pair
     from tests.yolo_folder import write_yolo
     from visft_ds.checkpoint.format import open_checkpoint
+    from visft_ds.config.record import recorded_config
     from visft_ds.data.shards import Manifest, ShardReader
     from visft_ds.evals.judge.classes import read_classes
     from visft_ds.evals.judge.dense_sets import read_depth, read_train_and_test
@@ -70,7 +71,6 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
     from visft_ds.models.timm_backbone import build_timm
     from visft_ds.monitor.metrics import read_metrics
     from visft_ds.predict.model import load
-    from visft_ds.run.folder import recorded_config
     from visft_ds.shards.build import Options, build
     from visft_ds.shards.layouts import recognise
 

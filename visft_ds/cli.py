@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from visft_ds import __version__
-from visft_ds.resilience.errors import exit_code, tell
+from visft_ds.errors import exit_code, tell
 from visft_ds.resilience.processes import check_environment, start_ranks, without_num_gpus
 
 
@@ -49,7 +49,7 @@ COMMANDS = {
     ),
     "report": Program("visft_ds.evals.cli", "write a page about one run, or several side by side", "report"),
     "merge": Program(
-        "visft_ds.interop.cli", "merge adapters into base weights, or write them in another format"
+        "visft_ds.merge.cli", "merge adapters into base weights, or write them in another format"
     ),
     "plan": Program("visft_ds.planner.command", "predict memory and time of a training run on a cluster"),
     "profile": Program(

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
+from visft_ds.errors import tell
 from visft_ds.flags import EVAL, Parser, check_extra, check_least
-from visft_ds.resilience.errors import tell
 from visft_ds.steps import Steps
 
 MODEL, TRAIN, VAL = "lite0", 1000, 200

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from visft_ds import program
+from visft_ds.errors import tell
 from visft_ds.flags import Parser, install_command
-from visft_ds.resilience.errors import tell
 
 PROBLEM, WARNING, OK = STATUSES = ("problem", "warning", "ok")
 _GB, _GIB = 10**9, 2**30
@@ -130,7 +130,7 @@ def check_device() -> Iterator[Finding]:
 def check_memory(model: str | None) -> Iterator[Finding]:
     """Compare the memory of a process with what both stages of a model are predicted to need."""
     from visft_ds.config import resolve
-    from visft_ds.parallel.distributed import local_device
+    from visft_ds.distributed import local_device
     from visft_ds.planner.memory import plan_largest, run_of
     from visft_ds.prepare.model import choose_precision
     from visft_ds.run.machine import memory_of

@@ -12,15 +12,16 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visft_ds import distributed
 from visft_ds.checkpoint.export import begin_export
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.loader import StepLoader
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.monitor.metrics import CONCLUSION
-from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
 from visft_ds.parallel.placement import placement_for
 from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
+from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.prepare.model import PreparedModel, prepare_model
 from visft_ds.resilience.guard import LossGuard, first_non_finite
 from visft_ds.resilience.memory import memory_explained, probe_memory
@@ -29,7 +30,7 @@ from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.run.advice import findings_of, verdicts
 from visft_ds.run.folder import locked, open_run_folder
 from visft_ds.run.log import RunLog, open_log
-from visft_ds.run.machine import Machine, check_machine, rank_facts, settle_recompute
+from visft_ds.run.machine import Machine, check_machine, divide_layers, rank_facts, settle_recompute
 from visft_ds.run.record import write_record
 from visft_ds.run.report import print_start
 from visft_ds.run.start import measure_heads, open_start
@@ -54,6 +55,7 @@ class Run:
     validation: Validation | None  #: None: no evaluation during training
     stop: StopFlag  #: asks for an end after the step
     watchdog: Watchdog
+    exported: bool  #: by an earlier start
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class FitResult:
 
 def train(
     config: ResolvedConfig,
+    sets: Mapping[str, TrainingSet],
     *,
     resume: str,
     command: Sequence[str],
@@ -87,6 +90,7 @@ def train(
     """Train one stage. Everything that files and shapes show is checked before any model is allocated.
 
     Args:
+        sets: the training sets by name.
         resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a
         new folder.
         command: command line that starts this run again, for its record.
@@ -99,31 +103,31 @@ def train(
         LostRank: another rank ended first.
     """
     # 1-3: data, machine, run folder. Each process alone; nothing is written into the run folder yet.
-    config, data = open_data(config, distributed.world_size())
-    machine = check_machine(config, data.vocabulary)
+    data = open_data(config.visft, sets)
+    machine = check_machine(config)
     out = Path(config.visft.run.out or "")
-    loader = open_loader(config.visft, data, machine.planned.batches)
-    start_from = None if config.visft.start is None else open_start(config.visft, data)
-    open_run_folder(out, config, resume)
+    loader = open_loader(config.visft, data, machine.batches)
+    earlier = open_run_folder(out, config, resume)
+    start_from = None if config.visft.start is None else open_start(config.visft, data, earlier)
 
     # 4: from here on all ranks act together.
     start_process_group()
     watchdog = Watchdog(distributed.rank(), config.visft.run.step_timeout)
     with ExitStack() as stack:
         distributed.by_main_process(lambda: stack.enter_context(locked(out)))
-        distributed.by_main_process(
-            lambda: open_run_folder(out, config, resume)
-        )  # another run may have used it since
+        # Another run may have used it since.
+        earlier = distributed.by_main_process(lambda: open_run_folder(out, config, resume))
         stack.enter_context(watchdog.watching())
 
         # 5: the same settings, code and data on all ranks; below, also the same weights.
         facts = {**rank_facts(config), **data.identity(), "start": start_from.sha256 if start_from else ""}
         distributed.assert_same_on_all_ranks(facts)
-        if config.visft.model.recompute == "auto":
-            config, machine = settle_recompute(config, machine)
+        config, machine = settle_recompute(config, machine, data.vocabulary, earlier)
 
         # 6: the model, with weights of files or drawn ones.
-        precision, partition = machine.planned.precision, machine.planned.partition
+        partition = divide_layers(config, machine, data.vocabulary)
+        bounds = None if partition is None else partition.bounds
+        precision = machine.precision
         prepared = prepare_model(
             config.visft,
             config.optimizer.params,
@@ -131,7 +135,7 @@ def train(
             heads_from=Path(config.visft.heads.path) if config.visft.heads.path else None,
             categories=data.categories,
             vocabulary=data.vocabulary,
-            placement=placement_for(machine.deepspeed_config, partition),
+            placement=placement_for(machine.deepspeed_config, bounds),
             start=start_from,
         )
         if config.visft.features is not None:
@@ -147,27 +151,27 @@ def train(
             config.optimizer.params,
             Schedule(config.scheduler, config.total_steps),
             seed=config.visft.seed,
-            partition=partition,
+            bounds=bounds,
             compile=config.visft.model.compile,
         )
         if distributed.kept_open:  # by a script that trains more than once
             stack.enter_context(released(engine))
 
         # 8: continue where an earlier start of this run was left.
-        state = RunState(config, engine, identity, data)
+        state = RunState(config, engine, identity, data, earlier)
         start = state.resume()
         if not start and any(isinstance(part, Channels) for part in prepared.module.heads.modules()):
             measure_heads(engine, prepared, loader, data.streams, start_from)
         if distributed.is_main():
-            if not state.exported:
+            if not earlier.exported:
                 begin_export(out / "export", prepared, data.vocabulary)
-            if not (state.exported and start == config.total_steps):
-                write_record(config, identity, command, start_from)
-            print_start(config, data, machine, prepared, start)
+            if not (earlier.exported and start == config.total_steps):
+                write_record(config, identity, command, start_from, earlier.record)
+            print_start(config, data, machine, partition, prepared, start)
 
         # 9: what will not fit into memory fails now, not after hours.
         if config.visft.run.rehearsal and start < config.total_steps:
-            probe_memory(config.visft.model, engine, data, machine.planned.batches, watchdog)
+            probe_memory(config.visft.model, engine, data, machine.batches, watchdog)
 
         # 10: train, then export.
         validation = None
@@ -178,7 +182,7 @@ def train(
                 config.visft, data.streams, data.validation, data.vocabulary, state.saver.judged
             )
             stack.enter_context(closing(validation))
-        run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
+        run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog, earlier.exported)
         log = stack.enter_context(open_log(config, start, callbacks, stop))
         stack.enter_context(state.saver)
         return _train_and_export(run, prepared, start, log)
@@ -232,7 +236,7 @@ def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog
 
 def _is_concluded(run: Run, log: RunLog) -> bool:
     """Return True if an earlier start has exported the result and written all numbers. Main process only."""
-    return run.state.exported and (run.validation is None or log.writer.concluded)
+    return run.exported and (run.validation is None or log.writer.concluded)
 
 
 def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
@@ -262,9 +266,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
             f"step {step - 1} {task}", counts, bool(run.stop), engine.device
         )
         begin(f"step {step} ({task}): forward, backward, update")
-        loss_denominators = loss_denominators_of(
-            summed, run.machine.planned.batches.micro_batches, engine.device
-        )
+        loss_denominators = loss_denominators_of(summed, run.machine.batches.micro_batches, engine.device)
         with memory_explained(f"step {step} ({task})", task, batches, engine.device):
             report = engine.train_step(step - 1, batches, loss_denominators)
 

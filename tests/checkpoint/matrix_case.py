@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[int, str, tuple[str, ...]]] = {
 
 def main(what: str, folder: Path, engine: str) -> None:
     """Save or resume; FOLDER/<engine>-<world>-<what>.pt holds what every run gave."""
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
     from visft_ds.parallel.engine import start_process_group
 
     torch.set_num_threads(1)

@@ -17,8 +17,8 @@ from tests import finished
 from tests.ranks import run_ranks
 from tests.tiny import command
 from visft_ds.evals.evaluate import evaluate
-from visft_ds.interop.cli import main as merge
 from visft_ds.interop.heads import head_file, open_head
+from visft_ds.merge.cli import main as merge
 from visft_ds.predict.model import load
 
 LAST, EARLIER = "checkpoints/step_00000004", "checkpoints/step_00000002"

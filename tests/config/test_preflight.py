@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.prepare.settle import settle
-from visft_ds.prepare.inputs import missing_inputs, render_missing
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.data.shards import INDEX, Manifest
+from visft_ds.prepare.inputs import missing_inputs, render_missing
+from visft_ds.prepare.settle import settle
 
 
 def debug(*settings: str, stage: int = 2) -> ResolvedConfig:
@@ -95,7 +95,8 @@ def test_tasks_are_those_that_the_data_has_labels_for(shards: Path, tmp_path: Pa
     assert [group.name for group in config.visft.param_groups] == ["detection"]
     # What somebody has asked for is not taken away in silence.
     assert _tasks(*boxes, "--set", "visft.tasks.captioning.batch_size=2") == ["detection", "captioning"]
-    assert _tasks(*boxes, "--tasks", "segmentation") == ["segmentation"]
+    with pytest.raises(ValueError, match="which segmentation would take for background"):
+        settle([*boxes, "--tasks", "segmentation"])
     (tmp_path / "whole.json").write_text(json.dumps(resolve(stage=1, model="debug").to_dict()))
     assert len(_tasks("--deepspeed_config", str(tmp_path / "whole.json"), *boxes[4:])) == 3
 
@@ -111,11 +112,11 @@ def test_files_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     model["visft"]["model"]["name"] = "mine"
     (tmp_path / "my.json").write_text(json.dumps(model))
     (tmp_path / "engine.json").write_text((CONFIG_ROOT / "engines/zero2.json").read_text())
-    arguments, config = resolve_arguments(["--stage", "2", "--model", "my.json", "--engine", "./engine.json"])
+    arguments, config, _ = settle(["--stage", "2", "--model", "my.json", "--engine", "./engine.json"])
     assert config.deepspeed["zero_optimization"]["stage"] == 2
     assert (arguments.model, config.visft.run.out) == ("my.json", "runs/stage2-mine")
     assert missing_inputs(config)[-1].command.startswith("visft train --stage 1 --model my.json")
     with pytest.raises(FileNotFoundError, match=r"gone\.json"):
-        resolve_arguments(["--stage", "2", "--model", "gone.json"])
+        settle(["--stage", "2", "--model", "gone.json"])
     with pytest.raises(ValueError, match="did you mean debug"):
-        resolve_arguments(["--stage", "2", "--model", "debgu"])
+        settle(["--stage", "2", "--model", "debgu"])

@@ -23,7 +23,7 @@ from visft_ds.data.loader import StepLoader, evaluation_batches
 from visft_ds.data.plan import Plan, SetPlan, StepPlan, TaskPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import DamagedSample, Manifest, ShardReader
-from visft_ds.resilience.errors import RankError
+from visft_ds.errors import RankError
 from visft_ds.tasks.transform import collate_joint
 
 SIZES: dict[str, Any] = {

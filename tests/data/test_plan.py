@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visft_ds.data.plan import WINDOW, Plan, SetPlan, StepPlan, TaskPlan, _order, generator
+from visft_ds.data.plan import WINDOW, Plan, SetPlan, StepPlan, TaskPlan, _order
+from visft_ds.randomness import generator
 
 
 def one(samples: int, batch_size: int, ratio: float = 1) -> TaskPlan:

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from tests.options import alone, drawn
-from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
 from visft_ds.data.transforms import (
     Crop,
@@ -21,6 +20,7 @@ from visft_ds.data.transforms import (
     final_size,
     short_side_size,
 )
+from visft_ds.randomness import generator
 from visft_ds.tasks.detection.data import detection_targets
 
 SMALL = {

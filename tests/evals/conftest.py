@@ -17,17 +17,16 @@ from tests.coco_tree import Tree, write_tree
 from tests.random_tower import adapter_of, merge, save_adapter, save_backbone
 from tests.tiny import THREE, TINY
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.config.preflight import EXPORT_RECORD_FILE
 from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.evals.model import EvaluationModel, ModelSource, files_of_run
-from visft_ds.evals.runner import collect
+from visft_ds.evaluation import collect
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.prepare.data import vocabulary_of
 from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.prepare.model import prepare_model
-from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE
 from visft_ds.run.record import write_run
+from visft_ds.run_files import ADAPTER_FOLDER, BACKBONE_FILE, EXPORT_RECORD_FILE
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS

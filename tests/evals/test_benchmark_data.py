@@ -23,6 +23,7 @@ from visft_ds.evals.judge.crops import NO_CLASS, label_of
 from visft_ds.evals.judge.images import PARTS, chosen, from_files, grouped
 from visft_ds.evals.judge.in_domain import trained_on
 from visft_ds.evals.judge.kinds import parse_benchmark, parse_benchmarks
+from visft_ds.evals.judge.logistic import held_out
 from visft_ds.evals.judge.models import ModelSpec
 from visft_ds.evals.judge.protocol import Benchmark, fifth, resamples
 from visft_ds.evals.judge.protocols import QUICK
@@ -167,6 +168,17 @@ def test_boxes_of_a_coco_tree(tmp_path: Path) -> None:
     ] and not images.stretched
     features = {part: {"pooled": torch.tensor([[1.0, 0], [0, 1]])} for part in ("train", "test")}
     (score,) = benchmark.scores(features, benchmark.numbers)
+    assert score.groups is not None and score.groups.tolist() == [0, 0]  # both of one image
+    for split in ("train", "val"):
+        _image(tmp_path / f"{split}2017/b.jpg", size=(90, 60))
+        second = {"id": 2, "file_name": "b.jpg", "height": 60, "width": 90}
+        content["images"] = [content["images"][0], second]
+        content["annotations"][3]["image_id"] = 2
+        (tmp_path / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
+    (by_image,) = parse_benchmark(f"objects={tmp_path}", QUICK).scores(features, ["probe"])
+    (of_one_video,) = parse_benchmark(rf"objects={tmp_path},groups=jpg", QUICK).scores(features, ["probe"])
+    assert by_image.groups is not None and by_image.groups.tolist() == [0, 1]
+    assert of_one_video.groups is not None and of_one_video.groups.tolist() == [0, 0]
     assert (
         score.name == "probe"
         and score.values.tolist() == [1, 1]
@@ -390,5 +402,10 @@ def test_groups_are_drawn_and_held_out_together(tmp_path: Path) -> None:
     assert score.retrained is not None and len(score.retrained) == 10
     two = parse_benchmark(rf"classification={tmp_path},groups=(\w)/", QUICK)
     assert two.held_out is not None
-    with pytest.raises(ValueError, match="groups of images chooses the layer, but there are only 2"):
+    with pytest.raises(ValueError, match="has no five groups of images"):
         two.held_out(features, "kNN")
+    # The classifier's strength is chosen on whole groups, too; without groups on every fifth image of a class.
+    held = held_out(torch.tensor([0, 1] * 10), torch.tensor([7, 7, 1, 1, 2, 2, 3, 3, 4, 4] * 2))
+    assert held.nonzero()[:, 0].tolist() == [0, 1, 10, 11]
+    held = held_out(torch.tensor([0, 1] * 5), torch.arange(10))
+    assert held.nonzero()[:, 0].tolist() == [8, 9]

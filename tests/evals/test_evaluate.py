@@ -23,17 +23,17 @@ from tests.published import save_published_head
 from tests.random_tower import merge, save_backbone
 from tests.ranks import run_ranks
 from tests.tiny import MIXED, THREE
+from visft_ds import distributed
 from visft_ds.config import resolve
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.cli import main
 from visft_ds.evals.evaluate import evaluate
 from visft_ds.evals.records import Evaluation, read_evaluation
-from visft_ds.evals.runner import collect
+from visft_ds.evaluation import collect
 from visft_ds.interop.adapter import Adapter
-from visft_ds.parallel import distributed
 from visft_ds.prepare.model import prepare_model
-from visft_ds.run.folder import BACKBONE_FILE
+from visft_ds.run_files import BACKBONE_FILE
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.captioning.metrics import caption_metrics
 from visft_ds.tasks.captioning.tokenizer import TOKENIZER

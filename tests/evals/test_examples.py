@@ -7,7 +7,7 @@ import torch
 
 from tests.evals.conftest import World, load_stage2
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.evals.runner import collect, draw_examples, example_positions
+from visft_ds.evaluation import collect, draw_examples, example_positions
 from visft_ds.tasks.pictures import Picture, split_panels
 
 TASKS = ("detection", "segmentation", "captioning")

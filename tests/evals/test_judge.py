@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,6 +20,7 @@ from tests.evals.conftest import SETTINGS
 from tests.golden.judge import run
 from tests.random_tower import adapter_of, build_backbone, merge, save_adapter, save_backbone
 from visft_ds.config import resolve
+from visft_ds.errors import RankError
 from visft_ds.evals.judge import comparison
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
@@ -28,9 +30,8 @@ from visft_ds.evals.judge.protocol import ImageSet
 from visft_ds.evals.judge.scoring import Settings, encode_images, remembered, shared
 from visft_ds.interop.layouts import fingerprint_of
 from visft_ds.models.lora import inject_lora
-from visft_ds.resilience.errors import RankError
-from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.run.record import write_run
+from visft_ds.run_files import BACKBONE_FILE
 
 CLASSES = ("circle", "square")
 
@@ -192,8 +193,8 @@ def test_scale_of_an_adapter(world: Path) -> None:
 def test_processes_share_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each result is made by one of two processes, here threads; both read all."""
     settings, made, of_thread = Settings(torch.device("cpu"), "fp32", tmp_path, 5, 3), [], threading.local()
-    monkeypatch.setattr("visft_ds.parallel.distributed.world_size", lambda: 2)
-    monkeypatch.setattr("visft_ds.parallel.distributed.rank", lambda: of_thread.rank)
+    monkeypatch.setattr("visft_ds.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("visft_ds.distributed.rank", lambda: of_thread.rank)
 
     def result(number: int, own: bool) -> int:
         def make() -> int:
@@ -339,7 +340,7 @@ def test_a_rehearsal_tells_models_data_and_time_and_writes_nothing(
     # layers of base and cut, 6 each; scores of base, cut, noise and half, 12 each; six measurements of 6
     # images
     assert "encoding 96 images" in text
-    monkeypatch.setattr("visft_ds.parallel.distributed.rank", lambda: 1)
+    monkeypatch.setattr("visft_ds.distributed.rank", lambda: 1)
     monkeypatch.setattr("visft_ds.evals.judge.scoring._present", lambda path: pytest.fail("waited for ever"))
     assert _run(*models, *words) == (0, "", "")
 
@@ -364,10 +365,35 @@ def test_weights_of_timm_are_fetched_with_download_only(
 
 def test_a_folder_of_open_clip_is_known_by_its_files(tmp_path: Path) -> None:
     """A second export into the same folder is another model."""
-    (tmp_path / "open_clip_model.safetensors").write_text("one")
+    file = tmp_path / "open_clip_model.safetensors"
+    file.write_text("one")
     before = parse_model(f"open_clip:local-dir:{tmp_path}").identity
-    (tmp_path / "open_clip_model.safetensors").write_text("other")
+    later = file.stat().st_mtime + 5
+    os.utime(file, (later, later))
+    assert parse_model(f"open_clip:local-dir:{tmp_path}").identity == before  # a copy keeps its scores
+    file.write_text("two")
     assert parse_model(f"open_clip:local-dir:{tmp_path}").identity != before
+
+
+def test_weights_of_open_clip_are_downloaded_only_if_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By tag and by repository; a file of it in the hub's cache is enough."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+    for text in ("open_clip:ViT-B-32:laion2b_s34b_b79k", f"open_clip:hf-hub:{repository}"):
+        with pytest.raises(ValueError, match=f"{repository}.*--download"):
+            parse_model(text)
+        assert parse_model(text, download=True).open_clip
+    (tmp_path / "a.pt").touch()
+    assert parse_model(f"open_clip:ViT-B-32:{tmp_path}/a.pt").open_clip == "ViT-B-32"
+    folder = tmp_path / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots/1"
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("1")
+    (snapshot / "open_clip_model.safetensors").touch()
+    assert parse_model("open_clip:ViT-B-32:laion2b_s34b_b79k").open_clip == "ViT-B-32"
 
 
 def test_images_of_a_group_are_one_piece_of_evidence(world: Path, tmp_path: Path) -> None:

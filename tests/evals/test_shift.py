@@ -16,7 +16,6 @@ from PIL import Image
 from tests.clip_case import SIDE
 from tests.evals.test_judge import _record, _run, world
 from tests.random_tower import relative, save_adapter
-from visft_ds.config.fields import Precision
 from visft_ds.evals.judge import comparison
 from visft_ds.evals.judge import shift as shift_of
 from visft_ds.evals.judge.classes import read_classes
@@ -26,6 +25,7 @@ from visft_ds.evals.judge.protocol import Benchmark, ImageSet
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.shift import WITHIN, ShiftMeter, scale_for
 from visft_ds.interop.adapter import Adapter
+from visft_ds.settings.fields import Precision
 
 __all__ = ["world"]  # the fixture
 
@@ -71,7 +71,9 @@ class _Looking(torch.nn.Module):
 
 
 def test_the_shift_is_of_directions_over_all_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand: (r, g, b, 0) against (r, g, b, x); of many images every k-th, not the first ones."""
+    """By hand: (r, g, b, 0) against (r, g, b, x), over all images; a control's scale is searched on every k-th
+    and is right on all.
+    """
     seen = []
 
     def read(place: int) -> Image.Image:
@@ -92,15 +94,19 @@ def test_the_shift_is_of_directions_over_all_training_images(monkeypatch: pytest
     images = ImageSet([str(place) for place in range(9)], read, "")
     benchmark = Benchmark("b", {"train": images}, ("pooled",), ("n",), {}, lambda *_: iter(()))
     monkeypatch.setattr(shift_of, "load_encoder", load)
-    monkeypatch.setattr(shift_of, "MOST", 3)
+    monkeypatch.setattr(shift_of, "SEARCHED", 5)
     meter = ShiftMeter(0.0, "end", benchmark, Settings(torch.device("cpu"), "bf16", Path(), 2, 1))  # type: ignore[arg-type]
-    assert sorted(seen) == [0, 3, 6]
-    grey = [(10 * place + 10) / 255 for place in (0, 3, 6)]
+    assert sorted(seen) == [0, 2, 4, 6, 8]
+    grey = [(10 * place + 10) / 255 for place in range(9)]
     cosines = [math.sqrt(3) * value / math.hypot(math.sqrt(3) * value, 0.2) for value in grey]
-    wanted = math.sqrt(sum(2 - 2 * cosine for cosine in cosines) / 3)
+    wanted = math.sqrt(sum(2 - 2 * cosine for cosine in cosines) / 9)
     spec = SimpleNamespace(scale=1.0)
     monkeypatch.setattr(shift_of, "load_encoder", lambda *_: load(0.2, "fp32"))
     assert meter.measure(spec)[1] == pytest.approx(wanted, rel=1e-5)  # type: ignore[arg-type]
+    mixture = SimpleNamespace(at=lambda scale: load(scale, "fp32"))
+    monkeypatch.setattr(shift_of, "Mixture", lambda *_: mixture)
+    scale, shift, reached = meter.match(spec, wanted)  # type: ignore[arg-type]
+    assert reached and shift == pytest.approx(wanted, rel=WITHIN) and scale == pytest.approx(0.2, rel=0.03)
 
 
 def test_controls_are_brought_to_the_shift_of_what_they_control(

@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from visft_ds.interop.cli import main
+from visft_ds.merge.cli import main
 from visft_ds.pretrained import lite0_of_pip
 
 #: Names of EfficientNet-PyTorch -> timm's: blocks are counted through there, stage by stage here.

@@ -26,8 +26,8 @@ from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES, CaptioningHead
 from visft_ds.tasks.classes import COCO_NAMES
 from visft_ds.tasks.detection.head import DetectionHead
+from visft_ds.tasks.masks.plain import PlainHead
 from visft_ds.tasks.segmentation.head import SegmentationHead
-from visft_ds.tasks.segmentation.plain import PlainHead
 
 FILES = {
     task: f"eva_e_{kind}_heads.ckpt"

@@ -17,10 +17,10 @@ from tests.random_tower import adapter_of, merge, move_adapters, random_tower, r
 from tests.small_timm import FAMILIES, adapted, random_base
 from visft_ds.interop import export, transformers_names
 from visft_ds.interop.card import README, repository_of
-from visft_ds.interop.cli import main
 from visft_ds.interop.export import by_library
 from visft_ds.interop.layouts import MODEL, load_backbone, model_of
 from visft_ds.interop.weights import Lazy, Weights
+from visft_ds.merge.cli import main
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm
 

@@ -29,9 +29,9 @@ from visft_ds.config.schema import OptimizerParams
 from visft_ds.evals.model import ModelFiles, ModelSource
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README
-from visft_ds.interop.cli import main as merge
 from visft_ds.interop.heads import HeadInfo, open_head, read_elsewhere, save_head
 from visft_ds.interop.layouts import fill, load_backbone, open_backbone
+from visft_ds.merge.cli import main as merge
 from visft_ds.models import Backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm

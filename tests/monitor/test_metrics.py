@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from visft_ds.monitor import metrics
-from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, read_metrics, truncate_metrics
+from visft_ds.monitor.metrics import MetricsWriter, read_metrics, truncate_metrics
+from visft_ds.run_files import METRICS_FILE
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -26,8 +26,8 @@ from tests.random_tower import build_backbone, move_adapters
 from tests.ranks import run_ranks
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
-from visft_ds.data.loader import Place
 from visft_ds.data.samples import Batch, Sample
+from visft_ds.distributed import PipelinePosition
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.lora import inject_lora
 from visft_ds.ops.lora import choose_backend
@@ -260,7 +260,7 @@ def engine_config(name: str, precision: str, micro: int, zero: Mapping[str, Any]
 
     "pipeline4" has four stages; "_gathered" behind a name: no parameter is too small to be taken apart again.
     """
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
 
     stages = int(name.removeprefix("pipeline")) if name.startswith("pipeline") else 1
     file = "pipeline" if stages > 1 else name.removesuffix("_gathered")
@@ -323,9 +323,11 @@ def fed(
     """What this rank has read of a step (in pipelines pixels, labels or nothing), and what losses are divided
     by.
     """
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
 
-    place = getattr(engine, "place", None) or Place.of_rank(distributed.rank(), distributed.world_size(), 1)
+    place = getattr(engine, "position", None) or PipelinePosition.of_rank(
+        distributed.rank(), distributed.world_size(), 1
+    )
     if place.role is None:
         return [], {}
     micro = GLOBAL_BATCH // (place.dp_size * engine.accumulation)
@@ -342,8 +344,8 @@ def run_steps(
     engine: Any, start: int, stop: int, folder: Path | None = None, feed: Feed = fed
 ) -> dict[str, Any]:
     """Train some steps on this rank's share; the state after SAVED_AT goes to `folder`. Collective."""
+    from visft_ds import distributed
     from visft_ds.checkpoint.format import save_checkpoint
-    from visft_ds.parallel import distributed
     from visft_ds.parallel.state import gather_state
 
     reports = []
@@ -394,7 +396,7 @@ def write_results(found: Callable[..., dict[str, Any]]) -> None:
     """One rank of a program `OUT ARGUMENTS`: the main process writes to OUT what `found(OUT, ARGUMENTS)`
     gave.
     """
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
     from visft_ds.parallel.engine import start_process_group
 
     torch.set_num_threads(1)
@@ -422,7 +424,7 @@ def every_run(out: Path, name: str, straight: str = "") -> dict[str, Any]:
     """
     from tests.parallel.test_start import started
     from tests.parallel.test_traceless import OF_MAIN, compared, disagree, told_by_main
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
     from visft_ds.parallel import engine as engine_module
 
     results: dict[str, Any] = {}

@@ -44,7 +44,7 @@ def recomputed(*given: Any, **named: Any) -> Any:
 
 def run(engine: Any, order: case.Order, folder: Path | None = None, start: int = 0) -> dict[str, Any]:
     """Train as `engine_case.run_steps` does; what that returns and more, on the main process."""
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
 
     return {
         **case.run_steps(engine, start, len(order), folder, partial(case.fed, order=order, sides=SIDES)),
@@ -65,7 +65,7 @@ def predicted(engine: Any) -> list[Any]:
     """What each rank was told of images of its own, of different sizes; in evaluation mode. On the main
     process.
     """
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
 
     rank = distributed.rank()
     outputs = engine.predict(prediction_batch(rank))
@@ -92,14 +92,14 @@ def prediction_batch(rank: int) -> Batch:
 def read_apart(engine: Any) -> None:
     """Print the error of the stage whose labels belong to other samples than the pixels."""
     try:
-        engine.train_step(20, *case.fed(engine, int(engine.place.role == "labels")))
+        engine.train_step(20, *case.fed(engine, int(engine.position.role == "labels")))
     except RuntimeError as error:
         print(error, flush=True)
 
 
 def overflowing(engine: Any) -> dict[str, Any]:
     """One step in which a gradient overflows on the first stage alone, between two healthy ones."""
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
     from visft_ds.parallel.state import gather_state
 
     def state() -> dict[str, Any]:

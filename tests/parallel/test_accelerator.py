@@ -7,7 +7,7 @@ import importlib
 import pytest
 
 import visft_ds.parallel
-from visft_ds.parallel.distributed import local_device
+from visft_ds.distributed import local_device
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ from tests.parallel import engine_case as case
 from tests.parallel.pipeline_case import tensors_of
 from tests.parallel.test_engines import check_equal
 from tests.prepare.test_step_options import compilations
+from visft_ds import distributed
 from visft_ds.data.samples import Batch
 from visft_ds.models.timm_backbone import build_timm
-from visft_ds.parallel import distributed
 
 pytestmark = pytest.mark.slow
 #: (height, width) of the images of a step: a micro-batch has two sizes, or one, where that of the other rank

@@ -60,19 +60,19 @@ def prepare(config: ResolvedConfig, placement: Placement) -> PreparedModel:
 
 def prepared_for_engine(config: ResolvedConfig) -> tuple[PreparedModel, Callable[[], Engine]]:
     """This rank's part of the model, and what makes the engine of it that a run of this configuration has."""
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
     from visft_ds.parallel.engine import Schedule, build_engine
     from visft_ds.parallel.placement import placement_for
     from visft_ds.planner.memory import run_of
 
     precision, world = config.visft.model.precision, distributed.world_size()
     assert precision != "auto"
-    partition = run_of(config, world, precision, WORDS.size, None).partition
+    bounds = run_of(config, world, precision, WORDS.size, None).bounds
     for_deepspeed = deepspeed_dict(config, world, precision)
-    prepared = prepare(config, placement_for(for_deepspeed, partition))
+    prepared = prepare(config, placement_for(for_deepspeed, bounds))
     schedule = Schedule(config.scheduler, config.total_steps)
     return prepared, partial(
-        build_engine, prepared, for_deepspeed, config.optimizer.params, schedule, seed=0, partition=partition
+        build_engine, prepared, for_deepspeed, config.optimizer.params, schedule, seed=0, bounds=bounds
     )
 
 
@@ -97,7 +97,7 @@ def differing(config: ResolvedConfig) -> list[str]:
 
 def started(engine: str) -> dict[str, Any]:
     """Both stages in two precisions: {"stage:precision": what differs on each rank}. Collective."""
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
 
     results: dict[str, Any] = {}
     for stage, precision in product((1, 2), ("fp32", "bf16")):
@@ -152,7 +152,7 @@ def held(prepared: PreparedModel) -> tuple[int, int, int]:
 
 def measured(_: Path, engine: str, settings: str) -> dict[str, Any]:
     """Start twice: small, so that everything is imported and set up, then in the given size, measured."""
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
 
     prepared_for_engine(configured(engine, {"visft.model.precision": "fp32"}))[1]()
     sizes: dict[str, int] = {}

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from tests.parallel.engine_case import ORDER, SCALE, fed, results_of, start_engine, write_results
-from visft_ds.parallel import distributed
-from visft_ds.resilience.errors import exit_code
+from visft_ds import distributed
+from visft_ds.errors import exit_code
 
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "pipeline2")
 #: Detection, segmentation, captioning, all of them; BAD is passed over in the reference and leaves no trace

@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.task_schema import Stream
 from visft_ds.data.samples import Batch
 from visft_ds.prepare.model import prepare_model
+from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.detection.data import DetectionTargets
-from visft_ds.tasks.segmentation.data import SegmentationTargets
-from visft_ds.tasks.segmentation.masks import grid_size
+from visft_ds.tasks.masks.data import SegmentationTargets
+from visft_ds.tasks.masks.rasters import grid_size
 from visft_ds.tasks.spec import counts_of, loss_denominators_of
 from visft_ds.tasks.vocabulary import Vocabulary
 

@@ -17,11 +17,11 @@ from tests.prepare.test_stages import write_own
 from tests.random_tower import save_backbone
 from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig
+from visft_ds.errors import RankError
 from visft_ds.interop.layouts import base_parameters, buffers_in, open_backbone
 from visft_ds.model import MultiTaskModel
 from visft_ds.prepare.materialize import HOST, Placement, open_base
 from visft_ds.prepare.model import PreparedModel, plan_model, prepare_model
-from visft_ds.resilience.errors import RankError
 
 #: More blocks than any tensor is large: two copies of the tower cannot hide in the allowance.
 DEEP = {"visft.model.overrides": {"width": 64, "depth": 6, "num_heads": 2, "image_size": 28}}

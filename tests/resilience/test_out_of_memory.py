@@ -11,7 +11,7 @@ import torch
 
 from tests.ranks import finish, start_ranks
 from tests.tiny import command
-from visft_ds.resilience.errors import RankError
+from visft_ds.errors import RankError
 from visft_ds.resilience.memory import memory_explained
 
 GIB = 2**30
@@ -56,7 +56,7 @@ NO_ROOM = """
 import sys
 import torch
 from visft_ds.launch import main
-from visft_ds.parallel import distributed
+from visft_ds import distributed
 from visft_ds.parallel.engine import Engine
 sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]  # the launcher puts it first
 original, left = Engine.train_step, [int(sys.argv[1])]

@@ -7,8 +7,8 @@ from __future__ import annotations
 import pytest
 
 from tests.ranks import python
+from visft_ds.errors import LostRank
 from visft_ds.resilience import watchdog
-from visft_ds.resilience.errors import LostRank
 from visft_ds.resilience.watchdog import Watchdog
 
 HANGS = """

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.coco_tree import write_shards
+from tests.opened import open_run
 from visft_ds.config import ResolvedConfig
 from visft_ds.prepare.settle import settle
-from visft_ds.prepare.data import open_data
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,10 @@ def test_epochs_are_passes_of_each_task_through_the_images(shards: Path, mode: s
 
 
 def test_fewer_images_than_a_batch_train_with_the_smaller_batch(shards: Path) -> None:
-    config, data = open_data(given(shards), 1)
+    config, data = open_run(given(shards))
     (stream,) = config.visft.streams().values()
     assert stream.batch_size == data.plan.tasks["shared"].batch_size == 10
-    assert "visft.shared.batch_size: 24 -> 10, because of the number of images" in config.adapted
+    assert [decision.key for decision in config.decisions][-1] == "visft.shared.batch_size"
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from visft_ds.checkpoint.format import newest_checkpoint, saved_steps
-from visft_ds.config.preflight import EXPORT_RECORD_FILE
-from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
+from visft_ds.monitor.metrics import read_metrics
 from visft_ds.run.folder import locked
+from visft_ds.run_files import EXPORT_RECORD_FILE, METRICS_FILE
 
 #: What may differ between two records of a step: times, and what the loader did since its start.
 _OF_THE_MOMENT = ("time", "images_per_second", "memory/", "data_wait_seconds", "data_seconds/")

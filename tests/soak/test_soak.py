@@ -16,8 +16,8 @@ from tests.soak.schedule import HARM, REQUESTS, schedule
 from tests.soak.soak import soak
 from tests.tiny import records
 from visft_ds.checkpoint.format import save_checkpoint
-from visft_ds.config.preflight import EXPORT_RECORD_FILE
 from visft_ds.parallel.state import EngineState
+from visft_ds.run_files import EXPORT_RECORD_FILE
 
 
 @pytest.mark.slow

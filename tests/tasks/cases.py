@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.detection.data import DetectionTargets
-from visft_ds.tasks.segmentation.data import SegmentationTargets
+from visft_ds.tasks.masks.data import SegmentationTargets
 
 CLASSES = 6
 

@@ -13,10 +13,10 @@ import torch
 
 from tests.options import options
 from tests.parallel.engine_case import VOCABULARY, build, loss_denominators
-from visft_ds.config.task_schema import SHARED, SharedImage, Stream
-from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
 from visft_ds.model import MultiTaskModel
+from visft_ds.randomness import generator
+from visft_ds.settings.task_schema import SHARED, SharedImage, Stream
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary

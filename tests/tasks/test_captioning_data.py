@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.options import alone
-from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
+from visft_ds.randomness import generator
 from visft_ds.tasks.transform import ImageTransform, collate_joint
 from visft_ds.tasks.vocabulary import Vocabulary
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tests.options import alone, drawn, together
 from tests.tasks.cases import corners
 from tests.tiny import THREE
-from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.transforms import Op, final_size
+from visft_ds.randomness import generator
 from visft_ds.tasks.transform import ImageTransform, collate_joint
 from visft_ds.tasks.vocabulary import Vocabulary
 

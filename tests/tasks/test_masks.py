@@ -13,7 +13,7 @@ from faster_coco_eval import mask as coco_mask
 
 from tests.tasks.cases import corners
 from visft_ds.data.transforms import Crop, Flip, Op, Resize
-from visft_ds.tasks.segmentation.masks import decode_mask, draw_masks, placement
+from visft_ds.tasks.masks.rasters import decode_mask, draw_masks, placement
 
 SIZE = (40, 60)
 GRID = (10, 15)

@@ -17,9 +17,9 @@ from transformers.models.eomt_dinov3.modeling_eomt_dinov3 import EomtDinov3ForUn
 from tests.options import criterion_of
 from tests.tasks.cases import CLASSES, denominators, hide_parameters, masks_of
 from visft_ds.data.samples import Map
-from visft_ds.tasks.segmentation.config import PlainHeadConfig
-from visft_ds.tasks.segmentation.head import SegmentationOutput
-from visft_ds.tasks.segmentation.plain import Block, PlainHead, masked_share, rotations
+from visft_ds.tasks.masks.config import PlainHeadConfig
+from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.plain import Block, PlainHead, masked_share, rotations
 
 WIDTH, HEADS, BLOCKS, QUERIES, PREFIX = 32, 2, 3, 7, 5
 KEYS = torch.tensor([11, 12])

@@ -11,9 +11,10 @@ from torch import nn
 from tests.options import criterion_of, head_of
 from tests.tasks.cases import CLASSES, denominators, hide_parameters, masks_of
 from visft_ds.data.samples import Map
-from visft_ds.tasks.segmentation.head import SegmentationHead, SegmentationOutput
-from visft_ds.tasks.segmentation.loss import SegmentationCriterion
-from visft_ds.tasks.segmentation.mask_points import draw_points
+from visft_ds.tasks.masks.loss import SegmentationCriterion
+from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.points import draw_points
+from visft_ds.tasks.segmentation.head import SegmentationHead
 
 CHANNELS, LAYERS, QUERIES = 12, 2, 7
 OPTIONS = {"num_classes": CLASSES, "num_queries": QUERIES, "decoder_layers": LAYERS}

@@ -11,11 +11,11 @@ from faster_coco_eval import mask as coco_mask
 
 from tests.options import alone, drawn
 from tests.tasks.cases import corners
-from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
 from visft_ds.data.transforms import Crop, Flip
+from visft_ds.randomness import generator
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
-from visft_ds.tasks.segmentation.data import segmentation_targets
+from visft_ds.tasks.masks.data import segmentation_targets
 
 SMALL: dict[str, Any] = {"size": 64, "eval_short": 48, "eval_max_long": 90, "eval_multiple": 14}
 

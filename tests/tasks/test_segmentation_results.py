@@ -15,8 +15,8 @@ from torch import Tensor
 from tests.tasks.cases import batch_of
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.average_precision import coco_average_precision
-from visft_ds.tasks.segmentation.head import SegmentationOutput
-from visft_ds.tasks.segmentation.loss import postprocess
+from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.segmentation.results import postprocess
 
 
 def _scene(grid: tuple[int, int], queries: int = 3) -> SegmentationOutput:

@@ -19,10 +19,11 @@ from transformers.models.mask2former import modeling_mask2former as theirs
 from tests.options import criterion_of, head_of
 from tests.tasks.cases import masks_of
 from visft_ds.data.samples import Map
-from visft_ds.tasks.segmentation.data import SegmentationTargets
-from visft_ds.tasks.segmentation.head import SegmentationHead, SegmentationOutput
-from visft_ds.tasks.segmentation.loss import SegmentationCriterion
-from visft_ds.tasks.segmentation.mask_points import draw_points
+from visft_ds.tasks.masks.data import SegmentationTargets
+from visft_ds.tasks.masks.loss import SegmentationCriterion
+from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.points import draw_points
+from visft_ds.tasks.segmentation.head import SegmentationHead
 from visft_ds.tasks.transformer import sine_positions
 
 CHANNELS, WIDTH, HEADS, POINTS, QUERIES, CLASSES = 24, 64, 4, 4, 7, 5

@@ -24,14 +24,14 @@ from tests.ranks import run_ranks
 from tests.tasks.cases import batch_of
 from tests.tiny import SETTINGS
 from visft_ds import evaluate, fit
-from visft_ds.data.plan import generator
 from visft_ds.data.samples import Map, RawSample, Sample
 from visft_ds.data.transforms import Crop, Flip, Op, Pad, Size, final_size
+from visft_ds.randomness import generator
 from visft_ds.shards.cli import main as make_shards
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.segmentation.data import segmentation_targets
-from visft_ds.tasks.segmentation.head import SegmentationOutput
-from visft_ds.tasks.segmentation.masks import decode_mask
+from visft_ds.tasks.masks.data import segmentation_targets
+from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticLoss
 from visft_ds.tasks.semantic.data import SemanticTargets
 from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion, SemanticOutput

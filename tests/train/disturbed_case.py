@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from visft_ds import distributed
 from visft_ds.launch import main
-from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 
 

@@ -112,7 +112,7 @@ def models_alive() -> int:
 @pytest.fixture(scope="module", autouse=True)
 def _as_it_was() -> Any:
     """`fit` keeps the process group for the next call; other tests of this process make their own."""
-    from visft_ds.parallel import distributed
+    from visft_ds import distributed
 
     yield
     if torch.distributed.is_initialized():

@@ -14,7 +14,7 @@ from tests.random_tower import relative
 from tests.tiny import TINY
 from visft_ds import evaluate, fit, load_backbone
 from visft_ds.config import resolve
-from visft_ds.interop.cli import main as merge
+from visft_ds.merge.cli import main as merge
 from visft_ds.models.timm_backbone import build_timm
 
 pytestmark = [

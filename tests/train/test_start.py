@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from tests.coco_tree import write_shards
 from tests.ranks import finish, start_ranks
 from tests.tiny import TINY, words_of
-from visft_ds.prepare.settle import settle
 from visft_ds.data.fetch import sha256_of
 from visft_ds.evals.cli import main as evaluate
 from visft_ds.evals.records import read_evaluation
 from visft_ds.interop.published import read_adapter
 from visft_ds.launch import main
+from visft_ds.prepare.settle import settle
 
 STEPS = 2
 SETTINGS: dict[str, Any] = {
@@ -173,7 +173,7 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, capsys: pytest.Captur
         (["--from", "{one}", "--stage", "2"], "is of stage 1 and stays in it"),
         (["--from", "{one}", "--model", "debug"], "leave out --model"),
         (["--from", "{one}", "--out", "{one}"], "is the run to start from"),
-        (["--from", "nowhere"], "is no run, checkpoint or adapter"),
+        (["--from", "nowhere"], "no such run, checkpoint or adapter"),
         (["--stage", "1", "--reset-heads"], "needs --from RUN"),
     ],
 )

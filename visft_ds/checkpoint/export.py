@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from visft_ds.checkpoint.format import Checkpoint, explained, newest_checkpoint, open_checkpoint
+from visft_ds.config.record import recorded_config
 from visft_ds.config.schema import VisftConfig
-from visft_ds.config.task_schema import TaskConfig
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README, card, repository_of
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
@@ -32,7 +32,8 @@ from visft_ds.models.lora import inject_lora
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.materialize import BaseWeights
 from visft_ds.prepare.model import PreparedModel
-from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, recorded_config
+from visft_ds.run_files import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
+from visft_ds.settings.task_schema import TaskConfig
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
 

@@ -33,10 +33,10 @@ from safetensors.torch import load_file
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.resolve import differences
 from visft_ds.data.fetch import sha256_of
+from visft_ds.errors import does_not_answer, retold
 from visft_ds.files import read_bytes, reading, sync_folder
 from visft_ds.interop.weights import Lazy, Weights, open_weights, safetensors_pieces
 from visft_ds.parallel.state import MOMENTS, EngineState
-from visft_ds.resilience.errors import does_not_answer, retold
 
 _PARAMETERS, _MOMENTS, _STATE = "parameters.safetensors", "moments.safetensors", "state.json"
 #: Name in an identity: the settings, by dotted key, that must be equal for a resume.

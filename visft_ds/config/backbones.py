@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds import pretrained
-from visft_ds.config.fields import nearest
 from visft_ds.config.resolve import CONFIG_ROOT, Flags, available, load_json
 from visft_ds.files import read_bytes, reading
 from visft_ds.pretrained import HUB, TIMM, HubFile, local, on_hub
+from visft_ds.settings.fields import nearest
 
 #: Arguments of a model of timm that do not change its feature map, or that every backbone is made with.
 _IDLE = (

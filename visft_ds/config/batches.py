@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 
 from visft_ds.config.resolve import CONFIG_ROOT, ResolvedConfig
-from visft_ds.config.task_schema import Stream
+from visft_ds.settings.task_schema import Stream
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from visft_ds.config.backbones import model_of, named
-from visft_ds.config.preflight import RECORD_FILE, folder_of_run, run_of
+from visft_ds.config.record import read_run
 from visft_ds.config.resolve import (
     DEFAULT_ENGINE,
     DEFAULT_MODEL,
@@ -19,8 +18,9 @@ from visft_ds.config.resolve import (
     load_json,
     merge,
 )
-from visft_ds.files import read_bytes, reading
+from visft_ds.files import reading
 from visft_ds.flags import Command
+from visft_ds.run_files import RECORD_FILE, folder_of_run, run_of
 
 #: File in ds_configs/models: the recipe for few photographs, which --data alone takes.
 SMALL_DATA = "own"
@@ -37,7 +37,6 @@ KEYS = {
     "lr": "optimizer.params.lr",
     "track": "visft.run.track",
 }
-_MOST_RECORD = 1 << 26  #: bytes of a run.json that is read
 _EPILOG = """examples:
   visft train --num_gpus 8 --stage 1
   visft train --num_gpus 8 --stage 2                                 through deepspeed, on this machine
@@ -214,20 +213,18 @@ def _record_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | Non
     folder = folder_of_run(Path(source))
     if run is None and Path(source).exists():
         return None
-    record = (run or Path(out or f"{folder}-fork")) / RECORD_FILE
-    if run is None and not record.is_file():
+    recorded_in = run or Path(out or f"{folder}-fork")
+    if run is None and not (recorded_in / RECORD_FILE).is_file():
         raise ValueError(f"--from {source}: no such run, checkpoint or adapter")
-    with reading(record, "the record of a run"):
-        content = json.loads(read_bytes(record, _MOST_RECORD))
-        if run is None:  # gone: only what began with it continues
-            parent = content.get("parent") or {}
-            if folder_of_run(Path(parent.get("path", ""))) != Path(os.path.abspath(folder)):
-                raise ValueError(
-                    f"{source} is no run, checkpoint or adapter, and {record} did not start from it"
-                )
-            if parent["step"] is None:  # an adapter
-                return None
-        for task in content["config"]["visft"]["tasks"].values():
-            (task or {}).get("head", {}).pop("num_classes", None)
-        return content["config"], str(record)
-
+    record = read_run(recorded_in)
+    path = recorded_in / RECORD_FILE
+    if run is None:  # gone: only what began with it continues
+        if record.parent is None or folder_of_run(Path(record.parent.path)) != Path(os.path.abspath(folder)):
+            raise ValueError(f"--from {source}: no such run, checkpoint or adapter, nor the start of {path}")
+        if record.parent.step is None:  # an adapter
+            return None
+    with reading(path, "the record of a run"):
+        for task in record.config["visft"]["tasks"].values():
+            if task is not None:
+                task["head"].pop("num_classes", None)
+    return record.config, str(path)

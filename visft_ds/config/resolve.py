@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel, ValidationError
 
 from visft_ds import CHECKOUT
-from visft_ds.config.fields import nearest
 from visft_ds.config.schema import (
     INSTEAD,
     OURS,
@@ -31,6 +30,7 @@ from visft_ds.config.schema import (
 )
 from visft_ds.files import read_bytes, reading
 from visft_ds.redaction import SECRET, redacted_values
+from visft_ds.settings.fields import nearest
 from visft_ds.tasks import entries
 
 AnyPath = str | os.PathLike[str]  #: a path as users give it

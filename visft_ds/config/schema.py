@@ -14,20 +14,21 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 from pydantic.fields import FieldInfo
 
-from visft_ds.config.fields import (
+from visft_ds.pretrained import TIMM
+from visft_ds.redaction import refuse_secrets
+from visft_ds.settings.fields import (
     Above,
     Count,
     Depth,
     Positive,
+    Precision,
     Probability,
     Rate,
     StrictModel,
     Text,
     nearest,
 )
-from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
-from visft_ds.pretrained import TIMM
-from visft_ds.redaction import refuse_secrets
+from visft_ds.settings.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 from visft_ds.tasks import config_class, entries
 
 #: Towers of our own; TIMM + NAME is a model of timm.
@@ -115,6 +116,10 @@ class ModelConfig(StrictModel):
     #: compute float32 matrix products and convolutions in TF32 on GPUs; auto: in bf16 and fp16 runs
     tf32: Literal["auto", True, False] = "auto"
     compile: Literal["none", "blocks"] = "none"  #: blocks: with torch.compile
+
+    def computes_in_tf32(self, precision: Precision) -> bool:
+        """Return True if float32 products are computed in TF32 in a run of this precision."""
+        return precision != "fp32" if self.tf32 == "auto" else self.tf32
 
     def backbone_options(self) -> dict[str, Any]:
         """Options of `build_empty` that differ from the preset."""

@@ -7,17 +7,11 @@ Shape letters: B images.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -27,36 +21,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from visft_ds.data.dataset import SamplePipeline, read_raw
 from visft_ds.data.features import FeatureCache, View
-from visft_ds.data.plan import Plan, StepPlan, generator
+from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Role, ShardReader
-from visft_ds.resilience.errors import RankError
+from visft_ds.data.workers import fork_server, start_worker
+from visft_ds.errors import RankError
+from visft_ds.randomness import generator
 
 #: Steps for which remote shards are fetched ahead.
 _FETCHED_STEPS = 32
-
-
-@dataclass(frozen=True)
-class Place:
-    """Place of a rank in reading: its pipeline stage, and its pipeline among the data-parallel ones."""
-
-    stage: int
-    stages: int
-    dp_rank: int
-    dp_size: int
-    role: (
-        Role | None
-    )  #: what it reads: the first stage pixels, the last one labels, those between nothing (None)
-
-    @classmethod
-    def of_rank(cls, rank: int, world_size: int, stages: int) -> Place:
-        """Place of a rank as DeepSpeed numbers them: first all ranks of stage 0, then all of stage 1, and so
-        on.
-        """
-        assert world_size % stages == 0, (world_size, stages)
-        stage, dp_rank = divmod(rank, world_size // stages)
-        roles: dict[int, Role] = {0: "images", stages - 1: "labels"}
-        return cls(stage, stages, dp_rank, world_size // stages, "both" if stages == 1 else roles.get(stage))
 
 
 @dataclass(frozen=True)
@@ -217,42 +190,3 @@ def _made(
             yield batch
     finally:
         del batches  # its finaliser ends the processes
-
-
-def start_worker(number: int = 0) -> None:
-    """Begin a process of `fork_server`: it ends with its training process, however that ends.
-
-    Torch looks at the parent, which is the fork server, and the fork server lives as long as its workers.
-    """
-    # Ctrl-C reaches the whole process group; the training process decides what happens then.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)
-
-
-def fork_server() -> multiprocessing.context.ForkServerContext:
-    """Start the server whose children the workers will be, deaf to the signals that ask a training process to
-    stop.
-
-    A fork of a process with threads or a GPU may hang, and a fresh start would load torch again every time:
-    the server loads what the pipelines work with once. Launchers and schedulers send signals to every process
-    below them; without its workers a training process could not finish its step. A mask is inherited, and no
-    signal is lost meanwhile.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [__name__, *sorted(m for m in sys.modules if m.startswith("visft_ds.tasks."))]
-    )
-    resource_tracker.ensure_running()  # first, because starting it unblocks signals that this thread has blocked
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    return context

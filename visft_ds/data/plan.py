@@ -22,7 +22,7 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from visft_ds.config.task_schema import SHARED
+from visft_ds.settings.task_schema import SHARED
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -67,11 +67,6 @@ class StepPlan:
     epoch: int  #: number of complete passes of this task through this data set before
     indices: Int64Array  #: (G,) positions in the index of the data set
     keys: Int64Array  #: (G,) one key per sample for `generator`; differs between samples, epochs, sets, tasks and seeds
-
-
-def generator(key: int, stream: int = 0) -> np.random.Generator:
-    """Random numbers of a key: transforms draw from stream 0, losses that sample points from the others."""
-    return np.random.Generator(np.random.Philox(key=np.array([key, stream], dtype=np.uint64)))
 
 
 class Plan:

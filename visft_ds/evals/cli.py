@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.config.cli import BACKBONE_HELP, DOWNLOAD_HELP
+from visft_ds.config.flags import BACKBONE_HELP, DOWNLOAD_HELP
 from visft_ds.flags import Parser
 
 USAGE = """Measure box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
@@ -47,8 +47,8 @@ kinds of --on (and their keys):
     depth           metres by a linear head: images/ with depth/, 16-bit PNG of millimetres (split, train, groups, name)
     classification  kNN and linear on frozen features: folders of classes, digits (split, train, groups, name)
     zero_shot       classes by text similarity: folders of classes, ImageNet's family, ObjectNet (split, groups, name)
-    retrieval       captions and images: COCO, Karpathy's JSON (split, name)
-    objects         names of boxed objects, as segmentation; boxes are enough (split, train, name)
+    retrieval       captions and images: COCO, Karpathy's JSON (split, groups, name)
+    objects         names of boxed objects, as segmentation; boxes are enough (split, train, groups, name)
     ocr             words read by a small head: train/ and test/ with gt.txt or labels.txt (name)
     kept            predictions of BASE's own classifier that stay: any images (groups, name)
 split is judged (default: val, validation or test), train teaches; groups= names what images come from together, such as
@@ -169,7 +169,7 @@ def _parsed(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
 
 def _done(name: str, work: Callable[[], object]) -> int:
     """Do the work of a command; returns its exit status."""
-    from visft_ds.resilience.errors import tell
+    from visft_ds.errors import tell
 
     try:
         work()

@@ -13,23 +13,25 @@ from typing import Any
 
 import orjson
 
-from visft_ds.config.preflight import folder_of_run
+from visft_ds import distributed
+from visft_ds.config.record import recorded_config
 from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import DataConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.model import source_of
 from visft_ds.evals.records import FORMAT, METRICS, PICTURES, VERSION, counted
-from visft_ds.evals.runner import collect, draw_examples, measure
+from visft_ds.evaluation import collect, draw_examples, measure
 from visft_ds.flags import check_least
 from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
-from visft_ds.parallel import distributed
-from visft_ds.prepare.datasets import needs_vocabulary, workers_of
+from visft_ds.prepare.data import workers_of
+from visft_ds.prepare.datasets import needs_vocabulary
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
-from visft_ds.run.folder import recorded_config, refuse_filled
+from visft_ds.run.folder import refuse_filled
+from visft_ds.run_files import folder_of_run
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.pictures import grid, save_png
 

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 
 from visft_ds.config.backbones import named
-from visft_ds.config.fields import Precision
-from visft_ds.config.preflight import EXPORT_RECORD_FILE, folder_of_run, head_files, run_of
+from visft_ds.config.record import recorded_config
 from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import VisftConfig
-from visft_ds.config.task_schema import Stream, WordsConfig
 from visft_ds.data.samples import Batch
 from visft_ds.interop import layouts
 from visft_ds.interop.adapter import Adapter
@@ -32,14 +30,19 @@ from visft_ds.ops import DTYPES, use_numerics
 from visft_ds.prepare.data import read_vocabulary
 from visft_ds.prepare.datasets import needs_vocabulary
 from visft_ds.pretrained import local, weights_among
-from visft_ds.run.folder import (
+from visft_ds.run_files import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
+    EXPORT_RECORD_FILE,
     TRAINED_BACKBONE_FILE,
     export_of,
-    recorded_config,
+    folder_of_run,
+    run_of,
 )
+from visft_ds.settings.fields import Precision
+from visft_ds.settings.task_schema import Stream, WordsConfig
 from visft_ds.tasks import TASKS, config_class
+from visft_ds.tasks.head_files import head_files
 from visft_ds.tasks.vocabulary import Vocabulary
 
 _BATCH = 8  # without a run that tells

@@ -16,15 +16,16 @@ from typing import Any
 from scipy.ndimage import uniform_filter1d
 
 from visft_ds.config import ResolvedConfig
+from visft_ds.config.record import RunFile, read_run, recorded_config
 from visft_ds.config.resolve import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.pages import Series, embedded, line_chart, render
 from visft_ds.evals.records import MAIN, METRICS, Evaluation, counted, read_evaluation, read_judged
 from visft_ds.flags import check_extra
-from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
+from visft_ds.monitor.metrics import read_metrics
 from visft_ds.redaction import redacted, redacted_values
-from visft_ds.run.folder import RunFile, read_run, recorded_config
+from visft_ds.run_files import METRICS_FILE
 from visft_ds.tasks.pictures import split_panels
 
 _MOST_PICTURES = 6  # of a task

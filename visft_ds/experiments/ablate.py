@@ -24,14 +24,13 @@ from typing import Any
 
 from visft_ds import program
 from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL
+from visft_ds.errors import tell
 from visft_ds.flags import EVAL, Parser, check_extra, check_least
-from visft_ds.resilience.errors import tell
 from visft_ds.steps import Steps
 
 BASE, FIRST, PERMUTED, EQUAL = "base", "two stages", "permuted labels", "at equal feature shift"
 MINUS_IT, MINUS_IT_KEPT = f"{FIRST} minus it", f"{FIRST} minus it, predictions kept"
 CLAIM_SEEDS = 5  #: that the claim asks for
-LOSS_ALLOWED = 0.005  #: of the gain, by an anchor
 IN_CONTEXT = "in-context mIoU"
 STYLE_IMAGES = "100"  #: drawings of each drawn style that probes learn from, and as many that are judged
 HELD = "heart,arrow"  # shapes that no training image shows
@@ -66,12 +65,7 @@ ARMS = {
     "captions": Arm(("visft.tasks=captioning",)),
     "random heads": Arm((*_RANDOM, _heads("0"), "optimizer.params.lr=$hundredth"), joint=True),
     "soup": Arm(soup=True),
-    # Weights: the least power of ten that lowered the feature shift by a quarter on a seed that is not
-    # judged.
-    "gram anchor": Arm(("visft.anchor.gram=1000",)),
-    "cosine anchor": Arm(("visft.anchor.cosine=100",)),
 }
-ANCHORS = ("gram anchor", "cosine anchor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -236,7 +230,7 @@ class Plan:
         if not arm.soup:
             return ",".join(map(str, runs))
         words = [part for run in runs for part in ("--adapter", f"{run}/export/adapter")]
-        from visft_ds.run.folder import BACKBONE_FILE
+        from visft_ds.run_files import BACKBONE_FILE
 
         run = self._stage1(self.arms[FIRST], 0)
         base = self.base or self.recipe[2].visft.model.weights or f"{run}/export/{BACKBONE_FILE}"
@@ -296,7 +290,7 @@ class Plan:
                             FIRST
                         ][label]
                 rows.append(row | {name: difference(record["rows"], name, label) for name in kept})
-        said = " ".join([verdict(rows, self.given.seeds), *anchors_help(rows)])
+        said = verdict(rows, self.given.seeds)
         content: dict[str, Any] = {"primary": self.primary, "verdict": said, "rows": rows, "failed": failed}
         if self.of_styles is not None and self.of_styles.name not in failed:
             record = json.loads((self.of_styles / "judge.json").read_text(encoding="utf-8"))
@@ -383,23 +377,6 @@ def verdict(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
         f"The claim {'does not hold' if lacks else 'holds'}: {_cell(gain)} over the base, {_cell(more)} over labels "
         f"of other images {EQUAL}.{zero}{few}"
     )
-
-
-def anchors_help(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences on whether anchors help, by a criterion that was named before they were measured: at equal
-    feature shift more predictions of the base's classifier are kept, and less than half a point of the gain
-    is lost.
-    """
-    told = []
-    for row in rows:
-        gain, kept = row.get(MINUS_IT), row.get(MINUS_IT_KEPT)
-        if gain and kept and row["arm"] in [f"{name} {EQUAL}" for name in ANCHORS]:
-            helps = kept["high"] < 0 and gain["high"] < LOSS_ALLOWED
-            beside = (
-                f"{FIRST!r} minus it is {_cell(gain)} of the gain and {_cell(kept)} of the predictions kept"
-            )
-            told.append(f"The {row['arm']} {'helps' if helps else 'does not help'}: {beside}.")
-    return told
 
 
 def label_of(benchmark: str) -> str:

@@ -24,7 +24,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from visft_ds.config.fields import Count, Positive
 from visft_ds.config.schema import LoraConfig
 from visft_ds.files import reading
 from visft_ds.interop.layouts import StoredModel, described, fitted, model_of
@@ -32,6 +31,7 @@ from visft_ds.interop.weights import Lazy, Weights, examples, open_weights, save
 from visft_ds.models import Backbone
 from visft_ds.models.lora import KINDS, dense_update, inject_lora, lora_layers, lora_parameters
 from visft_ds.ops.lora import Slices, parts_of
+from visft_ds.settings.fields import Count, Positive
 
 FILE = "lora.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -15,15 +15,15 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from visft_ds.config.fields import Count, Positive, StrictModel
-from visft_ds.config.preflight import head_files
 from visft_ds.data.shards import Category
 from visft_ds.files import reading
 from visft_ds.interop.layouts import fitted
 from visft_ds.interop.published import published_head
 from visft_ds.interop.weights import Weights, examples, open_weights, save_tensors
+from visft_ds.settings.fields import Count, Positive, StrictModel
 from visft_ds.tasks import TASKS, config_class, get_task
 from visft_ds.tasks.classes import COCO_NAMES, check_unnamed, classes_of
+from visft_ds.tasks.head_files import head_files
 from visft_ds.tasks.vocabulary import Vocabulary
 
 _KEY = "visft_head"

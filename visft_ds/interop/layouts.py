@@ -19,7 +19,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from visft_ds.config.fields import Count, Positive
 from visft_ds.config.schema import BackboneOverrides, Preset
 from visft_ds.files import reading
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
@@ -27,6 +26,7 @@ from visft_ds.models import Backbone, build_empty
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.pretrained import TIMM
+from visft_ds.settings.fields import Count, Positive
 
 #: Prefix of the tower in files of open_clip, EVA-CLIP, ViSFT and LAVIS, of our checkpoints, and of timm.
 PREFIXES = ("visual.trunk.", "visual.", "visft_heads.backbone.0.", "visual_encoder.", "backbone.", "")

@@ -29,8 +29,8 @@ from visft_ds.tasks import get_task
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES
 from visft_ds.tasks.channels import EPS
 from visft_ds.tasks.detection.head import PUBLISHED_NAMES as DETECTION_NAMES
+from visft_ds.tasks.masks.pmt import PMT_NAMES, described
 from visft_ds.tasks.segmentation.head import PUBLISHED_NAMES as SEGMENTATION_NAMES
-from visft_ds.tasks.segmentation.pmt import PMT_NAMES, described
 
 PREFIX = "visft_heads."
 # Ours -> published, behind the prefix; `{n}` is a layer, and the first rule whose beginning fits counts. The

@@ -12,7 +12,6 @@ Letters: B images, H W pixels, h w patch grid, N tokens, T tokens of several ima
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -403,9 +402,3 @@ def stack_padded(maps: Sequence[Tensor]) -> Tensor:
     return torch.stack(
         [F.pad(map_, (*inner, 0, width - map_.shape[1], 0, height - map_.shape[0])) for map_ in maps]
     )
-
-
-def generator_for(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on a seed and the name of what it fills, and on nothing else."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.models.eva_vit import Linear, generator_for
+from visft_ds.models.eva_vit import Linear
 from visft_ds.ops.lora import Slices, WideWeight, lora_linear, parts_of
+from visft_ds.randomness import generator_for
 
 #: Parameters that an adapted layer adds to those of the layer it replaces.
 KINDS = ("lora_A", "lora_B")

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from visft_ds import __version__
 from visft_ds.monitor.callbacks import Callback
+from visft_ds.run_files import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 CONCLUSION = "training images evaluated"  #: the last event of a run that evaluates
 _BLOCK = 1 << 20  #: bytes of it that are read at once, from its end
 #: Packages whose versions decide results: what computes, decodes pictures, and measures AP.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from visft_ds.config.fields import Precision
+from visft_ds.settings.fields import Precision
 
 #: Precision of a run -> dtype.
 DTYPES: Mapping[Precision, torch.dtype] = {

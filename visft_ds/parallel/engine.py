@@ -24,15 +24,13 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
-from visft_ds import DEEPSPEED
+from visft_ds import DEEPSPEED, distributed
 from visft_ds.config.schema import OptimizerParams, SchedulerConfig
 from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
-from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
-from visft_ds.parallel.partition import Partition
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.tasks.spec import LossDenominators
 
@@ -289,13 +287,14 @@ def build_engine(
     schedule: Schedule,
     *,
     seed: int,
-    partition: Partition | None = None,
+    bounds: Sequence[int] | None = None,
     compile: str = "none",
 ) -> Engine:
-    """The engine of a prepared model: a pipeline where a partition is given, else ZeRO over the whole model.
+    """The engine of a prepared model: a pipeline where its stages have bounds, else ZeRO over the whole model.
 
     Args:
         config: from `deepspeed_dict`.
+        bounds: first layer of each pipeline stage, and the number of layers.
         compile: "blocks": those of the backbone run through torch.compile, which is done once for all of
         them.
     """
@@ -309,12 +308,12 @@ def build_engine(
         "schedule": schedule,
         "seed": seed,
     }
-    if partition is None:
+    if bounds is None:
         engine = Engine(module, groups, config, **common)
     else:
         from visft_ds.parallel.pipeline import PipelineEngine
 
-        engine = PipelineEngine(module, groups, config, bounds=partition.bounds, **common)
+        engine = PipelineEngine(module, groups, config, bounds=bounds, **common)
     if compile == "blocks":
         assert isinstance(module.backbone, EvaViT), "the configuration allows no other"
         module.backbone.compile_blocks()

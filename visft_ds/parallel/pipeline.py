@@ -22,10 +22,10 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipeline
 from torch import Tensor, nn
 
-from visft_ds.data.loader import Place
+from visft_ds import distributed
 from visft_ds.data.samples import Batch
+from visft_ds.distributed import PipelinePosition
 from visft_ds.model import MultiTaskModel
-from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import step_without_update
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.pipeline_layers import HeadsLayer, facts_of, owners, pipeline_layers, release
@@ -105,7 +105,9 @@ class PipelineEngine(Engine):
         bounds: Sequence[int],
         **others: Any,
     ) -> None:
-        self.place = Place.of_rank(distributed.rank(), distributed.world_size(), len(bounds) - 1)
+        self.position = PipelinePosition.of_rank(
+            distributed.rank(), distributed.world_size(), len(bounds) - 1
+        )
         stage_of = owners(module, bounds)
         #: The first stage with something to train: no gradient flows into it or into those before.
         first_trained = min(
@@ -117,8 +119,8 @@ class PipelineEngine(Engine):
             "it wipes gradients of the heads; precision comes by autocast"
         )
         # An attribute of the object hides the table of its class: no other engine is changed.
-        self.deepspeed._INSTRUCTION_MAP = instructions(self.place.stage, first_trained, self._end_step)
-        self.holders = {name: stage * self.place.dp_size for name, stage in stage_of.items()}
+        self.deepspeed._INSTRUCTION_MAP = instructions(self.position.stage, first_trained, self._end_step)
+        self.holders = {name: stage * self.position.dp_size for name, stage in stage_of.items()}
         self._steps_here = 0
         self._losses: Mapping[str, float] = {}
         self._accepted = True
@@ -134,7 +136,7 @@ class PipelineEngine(Engine):
         Raises:
             RuntimeError: labels and pixels of different samples.
         """
-        expected = self.accumulation if self.place.role else 0
+        expected = self.accumulation if self.position.role else 0
         assert len(batches) == expected, (len(batches), expected)
         compares = self._steps_here == 0 or step % CHECK_EVERY == 0
 
@@ -149,7 +151,7 @@ class PipelineEngine(Engine):
 
         if (heads := self._stages.heads) is not None:
             heads.loss_denominators, heads.on_output = loss_denominators, add
-        self.deepspeed.train_batch(_inputs(self.module, batches, self.device, first=self.place.stage == 0))
+        self.deepspeed.train_batch(_inputs(self.module, batches, self.device, first=self.position.stage == 0))
         self._steps_here += 1
         norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed skipped the update
         return self._losses, norm, self._accepted
@@ -164,7 +166,7 @@ class PipelineEngine(Engine):
         if self._stages.heads is not None:
             group = self.deepspeed.grid.get_data_parallel_group()
             losses = distributed.mean_losses(self._sums, self._most_losses, group)
-        last = (self.place.stages - 1) * self.place.dp_size
+        last = (self.position.stages - 1) * self.position.dp_size
         scale = self.loss_scale.value if self.loss_scale else None
         box = [(losses, scale)]
         dist.broadcast_object_list(box, src=last)
@@ -195,7 +197,7 @@ class PipelineEngine(Engine):
         if (heads := self._stages.heads) is not None:
             heads.loss_denominators = None
             heads.on_output = lambda predicted, received, _: outputs.append(to_host(predicted))
-        fed = _inputs(self.module, batches, self.device, first=self.place.stage == 0)
+        fed = _inputs(self.module, batches, self.device, first=self.position.stage == 0)
         self.deepspeed.eval_batch(fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(ranks))
         returned: list[Any] = [None]
         dist.scatter_object_list(returned, outputs or None, src=ranks[-1], group=group)

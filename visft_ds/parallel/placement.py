@@ -13,17 +13,16 @@ from typing import Any
 import deepspeed
 from torch import nn
 
-from visft_ds.data.loader import Place
+from visft_ds import distributed
+from visft_ds.distributed import PipelinePosition
 from visft_ds.model import MultiTaskModel
-from visft_ds.parallel import distributed
-from visft_ds.parallel.partition import Partition
 from visft_ds.prepare.materialize import Placement
 
 
-def placement_for(config: dict[str, Any], partition: Partition | None) -> Placement:
+def placement_for(config: dict[str, Any], bounds: Sequence[int] | None) -> Placement:
     """The placement of the engine that `build_engine` makes of the same arguments."""
-    if partition is not None:
-        return OwnLayers(partition.bounds)
+    if bounds is not None:
+        return OwnLayers(bounds)
     return Shards(config) if config["zero_optimization"]["stage"] == 3 else OnDevice()
 
 
@@ -47,7 +46,9 @@ class OwnLayers(OnDevice):
         """Names in the layers of the stage."""
         from visft_ds.parallel.pipeline_layers import owners
 
-        stage = Place.of_rank(distributed.rank(), distributed.world_size(), len(self.bounds) - 1).stage
+        stage = PipelinePosition.of_rank(
+            distributed.rank(), distributed.world_size(), len(self.bounds) - 1
+        ).stage
         return {name for name, owner in owners(module, self.bounds).items() if owner == stage}
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from visft_ds.parallel import distributed
+from visft_ds import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.tasks.channels import measured
 

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.config.backbones import model_of, named
 from visft_ds.config.batches import larger_batches
-from visft_ds.config.cli import batch_flags
+from visft_ds.errors import tell
 from visft_ds.flags import Command
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.resilience.errors import tell
 
 if TYPE_CHECKING:
     from visft_ds.planner.hardware import Cluster
@@ -79,16 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in [model] if model else ["eva_e", "eva_g"]:
             for stage in [options.stage] if options.stage else [1, 2]:
                 config = resolve(
-                    stage=stage, model=name, engine=options.engine, settings=options.set, flags=flags
+                    stage=stage,
+                    model=name,
+                    engine=options.engine,
+                    settings=options.set,
+                    flags=flags,
+                    batch_size=options.batch_size,
                 )
-                if options.batch_size is not None:
-                    config = resolve(
-                        stage=stage,
-                        model=name,
-                        engine=options.engine,
-                        settings=options.set,
-                        flags={**(flags or {}), **batch_flags(config, options.batch_size)},
-                    )
                 fits &= _plan(options, name, config, cluster)
     except (ValueError, OSError) as error:
         return tell(error)

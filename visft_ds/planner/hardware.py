@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from visft_ds.config.fields import Precision
+from visft_ds.settings.fields import Precision
 
 #: Of the bandwidth in one direction, large collectives reach this much of a link and of a machine's network:
 #: nccl-tests as published, see tests/planner/test_published.py.

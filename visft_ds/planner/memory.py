@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 
+from visft_ds import distributed
 from visft_ds.config import Batches, ResolvedConfig, changed, derive_batches
-from visft_ds.config.fields import Precision
-from visft_ds.config.task_schema import Stream
 from visft_ds.data.samples import Batch
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.ops import DTYPES
-from visft_ds.parallel import distributed
-from visft_ds.parallel.partition import Partition, divide, operations_by_layer
+from visft_ds.planner.partition import Partition, divide, operations_by_layer
 from visft_ds.planner.trace import META, Tracer, Work, operators_of
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
+from visft_ds.settings.fields import Precision
+from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.spec import Content, counts_of, loss_denominators_of, tensors_of
 
@@ -60,8 +60,7 @@ class PlannedRun:
     @property
     def tf32(self) -> bool:
         """True if float32 products of matrices are computed in TF32 on GPUs that have it."""
-        stated = self.config.visft.model.tf32
-        return self.precision != "fp32" if stated == "auto" else stated
+        return self.config.visft.model.computes_in_tf32(self.precision)
 
     @cached_property
     def partition(self) -> Partition | None:
@@ -80,6 +79,11 @@ class PlannedRun:
                 f"pipeline.stages = {stages}: {name} has {len(costs)} layers; give at most as many"
             )
         return Partition(tuple(costs), divide(costs, stages))
+
+    @property
+    def bounds(self) -> tuple[int, ...] | None:
+        """First layer of each pipeline stage, and the number of layers; None without a pipeline."""
+        return None if self.partition is None else self.partition.bounds
 
 
 @dataclass(frozen=True)

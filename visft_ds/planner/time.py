@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from visft_ds.config.task_schema import Stream
 from visft_ds.ops import DTYPES
 from visft_ds.planner.hardware import LINK_SHARE, Cluster, Gpu
 from visft_ds.planner.memory import FP32, PlannedRun, is_offloaded, trace_step
 from visft_ds.planner.trace import Work
+from visft_ds.settings.task_schema import Stream
 
 #: Of the dense peak, large matrix products reach this much: cuBLAS as commonly reported (H100 790, A100 250,
 #: V100 95 TFLOP/s). Fused attention, forward and backward together, reaches about half of that at heads of 88

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
+from visft_ds.errors import tell
 from visft_ds.evals.cli import add_parts
 from visft_ds.flags import Parser
-from visft_ds.resilience.errors import tell
 
 USAGE = """Find boxes, masks and captions in your own pictures; no annotations are needed.
 

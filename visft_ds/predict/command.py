@@ -24,7 +24,8 @@ from visft_ds.predict.images import OpenedImage, find_images, open_file, printab
 from visft_ds.predict.model import Model, check_options, load
 from visft_ds.predict.results import Prediction
 from visft_ds.redaction import redacted, visible
-from visft_ds.run.folder import export_of, refuse_filled
+from visft_ds.run.folder import refuse_filled
+from visft_ds.run_files import export_of
 from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.pictures import save_png
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,31 +15,29 @@ from pathlib import Path
 
 import orjson
 
-from visft_ds.config import Batches, ResolvedConfig, changed
-from visft_ds.config.fields import Precision
-from visft_ds.config.schema import VisftConfig
-from visft_ds.config.task_schema import Stream
+from visft_ds import distributed
+from visft_ds.config import Batches
+from visft_ds.config.schema import DataConfig, VisftConfig
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.features import FeatureCache
-from visft_ds.data.fetch import Cache, is_url
-from visft_ds.data.loader import Place, StepLoader
-from visft_ds.data.plan import Plan, SetPlan, TaskPlan
-from visft_ds.data.shards import Category, Manifest, ShardReader, manifest_path
+from visft_ds.data.fetch import Cache
+from visft_ds.data.loader import StepLoader
+from visft_ds.data.plan import Plan, TaskPlan
+from visft_ds.data.shards import Category, Manifest, ShardReader
+from visft_ds.distributed import PipelinePosition
 from visft_ds.files import read_bytes, reading
-from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import (
     TrainingSet,
     check_same_categories,
     check_samples,
     classes_of_run,
-    open_training_data,
-    settle_classes,
-    workers_of,
+    samples_of,
+    streams_by_set,
 )
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.pretrained import TIMM
-from visft_ds.tasks import TASKS
-from visft_ds.tasks.classes import COCO_NAMES
+from visft_ds.settings.fields import Precision
+from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 
@@ -109,7 +108,7 @@ def workers_of(data: DataConfig) -> int:
 
 def open_loader(config: VisftConfig, data: RunData, batches: Batches) -> StepLoader:
     """The loader of this rank's part of each global batch."""
-    place = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages)
+    place = PipelinePosition.of_rank(distributed.rank(), distributed.world_size(), batches.stages)
     return StepLoader(
         {name: ShardReader(one.manifest) for name, one in data.sets.items()},
         data.plan,

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from visft_ds.config.schema import VisftConfig
-from visft_ds.config.task_schema import Stream, WordsConfig
 from visft_ds.data.fetch import Cache, is_url
 from visft_ds.data.plan import SetPlan
 from visft_ds.data.shards import Category, Manifest
+from visft_ds.settings.task_schema import Stream, WordsConfig
 from visft_ds.tasks import config_class
 from visft_ds.tasks.classes import classes_of
 

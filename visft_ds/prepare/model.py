@@ -19,9 +19,7 @@ import torch
 from torch import nn
 
 from visft_ds.config import ResolvedConfig, derive_batches
-from visft_ds.config.fields import Precision
 from visft_ds.config.schema import OptimizerParams, ParamGroup, VisftConfig
-from visft_ds.config.task_schema import WordsConfig
 from visft_ds.data.fetch import sha256_of
 from visft_ds.data.shards import Category
 from visft_ds.interop.heads import HeadFile, HeadInfo, check_heads, open_head, read_elsewhere
@@ -33,6 +31,8 @@ from visft_ds.models.lora import inject_lora, lora_layers
 from visft_ds.ops import DTYPES
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, Start, fill_model, open_base
+from visft_ds.settings.fields import Precision
+from visft_ds.settings.task_schema import WordsConfig
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from visft_ds.prepare.settle import settle
-from visft_ds.prepare.inputs import missing_inputs, render_missing
+from visft_ds.errors import tell
 from visft_ds.flags import Command
-from visft_ds.resilience.errors import tell
+from visft_ds.prepare.inputs import missing_inputs, render_missing
+from visft_ds.prepare.settle import settle
 
 _EPILOG = """every other flag is one of visft train and means what it means there: --stage, --model, --data, ...
 nothing is written but the files of --json and --trace.

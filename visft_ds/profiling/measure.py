@@ -21,22 +21,24 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from visft_ds import distributed
 from visft_ds.config import ResolvedConfig, changed
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.monitor.metrics import versions
-from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, Schedule, build_engine, start_process_group
 from visft_ds.parallel.pipeline import PipelineEngine
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.hardware import peak_rate
-from visft_ds.planner.memory import model_operations, plan_stream
+from visft_ds.planner.memory import PlannedRun, model_operations, plan_stream
 from visft_ds.prepare.data import RunData, open_data, open_loader
 from visft_ds.prepare.model import prepare_model
+from visft_ds.prepare.settle import settle_data
 from visft_ds.pretrained import local
 from visft_ds.resilience.memory import memory_explained, peak_memory
-from visft_ds.run.machine import Machine, check_machine, settle_recompute
+from visft_ds.run.folder import EarlierStarts
+from visft_ds.run.machine import Machine, check_machine, planned_run, settle_recompute
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.spec import counts_of, loss_denominators_of
 from visft_ds.toy.coco import write_toy_coco
@@ -81,7 +83,7 @@ def measure_loader(config: ResolvedConfig, steps: int, warmup: int, *, synthetic
     """
     found: dict[str, Any] = {}
     with open_run_data(config, synthetic=synthetic) as (opened, data):
-        machine = check_machine(opened, data.vocabulary)
+        machine = check_machine(opened)
         for name in opened.visft.streams():
             with loading(opened, data, name, machine) as loader:
                 read = loader.steps(0, warmup + steps)
@@ -104,25 +106,26 @@ def open_run_data(config: ResolvedConfig, *, synthetic: bool) -> Iterator[tuple[
         config = replace(config, visft=config.visft.model_copy(update={"run": run, "features": None}))
         if synthetic:
             config = with_random_weights(config, drawn_shards(config, Path(folder)))
-        yield open_data(config, distributed.world_size())
+        config, sets = settle_data(config, distributed.world_size())
+        yield config, open_data(config.visft, sets)
 
 
 @contextmanager
 def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session]:
     """Build what `train` builds, in its order, without a run folder."""
     with open_run_data(config, synthetic=synthetic) as (config, data):
-        machine = check_machine(config, data.vocabulary)
+        machine = check_machine(config)
         start_process_group()
-        if config.visft.model.recompute == "auto":
-            config, machine = settle_recompute(config, machine)
+        config, machine = settle_recompute(config, machine, data.vocabulary, EarlierStarts())
+        planned = planned_run(config, machine, data.vocabulary)
         prepared = prepare_model(
             config.visft,
             config.optimizer.params,
-            precision=machine.planned.precision,
+            precision=machine.precision,
             heads_from=Path(config.visft.heads.path) if config.visft.heads.path else None,
             categories=data.categories,
             vocabulary=data.vocabulary,
-            placement=placement_for(machine.deepspeed_config, machine.planned.partition),
+            placement=placement_for(machine.deepspeed_config, planned.bounds),
         )
         engine = build_engine(
             prepared,
@@ -130,10 +133,10 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             config.optimizer.params,
             Schedule(config.scheduler, config.total_steps),
             seed=config.visft.seed,
-            partition=machine.planned.partition,
+            bounds=planned.bounds,
             compile=config.visft.model.compile,
         )
-        yield Session(config, data, machine, engine)
+        yield Session(config, data, machine, planned, engine)
 
 
 def drawn_shards(config: ResolvedConfig, folder: Path) -> Path:
@@ -174,7 +177,7 @@ def loading(config: ResolvedConfig, data: RunData, stream: str, machine: Machine
     """
     plan = data.plan
     alone = replace(data, plan=Plan({stream: plan.tasks[stream]}, plan.seed, plan.views))
-    loader = open_loader(config.visft, alone, machine.planned.batches)
+    loader = open_loader(config.visft, alone, machine.batches)
     yield loader
     loader.close()
 
@@ -186,11 +189,12 @@ class Session:
     config: ResolvedConfig
     data: RunData
     machine: Machine
+    planned: PlannedRun
     engine: Engine
 
     def measure(self, stream: str, count: int, warmup: int) -> StreamProfile:
         """Whole steps, in turn with steps by part. Collective."""
-        device, planned = self.engine.device, self.machine.planned
+        device = self.engine.device
         plain: list[float] = []
         parts: list[dict[str, float]] = []
         with loading(self.config, self.data, stream, self.machine) as loader:
@@ -207,13 +211,13 @@ class Session:
                 found = {"data wait": loader.wait_seconds, **watch.seconds()}
                 parts.append({**found, "rest": seconds - sum(found.values())})
         kind = self.config.visft.streams()[stream]
-        operations, rate = model_operations(planned, kind), peak_rate(device, planned.precision)
+        operations, rate = model_operations(self.planned, kind), peak_rate(device, self.machine.precision)
         return StreamProfile(
             images,
             plain,
             {part: statistics.fmean(one.get(part, 0.0) for one in parts) for part in parts[0]},
             peak_memory(device),
-            asdict(plan_stream(planned, kind)),
+            asdict(plan_stream(self.planned, kind)),
             operations,
             None if rate is None else operations / statistics.median(plain) / rate,
         )
@@ -249,7 +253,7 @@ class Session:
         summed, _ = distributed.agree_on_step(
             what, counts_of(engine.module.criteria, batches), False, engine.device
         )
-        micro_batches = self.machine.planned.batches.micro_batches
+        micro_batches = self.machine.batches.micro_batches
         denominators = loss_denominators_of(summed, micro_batches, engine.device)
         with memory_explained(what, stream, batches, engine.device):
             engine.train_step(step_plan.step, batches, denominators)

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from visft_ds import distributed
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
-from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, StepReport
 from visft_ds.tasks.spec import LossDenominators, tensors_of
 

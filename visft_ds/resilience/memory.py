@@ -19,18 +19,18 @@ import numpy as np
 import psutil
 import torch
 
+from visft_ds import distributed
 from visft_ds.config import Batches
 from visft_ds.config.schema import ModelConfig
-from visft_ds.data.loader import Place
-from visft_ds.data.plan import generator
 from visft_ds.data.samples import Batch, RawSample
 from visft_ds.data.shards import Role
+from visft_ds.distributed import PipelinePosition
+from visft_ds.errors import NO_MEMORY, RankError
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import unchanged
 from visft_ds.prepare.data import RunData
-from visft_ds.resilience.errors import NO_MEMORY, RankError
+from visft_ds.randomness import generator
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.tasks.spec import counts_of, loss_denominators_of
 
@@ -155,7 +155,7 @@ def probe_memory(
     Raises:
         RankError: a step does not fit into memory.
     """
-    role = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
+    role = PipelinePosition.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
     device, rows = engine.device, []
     with unchanged(engine):
         for name, batch in largest_batches(data, batches.micro, role or "images"):

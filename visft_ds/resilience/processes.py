@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from visft_ds import CHECKOUT
-from visft_ds.resilience.errors import LOST_CODE, NO_ANSWER_CODE, RankError
+from visft_ds.errors import LOST_CODE, NO_ANSWER_CODE, RankError
 from visft_ds.resilience.stop import SIGNALS
 
 #: Exit codes of a rank that the others need not wait for; those above are of a stop, after which ranks still

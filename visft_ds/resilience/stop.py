@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from visft_ds.resilience.errors import LOST_CODE
+from visft_ds.errors import LOST_CODE
 
 #: The program between the `deepspeed` command and the ranks of a machine.
 _LAUNCHER = "deepspeed.launcher.launch"

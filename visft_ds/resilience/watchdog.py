@@ -21,7 +21,7 @@ from typing import Any
 
 from torch._C import _distributed_c10d
 
-from visft_ds.resilience.errors import LOST_CODE, LOST_PEER, LostRank
+from visft_ds.errors import LOST_CODE, LOST_PEER, LostRank
 
 _LOOK = 1.0  #: seconds between looks at the clock
 #: Seconds that a rank waits which only follows another one: a launcher gives the code of the first that has

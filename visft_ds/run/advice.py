@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from visft_ds.config.schema import VisftConfig
-from visft_ds.config.task_schema import Stream, TaskConfig
 from visft_ds.data.fetch import is_url
-from visft_ds.data.plan import generator
 from visft_ds.data.shards import Manifest, manifest_path, splits_in
 from visft_ds.data.transforms import Pad, final_size
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import TrainingSet
+from visft_ds.randomness import generator
+from visft_ds.settings.task_schema import Stream, TaskConfig
 from visft_ds.tasks.transform import geometry_of
 
 #: Training images of a class below which little is to be expected of it.

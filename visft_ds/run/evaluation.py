@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
+from visft_ds import distributed
 from visft_ds.config.schema import VisftConfig
-from visft_ds.config.task_schema import Stream
-from visft_ds.data.loader import fork_server, start_worker
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.evals.runner import collect, draw_examples, example_positions, measure
-from visft_ds.parallel import distributed
-from visft_ds.prepare.datasets import workers_of
+from visft_ds.data.workers import fork_server, start_worker
+from visft_ds.evaluation import collect, draw_examples, example_positions, measure
+from visft_ds.prepare.data import workers_of
 from visft_ds.redaction import redacted
 from visft_ds.resilience.stop import StopFlag
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.run.log import RunLog
+from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import Results, shown_metrics
 from visft_ds.tasks.spec import Predict
 from visft_ds.tasks.vocabulary import Vocabulary

@@ -1,61 +1,51 @@
-"""The run folder: its lock, its record run.json, and what a new start finds in it. No run overwrites
-another.
-"""
+"""The run folder: its lock, and what a new start finds in it. No run overwrites another."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field
-
-from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.config.fields import Count, Positive, StrictModel
-from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.record import RunFile, read_run
 from visft_ds.config.resolve import differences, identity_of
-from visft_ds.files import read_bytes, reading
-from visft_ds.monitor.metrics import METRICS_FILE
+from visft_ds.files import reading
+from visft_ds.run_files import (
+    EXPORT,
+    EXPORT_RECORD_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    RECORD_FILE,
+    named_steps,
+    saved_something,
+)
 
-#: What a run leaves in <run>/export, beside heads and a copy of its record: its base (if it was random), a
-#: backbone that was trained itself, the adapter.
-BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
-ADAPTER_FOLDER = "adapter"
-LOCK_FILE = "run.lock"
-RUN_SCHEMA = 3  #: version of the record
 #: What a start leaves that ended before its record was written.
-_OF_A_START = {"export", "features", METRICS_FILE, LOCK_FILE, "tensorboard"}
-_MOST_BYTES = 1 << 26  #: of a run.json that is read
+_OF_A_START = {EXPORT, "features", METRICS_FILE, LOCK_FILE, "tensorboard"}
+_MOST_DIFFERENCES = 12  #: that an error lists
 _SILENCE = 1.0  #: seconds of waiting for the lock that need no word
 
 
-class Parent(StrictModel):
-    """Origin of a run: a checkpoint of another one, or an adapter."""
+@dataclass(frozen=True)
+class EarlierStarts:
+    """What earlier starts of a run have left in its folder."""
 
-    path: str
-    step: Count | None
-    sha256: str  #: of what was read
-
-
-class RunFile(StrictModel):
-    """Content of run.json; its number is that of its schema."""
-
-    number: Count = Field(alias="schema")
-    config: dict[str, Any]
-    world_size: Positive = 1
-    started: str = ""
-    command: list[str] = Field(default_factory=list)
-    versions: dict[str, str] = Field(default_factory=dict)
-    commit: str = ""  #: of the checkout, with "-dirty" where files differ from it; empty where it is none
-    identity: dict[str, str] = Field(default_factory=dict)  #: fingerprints of what it was made with
-    parent: Parent | None = None
+    record: RunFile | None = None  #: None: they saved nothing that a start could continue
+    steps: frozenset[int] = frozenset()  #: of the checkpoints that are there, by their names
+    exported: bool = False  #: the result is whole
 
 
-def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
-    """Check that a run may write into `out`. Reads only, so every rank can do it.
+def look_into(out: Path) -> EarlierStarts:
+    """Look into a run folder. Raises ValueError as `read_run` where something was saved."""
+    record = read_run(out) if saved_something(out) else None
+    exported = (out / EXPORT / EXPORT_RECORD_FILE).is_file()
+    return EarlierStarts(record, frozenset(named_steps(out)), exported)
+
+
+def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> EarlierStarts:
+    """Look into `out` and check that a run may write there. Reads only, so every rank can do it.
 
     Args:
         resume: "auto" continues a run of the same settings, "must" needs one, "no" wants a fresh folder.
@@ -64,39 +54,35 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
         ValueError: a folder of other things, a run of other settings (twelve are named), or a run in the way.
             A run that neither saved nor recorded a step is not in the way.
     """
-    saved, metrics = saved_something(out), out / METRICS_FILE
-    if resume == "must" and not saved:
+    earlier = look_into(out)
+    if resume == "must" and earlier.record is None:
         raise ValueError(f"--resume must: no run in {out} has saved anything; use --resume auto to start one")
     if not (out / RECORD_FILE).is_file():
-        if others := sorted({path.name for path in out.glob("[!.]*")} - _OF_A_START):
+        others = sorted({path.name for path in out.glob("[!.]*")} - _OF_A_START)
+        if others:
             raise ValueError(
                 f"{out} holds no run but other files ({', '.join(others[:8])}); choose another --out"
             )
-        return
-    if not saved and not (metrics.is_file() and metrics.stat().st_size):
-        return
+        return earlier
+    metrics = out / METRICS_FILE
+    recorded_steps = metrics.is_file() and metrics.stat().st_size > 0
+    if earlier.record is None and not recorded_steps:
+        return earlier
     if resume == "no":
         raise ValueError(
             f"--resume no: {out} holds a run; choose another --out, or --resume auto to continue it"
         )
     with reading(out / RECORD_FILE, "the record of a run"):
-        there = identity_of(read_run(out).config)
-    if listed := differences(there, config):
-        lines = "".join(f"  {line}\n" for line in listed[:12])
-        found = f"{out} holds a run with other settings, {len(listed)} in all (there -> here):\n{lines}"
-        raise ValueError(f"{found}choose another --out, or give the settings of that run")
-
-
-def export_of(run: Path) -> Path:
-    """The folder of what a run has exported or will export; an export is its own."""
-    return run if (run / EXPORT_RECORD_FILE).is_file() else run / "export"
-
-
-def saved_something(out: Path) -> bool:
-    """Return True if a run in `out` has left a checkpoint, damaged ones too, or a whole export."""
-    checkpoints = (path for path in (out / "checkpoints").glob("step_*") if path.suffix != ".tmp")
-    exported = (out / "export" / EXPORT_RECORD_FILE).is_file()
-    return (out / RECORD_FILE).is_file() and (exported or any(True for _ in checkpoints))
+        there = identity_of((earlier.record or read_run(out)).config)
+    lines = differences(there, config)
+    if lines:
+        listed = "".join(f"  {line}\n" for line in lines[:_MOST_DIFFERENCES])
+        raise ValueError(
+            f"{out} holds a run with other settings, {len(lines)} in all (there -> here):\n{listed}"
+            "choose another --out, give the settings of that run, or start from it with other ones: "
+            f"visft train --from {out}"
+        )
+    return earlier
 
 
 @contextlib.contextmanager
@@ -136,34 +122,9 @@ def locked(out: Path, patience: float = 30.0) -> Iterator[None]:
         lock.release()
 
 
-def recorded_config(out: Path) -> ResolvedConfig:
-    """The resolved configuration of the run in `out`. Raises ValueError as `read_run`."""
-    return resolve(whole=(read_run(out).config, str(out / RECORD_FILE)))
-
-
-def read_run(out: Path) -> RunFile:
-    """The record of the run, or of the export, in `out`. Raises ValueError: none there, or one of another
-    schema.
-    """
-    record = out / (EXPORT_RECORD_FILE if (out / EXPORT_RECORD_FILE).is_file() else RECORD_FILE)
-    if not record.is_file():
-        raise ValueError(f"there is no run in {out}: {record} does not exist")
-    with reading(record, "the record of a run"):
-        data = read_bytes(record, _MOST_BYTES)
-        if (schema := json.loads(data)["schema"]) != RUN_SCHEMA:
-            raise ValueError(f"schema {schema}; this release reads {RUN_SCHEMA}")
-        return RunFile.model_validate_json(data)
-
-
 def refuse_filled(out: Path) -> None:
     """Raise ValueError for a folder of results that is not new or empty."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(
             f"{out} is not empty, and nothing is overwritten: choose another --out, or remove it"
         )
-
-
-def named_steps(out: Path) -> set[int]:
-    """Steps of the checkpoints of the run in `out` by their names, which they get when they are whole."""
-    names = [path.name[5:] for path in (out / "checkpoints").glob("step_*")]
-    return {int(name) for name in names if name.isdigit()}

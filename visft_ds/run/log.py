@@ -7,17 +7,17 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from visft_ds import distributed
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.task_schema import SHARED
 from visft_ds.data.plan import StepPlan
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import MetricsWriter
-from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport
 from visft_ds.redaction import redacted_values
 from visft_ds.resilience.memory import peak_memory
 from visft_ds.resilience.stop import StopFlag
+from visft_ds.settings.task_schema import SHARED
 
 
 @dataclass

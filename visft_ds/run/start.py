@@ -10,29 +10,30 @@ from typing import Any
 
 import torch
 
+from visft_ds import distributed
 from visft_ds.checkpoint.format import Checkpoint, newest_checkpoint, open_checkpoint
-from visft_ds.config.preflight import run_of
+from visft_ds.config.record import recorded_config
 from visft_ds.config.schema import LoraConfig, VisftConfig
-from visft_ds.config.task_schema import Stream
 from visft_ds.data.loader import StepLoader
 from visft_ds.interop.heads import check_heads, open_head
 from visft_ds.interop.layouts import described, model_of
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models import build_empty
-from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import Start
 from visft_ds.prepare.model import PreparedModel
-from visft_ds.run.folder import named_steps, recorded_config
+from visft_ds.run.folder import EarlierStarts
+from visft_ds.run_files import run_of
+from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks.channels import measure_channels
 
 _MEASURED = 64  #: images
 
 
-def open_start(config: VisftConfig, data: RunData) -> Start | None:
+def open_start(config: VisftConfig, data: RunData, earlier: EarlierStarts) -> Start | None:
     """The values that a run of `visft.start` begins with; None for one that is resumed.
 
     Raises:
@@ -45,7 +46,7 @@ def open_start(config: VisftConfig, data: RunData) -> Start | None:
         raise ValueError(
             f"--out {out} is the run to start from: name another folder, or resume it without --from"
         )
-    if named_steps(out):
+    if earlier.steps:
         return None
     if run is None:
         return _of_adapter(config, place)

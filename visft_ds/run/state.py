@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+from visft_ds import distributed
 from visft_ds.checkpoint.export import describe_heads, export_weights
 from visft_ds.checkpoint.format import (
     SETTINGS,
@@ -18,17 +19,15 @@ from visft_ds.checkpoint.format import (
 )
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
 from visft_ds.interop.heads import HeadInfo, described
 from visft_ds.interop.weights import remove_unfinished, write_text
-from visft_ds.monitor.metrics import METRICS_FILE
-from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.model import PreparedModel
-from visft_ds.run.folder import saved_something
+from visft_ds.run.folder import EarlierStarts
 from visft_ds.run.log import RunLog
+from visft_ds.run_files import EXPORT_RECORD_FILE, METRICS_FILE, RECORD_FILE
 
 
 class RunState:
@@ -39,13 +38,20 @@ class RunState:
         engine: whose state is saved and restored.
         identity: what a checkpoint of this run must have been made with, beside the settings.
         data: categories and words that heads are saved with.
+        earlier: what is in the run folder.
     """
 
     def __init__(
-        self, config: ResolvedConfig, engine: Engine, identity: Mapping[str, str], data: RunData
+        self,
+        config: ResolvedConfig,
+        engine: Engine,
+        identity: Mapping[str, str],
+        data: RunData,
+        earlier: EarlierStarts,
     ) -> None:
         run, self._identity = config.visft.run, identity
         self._out, self._engine, self._config, self._data = Path(run.out or ""), engine, config, data
+        self._earlier = earlier
         #: Its context waits for a save that is on its way.
         retention = Retention(run.keep_last, run.keep_best)
         saved_with = {**identity, SETTINGS: config.identity()}
@@ -82,7 +88,7 @@ class RunState:
             return checkpoint.path, recorded_scores(self._out / METRICS_FILE, best) if best else {}
         if skipped:
             raise ValueError(f"no checkpoint in {self.saver.folder} is whole: move them away to train anew")
-        if saved_something(self._out):
+        if self._earlier.record is not None:
             raise ValueError(
                 f"{self._out} has an export and no checkpoint to continue from: choose another --out"
             )
@@ -135,13 +141,6 @@ class RunState:
             )
         log.message(f"exporting step {best}, the best by {self.saver.retention.best}")
         return best
-
-    @property
-    def exported(self) -> bool:
-        """True if an earlier start of this run has exported its result, and nothing has begun to change
-        it.
-        """
-        return (self._out / "export" / EXPORT_RECORD_FILE).is_file()
 
     def _heads(self, step: int) -> dict[str, HeadInfo]:
         """Descriptions of the heads that train in this run."""

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.data.shards import Manifest, splits_in, verify
+from visft_ds.errors import tell
 from visft_ds.files import shown_name
 from visft_ds.flags import Parser, check_least, parse_size
-from visft_ds.resilience.errors import tell
 from visft_ds.shards.build import Options, build, reasons
 from visft_ds.shards.coco import FolderSplit, lines_of
 from visft_ds.shards.layouts import recognise

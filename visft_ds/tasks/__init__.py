@@ -78,7 +78,7 @@ def get_task(name: str) -> Task:
 
 
 def config_class(name: str) -> Any:
-    """Class of the settings of a task, a subclass of `visft_ds.config.task_schema.TaskConfig`."""
+    """Class of the settings of a task, a subclass of `visft_ds.settings.task_schema.TaskConfig`."""
     if name in BUILT_IN:
         return import_module(f"visft_ds.tasks.{name}.config").CONFIG
     return get_task(name).config

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visft_ds.data.plan import generator
 from visft_ds.data.samples import Map
 from visft_ds.ops import to_device
+from visft_ds.randomness import generator
 from visft_ds.tasks.matching import at_least_float32
 
 _MOST = 1024  #: patches of an image that are compared in pairs, of which there are as many as its square

@@ -14,11 +14,11 @@ from PIL import Image
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from visft_ds.config.task_schema import TaskConfig, WordsConfig
 from visft_ds.data.dataset import caption_dataset, coco_dataset
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.transforms import Geometry, Op, Size
+from visft_ds.settings.task_schema import TaskConfig, WordsConfig
 from visft_ds.tasks import Results
 from visft_ds.tasks.pictures import SIDE, Picture, draw_objects, palette, scaled, side_by_side, with_text
 from visft_ds.tasks.vocabulary import Vocabulary

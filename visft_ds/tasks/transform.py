@@ -13,10 +13,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.transforms import Geometry, Op, Pad, ShortSides, apply_to_image, final_size, of_options
+from visft_ds.settings.task_schema import SHARED, Stream
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.spec import ImageTargets
 from visft_ds.tasks.vocabulary import Vocabulary

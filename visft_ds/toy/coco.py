@@ -28,8 +28,8 @@ import orjson
 from PIL import Image
 
 from visft_ds import program
+from visft_ds.errors import tell
 from visft_ds.flags import Parser
-from visft_ds.resilience.errors import tell
 from visft_ds.toy.scenes import (
     CATEGORIES,
     COLOURS,

@@ -37,7 +37,7 @@ from visft_ds.evals.judge.dense_sets import every
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.logistic import RESAMPLES, STRENGTHS, by_regression, held_out
 from visft_ds.evals.judge.neighbours import ROWS, Rows, by_neighbours
-from visft_ds.evals.judge.protocol import Benchmark, Features, FloatArray, Score, fifth, resamples
+from visft_ds.evals.judge.protocol import Benchmark, Features, FloatArray, Score, resamples
 from visft_ds.evals.judge.protocols import QUICK, Protocol, loaded
 from visft_ds.evals.judge.scoring import Settings, brought_near, encode_images, forward
 from visft_ds.monitor.console import gauge
@@ -79,15 +79,12 @@ def classification(
             yield probes[name](name, known, asked)
 
     def held(features: Mapping[str, Tensor], number: str) -> float:
-        known = _rows(number, features, few)
-        if few.images.groups is None:
-            chooses = held_out(known.labels)
-        else:
-            chooses = torch.zeros(len(known.labels), dtype=torch.bool, device=known.labels.device)
-            chooses[fifth(len(few.images), few.images.groups)[1]] = True
+        known = _taught(number, features, few)
+        chooses = held_out(known.labels, known.owners)
         if not chooses.any():
+            units = "class of five training images" if few.images.groups is None else "five groups of images"
             raise ValueError(
-                f"{label} has no class of five training images, a fifth of which would choose the layer"
+                f"{label} has no {units}, a fifth of which would choose the layer: give --layers last"
             )
         return probes[number](number, known.part(~chooses), known.part(chooses), 0).value
 
@@ -108,7 +105,7 @@ def classification(
         {"train": train.images, "test": test.images},
         KINDS,
         tuple(probes),
-        {"benchmark": "classification 2", "protocol": how, "labels": labels, "names": list(test.classes)},
+        {"benchmark": "classification 3", "protocol": how, "labels": labels, "names": list(test.classes)},
         scores,
         held_out=held,
         nearby=True,
@@ -191,7 +188,9 @@ def by_descent(
     name: str, encoder: Encoder, train: ClassSet, test: Rows, recipe: Recipe, settings: Settings
 ) -> Score:
     """1.0 for each row whose class the classifier predicts that is best on held-out training images."""
-    held = held_out(torch.from_numpy(train.labels), _NTH)
+    groups = train.images.groups
+    owners = np.arange(len(train.labels)) if groups is None else groups
+    held = held_out(torch.from_numpy(train.labels), torch.from_numpy(owners), _NTH).numpy()
     if not held.any():
         first = train.images.names[0]
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 import torch
 
+from visft_ds import distributed
 from visft_ds.evals.judge.comparison import Comparison
 from visft_ds.evals.judge.kinds import parse_benchmarks
 from visft_ds.evals.judge.models import parse_arms
@@ -29,7 +30,6 @@ from visft_ds.interop.weights import write_atomically
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.ops import use_numerics
-from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
 

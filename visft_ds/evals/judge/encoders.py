@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +27,16 @@ from visft_ds.evals.judge.text import TextTower
 from visft_ds.files import reading
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
+from visft_ds.pretrained import HUB, HubFile
 
 KINDS = ("pooled", "clip", "patches")
 KINDS_WITHOUT_TEXT = ("pooled", "patches")
 COARSE = 14  #: least pixels of a cell of an early stage's map: in-context compares all cells with all
 #: (mean, std) of the channels of RGB in [0, 1] that EVA-CLIP was trained and is evaluated with.
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+#: What open_clip calls weights in a repository, where its list names no file.
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 Preprocess = Callable[[Image.Image], Tensor]  #: RGB image -> (3, side, side)
 
@@ -133,6 +138,26 @@ def square_preprocess(
             transforms.Normalize(list(mean), list(std)),
         ]
     )
+
+
+def check_open_clip_is_here(name: str, weights: str) -> None:
+    """Raise ValueError for weights of open_clip, by name, tag or file, that it would have to download."""
+    import open_clip
+
+    if name.startswith(HUB):
+        repository, file = name.removeprefix(HUB), ""
+    elif (
+        not weights or Path(weights).is_file() or weights not in open_clip.list_pretrained_tags_by_model(name)
+    ):
+        return  # in a folder, a file, or an error of open_clip_encoder
+    else:
+        repository, _, file = open_clip.get_pretrained_cfg(name, weights)["hf_hub"].rpartition("/")
+    files = [file] if file else OPEN_CLIP_FILES
+    if not any(HubFile(repository, "main", each).cached() for each in files):
+        raise ValueError(
+            f"open_clip:{name}: its weights ({HUB}{repository}) are not in the hub's cache: add --download, "
+            "or give a file"
+        )
 
 
 def open_clip_encoder(name: str, weights: str) -> Encoder:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from zlib import crc32
 
-from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
+from visft_ds.config.record import recorded_config
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.evals.judge.models import ModelSpec
 from visft_ds.evals.judge.protocol import Benchmark, ImageSet
-from visft_ds.run.folder import recorded_config
+from visft_ds.run_files import EXPORT_RECORD_FILE, RECORD_FILE
 
 _DEPTH = 3  # folders between a file of a run and its record, at most
 
@@ -46,7 +46,9 @@ def _places(spec: ModelSpec) -> list[tuple[str, str]]:
     for folder in [path, *path.absolute().parents][: _DEPTH + 1]:
         if (folder / RECORD_FILE).is_file() or (folder / EXPORT_RECORD_FILE).is_file():
             config = recorded_config(folder)
-            return config.visft.data.places() if config.visft.stage == 2 else []
+            if config.visft.stage == 1:
+                return []
+            return [(entry.root, entry.split) for entry in config.visft.data.training_sets()]
     return []
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from visft_ds.config.fields import nearest
 from visft_ds.evals.judge import classes, dense_sets
 from visft_ds.evals.judge.classification import classification
 from visft_ds.evals.judge.depth import depth
@@ -19,6 +18,7 @@ from visft_ds.evals.judge.protocol import Benchmark, ImageSet
 from visft_ds.evals.judge.protocols import Protocol
 from visft_ds.evals.judge.retrieval import read_captions, retrieval
 from visft_ds.evals.judge.segmentation import segmentation
+from visft_ds.settings.fields import nearest
 
 SEGMENTATION = "segmentation"
 
@@ -73,11 +73,15 @@ def _zero_shot(request: Request) -> Benchmark:
 
 
 def _retrieval(request: Request) -> Benchmark:
-    return retrieval(request.label, *read_captions(request.source, request.test))
+    images, captions, owners = read_captions(request.source, request.test)
+    return retrieval(request.label, request.grouped(images), captions, owners)
 
 
 def _objects(request: Request) -> Benchmark:
-    return grounding(request.label, *dense_sets.read_objects(request.protocol.images, *request.parts))
+    learnt, held = dense_sets.read_objects(request.protocol.images, *request.parts)
+    train = replace(learnt, images=request.grouped(learnt.images))
+    test = replace(held, images=request.grouped(held.images))
+    return grounding(request.label, train, test)
 
 
 def _ocr(request: Request) -> Benchmark:
@@ -96,8 +100,8 @@ KINDS: dict[str, tuple[Callable[[Request], Benchmark], tuple[str, ...]]] = {
     "depth": (_depth, _ALL),
     "classification": (_classification, _ALL),
     "zero_shot": (_zero_shot, ("split", "groups", "name")),
-    "retrieval": (_retrieval, ("split", "name")),
-    "objects": (_objects, ("split", "train", "name")),
+    "retrieval": (_retrieval, ("split", "groups", "name")),
+    "objects": (_objects, _ALL),
     "ocr": (_ocr, ("name",)),
     "kept": (_kept, ("groups", "name")),
 }

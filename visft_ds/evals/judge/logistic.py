@@ -81,7 +81,7 @@ class _Problem:
 
 def by_regression(name: str, train: Rows, test: Rows, draws: int = RESAMPLES) -> Score:
     """1.0 for each row whose class logistic regression predicts."""
-    held = held_out(train.labels)
+    held = held_out(train.labels, train.owners)
     strength = _FEW
     if held.any():
         problem, fifth = _Problem(train.part(~held)), train.part(held)
@@ -101,13 +101,21 @@ def by_regression(name: str, train: Rows, test: Rows, draws: int = RESAMPLES) ->
     return Score(name, each[0], test.owners.cpu().numpy(), retrained=each[1:].mean(axis=1))
 
 
-def held_out(labels: Tensor, nth: int = 5) -> Tensor:
-    """Mask of every nth image of a class; of a class of fewer than `nth` every fifth, of fewer than five
+def held_out(labels: Tensor, owners: Tensor, nth: int = 5) -> Tensor:
+    """Mask of the rows that choose a setting: every nth image of a class, or where several rows have an
+    owner (an image, a patient) every nth owner whole. Of fewer than `nth` every fifth, of fewer than five
     none.
     """
     held = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    units = owners.unique()
+    if len(units) < len(owners):
+        return torch.isin(owners, _every(units, nth))
     for label in labels.unique():
-        own = (labels == label).nonzero()[:, 0]
-        step = nth if len(own) >= nth else 5
-        held[own[step - 1 :: step]] = True
+        held[_every((labels == label).nonzero()[:, 0], nth)] = True
     return held
+
+
+def _every(units: Tensor, nth: int) -> Tensor:
+    """Every nth of some units; of fewer than `nth` every fifth."""
+    step = nth if len(units) >= nth else 5
+    return units[step - 1 :: step]

@@ -11,11 +11,13 @@ weights [LABEL=]MODEL,MODEL,...            one arm: trainings that differ by the
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from visft_ds.config.backbones import named
-from visft_ds.config.fields import Precision
-from visft_ds.evals.judge.encoders import CLIP, BackboneEncoder, Encoder, open_clip_encoder, square_preprocess
+from visft_ds.config.record import recorded_config
+from visft_ds.evals.judge.encoders import (
+    CLIP,
+    BackboneEncoder,
+    Encoder,
+    check_open_clip_is_here,
+    open_clip_encoder,
+    square_preprocess,
+)
 from visft_ds.evals.judge.images import stamp
 from visft_ds.evals.judge.text import projection_of, text_tower_in
 from visft_ds.evals.model import adapter_for, files_of_run
@@ -45,7 +54,7 @@ from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import KINDS, dense_update, lora_layers
 from visft_ds.ops import DTYPES
 from visft_ds.pretrained import TIMM
-from visft_ds.run.folder import recorded_config
+from visft_ds.settings.fields import Precision
 
 _LOCAL = "local-dir:"  # beginning of the name of a model in a folder
 NOISE, HALF = "noise", "half"  #: arms that come by themselves
@@ -72,14 +81,19 @@ class ModelSpec:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that its features depend on, in JSON's types; files by name, size and time."""
+        """Everything that its features depend on, in JSON's types; files by name, size and time, those of a
+        folder of open_clip by their content: such a folder is written anew in place."""
         files = []
-        for path in (self.open_clip_folder, Path(self.name) if self.name else None, self.adapter):
+        for path in (Path(self.name) if self.name else None, self.adapter):
             if path is not None:
                 files += [path] if path.is_file() else sorted(path.glob("*"))
+        contents = []
+        if self.open_clip_folder is not None:
+            for path in sorted(self.open_clip_folder.glob("*")):
+                contents.append(f"{path.name} {_content(path, stamp(path))}")
         own = asdict(replace(self, origin=None)) | {"label": "", "adapter": ""}
         origin = self.origin.identity if self.origin is not None and self.mixed else None
-        return own | {"origin": origin, "files": [f"{file.name} {stamp(file)}" for file in files]}
+        return own | {"origin": origin, "files": [f"{file.name} {stamp(file)}" for file in files] + contents}
 
     @property
     def open_clip_folder(self) -> Path | None:
@@ -165,6 +179,8 @@ def parse_model(text: str, *, download: bool = False) -> ModelSpec:
     if rest.startswith("open_clip:"):
         if end:
             raise ValueError(f"{text}: blocks are read of models of ours and of timm, not of open_clip")
+        if not download:
+            check_open_clip_is_here(name, weights)
         spec = ModelSpec(Path(name).name, weights, open_clip=name)
     elif rest.startswith(TIMM) and weights:
         spec = ModelSpec(name, weights, model={"preset": f"{TIMM}{name}"})
@@ -175,6 +191,15 @@ def parse_model(text: str, *, download: bool = False) -> ModelSpec:
         spec = _of_files(rest)
     block, scale = int(end[1:]) if end else None, float(factor[1:]) if factor else 1.0
     return replace(spec, label=label or spec.label + end, block=block, scale=scale)
+
+
+@cache
+def _content(path: Path, _: str) -> str:
+    """sha256 of a file, computed once as long as its stamp is the same; empty for a folder."""
+    if path.is_dir():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _of_files(text: str) -> ModelSpec:

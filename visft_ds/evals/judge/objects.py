@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from PIL import Image
@@ -24,6 +25,7 @@ from visft_ds.evals.judge.protocol import (
     Benchmark,
     Features,
     ImageSet,
+    IntArray,
     Score,
     hits,
     rank_by_text,
@@ -41,10 +43,8 @@ def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
     names = [name for name in test.classes if name]
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
-        known, asked = (
-            rows_of(features["train"]["pooled"], learnt),
-            rows_of(features["test"]["pooled"], judged),
-        )
+        known = rows_of(features["train"]["pooled"], learnt, train.images.groups)
+        asked = rows_of(features["test"]["pooled"], judged, test.images.groups)
         if "texts" in features and "clip" in features["test"]:
             right = asked.labels.numpy() - test.classes.count("")
             ranks = rank_by_text(features["test"]["clip"], features["texts"]["clip"], len(PLAIN), right)
@@ -56,7 +56,7 @@ def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
         {"train": taught, "test": shown},
         ("clip", "pooled"),
         ("text top1", "probe"),
-        {"benchmark": "objects 3", "names": names},
+        {"benchmark": "objects 4", "names": names},
         scores,
         texts=sentences(names, PLAIN),
     )
@@ -69,7 +69,8 @@ def _boxes(data: DenseSet) -> tuple[ImageSet, Sequence[Thing]]:
     if not large:
         raise ValueError(f"no object has a box of at least {SMALLEST:g} pixels ({data.images.names[0]}, ...)")
     things, boxes = zip(*large, strict=True)
-    pictures = replace(chosen(data.images, [thing.owner for thing in things]), stretched=False)
+    # Scores are in groups by their rows' owners, as objects of an image are no independent evidence.
+    pictures = replace(chosen(data.images, [thing.owner for thing in things]), stretched=False, groups=None)
     return changed(
         pictures, lambda number, image: crop(image, boxes[number]), f"crop {MARGIN} {boxes}"
     ), things
@@ -85,7 +86,10 @@ def crop(image: Image.Image, box: tuple[float, ...]) -> Image.Image:
     return canvas
 
 
-def rows_of(features: Tensor, things: Sequence[Thing]) -> Rows:
-    """Objects as rows."""
+def rows_of(features: Tensor, things: Sequence[Thing], groups: IntArray | None) -> Rows:
+    """Objects as rows, which belong to their image or, if there are such, to the group of their image."""
     labels = torch.tensor([thing.label for thing in things])
-    return Rows(features, labels, torch.tensor([thing.owner for thing in things])).to(features.device)
+    owners = np.array([thing.owner for thing in things])
+    if groups is not None:
+        owners = groups[owners]
+    return Rows(features, labels, torch.from_numpy(owners)).to(features.device)

@@ -13,7 +13,7 @@ from visft_ds.evals.judge.comparison import SIDE, Arm, Comparison
 from visft_ds.evals.judge.models import ModelSpec, load_encoder
 from visft_ds.evals.judge.protocol import Benchmark
 from visft_ds.evals.judge.scoring import Settings, forward
-from visft_ds.evals.judge.shift import MOST
+from visft_ds.evals.judge.shift import SEARCHED
 from visft_ds.monitor.console import Section
 
 CROPS = 640_000  #: that a published head learns from
@@ -76,7 +76,7 @@ def _images(comparison: Comparison, benchmarks: Sequence[Benchmark], *, best: bo
         of_shift = 0
         if comparison.primary in benchmark.names:
             images = benchmark.sets.get("train") or next(iter(benchmark.sets.values()))
-            of_shift = min(MOST, len(images))
+            of_shift = min(SEARCHED, len(images))
         total += of_scores + of_layers
         for arm in comparison.tuned:
             total += len(arm.models) * (of_scores + of_layers)

@@ -23,14 +23,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from visft_ds.config.fields import Precision
+from visft_ds import distributed
+from visft_ds.errors import RankError
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, Score
 from visft_ds.interop.weights import write_atomically, write_text
 from visft_ds.monitor.console import gauge
 from visft_ds.ops import DTYPES
-from visft_ds.parallel import distributed
-from visft_ds.resilience.errors import RankError
+from visft_ds.settings.fields import Precision
 
 VERSION = 5  #: changes when the same model and data would give other scores
 #: Rows that a feature map is pooled to for a sequence of columns: upper and lower halves of letters stay

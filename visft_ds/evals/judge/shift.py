@@ -7,14 +7,15 @@ more.
 The shift is the root mean square of |u - u0|: u are the features of a model and u0 those of BASE after the
 same block, both of length 1. It is 0 for equal directions, 1.41 for unrelated ones and never more than 2;
 features that are only longer have not moved, as nearest neighbours by cosine answer the same. It is measured
-on the training images of the deciding data set, of more than MOST on every k-th, and always in fp32: in 16
-bits rounding counts as movement.
+on all training images of the deciding data set, and always in fp32: in 16 bits rounding counts as movement.
+A control's scale is searched on every k-th of more than SEARCHED images, then measured on all of them and,
+where it missed, searched again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from scipy.optimize import brentq
@@ -29,7 +30,8 @@ from visft_ds.evals.judge.models import Mixture, ModelSpec, load_encoder
 from visft_ds.evals.judge.protocol import Benchmark
 from visft_ds.evals.judge.scoring import Settings, forward, pictures
 
-MOST = 1000  #: images, and texts
+SEARCHED = 1000  #: images, and texts, on which a scale is searched
+TRIES = 3  #: searches until the shift over all images is the wanted one
 ROUNDING = 1e-6  #: a shift below it is none
 WITHIN = 0.01  #: share of the wanted shift by which it may be missed
 FURTHEST = 64.0  #: scale
@@ -45,17 +47,20 @@ class ShiftMeter:
         self._block = block
         self._settings = replace(settings, precision="fp32")
         self._label = benchmark.label
-        encoder = load_encoder(base, "fp32")
-        images = benchmark.sets.get("train") or next(iter(benchmark.sets.values()))
-        self._images = list(pictures(encoder, chosen(images, every(len(images), MOST)), self._settings))
-        kinds = [kind for kind in _KINDS if kind in encoder.kinds]
+        self._base = load_encoder(base, "fp32")
+        kinds = [kind for kind in _KINDS if kind in self._base.kinds]
         self._kind = next((kind for kind in kinds if kind in benchmark.kinds), kinds[0])
-        self._texts = [benchmark.texts[place] for place in every(len(benchmark.texts), MOST)]
-        self._base = self._features(encoder)
+        self._images = benchmark.sets.get("train") or next(iter(benchmark.sets.values()))
+        self._texts = benchmark.texts
+        sample = chosen(self._images, every(len(self._images), SEARCHED))
+        self._sample = list(pictures(self._base, sample, self._settings))
+        self._sample_texts = [self._texts[number] for number in every(len(self._texts), SEARCHED)]
+        self._sample_is_all = len(sample) == len(self._images) and len(self._sample_texts) == len(self._texts)
+        self._base_on_sample = list(self._features(self._base, self._sample, self._sample_texts))
 
     def measure(self, spec: ModelSpec) -> tuple[float, float, bool]:
         """(A, shift, True) of a model. Raises ValueError for features that are not finite."""
-        shift = self._shift(load_encoder(spec, "fp32"))
+        shift = self._on_all(load_encoder(spec, "fp32"))
         if not math.isfinite(shift):
             raise ValueError(
                 f"{spec.label}: features of {self._label} after {self._block} are NaN or infinite"
@@ -64,34 +69,66 @@ class ShiftMeter:
 
     def match(self, spec: ModelSpec, wanted: float) -> tuple[float, float, bool]:
         """(A, shift, True) of the mixture of a model with BASE that has the wanted shift; False with the
-        largest shift if none has."""
+        nearest shift if none has."""
         mixture = Mixture(spec, "fp32")
-        return scale_for(lambda scale: self._shift(mixture.at(scale)), wanted)
+        # The search leaves room for what differs between the sample and all images.
+        within = WITHIN if self._sample_is_all else WITHIN / 4
+        aim = wanted
+        for _ in range(TRIES):
+            scale, on_sample, reached = scale_for(
+                lambda scale: self._on_sample(mixture.at(scale)), aim, within
+            )
+            shift = self._on_all(mixture.at(scale))
+            is_right = abs(shift - wanted) <= WITHIN * wanted
+            if is_right or not reached or not shift:
+                break
+            aim = wanted * on_sample / shift
+        return scale, shift, is_right
 
-    def _shift(self, encoder: Encoder) -> float:
-        features = self._features(encoder)
-        squares = sum(float(((new - old) ** 2).sum()) for new, old in zip(features, self._base, strict=True))
-        shift = math.sqrt(squares / sum(map(len, self._base)))
-        return 0.0 if shift < ROUNDING else shift
+    def _on_sample(self, encoder: Encoder) -> float:
+        return _shift(self._features(encoder, self._sample, self._sample_texts), self._base_on_sample)
 
-    def _features(self, encoder: Encoder) -> list[Tensor]:
-        """Features (n, D) of length 1 of places in images, and of texts where images are compared with
-        them.
-        """
+    def _on_all(self, encoder: Encoder) -> float:
+        if self._sample_is_all:
+            return self._on_sample(encoder)
+        # Features of a large data set do not fit into memory: both models see a batch, and it is gone.
+        new, old = (
+            self._features(model, pictures(model, self._images, self._settings), self._texts)
+            for model in (encoder, self._base)
+        )
+        return _shift(new, old)
+
+    def _features(
+        self, encoder: Encoder, batches: Iterable[Tensor], texts: Sequence[str]
+    ) -> Iterator[Tensor]:
+        """Features (n, D) of length 1 of the cells of each batch of images, and of texts where images are
+        compared with them."""
         encoder.module.to(self._settings.device)
         reader = read_after(encoder, self._block)
-        found = []
-        for batch in self._images:
+        for batch in batches:
             features = forward(reader, batch, [self._kind], self._settings)[self._kind].cpu()
-            places = features.reshape(*features.shape[:2], -1).transpose(1, 2).flatten(0, 1)
-            found.append(F.normalize(places, dim=1))
-        if self._kind == "clip" and self._texts and encoder.text is not None:
-            found.append(encoder.text.encode(self._texts, self._settings.device))
-        return found
+            cells = features.reshape(*features.shape[:2], -1).transpose(1, 2).flatten(0, 1)
+            yield F.normalize(cells, dim=1)
+        if self._kind == "clip" and texts and encoder.text is not None:
+            yield encoder.text.encode(texts, self._settings.device)
 
 
-def scale_for(shift: Callable[[float], float], wanted: float) -> tuple[float, float, bool]:
-    """(A, its shift, True) within WITHIN of the wanted shift; (A, its shift, False) of the largest shift if
+def _shift(new: Iterable[Tensor], old: Iterable[Tensor]) -> float:
+    """Root mean square of the distances of rows, of pairs of tensors (n, D)."""
+    squares = 0.0
+    rows = 0
+    for new_rows, old_rows in zip(new, old, strict=True):
+        squares += float(((new_rows - old_rows) ** 2).sum())
+        rows += len(old_rows)
+    shift = math.sqrt(squares / rows)
+    return 0.0 if shift < ROUNDING else shift
+
+
+def scale_for(
+    shift: Callable[[float], float], wanted: float, within: float = WITHIN
+) -> tuple[float, float, bool]:
+    """(A, its shift, True) within a share `within` of the wanted shift; (A, its shift, False) of the largest
+    shift if
     no A up to FURTHEST reaches it."""
     if not wanted:
         return 0.0, 0.0, True
@@ -102,7 +139,7 @@ def scale_for(shift: Callable[[float], float], wanted: float) -> tuple[float, fl
         if scale not in measured:
             measured[scale] = shift(scale)
         by = measured[scale] - wanted
-        return 0.0 if abs(by) <= WITHIN * wanted else by
+        return 0.0 if abs(by) <= within * wanted else by
 
     high = 1.0
     while not beyond(high) >= 0:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from visft_ds.config.fields import Positive, Probability, Rate, StrictModel
-from visft_ds.config.task_schema import CaptionChoice, WordsConfig
+from visft_ds.settings.fields import Positive, Probability, Rate, StrictModel
+from visft_ds.settings.task_schema import CaptionChoice, WordsConfig
 
 
 class CaptioningImage(StrictModel):

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.config.task_schema import DecodingConfig
 from visft_ds.data.samples import Batch, Map
 from visft_ds.ops import autocast_dtype, autocast_to
+from visft_ds.settings.task_schema import DecodingConfig
 from visft_ds.tasks.captioning.config import CaptioningHeadConfig, CaptioningLoss
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.matching import at_least_float32

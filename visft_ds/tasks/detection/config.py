@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from visft_ds.config.fields import (
+from visft_ds.settings.fields import (
     Above,
     Ascending,
     Depth,
@@ -16,7 +16,7 @@ from visft_ds.config.fields import (
     Sides,
     StrictModel,
 )
-from visft_ds.config.task_schema import TaskConfig, Zoom, idle_zoom
+from visft_ds.settings.task_schema import TaskConfig, Zoom, idle_zoom
 
 
 class DetectionImage(StrictModel):

@@ -22,8 +22,8 @@ from visft_ds.ops import to_device
 from visft_ds.tasks import Results
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
 from visft_ds.tasks.detection.data import DetectionTargets, box_results
+from visft_ds.tasks.masks.norm import GROUPS, MaskedGroupNorm
 from visft_ds.tasks.matching import at_least_float32, centers_to_corners, generalized_box_iou
-from visft_ds.tasks.segmentation.pixel_decoder import GROUPS, MaskedGroupNorm
 
 #: Cells whose centre is less than this many cells from that of an object, and inside its box, answer for it.
 RADIUS = 1.5

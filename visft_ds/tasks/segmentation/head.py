@@ -12,14 +12,15 @@ layers + 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Map
+from visft_ds.tasks.masks.config import Labelling
+from visft_ds.tasks.masks.output import SegmentationOutput
 from visft_ds.tasks.matching import at_least_float32
-from visft_ds.tasks.segmentation.config import Labelling, SegmentationHeadConfig
+from visft_ds.tasks.segmentation.config import SegmentationHeadConfig
 from visft_ds.tasks.segmentation.pixel_decoder import PixelDecoder
 from visft_ds.tasks.transformer import DecoderLayer, FeedForward, sine_positions
 
@@ -53,22 +54,6 @@ PUBLISHED_NAMES = {
     "decoder.class_embed.": f"{_PREDICTOR}class_embed.",
     "decoder.mask_embed.": f"{_PREDICTOR}mask_embed.",
 }
-
-
-@dataclass(frozen=True)
-class SegmentationOutput:
-    """Predictions before the first decoder layer and of each; the last are the head's answer."""
-
-    logits: Tensor  #: (L, B, Q, C + 1), the last class is "no object"
-    masks: Tensor  #: (L, B, Q, h, w) logits over the padded batch, 0 at padded cells
-    labelling: Labelling = "contiguous"  #: of the head
-    #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch
-    #: in pixels.
-    extents: Tensor | None = None
-
-    def last(self) -> SegmentationOutput:
-        """The answer without what only losses look at."""
-        return replace(self, logits=self.logits[-1:], masks=self.masks[-1:])
 
 
 class SegmentationHead(nn.Module):

@@ -24,30 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.ops.deform_attn import deform_attn
+from visft_ds.tasks.masks.norm import GROUPS, MaskedGroupNorm
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.segmentation.config import SegmentationHeadConfig
 from visft_ds.tasks.transformer import sine_positions
-
-#: Groups of every group norm, as in Mask2Former.
-GROUPS = 32
-
-
-class MaskedGroupNorm(nn.GroupNorm):
-    """Group norm whose mean and variance are those of the valid cells."""
-
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
-        """x (B, E, h, w), valid (B, h, w) bool, at least one True for each image -> (B, E, h, w), at least
-        float32.
-        """
-        x = at_least_float32(x)
-        inside = valid[:, None, None].to(x.dtype)  # (B, 1, 1, h, w)
-        grouped = x.unflatten(1, (self.num_groups, -1)) * inside
-        count = inside.sum(dim=(2, 3, 4), keepdim=True) * grouped.shape[2]
-        mean = grouped.sum(dim=(2, 3, 4), keepdim=True) / count
-        centred = (grouped - mean) * inside
-        variance = centred.square().sum(dim=(2, 3, 4), keepdim=True) / count
-        normed = (centred * torch.rsqrt(variance + self.eps)).flatten(1, 2)
-        return normed * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class DeformableAttention(nn.Module):

@@ -16,18 +16,15 @@ from visft_ds.data.transforms import Geometry, Size, of_options
 from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
+from visft_ds.tasks.masks.config import MaskTask, PlainHeadConfig
+from visft_ds.tasks.masks.data import LargeScaleJitter, SegmentationTargets, segmentation_targets
+from visft_ds.tasks.masks.loss import SegmentationCriterion
+from visft_ds.tasks.masks.plain import PlainHead
+from visft_ds.tasks.masks.rasters import decode_mask, grid_size
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.segmentation.config import (
-    MaskTask,
-    PlainHeadConfig,
-    SegmentationHeadConfig,
-    SegmentationTask,
-)
-from visft_ds.tasks.segmentation.data import LargeScaleJitter, SegmentationTargets, segmentation_targets
+from visft_ds.tasks.segmentation.config import SegmentationHeadConfig, SegmentationTask
 from visft_ds.tasks.segmentation.head import SegmentationHead
-from visft_ds.tasks.segmentation.loss import SegmentationCriterion, postprocess
-from visft_ds.tasks.segmentation.masks import decode_mask, grid_size
-from visft_ds.tasks.segmentation.plain import PlainHead
+from visft_ds.tasks.segmentation.results import postprocess
 from visft_ds.tasks.spec import (
     Classes,
     Content,

@@ -11,8 +11,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from visft_ds.config.fields import Above, Ascending, Count, Fraction, Positive, Probability, Rate, StrictModel
-from visft_ds.tasks.segmentation.config import MaskTask, PlainHeadConfig, SegmentationLoss, of_kind
+from visft_ds.settings.fields import (
+    Above,
+    Ascending,
+    Count,
+    Fraction,
+    Positive,
+    Probability,
+    Rate,
+    StrictModel,
+)
+from visft_ds.tasks.masks.config import MaskTask, PlainHeadConfig, SegmentationLoss, of_kind
 
 
 class SemanticImage(StrictModel):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.tasks.classes import VOID
-from visft_ds.tasks.segmentation.data import SegmentationTargets
+from visft_ds.tasks.masks.data import SegmentationTargets
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from torch import Tensor
 from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import VOID, category_name
+from visft_ds.tasks.masks.interpolation import interpolation
+from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.pictures import SIDE, TEXT, Picture, draw_objects, letters, palette
-from visft_ds.tasks.segmentation.head import SegmentationOutput
-from visft_ds.tasks.segmentation.loss import interpolation
-from visft_ds.tasks.segmentation.masks import decode_mask
 from visft_ds.tasks.semantic.head import SemanticOutput
 
 Places = npt.NDArray[np.uint8]  #: (H, W) places among classes or names, VOID where there is none

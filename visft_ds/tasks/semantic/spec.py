@@ -15,9 +15,9 @@ from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.transforms import Geometry, Size, of_options
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import VOID, category_name
+from visft_ds.tasks.masks.data import LargeScaleJitter, segmentation_targets
+from visft_ds.tasks.masks.loss import SegmentationCriterion
 from visft_ds.tasks.pictures import Picture, side_by_side
-from visft_ds.tasks.segmentation.data import LargeScaleJitter, segmentation_targets
-from visft_ds.tasks.segmentation.loss import SegmentationCriterion
 from visft_ds.tasks.segmentation.spec import Segmentation
 from visft_ds.tasks.semantic.config import LOSSES, SemanticHeadConfig, SemanticTask
 from visft_ds.tasks.semantic.data import SemanticTargets

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE, run_of
+from visft_ds.config.record import recorded_config
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.published import read_adapter
 from visft_ds.pretrained import local
-from visft_ds.run.folder import (
+from visft_ds.run_files import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
+    EXPORT_RECORD_FILE,
+    RECORD_FILE,
     TRAINED_BACKBONE_FILE,
     export_of,
-    recorded_config,
+    run_around,
 )
 
 
@@ -36,12 +38,6 @@ def adapter_at(path: Path) -> Adapter | None:
 
         return adapter_of_checkpoint(path)
     return read_adapter(path)
-
-
-def run_around(path: Path) -> Path | None:
-    """The run, or the export of one, that a path is or lies inside of."""
-    path = path.resolve()
-    return next((folder for folder in (path, *path.parents) if run_of(folder) == folder), None)
 
 
 def base_of(path: Path) -> Path:

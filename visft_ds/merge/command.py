@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from visft_ds.config.backbones import named
+from visft_ds.config.record import read_run, recorded_config
 from visft_ds.evals.records import MAIN
 from visft_ds.flags import check_extra
 from visft_ds.interop import FORMATS, export, layouts, transformers_names
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.card import README, card, repository_of
 from visft_ds.interop.weights import write_atomically, write_safetensors, write_text
-from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
+from visft_ds.merge.source import adapter_at, base_of
+from visft_ds.monitor.metrics import read_metrics
 from visft_ds.ops import DTYPES
 from visft_ds.pretrained import TIMM
-from visft_ds.run.adapter import adapter_at, base_of, run_around
-from visft_ds.run.folder import read_run, recorded_config
+from visft_ds.run_files import METRICS_FILE, run_around
 from visft_ds.tasks import config_class
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _MAKE = {**export.FORMATS, "transformers": transformers_names.written}
 
 
 def merge_files(given: argparse.Namespace) -> int:
-    """Write what the flags of `visft_ds.interop.cli` ask for; returns the exit status.
+    """Write what the flags of `visft_ds.merge.cli` ask for; returns the exit status.
 
     Raises ValueError for files or flags that do not fit each other.
     """

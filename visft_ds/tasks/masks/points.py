@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visft_ds.data.plan import generator
 from visft_ds.ops import to_device
+from visft_ds.randomness import generator
 
 
 def draw_points(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from visft_ds.data.samples import RawSample, Targets
 from visft_ds.data.transforms import Crop, Flip, Op, Pad, Resize, Size, final_size
-from visft_ds.tasks.segmentation.masks import draw_masks, placement
+from visft_ds.tasks.masks.rasters import draw_masks, placement
 
 
 @dataclass(frozen=True)

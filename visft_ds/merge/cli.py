@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.config.cli import DOWNLOAD_HELP
+from visft_ds.config.flags import DOWNLOAD_HELP
+from visft_ds.errors import tell
 from visft_ds.flags import Parser
 from visft_ds.interop import FORMATS
-from visft_ds.resilience.errors import tell
 
 USAGE = """Merge LoRA adapters into base weights, or write an adapter in another format.
 
@@ -29,7 +29,7 @@ Exit status: 0 written, 1 --verify found different outputs (nothing is kept), 2 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     given = _parser().parse_args(arguments)
-    from visft_ds.interop.command import merge_files
+    from visft_ds.merge.command import merge_files
 
     try:
         return merge_files(given)

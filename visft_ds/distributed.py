@@ -7,15 +7,16 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from visft_ds.errors import MainError, does_not_answer, retold
 from visft_ds.ops import to_device
-from visft_ds.resilience.errors import MainError, does_not_answer, retold
 
 T = TypeVar("T")
 
@@ -25,6 +26,33 @@ _COUNT_SLOTS = 64
 
 #: The process may go on with something else after a run (`keep_open`).
 kept_open = False
+
+
+@dataclass(frozen=True)
+class PipelinePosition:
+    """Position of a rank: its pipeline stage, and its pipeline among the data-parallel ones."""
+
+    stage: int
+    stages: int
+    dp_rank: int
+    dp_size: int
+    #: What it reads: the first stage pixels, the last one labels, those between nothing (None).
+    role: Literal["both", "images", "labels"] | None
+
+    @classmethod
+    def of_rank(cls, rank: int, world_size: int, stages: int) -> PipelinePosition:
+        """Position of a rank as DeepSpeed numbers them: first all of stage 0, then all of stage 1, and so on."""
+        assert world_size % stages == 0, (world_size, stages)
+        dp_size = world_size // stages
+        stage, dp_rank = divmod(rank, dp_size)
+        role: Literal["both", "images", "labels"] | None = None
+        if stages == 1:
+            role = "both"
+        elif stage == 0:
+            role = "images"
+        elif stage == stages - 1:
+            role = "labels"
+        return cls(stage, stages, dp_rank, dp_size, role)
 
 
 def rank() -> int:

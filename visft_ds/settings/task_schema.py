@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
-from visft_ds.config.fields import Above, Ascending, Fraction, Positive, Sides, StrictModel, Text
+from visft_ds.settings.fields import Above, Ascending, Fraction, Positive, Sides, StrictModel, Text
 
 Findings = Mapping[str, Sequence[Any]]  #: what was odd: kind -> (how often, examples)
 #: An image's caption to learn from: one drawn anew each time, or always the first.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from visft_ds.resilience.errors import LostRank, RankError, tell
+from visft_ds.errors import LostRank, RankError, tell
 
 CODES = {
     ValueError("a typo"): 2,

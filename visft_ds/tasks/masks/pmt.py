@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from visft_ds.tasks.segmentation.config import PlainHeadConfig
+from visft_ds.tasks.masks.config import PlainHeadConfig
 
 #: Our names -> theirs behind "network.", the first whose beginning fits; {n} is a map, block or step.
 #: `spread` is the root of their variance, with `tasks.channels.EPS` added.

@@ -7,9 +7,9 @@ from itertools import combinations, pairwise
 import pytest
 
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
-from visft_ds.data.loader import Place
-from visft_ds.parallel.partition import Partition, divide
+from visft_ds.distributed import PipelinePosition
 from visft_ds.planner.memory import run_of
+from visft_ds.planner.partition import Partition, divide
 from visft_ds.prepare.model import deepspeed_dict
 
 COSTS = ([0.2, *[1.0] * 12, 6.0], [5.0, 1.0, 1.0, 1.0, 4.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 9.0])
@@ -70,7 +70,7 @@ def test_stages_wait_as_the_textbook_says() -> None:
 
 
 def test_places_are_numbered_as_deepspeed_numbers_them() -> None:
-    places = [Place.of_rank(rank, 6, 3) for rank in range(6)]
+    places = [PipelinePosition.of_rank(rank, 6, 3) for rank in range(6)]
     assert [(place.stage, place.dp_rank) for place in places] == [
         (0, 0),
         (0, 1),

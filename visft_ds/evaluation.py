@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from visft_ds.config.task_schema import Stream
+from visft_ds import distributed
 from visft_ds.data.dataset import read_raw
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.shards import ShardReader
 from visft_ds.monitor.console import gauge
-from visft_ds.parallel import distributed
+from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.pictures import Picture
 from visft_ds.tasks.spec import Example, Predict

@@ -1,0 +1,1 @@
+"""What segmentation and semantic segmentation share."""

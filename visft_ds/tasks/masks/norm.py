@@ -1,0 +1,32 @@
+"""Group norm of padded maps.
+
+Letters: B images, E width, h w grid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from visft_ds.tasks.matching import at_least_float32
+
+#: Groups of every group norm, as in Mask2Former.
+GROUPS = 32
+
+
+class MaskedGroupNorm(nn.GroupNorm):
+    """Group norm whose mean and variance are those of the valid cells."""
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+        """x (B, E, h, w), valid (B, h, w) bool, at least one True for each image -> (B, E, h, w), at least
+        float32.
+        """
+        x = at_least_float32(x)
+        inside = valid[:, None, None].to(x.dtype)  # (B, 1, 1, h, w)
+        grouped = x.unflatten(1, (self.num_groups, -1)) * inside
+        count = inside.sum(dim=(2, 3, 4), keepdim=True) * grouped.shape[2]
+        mean = grouped.sum(dim=(2, 3, 4), keepdim=True) / count
+        centred = (grouped - mean) * inside
+        variance = centred.square().sum(dim=(2, 3, 4), keepdim=True) / count
+        normed = (centred * torch.rsqrt(variance + self.eps)).flatten(1, 2)
+        return normed * self.weight[:, None, None] + self.bias[:, None, None]

@@ -1,0 +1,28 @@
+"""Output of a head that predicts masks.
+
+Letters: B images, h w grid of the masks, Q queries, C classes, L prediction sets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from visft_ds.tasks.masks.config import Labelling
+
+
+@dataclass(frozen=True)
+class SegmentationOutput:
+    """Predictions before the first decoder layer and of each; the last are the head's answer."""
+
+    logits: Tensor  #: (L, B, Q, C + 1), the last class is "no object"
+    masks: Tensor  #: (L, B, Q, h, w) logits over the padded batch, 0 at padded cells
+    labelling: Labelling = "contiguous"  #: of the head
+    #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch
+    #: in pixels.
+    extents: Tensor | None = None
+
+    def last(self) -> SegmentationOutput:
+        """The answer without what only losses look at."""
+        return replace(self, logits=self.logits[-1:], masks=self.masks[-1:])
