@@ -226,6 +226,7 @@ def _decide_classes(draft: Draft, first: Manifest) -> None:
     values = dict[str, int]()
     for name, task in draft.recipe.visft.tasks.enabled().items():
         key = f"visft.tasks.{name}.head.num_classes"
-        if task.labels != "captions" and key not in draft.tree.sources:
+        has_published = getattr(task.head, "labelling", "") == "published"  # which has COCO's ids only
+        if task.labels != "captions" and not has_published and key not in draft.tree.sources:
             values[key] = len(first.categories)
     draft.decide(values, f"the data, which has {len(first.categories)} categories")
