@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
@@ -18,7 +19,15 @@ from PIL import Image, ImageOps
 
 from visft_ds import files
 from visft_ds.data.decode import decode_image
-from visft_ds.files import image_frame, open_image, read_bytes, reading, wrong_name
+from visft_ds.files import (
+    image_frame,
+    open_image,
+    read_bytes,
+    reading,
+    remove_unfinished,
+    writing,
+    wrong_name,
+)
 
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
 
@@ -220,3 +229,25 @@ def test_names_that_lead_nowhere_else_are_right() -> None:
         assert wrong_name(name), name
     for name in ("a.jpg", "Bild 1.jpg", "...", "a..b", "-x", "ファイル.png"):
         assert wrong_name(name) is None and wrong_name(f"train/{name}") is None
+
+
+def test_what_a_killed_writer_left_can_be_removed(tmp_path: Path) -> None:
+    whole = tmp_path / "export" / "adapter" / "w.safetensors"
+    with writing(whole) as file:
+        file.write(b"whole")
+        file.flush()
+        shutil.copy(file.name, f"{file.name}0")  # as of another process, which was killed meanwhile
+    assert len(os.listdir(whole.parent)) == 2
+    remove_unfinished(tmp_path, "v*")
+    assert len(os.listdir(whole.parent)) == 2
+    remove_unfinished(tmp_path / "export")
+    assert os.listdir(whole.parent) == ["w.safetensors"] and whole.read_bytes() == b"whole"
+
+
+def test_processes_that_write_the_same_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "same"
+    with writing(path) as first, writing(path) as second:
+        first.write(b"first")
+        second.write(b"second")
+        assert not path.exists()
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["same"]

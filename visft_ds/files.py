@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import sys
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -117,6 +118,49 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under its name when all of it is on disk, also before a power cut.
+
+    It is written beside its name, synced and renamed; folders are made. What fails within leaves the old file and
+    nothing else. Any number of processes and threads may write the same file: the last one to end wins.
+
+    Raises:
+        OSError: a full disk, a read-only folder; it names the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file by `writing`."""
+    with writing(path) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text by `writing`."""
+    write_bytes(path, text.encode())
+
+
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Remove what `writing` has left of files of this name (a pattern) below a folder, in processes that were killed."""
+    for path in folder.rglob(f".{name}.tmp-*"):
+        path.unlink()
 
 
 def read_bytes(path: Path | str, most: int = MAX_BYTES) -> bytes:

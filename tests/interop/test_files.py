@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -18,16 +17,7 @@ from torch import Tensor
 
 from tests.parallel.test_start import peak
 from visft_ds.data.fetch import sha256_of
-from visft_ds.interop.weights import (
-    Lazy,
-    Weights,
-    finite,
-    open_weights,
-    remove_unfinished,
-    save_tensors,
-    write_atomically,
-    write_safetensors,
-)
+from visft_ds.interop.weights import Lazy, Weights, finite, open_weights, save_tensors, write_safetensors
 
 
 def _tensors() -> dict[str, Tensor]:
@@ -136,15 +126,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     with pytest.raises(OSError, match="No space"):
         write_safetensors(path, tensors, {})
     assert sha256_of(path) == before and os.listdir(tmp_path) == ["w.safetensors"]
-
-
-def test_what_a_killed_writer_left_can_be_removed(tmp_path: Path) -> None:
-    whole = tmp_path / "export" / "adapter" / "w.safetensors"
-    # As of another process, which was killed meanwhile: its number is another one.
-    write_atomically(whole, lambda file: shutil.copy(file.name, f"{file.name}0"))
-    assert len(os.listdir(whole.parent)) == 2
-    remove_unfinished(tmp_path / "export")
-    assert os.listdir(whole.parent) == ["w.safetensors"]
 
 
 def test_a_tensor_that_is_read_is_alone_in_memory(tmp_path: Path) -> None:

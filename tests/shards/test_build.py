@@ -43,9 +43,8 @@ def options_of(tree: Tree, out: Path, **changes: Any) -> Options:
 
 
 def digests(root: Path) -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.iterdir() if path.is_file()
-    }
+    finished = [path for path in root.iterdir() if path.is_file() and ".tmp-" not in path.name]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in finished}
 
 
 def times(root: Path) -> dict[str, int]:
@@ -101,7 +100,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(
     # A kill may come between a shard and its record; that one is made again.
     after = times(tmp_path)
     assert len(before) - 2 <= sum(after[name] == stamp for name, stamp in before.items())
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(".*.tmp-*"))
 
 
 def test_any_number_of_workers_writes_the_same_bytes(
@@ -159,7 +158,7 @@ def test_a_failure_while_writing_leaves_only_whole_files(
         patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space left"):
             build(options)
-    assert not list(options.out.rglob("*.tmp"))
+    assert not list(options.out.rglob(".*.tmp-*"))
     with pytest.raises(ValueError, match=r"toy\.manifest\.json does not exist"):
         Manifest.load(options.out, "toy")
     build(options)

@@ -22,11 +22,12 @@ from torch import Tensor
 from visft_ds.checkpoint.format import Checkpoint, explained, newest_checkpoint, open_checkpoint
 from visft_ds.config.record import recorded_config
 from visft_ds.config.schema import VisftConfig
+from visft_ds.files import write_text
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README, card, repository_of
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.interop.layouts import BASE, MODEL, fingerprint_of, is_lora, model_of
-from visft_ds.interop.weights import Lazy, Weights, examples, write_safetensors, write_text
+from visft_ds.interop.weights import Lazy, Weights, examples, write_safetensors
 from visft_ds.models import Backbone, build_empty
 from visft_ds.models.lora import inject_lora
 from visft_ds.prepare.data import RunData

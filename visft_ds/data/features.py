@@ -10,8 +10,6 @@ Shape letters: h w patch grid, D width, P tokens.
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -22,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from visft_ds.files import reading, sync_folder
+from visft_ds.files import reading, write_bytes
 from visft_ds.ops import to_device
 
 #: Changes when the same image, geometry and weights would give other features, or a file has another form.
@@ -60,7 +58,7 @@ class FeatureCache:
             text = json.dumps({"version": VERSION, **identity}, indent=2, sort_keys=True)
             self.folder = root / sha256(text.encode()).hexdigest()[:16]
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / "identity.json", text.encode())  # for people
+            write_bytes(self.folder / "identity.json", text.encode())  # for people
 
     def get(self, key: int, index: int) -> View | None:
         """The view of sample `index` with this key; None if its features are not kept.
@@ -86,24 +84,8 @@ class FeatureCache:
             path.parent.mkdir(exist_ok=True)
             about = {"index": str(index), "height": str(frame[0]), "width": str(frame[1])}
             tensors = {str(place): one.cpu().contiguous() for place, one in enumerate(features)}
-            _write(path, safetensors.torch.save(tensors, about))
+            write_bytes(path, safetensors.torch.save(tensors, about))
 
     def _path(self, key: int) -> Path | None:
         name = f"{key:016x}.safetensors"
         return None if self.folder is None else self.folder / sha256(name.encode()).hexdigest()[:2] / name
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that is whole or not there, also after a power cut. Any number of processes may write the
-    same.
-    """
-    temporary = path.with_name(f".{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import orjson
 
 from visft_ds.data.fetch import Cache, RemoteFolder, sha256_of
-from visft_ds.files import read_bytes, reading, sync_folder
+from visft_ds.files import read_bytes, reading, write_bytes
 
 FORMAT, VERSION = "visft_ds shards", 4
 INDEX = ".index.npy"  #: ends the name of an index, behind that of its split
@@ -163,7 +163,7 @@ class Manifest:
 
     def save(self, index: bytes) -> None:
         """Write the index and then the manifest into `root`, when all shards are there."""
-        store(Path(self.root, self.split + INDEX), index)
+        write_bytes(Path(self.root, self.split + INDEX), index)
         values = {
             each.name: getattr(self, each.name)
             for each in fields(self)
@@ -173,7 +173,7 @@ class Manifest:
         content = orjson.dumps(
             values, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
         )
-        store(manifest_path(Path(self.root), self.split), content)
+        write_bytes(manifest_path(Path(self.root), self.split), content)
 
     @cached_property
     def index(self) -> npt.NDArray[Any]:
@@ -334,14 +334,3 @@ def tar_name(split: str, number: int) -> str:
 def splits_in(root: Path) -> list[str]:
     """Names of the finished splits in a folder."""
     return sorted(path.name.removesuffix(".manifest.json") for path in root.glob("*.manifest.json"))
-
-
-def store(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)

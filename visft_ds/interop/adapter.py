@@ -25,9 +25,9 @@ from pydantic import Field
 from torch import Tensor
 
 from visft_ds.config.schema import LoraConfig
-from visft_ds.files import reading
+from visft_ds.files import reading, write_text
 from visft_ds.interop.layouts import StoredModel, described, fitted, model_of
-from visft_ds.interop.weights import Lazy, Weights, examples, open_weights, save_tensors, write_text
+from visft_ds.interop.weights import Lazy, Weights, examples, open_weights, save_tensors
 from visft_ds.models import Backbone
 from visft_ds.models.lora import KINDS, dense_update, inject_lora, lora_layers, lora_parameters
 from visft_ds.ops.lora import Slices, parts_of

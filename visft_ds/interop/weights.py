@@ -8,7 +8,6 @@ run.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import struct
 import zipfile
@@ -23,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from visft_ds import __version__
-from visft_ds.files import reading, shown_name, sync_folder
+from visft_ds.files import reading, shown_name, writing
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 #: Names under which training scripts keep the weights beside an optimizer's state and counters.
@@ -167,7 +166,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping
     The header gains `format`, which transformers and PEFT ask for, and our version.
     """
     pieces = safetensors_pieces(tensors, {"visft_ds": __version__, **metadata})
-    write_atomically(path, lambda file: file.writelines(pieces))
+    with writing(path) as file:
+        file.writelines(pieces)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -195,32 +195,3 @@ def safetensors_pieces(
         assert (tuple(value.shape), value.dtype) == (tensors[name].shape, tensors[name].dtype), name
         # One element that was expanded counts as contiguous with any stride; a view as bytes needs 1.
         yield value.as_strided((value.numel(),), (1,)).view(torch.uint8).numpy().data
-
-
-def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    """Call `write(binary file)` on a neighbour, sync, rename; a write that fails leaves nothing behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what `write_atomically` left below a folder in a process that was killed meanwhile."""
-    for path in folder.rglob(".*.tmp-*"):
-        path.unlink()

@@ -17,11 +17,12 @@ import torch
 from visft_ds.config.backbones import named
 from visft_ds.config.record import read_run, recorded_config
 from visft_ds.evals.records import MAIN
+from visft_ds.files import write_text, writing
 from visft_ds.flags import check_extra
 from visft_ds.interop import FORMATS, export, layouts, transformers_names
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.card import README, card, repository_of
-from visft_ds.interop.weights import write_atomically, write_safetensors, write_text
+from visft_ds.interop.weights import write_safetensors
 from visft_ds.merge.source import adapter_at, base_of
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.ops import DTYPES
@@ -99,7 +100,8 @@ def merge_files(given: argparse.Namespace) -> int:
                 write_safetensors(weights, written.tensors, {layouts.MODEL: json.dumps(model), **made_of})
             else:  # of programs that read by torch.load alone
                 tensors = {name: one.read().contiguous() for name, one in written.tensors.items()}
-                write_atomically(weights, lambda target: torch.save(tensors, target))
+                with writing(weights) as target:
+                    torch.save(tensors, target)
             for name, content in written.files.items():
                 write_text(stage / name, json.dumps(content, indent=2) + "\n")
         if share.wanted:

@@ -17,8 +17,7 @@ import orjson
 import torch
 from tqdm import tqdm
 
-from visft_ds.files import read_bytes, reading
-from visft_ds.interop.weights import write_atomically
+from visft_ds.files import read_bytes, reading, write_bytes
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.predict.images import OpenedImage, find_images, open_file, printable
 from visft_ds.predict.model import Model, check_options, load
@@ -82,7 +81,7 @@ def predict(images: list[str], out: Path, threshold: float, batch_size: int | No
     if not whole["images"]:
         (out / LINES).unlink()
         raise ValueError(f"none of {len(found)} files could be predicted")
-    write_atomically(out / RESULTS, lambda file: file.write(orjson.dumps(whole)))
+    write_bytes(out / RESULTS, orjson.dumps(whole))
     (out / LINES).unlink()
     rows = [("predicted", f"{len(whole['images'])} images")]
     if skipped:

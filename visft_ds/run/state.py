@@ -19,8 +19,8 @@ from visft_ds.checkpoint.format import (
 )
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
+from visft_ds.files import remove_unfinished, write_text
 from visft_ds.interop.heads import HeadInfo, described
-from visft_ds.interop.weights import remove_unfinished, write_text
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData

@@ -41,10 +41,18 @@ from visft_ds.data.shards import (
     ShardFile,
     fingerprint,
     manifest_path,
-    store,
     tar_name,
 )
-from visft_ds.files import image_frame, open_image, read_bytes, reading, sync_folder, wrong_name
+from visft_ds.files import (
+    image_frame,
+    open_image,
+    read_bytes,
+    reading,
+    remove_unfinished,
+    write_bytes,
+    writing,
+    wrong_name,
+)
 from visft_ds.shards.coco import CocoFile, CocoSource, Findings, SourceImage, read_coco
 from visft_ds.shards.yolo import Exif
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
@@ -278,13 +286,14 @@ def _claim(options: Options, wanted: dict[str, Any], planned: int, replace: bool
     manifest_path(options.out, options.split).unlink(missing_ok=True)  # before what it describes is half gone
     if same:
         left_over = [path for path in shards if path.name >= tar_name(options.split, planned)]
-        left_over += work.glob("*.tmp")
     else:
         left_over = [*shards, *work.glob("*")]
     for path in left_over:
         if path.name != _LOCK:
             path.unlink()
-    store(work / "options.json", orjson.dumps(wanted))
+    remove_unfinished(options.out, f"{options.split}-{'[0-9]' * 6}.tar")
+    remove_unfinished(work)
+    write_bytes(work / "options.json", orjson.dumps(wanted))
 
 
 def _record(path: Path) -> Any:
@@ -317,8 +326,8 @@ def _write_all(options: Options, plan: list[list[SourceImage]], workers: int) ->
         if same and shard.is_file() and sha256_of(shard) == found["sha256"]:
             count(len(images))
             return dict(found)
-        made = _write(shard, record.with_suffix(".tmp"), images, options, count) | {"key": key.hexdigest()}
-        store(record, orjson.dumps(made))
+        made = _write(shard, images, options, count) | {"key": key.hexdigest()}
+        write_bytes(record, orjson.dumps(made))
         return made
 
     with bar, warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
@@ -331,38 +340,30 @@ def _write_all(options: Options, plan: list[list[SourceImage]], workers: int) ->
 
 def _write(
     shard: Path,
-    temporary: Path,
     images: Sequence[SourceImage],
     options: Options,
     count: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Write a shard, first under a temporary name; returns its record."""
+    """Write a shard whole or not at all; returns its record."""
     rows, left_out, odd = list[list[int]](), list[tuple[str, str]](), list[tuple[str, str]]()
-    try:
-        with temporary.open("wb") as file:
-            tar = TarWriter(file)
-            for image in images:
-                count(1)
-                try:
-                    suffix, data, kinds = _picture(image, options)
-                except ValueError as error:
-                    left_out.append(
-                        (image.file_name, str(error).removeprefix(f"{options.images / image.file_name}: "))
-                    )
-                else:
-                    row, key = list[int](), f"{image.image_id:012d}"
-                    for name, part in ((f"{key}.{suffix}", data), (f"{key}.json", image.label())):
-                        row += tar.add(name, part), len(part), crc32(part)
-                    row += image.width, image.height, image.image_id, image.trainable, len(image.captions)
-                    rows.append(row)  # the columns of INDEX_DTYPE behind the shard
-                    odd += [(kind, image.file_name) for kind in kinds]
-            tar.close()
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(shard)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(shard.parent)
+    with writing(shard) as file:
+        tar = TarWriter(file)
+        for image in images:
+            count(1)
+            try:
+                suffix, data, kinds = _picture(image, options)
+            except ValueError as error:
+                left_out.append(
+                    (image.file_name, str(error).removeprefix(f"{options.images / image.file_name}: "))
+                )
+            else:
+                row, key = list[int](), f"{image.image_id:012d}"
+                for name, part in ((f"{key}.{suffix}", data), (f"{key}.json", image.label())):
+                    row += tar.add(name, part), len(part), crc32(part)
+                row += image.width, image.height, image.image_id, image.trainable, len(image.captions)
+                rows.append(row)  # the columns of INDEX_DTYPE behind the shard
+                odd += [(kind, image.file_name) for kind in kinds]
+        tar.close()
     facts = {"name": shard.name, "bytes": tar.offset, "sha256": tar.digest.hexdigest()}
     return facts | {"rows": rows, "left_out": left_out, "odd": odd}
 
