@@ -33,6 +33,21 @@ DTYPES: Mapping[Precision, torch.dtype] = {
 }
 
 
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a module, class or object another attribute inside; afterwards it has its own again."""
+    own = name in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:  # it came from the class
+            delattr(owner, name)
+
+
 def stand_in(device: torch.device) -> Any:
     """The innermost torch dispatch mode that replaces a meta device by another one, `stands_for`, which need
     not exist here, and whose autocast to `autocast` (None: it is off) replaces torch's; None on every other
@@ -64,18 +79,8 @@ def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractCont
         return nullcontext()
     mode = stand_in(device)
     if mode is not None:
-        return _pretended_autocast(mode, dtype)
+        return replaced(mode, "autocast", dtype)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-
-@contextmanager
-def _pretended_autocast(mode: Any, dtype: torch.dtype | None) -> Iterator[None]:
-    before = mode.autocast
-    mode.autocast = dtype
-    try:
-        yield
-    finally:
-        mode.autocast = before
 
 
 def at_least_float32(values: Tensor) -> Tensor:
