@@ -34,7 +34,7 @@ SMALL: dict[str, object] = {
         "attention_dim": 16,
         "embed_dim": 16,
         "decoder_dim": 16,
-        "grid": 2,
+        "encoded_image_size": 2,
         "dropout": 0.1,
     },
 }

@@ -19,7 +19,7 @@ from visft_ds.data.transforms import Geometry, Op, Size, Square
 from visft_ds.settings.fields import Positive, Rate, StrictModel
 from visft_ds.settings.task_schema import TaskConfig
 from visft_ds.tasks import Results
-from visft_ds.tasks.spec import Content, ImageTargets, Task
+from visft_ds.tasks.task import Content, ImageTargets, Task
 
 NAME, MOST = "classification", 91  # COCO's ids are below this
 

@@ -98,13 +98,13 @@ def test_images_heads_and_losses_are_the_published_ones(stage: int) -> None:
 
     image = detection.image
     assert (
-        image.short_sides == (480, 512, 544, 576, 608, 640, 672)
-        and image.max_long == 672
+        image.min_size_train == (480, 512, 544, 576, 608, 640, 672)
+        and image.max_size_train == 672
         and image.flip == 0.5
     )
-    assert image.crop_short_sides == (400, 500, 600) and image.crop_range == (384, 600)
-    assert (image.eval_short, image.eval_max_long) == (800, 672)
-    assert detection.loss.model_dump() == {"ce": 1.0, "l1": 5.0, "giou": 2.0, "no_object": 0.1}
+    assert image.crop_min_size == (400, 500, 600) and image.crop_size == (384, 600)
+    assert (image.min_size_test, image.max_size_test) == (800, 672)
+    assert detection.loss.model_dump() == {"ce": 1.0, "l1": 5.0, "giou": 2.0, "eos_coef": 0.1}
     head = detection.head
     assert (head.encoder_dim, head.decoder_dim, head.ffn_dim, head.num_heads) == (128, 256, 1024, 8)
     assert (head.encoder_layers, head.decoder_layers, head.num_queries, head.num_classes) == (6, 6, 100, 91)
@@ -112,9 +112,9 @@ def test_images_heads_and_losses_are_the_published_ones(stage: int) -> None:
 
     jitter = segmentation.image
     assert (jitter.size, jitter.scale, jitter.flip, jitter.pad_value) == (1024, (0.1, 2.0), 0.5, 128)
-    assert (jitter.eval_short, jitter.eval_max_long, jitter.eval_multiple) == (800, 1333, 32)
+    assert (jitter.min_size_test, jitter.max_size_test, jitter.eval_multiple) == (800, 1333, 32)
     loss = segmentation.loss
-    assert (loss.ce, loss.bce, loss.dice, loss.no_object) == (2.0, 5.0, 5.0, 0.1)
+    assert (loss.ce, loss.bce, loss.dice, loss.eos_coef) == (2.0, 5.0, 5.0, 0.1)
     assert (loss.num_points, loss.oversample, loss.importance) == (12_544, 3.0, 0.75)
     masks = segmentation.head
     assert (masks.hidden_dim, masks.encoder_ffn_dim, masks.decoder_ffn_dim, masks.num_heads) == (
@@ -129,7 +129,7 @@ def test_images_heads_and_losses_are_the_published_ones(stage: int) -> None:
     assert (captioning.image.size, captioning.image.max_words) == (256, 50)
     assert captioning.loss.model_dump() == {"ce": 1.0, "attention": 1.0}
     widths = {"attention_dim": 384, "embed_dim": 384, "decoder_dim": 384}
-    assert captioning.head.model_dump() == {**widths, "grid": 14, "dropout": 0.5}
+    assert captioning.head.model_dump() == {**widths, "encoded_image_size": 14, "dropout": 0.5}
     assert captioning.vocabulary.min_count == 6  # words that occur more than five times
 
 

@@ -35,7 +35,7 @@ TINY: dict[str, Any] = {
         "attention_dim": 16,
         "embed_dim": 16,
         "decoder_dim": 16,
-        "grid": 4,
+        "encoded_image_size": 4,
         "dropout": 0.1,
     },
 }
@@ -43,16 +43,16 @@ TINY: dict[str, Any] = {
 #: rank.
 MIXED: dict[str, Any] = {
     "visft.shared.image": {
-        "short_sides": [30, 42, 57],
-        "max_long": 84,
-        "eval_short": 50,
-        "eval_max_long": 84,
+        "min_size_train": [30, 42, 57],
+        "max_size_train": 84,
+        "min_size_test": 50,
+        "max_size_test": 84,
     },
     "visft.tasks.detection.image": {
-        **{"short_sides": [30, 42, 57], "max_long": 84, "eval_short": 50, "eval_max_long": 84},
-        **{"crop_short_sides": [48, 60], "crop_range": [30, 50]},
+        **{"min_size_train": [30, 42, 57], "max_size_train": 84, "min_size_test": 50, "max_size_test": 84},
+        **{"crop_min_size": [48, 60], "crop_size": [30, 50]},
     },
-    "visft.tasks.segmentation.image": {"size": 56, "eval_short": 50, "eval_max_long": 84},
+    "visft.tasks.segmentation.image": {"size": 56, "min_size_test": 50, "max_size_test": 84},
     "visft.tasks.detection.head.dropout": 0.0,
     "visft.tasks.captioning.head.dropout": 0.0,
 }

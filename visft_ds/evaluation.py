@@ -17,8 +17,9 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.monitor.console import gauge
 from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks.example import Example
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.spec import Example, Predict
+from visft_ds.tasks.task import Predict
 from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary
 

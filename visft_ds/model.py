@@ -19,11 +19,8 @@ from visft_ds.data.features import FeatureCache
 from visft_ds.data.samples import Batch, Map, valid_region
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import Grids, stack_padded
-from visft_ds.models.lora import lora_layers
-from visft_ds.ops import autocast_dtype, autocast_to, to_device
-from visft_ds.tasks.anchor import anchor_losses
-from visft_ds.tasks.matching import at_least_float32
-from visft_ds.tasks.spec import Criterion, LossDenominators, tensors_of
+from visft_ds.ops import at_least_float32, autocast_dtype, autocast_to, to_device
+from visft_ds.tasks.criterion import Criterion, LossDenominators, tensors_of
 
 #: How images reach the backbone. A run never resumes under another rule, which would give other features.
 PADDING = "each image alone, in whole cells"
@@ -103,7 +100,6 @@ class MultiTaskModel(nn.Module):
         self.faults: list[str] | None = None
         self.feature_cache: FeatureCache | None = None
         self.heads_in_fp32 = False
-        self.anchor: Mapping[str, float] = {}  #: weights of losses near the features without adapters
 
     def train(self, mode: bool = True) -> MultiTaskModel:
         """Training mode for what trains only: frozen parts stay in evaluation mode."""
@@ -189,27 +185,11 @@ class MultiTaskModel(nn.Module):
 
         Returns:
             With denominators, as 0-d tensors: {"loss": sum over tasks, "<task>": the task's weighted sum,
-            "<task>/<name>": each unweighted loss}; with an anchor "anchor" and "anchor/<name>" are among
-            them.
+            "<task>/<name>": each unweighted loss}.
             Without: {task: the head's output} for the tasks of the batch, or for every head where it has no
             targets.
         """
-        if not self.anchor or loss_denominators is None:
-            return self.outputs(self.features(batch), batch, loss_denominators)
-        layers = lora_layers(self.backbone).values()
-        for layer in layers:
-            layer.scale = 0.0
-        with torch.no_grad():
-            base = self.features(batch)[-1]
-        for layer in layers:
-            layer.scale = layer.alpha / layer.rank
-        torch.clear_autocast_cache()  # in torch 2.10 the casts that it keeps have no graph
-        maps = self.features(batch)
-        losses = self.outputs(maps, batch, loss_denominators)
-        with autocast_to(base.features.device, None):
-            token = getattr(self.backbone, "cls_token", None) is not None
-            held = anchor_losses(self.anchor, maps[-1], base, batch.random_keys, token)
-            return {**losses, **held, "loss": losses["loss"] + held["anchor"]}
+        return self.outputs(self.features(batch), batch, loss_denominators)
 
     def outputs(
         self, maps: Sequence[Map], batch: Batch, loss_denominators: LossDenominators | None = None

@@ -35,7 +35,7 @@ from visft_ds.run.report import print_start
 from visft_ds.run.start import measure_heads, open_start
 from visft_ds.run.state import RunState
 from visft_ds.tasks.channels import Channels
-from visft_ds.tasks.spec import counts_of, loss_denominators_of
+from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 
 if TYPE_CHECKING:
     from visft_ds.run.evaluation import Validation

@@ -127,8 +127,6 @@ FREE = ["visft.tasks.detection.image.fixed_size=null", "visft.shared.image.fixed
         (1, ['visft.param_groups.0={"name": "h", "params": "heads.*", "lr": 2}'], "param_groups.0.lr = 2 "),
         (2, ["visft.param_groups.2=1"], "has no 2"),
         (2, [TIMM], "model.overrides.width"),
-        (2, ["visft.anchor.gram=1", "visft.lora=null"], "is for stage 2 with visft.lora"),
-        (2, ["visft.anchor.gram=1", "pipeline.stages=2"], "is for stage 2 with visft.lora"),
         (
             1,
             ["pipeline.stages=2", "visft.tasks=semantic"],
@@ -199,10 +197,9 @@ def test_the_identity_holds_what_decides_the_result() -> None:
 
 
 def test_a_key_that_a_release_adds_is_compared_with_its_default() -> None:
-    """A run of an earlier release knows neither anchors nor one of the losses, and its export no null."""
+    """A run of an earlier release lacks a switch, a loss and a setting of Adam, and its export has no null."""
     new = (
-        "visft.anchor.gram",
-        "visft.anchor.cosine",
+        "visft.heads.active_dropout",
         "visft.tasks.detection.loss.giou",
         "optimizer.params.eps",
     )
@@ -210,7 +207,8 @@ def test_a_key_that_a_release_adds_is_compared_with_its_default() -> None:
     assert here.identity().keys() >= set(new)
     there = {key: value for key, value in here.identity().items() if key not in new}
     assert differences(there, here) == [] == differences({**there, "visft.gone": None}, here)
-    assert differences(there, debug("visft.anchor.gram=2")) == ["visft.anchor.gram: 0.0 (its default) -> 2.0"]
+    changed = differences(there, debug("visft.heads.active_dropout=true"))
+    assert changed == ["visft.heads.active_dropout: false (its default) -> true"]
     default = here.identity()["visft.tasks.detection.loss.giou"]
     changed = debug("visft.tasks.detection.loss.giou=5.5", "visft.seed=7")
     told = f"visft.tasks.detection.loss.giou: {default} (its default) -> 5.5"
@@ -219,7 +217,7 @@ def test_a_key_that_a_release_adds_is_compared_with_its_default() -> None:
 
 
 def test_lists_and_tasks_that_differ_are_named_whole() -> None:
-    short, two = "visft.tasks.detection.image.short_sides", "visft.lora.targets"
+    short, two = "visft.tasks.detection.image.min_size_train", "visft.lora.targets"
     few, many = debug(f"{short}=[48]", f'{two}=["q"]'), debug(f"{short}=[48,64]", f'{two}=["q","v"]')
     assert differences(few.identity(), many) == [
         f'{two}.1: (absent) -> "v"',

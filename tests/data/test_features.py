@@ -128,10 +128,10 @@ def test_samples_with_features_are_read_without_pixels(
     reader: ShardReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: dict[str, Any] = {
-        "short_sides": (30, 36),
-        "max_long": 60,
-        "crop_short_sides": (28,),
-        "crop_range": (20, 30),
+        "min_size_train": (30, 36),
+        "max_size_train": 60,
+        "crop_min_size": (28,),
+        "crop_size": (20, 30),
     }
     pipelines = {"detection": {"toy": SamplePipeline(alone("detection", True, **sizes), collate_joint)}}
 

@@ -27,13 +27,13 @@ from visft_ds.errors import RankError
 from visft_ds.tasks.transform import collate_joint
 
 SIZES: dict[str, Any] = {
-    "short_sides": (30, 36),
-    "max_long": 60,
-    "crop_short_sides": (28,),
-    "crop_range": (20, 30),
+    "min_size_train": (30, 36),
+    "max_size_train": 60,
+    "crop_min_size": (28,),
+    "crop_size": (20, 30),
 }
 TRAIN = SamplePipeline(alone("detection", True, **SIZES), collate_joint)
-EVALUATE = SamplePipeline(alone("detection", False, eval_short=30, eval_max_long=48), collate_joint)
+EVALUATE = SamplePipeline(alone("detection", False, min_size_test=30, max_size_test=48), collate_joint)
 #: Of the two tasks, "other" stands for any second one.
 PIPELINES = {"detection": {"toy": TRAIN}, "other": {"toy": TRAIN}}
 Samples = dict[tuple[int, int], list[Any]]

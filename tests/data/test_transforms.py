@@ -24,12 +24,12 @@ from visft_ds.randomness import generator
 from visft_ds.tasks.detection.data import detection_targets
 
 SMALL = {
-    "short_sides": (60, 72, 84),
-    "max_long": 84,
-    "crop_short_sides": (50, 62),
-    "crop_range": (48, 75),
-    "eval_short": 100,
-    "eval_max_long": 84,
+    "min_size_train": (60, 72, 84),
+    "max_size_train": 84,
+    "crop_min_size": (50, 62),
+    "crop_size": (48, 75),
+    "min_size_test": 100,
+    "max_size_test": 84,
 }
 
 
@@ -121,7 +121,7 @@ def test_a_fixed_size_is_a_square(train: bool) -> None:
 
 
 def test_pictures_smaller_than_the_crop_are_cut_to_what_there_is() -> None:
-    transform = alone("detection", True, **{**SMALL, "crop_range": (500, 600)})
+    transform = alone("detection", True, **{**SMALL, "crop_size": (500, 600)})
     sizes = [transform(_sample((30, 40)), generator(key)).size for key in range(20)]
     assert max(map(max, sizes)) <= 84 and len(set(sizes)) > 1
 

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from tests.evals.test_judge import _record, _run
 from visft_ds.pretrained import lite0_of_pip
 from visft_ds.toy.coco import main as toy
-from visft_ds.toy.scenes import CATEGORIES, draw_scene, style_of
+from visft_ds.toy.scenes import draw_scene
+from visft_ds.toy.shapes import NAMES
+from visft_ds.toy.styles import style_of
 
 NUMBER = "segmentation/drawn in-context mIoU"
 
@@ -110,9 +112,9 @@ def _drawings(count: int) -> tuple[Tensor, Tensor]:
     images, labels = [], []
     for number in range(count):
         scene = draw_scene(np.random.default_rng([5, number]), style_of("b", "even"), SIDE, SIDE)
-        label = np.full((SIDE, SIDE), len(CATEGORIES))
+        label = np.full((SIDE, SIDE), len(NAMES))
         for shape in scene.shapes:
-            label[shape.visible] = shape.category
+            label[shape.visible] = NAMES.index(shape.category)
         images.append(torch.from_numpy(scene.image.copy()).permute(2, 0, 1) / 127.5 - 1)
         labels.append(torch.from_numpy(label))
     return torch.stack(images), torch.stack(labels)
@@ -127,11 +129,11 @@ def _fine_tuned(base: nn.Module, early: Tensor, labels: Tensor) -> dict[str, Ten
     """
     torch.manual_seed(0)
     network: Any = deepcopy(base)
-    late, head = network.blocks[3:5], nn.Conv2d(112, len(CATEGORIES) + 1, 1)
+    late, head = network.blocks[3:5], nn.Conv2d(112, len(NAMES) + 1, 1)
     groups = [{"params": late.parameters()}, {"params": head.parameters()}]
     optimizer = torch.optim.AdamW(groups, lr=RATE)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, [RATE, 5e-3], total_steps=STEPS)
-    weights = torch.ones(len(CATEGORIES) + 1)
+    weights = torch.ones(len(NAMES) + 1)
     weights[-1] = 0.2  # most pixels show the ground
     for _ in range(STEPS):
         chosen = torch.randint(len(early), (BATCH,))

@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
             "attention_dim": 10,
             "embed_dim": 14,
             "decoder_dim": 6,
-            "grid": 3,
+            "encoded_image_size": 3,
             "dropout": 0.375,
         }
     },
@@ -54,7 +54,7 @@ def _saved(head: nn.Module, task: str, folder: Path) -> Path:
 
 def _described(head: nn.Module) -> dict[str, Any]:
     """All that decides what a head computes, beside its weights."""
-    names = ("num_heads", "num_points", "labelling", "grid", "p")
+    names = ("num_heads", "num_points", "labelling", "encoded_image_size", "p")
     return {
         f"{name}.{key}": getattr(module, key)
         for name, module in head.named_modules()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import visft_ds.ops.lora as ops
 from tests.random_tower import build_backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import (
@@ -171,122 +169,6 @@ def test_checkpointing_gives_the_same_gradients(images: Tensor) -> None:
         found.append([p.grad.clone() for p in backbone.parameters() if p.grad is not None])
     assert {len(one) for one in found} == {len(list(backbone.parameters()))}
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
-
-
-@pytest.fixture
-def augmented(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The product that 16 bit takes on a GPU."""
-    monkeypatch.setattr(ops, "choose_backend", lambda device, dtype: "augmented")
-
-
-def _trained(backbone: EvaViT, images: Tensor) -> list[Tensor]:
-    """Output, and gradients of all that trains; from here on [W | B] is kept."""
-    backbone.zero_grad()
-    output = backbone(images)[0]
-    output.square().mean().backward()
-    return [
-        output.detach(),
-        *(p.grad.clone() for p in lora_parameters(backbone).values() if p.grad is not None),
-    ]
-
-
-def _frozen_but_adapters(**options: Any) -> EvaViT:
-    backbone = _adapted(dtype=torch.bfloat16, **options).train()
-    _small_in_fp32(backbone)
-    for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return backbone
-
-
-def _small_in_fp32(backbone: EvaViT) -> None:
-    for name, parameter in backbone.named_parameters():
-        if parameter.ndim < 2 or "lora_" in name:
-            parameter.data = parameter.data.float()
-
-
-@pytest.mark.parametrize("targets", [("q", "v"), ("k",), EVERYTHING])
-def test_the_kept_wide_weight_computes_what_a_new_one_does(
-    images: Tensor, targets: tuple[str, ...], augmented: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backbone = _frozen_but_adapters(targets=targets)
-    with monkeypatch.context() as patch:
-        patch.setattr(ops.WideWeight, "holds", lambda *_: False)
-        made_anew = _trained(backbone, images)
-    assert all(layer.weight.is_contiguous() for layer in lora_layers(backbone).values())
-    names, values = list(backbone.state_dict()), {n: v.clone() for n, v in backbone.state_dict().items()}
-    for policy in ("none", "block", "block"):
-        backbone.recompute = policy
-        for found, wanted in zip(_trained(backbone, images), made_anew, strict=True):
-            assert _difference(found, wanted) < 1e-2  # two roundings of 8 bits
-    layers = lora_layers(backbone).values()
-    assert not any(layer.weight.is_contiguous() for layer in layers), "nothing is kept"
-    assert list(backbone.state_dict()) == names
-    assert all(torch.equal(value, values[name]) for name, value in backbone.state_dict().items())
-    # One W: the parameter looks into [W | B].
-    for layer in layers:
-        assert isinstance(layer, LoRALinear)
-        assert (
-            layer.weight.untyped_storage().nbytes() < 2 * (layer.in_features + 3 * 8 + 8) * layer.out_features
-        )
-
-
-def test_whoever_changes_adapters_or_weights_no_stale_value_is_multiplied(
-    images: Tensor, augmented: None
-) -> None:
-    """Optimisers write past the counter of changes, checkpoints and averages in place, `.to()` into new
-    memory.
-    """
-    backbone = _frozen_but_adapters()
-
-    def check(changed: str) -> None:
-        fresh = _frozen_but_adapters()
-        fresh.load_state_dict(backbone.state_dict())
-        wanted, found = _trained(fresh, images), _trained(backbone, images)
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), changed
-        assert not torch.equal(found[0], before), changed
-
-    layer = lora_layers(backbone)["blocks.1.attn.qkv"]
-    changes: dict[str, Callable[[], Any]] = {
-        "optimiser": lambda: layer.lora_B.data.mul_(-2),
-        "other storage": lambda: setattr(layer.lora_B, "data", layer.lora_B.data.clone().neg_()),
-        "A": lambda: layer.lora_A.data.mul_(3),
-        "checkpoint": lambda: backbone.load_state_dict(
-            {n: v * 1.5 if "attn.qkv" in n else v for n, v in backbone.state_dict().items()}
-        ),
-        "weight": lambda: layer.weight.data.mul_(1.5),
-        "another weight": lambda: setattr(layer.weight, "data", layer.weight.data.neg()),
-        "moved": lambda: backbone.double().bfloat16() and layer.lora_B.data.mul_(-1),
-        "a norm": lambda: backbone.blocks[0].norm1.weight.mul_(1.5),
-        "another norm": lambda: setattr(backbone.blocks[0].norm2.bias, "data", torch.ones(32)),
-        "bias of q": lambda: backbone.blocks[0].attn.q_bias.add_(1),
-    }
-    for name, change in changes.items():
-        before = _trained(backbone, images)[0]
-        with torch.no_grad():
-            change()
-        _small_in_fp32(backbone)
-        check(name)
-
-
-def test_a_copy_has_its_own_wide_weight_and_trained_weights_have_none(
-    images: Tensor, augmented: None
-) -> None:
-    backbone = _frozen_but_adapters()
-    before = _trained(backbone, images)
-    copied = copy.deepcopy(backbone)
-    with torch.no_grad():
-        for parameter in copied.parameters():
-            parameter.zero_()
-    _trained(copied, images)
-    assert all(torch.equal(a, b) for a, b in zip(_trained(backbone, images), before, strict=True))
-    full = _adapted(dtype=torch.bfloat16).train()  # an optimiser owns the storage of what trains
-    _trained(full, images)
-    assert all(layer.weight.is_contiguous() for layer in lora_layers(full).values())
-    checked = _frozen_but_adapters(
-        spread=0.0
-    )  # before DeepSpeed broadcasts the weights, which must be contiguous
-    check_reached(checked, images)
-    assert all(layer.weight.is_contiguous() for layer in lora_layers(checked).values())
 
 
 class _GoesAround(nn.Module):

@@ -32,7 +32,7 @@ from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.lora import inject_lora
 from visft_ds.ops.lora import choose_backend
 from visft_ds.prepare.model import TrainedGroup, apply_groups
-from visft_ds.tasks.spec import LossDenominators, counts_of
+from visft_ds.tasks.criterion import LossDenominators, counts_of
 from visft_ds.tasks.transform import collate_joint
 
 SAVED_AT, GLOBAL_BATCH, CLIP, SIDE = 3, 4, 0.001, 56
@@ -84,7 +84,7 @@ def build_tasks(width: int) -> dict[str, TaskModule]:
             "ffn_dim": 32,
         },
         "segmentation": {"hidden_dim": 32, "encoder_layers": 1, "num_heads": 2},
-        "captioning": {"attention_dim": 16, "embed_dim": 16, "decoder_dim": 16, "grid": 3},
+        "captioning": {"attention_dim": 16, "embed_dim": 16, "decoder_dim": 16, "encoded_image_size": 3},
     }
     narrow["segmentation"] |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     narrow["captioning"] |= {"vocabulary_size": VOCABULARY}
@@ -112,13 +112,6 @@ def build(
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad and parameter.ndim >= 2 and name.startswith("backbone.blocks"):
             parameter.data = parameter.data.to(storage)
-    return module, groups
-
-
-def build_anchored(stage: int, *, storage: torch.dtype = torch.float32) -> Any:
-    """`build`, with an anchor."""
-    module, groups = build(stage, storage=storage)
-    module.anchor = {"gram": 3e3, "cosine": 1e3}
     return module, groups
 
 
@@ -437,7 +430,6 @@ def every_run(out: Path, name: str, straight: str = "") -> dict[str, Any]:
             results[f"stage{stage}-resumed"] = {"exact": exact, **run_steps(engine, SAVED_AT, STEPS)}
     if straight:
         return results
-    results["stage2-anchor"] = run_steps(start_engine(2, name, "fp32", build=build_anchored), 0, STEPS)
     results["stage2-bf16"] = run_steps(start_engine(2, name, "bf16"), 0, STEPS)
     if name == "zero1":  # of all engines in `test_traceless.py`
         results["traceless"] = compared(name, ["fp32"], ["fault", "rehearsal"])

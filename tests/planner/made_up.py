@@ -19,10 +19,10 @@ from visft_ds.prepare.model import prepare_model
 from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
+from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.masks.data import SegmentationTargets
 from visft_ds.tasks.masks.rasters import grid_size
-from visft_ds.tasks.spec import counts_of, loss_denominators_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
 #: Objects to an image; ids of the first caption (8 words, <start>, <end>; each further one has one more);

@@ -35,7 +35,7 @@ from visft_ds.planner.memory import (
 from visft_ds.planner.search import fitting_settings, forecast, search
 from visft_ds.planner.time import PRODUCT_SHARE, step_time, work_seconds
 from visft_ds.planner.trace import Tracer, Work, operators_of
-from visft_ds.tasks.spec import Content
+from visft_ds.tasks.task import Content
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BLOCK_AGAIN = ("visft.model.recompute=block",)
@@ -78,7 +78,7 @@ def test_images_that_differ_in_size_are_planned_apart(model: str, least: float, 
     """
     found = []
     for side in (112, None):
-        sizes = {"fixed_size": side, "max_long": 112}
+        sizes = {"fixed_size": side, "max_size_train": 112}
         settings = [f"visft.tasks.detection.image.{key}={json.dumps(value)}" for key, value in sizes.items()]
         settings += ["visft.tasks.detection.micro_batch=4", "visft.tasks.detection.batch_size=4"]
         config = debug(2, "visft.model.recompute=none", *settings, model=model)

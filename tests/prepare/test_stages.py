@@ -67,8 +67,8 @@ def test_published_heads_start_stage_2(first: PreparedModel, tmp_path: Path) -> 
     assert theirs.keys() == ours.keys() and all(
         torch.equal(theirs[name], value) for name, value in ours.items()
     )
-    with pytest.raises(ValueError, match=r"was trained with grid 14 \(here 4\)"):
-        prepared(configured(2, {**PUBLISHED, "visft.tasks.captioning.head.grid": 4}), tmp_path)
+    with pytest.raises(ValueError, match=r"was trained with encoded_image_size 14 \(here 4\)"):
+        prepared(configured(2, {**PUBLISHED, "visft.tasks.captioning.head.encoded_image_size": 4}), tmp_path)
     with pytest.raises(ValueError, match=r"was trained with labelling published \(here contiguous\)"):
         prepared(
             configured(2, {**PUBLISHED, "visft.tasks.segmentation.head.labelling": "contiguous"}), tmp_path

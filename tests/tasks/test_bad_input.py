@@ -55,13 +55,13 @@ def raw(case: Mapping[str, Any]) -> RawSample:
 
 def streams() -> list[Stream]:
     """Each task alone and all together, at sizes a test can pay."""
-    detection = {"short_sides": (42,), "max_long": 84, "crop_short_sides": (42,), "crop_range": (28, 42)}
+    detection = {"min_size_train": (42,), "max_size_train": 84, "crop_min_size": (42,), "crop_size": (28, 42)}
     alone: dict[str, dict[str, Any]] = {
-        "detection": {**detection, "eval_short": 42, "eval_max_long": 84},
-        "segmentation": {"size": 56, "eval_short": 42, "eval_max_long": 84},
+        "detection": {**detection, "min_size_test": 42, "max_size_test": 84},
+        "segmentation": {"size": 56, "min_size_test": 42, "max_size_test": 84},
         "captioning": {"size": 42},
     }
-    shared = {"short_sides": (42,), "max_long": 84, "eval_short": 42, "eval_max_long": 84}
+    shared = {"min_size_train": (42,), "max_size_train": 84, "min_size_test": 42, "max_size_test": 84}
     return [
         Stream(name, (name,), 1.0, 1, 1, options(name, "image", **image)) for name, image in alone.items()
     ] + [Stream(SHARED, tuple(alone), 1.0, 1, 1, SharedImage().model_dump() | shared)]

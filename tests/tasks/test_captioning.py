@@ -32,7 +32,7 @@ def small_head(size: int = SIZE, dropout: float = 0.0) -> CaptioningHead:
         attention_dim=5,
         embed_dim=4,
         decoder_dim=7,
-        grid=GRID,
+        encoded_image_size=GRID,
         dropout=dropout,
     ).double()
     # Larger weights than at the start of a training: no part of the head is close to linear, words depend on

@@ -61,7 +61,7 @@ def test_losses_of_a_prediction_that_is_known() -> None:
     """Every number by hand: one object found exactly, one query left over, uniform class scores over 6 +
     1.
     """
-    criterion = criterion_of("detection", num_queries=2, decoder_layers=1, no_object=0.1)
+    criterion = criterion_of("detection", num_queries=2, decoder_layers=1, eos_coef=0.1)
     box = torch.tensor([0.5, 0.5, 0.2, 0.2])
     targets = DetectionTargets(box[None], torch.tensor([3]), torch.tensor([1]))
     output = DetectionOutput(torch.zeros(1, 1, 2, 7), torch.stack([box + 0.1, box])[None, None])

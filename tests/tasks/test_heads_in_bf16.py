@@ -24,8 +24,8 @@ from tests.tasks.cases import batch_of, boxes_of, denominators, masks_of
 from visft_ds.data.samples import Map
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.tasks.captioning.data import CaptionTargets
+from visft_ds.tasks.criterion import tensors_of
 from visft_ds.tasks.matching import Matches, solve
-from visft_ds.tasks.spec import tensors_of
 
 WIDTH, SIDE, WORDS, COUNTS = 96, 16, 500, [5, 3]
 IN_16_BIT = {

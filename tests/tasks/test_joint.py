@@ -22,7 +22,12 @@ from visft_ds.tasks.transform import ImageTransform, collate_joint
 from visft_ds.tasks.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(tuple("abcdef"))  # <unk> 7, <start> 8, <end> 9
-SMALL: dict[str, Any] = {"short_sides": (40, 48, 56), "max_long": 90, "eval_short": 48, "eval_max_long": 90}
+SMALL: dict[str, Any] = {
+    "min_size_train": (40, 48, 56),
+    "max_size_train": 90,
+    "min_size_test": 48,
+    "max_size_test": 90,
+}
 CAPTIONS = ("a b", "c", "d e f", "b b b b", "f")
 SUBSETS = [tasks for count in (1, 2, 3) for tasks in combinations(THREE, count)]
 

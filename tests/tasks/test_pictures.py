@@ -6,8 +6,8 @@ import numpy as np
 
 from visft_ds.data.samples import RawSample
 from visft_ds.tasks import TASKS
+from visft_ds.tasks.example import Example
 from visft_ds.tasks.pictures import draw_objects, palette, split_panels
-from visft_ds.tasks.spec import Example
 
 NAMES = {1: "cat", 2: "dog"}
 COLOURS = palette(list(NAMES.values()))

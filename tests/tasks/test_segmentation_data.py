@@ -17,7 +17,7 @@ from visft_ds.randomness import generator
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.masks.data import segmentation_targets
 
-SMALL: dict[str, Any] = {"size": 64, "eval_short": 48, "eval_max_long": 90, "eval_multiple": 14}
+SMALL: dict[str, Any] = {"size": 64, "min_size_test": 48, "max_size_test": 90, "eval_multiple": 14}
 
 
 def _annotation(

@@ -268,7 +268,7 @@ PLAIN = {"type": "plain", "hidden_dim": 16, "num_heads": 2, "blocks": 1, "num_qu
 )
 def test_the_whole_way(tmp_path: Path, head: dict[str, object]) -> None:
     write_own(tmp_path / "data")
-    image = {"size": 56, "eval_short": 28, "eval_max_long": 112, "window": 28}
+    image = {"size": 56, "min_size_test": 28, "max_size_test": 112, "window": 28}
     settings = {
         **{key: value for key, value in SETTINGS.items() if ".tasks." not in key},
         "visft.mode": "sampled",

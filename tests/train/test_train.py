@@ -172,7 +172,7 @@ def test_kept_features_change_no_result(shards: Path, tmp_path: Path) -> None:
     """
     shared = {
         "visft.mode": "shared",
-        "visft.shared.image": {"short_sides": [42, 56], "max_long": 56},
+        "visft.shared.image": {"min_size_train": [42, 56], "max_size_train": 56},
         "visft.shared.micro_batch": 4,
         "visft.features.views": 1,
     }

@@ -143,15 +143,6 @@ class HeadsConfig(StrictModel):
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
 
 
-class AnchorConfig(StrictModel):
-    """`visft.anchor`: weights of losses that keep stage 2's features near the base's; 0: off
-    (docs/training.md).
-    """
-
-    gram: Rate = 0.0  #: penalises changes of the cosines between patches of an image
-    cosine: Rate = 0.0  #: penalises changes in direction of each patch, and of the whole image
-
-
 class StartConfig(StrictModel):
     """`visft.start`: source of a run's first weights; optimiser and schedule start anew."""
 
@@ -264,7 +255,6 @@ class VisftConfig(StrictModel):
     tasks: TasksConfig
     shared: SharedConfig | None = None  #: needed in mode "shared" only
     heads: HeadsConfig = HeadsConfig()
-    anchor: AnchorConfig = AnchorConfig()
     start: StartConfig | None = None  #: null: new adapters, and new heads or those of visft.heads
     data: DataConfig = DataConfig()
     features: FeaturesConfig | None = None  #: null: a new flip, crop and size in every epoch, and no cache
@@ -445,8 +435,6 @@ class Recipe(StrictModel):
             )
         if piped and zero.overlap_comm:
             yield "zero_optimization.overlap_comm", "must be false with a pipeline"
-        if visft.anchor != AnchorConfig() and (piped or visft.lora is None):
-            yield "visft.anchor", "is for stage 2 with visft.lora, without a pipeline"
         types = {getattr(task.head, "type", "") for task in visft.tasks.enabled().values()}
         if piped and ("plain" in types or len(model.layers) > 1):
             yield (

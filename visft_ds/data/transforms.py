@@ -152,18 +152,18 @@ class Square:
 class ShortSides:
     """Mirroring and scaling of whole images by the short side.
 
-    Training: mirror with probability `flip`, scale the short side to one of `short_sides`, the long one to at
-    most `max_long`. Evaluation: short side `eval_short`, long side at most `eval_max_long`. With
+    Training: mirror with probability `flip`, scale the short side to one of `min_size_train`, the long one to
+    at most `max_size_train`. Evaluation: short side `min_size_test`, long side at most `max_size_test`. With
     `fixed_size`, both scale to a square of that many pixels, and training also mirrors and, five times of
     six, zooms: it takes a window with sides of `zoom` times those of the image, smallest to largest, up to 15
     % wider or narrower, in or around the image.
     """
 
-    short_sides: Sequence[int]
-    max_long: int
+    min_size_train: Sequence[int]
+    max_size_train: int
     flip: float
-    eval_short: int
-    eval_max_long: int
+    min_size_test: int
+    max_size_test: int
     fixed_size: int | None
     zoom: tuple[float, float] | None = None
 
@@ -191,9 +191,9 @@ class ShortSides:
         if self.fixed_size is not None:
             return Resize(self.fixed_size, self.fixed_size)
         if not train:
-            return Resize(*short_side_size(size, self.eval_short, self.eval_max_long))
-        side = self.short_sides[int(generator.integers(0, len(self.short_sides)))]
-        return Resize(*short_side_size(size, side, self.max_long))
+            return Resize(*short_side_size(size, self.min_size_test, self.max_size_test))
+        side = self.min_size_train[int(generator.integers(0, len(self.min_size_train)))]
+        return Resize(*short_side_size(size, side, self.max_size_train))
 
 
 def of_options(kind: Callable[..., _T], options: Mapping[str, Any]) -> _T:

@@ -11,7 +11,7 @@ Letters: G slices of a layer, r rank, R adapted rows: the sum of the slices' wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.models.eva_vit import Linear
-from visft_ds.ops.lora import Slices, WideWeight, lora_linear, parts_of
+from visft_ds.ops.lora import Slices, lora_linear, parts_of
 from visft_ds.randomness import generator_for
 
 #: Parameters that an adapted layer adds to those of the layer it replaces.
@@ -72,20 +72,13 @@ class LoRALinear(AdaptedLayer):
 
     def __init__(self, base: nn.Linear, slices: Slices, *, rank: int, alpha: float) -> None:
         super().__init__(base, slices, rank=rank, alpha=alpha)
-        self.in_features, self.out_features, self._wide = base.in_features, base.out_features, WideWeight()
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LoRALinear:
-        """Move or cast the parameters (`.to()`, `.half()`), and give back the memory that the weight looked
-        into.
-        """
-        super()._apply(fn, recurse)
-        self._wide = WideWeight()
-        return self
+        self.in_features = base.in_features
+        self.out_features = base.out_features
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out). A bias given here replaces the module's own (EVA's qkv)."""
-        factors = (self.weight, self.bias if bias is None else bias, self.lora_A, self.lora_B)
-        return lora_linear(x, *factors, self.scale, self.slices, wide=self._wide)
+        bias = self.bias if bias is None else bias
+        return lora_linear(x, self.weight, bias, self.lora_A, self.lora_B, self.scale, self.slices)
 
 
 class LoRAConv2d(AdaptedLayer):

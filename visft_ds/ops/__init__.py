@@ -58,6 +58,11 @@ def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractCont
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Convert to float32, unless the values are float64: costs and losses are never computed in 16 bit."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`; from the host to a GPU through pinned memory, so that the host goes on at
     once.

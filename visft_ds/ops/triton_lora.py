@@ -34,9 +34,9 @@ GROUP = 8
 
 
 @triton.jit
-def _add_product(
+def _add_product(  # type: ignore[no-untyped-def]
     total, left, right, row, column, M, N, K, left_row, right_row, right_column, BK: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """total + left @ right for a tile of rows and columns; the columns of left lie side by side."""
     for start in range(0, K, BK):
         inner = start + tl.arange(0, BK)

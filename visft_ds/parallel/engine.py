@@ -32,7 +32,7 @@ from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
 from visft_ds.prepare.model import PreparedModel
-from visft_ds.tasks.spec import LossDenominators
+from visft_ds.tasks.criterion import LossDenominators
 
 #: Most losses of a task that are for the log only.
 _LOGGED = 8
@@ -191,9 +191,8 @@ class Engine:
         scaler = scaler or self.deepspeed.torch_autocast_z0_gradscaler
         self.loss_scale = LossScale(self.deepspeed, scaler) if scaler else None  # None in fp32 and bf16
         self.should_update: Callable[[float], bool] = math.isfinite
-        #: Most losses of a step: the sum, an anchor's 3, of each task its weighted, unweighted and logged
-        #: ones.
-        self._most_losses = 4 + sum(
+        #: Most losses of a step: the sum, of each task its weighted, unweighted and logged ones.
+        self._most_losses = 1 + sum(
             1 + len(criterion.weights) + _LOGGED for criterion in module.criteria.values()
         )
         self._sums: dict[str, Tensor] = {}  # losses of a step on this rank, means over its micro-batches

@@ -29,7 +29,7 @@ from visft_ds.model import MultiTaskModel
 from visft_ds.parallel.deepspeed_fixes import step_without_update
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.pipeline_layers import HeadsLayer, facts_of, owners, pipeline_layers, release
-from visft_ds.tasks.spec import LossDenominators
+from visft_ds.tasks.criterion import LossDenominators
 
 #: Values of an anchor (see `stage_groups`): at least one for each data-parallel rank that ZeRO-1 divides it
 #: over.

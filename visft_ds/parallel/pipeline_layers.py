@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from visft_ds.data.samples import Batch, Map
 from visft_ds.model import MultiTaskModel, normalise_pixels
 from visft_ds.models.eva_vit import EvaViT, Grids
-from visft_ds.tasks.matching import at_least_float32
-from visft_ds.tasks.spec import LossDenominators
+from visft_ds.ops import at_least_float32
+from visft_ds.tasks.criterion import LossDenominators
 
 #: Tokens float32 first (receive buffers know one dtype each), then the facts of `facts_of`.
 Travelling = tuple[Tensor, Tensor]

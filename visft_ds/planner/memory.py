@@ -27,7 +27,8 @@ from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
 from visft_ds.settings.fields import Precision
 from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.spec import Content, counts_of, loss_denominators_of, tensors_of
+from visft_ds.tasks.criterion import counts_of, loss_denominators_of, tensors_of
+from visft_ds.tasks.task import Content
 
 FP32 = 4  #: bytes
 #: Of a GPU's memory, what a plan may fill: the CUDA context, libraries' workspaces and fragmentation take the
@@ -121,7 +122,7 @@ def run_of(
 def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
     """Forward and backward pass of a micro-batch of the whole model; cached by all it depends on."""
     visft, images = run.config.visft, run.batches.micro[stream.name]
-    model = visft.model_dump_json(include={"stage", "model", "lora", "heads", "anchor", "param_groups"})
+    model = visft.model_dump_json(include={"stage", "model", "lora", "heads", "param_groups"})
     heads = tuple(task.model_dump_json(include={"head", "loss"}) for task in visft.tasks.enabled().values())
     zero3 = run.config.deepspeed["zero_optimization"]["stage"] == 3
     key = (

@@ -16,14 +16,13 @@ from visft_ds import distributed
 from visft_ds.data.samples import RawSample
 from visft_ds.evals.model import EvaluationModel, ModelSource, source_of
 from visft_ds.model import normalise_pixels
-from visft_ds.ops import DTYPES
+from visft_ds.ops import DTYPES, at_least_float32
 from visft_ds.predict.images import ImageInput, OpenedImage, opened
 from visft_ds.predict.results import Prediction
 from visft_ds.prepare.model import choose_precision
 from visft_ds.randomness import generator
 from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import TASKS, Results
-from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.transform import pipeline_of
 
 

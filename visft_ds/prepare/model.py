@@ -23,7 +23,7 @@ from visft_ds.config.schema import OptimizerParams, ParamGroup, VisftConfig
 from visft_ds.data.fetch import sha256_of
 from visft_ds.data.shards import Category
 from visft_ds.interop.heads import HeadFile, HeadInfo, check_heads, open_head, read_elsewhere
-from visft_ds.interop.layouts import is_lora, is_small, other_base
+from visft_ds.interop.layouts import is_small, other_base
 from visft_ds.model import PADDING, MultiTaskModel, TaskModule
 from visft_ds.models import build_empty
 from visft_ds.models.eva_vit import EvaViT
@@ -166,7 +166,6 @@ def plan_model(
     )
     # A training has settled "auto" before (run.machine); elsewhere there is no backward pass.
     module.backbone.recompute = "none" if config.model.recompute == "auto" else config.model.recompute
-    module.anchor = {term: weight for term, weight in config.anchor if weight}
     module.heads_in_fp32 = config.heads.precision == "fp32"
 
     drawn = ["heads.*"] if config.stage == 1 or config.heads.start == "random" else []
@@ -176,10 +175,6 @@ def plan_model(
         raise ValueError(
             f"stage {stage_name(config)!r} must train {', '.join(must)}, but {len(idle)} of these parameters are in no "
             f"group, e.g. {idle[0]}; widen a glob of visft.param_groups, or set visft.lora=null for no adapters"
-        )
-    if module.anchor and (more := [name for name in names if not is_lora(name)]):
-        raise ValueError(
-            f"visft.anchor: the anchor is the backbone without adapters, but {more[0]} trains, too"
         )
     if config.stage == 2 and not module.train_backbone:
         raise ValueError(

@@ -38,7 +38,7 @@ from visft_ds.pretrained import local
 from visft_ds.resilience.memory import memory_explained, peak_memory
 from visft_ds.run.machine import Machine, check_machine, settle_recompute
 from visft_ds.shards.build import Options, build
-from visft_ds.tasks.spec import counts_of, loss_denominators_of
+from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 from visft_ds.toy.coco import write_toy_coco
 
 _IMAGE = (480, 640)  #: of a generated picture: COCO's most frequent size

@@ -17,7 +17,7 @@ from visft_ds import distributed
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.parallel.engine import Engine, StepReport
-from visft_ds.tasks.spec import LossDenominators, tensors_of
+from visft_ds.tasks.criterion import LossDenominators, tensors_of
 
 #: Findings that are shown of a rank, and ranks.
 _SHOWN = 3

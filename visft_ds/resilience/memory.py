@@ -32,7 +32,7 @@ from visft_ds.parallel.state import unchanged
 from visft_ds.prepare.data import RunData
 from visft_ds.randomness import generator
 from visft_ds.resilience.watchdog import Watchdog
-from visft_ds.tasks.spec import counts_of, loss_denominators_of
+from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 
 _GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 

@@ -28,7 +28,7 @@ from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.run.log import RunLog
 from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import Results, shown_metrics
-from visft_ds.tasks.spec import Predict
+from visft_ds.tasks.task import Predict
 from visft_ds.tasks.vocabulary import Vocabulary
 
 #: Training images that a run is evaluated on at its end.

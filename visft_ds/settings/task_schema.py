@@ -53,15 +53,15 @@ class Stream:
 
     def largest_side(self) -> int:
         """Side in pixels of the largest square among the training images."""
-        return int(self.image.get("fixed_size") or self.image.get("size") or self.image["max_long"])
+        return int(self.image.get("fixed_size") or self.image.get("size") or self.image["max_size_train"])
 
     def alike(self, *, train: bool = True) -> bool:
-        """True if all images have one size: squares; or, in training alone where there is `eval_short`,
+        """True if all images have one size: squares; or, in training alone where there is `min_size_test`,
         crops.
         """
         if self.image.get("fixed_size") is not None:
             return True
-        return "size" in self.image and (train or "eval_short" not in self.image)
+        return "size" in self.image and (train or "min_size_test" not in self.image)
 
 
 class StreamConfig(StrictModel):
@@ -142,11 +142,11 @@ def idle_zoom(zoom: tuple[float, float] | None, fixed_size: int | None) -> Itera
 class SharedImage(StrictModel):
     """Geometry that all tasks share, and what their targets need; sizes in pixels."""
 
-    short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
-    max_long: Positive = 672
+    min_size_train: Sides = (480, 512, 544, 576, 608, 640, 672)
+    max_size_train: Positive = 672
     flip: Fraction = 0.5  #: probability of a horizontal flip
-    eval_short: Positive = 800
-    eval_max_long: Positive = 672
+    min_size_test: Positive = 800
+    max_size_test: Positive = 672
     fixed_size: Positive | None = (
         None  #: side of a square for training and evaluation instead of the sizes above
     )

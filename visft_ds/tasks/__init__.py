@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from visft_ds.tasks.spec import Task
+    from visft_ds.tasks.task import Task
 
 Results = list[dict[str, Any]]  #: COCO results format
 #: The tasks of this package; a run's losses are summed, and its tasks listed, in this order.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from visft_ds.ops import to_device
+from visft_ds.ops import at_least_float32, to_device
 from visft_ds.tasks.detection.data import DetectionTargets
 
 # Areas and unions are divided by no less than this. Relative boxes of one pixel in a million pixels have area
@@ -150,8 +150,3 @@ def generalized_box_iou(first: Tensor, second: Tensor) -> Tensor:
     hull = (high - low).prod(dim=-1)
     iou = intersection / union.clamp(min=_SMALLEST_AREA)
     return iou - (hull - union) / hull.clamp(min=_SMALLEST_AREA)
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """Convert to float32, unless the values are float64: costs and losses are never computed in 16 bit."""
-    return values if values.dtype == torch.float64 else values.float()

@@ -18,7 +18,7 @@ from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.transforms import Geometry, Op, Pad, ShortSides, apply_to_image, final_size, of_options
 from visft_ds.settings.task_schema import SHARED, Stream
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.spec import ImageTargets
+from visft_ds.tasks.task import ImageTargets
 from visft_ds.tasks.vocabulary import Vocabulary
 
 

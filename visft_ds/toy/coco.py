@@ -30,51 +30,33 @@ from PIL import Image
 from visft_ds import program
 from visft_ds.errors import tell
 from visft_ds.flags import Parser
-from visft_ds.toy.scenes import (
-    CATEGORIES,
-    COLOURS,
-    MAX_SHAPES,
-    NAMES,
-    STYLES,
-    Array,
-    Scene,
-    Shape,
-    Style,
-    draw_scene,
-    style_of,
-)
+from visft_ds.toy.patterns import Array
+from visft_ds.toy.scenes import MAX_SHAPES, Scene, Shape, draw_scene
+from visft_ds.toy.shapes import CATEGORY_IDS
+from visft_ds.toy.styles import OWN_COLOUR, STYLES, Style, style_of
 
 SPLITS = ("train2017", "val2017")
 MIN_SIDE = 28
 MAX_SIDE = 4096
 JPEG_QUALITY = 92
 _NUMBERS = (
-    *(
-        "no",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "eleven",
-        "twelve",
-    ),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+    *("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+    *("nineteen", "twenty"),
 )
 
 
-def _join(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+def _join(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    if len(words) == 1:
+        return words[0]
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def with_article(words: str) -> str:
     """`a star`, `an hourglass`."""
-    return f"{'an' if words[0] in 'aeiou' or words.startswith('hour') else 'a'} {words}"
+    vowel = words[0] in "aeiou" or words.startswith("hour")
+    return f"an {words}" if vowel else f"a {words}"
 
 
 def _plural(words: str) -> str:
@@ -87,39 +69,71 @@ def _counted(words: str, count: int) -> str:
     return with_article(words) if count == 1 else f"{_NUMBERS[count]} {_plural(words)}"
 
 
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def _coloured(shape: Shape) -> str:
+    """`red star`."""
+    return f"{shape.colour} {shape.category}"
+
+
 def _middle(shape: Shape) -> tuple[float, float]:
     """Mean of the visible pixels, (x, y) relative to the image."""
+    height, width = shape.visible.shape
     y, x = np.nonzero(shape.visible)
-    return float(x.mean() + 0.5) / shape.visible.shape[1], float(y.mean() + 0.5) / shape.visible.shape[0]
+    return float(x.mean() + 0.5) / width, float(y.mean() + 0.5) / height
 
 
 def _where(shape: Shape) -> str:
+    """`in the top left corner`, `on the left`, `in the middle`."""
     x, y = _middle(shape)
-    column = "left" if x < 0.38 else "right" if x > 0.62 else ""
-    row = "top" if y < 0.38 else "bottom" if y > 0.62 else ""
+    column = ""
+    if x < 0.38:
+        column = "left"
+    elif x > 0.62:
+        column = "right"
+    row = ""
+    if y < 0.38:
+        row = "top"
+    elif y > 0.62:
+        row = "bottom"
     if row and column:
         return f"in the {row} {column} corner"
-    if row or column:
-        return f"at the {row}" if row else f"on the {column}"
+    if row:
+        return f"at the {row}"
+    if column:
+        return f"on the {column}"
     return "in the middle"
 
 
-def _details(shape: Shape, share: float) -> str:
-    """Size, texture, colour and name of a shape; `share` is its part of the image's pixels."""
-    size = "large " if share > 0.11 else "small " if share < 0.045 else ""
-    return f"{size}{'' if shape.texture == 'plain' else shape.texture + ' '}{shape.colour} {NAMES[shape.category]}"
+def _share(shape: Shape) -> float:
+    """Part of the image's pixels that a shape has, were nothing painted over it."""
+    return shape.pixels / shape.visible.size
+
+
+def _details(shape: Shape) -> str:
+    """`a large striped red star`: size, texture, colour and name of a shape."""
+    words = [_coloured(shape)]
+    if shape.texture != "plain":
+        words.insert(0, shape.texture)
+    if _share(shape) > 0.11:
+        words.insert(0, "large")
+    elif _share(shape) < 0.045:
+        words.insert(0, "small")
+    return with_article(" ".join(words))
 
 
 def _relation(rng: np.random.Generator, shapes: Sequence[Shape]) -> str:
     """Relation of two random shapes' places, along the axis on which they are further apart."""
-    first, second = (shapes[int(i)] for i in rng.choice(len(shapes), 2, replace=False))
-    (x1, y1), (x2, y2) = _middle(first), _middle(second)
+    first, second = (shapes[number] for number in rng.choice(len(shapes), 2, replace=False))
+    x1, y1 = _middle(first)
+    x2, y2 = _middle(second)
     if abs(x1 - x2) >= abs(y1 - y2):
-        place = "to the left of" if x1 < x2 else "to the right of"
+        relation = "to the left of" if x1 < x2 else "to the right of"
     else:
-        place = "above" if y1 < y2 else "below"
-    one, two = (with_article(f"{shape.colour} {NAMES[shape.category]}") for shape in (first, second))
-    return f"{one} {place} {two}"
+        relation = "above" if y1 < y2 else "below"
+    return f"{with_article(_coloured(first))} {relation} {with_article(_coloured(second))}"
 
 
 def describe(rng: np.random.Generator, scene: Scene) -> list[str]:
@@ -127,114 +141,124 @@ def describe(rng: np.random.Generator, scene: Scene) -> list[str]:
 
     Several shapes are named from left to right.
     """
-    ground = with_article(scene.background)
     crowd = ""
     if scene.crowd is not None:
-        crowd = f"a crowd of tiny {_plural(f'{scene.crowd.colour} {NAMES[scene.crowd.category]}')}"
-    if not scene.shapes:
-        there = crowd or "nothing"
-        sentences = [
-            f"{there} on {ground}",
-            f"{ground} with {there} on it",
-            f"a picture of {crowd or 'an empty ' + scene.background}",
-            f"there is {there} in this picture",
-            f"{ground} and {crowd or 'no shapes'}",
-        ]
-        return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
-    # From left to right: an order that an image shows, unlike that in which its shapes were painted.
-    ordered = sorted(scene.shapes, key=_middle)
-    coloured = Counter(f"{shape.colour} {NAMES[shape.category]}" for shape in ordered)
-    plain = Counter(NAMES[shape.category] for shape in ordered)
-    shares = [shape.whole / shape.visible.size for shape in scene.shapes]
-    biggest = int(np.argmax(shares))
-    number = int(rng.integers(len(scene.shapes)))
-    total = len(scene.shapes)
-    every = _join([_counted(name, count) for name, count in plain.items()])
-    listed = _join([_counted(words, count) for words, count in coloured.items()] + ([crowd] if crowd else []))
-    sentences = [
-        f"{listed} on {ground}",
-        f"{_counted('shape', total) if total > 1 else 'one shape'}: {every}",
-        f"{with_article(_details(scene.shapes[number], shares[number]))} {_where(scene.shapes[number])}",
-        f"the largest shape is {with_article(_details(scene.shapes[biggest], shares[biggest]))}",
-        _relation(rng, scene.shapes) if total > 1 else f"{listed} and no other shape",
+        crowd = f"a crowd of tiny {_plural(_coloured(scene.crowd))}"
+    sentences = _about_shapes(rng, scene, crowd) if scene.shapes else _about_no_shapes(scene, crowd)
+    return [_sentence(words) for words in sentences]
+
+
+def _about_no_shapes(scene: Scene, crowd: str) -> list[str]:
+    background = with_article(scene.background)
+    there = crowd or "nothing"
+    return [
+        f"{there} on {background}",
+        f"{background} with {there} on it",
+        f"a picture of {crowd or 'an empty ' + scene.background}",
+        f"there is {there} in this picture",
+        f"{background} and {crowd or 'no shapes'}",
     ]
-    return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
 
 
-def _uncompressed_rle(mask: Array) -> dict[str, Any]:
-    """COCO's uncompressed run lengths: column by column, the first run counts pixels outside."""
+def _about_shapes(rng: np.random.Generator, scene: Scene, crowd: str) -> list[str]:
+    shapes = scene.shapes
+    total = len(shapes)
+    # From left to right: an order that an image shows, unlike that in which its shapes were painted.
+    ordered = sorted(shapes, key=_middle)
+    by_name = Counter(shape.category for shape in ordered)
+    by_colour = Counter(map(_coloured, ordered))
+    listed = [_counted(words, count) for words, count in by_colour.items()]
+    if crowd:
+        listed.append(crowd)
+    every = _join(listed)
+    named = _join([_counted(name, count) for name, count in by_name.items()])
+    random_shape = shapes[rng.integers(total)]
+    largest = max(shapes, key=_share)
+    if total > 1:
+        how_many = _counted("shape", total)
+        relation = _relation(rng, shapes)
+    else:
+        how_many = "one shape"
+        relation = f"{every} and no other shape"
+    return [
+        f"{every} on {with_article(scene.background)}",
+        f"{how_many}: {named}",
+        f"{_details(random_shape)} {_where(random_shape)}",
+        f"the largest shape is {_details(largest)}",
+        relation,
+    ]
+
+
+def _run_lengths(mask: Array) -> dict[str, Any]:
+    """COCO's uncompressed run-length code: column by column, the first run counts pixels outside."""
     flat = mask.ravel(order="F")
     edges = np.flatnonzero(np.diff(flat)) + 1
     runs = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
-    return {"counts": [0, *runs] if flat[0] else runs, "size": list(mask.shape)}
+    if flat[0]:
+        runs.insert(0, 0)
+    return {"counts": runs, "size": list(mask.shape)}
 
 
 def _annotate(shape: Shape, image_id: int, crowd: bool) -> dict[str, Any]:
-    """A COCO instance without an id; box corners follow the polygons, or the pixels of a crowd."""
+    """A COCO annotation without an id: polygons and their box of a shape that is whole, else the visible
+    pixels and theirs.
+    """
     segmentation: Any
-    if crowd:
-        y, x = np.nonzero(shape.visible)
-        low, high = np.asarray([x.min(), y.min()]), np.asarray([x.max() + 1, y.max() + 1])
-        segmentation = _uncompressed_rle(shape.visible)
+    if shape.is_whole() and not crowd:
+        segmentation = [polygon.ravel().tolist() for polygon in shape.polygons]
+        corners = np.concatenate(shape.polygons)
+        low = corners.min(axis=0)
+        high = corners.max(axis=0)
     else:
-        polygons = shape.segmentation()
-        corners = np.concatenate(polygons)
-        low, high = corners.min(axis=0), corners.max(axis=0)
-        segmentation = [polygon.ravel().tolist() for polygon in polygons]
+        segmentation = _run_lengths(shape.visible)
+        y, x = np.nonzero(shape.visible)
+        low = np.array([x.min(), y.min()])
+        high = np.array([x.max(), y.max()]) + 1
     return {
         "segmentation": segmentation,
         "area": float(shape.visible.sum()),
         "iscrowd": int(crowd),
         "image_id": image_id,
         "bbox": np.round(np.concatenate([low, high - low]), 2).astype(float).tolist(),
-        "category_id": CATEGORIES[shape.category][0],
+        "category_id": CATEGORY_IDS[shape.category],
     }
 
 
 def _make_image(
-    index: int, folder: Path, seeds: Sequence[int], style: Style, size: tuple[int, int], most: int
+    index: int, folder: Path, seeds: Sequence[int], style: Style, size: tuple[int, int], max_shapes: int
 ) -> dict[str, Any]:
     """Draw and write one image; returns `image`, `instances` and `captions` as COCO has them, but for ids."""
-    rng, (height, width) = np.random.default_rng([*seeds, index]), size
-    scene = draw_scene(rng, style, height, width, max_shapes=most)
-    key = 10 * index + 3 + 4 * SPLITS.index(folder.name)  # ids of the two splits never meet, and leave holes
-    instances = [_annotate(shape, key, crowd=False) for shape in scene.shapes]
+    rng = np.random.default_rng([*seeds, index])
+    height, width = size
+    scene = draw_scene(rng, style, height, width, max_shapes=max_shapes)
+    image_id = 10 * index + 3 + 4 * SPLITS.index(folder.name)  # the splits never share one, and leave holes
+    name = f"{image_id:012d}.jpg"
+    Image.fromarray(scene.image).save(folder / name, "JPEG", quality=JPEG_QUALITY)
+    instances = [_annotate(shape, image_id, crowd=False) for shape in scene.shapes]
     if scene.crowd is not None:
-        instances.append(_annotate(scene.crowd, key, crowd=True))
-    image = {
-        **{"license": 1, "file_name": f"{key:012d}.jpg", "coco_url": "", "height": height, "width": width},
-        **{"date_captured": "2017-01-01 00:00:00", "flickr_url": "", "id": key},
-    }
-    Image.fromarray(scene.image).save(folder / f"{key:012d}.jpg", "JPEG", quality=JPEG_QUALITY)
-    captions = [{"image_id": key, "caption": sentence} for sentence in describe(rng, scene)]
+        instances.append(_annotate(scene.crowd, image_id, crowd=True))
+    captions = [{"image_id": image_id, "caption": sentence} for sentence in describe(rng, scene)]
+    image = {"license": 1, "file_name": name, "height": height, "width": width, "id": image_id}
     return {"image": image, "instances": instances, "captions": captions}
 
 
 def _write_annotations(
-    out: Path, split: str, records: Sequence[Mapping[str, Any]], style: str, seed: int
+    folder: Path, split: str, records: Sequence[Mapping[str, Any]], description: str
 ) -> None:
-    head = {
-        "info": {
-            **{
-                "description": f"Toy shapes, style {style}, seed {seed}",
-                "url": "",
-                "version": "1.0",
-                "year": 2017,
-            },
-            **{"contributor": "visft_ds", "date_created": "2017/01/01"},
-        },
-        "licenses": [
-            {"url": "https://creativecommons.org/publicdomain/zero/1.0/", "id": 1, "name": "CC0 1.0"}
-        ],
-        "images": [record["image"] for record in records],
-    }
+    """Write instances_SPLIT.json and captions_SPLIT.json."""
+    license_ = {"url": "https://creativecommons.org/publicdomain/zero/1.0/", "id": 1, "name": "CC0 1.0"}
+    categories = [{"id": number, "name": name} for name, number in CATEGORY_IDS.items()]
     for kind in ("instances", "captions"):
         annotations = [annotation for record in records for annotation in record[kind]]
-        numbered = [annotation | {"id": number} for number, annotation in enumerate(annotations, start=1)]
-        content: dict[str, Any] = {**head, "annotations": numbered}
+        content: dict[str, Any] = {
+            "info": {"description": description},
+            "licenses": [license_],
+            "images": [record["image"] for record in records],
+            "annotations": [{**each, "id": number} for number, each in enumerate(annotations, 1)],
+        }
         if kind == "instances":
-            content["categories"] = [{"supercategory": s, "id": i, "name": name} for i, name, s in CATEGORIES]
-        (out / "annotations" / f"{kind}_{split}.json").write_bytes(orjson.dumps(content))
+            content["categories"] = categories
+        (folder / f"{kind}_{split}.json").write_bytes(orjson.dumps(content))
 
 
 def write_toy_coco(
@@ -255,44 +279,47 @@ def write_toy_coco(
     `annotations/{instances,captions}_*.json`.
 
     Returns counts (`images`, `instances`, `crowds`, `empty`). Raises ValueError for a folder that holds
-    anything, sides under 28 or above 4096 pixels, an unknown style, shape or kind of colours, or numbers out
-    of range.
+    anything, sides under 28 or above 4096 pixels, an unknown style or shape, or numbers out of range.
     """
-    drawn = style_of(style, colours, without)
+    family = style_of(style, colours, without)
     if not MIN_SIDE <= min(height, width) <= max(height, width) <= MAX_SIDE:
         raise ValueError(f"size {width}x{height}: sides of {MIN_SIDE} to {MAX_SIDE} pixels are drawn")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
             f"{out} is not an empty folder and nothing is overwritten; name a new folder or remove it"
         )
-    right = min(train, val, seed) >= 0 and 0 < train + val <= 10**6 and 0 < workers <= 256
-    if not (right and 0 < max_shapes < len(_NUMBERS)):
-        raise ValueError(
-            f"train={train}, val={val}, seed={seed}, workers={workers}, max_shapes={max_shapes}: counts and seed must "
-            f"not be negative, with 1 to 1,000,000 images, 256 workers and {len(_NUMBERS) - 1} shapes to an image"
-        )
-    number = list(STYLES).index(style) if style in STYLES else len(STYLES) + int(style)
+    if min(train, val, seed) < 0 or train + val == 0 or workers < 1:
+        numbers = f"train={train}, val={val}, seed={seed}, workers={workers}"
+        raise ValueError(f"{numbers}: no number may be negative; one image and one worker are needed")
+    if not 0 < max_shapes < len(_NUMBERS):
+        raise ValueError(f"max_shapes={max_shapes}: 1 to {len(_NUMBERS) - 1} shapes to an image are drawn")
+    style_number = list(STYLES).index(style) if style in STYLES else len(STYLES) + int(style)
     (out / "annotations").mkdir(parents=True, exist_ok=True)
-    everything: list[dict[str, Any]] = []
+    every_record = list[dict[str, Any]]()
     for split, count in zip(SPLITS, (train, val), strict=True):
         (out / split).mkdir()
-        seeds = (seed, number, SPLITS.index(split))
-        save = partial(
-            _make_image, folder=out / split, seeds=seeds, style=drawn, size=(height, width), most=max_shapes
+        draw = partial(
+            _make_image,
+            folder=out / split,
+            seeds=(seed, style_number, SPLITS.index(split)),
+            style=family,
+            size=(height, width),
+            max_shapes=max_shapes,
         )
         if workers == 1:
-            records = [save(index) for index in range(count)]
+            records = list(map(draw, range(count)))
         else:
             with _pool(workers) as pool:
-                records = pool.map(save, range(count), chunksize=16)
-        _write_annotations(out, split, records, style, seed)
-        everything += records
-    instances = [instance for record in everything for instance in record["instances"]]
+                records = pool.map(draw, range(count), chunksize=16)
+        description = f"Toy shapes, style {style}, seed {seed}"
+        _write_annotations(out / "annotations", split, records, description)
+        every_record += records
+    instances = [instance for record in every_record for instance in record["instances"]]
     return {
-        "images": len(everything),
+        "images": len(every_record),
         "instances": len(instances),
         "crowds": sum(instance["iscrowd"] for instance in instances),
-        "empty": sum(not record["instances"] for record in everything),
+        "empty": sum(not record["instances"] for record in every_record),
     }
 
 
@@ -327,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add(
         "--colours",
-        choices=COLOURS,
+        choices=OWN_COLOUR,
         default="usual",
         help="even: any shape in any colour, so colours tell nothing",
     )

@@ -22,7 +22,8 @@ class CaptioningHeadConfig(StrictModel):
     attention_dim: Positive = 384
     embed_dim: Positive = 384
     decoder_dim: Positive = 384
-    grid: Positive = 14
+    #: Side of the square of cells that features are pooled to (Show, Attend and Tell, arXiv 1502.03044)
+    encoded_image_size: Positive = 14
     dropout: Probability = 0.5
 
 

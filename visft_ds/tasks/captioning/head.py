@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch, Map
-from visft_ds.ops import autocast_dtype, autocast_to
+from visft_ds.ops import at_least_float32, autocast_dtype, autocast_to
 from visft_ds.settings.task_schema import DecodingConfig
 from visft_ds.tasks.captioning.config import CaptioningHeadConfig, CaptioningLoss
 from visft_ds.tasks.captioning.data import CaptionTargets
-from visft_ds.tasks.matching import at_least_float32
 
 DECODING = DecodingConfig()
 _PAD = 0
@@ -65,10 +64,11 @@ class GeneratedCaptions:
 class CaptioningHead(nn.Module):
     """Feature map -> scores of the next word, step by step, with the attention that led to them.
 
-    The published ViSFT head: average pooling to `grid` x `grid` cells, LSTM cell whose input is the embedded
-    last word and a gated, attention-weighted mean of the cells, initial state from the mean cell, dropout
-    before the word layer. `vocabulary_size` includes the special ids (`Vocabulary.size`). Initialisation:
-    U(-0.1, 0.1) for embedding and word layer, whose bias is 0; PyTorch's defaults elsewhere.
+    The published ViSFT head: average pooling to a square of `encoded_image_size` cells a side, LSTM cell
+    whose input is the embedded last word and a gated, attention-weighted mean of the cells, initial state
+    from the mean cell, dropout before the word layer. `vocabulary_size` includes the special ids
+    (`Vocabulary.size`). Initialisation: U(-0.1, 0.1) for embedding and word layer, whose bias is 0; PyTorch's
+    defaults elsewhere.
 
     With captions it predicts each next word from the true previous ones (teacher forcing); without, it
     generates them.
@@ -76,7 +76,7 @@ class CaptioningHead(nn.Module):
 
     def __init__(self, in_channels: int, options: CaptioningHeadConfig, vocabulary_size: int) -> None:
         super().__init__()
-        self.vocabulary_size, self.grid = vocabulary_size, options.grid
+        self.vocabulary_size, self.encoded_image_size = vocabulary_size, options.encoded_image_size
         attention_dim, embed_dim, decoder_dim = options.attention_dim, options.embed_dim, options.decoder_dim
         self.encoder_att = nn.Linear(in_channels, attention_dim)
         self.embedding = nn.Embedding(vocabulary_size, embed_dim)
@@ -114,7 +114,7 @@ class CaptioningHead(nn.Module):
         """
         features, valid = maps[-1].features, maps[-1].valid
         with autocast_to(features.device, None):  # rounded, pooling would be most of the error of captions
-            pixels = pool_valid(features, valid, self.grid)
+            pixels = pool_valid(features, valid, self.encoded_image_size)
         mean = pixels.mean(dim=1)
         start = pixels, self.encoder_att(pixels), self.init_h(mean), self.init_c(mean)
         if captions is None:

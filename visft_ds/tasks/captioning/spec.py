@@ -17,8 +17,9 @@ from visft_ds.tasks.captioning.data import CaptionTargets, caption_targets
 from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead
 from visft_ds.tasks.captioning.metrics import caption_metrics
 from visft_ds.tasks.captioning.tokenizer import TOKENIZER
+from visft_ds.tasks.example import Example
 from visft_ds.tasks.pictures import Picture, side_by_side, with_text
-from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Shapes, Task, Words
+from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Shapes, Task, Words
 
 
 class Captioning(Task):

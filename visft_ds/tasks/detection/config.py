@@ -22,13 +22,13 @@ from visft_ds.settings.task_schema import TaskConfig, Zoom, idle_zoom
 class DetectionImage(StrictModel):
     """Geometry of detection; sizes in pixels."""
 
-    short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
-    max_long: Positive = 672
-    crop_short_sides: Sides = (400, 500, 600)
-    crop_range: Annotated[tuple[Positive, Positive], Ascending] = (384, 600)
+    min_size_train: Sides = (480, 512, 544, 576, 608, 640, 672)
+    max_size_train: Positive = 672
+    crop_min_size: Sides = (400, 500, 600)
+    crop_size: Annotated[tuple[Positive, Positive], Ascending] = (384, 600)
     flip: Fraction = 0.5  #: probability of a horizontal flip
-    eval_short: Positive = 800
-    eval_max_long: Positive = 672
+    min_size_test: Positive = 800
+    max_size_test: Positive = 672
     fixed_size: Positive | None = (
         None  #: side of a square for training and evaluation instead of the sizes above
     )
@@ -77,7 +77,7 @@ class DetectionLoss(StrictModel):
     ce: Rate = 1.0
     l1: Rate = 5.0
     giou: Rate = 2.0
-    no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
+    eos_coef: Above = 0.1  #: class weight of "no object" in the cross-entropy
 
 
 class DetectionTask(TaskConfig):

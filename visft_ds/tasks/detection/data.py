@@ -43,23 +43,23 @@ class CropRecipe:
     """Geometry of detection alone: that of the DETR recipe, with a cap for a plain ViT.
 
     Training: mirror; then, with equal chances, either scale as `sides` does, or scale the short side to one
-    of `crop_short_sides`, cut out a random rectangle with sides from `crop_range` and scale that as in the
+    of `crop_min_size`, cut out a random rectangle with sides from `crop_size` and scale that as in the
     first case. Evaluation, and all of it where `sides` has a `fixed_size`: as `sides`.
     """
 
     sides: ShortSides
-    crop_short_sides: Sequence[int]
-    crop_range: tuple[int, int]
+    crop_min_size: Sequence[int]
+    crop_size: tuple[int, int]
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
         if self.sides.fixed_size is not None:
             return self.sides.draw(size, train, generator)
         ops: list[Op] = [Flip()] if train and generator.random() < self.sides.flip else []
         if train and generator.random() >= 0.5:
-            side = self.crop_short_sides[int(generator.integers(0, len(self.crop_short_sides)))]
+            side = self.crop_min_size[int(generator.integers(0, len(self.crop_min_size)))]
             first = short_side_size(size, side, None)
-            width = _between(*self.crop_range, first[1], generator)
-            height = _between(*self.crop_range, first[0], generator)
+            width = _between(*self.crop_size, first[1], generator)
+            height = _between(*self.crop_size, first[0], generator)
             top = int(generator.integers(0, first[0] - height + 1))
             left = int(generator.integers(0, first[1] - width + 1))
             ops += [Resize(*first), Crop(top, left, height, width)]

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, sigmoid_focal_loss
 
 from visft_ds.data.samples import Batch, Map
-from visft_ds.ops import to_device
+from visft_ds.ops import at_least_float32, to_device
 from visft_ds.tasks import Results
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
 from visft_ds.tasks.detection.data import DetectionTargets, box_results
 from visft_ds.tasks.masks.norm import GROUPS, MaskedGroupNorm
-from visft_ds.tasks.matching import at_least_float32, centers_to_corners, generalized_box_iou
+from visft_ds.tasks.matching import centers_to_corners, generalized_box_iou
 
 #: Cells whose centre is less than this many cells from that of an object, and inside its box, answer for it.
 RADIUS = 1.5

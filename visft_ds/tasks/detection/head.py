@@ -14,16 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch, Map
+from visft_ds.ops import at_least_float32
 from visft_ds.tasks import Results
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
 from visft_ds.tasks.detection.data import DetectionTargets, box_results
-from visft_ds.tasks.matching import (
-    at_least_float32,
-    centers_to_corners,
-    class_losses,
-    generalized_box_iou,
-    match,
-)
+from visft_ds.tasks.matching import centers_to_corners, class_losses, generalized_box_iou, match
 from visft_ds.tasks.transformer import DecoderLayer, EncoderLayer, FeedForward, sine_positions
 
 # Rows of the task embedding. Only row 0 is used; the published files have them all (UniT had a row for each
@@ -136,7 +131,7 @@ class DetectionCriterion:
     """
 
     def __init__(self, head: DetectionHeadConfig, loss: DetectionLoss) -> None:
-        self.num_queries, self.no_object = head.num_queries, loss.no_object
+        self.num_queries, self.eos_coef = head.num_queries, loss.eos_coef
         self.costs = (loss.ce, loss.l1, loss.giou)
         self._suffixes = [*(f"_{layer}" for layer in range(head.decoder_layers - 1)), ""]
         by_name, order = {"ce": loss.ce, "l1": loss.l1, "giou": loss.giou}, ["", *self._suffixes[:-1]]
@@ -157,7 +152,7 @@ class DetectionCriterion:
         assert (len(logits), logits.shape[2]) == (len(self._suffixes), self.num_queries), logits.shape
         matches = match(logits, boxes, targets, self.costs, image_ids)
         ce, wrong = class_losses(
-            logits, targets.labels, targets.counts, matches, self.no_object, loss_denominators
+            logits, targets.labels, targets.counts, matches, self.eos_coef, loss_denominators
         )
         # Without any pair the sums are zero and still carry a (zero) gradient.
         predicted = boxes[matches.layers, matches.images, matches.queries]  # (M, 4)

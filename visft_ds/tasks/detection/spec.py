@@ -14,22 +14,14 @@ from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.transforms import Geometry, ShortSides, Size, of_options
 from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
+from visft_ds.tasks.criterion import Criterion
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss, DetectionTask
 from visft_ds.tasks.detection.data import CropRecipe, DetectionTargets, detection_targets
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, dense_results
 from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, postprocess
+from visft_ds.tasks.example import Example
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.spec import (
-    Classes,
-    Content,
-    Criterion,
-    Example,
-    ImageTargets,
-    Options,
-    Shapes,
-    Task,
-    Words,
-)
+from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Shapes, Task, Words
 
 
 class Detection(Task):
@@ -40,7 +32,7 @@ class Detection(Task):
     head = DetectionHead
 
     def geometry(self, options: Options) -> Geometry:
-        return CropRecipe(of_options(ShortSides, options), options["crop_short_sides"], options["crop_range"])
+        return CropRecipe(of_options(ShortSides, options), options["crop_min_size"], options["crop_size"])
 
     def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
         labels = None if classes is None else {category: place for place, category in enumerate(classes)}

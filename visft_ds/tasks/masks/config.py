@@ -49,7 +49,7 @@ class SegmentationLoss(StrictModel):
     ce: Rate = 2.0
     bce: Rate = 5.0
     dice: Rate = 5.0
-    no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
+    eos_coef: Above = 0.1  #: class weight of "no object" in the cross-entropy
     num_points: Positive = 12544
     oversample: Annotated[float, Field(ge=1)] = 3.0
     importance: Fraction = 0.75

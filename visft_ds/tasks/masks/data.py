@@ -39,8 +39,8 @@ class LargeScaleJitter:
 
     Training: mirror with probability `flip`; scale to fit a square of s * `size` pixels, s uniform in
     `scale`; extend right and bottom to `size` x `size` with the value `pad_value`; cut out a random square of
-    that size. The extension belongs to the image, as in the reference. Evaluation: short side `eval_short`,
-    long side at most `eval_max_long`, then extended to multiples of `eval_multiple` pixels, so that patches
+    that size. The extension belongs to the image, as in the reference. Evaluation: short side `min_size_test`,
+    long side at most `max_size_test`, then extended to multiples of `eval_multiple` pixels, so that patches
     lose no strip; that extension is padding. With `fixed_size`, both only scale to a square of that many
     pixels, and training also mirrors.
     """
@@ -49,8 +49,8 @@ class LargeScaleJitter:
     scale: tuple[float, float]
     flip: float
     pad_value: int
-    eval_short: int
-    eval_max_long: int
+    min_size_test: int
+    max_size_test: int
     eval_multiple: int
     fixed_size: int | None
 
@@ -59,7 +59,7 @@ class LargeScaleJitter:
         if self.fixed_size is not None:
             return [*ops, Resize(self.fixed_size, self.fixed_size)]
         if not train:
-            scaled = evaluation_size(size, self.eval_short, self.eval_max_long)
+            scaled = evaluation_size(size, self.min_size_test, self.max_size_test)
             height, width = (-(-side // self.eval_multiple) * self.eval_multiple for side in scaled)
             return [*ops, Resize(*scaled), Pad(height, width, self.pad_value, outside=True)]
         factor = generator.uniform(*self.scale) * self.size / max(size)
@@ -74,17 +74,17 @@ class LargeScaleJitter:
         ]
 
 
-def evaluation_size(size: Size, short_side: int, max_long: int) -> Size:
+def evaluation_size(size: Size, short_side: int, max_size_train: int) -> Size:
     """The size with the given short side and the same shape; a smaller one if the long side would pass
-    `max_long`.
+    `max_size_train`.
 
     Both sides are cut off to integers, as in the reference (`short_side_size` of detection rounds the capped
     one).
     """
     small, large = min(size), max(size)
-    if large * short_side > max_long * small:
-        short_side = max(1, max_long * small // large)
-    long_side = min(short_side * large // small, max_long) if large > small else short_side
+    if large * short_side > max_size_train * small:
+        short_side = max(1, max_size_train * small // large)
+    long_side = min(short_side * large // small, max_size_train) if large > small else short_side
     return (short_side, long_side) if size[0] <= size[1] else (long_side, short_side)
 
 

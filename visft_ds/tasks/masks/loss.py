@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
-from visft_ds.ops import to_device
+from visft_ds.ops import at_least_float32, to_device
 from visft_ds.tasks.masks.config import PlainHeadConfig, SegmentationLoss
 from visft_ds.tasks.masks.data import SegmentationTargets
 from visft_ds.tasks.masks.output import SegmentationOutput
 from visft_ds.tasks.masks.points import draw_points, sample, uncertain_points
-from visft_ds.tasks.matching import Matches, at_least_float32, class_losses, solve
+from visft_ds.tasks.matching import Matches, class_losses, solve
 from visft_ds.tasks.segmentation.config import SegmentationHeadConfig
 
 
@@ -46,7 +46,7 @@ class SegmentationCriterion:
         loss: SegmentationLoss,
         task: str = "segmentation",
     ) -> None:
-        self.head, self.no_object, self.task = head, loss.no_object, task
+        self.head, self.eos_coef, self.task = head, loss.eos_coef, task
         self.uncertain = int(loss.importance * loss.num_points)
         #: points of an image and prediction set: for the matching, candidates for the uncertain ones, uniform
         #: ones
@@ -88,7 +88,7 @@ class SegmentationCriterion:
         matching, candidates, uniform = draw_points(keys, len(masks), self.points, masks.device)
         labels = targets.labels if head.labelling == "contiguous" else targets.labels + 1
         matches = match_masks(logits, masks, targets, labels, matching, self.costs, image_ids)
-        ce, wrong = class_losses(logits, labels, targets.counts, matches, self.no_object, loss_denominators)
+        ce, wrong = class_losses(logits, labels, targets.counts, matches, self.eos_coef, loss_denominators)
         # Without any pair the sums (L,) are zeros that still carry a (zero) gradient.
         bce = dice = masks.flatten(1)[:, :0].sum(dim=1)
         # the pairs are ordered by set and then by image, and every set has the same number of them

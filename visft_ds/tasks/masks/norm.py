@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from visft_ds.tasks.matching import at_least_float32
+from visft_ds.ops import at_least_float32
 
 #: Groups of every group norm, as in Mask2Former.
 GROUPS = 32

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from visft_ds.data.samples import Map
-from visft_ds.ops import to_device
+from visft_ds.ops import at_least_float32, to_device
 from visft_ds.randomness import generator
 from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.masks.config import PlainHeadConfig
 from visft_ds.tasks.masks.output import SegmentationOutput
-from visft_ds.tasks.matching import at_least_float32
 
 _ROPE_BASE, _EPS, _POWER = 100.0, 1e-5, 0.9
 _STRIDE = 16  #: maps are brought to the one nearest to this

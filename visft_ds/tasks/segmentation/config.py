@@ -30,8 +30,8 @@ class SegmentationImage(StrictModel):
     scale: Annotated[tuple[Above, Above], Ascending] = (0.1, 2.0)
     flip: Fraction = 0.5  #: probability of a horizontal flip
     pad_value: Annotated[Count, Field(le=255)] = 128
-    eval_short: Positive = 800
-    eval_max_long: Positive = 1333
+    min_size_test: Positive = 800
+    max_size_test: Positive = 1333
     eval_multiple: Positive = 32
     fixed_size: Positive | None = (
         None  #: side of a square for training and evaluation instead of the sizes above

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Map
+from visft_ds.ops import at_least_float32
 from visft_ds.tasks.masks.config import Labelling
 from visft_ds.tasks.masks.output import SegmentationOutput
-from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.segmentation.config import SegmentationHeadConfig
 from visft_ds.tasks.segmentation.pixel_decoder import PixelDecoder
 from visft_ds.tasks.transformer import DecoderLayer, FeedForward, sine_positions

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visft_ds.ops import at_least_float32
 from visft_ds.ops.deform_attn import deform_attn
 from visft_ds.tasks.masks.norm import GROUPS, MaskedGroupNorm
-from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.segmentation.config import SegmentationHeadConfig
 from visft_ds.tasks.transformer import sine_positions
 

@@ -13,11 +13,11 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns un
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
+from visft_ds.ops import at_least_float32
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.masks.interpolation import interpolation
 from visft_ds.tasks.masks.output import SegmentationOutput
-from visft_ds.tasks.matching import at_least_float32
 
 #: Values of full-size masks that post-processing holds at a time: 128 MiB of float32.
 _MASK_BUDGET = 1 << 25

@@ -16,6 +16,8 @@ from visft_ds.data.transforms import Geometry, Size, of_options
 from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
+from visft_ds.tasks.criterion import Criterion
+from visft_ds.tasks.example import Example
 from visft_ds.tasks.masks.config import MaskTask, PlainHeadConfig
 from visft_ds.tasks.masks.data import LargeScaleJitter, SegmentationTargets, segmentation_targets
 from visft_ds.tasks.masks.loss import SegmentationCriterion
@@ -25,17 +27,7 @@ from visft_ds.tasks.pictures import Picture
 from visft_ds.tasks.segmentation.config import SegmentationHeadConfig, SegmentationTask
 from visft_ds.tasks.segmentation.head import SegmentationHead
 from visft_ds.tasks.segmentation.results import postprocess
-from visft_ds.tasks.spec import (
-    Classes,
-    Content,
-    Criterion,
-    Example,
-    ImageTargets,
-    Options,
-    Shapes,
-    Task,
-    Words,
-)
+from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Shapes, Task, Words
 
 
 class Segmentation(Task):

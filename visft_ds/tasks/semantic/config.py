@@ -31,8 +31,8 @@ class SemanticImage(StrictModel):
     scale: Annotated[tuple[Above, Above], Ascending] = (0.5, 2.0)
     flip: Fraction = 0.5  #: probability of a horizontal flip
     pad_value: Annotated[Count, Field(le=255)] = 0
-    eval_short: Positive = 512
-    eval_max_long: Positive = 2048
+    min_size_test: Positive = 512
+    max_size_test: Positive = 2048
     fixed_size: Positive | None = (
         None  #: side of a square for training and evaluation instead of the sizes above
     )
@@ -42,8 +42,8 @@ class SemanticImage(StrictModel):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """A window that leaves something out."""
-        if self.window is not None and self.window < self.eval_short:
-            yield "window", f"must be at least eval_short = {self.eval_short}, or null"
+        if self.window is not None and self.window < self.min_size_test:
+            yield "window", f"must be at least min_size_test = {self.min_size_test}, or null"
 
 
 class SemanticHeadConfig(StrictModel):

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch, Map
+from visft_ds.ops import at_least_float32
 from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.masks.interpolation import interpolation
-from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticLoss
 from visft_ds.tasks.semantic.data import SemanticTargets
 

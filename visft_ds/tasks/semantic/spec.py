@@ -15,6 +15,8 @@ from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.transforms import Geometry, Size, of_options
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import VOID, category_name
+from visft_ds.tasks.criterion import Criterion
+from visft_ds.tasks.example import Example
 from visft_ds.tasks.masks.data import LargeScaleJitter, segmentation_targets
 from visft_ds.tasks.masks.loss import SegmentationCriterion
 from visft_ds.tasks.pictures import Picture, side_by_side
@@ -29,17 +31,7 @@ from visft_ds.tasks.semantic.results import (
     measure_semantic,
     semantic_results,
 )
-from visft_ds.tasks.spec import (
-    Classes,
-    Content,
-    Criterion,
-    Example,
-    ImageTargets,
-    Options,
-    Predict,
-    Shapes,
-    Words,
-)
+from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Predict, Shapes, Words
 
 #: Sides of images in evaluation are multiples of it, so that patches and strides lose no strip.
 _MULTIPLE = 32
