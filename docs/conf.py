@@ -24,7 +24,7 @@ root_doc = "docs/README"
 #: Left to right in the sidebar's order; a new page in docs/ has to find its place here.
 CONTENTS = (
     *("getting-started", "own-data", "data", "training", "memory-and-speed", "export", "evaluation", "judge"),
-    *("evidence", "architecture", "configuration", "api"),
+    *("evidence", "architecture", "configuration", "numbers", "api"),
 )
 AROUND = {
     "README": "README",

@@ -1,5 +1,5 @@
-"""Pages that `make docs` writes from the code: configuration.md (the schema and its comments), api.md
-(autodoc).
+"""Pages that `make docs` writes from the code: configuration.md (the schema and its comments), numbers.md (what
+`visft judge` measures), api.md (autodoc).
 """
 
 from __future__ import annotations
@@ -18,21 +18,30 @@ from pydantic.fields import FieldInfo
 
 import visft_ds
 from visft_ds.config.schema import Recipe, complete
+from visft_ds.evals.judge.kinds import KINDS
 
 HEAD = """# Configuration keys
 
 Every key that a settings file or `--set KEY=VALUE` accepts. `N` is an index in a list. *Required* keys have no default;
 the shipped files set them.
 """
+NUMBERS_HEAD = """# Numbers of visft judge
+
+Published protocols, and what `--quick` does in their place.
+
+| `--on` | number | measured | published | `--quick` | source | differs from it in |
+|---|---|---|---|---|---|---|
+"""
 WORDS = {bool: "true, false", int: "integer", float: "number", str: "string", Any: "any", dict: "object"}
 BOUNDS = ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<"))
 
 
 def write(folder: Path) -> None:
-    """Write both pages."""
+    """Write all pages."""
     complete()
     tables = "".join(sections(Recipe))
     (folder / "configuration.md").write_text(f"{HEAD}{tables}", encoding="utf-8")
+    (folder / "numbers.md").write_text(f"{NUMBERS_HEAD}{''.join(number_rows())}", encoding="utf-8")
     parts = "".join(
         f"\n## {name}\n\n```{{eval-rst}}\n.. {_directive(name, module)}\n```\n"
         for name, module in visft_ds._PUBLIC.items()
@@ -43,6 +52,14 @@ def write(folder: Path) -> None:
 def _directive(name: str, module: str) -> str:
     kind = inspect.isclass(getattr(visft_ds, name))
     return f"autoclass:: {module}.{name}\n   :members:" if kind else f"autofunction:: {module}.{name}"
+
+
+def number_rows() -> Iterator[str]:
+    """A row for each number of each kind of data."""
+    for kind, entry in KINDS.items():
+        for number in entry.numbers:
+            cells = [f"`{kind}`", number.name, number.how, number.published, number.quick, number.source]
+            yield f"| {' | '.join([*cells, number.differs])} |\n"
 
 
 def sections(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -15,13 +15,13 @@ from tests.coco_tree import write_tree
 from visft_ds.data.dataset import caption_dataset, coco_dataset, labels_of_split, read_raw
 from visft_ds.data.shards import Manifest, Role, ShardReader
 from visft_ds.data.transforms import Crop, Resize
+from visft_ds.evals.judge.benchmark import ImageSet
 from visft_ds.evals.judge.dense_sets import _of_outlines
-from visft_ds.evals.judge.protocol import ImageSet
 from visft_ds.shards.permute import others
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.captioning.data import caption_targets
 from visft_ds.tasks.detection.data import detection_targets
-from visft_ds.tasks.masks.data import segmentation_targets
+from visft_ds.tasks.masks.data import mask_targets
 from visft_ds.tasks.semantic.results import measure_semantic
 from visft_ds.tasks.vocabulary import Vocabulary, caption_words
 
@@ -66,7 +66,7 @@ def use_labels(folder: Path) -> None:
     for index in range(len(reader)):
         raw = read_raw(reader, index, "labels")
         detection_targets(classes, raw, _OPS, draw)
-        segmentation_targets(classes, 4, raw, _OPS, draw)
+        mask_targets(classes, raw, _OPS, draw)
         caption_targets(words, True, 50, raw, _OPS, draw)
     truth = coco_dataset(reader)
     coco_average_precision(truth, [])

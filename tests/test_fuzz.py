@@ -62,7 +62,7 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
     from visft_ds.evals.judge.classes import read_classes
     from visft_ds.evals.judge.dense_sets import read_depth, read_train_and_test
     from visft_ds.evals.judge.ocr import read_words
-    from visft_ds.evals.judge.protocols import QUICK
+    from visft_ds.evals.judge.protocol import QUICK
     from visft_ds.evals.judge.retrieval import read_captions
     from visft_ds.files import open_image
     from visft_ds.interop.layouts import MODEL, built, load_backbone, model_in, model_of

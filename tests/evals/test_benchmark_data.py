@@ -18,6 +18,7 @@ from PIL import Image
 from tests.evals.conftest import World
 from tests.map_folder import write_own
 from visft_ds.evals.judge import classes, dense_sets, objects, ocr, retrieval
+from visft_ds.evals.judge.benchmark import Benchmark, Number, fifth, resamples
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.crops import NO_CLASS, label_of
 from visft_ds.evals.judge.images import PARTS, chosen, from_files, grouped
@@ -25,8 +26,7 @@ from visft_ds.evals.judge.in_domain import trained_on
 from visft_ds.evals.judge.kinds import parse_benchmark, parse_benchmarks
 from visft_ds.evals.judge.logistic import held_out
 from visft_ds.evals.judge.models import ModelSpec
-from visft_ds.evals.judge.protocol import Benchmark, fifth, resamples
-from visft_ds.evals.judge.protocols import QUICK
+from visft_ds.evals.judge.protocol import QUICK
 from visft_ds.run.record import write_run
 
 
@@ -167,7 +167,7 @@ def test_boxes_of_a_coco_tree(tmp_path: Path) -> None:
         (36, 36),
     ] and not images.stretched
     features = {part: {"pooled": torch.tensor([[1.0, 0], [0, 1]])} for part in ("train", "test")}
-    (score,) = benchmark.scores(features, benchmark.numbers)
+    (score,) = benchmark.scores(features, benchmark.names)
     assert score.groups is not None and score.groups.tolist() == [0, 0]  # both of one image
     for split in ("train", "val"):
         _image(tmp_path / f"{split}2017/b.jpg", size=(90, 60))
@@ -365,7 +365,7 @@ def test_a_model_is_known_to_have_seen_images(tmp_path: Path, world: World) -> N
         copies[-1].write_bytes(path.read_bytes())
     other = _image(tmp_path / "renamed/other.png")
     sets = {"train": from_files([other], tmp_path), "test": from_files([*copies, other], tmp_path)}
-    benchmark = Benchmark("segmentation/x", sets, ("patches",), ("n",), {}, lambda *_: iter(()))
+    benchmark = Benchmark("segmentation/x", sets, ("patches",), (Number("n", ""),), {}, lambda *_: iter(()))
     assert trained_on([ModelSpec("file", "base.pt"), found[1]], [benchmark]) == [
         "segmentation/x (0 of 1 of train, 7 of 8 of test)"
     ]
@@ -401,9 +401,9 @@ def test_groups_are_drawn_and_held_out_together(tmp_path: Path) -> None:
     (score,) = benchmark.scores({"train": features, "test": features}, ["kNN"])
     assert score.retrained is not None and len(score.retrained) == 10
     two = parse_benchmark(rf"classification={tmp_path},groups=(\w)/", QUICK)
-    assert two.held_out is not None
+    assert two.layer_choice is not None
     with pytest.raises(ValueError, match="has no five groups of images"):
-        two.held_out(features, "kNN")
+        two.layer_choice.held_out(features, "kNN")
     # The classifier's strength is chosen on whole groups, too; without groups on every fifth image of a class.
     held = held_out(torch.tensor([0, 1] * 10), torch.tensor([7, 7, 1, 1, 2, 2, 3, 3, 4, 4] * 2))
     assert held.nonzero()[:, 0].tolist() == [0, 1, 10, 11]

@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from visft_ds.evals.judge import neighbours, retrieval
+from visft_ds.evals.judge.benchmark import ImageSet, resamples
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.classification import classification
 from visft_ds.evals.judge.logistic import by_regression
 from visft_ds.evals.judge.neighbours import Rows, by_neighbours
 from visft_ds.evals.judge.ocr import read
-from visft_ds.evals.judge.protocol import ImageSet, rank_of, resamples
-from visft_ds.evals.judge.protocols import QUICK
+from visft_ds.evals.judge.protocol import QUICK
+from visft_ds.evals.judge.ranking import rank_of
 
 
 def test_equal_answers_do_not_count_as_right() -> None:
@@ -97,10 +98,11 @@ def test_classification_reads_class_token_and_mean_patch_and_chooses_by_training
         part: {"pooled": token, "mean": mean}
         for part, (token, mean) in zip(("train", "test"), drawn, strict=True)
     }
-    noise, linear = benchmark.scores(parts, benchmark.numbers)
-    assert (noise.name, linear.name) == tuple(benchmark.numbers) and linear.value > 0.95 > noise.value
-    assert benchmark.held_out is not None
-    assert benchmark.held_out(parts["train"], "linear") > 0.85 > benchmark.held_out(parts["train"], "kNN")
+    noise, linear = benchmark.scores(parts, benchmark.names)
+    assert [noise.name, linear.name] == benchmark.names and linear.value > 0.95 > noise.value
+    assert benchmark.layer_choice is not None
+    held_out = benchmark.layer_choice.held_out
+    assert held_out(parts["train"], "linear") > 0.85 > held_out(parts["train"], "kNN")
 
 
 def test_a_reader_learns_words_that_stand_in_the_columns() -> None:

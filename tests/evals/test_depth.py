@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from visft_ds.evals.judge import dense_probes
 from visft_ds.evals.judge import depth as module
-from visft_ds.evals.judge import protocols
 from visft_ds.evals.judge.dense_sets import read_depth
-from visft_ds.evals.judge.depth import BINS, NUMBERS, _measured, depth, judged, metres, silog, taught
+from visft_ds.evals.judge.depth import BINS, DELTA1, RMSE, _measured, depth, judged, metres, silog, taught
 from visft_ds.evals.judge.models import load_encoder, parse_model
-from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
+from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
 
 
@@ -65,10 +65,10 @@ def test_measures_are_numpys_over_the_part_that_counts(tmp_path: Path) -> None:
     truth = test.label(0)
     assert (truth > 0).sum() == 426 * 560 and (train.label(0) > 0).sum() == 427 * 565
     said = torch.full((1, 3, 480, 640), 3.0)
-    rmse, delta = _measured(NUMBERS, said, test)
+    rmse, delta = _measured([RMSE.name, DELTA1.name], said, test)
     inner = truth[45:471, 41:601].astype(np.float64)
-    assert rmse.lower and rmse.value == pytest.approx(np.sqrt(((3 - inner) ** 2).mean()))
-    assert delta.value == pytest.approx((np.maximum(3 / inner, inner / 3) < 1.25).mean()) and not delta.lower
+    assert RMSE.lower and rmse.value == pytest.approx(np.sqrt(((3 - inner) ** 2).mean()))
+    assert delta.value == pytest.approx((np.maximum(3 / inner, inner / 3) < 1.25).mean())
     Image.fromarray(np.zeros((480, 640), np.uint16)).save(tmp_path / "depth/test/0.png")
     with pytest.raises(ValueError, match="no depth"):
         test.label(0)
@@ -80,17 +80,18 @@ def test_quick_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """
     train, test = read_depth(QUICK.images, str(_folder(tmp_path / "data", (48, 64), 8)))
     few = replace(QUICK, depth=replace(QUICK.depth, steps=60, warm_up=6, rate=0.1))
-    monkeypatch.setattr(protocols, "BRIEF", few)
+    monkeypatch.setattr(dense_probes, "BRIEF", few)
     monkeypatch.setattr(module, "_PLAIN_STEPS", 10)
-    monkeypatch.setattr(protocols, "SIDE", 48)
+    monkeypatch.setattr(dense_probes, "SIDE", 48)
     ramp = torch.linspace(-1, 1, 8).expand(8, 1, 6, 8)
     features = torch.cat([ramp, torch.randn(8, 3, 6, 8, generator=torch.Generator().manual_seed(0))], dim=1)
     benchmark = depth("depth/x", train, test, few)
     rmse, delta = benchmark.scores(
-        {name: {"patches": features} for name in ("train", "test")}, benchmark.numbers
+        {name: {"patches": features} for name in ("train", "test")}, benchmark.names
     )
     assert rmse.value < 1 and delta.value > 0.5 and rmse.retrained is not None and rmse.retrained.std() < 0.3
-    assert benchmark.held_out is not None and -1.5 < benchmark.held_out({"patches": features}, "RMSE") < 0
+    assert benchmark.layer_choice is not None
+    assert 0 < benchmark.layer_choice.held_out({"patches": features}, "RMSE") < 1.5
 
     net = timm.create_model("test_efficientnet", num_classes=0)
     save_file(
@@ -104,5 +105,7 @@ def test_quick_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "depth/x", train, test, replace(PUBLISHED, depth=replace(PUBLISHED.depth, steps=2, warm_up=1))
     )
     assert whole.published is not None
-    first, second = ([score.value for score in whole.published(encoder, settings, NUMBERS)] for _ in range(2))
+    first, second = (
+        [score.value for score in whole.published(encoder, settings, whole.names)] for _ in range(2)
+    )
     assert first == second and 0 < first[0] < 10

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tests.clip_case import SIDE, make_clip, save_clip
 from visft_ds.evals.judge.encoders import CLIP, KINDS, square_preprocess
 from visft_ds.evals.judge.models import load_encoder, parse_model
-from visft_ds.evals.judge.protocol import class_embeddings, sentences
+from visft_ds.evals.judge.ranking import class_embeddings, sentences
 
 CPU = torch.device("cpu")
 TEXTS = ["a photo of a cat", "two dogs on a red sofa", ""]

@@ -8,10 +8,10 @@ import torch
 from sklearn.neighbors import KNeighborsRegressor
 
 from visft_ds.evals.judge import neighbours
+from visft_ds.evals.judge.benchmark import resamples
 from visft_ds.evals.judge.crops import NO_CLASS
 from visft_ds.evals.judge.in_context import recall, remember, shares_of
 from visft_ds.evals.judge.neighbours import RESAMPLES, Rows, vote
-from visft_ds.evals.judge.protocol import resamples
 
 IN_CONTEXT = (30, 0.02)  # neighbours and temperature, as published
 

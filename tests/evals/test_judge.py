@@ -22,11 +22,11 @@ from tests.random_tower import adapter_of, build_backbone, merge, save_adapter, 
 from visft_ds.config import resolve
 from visft_ds.errors import RankError
 from visft_ds.evals.judge import comparison
+from visft_ds.evals.judge.benchmark import ImageSet
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.layers import blocks_of
 from visft_ds.evals.judge.models import ModelSpec, load_encoder, parse_arms, parse_model
-from visft_ds.evals.judge.protocol import ImageSet
 from visft_ds.evals.judge.scoring import Settings, encode_images, remembered, shared
 from visft_ds.interop.layouts import fingerprint_of
 from visft_ds.models.lora import inject_lora

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,16 @@ from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.transforms import functional as pixels_of
 
-from visft_ds.evals.judge import classification, depth, in_context, linear_segmentation, protocols
+from visft_ds.evals.judge import classification, dense_probes, depth, in_context, linear_segmentation
+from visft_ds.evals.judge.benchmark import ImageSet
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.crops import View
+from visft_ds.evals.judge.dense_probes import LiveFeatures
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.heads import Heads
 from visft_ds.evals.judge.neighbours import Rows, by_neighbours
-from visft_ds.evals.judge.protocol import ImageSet
-from visft_ds.evals.judge.protocols import PUBLISHED, LiveFeatures
+from visft_ds.evals.judge.protocol import PUBLISHED
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.segmentation import IN_CONTEXT, LINEAR, overlapping, segmentation
 
@@ -96,7 +98,7 @@ def test_constants_are_those_of_the_sources() -> None:
     linear = classification.RECIPE
     assert (linear.steps, linear.batch, linear.momentum) == (12_500, 1024, 0.9)
     assert linear.rates == (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
-    assert protocols.BATCH == 16 and PUBLISHED.published and PUBLISHED.resampled
+    assert dense_probes.BATCH == 16 and PUBLISHED.published and PUBLISHED.resampled
 
 
 def test_rates_of_both_heads_at_steps_written_out() -> None:
@@ -137,10 +139,10 @@ def test_in_context_is_hummingbirds() -> None:
     train, test = _dense(rng, 6, (40, 56), 4), _dense(rng, 4, (40, 56), 4)
     train, test = (DenseSet(of.images, of.label, ("a", "b", "c", "d", "nowhere")) for of in (train, test))
     encoder = _encoder(side)
-    protocol = protocols.replace(PUBLISHED, memory=10_240_000)
+    protocol = replace(PUBLISHED, memory=10_240_000)
     benchmark = segmentation("segmentation/x", train, test, protocol)
     assert benchmark.published is not None
-    (score,) = benchmark.published(encoder, CPU, [IN_CONTEXT])
+    (score,) = benchmark.published(encoder, CPU, [IN_CONTEXT.name])
 
     view = View(side, MEAN, STD)
     keys, values = [], []
@@ -227,7 +229,7 @@ def test_windows_are_means_of_logits_at_the_labels_size(tmp_path: Path) -> None:
         label = torch.from_numpy(test.label(number).astype(np.int64))
         return label.masked_fill(label == VOID, -1)
 
-    score = overlapping(LINEAR, source.in_windows(head.requires_grad_(False)), truth_of, 5)
+    score = overlapping(LINEAR.name, source.in_windows(head.requires_grad_(False)), truth_of, 5)
     both, union = np.zeros(5), np.zeros(5)
     for place in range(3):
         image = test.images.read(place)
@@ -255,7 +257,7 @@ def test_windows_are_means_of_logits_at_the_labels_size(tmp_path: Path) -> None:
     assert score.value == pytest.approx((both[:4] / union[:4]).mean(), abs=1e-9)
     several = source.in_windows(lambda maps: head(maps).softmax(dim=2))
     assert not np.array_equal(
-        overlapping(LINEAR, several, truth_of, 5).values, score.values
+        overlapping(LINEAR.name, several, truth_of, 5).values, score.values
     )  # logits, not shares
 
 
@@ -379,9 +381,11 @@ def test_depth_is_the_mean_of_an_image_and_its_mirror_image_turned_back() -> Non
         head.weight.copy_(torch.randn(1, 256, 6, generator=torch.Generator().manual_seed(0)))
     head.eval().requires_grad_(False)
     monkey = pytest.MonkeyPatch()
-    monkey.setattr(protocols, "_UNITS", (PATCH, 1))
+    monkey.setattr(dense_probes, "_UNITS", (PATCH, 1))
     source = LiveFeatures(PUBLISHED, depth.taught(data), test, encoder, CPU)
-    rmse, delta = depth._measured(depth.NUMBERS, source.flipped(lambda maps: depth.metres(head(maps))), test)
+    rmse, delta = depth._measured(
+        ["RMSE", "delta1"], source.flipped(lambda maps: depth.metres(head(maps))), test
+    )
     monkey.undo()
     bins = torch.linspace(0.001, 10, 256)[:, None, None]
     errors, within = [], []
@@ -478,9 +482,9 @@ def test_published_classification_from_images_to_accuracy() -> None:
     benchmark = classification.classification("classification/x", data, data, PUBLISHED, recipe)
     assert benchmark.published is not None
     first, second = (
-        {score.name: score for score in benchmark.published(_encoder(32), settings, benchmark.numbers)}
+        {score.name: score for score in benchmark.published(_encoder(32), settings, benchmark.names)}
         for settings in (CPU, Settings(torch.device("cpu"), "fp32", Path("nowhere"), 7, 2))
     )
-    for name in benchmark.numbers:
+    for name in benchmark.names:
         assert first[name].value > 0.9 and np.array_equal(first[name].values, second[name].values)
         assert first[name].retrained is not None and len(first[name].retrained) >= 5

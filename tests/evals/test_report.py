@@ -147,7 +147,7 @@ def test_what_was_judged_stands_on_the_page(tmp_path: Path, undrawn: None) -> No
         for name, by, worse in (("in-context mIoU", 0.004, False), ("linear mIoU", -0.03, True))
     ]
     record = {
-        "format": "visft_ds judge 2",
+        "format": "visft_ds judge 3",
         "arms": {"before": [], "after": []},
         "rows": rows,
         "primary": rows[0]["name"],

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from sklearn.metrics import jaccard_score
 from torch.nn import functional as F
 
-from visft_ds.evals.judge import protocols
+from visft_ds.evals.judge import dense_probes
+from visft_ds.evals.judge.benchmark import ImageSet, Label
 from visft_ds.evals.judge.crops import label_of
 from visft_ds.evals.judge.dense_sets import NOTHING, DenseSet, Thing, read_train_and_test
 from visft_ds.evals.judge.models import load_encoder, parse_model
-from visft_ds.evals.judge.protocol import ImageSet, Label
-from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
+from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.segmentation import contenders, largest, overlapping, pooled, segmentation, typical
 from visft_ds.shards.build import Options, build
@@ -226,7 +226,7 @@ def test_quick_numbers_and_the_choice_of_a_layer(monkeypatch: pytest.MonkeyPatch
     rng = np.random.default_rng(0)
     parts = {name: _set(_blocks(rng, count), "abc") for name, count in (("train", 40), ("test", 10))}
     few = replace(QUICK, segmentation=replace(QUICK.segmentation, steps=60, warm_up=2, rate=0.02))
-    monkeypatch.setattr(protocols, "BRIEF", few)
+    monkeypatch.setattr(dense_probes, "BRIEF", few)
     benchmark = segmentation("segmentation/x", parts["train"], parts["test"], few)
     good, bad = {}, {}
     for name, part in parts.items():
@@ -234,13 +234,14 @@ def test_quick_numbers_and_the_choice_of_a_layer(monkeypatch: pytest.MonkeyPatch
         noise = torch.from_numpy(rng.normal(size=(len(truth), 4, 2, 2))).float()
         bad[name] = {"patches": noise}
         good[name] = {"patches": noise + 6 * F.one_hot(torch.from_numpy(truth).long(), 4).permute(0, 3, 1, 2)}
-    assert benchmark.numbers == ("in-context mIoU", "linear mIoU")
-    for name in benchmark.numbers:
+    assert benchmark.names == ["in-context mIoU", "linear mIoU"]
+    for name in benchmark.names:
         (found,), (chance,) = benchmark.scores(good, [name]), benchmark.scores(bad, [name])
         assert found.name == name and found.value > 0.6 > 0.4 > chance.value
         assert found.retrained is not None and found.retrained.std() < 0.05
-        assert benchmark.held_out is not None
-        assert benchmark.held_out(good["train"], name) > 0.4 > benchmark.held_out(bad["train"], name)
+        assert benchmark.layer_choice is not None
+        held_out = benchmark.layer_choice.held_out
+        assert held_out(good["train"], name) > 0.4 > held_out(bad["train"], name)
 
 
 def test_training_images_of_one_group_are_drawn_together() -> None:
@@ -275,9 +276,9 @@ def test_the_published_protocol(tmp_path: Path) -> None:
     encoder = replace(load_encoder(spec, "fp32"), side=64)
     assert benchmark.published is not None
     first, second = (
-        {score.name: score for score in benchmark.published(encoder, settings, benchmark.numbers)}
+        {score.name: score for score in benchmark.published(encoder, settings, benchmark.names)}
         for settings in (Settings(torch.device("cpu"), "fp32", tmp_path, 4, threads) for threads in (0, 2))
     )
-    assert tuple(first) == benchmark.numbers == ("in-context mIoU", "linear mIoU", "objects kNN")
+    assert list(first) == benchmark.names == ["in-context mIoU", "linear mIoU", "objects kNN"]
     for name, score in first.items():
         assert 0 <= score.value <= 1 and np.array_equal(score.values, second[name].values)

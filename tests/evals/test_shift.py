@@ -18,10 +18,10 @@ from tests.evals.test_judge import _record, _run, world
 from tests.random_tower import relative, save_adapter
 from visft_ds.evals.judge import comparison
 from visft_ds.evals.judge import shift as shift_of
+from visft_ds.evals.judge.benchmark import Benchmark, ImageSet, Number
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.models import Mixture, ModelSpec, load_encoder, parse_arms, parse_model
-from visft_ds.evals.judge.protocol import Benchmark, ImageSet
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.shift import WITHIN, ShiftMeter, scale_for
 from visft_ds.interop.adapter import Adapter
@@ -92,7 +92,7 @@ def test_the_shift_is_of_directions_over_all_training_images(monkeypatch: pytest
         )
 
     images = ImageSet([str(place) for place in range(9)], read, "")
-    benchmark = Benchmark("b", {"train": images}, ("pooled",), ("n",), {}, lambda *_: iter(()))
+    benchmark = Benchmark("b", {"train": images}, ("pooled",), (Number("n", ""),), {}, lambda *_: iter(()))
     monkeypatch.setattr(shift_of, "load_encoder", load)
     monkeypatch.setattr(shift_of, "SEARCHED", 5)
     meter = ShiftMeter(0.0, "end", benchmark, Settings(torch.device("cpu"), "bf16", Path(), 2, 1))  # type: ignore[arg-type]

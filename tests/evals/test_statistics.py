@@ -12,9 +12,9 @@ import pytest
 import torch
 from scipy import stats
 
+from visft_ds.evals.judge.benchmark import FloatArray, IntArray, Number, Score, mean_ratio
 from visft_ds.evals.judge.in_context import recall, remember
 from visft_ds.evals.judge.intervals import Spread, combined, holm, interval, resampled, spread_of
-from visft_ds.evals.judge.protocol import FloatArray, IntArray, Score, mean_ratio
 from visft_ds.evals.judge.table import Row, Trial, rows_of, section
 from visft_ds.evals.judge.verdict import judged
 
@@ -80,7 +80,9 @@ def test_differences_are_paired() -> None:
 
 
 def test_an_error_is_better_when_lower_and_written_in_its_own_unit() -> None:
-    row = _row(Score("n", np.full(9, 0.5), lower=True), Score("n", np.full(9, 0.25), lower=True))
+    results = {"base": {"n": Score("n", np.full(9, 0.5))}, "new": {"n": Score("n", np.full(9, 0.25))}}
+    arms = {arm: [arm] for arm in results}
+    (row,) = rows_of(results, arms, [Trial("new")], "n", numbers={"n": Number("n", "", lower=True)})
     assert row.differences["new"].better and not row.differences["new"].worse
     assert section([row], ["base", "new"], "n").rows == [
         ["n", "9", "0.500", "new", "0.250", "-0.250 [-0.250, -0.250] *"]

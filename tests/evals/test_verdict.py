@@ -9,13 +9,17 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from visft_ds.evals.judge.protocol import Score
+from visft_ds.evals.judge.benchmark import Number, Score
 from visft_ds.evals.judge.table import Difference, Results, Row, Trial, rows_of
 from visft_ds.evals.judge.verdict import Verdict, judged, word_for
 from visft_ds.evals.pages import judge_page
 from visft_ds.evals.records import Interval
 
 PRIMARY = "segmentation/voc in-context mIoU"
+NUMBERS = {
+    "depth/nyu RMSE": Number("RMSE", "Metres.", source="<dinov3>", differs="flips", lower=True),
+    "kept/voc top-1": Number("top-1", "Answers that stay.", agreement=True),
+}
 UP, AROUND, DOWN = Interval(0.03, 0.01, 0.05), Interval(0.01, -0.01, 0.03), Interval(-0.03, -0.05, -0.01)
 
 
@@ -141,14 +145,15 @@ def _results() -> Results:
             values = base + change + (rng.normal(0, 0.03, 200) if change else 0)
             if name.startswith("kept/"):
                 values = (np.arange(200) >= -200 * change).astype(float)
-            found[arm][name] = Score(name, values, lower=name.endswith("RMSE"))
+            found[arm][name] = Score(name, values)
     return found
 
 
 def _judged(best: bool = True) -> tuple[list[Row], list[Trial], list[Verdict]]:
     results = _results()
     trials = [Trial("tuned", ("noise",), "half", 0.25, {}, best)]
-    rows = rows_of(results, {arm: [arm] for arm in results}, trials, PRIMARY, results if best else None)
+    arms = {arm: [arm] for arm in results}
+    rows = rows_of(results, arms, trials, PRIMARY, results if best else None, numbers=NUMBERS)
     return rows, trials, judged(rows, trials, PRIMARY, "base")
 
 
@@ -208,6 +213,7 @@ def test_the_page_tells_all_of_the_record() -> None:
         "layers": {PRIMARY: {arm: {"chosen": "blocks.3", "held_out": held_out} for arm in ("base", "tuned")}},
         "shifts": {"tuned": 0.25, "noise": 0.248, "half": 0.13},
         "notes": ["tuned was trained on these images."],
+        "numbers": [number.described(quick=True) for number in NUMBERS.values()],
         "rows": [asdict(row) for row in rows],
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "seconds": 61.2,
@@ -223,5 +229,6 @@ def test_the_page_tells_all_of_the_record() -> None:
         "classification/&lt;digits&gt; kNN" in texts and rows[2].differences["tuned"].text() + " *" in texts
     )
     assert "visft judge base.safetensors &#39;a run&#39;" in texts and page.count("data:image/png") == 1
+    assert "Metres. " in texts and "&lt;dinov3&gt;" in texts and "flips" not in page
     assert any("not comparable with published numbers" in text for text in texts)
     assert page.count("<svg") == 1 and 'src="http' not in page and "<script" not in page

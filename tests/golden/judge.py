@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visft_ds.evals.cli import judge
-from visft_ds.evals.judge import command, models, protocols
+from visft_ds.evals.judge import command, dense_probes, models
 from visft_ds.evals.judge.encoders import BackboneEncoder, Encoder, square_preprocess
-from visft_ds.evals.judge.protocols import QUICK
+from visft_ds.evals.judge.protocol import QUICK
 
 FILE = Path(__file__).parent / "judge.json"
 SIDE, CELL = 64, 8
@@ -153,7 +153,7 @@ def toy_towers() -> Iterator[None]:
         patched.setattr(models, "_load_backbone", load)
         patched.setattr(command, "QUICK", brief)
         patched.setattr(command, "_SHOWN", 1)  # drawing takes half of the time
-        patched.setattr(protocols, "BRIEF", brief)
+        patched.setattr(dense_probes, "BRIEF", brief)
         yield
 
 

@@ -22,14 +22,15 @@ import pytest
 import torch
 from PIL import Image
 
+from visft_ds.evals.judge.benchmark import ImageSet
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.classification import classification
 from visft_ds.evals.judge.comparison import SIDE
 from visft_ds.evals.judge.dense_sets import DenseSet
+from visft_ds.evals.judge.depth import RMSE
 from visft_ds.evals.judge.kinds import parse_benchmark
 from visft_ds.evals.judge.models import load_encoder, parse_model
-from visft_ds.evals.judge.protocol import ImageSet
-from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
+from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.segmentation import segmentation
 
@@ -74,7 +75,7 @@ def test_a_published_number(
     settings = Settings(torch.device("cuda"), "fp32", tmp_path, 16, 8)
     assert benchmark.published is not None
     (score,) = benchmark.published(encoder, settings, [number])
-    if score.lower:
+    if number == RMSE.name:
         assert score.value == pytest.approx(published, abs=0.01)
     else:
         assert 100 * score.value == pytest.approx(published, abs=1.0)
@@ -95,7 +96,7 @@ def _numbers(device: torch.device) -> dict[str, float]:
     parts = {"train": features, "test": features}
     found = {}
     for benchmark in (segmentation("s", dense, dense, few), classification("c", classes, classes, few)):
-        for score in benchmark.scores(parts, benchmark.numbers):
+        for score in benchmark.scores(parts, benchmark.names):
             assert score.retrained is not None
             found[f"{benchmark.label} {score.name}"] = score.value
     return found

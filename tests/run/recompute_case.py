@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from visft_ds.config import ResolvedConfig, changed, resolve
-from visft_ds.planner.memory import plan_largest, run_of
+from visft_ds.planner.memory import plan_largest, planned_run
 
 
 def configured() -> ResolvedConfig:
@@ -34,7 +34,7 @@ def configured() -> ResolvedConfig:
 def needs(policy: str) -> int:
     """Bytes of the largest step on one process."""
     config = changed(configured(), [f"visft.model.recompute={policy}"])
-    return plan_largest(run_of(config, 1, "fp32", None, torch.device("cpu"))).total
+    return plan_largest(planned_run(config, 1, "fp32", None, torch.device("cpu"))).total
 
 
 def main(out: str) -> None:

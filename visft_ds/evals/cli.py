@@ -8,6 +8,7 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.config.cli import BACKBONE_HELP, DOWNLOAD_HELP
+from visft_ds.evals.judge.kinds import kinds_help
 from visft_ds.flags import Parser
 
 USAGE = """Measure box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
@@ -28,7 +29,7 @@ It shows results (of visft evaluate, otherwise of evaluations during training), 
 by task, learning rates, speed and memory, settings and environment. A run may still be training. Exit status: 0 fine,
 2 wrong usage or unusable input.
 """
-JUDGE = """Compare further-trained models with their base, on data that neither was trained on.
+JUDGE = f"""Compare further-trained models with their base, on data that neither was trained on.
 
     visft judge base.pt RUN --on segmentation=ade20k --out OUT
     visft judge base.pt RUN1,RUN2,RUN3 --control P1,P2,P3 --on segmentation=ade20k --on zero_shot=imagenet/val
@@ -42,15 +43,7 @@ models: [LABEL=]FILE[+ADAPTER], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LA
     after a model, #BLOCK names the block to read, and @A scales what training changed by A
 
 kinds of --on (and their keys):
-    segmentation    by patches, and names of objects: shards, ADE20k, VOC, images/ with labels/, and what visft shards
-                    reads, such as COCO, Roboflow, YOLO (split, train, groups, void, name)
-    depth           metres by a linear head: images/ with depth/, 16-bit PNG of millimetres (split, train, groups, name)
-    classification  kNN and linear on frozen features: folders of classes, digits (split, train, groups, name)
-    zero_shot       classes by text similarity: folders of classes, ImageNet's family, ObjectNet (split, groups, name)
-    retrieval       captions and images: COCO, Karpathy's JSON (split, groups, name)
-    objects         names of boxed objects, as segmentation; boxes are enough (split, train, groups, name)
-    ocr             words read by a small head: train/ and test/ with gt.txt or labels.txt (name)
-    kept            predictions of BASE's own classifier that stay: any images (groups, name)
+{kinds_help()}
 split is judged (default: val, validation or test), train teaches; groups= names what images come from together, such as
 patients or videos: FILE.csv:COLUMN, or a regular expression for the images' names; void= is the number that means no
 class in label maps with classes.txt, as --void of visft shards

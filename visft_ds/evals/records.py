@@ -17,7 +17,7 @@ from visft_ds.tasks.pictures import Picture
 #: Files that visft evaluate leaves in its folder; METRICS is written last.
 FORMAT, VERSION = "visft_ds evaluation", 1
 METRICS, PICTURES = "metrics.json", "pictures"
-JUDGE, JUDGED = "visft_ds judge 2", "judge.json"  #: of visft judge
+JUDGE, JUDGED = "visft_ds judge 3", "judge.json"  #: of visft judge
 
 #: Task -> the one number it is known by. Part before the slash: of all its numbers.
 MAIN = {name: str(config_class(name).main) for name in entries()}

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,21 @@ DTYPES: Mapping[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a module, class or object another attribute inside; afterwards it has its own again."""
+    own = name in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:  # it came from the class
+            delattr(owner, name)
 
 
 def stand_in(device: torch.device) -> Any:
@@ -54,7 +68,7 @@ def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractCont
     if dtype == autocast_dtype(device):
         return nullcontext()
     if mode := stand_in(device):
-        return patch.object(mode, "autocast", dtype)
+        return replaced(mode, "autocast", dtype)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, IntArray, Number, Score
 from visft_ds.evals.judge.images import (
     PARTS,
     changed,
@@ -35,20 +36,10 @@ from visft_ds.evals.judge.images import (
     read_json,
     read_lines,
 )
-from visft_ds.evals.judge.protocol import (
-    PLAIN,
-    Benchmark,
-    Features,
-    ImageSet,
-    IntArray,
-    Score,
-    hits,
-    rank_by_text,
-    sentences,
-)
+from visft_ds.evals.judge.kinds import DIGITS
+from visft_ds.evals.judge.ranking import PLAIN, hits, rank_by_text, sentences
 from visft_ds.files import checked_name, reading
 
-DIGITS = "digits"  #: in place of a folder
 _BORDER = 2  # red pixels around every image of ObjectNet, as model-soups and CLIP_benchmark cut them off
 
 
@@ -66,25 +57,33 @@ class ClassSet:
         return replace(self, images=chosen(self.images, places.tolist()), labels=self.labels[places])
 
 
+NUMBERS = (
+    Number("top1", how="The class whose sentences are most similar to the image is the right one."),
+    Number("top5", how="The right class is among the five whose sentences are most similar to the image."),
+)
+_BEST = {"top1": 1, "top5": 5}  # so many classes are looked at
+
+
 def zero_shot(label: str, data: ClassSet) -> Benchmark:
     """Top-1 and, with more than five classes, top-5 accuracy."""
-    numbers = {"top1": 1, "top5": 5} if len(data.classes) > 5 else {"top1": 1}
+    numbers = [
+        number for number in NUMBERS if number.name == "top1" or len(data.classes) > _BEST[number.name]
+    ]
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         images, texts = features["test"]["clip"], features["texts"]["clip"]
         ranks = rank_by_text(images, texts, len(data.templates), data.labels)
-        for name, k in numbers.items():
-            yield Score(name, hits(ranks, k))
+        for number in numbers:
+            yield Score(number.name, hits(ranks, _BEST[number.name]))
 
     return Benchmark(
         label,
         {"test": data.images},
         ("clip",),
-        tuple(numbers),
+        numbers,
         {"benchmark": "zero-shot 1", "labels": data.labels.tolist(), "templates": len(data.templates)},
         scores,
         texts=sentences(data.classes, data.templates),
-        needs_text=True,
     )
 
 

@@ -31,14 +31,23 @@ from torch.nn import functional as F
 from torch.utils.data import RandomSampler, default_collate
 from torchvision.transforms import v2 as transforms
 
+from visft_ds.evals.judge.benchmark import (
+    Benchmark,
+    Features,
+    FloatArray,
+    LayerChoice,
+    Number,
+    Score,
+    resamples,
+)
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.crops import View
+from visft_ds.evals.judge.dense_probes import loaded
 from visft_ds.evals.judge.dense_sets import every
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.logistic import RESAMPLES, STRENGTHS, by_regression, held_out
 from visft_ds.evals.judge.neighbours import ROWS, Rows, by_neighbours
-from visft_ds.evals.judge.protocol import Benchmark, Features, FloatArray, Score, resamples
-from visft_ds.evals.judge.protocols import QUICK, Protocol, loaded
+from visft_ds.evals.judge.protocol import CLASSIFIED_SIZES, NORMALISED, QUICK, Protocol
 from visft_ds.evals.judge.scoring import Settings, brought_near, encode_images, forward
 from visft_ds.monitor.console import gauge
 
@@ -65,13 +74,37 @@ RECIPE = Recipe(
 )
 
 
+KNN = Number(
+    "kNN",
+    how="The 20 class tokens nearest by cosine, weighted by softmax(similarity / 0.07).",
+    published="The middle 224 pixels of images of 256.",
+    quick=CLASSIFIED_SIZES,
+    source="https://github.com/facebookresearch/dinov2, eval/knn.py",
+    differs=f"{NORMALISED}; equal votes count as wrong; without a class token, the mean patch",
+    chooses_layer=True,
+)
+LINEAR = Number(
+    "linear",
+    how="A linear classifier of class token and mean patch.",
+    published="Those of the class token, and of it beside the mean patch, each by SGD at 13 rates, learn for 12,500 "
+    "steps of 1,024 crops of 224 pixels.",
+    quick=f"Logistic regression, its strength chosen on a fifth of the training images. {CLASSIFIED_SIZES}",
+    source="https://github.com/facebookresearch/dinov2, eval/linear.py",
+    differs=f"{NORMALISED}; tokens of one block (there also of the last four); a fiftieth of the training images "
+    "chooses the classifier and teaches none (there the test images choose)",
+    chooses_layer=True,
+    trained=True,
+)
+NUMBERS = (KNN, LINEAR)
+
+
 def classification(
     label: str, train: ClassSet, test: ClassSet, protocol: Protocol, recipe: Recipe = RECIPE
 ) -> Benchmark:
     """kNN and linear accuracy."""
     train, test = _most(train, protocol.classified["train"]), _most(test, protocol.classified["test"])
     few = _most(train, QUICK.classified["train"])
-    probes: Mapping[str, Callable[..., Score]] = {"kNN": by_neighbours, "linear": by_regression}
+    probes: Mapping[str, Callable[..., Score]] = {KNN.name: by_neighbours, LINEAR.name: by_regression}
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         for name in wanted:
@@ -104,12 +137,10 @@ def classification(
         label,
         {"train": train.images, "test": test.images},
         KINDS,
-        tuple(probes),
+        NUMBERS,
         {"benchmark": "classification 3", "protocol": how, "labels": labels, "names": list(test.classes)},
         scores,
-        held_out=held,
-        nearby=True,
-        choosing=few.images,
+        layer_choice=LayerChoice(few.images, held),
         published=published if protocol.published else None,
     )
 

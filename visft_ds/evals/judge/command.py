@@ -15,10 +15,11 @@ import orjson
 import torch
 
 from visft_ds import distributed
+from visft_ds.evals.judge.benchmark import Number
 from visft_ds.evals.judge.comparison import Comparison
 from visft_ds.evals.judge.kinds import parse_benchmarks
 from visft_ds.evals.judge.models import parse_arms
-from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
+from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
 from visft_ds.evals.judge.rehearsal import hours_of, rehearsal
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.table import rows_of, section
@@ -74,7 +75,11 @@ def run_judge(given: argparse.Namespace) -> None:
     base = comparison.base.name
     trials = comparison.trials
     members = {arm.name: [spec.label for spec in arm.models] for arm in comparison.arms}
-    rows = rows_of(scores.chosen, members, trials, primary, scores.last if best else None, scores.cut)
+    numbers: dict[str, Number] = {}
+    for benchmark in benchmarks:
+        numbers |= {benchmark.full_name(number): number for number in benchmark.numbers}
+    last = scores.last if best else None
+    rows = rows_of(scores.chosen, members, trials, primary, last, scores.cut, numbers)
     verdicts = judged(rows, trials, primary, base)
     moved = {arm.name: arm for arm in comparison.arms if arm.shift is not None}
     record: dict[str, Any] = {
@@ -89,6 +94,9 @@ def run_judge(given: argparse.Namespace) -> None:
         "shifts": {name: arm.shift for name, arm in moved.items()},
         "scales": {name: fmean(spec.scale for spec in arm.models) for name, arm in moved.items()},
         "notes": comparison.notes,
+        "numbers": [
+            number.described(quick=given.quick) for number in dict.fromkeys(numbers[row.name] for row in rows)
+        ],
         "rows": [asdict(row) for row in rows],
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "settings": {key: redacted(value) for key, value in vars(given).items()},
@@ -103,7 +111,7 @@ def run_judge(given: argparse.Namespace) -> None:
     sheets = []
     for benchmark in benchmarks:
         if benchmark.sheet:
-            of_arms = {arm: scores.chosen[members[arm][0]][benchmark.names[0]] for arm in shown}
+            of_arms = {arm: scores.chosen[members[arm][0]][benchmark.full_names[0]] for arm in shown}
             sheets.append(benchmark.sheet(of_arms, _SHOWN))
     page = judge_page(orjson.loads(content), sheets)
     write_text(given.out / PAGE, page)

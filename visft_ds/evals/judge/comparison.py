@@ -19,12 +19,12 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
+from visft_ds.evals.judge.benchmark import Benchmark, Number, Score
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.in_domain import trained_on
 from visft_ds.evals.judge.kept import check_classifier, load_classifier
-from visft_ds.evals.judge.layers import DIRECT, HEADS, best_first, blocks_of, chosen, levels_of, read_after
+from visft_ds.evals.judge.layers import best_first, blocks_of, chosen, levels_of, read_after
 from visft_ds.evals.judge.models import HALF, NOISE, ModelSpec, alike, load_encoder, weights_of
-from visft_ds.evals.judge.protocol import Benchmark, Score
 from visft_ds.evals.judge.scoring import Settings, kinds_of, remembered, score, shared
 from visft_ds.evals.judge.shift import ShiftMeter
 from visft_ds.evals.judge.table import Results, Trial
@@ -108,8 +108,7 @@ class Comparison:
         self.trials: list[Trial] = []
         self._loaded: tuple[ModelSpec, Encoder] | None = None
         self._meters: dict[str, ShiftMeter] = {}
-        self._deciding = next(benchmark for benchmark in benchmarks if primary in benchmark.names)
-        self._number = primary.removeprefix(f"{self._deciding.label} ")
+        self._deciding, self._number = _named(primary, benchmarks)
         self._ranked: dict[str, Sequence[str]] = {}  # arm -> its blocks, the best first
         self.origin = next(iter(arms.values()))[0]
         opened = [self._arm(name, models) for name, models in arms.items()]
@@ -144,10 +143,10 @@ class Comparison:
     def _check_needs(self, arms: Sequence[Arm]) -> None:
         """Raise ValueError if a model lacks what a benchmark reads, before hours are spent on the others."""
         for benchmark in self.benchmarks:
-            if benchmark.agrees:
+            if benchmark.asks_classifier:
                 check_classifier(self.origin)
             for arm in arms:
-                if benchmark.agrees:
+                if benchmark.asks_classifier:
                     if not arm.alike:
                         raise ValueError(
                             f"{benchmark.label}: {arm.name} cannot feed the classifier of {arms[0].name}"
@@ -202,14 +201,14 @@ class Comparison:
         """
         asked = [arm for arm in [self.base, *self.tuned] if arm.asked]
         for benchmark in self.benchmarks:
-            if benchmark.held_out:
-                self._choose(asked, benchmark, _choosing(benchmark), benchmark.names)
+            if benchmark.layer_choice:
+                self._choose(asked, benchmark, _choosing(benchmark), benchmark.full_names)
         for cut in self._cuts.values():
             if self.primary in self.base.layers:
                 self._choose_cut(cut)
 
     def _choose(
-        self, arms: Sequence[Arm], benchmark: Benchmark, numbers: Sequence[str], names: Sequence[str]
+        self, arms: Sequence[Arm], benchmark: Benchmark, numbers: Sequence[Number], names: Sequence[str]
     ) -> None:
         """Choose the blocks of arms.
 
@@ -238,13 +237,13 @@ class Comparison:
         self.layers.setdefault(name, {})[arm.name] = choice
 
     @property
-    def _measured(self) -> list[str]:
+    def _measured(self) -> list[Number]:
         """Numbers that choose the block of the primary one: itself or the first of its data set, and what
         ranks it.
         """
         numbers = _choosing(self._deciding)
         choosing = self._number if self._number in numbers else numbers[0]
-        return [number for number in numbers if number in DIRECT or number == choosing]
+        return [number for number in numbers if not number.trained or number == choosing]
 
     def _choose_primary(self, arms: Sequence[Arm]) -> None:
         """Choose the blocks of arms for the primary number alone."""
@@ -265,16 +264,16 @@ class Comparison:
         benchmark: Benchmark,
         blocks: Mapping[str, int],
         ranked: Sequence[str],
-        numbers: Sequence[str],
+        numbers: Sequence[Number],
         own: bool,
     ) -> dict[str, dict[str, float]]:
-        images = benchmark.choosing or benchmark.sets["train"]
+        assert benchmark.layer_choice is not None
         what = {
             "levels": spec.identity,
             "blocks": list(blocks),
             "ranked": list(ranked),
-            "numbers": list(numbers),
-            "images": images.fingerprint,
+            "numbers": [number.name for number in numbers],
+            "images": benchmark.layer_choice.images.fingerprint,
             "benchmark": benchmark.settings,
         }
 
@@ -389,8 +388,8 @@ class Comparison:
         for arm in self.arms:
             for benchmark in self.benchmarks:
                 by_block: dict[str, list[str]] = {}
-                for number, name in zip(benchmark.numbers, benchmark.names, strict=True):
-                    by_block.setdefault(arm.block(name), []).append(number)
+                for number in benchmark.numbers:
+                    by_block.setdefault(arm.block(benchmark.full_name(number)), []).append(number.name)
                 for spec in arm.models:
                     requests += [
                         _Request(spec, block, benchmark, tuple(of)) for block, of in by_block.items()
@@ -417,7 +416,7 @@ class Comparison:
         return Scores(results, self._primary_of(last), self._primary_of(cut_scores))
 
     def _primary_at(self, spec: ModelSpec, block: str) -> _Request:
-        return _Request(spec, block, self._deciding, (self._number,))
+        return _Request(spec, block, self._deciding, (self._number.name,))
 
     def _primary_of(self, results: Results) -> Results:
         return {label: {self.primary: scores[self.primary]} for label, scores in results.items()}
@@ -425,8 +424,8 @@ class Comparison:
     def _count_agreement(self, results: Mapping[str, dict[str, Score]]) -> None:
         """Turn predictions of classes into 1.0 where they are those of BASE."""
         for benchmark in self.benchmarks:
-            if benchmark.agrees:
-                name = benchmark.names[0]
+            if benchmark.asks_classifier:
+                (name,) = benchmark.full_names
                 predicted = results[self.origin.label][name].values
                 for of_model in results.values():
                     agrees = (of_model[name].values == predicted).astype(float)
@@ -457,7 +456,7 @@ class Comparison:
             wanted.setdefault(request.block, set()).update(request.numbers)
 
         def read(*blocks: str) -> Encoder:
-            if benchmark.agrees:
+            if benchmark.asks_classifier:
                 return load_classifier(spec, self.origin)
             encoder = self._load(spec)
             if benchmark.published is not None and (backbone := getattr(encoder.module, "backbone", None)):
@@ -465,7 +464,7 @@ class Comparison:
             return read_after(encoder, *blocks)
 
         key: dict[str, Any] = {"of": spec.identity}
-        if benchmark.agrees:
+        if benchmark.asks_classifier:
             key["classifier"] = self.origin.identity
         sizes = self.base.blocks if spec is self.origin else self._blocks_of(spec)
         made = score(read, key, benchmark, wanted, sizes, self._precise(spec), spec.label, own)
@@ -494,16 +493,25 @@ class Comparison:
 
 def _in_groups(found: Score, benchmark: Benchmark) -> Score:
     """A score whose items belong to the groups of their images."""
-    images = benchmark.sets.get("test") or next(iter(benchmark.sets.values()))
+    images = benchmark.test_images
     if images.groups is None:
         return found
     return replace(found, groups=images.groups if found.groups is None else images.groups[found.groups])
 
 
-def _choosing(benchmark: Benchmark) -> list[str]:
+def _named(primary: str, benchmarks: Sequence[Benchmark]) -> tuple[Benchmark, Number]:
+    """The benchmark and the number of a full name."""
+    for benchmark in benchmarks:
+        for number in benchmark.numbers:
+            if benchmark.full_name(number) == primary:
+                return benchmark, number
+    raise AssertionError(primary)
+
+
+def _choosing(benchmark: Benchmark) -> list[Number]:
     """The numbers that choose layers: those that are asked for, or else the first one that was left out."""
-    asked = [number for number in benchmark.numbers if number in (*DIRECT, *HEADS)]
-    return asked or [number for number in benchmark.left_out if number in (*DIRECT, *HEADS)][:1]
+    asked = [number for number in benchmark.numbers if number.chooses_layer]
+    return asked or [number for number in benchmark.left_out if number.chooses_layer][:1]
 
 
 def _labelled(name: str, models: Sequence[ModelSpec]) -> list[ModelSpec]:

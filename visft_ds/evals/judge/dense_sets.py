@@ -38,8 +38,8 @@ from PIL import Image
 
 from visft_ds.data.dataset import labels_of_split
 from visft_ds.data.shards import Category, Manifest, ShardReader, splits_in
+from visft_ds.evals.judge.benchmark import ImageSet, Label
 from visft_ds.evals.judge.images import PARTS, SUFFIXES, chosen, digest, from_files, image_files, read_lines
-from visft_ds.evals.judge.protocol import ImageSet, Label
 from visft_ds.files import checked_name, image_frame, open_image, read_bytes, reading
 from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import FolderSplit, read_coco

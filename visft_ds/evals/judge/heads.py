@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visft_ds.evals.judge.protocol import IntArray, resamples
+from visft_ds.evals.judge.benchmark import IntArray, resamples
 from visft_ds.monitor.console import gauge
 
 RESAMPLES = 5

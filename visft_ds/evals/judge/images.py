@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from visft_ds.evals.judge.protocol import ImageSet
+from visft_ds.evals.judge.benchmark import ImageSet
 from visft_ds.files import open_image, read_bytes, reading
 
 #: The parts that models are judged on, the first one that a data set has.

@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
+from visft_ds.evals.judge.benchmark import FloatArray, IntArray
 from visft_ds.evals.judge.crops import View
 from visft_ds.evals.judge.neighbours import RESAMPLES, ROWS, Rows, vote
-from visft_ds.evals.judge.protocol import FloatArray, IntArray
 
 NEIGHBOURS = 30
 TEMPERATURE = 0.02

@@ -15,8 +15,8 @@ from zlib import crc32
 from visft_ds.config.record import recorded_config
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest, manifest_path
+from visft_ds.evals.judge.benchmark import Benchmark, ImageSet
 from visft_ds.evals.judge.models import ModelSpec
-from visft_ds.evals.judge.protocol import Benchmark, ImageSet
 from visft_ds.run_files import EXPORT_RECORD_FILE, RECORD_FILE
 
 _DEPTH = 3  # folders between a file of a run and its record, at most

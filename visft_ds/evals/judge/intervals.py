@@ -26,7 +26,7 @@ from typing import TypeVar
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
-from visft_ds.evals.judge.protocol import FloatArray, IntArray, mean_ratio
+from visft_ds.evals.judge.benchmark import FloatArray, IntArray, mean_ratio
 from visft_ds.evals.records import Interval
 
 DRAWS = 4000

@@ -12,16 +12,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number, Score
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.images import SUFFIXES, from_files, image_files
 from visft_ds.evals.judge.models import ModelSpec, alike, load_encoder, weights_of
-from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, Score
 from visft_ds.files import reading
 from visft_ds.interop.layouts import built, model_in, open_model
 from visft_ds.pretrained import TIMM
 
 KIND = "classes"  #: (images,), the number of the class that a classifier predicts
-NUMBER = "predictions"
+NUMBERS = (
+    Number(
+        "predictions",
+        how="The share of images whose most likely class is the one that the base's own classifier gives the base.",
+        agreement=True,
+    ),
+)
 _ASKS = "kept= counts which predictions of BASE's own classifier stay, and"
 MOST = 5000  #: images of a folder; a larger one gives every k-th
 
@@ -32,11 +38,9 @@ def kept(label: str, images: ImageSet) -> Benchmark:
     """
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
-        yield Score(NUMBER, features["test"][KIND].double().numpy())
+        yield Score(NUMBERS[0].name, features["test"][KIND].double().numpy())
 
-    return Benchmark(
-        label, {"test": images}, (KIND,), (NUMBER,), {"benchmark": "kept 3"}, scores, agrees=True
-    )
+    return Benchmark(label, {"test": images}, (KIND,), NUMBERS, {"benchmark": "kept 3"}, scores)
 
 
 def read_images(source: str) -> ImageSet:

@@ -1,26 +1,30 @@
-"""Data that models are judged on, as a command line names it: `KIND=SOURCE[,key=value...]`, or `digits`."""
+"""Kinds of data that models are judged on, and data sets as a command line names them.
+
+`KIND=SOURCE[,key=value...]`, or `digits`. The table KINDS is all that a command knows of a benchmark before it
+opens one; what costs seconds to import is imported then.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from visft_ds.evals.judge import classes, dense_sets
-from visft_ds.evals.judge.classification import classification
-from visft_ds.evals.judge.depth import depth
-from visft_ds.evals.judge.images import grouped
-from visft_ds.evals.judge.kept import kept, read_images
-from visft_ds.evals.judge.objects import grounding
-from visft_ds.evals.judge.ocr import ocr, read_words
-from visft_ds.evals.judge.protocol import Benchmark, ImageSet
-from visft_ds.evals.judge.protocols import Protocol
-from visft_ds.evals.judge.retrieval import read_captions, retrieval
-from visft_ds.evals.judge.segmentation import segmentation
 from visft_ds.settings.fields import nearest
 
+if TYPE_CHECKING:
+    from visft_ds.evals.judge.benchmark import Benchmark, ImageSet, Number
+    from visft_ds.evals.judge.classes import ClassSet
+    from visft_ds.evals.judge.dense_sets import DenseSet
+    from visft_ds.evals.judge.protocol import Protocol
+
 SEGMENTATION = "segmentation"
+DIGITS = "digits"  #: scikit-learn's, a data set that needs no file
+_Data = TypeVar("_Data", "ClassSet", "DenseSet")
 
 
 @dataclass(frozen=True)
@@ -35,76 +39,154 @@ class Request:
     groups: str | None  #: of images, see `images.grouped`
     void: int | None  #: number that means no class in label maps
 
-    @property
-    def parts(self) -> tuple[str, str | None, str | None]:
-        """Source and both parts."""
-        return self.source, self.train, self.test
-
     def grouped(self, images: ImageSet) -> ImageSet:
         """The images with their groups, if there are such."""
+        from visft_ds.evals.judge.images import grouped
+
         return images if self.groups is None else grouped(images, self.groups)
+
+    def with_groups(self, data: _Data) -> _Data:
+        """A data set with the groups of its images."""
+        return replace(data, images=self.grouped(data.images))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Kind of data."""
+
+    make: Callable[[Request], Benchmark]
+    module: str  #: of its benchmark, whose NUMBERS are those that it gives
+    keys: tuple[str, ...]  #: that may follow its source
+    about: str  #: what is measured, and which layouts are read; for --help
+
+    @property
+    def numbers(self) -> Sequence[Number]:
+        """All numbers that it gives."""
+        numbers: Sequence[Number] = import_module(f"visft_ds.evals.judge.{self.module}").NUMBERS
+        return numbers
 
 
 def _segmentation(request: Request) -> Benchmark:
-    learnt, held = dense_sets.read_train_and_test(request.protocol.images, *request.parts, request.void)
-    train = replace(learnt, images=request.grouped(learnt.images))
-    test = replace(held, images=request.grouped(held.images))
-    benchmark = segmentation(request.label, train, test, request.protocol)
-    return replace(benchmark, notes=[*learnt.notes, *held.notes])
+    from visft_ds.evals.judge.dense_sets import read_train_and_test
+    from visft_ds.evals.judge.segmentation import segmentation
+
+    protocol = request.protocol
+    train, test = read_train_and_test(
+        protocol.images, request.source, request.train, request.test, request.void
+    )
+    benchmark = segmentation(request.label, request.with_groups(train), request.with_groups(test), protocol)
+    return replace(benchmark, notes=[*train.notes, *test.notes])
 
 
 def _depth(request: Request) -> Benchmark:
-    learnt, held = dense_sets.read_depth(request.protocol.images, *request.parts)
-    train = replace(learnt, images=request.grouped(learnt.images))
-    test = replace(held, images=request.grouped(held.images))
-    return depth(request.label, train, test, request.protocol)
+    from visft_ds.evals.judge.dense_sets import read_depth
+    from visft_ds.evals.judge.depth import depth
+
+    protocol = request.protocol
+    train, test = read_depth(protocol.images, request.source, request.train, request.test)
+    return depth(request.label, request.with_groups(train), request.with_groups(test), protocol)
 
 
 def _classification(request: Request) -> Benchmark:
-    learnt, held = classes.read_train_and_test(*request.parts)
-    train = replace(learnt, images=request.grouped(learnt.images))
-    test = replace(held, images=request.grouped(held.images))
-    return classification(request.label, train, test, request.protocol)
+    from visft_ds.evals.judge.classes import read_train_and_test
+    from visft_ds.evals.judge.classification import classification
+
+    train, test = read_train_and_test(request.source, request.train, request.test)
+    return classification(
+        request.label, request.with_groups(train), request.with_groups(test), request.protocol
+    )
 
 
 def _zero_shot(request: Request) -> Benchmark:
-    data = classes.read_classes(request.source, request.test)
-    return classes.zero_shot(request.label, replace(data, images=request.grouped(data.images)))
+    from visft_ds.evals.judge.classes import read_classes, zero_shot
+
+    data = read_classes(request.source, request.test)
+    return zero_shot(request.label, request.with_groups(data))
 
 
 def _retrieval(request: Request) -> Benchmark:
+    from visft_ds.evals.judge.retrieval import read_captions, retrieval
+
     images, captions, owners = read_captions(request.source, request.test)
     return retrieval(request.label, request.grouped(images), captions, owners)
 
 
 def _objects(request: Request) -> Benchmark:
-    learnt, held = dense_sets.read_objects(request.protocol.images, *request.parts)
-    train = replace(learnt, images=request.grouped(learnt.images))
-    test = replace(held, images=request.grouped(held.images))
+    from visft_ds.evals.judge.dense_sets import read_objects
+    from visft_ds.evals.judge.objects import grounding
+
+    learnt, held = read_objects(request.protocol.images, request.source, request.train, request.test)
+    train = request.with_groups(learnt)
+    test = request.with_groups(held)
     return grounding(request.label, train, test)
 
 
 def _ocr(request: Request) -> Benchmark:
+    from visft_ds.evals.judge.ocr import ocr, read_words
+
     folder = Path(request.source)
     return ocr(request.label, read_words(folder / "train"), read_words(folder / "test"))
 
 
 def _kept(request: Request) -> Benchmark:
+    from visft_ds.evals.judge.kept import kept, read_images
+
     return kept(request.label, request.grouped(read_images(request.source)))
 
 
-_ALL = ("split", "train", "groups", "name")
-#: Kind -> (what makes it, keys of its options). `evals.cli` describes them.
-KINDS: dict[str, tuple[Callable[[Request], Benchmark], tuple[str, ...]]] = {
-    SEGMENTATION: (_segmentation, (*_ALL, "void")),
-    "depth": (_depth, _ALL),
-    "classification": (_classification, _ALL),
-    "zero_shot": (_zero_shot, ("split", "groups", "name")),
-    "retrieval": (_retrieval, ("split", "groups", "name")),
-    "objects": (_objects, _ALL),
-    "ocr": (_ocr, ("name",)),
-    "kept": (_kept, ("groups", "name")),
+KINDS: Mapping[str, Kind] = {
+    SEGMENTATION: Kind(
+        _segmentation,
+        "segmentation",
+        ("split", "train", "groups", "void", "name"),
+        "by patches, and names of objects: shards, ADE20k, VOC, images/ with labels/, COCO, Roboflow, YOLO, and "
+        "what else visft shards reads",
+    ),
+    "depth": Kind(
+        _depth,
+        "depth",
+        ("split", "train", "groups", "name"),
+        "metres by a linear head: images/ with depth/, 16-bit PNG of millimetres",
+    ),
+    "classification": Kind(
+        _classification,
+        "classification",
+        ("split", "train", "groups", "name"),
+        f"kNN and linear on frozen features: folders of classes, {DIGITS}",
+    ),
+    "zero_shot": Kind(
+        _zero_shot,
+        "classes",
+        ("split", "groups", "name"),
+        "classes by text similarity: folders of classes, ImageNet's family, ObjectNet",
+    ),
+    "retrieval": Kind(
+        _retrieval, "retrieval", ("split", "groups", "name"), "captions and images: COCO, Karpathy's JSON"
+    ),
+    "objects": Kind(
+        _objects,
+        "objects",
+        ("split", "train", "groups", "name"),
+        "names of boxed objects, as segmentation; boxes are enough",
+    ),
+    "ocr": Kind(
+        _ocr, "ocr", ("name",), "words read by a small head: train/ and test/ with gt.txt or labels.txt"
+    ),
+    "kept": Kind(
+        _kept, "kept", ("groups", "name"), "predictions of BASE's own classifier that stay: any images"
+    ),
 }
+
+
+def kinds_help(width: int = 110) -> str:
+    """The kinds of data with their keys, for --help."""
+    indent = 20
+    paragraphs = []
+    for name, kind in KINDS.items():
+        text = f"{kind.about} ({', '.join(kind.keys)})"
+        lines = textwrap.wrap(text, width - indent)
+        paragraphs.append(f"    {name}".ljust(indent) + ("\n" + " " * indent).join(lines))
+    return "\n".join(paragraphs)
 
 
 def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
@@ -113,23 +195,25 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
     Raises:
         ValueError: an unknown kind or key, or whatever is wrong with the data set.
     """
-    name, _, rest = (f"classification={text}" if text == classes.DIGITS else text).partition("=")
+    if text == DIGITS:
+        text = f"classification={text}"
+    name, _, rest = text.partition("=")
     if name not in KINDS or not rest:
         raise ValueError(f"--on {text}: give KIND=SOURCE[,key=value] with a kind of {', '.join(KINDS)}")
-    make, allowed = KINDS[name]
+    kind = KINDS[name]
     source, *pairs = re.split(r",(?=\w+=)", rest)  # a pattern of groups may hold commas
     options = {}
     for pair in pairs:
         key, _, value = pair.partition("=")
-        if key not in allowed or not value:
+        if key not in kind.keys or not value:
             raise ValueError(
-                f"--on {text}: {key!r} is not a setting of {name}; allowed: {', '.join(allowed)}"
+                f"--on {text}: {key!r} is not a setting of {name}; allowed: {', '.join(kind.keys)}"
             )
         options[key] = value
     void = options.get("void")
     if void is not None and not void.isdecimal():
         raise ValueError(f"--on {text}: void={void} is not a number from 0 to 255")
-    return make(
+    return kind.make(
         Request(
             protocol,
             label=f"{name}/{options.get('name') or Path(source).name}",
@@ -145,47 +229,55 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
 def parse_benchmarks(
     texts: Sequence[str], primary: str | None, protocol: Protocol, wanted: Sequence[str] = ()
 ) -> tuple[list[Benchmark], str]:
-    """(all benchmarks of a command line, the number that decides: by default the first of the first
-    segmentation).
+    """(all benchmarks of a command line, full name of the number that decides: by default the first of the
+    first segmentation).
 
     Args:
-        wanted: names of numbers, whole or without their data set; none: all.
+        wanted: names of numbers, full or without their data set; none: all.
 
     Raises:
         ValueError: as `parse_benchmark`; also if two have the same name, or none has the primary or a wanted
-        number.
+            number.
     """
-    found = [parse_benchmark(text, protocol) for text in texts]
-    labels = [benchmark.label for benchmark in found]
-    if twice := [label for label in labels if labels.count(label) > 1]:
-        raise ValueError(
-            f"two of --on are called {twice[0]}: give one of them another name, as in ...,name=NAME"
-        )
+    benchmarks = [parse_benchmark(text, protocol) for text in texts]
+    labels = [benchmark.label for benchmark in benchmarks]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(
+                f"two of --on are called {label}: give one of them another name, as in ...,name=NAME"
+            )
     if wanted:
-        found = _with_numbers(found, wanted)
-    numbers = [name for benchmark in found for name in benchmark.names]
-    primary = primary or next((number for number in numbers if number.startswith(f"{SEGMENTATION}/")), None)
+        benchmarks = _with_numbers(benchmarks, wanted)
+    names = [name for benchmark in benchmarks for name in benchmark.full_names]
     if primary is None:
-        raise ValueError(f"no --on {SEGMENTATION}=SOURCE: give one, or the --primary of {', '.join(numbers)}")
-    if primary not in numbers:
-        raise ValueError(f"--primary {primary}: no such number{nearest(primary, numbers)}")
-    return found, primary
+        of_segmentation = [name for name in names if name.startswith(f"{SEGMENTATION}/")]
+        if not of_segmentation:
+            raise ValueError(
+                f"no --on {SEGMENTATION}=SOURCE: give one, or the --primary of {', '.join(names)}"
+            )
+        primary = of_segmentation[0]
+    if primary not in names:
+        raise ValueError(f"--primary {primary}: no such number{nearest(primary, names)}")
+    return benchmarks, primary
 
 
 def _with_numbers(benchmarks: Sequence[Benchmark], wanted: Sequence[str]) -> list[Benchmark]:
     """The benchmarks with the wanted numbers alone, without those that have none of them."""
-    short = {number for benchmark in benchmarks for number in benchmark.numbers}
-    known = short | {name for benchmark in benchmarks for name in benchmark.names}
-    if unknown := [name for name in wanted if name not in known]:
-        like = nearest(unknown[0], sorted(known))
-        raise ValueError(
-            f"--numbers {unknown[0]}: no such number{like}; there are {', '.join(sorted(short))}"
-        )
-    found = []
+    short = {number.name for benchmark in benchmarks for number in benchmark.numbers}
+    full = {name for benchmark in benchmarks for name in benchmark.full_names}
+    for name in wanted:
+        if name not in short | full:
+            raise ValueError(
+                f"--numbers {name}: no such number{nearest(name, sorted(short | full))}; "
+                f"there are {', '.join(sorted(short))}"
+            )
+    result = []
     for benchmark in benchmarks:
-        pairs = zip(benchmark.numbers, benchmark.names, strict=True)
-        asked = [number for number, name in pairs if number in wanted or name in wanted]
-        left_out = [number for number in benchmark.numbers if number not in asked]
+        asked: list[Number] = []
+        left_out: list[Number] = []
+        for number in benchmark.numbers:
+            is_wanted = number.name in wanted or benchmark.full_name(number) in wanted
+            (asked if is_wanted else left_out).append(number)
         if asked:
-            found.append(replace(benchmark, numbers=asked, left_out=left_out))
-    return found
+            result.append(replace(benchmark, numbers=asked, left_out=left_out))
+    return result

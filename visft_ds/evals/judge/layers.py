@@ -19,15 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visft_ds.evals.judge.benchmark import Benchmark, Number
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.protocol import Benchmark
 from visft_ds.evals.judge.scoring import Settings, brought_near, encode_images, forward, groups, kinds_of
 
 #: Name of what the whole model gives, if that is not what its last block gives.
 END = "end"
 CANDIDATES = 3  #: best blocks of a data set's first number among which heads are trained
-DIRECT = ("in-context mIoU", "kNN")  #: numbers that train nothing
-HEADS = ("linear mIoU", "linear", "RMSE")
 
 
 class _Enough(Exception):
@@ -101,7 +99,7 @@ def levels_of(
     benchmark: Benchmark,
     sizes: Mapping[str, int],
     ranked: Sequence[str],
-    numbers: Sequence[str],
+    numbers: Sequence[Number],
     settings: Settings,
     label: str,
 ) -> dict[str, dict[str, float]]:
@@ -110,22 +108,23 @@ def levels_of(
     Args:
         sizes: the blocks to choose from, and bytes of an image's map of each.
         ranked: blocks by another data set, the best first, for numbers that all need trained heads.
-        numbers: of the benchmark, in DIRECT or HEADS.
+        numbers: of the benchmark, that choose layers.
     """
-    held_out = benchmark.held_out
-    assert held_out is not None
-    images = benchmark.choosing or benchmark.sets["train"]
+    choice = benchmark.layer_choice
+    assert choice is not None
+    images = choice.images
     kinds = kinds_of(encoder, benchmark)
-    levels: dict[str, dict[str, float]] = {number: {} for number in numbers}
+    levels: dict[str, dict[str, float]] = {number.name: {} for number in numbers}
 
     read_before: dict[str, dict[str, Tensor]] = {}  # block -> its features, where those of all blocks fit
 
-    def measure(name: str, features: dict[str, Tensor], wanted: Sequence[str]) -> None:
-        near = brought_near(features, settings) if benchmark.nearby else features
+    def measure(name: str, features: dict[str, Tensor], wanted: Sequence[Number]) -> None:
+        near = brought_near(features, settings)
         for number in wanted:
-            levels[number][name] = held_out(near, number)
+            value = choice.held_out(near, number.name)
+            levels[number.name][name] = -value if number.lower else value
 
-    def read(blocks: Sequence[str], wanted: Sequence[str]) -> None:
+    def read(blocks: Sequence[str], wanted: Sequence[Number]) -> None:
         for name in blocks:
             if name in read_before:
                 measure(name, read_before[name], wanted)
@@ -138,11 +137,11 @@ def levels_of(
                 if len(group) == len(sizes):
                     read_before[name] = own
 
-    direct = [number for number in numbers if number in DIRECT]
+    direct = [number for number in numbers if not number.trained]
     if direct:
         read(list(sizes), direct)
-        ranked = best_first(levels[direct[0]])
-    heads = [number for number in numbers if number in HEADS]
+        ranked = best_first(levels[direct[0].name])
+    heads = [number for number in numbers if number.trained]
     if heads:
         best = [name for name in ranked if name in sizes][:CANDIDATES]
         candidates = {*(best or sizes), list(sizes)[-1]}

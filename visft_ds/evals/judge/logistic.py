@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visft_ds.evals.judge.benchmark import FloatArray, Score, resamples
 from visft_ds.evals.judge.neighbours import Rows
-from visft_ds.evals.judge.protocol import FloatArray, Score, resamples
 from visft_ds.monitor.console import gauge
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  #: scikit-learn's C

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visft_ds.evals.judge.protocol import Score, hits, rank_of, resamples
+from visft_ds.evals.judge.benchmark import Score, resamples
+from visft_ds.evals.judge.ranking import hits, rank_of
 
 KNN = (20, 0.07)  #: neighbours, temperature of kNN: facebookresearch/dinov2, dinov2/eval/knn.py
 RESAMPLES = 10  #: of the training images

@@ -16,25 +16,24 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under N
 from PIL import Image
 from torch import Tensor
 
+from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, IntArray, Number, Score
 from visft_ds.evals.judge.dense_sets import DenseSet, Thing
 from visft_ds.evals.judge.images import changed, chosen
 from visft_ds.evals.judge.logistic import by_regression
 from visft_ds.evals.judge.neighbours import Rows
-from visft_ds.evals.judge.protocol import (
-    PLAIN,
-    Benchmark,
-    Features,
-    ImageSet,
-    IntArray,
-    Score,
-    hits,
-    rank_by_text,
-    sentences,
-)
+from visft_ds.evals.judge.ranking import PLAIN, hits, rank_by_text, sentences
 
 MARGIN = 1.2
 SMALLEST = 16.0  #: sides of a box below which nobody could recognise it, pixels
 _GREY = (128, 128, 128)
+
+
+NUMBERS = (
+    Number(
+        "text top1", how="The category whose sentence is most similar to the crop of a box is the right one."
+    ),
+    Number("probe", how="Logistic regression names the crop of a box."),
+)
 
 
 def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
@@ -55,7 +54,7 @@ def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
         label,
         {"train": taught, "test": shown},
         ("clip", "pooled"),
-        ("text top1", "probe"),
+        NUMBERS,
         {"benchmark": "objects 4", "names": names},
         scores,
         texts=sentences(names, PLAIN),

@@ -21,12 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number, Score
 from visft_ds.evals.judge.images import from_files, read_lines
-from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, Score
 from visft_ds.files import checked_name, reading
 
 WIDTH, STEPS_PER_COLUMN = 128, 2  #: of the reader; characters are often narrower than a patch
 UPDATES, BATCH, RATE = 1500, 64, 2e-3
+
+NUMBERS = (
+    Number("words", how="A linear layer and an LSTM learn to read words by CTC; the share without mistake."),
+)
 
 #: Word pictures, seen as squares whatever their shape, and what they say.
 WordSet = tuple[ImageSet, tuple[str, ...]]
@@ -44,7 +48,7 @@ def ocr(label: str, train: WordSet, test: WordSet) -> Benchmark:
         label,
         {"train": taught, "test": shown},
         ("columns",),
-        ("words",),
+        NUMBERS,
         {
             "benchmark": "ocr 3",
             "protocol": [WIDTH, STEPS_PER_COLUMN, UPDATES, BATCH, RATE],

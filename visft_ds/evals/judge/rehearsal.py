@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
+from visft_ds.evals.judge.benchmark import Benchmark
 from visft_ds.evals.judge.comparison import SIDE, Arm, Comparison
 from visft_ds.evals.judge.models import ModelSpec, load_encoder
-from visft_ds.evals.judge.protocol import Benchmark
 from visft_ds.evals.judge.scoring import Settings, forward
 from visft_ds.evals.judge.shift import SEARCHED
 from visft_ds.monitor.console import Section
@@ -36,7 +36,7 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
     data = []
     for benchmark in comparison.benchmarks:
         sizes = ", ".join(f"{len(images)} {name}" for name, images in benchmark.sets.items())
-        data.append([benchmark.label, sizes, ", ".join(benchmark.numbers)])
+        data.append([benchmark.label, sizes, ", ".join(benchmark.names)])
     seconds = seconds_of(comparison.origin, settings)
     quick = [benchmark for benchmark in comparison.benchmarks if benchmark.published is None]
     times = list[list[str]]()
@@ -72,11 +72,10 @@ def _images(comparison: Comparison, benchmarks: Sequence[Benchmark], *, best: bo
     total = 0
     for benchmark in benchmarks:
         of_scores = sum(map(len, benchmark.sets.values()))
-        of_layers = len(benchmark.choosing or benchmark.sets["train"]) if best and benchmark.held_out else 0
+        of_layers = len(benchmark.layer_choice.images) if best and benchmark.layer_choice else 0
         of_shift = 0
-        if comparison.primary in benchmark.names:
-            images = benchmark.sets.get("train") or next(iter(benchmark.sets.values()))
-            of_shift = min(SEARCHED, len(images))
+        if comparison.primary in benchmark.full_names:
+            of_shift = min(SEARCHED, len(benchmark.training_images))
         total += of_scores + of_layers
         for arm in comparison.tuned:
             total += len(arm.models) * (of_scores + of_layers)

@@ -20,14 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, IntArray, Number, Score
 from visft_ds.evals.judge.images import from_files, read_json
-from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, IntArray, Score, hits
+from visft_ds.evals.judge.ranking import hits
 from visft_ds.files import checked_name, reading
 
 CAPTIONS = 5
 RECALLS = (1, 5, 10)
 _WAYS = ("image to text", "text to image")
 _ROWS = 1024
+
+NUMBERS = tuple(
+    Number(f"{way} R@{k}", how=f"From {way}, a right answer is among the first {k}.")
+    for way in _WAYS
+    for k in RECALLS
+)
 
 Pairs = list[tuple[Path, list[str]]]  #: file of an image, its captions
 
@@ -49,11 +56,10 @@ def retrieval(label: str, images: ImageSet, captions: Sequence[str], owners: Int
         label,
         {"images": images},
         ("clip",),
-        [f"{way} R@{k}" for way in _WAYS for k in RECALLS],
+        NUMBERS,
         {"benchmark": "retrieval 1", "owners": owners.tolist(), "texts": list(captions)},
         scores,
         texts=captions,
-        needs_text=True,
     )
 
 

@@ -25,14 +25,14 @@ from torch.nn import functional as F
 
 from visft_ds import distributed
 from visft_ds.errors import RankError
+from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Score
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
-from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, Score
 from visft_ds.files import write_text, writing
 from visft_ds.monitor.console import gauge
 from visft_ds.ops import DTYPES
 from visft_ds.settings.fields import Precision
 
-VERSION = 5  #: changes when the same model and data would give other scores
+VERSION = 6  #: changes when the same model and data would give other scores
 #: Rows that a feature map is pooled to for a sequence of columns: upper and lower halves of letters stay
 #: apart.
 COLUMN_ROWS = 2
@@ -209,7 +209,7 @@ def encode(encoder: Encoder, benchmark: Benchmark, settings: Settings, what: str
         # Texts are compared with what is judged alone.
         wanted = [kind for kind in kinds if not (name == "train" and kind == "clip")]
         found[name] = encode_images(encoder, images, wanted, settings, f"{what} {name}")
-        if benchmark.nearby:
+        if benchmark.layer_choice is not None:
             found[name] = brought_near(found[name], settings)
     if benchmark.texts and encoder.text is not None:
         found["texts"] = {"clip": encoder.text.encode(benchmark.texts, settings.device)}
@@ -306,8 +306,7 @@ def _hash(what: Mapping[str, Any], settings: Settings) -> str:
 
 def _save(path: Path, made: Iterable[Score], wanted: Collection[str]) -> None:
     scores = [score for score in made if score.name in wanted]
-    lower = [score.lower for score in scores]
-    arrays: dict[str, Any] = {"names": np.array([score.name for score in scores]), "lower": np.array(lower)}
+    arrays: dict[str, Any] = {"names": np.array([score.name for score in scores])}
     for number, score in enumerate(scores):
         assert np.isfinite(score.values).all() and len(score.values), score.name
         parts = {name: getattr(score, name) for name in _PARTS}
@@ -322,5 +321,5 @@ def _load(path: Path) -> list[Score]:
     found = []
     for number, name in enumerate(part["names"]):
         arrays: Any = {one: part.get(f"{number}.{one}") for one in _PARTS}
-        found.append(Score(str(name), lower=bool(part["lower"][number]), **arrays))
+        found.append(Score(str(name), **arrays))
     return found

@@ -23,18 +23,43 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visft_ds.evals.judge import in_context, linear_segmentation
+from visft_ds.evals.judge.benchmark import Benchmark, FloatArray, Number, Score, mean_ratio
 from visft_ds.evals.judge.crops import NO_CLASS, label_of
+from visft_ds.evals.judge.dense_probes import LiveFeatures, Source, probe, trained
 from visft_ds.evals.judge.dense_sets import DenseSet, Thing
-from visft_ds.evals.judge.heads import enlarged
+from visft_ds.evals.judge.heads import BATCH, enlarged
 from visft_ds.evals.judge.neighbours import RESAMPLES, Rows, by_neighbours
-from visft_ds.evals.judge.protocol import Benchmark, FloatArray, Score, mean_ratio
-from visft_ds.evals.judge.protocols import LiveFeatures, Protocol, Source, probe, trained
+from visft_ds.evals.judge.protocol import NORMALISED, QUICK, SIZES, Protocol
 from visft_ds.monitor.console import gauge
 from visft_ds.tasks.pictures import Picture, draw_objects, grid, palette, side_by_side
 
-IN_CONTEXT = "in-context mIoU"
-LINEAR = "linear mIoU"
-OBJECTS = "objects kNN"
+IN_CONTEXT = Number(
+    "in-context mIoU",
+    how="Nothing is trained: a patch takes the classes of the 30 training patches nearest by cosine, weighted by "
+    "softmax(similarity / 0.02).",
+    published="Two augmented passes at 512 pixels (504 for patches of 14) fill a memory of at most 10,240,000 "
+    "patches, in which pixels without a class are class 0. Judged at 512 pixels, after a one-to-one matching of "
+    "answers and classes; a class that does not occur counts as 0.",
+    quick=f"Memory holds at most {QUICK.memory:,} patches. {SIZES}",
+    source="https://github.com/vpariza/open-hummingbird-eval",
+    differs=f"{NORMALISED}; search is exact (there quantised); all images take part (there not the last "
+    "incomplete batch); ADE20k has 150 classes (there 151, with one for pixels without a class)",
+    chooses_layer=True,
+)
+LINEAR = Number(
+    "linear mIoU",
+    how="Batch normalisation and a linear layer on patches, by AdamW at 1e-3.",
+    published="40,000 steps of 16 augmented crops of 512 pixels; judged in windows of 512 pixels, 341 apart, at "
+    "the label's size.",
+    quick=f"{QUICK.segmentation.steps:,} steps of {BATCH} images. {SIZES}",
+    source="https://github.com/facebookresearch/dinov3, eval/segmentation",
+    differs=f"{NORMALISED}; 504 pixels and windows 336 apart for patches of 14; the last iterate is judged (there "
+    "the best of eight evaluations on the test images)",
+    chooses_layer=True,
+    trained=True,
+)
+OBJECTS = Number("objects kNN", how="The 20 objects nearest by the mean of their patches name an object.")
+NUMBERS = (IN_CONTEXT, LINEAR, OBJECTS)
 SIDE = 224  #: pixels of a panel of the sheet
 _KEPT = 112  # pixels of the side of a segmentation that is kept for the sheet
 _STRIDE = 4  # between the pixels that resamples are judged on
@@ -42,15 +67,15 @@ _STRIDE = 4  # between the pixels that resamples are judged on
 
 def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Benchmark:
     """In-context and linear mIoU and, where objects are known, their kNN."""
-    numbers = (IN_CONTEXT, LINEAR, *([OBJECTS] if test.things and train.things else []))
+    numbers = NUMBERS if test.things and train.things else (IN_CONTEXT, LINEAR)
     benchmark = probe(label, "segmentation 2", numbers, train, test, protocol, _scores)
     return replace(benchmark, sheet=partial(segmentation_sheet, test))
 
 
 def _scores(source: Source, wanted: Collection[str]) -> Iterator[Score]:
-    if IN_CONTEXT in wanted:
+    if IN_CONTEXT.name in wanted:
         yield _in_context(source)
-    if LINEAR in wanted:
+    if LINEAR.name in wanted:
         classes, recipe = len(source.train.classes), source.protocol.segmentation
         heads = trained(
             source,
@@ -60,13 +85,13 @@ def _scores(source: Source, wanted: Collection[str]) -> Iterator[Score]:
             linear_segmentation.crop,
             linear_segmentation.schedule,
         )
-        yield overlapping(LINEAR, source.in_windows(heads), partial(label_of, source.test), classes)
-    if OBJECTS in wanted:
+        yield overlapping(LINEAR.name, source.in_windows(heads), partial(label_of, source.test), classes)
+    if OBJECTS.name in wanted:
         known, asked = (
             pooled(chain.from_iterable(source.whole(data)), data.things)
             for data in (source.train, source.test)
         )
-        yield by_neighbours(OBJECTS, _drawn_together(known, source.train), asked)
+        yield by_neighbours(OBJECTS.name, _drawn_together(known, source.train), asked)
 
 
 def _drawn_together(known: Rows, train: DenseSet) -> Rows:
@@ -100,7 +125,7 @@ def _in_context(source: Source) -> Score:
         side = source.encoder.side
         return F.interpolate(own[None, None].float(), (side, side), mode="nearest")[0, 0].long()
 
-    return overlapping(IN_CONTEXT, seen, label, classes, matched=published)
+    return overlapping(IN_CONTEXT.name, seen, label, classes, matched=published)
 
 
 def overlapping(

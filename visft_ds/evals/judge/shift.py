@@ -22,12 +22,12 @@ from scipy.optimize import brentq
 from torch import Tensor
 from torch.nn import functional as F
 
+from visft_ds.evals.judge.benchmark import Benchmark
 from visft_ds.evals.judge.dense_sets import every
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.images import chosen
 from visft_ds.evals.judge.layers import read_after
 from visft_ds.evals.judge.models import Mixture, ModelSpec, load_encoder
-from visft_ds.evals.judge.protocol import Benchmark
 from visft_ds.evals.judge.scoring import Settings, forward, pictures
 
 SEARCHED = 1000  #: images, and texts, on which a scale is searched
@@ -50,7 +50,7 @@ class ShiftMeter:
         self._base = load_encoder(base, "fp32")
         kinds = [kind for kind in _KINDS if kind in self._base.kinds]
         self._kind = next((kind for kind in kinds if kind in benchmark.kinds), kinds[0])
-        self._images = benchmark.sets.get("train") or next(iter(benchmark.sets.values()))
+        self._images = benchmark.training_images
         self._texts = benchmark.texts
         sample = chosen(self._images, every(len(self._images), SEARCHED))
         self._sample = list(pictures(self._base, sample, self._settings))

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from visft_ds.evals.judge.benchmark import FloatArray, Number, Score
 from visft_ds.evals.judge.intervals import LEVEL, combined, holm, interval, resampled, spread_of
-from visft_ds.evals.judge.protocol import FloatArray, Score
 from visft_ds.evals.records import Interval, number_text
 from visft_ds.monitor.console import Section
 
@@ -73,6 +73,7 @@ class Row:
     over_cut: Mapping[str, Difference]  #: the arm minus the base at its best layer up to where the arm ends
     last_values: Mapping[str, float]  #: base and tuned arms -> the number at the last layer
     cut_values: Mapping[str, float]  #: tuned arm -> the number of the base up to where the arm ends
+    agreement: bool = False  #: the share of the base's answers that an arm gives, too
 
     def level(self, arm: str) -> str:
         """An arm's number as text; empty without one."""
@@ -86,6 +87,7 @@ def rows_of(
     primary: str,
     last: Results | None = None,
     cut: Results | None = None,
+    numbers: Mapping[str, Number] | None = None,
 ) -> list[Row]:
     """A row for each number, in the order in which they came.
 
@@ -95,20 +97,28 @@ def rows_of(
         by seed.
         last: scores of the base and of tuned arms at their last layers.
         cut: scores of the base up to where tuned arms end, by their names.
+        numbers: what is known of the numbers, by their names; more is better where nothing is.
     """
     names = dict.fromkeys(name for scores in results.values() for name in scores)
-    rows = [_row(name, results, arms, trials, last or {}, cut or {}) for name in names]
+    rows = []
+    for name in names:
+        number = (numbers or {}).get(name) or Number(name, how="")
+        rows.append(_row(name, number, results, arms, trials, last or {}, cut or {}))
     return _decided(rows, primary, [trial.arm for trial in trials])
 
 
 def _row(
     name: str,
+    number: Number,
     results: Results,
     arms: Mapping[str, Sequence[str]],
     trials: Sequence[Trial],
     last: Results,
     cut: Results,
 ) -> Row:
+    def minus(new: Sequence[Score], old: Sequence[Score]) -> Difference:
+        return _minus(name, new, old, lower=number.lower)
+
     base = next(iter(arms))
     having = _having(name, results, arms)
     ends = _having(name, last, arms)
@@ -120,20 +130,19 @@ def _row(
     for trial in trials:
         if trial.arm in having:
             present = [control for control in trial.controls if control in having]
-            controls[trial.arm] = {
-                control: _minus(name, having[trial.arm], having[control]) for control in present
-            }
+            controls[trial.arm] = {control: minus(having[trial.arm], having[control]) for control in present}
     both_end = [arm for arm in tuned if arm in ends and base in ends]
     return Row(
         name=name,
         items=len(first.values),
-        lower=first.lower,
+        lower=number.lower,
+        agreement=number.agreement,
         values={arm: _mean(seeds) for arm, seeds in having.items()},
-        differences={arm: _minus(name, having[arm], having[base]) for arm in others},
+        differences={arm: minus(having[arm], having[base]) for arm in others},
         controls=controls,
-        last={arm: _minus(name, ends[arm], ends[base]) for arm in both_end},
-        over_last={arm: _minus(name, having[arm], ends[base]) for arm in both_end},
-        over_cut={arm: _minus(name, having[arm], cuts[arm]) for arm in tuned if arm in cuts},
+        last={arm: minus(ends[arm], ends[base]) for arm in both_end},
+        over_last={arm: minus(having[arm], ends[base]) for arm in both_end},
+        over_cut={arm: minus(having[arm], cuts[arm]) for arm in tuned if arm in cuts},
         last_values={arm: _mean(seeds) for arm, seeds in ends.items()},
         cut_values={arm: _mean(seeds) for arm, seeds in cuts.items()},
     )
@@ -178,7 +187,7 @@ def _mean(seeds: Sequence[Score]) -> float:
     return float(np.mean([score.value for score in seeds]))
 
 
-def _minus(name: str, new: Sequence[Score], old: Sequence[Score]) -> Difference:
+def _minus(name: str, new: Sequence[Score], old: Sequence[Score], *, lower: bool) -> Difference:
     """Difference of one number, over all seeds of both arms by the same draws."""
     count = max(len(new), len(old))
     news = list(new) * count if len(new) == 1 else list(new)
@@ -209,8 +218,8 @@ def _minus(name: str, new: Sequence[Score], old: Sequence[Score]) -> Difference:
         low,
         high,
         max(spread.two_sided(whole.value), least),
-        better=below if news[0].lower else above,
-        worse=above if news[0].lower else below,
+        better=below if lower else above,
+        worse=above if lower else below,
         shown=above or below,
         alone=interval(whole.value, means.mean(axis=0)),
         detectable=None if few else spread.detectable,

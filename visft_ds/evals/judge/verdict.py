@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from visft_ds.evals.judge.table import Difference, Row, Trial
 from visft_ds.evals.records import number_text
 
-KEPT = "kept/"  #: beginning of the numbers that count kept predictions of the base's classifier
 _EQUAL = "of the same feature shift"
 
 
@@ -161,7 +160,7 @@ def _cost(rows: Sequence[Row], primary: Row, arm: str) -> str:
     """The numbers that are worse than the base's by their own intervals, those marked that remain after
     correction; and the kept predictions of its classifier."""
     having = [row for row in rows if row is not primary and arm in row.differences]
-    others = [row for row in having if not row.name.startswith(KEPT)]
+    others = [row for row in having if not row.agreement]
     worse = []
     for row in others:
         change = row.differences[arm]
@@ -177,6 +176,6 @@ def _cost(rows: Sequence[Row], primary: Row, arm: str) -> str:
     else:
         parts = ["no other number was judged"]
     for row in having:
-        if row.name.startswith(KEPT):
+        if row.agreement:
             parts.append(f"{row.level(arm)} % of the classifier's predictions are unchanged ({row.name})")
     return "; ".join(parts)

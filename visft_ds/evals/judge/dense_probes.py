@@ -1,17 +1,14 @@
-"""Probes of frozen features as published, or quick ones: their settings, and where feature maps come from.
+"""Probes of frozen feature maps: where maps come from, how heads learn from them, and a benchmark of both.
 
-Published are https://github.com/vpariza/open-hummingbird-eval (`in_context`),
-https://github.com/facebookresearch/dinov3 (`linear_segmentation`, `depth`) and
-https://github.com/facebookresearch/dinov2 (`classification`): random crops of all images teach, and heads
-judge windows, or images and their mirror images. Quick probes read the features of whole images, each encoded
-once; their numbers are not comparable with published ones.
+Maps are cached (of whole images, each encoded once) or live (of random crops, windows and mirror images, as
+published protocols see them); probes of `segmentation` and `depth` are written for either.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,68 +17,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, default_collate
 
-from visft_ds.evals.judge import linear_segmentation
+from visft_ds.evals.judge.benchmark import Benchmark, Features, LayerChoice, Number, Score, fifth
 from visft_ds.evals.judge.crops import View, label_of, short_side
 from visft_ds.evals.judge.dense_sets import DenseSet, every
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Loss, Recipe, Schedule, enlarged, fit
 from visft_ds.evals.judge.linear_segmentation import windows
-from visft_ds.evals.judge.protocol import Benchmark, Features, Score, fifth
+from visft_ds.evals.judge.protocol import BRIEF, QUICK, Protocol
 from visft_ds.evals.judge.scoring import Settings, forward, pictures
 
 SIDE = 224  #: of the labels that heads learn from whose features are kept, pixels
 _UNITS = (32, 16, 14, 1)  # pixels of a patch's side: one of these divides the encoder's side
 
-
-@dataclass(frozen=True)
-class Protocol:
-    """Sizes and recipes."""
-
-    name: str
-    images: Mapping[str, int]  #: that are read of "train" and "test"; of more every k-th
-    classified: Mapping[str, int]  #: the same where an image has one class
-    memory: int  #: patches
-    segmentation: Recipe
-    depth: Recipe
-    resampled: bool = True  #: probes are retrained on resamples of the training images
-
-    @property
-    def published(self) -> bool:
-        """Return True if numbers are to be those of the sources."""
-        return self.name == "published"
-
-
-PUBLISHED = Protocol(
-    "published",
-    {"train": 10**9, "test": 10**9},
-    {"train": 10**9, "test": 10**9},
-    10_240_000,
-    linear_segmentation.RECIPE,
-    Recipe(steps=38_400, warm_up=12_800, rate=3e-4, decay=1e-4, betas=(0.9, 0.99), clip=35.0),
-)
-
-
-def _quick(name: str, memory: int, steps: int, resampled: bool) -> Protocol:
-    """The same heads after so many steps."""
-
-    def fewer(recipe: Recipe) -> Recipe:
-        return replace(recipe, steps=steps, warm_up=round(recipe.warm_up * steps / recipe.steps), stride=8)
-
-    return Protocol(
-        name,
-        {"train": 1000, "test": 2000},
-        {"train": 10_000, "test": 5000},
-        memory,
-        fewer(PUBLISHED.segmentation),
-        fewer(PUBLISHED.depth),
-        resampled,
-    )
-
-
-QUICK = _quick("quick", 102_400, 2000, resampled=True)
-BRIEF = _quick(
-    "brief", 6_400, 500, resampled=False
-)  #: by which a fifth of the training images chooses a layer
 
 #: Makes a crop of an image and its label as a model takes it.
 Crop = Callable[[Image.Image, Tensor, View], tuple[Tensor, Tensor]]
@@ -259,7 +206,7 @@ def at_labels(seen: Iterable[Tensor], test: DenseSet) -> Iterator[tuple[Tensor, 
 def probe(
     label: str,
     version: str,
-    numbers: Sequence[str],
+    numbers: Sequence[Number],
     train: DenseSet,
     test: DenseSet,
     protocol: Protocol,
@@ -280,7 +227,7 @@ def probe(
         (result,) = score(
             CachedFeatures(BRIEF, few.part(rest), maps[rest], few.part(held), maps[held]), [number]
         )
-        return -result.value if result.lower else result.value
+        return result.value
 
     def published(encoder: Encoder, settings: Settings, wanted: Collection[str]) -> Iterator[Score]:
         return score(LiveFeatures(protocol, train, test, encoder, settings), wanted)
@@ -292,8 +239,6 @@ def probe(
         numbers,
         {"benchmark": version, "protocol": asdict(protocol), "classes": test.classes},
         scores,
-        held_out=held_out,
-        nearby=True,
-        choosing=few.images,
+        layer_choice=LayerChoice(few.images, held_out),
         published=published if protocol.published else None,
     )
