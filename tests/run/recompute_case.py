@@ -41,13 +41,14 @@ def main(out: str) -> None:
     from visft_ds import distributed
     from visft_ds.parallel.engine import start_process_group
     from visft_ds.run import machine
+    from visft_ds.run.folder import EarlierStarts
 
     start_process_group()
     rank = distributed.rank()
     room = {0: needs("none"), 1: needs("block")}[rank]
     machine.memory_of = lambda device: room
     config = configured()
-    chosen, there = machine.settle_recompute(config, machine.check_machine(config, None, 1))
+    chosen, there = machine.settle_recompute(config, machine.check_machine(config, 1), None, EarlierStarts())
     Path(f"{out}.{rank}").write_text(
         json.dumps([chosen.visft.model.recompute, there.why_recompute]), encoding="utf-8"
     )

@@ -9,15 +9,12 @@ import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
 from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.config.backbones import model_of, named
 from visft_ds.config.batches import larger_batches
-from visft_ds.config.cli import batch_flags
-from visft_ds.config.resolve import Flags
 from visft_ds.errors import tell
 from visft_ds.flags import Command
 from visft_ds.monitor.console import Section, print_plan
@@ -84,19 +81,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         models = [model] if model else ["eva_e", "eva_g"]
         stages = [options.stage] if options.stage else [1, 2]
         for model, stage in product(models, stages):
-            fits &= _plan(options, model, _resolved(options, stage, model, flags), cluster)
+            config = resolve(
+                stage=stage,
+                model=model,
+                engine=options.engine,
+                flags=flags,
+                settings=options.set,
+                batch_size=options.batch_size,
+            )
+            fits &= _plan(options, model, config, cluster)
     except (ValueError, OSError) as error:
         return tell(error)
     return 0 if fits else 2
-
-
-def _resolved(options: Namespace, stage: int, model: str, flags: Flags | None) -> ResolvedConfig:
-    """The configuration of a stage, as visft train would have it."""
-    resolved = partial(resolve, stage=stage, model=model, engine=options.engine, settings=options.set)
-    config = resolved(flags=flags)
-    if options.batch_size is None:
-        return config
-    return resolved(flags={**(flags or {}), **batch_flags(config, options.batch_size)})
 
 
 def _plan(options: Namespace, model: str, config: ResolvedConfig, cluster: Cluster) -> bool:

@@ -71,8 +71,7 @@ class PlannedRun:
     @property
     def tf32(self) -> bool:
         """True if float32 products of matrices are computed in TF32 on GPUs that have it."""
-        stated = self.config.visft.model.tf32
-        return self.precision != "fp32" if stated == "auto" else stated
+        return self.config.visft.model.computes_in_tf32(self.precision)
 
     @cached_property
     def partition(self) -> Partition | None:
