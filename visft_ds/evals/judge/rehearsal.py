@@ -5,15 +5,17 @@ batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import torch
 
 from visft_ds.evals.judge.benchmark import Benchmark
-from visft_ds.evals.judge.comparison import SIDE, Arm, Comparison
-from visft_ds.evals.judge.models import ModelSpec, load_encoder
-from visft_ds.evals.judge.scoring import Settings, forward
+from visft_ds.evals.judge.comparison import Comparison
+from visft_ds.evals.judge.encoding import Settings, forward
+from visft_ds.evals.judge.model_text import ModelSpec
+from visft_ds.evals.judge.models import load_encoder
+from visft_ds.evals.judge.protocol import PUBLISHED_SIDE
 from visft_ds.evals.judge.shift import SEARCHED
+from visft_ds.evals.judge.variants import Variant
 from visft_ds.monitor.console import Section
 
 CROPS = 640_000  #: that a published head learns from
@@ -27,31 +29,31 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
     Args:
         best: layers are chosen, and noise and half come by themselves.
     """
-    settings = comparison.settings
-    arms = [comparison.base, *comparison.tuned, *comparison.named]
+    variants = [comparison.base, *comparison.tuned, *comparison.named]
     models = []
-    for arm in arms:
-        for spec in arm.models:
-            models.append([spec.label, _blocks(arm, best), str(spec)])
+    for variant in variants:
+        for spec in variant.models:
+            models.append([spec.label, _blocks(variant, best), str(spec)])
     data = []
+    images = 0  # of quick benchmarks
+    published = 0
     for benchmark in comparison.benchmarks:
-        sizes = ", ".join(f"{len(images)} {name}" for name, images in benchmark.sets.items())
+        sizes = ", ".join(f"{len(part)} {name}" for name, part in benchmark.sets.items())
         data.append([benchmark.label, sizes, ", ".join(benchmark.names)])
-    seconds = seconds_of(comparison.origin, settings)
-    quick = [benchmark for benchmark in comparison.benchmarks if benchmark.published is None]
+        if benchmark.published is None:
+            images += _images(comparison, benchmark, best=best)
+        else:
+            published += 1
+
+    settings = comparison.settings
     times = list[list[str]]()
-    if quick:
-        images = _images(comparison, quick, best=best)
-        times.append(
-            ["encoding", f"{images:,} images", f"{seconds * images / 3600:.2g} hours on {settings.device}"]
-        )
-    published = len(comparison.benchmarks) - len(quick)
+    if images:
+        hours = seconds_of(comparison.origin, settings) * images / 3600
+        times.append(["encoding", f"{images:,} images", f"{hours:.2g} hours on {settings.device}"])
     if published:
-        scored = sum(len(arm.models) for arm in arms) * (3 if best else 1)  # with noise and half
-        hours = hours_of(comparison.origin, published * scored, settings)
-        times.append(
-            ["published heads", f"{published * scored} or more", f"{hours:,.2g} hours on {settings.device}"]
-        )
+        heads = published * scored_models(sum(len(variant.models) for variant in variants), best=best)
+        hours = hours_of(comparison.origin, heads, settings)
+        times.append(["published heads", f"{heads} or more", f"{hours:,.2g} hours on {settings.device}"])
     return [
         Section("models", models, ["", "layers", ""]),
         Section("data, images and numbers", data),
@@ -60,28 +62,34 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
     ]
 
 
-def _blocks(arm: Arm, best: bool) -> str:
-    names = list(arm.blocks)
-    if best and arm.asked:
-        return f"best of {names[0]} to {names[-1]}"
-    return names[-1]
+def scored_models(models: int, *, best: bool) -> int:
+    """How many models are scored where so many are named: noise and half come by themselves."""
+    return 3 * models if best else models
 
 
-def _images(comparison: Comparison, benchmarks: Sequence[Benchmark], *, best: bool) -> int:
-    """How many images are encoded: for layers, for shifts and for scores."""
-    total = 0
-    for benchmark in benchmarks:
-        of_scores = sum(map(len, benchmark.sets.values()))
-        of_layers = len(benchmark.layer_choice.images) if best and benchmark.layer_choice else 0
-        of_shift = 0
-        if comparison.primary in benchmark.full_names:
-            of_shift = min(SEARCHED, len(benchmark.training_images))
-        total += of_scores + of_layers
-        for arm in comparison.tuned:
-            total += len(arm.models) * (of_scores + of_layers)
-            controls = len(comparison.named) + best
-            if arm.alike:
-                total += len(arm.models) * (controls * (of_scores + _SEARCHES * of_shift) + best * of_scores)
+def _blocks(variant: Variant, best: bool) -> str:
+    if best and variant.has_choice:
+        return f"best of {next(iter(variant.blocks))} to {variant.last}"
+    return variant.last
+
+
+def _images(comparison: Comparison, benchmark: Benchmark, *, best: bool) -> int:
+    """How many images of a benchmark are encoded: for layers, for shifts and for scores."""
+    for_scores = sum(map(len, benchmark.sets.values()))
+    of_model = for_scores
+    if best and benchmark.layer_choice is not None:
+        of_model += len(benchmark.layer_choice.images)
+    of_control = for_scores
+    if comparison.primary in benchmark.full_names:
+        of_control += _SEARCHES * min(SEARCHED, len(benchmark.training_images))
+    total = of_model
+    for variant in comparison.tuned:
+        of_seed = of_model
+        if variant.of_base:
+            of_seed += len(comparison.named) * of_control
+            if best:
+                of_seed += of_control + for_scores  # noise and half
+        total += len(variant.models) * of_seed
     return total
 
 
@@ -99,4 +107,4 @@ def seconds_of(spec: ModelSpec, settings: Settings) -> float:
 def hours_of(spec: ModelSpec, heads: int, settings: Settings) -> float:
     """Hours that so many heads of published protocols take, by the time of one image."""
     side = load_encoder(spec, settings.precision).side
-    return seconds_of(spec, settings) * (SIDE / side) ** 2 * CROPS * heads / 3600
+    return seconds_of(spec, settings) * (PUBLISHED_SIDE / side) ** 2 * CROPS * heads / 3600
