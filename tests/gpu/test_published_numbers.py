@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visft_ds.evals.judge.benchmark import ImageSet
+from visft_ds.evals.judge.benchmark import PUBLISHED_SIDE, ImageSet
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.classification import classification
 from visft_ds.evals.judge.dense_sets import DenseSet
@@ -31,7 +31,7 @@ from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.kinds import parse_benchmark
 from visft_ds.evals.judge.model_text import parse_model
 from visft_ds.evals.judge.models import load_encoder
-from visft_ds.evals.judge.protocol import PUBLISHED, PUBLISHED_SIDE, QUICK
+from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
 from visft_ds.evals.judge.segmentation import segmentation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

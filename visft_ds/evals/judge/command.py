@@ -16,13 +16,12 @@ import orjson
 import torch
 
 from visft_ds import distributed
-from visft_ds.evals.judge.benchmark import Benchmark
 from visft_ds.evals.judge.comparison import Comparison
 from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.kinds import parse_benchmarks
-from visft_ds.evals.judge.model_text import ModelSpec, parse_variants
+from visft_ds.evals.judge.model_text import parse_variants
 from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
-from visft_ds.evals.judge.rehearsal import hours_of, rehearsal, scored_models
+from visft_ds.evals.judge.rehearsal import published_hours, rehearsal
 from visft_ds.evals.judge.table import Results, Row, rows_of, section
 from visft_ds.evals.judge.verdict import Verdict, judged
 from visft_ds.evals.pages import judge_page
@@ -62,8 +61,15 @@ def run_judge(given: argparse.Namespace) -> None:
                 comparison = Comparison(variants, len(given.tuned), benchmarks, primary, nowhere)
                 print_plan("visft judge --dry-run", rehearsal(comparison, best=best))
         return
-    if given.device == "auto":
-        _check_hours(variants, benchmarks, settings, best=best)
+    published = [benchmark for benchmark in benchmarks if benchmark.published is not None]
+    if published and settings.device.type == "cpu" and given.device == "auto":
+        models = sum(map(len, variants.values()))
+        if best:
+            models *= 3  # noise and half come by themselves
+        hours = published_hours(next(iter(variants.values()))[0], published, models, settings)
+        raise ValueError(
+            f"published protocols take some {hours:,.0f} hours without a GPU: add --quick, or --device cpu"
+        )
 
     comparison = Comparison(variants, len(given.tuned), benchmarks, primary, settings)
     if best:
@@ -115,24 +121,6 @@ def _check_folder(out: Path, primary: str) -> None:
         named = read_judged(out)["primary"]
         if named != primary:
             raise ValueError(f"{out} was judged by {named}: for another --primary choose another --out")
-
-
-def _check_hours(
-    variants: Mapping[str, Sequence[ModelSpec]],
-    benchmarks: Sequence[Benchmark],
-    settings: Settings,
-    *,
-    best: bool,
-) -> None:
-    """Raise ValueError for published protocols without a GPU, which nobody has asked for."""
-    published = sum(benchmark.published is not None for benchmark in benchmarks)
-    if published and settings.device.type == "cpu":
-        base = next(iter(variants.values()))[0]
-        heads = published * scored_models(sum(map(len, variants.values())), best=best)
-        hours = hours_of(base, heads, settings)
-        raise ValueError(
-            f"published protocols take some {hours:,.0f} hours without a GPU: add --quick, or --device cpu"
-        )
 
 
 def _record(

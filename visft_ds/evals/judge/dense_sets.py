@@ -48,9 +48,10 @@ from visft_ds.evals.judge.images import (
 )
 from visft_ds.files import checked_name, image_frame, open_image, read_bytes, reading
 from visft_ds.monitor.console import gauge
-from visft_ds.shards.coco import FolderSplit, read_coco
+from visft_ds.shards.coco import read_coco
+from visft_ds.shards.common import FolderSplit
 from visft_ds.shards.layouts import recognise
-from visft_ds.shards.maps import CLASSES, OWN, classes_of_maps, numbers_with_class, read_map
+from visft_ds.shards.maps import CLASSES, OWN, classes_of_maps, read_map
 from visft_ds.tasks.classes import VOID
 
 NOTHING = 65_535  #: number of a pixel of outlines that has no class; of label maps it is 255
@@ -253,20 +254,21 @@ def _named(root: Path, void: int | None) -> Parts:
     """The parts of label maps whose classes are named; classes are numbered from 0 in the order of their
     numbers.
     """
-    names, voids, _ = classes_of_maps(OWN, root, void)
+    map_classes = classes_of_maps(OWN, root, void)
+    names = map_classes.names
     classes = tuple(names[number] for number in sorted(names))
     class_of_number = np.full(VOID + 1, VOID, dtype=np.uint8)
     class_of_number[sorted(names)] = np.arange(len(names))
 
     def read(path: Path) -> Label:
         numbers = read_map(path)
-        numbers_with_class(numbers, names, voids, path)
+        map_classes.numbers_in(numbers, path)
         label: Label = class_of_number[numbers]
         return label
 
     def named(part: Callable[[int], DenseSet], most: int) -> DenseSet:
         data = part(most)
-        fingerprint = digest((data.images.fingerprint, *map(str, sorted(voids))))
+        fingerprint = digest((data.images.fingerprint, *map(str, sorted(map_classes.voids))))
         return replace(data, images=replace(data.images, fingerprint=fingerprint), classes=classes)
 
     return {name: partial(named, part) for name, part in _beside(root, "labels", read).items()}

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from visft_ds.evals.judge import linear_segmentation
 from visft_ds.evals.judge.heads import Recipe
 
-PUBLISHED_SIDE = 512  #: pixels of images in published protocols, as many as are whole patches
 _ALL = 10**9
 _STRIDE = 8  # between the pixels that the loss of a quick head counts
 

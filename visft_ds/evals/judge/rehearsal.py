@@ -5,6 +5,7 @@ batch.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -13,12 +14,10 @@ from visft_ds.evals.judge.comparison import Comparison
 from visft_ds.evals.judge.encoding import Settings, forward
 from visft_ds.evals.judge.model_text import ModelSpec
 from visft_ds.evals.judge.models import load_encoder
-from visft_ds.evals.judge.protocol import PUBLISHED_SIDE
 from visft_ds.evals.judge.shift import SEARCHED
 from visft_ds.evals.judge.variants import Variant
 from visft_ds.monitor.console import Section
 
-CROPS = 640_000  #: that a published head learns from
 _BATCH = 4  # images whose time is taken
 _SEARCHES = 6  # measurements until a control has its shift
 
@@ -29,31 +28,24 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
     Args:
         best: layers are chosen, and noise and half come by themselves.
     """
-    variants = [comparison.base, *comparison.tuned, *comparison.named]
+    settings = comparison.settings
     models = []
-    for variant in variants:
+    for variant in [comparison.base, *comparison.tuned, *comparison.named]:
         for spec in variant.models:
             models.append([spec.label, _blocks(variant, best), str(spec)])
     data = []
-    images = 0  # of quick benchmarks
-    published = 0
     for benchmark in comparison.benchmarks:
-        sizes = ", ".join(f"{len(part)} {name}" for name, part in benchmark.sets.items())
+        sizes = ", ".join(f"{len(images)} {name}" for name, images in benchmark.sets.items())
         data.append([benchmark.label, sizes, ", ".join(benchmark.names)])
-        if benchmark.published is None:
-            images += _images(comparison, benchmark, best=best)
-        else:
-            published += 1
 
-    settings = comparison.settings
-    times = list[list[str]]()
-    if images:
-        hours = seconds_of(comparison.origin, settings) * images / 3600
-        times.append(["encoding", f"{images:,} images", f"{hours:.2g} hours on {settings.device}"])
+    images = _images(comparison, best=best)
+    hours = seconds_of(comparison.origin, settings) * images / 3600
+    times = [["encoding", f"{images:,} images", f"{hours:.2g} hours on {settings.device}"]]
+    published = [benchmark for benchmark in comparison.benchmarks if benchmark.published is not None]
     if published:
-        heads = published * scored_models(sum(len(variant.models) for variant in variants), best=best)
-        hours = hours_of(comparison.origin, heads, settings)
-        times.append(["published heads", f"{heads} or more", f"{hours:,.2g} hours on {settings.device}"])
+        scored = _scored_models(comparison, best=best)
+        hours = published_hours(comparison.origin, published, scored, settings)
+        times.append(["published heads", f"{scored} models", f"{hours:,.2g} hours on {settings.device}"])
     return [
         Section("models", models, ["", "layers", ""]),
         Section("data, images and numbers", data),
@@ -62,34 +54,43 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
     ]
 
 
-def scored_models(models: int, *, best: bool) -> int:
-    """How many models are scored where so many are named: noise and half come by themselves."""
-    return 3 * models if best else models
-
-
 def _blocks(variant: Variant, best: bool) -> str:
     if best and variant.has_choice:
         return f"best of {next(iter(variant.blocks))} to {variant.last}"
     return variant.last
 
 
-def _images(comparison: Comparison, benchmark: Benchmark, *, best: bool) -> int:
-    """How many images of a benchmark are encoded: for layers, for shifts and for scores."""
-    for_scores = sum(map(len, benchmark.sets.values()))
-    of_model = for_scores
-    if best and benchmark.layer_choice is not None:
-        of_model += len(benchmark.layer_choice.images)
-    of_control = for_scores
-    if comparison.primary in benchmark.full_names:
-        of_control += _SEARCHES * min(SEARCHED, len(benchmark.training_images))
-    total = of_model
+def _scored_models(comparison: Comparison, *, best: bool) -> int:
+    """How many models are scored: BASE, and each training with its controls, noise and half."""
+    models = 1
     for variant in comparison.tuned:
-        of_seed = of_model
+        of_training = 1
         if variant.of_base:
-            of_seed += len(comparison.named) * of_control
-            if best:
-                of_seed += of_control + for_scores  # noise and half
-        total += len(variant.models) * of_seed
+            of_training += len(comparison.named) + (2 if best else 0)
+        models += len(variant.models) * of_training
+    return models
+
+
+def _images(comparison: Comparison, *, best: bool) -> int:
+    """How many images are encoded as models take them: for layers, for shifts and for quick scores."""
+    trainings = 0
+    controls = 0
+    for variant in comparison.tuned:
+        trainings += len(variant.models)
+        if variant.of_base:
+            controls += len(variant.models) * (len(comparison.named) + (1 if best else 0))
+    total = 0
+    for benchmark in comparison.benchmarks:
+        if benchmark.published is None:
+            images = sum(map(len, benchmark.sets.values()))
+            total += images * _scored_models(comparison, best=best)
+        if best and benchmark.layer_choice:
+            total += len(benchmark.layer_choice.images) * (1 + trainings)
+        if comparison.primary in benchmark.full_names:
+            images = len(benchmark.training_images)
+            total += min(SEARCHED, images) * (1 + _SEARCHES * controls)
+            if images > SEARCHED:
+                total += 2 * images * (trainings + controls)  # BASE is encoded again beside each
     return total
 
 
@@ -104,7 +105,14 @@ def seconds_of(spec: ModelSpec, settings: Settings) -> float:
     return (time.perf_counter() - began) / _BATCH
 
 
-def hours_of(spec: ModelSpec, heads: int, settings: Settings) -> float:
-    """Hours that so many heads of published protocols take, by the time of one image."""
+def published_hours(
+    spec: ModelSpec, benchmarks: Sequence[Benchmark], models: int, settings: Settings
+) -> float:
+    """Hours that published numbers of so many models take, by the time that one image takes a pixel."""
+    pixels = 0
+    for benchmark in benchmarks:
+        images = sum(map(len, benchmark.sets.values()))
+        for number in benchmark.numbers:
+            pixels += number.side**2 * (number.crops + images)
     side = load_encoder(spec, settings.precision).side
-    return seconds_of(spec, settings) * (PUBLISHED_SIDE / side) ** 2 * CROPS * heads / 3600
+    return seconds_of(spec, settings) / side**2 * pixels * models / 3600

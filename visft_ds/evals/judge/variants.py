@@ -8,13 +8,12 @@ from functools import partial
 from typing import Any
 
 from visft_ds.evals.judge.agreement import check_classifier, load_classifier
-from visft_ds.evals.judge.benchmark import Benchmark
+from visft_ds.evals.judge.benchmark import PUBLISHED_SIDE, Benchmark
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import Settings, kinds_of
 from visft_ds.evals.judge.layers import blocks_of, read_after
 from visft_ds.evals.judge.model_text import ModelSpec
 from visft_ds.evals.judge.models import alike, load_encoder, weights_of
-from visft_ds.evals.judge.protocol import PUBLISHED_SIDE
 from visft_ds.evals.judge.scoring import remembered
 
 
