@@ -257,7 +257,7 @@ def test_a_base_goes_on_behind_the_block_that_its_training_read(tmp_path: Path) 
     """As BASE a stage-1 run is the network that its user has; where the file ends, or #BLOCK says so, it
     ends.
     """
-    settings = [*SETTINGS, "visft.model.layers=[0]"]
+    settings = [*SETTINGS, "visft.model.out_indices=[0]"]
     config = resolve(
         stage=1, model="debug", settings=settings, flags={"visft.data.root": ("shards", "--data")}
     )
