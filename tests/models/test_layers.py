@@ -26,7 +26,7 @@ from tests.random_tower import (
 from visft_ds.config import resolve
 from visft_ds.config.backbones import named
 from visft_ds.config.schema import OptimizerParams
-from visft_ds.evals.model import ModelFiles, ModelSource
+from visft_ds.predict.loading import ModelFiles, ModelSource
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README
 from visft_ds.interop.heads import HeadInfo, open_head, read_elsewhere, save_head

@@ -36,7 +36,7 @@ from visft_ds.evals.judge.encoders import (
 )
 from visft_ds.evals.judge.images import stamp
 from visft_ds.evals.judge.text import projection_of, text_tower_in
-from visft_ds.evals.model import adapter_for, files_of_run
+from visft_ds.predict.loading import adapter_for, files_of_run
 from visft_ds.interop.layouts import (
     MODEL,
     base_parameters,
