@@ -18,10 +18,10 @@ from tests.random_tower import adapter_of, merge, save_adapter, save_backbone
 from tests.tiny import THREE, TINY
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.shards import Category, Manifest, ShardReader
-from visft_ds.predict.loading import LoadedModel, ModelSource, files_of_run
 from visft_ds.evaluation import collect
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
+from visft_ds.predict.loading import LoadedModel, ModelSource, files_of_run
 from visft_ds.prepare.data import vocabulary_of
 from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.prepare.model import prepare_model

@@ -156,19 +156,19 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
     Args:
         sheets: drawings of what models see.
     """
-    base = next(iter(record["arms"]))
+    base = next(iter(record["variants"]))
     (primary,) = (row for row in record["rows"] if row["name"] == record["primary"])
     layers = record["layers"].get(primary["name"], {})
-    curves = {arm: chosen["held_out"] for arm, chosen in layers.items()}
+    curves = {variant: chosen["held_out"] for variant, chosen in layers.items()}
     blocks = list(dict.fromkeys(block for scores in curves.values() for block in scores))
     unit, factor = ("", -1) if primary["lower"] else ("percent", 100)  # held-out errors are kept with a minus
     series = []
-    for arm, scores in curves.items():
+    for variant, scores in curves.items():
         xs = [blocks.index(block) for block in scores]
-        series.append(Series(xs, [factor * score for score in scores.values()], arm))
+        series.append(Series(xs, [factor * score for score in scores.values()], variant))
     return render(
         "judge/judge.html.j2",
-        title=f"{', '.join(trial['arm'] for trial in record['trials'])} against {base}",
+        title=f"{', '.join(trial['variant'] for trial in record['trials'])} against {base}",
         record=record,
         base=base,
         primary=primary,

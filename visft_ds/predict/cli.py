@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.config.cli import BACKBONE_HELP, DOWNLOAD_HELP
+from visft_ds.config.flags import BACKBONE_HELP, DOWNLOAD_HELP
 from visft_ds.errors import tell
 from visft_ds.flags import Parser
 
