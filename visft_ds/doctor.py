@@ -131,7 +131,7 @@ def check_memory(model: str | None) -> Iterator[Finding]:
     """Compare the memory of a process with what both stages of a model are predicted to need."""
     from visft_ds.config import resolve
     from visft_ds.distributed import local_device
-    from visft_ds.planner.memory import plan_largest, run_of
+    from visft_ds.planner.memory import plan_largest, planned_run
     from visft_ds.prepare.model import choose_precision
     from visft_ds.run.machine import memory_of
 
@@ -139,10 +139,10 @@ def check_memory(model: str | None) -> Iterator[Finding]:
     room = memory_of(device)
     yield Finding(OK, "memory", f"{room / _GIB:.1f} GiB for a process on the {device.type}")
     for stage in (1, 2) if model is not None else ():
-        settings = [f"visft.model.recompute={'block' if stage == 2 else 'none'}"]
+        settings = [f"visft.model.activation_checkpointing={'block' if stage == 2 else 'none'}"]
         config = resolve(stage=stage, model=model or "", settings=settings)
         precision, _ = choose_precision(config.visft.model.precision, device)
-        needed = plan_largest(run_of(config, 1, precision, None, device)).total
+        needed = plan_largest(planned_run(config, 1, precision, None, device)).total
         found = f"a process needs {needed / _GIB:.2f} of {room / _GIB:.2f} GiB, as predicted"
         helps = f"See what helps: visft plan --cluster {_cluster()} --stage {stage} --model {model}"
         yield judged(needed <= room, f"{model}, stage {stage}", found, helps)

@@ -16,19 +16,9 @@ from tests.tiny import TINY
 from visft_ds.evals.judge.benchmark import Score
 from visft_ds.evals.judge.table import Trial, rows_of
 from visft_ds.experiments import ablate
-from visft_ds.experiments.ablate import (
-    BASE,
-    EQUAL,
-    FIRST,
-    MINUS_IT,
-    MINUS_IT_KEPT,
-    PERMUTED,
-    Plan,
-    _parser,
-    main,
-    over_styles,
-    verdict,
-)
+from visft_ds.experiments.ablate import Experiment, _parser, main
+from visft_ds.experiments.arms import FIRST, PERMUTED
+from visft_ds.experiments.results import BASE, EQUAL, over_styles, report, verdict
 from visft_ds.steps import Step
 
 WORDS = ["--model", "debug", "--seeds", "2", "--out", "out"]
@@ -37,7 +27,7 @@ WORDS = ["--model", "debug", "--seeds", "2", "--out", "out"]
 @pytest.fixture(scope="module")
 def steps() -> dict[str, Step]:
     arms = ["--arms", f"{PERMUTED},soup,one stage", "--arm", "rank 4: visft.lora.rank=4"]
-    return Plan(_parser().parse_args([*WORDS, *arms])).steps.steps
+    return Experiment(_parser().parse_args([*WORDS, *arms])).steps.steps
 
 
 def _value(step: Step, flag: str) -> str:
@@ -62,7 +52,7 @@ def test_arms_are_judged_beside_the_base_and_as_controls_of_the_first(steps: dic
             ",".join(str(steps[f"{slug}-seed{seed}"].out) for seed in "01"),
         )
         assert table[1].startswith("base=") and table[2] == f"{name}={runs}"
-        assert _value(steps[f"{slug}-table"], "--primary") == "segmentation/style-b in-context mIoU"
+        assert _value(steps[f"{slug}-table"], "--on").startswith("segmentation=")  # which decides
         if name != FIRST:
             beside = steps[f"{slug}-beside"]
             assert beside.command[2].startswith(f"{FIRST}=")
@@ -81,8 +71,11 @@ def test_drawn_styles_are_judged_together_and_are_the_sample(tmp_path: Path) -> 
     sqrt(2) / 2.
     """
     words = [*WORDS[:-1], str(tmp_path), "--arms", PERMUTED, "--styles", "4"]
-    plan = Plan(_parser().parse_args(words))
-    judged, runs = plan.steps.steps["styles"], ",".join(str(tmp_path / f"{{}}-seed{seed}") for seed in "01")
+    experiment = Experiment(_parser().parse_args(words))
+    judged, runs = (
+        experiment.steps.steps["styles"],
+        ",".join(str(tmp_path / f"{{}}-seed{seed}") for seed in "01"),
+    )
     assert judged.command[2] == f"{FIRST}={runs.format('two-stages', 'two-stages')}"
     assert (
         _value(judged, "--control")
@@ -91,7 +84,9 @@ def test_drawn_styles_are_judged_together_and_are_the_sample(tmp_path: Path) -> 
     assert [word for word in judged.command if "style-" in word] == [
         f"segmentation={tmp_path}/style-{number},name=style-{number}" for number in (1, 2, 3, 4)
     ]
-    drawn = [_value(step, "--style") for name, step in plan.steps.steps.items() if name.startswith("style-")]
+    drawn = [
+        _value(step, "--style") for name, step in experiment.steps.steps.items() if name.startswith("style-")
+    ]
     assert drawn == ["b", "1", "2", "3", "4"]
     rows = [
         {"differences": {FIRST: {"value": gain}}, "controls": {FIRST: {"noise": {"value": 1.0}}}}
@@ -119,42 +114,61 @@ def test_the_claim_needs_both_intervals(
     own: tuple[float, ...], control: tuple[float, ...], said: str
 ) -> None:
     gain, against = (
-        {k: v / 100 for k, v in zip(("value", "low", "high"), of, strict=True)} for of in (own, control)
+        {k: v / 100 for k, v in zip(("value", "low", "high"), numbers, strict=True)}
+        for numbers in (own, control)
     )
-    rows: list[dict[str, Any]] = [{"arm": FIRST, "minus base": gain}]
+    rows: dict[str, dict[str, Any]] = {FIRST: {"minus base": gain}}
     assert "was not judged" in verdict(rows, 5)
-    rows.append({"arm": f"{PERMUTED} {EQUAL}", f"{FIRST} minus it": against})
-    told = verdict(rows, 5)
-    assert said in told and told.startswith("The claim holds") == ("Zero" not in told)
-    assert "2 seeds of the 5" in verdict(rows, 2) and "seeds of" not in told
+    rows[f"{PERMUTED} {EQUAL}"] = {f"{FIRST} minus it": against}
+    sentence = verdict(rows, 5)
+    assert said in sentence and sentence.startswith("The claim holds") == ("Zero" not in sentence)
+    assert "2 seeds of the 5" in verdict(rows, 2) and "seeds of" not in sentence
 
 
 def test_the_table_holds_gain_and_price_at_equal_feature_shift(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = Plan(_parser().parse_args([*WORDS[:-1], str(tmp_path), "--arms", "boxes"]))
+    """Of each arm once, whatever other numbers a data set gives."""
     equal, drawn = f"boxes {EQUAL}", np.random.default_rng(0).random(400)
-    # Shares of right items: of the primary number, of predictions kept.
-    right = {BASE: (0.2, 1.0), FIRST: (0.5, 0.6), "boxes": (0.4, 0.9), equal: (0.5, 0.8)}
-    arms = ([BASE, FIRST], [BASE, "boxes"], [BASE, FIRST, equal])
-    for table, names in zip(plan.tables[FIRST] + plan.tables["boxes"], arms, strict=True):
+    numbers = ("segmentation/x in-context mIoU", "agreement/x predictions", "segmentation/x linear mIoU")
+    # Shares of items that are right.
+    right = {
+        BASE: (0.2, 1.0, 0.1),
+        FIRST: (0.5, 0.6, 0.9),
+        "boxes": (0.4, 0.9, 0.1),
+        equal: (0.5, 0.8, 0.1),
+    }
+    folders = []
+    for arms in ([BASE, FIRST], [BASE, "boxes"], [BASE, FIRST, equal]):
         results = {
             arm: {
-                name: Score(name, 1.0 * (drawn < share))
-                for name, share in zip((plan.primary, "kept/predictions"), right[arm], strict=True)
+                name: Score(name, (drawn < share).astype(np.float64))
+                for name, share in zip(numbers, right[arm], strict=True)
             }
-            for arm in names
+            for arm in arms
         }
-        trials = [Trial(names[1], tuple(names[2:]))]
-        rows = rows_of(results, {arm: [arm] for arm in names}, trials, plan.primary)
-        record = {"arms": {arm: [arm] for arm in names}, "shifts": dict.fromkeys(names, 0.2)}
-        table.mkdir()
-        (table / "judge.json").write_text(json.dumps({**record, "rows": [asdict(row) for row in rows]}))
-    plan.write({})
+        rows = rows_of(results, {arm: [arm] for arm in arms}, [Trial(arms[1], tuple(arms[2:]))], numbers[0])
+        record = {
+            "primary": numbers[0],
+            "variants": {arm: [arm] for arm in arms},
+            "shifts": dict.fromkeys(arms, 0.2),
+            "rows": [asdict(row) for row in rows],
+        }
+        folders.append(tmp_path / arms[-1])
+        folders[-1].mkdir()
+        (folders[-1] / "judge.json").write_text(json.dumps(record))
+    report(tmp_path, folders, None, {}, 5)
     assert "was not judged" in " ".join(capsys.readouterr().out.split())
     rows_by_arm = {row["arm"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
     assert list(rows_by_arm) == [FIRST, "boxes", equal]
-    assert rows_by_arm[equal][MINUS_IT]["value"] == 0 and rows_by_arm[equal][MINUS_IT_KEPT]["high"] < 0
+    assert rows_by_arm[FIRST].keys() == {"arm", "feature shift", "minus base", "agreement/x predictions"}
+    row = rows_by_arm[equal]
+    assert row["two stages minus it"]["value"] == 0
+    assert row["two stages minus it, agreement/x predictions"]["value"] == pytest.approx(0.6 - 0.8, abs=0.05)
+    assert set(row) - set(rows_by_arm[FIRST]) == {
+        "two stages minus it",
+        "two stages minus it, agreement/x predictions",
+    }
 
 
 @pytest.mark.parametrize(
@@ -183,11 +197,11 @@ def test_mistakes_are_told_before_anything_runs(
 @pytest.mark.slow
 def test_from_drawings_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     pytest.importorskip("open_clip")
-    small = {"TRAIN": 24, "VAL": 12, "PROBED": (1.0, 0.5), "DRAWN": ("--size", "56"), "STYLE_IMAGES": "12"}
+    small = {"TRAIN": 24, "VAL": 12, "PROBED": (1.0, 0.5), "DRAWN": ("--size", "56"), "STYLE_IMAGES": 12}
     for name, value in small.items():
         monkeypatch.setattr(ablate, name, value)
     lengths = {"scheduler.params.warmup_num_steps": 0, "scheduler.params.total_num_steps": 2}
-    words = ["gain", *WORDS[:-1], str(tmp_path / "out"), "--jobs", "2", "--arms", f"{PERMUTED},soup"]
+    words = [*WORDS[:-1], str(tmp_path / "out"), "--jobs", "2", "--arms", f"{PERMUTED},soup"]
     words += ["--styles", "2"]
     words += [
         part for key, value in {**TINY, **lengths}.items() for part in ("--set", f"{key}={json.dumps(value)}")

@@ -17,7 +17,7 @@ SETTINGS = (
     "visft.tasks.detection.micro_batch=1",
     "visft.tasks.detection.image.fixed_size=56",
     'visft.model.overrides={"width": 32, "depth": 2, "num_heads": 2, "image_size": 56}',
-    "visft.run.rehearsal=false",
+    "visft.run.memory_check=false",
 )
 FLAGS = ["--model", "debug", "--tasks", "detection", "--synthetic", "--steps", "2", "--warmup", "1"]
 FLAGS += [f"--set={setting}" for setting in SETTINGS]
@@ -28,7 +28,7 @@ def check(found: dict[str, Any], *parts: str) -> None:
     assert found["images"] == 2 and len(found["seconds"]) == 2 and min(found["seconds"]) > 0
     assert set(parts) <= found["parts"].keys() and all(found["parts"][part] > 0 for part in parts)
     assert found["peak"] > sum(found["planned"].values()) > 0
-    assert found["operations"] > 0 and found["utilisation"] is None  # nobody states the peak of a CPU
+    assert found["operations"] > 0 and found["mfu"] is None  # nobody states the peak of a CPU
 
 
 def test_steps_by_part_and_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,1 +1,11 @@
-"""Programs built on the package; nothing in the package imports them."""
+"""Does stage 2 help on data that it was not trained for? `visft ablate` trains variants of the recipe and
+judges them.
+
+    ablate.py    the command: its flags, and the steps of an experiment in their order
+    arms.py      what is trained: the recipe, its controls and its variants
+    results.py   one table of all arms, and the sentence whether the claim holds
+
+An arm is a row of `ARMS` and of docs/evaluation.md. The words of steps may change: a step runs again when
+its command is another one. The claim may not: with CLAIM_SEEDS seeds both intervals of the first arm exclude
+zero, in the primary number of `visft judge`. Nothing in the package imports this room.
+"""

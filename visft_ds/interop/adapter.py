@@ -29,7 +29,7 @@ from visft_ds.interop.layouts import StoredModel, described, fitted, model_of
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights, save_tensors
 from visft_ds.models import Backbone
 from visft_ds.models.lora import KINDS, dense_update, inject_lora, lora_layers, lora_parameters
-from visft_ds.ops.lora import Slices, parts_of
+from visft_ds.ops.lora import Slices, spread
 from visft_ds.settings.fields import Count, Positive
 
 FILE = "lora.safetensors"
@@ -199,10 +199,7 @@ class Adapter:
             a = self.tensors[f"{layer}.lora_A"]
             b = self.tensors[f"{layer}.lora_B"]
             if slices != ((0, rows),):
-                dense = b.new_zeros(rows, len(slices) * self.rank)
-                for low, high, columns, rows_of_b in parts_of(slices, self.rank):
-                    dense[low:high, columns] = b[rows_of_b]
-                b = dense
+                b = spread(b, slices, rows)
             if a.ndim == 4:
                 b = b[:, :, None, None]
             tensors[f"base_model.model.{layer}.lora_A.weight"] = a

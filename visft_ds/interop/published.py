@@ -29,7 +29,7 @@ from visft_ds.tasks import get_task
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES
 from visft_ds.tasks.channels import EPS
 from visft_ds.tasks.detection.head import PUBLISHED_NAMES as DETECTION_NAMES
-from visft_ds.tasks.masks.pmt import PMT_NAMES, described
+from visft_ds.tasks.masks.pmt import PMT_NAMES, options_of_pmt
 from visft_ds.tasks.segmentation.head import PUBLISHED_NAMES as SEGMENTATION_NAMES
 
 PREFIX = "visft_heads."
@@ -74,7 +74,7 @@ def published_head(
     with reading(file.path, f"a {task} head of ViSFT or PMT"), torch.device("meta"):
         pmt = None
         if task == "segmentation":
-            pmt = described({name: tensor.shape for name, tensor in file.items()})
+            pmt = options_of_pmt({name: tensor.shape for name, tensor in file.items()})
         if pmt is not None:
             kind = "pmt"
             shapes, options, layers = pmt
@@ -102,7 +102,7 @@ def _of_visft(task: str, file: Weights) -> tuple[Sequence[tuple[int, int]], dict
         raise ValueError(f"no {task} head of visft_ds or ViSFT in it; it has {examples(file)}")
     options = get_task(task).options("head", {})
     if task == "segmentation":
-        options["labelling"] = "published"
+        options["class_ids"] = "published"
     if task == "captioning":
         options["vocabulary_size"] = file[published_name(task, "embedding.weight")].shape[0]
     return [(file[reads_features].shape[1], 14)], options

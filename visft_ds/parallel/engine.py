@@ -116,7 +116,7 @@ def _join_alone_or_again(backend: str) -> None:
     """Join the process group where DeepSpeed would go wrong: in one process, and after a restart by torchrun."""
     if dist.is_initialized():
         return
-    store: dist.Store
+    store: Any
     rank, world_size = distributed.rank(), distributed.world_size()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if world_size == 1:

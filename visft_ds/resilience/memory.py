@@ -97,8 +97,9 @@ def memory_explained(
             f"  {lines[0]}\n"
             f"  measured: {measured}\n"
             f"  Try --set {key}.micro_batch=N with a smaller number (in fp32 and without dropout the same "
-            "losses), --set visft.model.recompute=block, or --engine zero3_offload; `visft plan --cluster "
-            "8xA100-80GB`, with your GPUs and the same --stage, --model and --set, predicts what each needs."
+            "losses), --set visft.model.activation_checkpointing=block, or --engine zero3_offload; `visft plan "
+            "--cluster 8xA100-80GB`, with your GPUs and the same --stage, --model and --set, predicts what each "
+            "needs."
         ) from None
 
 
@@ -170,8 +171,10 @@ def probe_memory(
         for name, batch in largest_batches(data, batches.micro, role or "images"):
             began = time.perf_counter()
             micro = [batch] * batches.accumulation if role else []
-            watchdog.begin(f"rehearsal of {name}")
-            with memory_explained(f"the rehearsal of {name}", name, micro, device):
+            with (
+                watchdog.phase(f"rehearsal of {name}"),
+                memory_explained(f"the rehearsal of {name}", name, micro, device),
+            ):
                 counts = counts_of(engine.module.criteria, micro)
                 summed, _ = distributed.agree_on_step(f"rehearsal of {name}", counts, False, device)
                 engine.train_step(0, micro, loss_denominators_of(summed, batches.micro_batches, device))
