@@ -109,5 +109,5 @@ def test_the_file_of_a_task_is_found(tmp_path: Path) -> None:
         open_head(tmp_path, "captioning")
     path = _saved(_head("captioning"), "captioning", tmp_path)
     assert open_head(str(tmp_path), "captioning").tensors.path == path
-    with pytest.raises(ValueError, match="untrained"):
+    with pytest.raises(ValueError, match="captioning head is in"):
         open_head(tmp_path / "eva_e_detection_heads.ckpt", "captioning")

@@ -129,8 +129,8 @@ def open_model(path: str | Path) -> Weights:
     model = "tf_" + file.path.stem.rpartition("-")[0].replace("-", "_")
     if not is_model(model):
         raise ValueError(
-            f"{path}: keep the original file name, such as efficientnet-lite0-57934424.pth: "
-            "the architecture is read from it"
+            f"{path}: an EfficientNet of PyPI has to keep its original file name, such as "
+            "efficientnet-lite0-57934424.pth: the architecture is read from it"
         )
     with reading(path, "EfficientNet of PyPI"), torch.device("meta"):
         names = create_model(model).state_dict()
