@@ -18,5 +18,9 @@ INSTALLED = {} if "editable_wheel" in sys.argv else CONFIGURATIONS
 setup(
     packages=[*find_packages(include=["visft_ds", "visft_ds.*"]), *INSTALLED],
     package_dir=INSTALLED,
-    package_data={"": ["*.j2"], "visft_ds": ["py.typed"], **{package: ["*.json"] for package in INSTALLED}},
+    package_data={
+        "": ["*.j2", "*.csv"],
+        "visft_ds": ["py.typed"],
+        **{package: ["*.json"] for package in INSTALLED},
+    },
 )

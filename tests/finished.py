@@ -28,7 +28,7 @@ SMALL: dict[str, object] = {
     },
     "visft.tasks.segmentation.head": {
         **{"num_queries": 4, "hidden_dim": 32, "encoder_layers": 1, "decoder_layers": 1, "num_heads": 2},
-        **{"num_points": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+        **{"n_points": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
     },
     "visft.tasks.captioning.head": {
         "attention_dim": 16,

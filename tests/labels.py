@@ -21,7 +21,7 @@ from visft_ds.shards.permute import others
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.captioning.data import caption_targets
 from visft_ds.tasks.detection.data import detection_targets
-from visft_ds.tasks.masks.data import segmentation_targets
+from visft_ds.tasks.masks.data import mask_targets
 from visft_ds.tasks.semantic.results import measure_semantic
 from visft_ds.tasks.vocabulary import Vocabulary, caption_words
 
@@ -66,7 +66,7 @@ def use_labels(folder: Path) -> None:
     for index in range(len(reader)):
         raw = read_raw(reader, index, "labels")
         detection_targets(classes, raw, _OPS, draw)
-        segmentation_targets(classes, 4, raw, _OPS, draw)
+        mask_targets(classes, raw, _OPS, draw)
         caption_targets(words, True, 50, raw, _OPS, draw)
     truth = coco_dataset(reader)
     coco_average_precision(truth, [])

@@ -7,10 +7,10 @@ from itertools import product
 import pytest
 
 from visft_ds.config import derive_batches, resolve
-from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.resolve import CONFIG_ROOT, available
 from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.prepare.model import deepspeed_dict
+from visft_ds.prepare.settle import settle
 
 #: Models of timm, which no pipeline divides.
 OF_TIMM = tuple(
@@ -72,7 +72,7 @@ def test_a_head_alone_gets_its_published_recipe(task: str) -> None:
 
 
 def test_stage_2_of_the_default_model_is_the_published_recipe() -> None:
-    config = resolve_arguments(["--stage", "2"])[1]
+    config = settle(["--stage", "2"]).config
     assert config.visft.model.preset == "eva_e"
     assert derive_batches(config, 8).micro == {"detection": 1, "segmentation": 1, "captioning": 8}
     streams = config.visft.streams()
@@ -111,11 +111,11 @@ def test_images_heads_and_losses_are_the_published_ones(stage: int) -> None:
     assert head.dropout == 0.1
 
     jitter = segmentation.image
-    assert (jitter.size, jitter.scale, jitter.flip, jitter.pad_value) == (1024, (0.1, 2.0), 0.5, 128)
-    assert (jitter.min_size_test, jitter.max_size_test, jitter.eval_multiple) == (800, 1333, 32)
+    assert (jitter.size, jitter.scale, jitter.flip) == (1024, (0.1, 2.0), 0.5)
+    assert (jitter.min_size_test, jitter.max_size_test) == (800, 1333)
     loss = segmentation.loss
     assert (loss.ce, loss.bce, loss.dice, loss.eos_coef) == (2.0, 5.0, 5.0, 0.1)
-    assert (loss.num_points, loss.oversample, loss.importance) == (12_544, 3.0, 0.75)
+    assert (loss.train_num_points, loss.oversample_ratio, loss.importance_sample_ratio) == (12_544, 3.0, 0.75)
     masks = segmentation.head
     assert (masks.hidden_dim, masks.encoder_ffn_dim, masks.decoder_ffn_dim, masks.num_heads) == (
         256,
@@ -123,7 +123,7 @@ def test_images_heads_and_losses_are_the_published_ones(stage: int) -> None:
         1024,
         8,
     )
-    assert (masks.encoder_layers, masks.decoder_layers, masks.num_points, masks.num_queries) == (6, 9, 4, 100)
+    assert (masks.encoder_layers, masks.decoder_layers, masks.n_points, masks.num_queries) == (6, 9, 4, 100)
     assert (masks.num_classes, masks.dropout) == (80, 0.0)
 
     assert (captioning.image.size, captioning.image.max_words) == (256, 50)

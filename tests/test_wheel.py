@@ -73,8 +73,9 @@ def test_the_wheel_holds_the_package_its_configurations_and_the_licence(archives
         (metadata,) = (wheel.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
     assert archives["wheel"].name == f"visft_ds-{visft_ds.__version__}-py3-none-any.whl"
     configurations = {f"visft_ds/{path.relative_to(ROOT)}" for path in (ROOT / "ds_configs").rglob("*.json")}
-    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "visft_ds").rglob("*.j2")}
-    assert {name for name in names if name.endswith((".json", ".j2"))} == configurations | templates
+    beside_code = [path for kind in ("*.j2", "*.csv") for path in (ROOT / "visft_ds").rglob(kind)]
+    room_files = {str(path.relative_to(ROOT)) for path in beside_code}
+    assert {name for name in names if name.endswith((".json", ".j2", ".csv"))} == configurations | room_files
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "visft_ds").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == code
     assert any(name.endswith("/LICENSE") for name in names) and "visft_ds/py.typed" in names

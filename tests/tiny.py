@@ -29,8 +29,8 @@ TINY: dict[str, Any] = {
     "visft.tasks.segmentation.head.encoder_layers": 1,
     "visft.tasks.segmentation.head.decoder_layers": 1,
     "visft.tasks.segmentation.head.hidden_dim": 32,
-    "visft.tasks.segmentation.head.num_points": 4,
-    "visft.tasks.segmentation.loss.num_points": 32,
+    "visft.tasks.segmentation.head.n_points": 4,
+    "visft.tasks.segmentation.loss.train_num_points": 32,
     "visft.tasks.captioning.head": {
         "attention_dim": 16,
         "embed_dim": 16,

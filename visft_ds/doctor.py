@@ -131,7 +131,7 @@ def check_memory(model: str | None) -> Iterator[Finding]:
     """Compare the memory of a process with what both stages of a model are predicted to need."""
     from visft_ds.config import resolve
     from visft_ds.distributed import local_device
-    from visft_ds.planner.memory import plan_largest, run_of
+    from visft_ds.planner.memory import plan_largest, planned_run
     from visft_ds.prepare.model import choose_precision
     from visft_ds.run.machine import memory_of
 
@@ -142,7 +142,7 @@ def check_memory(model: str | None) -> Iterator[Finding]:
         settings = [f"visft.model.recompute={'block' if stage == 2 else 'none'}"]
         config = resolve(stage=stage, model=model or "", settings=settings)
         precision, _ = choose_precision(config.visft.model.precision, device)
-        needed = plan_largest(run_of(config, 1, precision, None, device)).total
+        needed = plan_largest(planned_run(config, 1, precision, None, device)).total
         found = f"a process needs {needed / _GIB:.2f} of {room / _GIB:.2f} GiB, as predicted"
         helps = f"See what helps: visft plan --cluster {_cluster()} --stage {stage} --model {model}"
         yield judged(needed <= room, f"{model}, stage {stage}", found, helps)

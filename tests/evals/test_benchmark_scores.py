@@ -16,10 +16,10 @@ from visft_ds.evals.judge.benchmark import ImageSet, resamples
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.classification import classification
 from visft_ds.evals.judge.logistic import logistic_regression
-from visft_ds.evals.judge.rows import Rows
 from visft_ds.evals.judge.ocr import read
 from visft_ds.evals.judge.protocol import QUICK
 from visft_ds.evals.judge.ranking import rank_of
+from visft_ds.evals.judge.rows import Rows
 
 
 def test_equal_answers_do_not_count_as_right() -> None:

@@ -337,9 +337,16 @@ def test_a_rehearsal_tells_models_data_and_time_and_writes_nothing(
     assert f"base best of blocks.0 to blocks.1 {world}/clip.safetensors" in text
     assert f"cut blocks.0 {world}/clip.safetensors after block 0" in text
     assert "classification/shapes 6 train, 6 test kNN" in text
-    # layers of base and cut, 6 each; scores of base, cut, noise and half, 12 each; six measurements of 6
-    # images
-    assert "encoding 96 images" in text
+    # layers of base and cut, 6 each; scores of base, cut, noise and half, 12 each; base and six measurements
+    # of 6 images
+    assert "encoding 102 images" in text
+    # Published: 12,500 steps of 1,024 crops for the linear classifier, and all images for both numbers, four
+    # models; an image of the tower's 28 x 28 pixels takes 3.6 s here.
+    monkeypatch.setattr("visft_ds.evals.judge.rehearsal.seconds_of", lambda *_: 3.6)
+    published = [word for word in words if word not in ("--quick", "--numbers", "kNN")]
+    _, said, _ = _run(*models, *published)
+    hours = (224 / SIDE) ** 2 * (12_800_000 + 2 * 12) * 4 * 3.6 / 3600
+    assert f"published heads 4 models {hours:,.2g} hours" in " ".join(said.split())
     monkeypatch.setattr("visft_ds.distributed.rank", lambda: 1)
     monkeypatch.setattr("visft_ds.evals.judge.scoring._present", lambda path: pytest.fail("waited for ever"))
     assert _run(*models, *words) == (0, "", "")

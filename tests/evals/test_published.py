@@ -41,8 +41,8 @@ from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.heads import Heads
 from visft_ds.evals.judge.knn import knn
 from visft_ds.evals.judge.miou import mean_iou
-from visft_ds.evals.judge.rows import Rows
 from visft_ds.evals.judge.protocol import PUBLISHED
+from visft_ds.evals.judge.rows import Rows
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.segmentation import IN_CONTEXT, LINEAR, segmentation
 

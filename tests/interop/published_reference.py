@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, int]] = {
         "hidden_dim": 256,
         "encoder_layers": 6,
         "decoder_layers": 9,
-        "num_points": 4,
+        "n_points": 4,
         "encoder_ffn_dim": 512,
         "decoder_ffn_dim": 1024,
     },
@@ -125,7 +125,7 @@ def _captioning(width: int, o: Mapping[str, int]) -> dict[str, nn.Module]:
 
 
 def _segmentation(width: int, o: Mapping[str, int]) -> dict[str, nn.Module]:
-    dim, rows = o["hidden_dim"], 8 * o["num_points"]
+    dim, rows = o["hidden_dim"], 8 * o["n_points"]
 
     def normed(conv: nn.Conv2d) -> nn.Conv2d:
         conv.norm = nn.GroupNorm(32, dim)

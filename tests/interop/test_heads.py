@@ -26,8 +26,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "segmentation": {
         **{"num_classes": 80, "num_queries": 9, "hidden_dim": 32, "encoder_layers": 1, "decoder_layers": 2},
-        **{"num_heads": 4, "num_points": 3, "encoder_ffn_dim": 18, "decoder_ffn_dim": 22, "dropout": 0.125},
-        "labelling": "published",
+        **{"num_heads": 4, "n_points": 3, "encoder_ffn_dim": 18, "decoder_ffn_dim": 22, "dropout": 0.125},
+        "class_ids": "published",
     },
     "captioning": {
         **{
@@ -54,7 +54,7 @@ def _saved(head: nn.Module, task: str, folder: Path) -> Path:
 
 def _described(head: nn.Module) -> dict[str, Any]:
     """All that decides what a head computes, beside its weights."""
-    names = ("num_heads", "num_points", "labelling", "encoded_image_size", "p")
+    names = ("num_heads", "n_points", "class_ids", "encoded_image_size", "p")
     return {
         f"{name}.{key}": getattr(module, key)
         for name, module in head.named_modules()

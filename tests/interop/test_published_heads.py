@@ -108,7 +108,7 @@ def test_a_published_file_gives_the_head(
         {"format": "visft"},
     )
     assert info.options.items() >= OPTIONS[task].items()
-    assert task != "segmentation" or info.options["labelling"] == "published"
+    assert task != "segmentation" or info.options["class_ids"] == "published"
 
 
 @pytest.mark.parametrize("task", THREE)

@@ -88,7 +88,7 @@ def build_tasks(width: int) -> dict[str, TaskModule]:
     }
     narrow["segmentation"] |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     narrow["captioning"] |= {"vocabulary_size": VOCABULARY}
-    loss = {"segmentation": {"num_points": 48}}
+    loss = {"segmentation": {"train_num_points": 48}}
     return {
         task: TaskModule(
             head_of(task, width, dropout=0.0, **shared[task], **narrow[task]),

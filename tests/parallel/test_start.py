@@ -63,11 +63,11 @@ def prepared_for_engine(config: ResolvedConfig) -> tuple[PreparedModel, Callable
     from visft_ds import distributed
     from visft_ds.parallel.engine import Schedule, build_engine
     from visft_ds.parallel.placement import placement_for
-    from visft_ds.planner.memory import run_of
+    from visft_ds.planner.memory import planned_run
 
     precision, world = config.visft.model.precision, distributed.world_size()
     assert precision != "auto"
-    bounds = run_of(config, world, precision, WORDS.size, None).bounds
+    bounds = planned_run(config, world, precision, WORDS.size, None).bounds
     for_deepspeed = deepspeed_dict(config, world, precision)
     prepared = prepare(config, placement_for(for_deepspeed, bounds))
     schedule = Schedule(config.scheduler, config.total_steps)

@@ -21,15 +21,15 @@ from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 from visft_ds.tasks.detection.data import DetectionTargets
-from visft_ds.tasks.masks.data import SegmentationTargets
-from visft_ds.tasks.masks.rasters import grid_size
+from visft_ds.tasks.masks.data import MaskTargets
+from visft_ds.tasks.masks.rasters import STRIDE, grid_size
 from visft_ds.tasks.vocabulary import Vocabulary
 
 #: Objects to an image; ids of the first caption (8 words, <start>, <end>; each further one has one more);
 #: words.
 OBJECTS, FIRST_IDS, VOCABULARY = 5, 10, 300
 _LENGTHS = 11  #: of captions; from there on the first ones again
-_PATCH, _MASK_STRIDE = 14, 4  # pixels: of a patch, and of a cell of the target masks
+_PATCH = 14  # pixels
 
 
 class LiveBytes(TorchDispatchMode):
@@ -104,19 +104,24 @@ def _detection_targets(images: int) -> DetectionTargets:
     return DetectionTargets(torch.cat((centres, sides), dim=1), labels, torch.full((images,), OBJECTS))
 
 
-def _segmentation_targets(images: int, grid: int) -> SegmentationTargets:
+def _segmentation_targets(images: int, grid: int) -> MaskTargets:
     """Ellipses of 5 to 50 % of each side, anywhere, on the grid that the transforms make for such an
     image.
     """
     boxes = _detection_targets(images).boxes  # (N, 4) cxcywh
-    rows, columns = grid_size((grid * _PATCH, grid * _PATCH), _MASK_STRIDE)
+    rows, columns = grid_size((grid * _PATCH, grid * _PATCH), STRIDE)
     y, x = (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns
     x_part = ((x - boxes[:, :1]) / boxes[:, 2:3]).square()  # (N, wm)
     y_part = ((y - boxes[:, 1:2]) / boxes[:, 3:]).square()  # (N, hm)
     masks = (x_part[:, None] + y_part[..., None] < 0.25).to(torch.uint8) * 255
-    labels, whole = torch.randint(len(COCO_CATEGORY_IDS), (images * OBJECTS,)), torch.ones(images, 2)
-    counts, keys = torch.full((images,), OBJECTS), torch.arange(images) + 1
-    return SegmentationTargets(masks, labels, whole, whole.clone(), counts, keys)
+    return MaskTargets(
+        masks=masks,
+        labels=torch.randint(len(COCO_CATEGORY_IDS), (images * OBJECTS,)),
+        extents=torch.ones(images, 2),
+        grids=torch.tensor([(rows, columns)] * images),
+        counts=torch.full((images,), OBJECTS),
+        keys=torch.arange(images) + 1,
+    )
 
 
 def _caption_targets(images: int) -> CaptionTargets:

@@ -8,7 +8,7 @@ import pytest
 
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
 from visft_ds.distributed import PipelinePosition
-from visft_ds.planner.memory import run_of
+from visft_ds.planner.memory import planned_run
 from visft_ds.planner.partition import Partition, divide
 from visft_ds.prepare.model import deepspeed_dict
 
@@ -22,7 +22,7 @@ def pipeline(*settings: str, stage: int = 1, model: str = "debug") -> ResolvedCo
 def planned(stage: int, *settings: str, stages: int = 4, model: str = "debug") -> Partition:
     fast = "visft.tasks=detection"  # counting in heads takes its time
     config = pipeline(f"pipeline.stages={stages}", fast, *settings, stage=stage, model=model)
-    partition = run_of(config, stages, "fp32", None, None).partition
+    partition = planned_run(config, stages, "fp32", None, None).partition
     assert partition is not None
     return partition
 

@@ -29,7 +29,7 @@ from visft_ds.planner.memory import (
     model_operations,
     plan_largest,
     plan_stream,
-    run_of,
+    planned_run,
     trace_step,
 )
 from visft_ds.planner.search import fitting_settings, forecast, search
@@ -111,7 +111,7 @@ def test_zero_divides_what_its_stage_says() -> None:
     for stage in range(4):
         sizes = ("visft.tasks.detection.micro_batch=1", "visft.tasks.detection.batch_size=4")
         config = debug(2, "visft.tasks=detection", f"zero_optimization.stage={stage}", *sizes)
-        plans.append(plan_largest(run_of(config, 2, "fp32", VOCABULARY, CUDA)))
+        plans.append(plan_largest(planned_run(config, 2, "fp32", VOCABULARY, CUDA)))
     assert [plan.gradients * 2 for plan in plans[2:]] == [plans[0].gradients] * 2 == [plans[1].gradients] * 2
     assert (
         plans[1].optimizer == plans[0].optimizer * 3 // 4
@@ -121,7 +121,7 @@ def test_zero_divides_what_its_stage_says() -> None:
     config = debug(
         2, "visft.tasks=detection", "zero_optimization.stage=2", "zero_optimization.overlap_comm=true", *sizes
     )
-    overlapping = plan_largest(run_of(config, 2, "fp32", VOCABULARY, CUDA))
+    overlapping = plan_largest(planned_run(config, 2, "fp32", VOCABULARY, CUDA))
     assert (
         overlapping.buckets == 2 * 4 * 100_000 == 2 * plans[2].buckets
     )  # one is filled while the other is sent
@@ -223,7 +223,7 @@ def test_products_count_in_what_they_are_computed_in(model: str) -> None:
     for heads in ("auto", "fp32"):
         config = debug(1, f"visft.heads.precision={heads}", "visft.tasks=captioning", model=model)
         work = trace_step(
-            run_of(config, 1, "bf16", VOCABULARY, CUDA), config.visft.streams()["captioning"]
+            planned_run(config, 1, "bf16", VOCABULARY, CUDA), config.visft.streams()["captioning"]
         ).work
         products = [(what.dtype, what.operations * n) for what, n in work.items() if what.kind == "product"]
         found = Counter[torch.dtype]()
@@ -235,7 +235,7 @@ def test_products_count_in_what_they_are_computed_in(model: str) -> None:
 
 def test_tf32_goes_with_16_bit_unless_stated() -> None:
     def tf32(precision: Any, *settings: str) -> bool:
-        return run_of(debug(1, *settings), 1, precision, None, CUDA).tf32
+        return planned_run(debug(1, *settings), 1, precision, None, CUDA).tf32
 
     assert [tf32(precision) for precision in ("fp32", "bf16", "fp16")] == [False, True, True]
     assert tf32("fp32", "visft.model.tf32=true") and not tf32("bf16", "visft.model.tf32=false")
@@ -243,7 +243,7 @@ def test_tf32_goes_with_16_bit_unless_stated() -> None:
 
 def test_recomputing_costs_operations_and_none_of_the_models() -> None:
     config = debug(2, 'visft.model.overrides={"width": 512, "depth": 2, "num_heads": 4}')
-    run, stream = run_of(config, 1, "bf16", VOCABULARY, CUDA), config.visft.streams()["detection"]
+    run, stream = planned_run(config, 1, "bf16", VOCABULARY, CUDA), config.visft.streams()["detection"]
     plain, again = (
         sum(what.operations * n for what, n in trace_step(run.with_policy(policy), stream).work.items())
         for policy in ("none", "block")
@@ -253,7 +253,7 @@ def test_recomputing_costs_operations_and_none_of_the_models() -> None:
 
 def test_settings_that_are_said_to_fit_do() -> None:
     sizes = ("visft.tasks.detection.micro_batch=8", "visft.tasks.detection.batch_size=8")
-    run = run_of(debug(2, *sizes, "visft.tasks=detection"), 1, "fp32", None, CPU)
+    run = planned_run(debug(2, *sizes, "visft.tasks=detection"), 1, "fp32", None, CPU)
     room = int(0.8 * plan_largest(run).total)
     (found,) = fitting_settings(run, room)
     changes = changed(run.config, [word for word in found.split() if "micro_batch" in word])
@@ -291,8 +291,8 @@ def test_gradients_cross_the_links_twice() -> None:
     """To be summed, each rank a part, and back as sums: of eight parts seven leave a rank each time."""
     sizes = ("visft.tasks.detection.batch_size=8", "visft.tasks.detection.micro_batch=1")
     config = debug(2, "visft.tasks=detection", "zero_optimization.stage=0", *sizes)
-    run, stream = run_of(config, 8, "fp32", VOCABULARY, CUDA), config.visft.streams()["detection"]
-    crossing = 2 * 7 / 8 * 4 * trace_step(run, stream).taught
+    run, stream = planned_run(config, 8, "fp32", VOCABULARY, CUDA), config.visft.streams()["detection"]
+    crossing = 2 * 7 / 8 * 4 * trace_step(run, stream).with_gradient
     assert step_time(run, stream, parse_cluster("8xH100")).communication == pytest.approx(
         crossing / (0.8 * 450e9)
     )
@@ -303,9 +303,9 @@ def test_offloaded_weights_come_from_the_host() -> None:
     sizes = ("visft.tasks.detection.batch_size=2", "visft.tasks.detection.micro_batch=1")
     config = changed(debug(2, "visft.tasks=detection", *sizes), engine="zero3_offload")
     stream = config.visft.streams()["detection"]
-    run = run_of(config, 1, "bf16", VOCABULARY, CUDA)
+    run = planned_run(config, 1, "bf16", VOCABULARY, CUDA)
     assert plan_stream(run, stream).weights == plan_stream(run, stream).optimizer == 0
-    on_cpu = plan_stream(run_of(config, 1, "bf16", VOCABULARY, CPU), stream)
+    on_cpu = plan_stream(planned_run(config, 1, "bf16", VOCABULARY, CPU), stream)
     assert on_cpu.weights > 0 and on_cpu.optimizer > 0, "the host is where a CPU computes"
     found, slow = trace_step(run, stream), replace(GPUS["H100-80GB"], host=1e-3)
     time = step_time(run, stream, Cluster(1, slow, 400))
@@ -320,7 +320,7 @@ def test_a_pipeline_fills_and_drains(turns: int) -> None:
     """
     sizes = (f"visft.tasks.detection.batch_size={turns}", "visft.tasks.detection.micro_batch=1")
     config = changed(debug(2, "visft.tasks=detection", *sizes), engine="pipeline")
-    run, stream = run_of(config, 2, "bf16", VOCABULARY, CUDA), config.visft.streams()["detection"]
+    run, stream = planned_run(config, 2, "bf16", VOCABULARY, CUDA), config.visft.streams()["detection"]
     cluster = parse_cluster("2xH100")
     whole = work_seconds(trace_step(run, stream).work, cluster.gpu)
     assert run.partition is not None
@@ -341,7 +341,7 @@ def test_models_without_so_many_layers_are_planned(model: str, count: int) -> No
 def test_a_forecast_of_a_cluster() -> None:
     arm = forecast(debug(2, "visft.tasks=detection"), parse_cluster("1xH100"))
     assert arm.fits and arm.engine == "ZeRO-1" and set(arm.seconds) == {"detection"}
-    assert 0 < arm.of_limit < 1 and arm.hours == pytest.approx(
+    assert 0 < arm.mfu < 1 and arm.hours == pytest.approx(
         arm.run.config.total_steps * arm.step_seconds / 3600
     )
     memory = arm.memory["detection"]

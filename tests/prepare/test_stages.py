@@ -27,7 +27,7 @@ CATEGORIES = (Category(0, 1, "person"), Category(1, 2, "bicycle"))
 PUBLISHED: dict[str, Any] = {
     f"visft.tasks.{task}.head": TASKS[task].options("head", {}) for task in BUILT_IN[:3]
 }
-PUBLISHED["visft.tasks.segmentation.head.labelling"] = "published"
+PUBLISHED["visft.tasks.segmentation.head.class_ids"] = "published"
 
 
 def configured(stage: int, extra: dict[str, Any] | None = None, *settings: str) -> ResolvedConfig:
@@ -69,9 +69,9 @@ def test_published_heads_start_stage_2(first: PreparedModel, tmp_path: Path) -> 
     )
     with pytest.raises(ValueError, match=r"was trained with encoded_image_size 14 \(here 4\)"):
         prepared(configured(2, {**PUBLISHED, "visft.tasks.captioning.head.encoded_image_size": 4}), tmp_path)
-    with pytest.raises(ValueError, match=r"was trained with labelling published \(here contiguous\)"):
+    with pytest.raises(ValueError, match=r"was trained with class_ids published \(here contiguous\)"):
         prepared(
-            configured(2, {**PUBLISHED, "visft.tasks.segmentation.head.labelling": "contiguous"}), tmp_path
+            configured(2, {**PUBLISHED, "visft.tasks.segmentation.head.class_ids": "contiguous"}), tmp_path
         )
     with pytest.raises(ValueError, match="the captioning head has 8 ids, the vocabulary 7"):
         prepared(configured(2, PUBLISHED), tmp_path, Vocabulary(("a", "red", "circle")))

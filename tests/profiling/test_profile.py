@@ -28,7 +28,7 @@ def check(found: dict[str, Any], *parts: str) -> None:
     assert found["images"] == 2 and len(found["seconds"]) == 2 and min(found["seconds"]) > 0
     assert set(parts) <= found["parts"].keys() and all(found["parts"][part] > 0 for part in parts)
     assert found["peak"] > sum(found["planned"].values()) > 0
-    assert found["operations"] > 0 and found["utilisation"] is None  # nobody states the peak of a CPU
+    assert found["operations"] > 0 and found["mfu"] is None  # nobody states the peak of a CPU
 
 
 def test_steps_by_part_and_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

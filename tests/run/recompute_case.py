@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from visft_ds.config import ResolvedConfig, changed, resolve
-from visft_ds.planner.memory import plan_largest, run_of
+from visft_ds.planner.memory import plan_largest, planned_run
 
 
 def configured() -> ResolvedConfig:
@@ -34,20 +34,21 @@ def configured() -> ResolvedConfig:
 def needs(policy: str) -> int:
     """Bytes of the largest step on one process."""
     config = changed(configured(), [f"visft.model.recompute={policy}"])
-    return plan_largest(run_of(config, 1, "fp32", None, torch.device("cpu"))).total
+    return plan_largest(planned_run(config, 1, "fp32", None, torch.device("cpu"))).total
 
 
 def main(out: str) -> None:
     from visft_ds import distributed
     from visft_ds.parallel.engine import start_process_group
     from visft_ds.run import machine
+    from visft_ds.run.folder import EarlierStarts
 
     start_process_group()
     rank = distributed.rank()
     room = {0: needs("none"), 1: needs("block")}[rank]
     machine.memory_of = lambda device: room
     config = configured()
-    chosen, there = machine.settle_recompute(config, machine.check_machine(config, None, 1))
+    chosen, there = machine.settle_recompute(config, machine.check_machine(config, 1), None, EarlierStarts())
     Path(f"{out}.{rank}").write_text(
         json.dumps([chosen.visft.model.recompute, there.why_recompute]), encoding="utf-8"
     )

@@ -15,6 +15,7 @@ from tests.run.recompute_case import configured, needs
 from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.resilience import memory
 from visft_ds.run import machine
+from visft_ds.run.folder import look_into
 from visft_ds.run.record import write_run
 
 CPU = torch.device("cpu")
@@ -23,7 +24,9 @@ CPU = torch.device("cpu")
 def settled(monkeypatch: pytest.MonkeyPatch, room: int, config: ResolvedConfig) -> tuple[str, str]:
     """(policy, reason) of a start on a machine that has room for so many bytes."""
     monkeypatch.setattr(machine, "memory_of", lambda device: room)
-    chosen, there = machine.settle_recompute(config, machine.check_machine(config, None))
+    chosen, there = machine.settle_recompute(
+        config, machine.check_machine(config), None, look_into(Path(config.visft.run.out or ""))
+    )
     return chosen.visft.model.recompute, there.why_recompute
 
 
@@ -41,7 +44,7 @@ def test_the_debug_model_states_its_policy() -> None:
     """So that planning takes no part of the way to the first loss."""
     config = resolve(stage=2, model="debug")
     assert config.visft.model.recompute == "none"
-    assert machine.check_machine(config, None).why_recompute == "as configured"
+    assert machine.check_machine(config).why_recompute == "as configured"
 
 
 def test_a_run_keeps_its_policy_though_memory_differs(

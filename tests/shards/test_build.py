@@ -214,7 +214,7 @@ def test_limit_order_and_chosen_images(tree: Tree, tmp_path: Path) -> None:
     made = build(options_of(tree, tmp_path / "out", ids=chosen))
     assert sorted(made.index["image_id"].tolist()) == [1007, 1021, 1077]
     chosen.write_text("1007\n9999\n")
-    with pytest.raises(ValueError, match=r"1 of its 2 lines name no image: \['9999'\]"):
+    with pytest.raises(ValueError, match=r"1 of 2 entries match no image: \['9999'\]"):
         build(options_of(tree, tmp_path / "none", ids=chosen))
     assert len(build(options_of(tree, tmp_path / "out", ids=None), replace=True)) == 12
 

@@ -20,7 +20,7 @@ def read(path: Path, split: str = "train") -> Any:
 def test_boxes_polygons_and_pictures_without_a_label(tmp_path: Path) -> None:
     (split,) = read_yolo(write_yolo(tmp_path), "val")
     content: Any = split.instances
-    assert split.images == tmp_path / "valid/images" and not split.odd
+    assert split.images == tmp_path / "valid/images" and not split.findings
     assert [image["file_name"] for image in content["images"]] == [f"{n}.jpg" for n in range(5)]
     assert {(image["height"], image["width"]) for image in content["images"]} == {(32, 64)}
     assert content["categories"] == [{"id": n, "name": name} for n, name in enumerate(("cat", "yes", "dog"))]
@@ -143,8 +143,8 @@ def test_a_split_that_is_not_there_is_noted(tmp_path: Path) -> None:
     path = write_yolo(tmp_path)
     path.write_text(path.read_text() + "test: ../test/images\n")
     train, val = read_yolo(path)
-    assert (train.name, val.name) == ("train", "val") and not val.odd
-    assert train.odd == {"split whose images are missing (not built)": (1, ["test: ../test/images"])}
+    assert (train.name, val.name) == ("train", "val") and not val.findings
+    assert train.findings == {"split whose images are missing (not built)": (1, ["test: ../test/images"])}
     with pytest.raises(ValueError, match=r"test: '\.\./test/images' does not exist"):
         read_yolo(path, "test")
 
@@ -173,8 +173,8 @@ def test_labels_without_a_picture_are_counted_and_above_a_tenth_an_error(tmp_pat
     path = write_yolo(tmp_path, (BOX,) * 20)
     (tmp_path / "train/images/2.jpg").unlink()
     (tmp_path / "train/labels/classes.txt").write_text("cat\n")
-    odd = read_yolo(path, "train")[0].odd
-    assert odd == {"label without image": (1, [str(tmp_path / "train/labels/2.txt")])}
+    findings = read_yolo(path, "train")[0].findings
+    assert findings == {"label without image": (1, [str(tmp_path / "train/labels/2.txt")])}
     for place in range(3, 6):
         (tmp_path / f"train/images/{place}.jpg").unlink()
     with pytest.raises(ValueError, match="4 x label without image"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.detection.data import DetectionTargets
-from visft_ds.tasks.masks.data import SegmentationTargets
+from visft_ds.tasks.masks.data import MaskTargets
 
 CLASSES = 6
 
@@ -26,16 +26,17 @@ def boxes_of(counts: Sequence[int], classes: int = CLASSES) -> DetectionTargets:
 
 def masks_of(
     counts: Sequence[int], classes: int = CLASSES, grid: tuple[int, int] = (12, 16), first: int = 0
-) -> SegmentationTargets:
+) -> MaskTargets:
     """Random soft masks: blobs rather than noise, so that costs differ; classes from `first`."""
-    total, ones = sum(counts), torch.ones(len(counts), 2)
+    total = sum(counts)
     blobs = F.interpolate(torch.randn(total + 1, 1, 4, 4), size=grid, mode="bicubic")[:total, 0]
-    masks, labels = (
-        (blobs.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8),
-        torch.randint(first, classes, (total,)),
-    )
-    return SegmentationTargets(
-        masks, labels, ones, ones, torch.tensor(counts), torch.arange(len(counts)) + 100
+    return MaskTargets(
+        masks=(blobs.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8),
+        labels=torch.randint(first, classes, (total,)),
+        extents=torch.ones(len(counts), 2),
+        grids=torch.tensor([grid] * len(counts)),
+        counts=torch.tensor(counts),
+        keys=torch.arange(len(counts)) + 100,
     )
 
 

@@ -33,7 +33,7 @@ sys.path.insert(0, sys.argv[4])
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 import visft_ds, visft_ds.tasks
 from visft_ds.config import resolve
-from visft_ds.planner.memory import plan_largest, run_of
+from visft_ds.planner.memory import plan_largest, planned_run
 from visft_ds.evals.report import report_runs
 out, mode = Path(sys.argv[1]), sys.argv[2]
 settings = json.loads({json.dumps(json.dumps(SETTINGS))}) | {{"visft.mode": mode}}
@@ -51,7 +51,7 @@ model = visft_ds.load(out / "stage2")
 predicted = model.predict(sys.argv[3])
 predicted.draw().save(out / "drawn.png")
 texts = [f"{{key}}={{json.dumps(value)}}" for key, value in settings.items() if key != "visft.heads.path"]
-plan = plan_largest(run_of(resolve(stage=2, model="debug", settings=texts), 1, "fp32", None, None))
+plan = plan_largest(planned_run(resolve(stage=2, model="debug", settings=texts), 1, "fp32", None, None))
 print(json.dumps([dict(found.metrics), predicted.to_coco(1)["classification"], repr(predicted), plan.total, same]))
 """
 

@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from tests.coco_tree import write_tree
+from tests.opened import open_run
 from tests.tasks.cases import batch_of
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.interop.heads import HeadInfo, check_categories, check_heads, classes_of_heads
-from visft_ds.prepare.data import RunData, open_data
+from visft_ds.prepare.data import RunData
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS, classes_of
 from visft_ds.tasks.detection.head import DetectionOutput
-from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.output import MaskOutput
 
 BOTH = ("detection", "segmentation")
 #: Ids of the small tree, and what they become.
@@ -55,7 +56,7 @@ def settled(split: Manifest, *settings: str) -> tuple[ResolvedConfig, RunData]:
     own = [f"visft.tasks.{task}.batch_size=12" for task in BOTH]
     given = [f"visft.data.root={split.root}", "visft.mode=sampled", "visft.tasks=" + ",".join(BOTH)]
     config = resolve(stage=1, model="debug", settings=[*own, *given, "visft.run.eval_every=0", *settings])
-    return open_data(config, 1)
+    return open_run(config)
 
 
 def num_classes(config: ResolvedConfig) -> list[int]:
@@ -94,7 +95,7 @@ def _each_class(task: str, number: int) -> Any:
     logits = torch.cat([torch.eye(number), torch.full((number, 1), 9.0)], dim=1)[None, None]
     if task == "detection":
         return DetectionOutput(logits, torch.full((1, 1, number, 4), 0.5))
-    return SegmentationOutput(logits, torch.ones(1, 1, number, 2, 2))
+    return MaskOutput(logits, torch.ones(1, 1, number, 2, 2))
 
 
 def test_the_ids_of_coco_keep_the_classes_of_the_published_heads(splits: dict[str, Manifest]) -> None:
@@ -111,7 +112,7 @@ def test_the_ids_of_coco_keep_the_classes_of_the_published_heads(splits: dict[st
         ("own", "segmentation.head.num_classes=80"),
         ("own", "detection.head.num_classes=3"),
         ("coco", "segmentation.head.num_classes=9"),
-        ("own", "segmentation.head.labelling=published"),
+        ("own", "segmentation.head.class_ids=published"),
     ],
 )
 def test_numbers_of_classes_that_do_not_agree_are_refused(
@@ -160,7 +161,7 @@ def test_published_heads_know_cocos_categories_by_id_and_name(task: str) -> None
     """Tools number categories from 1, so ids say nothing: such a head would call each scratch a person."""
     heads = {
         task: HeadInfo(
-            task, [(8, 14)], {"num_classes": 91, "labelling": "published"}, extra={"format": "visft"}
+            task, [(8, 14)], {"num_classes": 91, "class_ids": "published"}, extra={"format": "visft"}
         )
     }
     assert classes_of_heads(heads) == {}
@@ -173,6 +174,6 @@ def test_published_heads_know_cocos_categories_by_id_and_name(task: str) -> None
 def test_segmentation_heads_whose_classes_are_not_told_are_not_guessed_at() -> None:
     with pytest.raises(ValueError, match="num_classes is 3"):
         classes_of_heads({"segmentation": _info("segmentation", 3, OWN)})
-    few = {"num_classes": 3, "labelling": "contiguous"}
-    with pytest.raises(ValueError, match="does not name"):
+    few = {"num_classes": 3, "class_ids": "contiguous"}
+    with pytest.raises(ValueError, match="does not say which categories"):
         classes_of_heads({"segmentation": HeadInfo("segmentation", [(8, 14)], few)})

@@ -18,7 +18,7 @@ from tests.options import criterion_of
 from tests.tasks.cases import CLASSES, denominators, hide_parameters, masks_of
 from visft_ds.data.samples import Map
 from visft_ds.tasks.masks.config import PlainHeadConfig
-from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.plain import Block, PlainHead, masked_share, rotations
 
 WIDTH, HEADS, BLOCKS, QUERIES, PREFIX = 32, 2, 3, 7, 5
@@ -223,7 +223,7 @@ def test_recomputed_predictions_give_equal_gradients(monkeypatch: pytest.MonkeyP
     head, maps, gradients = _head().train(), _maps(), []
     for patched in (False, True):
         if patched:
-            monkeypatch.setattr(PlainHead, "_predicted", PlainHead._predict)
+            monkeypatch.setattr(PlainHead, "_predict", PlainHead._prediction)
         head.zero_grad()
         found = head(maps, KEYS, 0.0)
         (found.masks.square().sum() + found.logits.square().sum()).backward()
@@ -264,9 +264,7 @@ def test_losses_of_as_many_sets_as_come(sets: int) -> None:
     )
     logits, masks = torch.randn(sets, 2, QUERIES, CLASSES + 1), torch.randn(sets, 2, QUERIES, 5, 6)
     targets = masks_of([2, 3])
-    losses = criterion(
-        SegmentationOutput(logits, masks), targets, denominators("segmentation", criterion, targets)
-    )
+    losses = criterion(MaskOutput(logits, masks), targets, denominators("segmentation", criterion, targets))
     assert len(losses) == 3 * sets + 1 and {"ce", "bce", "dice", "class_error"} <= losses.keys() - {""}
     assert losses.keys() - {"class_error"} <= criterion.weights.keys() and len(criterion.weights) == 3 * (
         BLOCKS + 1

@@ -11,8 +11,8 @@ from torch import nn
 from tests.options import criterion_of, head_of
 from tests.tasks.cases import CLASSES, denominators, hide_parameters, masks_of
 from visft_ds.data.samples import Map
-from visft_ds.tasks.masks.loss import SegmentationCriterion
-from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.loss import MaskCriterion
+from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.points import draw_points
 from visft_ds.tasks.segmentation.head import SegmentationHead
 
@@ -31,13 +31,13 @@ def _head(**options: int | float | str) -> SegmentationHead:
     return head_of("segmentation", CHANNELS, **{**OPTIONS, **sizes, **options})
 
 
-def _criterion(**options: int | float | str) -> SegmentationCriterion:
-    return criterion_of("segmentation", **{**OPTIONS, "num_points": 64, **options})
+def _criterion(**options: int | float | str) -> MaskCriterion:
+    return criterion_of("segmentation", **{**OPTIONS, "train_num_points": 64, **options})
 
 
-def _output(size: tuple[int, int] = (5, 6)) -> SegmentationOutput:
+def _output(size: tuple[int, int] = (5, 6)) -> MaskOutput:
     logits = torch.randn(LAYERS + 1, 1, QUERIES, CLASSES + 1, dtype=torch.float64)
-    return SegmentationOutput(logits, torch.randn(LAYERS + 1, 1, QUERIES, *size, dtype=torch.float64))
+    return MaskOutput(logits, torch.randn(LAYERS + 1, 1, QUERIES, *size, dtype=torch.float64))
 
 
 # ---- head ----
@@ -99,7 +99,6 @@ def test_padding_of_batch_and_masks_changes_nothing() -> None:
         targets,
         masks=F.pad(targets.masks, (0, 16, 0, 4)),
         extents=torch.tensor([[5 / 10, 6 / 8]]),
-        mask_extents=torch.tensor([[12 / 16, 16 / 32]]),
     )
     mixed = criterion(padded, wider, divisors)
     for name, value in alone.items():

@@ -15,9 +15,9 @@ from visft_ds.data.samples import RawSample
 from visft_ds.data.transforms import Crop, Flip
 from visft_ds.randomness import generator
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
-from visft_ds.tasks.masks.data import segmentation_targets
+from visft_ds.tasks.masks.data import mask_targets
 
-SMALL: dict[str, Any] = {"size": 64, "min_size_test": 48, "max_size_test": 90, "eval_multiple": 14}
+SMALL: dict[str, Any] = {"size": 64, "min_size_test": 48, "max_size_test": 90}
 
 
 def _annotation(
@@ -46,21 +46,21 @@ OBJECTS = (_annotation([corners(20, 10, 55, 60)]), _annotation([corners(60, 5, 8
 
 def test_masks_follow_the_pixels() -> None:
     """Bright objects on black lie under their masks after any flip, scaling, padding and crop."""
-    transform = alone("segmentation", True, pad_value=0, mask_stride=2, **SMALL)
+    transform = alone("semantic", True, **SMALL)  # the same jitter, extended by black
     points = np.array([[12.0, 8.0], [70.0, 20.0], [50.0, 64.0]])
     polygon = [points.ravel().tolist()]
     image = np.repeat(255 * coco_mask.decode(coco_mask.frPyObjects(polygon, 70, 90)), 3, axis=2)
     seen, flips = 0, set()
     for key in range(60):
         sample = transform(replace(_raw((70, 90), _annotation(polygon)), image=image), generator(key))
-        masks = sample.targets["segmentation"]["masks"]
-        bright = F.avg_pool2d(sample.image[:1].float(), 2)[0].numpy()
+        masks = sample.targets["semantic"]["masks"]
+        bright = F.avg_pool2d(sample.image[:1].float(), 4)[0].numpy()
         flips.add(isinstance(drawn(transform, (70, 90), generator(key))[0], Flip))
         if not len(masks):
             assert bright.mean() < 1
             continue
         seen += 1
-        # both are averages over 2 x 2 pixels; the resized picture is smoothed by a pixel or two along the
+        # both are averages over 4 x 4 pixels; the resized picture is smoothed by a pixel or two along the
         # edges
         difference = np.abs(bright - masks[0])
         assert difference.mean() < 6, key
@@ -101,10 +101,10 @@ def test_what_gives_no_target() -> None:
         OBJECTS[1],
     ]
     raw, labels = _raw((70, 90), *annotations), {id_: place for place, id_ in enumerate(COCO_CATEGORY_IDS)}
-    targets = segmentation_targets(labels, 4, raw, [], generator(0))
+    targets = mask_targets(labels, raw, [], generator(0))
     assert targets["labels"].tolist() == [0, 79]
     assert targets["masks"].shape == (2, 18, 23) and targets["masks"].dtype == np.uint8
-    left = segmentation_targets(labels, 4, raw, [Crop(0, 0, 70, 58)], generator(0))
+    left = mask_targets(labels, raw, [Crop(0, 0, 70, 58)], generator(0))
     assert left["labels"].tolist() == [0], "what the crop cut away entirely is gone"
     assert len(COCO_CATEGORY_IDS) == 80 and COCO_CATEGORY_IDS[11] == 13
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,14 +14,22 @@ from torch import Tensor
 
 from tests.tasks.cases import batch_of
 from visft_ds.data.samples import Batch
+from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
-from visft_ds.tasks.masks.output import SegmentationOutput
-from visft_ds.tasks.segmentation.results import postprocess
+from visft_ds.tasks.classes import COCO_CATEGORY_IDS
+from visft_ds.tasks.masks.output import MaskOutput
+from visft_ds.tasks.segmentation.results import instances
 
 
-def _scene(grid: tuple[int, int], queries: int = 3) -> SegmentationOutput:
+def _scene(grid: tuple[int, int], queries: int = 3) -> MaskOutput:
     smooth = F.interpolate(torch.randn(1, queries, 3, 3), size=grid, mode="bicubic")
-    return SegmentationOutput(torch.randn(1, 1, queries, 81), smooth[None])
+    return MaskOutput(torch.randn(1, 1, queries, 81), smooth[None])
+
+
+def _results(
+    output: MaskOutput, batch: Batch, categories: Sequence[int] = COCO_CATEGORY_IDS, threshold: float = 0.0
+) -> Results:
+    return instances(output, batch, categories, threshold)
 
 
 def _pixels(result: Mapping[str, object]) -> Tensor:
@@ -37,8 +45,8 @@ def _show(size: tuple[int, int], frame: tuple[int, int], stored: tuple[int, int]
 
 def test_masks_at_the_stored_size() -> None:
     """Without padding, exactly the bilinear interpolation of the logits, cut at one half."""
-    output = replace(_scene((5, 8)), labelling="published")
-    results = postprocess(output, _show((70, 112), (70, 112), (60, 95)))
+    output = replace(_scene((5, 8)), class_ids="published")
+    results = _results(output, _show((70, 112), (70, 112), (60, 95)))
     assert len(results) == 3
     wanted = F.interpolate(output.masks[0], size=(60, 95), mode="bilinear", align_corners=False)[0]
     scores = output.logits[0, 0].softmax(-1)[:, 1:-1]
@@ -59,9 +67,9 @@ def test_masks_at_the_stored_size() -> None:
 
 def test_padding_is_cut_off() -> None:
     """Against the reference's two interpolations: to the padded size, cut, to the stored size."""
-    output = replace(_scene((8, 10)), labelling="published")
+    output = replace(_scene((8, 10)), class_ids="published")
     output.masks[..., 6:, :] = output.masks[..., 9:] = 0  # as the head gives them
-    results = postprocess(output, _show((84, 126), (112, 140), (200, 300)))
+    results = _results(output, _show((84, 126), (112, 140), (200, 300)))
     large = F.interpolate(output.masks[0], size=(112, 140), mode="bilinear")[..., :84, :126]
     wanted = F.interpolate(large, size=(200, 300), mode="bilinear")[0] > 0
     for query, result in enumerate(results):
@@ -70,7 +78,7 @@ def test_padding_is_cut_off() -> None:
 
 
 def test_categories() -> None:
-    """0..79 are COCO's 80 ids; in the published labelling 1..79 are the first 79, and class 0 is never
+    """0..79 are COCO's 80 ids; in the published numbering 1..79 are the first 79, and class 0 is never
     named.
     """
     output = _scene((4, 4), queries=4)
@@ -78,22 +86,22 @@ def test_categories() -> None:
     for query, label in enumerate((0, 11, 79, 80)):
         output.logits[0, 0, query, label] = 5
     batch = _show((56, 56), (56, 56), (20, 20))
-    assert [result["category_id"] for result in postprocess(output, batch)][:3] == [1, 13, 90]
-    published = postprocess(replace(output, labelling="published"), batch)
+    assert [result["category_id"] for result in _results(output, batch)][:3] == [1, 13, 90]
+    published = _results(replace(output, class_ids="published"), batch)
     assert [result["category_id"] for result in published][1:3] == [11, 89]
     assert published[0]["score"] < 0.01  # its best class says nothing
 
 
 def test_only_real_images() -> None:
     scene = _scene((4, 4))
-    output = SegmentationOutput(scene.logits.repeat(1, 2, 1, 1), scene.masks.repeat(1, 2, 1, 1, 1))
-    results = postprocess(output, batch_of(2, real=torch.tensor([False, True])))
+    output = MaskOutput(scene.logits.repeat(1, 2, 1, 1), scene.masks.repeat(1, 2, 1, 1, 1))
+    results = _results(output, batch_of(2, real=torch.tensor([False, True])))
     assert {result["image_id"] for result in results} == {2} and len(results) == 100
 
 
 def test_a_perfect_mask_of_a_divided_object_has_a_perfect_score() -> None:
     """A bus behind two poles: three pieces of equal size, of which none may be lost, under either
-    labelling.
+    numbering.
     """
     mask = torch.zeros(64, 64)
     polygons = []
@@ -105,11 +113,11 @@ def test_a_perfect_mask_of_a_divided_object_has_a_perfect_score() -> None:
     truth["categories"] = [{"id": 1, "name": "car"}, {"id": 2, "name": "bus"}]
     logits = torch.tensor([[[[-20.0, 20.0, -20.0]]]])
     batch = _show((64, 64), (64, 64), (64, 64))
-    for labelling in ("contiguous", "published"):
-        output = SegmentationOutput(logits, (mask * 2 - 1)[None, None, None] * 20, labelling)  # type: ignore[arg-type]
-        classes = (1, 2) if labelling == "contiguous" else (2,)  # there the first one has no class
-        results = postprocess(output, batch, classes)
-        assert coco_average_precision(truth, results, masks=True)["mask/AP"] == pytest.approx(1.0), labelling
+    for class_ids in ("contiguous", "published"):
+        output = MaskOutput(logits, (mask * 2 - 1)[None, None, None] * 20, class_ids)  # type: ignore[arg-type]
+        classes = (1, 2) if class_ids == "contiguous" else (2,)  # there the first one has no class
+        results = _results(output, batch, classes)
+        assert coco_average_precision(truth, results, masks=True)["mask/AP"] == pytest.approx(1.0), class_ids
 
 
 def test_a_mask_of_own_heads_counts_by_its_quality() -> None:
@@ -119,7 +127,7 @@ def test_a_mask_of_own_heads_counts_by_its_quality() -> None:
     output.masks[0, 0, 0, 0, :2] = 3
     output.masks[0, 0, 0, 2:, 3:] = 1
     batch = _show((4, 6), (4, 6), (4, 6))
-    result, *less = postprocess(output, batch)
+    result, *less = _results(output, batch)
     assert all(
         one["segmentation"] == result["segmentation"] and one["score"] <= result["score"] for one in less
     )
@@ -127,7 +135,7 @@ def test_a_mask_of_own_heads_counts_by_its_quality() -> None:
     best = float(output.logits[0, 0, 0].softmax(-1)[:-1].max())
     quality = (2 / (1 + math.exp(-3)) + 6 / (1 + math.exp(-1))) / 8
     assert result["score"] == pytest.approx(best * quality, rel=1e-5)
-    assert postprocess(output, batch, threshold=0.9 * best) == []
+    assert _results(output, batch, threshold=0.9 * best) == []
 
 
 def test_of_own_heads_the_best_pairs_of_query_and_class_count() -> None:
@@ -137,7 +145,7 @@ def test_of_own_heads_the_best_pairs_of_query_and_class_count() -> None:
     output.masks[:] = 2
     for query, label, logit in ((0, 5, 3.0), (0, 7, 2.0), (1, 9, 1.0), (1, 80, 1.0)):
         output.logits[0, 0, query, label] = logit
-    results = postprocess(output, _show((4, 6), (4, 6), (4, 6)), threshold=0.01)
+    results = _results(output, _show((4, 6), (4, 6), (4, 6)), threshold=0.01)
     inside = float(torch.tensor(2.0).sigmoid())
     wanted = [(6, 1 / (1 + math.exp(-1))), (10, 0.5), (8, 1 / (1 + math.exp(1)))]
     assert [one["category_id"] for one in results] == [label for label, _ in wanted]
@@ -148,16 +156,16 @@ def test_of_own_heads_the_best_pairs_of_query_and_class_count() -> None:
 
 def test_an_empty_mask_is_no_prediction() -> None:
     """However sure of its class; the others stay as they are, in their order, also one of a single pixel."""
-    output = replace(_scene((4, 6), queries=4), labelling="published")
+    output = replace(_scene((4, 6), queries=4), class_ids="published")
     output.masks[:] = -1
     output.masks[0, 0, 1] = 1
     output.masks[0, 0, 3, 0, 0] = 1
     output.logits[0, 0, 0, 5] = 9
     batch = _show((4, 6), (4, 6), (4, 6))
-    whole, pixel = postprocess(output, batch)
+    whole, pixel = _results(output, batch)
     assert coco_mask.area(whole["segmentation"]) == 24 and whole["bbox"] == [0, 0, 6, 4]
     assert coco_mask.area(pixel["segmentation"]) == 1 and pixel["bbox"] == [0, 0, 1, 1]
     scores = output.logits[0, 0].softmax(-1)[:, 1:-1].max(-1).values.tolist()
     assert [whole["score"], pixel["score"]] == pytest.approx([scores[1], scores[3]])
     output.masks[:] = -1
-    assert postprocess(output, batch) == []
+    assert _results(output, batch) == []

@@ -19,9 +19,9 @@ from transformers.models.mask2former import modeling_mask2former as theirs
 from tests.options import criterion_of, head_of
 from tests.tasks.cases import masks_of
 from visft_ds.data.samples import Map
-from visft_ds.tasks.masks.data import SegmentationTargets
-from visft_ds.tasks.masks.loss import SegmentationCriterion
-from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.data import MaskTargets
+from visft_ds.tasks.masks.loss import MaskCriterion
+from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.points import draw_points
 from visft_ds.tasks.segmentation.head import SegmentationHead
 from visft_ds.tasks.transformer import sine_positions
@@ -188,7 +188,7 @@ def test_padded_encoder(pair: tuple[Reference, SegmentationHead]) -> None:
     torch.testing.assert_close(entries[valid.flatten(1)], expected[valid.flatten(1)], **CLOSE)
 
 
-def _case(counts: list[int]) -> tuple[SegmentationOutput, SegmentationTargets]:
+def _case(counts: list[int]) -> tuple[MaskOutput, MaskTargets]:
     """Random predictions of all sets and soft masks; blobs rather than noise, so that costs differ."""
     shape = (DECODER_LAYERS + 1, len(counts), QUERIES)
     blobs = nn.functional.interpolate(
@@ -196,12 +196,12 @@ def _case(counts: list[int]) -> tuple[SegmentationOutput, SegmentationTargets]:
     )
     logits, masks = torch.randn(*shape, CLASSES + 1), blobs.view(*shape, 6, 9)
     targets = masks_of(counts, CLASSES, grid=(20, 28))
-    return SegmentationOutput(logits.requires_grad_(), masks.requires_grad_()), targets
+    return MaskOutput(logits.requires_grad_(), masks.requires_grad_()), targets
 
 
-def _criterion() -> SegmentationCriterion:
+def _criterion() -> MaskCriterion:
     options = {"num_classes": CLASSES, "num_queries": QUERIES, "decoder_layers": DECODER_LAYERS}
-    return criterion_of("segmentation", **options, num_points=NUM_POINTS)
+    return criterion_of("segmentation", **options, train_num_points=NUM_POINTS)
 
 
 @pytest.fixture

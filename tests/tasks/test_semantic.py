@@ -29,12 +29,11 @@ from visft_ds.data.transforms import Crop, Flip, Op, Pad, Size, final_size
 from visft_ds.randomness import generator
 from visft_ds.shards.cli import main as make_shards
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.masks.data import segmentation_targets
-from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.data import MaskTargets, mask_targets
+from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticLoss
-from visft_ds.tasks.semantic.data import SemanticTargets
-from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion, SemanticOutput
+from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion, SemanticOutput, cell_labels
 from visft_ds.tasks.semantic.results import (
     Windows,
     cut_windows,
@@ -58,12 +57,12 @@ def _annotations(numbers: np.ndarray) -> list[dict[str, Any]]:
 
 def _packed(
     *maps: np.ndarray, stride: int = 1, ops: Sequence[Op] = (), frame: Size | None = None
-) -> SemanticTargets:
+) -> MaskTargets:
     """Labels of images with these maps, whose padding fills `frame`."""
     places, samples = {number: number for number in range(CLASSES)}, []
     for place, numbers in enumerate(maps):
         raw = RawSample(place, place, numbers.shape, None, _annotations(numbers), ())
-        found, size = segmentation_targets(places, stride, raw, ops, generator(0)), final_size(raw.size, ops)
+        found, size = mask_targets(places, raw, ops, generator(0), stride), final_size(raw.size, ops)
         samples.append(Sample(place, place, raw.size, size, None, 0, {"semantic": found}))
     return TASKS["semantic"].pack(samples, frame or samples[0].size)
 
@@ -76,7 +75,7 @@ def _maps(draw: np.random.Generator, *size: int) -> np.ndarray:
 
 def test_labels_are_the_map_and_padding_has_no_class() -> None:
     numbers = _maps(np.random.default_rng(0), 30, 40)
-    (found,) = _packed(numbers, ops=[Flip(), Pad(36, 50, 0), Crop(4, 6, 32, 44)]).cells()
+    (found,) = cell_labels(_packed(numbers, ops=[Flip(), Pad(36, 50, 0), Crop(4, 6, 32, 44)]))
     padded = np.pad(numbers[:, ::-1], ((0, 6), (0, 10)), constant_values=VOID)
     assert np.array_equal(found, padded[4:36, 6:50])
 
@@ -85,14 +84,14 @@ def test_a_cell_has_the_class_of_most_of_it() -> None:
     numbers = np.full((8, 8), VOID, dtype=np.uint8)
     numbers[:3, :4], numbers[3:4, :4], numbers[:4, 4:5] = 1, 2, 3  # 12, 4 and 4 of 16 pixels
     numbers[4:, 4:7] = 4
-    (found,) = _packed(numbers, stride=4).cells()
+    (found,) = cell_labels(_packed(numbers, stride=4))
     assert found.tolist() == [[1, VOID], [VOID, 4]]
 
 
 def test_the_loss_is_torch_s_and_depends_on_no_division_and_no_padding() -> None:
     draw, criterion = (
         np.random.default_rng(0),
-        SemanticCriterion(SemanticHeadConfig(num_classes=CLASSES), SemanticLoss()),
+        SemanticCriterion(SemanticLoss()),
     )
     maps = [_maps(draw, 16, 24) for _ in range(2)]
     logits, packed = torch.randn(2, CLASSES, 8, 12, dtype=torch.float64), _packed(*maps)
@@ -164,7 +163,7 @@ def test_windows_and_their_mean_are_those_of_transformers(head: str) -> None:
     size = {"shortest_edge": side, "longest_edge": None}
     if head == "linear":
         logits = torch.randn(len(parts), CLASSES, 4, 4) * 3
-        output: SemanticOutput | SegmentationOutput = SemanticOutput(logits)
+        output: SemanticOutput | MaskOutput = SemanticOutput(logits)
         fine = F.interpolate(logits.softmax(dim=1), (side, side), mode="bilinear")
         wanted = processor.merge_image_patches(fine, offsets, stored, size)
     else:
@@ -172,7 +171,7 @@ def test_windows_and_their_mean_are_those_of_transformers(head: str) -> None:
             torch.randn(1, len(parts), 30, 8, 8) * 3,
             torch.randn(1, len(parts), 30, CLASSES + 1) * 3,
         )
-        output = SegmentationOutput(logits, masks)
+        output = MaskOutput(logits, masks)
         theirs = SimpleNamespace(
             masks_queries_logits=masks[0], class_queries_logits=logits[0], patch_offsets=offsets
         )
@@ -328,7 +327,7 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path, head: str, steps: int, 
         settings |= {"visft.tasks.semantic.head.dropout": 0.0}
     else:
         options = {"type": "plain", "num_queries": 40, "hidden_dim": 64, "num_heads": 4, "blocks": 3}
-        settings |= {"visft.tasks.semantic.head": options, "visft.tasks.semantic.loss.num_points": 512}
+        settings |= {"visft.tasks.semantic.head": options, "visft.tasks.semantic.loss.train_num_points": 512}
         settings |= {"visft.model.layers": [2, 4, 6]}
     settings |= {"visft.param_groups": [{"name": "heads", "params": "heads.*", "lr": 3e-3}]}
     fit(data=tmp_path / "data-shards", out=tmp_path / "run", settings=settings)

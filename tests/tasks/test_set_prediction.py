@@ -20,7 +20,7 @@ from visft_ds.data.samples import Batch, Map
 from visft_ds.model import MultiTaskModel
 from visft_ds.tasks.detection.head import DetectionOutput
 from visft_ds.tasks.masks.loss import match_masks
-from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.points import draw_points
 from visft_ds.tasks.matching import match
 
@@ -41,24 +41,24 @@ class Kind:
     """
 
     task: str
-    labelling: str = "contiguous"
+    class_ids: str = "contiguous"
 
     @property
     def classes(self) -> int:
-        return CLASSES if self.labelling == "contiguous" else 80
+        return CLASSES if self.class_ids == "contiguous" else 80
 
     def head(self) -> Any:
         common = {**SHARED, "num_classes": CLASSES, "encoder_layers": 2, "num_heads": 4}
         return head_of(self.task, CHANNELS, **common, **SIZES[self.task])
 
     def criterion(self) -> Any:
-        own = {"num_classes": self.classes, "num_points": 64, "labelling": self.labelling}
+        own = {"num_classes": self.classes, "train_num_points": 64, "class_ids": self.class_ids}
         return criterion_of(self.task, **SHARED, **(own if self.task == "segmentation" else {}))
 
     def targets(self, counts: Sequence[int]) -> Any:
         if self.task == "detection":
             return boxes_of(counts)
-        return masks_of(counts, self.classes, first=70 if self.labelling == "published" else 0)
+        return masks_of(counts, self.classes, first=70 if self.class_ids == "published" else 0)
 
     def output(self, images: int) -> Any:
         sets = LAYERS + (self.task == "segmentation")
@@ -66,7 +66,7 @@ class Kind:
         if self.task == "detection":
             return DetectionOutput(logits, torch.rand(sets, images, QUERIES, 4, dtype=torch.float64))
         masks = torch.randn(sets, images, QUERIES, 5, 6, dtype=torch.float64)
-        return SegmentationOutput(logits, masks, self.labelling)  # type: ignore[arg-type]
+        return MaskOutput(logits, masks, self.class_ids)  # type: ignore[arg-type]
 
     def part(self, output: Any, targets: Any, first: int, last: int) -> tuple[Any, Any]:
         """Predictions and targets of images first..last-1."""
@@ -85,7 +85,7 @@ class Kind:
         for image, count in enumerate(targets.counts.tolist()):
             if count:
                 own, alone = self.part(output, targets, image, image + 1)
-                labels = alone.labels + (self.labelling == "published")
+                labels = alone.labels + (self.class_ids == "published")
                 if self.task == "detection":
                     pairs = match(own.logits, own.boxes, alone, (1, 5, 2))
                 else:

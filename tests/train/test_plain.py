@@ -82,7 +82,7 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path) -> None:
     settings = {
         "visft.tasks": "segmentation",
         "visft.tasks.segmentation.head": head,
-        "visft.tasks.segmentation.loss.num_points": 512,
+        "visft.tasks.segmentation.loss.train_num_points": 512,
         "visft.model.layers": [2, 4, 6],
         "visft.features": {"views": 1, "cache": str(tmp_path / "features")},
         "visft.shared.image.fixed_size": 224,

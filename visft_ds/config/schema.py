@@ -21,6 +21,7 @@ from visft_ds.settings.fields import (
     Count,
     Depth,
     Positive,
+    Precision,
     Probability,
     Rate,
     StrictModel,
@@ -116,6 +117,10 @@ class ModelConfig(StrictModel):
     tf32: Literal["auto", True, False] = "auto"
     compile: Literal["none", "blocks"] = "none"  #: blocks: with torch.compile
 
+    def computes_in_tf32(self, precision: Precision) -> bool:
+        """Return True if float32 products are computed in TF32 in a run of this precision."""
+        return precision != "fp32" if self.tf32 == "auto" else self.tf32
+
     def backbone_options(self) -> dict[str, Any]:
         """Options of `build_empty` that differ from the preset."""
         layers = {"layers": self.layers} if self.layers else {}
@@ -180,9 +185,12 @@ class DataConfig(StrictModel):
         200_000_000_000  #: size limit of that folder; the least recently read shards go first
     )
 
-    def places(self) -> list[tuple[str, str]]:
-        """(folder or URL, split) of all training sets."""
-        return [(self.root, self.train), *((one.root, one.split) for one in self.sets)]
+    def training_sets(self) -> tuple[DataSetConfig, ...]:
+        """All training sets; the first is ROOT/TRAIN, called by its split."""
+        first = DataSetConfig.model_construct(
+            name=self.train, root=self.root, split=self.train, weight=self.weight
+        )
+        return (first, *self.sets)
 
 
 class FeaturesConfig(StrictModel):

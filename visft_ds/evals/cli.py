@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.config.cli import BACKBONE_HELP, DOWNLOAD_HELP
+from visft_ds.config.flags import BACKBONE_HELP, DOWNLOAD_HELP
 from visft_ds.evals.judge.kinds import kinds_help
 from visft_ds.flags import Parser
 

@@ -26,7 +26,8 @@ from visft_ds.flags import check_least
 from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
-from visft_ds.prepare.datasets import needs_vocabulary, workers_of
+from visft_ds.prepare.data import workers_of
+from visft_ds.prepare.datasets import needs_vocabulary
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
 from visft_ds.run.folder import refuse_filled

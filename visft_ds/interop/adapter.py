@@ -30,7 +30,7 @@ from visft_ds.interop.layouts import StoredModel, described, fitted, model_of
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights, save_tensors
 from visft_ds.models import Backbone
 from visft_ds.models.lora import KINDS, dense_update, inject_lora, lora_layers, lora_parameters
-from visft_ds.ops.lora import Slices, parts_of
+from visft_ds.ops.lora import Slices, spread
 from visft_ds.settings.fields import Count, Positive
 
 FILE = "lora.safetensors"
@@ -187,10 +187,7 @@ class Adapter:
         for layer, (rows, slices) in self.layers.items():
             a, b = (self.tensors[f"{layer}.{kind}"] for kind in KINDS)
             if slices != ((0, rows),):
-                dense = b.new_zeros(rows, len(slices) * self.rank)
-                for lo, hi, columns, rows_of_b in parts_of(slices, self.rank):
-                    dense[lo:hi, columns] = b[rows_of_b]
-                b = dense
+                b = spread(b, slices, rows)
             tensors[f"base_model.model.{layer}.lora_A.weight"] = a
             tensors[f"base_model.model.{layer}.lora_B.weight"] = b[:, :, None, None] if a.ndim == 4 else b
         return tensors

@@ -29,7 +29,7 @@ from visft_ds.tasks import get_task
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES
 from visft_ds.tasks.channels import EPS
 from visft_ds.tasks.detection.head import PUBLISHED_NAMES as DETECTION_NAMES
-from visft_ds.tasks.masks.pmt import PMT_NAMES, described
+from visft_ds.tasks.masks.pmt import PMT_NAMES, options_of_pmt
 from visft_ds.tasks.segmentation.head import PUBLISHED_NAMES as SEGMENTATION_NAMES
 
 PREFIX = "visft_heads."
@@ -63,7 +63,11 @@ def published_head(
     """
     kind, spec, layers = task, get_task(task), tuple[int, ...]()
     with reading(file.path, f"a {task} head of ViSFT or PMT"), torch.device("meta"):
-        found = described({name: one.shape for name, one in file.items()}) if task == "segmentation" else None
+        found = (
+            options_of_pmt({name: one.shape for name, one in file.items()})
+            if task == "segmentation"
+            else None
+        )
         if found is not None:
             kind, (shapes, options, layers) = "pmt", found
         else:
@@ -73,7 +77,7 @@ def published_head(
                 raise ValueError(f"no {task} head of visft_ds or ViSFT in it; it has {examples(file)}")
             options, shapes = spec.options("head", {}), [(file[anchor].shape[1], 14)]
             if task == "segmentation":
-                options["labelling"] = "published"
+                options["class_ids"] = "published"
             if task == "captioning":
                 options["vocabulary_size"] = file[published_name(task, "embedding.weight")].shape[0]
         head = spec.build_head(shapes, spec.settings("head", options), options.get("vocabulary_size"))

@@ -11,7 +11,7 @@ Letters: G slices of a layer, r rank, R adapted rows: the sum of the slices' wid
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -52,19 +52,19 @@ class AdaptedLayer(nn.Module):
     def __init__(self, base: nn.Module, slices: Slices, *, rank: int, alpha: float) -> None:
         super().__init__()
         weight: Any = base.weight
-        self.slices, self.rank, self.alpha, self.scale = slices, rank, alpha, alpha / rank
+        self.slices = slices
+        self.rank = rank
+        self.alpha = alpha
+        self.scale = alpha / rank
         self.weight = weight
         self.register_parameter("bias", base.bias)  # type: ignore[arg-type]
-        self.shapes = {  # under ZeRO-3 the parameters' own shape is (0,)
-            "lora_A": (len(slices) * rank, *weight.shape[1:]),
-            "lora_B": (sum(hi - lo for lo, hi in slices), rank),
-        }
-        like: dict[str, Any] = {
-            "device": weight.device,
-            "dtype": torch.promote_types(weight.dtype, torch.float32),
-        }
+        rows = sum(hi - lo for lo, hi in slices)
+        #: Under ZeRO-3 the parameters' own shape is (0,).
+        self.shapes = {"lora_A": (len(slices) * rank, *weight.shape[1:]), "lora_B": (rows, rank)}
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         for kind, shape in self.shapes.items():
-            self.register_parameter(kind, nn.Parameter(torch.zeros(shape, **like)))
+            values = torch.zeros(shape, device=weight.device, dtype=dtype)
+            self.register_parameter(kind, nn.Parameter(values))
 
 
 class LoRALinear(AdaptedLayer):
@@ -86,8 +86,10 @@ class LoRAConv2d(AdaptedLayer):
 
     def __init__(self, base: nn.Conv2d, slices: Slices, *, rank: int, alpha: float) -> None:
         super().__init__(base, slices, rank=rank, alpha=alpha)
-        self.in_channels, self.out_channels = base.in_channels, base.out_channels
-        self.padding_mode, self.sides = base.padding_mode, base._reversed_padding_repeated_twice
+        self.in_channels = base.in_channels
+        self.out_channels = base.out_channels
+        self.padding_mode = base.padding_mode
+        self.sides = base._reversed_padding_repeated_twice
         padding = base.padding if base.padding_mode == "zeros" else 0
         self.window: tuple[Any, ...] = (base.stride, padding, base.dilation)
 
@@ -97,14 +99,15 @@ class LoRAConv2d(AdaptedLayer):
             x = F.pad(x, self.sides, mode=self.padding_mode)
         y = F.conv2d(x, self.weight, self.bias, *self.window)
         inner = F.conv2d(x, self.lora_A, None, *self.window)
-        return y + self.scale * F.conv2d(inner, self.lora_B[:, :, None, None])
+        update = F.conv2d(inner, self.lora_B[:, :, None, None])
+        return y + self.scale * update
 
 
 def dense_update(rows: int, a: Tensor, b: Tensor, slices: Slices, scale: float) -> Tensor:
     """Dense scale * B A (rows, fan in) in the precision of the factors; zero in rows that are not adapted."""
     result = a.new_zeros(rows, a[0].numel())
-    for lo, hi, rows_of_a, rows_of_b in parts_of(slices, b.shape[1]):
-        torch.matmul(b[rows_of_b], a[rows_of_a].flatten(1), out=result[lo:hi])
+    for outputs, of_a, of_b in parts_of(slices, b.shape[1]):
+        torch.matmul(b[of_b], a[of_a].flatten(1), out=result[outputs])
     return result.mul_(scale)
 
 
@@ -129,21 +132,14 @@ def inject_lora(
         ValueError: a target without a layer or with a grouped convolution, or a layer that two of them adapt.
     """
     assert not lora_layers(backbone), "the model has adapters already"
-    # Only layers whose forward is that of their class: subclasses may compute something else with the weight.
-    kinds = (Linear, nn.Linear, nn.Conv2d)
-    layers: dict[str, Any] = {name: layer for name, layer in backbone.named_modules() if type(layer) in kinds}
+    layers = _adaptable(backbone)
     plan: dict[str, list[tuple[int, int]]] = {}
     for target in targets:
-        found = _rows_of(layers, target)
-        if not found:
-            raise ValueError(
-                f"visft.lora.targets: no layer for {target!r}; there are {', '.join(TARGETS)} of blocks, and layers "
-                f"such as {', '.join([*layers][:8])}"
-            )
-        for name, (lo, hi) in found.items():
-            if any(lo < end and begin < hi for begin, end in plan.setdefault(name, [])):
+        for name, (lo, hi) in _rows_of(layers, target).items():
+            taken = plan.setdefault(name, [])
+            if any(lo < end and begin < hi for begin, end in taken):
                 raise ValueError(f"visft.lora.targets: {name} is adapted by two targets")
-            plan[name].append((lo, hi))
+            taken.append((lo, hi))
     for name, slices in plan.items():
         parent, _, leaf = name.rpartition(".")
         owner: Any = backbone.get_submodule(parent)
@@ -156,21 +152,47 @@ def inject_lora(
             adapted.lora_A.data.copy_(first_value(backbone, f"{name}.lora_A", seed))
 
 
-def _rows_of(layers: dict[str, Any], target: str) -> dict[str, tuple[int, int]]:
-    """Layer -> its rows that a role or glob adapts; EVA-02's larger models in timm keep q, k and v apart."""
-    found = {}
-    path, part, parts = TARGETS.get(target, ("", 0, 1))
-    for name, layer in layers.items():
-        out = len(layer.weight)
-        if path and name.startswith("blocks.") and name.endswith(f".{path}"):
-            found[name] = (out // parts * part, out // parts * (part + 1))
-        elif name.endswith(f".attn.{target}_proj") if parts == 3 else not path and fnmatchcase(name, target):
-            found[name] = (0, out)
-    if grouped := [name for name in found if getattr(layers[name], "groups", 1) > 1]:
+def _adaptable(backbone: nn.Module) -> dict[str, Any]:
+    """Linear layers and convolutions by name.
+
+    Only those whose forward is that of their class: subclasses may compute something else with the weight.
+    """
+    kinds = (Linear, nn.Linear, nn.Conv2d)
+    return {name: layer for name, layer in backbone.named_modules() if type(layer) in kinds}
+
+
+def _rows_of(layers: Mapping[str, Any], target: str) -> dict[str, tuple[int, int]]:
+    """Layer -> its rows that a role or glob adapts. Raises ValueError: none, or a grouped convolution."""
+    if target in TARGETS:
+        rows = _rows_of_role(layers, target)
+    else:
+        rows = {name: (0, len(layer.weight)) for name, layer in layers.items() if fnmatchcase(name, target)}
+    if not rows:
+        roles = ", ".join(TARGETS)
+        names = ", ".join([*layers][:8])
         raise ValueError(
-            f"visft.lora.targets: {target!r} matches {grouped[0]}, and grouped convolutions have no LoRA"
+            f"visft.lora.targets: no layer for {target!r}; there are {roles} of blocks, and layers such as {names}"
         )
-    return found
+    for name in rows:
+        if getattr(layers[name], "groups", 1) > 1:
+            raise ValueError(
+                f"visft.lora.targets: {target!r} matches {name}, and grouped convolutions have no LoRA"
+            )
+    return rows
+
+
+def _rows_of_role(layers: Mapping[str, Any], role: str) -> dict[str, tuple[int, int]]:
+    """Layer of a block -> its rows that have this role."""
+    rows = {}
+    path, part, parts = TARGETS[role]
+    for name, layer in layers.items():
+        width = len(layer.weight)
+        height = width // parts
+        if name.startswith("blocks.") and name.endswith(f".{path}"):
+            rows[name] = (height * part, height * (part + 1))
+        elif parts == 3 and name.endswith(f".attn.{role}_proj"):  # EVA-02's larger models in timm
+            rows[name] = (0, width)
+    return rows
 
 
 def first_value(backbone: nn.Module, name: str, seed: int) -> Tensor:
@@ -180,8 +202,11 @@ def first_value(backbone: nn.Module, name: str, seed: int) -> Tensor:
     path, _, kind = name.rpartition(".")
     layer: Any = backbone.get_submodule(path)
     shape = layer.shapes[kind]
-    bound = 0.0 if kind == "lora_B" else 1.0 / math.sqrt(math.prod(shape[1:]))
-    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator_for(seed, path))
+    values = torch.zeros(shape, device="cpu")
+    if kind == "lora_A":
+        bound = 1.0 / math.sqrt(math.prod(shape[1:]))
+        values.uniform_(-bound, bound, generator=generator_for(seed, path))
+    return values
 
 
 def lora_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
@@ -191,8 +216,8 @@ def lora_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
 
 def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by qualified name: `...lora_A`, `...lora_B`."""
-    return {
-        f"{name}.{kind}": getattr(layer, kind)
-        for name, layer in lora_layers(module).items()
-        for kind in KINDS
-    }
+    parameters = {}
+    for name, layer in lora_layers(module).items():
+        parameters[f"{name}.lora_A"] = layer.lora_A
+        parameters[f"{name}.lora_B"] = layer.lora_B
+    return parameters

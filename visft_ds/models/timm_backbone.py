@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visft_ds.models.eva_vit import Grids, block_number, stack_padded
+from visft_ds.models.eva_vit import Grids, last_block, stack_padded
 from visft_ds.pretrained import check_timm
 
 _SIDE = 512  #: of the image that measures a model: every stride divides it
 _SMALLEST_GAIN = 1e-2  #: gains of a random model below this are taken for a start at zero
+_GAINS = ("weight", "gamma", "gamma_1", "gamma_2")  #: last parts of the names of gains
 
 
 class TimmBackbone(nn.Module):
@@ -56,59 +57,66 @@ class TimmBackbone(nn.Module):
     def forward(
         self, images: Tensor, frames: Grids | None = None, *, prefixes: bool = False
     ) -> tuple[Tensor, ...]:
-        """(B, 3, H, W), already normalised -> the maps (B, D, h, w); with `prefixes`, then the tokens (B, P,
-        D) in front of the patches of each, if a plain ViT has any.
+        """Maps (B, D, h, w); with `prefixes`, then the tokens (B, P, D) in front of the patches of each, if a
+        plain ViT has any.
 
-        With `frames`, the (height, width) of each image within the padded batch in whole cells, features are
-        those of each image alone: images of each size are a batch of their own, and (h, w) is the largest of
-        their maps, with 0 beyond each. A mask would not do: timm resizes positions to the padded grid, too,
-        convolutions know none, and a masked ViT recomputes nothing.
+        Args:
+            images: (B, 3, H, W), already normalised.
+            frames: (height, width) of each image within the padded batch in pixels, whole cells. Features are
+                then those of each image alone: images of each size are a batch of their own, and (h, w) is
+                the largest of their maps, with 0 beyond each. A mask would not do: timm resizes positions to
+                the padded grid, too, convolutions know none, and a masked ViT recomputes nothing. None: all
+                images fill the batch.
         """
         self.set_grad_checkpointing(self.recompute != "none")
         if frames is None:
-            return self._maps(images, prefixes)
-        tensors_of = dict[int, tuple[Tensor, ...]]()  # by place in the batch
-        for (height, width), places in self._calls(frames):
-            tensors = self._maps(
-                torch.stack([images[place, :, :height, :width] for place in places]), prefixes
-            )
-            for row, place in enumerate(places):
-                tensors_of[place] = tuple(tensor[row] for tensor in tensors)
-        in_order = [tensors_of[place] for place in range(len(frames))]
+            return self._features(images, prefixes)
+        features_of: dict[int, list[Tensor]] = {}  # by position in the batch
+        for (height, width), positions in self._calls(frames):
+            alike = torch.stack([images[position, :, :height, :width] for position in positions])
+            features = self._features(alike, prefixes)
+            for row, position in enumerate(positions):
+                features_of[position] = [tensor[row] for tensor in features]
+        in_order = [features_of[position] for position in range(len(frames))]
         return tuple(_stacked(of_images) for of_images in zip(*in_order, strict=True))
 
     def _calls(self, frames: Grids) -> list[tuple[tuple[int, int], list[int]]]:
-        """(height, width) of each call, and the places in the batch of its images."""
+        """(height, width) of each call of timm's model, and the positions in the batch of its images."""
         if self.one_by_one:
-            return [(frame, [place]) for place, frame in enumerate(frames)]
-        groups = dict[tuple[int, int], list[int]]()
-        for place, frame in enumerate(frames):
-            groups.setdefault(frame, []).append(place)
+            return [(frame, [position]) for position, frame in enumerate(frames)]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for position, frame in enumerate(frames):
+            groups.setdefault(frame, []).append(position)
         return list(groups.items())
 
-    def _maps(self, images: Tensor, prefixes: bool) -> tuple[Tensor, ...]:
+    def _features(self, images: Tensor, prefixes: bool) -> tuple[Tensor, ...]:
         """`forward` of images that fill the batch."""
-        patch = self.patch
-        if patch is not None:  # pixels right and below the last whole patch are dropped, as EvaViT does
-            images = images[..., : images.shape[-2] // patch * patch, : images.shape[-1] // patch * patch]
-        before = self.num_prefix_tokens if patch is not None and prefixes else 0
-        if self.reading:
-            if not before:
-                return tuple(self.forward_intermediates(images, **self.reading))
-            pairs = self.forward_intermediates(images, **self.reading, return_prefix_tokens=True)
-            return tuple(part for parts in zip(*pairs, strict=True) for part in parts)
-        features = self.forward_features(images)
-        map_ = self.feature_map(features, images.shape[-2:])
-        return (map_, features[:, :before]) if before else (map_,)
+        height, width = images.shape[-2:]
+        if self.patch is not None:  # pixels right and below the last whole patch are dropped, as EvaViT does
+            height = height // self.patch * self.patch
+            width = width // self.patch * self.patch
+            images = images[..., :height, :width]
+        with_prefix = prefixes and self.patch is not None and self.num_prefix_tokens > 0
+        if not self.reading:
+            features = self.forward_features(images)
+            map_ = self.feature_map(features, (height, width))
+            return (map_, features[:, : self.num_prefix_tokens]) if with_prefix else (map_,)
+        if not with_prefix:
+            return tuple(self.forward_intermediates(images, **self.reading))
+        pairs = self.forward_intermediates(images, **self.reading, return_prefix_tokens=True)
+        maps = [map_ for map_, _ in pairs]
+        prefix_tokens = [tokens for _, tokens in pairs]
+        return (*maps, *prefix_tokens)
 
     def feature_map(self, features: Tensor, size: Sequence[int]) -> Tensor:
         """Tokens or a map of timm's, of images of this height and width, as (B, D, h, w)."""
         if features.ndim == 4:
-            return features.permute(0, 3, 1, 2) if getattr(self, "output_fmt", "NCHW") == "NHWC" else features
+            channels_last = getattr(self, "output_fmt", "NCHW") == "NHWC"
+            return features.permute(0, 3, 1, 2) if channels_last else features
         assert self.patch is not None, f"features of shape {tuple(features.shape)}"
-        grid = size[0] // self.patch, size[1] // self.patch
-        tokens = features[:, self.num_prefix_tokens :]
-        return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
+        height, width = size
+        tokens = features[:, self.num_prefix_tokens :].transpose(1, 2)
+        return tokens.reshape(*tokens.shape[:2], height // self.patch, width // self.patch)
 
     def train(self, mode: bool = True) -> TimmBackbone:
         """Training mode, of all but batch norms."""
@@ -120,51 +128,72 @@ class TimmBackbone(nn.Module):
 
     def describe(self) -> str:
         """A few words for the console."""
-        ends = self.ends()
-        read = (
-            f", read after {', '.join(ends[number] for number in self.layers_read)}"
-            if self.layers_read
-            else ""
-        )
-        return f"timm {self.name}, width {self.width}, a cell for {self.patch_size} x {self.patch_size} pixels{read}"
+        side = self.patch_size
+        text = f"timm {self.name}, width {self.width}, a cell for {side} x {side} pixels"
+        if self.layers_read:
+            ends = self.ends()
+            text += f", read after {', '.join(ends[number] for number in self.layers_read)}"
+        return text
 
     def ends(self) -> list[str]:
         """Names of the blocks that can be read, by number: those of timm's list of features, and their
         siblings.
         """
-        known, found = dict(self.named_modules()), dict[str, None]()
+        modules = dict(self.named_modules())
+        names: dict[str, None] = {}  # each once, in order
         for info in getattr(self, "feature_info", ()):
-            parent, _, leaf = info["module"].rpartition(".")
-            siblings = list(known[parent]._modules) if leaf.isdigit() and parent in known else [leaf]
-            found |= dict.fromkeys(f"{parent}.{name}" if parent else name for name in siblings)
-        pruned = (nn.Sequential, nn.ModuleList)  # timm leaves them empty
-        return [
-            name
-            for name in found
-            if name in known and not (type(known[name]) in pruned and not len(known[name]))
-        ]
+            name = info["module"]
+            parent, _, leaf = name.rpartition(".")
+            siblings = [name]
+            if leaf.isdigit() and parent in modules:
+                prefix = f"{parent}." if parent else ""
+                siblings = [f"{prefix}{child}" for child, _ in modules[parent].named_children()]
+            names |= dict.fromkeys(siblings)
+        return [name for name in names if name in modules and not _is_emptied(modules[name])]
 
     def read_after(self, layers: Sequence[int]) -> None:
         """Leave out all that lies behind the last of these blocks. Raises ValueError for one that it does not
         have.
         """
-        self.layers_read, self.reading = tuple(layers), {}
+        self.layers_read = tuple(layers)
+        self.reading = {}
         if not layers:
             return
-        number = block_number(layers, self.ends(), f"timm's {self.name}")
+        last = last_block(layers, self.ends(), f"timm's {self.name}")
         # EfficientNets count their stem as number 0, if asked for each block.
-        index, more = (number + 1, {"extra_blocks": True}) if hasattr(self, "conv_stem") else (number, {})
-        before = self.state_dict()
-        self.prune_intermediate_layers([index], **more)
-        self.left_out |= {name: value for name, value in before.items() if name not in self.state_dict()}
-        arguments = "".join(f", {key}={value}" for key, value in more.items())
-        self.pruning = f"model.prune_intermediate_layers([{index}]{arguments})"
-        if len(layers) > 1:
-            indices = [one + index - number for one in layers]
-            self.reading = {"indices": indices, "intermediates_only": True, **more}
-            self.reading |= {"norm": True} if self.patch is not None else {}
-            arguments = "".join(f", {key}={value}" for key, value in self.reading.items())
-            self.pruning = f"model.forward_intermediates(images{arguments})"
+        counts_stem = hasattr(self, "conv_stem")
+        shift = 1 if counts_stem else 0
+        options = {"extra_blocks": True} if counts_stem else {}
+        whole = self.state_dict()
+        self.prune_intermediate_layers([last + shift], **options)
+        self._note_left_out(whole)
+        if len(layers) == 1:
+            self.pruning = _call("prune_intermediate_layers", f"[{last + shift}]", options)
+            return
+        self.reading = {
+            "indices": [number + shift for number in layers],
+            "intermediates_only": True,
+            **options,
+        }
+        if self.patch is not None:
+            self.reading["norm"] = True
+        self.pruning = _call("forward_intermediates", "images", self.reading)
+
+    def _note_left_out(self, whole: Mapping[str, Tensor]) -> None:
+        """Add to `left_out` what it lacks of its earlier state."""
+        kept = self.state_dict().keys()
+        self.left_out |= {name: value for name, value in whole.items() if name not in kept}
+
+
+def _is_emptied(module: nn.Module) -> bool:
+    """True of a container that timm left empty when it pruned the model."""
+    return type(module) in (nn.Sequential, nn.ModuleList) and not any(module.children())
+
+
+def _call(method: str, first: str, options: Mapping[str, Any]) -> str:
+    """A call of a method of timm's model as a line of Python."""
+    arguments = [first, *(f"{name}={value}" for name, value in options.items())]
+    return f"model.{method}({', '.join(arguments)})"
 
 
 def _stacked(of_images: Sequence[Tensor]) -> Tensor:
@@ -173,78 +202,95 @@ def _stacked(of_images: Sequence[Tensor]) -> Tensor:
     """
     if of_images[0].ndim == 2:
         return torch.stack(list(of_images))
-    return stack_padded([map_.permute(1, 2, 0) for map_ in of_images]).permute(0, 3, 1, 2)
-
-
-def classifier_names(classifier: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Names of the classifiers that timm's configuration of a model tells."""
-    return (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+    channels_last = [map_.permute(1, 2, 0) for map_ in of_images]
+    return stack_padded(channels_last).permute(0, 3, 1, 2)
 
 
 def as_backbone(
     model: nn.Module, name: str, options: Mapping[str, int], layers: Sequence[int] = ()
 ) -> TimmBackbone:
-    """Turn a model that `timm.create_model` made with these options into a backbone, in place: `TimmBackbone`
-    comes in front of its class. Raises ValueError for one without a map that follows the size of its image,
-    or no such block.
+    """Turn a model of timm into a backbone, in place: `TimmBackbone` comes in front of its class.
+
+    Args:
+        model: what `timm.create_model` made with these options.
+        name: as timm knows it, with or without tag.
+        layers: see `TimmBackbone.read_after`.
+
+    Raises:
+        ValueError: no map that follows the size of its image, or no such block.
     """
     from timm.layers import to_2tuple
 
-    found: Any = model
-    found.__class__ = type("TimmBackbone", (TimmBackbone, type(model)), {})
-    backbone: TimmBackbone = found
-    config, embed = found.pretrained_cfg, getattr(found, "patch_embed", None)
-    backbone.name, backbone.options, backbone.left_out, backbone.pruning = name, dict(options), {}, ""
+    # One object, so that names of parameters are timm's, and so is every method that is not ours.
+    backbone: Any = model
+    backbone.__class__ = type("TimmBackbone", (TimmBackbone, type(model)), {})
+    config = backbone.pretrained_cfg
+    backbone.name = name
+    backbone.options = dict(options)
+    backbone.left_out = {}
+    backbone.pruning = ""
     backbone.image_size = options.get("img_size", int(config["input_size"][-1]))
-    backbone.pixel_mean, backbone.pixel_std = tuple(config["mean"]), tuple(config["std"])
-    backbone.classifier_names = classifier_names(config.get("classifier"))
-    plain = hasattr(model, "num_prefix_tokens") and hasattr(embed, "patch_size")
-    backbone.patch = int(to_2tuple(embed.patch_size)[0]) if plain else None  # type: ignore[union-attr]
+    backbone.pixel_mean = tuple(config["mean"])
+    backbone.pixel_std = tuple(config["std"])
+    classifier = config.get("classifier") or ()
+    backbone.classifier_names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    backbone.patch = None
+    embed: Any = getattr(backbone, "patch_embed", None)
+    if hasattr(backbone, "num_prefix_tokens") and hasattr(embed, "patch_size"):  # a plain ViT
+        backbone.patch = int(to_2tuple(embed.patch_size)[0])
     backbone.train()
     backbone.read_after(layers)
-    if next(model.parameters()).is_meta:
+    if next(backbone.parameters()).is_meta:
         backbone.shapes, unused = _measured(backbone)
     else:
         twin = build_timm(name, image_size=options.get("img_size"), layers=layers, device="meta")
-        backbone.shapes, unused = twin.shapes, [*twin.left_out]
+        backbone.shapes = twin.shapes
+        unused = [child for child, module in twin.named_children() if isinstance(module, nn.Identity)]
     backbone.width, backbone.patch_size = backbone.shapes[-1]
-    before, owners = model.state_dict(), {key.rpartition(".")[0] for key in unused}
-    for owner in sorted(owners):  # those inside of others come behind them
-        parent, _, leaf = owner.rpartition(".")
-        if owner in dict(model.named_modules()):
-            setattr(model.get_submodule(parent), leaf, nn.Identity())
-    backbone.left_out |= {key: value for key, value in before.items() if key not in model.state_dict()}
+    whole = backbone.state_dict()
+    for child in unused:
+        setattr(backbone, child, nn.Identity())
+    backbone._note_left_out(whole)
     return backbone
 
 
 def _measured(backbone: TimmBackbone) -> tuple[tuple[tuple[int, int], ...], list[str]]:
-    """(shapes, parameters of children that the maps do not need) of a backbone on the meta device."""
-    named = dict(backbone.named_parameters())
+    """(shapes, children whose parameters the maps do not need) of a backbone on the meta device."""
+    parameters = dict(backbone.named_parameters())
     try:
         with torch.enable_grad():
             maps = backbone(torch.empty(1, 3, _SIDE, 2 * _SIDE, device="meta"))
-            total = torch.stack([one.sum() for one in maps]).sum()
-            gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
-        sizes = [one.shape for one in maps]
-        wrong = [tuple(size) for size in sizes if len(size) != 4 or size[3] // size[2] != 2]
-        if wrong:
-            raise ValueError(f"features of shape {wrong[0]}")
-        # As of Inception's convolutions without padding: a cell would stand for more pixels in a small image.
-        uneven = [size[2] for size in sizes if backbone.patch is None and _SIDE % size[2]]
-        if uneven:
-            raise ValueError(f"{uneven[0]} rows of cells for {_SIDE} pixels")
+            total = torch.stack([map_.sum() for map_ in maps]).sum()
+            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        shapes = tuple(_shape_of(map_, backbone.patch) for map_ in maps)
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"timm's {backbone.name} gives no map that follows the size of its image, which heads need ({error}); "
             "plain ViTs and convolutional networks do"
         ) from error
-    used = {
-        name.partition(".")[0]
-        for name, gradient in zip(named, gradients, strict=True)
-        if gradient is not None
-    }
-    unused = [name for name in named if name.partition(".")[0] not in used]
-    return tuple((size[1], backbone.patch or _SIDE // size[2]) for size in sizes), unused
+    used = set()
+    for name, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            used.add(name.partition(".")[0])
+    owners = {name.partition(".")[0] for name in parameters}
+    return shapes, [child for child, _ in backbone.named_children() if child in owners - used]
+
+
+def _shape_of(map_: Tensor, patch: int | None) -> tuple[int, int]:
+    """(D, pixels to a cell) of the map of an image of `_SIDE` times twice that many pixels.
+
+    Raises:
+        ValueError: it does not follow the image.
+    """
+    if map_.ndim != 4 or map_.shape[3] // map_.shape[2] != 2:
+        raise ValueError(f"features of shape {tuple(map_.shape)}")
+    _, width, rows, _ = map_.shape
+    if patch is not None:
+        return width, patch
+    # As of Inception's convolutions without padding: a cell would stand for more pixels in a small image.
+    if _SIDE % rows:
+        raise ValueError(f"{rows} rows of cells for {_SIDE} pixels")
+    return width, _SIDE // rows
 
 
 def build_timm(
@@ -267,10 +313,11 @@ def build_timm(
         layers: see `TimmBackbone.read_after`.
         seed: decides every weight, on one version of timm.
     """
-    backbone = as_backbone(*build_model(name, image_size, device, seed), layers)
+    model, options = build_model(name, image_size, device, seed)
+    backbone = as_backbone(model, name, options, layers)
     for key, parameter in backbone.named_parameters():
-        gain = parameter.ndim == 1 and key.rpartition(".")[2] in ("weight", "gamma", "gamma_1", "gamma_2")
-        if gain and device != "meta" and parameter.abs().max() < _SMALLEST_GAIN:
+        is_gain = parameter.ndim == 1 and key.rpartition(".")[2] in _GAINS
+        if is_gain and device != "meta" and parameter.abs().max() < _SMALLEST_GAIN:
             parameter.data.fill_(1.0)
         parameter.data = parameter.data.to(dtype)
     return backbone
@@ -278,9 +325,9 @@ def build_timm(
 
 def build_model(
     name: str, image_size: int | None, device: str, seed: int
-) -> tuple[nn.Module, str, dict[str, int]]:
-    """timm's model itself, without classifier, its name, and what of its size was given (CNNs have no
-    positions).
+) -> tuple[nn.Module, dict[str, int]]:
+    """timm's model itself, without classifier, and its option of a size (CNNs have no positions and take
+    none).
     """
     check_timm(name)
     import timm
@@ -288,18 +335,19 @@ def build_model(
 
     set_reentrant_ckpt(False)  # a reentrant checkpoint gives no gradient to adapters behind a frozen stem
     size = {} if image_size is None else {"img_size": image_size}
+    choices: list[dict[str, Any]] = [{"dynamic_img_size": True, **size}, size, {}]
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        for more in ({"dynamic_img_size": True, **size}, size, dict[str, Any]()):
+        for options in choices:
             torch.manual_seed(seed)
             try:
-                model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **more)
+                model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)
             except TypeError as error:  # convolutional networks take neither
-                if not more or "unexpected keyword argument" not in str(error):
+                if not options or "unexpected keyword argument" not in str(error):
                     raise
-                continue
             except RuntimeError as error:  # its word for an unknown tag
                 raise ValueError(f"timm's {name}: {error}") from error
-            return model, name, {key: value for key, value in more.items() if key == "img_size"}
+            else:
+                return model, size if options else {}
     raise AssertionError
 
 
@@ -308,8 +356,11 @@ def fine_map(name: str) -> tuple[int | None, int]:
     cells).
     """
     backbone = build_timm(name, device="meta")
-    known = [(str(info["module"]), int(info["reduction"])) for info in getattr(backbone, "feature_info", ())]
-    block, stride = ([one for one in known if one[1] <= 16] or [("", 16)])[-1]
-    if not block or (block, stride) == known[-1]:
-        return None, 320 // stride * stride
+    strides = {str(info["module"]): int(info["reduction"]) for info in getattr(backbone, "feature_info", ())}
+    fine = [block for block, stride in strides.items() if stride <= 16]
+    if not fine:
+        return None, 320
+    block = fine[-1]
+    if block == [*strides][-1]:
+        return None, 320 // strides[block] * strides[block]
     return backbone.ends().index(block), 320

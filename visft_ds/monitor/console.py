@@ -33,28 +33,30 @@ def print_plan(title: str, sections: Sequence[Section]) -> None:
     """Print what is about to run as tables, whose last column is not padded."""
     lines = [f"== {title}"]
     for section in sections:
-        texts = [("-- ", section.title)]
+        lines += _wrapped("-- ", section.title)
         rows = [section.columns, *section.rows] if section.columns else section.rows
-        depth = max(map(len, rows), default=1) - 1
-        widths = [max(len(row[i]) for row in rows if len(row) > i + 1) for i in range(depth)]
+        columns = max((len(row) for row in rows), default=1)
+        widths = []
+        for column in range(columns - 1):
+            widths.append(max(len(row[column]) for row in rows if len(row) > column + 1))
         for row in rows:
-            cells = [f"{cell.ljust(width)}  " for cell, width in zip(row[:-1], widths, strict=False)]
-            texts.append(("   " + "".join(cells), row[-1]))
-        for (
-            before,
-            text,
-        ) in texts:  # with a hanging indent; words, such as paths, are not cut, nor commands at the end
-            whole = re.sub(r"(?<=: )visft .+$", lambda command: command[0].replace(" ", _GAP), text)
-            wrapped = textwrap.wrap(
-                whole,
-                max(WIDTH, len(before) + 30),
-                initial_indent=before,
-                subsequent_indent=" " * len(before),
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            lines += [line.replace(_GAP, " ") for line in wrapped] or [before.rstrip()]
+            padded = [f"{cell.ljust(width)}  " for cell, width in zip(row[:-1], widths, strict=False)]
+            lines += _wrapped("   " + "".join(padded), row[-1])
     print("\n".join(lines), flush=True)
+
+
+def _wrapped(before: str, text: str) -> list[str]:
+    """Lines with a hanging indent; words, such as paths, are not cut, nor commands at the end."""
+    whole = re.sub(r"(?<=: )visft .+$", lambda command: command[0].replace(" ", _GAP), text)
+    lines = textwrap.wrap(
+        whole,
+        max(WIDTH, len(before) + 30),
+        initial_indent=before,
+        subsequent_indent=" " * len(before),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace(_GAP, " ") for line in lines] or [before.rstrip()]
 
 
 class Progress(AbstractContextManager["Progress"]):
@@ -79,13 +81,18 @@ class Progress(AbstractContextManager["Progress"]):
         stream: TextIO | None = None,
         gone: Callable[[], None] = lambda: None,
     ) -> None:
-        self._total, self._start, self._log_every, self._enabled = total, start, log_every, enabled
-        self._stream, self._gone = stream or sys.stdout, gone
+        self._total = total
+        self._start = start
+        self._log_every = log_every
+        self._enabled = enabled
+        self._stream = stream or sys.stdout
+        self._gone = gone
         #: Images, seconds, seconds of waiting for data of the newest steps, which are averaged.
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=50)
         self._losses = dict[str, float]()  # the newest of each task
-        live = enabled and self._stream.isatty()
-        self._bar = tqdm(file=self._stream, bar_format="{desc}", leave=False) if live else None
+        self._bar: tqdm[Any] | None = None
+        if enabled and self._stream.isatty():
+            self._bar = tqdm(file=self._stream, bar_format="{desc}", leave=False)
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
@@ -124,11 +131,20 @@ class Progress(AbstractContextManager["Progress"]):
     def _text(self, step: int, values: Mapping[str, float]) -> str:
         images, seconds, waiting = (sum(column) for column in zip(*self._recent, strict=True))
         left = tqdm.format_interval((self._total - step) * seconds / len(self._recent))
-        losses = (f"{task} {loss:.4g}" for task, loss in sorted(self._losses.items()))
-        rate = next(value for name, value in values.items() if name.startswith("lr/"))
-        parts = [f"step {step}/{self._total}", f"eta {left}", *losses, f"{images / seconds:.3g} img/s"]
-        parts += [f"lr {rate:.2e}", f"grad_norm {values['grad_norm']:.3g}"]
-        parts += [f"data {100 * waiting / seconds:.0f}%", f"mem {values['memory/peak_gib']:.2f} GiB"]
+        rates = [value for name, value in values.items() if name.startswith("lr/")]
+        lr = f"{min(rates):.2e}"
+        if max(rates) > min(rates):  # parameter groups differ
+            lr += f" to {max(rates):.2e}"
+        parts = [
+            f"step {step}/{self._total}",
+            f"eta {left}",
+            *(f"{task} {loss:.4g}" for task, loss in sorted(self._losses.items())),
+            f"{images / seconds:.3g} img/s",
+            f"lr {lr}",
+            f"grad_norm {values['grad_norm']:.3g}",
+            f"data {100 * waiting / seconds:.0f}%",
+            f"mem {values['memory/peak_gib']:.2f} GiB",
+        ]
         return "  ".join(parts)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -51,10 +52,10 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     def __init__(
         self, out: Path, *, resume_step: int = 0, enabled: bool = True, callbacks: Sequence[Callback] = ()
     ) -> None:
-        self.path, self._enabled = out / METRICS_FILE, enabled
-        self.last: dict[
-            str, float
-        ] = {}  #: the newest number of each name, those of an interrupted run included
+        self.path = out / METRICS_FILE
+        self._enabled = enabled
+        #: The newest number of each name, those of an interrupted run included.
+        self.last: dict[str, float] = {}
         self.evaluated: set[int] = set()  #: evaluated steps among the newest records of an interrupted run
         self.concluded = False  #: the last number of the run has been written
         self._callbacks = callbacks if enabled else ()
@@ -64,18 +65,24 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
             return
         out.mkdir(parents=True, exist_ok=True)
         with self._attempt(METRICS_FILE):
-            for record in truncate_metrics(self.path, resume_step) if self.path.is_file() else ():
-                if record["kind"] == "step":
-                    self.last |= {k: float(v) for k, v in record.items() if k not in ("kind", "step", "time")}
-                if is_evaluation(record):
-                    self.evaluated.add(record["step"])
-                self.concluded |= record.get("event") == CONCLUSION
+            if self.path.is_file():
+                self._take_up(truncate_metrics(self.path, resume_step))
         with self._attempt("TensorBoard"):
-            from torch.utils.tensorboard import (
-                SummaryWriter,
-            )  # takes a second, which readers of this module save
+            # Takes a second, which readers of this module save.
+            from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
+
+    def _take_up(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Go on after the newest records of an interrupted run."""
+        for record in records:
+            if record["kind"] == "step":
+                numbers = {name: v for name, v in record.items() if name not in ("kind", "step", "time")}
+                self.last |= {name: float(value) for name, value in numbers.items()}
+            if is_evaluation(record):
+                self.evaluated.add(record["step"])
+            if record.get("event") == CONCLUSION:
+                self.concluded = True
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Record an optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1."""
@@ -114,19 +121,21 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
 
     def _numbers(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         self._append({"kind": kind, "step": step, **values})
-        self.last.update(values if self._enabled and kind == "step" else {})
+        if self._enabled and kind == "step":
+            self.last.update(values)
         for tag, value in values.items():
             self._show("add_scalar", tag, value, step)
 
     def _append(self, record: dict[str, Any]) -> None:
         if not self._enabled:
             return
-        # NaN and infinity as texts: JSON has no such numbers, and a diverged loss must stay visible.
-        record = {
-            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-        }
+        record["time"] = round(time.time(), 3)
+        for name, value in record.items():
+            # NaN and infinity as texts: JSON has no such numbers, and a diverged loss must stay visible.
+            if isinstance(value, float) and not math.isfinite(value):
+                record[name] = str(value)
         with self._attempt(METRICS_FILE), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+            file.write(json.dumps(record) + "\n")
 
     def _show(self, method: str, *arguments: Any, **named: Any) -> None:
         if self._events is not None:
@@ -137,18 +146,10 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     def _attempt(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (
-            OSError,
-            ImportError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # anything else is a mistake of ours
+        except (OSError, ImportError, ValueError, RuntimeError) as error:  # others are mistakes of ours
             if what not in self._warned:
-                print(
-                    f"warning: {what} is not being written: {error}; training continues",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                text = f"warning: {what} is not being written: {error}; training continues"
+                print(text, file=sys.stderr, flush=True)
             self._warned.add(what)
 
 
@@ -158,35 +159,45 @@ def read_metrics(path: Path, having: str = "") -> Iterator[dict[str, Any]]:
     """
     with path.open("rb") as file:
         for line in file:
-            if having.encode() in line and (record := _record(line)) is not None:
+            record = _record(line) if having.encode() in line else None
+            if record is not None:
                 yield record
 
 
 def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     """Keep the records up to and including `step`, reading back from the end no further than that.
 
-    Returns the newest kept records, at least those since the last step that was trained: numbers of
+    Returns the newest of these records, at least those since the last step that was trained: numbers of
     evaluations and saves come late, and everything before the record of a trained step is older.
     """
     with path.open("r+b") as file:
-        end, size, start = file.seek(0, 2), _BLOCK, -1
-        kept: list[dict[str, Any]] = []
-        while start and not any(record["kind"] == "step" and not is_evaluation(record) for record in kept):
-            start, size = max(0, end - size), 2 * size
+        end = file.seek(0, os.SEEK_END)
+        start = end
+        size = _BLOCK
+        newest: list[dict[str, Any]] = []
+        while start > 0 and not any(_is_training(record) for record in newest):
+            start = max(0, end - size)
+            size *= 2
             file.seek(start)
             lines = file.read(end - start).split(b"\n")
-            if start:
+            if start > 0:
                 start += len(lines.pop(0)) + 1  # it begins before the block
-            kept = [record for record in map(_record, lines) if record is not None and record["step"] <= step]
-        file.seek(max(0, start))
+            records = [_record(line) for line in lines]
+            newest = [record for record in records if record is not None and record["step"] <= step]
+        file.seek(start)
         file.truncate()
-        file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
-    return kept
+        file.write("".join(json.dumps(record) + "\n" for record in newest).encode())
+    return newest
 
 
 def is_evaluation(record: Mapping[str, Any]) -> bool:
     """Return True for the numbers of an evaluation."""
     return any(name.startswith("val/") for name in record)
+
+
+def _is_training(record: Mapping[str, Any]) -> bool:
+    """Return True for the numbers of a trained step."""
+    return record["kind"] == "step" and not is_evaluation(record)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -200,5 +211,6 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python, the system and the packages that decide results."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "visft_ds": __version__}
-    return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    system = {"python": platform.python_version(), "platform": platform.platform()}
+    return {**system, "visft_ds": __version__, **packages}

@@ -25,22 +25,29 @@ class Tracker(Callback):
     def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
         import wandb
 
-        known = out / "tracker-wandb"
-        # Nothing but numbers and settings leaves: no command lines, no console. Nobody may be there to log
-        # in.
-        private = {"console": "off", "disable_git": True, "save_code": False, "x_disable_meta": True}
-        given = {
-            "project": os.environ.get("WANDB_PROJECT", "visft_ds"),
-            "name": out.name,
-            "config": dict(settings),
-        }
-        given |= {"dir": str(out), "settings": wandb.Settings(**private, login_timeout=30), "resume": "allow"}
         self._run: Any = None
+        id_file = out / "tracker-wandb"
 
         def start() -> None:
-            self._run = wandb.init(id=known.read_text(encoding="utf-8") if known.is_file() else None, **given)
+            self._run = wandb.init(
+                id=id_file.read_text(encoding="utf-8") if id_file.is_file() else None,
+                resume="allow",
+                project=os.environ.get("WANDB_PROJECT", "visft_ds"),
+                name=out.name,
+                config=dict(settings),
+                dir=str(out),
+                # Nothing but numbers and settings leaves: no command lines, no console. Nobody may be there
+                # to log in.
+                settings=wandb.Settings(
+                    console="off",
+                    disable_git=True,
+                    save_code=False,
+                    x_disable_meta=True,
+                    login_timeout=30,
+                ),
+            )
             self._run.define_metric("*", step_metric=STEP)
-            known.write_text(self._run.id, encoding="utf-8")
+            id_file.write_text(self._run.id, encoding="utf-8")
 
         self._attempt(start)
 

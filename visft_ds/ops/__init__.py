@@ -1,15 +1,22 @@
-"""Operations that models share; the plain PyTorch version of each is the specification that a faster one must
-equal.
+"""Operations that models share, and how numbers are computed: dtypes, autocast, devices, kernels.
+
+* `attention`: softmax attention of packed images; `lora`: a layer with low-rank updates; `triton_lora`: its
+  kernel; `deform_attn`: deformable attention. Here: `gelu`, what surrounds torch's autocast, and the numerics
+  of a process.
+
+The plain PyTorch version of an operation is the specification: a faster one stands beside it with a test that
+holds it to that, and is chosen once for the process (`lora.use_kernels`). Of the package only `settings` may
+be imported here. An operation may be rewritten freely as long as its test holds; what it keeps for the
+backward pass is part of it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +31,21 @@ DTYPES: Mapping[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a module, class or object another attribute inside; afterwards it has its own again."""
+    own = name in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:  # it came from the class
+            delattr(owner, name)
 
 
 def stand_in(device: torch.device) -> Any:
@@ -42,9 +64,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     alone.
     """
     if device.type == "meta":
-        found: torch.dtype | None = getattr(stand_in(device), "autocast", None)
-        return found
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        pretended: torch.dtype | None = getattr(stand_in(device), "autocast", None)
+        return pretended
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -53,8 +77,9 @@ def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractCont
     """
     if dtype == autocast_dtype(device):
         return nullcontext()
-    if mode := stand_in(device):
-        return patch.object(mode, "autocast", dtype)
+    mode = stand_in(device)
+    if mode is not None:
+        return replaced(mode, "autocast", dtype)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
@@ -82,18 +107,17 @@ def use_numerics(device: torch.device, *, tf32: bool = False, deterministic: boo
     """
     if device.type != "cuda":
         # glibc's, which otherwise gives large tensors back to the system at once
-        if keep := getattr(ctypes.CDLL(None), "mallopt", None):
-            keep(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
-            keep(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         return
     # By their older names: once the newer ones (`fp32_precision`) are set, torch refuses to read these, and
     # parts of its compiler do.
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = False  # it would choose anew for each size of image, by the clock
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # it plans anew for every number of tokens, a second each time
+    torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every number of tokens, a second each time
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # sums of cuBLAS in one order; read once
     torch.use_deterministic_algorithms(deterministic)
@@ -118,6 +142,5 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         into = dy if dy.is_contiguous() and x.is_contiguous() else torch.empty_like(x)
-        return torch.ops.aten.gelu_backward.grad_input(
-            dy, x, grad_input=into
-        )  # refuses a second derivative by itself
+        # It refuses a second derivative by itself.
+        return torch.ops.aten.gelu_backward.grad_input(dy, x, grad_input=into)

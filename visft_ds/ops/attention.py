@@ -39,11 +39,7 @@ def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tenso
     """
     assert sum(packing.lengths) == len(q), (packing.lengths, q.shape)
     if not has_packed_kernel(q):
-        parts = zip(*(tensor.split(packing.lengths) for tensor in (q, k, v)), strict=True)
-        done = [
-            F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in image)) for image in parts
-        ]
-        return torch.cat([image[0].transpose(0, 1) for image in done])
+        return _one_by_one(q, k, v, packing.lengths)
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func as kernel
     else:
@@ -53,7 +49,21 @@ def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tenso
     return out
 
 
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The same, image by image: the specification."""
+    results = []
+    for q_image, k_image, v_image in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        heads_first = [tensor.transpose(0, 1)[None] for tensor in (q_image, k_image, v_image)]
+        mixed = F.scaled_dot_product_attention(*heads_first)
+        results.append(mixed[0].transpose(0, 1))
+    return torch.cat(results)
+
+
 def has_packed_kernel(q: Tensor) -> bool:
     """Return True if the kernels of torch and flash-attn for packed lengths take tensors like this."""
-    fits = q.device.type == "cuda" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if q.device.type != "cuda" or q.dtype.itemsize != 2:
+        return False
+    head_width = q.shape[-1]
+    if head_width % 8 or head_width > 256:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)

@@ -92,13 +92,13 @@ def use_kernels(name: str, device: torch.device) -> None:
     _on_gpus = "triton"
 
 
-def parts_of(slices: Slices, rank: int) -> Iterator[tuple[int, int, slice, slice]]:
-    """For every slice: its output range lo, hi, its columns of u (which are rows of A), its rows of B."""
+def parts_of(slices: Slices, rank: int) -> Iterator[tuple[slice, slice, slice]]:
+    """For every slice: its range of outputs, its columns of u (which are rows of A), its rows of B."""
     first_row = 0
     for index, (lo, hi) in enumerate(slices):
         columns = slice(index * rank, (index + 1) * rank)
         rows = slice(first_row, first_row + hi - lo)
-        yield lo, hi, columns, rows
+        yield slice(lo, hi), columns, rows
         first_row = rows.stop
 
 
@@ -124,11 +124,12 @@ class _LoraLinear(torch.autograd.Function):
         if backend == "eager":
             y = _small_products_first(rows, u, w, b, lora_b.to(x.dtype), slices)
         elif backend == "augmented":
-            y = _one_product(rows, u, w, b, lora_b, slices)
+            y = _one_product(rows, u, w, b, lora_b.to(x.dtype), slices)
         else:
             from visft_ds.ops.triton_lora import sum_of_products
 
-            y = sum_of_products(rows, w.t(), u, _spread(lora_b, slices, w).t(), b)
+            up = spread(lora_b.to(x.dtype), slices, len(w)).t()
+            y = sum_of_products(rows, w.t(), u, up, b)
         _, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
         # The parameters themselves, never a view or a cast: ZeRO-3 swaps the storage behind a parameter.
         kept_x = x if need_weight or need_a else None
@@ -161,10 +162,14 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     parts = list(parts_of(ctx.slices, lora_b.shape[1]))
     # Sums over tokens below: on CPUs it is faster to leave the wider tensor as it lies, and to transpose the
     # small result.
-    x_t: Any = None if x is None else x.reshape(-1, x.shape[-1]).t()
+    x_t: Any = None
+    if x is not None:
+        x_t = x.reshape(-1, x.shape[-1]).t()
     if need_x or need_a:
         b = lora_b.to(dy.dtype)
-        of_slices = [_product(dy[:, lo:hi], b[rows], ctx.scale) for lo, hi, _, rows in parts]
+        of_slices = []
+        for outputs, _, rows in parts:
+            of_slices.append(_product(dy[:, outputs], b[rows], ctx.scale))
         du = torch.cat(of_slices, dim=1)  # (M, G*r)
     if need_x:
         a = lora_a.to(dy.dtype)
@@ -179,7 +184,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_a:
         grad_a = (x_t @ du).t().to(lora_a.dtype).contiguous()
     if need_b:
-        of_slices = [(u[:, columns].t() @ dy[:, lo:hi]).t() for lo, hi, columns, _ in parts]
+        of_slices = []
+        for outputs, columns, _ in parts:
+            transposed = u[:, columns].t() @ dy[:, outputs]
+            of_slices.append(transposed.t())
         grad_b = torch.cat(of_slices).to(lora_b.dtype)
     if need_weight:
         grad_weight = (dy.t() @ x_t.t()).to(weight.dtype)
@@ -195,26 +203,26 @@ def _small_products_first(
     bias alone survives.
     """
     y = x.new_zeros(len(x), len(w)) if bias is None else bias.expand(len(x), -1).clone()
-    for lo, hi, columns, rows in parts_of(slices, b.shape[1]):
-        y[:, lo:hi].addmm_(u[:, columns], b[rows].t())
+    for outputs, columns, rows in parts_of(slices, b.shape[1]):
+        y[:, outputs].addmm_(u[:, columns], b[rows].t())
     return y.addmm_(x, w.t())
 
 
 def _one_product(x: Tensor, u: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, slices: Slices) -> Tensor:
     """[x | u] [W | B]^T: every number is rounded once."""
-    wide = torch.cat([w, _spread(b, slices, w)], dim=1)  # (F, K + G*r)
+    wide = torch.cat([w, spread(b, slices, len(w))], dim=1)  # (F, K + G*r)
     rows = torch.cat([x, u], dim=1)
     if bias is None:
         return rows @ wide.t()
     return torch.addmm(bias, rows, wide.t())
 
 
-def _spread(b: Tensor, slices: Slices, w: Tensor) -> Tensor:
-    """B as (F, G*r) in the dtype of W: the rows of each slice in its own columns, zero elsewhere."""
+def spread(b: Tensor, slices: Slices, outputs: int) -> Tensor:
+    """B as (F, G*r): the rows of each slice in its own columns, zero elsewhere."""
     rank = b.shape[1]
-    result = w.new_zeros(len(w), len(slices) * rank)
-    for lo, hi, columns, rows in parts_of(slices, rank):
-        result[lo:hi, columns] = b[rows]
+    result = b.new_zeros(outputs, len(slices) * rank)
+    for outputs_of_slice, columns, rows in parts_of(slices, rank):
+        result[outputs_of_slice, columns] = b[rows]
     return result
 
 

@@ -40,10 +40,11 @@ def _add_product(  # type: ignore[no-untyped-def]
     """total + left @ right for a tile of rows and columns; the columns of left lie side by side."""
     for start in range(0, K, BK):
         inner = start + tl.arange(0, BK)
-        a_place = left + row[:, None] * left_row + inner[None, :]
-        b_place = right + inner.to(tl.int64)[:, None] * right_row + column[None, :] * right_column
-        a = tl.load(a_place, mask=(row < M)[:, None] & (inner < K)[None, :], other=0.0)
-        b = tl.load(b_place, mask=(inner < K)[:, None] & (column < N)[None, :], other=0.0)
+        is_inside = inner < K
+        left_tile = left + row[:, None] * left_row + inner[None, :]
+        right_tile = right + inner.to(tl.int64)[:, None] * right_row + column[None, :] * right_column
+        a = tl.load(left_tile, mask=(row < M)[:, None] & is_inside[None, :], other=0.0)
+        b = tl.load(right_tile, mask=is_inside[:, None] & (column < N)[None, :], other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
     return total
 
@@ -75,7 +76,9 @@ def kernel(
     """out (M, N) = left @ right + low @ up + bias, a tile a program: GROUP tiles of rows share the columns'
     tiles.
     """
-    program, down, across = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
+    program = tl.program_id(0)
+    down = tl.cdiv(M, BM)
+    across = tl.cdiv(N, BN)
     first = program // (GROUP * across) * GROUP
     height = min(down - first, GROUP)
     within = program % (GROUP * across)
@@ -86,35 +89,51 @@ def kernel(
     total = _add_product(total, low, up, row, column, M, N, D, low_row, up_row, up_column, BK)
     if HAS_BIAS:
         total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-    place = out + row[:, None] * N + column[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=(row < M)[:, None] & (column < N)[None, :])
+    tile = out + row[:, None] * N + column[None, :]
+    mask = (row < M)[:, None] & (column < N)[None, :]
+    tl.store(tile, total.to(out.dtype.element_ty), mask=mask)
 
 
 @torch.library.custom_op("visft_ds::sum_of_products", mutates_args=())  # one node of torch.compile
 def sum_of_products(left: Tensor, right: Tensor, low: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     """left (M, K) @ right (K, N) + low (M, D) @ up (D, N) + bias (N,), of one dtype -> (M, N)."""
     if INTERPRETED and left.dtype == torch.bfloat16:
-        left, right, low, up = (tensor.float() for tensor in (left, right, low, up))
-        return sum_of_products(left, right, low, up, None if bias is None else bias.float()).bfloat16()
-    left, low = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (left, low))
+        bias = None if bias is None else bias.float()
+        exact: Tensor = sum_of_products(left.float(), right.float(), low.float(), up.float(), bias)
+        return exact.bfloat16()
+    if left.stride(1) != 1:
+        left = left.contiguous()
+    if low.stride(1) != 1:
+        low = low.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
     out = left.new_empty(len(left), right.shape[1])
-    name = "interpreter"
-    if not INTERPRETED:
-        name = "sm_90" if torch.cuda.get_device_capability(left.device) >= (9, 0) else "sm_80"
-    tiles = TILES[name]
-    grid = (triton.cdiv(len(out), tiles["BM"]) * triton.cdiv(out.shape[1], tiles["BN"]),)
-    sizes = (
-        *out.shape,
-        left.shape[1],
-        low.shape[1],
-        left.stride(0),
-        *right.stride(),
-        low.stride(0),
-        *up.stride(),
+    tiles = TILES[_tiles_for(left.device)]
+    down = triton.cdiv(len(out), tiles["BM"])
+    across = triton.cdiv(out.shape[1], tiles["BN"])
+    sizes = (*out.shape, left.shape[1], low.shape[1])
+    strides = (left.stride(0), *right.stride(), low.stride(0), *up.stride())
+    kernel[(down * across,)](
+        left,
+        right,
+        low,
+        up,
+        bias,
+        out,
+        *sizes,
+        *strides,
+        HAS_BIAS=bias is not None,
+        **tiles,
+        GROUP=GROUP,
     )
-    added = None if bias is None else bias.contiguous()
-    kernel[grid](left, right, low, up, added, out, *sizes, HAS_BIAS=added is not None, **tiles, GROUP=GROUP)
     return out
+
+
+def _tiles_for(device: torch.device) -> str:
+    """Key of TILES."""
+    if INTERPRETED:
+        return "interpreter"
+    return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
 
 
 @sum_of_products.register_fake

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import shlex
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from typing import TYPE_CHECKING
 
 from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.config.backbones import model_of, named
 from visft_ds.config.batches import larger_batches
-from visft_ds.config.cli import batch_flags
 from visft_ds.errors import tell
 from visft_ds.flags import Command
 from visft_ds.monitor.console import Section, print_plan
 
 if TYPE_CHECKING:
     from visft_ds.planner.hardware import Cluster
-    from visft_ds.planner.search import SearchArm
+    from visft_ds.planner.search import Forecast
 
 _GIB = 2**30
+_COLUMNS = ("engine", "recomputed", "accumulation", "fits", "GiB", "images/s", "hours", "MFU")
 _EPILOG = """--cluster takes COUNTxNAME[-MEMORY] (machines of 8) or MACHINESxGPUSxNAME[-MEMORY].
 
 examples:
@@ -32,8 +33,8 @@ examples:
   visft plan --cluster 8xA100-80GB --stage 2 --engine zero1 --set visft.model.recompute=block
   visft plan --cluster 8x8xH100 --network 25 --stage 2 --batch-size 64
 
-It tries every engine and prints the command that trains with the fastest one that fits. Exit status: 0 planned, 2 a
-stage does not fit with any engine, or wrong usage.
+It tries every engine and prints the command that trains with the fastest one that fits.
+Exit status: 0 planned, 2 a stage does not fit with any engine, or wrong usage.
 """
 
 
@@ -67,48 +68,38 @@ def build_parser() -> Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plan and print; returns the exit status."""
+    fits = True
     try:
         options = build_parser().parse_args(arguments)
         from visft_ds.planner.hardware import parse_cluster  # this imports torch, which costs seconds
 
         cluster = parse_cluster(options.cluster, options.network)
-        model, flags = options.model, None
+        model = options.model
+        flags = None
         if options.backbone is not None:
             model, flags = model_of(named(options.backbone, download=options.download), model)
-        fits = True
-        for name in [model] if model else ["eva_e", "eva_g"]:
-            for stage in [options.stage] if options.stage else [1, 2]:
-                config = resolve(
-                    stage=stage, model=name, engine=options.engine, settings=options.set, flags=flags
-                )
-                if options.batch_size is not None:
-                    config = resolve(
-                        stage=stage,
-                        model=name,
-                        engine=options.engine,
-                        settings=options.set,
-                        flags={**(flags or {}), **batch_flags(config, options.batch_size)},
-                    )
-                fits &= _plan(options, name, config, cluster)
+        models = [model] if model else ["eva_e", "eva_g"]
+        stages = [options.stage] if options.stage else [1, 2]
+        for model, stage in product(models, stages):
+            config = resolve(
+                stage=stage,
+                model=model,
+                engine=options.engine,
+                flags=flags,
+                settings=options.set,
+                batch_size=options.batch_size,
+            )
+            fits &= _plan(options, model, config, cluster)
     except (ValueError, OSError) as error:
         return tell(error)
     return 0 if fits else 2
 
 
-def _plan(options: Namespace, name: str, config: ResolvedConfig, cluster: Cluster) -> bool:
+def _plan(options: Namespace, model: str, config: ResolvedConfig, cluster: Cluster) -> bool:
     """Plan a stage of a model and print it. Returns False if nothing fits."""
     from visft_ds.planner.search import forecast, search
 
-    stage, where = config.visft.stage, f"{cluster.count}x{cluster.gpu.name}"
-    if cluster.count > cluster.per_node:
-        where += f" in machines of {cluster.per_node} with {cluster.network:g} GB/s between them"
-    chosen = ["--stage", str(stage)]
-    chosen += ["--backbone", options.backbone] if options.backbone else ["--model", name]
-    chosen += ["--model", options.model] if options.backbone and options.model else []
-    chosen += ["--batch-size", str(options.batch_size)] if options.batch_size is not None else []
-    chosen += [word for setting in options.set for word in ("--set", setting)]
-
-    stated = ["--engine", options.engine]
+    words = _words_of(options, model, config.visft.stage)
     sections = list[Section]()
     # Engines without a pipeline need a share of each batch for every GPU.
     dp = max(1, cluster.count // config.pipeline_stages)
@@ -116,24 +107,42 @@ def _plan(options: Namespace, name: str, config: ResolvedConfig, cluster: Cluste
     if uneven:
         larger = larger_batches(config, dp * config.pipeline_stages)
         config = changed(config, larger.settings)
-        chosen += larger.flags
-        among = f"{dp} {'GPUs' if config.pipeline_stages == 1 else 'pipelines'}"
+        words += larger.flags
+        among = f"{dp} GPUs" if config.pipeline_stages == 1 else f"{dp} pipelines"
         title = f"the batch is the limit: {min(uneven)} images cannot be divided among {among}"
         sections.append(Section(title, [("planned with", f"{shlex.join(larger.flags)} ({larger.rule})")]))
 
-    arms = search(config, cluster) if options.engine is None else [forecast(config, cluster, stated)]
-    print_arms(f"{name}, stage {stage}, as predicted on {where}", sections, arms)
-    if not arms[0].fits:
+    if options.engine is None:
+        forecasts = search(config, cluster)
+    else:
+        forecasts = [forecast(config, cluster, ["--engine", options.engine])]
+    where = f"{cluster.count}x{cluster.gpu.name}"
+    if cluster.count > cluster.per_node:
+        where += f" in machines of {cluster.per_node} with {cluster.network:g} GB/s between them"
+    print_forecasts(f"{model}, stage {config.visft.stage}, as predicted on {where}", sections, forecasts)
+    if not forecasts[0].fits:
         helps = "plan without --engine to try all of them" if options.engine else "take GPUs with more memory"
-        print(
-            f"nothing fits: {helps}, smaller images (visft.tasks.<task>.image), or a smaller --model",
-            flush=True,
-        )
+        smaller = "smaller images (visft.tasks.<task>.image), or a smaller --model"
+        print(f"nothing fits: {helps}, {smaller}", flush=True)
         return False
-    words = shlex.join([*chosen, *arms[0].flags])
     for launcher in launchers(cluster):
-        print(f"{launcher} {words}", flush=True)
+        print(f"{launcher} {shlex.join([*words, *forecasts[0].flags])}", flush=True)
     return True
+
+
+def _words_of(options: Namespace, model: str, stage: int) -> list[str]:
+    """Words of visft train for what was planned."""
+    words = ["--stage", str(stage)]
+    if options.backbone:
+        words += ["--backbone", options.backbone]
+        words += ["--model", options.model] if options.model else []
+    else:
+        words += ["--model", model]
+    if options.batch_size is not None:
+        words += ["--batch-size", str(options.batch_size)]
+    for setting in options.set:
+        words += ["--set", setting]
+    return words
 
 
 def launchers(cluster: Cluster) -> list[str]:
@@ -146,44 +155,47 @@ def launchers(cluster: Cluster) -> list[str]:
         return [f"visft train --num_gpus {cluster.count}"]
     machines, rest = divmod(cluster.count, cluster.per_node)
     lines = ["deepspeed --hostfile hostfile --module visft_ds.launch"]
-    if not rest:  # launchers/slurm.sbatch is for machines of 8
-        each = (
-            f" --ntasks-per-node {cluster.per_node} --gres gpu:{cluster.per_node}"
-            if cluster.per_node != 8
-            else ""
-        )
-        lines.append(f"sbatch --nodes {machines}{each} launchers/slurm.sbatch")
+    if rest == 0:
+        flags = f"--nodes {machines}"
+        if cluster.per_node != 8:  # launchers/slurm.sbatch is for machines of 8
+            flags += f" --ntasks-per-node {cluster.per_node} --gres gpu:{cluster.per_node}"
+        lines.append(f"sbatch {flags} launchers/slurm.sbatch")
     return lines
 
 
-def print_arms(title: str, sections: Sequence[Section], arms: Sequence[SearchArm]) -> None:
+def print_forecasts(title: str, sections: Sequence[Section], forecasts: Sequence[Forecast]) -> None:
     """Print the engines; of the first one memory and time of each kind of step."""
-    best = arms[0]
-    columns = ("engine", "recomputed", "accumulation", "fits", "GiB", "images/s", "hours", "of peak")
-    rows = list[tuple[str, ...]]()
-    for arm in arms:
+    rows = []
+    for option in forecasts:
         rows.append(
             (
-                arm.engine,
-                arm.run.config.visft.model.recompute,
-                str(arm.run.batches.accumulation),
-                "yes" if arm.fits else "NO",
-                f"{arm.needed / _GIB:.1f}",
-                f"{arm.images_per_second:.4g}",
-                f"{arm.hours:.1f}",
-                f"{arm.of_limit:.0%}",
+                option.engine,
+                option.run.config.visft.model.recompute,
+                str(option.run.batches.accumulation),
+                "yes" if option.fits else "NO",
+                f"{option.needed / _GIB:.1f}",
+                f"{option.images_per_second:.4g}",
+                f"{option.hours:.1f}",
+                f"{option.mfu:.0%}",
             )
         )
+    best = forecasts[0]
     capacity = f"engines, with at most {best.capacity / _GIB:.1f} GiB of a GPU"
     steps = f"hours of {best.run.config.total_steps:,} steps (expect 1.1 to 1.6 times as many)"
-    tables = [*sections, Section(f"{capacity}; {steps}", rows, columns)]
-    for name, images in best.run.batches.batch_size.items():
-        what = f"{name} with {best.engine}: {images} images a step, {best.run.batches.micro[name]} at once on a GPU"
-        memory = ", ".join(
-            f"{part} {size / _GIB:.2f}" for part, size in asdict(best.memory[name]).items() if size
+    tables = [*sections, Section(f"{capacity}; {steps}", rows, _COLUMNS)]
+    for stream, images in best.run.batches.batch_size.items():
+        at_once = best.run.batches.micro[stream]
+        memory = {part: size / _GIB for part, size in asdict(best.memory[stream]).items()}
+        seconds = asdict(best.seconds[stream])
+        tables.append(
+            Section(
+                f"{stream} with {best.engine}: {images} images a step, {at_once} at once on a GPU",
+                [("GiB", _parts(memory, ".2f")), ("seconds", _parts(seconds, ".3g"))],
+            )
         )
-        seconds = ", ".join(
-            f"{part} {spent:.3g}" for part, spent in asdict(best.seconds[name]).items() if spent
-        )
-        tables.append(Section(what, [("GiB", memory), ("seconds", seconds)]))
     print_plan(title, tables)
+
+
+def _parts(values: Mapping[str, float], form: str) -> str:
+    """`weights 8.35, optimizer 0.04`, without what is zero."""
+    return ", ".join(f"{name} {value:{form}}" for name, value in values.items() if value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -34,7 +34,6 @@ FP32 = 4  #: bytes
 #: Of a GPU's memory, what a plan may fill: the CUDA context, libraries' workspaces and fragmentation take the
 #: rest.
 MEMORY_SHARE = 0.92
-_TRACED: dict[tuple[Any, ...], TracedStep] = {}  # by all that a step depends on
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,20 @@ class PlannedRun:
         return self.changed(changed(self.config, [f"visft.model.recompute={policy}"]))
 
     @property
+    def zero(self) -> Mapping[str, Any]:
+        """DeepSpeed's `zero_optimization`."""
+        settings: Mapping[str, Any] = self.config.deepspeed["zero_optimization"]
+        return settings
+
+    @property
+    def zero_stage(self) -> int:
+        """0 to 3."""
+        return int(self.zero["stage"])
+
+    @property
     def tf32(self) -> bool:
         """True if float32 products of matrices are computed in TF32 on GPUs that have it."""
-        stated = self.config.visft.model.tf32
-        return self.precision != "fp32" if stated == "auto" else stated
+        return self.config.visft.model.computes_in_tf32(self.precision)
 
     @cached_property
     def partition(self) -> Partition | None:
@@ -70,22 +79,46 @@ class PlannedRun:
         stages = self.batches.stages
         if stages == 1:
             return None
-        streams = self.config.visft.streams().values()
-        layers = [[stream.share * cost for cost in trace_step(self, stream).layers] for stream in streams]
-        costs = [
-            sum(shares) / sum(stream.share for stream in streams) for shares in zip(*layers, strict=True)
-        ]
+        costs = self._layer_costs()
         if stages > len(costs):
             name = self.config.visft.model.name
             raise ValueError(
                 f"pipeline.stages = {stages}: {name} has {len(costs)} layers; give at most as many"
             )
-        return Partition(tuple(costs), divide(costs, stages))
+        return Partition(costs, divide(costs, stages))
+
+    def _layer_costs(self) -> tuple[float, ...]:
+        """Operations of each layer, mean over the streams by their shares of the steps."""
+        streams = self.config.visft.streams().values()
+        shares = sum(stream.share for stream in streams)
+        weighted = []
+        for stream in streams:
+            layers = trace_step(self, stream).layers
+            weighted.append([stream.share * operations for operations in layers])
+        return tuple(sum(layer) / shares for layer in zip(*weighted, strict=True))
 
     @property
     def bounds(self) -> tuple[int, ...] | None:
         """First layer of each pipeline stage, and the number of layers; None without a pipeline."""
         return None if self.partition is None else self.partition.bounds
+
+
+def planned_run(
+    config: ResolvedConfig,
+    processes: int,
+    precision: Precision,
+    words: int | None,
+    device: torch.device | None,
+) -> PlannedRun:
+    """A run with captions of so many words (None: those of the published heads) on processes' devices (None:
+    this one's own). Raises ValueError: batches that cannot be divided."""
+    return PlannedRun(
+        config,
+        derive_batches(config, processes),
+        precision,
+        words or PUBLISHED_VOCABULARY,
+        device or distributed.local_device(),
+    )
 
 
 @dataclass(frozen=True)
@@ -99,99 +132,106 @@ class TracedStep:
     work: Counter[Work]
     frozen: int  #: bytes of parameters that do not train
     trained: int  #: values, of all that trains in any step
-    taught: int  #: values, of what this stream trains
+    with_gradient: int  #: values, of what this stream trains
     backbone_trains: bool
     blocks: int  #: of the backbone that are recomputed one by one, where any are
     tokens: int  #: values of the activations between two blocks
     layers: Sequence[int]  #: operations of each layer that a pipeline divides; none of timm's models
 
 
-def run_of(
-    config: ResolvedConfig,
-    processes: int,
-    precision: Precision,
-    words: int | None,
-    device: torch.device | None,
-) -> PlannedRun:
-    """A run with captions of so many words (None: those of the published heads) on processes' devices (None:
-    this one's own). Raises ValueError: batches that cannot be divided."""
-    batches, device = derive_batches(config, processes), device or distributed.local_device()
-    return PlannedRun(config, batches, precision, words or PUBLISHED_VOCABULARY, device)
+_TRACED: dict[tuple[Any, ...], TracedStep] = {}
 
 
 def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
     """Forward and backward pass of a micro-batch of the whole model; cached by all it depends on."""
-    visft, images = run.config.visft, run.batches.micro[stream.name]
-    model = visft.model_dump_json(include={"stage", "model", "lora", "heads", "param_groups"})
-    heads = tuple(task.model_dump_json(include={"head", "loss"}) for task in visft.tasks.enabled().values())
-    zero3 = run.config.deepspeed["zero_optimization"]["stage"] == 3
+    visft = run.config.visft
     key = (
-        model,
-        heads,
+        visft.model_dump_json(include={"stage", "model", "lora", "heads", "param_groups"}),
+        *(task.model_dump_json(include={"head", "loss"}) for task in visft.tasks.enabled().values()),
         repr(stream),
-        images,
+        run.batches.micro[stream.name],
         run.precision,
         run.vocabulary_size,
         run.device.type,
         run.content,
-        zero3,
+        run.zero_stage == 3,
     )
-    if key in _TRACED:
-        return _TRACED[key]
+    if key not in _TRACED:
+        _TRACED[key] = _trace(run, stream)
+    return _TRACED[key]
+
+
+def _trace(run: PlannedRun, stream: Stream) -> TracedStep:
     storage = DTYPES[run.precision]
-    module, groups = plan_model(visft, run.config.optimizer.params, run.vocabulary_size, storage)
+    module, groups = plan_model(run.config.visft, run.config.optimizer.params, run.vocabulary_size, storage)
     module.train()
-    side = stream.largest_side()
-    targets = {
-        task: TASKS[task].blank(images, (side, side), run.content, stream.image) for task in stream.tasks
-    }
-    pixels = torch.empty(images, 3, side, side, dtype=torch.uint8, device=META)
-    ids, sizes, real = (
-        torch.arange(images),
-        torch.full((images, 2), side),
-        torch.ones(images, dtype=torch.bool),
-    )
+    backbone = module.backbone
     # Images are planned as large as the largest, but each as a call, or a part of a row, where sizes can
     # differ.
-    module.backbone.one_by_one = True
-    on_host = Batch(
-        pixels, sizes, sizes, ids, ids, ids, real, targets, frames=sizes, mixed=not stream.alike()
-    )
+    backbone.one_by_one = True
+    on_host = _blank_batch(run, stream)
     denominators = loss_denominators_of(counts_of(module.criteria, [on_host]), 1, META)
-    batch, trained = on_host.to(META), [parameter for group in groups for parameter in group.parameters]
-    tracer = Tracer(run.device, None if storage == torch.float32 else storage, module.parameters())
+    batch = on_host.to(META)
+
+    autocast = None if storage == torch.float32 else storage
+    tracer = Tracer(run.device, autocast, module.parameters())
+    trained = [parameter for group in groups for parameter in group.parameters]
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(tracer.arrived)
-    backbone = module.backbone
-    by_layer = (
-        operations_by_layer(tracer, backbone) if isinstance(backbone, EvaViT) else nullcontext(list[int]())
-    )
-    cells = math.prod(module.padded_size(on_host)) // backbone.patch_size**2
-    with tracer, operators_of(run.device, zero3=zero3), by_layer as layers:
+    by_layer: AbstractContextManager[list[int]] = nullcontext([])
+    if isinstance(backbone, EvaViT):
+        by_layer = operations_by_layer(tracer, backbone)
+    with tracer, operators_of(run.device, zero3=run.zero_stage == 3), by_layer as layers:
         torch.autograd.backward(module(batch, denominators)["loss"])
-    _TRACED[key] = TracedStep(
+
+    inputs = [batch.images, *tensors_of(batch.targets)]
+    cells = math.prod(module.padded_size(on_host)) // backbone.patch_size**2
+    # Our towers and timm's plain ones have blocks; of others timm recomputes stages.
+    blocks = getattr(backbone, "blocks", getattr(backbone, "stages", ()))
+    return TracedStep(
         forward=tracer.forward_peak,
         backward=tracer.peak,
         activations=tracer.peak_apart,
-        batch=sum(value.nbytes for value in (batch.images, *tensors_of(batch.targets)) if value.is_meta),
+        batch=sum(tensor.nbytes for tensor in inputs if tensor.is_meta),
         work=tracer.work,
         frozen=sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad),
         trained=sum(p.numel() for p in trained),
-        taught=sum(p.numel() for p in trained if p.grad is not None),
+        with_gradient=sum(p.numel() for p in trained if p.grad is not None),
         backbone_trains=module.train_backbone,
-        # Our towers and timm's plain ones have blocks; of others timm recomputes stages.
-        blocks=len(list(getattr(backbone, "blocks", getattr(backbone, "stages", ())))),
-        tokens=images * cells * backbone.width,
+        blocks=len(list(blocks)),
+        tokens=len(batch.images) * cells * backbone.width,
         layers=layers,
     )
-    return _TRACED[key]
+
+
+def _blank_batch(run: PlannedRun, stream: Stream) -> Batch:
+    """A micro-batch of images of the largest size, whose pixels and labels are on the meta device."""
+    images = run.batches.micro[stream.name]
+    side = stream.largest_side()
+    targets: dict[str, Any] = {}
+    for task in stream.tasks:
+        targets[task] = TASKS[task].blank(images, (side, side), run.content, stream.image)
+    ids = torch.arange(images)
+    sizes = torch.full((images, 2), side)
+    return Batch(
+        torch.empty(images, 3, side, side, dtype=torch.uint8, device=META),
+        sizes,
+        sizes,
+        ids,
+        ids,
+        ids,
+        torch.ones(images, dtype=torch.bool),
+        targets,
+        frames=sizes,
+        mixed=not stream.alike(),
+    )
 
 
 def model_operations(run: PlannedRun, stream: Stream) -> int:
     """Arithmetic of a rank's part of an optimiser step, nothing computed twice."""
-    found = trace_step(run.with_policy("none"), stream)
-    micro = sum(count * work.operations for work, count in found.work.items())
-    return micro * run.batches.accumulation // run.batches.stages
+    work = trace_step(run.with_policy("none"), stream).work
+    micro_batch = sum(calls * cost.operations for cost, calls in work.items())
+    return micro_batch * run.batches.accumulation // run.batches.stages
 
 
 @dataclass(frozen=True)
@@ -212,63 +252,79 @@ class MemoryPlan:
 
     def rows(self) -> list[tuple[str, str]]:
         """Rows for the parts, and the sum."""
-        parts = [(name, size) for name, size in asdict(self).items() if size]
-        return [(name, f"{size / 2**20:12,.1f} MiB") for name, size in [*parts, ("total", self.total)]]
+        sizes = {name: size for name, size in asdict(self).items() if size}
+        sizes["total"] = self.total
+        return [(name, f"{size / 2**20:12,.1f} MiB") for name, size in sizes.items()]
 
 
-def is_offloaded(zero: Mapping[str, Any], what: str) -> bool:
+def is_offloaded(zero: Mapping[str, Any], part: str) -> bool:
     """Return True if `zero_optimization` keeps the "param" or the "optimizer" in the memory of the
     machine.
     """
-    return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
+    settings = zero.get(f"offload_{part}") or {}
+    return bool(settings.get("device", "none") != "none")
 
 
 def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
     """Plan of a stream's step. A pipeline's stage holds its share of the layers, and a micro-batch per later
     stage.
     """
-    found, batches = trace_step(run, stream), run.batches
-    zero = run.config.deepspeed["zero_optimization"]
-    stage, stages, cpu = int(zero["stage"]), batches.stages, run.device.type == "cpu"
-    divided, several = batches.dp if stage else 1, batches.accumulation > 1
+    step = trace_step(run, stream)
+    zero = run.zero
+    zero_stage = run.zero_stage
+    stages = run.batches.stages
+    accumulation = run.batches.accumulation
+    on_gpu = run.device.type != "cpu"
+    ranks_of_state = run.batches.dp if zero_stage else 1  # ranks that share the state of the optimizer
 
-    whole = found.frozen + FP32 * found.trained
-    weights = whole // (batches.dp if stage == 3 else 1)
-    if is_offloaded(zero, "param") and not cpu:
+    whole = step.frozen + FP32 * step.trained
+    weights = whole // run.batches.dp if zero_stage == 3 else whole
+    if is_offloaded(zero, "param") and on_gpu:
         weights = 0
-    optimizer = FP32 * found.trained * (2 + (stage > 0)) // divided
-    if is_offloaded(zero, "optimizer") and not cpu:
+    copies = 3 if zero_stage else 2  # both moments; under ZeRO masters of the weights, too
+    optimizer = FP32 * step.trained * copies // ranks_of_state
+    if is_offloaded(zero, "optimizer") and on_gpu:
         optimizer = 0
-    gradients = FP32 * (found.trained // divided if stage >= 2 else found.taught)
-    buckets = (
-        (1 + bool(zero.get("overlap_comm") and stage < 3)) * FP32 * int(zero.get("reduce_bucket_size", 5e8))
+    gradients = FP32 * step.with_gradient
+    if zero_stage >= 2:
+        gradients = FP32 * (step.trained // ranks_of_state)
+
+    buckets = 0
+    if zero_stage:
+        count = 2 if zero.get("overlap_comm") and zero_stage < 3 else 1  # one is filled, one is sent
+        buckets = count * FP32 * int(zero.get("reduce_bucket_size", 5e8))
+    gathered = 0
+    if zero_stage == 3:
+        live = int(zero.get("stage3_max_live_parameters", 1e9)) * DTYPES[run.precision].itemsize
+        gathered = min(live, whole)
+
+    batches = step.batch
+    update = FP32 * step.trained // ranks_of_state // stages  # a temporary tensor of all that a rank steps
+    if not on_gpu:
+        # The loader puts its batches where the model computes, so the prefetched ones count, too.
+        batches *= (1 + run.config.visft.data.prefetch_steps) * accumulation
+        update = 0
+
+    def in_flight(activations: int) -> int:
+        """Bytes of the micro-batches that a stage keeps at the same time, and of their inputs."""
+        return activations * min(stages, accumulation) // stages + batches
+
+    gradients_stay = accumulation > 1 or zero_stage == 3  # gradients and buckets are there from the beginning
+    backward = step.activations
+    if not gradients_stay and zero_stage != 2:
+        backward = max(0, step.backward - gradients)
+    after = MemoryPlan(
+        weights=weights // stages,
+        gradients=gradients // stages,
+        optimizer=optimizer // stages,
+        buckets=buckets,
+        gathered=gathered,
+        activations=max(in_flight(backward), update),
     )
-    live = int(zero.get("stage3_max_live_parameters", 1e9)) * DTYPES[run.precision].itemsize
-    # Batches on the device; on a CPU that is where the loader puts them, so the prefetched ones count too.
-    held = found.batch * ((1 + run.config.visft.data.prefetch_steps) * batches.accumulation if cpu else 1)
-    # On a GPU the update makes a temporary tensor of all that a rank steps.
-    update = 0 if cpu else FP32 * found.trained // divided // stages
-
-    def plan(activations: int, *, arrived: bool) -> MemoryPlan:
-        """Plan of a moment; `arrived`: gradients are there, and the buckets that the first one has
-        allocated.
-        """
-        return MemoryPlan(
-            weights=weights // stages,
-            gradients=gradients // stages * arrived,
-            optimizer=optimizer // stages,
-            buckets=buckets * (stage == 3 or (stage > 0 and arrived)),
-            gathered=min(live, whole) if stage == 3 else 0,
-            activations=max(
-                activations * min(stages, batches.accumulation) // stages + held, update * arrived
-            ),
-        )
-
-    if several or stage == 3:  # gradients and buckets are there from the beginning
-        return plan(found.activations, arrived=True)
-    later = found.activations if stage == 2 else max(0, found.backward - gradients)
-    moments = plan(found.forward, arrived=False), plan(later, arrived=True)
-    return max(moments, key=lambda moment: moment.total)
+    if gradients_stay:
+        return after
+    before = replace(after, gradients=0, buckets=0, activations=in_flight(step.forward))
+    return max(before, after, key=lambda moment: moment.total)
 
 
 def plan_largest(run: PlannedRun) -> MemoryPlan:

@@ -36,36 +36,37 @@ class Partition:
         """
         stages = self.stage_costs()
         busy = micro_batches * sum(stages)
-        return 1 - busy / (len(stages) * ((micro_batches - 1) * max(stages) + sum(stages)))
+        lasting = (micro_batches - 1) * max(stages) + sum(stages)
+        return 1 - busy / (len(stages) * lasting)
 
     def rows(self, micro_batches: int) -> list[tuple[str, str]]:
         """Rows for the stages, and for the idle share of the time."""
         names = ["embedding", *(f"blocks.{index}" for index in range(len(self.costs) - 2)), "heads"]
-        lines, total = [], sum(self.costs)
-        for number, ((start, stop), cost) in enumerate(
-            zip(pairwise(self.bounds), self.stage_costs(), strict=True)
-        ):
-            span = " to ".join(dict.fromkeys((names[start], names[stop - 1])))
-            lines.append(
-                (f"stage {number}", f"{span} ({stop - start} layers), {cost / total:.1%} of the operations")
-            )
-        idle = f"{self.bubble(micro_batches):.0%} of the time, predicted for {micro_batches} micro-batches per step"
-        return [*lines, ("bubble", f"{idle}; a smaller micro_batch gives more of them, which wait less")]
+        total = sum(self.costs)
+        rows = []
+        for stage, (start, stop) in enumerate(pairwise(self.bounds)):
+            first, last = names[start], names[stop - 1]
+            span = first if first == last else f"{first} to {last}"
+            share = sum(self.costs[start:stop]) / total
+            rows.append((f"stage {stage}", f"{span} ({stop - start} layers), {share:.1%} of the operations"))
+        idle = f"{self.bubble(micro_batches):.0%} of the time, predicted for {micro_batches} micro-batches"
+        return [*rows, ("bubble", f"{idle} per step; a smaller micro_batch shrinks it")]
 
 
 def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     """Bounds of `stages` runs of layers, none empty: the most expensive run is as cheap as possible."""
 
     @cache
-    def best(start: int, parts: int) -> tuple[float, float, tuple[int, ...]]:
+    def best(start: int, runs: int) -> tuple[float, float, tuple[int, ...]]:
         """(cost of the most expensive run, sum of squares, bounds): of equal divisions the most even one."""
-        if parts == 1:
-            last = sum(costs[start:])
-            return last, last**2, (start, len(costs))
+        if runs == 1:
+            cost = sum(costs[start:])
+            return cost, cost**2, (start, len(costs))
         options = []
-        for stop in range(start + 1, len(costs) - parts + 2):
-            first, (most, squares, bounds) = sum(costs[start:stop]), best(stop, parts - 1)
-            options.append((max(first, most), first**2 + squares, (start, *bounds)))
+        for stop in range(start + 1, len(costs) - runs + 2):
+            cost = sum(costs[start:stop])
+            most, squares, bounds = best(stop, runs - 1)
+            options.append((max(cost, most), cost**2 + squares, (start, *bounds)))
         return min(options)
 
     return best(0, stages)[2]
@@ -75,19 +76,22 @@ def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
 def operations_by_layer(tracer: Tracer, backbone: EvaViT) -> Iterator[list[int]]:
     """Count the operations of each layer, as `Partition` has them, while a step is traced: a layer's part of
     the backward pass begins with the gradient of what the next one read."""
-    costs, here, counted = [0] * (len(backbone.blocks) + 2), 0, 0
+    costs = [0] * (len(backbone.blocks) + 2)
+    current = 0  # layer
+    counted = 0  # operations before it was entered
 
     def enter(layer: int, *_: Any) -> None:
-        nonlocal here, counted
-        costs[here] += tracer.operations - counted
-        here, counted = layer, tracer.operations
+        nonlocal current, counted
+        costs[current] += tracer.operations - counted
+        counted = tracer.operations
+        current = layer
 
     def begin(layer: int, _: Any, inputs: tuple[Any, ...]) -> None:
         enter(layer)
         if inputs[0].requires_grad:
             inputs[0].register_hook(partial(enter, layer - 1))
 
-    for layer, part in enumerate([*backbone.blocks, backbone.norm], 1):
-        part.register_forward_pre_hook(partial(begin, layer))
+    for layer, module in enumerate([*backbone.blocks, backbone.norm], 1):
+        module.register_forward_pre_hook(partial(begin, layer))
     yield costs
     enter(0)

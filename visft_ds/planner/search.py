@@ -21,7 +21,7 @@ from visft_ds.planner.memory import (
     is_offloaded,
     plan_largest,
     plan_stream,
-    run_of,
+    planned_run,
     trace_step,
 )
 from visft_ds.planner.time import PlannedTime, peak_seconds, step_time
@@ -32,7 +32,7 @@ ALIKE = 0.01
 
 
 @dataclass(frozen=True)
-class SearchArm:
+class Forecast:
     """A configuration on a cluster; numbers of all streams together are means by their shares of the
     steps.
     """
@@ -46,7 +46,7 @@ class SearchArm:
     images_per_second: float  #: over all GPUs
     step_seconds: float
     hours: float  #: of the schedule, without evaluation, saving and waiting for data
-    of_limit: float  #: share of the peak: the time of all arithmetic needed once over the predicted one
+    mfu: float  #: share of the peak: the time of all arithmetic needed once over the predicted one
 
     @property
     def needed(self) -> int:
@@ -59,128 +59,161 @@ class SearchArm:
         return self.needed <= self.capacity
 
 
-def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()) -> SearchArm:
+def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()) -> Forecast:
     """Memory and time of a configuration on a cluster. Raises ValueError: batches that cannot be divided over
     it.
     """
-    gpu, stated = cluster.gpu, config.visft.model.precision
-    precision = gpu.precision() if stated == "auto" else stated
+    gpu = cluster.gpu
+    visft = config.visft
+    precision = gpu.precision() if visft.model.precision == "auto" else visft.model.precision
     if gpu.rate(precision) is None:
         raise ValueError(f"visft.model.precision: {gpu.name} has no {precision}")
-    run, capacity = (
-        run_of(config, cluster.count, precision, None, torch.device("cuda")),
-        int(MEMORY_SHARE * gpu.memory),
-    )
-    plain, batches, streams = run.with_policy("none"), run.batches, config.visft.streams()
-    if config.visft.stage == 1 or config.visft.model.recompute == "auto":
+    capacity = int(MEMORY_SHARE * gpu.memory)
+    run = planned_run(config, cluster.count, precision, None, torch.device("cuda"))
+    without_recomputing = run.with_policy("none")
+    if visft.stage == 1 or visft.model.recompute == "auto":
         run, _ = choose_recompute(run, capacity)
 
-    def mean(numbers: Mapping[str, float]) -> float:
-        shared = sum(streams[name].share * number for name, number in numbers.items())
-        return shared / sum(stream.share for stream in streams.values())
-
+    streams = visft.streams()
+    memory = {name: plan_stream(run, stream) for name, stream in streams.items()}
     seconds = {name: step_time(run, stream, cluster) for name, stream in streams.items()}
-    step = mean({name: one.total for name, one in seconds.items()})
-    ideal = {
-        name: peak_seconds(trace_step(plain, one).work, gpu, tf32=run.tf32) for name, one in streams.items()
-    }
-    zero = config.deepspeed["zero_optimization"]
-    engine = f"ZeRO-{zero['stage']}" + (" offload" if is_offloaded(zero, "param") else "")
-    return SearchArm(
+    ideal_seconds = {}
+    for name, stream in streams.items():
+        work = trace_step(without_recomputing, stream).work
+        ideal_seconds[name] = peak_seconds(work, gpu, tf32=run.tf32)
+
+    def mean(values: Mapping[str, float]) -> float:
+        """Mean over the streams by their shares of the steps."""
+        weighted = sum(streams[name].share * value for name, value in values.items())
+        return weighted / sum(stream.share for stream in streams.values())
+
+    batches = run.batches
+    step_seconds = mean({name: time.total for name, time in seconds.items()})
+    ideal = mean(ideal_seconds) * batches.accumulation / batches.stages
+    return Forecast(
         flags=tuple(flags),
-        engine=f"pipeline of {batches.stages}" if batches.stages > 1 else engine,
+        engine=_engine_name(run),
         run=run,
         capacity=capacity,
-        memory={name: plan_stream(run, stream) for name, stream in streams.items()},
+        memory=memory,
         seconds=seconds,
-        images_per_second=mean(batches.batch_size) / step,
-        step_seconds=step,
-        hours=config.total_steps * step / 3600,
-        of_limit=mean(ideal) * batches.accumulation / batches.stages / step,
+        images_per_second=mean(batches.batch_size) / step_seconds,
+        step_seconds=step_seconds,
+        hours=config.total_steps * step_seconds / 3600,
+        mfu=ideal / step_seconds,
     )
 
 
-def search(config: ResolvedConfig, cluster: Cluster) -> list[SearchArm]:
-    """Arms, one for each engine that the cluster allows, with its fastest settings that fit; the fastest
+def _engine_name(run: PlannedRun) -> str:
+    if run.batches.stages > 1:
+        return f"pipeline of {run.batches.stages}"
+    name = f"ZeRO-{run.zero_stage}"
+    return f"{name} offload" if is_offloaded(run.zero, "param") else name
+
+
+def search(config: ResolvedConfig, cluster: Cluster) -> list[Forecast]:
+    """Forecasts, one for each engine that the cluster allows, with its fastest settings that fit; the fastest
     first.
 
-    Where nothing fits, an engine's arm is the one that needs least. Each policy is tried with the fewest
+    Where nothing fits, an engine's forecast is the one that needs least. Each policy is tried with the fewest
     micro-batches that fit; a stated one is the only one. Raises ValueError where all engines refuse what is
     configured.
     """
-    arms = list[SearchArm]()
+    forecasts = list[Forecast]()
     refusals = list[ValueError]()
     for engine, settings in _engines(cluster.count):
-        if engine == "pipeline" and any(arm.fits for arm in arms):
+        if engine == "pipeline" and any(option.fits for option in forecasts):
             continue  # a pipeline divides what does not fit; it waits while it fills
         try:
-            arms += _fastest(changed(config, settings, engine), cluster, _flags(settings, engine))
-        except (
-            ValueError
-        ) as error:  # more stages than the model has layers; an engine that refuses what is configured
+            best = _fastest(changed(config, settings, engine), cluster, _flags(settings, engine))
+        except ValueError as error:
+            # More stages than the model has layers, or an engine that refuses what is configured.
             refusals.append(error)
-    if not arms and refusals:
+            continue
+        if best is not None:
+            forecasts.append(best)
+    if not forecasts and refusals:
         raise refusals[0]
-    fastest = min((arm.step_seconds for arm in arms if arm.fits), default=0.0)
-    # Of engines that are as fast, the first one that was tried.
-    return sorted(arms, key=lambda arm: (not arm.fits, max(arm.step_seconds, (1 + ALIKE) * fastest)))
+    fastest = min((option.step_seconds for option in forecasts if option.fits), default=0.0)
+
+    def order(option: Forecast) -> tuple[bool, float]:
+        """Of engines that are as fast, the first one that was tried: sorting keeps their order."""
+        return not option.fits, max(option.step_seconds, (1 + ALIKE) * fastest)
+
+    return sorted(forecasts, key=order)
 
 
-def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str]) -> list[SearchArm]:
-    """The fastest settings of an engine that fit, else those that need least; none: batches cannot be
+def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str]) -> Forecast | None:
+    """The fastest settings of an engine that fit, else those that need least; None: batches cannot be
     divided.
     """
-    stated = config.visft.model.recompute
     dp = cluster.count // config.pipeline_stages
     streams = config.visft.streams().values()
     if any(stream.batch_size % dp for stream in streams):
-        return []
+        return None
     shares = {stream.key: stream.batch_size // dp for stream in streams}
-    counts = [
-        n for n in range(1, max(shares.values()) + 1) if all(share % n == 0 for share in shares.values())
+    accumulations = [
+        count
+        for count in range(1, max(shares.values()) + 1)
+        if all(share % count == 0 for share in shares.values())
     ]
-    policies = policies_of(config) if stated == "auto" else (stated,)
+    if config.pipeline_stages > 1:
+        accumulations = accumulations[-1:]  # a pipeline is the faster the more micro-batches there are
+    fewest, most = accumulations[0], accumulations[-1]
+    policies: Sequence[str] = (config.visft.model.recompute,)
+    if policies[0] == "auto":
+        policies = policies_of(config)
     configured = [f"{key}={value}" for key, value in flatten(config.to_dict())]
 
-    def arm(policy: str, accumulation: int) -> SearchArm:
-        sizes = {key: share // accumulation for key, share in shares.items()}
-        settings = [f"{key}.micro_batch={size}" for key, size in sizes.items()]
-        settings += [f"visft.model.recompute={policy}"] if config.visft.stage == 2 else []
-        news = [setting for setting in settings if setting not in configured]
-        return forecast(changed(config, settings), cluster, (*flags, *_flags(news)))
+    def planned(policy: str, accumulation: int) -> Forecast:
+        settings = [f"{key}.micro_batch={share // accumulation}" for key, share in shares.items()]
+        if config.visft.stage == 2:
+            settings.append(f"visft.model.recompute={policy}")
+        differing = [setting for setting in settings if setting not in configured]
+        return forecast(changed(config, settings), cluster, (*flags, *_flags(differing)))
 
-    if config.pipeline_stages > 1:
-        counts = counts[-1:]  # a pipeline is the faster the more micro-batches there are
-    tried = [arm(policies[0], counts[0])]
-    if tried[0].fits:
-        return tried  # nothing is recomputed, or computed in several turns: nothing takes less time
+    first = planned(policies[0], fewest)
+    if first.fits:
+        return first  # nothing is recomputed, or computed in several turns: nothing takes less time
+    options = [first]
     for policy in policies:
-        tried.append(arm(policy, counts[-1]))
-        for accumulation in counts if tried[-1].fits else ():
-            tried.append(arm(policy, accumulation))
-            if tried[-1].fits:
+        smallest = planned(policy, most)
+        options.append(smallest)
+        if not smallest.fits:
+            continue
+        for accumulation in accumulations:
+            options.append(planned(policy, accumulation))
+            if options[-1].fits:
                 break
-    return sorted(tried, key=lambda one: (not one.fits, one.step_seconds if one.fits else one.needed))[:1]
+    fitting = [option for option in options if option.fits]
+    if fitting:
+        return min(fitting, key=lambda option: option.step_seconds)
+    return min(options, key=lambda option: option.needed)
 
 
-def _engines(count: int) -> Sequence[tuple[str, list[str]]]:
+def _engines(count: int) -> list[tuple[str, list[str]]]:
     """Engines and their settings: those that are as fast as any first, then those that hold less on a GPU."""
-    pipelines = [("pipeline", [f"pipeline.stages={stages}"]) for stages in (2, 4, 8) if count % stages == 0]
-    without = list[str]()
-    whole = [(engine, without) for engine in ("zero1", "zero0", "zero2", "zero3")]
-    return [*whole, *pipelines, ("zero3_offload", without)]
+    engines: list[tuple[str, list[str]]] = [("zero1", []), ("zero0", []), ("zero2", []), ("zero3", [])]
+    engines += [("pipeline", [f"pipeline.stages={stages}"]) for stages in (2, 4, 8) if count % stages == 0]
+    engines.append(("zero3_offload", []))
+    return engines
 
 
 def _flags(settings: Sequence[str], engine: str | None = None) -> tuple[str, ...]:
-    chosen = ("--engine", engine) if engine else ()
-    return (*chosen, *(word for setting in settings for word in ("--set", setting)))
+    """Words of visft train."""
+    words = ["--engine", engine] if engine else []
+    for setting in settings:
+        words += ["--set", setting]
+    return tuple(words)
 
 
 def policies_of(config: ResolvedConfig) -> tuple[str, ...]:
     """Values of visft.model.recompute, from the one that computes least to the one that keeps least."""
     if config.visft.stage == 1:
         return ("none",)  # a frozen backbone keeps nothing
-    return ("none", "block") if config.visft.model.preset.startswith(TIMM) else ("none", "mlp", "block")
+    if config.visft.model.preset.startswith(TIMM):
+        return ("none", "block")
+    return ("none", "mlp", "block")
 
 
 def choose_recompute(run: PlannedRun, capacity: int) -> tuple[PlannedRun, int]:
@@ -190,31 +223,36 @@ def choose_recompute(run: PlannedRun, capacity: int) -> tuple[PlannedRun, int]:
     tried = list[tuple[PlannedRun, int]]()
     for policy in policies_of(run.config):
         candidate = run.with_policy(policy)
-        tried.append((candidate, plan_largest(candidate).total))
-        if tried[-1][1] <= capacity:
+        needed = plan_largest(candidate).total
+        tried.append((candidate, needed))
+        if needed <= capacity:
             break
     return min(tried, key=lambda choice: choice[1])
 
 
-def fitting_settings(now: PlannedRun, capacity: int) -> list[str]:
+def fitting_settings(run: PlannedRun, capacity: int) -> list[str]:
     """Flags of fewer images at once, and of another engine, after which the fullest rank of a run holds no
     more than `capacity` bytes; without those that are not enough."""
-    config, micro = now.config, now.batches.micro
+    config = run.config
     streams = config.visft.streams()
-    fewer = list[tuple[str | None, list[str]]]()
-    for halvings in range(1, max(micro.values()).bit_length()):
-        smaller = {streams[name].key: max(1, count >> halvings) for name, count in micro.items()}
-        fewer.append((None, [f"{key}.micro_batch={count}" for key, count in smaller.items()]))
+    micro_batches = run.batches.micro
+    fewer_images = list[tuple[str | None, list[str]]]()
+    for halvings in range(1, max(micro_batches.values()).bit_length()):
+        settings = []
+        for name, images in micro_batches.items():
+            settings.append(f"{streams[name].key}.micro_batch={max(1, images >> halvings)}")
+        fewer_images.append((None, settings))
     engines = list[tuple[str | None, list[str]]]()
     if config.pipeline_stages == 1:
-        engines += _engines(now.batches.processes)
+        engines += _engines(run.batches.processes)
+
     helpful = list[str]()
-    for kind in (fewer, engines):
-        for engine, settings in kind:
+    for changes in (fewer_images, engines):
+        for engine, settings in changes:
             # Refused: batches that do not divide that way, more stages than layers, an engine for other
             # models.
             with suppress(ValueError):
-                if plan_largest(now.changed(changed(config, settings, engine))).total <= capacity:
+                if plan_largest(run.changed(changed(config, settings, engine))).total <= capacity:
                     helpful.append(shlex.join(_flags(settings, engine)))
                     break
     return helpful

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from visft_ds.ops import autocast_dtype
+from visft_ds.ops import autocast_dtype, replaced
 
 META = torch.device("meta")
+#: Operators that neither compute nor move bytes.
 _FREE = ("empty", "empty_strided", "empty_like", "new_empty", "detach", "lift_fresh", "_unsafe_view")
 
 
@@ -49,30 +49,36 @@ class Tracer(TorchDispatchMode):
         self, stands_for: torch.device, autocast: torch.dtype | None = None, weights: Iterable[Tensor] = ()
     ) -> None:
         super().__init__()
-        self.stands_for, self.autocast = stands_for, autocast
+        self.stands_for = stands_for
+        self.autocast = autocast
         self.work: Counter[Work] = Counter()
-        self.now = self.forward_peak = self.peak = self.apart = self.peak_apart = 0
+        self.forward_peak = 0
+        self.peak = 0
+        self.peak_apart = 0
         self._weights = {weight.untyped_storage()._cdata for weight in weights}
-        self._live: dict[int, int] = {}
+        self._live: dict[int, int] = {}  # storage -> bytes, of those made inside
+        self._live_bytes = 0
+        self._arrived_bytes = 0  # of them, gradients that have arrived
 
     @property
     def operations(self) -> int:
         """Operations of all work."""
-        return sum(count * work.operations for work, count in self.work.items())
+        return sum(calls * cost.operations for cost, calls in self.work.items())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_meta]
-        for tensor in made:
+        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_meta]
+        for tensor in written:
             self._note(tensor.untyped_storage())
         kind = _kind(func)
-        if made and kind is not None:
+        if written and kind is not None:
             read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            tensors = [*read, *written]
             formula = _FORMULAS.get(func._overloadpacket)
             operations = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
-            moved = sum(tensor.numel() * tensor.element_size() for tensor in (*read, *made))
-            self.work[Work(kind, (read or made)[0].dtype, operations, moved)] += 1
+            moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.work[Work(kind, tensors[0].dtype, operations, moved)] += 1
         return result
 
     def arrived(self, parameter: Tensor) -> None:
@@ -80,34 +86,43 @@ class Tracer(TorchDispatchMode):
         forward pass.
         """
         assert parameter.grad is not None
-        if not self.apart:
-            self.forward_peak, self.peak = self.peak, self.now
-        self.apart += self._live.get(parameter.grad.untyped_storage()._cdata, 0)
+        if self._arrived_bytes == 0:
+            self.forward_peak = self.peak
+            self.peak = self._live_bytes
+        self._arrived_bytes += self._live.get(parameter.grad.untyped_storage()._cdata, 0)
 
     def _note(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if size and key not in self._live and key not in self._weights:
-            self._live[key] = size
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            self.peak_apart = max(self.peak_apart, self.now - self.apart)
-            weakref.finalize(storage, partial(self._gone, key))
+        """Count a storage from now until it is freed, unless it is known or a parameter's."""
+        key = storage._cdata
+        size = storage.nbytes()
+        if size == 0 or key in self._live or key in self._weights:
+            return
+        self._live[key] = size
+        self._live_bytes += size
+        self.peak = max(self.peak, self._live_bytes)
+        self.peak_apart = max(self.peak_apart, self._live_bytes - self._arrived_bytes)
+        weakref.finalize(storage, partial(self._freed, key))
 
-    def _gone(self, key: int) -> None:
-        self.now -= self._live.pop(key, 0)
+    def _freed(self, key: int) -> None:
+        self._live_bytes -= self._live.pop(key, 0)
 
 
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any) -> int:
     """Operations of a convolution's gradients, each as many as forward; torch counts a depthwise one as if
     dense.
     """
-    cells = x if rest[4] else gradient  # of a transposed one, each cell of its input meets the weights
-    return 2 * weight.numel() * len(cells) * math.prod(cells.shape[2:]) * sum(rest[7][:2])
+    transposed = rest[4]
+    gradients = sum(rest[7][:2])  # of the input, of the weights: those that are asked for
+    cells = x if transposed else gradient  # of a transposed one, each cell of its input meets the weights
+    return 2 * weight.numel() * len(cells) * math.prod(cells.shape[2:]) * gradients
 
 
 #: Operations by operator, as torch counts them; it leaves out products that are added in place.
-_FORMULAS: dict[Any, Any] = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
-_FORMULAS[torch.ops.aten.convolution_backward] = _convolution_backward
+_FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+    torch.ops.aten.convolution_backward: _convolution_backward,
+}
 
 
 @cache
@@ -133,47 +148,69 @@ def operators_of(device: torch.device, *, zero3: bool = False) -> Iterator[None]
     its input, frozen or not. Functions are replaced: torch's function modes are off when a backward pass
     recomputes.
     """
-    attend, multiply, aten = F.scaled_dot_product_attention, F.linear, torch.ops.aten
+    linear = _keeping_linear(F.linear) if zero3 else F.linear
+    with (
+        replaced(F, "scaled_dot_product_attention", _fused(F.scaled_dot_product_attention, device)),
+        replaced(F, "linear", _rounding(linear)),
+        replaced(F, "conv2d", _rounding(F.conv2d)),
+        replaced(F, "conv_transpose2d", _rounding(F.conv_transpose2d)),
+    ):
+        yield
 
-    def rounding(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any, **named: Any) -> Any:
-            if dtype := autocast_dtype(META):
-                given, named = tree_map_only(Tensor, lambda factor: factor.to(dtype), (given, named))
-            return function(*given, **named)
 
-        return call
+def _rounding(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, its tensors rounded as autocast on the meta device says."""
 
-    def attention(
+    def call(*positional: Any, **named: Any) -> Tensor:
+        dtype = autocast_dtype(META)
+        if dtype is not None:
+            positional, named = tree_map_only(Tensor, lambda tensor: tensor.to(dtype), (positional, named))
+        return function(*positional, **named)
+
+    return call
+
+
+def _fused(attention: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """Torch's attention; on the meta device the kernel that it takes on `device`."""
+    aten = torch.ops.aten
+
+    def call(
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        attn_mask: Any = None,
+        attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         *rest: Any,
         **named: Any,
-    ) -> Any:
+    ) -> Tensor:
         if not q.is_meta:
-            return attend(q, k, v, attn_mask, dropout_p, *rest, **named)
+            return attention(q, k, v, attn_mask, dropout_p, *rest, **named)
+        outputs: Any
         if device.type == "cuda" and attn_mask is None and q.dtype != torch.float32:
-            return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, *rest, **named)[0]
-        bias = attn_mask  # which torch makes of a mask
-        if bias is not None:
-            bias = torch.zeros_like(bias, dtype=q.dtype).expand(*q.shape[:3], k.shape[2])
-        return aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p, *rest, **named)[0]
+            outputs = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, *rest, **named)
+        else:
+            bias = attn_mask
+            if bias is not None:  # torch makes one of a mask
+                bias = torch.zeros_like(bias, dtype=q.dtype).expand(*q.shape[:3], k.shape[2])
+            outputs = aten._scaled_dot_product_efficient_attention(
+                q, k, v, bias, True, dropout_p, *rest, **named
+            )
+        out: Tensor = outputs[0]
+        return out
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return call
+
+
+def _keeping_linear(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Torch's linear layer; on the meta device DeepSpeed's, which keeps its input until its backward pass."""
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not x.is_meta:
-            return multiply(x, weight, bias)
+            return linear(x, weight, bias)
         out = x.matmul(weight.t())
         if out.grad_fn is not None:
-            kept = [x]
-            out.grad_fn.register_hook(lambda *_: kept.clear())
+            inputs = [x]
+            out.grad_fn.register_hook(lambda *_: inputs.clear())
         return out if bias is None else out.add_(bias)
 
-    with (
-        patch.object(F, "scaled_dot_product_attention", attention),
-        patch.object(F, "linear", rounding(linear if zero3 else multiply)),
-        patch.object(F, "conv2d", rounding(F.conv2d)),
-        patch.object(F, "conv_transpose2d", rounding(F.conv_transpose2d)),
-    ):
-        yield
+    return call

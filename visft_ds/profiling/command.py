@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from visft_ds.config.cli import resolve_arguments
-from visft_ds.config.preflight import missing_inputs, render_missing
 from visft_ds.errors import tell
 from visft_ds.flags import Command
+from visft_ds.prepare.inputs import missing_inputs, render_missing
+from visft_ds.prepare.settle import settle
 
+_GIB = 2**30
 _EPILOG = """every other flag is one of visft train and means what it means there: --stage, --model, --data, ...
 nothing is written but the files of --json and --trace.
 
@@ -46,32 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; returns the exit status. Every rank measures, the main one prints."""
     try:
         options, rest = build_parser().parse_known_args(arguments)
-        if options.steps < 1 or options.warmup < 1:
-            raise ValueError("--steps and --warmup: give at least 1 (the first step is never a typical one)")
-        if options.json is not None and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
-            raise ValueError(f"--json {options.json}: give a file in a folder that exists")
-        if options.trace is not None and options.trace.exists() and not options.trace.is_dir():
-            raise ValueError(f"--trace {options.trace}: give a folder")
-        _, config = resolve_arguments(rest)
+        _check(options)
+        config = settle(rest).config
         missing = [] if options.synthetic else missing_inputs(config)
         if missing:
             raise ValueError(f"{render_missing(missing)}\nor measure without files: --synthetic")
         from visft_ds.profiling import measure  # imports torch and deepspeed, which costs seconds
 
+        steps, warmup, synthetic = options.steps, options.warmup, options.synthetic
         if options.loader:
-            record = measure.measure_loader(
-                config, options.steps, options.warmup, synthetic=options.synthetic
-            )
-            found = record["loader"].items()
-            text = "\n".join(
-                f"{name:16}{one['samples'] / one['seconds']:10.1f} samples/s" for name, one in found
-            )
+            record = measure.measure_loader(config, steps, warmup, synthetic=synthetic)
+            text = render_loader(record)
         else:
-            trace = options.trace
-            record = measure.measure(
-                config, options.steps, options.warmup, synthetic=options.synthetic, trace=trace
-            )
-            if not record:
+            record = measure.measure(config, steps, warmup, synthetic=synthetic, trace=options.trace)
+            if not record:  # not the main process
                 return 0
             text = render(record)
         print(text, flush=True)
@@ -82,25 +72,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def render(record: dict[str, Any]) -> str:
+def _check(options: Namespace) -> None:
+    """Refuse numbers and files before anything is measured."""
+    file, folder = options.json, options.trace
+    if options.steps < 1 or options.warmup < 1:
+        raise ValueError("--steps and --warmup: give at least 1 (the first step is never a typical one)")
+    if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
+        raise ValueError(f"--json {file}: give a file in a folder that exists")
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ValueError(f"--trace {folder}: give a folder")
+
+
+def render_loader(record: Mapping[str, Any]) -> str:
+    """A line for each stream."""
+    lines = []
+    for stream, speed in record["loader"].items():
+        lines.append(f"{stream:16}{speed['samples'] / speed['seconds']:10.1f} samples/s")
+    return "\n".join(lines)
+
+
+def render(record: Mapping[str, Any]) -> str:
     """A line for each stream, of its slowest rank; below it the time by part and the planned memory by
     part.
     """
     lines = [f"{'':16}{'images/s':>10}{'ms/step':>10}{'TFLOP/s':>10}{'MFU':>8}{'peak GiB':>10}{'planned':>9}"]
-    for name in record["ranks"][0]:
-        one = max(
-            (rank[name] for rank in record["ranks"]), key=lambda found: statistics.median(found["seconds"])
-        )
-        peak = max(rank[name]["peak"] for rank in record["ranks"])
-        seconds, planned = statistics.median(one["seconds"]), sum(one["planned"].values())
-        mfu = "" if one["utilisation"] is None else f"{one['utilisation']:.1%}"
-        speed = f"{one['images'] / seconds:10.2f}{1e3 * seconds:10.1f}{one['operations'] / seconds / 1e12:10.3g}{mfu:>8}"
-        lines.append(f"{name:16}{speed}{peak / 2**30:10.2f}{planned / 2**30:9.2f}")
-        hooked = sum(one["parts"].values())
-        lines += [
-            f"  {part:14}{1e3 * spent:20.1f}{spent / hooked:10.1%}" for part, spent in one["parts"].items()
+    for stream in record["ranks"][0]:
+        profiles = [rank[stream] for rank in record["ranks"]]
+        slowest = max(profiles, key=lambda profile: statistics.median(profile["seconds"]))
+        seconds = statistics.median(slowest["seconds"])
+        peak = max(profile["peak"] for profile in profiles)
+        columns = [
+            f"{stream:16}",
+            f"{slowest['images'] / seconds:10.2f}",
+            f"{1e3 * seconds:10.1f}",
+            f"{slowest['operations'] / seconds / 1e12:10.3g}",
+            f"{'' if slowest['mfu'] is None else format(slowest['mfu'], '.1%'):>8}",
+            f"{peak / _GIB:10.2f}",
+            f"{sum(slowest['planned'].values()) / _GIB:9.2f}",
         ]
-        lines += [f"  {part:14}{size / 2**30:57.2f}" for part, size in one["planned"].items() if size]
+        lines.append("".join(columns))
+        step = sum(slowest["parts"].values())
+        for part, spent in slowest["parts"].items():
+            lines.append(f"  {part:14}{1e3 * spent:20.1f}{spent / step:10.1%}")
+        for part, size in slowest["planned"].items():
+            if size:
+                lines.append(f"  {part:14}{size / _GIB:57.2f}")
     return "\n".join(lines)
 
 

@@ -12,13 +12,13 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from visft_ds import distributed
@@ -27,21 +27,25 @@ from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.monitor.metrics import versions
+from visft_ds.ops import replaced
 from visft_ds.parallel.engine import Engine, Schedule, build_engine, start_process_group
 from visft_ds.parallel.pipeline import PipelineEngine
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.hardware import peak_rate
-from visft_ds.planner.memory import model_operations, plan_stream
+from visft_ds.planner.memory import PlannedRun, model_operations, plan_stream
 from visft_ds.prepare.data import RunData, open_data, open_loader
 from visft_ds.prepare.model import prepare_model
+from visft_ds.prepare.settle import settle_data
 from visft_ds.pretrained import local
 from visft_ds.resilience.memory import memory_explained, peak_memory
-from visft_ds.run.machine import Machine, check_machine, settle_recompute
+from visft_ds.run.folder import EarlierStarts
+from visft_ds.run.machine import Machine, check_machine, planned_run, settle_recompute
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 from visft_ds.toy.coco import write_toy_coco
 
-_IMAGE = (480, 640)  #: of a generated picture: COCO's most frequent size
+_HEIGHT = 480  #: pixels of a generated picture: COCO's most frequent size
+_WIDTH = 640
 #: Instruction of a pipeline -> part of a step.
 _INSTRUCTIONS = {"ForwardPass": "forward", "BackwardPass": "backward", "OptimizerStep": "optimizer"}
 
@@ -51,12 +55,12 @@ class StreamProfile:
     """Steps of one kind on this rank."""
 
     images: int  #: of a step, over all ranks
-    seconds: list[float]
+    seconds: list[float]  #: of each whole step
     parts: dict[str, float]  #: seconds of a step by part, mean
     peak: int  #: bytes, of the allocator on a GPU, else of the process
     planned: dict[str, int]  #: bytes by part
     operations: int  #: of this rank's step, nothing computed twice
-    utilisation: float | None  #: of the GPU's dense peak (MFU); None: it is not known
+    mfu: float | None  #: share of the GPU's dense peak; None: it is not known
 
 
 def measure(
@@ -64,34 +68,33 @@ def measure(
 ) -> dict[str, Any]:
     """The record of all streams on the main process, empty elsewhere. Collective."""
     with open_session(config, synthetic=synthetic) as session:
-        found = {}
-        for name in session.config.visft.streams():
-            found[name] = asdict(session.measure(name, steps, warmup))
+        profiles = {}
+        for stream in session.config.visft.streams():
+            profiles[stream] = asdict(session.measure(stream, steps, warmup))
             if trace is not None:
-                session.trace(name, trace)
-        ranks = distributed.gather_objects(found)
+                session.trace(stream, trace)
+        ranks = distributed.gather_objects(profiles)
         record = {"config": session.config.to_dict(), "versions": versions(), "ranks": ranks}
     distributed.close()
     return {} if ranks is None else record
 
 
 def measure_loader(config: ResolvedConfig, steps: int, warmup: int, *, synthetic: bool) -> dict[str, Any]:
-    """Samples a second of this rank's loader by itself, and the seconds of its threads by part, for each
-    stream.
-    """
-    found: dict[str, Any] = {}
+    """Samples and seconds of this rank's loader by itself, for each stream."""
+    speeds = {}
     with open_run_data(config, synthetic=synthetic) as (opened, data):
-        machine = check_machine(opened, data.vocabulary)
-        for name in opened.visft.streams():
-            with loading(opened, data, name, machine) as loader:
-                read = loader.steps(0, warmup + steps)
+        machine = check_machine(opened)
+        for stream in opened.visft.streams():
+            with closing(loader_of(opened, data, stream, machine)) as loader:
+                batches_of_steps = loader.steps(0, warmup + steps)
                 for _ in range(warmup):
-                    next(read)
+                    next(batches_of_steps)
                 began = time.perf_counter()
-                samples = sum(len(batch.images) for _, batches in read for batch in batches)
-                seconds = time.perf_counter() - began
-            found[name] = {"samples": samples, "seconds": seconds}
-    return {"config": opened.to_dict(), "versions": versions(), "loader": found}
+                samples = 0
+                for _, batches in batches_of_steps:
+                    samples += sum(len(batch.images) for batch in batches)
+                speeds[stream] = {"samples": samples, "seconds": time.perf_counter() - began}
+    return {"config": opened.to_dict(), "versions": versions(), "loader": speeds}
 
 
 @contextmanager
@@ -104,25 +107,26 @@ def open_run_data(config: ResolvedConfig, *, synthetic: bool) -> Iterator[tuple[
         config = replace(config, visft=config.visft.model_copy(update={"run": run, "features": None}))
         if synthetic:
             config = with_random_weights(config, drawn_shards(config, Path(folder)))
-        yield open_data(config, distributed.world_size())
+        config, sets = settle_data(config, distributed.world_size())
+        yield config, open_data(config.visft, sets)
 
 
 @contextmanager
 def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session]:
     """Build what `train` builds, in its order, without a run folder."""
     with open_run_data(config, synthetic=synthetic) as (config, data):
-        machine = check_machine(config, data.vocabulary)
+        machine = check_machine(config)
         start_process_group()
-        if config.visft.model.recompute == "auto":
-            config, machine = settle_recompute(config, machine)
+        config, machine = settle_recompute(config, machine, data.vocabulary, EarlierStarts())
+        planned = planned_run(config, machine, data.vocabulary)
         prepared = prepare_model(
             config.visft,
             config.optimizer.params,
-            precision=machine.planned.precision,
+            precision=planned.precision,
             heads_from=Path(config.visft.heads.path) if config.visft.heads.path else None,
             categories=data.categories,
             vocabulary=data.vocabulary,
-            placement=placement_for(machine.deepspeed_config, machine.planned.bounds),
+            placement=placement_for(machine.deepspeed_config, planned.bounds),
         )
         engine = build_engine(
             prepared,
@@ -130,53 +134,49 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             config.optimizer.params,
             Schedule(config.scheduler, config.total_steps),
             seed=config.visft.seed,
-            bounds=machine.planned.bounds,
+            bounds=planned.bounds,
             compile=config.visft.model.compile,
         )
-        yield Session(config, data, machine, engine)
+        yield Session(config, data, machine, planned, engine)
 
 
 def drawn_shards(config: ResolvedConfig, folder: Path) -> Path:
     """Shards of generated pictures, twice the largest batch of them: in a few there is nothing for a task."""
     count = 2 * max(stream.batch_size for stream in config.visft.streams().values())
-    tree, split = folder / "coco", config.visft.data.train
-    write_toy_coco(tree, train=count, val=0, height=_IMAGE[0], width=_IMAGE[1], max_shapes=18)
-    instances, captions = (
-        tree / "annotations" / f"{kind}_train2017.json" for kind in ("instances", "captions")
-    )
-    build(Options(tree / "train2017", instances, captions, folder / "shards", split))
-    return folder / "shards"
+    tree = folder / "coco"
+    shards = folder / "shards"
+    write_toy_coco(tree, train=count, val=0, height=_HEIGHT, width=_WIDTH, max_shapes=18)
+    instances = tree / "annotations/instances_train2017.json"
+    captions = tree / "annotations/captions_train2017.json"
+    build(Options(tree / "train2017", instances, captions, shards, config.visft.data.train))
+    return shards
 
 
 def with_random_weights(config: ResolvedConfig, shards: Path) -> ResolvedConfig:
     """The same on other shards, with random values where files are not here: speed does not depend on
     values.
     """
+    visft = config.visft
     settings = [f"visft.data.root={shards}", "visft.data.sets=[]"]
-    weights, heads, words = (
-        config.visft.model.weights,
-        config.visft.heads.path,
-        config.visft.tasks.with_words(),
-    )
-    if words is not None and words[1].vocabulary.file is None:
-        settings.append(f"visft.tasks.{words[0]}.vocabulary.min_count=1")
-    if weights is not None and not local(weights).is_file():
+    captions = visft.tasks.with_words()
+    if captions is not None:
+        task, options = captions
+        if options.vocabulary.file is None:
+            settings.append(f"visft.tasks.{task}.vocabulary.min_count=1")
+    if visft.model.weights is not None and not local(visft.model.weights).is_file():
         settings.append("visft.model.weights=null")
-    if heads is not None and not Path(heads).exists():
+    if visft.heads.path is not None and not Path(visft.heads.path).exists():
         settings += ["visft.heads.path=null", "visft.heads.start=random"]
     return changed(config, settings)
 
 
-@contextmanager
-def loading(config: ResolvedConfig, data: RunData, stream: str, machine: Machine) -> Iterator[StepLoader]:
+def loader_of(config: ResolvedConfig, data: RunData, stream: str, machine: Machine) -> StepLoader:
     """The loader of a run that has this stream only: its batches in the order in which training meets
     them.
     """
     plan = data.plan
     alone = replace(data, plan=Plan({stream: plan.tasks[stream]}, plan.seed, plan.views))
-    loader = open_loader(config.visft, alone, machine.planned.batches)
-    yield loader
-    loader.close()
+    return open_loader(config.visft, alone, machine.batches)
 
 
 @dataclass(frozen=True)
@@ -186,14 +186,15 @@ class Session:
     config: ResolvedConfig
     data: RunData
     machine: Machine
+    planned: PlannedRun
     engine: Engine
 
     def measure(self, stream: str, count: int, warmup: int) -> StreamProfile:
         """Whole steps, in turn with steps by part. Collective."""
-        device, planned = self.engine.device, self.machine.planned
-        plain: list[float] = []
-        parts: list[dict[str, float]] = []
-        with loading(self.config, self.data, stream, self.machine) as loader:
+        device = self.engine.device
+        whole: list[float] = []
+        by_part: list[dict[str, float]] = []
+        with closing(loader_of(self.config, self.data, stream, self.machine)) as loader:
             steps = loader.steps(0, warmup + 2 * count)
             for _ in range(warmup):
                 self._step(stream, steps)
@@ -201,31 +202,38 @@ class Session:
                 torch.cuda.reset_peak_memory_stats(device)
             for _ in range(count):
                 seconds, images = self._step(stream, steps)
-                plain.append(seconds)
+                whole.append(seconds)
                 with timed_parts(self.engine) as watch:
-                    seconds, images = self._step(stream, steps)
-                found = {"data wait": loader.wait_seconds, **watch.seconds()}
-                parts.append({**found, "rest": seconds - sum(found.values())})
-        kind = self.config.visft.streams()[stream]
-        operations, rate = model_operations(planned, kind), peak_rate(device, planned.precision)
+                    seconds, _ = self._step(stream, steps)
+                parts = {"data wait": loader.wait_seconds, **watch.seconds()}
+                parts["rest"] = seconds - sum(parts.values())
+                by_part.append(parts)
+
+        planned = self.planned
+        step_kind = self.config.visft.streams()[stream]
+        operations = model_operations(planned, step_kind)
+        peak = peak_rate(device, planned.precision)
         return StreamProfile(
-            images,
-            plain,
-            {part: statistics.fmean(one.get(part, 0.0) for one in parts) for part in parts[0]},
-            peak_memory(device),
-            asdict(plan_stream(planned, kind)),
-            operations,
-            None if rate is None else operations / statistics.median(plain) / rate,
+            images=images,
+            seconds=whole,
+            parts={part: statistics.fmean(parts.get(part, 0.0) for parts in by_part) for part in by_part[0]},
+            peak=peak_memory(device),
+            planned=asdict(plan_stream(planned, step_kind)),
+            operations=operations,
+            mfu=None if peak is None else operations / statistics.median(whole) / peak,
         )
 
     def trace(self, stream: str, folder: Path) -> None:
         """Trace a step by torch.profiler: FOLDER/STREAM-rankN.json.gz for Perfetto, and a table of its
         operators.
         """
-        cuda = self.engine.device.type == "cuda"
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its own starts and stops
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-        with loading(self.config, self.data, stream, self.machine) as loader:
+        activities = [ProfilerActivity.CPU]
+        sort_by = "self_cpu_time_total"
+        if self.engine.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+            sort_by = "self_device_time_total"
+        with closing(loader_of(self.config, self.data, stream, self.machine)) as loader:
             steps = loader.steps(0, 2)
             self._step(stream, steps)
             with profile(activities=activities, acc_events=True) as profiler:
@@ -234,8 +242,8 @@ class Session:
         path = folder / f"{stream}-rank{distributed.rank()}.json.gz"
         profiler.export_chrome_trace(str(path))
         if distributed.is_main():
-            by = "self_device_time_total" if cuda else "self_cpu_time_total"
-            print(f"{stream}: {path}\n{profiler.key_averages().table(sort_by=by, row_limit=15)}", flush=True)
+            table = profiler.key_averages().table(sort_by=sort_by, row_limit=15)
+            print(f"{stream}: {path}\n{table}", flush=True)
 
     def _step(self, stream: str, steps: Iterator[tuple[StepPlan, list[Batch]]]) -> tuple[float, int]:
         """A step as the training loop makes it: seconds from asking for the data to its end, images of all
@@ -245,13 +253,12 @@ class Session:
         synchronize(engine.device)
         began = time.perf_counter()
         step_plan, batches = next(steps)
-        what = f"step {step_plan.step} of {stream}"
-        summed, _ = distributed.agree_on_step(
-            what, counts_of(engine.module.criteria, batches), False, engine.device
-        )
-        micro_batches = self.machine.planned.batches.micro_batches
+        label = f"step {step_plan.step} of {stream}"
+        counts = counts_of(engine.module.criteria, batches)
+        summed, _ = distributed.agree_on_step(label, counts, False, engine.device)
+        micro_batches = self.machine.batches.micro_batches
         denominators = loss_denominators_of(summed, micro_batches, engine.device)
-        with memory_explained(what, stream, batches, engine.device):
+        with memory_explained(label, stream, batches, engine.device):
             engine.train_step(step_plan.step, batches, denominators)
         synchronize(engine.device)
         return time.perf_counter() - began, len(step_plan.indices)
@@ -267,7 +274,8 @@ class Stopwatch:
     """Seconds by part: CUDA events on a GPU, the wall clock elsewhere."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._marks = device, defaultdict[str, list[Any]](list)
+        self._device = device
+        self._marks = defaultdict[str, list[Any]](list)
 
     def mark(self, part: str) -> None:
         """Begin or end a part."""
@@ -292,13 +300,16 @@ class Stopwatch:
     def seconds(self) -> dict[str, float]:
         """Seconds of each part, from every odd mark to the even one behind it; waits for the device."""
         synchronize(self._device)
+        seconds: dict[str, float] = {}
+        for part, marks in self._marks.items():
+            pairs = zip(marks[::2], marks[1::2], strict=True)
+            seconds[part] = sum(self._between(first, last) for first, last in pairs)
+        return seconds
 
-        def between(first: Any, last: Any) -> float:
-            return (
-                float(first.elapsed_time(last)) / 1e3 if self._device.type == "cuda" else float(last - first)
-            )
-
-        return {part: sum(map(between, marks[::2], marks[1::2])) for part, marks in self._marks.items()}
+    def _between(self, first: Any, last: Any) -> float:
+        if self._device.type == "cuda":
+            return float(first.elapsed_time(last)) / 1e3
+        return float(last - first)
 
 
 @contextmanager
@@ -306,26 +317,35 @@ def timed_parts(engine: Engine) -> Iterator[Stopwatch]:
     """Marks around the parts of a step, removed at the end; of a pipeline, around what this stage is told to
     do.
     """
-    watch, module = Stopwatch(engine.device), engine.module
+    watch = Stopwatch(engine.device)
+    deepspeed = engine.deepspeed
     with ExitStack() as stack:
         if isinstance(engine, PipelineEngine):
-            instructions = {
-                kind: watch.marked(function, _INSTRUCTIONS.get(kind.__name__, "between stages"))
-                for kind, function in engine.deepspeed._INSTRUCTION_MAP.items()
-            }
-            stack.enter_context(patch.object(engine.deepspeed, "_INSTRUCTION_MAP", instructions))
-        else:
-            for part, owner in (
-                ("backbone", module.backbone),
-                *(("heads", head) for head in module.heads.values()),
-            ):
-                before = owner.register_forward_pre_hook(lambda *_, part=part: watch.mark(part), prepend=True)
-                after = owner.register_forward_hook(lambda *_, part=part: watch.mark(part))
-                stack.callback(before.remove)
-                stack.callback(after.remove)
-            for kind in {type(criterion) for criterion in module.criteria.values()}:
-                stack.enter_context(patch.object(kind, "__call__", watch.marked(kind.__call__, "criteria")))
-            for name, part in (("backward", "backward"), ("step", "optimizer")):
-                timed = watch.marked(getattr(engine.deepspeed, name), part)
-                stack.enter_context(patch.object(engine.deepspeed, name, timed))
+            instructions = {}
+            for kind, function in deepspeed._INSTRUCTION_MAP.items():
+                part = _INSTRUCTIONS.get(kind.__name__, "between stages")
+                instructions[kind] = watch.marked(function, part)
+            stack.enter_context(replaced(deepspeed, "_INSTRUCTION_MAP", instructions))
+            yield watch
+            return
+        module = engine.module
+        stack.enter_context(_timed_forward(module.backbone, watch, "backbone"))
+        for head in module.heads.values():
+            stack.enter_context(_timed_forward(head, watch, "heads"))
+        for kind in {type(criterion) for criterion in module.criteria.values()}:
+            stack.enter_context(replaced(kind, "__call__", watch.marked(kind.__call__, "criteria")))
+        stack.enter_context(replaced(deepspeed, "backward", watch.marked(deepspeed.backward, "backward")))
+        stack.enter_context(replaced(deepspeed, "step", watch.marked(deepspeed.step, "optimizer")))
         yield watch
+
+
+@contextmanager
+def _timed_forward(module: nn.Module, watch: Stopwatch, part: str) -> Iterator[None]:
+    def mark(*_: Any) -> None:
+        watch.mark(part)
+
+    before = module.register_forward_pre_hook(mark, prepend=True)
+    after = module.register_forward_hook(mark)
+    yield
+    before.remove()
+    after.remove()

@@ -159,9 +159,12 @@ def probe_memory(
     device, rows = engine.device, []
     with unchanged(engine):
         for name, batch in largest_batches(data, batches.micro, role or "images"):
-            began, micro = time.perf_counter(), [batch] * batches.accumulation if role else []
-            watchdog.begin(f"rehearsal of {name}")
-            with memory_explained(f"the rehearsal of {name}", name, micro, device):
+            began = time.perf_counter()
+            micro = [batch] * batches.accumulation if role else []
+            with (
+                watchdog.phase(f"rehearsal of {name}"),
+                memory_explained(f"the rehearsal of {name}", name, micro, device),
+            ):
                 counts = counts_of(engine.module.criteria, micro)
                 summed, _ = distributed.agree_on_step(f"rehearsal of {name}", counts, False, device)
                 engine.train_step(0, micro, loss_denominators_of(summed, batches.micro_batches, device))

@@ -151,7 +151,6 @@ class SharedImage(StrictModel):
         None  #: side of a square for training and evaluation instead of the sizes above
     )
     zoom: Zoom = None  #: with fixed_size: smallest and largest side of a random crop, in parts of the image's
-    mask_stride: Positive = 4  #: pixels per cell of a target mask
     caption_choice: CaptionChoice = (
         "random"  #: caption to train on: a new "random" one each time, or the "first"
     )

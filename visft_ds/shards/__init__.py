@@ -1,1 +1,11 @@
-"""COCO -> shards, and what keeps shards whole: building, verifying, repairing, comparing."""
+"""Data sets -> shards, and what keeps shards whole: building, verifying, exchanging labels.
+
+`cli.py` is `visft shards`. `layouts.py` recognises what a folder is; `yolo.py` and `maps.py` turn the labels
+of their layouts into COCO's lists, `coco.py` checks COCO's files and makes one label per image of them, and
+`build.py` writes the tars, the index and the manifest that `data/shards.py` reads. `common.py` has what the
+layouts share, `permute.py` makes a control.
+
+A new layout is a function that returns a list of `common.FolderSplit`, and a line in `layouts.recognise`; it
+never touches tars. The same input gives the same bytes: whatever changes them raises `data.shards.VERSION`.
+Problems of the data are counted in `Findings` and shown, or an error with file and place; never dropped.
+"""

@@ -20,11 +20,12 @@ from visft_ds.errors import tell
 from visft_ds.files import shown_name
 from visft_ds.flags import Parser, check_least, parse_size
 from visft_ds.shards.build import Options, build, reasons
-from visft_ds.shards.coco import FolderSplit, lines_of
+from visft_ds.shards.common import FolderSplit, lines_of
 from visft_ds.shards.layouts import recognise
 
-_SHOWN, _WIDTH = 40, 110  #: classes that are listed, columns
-_INPUTS = ("images", "instances", "captions")
+_SHOWN = 40  #: classes that are listed
+_WIDTH = 110  #: columns
+_FILES = ("images", "instances", "captions")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words and words[0] not in commands.choices and not words[0].startswith("-"):
             if not Path(words[0]).exists():
-                raise ValueError(
-                    f"{words[0]} is neither a folder nor a command: {', '.join(commands.choices)}"
-                )
+                raise ValueError(f"no such folder: {words[0]} (commands: {', '.join(commands.choices)})")
             words = ["build", *words]
         options = parser.parse_args(words)
         return int(options.run(options) or 0)
@@ -65,8 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Make shards, index and manifest of a data set. A folder is recognised by its files: COCO, Roboflow's COCO "
-        "export, YOLO (data.yaml), images with captions (jsonl), or with label maps (ADE20k, Cityscapes, your own)."
+        "Make shards, index and manifest of a data set. A folder is recognised by its files: COCO, "
+        "Roboflow's COCO export, YOLO (data.yaml), images with captions (jsonl), or with label maps "
+        "(ADE20k, Cityscapes, your own)."
     )
     add = parser.add_argument
     add(
@@ -117,99 +117,127 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_build)
 
 
-def _build(given: argparse.Namespace) -> None:
+def _build(arguments: argparse.Namespace) -> None:
     """Build the split of the files, or every split of a folder; all YOLO labels are read before anything is
     written.
     """
-    check_least(given, workers=1)
-    if given.folder is None:
-        if missing := [f"--{name}" for name in ("images", "out", "split") if getattr(given, name) is None]:
-            raise ValueError(f"{', '.join(missing)}: missing; give these, or a FOLDER that is recognised")
-        split = FolderSplit(given.split, *(getattr(given, name) for name in _INPUTS))
-        return _build_split(given, given.out, split)
-    if doubled := [f"--{name}" for name in _INPUTS if getattr(given, name) is not None]:
-        raise ValueError(f"{given.folder} is a data set: leave out {', '.join(doubled)}, or the folder")
-    place = Path(os.path.abspath(given.folder))
-    kind, splits, left = recognise(place, given.split, given.exif, given.void)
-    out = given.out or Path(f"{place.parent if place.is_file() else place}-shards")
-    print(f"{given.folder}: {kind}, {', '.join(split.name for split in splits)}")
-    for path in left:
+    check_least(arguments, workers=1)
+    if arguments.folder is not None:
+        return _build_folder(arguments)
+    missing = [f"--{name}" for name in ("images", "out", "split") if getattr(arguments, name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: missing; give these, or a FOLDER that is recognised")
+    files = {name: getattr(arguments, name) for name in _FILES}
+    _build_split(arguments, arguments.out, FolderSplit(arguments.split, **files))
+
+
+def _build_folder(arguments: argparse.Namespace) -> None:
+    """Build every split of a data set, or the one that is asked for."""
+    doubled = [f"--{name}" for name in _FILES if getattr(arguments, name) is not None]
+    if doubled:
+        raise ValueError(f"{arguments.folder} is a data set: leave out {', '.join(doubled)}, or the folder")
+    place = Path(os.path.abspath(arguments.folder))
+    layout, splits, unread = recognise(place, arguments.split, arguments.exif, arguments.void)
+    folder = place.parent if place.is_file() else place
+    out = arguments.out or Path(f"{folder}-shards")
+    print(f"{arguments.folder}: {layout}, {', '.join(split.name for split in splits)}")
+    for path in unread:
         print(f"  not read: {path.relative_to(place)}")
     for split in splits:
-        _build_split(given, out, split)
-    if not given.dry_run:
+        _build_split(arguments, out, split)
+    if not arguments.dry_run:
         command = ["visft", "train", "--data", str(out)]
-        command += [] if "train" in splits_in(out) else ["--set", f"visft.data.train={splits[0].name}"]
+        if "train" not in splits_in(out):
+            command += ["--set", f"visft.data.train={splits[0].name}"]
         print(f"train on it: {shlex.join(command)}")
 
 
-def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> None:
-    if split.maps is None and given.void is not None:
+def _build_split(arguments: argparse.Namespace, out: Path, split: FolderSplit) -> None:
+    if split.maps is None and arguments.void is not None:
         raise ValueError("--void: this data set has no label maps")
-    if split.maps is not None and given.masks_from_boxes:
+    if split.maps is not None and arguments.masks_from_boxes:
         raise ValueError("--masks-from-boxes: this data set has label maps, no boxes")
-    named = {name: getattr(given, name) for name in ("ids", "limit", "seed", "exif", "masks_from_boxes")}
-    named |= {"max_size": parse_size(given.max_size), "maps": split.maps}
-    options = Options(split.images, split.instances, split.captions, out, split.name, **named)
-    made = build(options, workers=given.workers, dry_run=given.dry_run, replace=given.replace)
-    print(f"{split.name}: {'would build' if given.dry_run else 'built'} {_size(made)}, in {out}")
-    print(*_having(made), sep="\n", end="\n" if made.categories else "")
-    for findings in (split.odd, made.findings, reasons(made.left_out)):
-        print(*lines_of(findings), sep="\n", end="\n" if findings else "")
-    if not given.dry_run:
-        print(f"  fingerprint {made.fingerprint}")
+    options = Options(
+        images=split.images,
+        instances=split.instances,
+        captions=split.captions,
+        maps=split.maps,
+        out=out,
+        split=split.name,
+        ids=arguments.ids,
+        max_size=parse_size(arguments.max_size),
+        limit=arguments.limit,
+        seed=arguments.seed,
+        exif=arguments.exif,
+        masks_from_boxes=arguments.masks_from_boxes,
+    )
+    dry_run = arguments.dry_run
+    manifest = build(options, workers=arguments.workers, dry_run=dry_run, replace=arguments.replace)
+    print(f"{split.name}: {'would build' if dry_run else 'built'} {_size(manifest)}, in {out}")
+    _print_classes(manifest)
+    for findings in (split.findings, manifest.findings, reasons(manifest.left_out)):
+        for line in lines_of(findings):
+            print(line)
+    if not dry_run:
+        print(f"  fingerprint {manifest.fingerprint}")
 
 
-def _having(manifest: Manifest) -> list[str]:
-    """Lines of how many images have each category, the most frequent first."""
-    named = {str(category.coco_id): shown_name(category.name) for category in manifest.categories}
-    shown = [f"{named[number]} {count}" for number, count in Counter(manifest.having_category).most_common()]
+def _print_classes(manifest: Manifest) -> None:
+    """Print how many images have each category, the most frequent first."""
+    if not manifest.categories:
+        return
+    names = {str(category.coco_id): shown_name(category.name) for category in manifest.categories}
+    shown = [f"{names[number]} {count}" for number, count in Counter(manifest.having_category).most_common()]
     if len(shown) > _SHOWN:
-        shown[_SHOWN // 2 : -_SHOWN // 2] = ["..."]
-    first = f"  images with each of {len(named)} classes: "
-    return textwrap.wrap(", ".join(shown), _WIDTH, initial_indent=first, subsequent_indent="    ")
+        shown = [*shown[: _SHOWN // 2], "...", *shown[-_SHOWN // 2 :]]
+    heading = f"  images with each of {len(names)} classes: "
+    print(textwrap.fill(", ".join(shown), _WIDTH, initial_indent=heading, subsequent_indent="    "))
 
 
 def _size(manifest: Manifest) -> str:
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest.counts.items())
-    size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    return f"{len(manifest.shards)} shard(s), {size:.1f} MB, {counts.replace('trainable', 'usable objects')}"
+    counts = counts.replace("trainable", "usable objects")
+    megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
+    return f"{len(manifest.shards)} shard(s), {megabytes:.1f} MB, {counts}"
 
 
-def _permute(given: argparse.Namespace) -> None:
+def _permute(arguments: argparse.Namespace) -> None:
     from visft_ds.shards.permute import permute  # brings torch, which takes seconds
 
-    for split, counts in permute(given.folder, given.out, given.seed):
-        print(f"{given.out}: {split}, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    for split, counts in permute(arguments.folder, arguments.out, arguments.seed):
+        listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+        print(f"{arguments.out}: {split}, {listed}")
 
 
-def _loaded(given: argparse.Namespace) -> list[Manifest]:
-    if not (splits := [given.split] if given.split else splits_in(Path(given.folder))):
-        raise ValueError(f"{given.folder} holds no finished split; for a URL, name one by --split")
-    return [Manifest.load(given.folder, split) for split in splits]
+def _load(arguments: argparse.Namespace) -> list[Manifest]:
+    """The splits of a folder, or the one that is asked for."""
+    splits = [arguments.split] if arguments.split else splits_in(Path(arguments.folder))
+    if not splits:
+        raise ValueError(f"{arguments.folder} holds no finished split; for a URL, name one by --split")
+    return [Manifest.load(arguments.folder, split) for split in splits]
 
 
-def _verify(given: argparse.Namespace) -> bool:
-    damaged = {manifest.split: verify(manifest) for manifest in _loaded(given)}
-    for split, files in damaged.items():
-        fine = f"{split}: no file is damaged"
-        print(
-            f"{split}: damaged: {', '.join(files)}; run the same `visft shards build` again"
-            if files
-            else fine
-        )
-    return any(damaged.values())
+def _verify(arguments: argparse.Namespace) -> bool:
+    """Returns True if a file is damaged."""
+    any_damaged = False
+    for manifest in _load(arguments):
+        damaged = verify(manifest)
+        if damaged:
+            any_damaged = True
+            remedy = "run the same `visft shards build` again"
+            print(f"{manifest.split}: damaged: {', '.join(damaged)}; {remedy}")
+        else:
+            print(f"{manifest.split}: no file is damaged")
+    return any_damaged
 
 
-def _info(given: argparse.Namespace) -> None:
-    for manifest in _loaded(given):
+def _info(arguments: argparse.Namespace) -> None:
+    for manifest in _load(arguments):
         print(f"{manifest.split}: {_size(manifest)}")
         for side in ("width", "height"):
             sides = sorted(manifest.index[side].tolist())
             print(f"  {side} {sides[0]} to {sides[-1]}, median {sides[len(sides) // 2]}")
-        names = ", ".join(
-            f"{category.coco_id} {shown_name(category.name)}" for category in manifest.categories
-        )
-        print(f"  {len(manifest.categories)} categories: {names or 'none'}")
-        print(*_having(manifest), sep="\n", end="\n" if manifest.categories else "")
+        names = [f"{category.coco_id} {shown_name(category.name)}" for category in manifest.categories]
+        print(f"  {len(names)} categories: {', '.join(names) or 'none'}")
+        _print_classes(manifest)
         print(f"  fingerprint {manifest.fingerprint}")

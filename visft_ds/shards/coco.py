@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,49 +15,20 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under N
 
 from visft_ds.data.labels import is_box, is_near, is_polygon, is_run_length_code
 from visft_ds.data.shards import Category
-from visft_ds.files import MAX_PIXELS, read_bytes, reading, shown_name
+from visft_ds.files import MAX_PIXELS, read_bytes, reading
+from visft_ds.shards.common import CocoFile, Findings
 
-#: A COCO file, or its content where it was made of another format.
-CocoFile = Path | Mapping[str, Any]
-_EXAMPLES = 3
 _ANOTHER_FORM = "mask given as [x, y, ...], as [[x, y], ...] or as text (read as polygons)"
 _NO_POLYGON = "polygon of fewer than three points, or not of numbers (left out of its mask)"
 _FAR_POLYGON = "polygon with a point far outside the image (cut off there)"
 _NO_MASK = "mask that is neither polygons nor a run-length code of the image (its box is kept)"
+_ELLIPSE = "mask drawn as an ellipse into its box"
+_BEYOND = "box beyond the image or within a pixel (kept; COCO has x y width height in pixels)"
 _TWICE = "duplicate annotation: same image, category, box and mask (kept)"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-
-class Findings(dict[str, tuple[int, list[str]]]):
-    """Problems of the data: kind -> (how often, the first few examples)."""
-
-    def add(self, kind: str, example: object) -> None:
-        count, examples = self.get(kind, (0, []))
-        self[kind] = count + 1, [*examples, shown_name(f"{example!s:.120}")][:_EXAMPLES]
-
-    def refuse_above_a_tenth(self, of: int, where: object, what: str) -> None:
-        """Raise ValueError if there are more than a tenth of all."""
-        total = sum(count for count, _ in self.values())
-        if total > of / 10:
-            raise ValueError(
-                "\n".join([f"{where}: {total} of its {of} {what} cannot be used:", *lines_of(self)])
-            )
-
-
-@dataclass(frozen=True)
-class FolderSplit:
-    """Inputs of a build that a folder has for a split."""
-
-    name: str
-    images: Path
-    instances: CocoFile | None
-    captions: CocoFile | None
-    maps: CocoFile | None = None  #: label maps, as instances of which no two of an image overlap
-    odd: Findings = field(default_factory=Findings, kw_only=True)  #: what was odd in the layout
-
-
-def lines_of(findings: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Findings for a person."""
-    return [f"{count:>7} x {kind}, e.g. {', '.join(shown)}" for kind, (count, shown) in findings.items()]
+Corners = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+Files = dict[str, Mapping[str, Any]]  # role -> name, bytes, sha256
 
 
 @dataclass(slots=True)
@@ -68,26 +39,32 @@ class SourceImage:
     file_name: str
     width: int
     height: int
-    kept: dict[str, Any]  #: licence and address: who shows an image must be able to name its author
-    annotations: bytearray = field(
-        default_factory=bytearray
-    )  #: JSON; one growing buffer leaves no holes in the memory
+    credit: Mapping[str, Any]  #: licence and address: who shows an image must be able to name its author
+    #: JSON; one growing buffer leaves no holes in the memory
+    annotations: bytearray = field(default_factory=bytearray)
     captions: list[str] = field(default_factory=list)
     objects: int = 0
     crowds: int = 0
     trainable: int = 0  #: annotations that are neither crowd nor without area inside the image
     classes: set[int] = field(default_factory=set)  #: categories of those
     sides: array[float] = field(default_factory=lambda: array("f"))  #: of those, see `Manifest.object_sides`
-    wanted: bool = True  #: it was asked for
-    size: int = 0  #: bytes of its file
-    stamp: int = -1  #: when that was changed; -1: there is none
+    selected: bool = True  #: it was asked for
+    file_bytes: int = 0
+    modified: int = -1  #: time of its file, nanoseconds; -1: there is none
 
     def label(self) -> bytes:
         """The JSON file of this sample in a shard."""
-        names = ("image_id", "file_name", "width", "height")
-        fields = {name: getattr(self, name) for name in names} | self.kept
-        fields["annotations"] = orjson.Fragment(b"[%b]" % bytes(self.annotations[:-1]))
-        return orjson.dumps(fields | {"captions": self.captions})
+        return orjson.dumps(
+            {
+                "image_id": self.image_id,
+                "file_name": self.file_name,
+                "width": self.width,
+                "height": self.height,
+                **self.credit,
+                "annotations": orjson.Fragment(b"[%b]" % bytes(self.annotations[:-1])),
+                "captions": self.captions,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -97,207 +74,293 @@ class CocoSource:
     images: list[SourceImage]
     categories: tuple[Category, ...]
     findings: Findings
-    files: Mapping[str, Mapping[str, Any]]  #: role -> name, bytes, sha256
+    files: Files
 
 
 def read_coco(
     instances: CocoFile | None,
     captions: CocoFile | None,
-    only: Path | None = None,
+    ids: Path | None = None,
     ellipses: bool = False,
     maps: CocoFile | None = None,
 ) -> CocoSource:
     """Read COCO JSON files; without instances, the images are those of the captions file.
 
-    `only` is a text file of image ids or file names, one a line: only these images. With `ellipses`, an
-    object without a mask gets the ellipse in its box.
+    `ids` is a text file of image ids or file names, one a line: only these images. With `ellipses`, an object
+    without a mask gets the ellipse in its box.
 
     Raises:
         ValueError: no COCO file; two images or categories of one id; more than a tenth of the images or
-        annotations
-            is unusable; nothing to learn.
+            annotations is unusable; nothing to learn.
     """
-    findings, files = Findings(), dict[str, Mapping[str, Any]]()
-    images, table, names = dict[int, SourceImage](), dict[int, str](), set[str]()
-    if only is not None:
-        with reading(only, "a list of image ids or file names"):
-            names = {line.strip() for line in _read(only, "ids", files).decode("utf-8-sig").splitlines()} - {
-                ""
-            }
-    for role, place in {"instances": instances, "maps": maps, "captions": captions}.items():
-        if place is None:
+    findings = Findings()
+    files = Files()
+    selection = None if ids is None else _read_selection(ids, files)
+    images = dict[int, SourceImage]()
+    categories = dict[int, str]()
+    for role, source in {"instances": instances, "maps": maps, "captions": captions}.items():
+        if source is None:
             continue
-        where = place if isinstance(place, Path) else f"the {role}"
+        where = source if isinstance(source, Path) else f"the {role}"
         with reading(where, f"a COCO file of {role}"):
-            content = orjson.loads(_read(place, role, files).removeprefix(b"\xef\xbb\xbf"))
-            images = images or _images(content["images"], where, findings)
-            for image in images.values() if only is not None else ():
-                image.wanted = str(image.image_id) in names or image.file_name in names
+            content = orjson.loads(_read(source, role, files).removeprefix(_BYTE_ORDER_MARK))
+            entries = content["annotations"]
+            if not images:
+                images = _read_images(content["images"], where, findings, selection)
             if role == "captions":
-                lost = _add_captions(content["annotations"], images, findings, instances is not None)
+                # The captions of all of COCO are often given for a part of it.
+                unusable = _add_captions(entries, images, findings, of_other_images=instances is not None)
             else:
-                for category in content["categories"]:
-                    number, name = category.get("id"), category.get("name")
-                    if (
-                        type(number) is not int
-                        or number in table
-                        or type(name) is not str
-                        or not name.strip()
-                    ):
-                        raise ValueError(f"category {category!r:.100} needs a unique id and a name")
-                    table[number] = name
-                lost = _add_annotations(content["annotations"], images, table, findings, ellipses)
-            lost.refuse_above_a_tenth(len(content["annotations"]), where, "annotations")
-            findings.update(lost)
-    chosen = [images[number] for number in sorted(images) if images[number].wanted]
-    if missing := names - {str(image.image_id) for image in chosen} - {image.file_name for image in chosen}:
-        raise ValueError(
-            f"{only}: {len(missing)} of its {len(names)} lines name no image: {sorted(missing)[:3]}"
-        )
+                _add_categories(content["categories"], categories)
+                reader = _AnnotationReader(images, categories, findings, ellipses)
+                unusable = reader.read(entries)
+            unusable.refuse_above_a_tenth(len(entries), where, "annotations")
+            findings.update(unusable)
+    chosen = [images[number] for number in sorted(images) if images[number].selected]
+    if selection is not None:
+        _check_selection(selection, chosen, ids)
     # 1 x 1 stands for a file that cannot be read, which is the better reason
-    if not any(image.trainable or image.captions or image.width * image.height == 1 for image in chosen):
+    if not any(image.trainable or image.captions or image.width == image.height == 1 for image in chosen):
         raise ValueError(
             f"{where}: none of its {len(chosen)} images has an object or a caption to learn from"
         )
-    categories = tuple(Category(place, number, table[number]) for place, number in enumerate(sorted(table)))
-    return CocoSource(chosen, categories, findings, files)
+    ordered = enumerate(sorted(categories))
+    listed = tuple(Category(position, number, categories[number]) for position, number in ordered)
+    return CocoSource(chosen, listed, findings, files)
 
 
-def _read(place: CocoFile, role: str, files: dict[str, Mapping[str, Any]]) -> bytes:
-    data = read_bytes(place) if isinstance(place, Path) else orjson.dumps(place)
-    name = place.name if isinstance(place, Path) else role
+def _read(source: CocoFile, role: str, files: Files) -> bytes:
+    """Content of a file, which is noted among the `files` of the split."""
+    if isinstance(source, Path):
+        name = source.name
+        data = read_bytes(source)
+    else:
+        name = role
+        data = orjson.dumps(source)
     files[role] = {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     return data
 
 
-def _images(entries: list[dict[str, Any]], where: object, findings: Findings) -> dict[int, SourceImage]:
-    images, lost = dict[int, SourceImage](), Findings()
+def _read_selection(path: Path, files: Files) -> set[str]:
+    """The image ids or file names in a text file."""
+    with reading(path, "a list of image ids or file names"):
+        text = _read(path, "ids", files).decode("utf-8-sig")
+    return {line.strip() for line in text.splitlines()} - {""}
+
+
+def _check_selection(selection: Collection[str], images: Sequence[SourceImage], ids: Path | None) -> None:
+    """Raise ValueError unless each line of the file `ids` names one of the images."""
+    names = {image.file_name for image in images}
+    numbers = {str(image.image_id) for image in images}
+    missing = sorted(set(selection) - names - numbers)
+    if missing:
+        raise ValueError(
+            f"--ids {ids}: {len(missing)} of {len(selection)} entries match no image: {missing[:3]}"
+        )
+
+
+def _read_images(
+    entries: Sequence[Any],
+    where: object,
+    findings: Findings,
+    selection: Collection[str] | None,
+) -> dict[int, SourceImage]:
+    """The images of a COCO file by their ids."""
+    images = dict[int, SourceImage]()
+    unusable = Findings()
     for entry in entries:
-        number, width, height, name = (entry.get(key) for key in ("id", "width", "height", "file_name"))
+        number = entry.get("id")
+        name = entry.get("file_name")
+        width = entry.get("width")
+        height = entry.get("height")
         if not type(number) is type(width) is type(height) is int or type(name) is not str:
-            lost.add("image without id, size or file_name", f"{name} (id {number!r:.20})")
+            unusable.add("image without id, size or file_name", f"{name} (id {number!r:.20})")
         elif not 0 <= number < 1 << 63 or min(width, height) < 1 or width * height > MAX_PIXELS:
-            lost.add("image with an impossible id or size", f"{name} (id {number}, {width} x {height})")
-        elif number in images:
-            if images[number].file_name != name:
-                raise ValueError(f"{name} and {images[number].file_name} both have the id {number}")
-            findings.add("image listed twice", name)
-        else:
-            kept = {
+            unusable.add("image with an impossible id or size", f"{name} (id {number}, {width} x {height})")
+        elif number not in images:
+            credit = {
                 key: entry[key] for key in ("license", "flickr_url") if type(entry.get(key)) in (int, str)
             }
-            images[number] = SourceImage(number, name, width, height, kept)
-    lost.refuse_above_a_tenth(len(entries), where, "images")
-    findings.update(lost)
+            image = SourceImage(number, name, width, height, credit)
+            image.selected = selection is None or str(number) in selection or name in selection
+            images[number] = image
+        elif images[number].file_name == name:
+            findings.add("image listed twice", name)
+        else:
+            raise ValueError(f"{name} and {images[number].file_name} both have the id {number}")
+    unusable.refuse_above_a_tenth(len(entries), where, "images")
+    findings.update(unusable)
     return images
 
 
+def _add_categories(entries: Sequence[Any], categories: dict[int, str]) -> None:
+    """Add the categories of a COCO file, id -> name; each must have both, and no id may come twice."""
+    for entry in entries:
+        number = entry.get("id")
+        name = entry.get("name")
+        if type(number) is not int or number in categories or type(name) is not str or not name.strip():
+            raise ValueError(f"category {entry!r:.100} needs a unique id and a name")
+        categories[number] = name
+
+
 def _add_captions(
-    entries: Any, images: Mapping[int, SourceImage], findings: Findings, strangers: bool
+    entries: Sequence[Any],
+    images: Mapping[int, SourceImage],
+    findings: Findings,
+    of_other_images: bool,
 ) -> Findings:
     """Give the captions to their images; returns those that cannot be used.
 
-    `strangers`: they may be of more images than there are, as of a part of COCO the captions of all are often
-    given.
+    If some may be `of_other_images`, those count as used as soon as one is of these images.
     """
-    lost, unknown = Findings(), Findings()
+    unusable = Findings()
+    without_image = Findings()
     for entry in entries:
-        image, text = images.get(entry.get("image_id")), entry.get("caption")
+        image = images.get(entry.get("image_id"))
+        text = entry.get("caption")
+        example = f"caption {entry.get('id')}"
         if image is None:
-            unknown.add("caption without image", f"caption {entry.get('id')}")
+            without_image.add("caption without image", example)
         elif not isinstance(text, str) or not text.strip():
-            lost.add("caption without text", f"caption {entry.get('id')}")
+            unusable.add("caption without text", example)
         else:
             image.captions.append(text)
-    known = any(image.captions for image in images.values())
-    (findings if strangers and known else lost).update(unknown)
-    return lost
+    if of_other_images and any(image.captions for image in images.values()):
+        findings.update(without_image)
+    else:
+        unusable.update(without_image)
+    return unusable
 
 
-def _add_annotations(
-    entries: Any,
-    images: Mapping[int, SourceImage],
-    categories: Mapping[int, str],
-    findings: Findings,
-    ellipses: bool,
-) -> Findings:
-    """Give the annotations to their images; returns those that cannot be used."""
-    lost, apart, masks, seen = Findings(), list[str](), 0, set[int]()
-    contents = set[int]()  # hashes of annotations without their ids
-    for entry in entries:
-        number, category, crowd = (entry.get(key) for key in ("id", "category_id", "iscrowd"))
-        box: Any = entry.get("bbox")
-        image, where = images.get(entry.get("image_id")), f"annotation {number}"
+@dataclass
+class _AnnotationReader:
+    """Annotations of a COCO file, given to their images one by one."""
+
+    images: Mapping[int, SourceImage]
+    categories: Mapping[int, str]
+    findings: Findings
+    ellipses: bool
+    unusable: Findings = field(default_factory=Findings)
+    ids: set[int] = field(default_factory=set)
+    contents: set[int] = field(default_factory=set)  #: hashes of annotations without their ids
+    masks: int = 0  #: that were compared with their boxes
+    far_masks: list[str] = field(default_factory=list)  #: examples of those that do not fit
+
+    def read(self, entries: Sequence[Any]) -> Findings:
+        """Give all annotations to their images; returns those that cannot be used."""
+        for entry in entries:
+            problem = self._problem(entry)
+            if problem is not None:
+                self.unusable.add(*problem)
+            elif self.images[entry["image_id"]].selected:
+                self._add(entry, self.images[entry["image_id"]])
+        if len(self.far_masks) > self.masks / 10:
+            for example in self.far_masks:
+                self.findings.add("mask more than a pixel from its box", example)
+        return self.unusable
+
+    def _problem(self, entry: Any) -> tuple[str, str] | None:
+        """Why an annotation is left out: kind and example."""
+        number = entry.get("id")
+        category = entry.get("category_id")
+        box = entry.get("bbox")
+        image = self.images.get(entry.get("image_id"))
+        name = f"annotation {number}"
         if image is None:
-            lost.add("annotation without image", where)
-        elif type(category) is not int or category not in categories:
-            lost.add("annotation of unknown category", f"{where}: {category}")
-        elif type(number) is not int or number in seen:
-            lost.add("annotation without a unique id", where)
-        elif not is_box(box, image.height, image.width) or crowd not in (None, 0, 1):
-            lost.add("malformed box or crowd flag, or a box far outside the image", f"{where}: {box}")
-        elif image.wanted:
-            seen.add(number)
-            x, y, width, height = box
-            right, bottom, area = x + width, y + height, entry.get("area")
-            seen_width = min(right, image.width) - max(x, 0)
-            seen_height = min(bottom, image.height) - max(y, 0)
-            useful = seen_width > 0 and seen_height > 0
-            area = area if type(area) in (int, float) else width * height
-            stored = {
-                "id": number,
-                "bbox": box,
-                "category_id": category,
-                "iscrowd": int(bool(crowd)),
-                "area": area,
-            }
-            segmentation, odd = stored_segmentation(entry.get("segmentation"), image.height, image.width)
-            drawn = ellipses and useful and not segmentation and not crowd
-            segmentation = [_ellipse(*box)] if drawn else segmentation
-            if segmentation is not None:
-                stored["segmentation"] = segmentation
-            data = orjson.dumps(stored)
-            content = hash((image.image_id, data[data.index(b",") :]))  # behind its id
-            image.annotations += data + b","
-            image.objects += 1
-            image.crowds += bool(crowd)
-            image.trainable += useful and not crowd
-            if useful and not crowd:
-                image.classes.add(category)
-                image.sides.append(math.sqrt(seen_width * seen_height / (image.width * image.height)))
-            for kind in odd:
-                if kind != _NO_MASK:
-                    findings.add(kind, where)
-            for kind, found in (
-                ("mask drawn as an ellipse into its box", drawn),
-                ("crowd (kept; training leaves it out)", crowd),
-                ("box without area (kept; training leaves it out)", not useful),
-                ("instance without mask", not segmentation and not crowd),
-            ):
-                if found:
-                    findings.add(kind, where)
-            if min(x, y) < -1 or right > image.width + 1 or bottom > image.height + 1 or 0 < max(box) <= 1:
-                kind = "box beyond the image or within a pixel (kept; COCO has x y width height in pixels)"
-                lost.add(kind, f"{where}: {box} in {image.width} x {image.height}")
-            elif content in contents:
-                lost.add(_TWICE, where)
-            elif _NO_MASK in odd:
-                lost.add(_NO_MASK, f"{where}: {entry['segmentation']!r:.60}")
-            elif segmentation and not crowd and (extent := _extent(segmentation)):
-                masks += 1
-                if sum(abs(a - b) for a, b in zip(extent, (x, y, right, bottom), strict=True)) > 4:
-                    apart.append(f"{where}: {box}")
-            contents.add(content)
-    for example in apart if len(apart) > masks / 10 else ():
-        findings.add("mask more than a pixel from its box", example)
-    return lost
+            return "annotation without image", name
+        if type(category) is not int or category not in self.categories:
+            return "annotation of unknown category", f"{name}: {category}"
+        if type(number) is not int or number in self.ids:
+            return "annotation without a unique id", name
+        if not is_box(box, image.height, image.width) or entry.get("iscrowd") not in (None, 0, 1):
+            return "malformed box or crowd flag, or a box far outside the image", f"{name}: {box}"
+        return None
+
+    def _add(self, entry: Any, image: SourceImage) -> None:
+        """Give a usable annotation to its image, and note what is odd about it."""
+        name = f"annotation {entry['id']}"
+        box = entry["bbox"]
+        corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
+        crowd = bool(entry.get("iscrowd"))
+        inside = _share_inside(corners, image)
+        segmentation, problems = stored_segmentation(entry.get("segmentation"), image.height, image.width)
+        no_mask = _NO_MASK in problems
+        if no_mask:
+            problems.remove(_NO_MASK)
+        if self.ellipses and inside and not segmentation and not crowd:
+            segmentation = [_ellipse(*box)]
+            problems.append(_ELLIPSE)
+        if crowd:
+            problems.append("crowd (kept; training leaves it out)")
+        if not inside:
+            problems.append("box without area (kept; training leaves it out)")
+        if not segmentation and not crowd:
+            problems.append("instance without mask")
+        for kind in problems:
+            self.findings.add(kind, name)
+        self.ids.add(entry["id"])
+        image.objects += 1
+        image.crowds += crowd
+        if inside and not crowd:
+            image.trainable += 1
+            image.classes.add(entry["category_id"])
+            image.sides.append(math.sqrt(inside))
+        data = _stored(entry, segmentation)
+        image.annotations += data + b","
+        content = hash((image.image_id, data[data.index(b",") :]))  # behind its id
+        if _reaches_beyond(corners, image) or 0 < max(box) <= 1:
+            self.unusable.add(_BEYOND, f"{name}: {box} in {image.width} x {image.height}")
+        elif content in self.contents:
+            self.unusable.add(_TWICE, name)
+        elif no_mask:
+            self.unusable.add(_NO_MASK, f"{name}: {entry['segmentation']!r:.60}")
+        elif segmentation and not crowd:
+            extent = _extent(segmentation)
+            if extent is not None:
+                self.masks += 1
+                distance = sum(abs(a - b) for a, b in zip(extent, corners, strict=True))
+                if distance > 4:
+                    self.far_masks.append(f"{name}: {box}")
+        self.contents.add(content)
+
+
+def _share_inside(corners: Corners, image: SourceImage) -> float:
+    """Share of the image that a box covers; 0 for a box without area or outside the image."""
+    left, top, right, bottom = corners
+    across = min(right, image.width) - max(left, 0)
+    down = min(bottom, image.height) - max(top, 0)
+    if across <= 0 or down <= 0:
+        return 0.0
+    return across * down / (image.width * image.height)
+
+
+def _reaches_beyond(corners: Corners, image: SourceImage) -> bool:
+    """Return True for a box that ends more than a pixel beyond the image."""
+    left, top, right, bottom = corners
+    return min(left, top) < -1 or right > image.width + 1 or bottom > image.height + 1
+
+
+def _stored(entry: Any, segmentation: Any) -> bytes:
+    """An annotation as a label in a shard has it."""
+    _, _, width, height = entry["bbox"]
+    area = entry.get("area")
+    stored = {
+        "id": entry["id"],
+        "bbox": entry["bbox"],
+        "category_id": entry["category_id"],
+        "iscrowd": int(bool(entry.get("iscrowd"))),
+        "area": area if _is_number(area) else width * height,
+    }
+    if segmentation is not None:
+        stored["segmentation"] = segmentation
+    return orjson.dumps(stored)
 
 
 def stored_segmentation(mask: Any, height: int, width: int) -> tuple[Any, list[str]]:
     """(polygons of three points or more, a run-length code with its counts as text, or None; problems)."""
-    odd = list[str]()
+    problems = list[str]()
     if isinstance(mask, str):
-        odd.append(_ANOTHER_FORM)
+        problems.append(_ANOTHER_FORM)
         try:
             mask = orjson.loads(mask)
         except orjson.JSONDecodeError:
@@ -306,35 +369,38 @@ def stored_segmentation(mask: Any, height: int, width: int) -> tuple[Any, list[s
         return mask, []
     if isinstance(mask, Mapping):
         code = _run_length_code(mask, height, width)
-        return code, [_NO_MASK] if code is None else odd
+        return code, [_NO_MASK] if code is None else problems
     if not isinstance(mask, list):
         return None, [_NO_MASK]
     polygons = _polygons(mask)
-    if polygons is not mask and not odd:
-        odd.append(_ANOTHER_FORM)
-    good = [polygon for polygon in polygons if is_polygon(polygon)]
-    if not good:
+    if polygons is not mask and not problems:
+        problems.append(_ANOTHER_FORM)
+    usable = [polygon for polygon in polygons if is_polygon(polygon)]
+    if not usable:
         return None, [_NO_MASK]
-    if len(good) < len(polygons):
-        odd.append(_NO_POLYGON)
-    for number, polygon in enumerate(good):
+    if len(usable) < len(polygons):
+        problems.append(_NO_POLYGON)
+    for number, polygon in enumerate(usable):
         if not is_near(polygon, height, width):
-            odd.append(_FAR_POLYGON)
-            good[number] = _cut_off(polygon, height, width)
-    return good, odd
+            problems.append(_FAR_POLYGON)
+            usable[number] = _cut_off(polygon, height, width)
+    return usable, problems
 
 
 def _polygons(mask: list[Any]) -> list[Any]:
-    """Polygons in COCO's form, of a list of numbers, of points, or of lists of points; any other list as it
-    is.
-    """
+    """Polygons in COCO's form, of a list of numbers, of points, or of lists of points; else the list."""
     if all(map(_is_number, mask)):
         return [mask]
     if all(map(_is_point, mask)):
-        return [[number for point in mask for number in point]]
+        return [_flat(mask)]
     if all(isinstance(polygon, list) and polygon and all(map(_is_point, polygon)) for polygon in mask):
-        return [[number for point in polygon for number in point] for polygon in mask]
+        return list(map(_flat, mask))
     return mask
+
+
+def _flat(points: list[Any]) -> list[Any]:
+    """[x, y, x, y, ...] of points."""
+    return [number for point in points for number in point]
 
 
 def _is_number(value: Any) -> bool:
@@ -347,37 +413,45 @@ def _is_point(value: Any) -> bool:
 
 def _cut_off(polygon: list[float], height: int, width: int) -> list[float]:
     """The polygon with points that lie more than one image away moved to that distance."""
-    sides = (width, height)
-    return [min(max(number, -sides[axis % 2]), 2 * sides[axis % 2]) for axis, number in enumerate(polygon)]
+    cut = polygon.copy()
+    cut[::2] = [min(max(x, -width), 2 * width) for x in polygon[::2]]
+    cut[1::2] = [min(max(y, -height), 2 * height) for y in polygon[1::2]]
+    return cut
 
 
-def _run_length_code(given: Mapping[str, Any], height: int, width: int) -> dict[str, Any] | None:
+def _run_length_code(mask: Mapping[str, Any], height: int, width: int) -> dict[str, Any] | None:
     """A run-length code with its counts as text; None if it does not fill the image."""
-    if given.get("size") != [height, width]:
+    size = [height, width]
+    if mask.get("size") != size:
         return None
-    counts = given.get("counts")
-    if isinstance(counts, list):
-        if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != height * width:
+    code = {"size": size, "counts": mask.get("counts")}
+    if isinstance(code["counts"], list):
+        if not all(type(count) is int and count >= 0 for count in code["counts"]):
             return None
-        counts = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)[
-            "counts"
-        ].decode()
-    code = {"size": [height, width], "counts": counts}
+        if sum(code["counts"]) != height * width:
+            return None
+        code["counts"] = coco_mask.frPyObjects(code, height, width)["counts"].decode()
     return code if is_run_length_code(code, height, width) else None
 
 
 def _ellipse(x: float, y: float, width: float, height: float) -> list[float]:
     """The polygon of 32 points that touches the sides of a box."""
-    turns = [2 * math.pi * place / 32 for place in range(32)]
-    points = ((x + width * (1 + math.cos(a)) / 2, y + height * (1 + math.sin(a)) / 2) for a in turns)
-    return [round(value, 2) for point in points for value in point]
+    polygon = list[float]()
+    for corner in range(32):
+        angle = 2 * math.pi * corner / 32
+        right = width * (1 + math.cos(angle)) / 2
+        down = height * (1 + math.sin(angle)) / 2
+        polygon += [round(x + right, 2), round(y + down, 2)]
+    return polygon
 
 
-def _extent(segmentation: Any) -> tuple[float, float, float, float] | None:
-    """(x1, y1, x2, y2) of a mask; None for an empty one."""
+def _extent(segmentation: Any) -> Corners | None:
+    """The corners of a mask; None for an empty one."""
     if isinstance(segmentation, Mapping):
         x, y, width, height = map(float, coco_mask.toBbox(dict(segmentation)))
-        return (x, y, x + width, y + height) if width and height else None
+        if width == 0 or height == 0:
+            return None
+        return x, y, x + width, y + height
     xs = [x for polygon in segmentation for x in polygon[::2]]
     ys = [y for polygon in segmentation for y in polygon[1::2]]
     return min(xs), min(ys), max(xs), max(ys)

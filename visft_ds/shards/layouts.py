@@ -8,74 +8,174 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from visft_ds.files import checked_name, read_bytes, reading
-from visft_ds.shards.coco import FolderSplit
+from visft_ds.shards.common import SPLITS, Exif, FolderSplit, listed_image
 from visft_ds.shards.maps import map_layouts, read_maps
-from visft_ds.shards.yolo import SPLITS, Exif, listed_image, read_yolo
+from visft_ds.shards.yolo import read_yolo
 
 _YEAR = re.compile(r"^(train|val|test)\d{4}$")
 _COCO_FILE = re.compile(r"(?:(instances|maps|captions)_)?(.+)\.json")
-_BESIDE_IMAGES = {"Roboflow": ("_annotations.coco.json",), "captions": ("metadata.jsonl", "captions.jsonl")}
+#: Names of files beside the images of a split, or in its folder.
+_ROBOFLOW = ("_annotations.coco.json",)
+_CAPTIONS = ("metadata.jsonl", "captions.jsonl")
 _LOOKED_FOR = """looked for
-  COCO      instances_SPLIT.json, captions_SPLIT.json or SPLIT.json, here or in annotations/; images in SPLIT/, images/
+  COCO      instances_SPLIT.json, captions_SPLIT.json or SPLIT.json, here or in annotations/;
+            images in SPLIT/ or images/
   Roboflow  SPLIT/_annotations.coco.json beside the images
   YOLO      data.yaml (names, train, val), images/ and labels/; give the path of one of another name
   captions  metadata.jsonl or captions.jsonl (file_name, text) beside the images, here or in SPLIT/
-  maps      classes.txt, images/SPLIT, labels/SPLIT; ADE20k's and Cityscapes' own folders"""
+  maps      classes.txt, images/SPLIT, labels/SPLIT; ADE20k's and Cityscapes' own folders
+or name the files: visft shards build --images DIR --instances FILE --out OUT --split train"""
 _SHOWN = 8  # names in a message
 
 
 def recognise(
-    place: Path, wanted: str | None = None, exif: Exif = None, void: int | None = None
+    place: Path, only: str | None = None, exif: Exif = None, void: int | None = None
 ) -> tuple[str, list[FolderSplit], list[Path]]:
-    """(kind of the data set, its splits, annotations that are not read) of a folder, or of the data.yaml of
-    one.
+    """(layout, its splits, annotations that are not read) of a folder, or of the data.yaml of one.
 
-    `wanted` is the name of the only split to look for. `exif` is for annotations that state no sizes: those
-    of the pictures as stored ("ignore"), or upright. `void` is the number of places without a class in label
-    maps.
+    `only` is the name of the only split to look for. `exif` is for annotations that state no sizes: those of
+    the pictures as stored ("ignore"), or upright. `void` is the number that means no class in label maps.
 
     Raises:
         ValueError: nothing that is known, or two things; no split of the name; the files of the layout are
-        wrong.
+            wrong.
     """
-    yaml = place.suffix in (".yaml", ".yml") and place.is_file()
-    if not yaml and not place.is_dir():
+    if place.is_dir():
+        layouts = dict(_layouts(place))
+    elif place.is_file() and place.suffix in (".yaml", ".yml"):
+        layouts = {"YOLO": [place]}
+    else:
         raise ValueError(f"{place} is neither a folder nor a data.yaml")
-    found = [("YOLO", [place])] if yaml else list(_layouts(place))
-    if not found:
+    if not layouts:
         content = sorted(f"{path.name}/" if path.is_dir() else path.name for path in place.iterdir())
         raise ValueError(f"{place} is not a data set of a known layout; {_LOOKED_FOR}\nfound {_few(content)}")
-    told = [f"{kind}: {_few([str(path.relative_to(place)) for path in files])}" for kind, files in found]
-    if len(found) > 1:
+    shown = []
+    for layout, files in layouts.items():
+        names = [str(path.relative_to(place)) for path in files]
+        shown.append(f"{layout}: {_few(names)}")
+    if len(layouts) > 1:
         remedy = (
             "name the data.yaml of one, or the files by --images, --instances, --captions, --out and --split"
         )
-        raise ValueError(f"{place} fits {len(found)} layouts, {'; '.join(told)}; {remedy}")
-    kind, files = found[0]
-    if kind == "COCO":
-        splits = _coco(place, files, wanted)
-    elif kind == "YOLO":
-        splits = read_yolo(files[0], wanted, exif)
-    elif kind not in _BESIDE_IMAGES:
-        splits = read_maps(kind, place, wanted, void)
-    else:
-        splits = []
-        for path in files:
-            split = "train" if path.parent == place else _split_of(path.parent.name)
-            if any(split == other.name for other in splits):
-                raise ValueError(f"{place} has two files of the split {split!r}, one is {path}")
-            if wanted in (None, split):
-                both = (path, None) if kind == "Roboflow" else (None, read_captions(path, exif))
-                splits.append(FolderSplit(split, path.parent, *both))
+        raise ValueError(f"{place} fits {len(layouts)} layouts, {'; '.join(shown)}; {remedy}")
+    match layout:
+        case "COCO":
+            splits = _coco(place, only)
+        case "YOLO":
+            splits = read_yolo(files[0], only, exif)
+        case "Roboflow" | "captions":
+            splits = _beside_images(place, layout, files, only, exif)
+        case _:
+            splits = read_maps(layout, place, only, void)
     if not splits:
-        raise ValueError(f"{place} has no split {wanted!r}; it is {told[0]}")
-    return kind, splits, sorted(path for path in place.glob("annotations/*.json") if path not in files)
+        raise ValueError(f"{place} has no split {only!r}; it is {shown[0]}")
+    unread = [path for path in place.glob("annotations/*.json") if path not in files]
+    return layout, splits, sorted(unread)
+
+
+def _few(names: Sequence[str]) -> str:
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    """(layout, files by which it was recognised) of each data set that a folder holds."""
+    coco = [file.path for file in _coco_files(folder)]
+    if coco:
+        yield "COCO", coco
+    folders = [folder, *(folder / split for split in SPLITS)]
+    for layout, names in (("Roboflow", _ROBOFLOW), ("captions", _CAPTIONS)):
+        paths = [each / name for name in names for each in folders]
+        files = [path for path in paths if path.is_file()]
+        if files:
+            yield layout, files
+    if (folder / "data.yaml").is_file():
+        yield "YOLO", [folder / "data.yaml"]
+    yield from map_layouts(folder)
+
+
+def _split_of(name: str) -> str:
+    """Name among the shards of a split that is called `name` in a folder; "" if no split may have it."""
+    name = _YEAR.sub(r"\1", name)
+    allowed = all(sign.isalnum() or sign in "-_" for sign in name)
+    return SPLITS.get(name, name if allowed else "")
+
+
+@dataclass(frozen=True)
+class _CocoFile:
+    """An annotation file of COCO."""
+
+    path: Path
+    role: str  #: instances, maps or captions
+    split: str
+    images: Path | None  #: folder of its images
+
+
+def _coco_files(folder: Path) -> Iterator[_CocoFile]:
+    """The annotation files of COCO in a folder, by their names and those of the folders of images."""
+    for path in sorted((*folder.glob("*.json"), *folder.glob("annotations/*.json"))):
+        match = _COCO_FILE.fullmatch(path.name)
+        if match is None:
+            continue
+        role, name = match.groups()
+        split = _split_of(name)
+        places = [name, f"images/{name}", f"{name}/images"]
+        if split:
+            places += [split, f"images/{split}", f"{split}/images"]
+        folders = [folder / place for place in (*places, "images") if (folder / place).is_dir()]
+        images = folders[0] if folders else None
+        if role:
+            yield _CocoFile(path, role, split, images)
+        elif name in SPLITS and images:
+            yield _CocoFile(path, "instances", split, images)
+
+
+def _coco(folder: Path, only: str | None) -> list[FolderSplit]:
+    """The splits of a folder of COCO."""
+    splits = dict[str, dict[str, Path]]()
+    for file in _coco_files(folder):
+        if only not in (None, file.split):
+            continue
+        if not file.split or file.images is None:
+            remedy = "--split NAME makes only another split"
+            raise ValueError(f"{file.path}: there is no folder of its images; {remedy}")
+        parts = splits.setdefault(file.split, {"images": file.images})
+        if file.role in parts or parts["images"] != file.images:
+            others = _few(list(map(str, parts.values())))
+            raise ValueError(f"{folder} has more than one {file.split!r}: {file.path.name}, {others}")
+        parts[file.role] = file.path
+    inputs = list[FolderSplit]()
+    for name, parts in splits.items():
+        instances, captions, maps = (parts.get(role) for role in ("instances", "captions", "maps"))
+        inputs.append(FolderSplit(name, parts["images"], instances, captions, maps))
+    return inputs
+
+
+def _beside_images(
+    folder: Path, layout: str, files: Sequence[Path], only: str | None, exif: Exif
+) -> list[FolderSplit]:
+    """The splits of files that lie beside their images: Roboflow's, or captions."""
+    splits = dict[str, FolderSplit]()
+    for path in files:
+        name = "train" if path.parent == folder else _split_of(path.parent.name)
+        if name in splits:
+            raise ValueError(f"{folder} has two files of the split {name!r}, one is {path}")
+        if only not in (None, name):
+            continue
+        if layout == "Roboflow":
+            splits[name] = FolderSplit(name, path.parent, instances=path)
+        else:
+            splits[name] = FolderSplit(name, path.parent, captions=read_captions(path, exif))
+    return list(splits.values())
 
 
 def read_captions(path: Path, exif: Exif = None) -> dict[str, Any]:
@@ -83,83 +183,28 @@ def read_captions(path: Path, exif: Exif = None) -> dict[str, Any]:
     (metadata.jsonl), as a COCO file. `caption` or `captions` do as well, each a text or a list of texts;
     images lie beside the file.
     """
-    numbers: dict[str, int] = {}
-    captions: list[dict[str, Any]] = []
+    numbers = dict[str, int]()
+    captions = list[dict[str, Any]]()
     with reading(path, 'lines such as {"file_name": "a.jpg", "text": "A dog."}'):
-        for place, line in enumerate(read_bytes(path).removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        for number, line in enumerate(read_bytes(path).removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
             if line.strip():
-                with reading(f"line {place}", "a caption"):
-                    entry = orjson.loads(line)
-                    name = checked_name(entry["file_name"], "it")
-                    given = [entry[key] for key in ("text", "caption", "captions") if key in entry]
-                    texts = [text for one in given for text in (one if isinstance(one, list) else [one])]
-                    if not given or not all(isinstance(text, str) for text in texts):
-                        raise ValueError("it has no text")
-                image = numbers.setdefault(name, len(numbers) + 1)
-                captions += [{"id": place, "image_id": image, "caption": text} for text in texts]
+                with reading(f"line {number}", "a caption"):
+                    name, texts = _parse_caption(line)
+                image_id = numbers.setdefault(name, len(numbers) + 1)
+                captions += [{"id": number, "image_id": image_id, "caption": text} for text in texts]
         if not numbers:
             raise ValueError("it has no line")
     images = [listed_image(path.parent, name, number, exif) for name, number in numbers.items()]
     return {"images": images, "annotations": captions}
 
 
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (", ".join(names[:_SHOWN]) or "nothing") + more
-
-
-def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
-    """(kind, files by which it was recognised) of each data set that a folder holds."""
-    json_files = sorted((*folder.glob("*.json"), *folder.glob("annotations/*.json")))
-    if coco := [path for path in json_files if _of_coco(folder, path)[0]]:
-        yield "COCO", coco
-    for kind, names in _BESIDE_IMAGES.items():
-        tried = [part / name for name in names for part in (folder, *(folder / split for split in SPLITS))]
-        if beside := [path for path in tried if path.is_file()]:
-            yield kind, beside
-    if (folder / "data.yaml").is_file():
-        yield "YOLO", [folder / "data.yaml"]
-    yield from map_layouts(folder)
-
-
-def _split_of(name: str) -> str:
-    """Name among the shards of a split that is called `name` in a folder; "" for one that no split may
-    have.
-    """
-    name = _YEAR.sub(r"\1", name)
-    return SPLITS.get(name, name if all(sign.isalnum() or sign in "-_" for sign in name) else "")
-
-
-def _of_coco(folder: Path, path: Path) -> tuple[str, str, Path | None]:
-    """(role, split, folder of the images) of an annotation file of COCO; the role is "" for any other
-    file.
-    """
-    found = _COCO_FILE.fullmatch(path.name)
-    if found is None or (found[1] is None and found[2] not in SPLITS):
-        return "", "", None
-    name, short = found[2], _split_of(found[2])
-    tried = (name, f"images/{name}", f"{name}/images", short, f"images/{short}", f"{short}/images", "images")
-    images = next((folder / one for one in tried if one and (folder / one).is_dir()), None)
-    return found[1] or ("instances" if images else ""), short, images
-
-
-def _coco(folder: Path, files: Sequence[Path], wanted: str | None) -> list[FolderSplit]:
-    found: dict[str, dict[str, Path]] = {}
-    for path in files:
-        role, split, images = _of_coco(folder, path)
-        if wanted not in (None, split):
-            continue
-        if not split or images is None:
-            raise ValueError(
-                f"{path}: there is no folder of its images; --split NAME makes only another split"
-            )
-        parts = found.setdefault(split, {"images": images})
-        if role in parts or parts["images"] != images:
-            raise ValueError(
-                f"{folder} has more than one {split!r}: {path.name}, {_few([*map(str, parts.values())])}"
-            )
-        parts[role] = path
-    return [
-        FolderSplit(name, p["images"], *map(p.get, ("instances", "captions", "maps")))
-        for name, p in found.items()
-    ]
+def _parse_caption(line: bytes) -> tuple[str, list[str]]:
+    """(file name, captions) of a line."""
+    entry = orjson.loads(line)
+    values = [entry[key] for key in ("text", "caption", "captions") if key in entry]
+    texts = []
+    for value in values:
+        texts += value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(text, str) for text in texts):
+        raise ValueError("it has no text")
+    return checked_name(entry["file_name"], "it"), texts

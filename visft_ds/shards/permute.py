@@ -5,8 +5,9 @@ Whatever a training gains from such labels it does not owe to what they say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,37 +27,51 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
     """
     if out.exists():
         raise ValueError(f"{out} exists and is not overwritten: name a new folder")
-    if not (splits := splits_in(folder)):
+    splits = splits_in(folder)
+    if not splits:
         raise ValueError(f"{folder} holds no finished shards")
     (out / "annotations").mkdir(parents=True)
     for split in splits:
-        reader, images, resized = ShardReader(Manifest.load(folder, split)), out / f"{split}2017", 0
-        objects, captions = coco_dataset(reader), caption_dataset(reader)["annotations"]
-        images.mkdir()
-        for image, place in zip(objects["images"], others(len(reader), seed).tolist(), strict=True):
-            data = reader.read(place, "images")[0] or b""
+        manifest = Manifest.load(folder, split)
+        reader = ShardReader(manifest)
+        content = coco_dataset(reader)
+        objects = content["annotations"]
+        captions = caption_dataset(reader)["annotations"]
+        count = len(reader)
+        positions = others(count, seed).tolist()
+        resized = 0
+        for image, position in zip(content["images"], positions, strict=True):
             image["file_name"] = f"{image['id']:012d}.jpg"
-            frame, size = image_frame(data), (image["width"], image["height"])
-            if frame.format == "JPEG" and (frame.width, frame.height) == size:
-                (images / image["file_name"]).write_bytes(data)
-            else:
-                resized += 1
-                picture = open_image(data, upright=False, quiet=True).resize(size, Image.Resampling.BICUBIC)
-                picture.save(images / image["file_name"], "JPEG", quality=_QUALITY)
-        first = "maps" if "maps" in reader.manifest.labels else "instances"
-        for kind, listed in {first: objects["annotations"], "captions": captions}.items():
-            content = {
-                **objects,
-                "annotations": [{**one, "id": number} for number, one in enumerate(listed, 1)],
-            }
-            (out / "annotations" / f"{kind}_{split}2017.json").write_bytes(orjson.dumps(content))
-        yield split, {"images": len(reader), "objects": len(objects["annotations"]), "resized": resized}
+            path = out / f"{split}2017" / image["file_name"]
+            data, _ = reader.read(position, "images")
+            resized += _write_image(path, data or b"", image["width"], image["height"])
+        kind = "maps" if "maps" in manifest.labels else "instances"
+        _write_annotations(out / f"annotations/{kind}_{split}2017.json", content, objects)
+        _write_annotations(out / f"annotations/captions_{split}2017.json", content, captions)
+        yield split, {"images": count, "objects": len(objects), "resized": resized}
+
+
+def _write_image(path: Path, data: bytes, width: int, height: int) -> bool:
+    """Write a picture as JPEG of this size. Returns True if it had another size or format."""
+    path.parent.mkdir(exist_ok=True)
+    frame = image_frame(data)
+    if frame.format == "JPEG" and (frame.width, frame.height) == (width, height):
+        path.write_bytes(data)
+        return False
+    picture = open_image(data, upright=False, quiet=True)
+    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+    resized.save(path, "JPEG", quality=_QUALITY)
+    return True
+
+
+def _write_annotations(path: Path, content: dict[str, Any], annotations: Sequence[Any]) -> None:
+    """Write `content` with these annotations, numbered from 1."""
+    numbered = [{**annotation, "id": number} for number, annotation in enumerate(annotations, 1)]
+    path.write_bytes(orjson.dumps({**content, "annotations": numbered}))
 
 
 def others(count: int, seed: int) -> npt.NDArray[np.int64]:
-    """(count,) places, each another one's: one random round through all, in which none is followed by
-    itself.
-    """
+    """(count,) positions, each another one's: one random round through all, so that none stays."""
     if count < 2:
         raise ValueError(f"{count} image with labels: permuting needs at least 2")
     order = np.random.default_rng(seed).permutation(count)

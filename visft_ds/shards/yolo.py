@@ -11,28 +11,18 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
-from visft_ds.files import checked_name, image_frame, read_bytes, reading
-from visft_ds.shards.coco import Findings, FolderSplit, lines_of
+from visft_ds.files import checked_name, read_bytes, reading
+from visft_ds.shards.common import IMAGE_SUFFIXES, SPLITS, Exif, Findings, FolderSplit, lines_of, listed_image
 from visft_ds.tasks.classes import COCO_NAMES
 
-#: Name of a split in a data set -> its name among the shards.
-SPLITS: Mapping[str, str] = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
-#: Whether pictures are turned as their EXIF data says; None: unless only the stored size fits the
-#: annotations.
-Exif = Literal["apply", "ignore"] | None
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
-_MOST_OF_A_DESCRIPTION, _MOST_OF_A_TEXT = 1 << 20, 1 << 28  # bytes
+_MAX_YAML_BYTES = 1 << 20
+_MAX_TEXT_BYTES = 1 << 28
 _ROUNDING = 1e-4  # coordinates with few decimals pass 0 and 1 by so much
 _BOX = 5  # values of a line
 
@@ -47,161 +37,201 @@ class _Loader(yaml.BaseLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         counts = Counter(str(key.value) for key, _ in node.value)
-        if doubled := [key for key, times in counts.items() if times > 1]:
-            raise ValueError(f"the key {doubled[0]!r:.40} occurs twice")
+        for key, times in counts.items():
+            if times > 1:
+                raise ValueError(f"the key {key!r:.40} occurs twice")
         return super().construct_mapping(node, deep)
 
 
-def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[FolderSplit]:
-    """The splits in a data.yaml, or the split `wanted` alone; what is odd are labels without an image.
+@dataclass(frozen=True)
+class _DataSet:
+    """What a data.yaml describes."""
 
-    Raises:
-        ValueError: no data.yaml; images that are missing, or outside its folder; no label for any image of a
-        split; a
-            wrong line in a label; more than a tenth of labels without an image.
-    """
-    with reading(path, "a data.yaml of YOLO"):
-        values = yaml.load(read_bytes(path, _MOST_OF_A_DESCRIPTION), Loader=_Loader)  # all scalars are text
-        if not isinstance(values, dict):
-            raise ValueError("it must hold keys with values, such as `names: [cat, dog]`")
-        here = Path(os.path.abspath(path.parent))
-        root = Path(os.path.normpath(here / values.get("path", "")))
-        roots: tuple[Path, ...] = (here,)
-        if root.is_dir() and root != here:
-            _check_inside(root, here, "path")
-            roots = (root, here)
-        found: dict[str, list[Path]] = {}
-        missing = Findings()
-        for key, split in SPLITS.items():
-            if values.get(key) and wanted in (None, split):
-                if split in found:
-                    raise ValueError(f"it names images of {split!r} twice, again as {key!r}")
-                entries = values[key] if isinstance(values[key], list) else [values[key]]
-                try:
-                    found[split] = [_find(entry, roots, key) for entry in entries]
-                except _NotThereError:
-                    if split == "train" or wanted is not None:
-                        raise
-                    missing.add("split whose images are missing (not built)", f"{key}: {values[key]}")
-        if not any(map(values.get, SPLITS)):
-            raise ValueError("it names no images: state `train: FOLDER` and `val: FOLDER`")
-        if missing and not found:
-            raise ValueError(f"{'; '.join(lines_of(missing)).strip()}; it names no other split")
-        names, (count, size) = _names(values), values.get("kpt_shape") or (0, 0)
-        keypoints = int(count) * int(size)
-    ids = {number: number for number in names}
-    if [names[number] for number in sorted(ids)] == list(COCO_NAMES.values()):
-        ids = dict(zip(sorted(ids), COCO_NAMES, strict=True))  # heads know COCO's classes by COCO's own
-    categories = [{"id": ids[number], "name": name} for number, name in names.items()]
-    made = list[FolderSplit]()
-    for split, places in found.items():
-        where, odd = f"{path}: {split}", Findings()
-        paths = sorted({file for place in places for file in _image_files(place, roots)})
-        labels = {file: _label_of(file) for file in paths}
-        used = {label for label in labels.values() if label.is_file()}
-        if not used:
-            looked = f" (looked for {labels[paths[0]]} and the like)" if paths else ""
-            told = (
-                f"none of its {len(paths)} images has a label{looked}; --split NAME makes only another split"
-            )
-            raise ValueError(f"{where}: {told}")
-        folder = Path(os.path.commonpath([file.parent for file in paths]))
-        images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
-        for number, file in enumerate(paths, 1):
-            name = checked_name(str(file.relative_to(folder)), where)
-            images.append(listed_image(folder, name, number, exif))
-            height, width = images[-1]["height"], images[-1]["width"]
-            for category, points, outline in (
-                _lines(labels[file], names, keypoints) if labels[file] in used else ()
-            ):
-                if (height, width) != (
-                    1,
-                    1,
-                ):  # it will be left out with the reason, which its boxes would hide
-                    entry = {**_placed(points, outline, height, width), "category_id": ids[category]}
-                    annotations.append(
-                        {"id": len(annotations) + 1, "image_id": number, **entry, "iscrowd": 0}
-                    )
-        beside = {
-            file for label in used for file in label.parent.glob("*.txt") if "labels" in label.parts
-        } - used
-        for label in sorted(beside) if all(place.is_dir() for place in places) else ():
-            if label.name != "classes.txt":  # annotation tools leave it
-                odd.add("label without image", label)
-        odd.refuse_above_a_tenth(len(beside) + len(used), where, "labels")
-        if not made:
-            odd.update(missing)
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        made.append(FolderSplit(split, folder, content, None, odd=odd))
-    return made
+    path: Path
+    roots: Sequence[Path]  #: folders that its paths are relative to; the last is its own
+    names: Mapping[int, str]  #: of the classes
+    keypoint_values: int  #: behind each box
+    images: Mapping[str, Sequence[Path]]  #: split -> folders or lists of images
+    missing: Findings  #: splits that are not there
 
 
 class _NotThereError(ValueError):
     """Images that a data.yaml names do not exist."""
 
 
-def _check_inside(path: Path, here: Path, key: str) -> None:
+def read_yolo(path: Path, only: str | None = None, exif: Exif = None) -> list[FolderSplit]:
+    """The splits in a data.yaml, or `only` the one of this name; findings are labels without an image.
+
+    Raises:
+        ValueError: no data.yaml; images that are missing, or outside its folder; no label for any image of a
+            split; a wrong line in a label; more than a tenth of labels without an image.
+    """
+    with reading(path, "a data.yaml of YOLO"):
+        data = _read_description(path, only)
+    splits = [_read_split(data, split, exif) for split in data.images]
+    if splits:
+        splits[0].findings.update(data.missing)
+    return splits
+
+
+def _read_description(path: Path, only: str | None) -> _DataSet:
+    values = yaml.load(read_bytes(path, _MAX_YAML_BYTES), Loader=_Loader)
+    if not isinstance(values, dict):
+        raise ValueError("it must hold keys with values, such as `names: [cat, dog]`")
+    folder = Path(os.path.abspath(path.parent))
+    roots = [folder]
+    root = _joined(folder, values.get("path", ""))
+    if root.is_dir() and root != folder:
+        _check_inside(root, folder, "path")
+        roots.insert(0, root)
+    if not any(map(values.get, SPLITS)):
+        raise ValueError("it names no images: state `train: FOLDER` and `val: FOLDER`")
+    images = dict[str, list[Path]]()
+    missing = Findings()
+    for key, split in SPLITS.items():
+        entries = values.get(key)
+        if not entries or only not in (None, split):
+            continue
+        if split in images:
+            raise ValueError(f"it names images of {split!r} twice, again as {key!r}")
+        if not isinstance(entries, list):
+            entries = [entries]
+        try:
+            images[split] = [_find(entry, roots, key) for entry in entries]
+        except _NotThereError:
+            if split == "train" or only is not None:
+                raise
+            missing.add("split whose images are missing (not built)", f"{key}: {values[key]}")
+    if missing and not images:
+        raise ValueError(f"{'; '.join(lines_of(missing)).strip()}; it names no other split")
+    count, size = values.get("kpt_shape") or (0, 0)
+    return _DataSet(
+        path=path,
+        roots=roots,
+        names=_names(values),
+        keypoint_values=int(count) * int(size),
+        images=images,
+        missing=missing,
+    )
+
+
+def _read_split(data: _DataSet, split: str, exif: Exif) -> FolderSplit:
+    where = f"{data.path}: {split}"
+    sources = data.images[split]
+    files = set[Path]()
+    for source in sources:
+        files.update(_image_files(source, data.roots))
+    label_of = {file: _label_of(file) for file in files}
+    labels = {label for label in label_of.values() if label.is_file()}
+    if not labels:
+        looked = f" (looked for {label_of[min(files)]} and the like)" if files else ""
+        remedy = "--split NAME makes only another split"
+        raise ValueError(f"{where}: none of its {len(files)} images has a label{looked}; {remedy}")
+    ids = _category_ids(data.names)
+    categories = [{"id": ids[number], "name": data.names[number]} for number in data.names]
+    folder = Path(os.path.commonpath([file.parent for file in files]))
+    images = list[dict[str, Any]]()
+    annotations = list[dict[str, Any]]()
+    for number, file in enumerate(sorted(files), 1):
+        name = checked_name(str(file.relative_to(folder)), where)
+        image = listed_image(folder, name, number, exif)
+        images.append(image)
+        if label_of[file] not in labels:
+            continue
+        for class_number, values in _objects(label_of[file], data):
+            if image["height"] == image["width"] == 1:
+                continue  # it will be left out with the reason, which its boxes would hide
+            annotation = {"id": len(annotations) + 1, "image_id": number}
+            annotation |= _placed(values, image["height"], image["width"])
+            annotations.append(annotation | {"category_id": ids[class_number], "iscrowd": 0})
+    findings = Findings()
+    if all(source.is_dir() for source in sources):
+        _find_unused(labels, findings, where)
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    return FolderSplit(split, folder, instances=content, findings=findings)
+
+
+def _find_unused(labels: set[Path], findings: Findings, where: str) -> None:
+    """Note labels without an image. Raises ValueError if they are more than a tenth."""
+    unused = set[Path]()
+    for folder in {label.parent for label in labels}:
+        if "labels" in folder.parts:
+            unused.update(folder.glob("*.txt"))
+    unused -= labels
+    for label in sorted(unused):
+        if label.name != "classes.txt":  # annotation tools leave it
+            findings.add("label without image", label)
+    findings.refuse_above_a_tenth(len(unused) + len(labels), where, "labels")
+
+
+def _joined(folder: Path, name: str) -> Path:
+    """The path of a name in a folder, in which `..` is resolved by the words alone."""
+    return Path(os.path.normpath(folder / name))
+
+
+def _check_inside(path: Path, folder: Path, key: str) -> None:
     """Raise ValueError for a path outside the folder of the data.yaml, which a stranger may have written."""
-    if not path.is_relative_to(here):
+    if not path.is_relative_to(folder):
         remedy = "copy the data.yaml to a folder above all images, and give its path there"
         raise ValueError(
-            f"{key}: {path} is outside its folder {here}, and only images below that are read: {remedy}"
+            f"{key}: {path} is outside its folder {folder}, and only images below that are read: {remedy}"
         )
 
 
 def _names(values: Mapping[str, Any]) -> dict[int, str]:
-    given = values["names"]
-    names = {int(key): name for key, name in (given.items() if isinstance(given, dict) else enumerate(given))}
-    if (
-        isinstance(given, str)
-        or not names
-        or len(names) < len(given)
-        or min(names) < 0
-        or not all(names.values())
-    ):
+    """The names of the classes by their numbers."""
+    listed = values["names"]
+    pairs = listed.items() if isinstance(listed, dict) else enumerate(listed)
+    names = {int(number): name for number, name in pairs}
+    complete = names and all(names.values()) and len(names) == len(listed)
+    if isinstance(listed, str) or not complete or min(names) < 0:
         raise ValueError("names must be a list of names, or number: name")
     "".join(names.values()).encode()  # fails for what is no text, and for half a character of an escape
-    if values.get("nc") and int(values["nc"]) != len(names):
-        raise ValueError(f"nc is {values['nc']:.40}, but there are {len(names)} names")
+    count = values.get("nc")
+    if count and int(count) != len(names):
+        raise ValueError(f"nc is {count:.40}, but there are {len(names)} names")
     return names
 
 
+def _category_ids(names: Mapping[int, str]) -> dict[int, int]:
+    """Class number -> category id: the same, but COCO's own for COCO's names, as heads know them by these."""
+    numbers = sorted(names)
+    if [names[number] for number in numbers] == list(COCO_NAMES.values()):
+        return dict(zip(numbers, COCO_NAMES, strict=True))
+    return dict(zip(numbers, numbers, strict=True))
+
+
 def _find(entry: str, roots: Sequence[Path], key: str) -> Path:
-    """The folder or list of images that an entry means, below the last of the roots. Exports of Roboflow
-    write "../train/images" for one beside the data.yaml."""
-    names = [entry[3:], entry] if entry.startswith("../") else [entry]
-    tried = [Path(os.path.normpath(root / name)) for name in names for root in roots]
-    if found := [place for place in tried if place.exists()]:
-        _check_inside(found[0], roots[-1], key)
-        return found[0]
-    shown = ", ".join(dict.fromkeys(map(str, tried)))
+    """The folder or list of images that an entry means, below the last of the roots."""
+    names = [entry]
+    if entry.startswith("../"):  # exports of Roboflow write "../train/images" for one beside the data.yaml
+        names.insert(0, entry[3:])
+    candidates = [_joined(root, name) for name in names for root in roots]
+    for path in candidates:
+        if path.exists():
+            _check_inside(path, roots[-1], key)
+            return path
+    shown = ", ".join(dict.fromkeys(map(str, candidates)))
     raise _NotThereError(
         f"{key}: {entry!r} does not exist; looked for {shown} (--split NAME makes only one split)"
     )
 
 
-def listed_image(folder: Path, name: str, number: int, exif: Exif) -> dict[str, Any]:
-    """An image as COCO lists it; one that cannot be read, which a build leaves out, is of 1 x 1 pixels."""
-    try:
-        frame = image_frame(folder / name)
-        height, width = (frame.height, frame.width) if exif == "ignore" else frame.upright
-    except (ValueError, OSError):
-        height, width = 1, 1
-    return {"id": number, "file_name": name, "height": height, "width": width}
-
-
-def _image_files(place: Path, roots: Sequence[Path]) -> Iterator[Path]:
+def _image_files(source: Path, roots: Sequence[Path]) -> Iterator[Path]:
     """The images in a folder, links to folders not followed, or in a text file that lists them."""
-    if place.is_dir():
-        yield from (path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    elif place.suffix.lower() in SUFFIXES:
-        yield place
+    if source.is_dir():
+        for path in source.rglob("*"):
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                yield path
+    elif source.suffix.lower() in IMAGE_SUFFIXES:
+        yield source
     else:
-        for number, line in enumerate(map(str.strip, _text_of(place).splitlines()), 1):
-            path = Path(os.path.normpath(place.parent / line))
-            if not any(path.is_relative_to(root) for root in (*roots, place.parent)):
-                raise ValueError(f"{place} line {number}: {line!r:.200} leaves the data set's folder")
-            if line:
+        for number, line in enumerate(_text_of(source).splitlines(), 1):
+            name = line.strip()
+            path = _joined(source.parent, name)
+            if not any(map(path.is_relative_to, (*roots, source.parent))):
+                raise ValueError(f"{source} line {number}: {name!r:.200} leaves the data set's folder")
+            if name:
                 yield path
 
 
@@ -214,54 +244,62 @@ def _label_of(image: Path) -> Path:
 
 def _text_of(path: Path) -> str:
     with reading(path, "a text file"):
-        return read_bytes(path, _MOST_OF_A_TEXT).decode("utf-8-sig")
+        return read_bytes(path, _MAX_TEXT_BYTES).decode("utf-8-sig")
 
 
-def _lines(
-    path: Path, names: Mapping[int, str], keypoints: int
-) -> Iterator[tuple[int, Sequence[float], bool]]:
-    """(class, x y x y ... of a polygon or of two corners, whether it is a polygon) of each line of a
-    label.
-    """
-    for place, words in enumerate(map(str.split, _text_of(path).splitlines()), 1):
-        if not words:
-            continue
-        try:
-            number, *values = map(float, words)
-            if number not in names:
-                raise ValueError(
-                    f"class {words[0]:.40}, but the names are those of {min(names)} to {max(names)}"
-                )
-            if keypoints and len(words) == _BOX + keypoints:
-                values = values[:4]
-            elif len(words) != _BOX and (keypoints or len(words) < _BOX or len(words) % 2 == 0):
-                other = (
-                    f"one with keypoints {_BOX + keypoints}" if keypoints else "a polygon 7, 9, 11 or more"
-                )
-                raise ValueError(f"{len(words)} values; a box has {_BOX}, {other}")
-            if wrong := [value for value in values if not -_ROUNDING <= value <= 1 + _ROUNDING]:
-                raise ValueError(
-                    f"{wrong[0]:g} is outside of [0, 1]: coordinates are fractions of width and height"
-                )
-        except ValueError as error:
-            raise ValueError(f"{path} line {place}: {error}") from error
-        if len(values) > 4:
-            yield int(number), values, True
-        else:
-            x, y, width, height = values
-            yield int(number), (x - width / 2, y - height / 2, x + width / 2, y + height / 2), False
+def _objects(path: Path, data: _DataSet) -> Iterator[tuple[int, list[float]]]:
+    """(class, coordinates) of each line of a label: those of a box or of the corners of a polygon."""
+    for number, line in enumerate(_text_of(path).splitlines(), 1):
+        words = line.split()
+        if words:
+            try:
+                yield _parse(words, data)
+            except ValueError as error:
+                raise ValueError(f"{path} line {number}: {error}") from error
 
 
-def _placed(given: Sequence[float], outline: bool, height: int, width: int) -> dict[str, Any]:
-    """Box, area and polygon of a line as COCO has them, in pixels."""
-    points = [
-        (round(x * width, 3), round(y * height, 3)) for x, y in zip(given[::2], given[1::2], strict=True)
-    ]
-    xs, ys = zip(*points, strict=True)
-    left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
-    box = [left, top, round(right - left, 3), round(bottom - top, 3)]
-    if not outline:
-        return {"bbox": box, "area": round((right - left) * (bottom - top), 3)}
-    turned = zip(points, [*points[1:], points[0]], strict=True)
-    area = round(abs(sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in turned)) / 2, 3)
-    return {"bbox": box, "area": area, "segmentation": [[value for point in points for value in point]]}
+def _parse(words: Sequence[str], data: _DataSet) -> tuple[int, list[float]]:
+    class_number, *values = map(float, words)
+    if class_number not in data.names:
+        known = f"{min(data.names)} to {max(data.names)}"
+        raise ValueError(f"class {words[0]:.40}, but the names are those of {known}")
+    length = len(words)
+    if data.keypoint_values:
+        allowed = f"one with keypoints {_BOX + data.keypoint_values}"
+        fits = length in (_BOX, _BOX + data.keypoint_values)
+        values = values[:4]
+    else:
+        allowed = "a polygon 7, 9, 11 or more"
+        fits = length >= _BOX and length % 2 == 1
+    if not fits:
+        raise ValueError(f"{length} values; a box has {_BOX}, {allowed}")
+    for value in values:
+        if not -_ROUNDING <= value <= 1 + _ROUNDING:
+            raise ValueError(f"{value:g} is outside of [0, 1]: coordinates are fractions of width and height")
+    return int(class_number), values
+
+
+def _placed(values: Sequence[float], height: int, width: int) -> dict[str, Any]:
+    """Box, area and polygon of an object as COCO has them, in pixels."""
+    is_box = len(values) == 4
+    if is_box:
+        x, y, across, down = values
+        values = [x - across / 2, y - down / 2]
+        values += [x + across / 2, y + down / 2]
+    polygon = list[float]()
+    for x, y in zip(values[::2], values[1::2], strict=True):
+        polygon += [round(x * width, 3), round(y * height, 3)]
+    xs = polygon[::2]
+    ys = polygon[1::2]
+    left = min(xs)
+    top = min(ys)
+    across = max(xs) - left
+    down = max(ys) - top
+    box = [left, top, round(across, 3), round(down, 3)]
+    if is_box:
+        return {"bbox": box, "area": round(across * down, 3)}
+    area = 0.0  # twice that of the polygon, by the shoelace formula
+    for corner, x in enumerate(xs):
+        following = (corner + 1) % len(xs)
+        area += x * ys[following] - xs[following] * ys[corner]
+    return {"bbox": box, "area": round(abs(area) / 2, 3), "segmentation": [polygon]}

@@ -49,22 +49,27 @@ def measure_channels(
         predict: the model that they are part of; is called with each of `images`, which are unpadded.
         agree: one process's value for all.
     """
-    parts = [part for head in heads for part in head.modules() if isinstance(part, Channels)]
-    if not parts:
+    modules = [module for head in heads for module in head.modules() if isinstance(module, Channels)]
+    if not modules:
         return
-    sums = [torch.zeros(3, len(part.mean), dtype=torch.float64) for part in parts]
-
-    def add(total: Tensor, part: nn.Module, given: tuple[Tensor, ...]) -> None:
-        x = given[0].double().flatten(end_dim=-2)
-        total += torch.stack((torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0))).cpu()
-
-    hooks = [
-        part.register_forward_pre_hook(partial(add, total)) for part, total in zip(parts, sums, strict=True)
-    ]
+    sums = []
+    hooks = []
+    for module in modules:
+        sums.append(torch.zeros(3, len(module.mean), dtype=torch.float64))
+        hooks.append(module.register_forward_pre_hook(partial(_add, sums[-1])))
     for image in images:
         predict(image)
-    for part, hook, (count, total, squares) in zip(parts, hooks, agree(sums), strict=True):
+    for hook in hooks:
         hook.remove()
+    for module, (count, total, squares) in zip(modules, agree(sums), strict=True):
         mean = total / count
-        part.mean.copy_(mean)
-        part.spread.copy_((squares / count - mean.square()).clamp(min=0).add(EPS).sqrt())
+        variance = (squares / count - mean.square()).clamp(min=0)
+        module.mean.copy_(mean)
+        module.spread.copy_((variance + EPS).sqrt())
+
+
+def _add(sums: Tensor, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Add number, sum and sum of squares (3, D) of the inputs (..., D) of a module."""
+    x = inputs[0].double().flatten(end_dim=-2)
+    number = torch.full_like(x[0], len(x))
+    sums += torch.stack((number, x.sum(0), x.square().sum(0))).cpu()

@@ -34,11 +34,6 @@ def category_name(id_: int, names: Mapping[int, str]) -> str:
     return names.get(id_, f"category {id_}")
 
 
-def are_of_coco(names: Mapping[int, str]) -> bool:
-    """Return True if these categories (id -> name) are some of COCO's, which the published heads know."""
-    return names.items() <= COCO_NAMES.items()
-
-
 def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) -> tuple[int, ...] | None:
     """The raw id of each class of a head with these options, for data of these categories (id -> name); None:
     as in the published heads. Any task but segmentation may have raw ids as classes.
@@ -48,30 +43,38 @@ def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) 
     """
     if "num_classes" not in options:
         return None
-    number, published = options["num_classes"], options.get("labelling") == "published"
-    ids_of_coco = names.keys() <= COCO_NAMES.keys()
-    if published and not ids_of_coco:
+    num_classes = options["num_classes"]
+    is_published = options.get("class_ids") == "published"
+    are_ids_of_coco = names.keys() <= COCO_NAMES.keys()
+    if is_published and not are_ids_of_coco:
         raise ValueError(
-            f"visft.tasks.{task}.head.labelling = published has COCO's ids only, and the data has others"
+            f"visft.tasks.{task}.head.class_ids = published is for COCO's category ids, and the data has others"
         )
-    as_published, least = min(names, default=0) >= 0, max(names, default=0) + 1
     if task == "segmentation":
-        as_published, least = ids_of_coco, len(COCO_NAMES)
-    if as_published and number >= least:
+        as_published = are_ids_of_coco
+        least = len(COCO_NAMES)
+    else:
+        as_published = min(names, default=0) >= 0
+        least = max(names, default=0) + 1
+    if as_published and num_classes >= least:
         return None
-    if number == len(names) and not published:
+    if num_classes == len(names) and not is_published:
         return tuple(sorted(names))
-    allowed = f"{len(names)}{f', at least {least}' if as_published else ''}, or leave it out"
-    key = f"visft.tasks.{task}.head.num_classes"
-    raise ValueError(f"{key} is {number}, and the data has {len(names)} categories: give {allowed}")
+    allowed = f"{len(names)}, at least {least}" if as_published else f"{len(names)}"
+    raise ValueError(
+        f"visft.tasks.{task}.head.num_classes is {num_classes}, and the data has {len(names)} categories: "
+        f"give {allowed}, or leave it out"
+    )
 
 
 def check_unnamed(task: str, options: Mapping[str, Any]) -> None:
     """Refuse a head whose categories are not known and whose classes are too few to be those of the published
     heads.
     """
-    enough = options.get("labelling") == "published" or options.get("num_classes", 0) >= len(COCO_NAMES)
-    if task == "segmentation" and not enough:
+    if task != "segmentation" or options.get("class_ids") == "published":
+        return
+    num_classes = options.get("num_classes", 0)
+    if num_classes < len(COCO_NAMES):
         raise ValueError(
-            f"a segmentation head of {options.get('num_classes')} classes does not name their categories"
+            f"the file of a segmentation head of {num_classes} classes does not say which categories they are"
         )

@@ -380,16 +380,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="processes (default: one per core)",
     )
-    given = vars(parser.parse_args(arguments))
-    width, height = given.pop("size")
+    options = vars(parser.parse_args(arguments))
+    width, height = options.pop("size")
     try:
-        counts = write_toy_coco(**given, width=width, height=height)
+        counts = write_toy_coco(**options, width=width, height=height)
     except (ValueError, OSError) as error:
         return tell(error, "toy")
-    print(
-        f"{given['out']}: {counts['images']} images ({counts['empty']} empty), {counts['instances']} instances "
-        f"({counts['crowds']} crowds), style {given['style']}, {width}x{height}"
-    )
+    images = f"{counts['images']} images ({counts['empty']} empty)"
+    instances = f"{counts['instances']} instances ({counts['crowds']} crowds)"
+    print(f"{options['out']}: {images}, {instances}, style {options['style']}, {width}x{height}")
     return 0
 
 

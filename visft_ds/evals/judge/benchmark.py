@@ -52,6 +52,8 @@ class Number:
     source: str = "ours"  #: of the published protocol
     differs: str = ""  #: what the published protocol here does otherwise than its source
     lower: bool = False  #: is better, as of an error
+    side: int = 512  #: pixels of images in the published protocol, or the whole patches in it
+    crops: int = 0  #: that its published head learns from
     #: Held-out training images choose by it the layer that a data set is read at.
     chooses_layer: bool = False
     #: By a head that is trained: it is asked of few layers, not of all.

@@ -39,6 +39,7 @@ KNN = Number(
     source="https://github.com/facebookresearch/dinov2, eval/knn.py",
     differs=f"{NORMALISED}; equal votes count as wrong; without a class token, the mean patch",
     chooses_layer=True,
+    side=SIDE,
 )
 LINEAR = Number(
     "linear",
@@ -51,6 +52,8 @@ LINEAR = Number(
     "chooses the classifier and teaches none (there the test images choose)",
     chooses_layer=True,
     trained=True,
+    side=SIDE,
+    crops=RECIPE.steps * RECIPE.batch,
 )
 NUMBERS = (KNN, LINEAR)
 _QUICK_PROBES = {KNN.name: knn, LINEAR.name: logistic_regression}

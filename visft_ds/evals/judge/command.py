@@ -20,7 +20,7 @@ from visft_ds.evals.judge.comparison import Comparison
 from visft_ds.evals.judge.kinds import parse_benchmarks
 from visft_ds.evals.judge.models import parse_arms
 from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
-from visft_ds.evals.judge.rehearsal import hours_of, rehearsal
+from visft_ds.evals.judge.rehearsal import published_hours, rehearsal
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.table import rows_of, section
 from visft_ds.evals.judge.verdict import judged
@@ -58,10 +58,10 @@ def run_judge(given: argparse.Namespace) -> None:
                 comparison = Comparison(arms, len(given.tuned), benchmarks, primary, nowhere)
                 print_plan("visft judge --dry-run", rehearsal(comparison, best=best))
         return
-    published = sum(benchmark.published is not None for benchmark in benchmarks)
+    published = [benchmark for benchmark in benchmarks if benchmark.published is not None]
     if published and settings.device.type == "cpu" and given.device == "auto":
         models = sum(map(len, arms.values())) * (3 if best else 1)  # with noise and half
-        hours = hours_of(arms[next(iter(arms))][0], published * models, settings)
+        hours = published_hours(arms[next(iter(arms))][0], published, models, settings)
         raise ValueError(
             f"published protocols take some {hours:,.0f} hours without a GPU: add --quick, or --device cpu"
         )

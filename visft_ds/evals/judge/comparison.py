@@ -29,8 +29,6 @@ from visft_ds.evals.judge.scoring import Settings, kinds_of, remembered, score, 
 from visft_ds.evals.judge.shift import ShiftMeter
 from visft_ds.evals.judge.table import Results, Trial
 
-SIDE = 512  #: pixels of images in published protocols, as many as are whole patches
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -460,7 +458,7 @@ class Comparison:
                 return load_classifier(spec, self.origin)
             encoder = self._load(spec)
             if benchmark.published is not None and (backbone := getattr(encoder.module, "backbone", None)):
-                encoder = replace(encoder, side=SIDE // backbone.patch_size * backbone.patch_size)
+                encoder = replace(encoder, side=Number.side // backbone.patch_size * backbone.patch_size)
             return read_after(encoder, *blocks)
 
         key: dict[str, Any] = {"of": spec.identity}

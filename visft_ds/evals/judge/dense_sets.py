@@ -42,9 +42,10 @@ from visft_ds.evals.judge.benchmark import ImageSet, Label
 from visft_ds.evals.judge.images import PARTS, SUFFIXES, chosen, digest, from_files, image_files, read_lines
 from visft_ds.files import checked_name, image_frame, open_image, read_bytes, reading
 from visft_ds.monitor.console import gauge
-from visft_ds.shards.coco import FolderSplit, read_coco
+from visft_ds.shards.coco import read_coco
+from visft_ds.shards.common import FolderSplit
 from visft_ds.shards.layouts import recognise
-from visft_ds.shards.maps import CLASSES, OWN, classes_of_maps, numbers_with_class, read_map
+from visft_ds.shards.maps import CLASSES, OWN, classes_of_maps, read_map
 from visft_ds.tasks.classes import VOID
 
 NOTHING = 65_535  #: number of a pixel of outlines that has no class; of label maps it is 255
@@ -223,19 +224,20 @@ def _named(root: Path, void: int | None) -> Parts:
     """The parts of label maps whose classes are named; classes are numbered from 0 in the order of their
     numbers.
     """
-    names, voids, _ = classes_of_maps(OWN, root, void)
+    map_classes = classes_of_maps(OWN, root, void)
+    names = map_classes.names
     places = np.full(VOID + 1, VOID, dtype=np.uint8)
     places[sorted(names)] = np.arange(len(names))
 
     def read(path: Path) -> Label:
         numbers = read_map(path)
-        numbers_with_class(numbers, names, voids, path)
+        map_classes.numbers_in(numbers, path)
         placed: Label = places[numbers]
         return placed
 
     def named(part: Callable[[int], DenseSet], most: int) -> DenseSet:
         data = part(most)
-        stamped = digest((data.images.fingerprint, *map(str, sorted(voids))))
+        stamped = digest((data.images.fingerprint, *map(str, sorted(map_classes.voids))))
         classes = tuple(names[number] for number in sorted(names))
         return replace(data, images=replace(data.images, fingerprint=stamped), classes=classes)
 

@@ -30,7 +30,7 @@ from visft_ds.evals.judge.crops import View
 from visft_ds.evals.judge.dense_probes import Source, at_labels, probe, trained
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.heads import BATCH, Recipe, half_cosine, sampled
-from visft_ds.evals.judge.protocol import NORMALISED, QUICK, SIZES, Protocol
+from visft_ds.evals.judge.protocol import NORMALISED, PUBLISHED, QUICK, SIZES, Protocol
 
 RMSE = Number(
     "RMSE",
@@ -44,6 +44,7 @@ RMSE = Number(
     lower=True,
     chooses_layer=True,
     trained=True,
+    crops=PUBLISHED.depth.steps * BATCH,
 )
 DELTA1 = Number(
     "delta1",

@@ -46,7 +46,9 @@ def _places(spec: ModelSpec) -> list[tuple[str, str]]:
     for folder in [path, *path.absolute().parents][: _DEPTH + 1]:
         if (folder / RECORD_FILE).is_file() or (folder / EXPORT_RECORD_FILE).is_file():
             config = recorded_config(folder)
-            return config.visft.data.places() if config.visft.stage == 2 else []
+            if config.visft.stage == 1:
+                return []
+            return [(entry.root, entry.split) for entry in config.visft.data.training_sets()]
     return []
 
 

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 import torch
 
 from visft_ds.evals.judge.benchmark import Benchmark
-from visft_ds.evals.judge.comparison import SIDE, Arm, Comparison
+from visft_ds.evals.judge.comparison import Arm, Comparison
 from visft_ds.evals.judge.models import ModelSpec, load_encoder
 from visft_ds.evals.judge.scoring import Settings, forward
 from visft_ds.evals.judge.shift import SEARCHED
 from visft_ds.monitor.console import Section
 
-CROPS = 640_000  #: that a published head learns from
 _BATCH = 4  # images whose time is taken
 _SEARCHES = 6  # measurements until a control has its shift
 
@@ -38,20 +37,16 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
         sizes = ", ".join(f"{len(images)} {name}" for name, images in benchmark.sets.items())
         data.append([benchmark.label, sizes, ", ".join(benchmark.names)])
     seconds = seconds_of(comparison.origin, settings)
-    quick = [benchmark for benchmark in comparison.benchmarks if benchmark.published is None]
     times = list[list[str]]()
-    if quick:
-        images = _images(comparison, quick, best=best)
-        times.append(
-            ["encoding", f"{images:,} images", f"{seconds * images / 3600:.2g} hours on {settings.device}"]
-        )
-    published = len(comparison.benchmarks) - len(quick)
+    images = _images(comparison, best=best)
+    times.append(
+        ["encoding", f"{images:,} images", f"{seconds * images / 3600:.2g} hours on {settings.device}"]
+    )
+    published = [benchmark for benchmark in comparison.benchmarks if benchmark.published is not None]
     if published:
-        scored = sum(len(arm.models) for arm in arms) * (3 if best else 1)  # with noise and half
-        hours = hours_of(comparison.origin, published * scored, settings)
-        times.append(
-            ["published heads", f"{published * scored} or more", f"{hours:,.2g} hours on {settings.device}"]
-        )
+        scored = _scored_models(comparison, best=best)
+        hours = published_hours(comparison.origin, published, scored, settings)
+        times.append(["published heads", f"{scored} models", f"{hours:,.2g} hours on {settings.device}"])
     return [
         Section("models", models, ["", "layers", ""]),
         Section("data, images and numbers", data),
@@ -67,21 +62,30 @@ def _blocks(arm: Arm, best: bool) -> str:
     return names[-1]
 
 
-def _images(comparison: Comparison, benchmarks: Sequence[Benchmark], *, best: bool) -> int:
-    """How many images are encoded: for layers, for shifts and for scores."""
+def _scored_models(comparison: Comparison, *, best: bool) -> int:
+    """How many models are scored: BASE, and each training with its controls, noise and half."""
+    models = 1
+    for arm in comparison.tuned:
+        beside = len(comparison.named) + 2 * best if arm.alike else 0
+        models += len(arm.models) * (1 + beside)
+    return models
+
+
+def _images(comparison: Comparison, *, best: bool) -> int:
+    """How many images are encoded as models take them: for layers, for shifts and for quick scores."""
+    trainings = sum(len(arm.models) for arm in comparison.tuned)
+    controls = sum(len(arm.models) for arm in comparison.tuned if arm.alike) * (len(comparison.named) + best)
     total = 0
-    for benchmark in benchmarks:
-        of_scores = sum(map(len, benchmark.sets.values()))
-        of_layers = len(benchmark.layer_choice.images) if best and benchmark.layer_choice else 0
-        of_shift = 0
+    for benchmark in comparison.benchmarks:
+        if benchmark.published is None:
+            total += sum(map(len, benchmark.sets.values())) * _scored_models(comparison, best=best)
+        if best and benchmark.layer_choice:
+            total += len(benchmark.layer_choice.images) * (1 + trainings)
         if comparison.primary in benchmark.full_names:
-            of_shift = min(SEARCHED, len(benchmark.training_images))
-        total += of_scores + of_layers
-        for arm in comparison.tuned:
-            total += len(arm.models) * (of_scores + of_layers)
-            controls = len(comparison.named) + best
-            if arm.alike:
-                total += len(arm.models) * (controls * (of_scores + _SEARCHES * of_shift) + best * of_scores)
+            count = len(benchmark.training_images)
+            total += min(SEARCHED, count) * (1 + _SEARCHES * controls)
+            if count > SEARCHED:
+                total += 2 * count * (trainings + controls)  # BASE is encoded again beside each
     return total
 
 
@@ -96,7 +100,13 @@ def seconds_of(spec: ModelSpec, settings: Settings) -> float:
     return (time.perf_counter() - began) / _BATCH
 
 
-def hours_of(spec: ModelSpec, heads: int, settings: Settings) -> float:
-    """Hours that so many heads of published protocols take, by the time of one image."""
+def published_hours(
+    spec: ModelSpec, benchmarks: Sequence[Benchmark], models: int, settings: Settings
+) -> float:
+    """Hours that published numbers of so many models take, by the time that one image takes a pixel."""
+    pixels = 0
+    for benchmark in benchmarks:
+        images = sum(map(len, benchmark.sets.values()))
+        pixels += sum(number.side**2 * (number.crops + images) for number in benchmark.numbers)
     side = load_encoder(spec, settings.precision).side
-    return seconds_of(spec, settings) * (SIDE / side) ** 2 * CROPS * heads / 3600
+    return seconds_of(spec, settings) / side**2 * pixels * models / 3600

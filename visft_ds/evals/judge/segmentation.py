@@ -54,6 +54,7 @@ LINEAR = Number(
     "the best of eight evaluations on the test images)",
     chooses_layer=True,
     trained=True,
+    crops=linear_segmentation.RECIPE.steps * BATCH,
 )
 OBJECTS = Number("objects kNN", how="The 20 objects nearest by the mean of their patches name an object.")
 NUMBERS = (IN_CONTEXT, LINEAR, OBJECTS)

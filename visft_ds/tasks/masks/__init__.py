@@ -1,1 +1,11 @@
-"""What segmentation and semantic segmentation share."""
+"""What segmentation and semantic segmentation share: everything that knows masks, but no task by its name.
+
+`config` options of the plain head and of the loss · `data` large-scale jitter, targets, their packing ·
+`rasters` COCO's polygons and run-length codes drawn as soft masks · `plain` the head of queries and cells,
+`pmt` its published weights · `output` what heads of masks predict · `loss` matching and criterion, at
+`points` · `interpolation`, `norm` masks of padded images · `task` the methods of both tasks.
+
+Names of the plain head's modules stand in exported files and in `pmt`: they stay. Points depend on a sample's
+key and a layer alone, and padded cells on nothing: a loss must not depend on how a batch is divided. Options
+are the fields of `config`; a new one belongs there with its unit, range and source.
+"""

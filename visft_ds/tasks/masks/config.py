@@ -1,5 +1,5 @@
-"""Options that segmentation and semantic segmentation share: the plain head, the loss of masks, sections of several
-kinds.
+"""Options that segmentation and semantic segmentation share: the plain head, the loss of masks, and sections
+of several kinds.
 """
 
 from __future__ import annotations
@@ -10,32 +10,33 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from visft_ds.settings.fields import (
-    Above,
-    Fraction,
-    Positive,
-    Rate,
-    StrictModel,
-    nearest,
-)
+from visft_ds.settings.fields import Above, Fraction, Positive, Rate, StrictModel, nearest
 from visft_ds.settings.task_schema import TaskConfig
 
 #: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained,
 #: where the last category (toothbrush) coincides with "no object" and class 0 is never used.
-Labelling = Literal["contiguous", "published"]
+ClassIds = Literal["contiguous", "published"]
 
 
 class PlainHeadConfig(StrictModel):
-    """Options of the plain head, which reads all maps of the backbone (`visft.model.layers`)."""
+    """Options of the plain head, PMT's decoder, which reads all maps of the backbone
+    (`visft.model.layers`).
+    """
 
     type: Literal["plain"] = "plain"
-    num_classes: Positive = 80  #: default for ids that are not COCO's: the number of categories
+    #: classes, at least 1; default for ids that are not COCO's: the number of categories
+    num_classes: Positive = 80
+    #: masks that are predicted, at least 1 (EoMT on COCO: 200)
     num_queries: Positive = 200
+    #: transformer blocks, at least 1 (PMT: 6)
     blocks: Positive = 6
-    hidden_dim: Positive | None = None  #: null: the width of the last map
-    num_heads: Positive | None = None  #: null: each 64 wide
-    ffn_dim: Positive | None = None  #: null: hidden_dim
-    labelling: ClassVar[Labelling] = "contiguous"
+    #: channels of the head, a multiple of 4 num_heads; null: as many as the last map has (PMT)
+    hidden_dim: Positive | None = None
+    #: attention heads, at least 1; null: one for every 64 channels (PMT)
+    num_heads: Positive | None = None
+    #: channels inside the MLPs, at least 1; null: hidden_dim
+    ffn_dim: Positive | None = None
+    class_ids: ClassVar[ClassIds] = "contiguous"
 
     @property
     def decoder_layers(self) -> int:
@@ -43,19 +44,28 @@ class PlainHeadConfig(StrictModel):
         return self.blocks
 
 
-class SegmentationLoss(StrictModel):
-    """Keyword arguments of the segmentation criterion; the matcher's costs are the same ce, bce and dice."""
+class MaskLoss(StrictModel):
+    """Weights of the losses of masks, which are those of the costs in the matching as well, and the points at
+    which masks are compared.
+    """
 
+    #: weight of the class cross-entropy, from 0 (Mask2Former: 2)
     ce: Rate = 2.0
+    #: weight of the mask cross-entropy, from 0 (Mask2Former: 5)
     bce: Rate = 5.0
+    #: weight of the dice loss, from 0 (Mask2Former: 5)
     dice: Rate = 5.0
-    eos_coef: Above = 0.1  #: class weight of "no object" in the cross-entropy
-    num_points: Positive = 12544
-    oversample: Annotated[float, Field(ge=1)] = 3.0
-    importance: Fraction = 0.75
+    #: class weight of "no object" in the cross-entropy, above 0 (DETR: 0.1)
+    eos_coef: Above = 0.1
+    #: points of an object, at least 1 (Mask2Former: 112 x 112)
+    train_num_points: Positive = 12544
+    #: random candidates for the uncertain points, times train_num_points; at least 1 (PointRend: 3)
+    oversample_ratio: Annotated[float, Field(ge=1)] = 3.0
+    #: share of the points that lie where the prediction is least certain, 0 to 1 (PointRend: 0.75)
+    importance_sample_ratio: Fraction = 0.75
 
 
-class MaskTask(TaskConfig):
+class MaskTaskConfig(TaskConfig):
     """Settings of a task that has heads of several types."""
 
     #: `type` of a head -> its options; the first is that of a head without one.
@@ -63,26 +73,30 @@ class MaskTask(TaskConfig):
 
     @field_validator("head", mode="wrap")
     @classmethod
-    def _of_type(cls, given: Any, _: object) -> StrictModel:
-        """The options of the type that they name; those of another one are refused."""
-        if isinstance(given, StrictModel):
-            return given
-        first = next(iter(cls.heads))
-        named = str(given.get("type", first)) if isinstance(given, dict) else first
-        if named not in cls.heads:
+    def _of_type(cls, value: Any, _: object) -> StrictModel:
+        """The options of the type that they name; those of another type are refused."""
+        if isinstance(value, StrictModel):
+            return value
+        head_type = next(iter(cls.heads))
+        if isinstance(value, dict):
+            head_type = str(value.get("type", head_type))
+        if head_type not in cls.heads:
             raise refusal([("type", f"must be {' or '.join(cls.heads)}")])
-        return of_kind(cls.heads[named], given, f"a {named} head")
+        return options_of_kind(cls.heads[head_type], value, f"a {head_type} head")
 
 
-def of_kind(kind: type[StrictModel], given: Any, what: str) -> StrictModel:
-    """A section of which there are several kinds; keys of another one are refused as no options of `what`."""
-    known = kind.model_fields
-    other = [name for name in given if name not in known] if isinstance(given, dict) else []
-    if other:
-        raise refusal([(name, f"is not an option of {what}{nearest(name, known)}") for name in other])
-    return kind.model_validate(given)
+def options_of_kind(kind: type[StrictModel], value: Any, title: str) -> StrictModel:
+    """A section of which there are several kinds; a key of another one is refused as no option of `title`."""
+    if isinstance(value, dict):
+        known = kind.model_fields
+        problems = [
+            (key, f"is not an option of {title}{nearest(key, known)}") for key in value if key not in known
+        ]
+        if problems:
+            raise refusal(problems)
+    return kind.model_validate(value)
 
 
-def refusal(found: list[tuple[str, str]]) -> PydanticCustomError:
+def refusal(problems: list[tuple[str, str]]) -> PydanticCustomError:
     """The error for pairs (key in a section, problem)."""
-    return PydanticCustomError("contradictions", "{found}", {"found": found})
+    return PydanticCustomError("contradictions", "{found}", {"found": problems})

@@ -1,4 +1,4 @@
-"""Segmentation data: large-scale jitter, soft masks as targets, and their packing into a batch.
+"""Data of mask tasks: large-scale jitter, soft masks as targets, and their packing into a batch.
 
 Shape letters: B images, H W pixels, N objects packed over the batch, n objects of one image, hm wm cells of
 the masks.
@@ -8,110 +8,157 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from visft_ds.data.samples import RawSample, Targets
+from visft_ds.data.samples import RawSample, Sample, Targets
 from visft_ds.data.transforms import Crop, Flip, Op, Pad, Resize, Size, final_size
-from visft_ds.tasks.masks.rasters import draw_masks, placement
+from visft_ds.tasks.masks.rasters import STRIDE, draw_masks, grid_size, placement
+
+#: Sides of images in evaluation are multiples of so many pixels, so that patches and strides lose no strip.
+_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
-class SegmentationTargets(Targets):
+class MaskTargets(Targets):
     """Masks of a batch, packed: image b owns the next `counts[b]` rows."""
 
     masks: Tensor  #: (N, hm, wm) uint8, covered part of each cell, 0 to 255
     labels: Tensor  #: (N,) int64, classes from 0: places among the categories of the head
     extents: Tensor  #: (B, 2) float32, height and width of each image as a share of the padded batch
-    mask_extents: Tensor  #: (B, 2) float32, the same as a share of the grid (hm, wm)
+    grids: Tensor  #: (B, 2) int64, cells that cover each image, of (hm, wm)
     counts: Tensor  #: (B,) int64, sums to N
     keys: Tensor  #: (B,) int64, the samples' random keys, from which the criterion draws its points
-    host: ClassVar[tuple[str, ...]] = ("counts", "keys")
+    host: ClassVar[tuple[str, ...]] = ("extents", "grids", "counts", "keys")
+
+
+def slices_of(counts: Sequence[int]) -> list[slice]:
+    """The slice of each group among all entries, in groups of so many, one after the other."""
+    ends = np.cumsum(counts).tolist()
+    return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
 @dataclass(frozen=True)
 class LargeScaleJitter:
-    """Geometry of segmentation alone: large-scale jitter (Ghiasi et al., arXiv 2012.07177).
+    """Geometry of mask tasks alone: large-scale jitter (Ghiasi et al., arXiv 2012.07177).
 
     Training: mirror with probability `flip`; scale to fit a square of s * `size` pixels, s uniform in
     `scale`; extend right and bottom to `size` x `size` with the value `pad_value`; cut out a random square of
     that size. The extension belongs to the image, as in the reference. Evaluation: short side `min_size_test`,
-    long side at most `max_size_test`, then extended to multiples of `eval_multiple` pixels, so that patches
-    lose no strip; that extension is padding. With `fixed_size`, both only scale to a square of that many
-    pixels, and training also mirrors.
+    long side at most `max_size_test`, then extended to multiples of 32 pixels, so that patches lose no strip;
+    that extension is padding. With `fixed_size`, both only scale to a square of that many pixels, and
+    training also mirrors.
     """
 
     size: int
     scale: tuple[float, float]
     flip: float
-    pad_value: int
     min_size_test: int
     max_size_test: int
-    eval_multiple: int
     fixed_size: int | None
+    pad_value: int
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
-        ops: list[Op] = [Flip()] if train and generator.random() < self.flip else []
+        """Operations for an image of `size`."""
+        ops: list[Op] = []
+        if train and generator.random() < self.flip:
+            ops.append(Flip())
         if self.fixed_size is not None:
             return [*ops, Resize(self.fixed_size, self.fixed_size)]
-        if not train:
-            scaled = evaluation_size(size, self.min_size_test, self.max_size_test)
-            height, width = (-(-side // self.eval_multiple) * self.eval_multiple for side in scaled)
-            return [*ops, Resize(*scaled), Pad(height, width, self.pad_value, outside=True)]
+        if train:
+            return [*ops, *self._jitter(size, generator)]
+        height, width = evaluation_size(size, self.min_size_test, self.max_size_test)
+        rows, columns = grid_size((height, width), _MULTIPLE)
+        padding = Pad(rows * _MULTIPLE, columns * _MULTIPLE, self.pad_value, outside=True)
+        return [Resize(height, width), padding]
+
+    def _jitter(self, size: Size, generator: np.random.Generator) -> list[Op]:
+        """Scaling, extension and crop of a training image."""
         factor = generator.uniform(*self.scale) * self.size / max(size)
         height, width = (max(1, round(side * factor)) for side in size)
         padded = (max(height, self.size), max(width, self.size))
         top, left = (int(generator.integers(0, side - self.size + 1)) for side in padded)
         return [
-            *ops,
             Resize(height, width),
             Pad(*padded, self.pad_value),
             Crop(top, left, self.size, self.size),
         ]
 
 
-def evaluation_size(size: Size, short_side: int, max_size_train: int) -> Size:
+def evaluation_size(size: Size, short_side: int, max_long: int) -> Size:
     """The size with the given short side and the same shape; a smaller one if the long side would pass
-    `max_size_train`.
+    `max_long`.
 
     Both sides are cut off to integers, as in the reference (`short_side_size` of detection rounds the capped
     one).
     """
     small, large = min(size), max(size)
-    if large * short_side > max_size_train * small:
-        short_side = max(1, max_size_train * small // large)
-    long_side = min(short_side * large // small, max_size_train) if large > small else short_side
+    if large * short_side > max_long * small:
+        short_side = max(1, max_long * small // large)
+    long_side = short_side
+    if large > small:
+        long_side = min(short_side * large // small, max_long)
     return (short_side, long_side) if size[0] <= size[1] else (long_side, short_side)
 
 
-def segmentation_targets(
+def mask_targets(
     labels: Mapping[int, int],
-    mask_stride: int,
     raw: RawSample,
     ops: Sequence[Op],
     generator: np.random.Generator,
+    stride: int = STRIDE,
 ) -> dict[str, npt.NDArray[Any]]:
     """Masks (n, hm, wm) uint8 and labels (n,) int64 of an image after `ops`.
 
-    A mask has the covered part of cells of at most `mask_stride` pixels: with 4, the dice loss of a good
-    prediction is
-    0.5 % higher than with masks of full size and its BCE 2 % (8 pixels: 1.8 % and 10 %), at 40 times less
-    work. `labels` maps category ids. Crowd regions, objects without a mask, and objects whose box or mask has
-    no area (before or after a crop) give no target.
+    A mask has the covered part of cells of at most `stride` pixels; `labels` maps category ids. Crowd
+    regions, objects without a mask, and objects whose box or mask has no area (before or after a crop) give
+    no target.
     """
-    used = [one for one in raw.annotations if not one["iscrowd"] and one.get("segmentation")]
-    boxes = np.array([one["bbox"] for one in used], dtype=np.float64).reshape(-1, 4)
-    stored, after = raw.size[::-1], final_size(raw.size, ops)[::-1]
-    low, high = boxes[:, :2].clip(0, stored), (boxes[:, :2] + boxes[:, 2:]).clip(0, stored)
-    scale, offset = placement(raw.size, ops)
-    # a mirrored box has its corners exchanged
-    moved = (low * scale + offset).clip(0, after) != (high * scale + offset).clip(0, after)
-    used = list(compress(used, ((high > low) & moved).all(axis=1)))
-    masks = draw_masks([one["segmentation"] for one in used], raw.size, ops, mask_stride)
+    drawable = [
+        annotation
+        for annotation in raw.annotations
+        if not annotation["iscrowd"] and annotation.get("segmentation")
+    ]
+    seen = _boxes_with_area([annotation["bbox"] for annotation in drawable], raw.size, ops)
+    shown = [annotation for annotation, visible in zip(drawable, seen, strict=True) if visible]
+    masks = draw_masks([annotation["segmentation"] for annotation in shown], raw.size, ops, stride)
     covered = masks.any(axis=(1, 2))
-    classes = np.array([labels[one["category_id"]] for one in used], dtype=np.int64)
+    classes = np.array([labels[annotation["category_id"]] for annotation in shown], dtype=np.int64)
     return {"masks": masks[covered], "labels": classes[covered]}
+
+
+def _boxes_with_area(
+    boxes: Sequence[Sequence[float]], size: Size, ops: Sequence[Op]
+) -> npt.NDArray[np.bool_]:
+    """(n,) True for boxes (x, y, w, h) that have an area in an image of `size`, before and after `ops`."""
+    corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    low = corners[:, :2].clip(0, size[::-1])
+    high = (corners[:, :2] + corners[:, 2:]).clip(0, size[::-1])
+    scale, offset = placement(size, ops)
+    final = final_size(size, ops)[::-1]
+    # A mirrored box has its corners exchanged.
+    has_area = (low * scale + offset).clip(0, final) != (high * scale + offset).clip(0, final)
+    return ((high > low) & has_area).all(axis=1)
+
+
+def packed_masks(samples: Sequence[Sample], task: str, frame: Size) -> MaskTargets:
+    """Targets of a batch, whose images are padded to `frame`."""
+    targets = [sample.targets[task] for sample in samples]
+    counts = [len(target["labels"]) for target in targets]
+    grids = np.array([target["masks"].shape[1:] for target in targets])
+    masks = np.zeros((sum(counts), *grids.max(axis=0)), dtype=np.uint8)
+    for rows, target, (height, width) in zip(slices_of(counts), targets, grids, strict=True):
+        masks[rows, :height, :width] = target["masks"]
+    sizes = np.array([sample.size for sample in samples])
+    return MaskTargets(
+        masks=torch.from_numpy(masks),
+        labels=torch.from_numpy(np.concatenate([target["labels"] for target in targets])),
+        extents=torch.from_numpy((sizes / frame).astype(np.float32)),
+        grids=torch.from_numpy(grids),
+        counts=torch.tensor(counts),
+        keys=torch.tensor([sample.random_key for sample in samples]),
+    )

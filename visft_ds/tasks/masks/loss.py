@@ -1,36 +1,49 @@
-"""Segmentation: matching, criterion and post-processing of single-scale Mask2Former (arXiv 2112.01527).
+"""Matching and criterion of masks, as in Mask2Former (arXiv 2112.01527).
 
-Letters: B images, A of them with objects, h w patch grid, Q queries, C classes, L prediction sets = decoder
-layers + 1, N objects of all images concatenated, n objects and m matched pairs of an image, P points.
+Letters: B images, A of them with objects, h w grid of the masks, Q queries, C classes, L prediction sets, N
+objects of all images concatenated, n objects and m matched pairs of an image, P points.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
 from visft_ds.ops import at_least_float32, to_device
-from visft_ds.tasks.masks.config import PlainHeadConfig, SegmentationLoss
-from visft_ds.tasks.masks.data import SegmentationTargets
-from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.config import ClassIds, MaskLoss
+from visft_ds.tasks.masks.data import MaskTargets, slices_of
+from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.points import draw_points, sample, uncertain_points
 from visft_ds.tasks.matching import Matches, class_losses, solve
-from visft_ds.tasks.segmentation.config import SegmentationHeadConfig
 
 
-class SegmentationCriterion:
+class MaskHeadConfig(Protocol):
+    """What the criterion asks of the options of a head."""
+
+    @property
+    def num_queries(self) -> int: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def decoder_layers(self) -> int: ...
+    @property
+    def class_ids(self) -> ClassIds: ...
+
+
+class MaskCriterion:
     """Set-prediction loss of every prediction set: class cross-entropy, mask cross-entropy and dice at
     points.
 
     `ce`, `bce` and `dice` weigh the losses and the costs of the matching alike. The masks of a pair are
-    compared at `num_points` points (112 x 112): the share `importance` are those of `num_points * oversample`
-    random ones where the prediction is least certain, the others uniform (see `mask_points`).
+    compared at `train_num_points` points: the share `importance_sample_ratio` are those of
+    `train_num_points * oversample_ratio` random ones where the prediction is least certain, the others
+    uniform (see `points`).
 
     Calling it gives *unweighted* losses by name: `ce`, `bce`, `dice` of the last layer, and with suffixes
     `_0` (before the first layer), `_1` .. `_{layers - 1}` those of the earlier sets; `weights` holds the
@@ -40,101 +53,147 @@ class SegmentationCriterion:
     The points depend on an image's random key and on the layer alone: how the batch is split changes nothing.
     """
 
-    def __init__(
-        self,
-        head: SegmentationHeadConfig | PlainHeadConfig,
-        loss: SegmentationLoss,
-        task: str = "segmentation",
-    ) -> None:
-        self.head, self.eos_coef, self.task = head, loss.eos_coef, task
-        self.uncertain = int(loss.importance * loss.num_points)
+    def __init__(self, head: MaskHeadConfig, loss: MaskLoss, task: str) -> None:
+        self.head = head
+        self.loss = loss
+        self.task = task
+        self.uncertain = int(loss.importance_sample_ratio * loss.train_num_points)
+        candidates = int(loss.train_num_points * loss.oversample_ratio)
         #: points of an image and prediction set: for the matching, candidates for the uncertain ones, uniform
         #: ones
-        self.points = (
-            loss.num_points,
-            int(loss.num_points * loss.oversample),
-            loss.num_points - self.uncertain,
-        )
-        self.costs = (loss.ce, loss.bce, loss.dice)
+        self.points = (loss.train_num_points, candidates, loss.train_num_points - self.uncertain)
         self._suffixes = [*(f"_{layer}" for layer in range(head.decoder_layers)), ""]
-        by_name = {"ce": loss.ce, "bce": loss.bce, "dice": loss.dice}
-        self.weights: dict[str, float] = {
-            name + s: weight for s in self._suffixes for name, weight in by_name.items()
-        }
+        self.weights: dict[str, float] = {}
+        for suffix in self._suffixes:
+            self.weights |= {f"ce{suffix}": loss.ce, f"bce{suffix}": loss.bce, f"dice{suffix}": loss.dice}
 
     def count(self, batch: Batch) -> dict[str, float]:
+        """Objects, by which the losses of masks are divided, and images, by which those of classes are."""
         counts = batch.targets[self.task].counts
         return {"masks": float(counts.sum()), "images": float(len(counts))}
 
     def __call__(
         self,
-        output: SegmentationOutput,
-        targets: SegmentationTargets,
+        output: MaskOutput,
+        targets: MaskTargets,
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        head = self.head
+        logits = at_least_float32(output.logits)
+        masks = at_least_float32(output.masks)
+        self._check(output)
         if output.extents is not None:
-            targets = replace(targets, extents=to_device(output.extents, output.masks.device))
-        logits, masks = at_least_float32(output.logits), at_least_float32(output.masks)
-        given, suffixes = (
-            (logits.shape[2], logits.shape[3] - 1, output.labelling),
-            self._suffixes[-len(logits) :],
-        )
-        assert given == (head.num_queries, head.num_classes, head.labelling) and len(suffixes) == len(
-            logits
-        ), given
+            targets = replace(targets, extents=output.extents)
+        labels = targets.labels
+        if self.head.class_ids == "published":
+            labels = labels + 1
         keys = targets.keys[targets.counts > 0].tolist()
         matching, candidates, uniform = draw_points(keys, len(masks), self.points, masks.device)
-        labels = targets.labels if head.labelling == "contiguous" else targets.labels + 1
-        matches = match_masks(logits, masks, targets, labels, matching, self.costs, image_ids)
-        ce, wrong = class_losses(logits, labels, targets.counts, matches, self.eos_coef, loss_denominators)
-        # Without any pair the sums (L,) are zeros that still carry a (zero) gradient.
-        bce = dice = masks.flatten(1)[:, :0].sum(dim=1)
-        # the pairs are ordered by set and then by image, and every set has the same number of them
-        queries, objects = matches.queries.view(len(masks), -1), matches.objects.view(len(masks), -1)
-        every_set = torch.arange(len(masks), device=masks.device)[:, None]
-        # the image's first pair and first object, and its place among the images with objects, for which
-        # points exist
-        pair = first = place = 0
-        for image, count in enumerate(targets.counts.tolist()):
-            if count == 0:
-                continue
-            pairs = slice(pair, pair + min(count, head.num_queries))
-            predicted = masks[every_set, image, queries[:, pairs]]  # (L, m, h, w)
-            extent = targets.extents[image]
-            chosen = uncertain_points(
-                predicted.detach(), candidates[place], uniform[place], self.uncertain, extent
-            )
-            true = targets.masks[first : first + count, None].to(masks.dtype) / 255  # stored as uint8
-            # set by set, so that there is never a copy of the masks for every pair of every set
-            sets = zip(objects[:, pairs] - first, chosen, strict=True)
-            seen = [sample(true[rows], at, targets.mask_extents[image]).squeeze(1) for rows, at in sets]
-            wanted = torch.stack(seen)  # (L, m, P) in [0, 1]
-            x = sample(predicted.flatten(0, 1)[:, None], chosen.flatten(0, 1), extent).view_as(
-                wanted
-            )  # logits
-            share = x.sigmoid()
-            bce = bce + F.binary_cross_entropy_with_logits(x, wanted, reduction="none").mean(dim=-1).sum(
-                dim=1
-            )
-            # + 1 as in Mask2Former's code: defined, and 0 for two empty masks
-            overlap, areas = (share * wanted).sum(dim=-1), share.sum(dim=-1) + wanted.sum(dim=-1)
-            dice = dice + (1 - (2 * overlap + 1) / (areas + 1)).sum(dim=1)
-            pair, first, place = pairs.stop, first + count, place + 1
+        costs = (self.loss.ce, self.loss.bce, self.loss.dice)
+        matches = match_masks(logits, masks, targets, labels, matching, costs, image_ids)
+        ce, wrong = self.loss_labels(logits, labels, targets, matches, loss_denominators)
+        bce, dice = self.loss_masks(masks, targets, matches, candidates, uniform)
         number = loss_denominators["masks"]
-        by_name = {"ce": ce, "bce": bce / number, "dice": dice / number}  # (L,) each
-        losses = {
-            name + s: one for name, each in by_name.items() for s, one in zip(suffixes, each, strict=True)
-        }
-        return {**losses, "class_error": wrong / number}
+        losses = {}
+        # A plain head gives its last set alone in evaluation.
+        suffixes = self._suffixes[-len(logits) :]
+        for name, of_sets in (("ce", ce), ("bce", bce / number), ("dice", dice / number)):
+            for suffix, value in zip(suffixes, of_sets, strict=True):
+                losses[name + suffix] = value
+        losses["class_error"] = wrong / number
+        return losses
+
+    def _check(self, output: MaskOutput) -> None:
+        """Hold the output against the head that this criterion is for."""
+        _, _, num_queries, num_classes = output.logits.shape
+        head = self.head
+        assert (num_queries, num_classes - 1) == (head.num_queries, head.num_classes), output.logits.shape
+        assert output.class_ids == head.class_ids, output.class_ids
+
+    def loss_labels(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        targets: MaskTargets,
+        matches: Matches,
+        loss_denominators: Mapping[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Class cross-entropy (L,), and 100 times the objects that got a wrong class."""
+        return class_losses(logits, labels, targets.counts, matches, self.loss.eos_coef, loss_denominators)
+
+    def loss_masks(
+        self,
+        masks: Tensor,
+        targets: MaskTargets,
+        matches: Matches,
+        candidates: Tensor,
+        uniform: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and dice (L,) of the masks of all matched pairs, summed over the pairs.
+
+        `masks` (L, B, Q, h, w) logits, `candidates` (A, L, K, 2) for the uncertain points and `uniform` ones
+        (A, L, U, 2) of each image that has objects.
+        """
+        # Without any pair the sums are zeros that still carry a (zero) gradient.
+        bce = dice = masks.flatten(1)[:, :0].sum(dim=1)
+        # The pairs are ordered by set and then by image, and every set has the same number of them.
+        queries = matches.queries.view(len(masks), -1)
+        objects = matches.objects.view(len(masks), -1)
+        every_set = torch.arange(len(masks), device=masks.device)[:, None]
+        counts = targets.counts.tolist()
+        rows_of = slices_of(counts)
+        pairs_of = slices_of([min(count, self.head.num_queries) for count in counts])
+        with_objects = [image for image, count in enumerate(counts) if count > 0]
+        extents, mask_extents = _extents(targets)
+        for number, image in enumerate(with_objects):
+            rows = rows_of[image]
+            pairs = pairs_of[image]
+            predicted = masks[every_set, image, queries[:, pairs]]  # (L, m, h, w)
+            points = uncertain_points(
+                predicted.detach(), candidates[number], uniform[number], self.uncertain, extents[image]
+            )
+            true_masks = targets.masks[rows, None].to(masks.dtype) / 255  # stored as uint8
+            # Set by set, so that there is never a copy of the masks for every pair of every set.
+            sets = zip(objects[:, pairs] - rows.start, points, strict=True)
+            true = torch.stack(
+                [sample(true_masks[of_set], at, mask_extents[image]).squeeze(1) for of_set, at in sets]
+            )
+            logits = sample(predicted.flatten(0, 1)[:, None], points.flatten(0, 1), extents[image])
+            logits = logits.view_as(true)
+            bce = bce + mask_cross_entropy(logits, true).sum(dim=1)
+            dice = dice + dice_loss(logits, true).sum(dim=1)
+        return bce, dice
+
+
+def _extents(targets: MaskTargets) -> tuple[Tensor, Tensor]:
+    """(B, 2) each, on the device: height and width of an image as a share of the predicted grid, and of the
+    grid of the true masks.
+    """
+    of_masks = targets.grids.double() / torch.tensor(targets.masks.shape[1:])
+    device = targets.masks.device
+    return to_device(targets.extents, device), to_device(of_masks.float(), device)
+
+
+def mask_cross_entropy(logits: Tensor, true: Tensor) -> Tensor:
+    """Mean cross-entropy over the last axis."""
+    return F.binary_cross_entropy_with_logits(logits, true, reduction="none").mean(dim=-1)
+
+
+def dice_loss(logits: Tensor, true: Tensor) -> Tensor:
+    """Dice loss over the last axis; with 1 added as in Mask2Former's code it is defined, and 0, for two empty
+    masks.
+    """
+    probability = logits.sigmoid()
+    overlap = (probability * true).sum(dim=-1)
+    areas = probability.sum(dim=-1) + true.sum(dim=-1)
+    return 1 - (2 * overlap + 1) / (areas + 1)
 
 
 @torch.no_grad()
 def match_masks(
     logits: Tensor,
     masks: Tensor,
-    targets: SegmentationTargets,
+    targets: MaskTargets,
     labels: Tensor,
     points: Tensor,
     costs: tuple[float, float, float],
@@ -150,22 +209,36 @@ def match_masks(
 
     Raises FloatingPointError where a cost is not finite.
     """
-    counts = targets.counts.numpy()
-    parts, ends = [at_least_float32(logits).new_zeros(len(logits), 0, logits.shape[2])], np.cumsum(counts)
-    for number, image in enumerate(np.flatnonzero(counts)):
-        rows = slice(ends[image] - counts[image], ends[image])
+    counts = targets.counts.tolist()
+    rows_of = slices_of(counts)
+    with_objects = [image for image, count in enumerate(counts) if count > 0]
+    extents, mask_extents = _extents(targets)
+    cost = [at_least_float32(logits).new_zeros(len(logits), 0, logits.shape[2])]
+    for number, image in enumerate(with_objects):
+        rows = rows_of[image]
         probability = at_least_float32(logits[:, image]).softmax(dim=-1)  # (L, Q, C + 1)
         of_class = -probability[..., labels[rows]].transpose(1, 2)
         at = points[number]  # (L, P, 2)
-        x = at_least_float32(sample(masks[:, image], at, targets.extents[image]))  # (L, Q, P) logits
-        true = targets.masks[rows].to(probability.dtype) / 255  # one map of n channels
-        wanted = sample(true[None].to(x.dtype), at.reshape(1, -1, 2), targets.mask_extents[image])[0]
-        wanted = wanted.unflatten(1, at.shape[:2]).transpose(0, 1)  # (L, n, P)
-        # BCE is softplus(-x) t + softplus(x) (1 - t), which is softplus(x) - x t: one product instead of two
-        bce = (F.softplus(x).sum(-1)[:, None] - wanted @ x.transpose(1, 2)) / x.shape[-1]  # (L, n, Q)
-        shares = x.sigmoid()
-        areas = shares.sum(-1)[:, None] + wanted.sum(-1)[..., None]
-        dice = 1 - (2 * (wanted @ shares.transpose(1, 2)) + 1) / (areas + 1)
-        parts.append(costs[0] * of_class + costs[1] * bce + costs[2] * dice)
-    pairs = int(counts.clip(max=logits.shape[2]).sum())
-    return solve(torch.cat(parts, dim=1), targets.counts, pairs, image_ids)
+        x = at_least_float32(sample(masks[:, image], at, extents[image]))  # (L, Q, P) logits
+        true_masks = targets.masks[rows].to(probability.dtype) / 255  # one map of n channels
+        true = sample(true_masks[None].to(x.dtype), at.reshape(1, -1, 2), mask_extents[image])[0]
+        true = true.unflatten(1, at.shape[:2]).transpose(0, 1)  # (L, n, P)
+        bce = _pairwise_cross_entropy(x, true)
+        cost.append(costs[0] * of_class + costs[1] * bce + costs[2] * _pairwise_dice(x, true))
+    pairs = sum(min(count, logits.shape[2]) for count in counts)
+    return solve(torch.cat(cost, dim=1), targets.counts, pairs, image_ids)
+
+
+def _pairwise_cross_entropy(logits: Tensor, true: Tensor) -> Tensor:
+    """Mean cross-entropy (L, n, Q) of every object (L, n, P) and query (L, Q, P).
+
+    It is softplus(-x) t + softplus(x) (1 - t), which is softplus(x) - x t: one product instead of two.
+    """
+    return (F.softplus(logits).sum(-1)[:, None] - true @ logits.transpose(1, 2)) / logits.shape[-1]
+
+
+def _pairwise_dice(logits: Tensor, true: Tensor) -> Tensor:
+    """Dice (L, n, Q) of every object (L, n, P) and query (L, Q, P)."""
+    probability = logits.sigmoid()
+    areas = probability.sum(-1)[:, None] + true.sum(-1)[..., None]
+    return 1 - (2 * (true @ probability.transpose(1, 2)) + 1) / (areas + 1)

@@ -1,6 +1,6 @@
 """Group norm of padded maps.
 
-Letters: B images, E width, h w grid.
+Letters: B images, E channels, h w grid.
 """
 
 from __future__ import annotations

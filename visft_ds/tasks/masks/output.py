@@ -9,20 +9,20 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from visft_ds.tasks.masks.config import Labelling
+from visft_ds.tasks.masks.config import ClassIds
 
 
 @dataclass(frozen=True)
-class SegmentationOutput:
-    """Predictions before the first decoder layer and of each; the last are the head's answer."""
+class MaskOutput:
+    """Predictions before the first layer of a head and of each layer; the last set is the head's answer."""
 
     logits: Tensor  #: (L, B, Q, C + 1), the last class is "no object"
     masks: Tensor  #: (L, B, Q, h, w) logits over the padded batch, 0 at padded cells
-    labelling: Labelling = "contiguous"  #: of the head
+    class_ids: ClassIds = "contiguous"  #: of the head
     #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch
     #: in pixels.
     extents: Tensor | None = None
 
-    def last(self) -> SegmentationOutput:
+    def last(self) -> MaskOutput:
         """The answer without what only losses look at."""
         return replace(self, logits=self.logits[-1:], masks=self.masks[-1:])

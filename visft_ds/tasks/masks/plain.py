@@ -26,20 +26,28 @@ from visft_ds.ops import at_least_float32, to_device
 from visft_ds.randomness import generator
 from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.masks.config import PlainHeadConfig
-from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.output import MaskOutput
 
-_ROPE_BASE, _EPS, _POWER = 100.0, 1e-5, 0.9
-_STRIDE = 16  #: maps are brought to the one nearest to this
-_STREAM = 64  #: of a sample's random key, for the first block; points of the loss are drawn from lower ones
+_ROPE_BASE = 100.0
+_EPS = 1e-5  # of the norms
+_POWER = 0.9  # of the annealing
+_STRIDE = 16  # pixels; maps are brought to the one whose cells are nearest to this
+_STREAM = 64  # of a sample's random key, for the first block; points of the loss are drawn from lower ones
 
 
 def masked_share(block: int, blocks: int, progress: float) -> float:
     """Share of the queries that see only cells of their own mask in a block, at `progress` in [0, 1] of a
     training.
+
+    It falls from 1 to 0, block after block: as PMT's recipes anneal it.
     """
-    start = 1 / 6 + block / (2 * (blocks - 1)) if block else 0.0
-    length = 1 / 6 if block else 0.034
-    return float((1 - min(max((progress - start) / length, 0.0), 1.0)) ** _POWER)
+    start = 0.0
+    length = 0.034
+    if block > 0:
+        start = 1 / 6 + block / (2 * (blocks - 1))
+        length = 1 / 6
+    done = min(max((progress - start) / length, 0.0), 1.0)
+    return float((1 - done) ** _POWER)
 
 
 class PlainHead(nn.Module):
@@ -54,6 +62,11 @@ class PlainHead(nn.Module):
     reads = ("random_keys", "progress")
 
     def __init__(self, shapes: Sequence[tuple[int, int]], options: PlainHeadConfig) -> None:
+        """A head for maps of these (width, pixels to a cell).
+
+        Raises:
+            ValueError: the width is not a multiple of 4 times the number of attention heads.
+        """
         super().__init__()
         width = options.hidden_dim or shapes[-1][0]
         num_heads = options.num_heads or max(1, width // 64)
@@ -61,23 +74,27 @@ class PlainHead(nn.Module):
             raise ValueError(
                 f"a plain head: hidden_dim {width} is not a multiple of 4 * num_heads = {num_heads}"
             )
-        self.num_queries, self.num_heads = options.num_queries, num_heads
+        self.num_queries = options.num_queries
+        self.num_heads = num_heads
         strides = [stride for _, stride in shapes]
-        self.nearest = min(range(len(shapes)), key=lambda place: abs(math.log2(strides[place] / _STRIDE)))
-        self.laterals = nn.ModuleList(Lateral(one, width) for one, _ in shapes)
+        distances = [abs(math.log2(stride / _STRIDE)) for stride in strides]
+        self.nearest = distances.index(min(distances))
+        self.laterals = nn.ModuleList(Lateral(map_width, width) for map_width, _ in shapes)
         self.queries = nn.Embedding(options.num_queries, width)
-        self.blocks = nn.ModuleList(
-            Block(width, num_heads, options.ffn_dim or width) for _ in range(options.blocks)
-        )
+        ffn_dim = options.ffn_dim or width
+        self.blocks = nn.ModuleList(Block(width, num_heads, ffn_dim) for _ in range(options.blocks))
         self.norm = nn.LayerNorm(width, _EPS)
+        # Masks have cells of 4 pixels, or half as large ones as the map.
         doublings = max(1, int(math.log2(strides[self.nearest])) - 2)
         self.upscale = nn.ModuleList(Upscale(width) for _ in range(doublings))
-        self.mask1, self.mask2, self.mask3 = (nn.Linear(width, width) for _ in range(3))
+        self.mask1 = nn.Linear(width, width)
+        self.mask2 = nn.Linear(width, width)
+        self.mask3 = nn.Linear(width, width)
         self.classes = nn.Linear(width, options.num_classes + 1)
 
     def forward(
         self, maps: Sequence[Map], random_keys: Tensor | None = None, progress: float = 0.0
-    ) -> SegmentationOutput:
+    ) -> MaskOutput:
         """Masks and classes.
 
         Args:
@@ -85,70 +102,84 @@ class PlainHead(nn.Module):
             progress: share of the training that is done.
         """
         valid = maps[self.nearest].valid
+        grid = valid.shape[1:]
         x = self._tokens(maps)
-        inside = valid.flatten(1)
         cos, sin = rotations(valid, x.shape[-1] // self.num_heads)
-        shown = known = None
+        known = shown = None
         if maps[self.nearest].has_empty_cells():
-            shown = valid[:, None].to(x.dtype)
+            inside = valid.flatten(1)
             others = inside.new_ones(len(x), x.shape[1] - inside.shape[1])
             known = torch.cat((others, inside), dim=1)[:, None, None]  # (B, 1, 1, N)
+            shown = valid[:, None].to(x.dtype)
         sets = []
-        for place, block in enumerate(self.blocks):
+        for number, block in enumerate(self.blocks):
             seen = None
             if self.training:
                 assert random_keys is not None
-                sets.append(self._predicted(x, valid.shape[1:], shown))
-                share = masked_share(place, len(self.blocks), progress)
+                sets.append(self._predict(x, grid, shown))
+                share = masked_share(number, len(self.blocks), progress)
                 if share > 0:
-                    seen = self._seen(sets[-1][1], valid, random_keys, place, share)
+                    masks = sets[-1][1]
+                    seen = self._seen_cells(masks, valid, random_keys, number, share)
                     seen = F.pad(seen, (x.shape[1] - seen.shape[2], 0), value=True)[:, None]  # (B, 1, Q, N)
-                    seen = seen if known is None else seen & known
+                    if known is not None:
+                        seen = seen & known
             x = block(x, cos, sin, seen, known)
-        sets.append(self._predicted(x, valid.shape[1:], shown))
-        logits, masks = (at_least_float32(torch.stack(part)) for part in zip(*sets, strict=True))
-        return SegmentationOutput(logits, masks)
+        sets.append(self._predict(x, grid, shown))
+        return MaskOutput(
+            logits=at_least_float32(torch.stack([logits for logits, _ in sets])),
+            masks=at_least_float32(torch.stack([masks for _, masks in sets])),
+        )
 
     def _tokens(self, maps: Sequence[Map]) -> Tensor:
         """(B, N, E): the queries, and the sum of all maps."""
-        grid, total = maps[self.nearest].features.shape[2:], None
-        for lateral, one in zip(self.laterals, maps, strict=True):
-            features = one.features
-            if features.shape[2:] != grid:
-                features = one.resized(grid, antialias=True)
-            tokens = features.flatten(2).transpose(1, 2)
-            added = lateral(tokens if one.prefix is None else torch.cat((one.prefix, tokens), dim=1))
-            total = added if total is None else total + added
-        assert total is not None
-        first = self.queries(torch.arange(self.num_queries, device=total.device)).to(total.dtype)
-        return torch.cat((first.expand(len(total), -1, -1), total), dim=1)
+        grid = maps[self.nearest].features.shape[2:]
+        parts = []
+        for lateral, level in zip(self.laterals, maps, strict=True):
+            cells = level.features
+            if cells.shape[2:] != grid:
+                cells = level.resized(grid, antialias=True)
+            tokens = cells.flatten(2).transpose(1, 2)
+            if level.prefix is not None:
+                tokens = torch.cat((level.prefix, tokens), dim=1)
+            parts.append(lateral(tokens))
+        total = sum(parts[1:], start=parts[0])
+        queries = self.queries(torch.arange(self.num_queries, device=total.device)).to(total.dtype)
+        return torch.cat((queries.expand(len(total), -1, -1), total), dim=1)
 
-    def _seen(self, masks: Tensor, valid: Tensor, random_keys: Tensor, block: int, share: float) -> Tensor:
+    def _seen_cells(
+        self, masks: Tensor, valid: Tensor, random_keys: Tensor, block: int, share: float
+    ) -> Tensor:
         """(B, Q, S) bool, cells that each query sees in a block: those of its mask, or all."""
-        within = F.interpolate(masks.detach(), valid.shape[1:], mode="bilinear").flatten(2) > 0
+        covered = F.interpolate(masks.detach(), valid.shape[1:], mode="bilinear").flatten(2) > 0
         stream = _STREAM + block
-        drawn = np.stack([generator(key, stream).random(self.num_queries) for key in random_keys.tolist()])
-        free = to_device(torch.from_numpy(drawn >= share), within.device)
-        return within | free[..., None]
-
-    def _predicted(self, x: Tensor, grid: Sequence[int], shown: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Class logits (B, Q, C + 1) and mask logits (B, Q, fine grid), 0 at padded cells."""
-        predict = self._predict
-        if torch.is_grad_enabled():
-            predict = partial(checkpoint, predict, use_reentrant=False, preserve_rng_state=False)
-        found: tuple[Tensor, Tensor] = predict(x, grid, shown)
-        return found
+        draws = np.stack([generator(key, stream).random(self.num_queries) for key in random_keys.tolist()])
+        free = to_device(torch.from_numpy(draws >= share), covered.device)
+        return covered | free[..., None]
 
     def _predict(self, x: Tensor, grid: Sequence[int], shown: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Class logits (B, Q, C + 1) and mask logits (B, Q, fine grid), 0 at padded cells."""
+        predict = self._prediction
+        if torch.is_grad_enabled():
+            predict = partial(checkpoint, predict, use_reentrant=False, preserve_rng_state=False)
+        prediction: tuple[Tensor, Tensor] = predict(x, grid, shown)
+        return prediction
+
+    def _prediction(self, x: Tensor, grid: Sequence[int], shown: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self.norm(x)
-        queries, cells = x[:, : self.num_queries], x[:, -math.prod(grid) :]
+        queries = x[:, : self.num_queries]
+        cells = x[:, -math.prod(grid) :]
         fine = cells.transpose(1, 2).unflatten(2, grid)
-        for step in self.upscale:
-            shown = None if shown is None else shown.repeat_interleave(2, 2).repeat_interleave(2, 3)
-            fine = step(fine, shown)
-        codes = self.mask3(F.gelu(self.mask2(F.gelu(self.mask1(queries)))))
-        masks = torch.einsum("bqe,behw->bqhw", codes, fine.to(codes.dtype))
-        return self.classes(queries), masks if shown is None else masks * shown
+        for upscale in self.upscale:
+            if shown is not None:
+                shown = shown.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            fine = upscale(fine, shown)
+        embeddings = F.gelu(self.mask1(queries))
+        embeddings = self.mask3(F.gelu(self.mask2(embeddings)))
+        masks = torch.einsum("bqe,behw->bqhw", embeddings, fine.to(embeddings.dtype))
+        if shown is not None:
+            masks = masks * shown
+        return self.classes(queries), masks
 
 
 class Lateral(nn.Module):
@@ -157,9 +188,11 @@ class Lateral(nn.Module):
     def __init__(self, width: int, into: int) -> None:
         super().__init__()
         self.channels = Channels(width)
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
         self.straight = nn.Identity() if width == into else nn.Linear(width, into)
-        self.fc1, self.fc2 = nn.Linear(width, into // 2), nn.Linear(into // 2, into)
+        self.fc1 = nn.Linear(width, into // 2)
+        self.fc2 = nn.Linear(into // 2, into)
         self.gain = nn.Parameter(torch.ones(into))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,15 +207,16 @@ class Block(nn.Module):
     def __init__(self, width: int, num_heads: int, ffn_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, _EPS), nn.LayerNorm(width, _EPS)
-        self.q, self.k, self.v = (
-            nn.Linear(width, width),
-            nn.Linear(width, width, bias=False),
-            nn.Linear(width, width),
-        )
+        self.norm1 = nn.LayerNorm(width, _EPS)
+        self.norm2 = nn.LayerNorm(width, _EPS)
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, ffn_dim), nn.Linear(ffn_dim, width)
-        self.gain1, self.gain2 = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+        self.fc1 = nn.Linear(width, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, width)
+        self.gain1 = nn.Parameter(torch.ones(width))
+        self.gain2 = nn.Parameter(torch.ones(width))
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, known: Tensor | None
@@ -192,18 +226,28 @@ class Block(nn.Module):
         `seen` (B, 1, Q, N) bool: what the queries attend to; None: as all others, to `known` (B, 1, 1, N), or
         to all.
         """
-        y = self.norm1(x)
-        q, k, v = (
-            part(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v)
-        )
-        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
-        rows = (
-            0 if seen is None else seen.shape[2]
-        )  # the few rows with masks of their own leave the rest a fast kernel
-        parts = [F.scaled_dot_product_attention(q[:, :, :rows], k, v, seen)] if rows else []
-        parts.append(F.scaled_dot_product_attention(q[:, :, rows:], k, v, known))
-        x = x + self.gain1 * self.proj(torch.cat(parts, dim=2).transpose(1, 2).flatten(2))
+        normed = self.norm1(x)
+        q = rotated(self._by_head(self.q(normed)), cos, sin)
+        k = rotated(self._by_head(self.k(normed)), cos, sin)
+        v = self._by_head(self.v(normed))
+        if seen is None:
+            mixed = F.scaled_dot_product_attention(q, k, v, known)
+        else:
+            # The few rows with masks of their own leave the rest a fast kernel.
+            queries, others = q.tensor_split([seen.shape[2]], dim=2)
+            mixed = torch.cat(
+                (
+                    F.scaled_dot_product_attention(queries, k, v, seen),
+                    F.scaled_dot_product_attention(others, k, v, known),
+                ),
+                dim=2,
+            )
+        x = x + self.gain1 * self.proj(mixed.transpose(1, 2).flatten(2))
         return x + self.gain2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """(B, N, E) -> (B, heads, N, E / heads)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class Upscale(nn.Module):
@@ -220,31 +264,33 @@ class Upscale(nn.Module):
         all is.
         """
         x = F.gelu(self.up(x))
-        x = self.near(x if shown is None else x * shown)
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if shown is not None:
+            x = x * shown
+        return self.norm(self.near(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def rotations(valid: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """cos and sin (B, 1, S, width) of the cells of valid (B, h, w): axes run from -1 to 1 over an image's
     part.
     """
-    places = []
-    for axis in (1, 2):
-        inside = valid.any(dim=3 - axis).sum(dim=1)  # (B,) rows or columns that show image
-        cell = torch.arange(valid.shape[axis], device=valid.device) + 0.5
-        places.append(2 * cell[None] / inside[:, None] - 1)
-    rows, columns = places
-    place = torch.stack(
-        (rows[:, :, None].expand(valid.shape), columns[:, None, :].expand(valid.shape)), dim=-1
-    )
+    rows = _coordinates(valid.any(dim=2))[:, :, None]
+    columns = _coordinates(valid.any(dim=1))[:, None, :]
+    coordinates = torch.stack((rows.expand(valid.shape), columns.expand(valid.shape)), dim=-1)
     rates = _ROPE_BASE ** -(torch.arange(width // 4, device=valid.device) * (4 / width))
-    angles = (2 * math.pi * place.flatten(1, 2)[..., None] * rates).flatten(2).tile(2)[:, None]
+    angles = 2 * math.pi * coordinates.flatten(1, 2)[..., None] * rates  # (B, S, 2, width / 4)
+    angles = angles.flatten(2).tile(2)[:, None]
     return angles.cos(), angles.sin()
+
+
+def _coordinates(inside: Tensor) -> Tensor:
+    """Centres of the cells (B, n) along an axis, -1 to 1 over those that show image: `inside` (B, n) bool."""
+    centres = torch.arange(inside.shape[1], device=inside.device) + 0.5
+    return 2 * centres[None] / inside.sum(dim=1)[:, None] - 1
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, heads, N, d) with its last S tokens rotated; those before are no cells."""
-    first, cells = x.split((x.shape[2] - cos.shape[2], cos.shape[2]), dim=2)
+    others, cells = x.split((x.shape[2] - cos.shape[2], cos.shape[2]), dim=2)
     left, right = cells.chunk(2, dim=-1)
     turned = cells * cos + torch.cat((-right, left), dim=-1) * sin
-    return torch.cat((first, turned.to(x.dtype)), dim=2)
+    return torch.cat((others, turned.to(x.dtype)), dim=2)

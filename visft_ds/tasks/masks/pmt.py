@@ -39,11 +39,13 @@ PMT_NAMES = {
     "mask3.": "decoder.mask_head.4.",
     "classes.": "decoder.class_head.",
 }
-#: Width of a tower -> the blocks that its decoder reads, of 24; others have 12.
-_LAYERS = {1024: (5, 11, 17, 23)}
+#: Blocks that the decoder of a tower of 12 blocks reads, and of 24.
+_LAYERS = (2, 5, 8, 11)
+_LAYERS_OF_24 = (5, 11, 17, 23)
+_WIDTH_OF_24 = 1024  # channels of the tower of 24 blocks
 
 
-def described(
+def options_of_pmt(
     sizes: Mapping[str, Sequence[int]],
 ) -> tuple[list[tuple[int, int]], dict[str, Any], tuple[int, ...]] | None:
     """(shapes of maps, options, blocks that it reads) of a decoder with tensors of these sizes; None: it is
@@ -52,15 +54,16 @@ def described(
     if "network.decoder.q.weight" not in sizes:
         return None
 
-    def many(pattern: str) -> int:
+    def count(pattern: str) -> int:
         return sum(re.fullmatch(pattern, name) is not None for name in sizes)
 
     queries, width = sizes["network.decoder.q.weight"]
     options = PlainHeadConfig(
         num_classes=sizes["network.decoder.class_head.weight"][0] - 1,
         num_queries=queries,
-        blocks=many(r"network\.decoder\.blocks\.\d+\.norm1\.weight"),
+        blocks=count(r"network\.decoder\.blocks\.\d+\.norm1\.weight"),
         ffn_dim=sizes["network.decoder.blocks.0.mlp.up_proj.weight"][0],
     )
-    shapes = [(width, 16)] * many(r"network\.bn\.\d+\.weight")
-    return shapes, options.model_dump(), _LAYERS.get(width, (2, 5, 8, 11))
+    shapes = [(width, 16)] * count(r"network\.bn\.\d+\.weight")
+    layers = _LAYERS_OF_24 if width == _WIDTH_OF_24 else _LAYERS
+    return shapes, options.model_dump(), layers

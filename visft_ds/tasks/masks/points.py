@@ -31,11 +31,11 @@ def draw_points(
     host, so that they are the same on every device, and moved in one copy that nobody waits for. Layer l
     draws from stream 1 + l of the key; stream 0 belongs to the transforms.
     """
-    numbers = torch.empty(len(keys), layers, sum(counts), 2, pin_memory=device.type == "cuda")
+    points = torch.empty(len(keys), layers, sum(counts), 2, pin_memory=device.type == "cuda")
     for image, key in enumerate(keys):
         for layer in range(layers):
-            generator(key, stream=1 + layer).random(out=numbers[image, layer].numpy(), dtype=np.float32)
-    return to_device(numbers, device).split(list(counts), dim=2)
+            generator(key, stream=1 + layer).random(out=points[image, layer].numpy(), dtype=np.float32)
+    return to_device(points, device).split(list(counts), dim=2)
 
 
 def sample(maps: Tensor, points: Tensor, extent: Tensor) -> Tensor:
@@ -59,5 +59,6 @@ def uncertain_points(
     certainty = sample(masks, candidates, extent).abs()  # (L, m, K)
     chosen = certainty.topk(uncertain, dim=-1, largest=False, sorted=False).indices
     pairs = masks.shape[1]
-    picked = candidates[:, None].expand(-1, pairs, -1, -1).gather(2, chosen[..., None].expand(-1, -1, -1, 2))
+    candidates = candidates[:, None].expand(-1, pairs, -1, -1)
+    picked = candidates.gather(2, chosen[..., None].expand(-1, -1, -1, 2))
     return torch.cat((picked, uniform[:, None].expand(-1, pairs, -1, -1)), dim=2)

@@ -1,12 +1,13 @@
 """Soft masks from COCO segmentations, drawn directly on the grid that a loss needs, inside the object's own
 box.
 
-Shape letters: hm wm cells of the mask grid.
+Shape letters: n objects of an image, hm wm cells of the mask grid, H W pixels of an image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,12 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns un
 from visft_ds.data.transforms import Crop, Flip, Op, Resize, Size, final_size
 
 Mask = npt.NDArray[np.uint8]
-_FINE = 4  # subsamples of a cell along each axis
+FloatArray = npt.NDArray[np.float64]
+#: Pixels per cell of a target mask, along each axis. With 4, the dice loss of a good prediction is 0.5 %
+#: higher than with masks of full size and its cross-entropy 2 % (8 pixels: 1.8 % and 10 %), at 40 times less
+#: work.
+STRIDE = 4
+_SAMPLES = 4  # in a cell, along each axis
 
 
 def grid_size(size: Size, stride: int) -> Size:
@@ -24,15 +30,18 @@ def grid_size(size: Size, stride: int) -> Size:
     return -(-size[0] // stride), -(-size[1] // stride)
 
 
-def placement(size: Size, ops: Sequence[Op]) -> npt.NDArray[np.float64]:
+def placement(size: Size, ops: Sequence[Op]) -> FloatArray:
     """((scale x, y), (offset x, y)) from pixels of an image of `size` to those after `ops`."""
-    scale, offset = np.ones(2), np.zeros(2)
+    scale = np.ones(2)
+    offset = np.zeros(2)
     for op in ops:
         if isinstance(op, Flip):
-            scale[0], offset[0] = -scale[0], size[1] - offset[0]
+            scale[0] = -scale[0]
+            offset[0] = size[1] - offset[0]
         elif isinstance(op, Resize):
             factor = np.array([op.width / size[1], op.height / size[0]])
-            scale, offset = scale * factor, offset * factor
+            scale = scale * factor
+            offset = offset * factor
         elif isinstance(op, Crop):
             offset = offset - [op.left, op.top]
         size = final_size(size, [op])
@@ -40,54 +49,96 @@ def placement(size: Size, ops: Sequence[Op]) -> npt.NDArray[np.float64]:
 
 
 def draw_masks(
-    segmentations: Sequence[Any], size: Size, ops: Sequence[Op], stride: int, fine: int = _FINE
+    segmentations: Sequence[Any], size: Size, ops: Sequence[Op], stride: int, samples: int = _SAMPLES
 ) -> Mask:
     """(n, hm, wm) uint8: the part of each cell that an object covers, 0 to 255, after `ops` on an image of
     `size`.
 
     `segmentations` are polygons [[x, y, x, y, ...], ...] or run-length codes {"size", "counts"}, as in COCO.
+    A cell has `samples` x `samples` of them.
     """
-    after, limit = final_size(size, ops), np.array([size[1], size[0]])
-    grid = grid_size(after, stride)
-    scale, offset = placement(size, ops) * [
-        grid[1] * fine / after[1],
-        grid[0] * fine / after[0],
-    ]  # to subsamples
+    height, width = final_size(size, ops)
+    grid = grid_size((height, width), stride)
+    samples_per_pixel = [grid[1] * samples / width, grid[0] * samples / height]
+    scale, offset = placement(size, ops) * samples_per_pixel
+    canvas = _Canvas(size, grid, samples, scale, offset)
     masks = np.zeros((len(segmentations), *grid), dtype=np.uint8)
     for mask, segmentation in zip(masks, segmentations, strict=True):
-        code = dict(segmentation) if isinstance(segmentation, Mapping) else None
-        if code is not None:
-            x, y, width, height = coco_mask.toBbox(code)
-            outlines = [np.array([[x, y], [x + width, y + height]])]
-        else:  # far outside, the library takes memory in proportion to the distance
-            outlines = [np.reshape(polygon, (-1, 2)).clip(-limit, 2 * limit) for polygon in segmentation]
-        outlines = [outline * scale + offset for outline in outlines]
-        # the cells that the object can touch
-        corners = np.concatenate(outlines) / fine
-        left, top = np.maximum(np.floor(corners.min(axis=0)), 0).astype(int).tolist()
-        right, bottom = np.minimum(np.ceil(corners.max(axis=0)), grid[::-1]).astype(int).tolist()
-        if right <= left or bottom <= top:
-            continue
-        rows, columns = bottom - top, right - left
-        if code is None:
-            inside = [(outline - [left * fine, top * fine]).ravel().tolist() for outline in outlines]
-            samples = coco_mask.decode(
-                coco_mask.merge(coco_mask.frPyObjects(inside, rows * fine, columns * fine))
-            )
-        else:  # the stored pixel under the centre of each subsample
-            y = np.floor((np.arange(top * fine, bottom * fine) + 0.5 - offset[1]) / scale[1]).astype(int)
-            x = np.floor((np.arange(left * fine, right * fine) + 0.5 - offset[0]) / scale[0]).astype(int)
-            shown = ((y >= 0) & (y < size[0]))[:, None] & ((x >= 0) & (x < size[1]))
-            samples = coco_mask.decode(code)[np.ix_(y.clip(0, size[0] - 1), x.clip(0, size[1] - 1))] * shown
-        counts = (
-            samples.T.reshape(columns, fine, rows, fine)
-            .sum(axis=1, dtype=np.uint8)
-            .sum(axis=2, dtype=np.uint8)
-        )
-        mask[top:bottom, left:right] = np.rint(counts.T * (255 / fine**2))
+        if isinstance(segmentation, Mapping):
+            canvas.draw_code(mask, dict(segmentation))
+        else:
+            canvas.draw_polygons(mask, segmentation)
     return masks
 
 
 def decode_mask(segmentation: Any, size: Size) -> npt.NDArray[np.bool_]:
     """A COCO segmentation of an image of `size` as (H, W) bool."""
-    return draw_masks([segmentation], size, [], stride=1, fine=1)[0] > 0
+    return draw_masks([segmentation], size, [], stride=1, samples=1)[0] > 0
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    """A grid of cells with `samples` x `samples` samples each, and where the pixels of an image lie on it."""
+
+    size: Size  #: of the image, pixels
+    grid: Size  #: cells
+    samples: int
+    scale: FloatArray  #: (x, y), from pixels to samples
+    offset: FloatArray
+
+    def draw_polygons(self, mask: Mask, polygons: Sequence[Sequence[float]]) -> None:
+        """Fill the cells of `mask` that polygons in pixels of the image cover."""
+        limit = np.array([self.size[1], self.size[0]])
+        outlines = []
+        for polygon in polygons:
+            # Far outside, the library takes memory in proportion to the distance.
+            corners = np.reshape(polygon, (-1, 2)).clip(-limit, 2 * limit)
+            outlines.append(corners * self.scale + self.offset)
+        left, top, right, bottom = self._touched_cells(np.concatenate(outlines))
+        if right <= left or bottom <= top:
+            return
+        origin = [left * self.samples, top * self.samples]
+        moved = [(outline - origin).ravel().tolist() for outline in outlines]
+        rows = (bottom - top) * self.samples
+        columns = (right - left) * self.samples
+        code = coco_mask.merge(coco_mask.frPyObjects(moved, rows, columns))
+        mask[top:bottom, left:right] = self._coverage(coco_mask.decode(code))
+
+    def draw_code(self, mask: Mask, code: dict[str, Any]) -> None:
+        """Fill the cells of `mask` that a run-length code of the image covers."""
+        x, y, width, height = coco_mask.toBbox(code)
+        corners = np.array([[x, y], [x + width, y + height]])
+        left, top, right, bottom = self._touched_cells(corners * self.scale + self.offset)
+        if right <= left or bottom <= top:
+            return
+        rows, rows_inside = self._pixels(1, top, bottom)
+        columns, columns_inside = self._pixels(0, left, right)
+        inside = rows_inside[:, None] & columns_inside
+        mask[top:bottom, left:right] = self._coverage(coco_mask.decode(code)[np.ix_(rows, columns)] * inside)
+
+    def _touched_cells(self, points: FloatArray) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of the cells around points (x, y) in samples."""
+        points = points / self.samples
+        left, top = np.maximum(np.floor(points.min(axis=0)), 0).astype(int).tolist()
+        right, bottom = np.minimum(np.ceil(points.max(axis=0)), self.grid[::-1]).astype(int).tolist()
+        return left, top, right, bottom
+
+    def _pixels(
+        self, axis: int, first: int, last: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """The pixel of the image under the centre of each sample of some cells along x (0) or y (1), and
+        whether it is one: samples beyond the image have its nearest pixel.
+        """
+        centres = np.arange(first * self.samples, last * self.samples) + 0.5
+        pixels = np.floor((centres - self.offset[axis]) / self.scale[axis]).astype(int)
+        length = self.size[1 - axis]
+        return pixels.clip(0, length - 1), (pixels >= 0) & (pixels < length)
+
+    def _coverage(self, samples: Mask) -> FloatArray:
+        """The part of each cell that its samples cover, 0 to 255."""
+        side = self.samples
+        rows, columns = samples.shape
+        by_cell = samples.T.reshape(columns // side, side, rows // side, side)
+        counts = by_cell.sum(axis=1, dtype=np.uint8).sum(axis=2, dtype=np.uint8)
+        coverage: FloatArray = np.rint(counts.T * (255 / side**2))
+        return coverage

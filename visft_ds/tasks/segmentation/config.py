@@ -7,57 +7,58 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
-
-from visft_ds.settings.fields import (
-    Above,
-    Ascending,
-    Count,
-    Depth,
-    Fraction,
-    Positive,
-    Probability,
-    StrictModel,
-)
+from visft_ds.settings.fields import Above, Ascending, Depth, Fraction, Positive, Probability, StrictModel
 from visft_ds.settings.task_schema import Findings
-from visft_ds.tasks.masks.config import Labelling, MaskTask, PlainHeadConfig, SegmentationLoss
+from visft_ds.tasks.masks.config import ClassIds, MaskLoss, MaskTaskConfig, PlainHeadConfig
 
 
 class SegmentationImage(StrictModel):
-    """Geometry (large-scale jitter) and targets of segmentation; sizes in pixels."""
+    """Geometry of segmentation: large-scale jitter."""
 
-    size: Positive = 1024  #: side of the square that a training image is cropped to
+    #: side of the square that a training image is cropped to, pixels (ViSFT: 1024)
+    size: Positive = 1024
+    #: smallest and largest scale of a training image, of the one that fits the square; above 0 (LSJ: 0.1, 2)
     scale: Annotated[tuple[Above, Above], Ascending] = (0.1, 2.0)
-    flip: Fraction = 0.5  #: probability of a horizontal flip
-    pad_value: Annotated[Count, Field(le=255)] = 128
+    #: probability of a horizontal flip, 0 to 1 (ViSFT: 0.5)
+    flip: Fraction = 0.5
+    #: short side of an image in evaluation, pixels (detectron2: 800)
     min_size_test: Positive = 800
+    #: most pixels of its long side, which then decides (detectron2: 1333)
     max_size_test: Positive = 1333
-    eval_multiple: Positive = 32
-    fixed_size: Positive | None = (
-        None  #: side of a square for training and evaluation instead of the sizes above
-    )
-    mask_stride: Positive = 4  #: pixels per cell of a target mask
+    #: side of a square for training and evaluation, pixels, instead of the sizes above; null: none
+    fixed_size: Positive | None = None
 
 
 class SegmentationHeadConfig(StrictModel):
     """Options of the segmentation head that was published (single-scale Mask2Former)."""
 
     type: Literal["mask2former"] = "mask2former"
-    num_classes: Positive = 80  #: default for ids that are not COCO's: the number of categories
+    #: classes, at least 1; default for ids that are not COCO's: the number of categories
+    num_classes: Positive = 80
+    #: masks that are predicted, at least 1 (Mask2Former: 100)
     num_queries: Positive = 100
+    #: channels of the head, a multiple of num_heads and of 32 (Mask2Former: 256)
     hidden_dim: Positive = 256
+    #: layers of the pixel decoder, 1 to 1000 (Mask2Former: 6)
     encoder_layers: Depth = 6
+    #: layers of the queries, 1 to 1000 (Mask2Former: 9)
     decoder_layers: Depth = 9
+    #: attention heads, at least 1 (Mask2Former: 8)
     num_heads: Positive = 8
-    num_points: Positive = 4
+    #: sampling points of a head in deformable attention, at least 1 (MSDeformAttn: 4)
+    n_points: Positive = 4
+    #: channels inside the MLPs of the pixel decoder, at least 1 (ViSFT: 512)
     encoder_ffn_dim: Positive = 512
+    #: channels inside the MLPs of the queries, at least 1 (ViSFT: 1024)
     decoder_ffn_dim: Positive = 1024
+    #: probability, from 0 to below 1 (Mask2Former: 0)
     dropout: Probability = 0.0
-    labelling: Labelling = "contiguous"  #: classes are numbered from 0; published: from 1
+    #: contiguous: classes are numbered from 0; published: from 1, as the published heads were trained
+    class_ids: ClassIds = "contiguous"
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """A width that attention heads or norm groups do not divide, and fewer classes than COCO has."""
-        if self.labelling == "published" and self.num_classes < 80:
+        if self.class_ids == "published" and self.num_classes < 80:
             yield "num_classes", "must be at least 80: published labels are COCO's 80"
         if self.hidden_dim % self.num_heads or self.hidden_dim % 32:
             yield (
@@ -66,7 +67,7 @@ class SegmentationHeadConfig(StrictModel):
             )
 
 
-class SegmentationTask(MaskTask):
+class SegmentationTask(MaskTaskConfig):
     """`visft.tasks.segmentation`."""
 
     metrics = tuple(f"mask/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"))
@@ -78,15 +79,18 @@ class SegmentationTask(MaskTask):
 
     image: SegmentationImage = SegmentationImage()
     head: SegmentationHeadConfig | PlainHeadConfig = SegmentationHeadConfig()
-    loss: SegmentationLoss = SegmentationLoss()
+    loss: MaskLoss = MaskLoss()
 
     @classmethod
     def misleads(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
         """Objects without masks are background here: a set of boxes alone would teach that nothing is
         there.
         """
-        without, objects = findings.get("instance without mask", (0,))[0], counts.get("annotations", 0)
-        return f"mask for {without} of its {objects} objects" if 2 * without > objects else None
+        without_mask = findings.get("instance without mask", (0,))[0]
+        objects = counts.get("annotations", 0)
+        if 2 * without_mask <= objects:
+            return None
+        return f"mask for {without_mask} of its {objects} objects"
 
 
 CONFIG = SegmentationTask

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Map
 from visft_ds.ops import at_least_float32
-from visft_ds.tasks.masks.config import Labelling
-from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.segmentation.config import SegmentationHeadConfig
 from visft_ds.tasks.segmentation.pixel_decoder import PixelDecoder
 from visft_ds.tasks.transformer import DecoderLayer, FeedForward, sine_positions
@@ -60,55 +59,62 @@ class SegmentationHead(nn.Module):
     """Feature map -> a fixed set of Q masks with classes, from every decoder layer.
 
     The single-scale Mask2Former of the published ViSFT heads: masks have the resolution of the feature map.
-    What an image's valid cells predict does not depend on how far its batch is padded. `labelling` is a
+    What an image's valid cells predict does not depend on how far its batch is padded. `class_ids` is a
     property of trained weights; the loss and the results follow it.
     """
 
     def __init__(self, in_channels: int, options: SegmentationHeadConfig) -> None:
         super().__init__()
-        self.labelling: Labelling = options.labelling
-        self.width, self.num_queries = width, number = options.hidden_dim, options.num_queries
-        sizes = (options.num_heads, options.decoder_ffn_dim, options.dropout)
+        width = options.hidden_dim
+        self.width = width
+        self.class_ids = options.class_ids
+        self.num_queries = options.num_queries
         self.pixel_decoder = PixelDecoder(in_channels, options)
-        layers = (DecoderLayer(width, *sizes, masked=True) for _ in range(options.decoder_layers))
         self.decoder = nn.ModuleDict(
             {
-                "query_feat": nn.Embedding(number, width),  # initial state of the queries
-                "query_pos": nn.Embedding(number, width),  # added to queries and keys of every attention
+                "query_feat": nn.Embedding(self.num_queries, width),  # initial state of the queries
+                "query_pos": nn.Embedding(self.num_queries, width),  # added to q and k of every attention
                 "level_embed": nn.Embedding(1, width),  # of the single scale; a row for each in Mask2Former
-                "layers": nn.ModuleList(layers),
+                "layers": nn.ModuleList(_layer(options) for _ in range(options.decoder_layers)),
                 "norm": nn.LayerNorm(width),
                 "class_embed": nn.Linear(width, options.num_classes + 1),
                 "mask_embed": FeedForward(width, width, width, num_layers=3),
             }
         )
 
-    def forward(self, maps: Sequence[Map]) -> SegmentationOutput:
+    def forward(self, maps: Sequence[Map]) -> MaskOutput:
         """Masks and classes from the last map."""
         features, valid = maps[-1].features, maps[-1].valid
         memory, mask_features = self.pixel_decoder(features, valid)
-        decoder, device = self.decoder, features.device
-        memory = memory + decoder["level_embed"](torch.zeros(1, dtype=torch.int64, device=device))
+        decoder = self.decoder
+        memory = memory + decoder["level_embed"](features.new_zeros(1, dtype=torch.int64))
         memory_key = memory + sine_positions(valid, self.width).to(memory.dtype).flatten(1, 2)
-        numbers = torch.arange(self.num_queries, device=device)
+        numbers = torch.arange(self.num_queries, device=features.device)
         query = decoder["query_pos"](numbers).expand(len(memory), -1, -1)
         state = decoder["query_feat"](numbers).expand(len(memory), -1, -1)
         inside = valid[:, None].flatten(2)  # (B, 1, S)
-        logits: list[Tensor] = []
-        masks: list[Tensor] = []
-        for layer in (None, *decoder["layers"].children()):
-            if layer is not None:
-                covered = (masks[-1].detach().flatten(2).sigmoid() >= 0.5) & inside  # (B, Q, S)
-                # A query whose mask covers no cell attends to the whole image: a softmax over nothing would
-                # be NaN.
-                allowed = torch.where(covered.any(dim=-1, keepdim=True), covered, inside)
-                state = layer(state, query, memory, memory_key, allowed)
-            normed = decoder["norm"](state)
-            predicted = torch.einsum("bqe,behw->bqhw", decoder["mask_embed"](normed), mask_features)
-            masks.append(predicted.masked_fill(~valid[:, None], 0.0))
-            logits.append(decoder["class_embed"](normed))
-        return SegmentationOutput(
-            logits=at_least_float32(torch.stack(logits)),
-            masks=at_least_float32(torch.stack(masks)),
-            labelling=self.labelling,
+        sets = [self._predict(state, mask_features, valid)]
+        for layer in decoder["layers"].children():
+            _, masks = sets[-1]
+            covered = (masks.detach().flatten(2).sigmoid() >= 0.5) & inside  # (B, Q, S)
+            # A query whose mask covers no cell attends to the whole image: a softmax over nothing would be
+            # NaN.
+            allowed = torch.where(covered.any(dim=-1, keepdim=True), covered, inside)
+            state = layer(state, query, memory, memory_key, allowed)
+            sets.append(self._predict(state, mask_features, valid))
+        return MaskOutput(
+            logits=at_least_float32(torch.stack([logits for logits, _ in sets])),
+            masks=at_least_float32(torch.stack([masks for _, masks in sets])),
+            class_ids=self.class_ids,
         )
+
+    def _predict(self, state: Tensor, mask_features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (B, Q, C + 1) and mask logits (B, Q, h, w) of queries (B, Q, E)."""
+        normed = self.decoder["norm"](state)
+        masks = torch.einsum("bqe,behw->bqhw", self.decoder["mask_embed"](normed), mask_features)
+        return self.decoder["class_embed"](normed), masks.masked_fill(~valid[:, None], 0.0)
+
+
+def _layer(options: SegmentationHeadConfig) -> DecoderLayer:
+    sizes = (options.num_heads, options.decoder_ffn_dim, options.dropout)
+    return DecoderLayer(options.hidden_dim, *sizes, masked=True)

@@ -36,73 +36,81 @@ class DeformableAttention(nn.Module):
     A query attends to P points around its cell in each head; their offsets and weights are linear in it.
     """
 
-    def __init__(self, width: int, num_heads: int, num_points: int) -> None:
+    def __init__(self, width: int, num_heads: int, n_points: int) -> None:
         super().__init__()
-        self.num_heads, self.num_points = num_heads, num_points
-        total = num_heads * num_points
-        self.sampling_offsets = nn.Linear(width, 2 * total)
-        self.attention_weights = nn.Linear(width, total)
+        self.num_heads = num_heads
+        self.n_points = n_points
+        self.sampling_offsets = nn.Linear(width, num_heads * n_points * 2)
+        self.attention_weights = nn.Linear(width, num_heads * n_points)
         self.value_proj = nn.Linear(width, width)
         self.output_proj = nn.Linear(width, width)
-        # Points of head m start 1, 2, ... cells away at angle 2 pi m / M, with equal weights (ibid., appendix
-        # A.4).
-        angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
-        direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
-        direction = direction / direction.abs().amax(
-            dim=-1, keepdim=True
-        )  # on the border of the square [-1, 1]^2
-        steps = torch.arange(1, num_points + 1, dtype=torch.float32)
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_((direction[:, None] * steps[:, None]).flatten())  # (M, P, 2)
         nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(self._first_offsets().flatten())
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
         for projection in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
+    def _first_offsets(self) -> Tensor:
+        """(M, P, 2) offsets before training, in cells.
+
+        Points of head m start 1, 2, ... cells away at angle 2 pi m / M, with equal weights (ibid., appendix
+        A.4).
+        """
+        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
+        # on the border of the square [-1, 1]^2
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+        steps = torch.arange(1, self.n_points + 1, dtype=torch.float32)
+        return direction[:, None] * steps[:, None]
+
     def forward(self, query: Tensor, entries: Tensor, valid: Tensor, shape: tuple[int, int]) -> Tensor:
         """query (with positions) and entries (B, S, E), valid (B, S) bool, shape (h, w) -> (B, S, E)."""
-        linear = self.value_proj(entries), self.sampling_offsets(query), self.attention_weights(query)
-        value, offsets, weights = map(
-            at_least_float32, linear
-        )  # in bf16, points are off by a share of a cell
+        value = at_least_float32(self.value_proj(entries))
         value = value.masked_fill(~valid[..., None], 0.0).unflatten(-1, (self.num_heads, -1))
+        # In bf16, points would be off by a share of a cell.
+        offsets = at_least_float32(self.sampling_offsets(query))
+        weights = at_least_float32(self.attention_weights(query))
         # `deform_attn` takes points of several feature maps (levels); this is one.
-        sizes = (self.num_heads, 1, self.num_points)
-        offsets = offsets.unflatten(-1, (*sizes, 2))  # (B, S, M, 1, P, 2), in cells
+        offsets = offsets.unflatten(-1, (self.num_heads, 1, self.n_points, 2))  # (B, S, M, 1, P, 2), in cells
         weights = weights.unflatten(-1, (self.num_heads, -1)).softmax(dim=-1)
-        y, x = ((torch.arange(side, device=query.device, dtype=offsets.dtype) + 0.5) / side for side in shape)
-        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(end_dim=1)[
-            :, None, None, None
-        ]
+        weights = weights.unflatten(-1, (1, self.n_points))
         # Width and height, made from Python numbers on the device, without a copy that waits.
         extent = torch.stack([offsets.new_full((), side) for side in reversed(shape)])
-        mixed = deform_attn(value, [shape], centres + offsets / extent, weights.unflatten(-1, sizes[1:]))
-        out: Tensor = self.output_proj(mixed)
-        return out
+        points = _centres(shape, offsets)[:, None, None, None] + offsets / extent
+        mixed: Tensor = self.output_proj(deform_attn(value, [shape], points, weights))
+        return mixed
+
+
+def _centres(shape: tuple[int, int], like: Tensor) -> Tensor:
+    """(S, 2) centres (x, y) in [0, 1] of the cells of a map of this shape (h, w), row by row."""
+    y, x = ((torch.arange(side, device=like.device, dtype=like.dtype) + 0.5) / side for side in shape)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(end_dim=1)
 
 
 class PixelLayer(nn.Module):
     """Deformable attention and feed-forward, each followed by dropout, residual and norm."""
 
-    def __init__(self, width: int, num_heads: int, num_points: int, ffn_dim: int, dropout: float) -> None:
+    def __init__(self, options: SegmentationHeadConfig) -> None:
         super().__init__()
-        self.self_attn = DeformableAttention(width, num_heads, num_points)
+        width = options.hidden_dim
+        self.self_attn = DeformableAttention(width, options.num_heads, options.n_points)
         self.norm1 = nn.LayerNorm(width)
-        self.linear1 = nn.Linear(width, ffn_dim)
-        self.linear2 = nn.Linear(ffn_dim, width)
+        self.linear1 = nn.Linear(width, options.encoder_ffn_dim)
+        self.linear2 = nn.Linear(options.encoder_ffn_dim, width)
         self.norm2 = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(options.dropout)
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, entries: Tensor, positions: Tensor, valid: Tensor, shape: tuple[int, int]) -> Tensor:
         """entries, positions (B, S, E), valid (B, S) bool -> (B, S, E)."""
-        seen = self.self_attn(entries + positions, entries, valid, shape)
-        entries = self.norm1(entries + self.dropout(seen))
-        inner = self.dropout(F.relu(self.linear1(entries)))
-        out: Tensor = self.norm2(entries + self.dropout(self.linear2(inner)))
+        attended = self.self_attn(entries + positions, entries, valid, shape)
+        entries = self.norm1(entries + self.dropout(attended))
+        hidden = self.dropout(F.relu(self.linear1(entries)))
+        out: Tensor = self.norm2(entries + self.dropout(self.linear2(hidden)))
         return out
 
 
@@ -113,14 +121,12 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, in_channels: int, options: SegmentationHeadConfig) -> None:
         super().__init__()
-        width, sizes = options.hidden_dim, (options.num_heads, options.num_points, options.encoder_ffn_dim)
+        width = options.hidden_dim
         self.width = width
         self.input_proj = nn.Conv2d(in_channels, width, kernel_size=1)
         self.input_norm = MaskedGroupNorm(GROUPS, width)
         self.level_embed = nn.Embedding(1, width)
-        self.layers = nn.ModuleList(
-            PixelLayer(width, *sizes, options.dropout) for _ in range(options.encoder_layers)
-        )
+        self.layers = nn.ModuleList(PixelLayer(options) for _ in range(options.encoder_layers))
         self.lateral_proj = nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
         self.lateral_norm = MaskedGroupNorm(GROUPS, width)
         self.output_conv = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
@@ -142,9 +148,8 @@ class PixelDecoder(nn.Module):
         entries = self.input_norm(self.input_proj(features), valid).flatten(2).transpose(1, 2)
         level = self.level_embed(torch.zeros(1, dtype=torch.int64, device=features.device))
         positions = sine_positions(valid, self.width).to(entries.dtype).flatten(1, 2) + level
-        inside = valid.flatten(1)
         for layer in self.layers:
-            entries = layer(entries, positions, inside, shape)
+            entries = layer(entries, positions, valid.flatten(1), shape)
         lateral = self.lateral_norm(self.lateral_proj(features), valid)
         merged = lateral + entries.transpose(1, 2).unflatten(2, shape)
         merged = self.output_conv(merged.masked_fill(~valid[:, None], 0.0))

@@ -11,33 +11,28 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from visft_ds.settings.fields import (
-    Above,
-    Ascending,
-    Count,
-    Fraction,
-    Positive,
-    Probability,
-    Rate,
-    StrictModel,
-)
-from visft_ds.tasks.masks.config import MaskTask, PlainHeadConfig, SegmentationLoss, of_kind
+from visft_ds.settings.fields import Above, Ascending, Fraction, Positive, Probability, Rate, StrictModel
+from visft_ds.tasks.masks.config import MaskLoss, MaskTaskConfig, PlainHeadConfig, options_of_kind
 
 
 class SemanticImage(StrictModel):
-    """Geometry (large-scale jitter) and targets of semantic segmentation; sizes in pixels."""
+    """Geometry of semantic segmentation: large-scale jitter."""
 
-    size: Positive = 512  #: side of the square that a training image is cropped to
+    #: side of the square that a training image is cropped to, pixels (DINOv3: 512)
+    size: Positive = 512
+    #: smallest and largest scale of a training image, of the one that fits the square; above 0 (DINOv3: 0.5,
+    #: 2)
     scale: Annotated[tuple[Above, Above], Ascending] = (0.5, 2.0)
-    flip: Fraction = 0.5  #: probability of a horizontal flip
-    pad_value: Annotated[Count, Field(le=255)] = 0
+    #: probability of a horizontal flip, 0 to 1 (DINOv3: 0.5)
+    flip: Fraction = 0.5
+    #: short side of an image in evaluation, pixels (DINOv3: 512)
     min_size_test: Positive = 512
+    #: most pixels of its long side, which then decides (DINOv3: 2048)
     max_size_test: Positive = 2048
-    fixed_size: Positive | None = (
-        None  #: side of a square for training and evaluation instead of the sizes above
-    )
-    mask_stride: Positive = 4  #: pixels per cell of the labels
-    #: side of the overlapping squares along the longer side that evaluation uses; null: whole images
+    #: side of a square for training and evaluation, pixels, instead of the sizes above; null: none
+    fixed_size: Positive | None = None
+    #: side of the overlapping squares along the longer side that evaluation uses, pixels, at least the short
+    #: side; null: whole images (EoMT: the short side)
     window: Positive | None = 512
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -50,28 +45,33 @@ class SemanticHeadConfig(StrictModel):
     """Options of the linear head."""
 
     type: Literal["linear"] = "linear"
-    num_classes: Positive = 150  #: default: the number of categories
-    dropout: Probability = 0.1  #: probability, for whole channels
+    #: classes, at least 1; default: the number of categories
+    num_classes: Positive = 150
+    #: probability, from 0 to below 1, for whole channels (DINOv3: 0.1)
+    dropout: Probability = 0.1
 
 
 class SemanticPlainConfig(PlainHeadConfig):
     """Options of the plain mask head, whose masks are summed by class."""
 
-    num_classes: Positive = 150  #: default: the number of categories
+    #: classes, at least 1; default: the number of categories
+    num_classes: Positive = 150
+    #: masks that are predicted, at least 1 (EoMT on ADE20k: 100)
     num_queries: Positive = 100
 
 
 class SemanticLoss(StrictModel):
     """Weight of the linear head's cross-entropy."""
 
+    #: weight of the cross-entropy, from 0 (the only loss: 1)
     ce: Rate = 1.0
 
 
 #: `type` of a head -> its loss.
-LOSSES: dict[str, type[SemanticLoss | SegmentationLoss]] = {"linear": SemanticLoss, "plain": SegmentationLoss}
+LOSSES: dict[str, type[SemanticLoss | MaskLoss]] = {"linear": SemanticLoss, "plain": MaskLoss}
 
 
-class SemanticTask(MaskTask):
+class SemanticTask(MaskTaskConfig):
     """`visft.tasks.semantic`."""
 
     metrics = ("semantic/mIoU", "semantic/accuracy")
@@ -88,16 +88,16 @@ class SemanticTask(MaskTask):
     image: SemanticImage = SemanticImage()
     head: SemanticHeadConfig | SemanticPlainConfig = SemanticHeadConfig()
     #: loss of the head; a plain head has that of `visft.tasks.segmentation`
-    loss: SemanticLoss | SegmentationLoss = Field(SemanticLoss(), validate_default=True)
+    loss: SemanticLoss | MaskLoss = Field(SemanticLoss(), validate_default=True)
 
     @field_validator("loss", mode="wrap")
     @classmethod
-    def _of_head(cls, given: Any, _: object, info: ValidationInfo) -> StrictModel:
+    def _of_head(cls, value: Any, _: object, info: ValidationInfo) -> StrictModel:
         """The loss of the head's type."""
-        named = getattr(info.data.get("head"), "type", "linear")
-        return of_kind(
-            LOSSES[named], {} if isinstance(given, SemanticLoss) else given, f"the loss of a {named} head"
-        )
+        head_type = getattr(info.data.get("head"), "type", "linear")
+        if isinstance(value, SemanticLoss):  # the default, which a plain head has its own of
+            value = {}
+        return options_of_kind(LOSSES[head_type], value, f"the loss of a {head_type} head")
 
 
 CONFIG = SemanticTask

@@ -6,9 +6,8 @@ Letters: B images, C classes, h w grid of a map, hm wm cells of the labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,9 @@ from visft_ds.data.samples import Batch, Map
 from visft_ds.ops import at_least_float32
 from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.classes import VOID
+from visft_ds.tasks.masks.data import MaskTargets, slices_of
 from visft_ds.tasks.masks.interpolation import interpolation
 from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticLoss
-from visft_ds.tasks.semantic.data import SemanticTargets
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,12 @@ class LinearHead(nn.Module):
 
     def forward(self, maps: Sequence[Map]) -> SemanticOutput:
         """Logits on the largest grid."""
-        grid = max((one.features.shape[2:] for one in maps), key=math.prod)
-        parts = [one.features if one.features.shape[2:] == grid else one.resized(grid) for one in maps]
-        x = self.channels(torch.cat(parts, dim=1).movedim(1, -1)).movedim(-1, 1)
+        grid = max((level.features.shape[2:] for level in maps), key=math.prod)
+        features = []
+        for level in maps:
+            fits = level.features.shape[2:] == grid
+            features.append(level.features if fits else level.resized(grid))
+        x = self.channels(torch.cat(features, dim=1).movedim(1, -1)).movedim(-1, 1)
         return SemanticOutput(at_least_float32(self.classifier(self.dropout(x))))
 
 
@@ -60,25 +62,46 @@ class SemanticCriterion:
     batch.
     """
 
-    def __init__(self, head: SemanticHeadConfig, loss: SemanticLoss) -> None:
+    def __init__(self, loss: SemanticLoss) -> None:
         self.weights = {"ce": loss.ce}
 
     def count(self, batch: Batch) -> dict[str, float]:
-        return {"cells": float(sum((cells != VOID).sum() for cells in batch.targets["semantic"].cells()))}
+        """Labelled cells, by whose number the loss is divided."""
+        return {
+            "cells": float(sum((cells != VOID).sum() for cells in cell_labels(batch.targets["semantic"])))
+        }
 
     def __call__(
         self,
         output: SemanticOutput,
-        targets: SemanticTargets,
+        targets: MaskTargets,
         loss_denominators: Mapping[str, Tensor],
-        image_ids: Any = None,
+        image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        extents = targets.shares if output.extents is None else output.extents
-        total = output.logits.new_zeros(())
-        for logits, cells, shares in zip(output.logits, targets.cells(), extents.tolist(), strict=True):
-            rows, columns = (
-                interpolation(logits.shape[1 + a], shares[a], cells.shape[a], logits) for a in (0, 1)
-            )
-            fine = (rows @ logits @ columns.T)[None]  # (1, C, hm, wm)
-            total = total + F.cross_entropy(fine, cells[None], ignore_index=VOID, reduction="sum")
-        return {"ce": total / loss_denominators["cells"]}
+        extents = targets.extents if output.extents is None else output.extents
+        return {"ce": self.loss_labels(output.logits, targets, extents) / loss_denominators["cells"]}
+
+    def loss_labels(self, logits: Tensor, targets: MaskTargets, extents: Tensor) -> Tensor:
+        """Cross-entropy summed over all labelled cells: logits (B, C, h, w), of which each image fills the
+        shares `extents` (B, 2).
+        """
+        total = logits.new_zeros(())
+        for of_image, cells, extent in zip(logits, cell_labels(targets), extents.tolist(), strict=True):
+            rows = interpolation(of_image.shape[1], extent[0], cells.shape[0], of_image)
+            columns = interpolation(of_image.shape[2], extent[1], cells.shape[1], of_image)
+            fine = rows @ of_image @ columns.T  # (C, hm, wm)
+            total = total + F.cross_entropy(fine[None], cells[None], ignore_index=VOID, reduction="sum")
+        return total
+
+
+def cell_labels(targets: MaskTargets) -> Iterator[Tensor]:
+    """Labels (hm, wm) int64 of each image: the class that covers most of a cell, VOID where most of it has
+    none.
+    """
+    rows = slices_of(targets.counts.tolist())
+    for of_image, (height, width) in zip(rows, targets.grids.tolist(), strict=True):
+        masks = targets.masks[of_image, :height, :width].int()
+        labels = targets.labels[of_image]
+        unlabelled = 255 - masks.sum(dim=0, keepdim=True, dtype=torch.int32).clamp(max=255)
+        largest = torch.cat((unlabelled, masks)).argmax(dim=0)
+        yield torch.cat((labels.new_full((1,), VOID), labels))[largest]

@@ -7,6 +7,7 @@ w grid.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,13 +22,14 @@ from torch import Tensor
 from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import VOID, category_name
+from visft_ds.tasks.masks.data import slices_of
 from visft_ds.tasks.masks.interpolation import interpolation
-from visft_ds.tasks.masks.output import SegmentationOutput
+from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.pictures import SIDE, TEXT, Picture, draw_objects, letters, palette
 from visft_ds.tasks.semantic.head import SemanticOutput
 
-Places = npt.NDArray[np.uint8]  #: (H, W) places among classes or names, VOID where there is none
+ClassMap = npt.NDArray[np.uint8]  #: (H, W) places among classes or names, VOID where there is none
 _GROUP = 8  # classes whose scores are held at full size at a time
 _TAGGED = 0.003  # share of an image from which on a region has its name in a picture
 
@@ -36,7 +38,7 @@ _TAGGED = 0.003  # share of an image from which on a region has its name in a pi
 class Windows:
     """The output of a head for squares out of a batch's images, along the longer side of each."""
 
-    output: SemanticOutput | SegmentationOutput  #: of N windows
+    output: SemanticOutput | MaskOutput  #: of N windows
     starts: Sequence[Sequence[int]]  #: first pixels of each image's windows, in the image as it was evaluated
     frame: Sequence[int]  #: height and width of a window, with padding
 
@@ -48,24 +50,38 @@ def cut_windows(batch: Batch, side: int) -> tuple[Batch, list[list[int]]]:
     As in EoMT's and PMT's code: as few as cover the longer side, evenly spaced. Windows of a smaller image
     are as large as it, with the padding of its transform.
     """
-    height, width = (min(side, whole) for whole in batch.images.shape[-2:])
-    pixels, starts = list[Tensor](), list[list[int]]()
-    for image, size in zip(batch.images, batch.sizes.tolist(), strict=True):
+    height, width = (min(side, length) for length in batch.images.shape[-2:])
+    pixels: list[Tensor] = []
+    starts: list[list[int]] = []
+    owners: list[int] = []
+    for number, (image, size) in enumerate(zip(batch.images, batch.sizes.tolist(), strict=True)):
         longer = max(size)
         count = -(-longer // side)
-        starts.append([int(number * (longer - side) / max(1, count - 1)) for number in range(count)])
+        step = (longer - side) / max(1, count - 1)
+        starts.append([int(window * step) for window in range(count)])
         for start in starts[-1]:
-            top, left = (start, 0) if size[0] > size[1] else (0, start)
+            top, left = (start, 0) if _axis(size) == 0 else (0, start)
             pixels.append(image[:, top : top + height, left : left + width])
-    windows = batch.of_images(torch.tensor([number for number, places in enumerate(starts) for _ in places]))
-    frames = None if windows.frames is None else windows.frames.clamp(max=side)
-    cut = replace(windows, images=torch.stack(pixels), sizes=windows.sizes.clamp(max=side), frames=frames)
-    return replace(cut, targets=batch.targets), starts
+            owners.append(number)
+    windows = batch.of_images(torch.tensor(owners))
+    cut = replace(
+        windows,
+        images=torch.stack(pixels),
+        sizes=windows.sizes.clamp(max=side),
+        frames=None if windows.frames is None else windows.frames.clamp(max=side),
+        targets=batch.targets,
+    )
+    return cut, starts
+
+
+def _axis(size: Sequence[int]) -> int:
+    """The axis along which an image of this height and width is cut."""
+    return 0 if size[0] > size[1] else 1
 
 
 @torch.no_grad()
 def semantic_results(
-    output: SemanticOutput | SegmentationOutput | Windows, batch: Batch, classes: Sequence[int] | None = None
+    output: SemanticOutput | MaskOutput | Windows, batch: Batch, classes: Sequence[int] | None = None
 ) -> Results:
     """Predictions in COCO's results format: image_id, category_id, segmentation, one for each class of an
     image.
@@ -76,94 +92,120 @@ def semantic_results(
     image as it was evaluated; a class has there the sum over queries of its probability times the mask's.
     Images without `batch.real` are left out.
     """
-    found = Results()
+    results = Results()
     for image in batch.real.nonzero().flatten().tolist():
-        stored, size = batch.original_sizes[image].tolist(), batch.sizes[image].tolist()
-        if isinstance(output, Windows):
-            made, starts, frame = output.output, output.starts[image], output.frame
-            first = sum(map(len, output.starts[:image]))
-        else:
-            made, starts, first, frame = output, [0], image, batch.images.shape[-2:]
-        covered = [min(one, whole) for one, whole in zip(size, frame, strict=True)]
-        if made.extents is None:
-            shares = [one / whole for one, whole in zip(covered, frame, strict=True)]
-        else:  # those of the windows of an image are alike
-            shares = made.extents[first].tolist()
-        own = slice(first, first + len(starts))
-        if isinstance(made, SemanticOutput):
-            maps, weights = made.logits[own].softmax(dim=1), None
-        else:
-            masks, weights = (
-                made.masks[-1, own],
-                made.logits[-1, own].softmax(dim=-1)[..., :-1].transpose(1, 2),
+        class_map = _class_map(output, batch, image)
+        for label in np.unique(class_map).tolist():
+            code = coco_mask.encode(np.asfortranarray(class_map == label).view(np.uint8))
+            segmentation = {"size": list(class_map.shape), "counts": code["counts"].decode("ascii")}
+            results.append(
+                {
+                    "image_id": int(batch.image_ids[image]),
+                    "category_id": classes[label] if classes else label,
+                    "segmentation": segmentation,
+                }
             )
-            rows, columns = (interpolation(masks.shape[2 + a], shares[a], covered[a], masks) for a in (0, 1))
-            maps, shares = (rows @ masks @ columns.T).sigmoid(), [1.0, 1.0]
-        along = 0 if size[0] > size[1] else 1
-        matrices = []
-        for axis in (0, 1):
-            cells, pixels = maps.shape[2 + axis], stored[axis]
-            if isinstance(output, Windows):
-                fine = interpolation(cells, shares[axis], covered[axis], maps)
-                matrices.append(_merging(fine, size[axis], starts if axis == along else [0], pixels))
-            else:
-                matrices.append(interpolation(cells, shares[axis], pixels, maps))
-        places = most_probable(maps, weights, along, *matrices)
-        for place in np.unique(places).tolist():
-            code = coco_mask.encode(np.asfortranarray(places == place).view(np.uint8))
-            about = {
-                "image_id": int(batch.image_ids[image]),
-                "category_id": classes[place] if classes else place,
-            }
-            found.append(
-                {**about, "segmentation": {"size": stored, "counts": code["counts"].decode("ascii")}}
-            )
-    return found
+    return results
 
 
-def _merging(fine: Tensor, size: int, starts: Sequence[int], stored: int) -> Tensor:
-    """Matrix (stored, len(starts) * cells) from cells of windows along an axis, one window after the other,
-    to pixels.
+def _class_map(output: SemanticOutput | MaskOutput | Windows, batch: Batch, image: int) -> ClassMap:
+    """(H, W) most probable class of each pixel of an image."""
+    stored = batch.original_sizes[image].tolist()
+    size = batch.sizes[image].tolist()
+    if isinstance(output, Windows):
+        rows = slices_of([len(starts) for starts in output.starts])[image]
+        maps, weights, shares = _scores(output.output, rows, size, output.frame)
+        matrices = _merging(maps, shares, size, output, image, stored)
+    else:
+        rows = slice(image, image + 1)
+        maps, weights, shares = _scores(output, rows, size, batch.images.shape[-2:])
+        matrices = [interpolation(maps.shape[2 + axis], shares[axis], stored[axis], maps) for axis in (0, 1)]
+    return most_probable(maps, weights, _axis(size), *matrices)
 
-    Each window is interpolated to its own pixels (`fine`) of the image as it was evaluated (`size`), where
-    windows overlap the mean is taken, and all of it is interpolated to the stored size.
+
+def _scores(
+    output: SemanticOutput | MaskOutput, rows: slice, size: Sequence[int], frame: Sequence[int]
+) -> tuple[Tensor, Tensor | None, Sequence[float]]:
+    """What an image of this size has in some rows of an output of padded `frame`s, which are all of it or its
+    windows.
+
+    Returns:
+        probabilities of classes (n, C, h, w), or of masks (n, Q, h, w); the probabilities of their classes
+        (n, C, Q), or None; the share of (h, w) that shows image.
     """
-    covered, cells = fine.shape
-    merged = fine.new_zeros(size, len(starts) * cells)
-    for number, start in enumerate(starts):
-        merged[start : start + covered, number * cells : (number + 1) * cells] = fine
-    return interpolation(size, 1.0, stored, fine) @ (merged / merged.sum(dim=1, keepdim=True))
+    covered = [min(length, whole) for length, whole in zip(size, frame, strict=True)]
+    if output.extents is None:
+        shares = [length / whole for length, whole in zip(covered, frame, strict=True)]
+    else:  # those of the windows of an image are alike
+        shares = output.extents[rows.start].tolist()
+    if isinstance(output, SemanticOutput):
+        return output.logits[rows].softmax(dim=1), None, shares
+    masks = output.masks[-1, rows]
+    weights = output.logits[-1, rows].softmax(dim=-1)[..., :-1].transpose(1, 2)
+    down = interpolation(masks.shape[2], shares[0], covered[0], masks)
+    across = interpolation(masks.shape[3], shares[1], covered[1], masks)
+    return (down @ masks @ across.T).sigmoid(), weights, [1.0, 1.0]
 
 
-def most_probable(maps: Tensor, weights: Tensor | None, along: int, rows: Tensor, columns: Tensor) -> Places:
+def _merging(
+    maps: Tensor,
+    shares: Sequence[float],
+    size: Sequence[int],
+    windows: Windows,
+    image: int,
+    stored: Sequence[int],
+) -> list[Tensor]:
+    """A matrix (stored, n * cells) along the axis of the windows, and one (stored, cells) along the other.
+
+    Each window is interpolated to its own pixels of the image as it was evaluated (`size`), where windows
+    overlap the mean is taken, and all of it is interpolated to the stored size.
+    """
+    matrices = []
+    for axis in (0, 1):
+        starts = windows.starts[image] if axis == _axis(size) else [0]
+        cells = maps.shape[2 + axis]
+        pixels = min(size[axis], windows.frame[axis])
+        of_window = interpolation(cells, shares[axis], pixels, maps)
+        merged = of_window.new_zeros(size[axis], len(starts) * cells)
+        for number, start in enumerate(starts):
+            merged[start : start + pixels, number * cells : (number + 1) * cells] = of_window
+        mean = merged / merged.sum(dim=1, keepdim=True)
+        matrices.append(interpolation(size[axis], 1.0, stored[axis], maps) @ mean)
+    return matrices
+
+
+def most_probable(maps: Tensor, weights: Tensor | None, axis: int, rows: Tensor, columns: Tensor) -> ClassMap:
     """(H, W) best class of maps of n windows, which lie one after the other along an axis.
 
     The maps are probabilities (n, C, h, w), or masks (n, Q, h, w), whose `weights` (n, C, Q) are the
     classes'. They are interpolated by `rows` (H, h), or (H, n * h), and `columns`.
     """
-    tops, bests = list[Tensor](), list[Tensor]()
-    for first in range(0, maps.shape[1] if weights is None else weights.shape[1], _GROUP):
+    num_classes = maps.shape[1] if weights is None else weights.shape[1]
+    best_scores = []
+    best_classes = []
+    for first in range(0, num_classes, _GROUP):
         group = slice(first, first + _GROUP)  # never all classes at full size
-        scores = (
-            maps[:, group] if weights is None else torch.einsum("ncq,nqhw->nchw", weights[:, group], maps)
-        )
-        top, best = (rows @ torch.cat([*scores], dim=1 + along) @ columns.T).max(dim=0)
-        tops.append(top)
-        bests.append((best + first).to(torch.uint8))
-    chosen = torch.stack(tops).argmax(dim=0, keepdim=True)
-    places: Places = torch.stack(bests).gather(0, chosen)[0].cpu().numpy()
-    return places
+        scores = maps[:, group]
+        if weights is not None:
+            scores = torch.einsum("ncq,nqhw->nchw", weights[:, group], maps)
+        side_by_side = torch.cat([*scores], dim=1 + axis)
+        score, label = (rows @ side_by_side @ columns.T).max(dim=0)
+        best_scores.append(score)
+        best_classes.append((label + first).to(torch.uint8))
+    best_group = torch.stack(best_scores).argmax(dim=0, keepdim=True)
+    class_map: ClassMap = torch.stack(best_classes).gather(0, best_group)[0].cpu().numpy()
+    return class_map
 
 
 def place_map(
-    annotations: Sequence[Mapping[str, Any]], size: tuple[int, int], places: Mapping[int, int]
-) -> Places:
+    entries: Sequence[Mapping[str, Any]], size: tuple[int, int], places: Mapping[int, int]
+) -> ClassMap:
     """(H, W) places of the categories of annotations or results of an image, VOID where there is none."""
-    found = np.full(size, VOID, dtype=np.uint8)
-    for one in annotations:
-        if one["category_id"] in places and one.get("segmentation"):
-            found[decode_mask(one["segmentation"], size)] = places[one["category_id"]]
-    return found
+    class_map = np.full(size, VOID, dtype=np.uint8)
+    for entry in entries:
+        if entry["category_id"] in places and entry.get("segmentation"):
+            class_map[decode_mask(entry["segmentation"], size)] = places[entry["category_id"]]
+    return class_map
 
 
 def measure_semantic(truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
@@ -176,51 +218,66 @@ def measure_semantic(truth: Mapping[str, Any], results: Results, per_category: b
 
     Raises ValueError without labelled pixels.
     """
-    names = {int(category["id"]): str(category["name"]) for category in truth["categories"]}
-    places, count = {number: place for place, number in enumerate(names)}, len(names)
-    labelled, predicted = _by_image(truth["annotations"]), _by_image(results)
-    table = np.zeros(
-        (count, count + 1), dtype=np.int64
-    )  # true class, predicted class or none that the data has
+    confusion = _confusion(truth, results)
+    if not confusion.any():
+        raise ValueError("the data has no labelled pixel, which predictions are compared with")
+    intersection = confusion.diagonal()
+    union = confusion.sum(axis=1) + confusion[:, :-1].sum(axis=0) - intersection
+    ious = np.where(union > 0, intersection / union.clip(min=1), -1)
+    metrics = {
+        "semantic/mIoU": float(ious[union > 0].mean()),
+        "semantic/accuracy": float(intersection.sum() / confusion.sum()),
+    }
+    if per_category:
+        for category, iou in zip(truth["categories"], ious, strict=True):
+            metrics[f"semantic/IoU/{category['name']}"] = float(iou)
+    return metrics
+
+
+def _confusion(truth: Mapping[str, Any], results: Results) -> npt.NDArray[np.int64]:
+    """(C, C + 1) pixels by their true class and the predicted one, the last of which is none that the data
+    has.
+    """
+    places = {int(category["id"]): place for place, category in enumerate(truth["categories"])}
+    count = len(places)
+    labelled = _by_image(truth["annotations"])
+    predicted = _by_image(results)
+    confusion = np.zeros((count, count + 1), dtype=np.int64)
     for image in truth["images"]:
         size = image["height"], image["width"]
-        true = place_map(labelled.get(image["id"], ()), size, places).astype(np.int64)
-        found = place_map(predicted.get(image["id"], ()), size, places).clip(max=count)
+        true = place_map(labelled[image["id"]], size, places).astype(np.int64)
+        answer = place_map(predicted[image["id"]], size, places).clip(max=count)
         known = true != VOID
-        pairs = true[known] * (count + 1) + found[known]
-        table += np.bincount(pairs, minlength=table.size).reshape(table.shape)
-    if not table.any():
-        raise ValueError("the data has no labelled pixel, which predictions are compared with")
-    both = table.diagonal()
-    either = table.sum(axis=1) + table[:, :-1].sum(axis=0) - both
-    ious = np.where(either > 0, both / either.clip(min=1), -1)
-    measures = {
-        "semantic/mIoU": float(ious[either > 0].mean()),
-        "semantic/accuracy": float(both.sum() / table.sum()),
-    }
-    own = {f"semantic/IoU/{name}": float(iou) for name, iou in zip(names.values(), ious, strict=True)}
-    return {**measures, **(own if per_category else {})}
+        pairs = true[known] * (count + 1) + answer[known]
+        confusion += np.bincount(pairs, minlength=confusion.size).reshape(confusion.shape)
+    return confusion
 
 
-def _by_image(entries: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
-    found: dict[int, list[Mapping[str, Any]]] = {}
-    for one in entries:
-        found.setdefault(one["image_id"], []).append(one)
-    return found
+def _by_image(entries: Sequence[Mapping[str, Any]]) -> Mapping[int, list[Mapping[str, Any]]]:
+    """Annotations or results by the id of their image; none of an image without any."""
+    images = defaultdict[int, list[Mapping[str, Any]]](list)
+    for entry in entries:
+        images[entry["image_id"]].append(entry)
+    return images
 
 
 def draw_regions(
-    image: Picture, found: Sequence[Mapping[str, Any]], names: Mapping[int, str], side: int = SIDE
+    image: Picture, regions: Sequence[Mapping[str, Any]], names: Mapping[int, str], side: int = SIDE
 ) -> Picture:
     """The image under the colours of its classes, each with its name where its region is widest."""
-    masks, tags, corners = list[npt.NDArray[np.bool_]](), list[str](), list[tuple[float, ...]]()
     scale = side / max(image.shape[:2])
-    of_names = [category_name(one["category_id"], names) for one in found]
-    for one, name in zip(found, of_names, strict=True):
-        masks.append(decode_mask(one["segmentation"], image.shape[:2]))
-        inner = ndimage.distance_transform_edt(np.pad(masks[-1], 1))[1:-1, 1:-1]
-        y, x = np.unravel_index(inner.argmax(), inner.shape)
-        tags.append(name if masks[-1].mean() >= _TAGGED else "")
+    labels = []
+    masks = []
+    tags = []
+    corners = []
+    for region in regions:
+        name = category_name(region["category_id"], names)
+        mask = decode_mask(region["segmentation"], image.shape[:2])
+        distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+        y, x = np.unravel_index(distance.argmax(), distance.shape)
+        labels.append(name)
+        masks.append(mask)
+        tags.append(name if mask.mean() >= _TAGGED else "")
         corners.append((x - letters(TEXT).getlength(name) / 2 / scale, y - TEXT / 2 / scale, 0, 0))
-    colours = palette([*names.values(), *of_names])
-    return draw_objects(image, of_names, tags, colours, boxes=corners, masks=masks, side=side)
+    colours = palette([*names.values(), *labels])
+    return draw_objects(image, labels, tags, colours, boxes=corners, masks=masks, side=side)

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from torch import nn
 
-from visft_ds.data.samples import Batch, Sample
-from visft_ds.data.transforms import Geometry, Size, of_options
+from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import VOID, category_name
 from visft_ds.tasks.criterion import Criterion
 from visft_ds.tasks.example import Example
-from visft_ds.tasks.masks.data import LargeScaleJitter, segmentation_targets
-from visft_ds.tasks.masks.loss import SegmentationCriterion
+from visft_ds.tasks.masks.task import MaskTask
 from visft_ds.tasks.pictures import Picture, side_by_side
-from visft_ds.tasks.segmentation.spec import Segmentation
 from visft_ds.tasks.semantic.config import LOSSES, SemanticHeadConfig, SemanticTask
-from visft_ds.tasks.semantic.data import SemanticTargets
 from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion
 from visft_ds.tasks.semantic.results import (
     Windows,
@@ -31,43 +25,24 @@ from visft_ds.tasks.semantic.results import (
     measure_semantic,
     semantic_results,
 )
-from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Predict, Shapes, Words
-
-#: Sides of images in evaluation are multiples of it, so that patches and strides lose no strip.
-_MULTIPLE = 32
+from visft_ds.tasks.task import Classes, Options, Predict, Shapes, Words
 
 
-class Semantic(Segmentation):
+class Semantic(MaskTask):
     """A linear head on the maps, or the plain mask head, which learn from masks of classes."""
 
     name = "semantic"
     config = SemanticTask
-
-    def geometry(self, options: Options) -> Geometry:
-        return of_options(LargeScaleJitter, {**options, "eval_multiple": _MULTIPLE})
-
-    def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
-        places = {id_: place for place, id_ in enumerate(range(VOID) if classes is None else classes)}
-        return partial(segmentation_targets, places, options["mask_stride"])
-
-    def pack(self, samples: Sequence[Sample], frame: Size) -> SemanticTargets:
-        masks, grids = (
-            super().pack(samples, frame),
-            [one.targets[self.name]["masks"].shape[1:] for one in samples],
-        )
-        return SemanticTargets(**vars(masks), grids=torch.tensor(grids), shares=masks.extents)
-
-    def blank(self, images: int, size: Size, content: Content, options: Options) -> SemanticTargets:
-        masks = super().blank(images, size, content, options)
-        grids = torch.tensor([masks.masks.shape[1:]]).expand(images, 2)
-        return SemanticTargets(**vars(masks), grids=grids, shares=masks.extents)
+    pad_value = 0
+    categories = range(VOID)
 
     def outputs(self, predict: Predict, batch: Batch, options: Options) -> Mapping[str, Any]:
         side = options.get("window")
         if side is None or options["fixed_size"] is not None:
             return predict(batch)
         windows, starts = cut_windows(batch, side)
-        return {self.name: Windows(predict(windows)[self.name], starts, windows.images.shape[-2:])}
+        output = predict(windows)[self.name]
+        return {self.name: Windows(output, starts, windows.images.shape[-2:])}
 
     def build_head(self, shapes: Shapes, head: Any, vocabulary_size: int | None) -> nn.Module:
         if isinstance(head, SemanticHeadConfig):
@@ -76,8 +51,8 @@ class Semantic(Segmentation):
 
     def losses(self, head: Any, loss: Any) -> Criterion:
         if isinstance(head, SemanticHeadConfig):
-            return SemanticCriterion(head, loss)
-        return SegmentationCriterion(head, loss, self.name)
+            return SemanticCriterion(loss)
+        return super().losses(head, loss)
 
     def criterion(self, head_options: Options, loss_options: Options) -> Criterion:
         head = self.settings("head", head_options)
@@ -93,18 +68,19 @@ class Semantic(Segmentation):
 
     def describe(self, results: Results, names: Mapping[int, str]) -> str:
         """Shares of the image, the largest first."""
-        parts = [
-            (coco_mask.area(one["segmentation"]) / math.prod(one["segmentation"]["size"]), one)
-            for one in results
-        ]
-        parts.sort(key=lambda part: -part[0])
-        return ", ".join(f"{category_name(one['category_id'], names)} {share:.0%}" for share, one in parts)
+        shares = []
+        for result in results:
+            code = result["segmentation"]
+            share = coco_mask.area(code) / math.prod(code["size"])
+            shares.append((share, category_name(result["category_id"], names)))
+        shares.sort(key=lambda entry: -entry[0])
+        return ", ".join(f"{name} {share:.0%}" for share, name in shares)
 
     def picture(self, example: Example) -> Picture:
         pixels = example.pixels()
-        kinds = {"ground truth": example.raw.annotations, "predicted": example.results}
-        panels = [(draw_regions(pixels, found, example.names), title) for title, found in kinds.items()]
-        return side_by_side(*panels)
+        true = draw_regions(pixels, example.raw.annotations, example.names)
+        predicted = draw_regions(pixels, example.results, example.names)
+        return side_by_side((true, "ground truth"), (predicted, "predicted"))
 
 
 SPEC = Semantic()

@@ -1,0 +1,71 @@
+"""What the layouts of data sets share: names of splits, images as COCO lists them, problems of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from visft_ds.files import image_frame, shown_name
+
+#: A COCO file, or its content where it was made of another format.
+CocoFile = Path | Mapping[str, Any]
+#: Whether pictures are turned as their EXIF data says; None: unless only the stored size fits the
+#: annotations.
+Exif = Literal["apply", "ignore"] | None
+#: Name of a split in a data set -> its name among the shards.
+SPLITS: Mapping[str, str] = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+_EXAMPLES = 3
+
+
+class Findings(dict[str, tuple[int, list[str]]]):
+    """Problems of the data: kind -> (how often, the first few examples)."""
+
+    def add(self, kind: str, example: object) -> None:
+        count, examples = self.get(kind, (0, []))
+        if count < _EXAMPLES:
+            examples = [*examples, shown_name(f"{example!s:.120}")]
+        self[kind] = (count + 1, examples)
+
+    def refuse_above_a_tenth(self, of: int, where: object, what: str) -> None:
+        """Raise ValueError if there are more than a tenth of all."""
+        total = sum(count for count, _ in self.values())
+        if total > of / 10:
+            heading = f"{where}: {total} of its {of} {what} cannot be used:"
+            raise ValueError("\n".join([heading, *lines_of(self)]))
+
+
+def lines_of(findings: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Findings for a person."""
+    return [f"{count:>7} x {kind}, e.g. {', '.join(shown)}" for kind, (count, shown) in findings.items()]
+
+
+@dataclass(frozen=True)
+class FolderSplit:
+    """Inputs of a build that a folder has for a split."""
+
+    name: str
+    images: Path
+    instances: CocoFile | None = None
+    captions: CocoFile | None = None
+    maps: CocoFile | None = None  #: label maps, as instances of which no two of an image overlap
+    findings: Findings = field(default_factory=Findings)  #: about the layout
+
+
+def listed_image(folder: Path, name: str, number: int, exif: Exif) -> dict[str, Any]:
+    """An image as COCO lists it; one that cannot be read, which a build leaves out, is of 1 x 1 pixels."""
+    try:
+        frame = image_frame(folder / name)
+    except (ValueError, OSError):
+        height, width = 1, 1
+    else:
+        height, width = (frame.height, frame.width) if exif == "ignore" else frame.upright
+    return {"id": number, "file_name": name, "height": height, "width": width}
