@@ -53,7 +53,7 @@ def test_two_patches_by_hand() -> None:
     other = torch.ones(2, 4, dtype=torch.int64)
     memory = remember([(0, patches, label), (1, patches.flip(2), other)], 2, most=2, each=2)
     assert memory.owners.tolist() == [0, 1, 1] and memory.features[0].tolist() == [1, 0]
-    (seen,) = recall(memory, torch.tensor([[[[1.0]], [[0.98]]]]))
+    (seen,) = recall(memory, [torch.tensor([[[[1.0]], [[0.98]]]])])
     near = 1 / np.hypot(1, 0.98)
     weights = np.exp(np.array([near, near, 0.98 * near]) / IN_CONTEXT[1])
     expected = weights @ [[0.5, 0.25], [0, 1], [0, 1]] / weights.sum()

@@ -21,12 +21,11 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.benchmark import Benchmark, Number, Score
-from visft_ds.evals.judge.crops import View
+from visft_ds.evals.judge.crops import View, coin, filled_up, random_part
 from visft_ds.evals.judge.dense_probes import Source, at_labels, probe, trained
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.heads import BATCH, Recipe, half_cosine, sampled
@@ -118,42 +117,43 @@ def crop(image: Image.Image, truth: Tensor, view: View) -> tuple[Tensor, Tensor]
     if tuple(truth.shape) == _NYU:
         pixels = pixels[:, *_WITHOUT_BORDER]
         truth = truth[*_WITHOUT_BORDER]
-    if torch.rand(()) < 0.5:
+    if coin():
         angle = torch.empty(()).uniform_(-_ROTATION, _ROTATION).item()
         pixels = pixels_of.rotate(pixels, angle, interpolation=transforms.InterpolationMode.BILINEAR)
         truth = pixels_of.rotate(truth[None], angle)[0]
     both = torch.cat([pixels, truth[None]])  # (4, H, W): moved together from here on
-    if torch.rand(()) < 0.5:
+    if coin():
         both = both.flip(-1)
-    height, width = _CROP
-    both = F.pad(both, [0, max(0, width - both.shape[2]), 0, max(0, height - both.shape[1])])
-    top = int(torch.randint(both.shape[1] - height + 1, ()))
-    left = int(torch.randint(both.shape[2] - width + 1, ()))
-    both = both[:, top : top + height, left : left + width]
-    return pixels_of.normalize(coloured(both[:3]), list(view.mean), list(view.std)), both[3]
+    both = filled_up(both, _CROP)
+    rows, columns = random_part(both.shape[1:], _CROP)
+    both = both[:, rows, columns]
+    pixels = pixels_of.normalize(coloured(both[:3]), list(view.mean), list(view.std))
+    return pixels, both[3]
 
 
 def coloured(pixels: Tensor) -> Tensor:
     """(3, H, W) in [0, 1], in half of the cases with another gamma, brightness and colour, clipped."""
-    if torch.rand(()) >= 0.5:
+    if not coin():
         return pixels
     gamma = torch.empty(()).uniform_(*_GAMMA)
     brightness = torch.empty(()).uniform_(*_BRIGHTNESS)
     colours = torch.empty(3, 1, 1).uniform_(*_COLOUR)
-    return ((pixels * 255) ** gamma * brightness * colours).clamp(0, 255) / 255
+    changed = (pixels * 255) ** gamma * brightness * colours
+    return changed.clamp(0, 255) / 255
 
 
 def schedule(recipe: Recipe, step: int) -> tuple[float, float]:
     """(learning rate, beta1): both by a cosine, the rate over all steps, also in the warm-up, beta1 behind
     it.
     """
-    steps_after = recipe.steps - recipe.warm_up
     if step < recipe.warm_up:
-        share = half_cosine(step / recipe.steps) * step / recipe.warm_up
-        return recipe.rate * (_FIRST + share), 0.0
-    share = _LAST + (1 - _LAST) * half_cosine((step + 1) / recipe.steps)
-    risen = 1 - half_cosine((step - recipe.warm_up) / steps_after)
-    return recipe.rate * share, _FIRST_BETA1 + (_LAST_BETA1 - _FIRST_BETA1) * risen
+        warm = step / recipe.warm_up
+        return recipe.rate * (_FIRST + half_cosine(step / recipe.steps) * warm), 0.0
+    fallen = half_cosine((step + 1) / recipe.steps)
+    rate = recipe.rate * (_LAST + (1 - _LAST) * fallen)
+    risen = 1 - half_cosine((step - recipe.warm_up) / (recipe.steps - recipe.warm_up))
+    beta1 = _FIRST_BETA1 + (_LAST_BETA1 - _FIRST_BETA1) * risen
+    return rate, beta1
 
 
 def metres(outputs: Tensor) -> Tensor:
@@ -174,10 +174,11 @@ def silog(
     total = share.sum(dim=pixels)
     mean = (share * error).sum(dim=pixels) / total.clamp(min=1)
     deviation = error - mean[:, None, None]
-    variance = (share * deviation**2).sum(dim=pixels) / (total - 1).clamp(min=1)
-    if step < _PLAIN_STEPS:
-        variance = torch.zeros_like(variance)
-    return (variance + 0.15 * mean**2).clamp(min=1e-12).sqrt().sum()
+    loss = 0.15 * mean**2
+    if step >= _PLAIN_STEPS:
+        squares = (share * deviation**2).sum(dim=pixels)
+        loss = squares / (total - 1).clamp(min=1) + loss
+    return loss.clamp(min=1e-12).sqrt().sum()
 
 
 def _measured(numbers: Collection[str], outputs: Iterable[Tensor], test: DenseSet) -> Iterator[Score]:
@@ -195,4 +196,5 @@ def _measured(numbers: Collection[str], outputs: Iterable[Tensor], test: DenseSe
     for name, values in ((RMSE.name, rmse), (DELTA1.name, delta1)):
         if name in numbers:
             of_heads = torch.stack(values, dim=1).numpy()  # (heads, images)
-            yield Score(name, of_heads[0], retrained=of_heads[1:].mean(axis=1))
+            retrained = of_heads[1:].mean(axis=1)
+            yield Score(name, of_heads[0], retrained=retrained)

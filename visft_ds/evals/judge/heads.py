@@ -52,19 +52,21 @@ class Heads(nn.Module):
     def __init__(self, heads: int, channels: int, outputs: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(channels, affine=False)
-        first = torch.randn(outputs, channels, generator=torch.Generator().manual_seed(0)) * 0.01
-        self.weight = nn.Parameter(first.repeat(heads, 1, 1))
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(outputs, channels, generator=generator) * 0.01
+        self.weight = nn.Parameter(start.repeat(heads, 1, 1))
         self.bias = nn.Parameter(torch.zeros(heads, outputs))
         self.scale = nn.Parameter(torch.ones(heads, channels))
         self.shift = nn.Parameter(torch.zeros(heads, channels))
 
     def forward(self, maps: Tensor) -> Tensor:
         count, _, height, width = maps.shape
-        patches = self.norm(maps.flatten(2).mT.flatten(0, 1))  # (B * h * w, D)
+        patches = maps.flatten(2).mT.flatten(0, 1)  # (B * h * w, D)
+        normed = self.norm(patches)
         # All heads in one product, which their BatchNorms' scales and shifts have become a part of.
         weight = self.weight * self.scale[:, None]
         bias = self.bias + torch.einsum("hcd,hd->hc", self.weight, self.shift)
-        outputs = F.linear(patches, weight.flatten(0, 1), bias.flatten())
+        outputs = F.linear(normed, weight.flatten(0, 1), bias.flatten())
         of_images = outputs.unflatten(0, (count, height * width)).mT
         return of_images.reshape(count, *self.bias.shape, height, width)
 
@@ -90,11 +92,13 @@ def fit(
         examples: for each step numbers of the images in its batch, their maps (B, D, h, w), what is there.
         groups: (images,) numbers of what images come from together.
     """
-    weights = torch.from_numpy(resamples(images, len(heads.bias) - 1, groups)).float()
+    copies = resamples(images, len(heads.bias) - 1, groups)
+    weights = torch.from_numpy(copies).float()
     drop_generator = torch.Generator().manual_seed(1)
     pixel_generator = torch.Generator().manual_seed(2)
     optimizer = torch.optim.AdamW(heads.parameters(), recipe.rate, recipe.betas, weight_decay=recipe.decay)
-    for step, (drawn, maps, truth) in enumerate(gauge("linear head", recipe.steps, "steps", examples)):
+    shown = gauge("linear head", recipe.steps, "steps", examples)
+    for step, (drawn, maps, truth) in enumerate(shown):
         rate, beta1 = schedule(recipe, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -116,23 +120,27 @@ def _clip(heads: Heads, most: float) -> None:
     if not math.isfinite(most):
         return
     gradients = [parameter.grad for parameter in heads.parameters() if parameter.grad is not None]
-    lengths = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
-    factors = (most / lengths.clamp(min=1e-12)).clamp(max=1)
+    lengths = [gradient.flatten(1).norm(dim=1) for gradient in gradients]
+    length = torch.stack(lengths).norm(dim=0)
+    factors = (most / length.clamp(min=1e-12)).clamp(max=1)
     for gradient in gradients:
-        gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
+        gradient.copy_(torch.einsum("h...,h->h...", gradient, factors))
 
 
 def enlarged(maps: Tensor, size: Sequence[int], stride: int = 1, first: Sequence[int] = (0, 0)) -> Tensor:
     """(..., h, w) at every `stride`-th pixel, from `first` on, of its bilinear enlargement to a size."""
-    rows = _interpolation(maps.shape[-2], size[0])[:, first[0] :: stride].to(maps)
-    columns = _interpolation(maps.shape[-1], size[1])[:, first[1] :: stride].to(maps)
+    height, width = size
+    row, column = first
+    rows = _interpolation(maps.shape[-2], height)[:, row::stride].to(maps)
+    columns = _interpolation(maps.shape[-1], width)[:, column::stride].to(maps)
     # Two products of large matrices: a batch of small ones takes three times as long on a CPU.
     return (maps.mT.contiguous() @ rows).mT.contiguous() @ columns
 
 
 def _interpolation(old: int, new: int) -> Tensor:
     """(old, new), the weight of each old place in each new one."""
-    return F.interpolate(torch.eye(old)[None], new, mode="linear")[0]
+    places = torch.eye(old)
+    return F.interpolate(places[None], new, mode="linear")[0]
 
 
 def sampled(maps: Tensor, truth: Tensor, stride: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -142,4 +150,5 @@ def sampled(maps: Tensor, truth: Tensor, stride: int, generator: torch.Generator
     size = truth.shape[-2:]
     step = min(stride, *size)
     row, column = torch.randint(step, (2,), generator=generator).tolist()
-    return enlarged(maps, size, step, (row, column)), truth[..., row::step, column::step]
+    maps = enlarged(maps, size, step, (row, column))
+    return maps, truth[..., row::step, column::step]

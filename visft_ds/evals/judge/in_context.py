@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.benchmark import FloatArray, IntArray, Score
-from visft_ds.evals.judge.crops import View, label_of
+from visft_ds.evals.judge.crops import View, coin, label_of
 from visft_ds.evals.judge.dense_probes import LiveFeatures, Source
 from visft_ds.evals.judge.knn import QUERIES, RESAMPLES, vote
 from visft_ds.evals.judge.miou import mean_iou
@@ -54,39 +53,44 @@ def in_context_miou(name: str, source: Source) -> Score:
     classes = len(source.train.classes)
     published = isinstance(source, LiveFeatures)
     count, images = source.remembered(crop, PASSES)
-    if published:  # pixels without a class teach class 0
-        images = ((number, maps, label.clamp(min=0)) for number, maps, label in images)
+    if published:
+        images = _with_void_as_class_0(images)
     shown = gauge("in-context memory", count, "images", images)
-    memory = remember(shown, classes, count, each=max(1, source.protocol.memory // count))
+    patches_of_image = max(1, source.protocol.memory // count)
+    memory = remember(shown, classes, count, patches_of_image)
     memory = memory.in_groups(source.train.images.groups)
     draws = RESAMPLES if source.protocol.resampled else 0
-    answers = chain.from_iterable(recall(memory, maps, draws) for maps in source.whole(source.test))
-
+    answers = recall(memory, source.whole(source.test), draws)
     label = partial(label_of, source.test)
     if isinstance(source, LiveFeatures):
         label = partial(_label_of_input, source)
     return mean_iou(name, answers, label, classes, matched=published)
 
 
+def _with_void_as_class_0(images: Iterable[LabelledMap]) -> Iterator[LabelledMap]:
+    for number, maps, label in images:
+        yield number, maps, label.clamp(min=0)
+
+
 def _label_of_input(source: LiveFeatures, number: int) -> Tensor:
     """The label of a test image at the size of the encoder's images."""
-    label = label_of(source.test, number)[None, None].float()
+    label = label_of(source.test, number)
     side = source.encoder.side
-    return F.interpolate(label, (side, side), mode="nearest")[0, 0].long()
+    resized = F.interpolate(label[None, None].float(), (side, side), mode="nearest")
+    return resized[0, 0].long()
 
 
 def crop(image: Image.Image, label: Tensor, view: View) -> tuple[Tensor, Tensor]:
     """A random part of an image, stretched to a square, after its colours were changed; and its label."""
     for kind in ("brightness", "contrast", "saturation", "hue"):
-        if torch.rand(()) < 0.5:
+        if coin():
             image = transforms.ColorJitter(**{kind: _JITTER})(image)
     pixels = view.normalised(image)
-    box = transforms.RandomResizedCrop(view.side, scale=_AREA, ratio=_RATIO).make_params([pixels])
-    size = [view.side, view.side]
-    bilinear = transforms.InterpolationMode.BILINEAR
+    random_crop = transforms.RandomResizedCrop(view.side, scale=_AREA, ratio=_RATIO)
+    box = random_crop.make_params([pixels]) | {"size": [view.side, view.side]}
     nearest = transforms.InterpolationMode.NEAREST
-    pixels = pixels_of.resized_crop(pixels, **box, size=size, interpolation=bilinear, antialias=True)
-    numbers = pixels_of.resized_crop(label[None], **box, size=size, interpolation=nearest)
+    pixels = pixels_of.resized_crop(pixels, **box, antialias=True)
+    numbers = pixels_of.resized_crop(label[None], **box, interpolation=nearest)
     return pixels, numbers[0]
 
 
@@ -100,16 +104,20 @@ def remember(images: Iterable[LabelledMap], classes: int, most: int, each: int) 
     count = 0
     memory: Rows | None = None
     for number, patches, label in images:
-        shares = shares_of(label.cpu(), patches.shape[-2:], classes)
+        channels, height, width = patches.shape
+        shares = shares_of(label.cpu(), (height, width), classes)
         if memory is None:  # allocated once: gathered later, it would be in memory twice
             rows = most * min(each, len(shares))
-            owners = torch.empty(rows, dtype=torch.int64, device=patches.device)
-            memory = Rows(patches.new_empty(rows, len(patches)), patches.new_empty(rows, classes), owners)
+            memory = Rows(
+                features=patches.new_empty(rows, channels),
+                labels=patches.new_empty(rows, classes),
+                owners=patches.new_empty(rows, dtype=torch.int64),
+            )
         chosen = _rare_patches(shares, each, np.random.default_rng([0, number]))
         place = slice(count, count + len(chosen))
         features = patches.flatten(1).T[chosen.to(patches.device)]
         memory.features[place] = F.normalize(features, dim=1)
-        memory.labels[place] = torch.from_numpy(shares)[chosen].to(memory.labels)
+        memory.labels[place] = torch.from_numpy(shares[chosen]).to(memory.labels)
         memory.owners[place] = number
         count += len(chosen)
     assert memory is not None
@@ -120,8 +128,10 @@ def _rare_patches(shares: FloatArray, most: int, rng: np.random.Generator) -> Te
     """Numbers of patches with any class, (n, C) shares: first those whose classes are in few patches."""
     has_class = shares > 0
     frequency = has_class @ has_class.sum(axis=0)
-    order = np.argsort(frequency * rng.random(len(shares)), kind="stable")
-    return torch.from_numpy(order[frequency[order] > 0][:most])
+    key = frequency * rng.random(len(shares))
+    order = np.argsort(key, kind="stable")
+    is_labelled = frequency[order] > 0
+    return torch.from_numpy(order[is_labelled][:most])
 
 
 def shares_of(label: Tensor, grid: Sequence[int], classes: int) -> FloatArray:
@@ -136,8 +146,8 @@ def shares_of(label: Tensor, grid: Sequence[int], classes: int) -> FloatArray:
     pixels = np.bincount(patch_of_pixel.ravel(), minlength=height * width)
     known = (numbers >= 0) & (numbers < classes)
     pairs = patch_of_pixel[known] * classes + numbers[known]
-    counts = np.bincount(pairs, minlength=height * width * classes).reshape(-1, classes)
-    shares: FloatArray = counts / np.maximum(pixels, 1)[:, None]
+    counts = np.bincount(pairs, minlength=height * width * classes)
+    shares: FloatArray = counts.reshape(-1, classes) / np.maximum(pixels, 1)[:, None]
     return shares
 
 
@@ -146,13 +156,14 @@ def _cells(pixels: int, cells: int) -> IntArray:
     return np.arange(pixels) * cells // pixels
 
 
-def recall(memory: Rows, maps: Tensor, draws: int = RESAMPLES) -> Iterator[Tensor]:
-    """For each image of (n, D, h, w): (1 + draws, C, h, w), what its patches are by the memory and by
+def recall(memory: Rows, batches: Iterable[Tensor], draws: int = RESAMPLES) -> Iterator[Tensor]:
+    """For each image of batches (n, D, h, w): (1 + draws, C, h, w), what its patches are by the memory and by
     resamples.
     """
-    height, width = maps.shape[-2:]
-    for images in maps.split(max(1, QUERIES // (height * width))):
-        patches = images.flatten(2).transpose(1, 2).flatten(0, 1)
-        votes = vote(memory, patches, NEIGHBOURS, TEMPERATURE, draws)
-        of_images = votes.unflatten(1, (len(images), height, width))
-        yield from of_images.permute(1, 0, 4, 2, 3)
+    for batch in batches:
+        height, width = batch.shape[-2:]
+        for images in batch.split(max(1, QUERIES // (height * width))):
+            patches = images.flatten(2).mT.flatten(0, 1)
+            votes = vote(memory, patches, NEIGHBOURS, TEMPERATURE, draws)
+            of_images = votes.unflatten(1, (len(images), height, width))
+            yield from of_images.permute(1, 0, 4, 2, 3)

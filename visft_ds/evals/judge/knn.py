@@ -34,8 +34,9 @@ def knn(name: str, train: Rows, test: Rows, draws: int = RESAMPLES) -> Score:
     for batch in test.batches(QUERIES):
         votes = vote(memory, batch.features, NEIGHBOURS, TEMPERATURE, draws)
         votes = F.pad(votes, (0, classes - votes.shape[2]))  # a class that nothing teaches
-        ranks = rank_of(votes.flatten(0, 1), batch.labels.repeat(len(votes)))
-        correct.append(hits(ranks.cpu(), 1).reshape(len(votes), -1))
+        labels = batch.labels.repeat(len(votes))
+        ranks = rank_of(votes.flatten(0, 1), labels).cpu()
+        correct.append(hits(ranks, 1).reshape(len(votes), -1))
     return accuracy(name, np.concatenate(correct, axis=1), test)
 
 
@@ -54,15 +55,16 @@ def vote(
     copies = memory.copies(draws)[:, memory.owners[rows]]  # (1 + draws, n, searched)
     # Copies of a row are equally near: as many count as there is room for.
     counted = copies.cumsum(dim=2).clamp(max=neighbours)
-    places = counted.diff(dim=2, prepend=counted.new_zeros(1).expand(*counted.shape[:2], 1))
+    places = counted - F.pad(counted[..., :-1], (1, 0))
     closeness = ((similarity - similarity[:, :1]) / temperature).exp()
     weights = places * closeness
-    total = weights.sum(dim=2, keepdim=True)
-    weights = weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
+    tiny = torch.finfo(weights.dtype).tiny
+    weights = weights / weights.sum(dim=2, keepdim=True).clamp(min=tiny)
     labels = memory.labels[rows]
     if labels.ndim == 3:
         return torch.einsum("rnk,nkc->rnc", weights, labels)
-    votes = weights.new_zeros(*weights.shape[:2], int(memory.labels.max()) + 1)
+    classes = int(memory.labels.max()) + 1
+    votes = weights.new_zeros(*weights.shape[:2], classes)
     return votes.scatter_add(2, labels.expand_as(weights), weights)
 
 
@@ -72,8 +74,11 @@ def _nearest(features: Tensor, directions: Tensor, count: int) -> tuple[Tensor, 
     numbers = []
     for start in range(0, len(features), _BANK):
         bank = features[start : start + _BANK]
-        nearest = (directions @ bank.T).topk(min(count, len(bank)), dim=1)
+        cosines = directions @ bank.T
+        nearest = cosines.topk(min(count, len(bank)), dim=1)
         similarities.append(nearest.values)
         numbers.append(nearest.indices + start)
-    best = torch.cat(similarities, dim=1).topk(min(count, len(features)), dim=1)
-    return best.values, torch.cat(numbers, dim=1).gather(1, best.indices)
+    candidates = torch.cat(similarities, dim=1)
+    best = candidates.topk(min(count, len(features)), dim=1)
+    rows = torch.cat(numbers, dim=1).gather(1, best.indices)
+    return best.values, rows

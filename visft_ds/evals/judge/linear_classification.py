@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import RandomSampler, default_collate
 from torchvision.transforms import v2 as transforms
 
-from visft_ds.evals.judge.benchmark import FloatArray, Score, resamples
+from visft_ds.evals.judge.benchmark import FloatArray, Score, resamples, units
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.crops import View
 from visft_ds.evals.judge.dense_probes import loaded
@@ -59,9 +59,13 @@ RECIPE = Recipe(
 
 def image_rows(features: Mapping[str, Tensor], data: ClassSet) -> Rows:
     """Images as rows: their class tokens with, if given, their mean patches beside them."""
-    inputs = torch.cat([features[kind] for kind in KINDS if kind in features], dim=1)
-    labels = torch.from_numpy(data.labels)
-    return Rows(inputs, labels, torch.arange(len(labels))).to(inputs.device)
+    inputs = _inputs(features)
+    labels = torch.from_numpy(data.labels).to(inputs.device)
+    return Rows(inputs, labels, torch.arange(len(labels), device=inputs.device))
+
+
+def _inputs(features: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([features[kind] for kind in KINDS if kind in features], dim=1)
 
 
 def linear_accuracy(
@@ -75,14 +79,15 @@ def linear_accuracy(
     choosing, taught = _held_out(train)
     features = encode_images(encoder, choosing.images, KINDS, settings, "held-out images")
     chooses = image_rows(features, choosing)
-    copies = torch.from_numpy(resamples(len(taught.labels), RESAMPLES, taught.images.groups)).float()
+    copies_of_images = resamples(len(taught.labels), RESAMPLES, taught.images.groups)
+    copies = torch.from_numpy(copies_of_images).float()
     learning_rates = torch.tensor(recipe.rates, device=settings.device) * recipe.batch / 256
     classifiers = [
         Classifiers(learning_rates.repeat(len(copies)), width, len(train.classes), recipe)
         for width in (features["pooled"].shape[1], chooses.features.shape[1])
     ]
     for drawn, inputs, labels in _crops(encoder, taught, recipe, settings):
-        counts = copies[:, drawn].to(settings.device).repeat_interleave(len(learning_rates), dim=0)
+        counts = copies[:, drawn].repeat_interleave(len(learning_rates), dim=0).to(settings.device)
         for several in classifiers:
             several.learn(inputs, labels, counts)
     levels = []
@@ -96,9 +101,9 @@ def linear_accuracy(
 
 def _held_out(train: ClassSet) -> tuple[ClassSet, ClassSet]:
     """(training images that choose a classifier, those that teach)."""
-    groups = train.images.groups
-    owners = np.arange(len(train.labels)) if groups is None else groups
-    chooses = held_out(torch.from_numpy(train.labels), torch.from_numpy(owners), _NTH).numpy()
+    labels = torch.from_numpy(train.labels)
+    owners = torch.from_numpy(units(len(labels), train.images.groups))
+    chooses = held_out(labels, owners, _NTH).numpy()
     if not chooses.any():
         raise ValueError(
             f"no class has five training images ({train.images.names[0]}, ...), a fifth of which would choose "
@@ -115,7 +120,8 @@ class Classifiers(nn.Module):
 
     def __init__(self, learning_rates: Tensor, width: int, classes: int, recipe: Recipe) -> None:
         super().__init__()
-        start = torch.randn(classes, width + 1, generator=torch.Generator().manual_seed(0)) * 0.01
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(classes, width + 1, generator=generator) * 0.01
         weight = start[:, :-1].to(learning_rates.device)
         self.weight = nn.Parameter(weight.repeat(len(learning_rates), 1, 1))
         self.bias = nn.Parameter(weight.new_zeros(len(learning_rates), 1, classes))
@@ -124,7 +130,8 @@ class Classifiers(nn.Module):
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, recipe.steps)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return inputs[:, : self.weight.shape[2]] @ self.weight.mT + self.bias
+        width = self.weight.shape[2]
+        return inputs[:, :width] @ self.weight.mT + self.bias
 
     def learn(self, inputs: Tensor, labels: Tensor, counts: Tensor) -> None:
         """Make a step.
@@ -133,7 +140,8 @@ class Classifiers(nn.Module):
             counts: (classifiers, n), how often each input counts.
         """
         logits = self(inputs)
-        losses = F.cross_entropy(logits.mT, labels.expand(len(logits), -1), reduction="none")
+        truth = labels.expand(len(logits), -1)
+        losses = F.cross_entropy(logits.mT, truth, reduction="none")
         # SGD without decay is linear in the gradient: a loss times a rate is a step at this rate.
         loss = self.learning_rates @ (losses * counts).mean(dim=1)
         self.optimizer.zero_grad()
@@ -146,9 +154,10 @@ class Classifiers(nn.Module):
         """(classifiers, n), 1.0 where the class of a row is predicted."""
         device = self.weight.device
         correct = []
-        for batch in rows.to(device).batches(QUERIES):
-            predicted = self(batch.features).argmax(dim=2)
-            correct.append((predicted == batch.labels).double().cpu().numpy())
+        for batch in rows.batches(QUERIES):
+            predicted = self(batch.features.to(device)).argmax(dim=2)
+            is_correct = predicted == batch.labels.to(device)
+            correct.append(is_correct.double().cpu().numpy())
         return np.concatenate(correct, axis=1)
 
 
@@ -184,5 +193,4 @@ def _crops(
     encoder.module.to(settings.device)
     for drawn, pixels, labels in gauge("linear classifier", recipe.steps, "steps", batches):
         features = forward(encoder, pixels, KINDS, settings)
-        inputs = torch.cat([features[kind] for kind in KINDS if kind in features], dim=1)
-        yield drawn, inputs, labels.to(settings.device)
+        yield drawn, _inputs(features), labels.to(settings.device)

@@ -12,7 +12,7 @@ on the test images).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import product
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
-from visft_ds.evals.judge.crops import NO_CLASS, View, short_side
+from visft_ds.evals.judge.crops import NO_CLASS, View, coin, filled_up, random_part, short_side
 from visft_ds.evals.judge.heads import Recipe, half_cosine, sampled
 
 RECIPE = Recipe(steps=40_000, warm_up=1500, rate=1e-3, decay=1e-3, dropout=0.1)
@@ -42,50 +42,45 @@ def crop(image: Image.Image, label: Tensor, view: View) -> tuple[Tensor, Tensor]
 
     What is outside of the image, below it or on its right, is 0 and has no class.
     """
-    height, width = short_side(label.shape, int(view.side * _uniform(*_RATIO)))
-    pixels = pixels_of.pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
+    shorter = int(view.side * _uniform(*_RATIO))
+    height, width = short_side(label.shape, shorter)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = pixels_of.pil_to_tensor(resized)
     nearest = transforms.InterpolationMode.NEAREST
     numbers = pixels_of.resize(label[None], [height, width], interpolation=nearest)[0]
     rows, columns = _square(numbers, view.side)
     pixels = pixels[:, rows, columns]
     numbers = numbers[rows, columns]
-    if _coin():
+    if coin():
         pixels = pixels.flip(-1)
         numbers = numbers.flip(-1)
     pixels = view.normalised(distorted(pixels))
-    missing = [0, view.side - pixels.shape[2], 0, view.side - pixels.shape[1]]
-    return F.pad(pixels, missing), F.pad(numbers, missing, value=NO_CLASS)
+    square = (view.side, view.side)
+    return filled_up(pixels, square), filled_up(numbers, square, NO_CLASS)
 
 
 def _square(numbers: Tensor, side: int) -> tuple[slice, slice]:
     """Rows and columns of a random square, drawn again while one class has too much of it."""
-    square = _random_square(numbers.shape, side)
+    square = random_part(numbers.shape, (side, side))
     for _ in range(_REDRAWN):
         inside = numbers[square]
         pixels = inside[inside != NO_CLASS].unique(return_counts=True)[1]
         if len(pixels) > 1 and pixels.max() / pixels.sum() < _MOST_OF_ONE:
             break
-        square = _random_square(numbers.shape, side)
+        square = random_part(numbers.shape, (side, side))
     return square
-
-
-def _random_square(size: Sequence[int], side: int) -> tuple[slice, slice]:
-    height, width = size
-    top = int(torch.randint(max(height - side, 0) + 1, ()))
-    left = int(torch.randint(max(width - side, 0) + 1, ()))
-    return slice(top, top + side), slice(left, left + side)
 
 
 def distorted(pixels: Tensor) -> Tensor:
     """(3, H, W) bytes with other brightness, contrast, saturation and hue, each in half of the cases."""
-    if _coin():
+    if coin():
         pixels = _as_bytes(pixels.float() + _uniform(-_DELTA, _DELTA))
-    contrast_first = _coin()
+    contrast_first = coin()
     if contrast_first:
         pixels = _contrast(pixels)
-    if _coin():
+    if coin():
         pixels = pixels_of.adjust_saturation(pixels, _uniform(*_RANGE))
-    if _coin():
+    if coin():
         pixels = pixels_of.adjust_hue(pixels, _uniform(*_HUE))
     if not contrast_first:
         pixels = _contrast(pixels)
@@ -93,15 +88,11 @@ def distorted(pixels: Tensor) -> Tensor:
 
 
 def _contrast(pixels: Tensor) -> Tensor:
-    return _as_bytes(pixels.float() * _uniform(*_RANGE)) if _coin() else pixels
+    return _as_bytes(pixels.float() * _uniform(*_RANGE)) if coin() else pixels
 
 
 def _as_bytes(pixels: Tensor) -> Tensor:
     return pixels.clamp(0, 255).to(torch.uint8)
-
-
-def _coin() -> bool:
-    return bool(torch.rand(()) < 0.5)
 
 
 def _uniform(low: float, high: float) -> float:
@@ -115,8 +106,10 @@ def schedule(recipe: Recipe, step: int) -> tuple[float, float]:
     late = max(step - 1, 0)
     if late < recipe.warm_up:
         begun = 1 - (1 - late / recipe.warm_up) * (1 - _START)
-        return recipe.rate * begun * (1 - late / recipe.steps), recipe.betas[0]
-    return recipe.rate * half_cosine((late + 1) / recipe.steps), recipe.betas[0]
+        factor = begun * (1 - late / recipe.steps)
+    else:
+        factor = half_cosine((late + 1) / recipe.steps)
+    return recipe.rate * factor, recipe.betas[0]
 
 
 def cross_entropy(
@@ -124,22 +117,21 @@ def cross_entropy(
 ) -> Tensor:
     """The mean over all pixels, of which those without a class count 0; resamples count fewer pixels."""
     loss = _cross_entropy(outputs[:, :1], truth, weights[:1], generator, stride)
-    if outputs.shape[1] == 1:
-        return loss
-    sparse = max(_SPARSE, 2 * stride)
-    return loss + _cross_entropy(outputs[:, 1:], truth, weights[1:], generator, sparse)
+    if outputs.shape[1] > 1:
+        sparse = max(_SPARSE, 2 * stride)
+        loss = loss + _cross_entropy(outputs[:, 1:], truth, weights[1:], generator, sparse)
+    return loss
 
 
 def _cross_entropy(
     outputs: Tensor, truth: Tensor, weights: Tensor, generator: torch.Generator, stride: int
 ) -> Tensor:
     logits, numbers = sampled(outputs, truth, stride, generator)  # (B, heads, C, h, w), (B, h, w)
-    of_heads = numbers.long().unsqueeze(1).expand(-1, logits.shape[1], -1, -1)
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), of_heads.flatten(0, 1), ignore_index=NO_CLASS, reduction="none"
-    )
-    of_images = losses.unflatten(0, logits.shape[:2]).mean(dim=(2, 3))
-    return (of_images * weights.T).mean(dim=0).sum()
+    losses = []
+    for head, weights_of_images in enumerate(weights):
+        of_pixels = F.cross_entropy(logits[:, head], numbers.long(), ignore_index=NO_CLASS, reduction="none")
+        losses.append((of_pixels.mean(dim=(1, 2)) * weights_of_images).mean())
+    return torch.stack(losses).sum()
 
 
 def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int) -> Tensor:

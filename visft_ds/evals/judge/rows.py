@@ -29,10 +29,6 @@ class Rows:
         for start in range(0, len(self.labels), size):
             yield self.part(slice(start, start + size))
 
-    def to(self, device: torch.device) -> Rows:
-        """The same on a device."""
-        return Rows(self.features.to(device), self.labels.to(device), self.owners.to(device))
-
     def copies(self, draws: int) -> Tensor:
         """(1 + draws, owners), how often an owner's rows count: once, and as often as a bootstrap drew it."""
         owners = int(self.owners.max()) + 1
@@ -48,15 +44,17 @@ class Rows:
 
 def rows_of_objects(features: Tensor, objects: Sequence[Thing]) -> Rows:
     """Objects as rows, of features (n, D)."""
-    labels = torch.tensor([thing.label for thing in objects])
-    owners = torch.tensor([thing.owner for thing in objects])
-    return Rows(features, labels, owners).to(features.device)
+    device = features.device
+    labels = torch.tensor([thing.label for thing in objects], device=device)
+    owners = torch.tensor([thing.owner for thing in objects], device=device)
+    return Rows(features, labels, owners)
 
 
 def accuracy(name: str, correct: FloatArray, test: Rows) -> Score:
     """Score of (1 + R, n), 1.0 where a row is classified correctly: by a probe of all training images, and by
     those of R resamples."""
-    return Score(name, correct[0], test.owners.cpu().numpy(), retrained=correct[1:].mean(axis=1))
+    owners = test.owners.cpu().numpy()
+    return Score(name, correct[0], owners, retrained=correct[1:].mean(axis=1))
 
 
 def held_out(labels: Tensor, owners: Tensor, nth: int = FOLDS) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from visft_ds.evals.judge.benchmark import FloatArray, Score
 from visft_ds.evals.judge.dense_sets import DenseSet
@@ -23,33 +25,44 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
     Args:
         scores: model -> its score with maps.
     """
-    background = 1 if test.classes[0] == "" else 0  # the number of the first class that counts
-    overlaps = {}
-    for model, score in scores.items():
-        both = score.values[..., background:].sum(axis=2)
-        overlaps[model] = both[:, 0] / np.maximum(both[:, 1], 1)
+    overlaps = {model: _overlaps(test, score) for model, score in scores.items()}
     first, *_, last = overlaps.values()
-    colours = palette(test.classes)
     rows = []
     for place in typical(last - first, count):
         image = np.asarray(test.images.read(place))
-        pale = (0.35 * image + 165).astype(np.uint8)
-        segmentations = {"what is there": test.label(place)}
+        plain = draw_objects(image, [], [], {}, side=SIDE)
+        truth = _drawn(image, test.label(place), test.classes)
+        panels = [(plain, "picture"), (truth, "what is there")]
         for model, score in scores.items():
             assert score.maps is not None, model
-            segmentations[f"{model}: {100 * overlaps[model][place]:.0f}"] = score.maps[place]
-        panels = [(draw_objects(image, [], [], colours, masks=[], side=SIDE), "picture")]
-        for title, numbers in segmentations.items():
-            masks = {}
-            for number, name in enumerate(test.classes):
-                mask = numbers == number
-                if name and mask.any():
-                    masks[name] = mask
-            no_tags = [""] * len(masks)
-            drawn = draw_objects(pale, list(masks), no_tags, colours, masks=list(masks.values()), side=SIDE)
-            panels.append((drawn, title))
+            drawn = _drawn(image, score.maps[place], test.classes)
+            panels.append((drawn, f"{model}: {100 * overlaps[model][place]:.0f}"))
         rows.append(side_by_side(*panels))
     return grid(rows)
+
+
+def _overlaps(test: DenseSet, score: Score) -> FloatArray:
+    """(images,), intersection over union of all classes of objects together."""
+    values = score.values
+    if test.classes[0] == "":
+        values = values[..., 1:]
+    sums = values.sum(axis=2)
+    overlaps: FloatArray = sums[:, 0] / np.maximum(sums[:, 1], 1)
+    return overlaps
+
+
+def _drawn(image: Picture, numbers: npt.NDArray[Any], classes: Sequence[str]) -> Picture:
+    """An image that is pale below its segmentation."""
+    pale = (0.35 * image + 165).astype(np.uint8)
+    names = []
+    masks = []
+    for number, name in enumerate(classes):
+        mask = numbers == number
+        if name and mask.any():
+            names.append(name)
+            masks.append(mask)
+    tags = [""] * len(names)
+    return draw_objects(pale, names, tags, palette(classes), masks=masks, side=SIDE)
 
 
 def typical(changes: FloatArray, count: int) -> list[int]:
@@ -61,4 +74,5 @@ def typical(changes: FloatArray, count: int) -> list[int]:
     order = np.argsort(changes, kind="stable")
     count = min(count, len(order))
     ranks = (np.arange(count) + 0.5) * len(order) / count
-    return order[ranks.astype(int)].tolist()
+    places: list[int] = order[ranks.astype(int)].tolist()
+    return places
