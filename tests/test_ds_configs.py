@@ -80,7 +80,7 @@ def test_stage_2_of_the_default_model_is_the_published_recipe() -> None:
     assert {name: stream.batch_size for name, stream in streams.items()} == BATCHES[2]
     (group,) = config.visft.param_groups
     assert (group.lr or config.optimizer.params.lr, config.total_steps) == (1e-5, 100_000)
-    assert config.visft.heads.active_dropout is False and config.visft.lora is not None
+    assert config.visft.heads.train_mode is False and config.visft.lora is not None
     assert (config.visft.lora.rank, config.visft.lora.alpha, config.visft.lora.targets) == (
         64,
         1.0,

@@ -30,7 +30,7 @@ from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.run.folder import locked, open_run_folder
 from visft_ds.run.log import open_log
-from visft_ds.run.machine import check_machine, divide_layers, rank_facts, settle_recompute
+from visft_ds.run.machine import check_machine, divide_layers, rank_facts, settle_checkpointing
 from visft_ds.run.report import print_start
 from visft_ds.run.start import measure_heads, open_start
 from visft_ds.run.state import RunState
@@ -135,7 +135,7 @@ class Trainer:
         distributed.assert_same_on_all_ranks(
             {**rank_facts(config), **self.data.identity(), "start": start_digest}
         )
-        config, machine = settle_recompute(config, machine, self.data.vocabulary, earlier)
+        config, machine = settle_checkpointing(config, machine, self.data.vocabulary, earlier)
         self.config = config
 
         # 6: the model, with weights of files or drawn ones.
@@ -182,7 +182,7 @@ class Trainer:
             print_start(config, self.data, machine, partition, self.prepared, self.start)
 
         # 9: what will not fit into memory fails now, not after hours.
-        if config.visft.run.rehearsal and self.start < config.total_steps:
+        if config.visft.run.memory_check and self.start < config.total_steps:
             probe_memory(config.visft.model, self.engine, self.data, self.batches, self.watchdog)
 
         # 10: the steps, what evaluates beside them, and what writes their numbers down.

@@ -199,7 +199,7 @@ def test_the_identity_holds_what_decides_the_result() -> None:
 def test_a_key_that_a_release_adds_is_compared_with_its_default() -> None:
     """A run of an earlier release lacks a switch, a loss and a setting of Adam, and its export has no null."""
     new = (
-        "visft.heads.active_dropout",
+        "visft.heads.train_mode",
         "visft.tasks.detection.loss.giou",
         "optimizer.params.eps",
     )
@@ -207,8 +207,8 @@ def test_a_key_that_a_release_adds_is_compared_with_its_default() -> None:
     assert here.identity().keys() >= set(new)
     there = {key: value for key, value in here.identity().items() if key not in new}
     assert differences(there, here) == [] == differences({**there, "visft.gone": None}, here)
-    changed = differences(there, debug("visft.heads.active_dropout=true"))
-    assert changed == ["visft.heads.active_dropout: false (its default) -> true"]
+    changed = differences(there, debug("visft.heads.train_mode=true"))
+    assert changed == ["visft.heads.train_mode: false (its default) -> true"]
     default = here.identity()["visft.tasks.detection.loss.giou"]
     changed = debug("visft.tasks.detection.loss.giou=5.5", "visft.seed=7")
     told = f"visft.tasks.detection.loss.giou: {default} (its default) -> 5.5"

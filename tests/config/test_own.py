@@ -29,7 +29,7 @@ def test_photographs_alone_choose_the_recipe(shards: Path) -> None:
     )
     assert visft.tasks.enabled()["detection"].head.model_dump()["type"] == "dense"
     assert visft.features is not None and visft.features.views == recipe.VIEWS
-    assert visft.features.cache == "runs/stage1-own/features"
+    assert visft.features.cache == "runs/stage1-small_data/features"
     assert (visft.run.eval_every, visft.run.keep_best) == (0, None)
     assert visft.shared is not None and visft.shared.image.zoom == recipe.ZOOM_WITH_CAPTIONS
     (line,) = recipe_lines(config, 12)
@@ -59,7 +59,7 @@ def test_other_backbones_are_read_where_a_cell_is_16_pixels(
     shards: Path, name: str, layers: tuple[int, ...], side: int
 ) -> None:
     visft = _resolved(shards, "--backbone", f"timm:{name}").visft
-    assert visft.model.layers == layers
+    assert visft.model.out_indices == layers
     assert visft.shared is not None and visft.shared.image.fixed_size == side
 
 
@@ -73,7 +73,7 @@ def test_the_demos_recipe_reads_the_weights_that_pip_brought(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["--stage", "1", "--model", "lite0", "--data", "nowhere"]
+    words = ["--stage", "1", "--model", "efficientnet_lite0", "--data", "nowhere"]
     assert settle(words).config.visft.model.weights.endswith(".pth")
     stated = settle([*words, "--set", "visft.model.weights=mine.safetensors"]).config
     assert stated.visft.model.weights == "mine.safetensors"

@@ -38,12 +38,12 @@ from visft_ds.evals.judge.crops import View
 from visft_ds.evals.judge.dense_probes import LiveFeatures
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
+from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.heads import Heads
 from visft_ds.evals.judge.knn import knn
 from visft_ds.evals.judge.miou import mean_iou
 from visft_ds.evals.judge.protocol import PUBLISHED
 from visft_ds.evals.judge.rows import Rows
-from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.segmentation import IN_CONTEXT, LINEAR, segmentation
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -148,11 +148,11 @@ def test_what_was_judged_stands_on_the_page(tmp_path: Path, undrawn: None) -> No
     ]
     record = {
         "format": "visft_ds judge 3",
-        "arms": {"before": [], "after": []},
+        "variants": {"before": [], "after": []},
         "rows": rows,
         "primary": rows[0]["name"],
     }
-    record["verdicts"] = [{"arm": "after", "word": "not shown", "sentences": ["One.", "Two."]}]
+    record["verdicts"] = [{"variant": "after", "word": "not shown", "sentences": ["One.", "Two."]}]
     (tmp_path / "table").mkdir()
     (tmp_path / "table/judge.json").write_text(json.dumps(record))
     text = _page(_run(tmp_path / "run"), "--judge", tmp_path / "table", "--out", tmp_path / "r.html")

@@ -49,7 +49,7 @@ EXTRA: dict[str, object] = {
     "visft.tasks.captioning.decoding.max_length": 5,
     "scheduler.params.total_num_steps": 4,
     "visft.run.eval_every": 2,
-    "visft.run.pictures": 1,
+    "visft.run.visualizations": 1,
 }
 PROMPT = 600  # seconds within which things happen on a busy machine
 

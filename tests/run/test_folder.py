@@ -104,8 +104,8 @@ def test_a_checkpoint_of_an_earlier_release_is_continued_at_the_defaults_of_new_
     with pytest.raises(ValueError, match=r"optimizer\.params\.lr: 0\.001 -> 1e-06") as error:
         check_identity(checkpoint, {"data set": "y"}, OTHER)
     assert "data set: x -> y" in str(error.value) and new not in str(error.value)
-    with pytest.raises(ValueError, match=r"visft\.heads\.active_dropout: false -> true"):
-        check_identity(checkpoint, {"data set": "x"}, _config("visft.heads.active_dropout=true"))
+    with pytest.raises(ValueError, match=r"visft\.heads\.train_mode: false -> true"):
+        check_identity(checkpoint, {"data set": "x"}, _config("visft.heads.train_mode=true"))
     record = dict(checkpoint.record)
     del record["identity"][SETTINGS]
     with pytest.raises(ValueError, match="state of a checkpoint of this release"):

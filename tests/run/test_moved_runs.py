@@ -18,7 +18,8 @@ from tests.random_tower import build_backbone, save_backbone
 from tests.ranks import REPOSITORY, python
 from tests.tiny import TINY, words_of
 from visft_ds.evals.cli import main as evaluate
-from visft_ds.evals.judge.models import load_encoder, parse_model
+from visft_ds.evals.judge.model_text import parse_model
+from visft_ds.evals.judge.models import load_encoder
 from visft_ds.merge.cli import main as merge
 from visft_ds.predict.model import load
 from visft_ds.tasks.vocabulary import Vocabulary

@@ -53,7 +53,11 @@ def test_only_the_first_rank_makes_a_dry_run(
 def test_the_dry_run_says_whether_a_process_fits_and_what_is_recomputed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = ("visft.model.recompute=auto", f"visft.data.root={tmp_path}", f"visft.run.out={tmp_path}/run")
+    settings = (
+        "visft.model.activation_checkpointing=auto",
+        f"visft.data.root={tmp_path}",
+        f"visft.run.out={tmp_path}/run",
+    )
     config = resolve(stage=2, model="debug", settings=(*settings, "visft.tasks=detection"))
     for room, verdict in ((10**12, "fits into"), (10**6, "DOES NOT FIT into")):
         for module in (report, machine):
@@ -62,7 +66,8 @@ def test_the_dry_run_says_whether_a_process_fits_and_what_is_recomputed(
         text = capsys.readouterr().out
         assert "-- predicted peak memory of a process" in text and verdict in text
         assert re.search(
-            rf"recompute +{'none' if room > 10**6 else 'block'}, chosen: needs 0.. of \S+ GiB", text
+            rf"activation_checkpointing = {'none' if room > 10**6 else 'block'} +chosen: needs 0.. of \S+ GiB",
+            text,
         ), text
 
 

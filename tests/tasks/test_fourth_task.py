@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {
     "scheduler.params.warmup_num_steps": 1,
     "visft.run.save_every": 8,
     "visft.run.eval_every": 8,
-    "visft.run.pictures": 1,
+    "visft.run.visualizations": 1,
     "visft.run.log_every": 1,
     **{f"visft.tasks.{task}.updates": 1 for task in BUILT_IN[:3]},
     "visft.tasks.classification": {"updates": 1, "batch_size": 4, "micro_batch": 2, "image": {"size": 28}},

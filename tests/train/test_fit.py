@@ -48,7 +48,7 @@ EARLY: dict[str, Any] = {
     "visft.run.save_every": 1,
     "visft.run.eval_every": 1,
     "visft.run.eval_limit": 2,
-    "visft.run.pictures": 0,
+    "visft.run.visualizations": 0,
     "visft.run.keep_best": "box/AP50",
     "visft.run.patience": 2,
 }

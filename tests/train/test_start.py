@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "visft.tasks.segmentation.head.decoder_layers": 1,
     "scheduler.params.warmup_num_steps": 0,
     "scheduler.params.total_num_steps": STEPS,
-    "visft.run.pictures": 0,
+    "visft.run.visualizations": 0,
 }
 LORA = {"visft.lora.rank": 2, "visft.lora.alpha": 4.0}
 OTHER = {"emu": 0, "owl": 1, "cat": 2, "dog": 7}

@@ -23,7 +23,7 @@ from visft_ds.flags import Command
 from visft_ds.run_files import RECORD_FILE, folder_of_run, run_of
 
 #: File in ds_configs/models: the recipe for few photographs, which --data alone takes.
-SMALL_DATA = "own"
+SMALL_DATA = "small_data"
 BACKBONE_HELP = (
     "backbone: a file, timm:NAME, hf-hub:ORG/NAME, a name in ds_configs/models, or a folder for timm"
 )
@@ -151,7 +151,7 @@ def merge_arguments(options: argparse.Namespace) -> Merged:
     whole = None
     forks_run = False
     if options.start is not None:
-        flags["visft.start"] = {"path": options.start, "heads": options.reset_heads or "keep"}, "--from"
+        flags["visft.init_from"] = {"path": options.start, "heads": options.reset_heads or "keep"}, "--from"
         whole = _record_of(options.start, options.out)
         forks_run = whole is not None
     if forks_run:

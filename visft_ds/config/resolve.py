@@ -41,11 +41,11 @@ DEFAULT_ENGINE = "zero1"
 #: What may differ between a run and its resumption, as globs over dotted keys: where files lie, what is
 #: logged and saved, and how the work is divided. Weights, heads and data are compared by their content, in
 #: the checkpoint. DeepSpeed's own keys are left out as well: a checkpoint does not depend on the ZeRO stage.
-#: `visft.start` is of no account once a run has saved something; of `visft.data.shuffle` the order of samples
+#: `visft.init_from` is of no account once a run has saved something; of `visft.data.shuffle` the order of samples
 #: counts.
 NOT_IDENTITY = (
     "visft.run.*",
-    "visft.start*",
+    "visft.init_from*",
     "visft.heads.path",
     "visft.features.cache",
     "visft.data.root",
@@ -56,7 +56,7 @@ NOT_IDENTITY = (
     "visft.data.cache*",
     "visft.model.name",
     "visft.model.weights",
-    "visft.model.recompute",
+    "visft.model.activation_checkpointing",
     "visft.model.kernels",
     "visft.model.tf32",
     "visft.model.compile",

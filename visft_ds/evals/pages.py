@@ -139,18 +139,18 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
     Args:
         sheets: pictures of what models see.
     """
-    base = next(iter(record["arms"]))
+    base = next(iter(record["variants"]))
     (primary,) = (row for row in record["rows"] if row["name"] == record["primary"])
-    curves = {arm: of["held_out"] for arm, of in record["layers"].get(primary["name"], {}).items()}
+    curves = {variant: of["held_out"] for variant, of in record["layers"].get(primary["name"], {}).items()}
     blocks = list(dict.fromkeys(block for of in curves.values() for block in of))
     unit, factor = ("", -1) if primary["lower"] else ("percent", 100)  # held-out errors are kept with a minus
     series = [
-        Series([blocks.index(block) for block in of], [factor * value for value in of.values()], arm)
-        for arm, of in curves.items()
+        Series([blocks.index(block) for block in of], [factor * value for value in of.values()], variant)
+        for variant, of in curves.items()
     ]
     return render(
         "judge/judge.html.j2",
-        title=f"{', '.join(trial['arm'] for trial in record['trials'])} against {base}",
+        title=f"{', '.join(trial['variant'] for trial in record['trials'])} against {base}",
         record=record,
         base=base,
         primary=primary,

@@ -30,7 +30,7 @@ _EPILOG = """--cluster takes COUNTxNAME[-MEMORY] (machines of 8) or MACHINESxGPU
 examples:
   visft plan --cluster 8xV100-32GB
   visft plan --cluster 8x4090 --model eva_g --stage 2
-  visft plan --cluster 8xA100-80GB --stage 2 --engine zero1 --set visft.model.recompute=block
+  visft plan --cluster 8xA100-80GB --stage 2 --engine zero1 --set visft.model.activation_checkpointing=block
   visft plan --cluster 8x8xH100 --network 25 --stage 2 --batch-size 64
 
 It tries every engine and prints the command that trains with the fastest one that fits.
@@ -170,7 +170,7 @@ def print_forecasts(title: str, sections: Sequence[Section], forecasts: Sequence
         rows.append(
             (
                 option.engine,
-                option.run.config.visft.model.recompute,
+                option.run.config.visft.model.activation_checkpointing,
                 str(option.run.batches.accumulation),
                 "yes" if option.fits else "NO",
                 f"{option.needed / _GIB:.1f}",

@@ -54,8 +54,8 @@ class PlannedRun:
         return replace(self, config=config, batches=derive_batches(config, self.batches.processes))
 
     def with_policy(self, policy: str) -> PlannedRun:
-        """The same with this `visft.model.recompute`."""
-        return self.changed(changed(self.config, [f"visft.model.recompute={policy}"]))
+        """The same with this `visft.model.activation_checkpointing`."""
+        return self.changed(changed(self.config, [f"visft.model.activation_checkpointing={policy}"]))
 
     @property
     def zero(self) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ from visft_ds.tasks import config_class
 from visft_ds.tasks.classes import COCO_NAMES
 
 #: File in ds_configs/models, the demo's recipe, whose weights pip may have brought.
-DEMO = "lite0"
+DEMO = "efficientnet_lite0"
 #: Steps that 20 to 200 photographs need alike; more photographs are passed through so often instead.
 STEPS = 550
 PASSES = 30
@@ -128,7 +128,7 @@ def _decide_by_backbone(draft: Draft, merged: Merged) -> None:
                 "visft.tasks.detection.image.fixed_size": side,
                 "visft.tasks.segmentation.image.fixed_size": side,
                 "visft.tasks.captioning.image.size": side,
-                "visft.model.layers": [] if block is None else [block],
+                "visft.model.out_indices": [] if block is None else [block],
             }
             draft.decide(values, f"the map of {preset}")
 
@@ -226,7 +226,7 @@ def _decide_classes(draft: Draft, first: Manifest) -> None:
     values = dict[str, int]()
     for name, task in draft.recipe.visft.tasks.enabled().items():
         key = f"visft.tasks.{name}.head.num_classes"
-        has_published = getattr(task.head, "labelling", "") == "published"  # which has COCO's ids only
+        has_published = getattr(task.head, "class_ids", "") == "published"  # which has COCO's ids only
         if task.labels != "captions" and not has_published and key not in draft.tree.sources:
             values[key] = len(first.categories)
     draft.decide(values, f"the data, which has {len(first.categories)} categories")

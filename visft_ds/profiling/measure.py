@@ -39,7 +39,7 @@ from visft_ds.prepare.settle import settle_data
 from visft_ds.pretrained import local
 from visft_ds.resilience.memory import memory_explained, peak_memory
 from visft_ds.run.folder import EarlierStarts
-from visft_ds.run.machine import Machine, check_machine, planned_run, settle_recompute
+from visft_ds.run.machine import Machine, check_machine, planned_run, settle_checkpointing
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 from visft_ds.toy.coco import write_toy_coco
@@ -117,7 +117,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     with open_run_data(config, synthetic=synthetic) as (config, data):
         machine = check_machine(config)
         start_process_group()
-        config, machine = settle_recompute(config, machine, data.vocabulary, EarlierStarts())
+        config, machine = settle_checkpointing(config, machine, data.vocabulary, EarlierStarts())
         planned = planned_run(config, machine, data.vocabulary)
         prepared = prepare_model(
             config.visft,

@@ -87,8 +87,9 @@ def memory_explained(
             f"  {(str(error).splitlines() or [type(error).__name__])[0]}\n"
             f"  measured: {', '.join(f'{name} {size / 2**30:.2f} GiB' for name, size in counted.items())}\n"
             f"  Try --set {key}.micro_batch=N with a smaller number (the same losses in fp32, without dropout), "
-            "--set visft.model.recompute=block, or --engine zero3_offload; `visft plan --cluster 8xA100-80GB`, with "
-            "your GPUs and the same --stage, --model and --set, predicts what each needs."
+            "--set visft.model.activation_checkpointing=block, or --engine zero3_offload; "
+            "`visft plan --cluster 8xA100-80GB`, with your GPUs and the same --stage, --model and --set, predicts "
+            "what each needs."
         ) from None
 
 

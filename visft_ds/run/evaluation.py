@@ -162,7 +162,7 @@ class Validation:
         """Draw the predictions of the fixed images after `step`, which is not evaluated. Collective."""
         tasks = [task for stream in self._streams.values() for task in stream.tasks]
         run = self._config.run
-        positions = example_positions(self._reader, tasks, run.pictures, run.eval_limit)
+        positions = example_positions(self._reader, tasks, run.visualizations, run.eval_limit)
         if positions:
             collected = collect(predict, self._reader, self._streams, self._vocabulary, places=positions)
             if collected is not None:
@@ -170,7 +170,7 @@ class Validation:
 
     def _draw(self, step: int, collected: Mapping[str, Results], log: RunLog) -> None:
         run = self._config.run
-        examples = draw_examples(collected, self._reader, run.pictures, limit=run.eval_limit)
+        examples = draw_examples(collected, self._reader, run.visualizations, limit=run.eval_limit)
         for task, by_image in examples.items():
             for image_id, picture in by_image.items():
                 log.writer.image(step, f"{task}/{image_id:012d}", picture)

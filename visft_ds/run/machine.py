@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 #: Keys of ZeRO that the schema has checked; for any other DeepSpeed's own check is asked, which takes seconds.
 _CHECKED_KEYS = {"stage", "reduce_bucket_size"}
-_RECOMPUTE = "visft.model.recompute"
+_CHECKPOINTING = "visft.model.activation_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Machine:
     why_precision: str
     batches: Batches
     deepspeed_config: dict[str, Any]  #: the configuration for `deepspeed.initialize`
-    why_recompute: str = "as configured"
+    why_checkpointing: str = "as configured"
 
 
 def check_machine(config: ResolvedConfig, processes: int | None = None) -> Machine:
@@ -99,7 +99,7 @@ def memory_of(device: torch.device) -> int:
     return int(0.8 * host_memory()) // distributed.processes_here()
 
 
-def settle_recompute(
+def settle_checkpointing(
     config: ResolvedConfig,
     machine: Machine,
     vocabulary: Vocabulary | None,
@@ -107,7 +107,7 @@ def settle_recompute(
     *,
     must_fit: bool = True,
 ) -> tuple[ResolvedConfig, Machine]:
-    """Replace visft.model.recompute = "auto" by the first policy that fits every rank. Collective.
+    """Replace visft.model.activation_checkpointing = "auto" by the first policy that fits every rank. Collective.
 
     A resumed run keeps the policy it began with: memory changes, and so would results in their last bits.
 
@@ -118,13 +118,13 @@ def settle_recompute(
     Raises:
         ValueError: on every rank, if no policy fits; it says what helps.
     """
-    if config.visft.model.recompute != "auto":
+    if config.visft.model.activation_checkpointing != "auto":
         return config, machine
     capacities = distributed.gather_objects(memory_of(machine.device))
 
     def choose() -> tuple[str, str]:
         if earlier.record is not None:
-            return earlier.record.config["visft"]["model"]["recompute"], "as the run began"
+            return earlier.record.config["visft"]["model"]["activation_checkpointing"], "as the run began"
         if config.visft.stage == 1:
             return "none", "a frozen backbone keeps no activations"
         capacity = min(capacities or ())
@@ -132,8 +132,8 @@ def settle_recompute(
 
     policy, why = distributed.by_main_process(choose)
     draft = Draft.of(config)
-    draft.decide({_RECOMPUTE: policy}, why, over_user=True)
-    return draft.config(), replace(machine, why_recompute=why)
+    draft.decide({_CHECKPOINTING: policy}, why, over_user=True)
+    return draft.config(), replace(machine, why_checkpointing=why)
 
 
 def _choose_policy(run: PlannedRun, capacity: int, *, must_fit: bool) -> tuple[str, str]:
@@ -141,11 +141,11 @@ def _choose_policy(run: PlannedRun, capacity: int, *, must_fit: bool) -> tuple[s
     from visft_ds.planner.search import choose_recompute, fitting_settings
 
     chosen, needed = choose_recompute(run, capacity)
-    policy = chosen.config.visft.model.recompute
+    policy = chosen.config.visft.model.activation_checkpointing
     if must_fit and needed > capacity:
         helps = "; ".join(fitting_settings(chosen, capacity)) or "a smaller --model, or more memory"
         raise ValueError(
-            f"{_RECOMPUTE} = auto: even with {policy} a step needs {needed / 2**30:.2f} of "
+            f"{_CHECKPOINTING} = auto: even with {policy} a step needs {needed / 2**30:.2f} of "
             f"{capacity / 2**30:.2f} GiB, as predicted. What helps: {helps}. A policy that you set is tried in any case"
         )
     return policy, f"chosen: needs {needed / 2**30:.1f} of {capacity / 2**30:.1f} GiB"

@@ -20,7 +20,7 @@ from visft_ds.prepare.settle import BY_RECIPE
 from visft_ds.pretrained import local
 from visft_ds.run.advice import findings_of, lines_of
 from visft_ds.run.folder import look_into
-from visft_ds.run.machine import Machine, check_machine, memory_of, planned_run, settle_recompute
+from visft_ds.run.machine import Machine, check_machine, memory_of, planned_run, settle_checkpointing
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.head_files import head_files
 
@@ -75,7 +75,7 @@ def print_dry_run(config: ResolvedConfig, sets: Mapping[str, TrainingSet] | None
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
     machine = check_machine(config, max(processes, config.pipeline_stages))
     earlier = look_into(Path(config.visft.run.out or ""))
-    config, machine = settle_recompute(config, machine, vocabulary, earlier, must_fit=False)
+    config, machine = settle_checkpointing(config, machine, vocabulary, earlier, must_fit=False)
     run = planned_run(config, machine, vocabulary)
     module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
 
@@ -149,7 +149,7 @@ def recipe_lines(config: ResolvedConfig, images: int) -> list[str]:
 def _recipe_clauses(config: ResolvedConfig, images: int, head: str | None) -> list[str]:
     visft = config.visft
     stream = next(iter(visft.streams().values()))
-    end = f"block {visft.model.layers[0]}" if visft.model.layers else "its last block"
+    end = f"block {visft.model.out_indices[0]}" if visft.model.out_indices else "its last block"
     clauses = [
         f"{images} photographs: {visft.model.preset}, frozen, up to {end}, at {stream.largest_side()} px"
     ]
@@ -181,7 +181,7 @@ def _model(
         ("backbone", f"{model.name}: {module.backbone.describe()}"),
         ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
         ("precision", f"{machine.precision} ({machine.why_precision})"),
-        ("recompute", f"{model.recompute}, {machine.why_recompute}"),
+        ("checkpointing", f"{model.activation_checkpointing}, {machine.why_checkpointing}"),
     ]
     return Section("model", facts)
 

@@ -1,4 +1,4 @@
-"""Start of a run from another one or from an adapter (`visft.start`): what it is, whether it fits, and its
+"""Start of a run from another one or from an adapter (`visft.init_from`): what it is, whether it fits, and its
 record.
 """
 
@@ -34,14 +34,14 @@ _MEASURED = 64  #: images
 
 
 def open_start(config: VisftConfig, data: RunData, earlier: EarlierStarts) -> Start | None:
-    """The values that a run of `visft.start` begins with; None for any other run, and for one that is resumed.
+    """The values that a run of `visft.init_from` begins with; None for any other run, and for one that is resumed.
 
     Raises:
         ValueError: nothing to start from; a run of other categories, words or adapters.
     """
-    if config.start is None:
+    if config.init_from is None:
         return None
-    path = Path(config.start.path)
+    path = Path(config.init_from.path)
     out = Path(config.run.out or "")
     run = run_of(path)
     if run is not None and run.resolve() == out.resolve():
@@ -57,7 +57,7 @@ def open_start(config: VisftConfig, data: RunData, earlier: EarlierStarts) -> St
     checkpoint, skipped = newest_checkpoint(run / CHECKPOINTS)
     if checkpoint is None:
         raise ValueError(
-            f"visft.start: {run} has no whole checkpoint to start from {examples(skipped)}; for its adapter "
+            f"visft.init_from: {run} has no whole checkpoint to start from {examples(skipped)}; for its adapter "
             f"alone give {run}/export/adapter"
         )
     return _start_from_run(config, data, run, checkpoint)
@@ -93,12 +93,14 @@ def _tasks_of_heads(names: Iterable[str]) -> set[str]:
 
 def _start_from_adapter(config: VisftConfig, path: Path) -> Start:
     if config.stage == 1 or config.lora is None:
-        raise ValueError(f"visft.start: {path} is an adapter, and this run trains none: give it to stage 2")
+        raise ValueError(
+            f"visft.init_from: {path} is an adapter, and this run trains none: give it to stage 2"
+        )
     adapter = read_adapter(path)
     backbone = build_empty(config.model.preset, torch.float32, config.model.backbone_options())
     if adapter.model != model_of(backbone):
         raise ValueError(
-            f"visft.start: the adapter in {path} is for {described(adapter.model)}, not for this model"
+            f"visft.init_from: the adapter in {path} is for {described(adapter.model)}, not for this model"
         )
     there = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
     _check_lora(path, there, config.lora)
@@ -113,23 +115,23 @@ def _start_from_adapter(config: VisftConfig, path: Path) -> Start:
 
 
 def _start_from_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoint) -> Start:
-    assert config.start is not None
+    assert config.init_from is not None
     path = checkpoint.path / PARAMETERS_FILE
     values = open_weights(path)
     heads = _tasks_of_heads(values)
-    if config.start.heads == "reset" and not heads:
+    if config.init_from.heads == "reset" and not heads:
         raise ValueError(
-            f"visft.start.heads=reset: {run} trains no heads: start a stage 1 from the run that trained them"
+            f"visft.init_from.heads=reset: {run} trains no heads: start a stage 1 from the run that trained them"
         )
     continued = list[str]()
-    if config.start.heads == "keep":
+    if config.init_from.heads == "keep":
         continued = [task for task in config.tasks.enabled() if task in heads]
     infos = {task: open_head(path, task).info for task in continued}
     try:
         check_heads(infos, classes_of_run(config, data.categories), data.categories, data.vocabulary)
     except ValueError as error:
         raise ValueError(
-            f"visft.start: {error}; --reset-heads initialises the heads of {run} anew"
+            f"visft.init_from: {error}; --reset-heads initialises the heads of {run} anew"
         ) from error
     if any(name.startswith("backbone.") for name in values):
         _check_lora(run, recorded_config(run).visft.lora, config.lora)
@@ -153,4 +155,6 @@ def _check_lora(path: Path, there: LoraConfig | None, here: LoraConfig | None) -
 
     if settings(there) != settings(here):
         value = "null" if there is None else there.model_dump_json()
-        raise ValueError(f"visft.start: the adapter in {path} has other settings: --set 'visft.lora={value}'")
+        raise ValueError(
+            f"visft.init_from: the adapter in {path} has other settings: --set 'visft.lora={value}'"
+        )

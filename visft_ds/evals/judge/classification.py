@@ -19,14 +19,14 @@ from torch import Tensor
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, LayerChoice, Number, Score
 from visft_ds.evals.judge.classes import ClassSet
-from visft_ds.evals.judge.dense_sets import every
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
+from visft_ds.evals.judge.encoding import Settings, brought_near, encode_images
+from visft_ds.evals.judge.images import every
 from visft_ds.evals.judge.knn import knn
 from visft_ds.evals.judge.linear_classification import KINDS, RECIPE, Recipe, image_rows, linear_accuracy
 from visft_ds.evals.judge.logistic import STRENGTHS, logistic_regression
 from visft_ds.evals.judge.protocol import CLASSIFIED_SIZES, NORMALISED, QUICK, Protocol
 from visft_ds.evals.judge.rows import Rows, held_out
-from visft_ds.evals.judge.scoring import Settings, brought_near, encode_images
 
 RESIZED = 256  #: pixels of the shorter side of a published view
 SIDE = 224  #: of its middle square, which is seen

@@ -27,10 +27,10 @@ from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.crops import View
 from visft_ds.evals.judge.dense_probes import loaded
 from visft_ds.evals.judge.encoders import Encoder
+from visft_ds.evals.judge.encoding import Settings, encode_images, forward
 from visft_ds.evals.judge.knn import QUERIES
 from visft_ds.evals.judge.logistic import RESAMPLES
 from visft_ds.evals.judge.rows import Rows, accuracy, held_out
-from visft_ds.evals.judge.scoring import Settings, encode_images, forward
 from visft_ds.monitor.console import gauge
 
 KINDS = ("pooled", "mean")  #: features of an image: its class token, its mean patch
