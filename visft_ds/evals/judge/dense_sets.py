@@ -111,7 +111,8 @@ def read_train_and_test(
 
     Raises:
         ValueError: no such folder or layout, a split that is not there or is not labelled, other categories
-            in both, objects of which none has a mask; label maps with a number that `classes.txt` does not name.
+            in both, objects of which none has a mask; label maps with a number that `classes.txt` does not
+            name.
     """
     splits = _two_splits(_splits(Path(source), void), most, source, train, test)
     largest = 0  # number of a class
