@@ -16,7 +16,7 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under N
 from visft_ds.data.labels import is_box, is_near, is_polygon, is_run_length_code
 from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
-from visft_ds.shards.common import CocoFile, Findings
+from visft_ds.shards.common import CocoFile, Findings, Json
 
 _ANOTHER_FORM = "mask given as [x, y, ...], as [[x, y], ...] or as text (read as polygons)"
 _NO_POLYGON = "polygon of fewer than three points, or not of numbers (left out of its mask)"
@@ -419,7 +419,7 @@ def _cut_off(polygon: list[float], height: int, width: int) -> list[float]:
     return cut
 
 
-def _run_length_code(mask: Mapping[str, Any], height: int, width: int) -> dict[str, Any] | None:
+def _run_length_code(mask: Mapping[str, Any], height: int, width: int) -> Json | None:
     """A run-length code with its counts as text; None if it does not fill the image."""
     size = [height, width]
     if mask.get("size") != size:

@@ -10,12 +10,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import orjson
 
 from visft_ds.files import checked_name, read_bytes, reading
-from visft_ds.shards.common import SPLITS, Exif, FolderSplit, listed_image
+from visft_ds.shards.common import SPLITS, Exif, FolderSplit, Json, listed_image
 from visft_ds.shards.maps import map_layouts, read_maps
 from visft_ds.shards.yolo import read_yolo
 
@@ -178,13 +177,13 @@ def _beside_images(
     return list(splits.values())
 
 
-def read_captions(path: Path, exif: Exif = None) -> dict[str, Any]:
+def read_captions(path: Path, exif: Exif = None) -> Json:
     """JSON lines of `file_name` and `text`, as image folders of the Hugging Face Hub have them
     (metadata.jsonl), as a COCO file. `caption` or `captions` do as well, each a text or a list of texts;
     images lie beside the file.
     """
     numbers = dict[str, int]()
-    captions = list[dict[str, Any]]()
+    captions = list[Json]()
     with reading(path, 'lines such as {"file_name": "a.jpg", "text": "A dog."}'):
         for number, line in enumerate(read_bytes(path).removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
             if line.strip():
