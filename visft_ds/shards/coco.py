@@ -52,6 +52,16 @@ class SourceImage:
     file_bytes: int = 0
     modified: int = -1  #: time of its file, nanoseconds; -1: there is none
 
+    def add(self, annotation: bytes, category: int, crowd: bool, share: float) -> None:
+        """Add an annotation as a label has it, whose box covers a share of the image."""
+        self.annotations += annotation + b","
+        self.objects += 1
+        self.crowds += crowd
+        if share and not crowd:
+            self.trainable += 1
+            self.classes.add(category)
+            self.sides.append(math.sqrt(share))
+
     def label(self) -> bytes:
         """The JSON file of this sample in a shard."""
         return orjson.dumps(
@@ -299,14 +309,8 @@ class _AnnotationReader:
         for kind in problems:
             self.findings.add(kind, name)
         self.ids.add(entry["id"])
-        image.objects += 1
-        image.crowds += crowd
-        if inside and not crowd:
-            image.trainable += 1
-            image.classes.add(entry["category_id"])
-            image.sides.append(math.sqrt(inside))
         data = _stored(entry, segmentation)
-        image.annotations += data + b","
+        image.add(data, entry["category_id"], crowd, inside)
         content = hash((image.image_id, data[data.index(b",") :]))  # behind its id
         if _reaches_beyond(corners, image) or 0 < max(box) <= 1:
             self.unusable.add(_BEYOND, f"{name}: {box} in {image.width} x {image.height}")
