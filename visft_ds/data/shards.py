@@ -50,7 +50,7 @@ _CONTENT = ("image_id", "image_size", "image_crc32", "label_size", "label_crc32"
 #: Percentages in `Manifest.object_sides`.
 SIDE_QUANTILES = (5, 10, 25, 50, 75, 90, 95)
 _MAX_MANIFEST_BYTES = 1 << 30
-_MAX_OPEN = 32  # shards; one that was removed from the cache takes its address on the disk while it is open
+_MAX_OPEN = 32  # shards; one that was removed from the cache takes its place on the disk while it is open
 Role = Literal["both", "images", "labels"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
