@@ -99,7 +99,7 @@ def plan(given: argparse.Namespace) -> Steps:
         f"#{read[-1]}" if read else ""
     )  # both where training read the network; its best layer takes minutes more
     words = [f"before={runs[0]}{end}", f"after={runs[1]}", "--quick", "--layers", "last"]
-    words += ["--on", f"segmentation={other},name=style-b", "--on", f"kept={other}/val2017,name=style-b"]
+    words += ["--on", f"segmentation={other},name=style-b", "--on", f"agreement={other}/val2017,name=style-b"]
     judged = steps.add("judge", "judge", *words, resumes=True)
     words = ["--base", str(weights), "--adapter", f"{runs[1]}/export/adapter", "--format", "timm", "--verify"]
     steps.add("merged", "merge", *words, out="merged/backbone.safetensors")
