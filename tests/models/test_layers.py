@@ -26,7 +26,6 @@ from tests.random_tower import (
 from visft_ds.config import resolve
 from visft_ds.config.backbones import named
 from visft_ds.config.schema import OptimizerParams
-from visft_ds.evals.model import ModelFiles, ModelSource
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README
 from visft_ds.interop.heads import HeadInfo, open_head, read_elsewhere, save_head
@@ -35,6 +34,7 @@ from visft_ds.merge.cli import main as merge
 from visft_ds.models import Backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
+from visft_ds.predict.loading import ModelFiles, ModelSource
 from visft_ds.predict.model import load
 from visft_ds.prepare.model import plan_model
 

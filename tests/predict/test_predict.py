@@ -18,10 +18,10 @@ from tests.random_tower import merge
 from visft_ds.config.record import recorded_config
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.evals.model import ModelSource, files_of_run
 from visft_ds.evaluation import collect
 from visft_ds.interop.adapter import Adapter
 from visft_ds.predict.images import find_images, open_file, opened
+from visft_ds.predict.loading import ModelSource, files_of_run
 from visft_ds.predict.model import Model, load, load_backbone
 from visft_ds.predict.results import Prediction
 from visft_ds.tasks.pictures import palette

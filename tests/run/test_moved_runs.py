@@ -72,7 +72,7 @@ def test_a_run_is_used_without_the_folder_it_began_in(
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
     monkeypatch.chdir(tmp_path)
-    assert evaluate(["--run", str(moved), "--out", "numbers", "--pictures", "0"]) == 0
+    assert evaluate(["--run", str(moved), "--out", "numbers", "--visualizations", "0"]) == 0
     assert merge(["--adapter", str(moved / "export/adapter"), "--verify", "--out", "merged.safetensors"]) == 0
     assert str(base) in capsys.readouterr().out
     spec = parse_model(f"before={moved}")

@@ -151,7 +151,7 @@ def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None
     assert found.metrics.keys() >= {"box/AP", "box/AP50"} and list(found.results) == ["detection"]
     assert found.out is None and not list(tuned.out.glob("evaluation*"))
     written = evaluate(
-        tuned.out, tasks=["detection"], limit=2, split="val", out=tmp_path / "numbers", pictures=0
+        tuned.out, tasks=["detection"], limit=2, split="val", out=tmp_path / "numbers", visualizations=0
     )
     assert written.metrics == found.metrics and (tmp_path / "numbers" / "metrics.json").is_file()
 

@@ -86,7 +86,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_numbers_and_results_are_of_own_categories(work: Path, tmp_path: Path) -> None:
     """Of each by its name, during training and after it; no object is of the last."""
     assert "val/mask/AP" in (work / "two/metrics.jsonl").read_text()
-    assert evaluate(["--run", str(work / "two"), "--out", str(tmp_path), "--pictures", "2"]) == 0
+    assert evaluate(["--run", str(work / "two"), "--out", str(tmp_path), "--visualizations", "2"]) == 0
     found = read_evaluation("two", tmp_path)
     names = ("cat", "dog", "owl", "fox")
     assert {f"{kind}/AP/{name}" for kind in ("box", "mask") for name in names} <= found.metrics.keys()

@@ -98,7 +98,8 @@ def _classification(request: Request) -> Benchmark:
 
 
 def _zero_shot(request: Request) -> Benchmark:
-    from visft_ds.evals.judge.classes import read_classes, zero_shot
+    from visft_ds.evals.judge.classes import read_classes
+    from visft_ds.evals.judge.zero_shot import zero_shot
 
     data = read_classes(request.source, request.test)
     return zero_shot(request.label, request.with_groups(data))
@@ -156,7 +157,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "zero_shot": Kind(
         _zero_shot,
-        "classes",
+        "zero_shot",
         ("split", "groups", "name"),
         "classes by text similarity: folders of classes, ImageNet's family, ObjectNet",
     ),

@@ -27,7 +27,7 @@ from visft_ds.config.backbones import named
 from visft_ds.config.record import recorded_config
 from visft_ds.evals.judge.encoders import check_open_clip_is_here
 from visft_ds.evals.judge.images import stamp
-from visft_ds.evals.model import files_of_run
+from visft_ds.predict.loading import files_of_run
 from visft_ds.pretrained import HUB, TIMM
 
 #: Labels of the variants that come by themselves.

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from visft_ds.evals.judge.encoders import CLIP, BackboneEncoder, Encoder, open_clip_encoder, square_preprocess
 from visft_ds.evals.judge.model_text import ModelSpec
 from visft_ds.evals.judge.text import projection_of, text_tower_in
-from visft_ds.evals.model import adapter_for
 from visft_ds.interop.layouts import (
     MODEL,
     base_parameters,
@@ -32,6 +31,7 @@ from visft_ds.interop.weights import Weights
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import KINDS, dense_update, lora_layers
 from visft_ds.ops import DTYPES
+from visft_ds.predict.loading import adapter_for
 from visft_ds.settings.fields import Precision
 
 

@@ -23,7 +23,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import VOID, category_name
 from visft_ds.tasks.masks.data import slices_of
-from visft_ds.tasks.masks.interpolation import interpolation
+from visft_ds.tasks.masks.interpolation import interpolated, interpolation
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.pictures import SIDE, TEXT, Picture, draw_objects, letters, palette
@@ -124,7 +124,10 @@ def _class_map(output: SemanticOutput | MaskOutput | Windows, batch: Batch, imag
 
 
 def _scores(
-    output: SemanticOutput | MaskOutput, rows: slice, size: Sequence[int], frame: Sequence[int]
+    output: SemanticOutput | MaskOutput,
+    rows: slice,
+    size: Sequence[int],
+    frame: Sequence[int],
 ) -> tuple[Tensor, Tensor | None, Sequence[float]]:
     """What an image of this size has in some rows of an output of padded `frame`s, which are all of it or its
     windows.
@@ -142,9 +145,7 @@ def _scores(
         return output.logits[rows].softmax(dim=1), None, shares
     masks = output.masks[-1, rows]
     weights = output.logits[-1, rows].softmax(dim=-1)[..., :-1].transpose(1, 2)
-    down = interpolation(masks.shape[2], shares[0], covered[0], masks)
-    across = interpolation(masks.shape[3], shares[1], covered[1], masks)
-    return (down @ masks @ across.T).sigmoid(), weights, [1.0, 1.0]
+    return interpolated(masks, shares, covered).sigmoid(), weights, [1.0, 1.0]
 
 
 def _merging(
@@ -174,7 +175,13 @@ def _merging(
     return matrices
 
 
-def most_probable(maps: Tensor, weights: Tensor | None, axis: int, rows: Tensor, columns: Tensor) -> ClassMap:
+def most_probable(
+    maps: Tensor,
+    weights: Tensor | None,
+    axis: int,
+    rows: Tensor,
+    columns: Tensor,
+) -> ClassMap:
     """(H, W) best class of maps of n windows, which lie one after the other along an axis.
 
     The maps are probabilities (n, C, h, w), or masks (n, Q, h, w), whose `weights` (n, C, Q) are the
@@ -245,11 +252,13 @@ def _confusion(truth: Mapping[str, Any], results: Results) -> npt.NDArray[np.int
     confusion = np.zeros((count, count + 1), dtype=np.int64)
     for image in truth["images"]:
         size = image["height"], image["width"]
-        true = place_map(labelled[image["id"]], size, places).astype(np.int64)
-        answer = place_map(predicted[image["id"]], size, places).clip(max=count)
+        true = place_map(labelled[image["id"]], size, places)
+        answer = place_map(predicted[image["id"]], size, places)
         known = true != VOID
-        pairs = true[known] * (count + 1) + answer[known]
-        confusion += np.bincount(pairs, minlength=confusion.size).reshape(confusion.shape)
+        rows = true[known].astype(np.int64)
+        columns = answer[known].clip(max=count)
+        pixels = np.bincount(rows * (count + 1) + columns, minlength=confusion.size)
+        confusion += pixels.reshape(confusion.shape)
     return confusion
 
 
@@ -262,7 +271,10 @@ def _by_image(entries: Sequence[Mapping[str, Any]]) -> Mapping[int, list[Mapping
 
 
 def draw_regions(
-    image: Picture, regions: Sequence[Mapping[str, Any]], names: Mapping[int, str], side: int = SIDE
+    image: Picture,
+    regions: Sequence[Mapping[str, Any]],
+    names: Mapping[int, str],
+    side: int = SIDE,
 ) -> Picture:
     """The image under the colours of its classes, each with its name where its region is widest."""
     scale = side / max(image.shape[:2])
@@ -275,9 +287,11 @@ def draw_regions(
         mask = decode_mask(region["segmentation"], image.shape[:2])
         distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
         y, x = np.unravel_index(distance.argmax(), distance.shape)
+        left = x - letters(TEXT).getlength(name) / 2 / scale
+        top = y - TEXT / 2 / scale
         labels.append(name)
         masks.append(mask)
         tags.append(name if mask.mean() >= _TAGGED else "")
-        corners.append((x - letters(TEXT).getlength(name) / 2 / scale, y - TEXT / 2 / scale, 0, 0))
+        corners.append((left, top, 0, 0))
     colours = palette([*names.values(), *labels])
     return draw_objects(image, labels, tags, colours, boxes=corners, masks=masks, side=side)
