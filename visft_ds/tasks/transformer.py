@@ -61,16 +61,20 @@ class MultiHeadAttention(nn.Module):
         `allowed` (B, Q or 1, S) bool: entries that a query may attend to, at least one, else its output is
         NaN.
         """
-        projections = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        heads = []
-        for x, (weight, bias) in zip((query, key, value), projections, strict=True):
-            projected = F.linear(x, weight, bias)
-            heads.append(projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
+        q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
+        q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
+        q = self._heads(F.linear(query, q_weight, q_bias))
+        k = self._heads(F.linear(key, k_weight, k_bias))
+        v = self._heads(F.linear(value, v_weight, v_bias))
         mask = None if allowed is None else allowed[:, None]  # the same for all heads
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(*heads, mask, dropout)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(start_dim=2))
         return out
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """(B, S, D) -> (B, heads, S, D / heads)."""
+        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class EncoderLayer(nn.Module):

@@ -115,8 +115,7 @@ def detection_targets(
 
 def _has_area(corners: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
     """(n, 4) -> (n,)."""
-    has_area: npt.NDArray[np.bool_] = (corners[:, 2:] > corners[:, :2]).all(axis=1)
-    return has_area
+    return np.all(corners[:, 2:] > corners[:, :2], axis=1)
 
 
 def box_results(
