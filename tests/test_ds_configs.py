@@ -7,10 +7,10 @@ from itertools import product
 import pytest
 
 from visft_ds.config import derive_batches, resolve
-from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.resolve import CONFIG_ROOT, available
 from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.prepare.model import deepspeed_dict
+from visft_ds.prepare.settle import settle
 
 #: Models of timm, which no pipeline divides.
 OF_TIMM = tuple(
@@ -72,7 +72,7 @@ def test_a_head_alone_gets_its_published_recipe(task: str) -> None:
 
 
 def test_stage_2_of_the_default_model_is_the_published_recipe() -> None:
-    config = resolve_arguments(["--stage", "2"])[1]
+    config = settle(["--stage", "2"]).config
     assert config.visft.model.preset == "eva_e"
     assert derive_batches(config, 8).micro == {"detection": 1, "segmentation": 1, "captioning": 8}
     streams = config.visft.streams()
@@ -80,7 +80,7 @@ def test_stage_2_of_the_default_model_is_the_published_recipe() -> None:
     assert {name: stream.batch_size for name, stream in streams.items()} == BATCHES[2]
     (group,) = config.visft.param_groups
     assert (group.lr or config.optimizer.params.lr, config.total_steps) == (1e-5, 100_000)
-    assert config.visft.heads.active_dropout is False and config.visft.lora is not None
+    assert config.visft.heads.train_mode is False and config.visft.lora is not None
     assert (config.visft.lora.rank, config.visft.lora.alpha, config.visft.lora.targets) == (
         64,
         1.0,

@@ -28,12 +28,13 @@ from tests.coco_tree import write_tree
 from tests.options import known_keys
 from visft_ds import cli, doctor, flags, launch
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
-from visft_ds.config.cli import resolve_arguments
-from visft_ds.config.preflight import missing_inputs, render_missing
+from visft_ds.config.record import RUN_SCHEMA
 from visft_ds.config.resolve import available
 from visft_ds.doctor import check_memory
 from visft_ds.planner import command as planner
+from visft_ds.prepare.inputs import missing_inputs, render_missing
 from visft_ds.prepare.model import deepspeed_dict
+from visft_ds.prepare.settle import settle
 from visft_ds.pretrained import on_hub
 from visft_ds.profiling import command as profile
 from visft_ds.resilience.processes import without_num_gpus
@@ -129,13 +130,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir(parents=True)
     for name in RUNS:
         (tmp_path / name).mkdir(parents=True)
-        record = {
-            "config": resolve(stage=int(name[-1]) if name[-1].isdigit() else 1, model="debug").to_dict()
-        }
+        stage = int(name[-1]) if name[-1].isdigit() else 1
+        record = {"schema": RUN_SCHEMA, "config": resolve(stage=stage, model="debug").to_dict()}
         (tmp_path / name / "run.json").write_text(json.dumps(record))
     (tmp_path / "hostfile").write_bytes((ROOT / "launchers/hostfile.example").read_bytes())
     monkeypatch.setattr(
-        "visft_ds.config.cli.on_this_machine", lambda *_, **__: None
+        "visft_ds.prepare.settle.on_this_machine", lambda *_, **__: None
     )  # --download fetches nothing
     return tmp_path
 
@@ -239,7 +239,7 @@ def paste(command: Command, monkeypatch: pytest.MonkeyPatch) -> ResolvedConfig |
     if name != "train":
         read_flags(name, words, monkeypatch)
         return None
-    _, config = resolve_arguments(words)
+    config = settle(words).config
     ranks = max(ranks, config.pipeline_stages)  # as a dry run on one process
     derive_batches(config, ranks)
     precision = config.visft.model.precision
@@ -451,7 +451,7 @@ def texts_in(tree: ast.AST) -> Iterator[str]:
 def test_on_more_ranks_a_command_works_or_is_told_what_to_add(here: Path) -> None:
     added = set[str]()
     for words in distinct_trainings().values():
-        _, config = resolve_arguments(words)
+        config = settle(words).config
         for ranks in RANKS:
             if ranks % config.pipeline_stages:
                 continue
@@ -461,7 +461,7 @@ def test_on_more_ranks_a_command_works_or_is_told_what_to_add(here: Path) -> Non
             except ValueError as error:
                 advice = re.search(r": add (.+?) \(for Adam", str(error))
             assert advice is not None, words
-            _, larger = resolve_arguments([*words, *shlex.split(advice[1])])
+            larger = settle([*words, *shlex.split(advice[1])]).config
             assert derive_batches(larger, ranks).processes == ranks
             added.add(advice[1])
     assert "--batch-size 64 --lr 2.8e-5" in added
@@ -481,7 +481,7 @@ def test_the_flags_for_more_gpus_are_those_that_a_start_advises(stage: int) -> N
     (first_try,) = re.findall(r"`(--stage 1 --model debug .+)`", page)
     for ranks in (16, 32, 64):
         for line in (words, shlex.split(first_try)):
-            assert derive_batches(resolve_arguments(line)[1], ranks).processes == ranks
+            assert derive_batches(settle(line).config, ranks).processes == ranks
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ import fsspec.config
 import pytest
 
 from tests.shard_server import serve
-from visft_ds.config.cli import resolve_arguments
 from visft_ds.data.fetch import Cache, RemoteFolder
+from visft_ds.prepare.settle import settle
 from visft_ds.redaction import redacted, redacted_values, refuse_secrets
 
 
@@ -65,7 +65,7 @@ def test_the_url_of_a_folder_holds_no_secret() -> None:
 )
 def test_a_secret_on_the_command_line_is_refused_without_a_word_of_it(words: list[str]) -> None:
     with pytest.raises(ValueError, match=r"token|api_key|comet") as refused:
-        resolve_arguments(["--stage", "1", "--model", "debug", *words])
+        settle(["--stage", "1", "--model", "debug", *words])
     assert "hidden" not in str(refused.value)
 
 

@@ -15,7 +15,7 @@ THREE = ("detection", "segmentation", "captioning")  #: the tasks of the recipes
 #: Key of a configuration -> value. Dropout is on: random numbers must survive a resume too.
 TINY: dict[str, Any] = {
     "visft.model.overrides": {"width": 32, "depth": 2, "num_heads": 2, "image_size": 56},
-    "visft.run.rehearsal": False,  # takes a second or two; tests of it turn it on
+    "visft.run.memory_check": False,  # takes a second or two; tests of it turn it on
     "visft.shared.image.fixed_size": 56,
     "visft.shared.batch_size": 4,
     "visft.shared.micro_batch": 1,

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from visft_ds.config.cli import DEFAULT_ENGINE, resolve_arguments
-from visft_ds.config.preflight import missing_inputs, render_missing
-from visft_ds.config.resolve import AnyPath
+from visft_ds.config.resolve import DEFAULT_ENGINE, AnyPath
 from visft_ds.monitor.callbacks import Callback
+from visft_ds.prepare.inputs import missing_inputs, render_missing
+from visft_ds.prepare.settle import settle
 from visft_ds.resilience.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -65,12 +65,16 @@ def fit(
     stop = StopFlag(launched="RANK" in os.environ)
     flags = {"stage": stage, "model": model, "backbone": backbone, "engine": engine, "data": data, "out": out}
     words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    words += [
-        f"--set={key}={json.dumps(value, default=os.fspath)}" for key, value in (settings or {}).items()
-    ]
-    _, config = resolve_arguments([*words, f"--resume={resume}", *(["--download"] if download else [])])
-    if missing := missing_inputs(config):
+    for key, value in (settings or {}).items():
+        words.append(f"--set={key}={json.dumps(value, default=os.fspath)}")
+    words.append(f"--resume={resume}")
+    if download:
+        words.append("--download")
+    _, config, sets = settle(words, int(os.environ.get("WORLD_SIZE", "1")))
+    missing = missing_inputs(config)
+    if missing:
         raise ValueError(render_missing(missing))
+    assert sets is not None  # nothing is missing
 
     from visft_ds import distributed
     from visft_ds.train import train
@@ -79,7 +83,7 @@ def fit(
     launched = "LOCAL_RANK" in os.environ
     gc.collect()  # a run that failed before may still hold its model: in a cycle, which only this breaks
     try:
-        return train(config, resume=resume, command=sys.argv, stop=stop, callbacks=callbacks)
+        return train(config, sets, resume=resume, command=sys.argv, stop=stop, callbacks=callbacks)
     finally:
         if not launched:  # a program that is started later must not think that a launcher started it
             os.environ.pop("LOCAL_RANK", None)

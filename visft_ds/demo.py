@@ -20,7 +20,7 @@ from visft_ds.errors import tell
 from visft_ds.flags import EVAL, Parser, check_extra, check_least
 from visft_ds.steps import Steps
 
-MODEL, TRAIN, VAL = "lite0", 1000, 200
+MODEL, TRAIN, VAL = "efficientnet_lite0", 1000, 200
 #: Images of another style that probes learn from, and that are judged, for each one that is trained on.
 PROBED = 0.4, 0.25
 #: The number that decides whether the demo shows something; of one seed, 489 objects are too few
@@ -94,12 +94,12 @@ def plan(given: argparse.Namespace) -> Steps:
         runs.append(steps.add(f"stage{stage}", *words, resumes=True))
         out = f"stage{stage}/evaluation-val"
         steps.add(f"evaluation{stage}", "evaluate", "--run", str(runs[-1]), out=out)
-    read = resolve(stage=1, model=MODEL, settings=given.set).visft.model.layers
+    read = resolve(stage=1, model=MODEL, settings=given.set).visft.model.out_indices
     end = (
         f"#{read[-1]}" if read else ""
     )  # both where training read the network; its best layer takes minutes more
     words = [f"before={runs[0]}{end}", f"after={runs[1]}", "--quick", "--layers", "last"]
-    words += ["--on", f"segmentation={other},name=style-b", "--on", f"kept={other}/val2017,name=style-b"]
+    words += ["--on", f"segmentation={other},name=style-b", "--on", f"agreement={other}/val2017,name=style-b"]
     judged = steps.add("judge", "judge", *words, resumes=True)
     words = ["--base", str(weights), "--adapter", f"{runs[1]}/export/adapter", "--format", "timm", "--verify"]
     steps.add("merged", "merge", *words, out="merged/backbone.safetensors")

@@ -139,7 +139,7 @@ def check_memory(model: str | None) -> Iterator[Finding]:
     room = memory_of(device)
     yield Finding(OK, "memory", f"{room / _GIB:.1f} GiB for a process on the {device.type}")
     for stage in (1, 2) if model is not None else ():
-        settings = [f"visft.model.recompute={'block' if stage == 2 else 'none'}"]
+        settings = [f"visft.model.activation_checkpointing={'block' if stage == 2 else 'none'}"]
         config = resolve(stage=stage, model=model or "", settings=settings)
         precision, _ = choose_precision(config.visft.model.precision, device)
         needed = plan_largest(planned_run(config, 1, precision, None, device)).total

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from visft_ds import program
 from visft_ds.config import derive_batches
-from visft_ds.config.cli import resolve_arguments
-from visft_ds.config.preflight import missing_inputs, render_missing
 from visft_ds.errors import tell
+from visft_ds.prepare.inputs import missing_inputs, render_missing
+from visft_ds.prepare.settle import settle
 from visft_ds.resilience.processes import start_ranks, without_num_gpus
 from visft_ds.resilience.stop import StopFlag
 
@@ -24,28 +24,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        stop = StopFlag(launched="RANK" in os.environ)
+        is_rank = "RANK" in os.environ
+        stop = StopFlag(launched=is_rank)
         words, count = without_num_gpus(words)
-        options, config = resolve_arguments(words)
+        processes = count or int(os.environ.get("WORLD_SIZE", "1"))
+        options, config, sets = settle(words, processes)
         if options.dry_run:
-            if int(
-                os.environ.get("RANK", "0")
-            ):  # an error of this rank would make its launcher end the first
+            # An error of another rank would make its launcher end the first.
+            if os.environ.get("RANK", "0") != "0":
                 return 0
             from visft_ds.run.report import print_dry_run
 
-            print_dry_run(config, count or int(os.environ.get("WORLD_SIZE", "1")))
-        if lacking := missing_inputs(config):
-            raise ValueError(render_missing(lacking))
+            print_dry_run(config, sets, processes)
+        missing = missing_inputs(config)
+        if missing:
+            raise ValueError(render_missing(missing))
         if options.dry_run:
             return 0
-        if count is not None and "RANK" not in os.environ:
+        if count is not None and not is_rank:
             derive_batches(config, count)
             return start_ranks(["train", *words], count)
         from visft_ds.train import train
 
+        assert sets is not None  # nothing is missing
         command = [*program("train").split(), *words]
-        result = train(config, resume=options.resume, command=command, stop=stop)
+        result = train(config, sets, resume=options.resume, command=command, stop=stop)
         return result.stopped.status(config.visft.run.requeue_code)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         return tell(error)

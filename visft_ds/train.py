@@ -1,5 +1,10 @@
-"""Training, read from top to bottom: `train` takes the steps before the loop in order, `_loop` is the only
-loop.
+"""Training, read from top to bottom.
+
+`train` is the entry. `Trainer.__init__` takes the ten steps before the loop in order, `Trainer.loop` is the
+only loop: `step` is one optimiser step, `after_step` saves and evaluates, `finish` exports. What a step
+computes is in `parallel/engine.py` and `model.py`; which samples it takes, in `data/plan.py`; files of a run
+are in `run/`. A change of the order here changes what all ranks do together: keep every call that is marked
+"Collective" out of branches that differ between ranks.
 """
 
 from __future__ import annotations
@@ -10,50 +15,26 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from visft_ds import distributed
-from visft_ds.checkpoint.export import begin_export
 from visft_ds.config import ResolvedConfig
-from visft_ds.data.loader import StepLoader
 from visft_ds.monitor.callbacks import Callback
-from visft_ds.monitor.metrics import CONCLUSION
-from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
+from visft_ds.parallel.engine import Schedule, build_engine, released, start_process_group
 from visft_ds.parallel.placement import placement_for
-from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
-from visft_ds.prepare.model import PreparedModel, prepare_model
+from visft_ds.prepare.data import keep_features, open_data, open_loader
+from visft_ds.prepare.datasets import TrainingSet
+from visft_ds.prepare.model import prepare_model
 from visft_ds.resilience.guard import LossGuard, first_non_finite
 from visft_ds.resilience.memory import memory_explained, probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
-from visft_ds.run.advice import findings_of, verdicts
 from visft_ds.run.folder import locked, open_run_folder
-from visft_ds.run.log import RunLog, open_log
-from visft_ds.run.machine import Machine, check_machine, rank_facts, settle_recompute
-from visft_ds.run.record import write_record
+from visft_ds.run.log import open_log
+from visft_ds.run.machine import check_machine, divide_layers, rank_facts, settle_checkpointing
 from visft_ds.run.report import print_start
 from visft_ds.run.start import measure_heads, open_start
 from visft_ds.run.state import RunState
-from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.criterion import counts_of, loss_denominators_of
-
-if TYPE_CHECKING:
-    from visft_ds.run.evaluation import Validation
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything the loop works with."""
-
-    config: ResolvedConfig
-    data: RunData
-    machine: Machine
-    loader: StepLoader
-    engine: Engine
-    state: RunState  #: checkpoints
-    validation: Validation | None  #: None: no evaluation during training
-    stop: StopFlag  #: asks for an end after the step
-    watchdog: Watchdog
 
 
 @dataclass(frozen=True)
@@ -64,9 +45,8 @@ class FitResult:
     step: int  #: optimiser steps done, those of earlier starts included
     finished: bool  #: trained to the end or early stopping, and exported; else the same call continues
     stopped: Stop  #: why it ended before everything was done; `Stop.NOT`: it was done
-    metrics: Mapping[
-        str, float
-    ]  #: newest number of each name of a step or evaluation; empty but on the main process
+    #: newest number of each name of a step or evaluation; empty but on the main process
+    metrics: Mapping[str, float]
 
     @property
     def export(self) -> Path:
@@ -78,6 +58,7 @@ class FitResult:
 
 def train(
     config: ResolvedConfig,
+    sets: Mapping[str, TrainingSet],
     *,
     resume: str,
     command: Sequence[str],
@@ -87,62 +68,98 @@ def train(
     """Train one stage. Everything that files and shapes show is checked before any model is allocated.
 
     Args:
+        sets: the training sets by name.
         resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a
-        new folder.
+            new folder.
         command: command line that starts this run again, for its record.
+        stop: asks for an end after the step.
 
     Raises:
         ValueError: a mistake of the user; settings, code or data that differ between ranks.
         OSError: a disk or a server failed.
         FloatingPointError: losses or gradients that are not finite, more often than
-        `visft.run.skip_bad_steps` allows.
+            `visft.run.skip_bad_steps` allows.
         LostRank: another rank ended first.
     """
-    # 1-3: data, machine, run folder. Each process alone; nothing is written into the run folder yet.
-    config, data = open_data(config, distributed.world_size())
-    machine = check_machine(config, data.vocabulary)
-    out = Path(config.visft.run.out or "")
-    loader = open_loader(config.visft, data, machine.planned.batches)
-    start_from = None if config.visft.start is None else open_start(config.visft, data)
-    open_run_folder(out, config, resume)
-
-    # 4: from here on all ranks act together.
-    start_process_group()
-    watchdog = Watchdog(distributed.rank(), config.visft.run.step_timeout)
     with ExitStack() as stack:
-        distributed.by_main_process(lambda: stack.enter_context(locked(out)))
-        distributed.by_main_process(
-            lambda: open_run_folder(out, config, resume)
-        )  # another run may have used it since
-        stack.enter_context(watchdog.watching())
+        trainer = Trainer(config, sets, resume, command, stop, callbacks, stack)
+        return trainer.run()
+
+
+class Progress(Enum):
+    """What follows a step or an evaluation."""
+
+    GOES_ON = 0
+    COMPLETE = 1  #: all steps are done, or early stopping
+    STOPPED = 2  #: a rank was asked to stop; the same command continues
+
+
+class Trainer:
+    """A run from its first look at the data to its result. The arguments are those of `train`.
+
+    Args:
+        stack: keeps open what is open until the end of the run: its lock, log, checkpoints, watchdog.
+    """
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        sets: Mapping[str, TrainingSet],
+        resume: str,
+        command: Sequence[str],
+        stop: StopFlag,
+        callbacks: Sequence[Callback],
+        stack: ExitStack,
+    ) -> None:
+        self.stop = stop
+        self.out = Path(config.visft.run.out or "")
+
+        # 1-3: data, machine, run folder. Each process alone; nothing is written into the run folder yet.
+        self.data = open_data(config.visft, sets)
+        machine = check_machine(config)
+        self.batches = machine.batches
+        self.loader = open_loader(config.visft, self.data, self.batches)
+        earlier = open_run_folder(self.out, config, resume)
+        start_from = open_start(config.visft, self.data, earlier)
+
+        # 4: from here on all ranks act together.
+        start_process_group()
+        self.watchdog = Watchdog(distributed.rank(), config.visft.run.step_timeout)
+        distributed.by_main_process(lambda: stack.enter_context(locked(self.out)))
+        # Another run may have used the folder before it was locked.
+        earlier = distributed.by_main_process(lambda: open_run_folder(self.out, config, resume))
+        stack.enter_context(self.watchdog.watching())
 
         # 5: the same settings, code and data on all ranks; below, also the same weights.
-        facts = {**rank_facts(config), **data.identity(), "start": start_from.sha256 if start_from else ""}
-        distributed.assert_same_on_all_ranks(facts)
-        if config.visft.model.recompute == "auto":
-            config, machine = settle_recompute(config, machine)
+        start_digest = "" if start_from is None else start_from.sha256
+        distributed.assert_same_on_all_ranks(
+            {**rank_facts(config), **self.data.identity(), "start": start_digest}
+        )
+        config, machine = settle_checkpointing(config, machine, self.data.vocabulary, earlier)
+        self.config = config
 
         # 6: the model, with weights of files or drawn ones.
-        precision, bounds = machine.planned.precision, machine.planned.bounds
-        prepared = prepare_model(
+        partition = divide_layers(config, machine, self.data.vocabulary)
+        bounds = None if partition is None else partition.bounds
+        heads = config.visft.heads.path
+        self.prepared = prepare_model(
             config.visft,
             config.optimizer.params,
-            precision=precision,
-            heads_from=Path(config.visft.heads.path) if config.visft.heads.path else None,
-            categories=data.categories,
-            vocabulary=data.vocabulary,
+            precision=machine.precision,
+            heads_from=None if heads is None else Path(heads),
+            categories=self.data.categories,
+            vocabulary=self.data.vocabulary,
             placement=placement_for(machine.deepspeed_config, bounds),
             start=start_from,
         )
         if config.visft.features is not None:
-            keep_features(config.visft, data.sets, loader, prepared, precision)
-        identity = {"precision": precision, **data.identity()}
-        identity |= prepared.identity()
+            keep_features(config.visft, self.data.sets, self.loader, self.prepared, machine.precision)
+        identity = {"precision": machine.precision, **self.data.identity(), **self.prepared.identity()}
         distributed.assert_same_on_all_ranks(identity)
 
         # 7: the engine takes the model over.
-        engine = build_engine(
-            prepared,
+        self.engine = build_engine(
+            self.prepared,
             machine.deepspeed_config,
             config.optimizer.params,
             Schedule(config.scheduler, config.total_steps),
@@ -151,171 +168,214 @@ def train(
             compile=config.visft.model.compile,
         )
         if distributed.kept_open:  # by a script that trains more than once
-            stack.enter_context(released(engine))
+            stack.enter_context(released(self.engine))
 
         # 8: continue where an earlier start of this run was left.
-        state = RunState(config, engine, identity, data)
-        start = state.resume()
-        if not start and any(isinstance(part, Channels) for part in prepared.module.heads.modules()):
-            measure_heads(engine, prepared, loader, data.streams, start_from)
+        self.state = RunState(config, self.engine, identity, self.data, earlier)
+        self.start = self.state.resume()
+        self.done = self.start  # optimiser steps
+        self.saved = self.start  # step of the newest checkpoint
+        if not self.start:
+            measure_heads(self.engine, self.prepared, self.loader, self.data.streams, start_from)
         if distributed.is_main():
-            if not state.exported:
-                begin_export(out / "export", prepared, data.vocabulary)
-            if not (state.exported and start == config.total_steps):
-                write_record(config, identity, command, start_from)
-            print_start(config, data, machine, prepared, start)
+            self.state.begin(self.prepared, command, start_from)
+            print_start(config, self.data, machine, partition, self.prepared, self.start)
 
         # 9: what will not fit into memory fails now, not after hours.
-        if config.visft.run.rehearsal and start < config.total_steps:
-            probe_memory(config.visft.model, engine, data, machine.planned.batches, watchdog)
+        if config.visft.run.memory_check and self.start < config.total_steps:
+            probe_memory(config.visft.model, self.engine, self.data, self.batches, self.watchdog)
 
-        # 10: train, then export.
-        validation = None
-        if data.validation is not None:
+        # 10: the steps, what evaluates beside them, and what writes their numbers down.
+        self.steps = self.loader.steps(self.start, config.total_steps)
+        self.validation = None
+        if self.data.validation is not None:
             from visft_ds.run.evaluation import Validation  # brings what measures
 
             validation = Validation(
-                config.visft, data.streams, data.validation, data.vocabulary, state.saver.judged
+                config.visft,
+                self.data.streams,
+                self.data.validation,
+                self.data.vocabulary,
+                self.state.saver.judged,
             )
-            stack.enter_context(closing(validation))
-        run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
-        log = stack.enter_context(open_log(config, start, callbacks, stop))
-        stack.enter_context(state.saver)
-        return _train_and_export(run, prepared, start, log)
+            self.validation = stack.enter_context(closing(validation))
+        self.log = stack.enter_context(open_log(config, self.start, callbacks, stop))
+        stack.enter_context(self.state.saver)
+        self.guard = LossGuard(config.visft.run.skip_bad_steps)
 
+    def run(self) -> FitResult:
+        """Train, then export. Collective."""
+        try:
+            progress = self.loop()
+            with self.watchdog.phase("writing the last checkpoint", timed=False):
+                self.state.report_saves(self.log, wait=True)
+        finally:
+            self.loader.close()  # what is read ahead must not hold up the end
+        return self.finish(progress)
 
-def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog) -> FitResult:
-    """Run the loop; write the last checkpoint, the export and the last numbers."""
-    state, validation, watchdog, settings = run.state, run.validation, run.watchdog, run.config.visft.run
-    out = Path(settings.out or "")
-    try:
-        step, complete = _loop(run, start, log)
-        watchdog.begin("writing the last checkpoint", timed=False)
-        state.report_saves(log, wait=True)
-    finally:
-        run.loader.close()  # what is read ahead must not hold up the end
-    if complete and validation and settings.keep_best:  # which decides what is exported
-        watchdog.begin("measuring the last evaluation", timed=False)
-        complete = distributed.by_main_process(lambda: validation.wait_for_all(log, run.stop))
-    training: dict[str, float] | None = None
-    concluded = False
-    if complete:
-        concluded = step == start and distributed.by_main_process(lambda: _is_concluded(run, log))
-    if concluded:
-        log.message(f"nothing is left to do: {out}/export has the result")
-    elif complete:
-        watchdog.begin("exporting", timed=False)
-        exported = state.take_best(step, log)
-        distributed.by_main_process(lambda: state.export(exported, prepared))
-        if validation:
-            images = next(iter(run.data.sets.values())).manifest
-            training = validation.on_training_images(run.engine.predict, images, run.stop, watchdog)
-    else:
-        log.message(f"stopped after step {step} ({run.stop.why()}); the same command continues")
-    nothing_left = concluded or (complete and (validation is None or training is not None))
-    stopped = Stop.NOT if nothing_left else max(distributed.from_all_ranks(run.stop.reason))
-    distributed.close()
-    watchdog.leave()
-    # After closing: the other ranks need not wait for the last numbers.
-    if validation and training is not None and validation.wait_for_all(log, run.stop):
-        log.writer.event(step, CONCLUSION, **training)
-        findings = findings_of(run.config.visft, run.data, prepared.module.backbone.patch_size)
-        for line in verdicts(training, log.writer.evaluations(), run.config.visft.tasks.enabled(), findings):
-            log.message(line)
-    elif validation and not concluded:
-        stopped = stopped or run.stop.reason
-        validation.leave(log)
-    if distributed.is_main():
-        state.saver.delete_obsolete()
-    return FitResult(out, step, complete, stopped, log.writer.last)
+    def loop(self) -> Progress:
+        """The training loop. Collective."""
+        self.stop.listen()
+        progress = self.before_first_step()
+        while progress is Progress.GOES_ON and self.done < self.config.total_steps:
+            stopping = self.step()
+            progress = self.after_step(stopping=stopping)
+        return Progress.COMPLETE if progress is Progress.GOES_ON else progress
 
-
-def _is_concluded(run: Run, log: RunLog) -> bool:
-    """Return True if an earlier start has exported the result and written all numbers. Main process only."""
-    return run.state.exported and (run.validation is None or log.writer.concluded)
-
-
-def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
-    """The training loop. Returns the steps done, and False where a request to stop left steps or an
-    evaluation.
-    """
-    engine, state, validation, begin = run.engine, run.state, run.validation, run.watchdog.begin
-    settings, total_steps = run.config.visft.run, run.config.total_steps
-    saved, step = start, start
-    run.stop.listen()
-    guard = LossGuard(settings.skip_bad_steps)
-    begin("evaluating")
-    if validation and not start:
-        validation.draw(engine.predict, start, log)
-    if validation and start and state.is_evaluated(start):
-        # An earlier start may have ended between saving this step and evaluating it.
-        outcome = _evaluate(run, validation, start, log)
-        if outcome is not Outcome.GOES_ON:
-            return start, outcome is Outcome.ENDS
-    began = time.perf_counter()
-    begin(f"step {start + 1}: reading")
-    for step_plan, batches in run.loader.steps(start, total_steps):
-        step, task = step_plan.step + 1, step_plan.task
-        begin(f"step {step} ({task}): agreeing on it")
-        counts = counts_of(engine.module.criteria, batches)
-        summed, stopping = distributed.agree_on_step(
-            f"step {step - 1} {task}", counts, bool(run.stop), engine.device
-        )
-        begin(f"step {step} ({task}): forward, backward, update")
-        loss_denominators = loss_denominators_of(
-            summed, run.machine.planned.batches.micro_batches, engine.device
-        )
-        with memory_explained(f"step {step} ({task})", task, batches, engine.device):
-            report = engine.train_step(step - 1, batches, loss_denominators)
-
-        if message := guard.observe(step_plan, report):
-            if guard.ends:
-                begin(f"step {step}: looking for the first value that is not finite")
-                message += first_non_finite(engine, step - 1, batches, loss_denominators, report)
-            log.writer.event(step, "bad step", details=message)
-            if guard.ends:
-                state.report_saves(log, wait=True)  # the last good checkpoint may be on its way
-                guard.stop(message, state.saver.saved)
-            log.message(message)
-
-        log.step(step_plan, report, time.perf_counter() - began, run.loader.wait_seconds)
-        if step == total_steps or stopping or step % settings.save_every == 0:
-            begin(f"step {step}: saving")
-            state.save(step)
-            saved = step
-        state.report_saves(log)
-
-        if validation:
-            validation.poll(log)
-        if validation and state.is_evaluated(step):
-            begin(f"evaluating after step {step}")
-            outcome = _evaluate(run, validation, step, log)
-            if outcome is Outcome.STOPPED and saved < step:
-                state.save(step)  # a resume evaluates it
-            if outcome is not Outcome.GOES_ON:
-                return step, outcome is Outcome.ENDS
-        elif stopping and step < total_steps:
-            return step, False
+    def step(self) -> bool:
+        """Do one optimiser step. Returns True if some rank was asked to stop. Collective."""
+        engine = self.engine
         began = time.perf_counter()
-        begin(f"step {step + 1}: reading")
-    return step, True
+        with self.watchdog.phase(f"step {self.done + 1}: reading"):
+            step_plan, batches = next(self.steps)
+        where = f"step {step_plan.step + 1} ({step_plan.task})"
 
+        # Losses are divided by what the labels of the whole global batch hold. The all-reduce that sums these
+        # counts also asks who was told to stop, and finds ranks that are about to do something else, whose
+        # gradients would be added up in silence.
+        with self.watchdog.phase(f"{where}: agreeing on it"):
+            counts = counts_of(engine.module.criteria, batches)
+            what = f"step {step_plan.step} {step_plan.task}"
+            summed, stopping = distributed.agree_on_step(what, counts, bool(self.stop), engine.device)
+        denominators = loss_denominators_of(summed, self.batches.micro_batches, engine.device)
 
-class Outcome(Enum):
-    """What follows an evaluation."""
+        with (
+            self.watchdog.phase(f"{where}: forward, backward, update"),
+            memory_explained(where, step_plan.task, batches, engine.device),
+        ):
+            report = engine.train_step(step_plan.step, batches, denominators)
+        self.done = step_plan.step + 1
 
-    GOES_ON = 0
-    ENDS = 1  #: early stopping
-    STOPPED = 2  #: a rank was asked to stop; the same command evaluates again
+        # A step that is not finite has changed nothing; too many of them in a row end the run.
+        problem = self.guard.observe(step_plan, report)
+        if problem:
+            if self.guard.ends:
+                with self.watchdog.phase(f"{where}: looking for the first value that is not finite"):
+                    problem += first_non_finite(engine, step_plan.step, batches, denominators, report)
+            self.log.writer.event(self.done, "bad step", details=problem)
+            if self.guard.ends:
+                self.state.report_saves(self.log, wait=True)  # the last good checkpoint may be on its way
+                self.guard.stop(problem, self.state.saver.saved)
+            self.log.message(problem)
 
+        self.log.step(step_plan, report, time.perf_counter() - began, self.loader.wait_seconds)
+        return stopping
 
-def _evaluate(run: Run, validation: Validation, step: int, log: RunLog) -> Outcome:
-    """Evaluate after a step, unless an earlier start has. Collective."""
-    evaluated = distributed.by_main_process(lambda: step in log.writer.evaluated)
-    if not evaluated and not validation.evaluate(run.engine.predict, step, log, run.stop, run.watchdog):
-        return Outcome.STOPPED
-    if not run.config.visft.run.patience:
-        return Outcome.GOES_ON
-    if not distributed.by_main_process(lambda: validation.wait_for_all(log, run.stop)):
-        return Outcome.STOPPED
-    return Outcome.ENDS if run.state.ends_early(step, log) else Outcome.GOES_ON
+    def before_first_step(self) -> Progress:
+        """Draw what the new model predicts, or evaluate the step that an earlier start has saved."""
+        if self.validation is None:
+            return Progress.GOES_ON
+        if not self.start:
+            with self.watchdog.phase("drawing predictions"):
+                self.validation.draw(self.engine.predict, self.start, self.log)
+        elif self.state.is_evaluated(self.start):
+            # An earlier start may have ended between saving this step and evaluating it.
+            return self.evaluate()
+        return Progress.GOES_ON
+
+    def after_step(self, *, stopping: bool) -> Progress:
+        """Save and evaluate where it is time to. Collective.
+
+        Args:
+            stopping: some rank was asked to stop.
+        """
+        is_last = self.done == self.config.total_steps
+        if is_last or stopping or self.done % self.config.visft.run.save_every == 0:
+            self.save()
+        self.state.report_saves(self.log)
+        if self.validation is not None:
+            self.validation.poll(self.log)  # numbers of earlier evaluations, which a process measures
+        if self.validation is not None and self.state.is_evaluated(self.done):
+            progress = self.evaluate()
+            if progress is Progress.STOPPED and self.saved < self.done:
+                self.save()  # a resume evaluates it
+            return progress
+        return Progress.STOPPED if stopping and not is_last else Progress.GOES_ON
+
+    def save(self) -> None:
+        """Take a checkpoint, which is written while training continues. Collective."""
+        with self.watchdog.phase(f"step {self.done}: saving"):
+            self.state.save(self.done)
+        self.saved = self.done
+
+    def evaluate(self) -> Progress:
+        """Evaluate after a step, unless an earlier start has. Collective."""
+        validation = self.validation
+        assert validation is not None
+        step = self.done
+        is_evaluated = distributed.by_main_process(lambda: step in self.log.writer.evaluated)
+        if not is_evaluated:
+            with self.watchdog.phase(f"evaluating after step {step}"):
+                goes_on = validation.evaluate(self.engine.predict, step, self.log, self.stop, self.watchdog)
+            if not goes_on:
+                return Progress.STOPPED
+        if not self.config.visft.run.patience:
+            return Progress.GOES_ON
+        # Early stopping has to know all numbers, so that a resumed run ends at the same step.
+        if not self.wait_for_numbers():
+            return Progress.STOPPED
+        ends = self.state.ends_early(step, self.log)
+        return Progress.COMPLETE if ends else Progress.GOES_ON
+
+    def wait_for_numbers(self) -> bool:
+        """Wait for all evaluations to be measured; False: this rank was asked to stop. Collective."""
+        validation = self.validation
+        assert validation is not None
+        with self.watchdog.phase(f"measuring after step {self.done}", timed=False):
+            return distributed.by_main_process(lambda: validation.wait_for_all(self.log, self.stop))
+
+    def finish(self, progress: Progress) -> FitResult:
+        """Export what is complete, and write the last numbers. Collective."""
+        validation = self.validation
+        is_complete = progress is Progress.COMPLETE
+        if is_complete and validation is not None and self.config.visft.run.keep_best:
+            is_complete = self.wait_for_numbers()  # which decide what is exported
+        is_concluded = False
+        if is_complete and self.done == self.start:
+            is_concluded = distributed.by_main_process(self.was_concluded)
+        on_training_images = None
+        if is_concluded:
+            self.log.message(f"nothing is left to do: {self.out}/export has the result")
+        elif is_complete:
+            on_training_images = self.export()
+        else:
+            self.log.message(
+                f"stopped after step {self.done} ({self.stop.why()}); the same command continues"
+            )
+        lacks_numbers = validation is not None and on_training_images is None
+        stopped = Stop.NOT
+        if not is_concluded and (not is_complete or lacks_numbers):
+            stopped = max(distributed.from_all_ranks(self.stop.reason))
+        distributed.close()
+        self.watchdog.leave()
+
+        # After closing: the other ranks need not wait for the last numbers.
+        if validation is not None and not is_concluded:
+            knows_all = on_training_images is not None and validation.wait_for_all(self.log, self.stop)
+            if knows_all:
+                cell = self.prepared.module.backbone.patch_size
+                validation.conclude(self.done, on_training_images or {}, self.data, cell, self.log)
+            else:
+                stopped = stopped or self.stop.reason
+                validation.leave(self.log)
+        if distributed.is_main():
+            self.state.saver.delete_obsolete()
+        return FitResult(self.out, self.done, is_complete, stopped, self.log.writer.last)
+
+    def was_concluded(self) -> bool:
+        """Return True if an earlier start has exported the result and written all numbers. Main process
+        only.
+        """
+        return self.state.was_exported and (self.validation is None or self.log.writer.concluded)
+
+    def export(self) -> dict[str, float] | None:
+        """Export the best or the last step; returns metrics on training images, which show whether a run
+        memorises. Collective. None: not evaluated, or a rank was asked to stop meanwhile.
+        """
+        with self.watchdog.phase("exporting", timed=False):
+            exported = self.state.take_best(self.done, self.log)
+            distributed.by_main_process(lambda: self.state.export(exported, self.prepared))
+        if self.validation is None:
+            return None
+        images = next(iter(self.data.sets.values())).manifest
+        return self.validation.on_training_images(self.engine.predict, images, self.stop, self.watchdog)

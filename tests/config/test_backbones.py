@@ -12,8 +12,8 @@ import pytest
 from tests.fake_hub import FakeHub, Repository, fake_hub
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.config.backbones import named
-from visft_ds.config.cli import resolve_arguments
-from visft_ds.config.preflight import missing_inputs, render_missing
+from visft_ds.prepare.inputs import missing_inputs, render_missing
+from visft_ds.prepare.settle import settle
 
 CLIP = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
 TAGGED = {"tag": "openai", "input_size": [3, 224, 224], **CLIP}
@@ -38,7 +38,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
 
 
 def of(*words: str, stage: int = 1) -> ResolvedConfig:
-    return resolve_arguments(["--stage", str(stage), *words])[1]
+    return settle(["--stage", str(stage), *words]).config
 
 
 def test_a_name_of_timm_takes_the_settings_of_the_nearest_model(hub: FakeHub) -> None:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from tests.options import known_keys
 from tests.ranks import python
 from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
-from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.resolve import (
     CONFIG_ROOT,
     NOT_IDENTITY,
@@ -28,6 +27,7 @@ from visft_ds.config.resolve import (
 )
 from visft_ds.config.schema import PRESETS, BackboneOverrides
 from visft_ds.prepare.model import deepspeed_dict
+from visft_ds.prepare.settle import settle
 from visft_ds.settings.task_schema import SHARED
 
 TASKS = ("detection", "segmentation", "captioning")
@@ -179,7 +179,7 @@ def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
 def test_a_resolved_configuration_given_back_is_the_same(tmp_path: Path) -> None:
     first = resolve(stage=2, model="debug", engine="zero3_offload", settings=["visft.seed=3"])
     (tmp_path / "own.json").write_text(json.dumps(first.to_dict()))
-    second = resolve_arguments(["--deepspeed_config", str(tmp_path / "own.json")])[1]
+    second = settle(["--deepspeed_config", str(tmp_path / "own.json")]).config
     assert second.to_dict() == first.to_dict() and second.identity() == first.identity()
 
 
@@ -199,7 +199,7 @@ def test_the_identity_holds_what_decides_the_result() -> None:
 def test_a_key_that_a_release_adds_is_compared_with_its_default() -> None:
     """A run of an earlier release lacks a switch, a loss and a setting of Adam, and its export has no null."""
     new = (
-        "visft.heads.active_dropout",
+        "visft.heads.train_mode",
         "visft.tasks.detection.loss.giou",
         "optimizer.params.eps",
     )
@@ -207,8 +207,8 @@ def test_a_key_that_a_release_adds_is_compared_with_its_default() -> None:
     assert here.identity().keys() >= set(new)
     there = {key: value for key, value in here.identity().items() if key not in new}
     assert differences(there, here) == [] == differences({**there, "visft.gone": None}, here)
-    changed = differences(there, debug("visft.heads.active_dropout=true"))
-    assert changed == ["visft.heads.active_dropout: false (its default) -> true"]
+    changed = differences(there, debug("visft.heads.train_mode=true"))
+    assert changed == ["visft.heads.train_mode: false (its default) -> true"]
     default = here.identity()["visft.tasks.detection.loss.giou"]
     changed = debug("visft.tasks.detection.loss.giou=5.5", "visft.seed=7")
     told = f"visft.tasks.detection.loss.giou: {default} (its default) -> 5.5"
@@ -336,7 +336,10 @@ def test_a_warm_up_longer_than_the_run_shrinks_to_a_tenth_of_it() -> None:
     assert recipe(*updates).scheduler.params.warmup_num_steps == 2000  # of 2100 steps
     config = recipe(*updates, "visft.tasks=detection,captioning", stage=1)
     assert (config.total_steps, config.scheduler.params.warmup_num_steps) == (1400, 140)
-    assert config.adapted == ("warm-up: 2000 -> 140 steps, because of the length of the run",)
+    (decision,) = config.decisions
+    assert (
+        decision.key == "scheduler.params.warmup_num_steps" and "2000 steps would be longer" in decision.why
+    )
 
 
 def test_a_length_that_follows_from_nothing() -> None:
@@ -409,12 +412,12 @@ def test_every_exception_of_the_identity_fits_a_key() -> None:
 )
 def test_wrong_arguments(argv: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        resolve_arguments(argv)
+        settle(argv)
 
 
 def test_flags_reach_the_configuration() -> None:
     words = "--local_rank=1 --stage 1 --model debug --engine zero2 --data d --out o --resume must --dry-run"
-    arguments, config = resolve_arguments([*words.split(), "--set", "visft.seed=4"])
+    arguments, config, _ = settle([*words.split(), "--set", "visft.seed=4"])
     assert (config.visft.data.root, config.visft.run.out, config.visft.seed) == ("d", "o", 4)
     assert config.deepspeed["zero_optimization"]["stage"] == 2
     assert (arguments.resume, arguments.dry_run, config.sources["visft.data.root"]) == (
@@ -427,9 +430,9 @@ def test_flags_reach_the_configuration() -> None:
 def test_configuration_needs_no_tensor_library() -> None:
     """A wrong key must be reported in a second, also where torch takes ten to import."""
     code = (
-        "import sys; from visft_ds.config.cli import resolve_arguments; from visft_ds.config.preflight import *;"
+        "import sys; from visft_ds.prepare.settle import settle; from visft_ds.prepare.inputs import *;"
         "import visft_ds.monitor.console, visft_ds.monitor.metrics;"
-        "missing_inputs(resolve_arguments(['--stage', '2'])[1]);"
+        "missing_inputs(settle(['--stage', '2']).config);"
         "assert not {'torch', 'deepspeed'} & set(sys.modules)"
     )
     python("-c", code)

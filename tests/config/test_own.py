@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from visft_ds.config import ResolvedConfig, own
-from visft_ds.config.cli import resolve_arguments
-from visft_ds.run.report import told
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.flags import SMALL_DATA
+from visft_ds.prepare import settle as recipe
+from visft_ds.prepare.settle import settle
+from visft_ds.run.report import recipe_lines
 
 
 def _resolved(shards: Path, *flags: str) -> ResolvedConfig:
-    return resolve_arguments(["--data", str(shards), *flags])[1]
+    return settle(["--data", str(shards), *flags]).config
 
 
 def test_photographs_alone_choose_the_recipe(shards: Path) -> None:
@@ -21,17 +23,17 @@ def test_photographs_alone_choose_the_recipe(shards: Path) -> None:
     visft = config.visft
     assert (visft.stage, visft.model.name, visft.mode, config.total_steps) == (
         1,
-        own.MODEL,
+        SMALL_DATA,
         "shared",
-        own.STEPS,
+        recipe.STEPS,
     )
     assert visft.tasks.enabled()["detection"].head.model_dump()["type"] == "dense"
-    assert visft.features is not None and visft.features.views == own.VIEWS
-    assert visft.features.cache == "runs/stage1-own/features"
+    assert visft.features is not None and visft.features.views == recipe.VIEWS
+    assert visft.features.cache == "runs/stage1-small_data/features"
     assert (visft.run.eval_every, visft.run.keep_best) == (0, None)
-    assert visft.shared is not None and visft.shared.image.zoom == own.ZOOM_WITH_CAPTIONS
-    (line,) = told(config, 12)
-    assert line.startswith("12 photographs") and "550 steps of 16 images" in line
+    assert visft.shared is not None and visft.shared.image.zoom == recipe.ZOOM_WITH_CAPTIONS
+    (line,) = recipe_lines(config, 12)
+    assert line.startswith("12 photographs") and "550 steps of 12 images" in line
 
 
 def test_flags_replace_what_the_recipe_chose(shards: Path) -> None:
@@ -57,21 +59,21 @@ def test_other_backbones_are_read_where_a_cell_is_16_pixels(
     shards: Path, name: str, layers: tuple[int, ...], side: int
 ) -> None:
     visft = _resolved(shards, "--backbone", f"timm:{name}").visft
-    assert visft.model.layers == layers
+    assert visft.model.out_indices == layers
     assert visft.shared is not None and visft.shared.image.fixed_size == side
 
 
 def test_a_detr_for_few_photographs_is_warned_of(shards: Path) -> None:
     config = _resolved(shards, "--set", "visft.tasks.detection.head.type=detr")
-    assert any(line.startswith("warning") and "DETR" in line for line in told(config, 100))
-    assert not any(line.startswith("warning") for line in told(config, 101))
+    assert any(line.startswith("warning") and "DETR" in line for line in recipe_lines(config, 100))
+    assert not any(line.startswith("warning") for line in recipe_lines(config, 101))
 
 
 def test_the_demos_recipe_reads_the_weights_that_pip_brought(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["--stage", "1", "--model", "lite0", "--data", "nowhere"]
-    assert resolve_arguments(words)[1].visft.model.weights.endswith(".pth")
-    stated = resolve_arguments([*words, "--set", "visft.model.weights=mine.safetensors"])[1]
+    words = ["--stage", "1", "--model", "efficientnet_lite0", "--data", "nowhere"]
+    assert settle(words).config.visft.model.weights.endswith(".pth")
+    stated = settle([*words, "--set", "visft.model.weights=mine.safetensors"]).config
     assert stated.visft.model.weights == "mine.safetensors"

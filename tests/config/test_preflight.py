@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.config.cli import resolve_arguments
-from visft_ds.config.preflight import missing_inputs, render_missing
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.data.shards import INDEX, Manifest
+from visft_ds.prepare.inputs import missing_inputs, render_missing
+from visft_ds.prepare.settle import settle
 
 
 def debug(*settings: str, stage: int = 2) -> ResolvedConfig:
@@ -35,7 +35,7 @@ def test_missing_inputs_and_commands_that_exist() -> None:
     ):
         assert part in text
     heads = missing[-1].command.split()
-    assert heads[:3] == ["visft", "train", "--stage"] and resolve_arguments(heads[2:])[1].visft.stage == 1
+    assert heads[:3] == ["visft", "train", "--stage"] and settle(heads[2:]).config.visft.stage == 1
 
 
 def test_nothing_is_missing_if_everything_is_there(tmp_path: Path) -> None:
@@ -84,20 +84,22 @@ def _shards(shards: Path, folder: Path, without: int = 0, **counts: int) -> list
 
 
 def _tasks(*words: str) -> list[str]:
-    return list(resolve_arguments(words)[1].visft.tasks.enabled())
+    return list(settle(words).config.visft.tasks.enabled())
 
 
 def test_tasks_are_those_that_the_data_has_labels_for(shards: Path, tmp_path: Path) -> None:
     boxes = _shards(shards, tmp_path, without=4, annotations=7, trainable=7, captions=0)
-    config = resolve_arguments(boxes)[1]
+    config = settle(boxes).config
     assert list(config.visft.tasks.enabled()) == ["detection"]
     assert "no mask for 4 of its 7 objects" in config.sources["visft.tasks.segmentation"]
     assert [group.name for group in config.visft.param_groups] == ["detection"]
     # What somebody has asked for is not taken away in silence.
     assert _tasks(*boxes, "--set", "visft.tasks.captioning.batch_size=2") == ["detection", "captioning"]
-    assert _tasks(*boxes, "--tasks", "segmentation") == ["segmentation"]
+    with pytest.raises(ValueError, match="which segmentation would take for background"):
+        settle([*boxes, "--tasks", "segmentation"])
     (tmp_path / "whole.json").write_text(json.dumps(resolve(stage=1, model="debug").to_dict()))
-    assert len(_tasks("--deepspeed_config", str(tmp_path / "whole.json"), *boxes[4:])) == 3
+    with pytest.raises(ValueError, match="which segmentation would take for background"):
+        settle(["--deepspeed_config", str(tmp_path / "whole.json"), *boxes[4:]])
 
 
 def test_where_nothing_would_be_left_nothing_is_decided(shards: Path, tmp_path: Path) -> None:
@@ -111,11 +113,11 @@ def test_files_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     model["visft"]["model"]["name"] = "mine"
     (tmp_path / "my.json").write_text(json.dumps(model))
     (tmp_path / "engine.json").write_text((CONFIG_ROOT / "engines/zero2.json").read_text())
-    arguments, config = resolve_arguments(["--stage", "2", "--model", "my.json", "--engine", "./engine.json"])
+    arguments, config, _ = settle(["--stage", "2", "--model", "my.json", "--engine", "./engine.json"])
     assert config.deepspeed["zero_optimization"]["stage"] == 2
     assert (arguments.model, config.visft.run.out) == ("my.json", "runs/stage2-mine")
     assert missing_inputs(config)[-1].command.startswith("visft train --stage 1 --model my.json")
     with pytest.raises(FileNotFoundError, match=r"gone\.json"):
-        resolve_arguments(["--stage", "2", "--model", "gone.json"])
+        settle(["--stage", "2", "--model", "gone.json"])
     with pytest.raises(ValueError, match="did you mean debug"):
-        resolve_arguments(["--stage", "2", "--model", "debgu"])
+        settle(["--stage", "2", "--model", "debgu"])

@@ -26,8 +26,7 @@ from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.errors import exit_code
-from visft_ds.prepare.data import samples_of
-from visft_ds.prepare.datasets import TrainingSet
+from visft_ds.prepare.datasets import TrainingSet, samples_of
 
 SIZE = 1 << 30
 

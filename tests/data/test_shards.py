@@ -78,7 +78,7 @@ def test_labels_hold_everything_as_given(split: Manifest) -> None:
 def test_threads_share_a_reader_that_keeps_few_files_open(
     split: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "_MOST_OPEN", 1)
+    monkeypatch.setattr(shards, "_MAX_OPEN", 1)
     reader = ShardReader(split)
     expected = [reader.read(index) for index in range(12)]
     start, opened = threading.Barrier(4), len(os.listdir("/proc/self/fd"))

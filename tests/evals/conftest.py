@@ -18,10 +18,10 @@ from tests.random_tower import adapter_of, merge, save_adapter, save_backbone
 from tests.tiny import THREE, TINY
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.shards import Category, Manifest, ShardReader
-from visft_ds.evals.model import EvaluationModel, ModelSource, files_of_run
 from visft_ds.evaluation import collect
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
+from visft_ds.predict.loading import LoadedModel, ModelSource, files_of_run
 from visft_ds.prepare.data import vocabulary_of
 from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.prepare.model import prepare_model
@@ -138,7 +138,7 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
     save_adapter(adapter_of(adapted, prepared.base.identity), world.adapter)
 
 
-def load_stage2(world: World) -> EvaluationModel:
+def load_stage2(world: World) -> LoadedModel:
     config = world.configs[2].visft
     files = files_of_run(world.run(2), config, list(THREE))
     source = ModelSource(files, config.streams(), decoding={"captioning": {"max_length": 6}})

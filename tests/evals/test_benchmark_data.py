@@ -25,7 +25,7 @@ from visft_ds.evals.judge.images import PARTS, chosen, from_files, grouped
 from visft_ds.evals.judge.in_domain import trained_on
 from visft_ds.evals.judge.kinds import parse_benchmark, parse_benchmarks
 from visft_ds.evals.judge.logistic import held_out
-from visft_ds.evals.judge.models import ModelSpec
+from visft_ds.evals.judge.model_text import ModelSpec
 from visft_ds.evals.judge.protocol import QUICK
 from visft_ds.run.record import write_run
 

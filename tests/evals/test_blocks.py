@@ -15,7 +15,8 @@ from torch import Tensor
 from tests.clip_case import SIDE, make_clip, save_clip
 from tests.random_tower import adapter_of, merge, move_adapters, relative, save_adapter
 from visft_ds.evals.judge.encoders import KINDS_WITHOUT_TEXT
-from visft_ds.evals.judge.models import load_encoder, parse_model
+from visft_ds.evals.judge.model_text import parse_model
+from visft_ds.evals.judge.models import load_encoder
 from visft_ds.interop.adapter import Adapter
 from visft_ds.models.lora import inject_lora
 

@@ -16,9 +16,10 @@ from visft_ds.evals.judge import dense_probes
 from visft_ds.evals.judge import depth as module
 from visft_ds.evals.judge.dense_sets import read_depth
 from visft_ds.evals.judge.depth import BINS, DELTA1, RMSE, _measured, depth, judged, metres, silog, taught
-from visft_ds.evals.judge.models import load_encoder, parse_model
+from visft_ds.evals.judge.encoding import Settings
+from visft_ds.evals.judge.model_text import parse_model
+from visft_ds.evals.judge.models import load_encoder
 from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
-from visft_ds.evals.judge.scoring import Settings
 
 
 def _folder(root: Path, size: tuple[int, int], images: int = 2) -> Path:

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from tests.clip_case import SIDE, make_clip, save_clip
 from visft_ds.evals.judge.encoders import CLIP, KINDS, square_preprocess
-from visft_ds.evals.judge.models import load_encoder, parse_model
+from visft_ds.evals.judge.model_text import parse_model
+from visft_ds.evals.judge.models import load_encoder
 from visft_ds.evals.judge.ranking import class_embeddings, sentences
 
 CPU = torch.device("cpu")

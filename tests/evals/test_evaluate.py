@@ -49,7 +49,7 @@ def _evaluate(*arguments: Any) -> tuple[int, str, str]:
 
 def _finished(out: Path, *arguments: Any) -> Evaluation:
     """Evaluate without pictures; there must be nothing to complain about."""
-    status, _, errors = _evaluate(*arguments, "--out", out, "--pictures", 0)
+    status, _, errors = _evaluate(*arguments, "--out", out, "--visualizations", 0)
     assert status == 0, errors
     return read_evaluation(out.name, out)
 
@@ -191,7 +191,7 @@ def test_results_of_an_image_do_not_depend_on_its_batch(world: World) -> None:
 
 def test_two_ranks_find_what_one_finds(world: World, tmp_path: Path) -> None:
     """All tasks from one pass over the images (mode shared), each image once, and the same pictures."""
-    common = ["--run", str(world.run(1)), "--pictures", "1"]
+    common = ["--run", str(world.run(1)), "--visualizations", "1"]
     outputs = run_ranks(["tools/evaluate.py", *common, "--out", str(tmp_path / "two")])
     others = [line for line in outputs[1].splitlines() if not line.startswith("[Gloo]")]  # torch 2.10's own
     assert "mask/AP50" in outputs[0] and not others
@@ -208,7 +208,7 @@ def test_two_ranks_find_what_one_finds(world: World, tmp_path: Path) -> None:
     assert len(filled) > IMAGES and all(coco_mask.iou([a], [b], [0])[0, 0] > 0.99 for a, b in filled)
     assert list(_captions(two).items()) == list(_captions(one).items()) and len(_captions(two)) == IMAGES
     for task in THREE:
-        pictures = [each.pictures(task) for each in (two, one)]
+        pictures = [each.visualizations(task) for each in (two, one)]
         assert pictures[0].keys() == pictures[1].keys() and len(pictures[0]) > 0
         assert all(np.array_equal(pictures[0][image], pictures[1][image]) for image in pictures[0])
 
@@ -216,7 +216,7 @@ def test_two_ranks_find_what_one_finds(world: World, tmp_path: Path) -> None:
 def test_some_of_the_tasks(world: World, whole: Evaluation, tmp_path: Path) -> None:
     """Numbers, what is printed and drawn; from Python, nothing is written unless asked for."""
     some = ["--run", world.run(2), "--tasks", "captioning, detection"]
-    status, printed, errors = _evaluate(*some, "--pictures", 1, "--out", tmp_path / "out")
+    status, printed, errors = _evaluate(*some, "--visualizations", 1, "--out", tmp_path / "out")
     assert status == 0, errors
     evaluation = read_evaluation("", tmp_path / "out")
     assert evaluation.metrics == {
@@ -226,7 +226,7 @@ def test_some_of_the_tasks(world: World, whole: Evaluation, tmp_path: Path) -> N
     for name in ("box/AP50", "caption/CIDEr"):
         assert re.search(rf"{name} +{evaluation.metrics[name]:.4f}", printed)
     for task in ("captioning", "detection"):
-        drawn = next(iter(evaluation.pictures(task).values()))
+        drawn = next(iter(evaluation.visualizations(task).values()))
         assert (
             drawn.std() > 0 and np.asarray(Image.open(tmp_path / f"out/{task}.png")).shape[1] > drawn.shape[1]
         )
@@ -304,7 +304,7 @@ def test_mistakes_are_named(world: World, tmp_path: Path) -> None:
         (1, ["--data", tmp_path / "silent"], "no captions"),
     ):
         run = ["--run", world.run(stage)] if stage else []
-        status, printed, errors = _evaluate(*run, *words, "--out", tmp_path / "out", "--pictures", 0)
+        status, printed, errors = _evaluate(*run, *words, "--out", tmp_path / "out", "--visualizations", 0)
         assert status == 2 and printed.count("box/") == 0 and said in errors
         assert not (tmp_path / "out").exists()
 
@@ -318,7 +318,9 @@ def test_a_task_that_cannot_be_judged_takes_nothing_from_the_others(
         raise ValueError("the score of a result for image_id 7 is nan")
 
     monkeypatch.setattr(TASKS["detection"], "measure", judge)
-    status, printed, errors = _evaluate("--run", world.run(2), "--out", tmp_path / "out", "--pictures", 0)
+    status, printed, errors = _evaluate(
+        "--run", world.run(2), "--out", tmp_path / "out", "--visualizations", 0
+    )
     assert status == 2 and errors == "evaluate: detection: the score of a result for image_id 7 is nan\n"
     assert "mask/AP50" in printed and "caption/CIDEr" in printed and "box/" not in printed
     kept = {name: value for name, value in whole.metrics.items() if not name.startswith("box/")}

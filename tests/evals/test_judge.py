@@ -21,13 +21,15 @@ from tests.golden.judge import run
 from tests.random_tower import adapter_of, build_backbone, merge, save_adapter, save_backbone
 from visft_ds.config import resolve
 from visft_ds.errors import RankError
-from visft_ds.evals.judge import comparison
+from visft_ds.evals.judge import variants
 from visft_ds.evals.judge.benchmark import ImageSet
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
+from visft_ds.evals.judge.encoding import Settings, encode_images
 from visft_ds.evals.judge.layers import blocks_of
-from visft_ds.evals.judge.models import ModelSpec, load_encoder, parse_arms, parse_model
-from visft_ds.evals.judge.scoring import Settings, encode_images, remembered, shared
+from visft_ds.evals.judge.model_text import ModelSpec, parse_model, parse_variants
+from visft_ds.evals.judge.models import load_encoder
+from visft_ds.evals.judge.scoring import remembered, shared
 from visft_ds.interop.layouts import fingerprint_of
 from visft_ds.models.lora import inject_lora
 from visft_ds.run.record import write_run
@@ -130,7 +132,7 @@ def test_one_table_of_all_models(world: Path, finished: Path) -> None:
     assert "x 0.5" in record["models"]["visft"] and 0 < record["shifts"]["visft"] < record["shifts"]["merged"]
     page = (finished / "judge.html").read_text()
     assert all(
-        f"<h2>{of['arm']}: {of['word']}</h2>" in page and of["sentences"][0] in page
+        f"<h2>{of['variant']}: {of['word']}</h2>" in page and of["sentences"][0] in page
         for of in record["verdicts"]
     )
 
@@ -163,7 +165,7 @@ def test_the_same_command_again_computes_nothing(
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(comparison, "load_encoder", refuse)
+        patched.setattr(variants, "load_encoder", refuse)
         patched.setattr(
             "visft_ds.interop.layouts.fingerprint", refuse
         )  # a base of 10 GB is known without being read
@@ -255,7 +257,7 @@ def test_a_base_goes_on_behind_the_block_that_its_training_read(tmp_path: Path) 
     """As BASE a stage-1 run is the network that its user has; where the file ends, or #BLOCK says so, it
     ends.
     """
-    settings = [*SETTINGS, "visft.model.layers=[0]"]
+    settings = [*SETTINGS, "visft.model.out_indices=[0]"]
     config = resolve(
         stage=1, model="debug", settings=settings, flags={"visft.data.root": ("shards", "--data")}
     )
@@ -265,7 +267,7 @@ def test_a_base_goes_on_behind_the_block_that_its_training_read(tmp_path: Path) 
         backbone = build_backbone("debug", **{**options, "layers": layers})
         save_backbone(backbone, tmp_path / name / "export" / BACKBONE_FILE)
         (tmp_path / name / "export/export.json").write_text((tmp_path / name / "run.json").read_text())
-    arms = parse_arms([f"base={tmp_path}/run", f"tuned={tmp_path}/run"])
+    arms = parse_variants([f"base={tmp_path}/run", f"tuned={tmp_path}/run"])
     settings_of = Settings(torch.device("cpu"), "fp32", tmp_path, 1, 1)
 
     def ends(spec: ModelSpec) -> list[str]:
@@ -273,7 +275,7 @@ def test_a_base_goes_on_behind_the_block_that_its_training_read(tmp_path: Path) 
 
     assert ends(arms["base"][0]) == ["blocks.0", "blocks.1"] and ends(arms["tuned"][0]) == ["blocks.0"]
     for text in (f"{tmp_path}/cut", f"{tmp_path}/run#0"):
-        assert ends(parse_arms([f"base={text}"])["base"][0]) == ["blocks.0"]
+        assert ends(parse_variants([f"base={text}"])["base"][0]) == ["blocks.0"]
 
 
 def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
@@ -285,8 +287,8 @@ def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
         ([base, base], primary, "out", "two models are called clip"),
         ([base, f"tuned={base}"], primary, "foreign", "is not empty"),
         ([base, f"tuned={base}"], (), "out", "segmentation"),
-        ([f"{base},{base}", f"tuned={base}"], primary, "out", "BASE is one model"),
-        ([f"{base}@0.5", f"tuned={base}"], primary, "out", "BASE is one model"),
+        ([f"{base},{base}", f"tuned={base}"], primary, "out", "BASE must be one unscaled model"),
+        ([f"{base}@0.5", f"tuned={base}"], primary, "out", "BASE must be one unscaled model"),
     ):
         status, _, errors = _run(*models, *words, "--on", shapes, "--out", tmp_path / out)
         assert status == 2 and message in errors
@@ -305,12 +307,12 @@ def test_what_a_model_lacks_is_told_before_anything_is_encoded(
     def refuse(*_: Any) -> Any:
         raise AssertionError("encoded")
 
-    monkeypatch.setattr("visft_ds.evals.judge.scoring.encode_images", refuse)
+    monkeypatch.setattr("visft_ds.evals.judge.encoding.encode_images", refuse)
     monkeypatch.setattr("visft_ds.evals.judge.layers.encode_images", refuse)
     base, cut = world / "clip.safetensors", f"cut={world}/clip.safetensors#0"
     for kind, models, said in (
         ("zero_shot", (base, cut), "zero_shot/shapes needs clip, which cut does not have"),
-        ("kept", (base, f"tuned={base}"), "clip is not a model of timm"),
+        ("agreement", (base, f"tuned={base}"), "clip is not a model of timm"),
     ):
         on = ("--on", f"classification={world}/shapes", "--on", f"{kind}={world}/shapes")
         primary = ("--primary", "classification/shapes kNN")
@@ -364,9 +366,9 @@ def test_weights_of_timm_are_fetched_with_download_only(
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr("visft_ds.pretrained.fetch", fetch)
     with pytest.raises(ValueError, match="add --download"):
-        parse_arms(["timm:test_vit.r160_in1k"])
+        parse_variants(["timm:test_vit.r160_in1k"])
     assert not asked
-    parse_arms(["timm:test_vit.r160_in1k"], download=True)
+    parse_variants(["timm:test_vit.r160_in1k"], download=True)
     assert asked
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.golden.judge import CASES, FILE, digits_of, draw, judged, run, toy_towers
-from visft_ds.evals.judge import layers, scoring
+from visft_ds.evals.judge import encoding, layers
 
 NUMBER = "segmentation/two in-context mIoU"
 #: One machine gives equal digits; another one may see a patch of an image otherwise.
@@ -70,7 +70,7 @@ def test_a_copy_of_the_best_block_at_the_end_is_better_placed(
     assert row["differences"]["tuned"]["value"] == 0
     assert list(choices["base"]["held_out"]) == [f"blocks.{number}" for number in range(3)]
     assert "One fifth of the training images" in (data / "out/better placed/judge.html").read_text()
-    monkeypatch.setattr(scoring, "MOST", 1)
+    monkeypatch.setattr(encoding, "MOST", 1)
     (data / "cache").rename(data / "cache of all blocks")
     again = judged("better placed", data, data / "again")
     assert again["layers"] == placed["layers"] and again["rows"] == placed["rows"]
@@ -84,7 +84,7 @@ def test_heads_alone_choose_among_all_blocks(record: Judged) -> None:
 
 def test_at_last_layers_nothing_is_called_a_gain(record: Judged) -> None:
     last = record("last layers")
-    assert last["verdicts"][0]["word"] == "better placed" and list(last["arms"]) == ["base", "tuned"]
+    assert last["verdicts"][0]["word"] == "better placed" and list(last["variants"]) == ["base", "tuned"]
     assert "at their last layers" in last["verdicts"][0]["sentences"][0]
     assert not last["best"] and last["layers"] == {}
 
@@ -124,7 +124,8 @@ def test_a_control_that_moves_nothing_is_named_and_stops_nobody(data: Path, reco
     (verdict,), (trial,) = of_control["verdicts"], of_control["trials"]
     assert trial["controls"] == ["noise", "other"] and trial["missed"] == {"idle": 0.0} and trial["compared"]
     assert (
-        "idle moves features by 0.000 at most" in verdict["sentences"][0] and "idle" not in of_control["arms"]
+        "idle moves features by 0.000 at most" in verdict["sentences"][0]
+        and "idle" not in of_control["variants"]
     )
     assert "idle: no scale of it" in (data / "out/control/judge.html").read_text()
 
@@ -132,7 +133,7 @@ def test_a_control_that_moves_nothing_is_named_and_stops_nobody(data: Path, reco
 def test_identical_weights_are_the_same_beside_a_model_that_ends_earlier(data: Path, record: Judged) -> None:
     """The bar of every model is the best block of the whole base."""
     cut = record("cut")
-    words = {verdict["arm"]: verdict["word"] for verdict in cut["verdicts"]}
+    words = {verdict["variant"]: verdict["word"] for verdict in cut["verdicts"]}
     assert words == {"tuned": "the same", "risen": "the same", "short": "better placed"}
     assert cut["layers"][NUMBER]["base"]["chosen"] == "blocks.2"
     same, risen, placed = (verdict["sentences"][0] for verdict in cut["verdicts"])
@@ -146,7 +147,7 @@ def test_identical_weights_are_the_same_beside_a_model_that_ends_earlier(data: P
 
 def test_a_control_counts_for_every_tuned_model(record: Judged) -> None:
     two = record("two")
-    controls = {trial["arm"]: trial["controls"] for trial in two["trials"]}
+    controls = {trial["variant"]: trial["controls"] for trial in two["trials"]}
     assert controls == {
         "tuned": ["noise of tuned", "turned of tuned"],
         "second": ["noise of second", "turned of second"],
@@ -165,7 +166,7 @@ def test_seeds_choose_one_layer_and_have_their_own_controls(record: Judged) -> N
     for name in ("noise", "other"):
         first, second = row["differences"][name]["each"]
         assert abs(first - second) > 0.01, name
-    assert seeds["arms"]["other"] == ["other 1", "other 2"]
+    assert seeds["variants"]["other"] == ["other 1", "other 2"]
 
 
 def test_of_equal_blocks_the_last_is_chosen() -> None:

@@ -31,10 +31,10 @@ from visft_ds.evals.judge.crops import View
 from visft_ds.evals.judge.dense_probes import LiveFeatures
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
+from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.heads import Heads
 from visft_ds.evals.judge.neighbours import Rows, by_neighbours
 from visft_ds.evals.judge.protocol import PUBLISHED
-from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.segmentation import IN_CONTEXT, LINEAR, overlapping, segmentation
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

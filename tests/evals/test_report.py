@@ -48,18 +48,18 @@ def _run(folder: Path, *settings: str) -> Path:
 def _evaluate(run: Path, more: float = 0.0, images: tuple[int, ...] = (1, 2), total: int = 2) -> None:
     """RUN/evaluation-val as visft evaluate writes it."""
     folder = run / f"evaluation-{resolve(stage=2, model='debug').visft.data.val}"
-    pictures = []
+    drawings = []
     for image in images:
         pixels = np.full((20, 30, 3), 100 + image, dtype=np.uint8)
         drawn = side_by_side((pixels, "ground truth: 1"), (pixels // 2, "predicted: 1"))
-        save_png(drawn, folder / f"pictures/detection-{image}.png")
-        pictures.append({"image_id": image, "file": f"pictures/detection-{image}.png"})
+        save_png(drawn, folder / f"visualizations/detection-{image}.png")
+        drawings.append({"image_id": image, "file": f"visualizations/detection-{image}.png"})
     record = {
         "format": FORMAT,
         "version": VERSION,
         "metrics": {name: value + more if value >= 0 else value for name, value in METRICS.items()},
         "data": {"where": "shards/<val>", "images": len(images), "total": total},
-        "pictures": {"detection": pictures},
+        "visualizations": {"detection": drawings},
     }
     (folder / "metrics.json").write_text(json.dumps(record))
 
@@ -148,11 +148,11 @@ def test_what_was_judged_stands_on_the_page(tmp_path: Path, undrawn: None) -> No
     ]
     record = {
         "format": "visft_ds judge 3",
-        "arms": {"before": [], "after": []},
+        "variants": {"before": [], "after": []},
         "rows": rows,
         "primary": rows[0]["name"],
     }
-    record["verdicts"] = [{"arm": "after", "word": "not shown", "sentences": ["One.", "Two."]}]
+    record["verdicts"] = [{"variant": "after", "word": "not shown", "sentences": ["One.", "Two."]}]
     (tmp_path / "table").mkdir()
     (tmp_path / "table/judge.json").write_text(json.dumps(record))
     text = _page(_run(tmp_path / "run"), "--judge", tmp_path / "table", "--out", tmp_path / "r.html")

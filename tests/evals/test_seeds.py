@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.evals.test_judge import _record, _run, world
-from visft_ds.evals.judge.models import parse_arms
+from visft_ds.evals.judge.model_text import parse_variants
 
 __all__ = ["world"]  # the fixture
 
@@ -16,16 +16,16 @@ def test_arms_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     for name in ("a.pt", "b.pt", "c.pt", "l,m.pt", "x"):
         Path(name).write_text("")
-    found = parse_arms(["base=a.pt", "s=a.pt+x,c.pt+x#5@0.5"])["s"]
+    found = parse_variants(["base=a.pt", "s=a.pt+x,c.pt+x#5@0.5"])["s"]
     parts = [(one.label, one.name, one.block, one.scale) for one in found]
     assert parts == [("s 1", "a.pt", None, 1.0), ("s 2", "c.pt", 5, 0.5)]
     assert all(one.origin is not None and one.origin.label == "base" for one in found)
     assert (
-        len(parse_arms(["l,m.pt"])) == len(parse_arms(["x=l,m.pt"])) == 1
+        len(parse_variants(["l,m.pt"])) == len(parse_variants(["x=l,m.pt"])) == 1
     )  # a name that exists is never cut
-    assert [one.label for one in parse_arms(["c.pt", "a.pt,b.pt"])["a"]] == ["a 1", "a 2"]
+    assert [one.label for one in parse_variants(["c.pt", "a.pt,b.pt"])["a"]] == ["a 1", "a 2"]
     with pytest.raises(ValueError, match="seeds"):
-        parse_arms(["c.pt", "a=a.pt,b.pt", "b=a.pt,b.pt,c.pt"])
+        parse_variants(["c.pt", "a=a.pt,b.pt", "b=a.pt,b.pt,c.pt"])
 
 
 def test_the_command_compares_seeds_and_keeps_what_was_named(world: Path, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_the_command_compares_seeds_and_keeps_what_was_named(world: Path, tmp_pa
     assert status == 0, errors
     assert f"in {first}" in said
     record = _record(tmp_path / "out")
-    assert record["primary"] == first and record["arms"]["seeds"] == ["seeds 1", "seeds 2", "seeds 3"]
+    assert record["primary"] == first and record["variants"]["seeds"] == ["seeds 1", "seeds 2", "seeds 3"]
     (row,) = (row for row in record["rows"] if row["name"] == first)
     assert row["differences"].keys() == {"seeds"} and len(row["differences"]["seeds"]["each"]) == 3
     assert f"was judged by {first}" in _run(*command, "--primary", other)[2]

@@ -24,9 +24,10 @@ from visft_ds.evals.judge import dense_probes
 from visft_ds.evals.judge.benchmark import ImageSet, Label
 from visft_ds.evals.judge.crops import label_of
 from visft_ds.evals.judge.dense_sets import NOTHING, DenseSet, Thing, read_train_and_test
-from visft_ds.evals.judge.models import load_encoder, parse_model
+from visft_ds.evals.judge.encoding import Settings
+from visft_ds.evals.judge.model_text import parse_model
+from visft_ds.evals.judge.models import load_encoder
 from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
-from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.segmentation import contenders, largest, overlapping, pooled, segmentation, typical
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.classes import VOID

@@ -16,13 +16,14 @@ from PIL import Image
 from tests.clip_case import SIDE
 from tests.evals.test_judge import _record, _run, world
 from tests.random_tower import relative, save_adapter
-from visft_ds.evals.judge import comparison
 from visft_ds.evals.judge import shift as shift_of
+from visft_ds.evals.judge import variants
 from visft_ds.evals.judge.benchmark import Benchmark, ImageSet, Number
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
-from visft_ds.evals.judge.models import Mixture, ModelSpec, load_encoder, parse_arms, parse_model
-from visft_ds.evals.judge.scoring import Settings
+from visft_ds.evals.judge.encoding import Settings
+from visft_ds.evals.judge.model_text import ModelSpec, parse_model, parse_variants
+from visft_ds.evals.judge.models import Mixture, load_encoder
 from visft_ds.evals.judge.shift import WITHIN, ShiftMeter, scale_for
 from visft_ds.interop.adapter import Adapter
 from visft_ds.settings.fields import Precision
@@ -138,7 +139,7 @@ def test_controls_are_brought_to_the_shift_of_what_they_control(
         loaded.add((spec.label, precision))
         return load_encoder(spec, precision)
 
-    monkeypatch.setattr(comparison, "load_encoder", load)
+    monkeypatch.setattr(variants, "load_encoder", load)
     status, _, errors = _run(*words, "--precision", "bf16")
     assert (status, errors) == (0, "")
     assert loaded == {
@@ -150,7 +151,7 @@ def test_controls_are_brought_to_the_shift_of_what_they_control(
     }
     record = _record(tmp_path / "out")
     shifts, (trial,) = record["shifts"], record["trials"]
-    assert (trial["arm"], trial["controls"], trial["half"]) == ("tuned", ["noise", "equal"], "half")
+    assert (trial["variant"], trial["controls"], trial["half"]) == ("tuned", ["noise", "equal"], "half")
     assert trial["shift"] == shifts["tuned"] and not trial["missed"] and not trial["compared"]
     assert [shifts["noise"], shifts["equal"]] == pytest.approx([shifts["tuned"]] * 2, rel=WITHIN)
     assert shifts["half"] < 0.9 * shifts["tuned"] and record["scales"]["half"] == 0.5
@@ -173,14 +174,14 @@ def _plain_shift(world: Path) -> float:
 
 def test_what_is_mixed_of_merged_weights_is_what_the_adapter_gives_at_that_scale(world: Path) -> None:
     base, image = world / "clip.safetensors", torch.randn(2, 3, SIDE, SIDE)
-    arms = parse_arms([f"{base}", f"a={base}+{world}/adapter@0.3", f"b={world}/merged.safetensors@0.3"])
+    arms = parse_variants([f"{base}", f"a={base}+{world}/adapter@0.3", f"b={world}/merged.safetensors@0.3"])
     own, merged = (load_encoder(arms[label][0], "fp32").module for label in "ab")
     with torch.no_grad():
         assert relative(merged(image, ["pooled"])["pooled"], own(image, ["pooled"])["pooled"]) < 1e-6
 
 
 def test_noise_is_as_large_as_what_was_learnt_and_where_it_was(world: Path) -> None:
-    (tuned,) = parse_arms([str(world / "clip.safetensors"), f"t={world}/merged.safetensors"])["t"]
+    (tuned,) = parse_variants([str(world / "clip.safetensors"), f"t={world}/merged.safetensors"])["t"]
     learnt, noise = (Mixture(replace(tuned, noise=seed), "fp32").changes for seed in (None, 1))
     assert learnt.keys() == noise.keys() == {f"blocks.{number}.attn.qkv.weight" for number in (0, 1)}
     for name, change in learnt.items():

@@ -18,7 +18,7 @@ from visft_ds.evals.records import Interval
 PRIMARY = "segmentation/voc in-context mIoU"
 NUMBERS = {
     "depth/nyu RMSE": Number("RMSE", "Metres.", source="<dinov3>", differs="flips", lower=True),
-    "kept/voc top-1": Number("top-1", "Answers that stay.", agreement=True),
+    "agreement/voc top-1": Number("top-1", "Answers that stay.", agreement=True),
 }
 UP, AROUND, DOWN = Interval(0.03, 0.01, 0.05), Interval(0.01, -0.01, 0.03), Interval(-0.03, -0.05, -0.01)
 
@@ -136,14 +136,14 @@ def _results() -> Results:
         "segmentation/voc linear mIoU": (0.02, -0.01, 0.01),
         "classification/<digits> kNN": (-0.04, -0.05, -0.02),
         "depth/nyu RMSE": (0.02, 0.03, 0.0),
-        "kept/voc top-1": (-0.25, -0.5, -0.125),
+        "agreement/voc top-1": (-0.25, -0.5, -0.125),
     }
     found: dict[str, dict[str, Score]] = {arm: {} for arm in ("base", "tuned", "noise", "half")}
     for name, of_arms in changes.items():
-        base = np.ones(200) if name.startswith("kept/") else rng.random(200)
+        base = np.ones(200) if name.startswith("agreement/") else rng.random(200)
         for arm, change in zip(found, (0.0, *of_arms), strict=True):
             values = base + change + (rng.normal(0, 0.03, 200) if change else 0)
-            if name.startswith("kept/"):
+            if name.startswith("agreement/"):
                 values = (np.arange(200) >= -200 * change).astype(float)
             found[arm][name] = Score(name, values)
     return found
@@ -206,7 +206,7 @@ def test_the_page_tells_all_of_the_record() -> None:
     arms = {arm: [arm] for arm in _results()}
     record = {
         "models": {arm: f"{arm}.safetensors" for arm in arms},
-        "arms": arms,
+        "variants": arms,
         "trials": [asdict(trial) for trial in trials],
         "primary": PRIMARY,
         "protocol": "quick",

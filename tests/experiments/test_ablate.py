@@ -130,7 +130,7 @@ def test_the_table_holds_gain_and_price_at_equal_feature_shift(
 ) -> None:
     """Of each arm once, whatever other numbers a data set gives."""
     equal, drawn = f"boxes {EQUAL}", np.random.default_rng(0).random(400)
-    numbers = ("segmentation/x in-context mIoU", "kept/x predictions", "segmentation/x linear mIoU")
+    numbers = ("segmentation/x in-context mIoU", "agreement/x predictions", "segmentation/x linear mIoU")
     # Shares of items that are right.
     right = {
         BASE: (0.2, 1.0, 0.1),
@@ -150,7 +150,7 @@ def test_the_table_holds_gain_and_price_at_equal_feature_shift(
         rows = rows_of(results, {arm: [arm] for arm in arms}, [Trial(arms[1], tuple(arms[2:]))], numbers[0])
         record = {
             "primary": numbers[0],
-            "arms": {arm: [arm] for arm in arms},
+            "variants": {arm: [arm] for arm in arms},
             "shifts": dict.fromkeys(arms, 0.2),
             "rows": [asdict(row) for row in rows],
         }
@@ -161,13 +161,13 @@ def test_the_table_holds_gain_and_price_at_equal_feature_shift(
     assert "was not judged" in " ".join(capsys.readouterr().out.split())
     rows_by_arm = {row["arm"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
     assert list(rows_by_arm) == [FIRST, "boxes", equal]
-    assert rows_by_arm[FIRST].keys() == {"arm", "feature shift", "minus base", "kept/x predictions"}
+    assert rows_by_arm[FIRST].keys() == {"arm", "feature shift", "minus base", "agreement/x predictions"}
     row = rows_by_arm[equal]
     assert row["two stages minus it"]["value"] == 0
-    assert row["two stages minus it, kept/x predictions"]["value"] == pytest.approx(0.6 - 0.8, abs=0.05)
+    assert row["two stages minus it, agreement/x predictions"]["value"] == pytest.approx(0.6 - 0.8, abs=0.05)
     assert set(row) - set(rows_by_arm[FIRST]) == {
         "two stages minus it",
-        "two stages minus it, kept/x predictions",
+        "two stages minus it, agreement/x predictions",
     }
 
 

@@ -27,7 +27,7 @@ def train_stages(folder: Path) -> dict[str, list[dict[str, float]]]:
         settings = {
             "scheduler.params.total_num_steps": STEPS,
             "scheduler.params.warmup_num_steps": 2,
-            "visft.run.rehearsal": False,  # leaves no trace, and takes longer than the steps
+            "visft.run.memory_check": False,  # leaves no trace, and takes longer than the steps
             **({"visft.heads.path": str(folder / "stage1/export")} if stage == 2 else {}),
         }
         places = ["--data", str(shards), "--out", str(out)]

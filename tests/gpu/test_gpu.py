@@ -70,7 +70,12 @@ SETTINGS = [
         "scheduler.params.warmup_num_steps=2",
         "visft.heads.start=random",
     ),
-    *("visft.run.save_every=1", "visft.run.keep_last=6", "visft.run.eval_every=0", "visft.run.pictures=0"),
+    *(
+        "visft.run.save_every=1",
+        "visft.run.keep_last=6",
+        "visft.run.eval_every=0",
+        "visft.run.visualizations=0",
+    ),
     *("visft.mode=shared", "visft.shared.batch_size=4", "visft.shared.micro_batch=2"),
     "visft.tasks.captioning.head.dropout=0.0",
     'visft.param_groups=[{"name": "lora", "params": "backbone.*.lora_*"}, {"name": "heads", "params": "heads.*"}]',

@@ -22,16 +22,16 @@ import pytest
 import torch
 from PIL import Image
 
-from visft_ds.evals.judge.benchmark import ImageSet
+from visft_ds.evals.judge.benchmark import PUBLISHED_SIDE, ImageSet
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.classification import classification
-from visft_ds.evals.judge.comparison import SIDE
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.depth import RMSE
+from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.kinds import parse_benchmark
-from visft_ds.evals.judge.models import load_encoder, parse_model
+from visft_ds.evals.judge.model_text import parse_model
+from visft_ds.evals.judge.models import load_encoder
 from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
-from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.segmentation import segmentation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -71,7 +71,7 @@ def test_a_published_number(
     benchmark = parse_benchmark(f"{kind}={folder}", PUBLISHED)
     encoder = load_encoder(parse_model(f"timm:{model}:{weights}/{model}.safetensors"), "fp32")
     patch = encoder.module.backbone.patch_size  # type: ignore[union-attr]
-    encoder = replace(encoder, side=SIDE // patch * patch)  # type: ignore[operator]
+    encoder = replace(encoder, side=PUBLISHED_SIDE // patch * patch)  # type: ignore[operator]
     settings = Settings(torch.device("cuda"), "fp32", tmp_path, 16, 8)
     assert benchmark.published is not None
     (score,) = benchmark.published(encoder, settings, [number])

@@ -26,7 +26,6 @@ from tests.random_tower import (
 from visft_ds.config import resolve
 from visft_ds.config.backbones import named
 from visft_ds.config.schema import OptimizerParams
-from visft_ds.evals.model import ModelFiles, ModelSource
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README
 from visft_ds.interop.heads import HeadInfo, open_head, read_elsewhere, save_head
@@ -35,6 +34,7 @@ from visft_ds.merge.cli import main as merge
 from visft_ds.models import Backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
+from visft_ds.predict.loading import ModelFiles, ModelSource
 from visft_ds.predict.model import load
 from visft_ds.prepare.model import plan_model
 
@@ -174,7 +174,7 @@ def test_heads_are_refused_that_learnt_to_read_another_block() -> None:
 
 def test_base_weights_end_where_a_name_or_all_heads_say(tmp_path: Path) -> None:
     """Without a run nothing else tells."""
-    assert (named("lite0").description or {})["layers"] == [5]
+    assert (named("efficientnet_lite0").description or {})["layers"] == [5]
     save_backbone(build_backbone("debug", **{**SMALL, "width": 16}), tmp_path / "base.safetensors")
     stored = finished.runs() / "stage1/export/detection.safetensors"
     head, base = open_head(stored, "detection"), tmp_path / "base.safetensors"
@@ -184,7 +184,7 @@ def test_base_weights_end_where_a_name_or_all_heads_say(tmp_path: Path) -> None:
 
 
 def test_heads_and_adapters_fit_the_block_of_the_configuration() -> None:
-    settings = ("visft.model.preset=timm:tf_efficientnet_lite0", "visft.model.layers=[5]")
+    settings = ("visft.model.preset=timm:tf_efficientnet_lite0", "visft.model.out_indices=[5]")
     targets = 'visft.lora.targets=["blocks.[45].*.conv_pw", "blocks.[45].*.conv_pwl"]'
     for stage, more in ((1, ()), (2, (targets,))):
         config = resolve(stage=stage, model="debug_convnext", settings=(*settings, *more))

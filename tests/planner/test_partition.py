@@ -49,12 +49,12 @@ def test_frozen_blocks_count_as_the_work_they_are() -> None:
 
 def test_what_trains_costs_its_backward_pass() -> None:
     images = ("visft.mode=shared", "visft.shared.batch_size=4", "visft.shared.micro_batch=1")
-    plain = (*images, "visft.model.recompute=none")
+    plain = (*images, "visft.model.activation_checkpointing=none")
     heads, adapters = planned(1, *plain), planned(2, *plain)
     assert (
         2.2 * heads.costs[2] < adapters.costs[2] < 3.2 * heads.costs[2]
     )  # the gradient of its input, and adapters
-    recomputed = planned(2, *images, "visft.model.recompute=block")
+    recomputed = planned(2, *images, "visft.model.activation_checkpointing=block")
     # Once more forward, up to the last product, whose result nobody needs.
     assert 0.6 * heads.costs[2] < recomputed.costs[2] - adapters.costs[2] < heads.costs[2]
 

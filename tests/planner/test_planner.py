@@ -38,7 +38,7 @@ from visft_ds.planner.trace import Tracer, Work, operators_of
 from visft_ds.tasks.task import Content
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-BLOCK_AGAIN = ("visft.model.recompute=block",)
+BLOCK_AGAIN = ("visft.model.activation_checkpointing=block",)
 
 
 def debug(stage: int, *settings: str, model: str = "debug") -> ResolvedConfig:
@@ -81,7 +81,7 @@ def test_images_that_differ_in_size_are_planned_apart(model: str, least: float, 
         sizes = {"fixed_size": side, "max_size_train": 112}
         settings = [f"visft.tasks.detection.image.{key}={json.dumps(value)}" for key, value in sizes.items()]
         settings += ["visft.tasks.detection.micro_batch=4", "visft.tasks.detection.batch_size=4"]
-        config = debug(2, "visft.model.recompute=none", *settings, model=model)
+        config = debug(2, "visft.model.activation_checkpointing=none", *settings, model=model)
         run = PlannedRun(config, derive_batches(config, 1), "fp32", VOCABULARY, CPU)
         found.append(trace_step(run, config.visft.streams()["detection"]))
     squares, mixed = found
@@ -98,7 +98,7 @@ def test_saved_activations_of_a_block_are_those_of_arithmetic() -> None:
     """
     peaks = []
     for depth in (2, 4):
-        sets = ("visft.model.recompute=none", f'visft.model.overrides={{"depth": {depth}}}')
+        sets = ("visft.model.activation_checkpointing=none", f'visft.model.overrides={{"depth": {depth}}}')
         config = resolve(stage=2, model="eva_e", settings=(*sets, "visft.tasks.captioning.image.size=224"))
         run = PlannedRun(config, derive_batches(config, 8), "bf16", 100, CUDA, Content(caption_ids=4))
         peaks.append(trace_step(run, config.visft.streams()["captioning"]).activations)
@@ -274,7 +274,11 @@ def test_what_all_engines_refuse_is_told() -> None:
 def test_a_model_that_no_gpu_holds_is_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one GPU too, on which ZeRO divides nothing."""
     shape = 'visft.model.overrides={"width": 1024, "depth": 24, "num_heads": 8}'
-    alone = ("visft.tasks.detection.batch_size=1", "visft.model.recompute=none", "visft.model.precision=auto")
+    alone = (
+        "visft.tasks.detection.batch_size=1",
+        "visft.model.activation_checkpointing=none",
+        "visft.model.precision=auto",
+    )
     config = debug(2, "visft.tasks=detection", shape, *alone)
     monkeypatch.setattr("visft_ds.planner.search.MEMORY_SHARE", 0.5 / 16)
     best, *others = search(config, parse_cluster("1xT4"))
@@ -384,7 +388,7 @@ def test_the_page_quotes_the_plan() -> None:
         (row,) = re.findall(rf"^\| {cluster.replace('x', ' x ', 1)} \| (.+) \|$", page, re.MULTILINE)
         engine, policy, memory, speed, hours = row.split(" | ")
         best = search(resolve(stage=2, model="eva_e"), parse_cluster(cluster))[0]
-        assert (engine, policy) == (best.engine, f"`{best.run.config.visft.model.recompute}`")
+        assert (engine, policy) == (best.engine, f"`{best.run.config.visft.model.activation_checkpointing}`")
         assert float(memory) == pytest.approx(best.needed / 2**30, rel=0.02)
         assert float(speed) == pytest.approx(best.images_per_second, rel=0.02)
         assert float(hours) == pytest.approx(best.hours, rel=0.05)

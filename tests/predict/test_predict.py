@@ -13,17 +13,17 @@ import torch
 from PIL import Image, ImageOps
 
 from tests import finished
+from tests.opened import open_run
 from tests.random_tower import merge
 from visft_ds.config.record import recorded_config
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.evals.model import ModelSource, files_of_run
 from visft_ds.evaluation import collect
 from visft_ds.interop.adapter import Adapter
 from visft_ds.predict.images import find_images, open_file, opened
+from visft_ds.predict.loading import ModelSource, files_of_run
 from visft_ds.predict.model import Model, load, load_backbone
 from visft_ds.predict.results import Prediction
-from visft_ds.prepare.data import open_data
 from visft_ds.tasks.pictures import palette
 
 TASKS = ["detection", "segmentation", "captioning"]
@@ -53,7 +53,7 @@ def _same(found: Prediction, wanted: Prediction) -> None:
 
 def test_predictions_are_those_of_an_evaluation(model: Model, place: Path) -> None:
     recorded = recorded_config(place / "runs/stage2")
-    config, streams = recorded.visft, open_data(recorded, 1)[1].streams
+    config, streams = recorded.visft, open_run(recorded)[1].streams
     files = files_of_run(place / "runs/stage2", config, TASKS)
     decoding = {"captioning": config.tasks.captioning.decoding.model_dump()}  # type: ignore[union-attr]
     source = ModelSource(files, config.streams(), decoding=decoding)

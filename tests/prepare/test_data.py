@@ -15,14 +15,15 @@ import pytest
 import torch
 
 from tests.coco_tree import write_tree
+from tests.opened import open_run
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import Plan
 from visft_ds.data.samples import RawSample
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import ShortSides
-from visft_ds.prepare.data import open_data, read_vocabulary, vocabulary_of
-from visft_ds.prepare.datasets import TrainingSet, check_samples, needs_vocabulary, open_training_data
+from visft_ds.prepare.data import read_vocabulary, vocabulary_of
+from visft_ds.prepare.datasets import TrainingSet, check_samples, needs_vocabulary, open_training_sets
 from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -82,7 +83,7 @@ def with_sets(folder: Path, *settings: str, sets: Any = None) -> ResolvedConfig:
 
 
 def load(config: ResolvedConfig, steps: int) -> list[Any]:
-    data = open_data(config, 1)[1]
+    data = open_run(config)[1]
     loader = StepLoader(
         {name: ShardReader(one.manifest) for name, one in data.sets.items()}, data.plan, data.pipelines
     )
@@ -121,14 +122,14 @@ def test_shared_steps_have_targets_only_for_what_their_set_teaches(folder: Path)
 def test_weights_decide_how_often_a_set_is_drawn(folder: Path) -> None:
     sets = [{"name": "objects", "root": str(folder), "split": "objects", "tasks": ["detection"]}]
     config = with_sets(folder, "visft.data.weight=3", "visft.tasks=detection", sets=sets)
-    plan = open_data(config, 1)[1].plan
+    plan = open_run(config)[1].plan
     drawn = [plan.step(step).dataset for step in range(400)]
     assert drawn.count("objects") == pytest.approx(100, abs=3)
 
 
 def test_the_words_of_all_captions_are_known(folder: Path) -> None:
     config = with_sets(folder, "visft.tasks.captioning.vocabulary.min_count=25").visft
-    sets = open_training_data(config)
+    sets = open_training_sets(config, {})
     with pytest.raises(ValueError, match="min_count = 25"):
         vocabulary_of(config, {"train": sets["train"]})
     words = vocabulary_of(config, sets)
@@ -137,7 +138,7 @@ def test_the_words_of_all_captions_are_known(folder: Path) -> None:
 
 def test_the_content_of_all_sets_is_part_of_a_runs_identity(folder: Path) -> None:
     def content(sets: list[Any] | None) -> str:
-        return open_data(with_sets(folder, sets=sets), 1)[1].identity()["data set"]
+        return open_run(with_sets(folder, sets=sets))[1].identity()["data set"]
 
     assert content([]) == Manifest.load(folder, "train").fingerprint != content(None)
 
@@ -145,7 +146,7 @@ def test_the_content_of_all_sets_is_part_of_a_runs_identity(folder: Path) -> Non
 def test_a_set_of_other_categories_is_refused(folder: Path) -> None:
     sets = [{"name": "others", "root": str(folder), "split": "others", "tasks": ["detection"]}]
     with pytest.raises(ValueError, match="'kettle'"):
-        open_training_data(with_sets(folder, sets=sets).visft)
+        open_training_sets(with_sets(folder, sets=sets).visft, {})
     with pytest.raises(ValueError, match="'kettle'"):
         plan_of(folder, "train", "visft.tasks=detection", "visft.run.eval_every=1", "visft.data.val=others")
 
@@ -159,7 +160,7 @@ def only(manifest: Manifest, config: ResolvedConfig) -> dict[str, TrainingSet]:
 
 def plan_of(folder: Path, split: str, *settings: str, stage: int = 2) -> Plan:
     config = config_of(f"visft.data.root={folder}", f"visft.data.train={split}", *settings, stage=stage)
-    return open_data(config, 1)[1].plan
+    return open_run(config)[1].plan
 
 
 def places(folder: Path, task: str, *settings: str) -> set[int]:

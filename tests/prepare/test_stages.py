@@ -101,7 +101,7 @@ def test_random_base_weights_in_a_file_are_the_same_base(first: PreparedModel, t
 
 @pytest.mark.parametrize("active", [False, True])
 def test_frozen_heads_drop_nothing_unless_asked_to(active: bool) -> None:
-    model = prepared(configured(2, {"visft.heads.active_dropout": active})).module
+    model = prepared(configured(2, {"visft.heads.train_mode": active})).module
     model.train()
     dropouts = [
         module for module in model.heads.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0

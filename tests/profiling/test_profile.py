@@ -17,7 +17,7 @@ SETTINGS = (
     "visft.tasks.detection.micro_batch=1",
     "visft.tasks.detection.image.fixed_size=56",
     'visft.model.overrides={"width": 32, "depth": 2, "num_heads": 2, "image_size": 56}',
-    "visft.run.rehearsal=false",
+    "visft.run.memory_check=false",
 )
 FLAGS = ["--model", "debug", "--tasks", "detection", "--synthetic", "--steps", "2", "--warmup", "1"]
 FLAGS += [f"--set={setting}" for setting in SETTINGS]

@@ -73,7 +73,7 @@ sys.exit(main(sys.argv[2:]))
 @pytest.mark.slow
 @pytest.mark.parametrize(("at", "where"), [(1, "the rehearsal of shared"), (4, r"step 3 \(shared\)")])
 def test_one_rank_without_room_is_told_apart(at: int, where: str, shards: Path, tmp_path: Path) -> None:
-    arguments = command(shards, tmp_path / "run", extra={"visft.run.rehearsal": True})
+    arguments = command(shards, tmp_path / "run", extra={"visft.run.memory_check": True})
     codes, outputs = finish(start_ranks(["-c", NO_ROOM, str(at), *arguments]), timeout=600)
     assert codes == [3, 2], outputs
     assert re.search(rf"^\[rank 1\] error: out of memory in {where}: 1 images of 56 x 56", outputs[1], re.M)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.coco_tree import write_shards
+from tests.opened import open_run
 from visft_ds.config import Batches, derive_batches, resolve
 from visft_ds.parallel.pipeline import sample_checksum
-from visft_ds.prepare.data import RunData, open_data
+from visft_ds.prepare.data import RunData
 from visft_ds.resilience.memory import largest_batches, largest_shape
 
 
@@ -23,7 +24,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(shards: Path) -> tuple[RunData, Batches]:
     """Stage 2 of the debug model on four ranks."""
     settings = [f"visft.data.root={shards}", "visft.run.eval_every=0"]
-    config, data = open_data(resolve(stage=2, model="debug", settings=settings), 1)
+    config, data = open_run(resolve(stage=2, model="debug", settings=settings))
     return data, derive_batches(config, 4)
 
 

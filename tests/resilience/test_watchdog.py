@@ -15,10 +15,10 @@ HANGS = """
 import time
 from visft_ds.resilience.watchdog import Watchdog
 with Watchdog(1, 0.8).watching() as dog:
-    dog.begin("evaluating", timed=False)
-    time.sleep(2)
-    dog.begin("step 7: reading")
-    time.sleep(600)
+    with dog.phase("evaluating", timed=False):
+        time.sleep(2)
+    with dog.phase("step 7: reading"):
+        time.sleep(600)
 """
 
 
@@ -37,8 +37,8 @@ def test_a_lost_peer_is_told_with_the_phase(monkeypatch: pytest.MonkeyPatch, sai
 
     def lose() -> None:
         with dog.watching():
-            dog.begin("step 3: saving")
-            raise RuntimeError(said)
+            with dog.phase("step 3: saving"):
+                raise RuntimeError(said)
 
     with pytest.raises(LostRank, match="step 3: saving"):
         lose()

@@ -21,7 +21,7 @@ def configured() -> ResolvedConfig:
         *(
             "visft.mode=sampled",
             "visft.tasks=detection",
-            "visft.model.recompute=auto",
+            "visft.model.activation_checkpointing=auto",
             "visft.data.prefetch_steps=0",
         ),
         *("visft.tasks.detection.micro_batch=4", "visft.tasks.detection.batch_size=4"),
@@ -33,7 +33,7 @@ def configured() -> ResolvedConfig:
 
 def needs(policy: str) -> int:
     """Bytes of the largest step on one process."""
-    config = changed(configured(), [f"visft.model.recompute={policy}"])
+    config = changed(configured(), [f"visft.model.activation_checkpointing={policy}"])
     return plan_largest(planned_run(config, 1, "fp32", None, torch.device("cpu"))).total
 
 
@@ -41,15 +41,18 @@ def main(out: str) -> None:
     from visft_ds import distributed
     from visft_ds.parallel.engine import start_process_group
     from visft_ds.run import machine
+    from visft_ds.run.folder import EarlierStarts
 
     start_process_group()
     rank = distributed.rank()
     room = {0: needs("none"), 1: needs("block")}[rank]
     machine.memory_of = lambda device: room
     config = configured()
-    chosen, there = machine.settle_recompute(config, machine.check_machine(config, None, 1))
+    chosen, there = machine.settle_checkpointing(
+        config, machine.check_machine(config, 1), None, EarlierStarts()
+    )
     Path(f"{out}.{rank}").write_text(
-        json.dumps([chosen.visft.model.recompute, there.why_recompute]), encoding="utf-8"
+        json.dumps([chosen.visft.model.activation_checkpointing, there.why_checkpointing]), encoding="utf-8"
     )
     distributed.close()
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from tests import finished
+from tests.opened import open_run
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.prepare.data import RunData, open_data
+from visft_ds.prepare.data import RunData
 from visft_ds.run.advice import Finding, findings_of, lines_of, verdicts
 from visft_ds.tasks import config_class
 
@@ -28,7 +29,7 @@ LARGE = {part: 10 * side for part, side in SMALL.items()}
 def opened(*settings: str) -> tuple[ResolvedConfig, RunData]:
     """The drawings of other tests, seen as squares of 320 pixels; all tasks share them."""
     given = [f"visft.data.root={finished.shards()}", "visft.mode=shared", "visft.shared.image.fixed_size=320"]
-    return open_data(resolve(stage=1, model="debug", settings=[*given, *settings]), 1)
+    return open_run(resolve(stage=1, model="debug", settings=[*given, *settings]))
 
 
 def with_manifest(data: RunData, **changes: Any) -> RunData:

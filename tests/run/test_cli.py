@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.coco_tree import write_shards
+from tests.opened import open_run
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.cli import resolve_arguments
-from visft_ds.prepare.data import open_data
+from visft_ds.prepare.settle import settle
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def given(shards: Path, *words: object) -> ResolvedConfig:
     flags = ["--stage", 1, "--model", "debug", "--data", shards, "--out", shards.parent / "run", *words]
-    return resolve_arguments([str(word) for word in flags])[1]
+    return settle([str(word) for word in flags]).config
 
 
 def test_flags_set_the_keys_that_they_name(shards: Path) -> None:
@@ -40,10 +40,10 @@ def test_epochs_are_passes_of_each_task_through_the_images(shards: Path, mode: s
 
 
 def test_fewer_images_than_a_batch_train_with_the_smaller_batch(shards: Path) -> None:
-    config, data = open_data(given(shards), 1)
+    config, data = open_run(given(shards))
     (stream,) = config.visft.streams().values()
     assert stream.batch_size == data.plan.tasks["shared"].batch_size == 10
-    assert "visft.shared.batch_size: 24 -> 10, because of the number of images" in config.adapted
+    assert [decision.key for decision in config.decisions][-1] == "visft.shared.batch_size"
 
 
 @pytest.mark.parametrize(

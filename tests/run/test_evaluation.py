@@ -49,7 +49,7 @@ EXTRA: dict[str, object] = {
     "visft.tasks.captioning.decoding.max_length": 5,
     "scheduler.params.total_num_steps": 4,
     "visft.run.eval_every": 2,
-    "visft.run.pictures": 1,
+    "visft.run.visualizations": 1,
 }
 PROMPT = 600  # seconds within which things happen on a busy machine
 
@@ -149,7 +149,7 @@ def test_tensorboard_has_pictures_and_numbers(held: Held) -> None:
 
 def test_the_last_numbers_are_those_of_the_evaluation_tool(held: Held, tmp_path: Path) -> None:
     """What training exported, evaluated by the command: the same model, the same images, the same numbers."""
-    status = evaluate(["--run", str(held.out), "--out", str(tmp_path / "out"), "--pictures", "0"])
+    status = evaluate(["--run", str(held.out), "--out", str(tmp_path / "out"), "--visualizations", "0"])
     assert status == 0
     found = read_evaluation("", tmp_path / "out")
     wanted = {name.removeprefix("val/"): value for name, value in _judged(held.out)[4].items()}

@@ -16,7 +16,7 @@ from visft_ds.checkpoint.format import SETTINGS, Checkpoint, check_identity, ope
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.config.record import RUN_SCHEMA, Parent, recorded_config
 from visft_ds.parallel.engine import Engine
-from visft_ds.run.folder import locked, open_run_folder
+from visft_ds.run.folder import locked, look_into, open_run_folder
 from visft_ds.run.record import write_run
 from visft_ds.run.state import RunState
 from visft_ds.run_files import BACKBONE_FILE, LOCK_FILE
@@ -82,15 +82,16 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_without_its_checkpoints_is_not_trained_over(tmp_path: Path) -> None:
     """Its export would be replaced, and its metrics cut off."""
-    out, engine = (
-        _run(tmp_path / "run"),
-        cast(Engine, None),
-    )  # which is asked for nothing before a checkpoint is found
-    of_run = RunState(_config(f"visft.run.out={out}"), engine, {}, cast(Any, None))
-    assert of_run.resume() == 0  # the random base alone is nothing that was trained
+    out = _run(tmp_path / "run")
+    engine = cast(Engine, None)  # which is asked for nothing before a checkpoint is found
+
+    def state_of_run() -> RunState:
+        return RunState(_config(f"visft.run.out={out}"), engine, {}, cast(Any, None), look_into(out))
+
+    assert state_of_run().resume() == 0  # the random base alone is nothing that was trained
     (out / "export/export.json").write_text("")
     with pytest.raises(ValueError, match="has an export and no checkpoint"):
-        of_run.resume()
+        state_of_run().resume()
 
 
 def test_a_checkpoint_of_an_earlier_release_is_continued_at_the_defaults_of_new_keys(tmp_path: Path) -> None:
@@ -103,8 +104,8 @@ def test_a_checkpoint_of_an_earlier_release_is_continued_at_the_defaults_of_new_
     with pytest.raises(ValueError, match=r"optimizer\.params\.lr: 0\.001 -> 1e-06") as error:
         check_identity(checkpoint, {"data set": "y"}, OTHER)
     assert "data set: x -> y" in str(error.value) and new not in str(error.value)
-    with pytest.raises(ValueError, match=r"visft\.heads\.active_dropout: false -> true"):
-        check_identity(checkpoint, {"data set": "x"}, _config("visft.heads.active_dropout=true"))
+    with pytest.raises(ValueError, match=r"visft\.heads\.train_mode: false -> true"):
+        check_identity(checkpoint, {"data set": "x"}, _config("visft.heads.train_mode=true"))
     record = dict(checkpoint.record)
     del record["identity"][SETTINGS]
     with pytest.raises(ValueError, match="state of a checkpoint of this release"):

@@ -1,4 +1,4 @@
-"""What a start finds out: what `visft.model.recompute` = "auto" becomes, where and why; facts that ranks
+"""What a start finds out: what `visft.model.activation_checkpointing` = "auto" becomes, where and why; facts that ranks
 share.
 """
 
@@ -15,6 +15,7 @@ from tests.run.recompute_case import configured, needs
 from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.resilience import memory
 from visft_ds.run import machine
+from visft_ds.run.folder import look_into
 from visft_ds.run.record import write_run
 
 CPU = torch.device("cpu")
@@ -23,8 +24,10 @@ CPU = torch.device("cpu")
 def settled(monkeypatch: pytest.MonkeyPatch, room: int, config: ResolvedConfig) -> tuple[str, str]:
     """(policy, reason) of a start on a machine that has room for so many bytes."""
     monkeypatch.setattr(machine, "memory_of", lambda device: room)
-    chosen, there = machine.settle_recompute(config, machine.check_machine(config, None))
-    return chosen.visft.model.recompute, there.why_recompute
+    chosen, there = machine.settle_checkpointing(
+        config, machine.check_machine(config), None, look_into(Path(config.visft.run.out or ""))
+    )
+    return chosen.visft.model.activation_checkpointing, there.why_checkpointing
 
 
 def test_the_first_that_fits_is_chosen_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,8 +43,8 @@ def test_the_first_that_fits_is_chosen_and_said(monkeypatch: pytest.MonkeyPatch)
 def test_the_debug_model_states_its_policy() -> None:
     """So that planning takes no part of the way to the first loss."""
     config = resolve(stage=2, model="debug")
-    assert config.visft.model.recompute == "none"
-    assert machine.check_machine(config, None).why_recompute == "as configured"
+    assert config.visft.model.activation_checkpointing == "none"
+    assert machine.check_machine(config).why_checkpointing == "as configured"
 
 
 def test_a_run_keeps_its_policy_though_memory_differs(
@@ -49,7 +52,9 @@ def test_a_run_keeps_its_policy_though_memory_differs(
 ) -> None:
     config, room = changed(configured(), [f"visft.run.out={tmp_path}"]), needs("block")
     assert settled(monkeypatch, room, config)[0] == "block"
-    write_run(tmp_path, changed(config, ["visft.model.recompute=block"]).to_dict(), 1, ["train"])
+    write_run(
+        tmp_path, changed(config, ["visft.model.activation_checkpointing=block"]).to_dict(), 1, ["train"]
+    )
     assert settled(monkeypatch, 10**12, config)[0] == "none"  # that run has saved nothing to go on with
     (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
     assert settled(monkeypatch, 10**12, config) == ("block", "as the run began")

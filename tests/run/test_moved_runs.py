@@ -18,7 +18,8 @@ from tests.random_tower import build_backbone, save_backbone
 from tests.ranks import REPOSITORY, python
 from tests.tiny import TINY, words_of
 from visft_ds.evals.cli import main as evaluate
-from visft_ds.evals.judge.models import load_encoder, parse_model
+from visft_ds.evals.judge.model_text import parse_model
+from visft_ds.evals.judge.models import load_encoder
 from visft_ds.merge.cli import main as merge
 from visft_ds.predict.model import load
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -71,7 +72,7 @@ def test_a_run_is_used_without_the_folder_it_began_in(
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
     monkeypatch.chdir(tmp_path)
-    assert evaluate(["--run", str(moved), "--out", "numbers", "--pictures", "0"]) == 0
+    assert evaluate(["--run", str(moved), "--out", "numbers", "--visualizations", "0"]) == 0
     assert merge(["--adapter", str(moved / "export/adapter"), "--verify", "--out", "merged.safetensors"]) == 0
     assert str(base) in capsys.readouterr().out
     spec = parse_model(f"before={moved}")

@@ -38,7 +38,7 @@ def test_a_dry_run_shows_what_is_there_and_ends_with_what_is_missing(
     assert main([*DRY, str(shards)]) == 0  # 12 images with captions of five words, and the special ones
     out = capsys.readouterr().out
     assert trains(out) == ("-- what trains", assumed - (PUBLISHED_VOCABULARY - 9) * BY_ID)
-    assert "visft.shared.batch_size: 24 -> 12, because of the number of images" in out
+    assert "visft.shared.batch_size = 12  the data has 12 images, fewer than a batch of 24" in out
 
 
 def test_only_the_first_rank_makes_a_dry_run(
@@ -53,16 +53,21 @@ def test_only_the_first_rank_makes_a_dry_run(
 def test_the_dry_run_says_whether_a_process_fits_and_what_is_recomputed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = ("visft.model.recompute=auto", f"visft.data.root={tmp_path}", f"visft.run.out={tmp_path}/run")
+    settings = (
+        "visft.model.activation_checkpointing=auto",
+        f"visft.data.root={tmp_path}",
+        f"visft.run.out={tmp_path}/run",
+    )
     config = resolve(stage=2, model="debug", settings=(*settings, "visft.tasks=detection"))
     for room, verdict in ((10**12, "fits into"), (10**6, "DOES NOT FIT into")):
         for module in (report, machine):
             monkeypatch.setattr(module, "memory_of", lambda device, room=room: room)
-        print_dry_run(config, 1)
+        print_dry_run(config, None, 1)
         text = capsys.readouterr().out
         assert "-- predicted peak memory of a process" in text and verdict in text
         assert re.search(
-            rf"recompute +{'none' if room > 10**6 else 'block'}, chosen: needs 0.. of \S+ GiB", text
+            rf"activation_checkpointing = {'none' if room > 10**6 else 'block'} +chosen: needs 0.. of \S+ GiB",
+            text,
         ), text
 
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from tests.map_folder import bands, write_own, write_pair
-from visft_ds.config.cli import resolve_arguments
 from visft_ds.data.dataset import coco_dataset, labels_of_split
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.judge.dense_sets import read_train_and_test
+from visft_ds.prepare.settle import settle
 from visft_ds.shards.cli import main
 from visft_ds.tasks.semantic.results import measure_semantic, place_map
 
@@ -60,7 +60,7 @@ def test_layouts(
     known = [category.name for category in manifest.categories]
     assert known == names or (len(known) == 19 and known[0] == "road" and known[-1] == "bicycle")
     assert manifest.index["num_annotations"].sum() == regions
-    _, config = resolve_arguments(["--data", str(shards)])  # the command that it prints
+    config = settle(["--data", str(shards)]).config  # the command that it prints
     assert (
         list(config.visft.tasks.enabled()) == ["semantic"] and config.visft.run.keep_best == "semantic/mIoU"
     )

@@ -30,7 +30,7 @@ SETTINGS = {
     "visft.run.keep_best": "box/AP50",
     "visft.run.step_timeout": 60.0,
     "visft.run.eval_every": EVAL_EVERY,
-    "visft.run.pictures": 0,  # of which the small disk would be full after 1,500 steps
+    "visft.run.visualizations": 0,  # of which the small disk would be full after 1,500 steps
     "visft.data.val": "val",  # with shards of its own, which are never damaged: a failed evaluation is not made again
     "scheduler.params.warmup_num_steps": 5,
 }

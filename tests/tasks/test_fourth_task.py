@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {
     "scheduler.params.warmup_num_steps": 1,
     "visft.run.save_every": 8,
     "visft.run.eval_every": 8,
-    "visft.run.pictures": 1,
+    "visft.run.visualizations": 1,
     "visft.run.log_every": 1,
     **{f"visft.tasks.{task}.updates": 1 for task in BUILT_IN[:3]},
     "visft.tasks.classification": {"updates": 1, "batch_size": 4, "micro_batch": 2, "image": {"size": 28}},
@@ -44,7 +44,7 @@ own = settings | {{"visft.param_groups": [{{"name": "heads", "params": "heads.*"
 first = visft_ds.fit(stage=1, out=out / "stage1", **{{**given, "settings": own}})
 settings |= {{"visft.heads.path": first.export, "visft.lora.rank": 2}}
 second = visft_ds.fit(stage=2, out=out / "stage2", **given)
-found = visft_ds.evaluate(out / "stage2", out=out / "evaluation", pictures=1)
+found = visft_ds.evaluate(out / "stage2", out=out / "evaluation", visualizations=1)
 same = json.loads((out / "evaluation/classification_results.json").read_text()) == found.results["classification"]
 report_runs([out / "stage2"], None, None)
 model = visft_ds.load(out / "stage2")
@@ -83,7 +83,7 @@ def test_it_trains_evaluates_exports_predicts_draws_and_is_planned(
         assert losses and (stage == 1 or any("class/accuracy" in json.dumps(record) for record in records))
     assert (tmp_path / "stage1/export/classification.safetensors").is_file()
     assert (tmp_path / "drawn.png").is_file() and list(
-        (tmp_path / "evaluation/pictures").glob("*classification*")
+        (tmp_path / "evaluation/visualizations").glob("*classification*")
     )
     page = (tmp_path / "stage2/report.html").read_text(encoding="utf-8")
     assert "class/accuracy" in page

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from tests.coco_tree import write_tree
+from tests.opened import open_run
 from tests.tasks.cases import batch_of
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.interop.heads import HeadInfo, check_categories, check_heads, classes_of_heads
-from visft_ds.prepare.data import RunData, open_data
+from visft_ds.prepare.data import RunData
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS, classes_of
 from visft_ds.tasks.detection.head import DetectionOutput
@@ -55,7 +56,7 @@ def settled(split: Manifest, *settings: str) -> tuple[ResolvedConfig, RunData]:
     own = [f"visft.tasks.{task}.batch_size=12" for task in BOTH]
     given = [f"visft.data.root={split.root}", "visft.mode=sampled", "visft.tasks=" + ",".join(BOTH)]
     config = resolve(stage=1, model="debug", settings=[*own, *given, "visft.run.eval_every=0", *settings])
-    return open_data(config, 1)
+    return open_run(config)
 
 
 def num_classes(config: ResolvedConfig) -> list[int]:

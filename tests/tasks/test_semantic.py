@@ -241,7 +241,7 @@ given = dict(model="debug", engine="zero1", data=shards)
 visft_ds.fit(stage=1, out=root / "stage1", settings=settings, **given)
 adapted = {**settings, "visft.heads.path": str(root / "stage1/export"), "visft.lora.rank": 2}
 visft_ds.fit(stage=2, out=root / "stage2", settings=adapted, **given)
-run("evaluate", "--run", root / "stage2", "--pictures", 1)
+run("evaluate", "--run", root / "stage2", "--visualizations", 1)
 run("predict", data / "images/val", "--model", root / "stage2", "--out", root / "found")
 run("report", root / "stage1", root / "stage2", "--out", root / "report.html")
 run("merge", "--adapter", root / "stage2", "--format", "timm", "--out", root / "merged")
@@ -328,7 +328,7 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path, head: str, steps: int, 
     else:
         options = {"type": "plain", "num_queries": 40, "hidden_dim": 64, "num_heads": 4, "blocks": 3}
         settings |= {"visft.tasks.semantic.head": options, "visft.tasks.semantic.loss.train_num_points": 512}
-        settings |= {"visft.model.layers": [2, 4, 6]}
+        settings |= {"visft.model.out_indices": [2, 4, 6]}
     settings |= {"visft.param_groups": [{"name": "heads", "params": "heads.*", "lr": 3e-3}]}
     fit(data=tmp_path / "data-shards", out=tmp_path / "run", settings=settings)
-    assert evaluate(tmp_path / "run", split="train", pictures=0).metrics["semantic/mIoU"] > least
+    assert evaluate(tmp_path / "run", split="train", visualizations=0).metrics["semantic/mIoU"] > least

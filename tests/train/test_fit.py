@@ -48,7 +48,7 @@ EARLY: dict[str, Any] = {
     "visft.run.save_every": 1,
     "visft.run.eval_every": 1,
     "visft.run.eval_limit": 2,
-    "visft.run.pictures": 0,
+    "visft.run.visualizations": 0,
     "visft.run.keep_best": "box/AP50",
     "visft.run.patience": 2,
 }
@@ -151,7 +151,7 @@ def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None
     assert found.metrics.keys() >= {"box/AP", "box/AP50"} and list(found.results) == ["detection"]
     assert found.out is None and not list(tuned.out.glob("evaluation*"))
     written = evaluate(
-        tuned.out, tasks=["detection"], limit=2, split="val", out=tmp_path / "numbers", pictures=0
+        tuned.out, tasks=["detection"], limit=2, split="val", out=tmp_path / "numbers", visualizations=0
     )
     assert written.metrics == found.metrics and (tmp_path / "numbers" / "metrics.json").is_file()
 

@@ -24,7 +24,7 @@ SETTINGS: dict[str, object] = {
     "visft.tasks.captioning.head.dropout": 0.0,
     "visft.tasks.captioning.decoding.max_length": 5,
     "visft.run.eval_every": STEPS,
-    "visft.run.pictures": 1,
+    "visft.run.visualizations": 1,
     "visft.data.val": "train",
 }
 

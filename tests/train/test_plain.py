@@ -25,7 +25,7 @@ PLAIN: dict[str, object] = {
     "visft.tasks.segmentation.image.fixed_size": 64,
     "visft.model.preset": "timm:test_vit",  # with a class token
     "visft.model.overrides": {"image_size": 64},
-    "visft.model.layers": [0, 2],
+    "visft.model.out_indices": [0, 2],
     "visft.run.eval_every": 0,
 }
 
@@ -83,7 +83,7 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path) -> None:
         "visft.tasks": "segmentation",
         "visft.tasks.segmentation.head": head,
         "visft.tasks.segmentation.loss.train_num_points": 512,
-        "visft.model.layers": [2, 4, 6],
+        "visft.model.out_indices": [2, 4, 6],
         "visft.features": {"views": 1, "cache": str(tmp_path / "features")},
         "visft.shared.image.fixed_size": 224,
         "visft.shared.image.zoom": None,
@@ -102,7 +102,7 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "settings", "message"),
     [
-        ("pipeline", ["visft.model.layers=[0, 1]", "pipeline.stages=2"], "not for a pipeline"),
+        ("pipeline", ["visft.model.out_indices=[0, 1]", "pipeline.stages=2"], "not for a pipeline"),
         (
             "pipeline",
             ['visft.tasks.segmentation.head={"type": "plain"}', "pipeline.stages=2"],

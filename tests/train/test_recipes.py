@@ -50,7 +50,7 @@ def test_every_shipped_model_with_weights_on_the_hub_is_tried() -> None:
     found = [
         name for name in available("models") if resolve(stage=1, model=name).visft.model.preset[:5] == "timm:"
     ]
-    assert set(SMALL) == set(found) - {"debug_convnext", "lite0", "own"}
+    assert set(SMALL) == set(found) - {"debug_convnext", "efficientnet_lite0", "small_data"}
 
 
 @pytest.mark.parametrize("recipe", sorted(SMALL))

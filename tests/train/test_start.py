@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from tests.coco_tree import write_shards
 from tests.ranks import finish, start_ranks
 from tests.tiny import TINY, words_of
-from visft_ds.config.cli import resolve_arguments
 from visft_ds.data.fetch import sha256_of
 from visft_ds.evals.cli import main as evaluate
 from visft_ds.evals.records import read_evaluation
 from visft_ds.interop.published import read_adapter
 from visft_ds.launch import main
+from visft_ds.prepare.settle import settle
 
 STEPS = 2
 SETTINGS: dict[str, Any] = {
@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "visft.tasks.segmentation.head.decoder_layers": 1,
     "scheduler.params.warmup_num_steps": 0,
     "scheduler.params.total_num_steps": STEPS,
-    "visft.run.pictures": 0,
+    "visft.run.visualizations": 0,
 }
 LORA = {"visft.lora.rank": 2, "visft.lora.alpha": 4.0}
 OTHER = {"emu": 0, "owl": 1, "cat": 2, "dog": 7}
@@ -86,7 +86,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_numbers_and_results_are_of_own_categories(work: Path, tmp_path: Path) -> None:
     """Of each by its name, during training and after it; no object is of the last."""
     assert "val/mask/AP" in (work / "two/metrics.jsonl").read_text()
-    assert evaluate(["--run", str(work / "two"), "--out", str(tmp_path), "--pictures", "2"]) == 0
+    assert evaluate(["--run", str(work / "two"), "--out", str(tmp_path), "--visualizations", "2"]) == 0
     found = read_evaluation("two", tmp_path)
     names = ("cat", "dog", "owl", "fox")
     assert {f"{kind}/AP/{name}" for kind in ("box", "mask") for name in names} <= found.metrics.keys()
@@ -131,7 +131,7 @@ def test_a_fork_begins_where_the_run_is_and_goes_on_without_it(work: Path, tmp_p
     shutil.rmtree(fork / "checkpoints/step_00000002")
     shutil.rmtree(tmp_path / "parent")
     for spelled in ("parent", "parent/", f"parent/checkpoints/step_{STEPS:08d}"):
-        assert resolve_arguments(["--from", f"{tmp_path}/{spelled}"])[1].visft.run.out == str(fork)
+        assert settle(["--from", f"{tmp_path}/{spelled}"]).config.visft.run.out == str(fork)
     done(*words)
     assert (fork / "checkpoints/step_00000002").is_dir()
     assert json.loads((fork / "run.json").read_text())["parent"] == origin
@@ -173,7 +173,7 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, capsys: pytest.Captur
         (["--from", "{one}", "--stage", "2"], "is of stage 1 and stays in it"),
         (["--from", "{one}", "--model", "debug"], "leave out --model"),
         (["--from", "{one}", "--out", "{one}"], "is the run to start from"),
-        (["--from", "nowhere"], "is no run, checkpoint or adapter"),
+        (["--from", "nowhere"], "no such run, checkpoint or adapter"),
         (["--stage", "1", "--reset-heads"], "needs --from RUN"),
     ],
 )
@@ -196,9 +196,9 @@ def test_what_the_model_shows_to_be_no_start(work: Path, tmp_path: Path) -> None
 
 
 def test_settings_of_a_fork_are_those_of_the_run(work: Path) -> None:
-    _, config = resolve_arguments(["--from", str(work / "one"), "--engine", "zero2", "--set", "visft.seed=7"])
+    config = settle(["--from", str(work / "one"), "--engine", "zero2", "--set", "visft.seed=7"]).config
     assert config.visft.run.out == f"{work}/one-fork" and config.visft.seed == 7
     assert config.deepspeed["zero_optimization"]["stage"] == 2 and config.total_steps == STEPS
     assert config.visft.tasks.enabled().keys() == {"detection", "segmentation"}
     step = work / "one/checkpoints" / f"step_{STEPS:08d}"
-    assert resolve_arguments(["--from", str(step)])[1].visft.run.out == f"{work}/one-fork"
+    assert settle(["--from", str(step)]).config.visft.run.out == f"{work}/one-fork"

@@ -63,7 +63,11 @@ def test_a_step_does_not_depend_on_its_division(shards: Path, tmp_path: Path) ->
                 "visft.shared.micro_batch": micro_batch,
                 "visft.heads.start": "random",
             },
-            **{"scheduler.params.total_num_steps": 1, "visft.run.eval_every": 0, "visft.run.pictures": 0},
+            **{
+                "scheduler.params.total_num_steps": 1,
+                "visft.run.eval_every": 0,
+                "visft.run.visualizations": 0,
+            },
         }
         engine = ["--engine=pipeline"] if name == "pipeline" else []
         words = command(shards, tmp_path / name, stage=2, extra=extra)

@@ -56,7 +56,10 @@ def test_a_tower_that_ends_after_a_block(shards: Path, tmp_path: Path) -> None:
     """Both stages with kept features, predictions of the run, merged weights, and heads that want the same
     block.
     """
-    model: dict[str, object] = {"visft.model.preset": "timm:test_efficientnet", "visft.model.layers": [3]}
+    model: dict[str, object] = {
+        "visft.model.preset": "timm:test_efficientnet",
+        "visft.model.out_indices": [3],
+    }
     features = {"views": 1, "cache": str(tmp_path / "features")}
     first = _train(shards, tmp_path / "one", 1, **model, **{"visft.features": features})
     heads: dict[str, object] = {"visft.heads.path": str(first / "export"), "visft.lora.rank": 2}
@@ -76,7 +79,7 @@ def test_a_tower_that_ends_after_a_block(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(
         AssertionError, match=r"learnt to read block 3, and the backbone is read after the last block"
     ):
-        _train(shards, tmp_path / "other", 2, **{**model, "visft.model.layers": []}, **heads)
+        _train(shards, tmp_path / "other", 2, **{**model, "visft.model.out_indices": []}, **heads)
 
 
 def test_norms_of_a_resnet_train_and_all_else_is_as_in_the_base(shards: Path, tmp_path: Path) -> None:

@@ -120,14 +120,18 @@ def model_of(found: Named, model: str | None) -> tuple[str | None, Flags]:
         **({} if found.name is None else {"name": found.name}),
     }
     if options:
-        values |= {"preset": options.pop("preset"), "layers": options.pop("layers", []), "overrides": options}
+        values |= {
+            "preset": options.pop("preset"),
+            "out_indices": options.pop("layers", []),
+            "overrides": options,
+        }
     return model, {f"visft.model.{key}": (value, f"--backbone {found.text}") for key, value in values.items()}
 
 
 def _model_file(name: str) -> tuple[str | None, dict[str, Any]]:
     """Weights and description of the backbone in a file in ds_configs/models."""
     values = load_json(CONFIG_ROOT / "models" / f"{name}.json")["visft"]["model"]
-    layers = {"layers": values["layers"]} if values.get("layers") else {}
+    layers = {"layers": values["out_indices"]} if values.get("out_indices") else {}
     return values["weights"], {"preset": values["preset"], **values.get("overrides", {}), **layers}
 
 

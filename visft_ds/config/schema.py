@@ -21,6 +21,7 @@ from visft_ds.settings.fields import (
     Count,
     Depth,
     Positive,
+    Precision,
     Probability,
     Rate,
     StrictModel,
@@ -99,16 +100,15 @@ class ModelConfig(StrictModel):
     overrides: BackboneOverrides = BackboneOverrides()
     #: numbers of the blocks whose features are read, such as [5] or [2, 5, 8, 11]; []: the last one
     #: (docs/training.md)
-    layers: tuple[Count, ...] = ()
+    out_indices: tuple[Count, ...] = ()
     #: file of base weights, or hf-hub:ORG/NAME[/FILE]; null: random weights, drawn by weights_seed
     weights: Text | None
     weights_seed: Count = 0
     precision: Literal[
         "auto", "fp32", "bf16", "fp16"
     ]  #: auto: bf16 if the GPU has it, else fp16; fp32 on CPUs
-    #: activations that the backward pass recomputes (gradient checkpointing); auto: the fastest choice that
-    #: fits
-    recompute: Literal["auto", "none", "mlp", "block"] = "auto"
+    #: activations that the backward pass recomputes; auto: the fastest choice that fits
+    activation_checkpointing: Literal["auto", "none", "mlp", "block"] = "auto"
     kernels: Literal["library", "triton"] = (
         "library"  #: of LoRA; triton: a fused kernel (docs/memory-and-speed.md)
     )
@@ -116,9 +116,13 @@ class ModelConfig(StrictModel):
     tf32: Literal["auto", True, False] = "auto"
     compile: Literal["none", "blocks"] = "none"  #: blocks: with torch.compile
 
+    def computes_in_tf32(self, precision: Precision) -> bool:
+        """Return True if float32 products are computed in TF32 in a run of this precision."""
+        return precision != "fp32" if self.tf32 == "auto" else self.tf32
+
     def backbone_options(self) -> dict[str, Any]:
         """Options of `build_empty` that differ from the preset."""
-        layers = {"layers": self.layers} if self.layers else {}
+        layers = {"layers": self.out_indices} if self.out_indices else {}
         return {**self.overrides.model_dump(exclude_none=True), **layers}
 
 
@@ -140,11 +144,11 @@ class HeadsConfig(StrictModel):
     )
     path: Text | None = None  #: folder of heads; null in stage 2: runs/stage1-<visft.model.name>/export
     precision: Literal["auto", "fp32"] = "auto"  #: auto: bf16 in bf16 runs, else fp32
-    active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
+    train_mode: bool = False  #: run the frozen heads in training mode, as the published code did
 
 
-class StartConfig(StrictModel):
-    """`visft.start`: source of a run's first weights; optimiser and schedule start anew."""
+class InitConfig(StrictModel):
+    """`visft.init_from`: source of a run's first weights; optimiser and schedule start anew."""
 
     path: Text  #: a run, one of its checkpoints, an adapter folder, or the published LoRA file
     heads: Literal["keep", "reset"] = "keep"  #: heads of that run; reset: initialise them anew
@@ -180,9 +184,12 @@ class DataConfig(StrictModel):
         200_000_000_000  #: size limit of that folder; the least recently read shards go first
     )
 
-    def places(self) -> list[tuple[str, str]]:
-        """(folder or URL, split) of all training sets."""
-        return [(self.root, self.train), *((one.root, one.split) for one in self.sets)]
+    def training_sets(self) -> tuple[DataSetConfig, ...]:
+        """All training sets; the first is ROOT/TRAIN, called by its split."""
+        first = DataSetConfig.model_construct(
+            name=self.train, root=self.root, split=self.train, weight=self.weight
+        )
+        return (first, *self.sets)
 
 
 class FeaturesConfig(StrictModel):
@@ -224,13 +231,15 @@ class RunConfig(StrictModel):
     patience: Count = 0  #: early stopping after so many evaluations without a better keep_best; 0: off
     eval_every: Count = 5000  #: steps between evaluations; 0: none during training
     eval_limit: Positive | None = None  #: number of images to evaluate; null: all
-    pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
+    visualizations: Count = (
+        4  #: validation images that TensorBoard shows at the start and at every evaluation
+    )
     log_every: Positive = 20  #: steps between console lines
     track: Literal["wandb"] | None = None  #: also send metrics and settings there (`--track`); null: no
     deterministic: bool = (
         False  #: on GPUs, refuse operators that are not deterministic (docs/memory-and-speed.md)
     )
-    rehearsal: bool = (
+    memory_check: bool = (
         True  #: run the largest step of each task first, so that running out of memory shows at once
     )
     skip_bad_steps: Count = 0  #: steps in a row with NaN or Inf that are skipped before the run stops
@@ -255,7 +264,7 @@ class VisftConfig(StrictModel):
     tasks: TasksConfig
     shared: SharedConfig | None = None  #: needed in mode "shared" only
     heads: HeadsConfig = HeadsConfig()
-    start: StartConfig | None = None  #: null: new adapters, and new heads or those of visft.heads
+    init_from: InitConfig | None = None  #: null: new adapters, and new heads or those of visft.heads
     data: DataConfig = DataConfig()
     features: FeaturesConfig | None = None  #: null: a new flip, crop and size in every epoch, and no cache
     param_groups: Annotated[tuple[ParamGroup, ...], Field(min_length=1)]
@@ -276,7 +285,10 @@ class VisftConfig(StrictModel):
             for name in model.overrides.model_dump(exclude_none=True)
             if name != "image_size"
         ]
-        used = {"recompute": model.recompute == "mlp", "compile": model.compile != "none"}
+        used = {
+            "activation_checkpointing": model.activation_checkpointing == "mlp",
+            "compile": model.compile != "none",
+        }
         of_timm = model.preset.startswith(TIMM)
         for key in [*shape, *(key for key, is_used in used.items() if is_used)] if of_timm else ():
             yield f"model.{key}", f"is for EVA backbones; {model.preset} does not take it"
@@ -314,10 +326,10 @@ class VisftConfig(StrictModel):
                 )
             if idle := [task for task in one.tasks or () if task not in enabled]:
                 yield f"data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
-        if model.compile != "none" and not run.rehearsal:
+        if model.compile != "none" and not run.memory_check:
             yield (
                 "model.compile",
-                "must be none without visft.run.rehearsal, which is when blocks are compiled",
+                "must be none without visft.run.memory_check, which is when blocks are compiled",
             )
         best, measured = run.keep_best, [name for task in enabled.values() for name in task.metrics]
         if best is not None and not run.eval_every:
@@ -436,9 +448,9 @@ class Recipe(StrictModel):
         if piped and zero.overlap_comm:
             yield "zero_optimization.overlap_comm", "must be false with a pipeline"
         types = {getattr(task.head, "type", "") for task in visft.tasks.enabled().values()}
-        if piped and ("plain" in types or len(model.layers) > 1):
+        if piped and ("plain" in types or len(model.out_indices) > 1):
             yield (
-                "visft.model.layers",
+                "visft.model.out_indices",
                 "several blocks, and plain heads, are not for a pipeline: use --engine zero3",
             )
         if piped and "linear" in types:
@@ -473,7 +485,7 @@ INSTEAD = {
         ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), _BATCH
     ),
     **dict.fromkeys(("bf16", "fp16", "torch_autocast"), "visft.model.precision"),
-    "activation_checkpointing": "visft.model.recompute",
+    "activation_checkpointing": "visft.model.activation_checkpointing",
     "checkpoint": "visft.run.save_every",
     "steps_per_print": "visft.run.log_every",
 }

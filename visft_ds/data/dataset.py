@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from visft_ds.data.decode import decode_image
 from visft_ds.data.labels import parse_label
@@ -39,36 +40,43 @@ def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:
         ValueError: a label of the wrong form, by its shard and sample.
     """
     row = reader.manifest.index[index]
+    size = (int(row["height"]), int(row["width"]))
     image_file, label_file = reader.read(index, role)
-    image, size = None, (int(row["height"]), int(row["width"]))
-    if image_file is not None:
-        try:
-            image = decode_image(image_file)
-        except ValueError as error:
-            raise DamagedSample(f"{reader.describe(index)} cannot be decoded: {error}") from error
-        if image.shape[:2] != size:
-            raise DamagedSample(
-                f"{reader.describe(index)} has {image.shape[:2]} pixels, not {size} as in the index"
-            )
-    label = {"annotations": (), "captions": ()} if label_file is None else _label(reader, index, label_file)
+    image = None if image_file is None else _decode(reader, index, image_file, size)
+    label: dict[str, Any] = {}
+    if label_file is not None:
+        label = _label(reader, index, label_file)
     return RawSample(
         index=index,
         image_id=int(row["image_id"]),
         size=size,
         image=image,
-        annotations=label["annotations"],
-        captions=label["captions"],
+        annotations=label.get("annotations", ()),
+        captions=label.get("captions", ()),
     )
+
+
+def _decode(reader: ShardReader, index: int, data: bytes, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Pixels of a sample, which have this (height, width)."""
+    try:
+        image = decode_image(data)
+    except ValueError as error:
+        raise DamagedSample(f"{reader.describe(index)} cannot be decoded: {error}") from error
+    if image.shape[:2] != size:
+        name = reader.describe(index)
+        raise DamagedSample(f"{name} has {image.shape[:2]} pixels, not {size} as in the index")
+    return image
 
 
 def coco_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -> dict[str, Any]:
     """The stored annotations (crowds included) as an ordinary COCO dictionary, for evaluators."""
-    images, annotations = [], []
+    images = []
+    annotations = []
     for label in labels_of_split(reader, indices):
-        images.append(
-            {name: label[name] for name in ("file_name", "width", "height")} | {"id": label["image_id"]}
-        )
-        annotations += [{**annotation, "image_id": label["image_id"]} for annotation in label["annotations"]]
+        image_id = label["image_id"]
+        image = {name: label[name] for name in ("file_name", "width", "height")}
+        images.append({**image, "id": image_id})
+        annotations += [{**annotation, "image_id": image_id} for annotation in label["annotations"]]
     categories = [{"id": category.coco_id, "name": category.name} for category in reader.manifest.categories]
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -77,14 +85,18 @@ def caption_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -
     """The stored captions in the form of COCO's captions_*.json, for evaluators."""
     annotations = []
     for label in labels_of_split(reader, indices):
-        annotations += [{"image_id": label["image_id"], "caption": caption} for caption in label["captions"]]
+        image_id = label["image_id"]
+        annotations += [{"image_id": image_id, "caption": caption} for caption in label["captions"]]
     return {"annotations": annotations}
 
 
 def labels_of_split(reader: ShardReader, indices: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
     """The labels of all samples, or of some. Raises as `read_raw`."""
-    for index in range(len(reader)) if indices is None else indices:
-        yield _label(reader, index, reader.read(index, "labels")[1] or b"")
+    if indices is None:
+        indices = range(len(reader))
+    for index in indices:
+        _, data = reader.read(index, "labels")
+        yield _label(reader, index, data or b"")
 
 
 def _label(reader: ShardReader, index: int, data: bytes) -> dict[str, Any]:

@@ -1,6 +1,4 @@
-"""Bytes of an image -> RGB pixels. The build checks every file with the function that training decodes
-with.
-"""
+"""Bytes of an image -> RGB pixels. Builds check each file with the function that training decodes with."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
 
     Raises:
         ValueError: no picture, damaged, of more than `files.MAX_PIXELS` pixels, or a JPEG of hundreds of
-        scans.
+            scans.
     """
     if not data.startswith(_JPEG):
         return np.array(open_image(data, upright=False, quiet=True))

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from visft_ds.files import reading, write_bytes
+from visft_ds.files import reading, write_bytes, write_text
 from visft_ds.ops import to_device
 
 #: Changes when the same image, geometry and weights would give other features, or a file has another form.
@@ -33,15 +33,14 @@ class View:
 
     frame: tuple[int, int]  #: height and width in pixels, padding included
     #: bfloat16, a map (h, w, D) of each block that is read, then the tokens (P, D) in front of them, if there
-    #: are any;
-    #: None: they are not kept yet
+    #: are any; None: they are not kept yet
     features: tuple[Tensor, ...] | None = None
 
     def to(self, device: torch.device) -> View:
         """The same with its features on `device`."""
         if self.features is None:
             return self
-        return View(self.frame, tuple(to_device(one, device) for one in self.features))
+        return View(self.frame, tuple(to_device(tensor, device) for tensor in self.features))
 
 
 class FeatureCache:
@@ -56,9 +55,9 @@ class FeatureCache:
         self.folder: Path | None = None
         if root is not None:
             text = json.dumps({"version": VERSION, **identity}, indent=2, sort_keys=True)
-            self.folder = root / sha256(text.encode()).hexdigest()[:16]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(self.folder / "identity.json", text.encode())  # for people
+            digest = sha256(text.encode()).hexdigest()
+            self.folder = root / digest[:16]
+            write_text(self.folder / "identity.json", text)  # for people
 
     def get(self, key: int, index: int) -> View | None:
         """The view of sample `index` with this key; None if its features are not kept.
@@ -71,21 +70,30 @@ class FeatureCache:
             return None
         with reading(path, "kept features (delete it: they are computed again)"):
             with safetensors.safe_open(path, "pt") as file:
-                about = file.metadata()
-                features = tuple(file.get_tensor(str(place)) for place in range(len(file.keys())))
-            if about["index"] != str(index) or any(one.dtype != torch.bfloat16 for one in features):
-                raise ValueError(f"it is of sample {about['index']}, not of sample {index}")
-            return View((int(about["height"]), int(about["width"])), features)
+                metadata = file.metadata()
+                names = sorted(file.keys(), key=int)
+                features = tuple(file.get_tensor(name) for name in names)
+            if metadata["index"] != str(index):
+                raise ValueError(f"it is of sample {metadata['index']}, not of sample {index}")
+            if any(tensor.dtype != torch.bfloat16 for tensor in features):
+                raise ValueError("its numbers are not bfloat16")
+            height = int(metadata["height"])
+            width = int(metadata["width"])
+            return View((height, width), features)
 
     def put(self, key: int, index: int, frame: tuple[int, int], features: Sequence[Tensor]) -> None:
         """Keep the features of a view. Raises OSError if they cannot be written."""
         path = self._path(key)
         if path is not None and not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            about = {"index": str(index), "height": str(frame[0]), "width": str(frame[1])}
-            tensors = {str(place): one.cpu().contiguous() for place, one in enumerate(features)}
-            write_bytes(path, safetensors.torch.save(tensors, about))
+            height, width = frame
+            metadata = {"index": str(index), "height": str(height), "width": str(width)}
+            tensors = {str(number): tensor.cpu().contiguous() for number, tensor in enumerate(features)}
+            write_bytes(path, safetensors.torch.save(tensors, metadata))
 
     def _path(self, key: int) -> Path | None:
+        """File of the features of this key, in one of 256 folders."""
+        if self.folder is None:
+            return None
         name = f"{key:016x}.safetensors"
-        return None if self.folder is None else self.folder / sha256(name.encode()).hexdigest()[:2] / name
+        digest = sha256(name.encode()).hexdigest()
+        return self.folder / digest[:2] / name

@@ -36,7 +36,7 @@ _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
 #: A pause from here on is announced.
 _LONG_PAUSE = 4.0
 #: Damaged copies of a file that are downloaded before it is an error.
-_MOST_DAMAGED = 4
+_MAX_DAMAGED = 4
 #: What the operating system says of this machine's own disk, whatever the server does.
 _OWN_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _TIMEOUT = 60.0  # seconds without a byte
@@ -98,8 +98,8 @@ class RemoteFolder:
         if path.exists():
             return path
         if size > self.cache.max_bytes:
-            where, most = f"{redacted(self.url)}/{name}", self.cache.max_bytes
-            raise ValueError(f"{where} has {size:,} bytes, more than visft.data.cache_bytes={most:,}")
+            limit = f"visft.data.cache_bytes={self.cache.max_bytes:,}"
+            raise ValueError(f"{redacted(self.url)}/{name} has {size:,} bytes, more than {limit}")
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{sha256}.lock"):
             if not path.exists():
@@ -125,15 +125,13 @@ class RemoteFolder:
     def _make_room(self, folder: Path, size: int) -> None:
         """Remove the shards read least recently until `size` more bytes fit. Open ones stay readable."""
         with FileLock(folder / ".room.lock"):
-            copies = sorted(
-                (path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob("*.tar")
-            )
-            total = size + sum(copy[1] for copy in copies)
-            for _, each, path in copies:
+            status_of = {path: path.stat() for path in folder.glob("*.tar")}
+            total = size + sum(status.st_size for status in status_of.values())
+            for path in sorted(status_of, key=lambda path: status_of[path].st_mtime):
                 if total <= self.cache.max_bytes:
                     break
                 path.unlink()
-                total -= each
+                total -= status_of[path].st_size
 
     def _get(self, name: str, target: Path, whole: Callable[[], bool] = lambda: True) -> None:
         options: dict[str, Any] = {}
@@ -149,32 +147,33 @@ class RemoteFolder:
                 filesystem, source = fsspec.url_to_fs(self.url, **options)
                 filesystem.get_file(f"{source}/{name}", str(target))
             except Exception as error:  # noqa: BLE001  every protocol's package has errors of its own
-                said = _said_by_server(where, error)
+                answer = _temporary_failure(where, error)
                 if attempt > len(_PAUSES):
-                    raise TimeoutError(f"{where} failed {attempt} times, the last time by {said}") from None
+                    raise TimeoutError(f"{where} failed {attempt} times, the last time by {answer}") from None
                 if pause >= _LONG_PAUSE:
                     left = sum(_PAUSES[attempt - 1 :])
-                    text = f"waiting for {where} ({said}): trying again in {pause:.0f} s, giving up in {left:.0f} s"
-                    print(text, file=sys.stderr, flush=True)
+                    attempts = f"trying again in {pause:.0f} s, giving up in {left:.0f} s"
+                    print(f"waiting for {where} ({answer}): {attempts}", file=sys.stderr, flush=True)
             else:
                 if whole():
                     return
                 damaged += 1
-                if damaged == _MOST_DAMAGED or attempt > len(_PAUSES):
+                if damaged == _MAX_DAMAGED or attempt > len(_PAUSES):
                     raise ValueError(
                         f"{where} does not match its manifest: copy all files of the split there again"
                     )
             time.sleep(pause)
 
 
-def _said_by_server(where: str, error: Exception) -> str:
+def _temporary_failure(where: str, error: Exception) -> str:
     """Words of an error that may pass. Raises ValueError or OSError for one that does not."""
-    said = redacted(f"{type(error).__name__} {error}")
-    if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", 0) in (401, 403):
-        raise ValueError(f"{where} cannot be read: {said}") from None
+    answer = redacted(f"{type(error).__name__} {error}")
+    refused = getattr(error, "status", 0) in (401, 403)
+    if refused or isinstance(error, FileNotFoundError | PermissionError):
+        raise ValueError(f"{where} cannot be read: {answer}") from None
     if isinstance(error, OSError) and error.errno in _OWN_DISK:
         raise error
-    return said
+    return answer
 
 
 def sha256_of(path: Path) -> str:

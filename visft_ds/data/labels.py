@@ -14,9 +14,9 @@ from collections.abc import Collection
 from typing import Any
 
 import orjson
-from faster_coco_eval import (
-    mask_api_new_cpp,
-)  # not among its Python names; `decode` costs thirty times as much
+
+# not among its Python names; `decode` costs thirty times as much
+from faster_coco_eval import mask_api_new_cpp
 
 from visft_ds.files import MAX_PIXELS
 
@@ -31,34 +31,40 @@ def parse_label(
 
     Raises:
         ValueError: not JSON, or not as above: a key is missing or a value of another type, the label belongs
-        to
-            another image, a category is unknown, a number is not finite or far outside the image, a mask is
-            malformed.
+            to another image, a category is unknown, a number is not finite or far outside the image, a mask
+            is malformed.
     """
     label = orjson.loads(data)
-    if not isinstance(label, dict) or any(name not in label for name in _NAMES):
+    if not _has(label, _NAMES):
         raise ValueError(f"it must be an object with {', '.join(_NAMES)}")
     height, width = size
     if (label["image_id"], label["height"], label["width"]) != (image_id, height, width):
         raise ValueError(f"it is not the label of image {image_id}, {width} x {height} pixels")
     if min(size) < 1 or height * width > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels; allowed are 1 to {MAX_PIXELS:,} in all")
-    annotations, captions = label["annotations"], label["captions"]
     if not isinstance(label["file_name"], str):
         raise ValueError("file_name must be text")
+    captions = label["captions"]
     if not isinstance(captions, list) or any(type(caption) is not str for caption in captions):
         raise ValueError("captions must be a list of texts")
+    annotations = label["annotations"]
     if not isinstance(annotations, list):
         raise ValueError("annotations must be a list")
     for number, annotation in enumerate(annotations, 1):
-        if problem := _problem(annotation, height, width, categories):
+        problem = _problem(annotation, height, width, categories)
+        if problem is not None:
             raise ValueError(f"annotation {number} of {len(annotations)}: {problem}")
     return label
 
 
+def _has(value: Any, names: Collection[str]) -> bool:
+    """Return True for an object with all these keys."""
+    return isinstance(value, dict) and all(name in value for name in names)
+
+
 def _problem(annotation: Any, height: int, width: int, categories: Collection[int]) -> str | None:
     """What is wrong with an annotation."""
-    if not isinstance(annotation, dict) or any(name not in annotation for name in _OF_ANNOTATION):
+    if not _has(annotation, _OF_ANNOTATION):
         return f"it must be an object with {', '.join(_OF_ANNOTATION)}"
     if type(annotation["id"]) is not int:
         return "id must be a whole number"
@@ -67,28 +73,29 @@ def _problem(annotation: Any, height: int, width: int, categories: Collection[in
         return f"category_id {category!r:.20} is not among the categories of the split"
     if annotation["iscrowd"] not in (0, 1):
         return "iscrowd must be 0 or 1"
-    if type(annotation["area"]) not in (int, float) or not math.isfinite(annotation["area"]):
+    area = annotation["area"]
+    if type(area) not in (int, float) or not math.isfinite(area):
         return "area must be a number"
-    if not is_box(annotation["bbox"], height, width):
-        return (
-            f"bbox {annotation['bbox']!r:.60} must be x, y, width and height in pixels of {width} x {height}"
-        )
-    shape = annotation.get("segmentation")
-    if isinstance(shape, dict):
-        return (
-            None
-            if is_run_length_code(shape, height, width)
-            else "its run-length code does not fill the image"
-        )
-    if isinstance(shape, list):
-        good = all(is_polygon(polygon) and is_near(polygon, height, width) for polygon in shape)
-        return None if good else "a polygon must be x, y, x, y, ... of three points or more, near the image"
-    return None if shape is None else "segmentation must be polygons or a run-length code"
+    box = annotation["bbox"]
+    if not is_box(box, height, width):
+        return f"bbox {box!r:.60} must be x, y, width and height in pixels of {width} x {height}"
+    mask = annotation.get("segmentation")
+    if isinstance(mask, dict):
+        if not is_run_length_code(mask, height, width):
+            return "its run-length code does not fill the image"
+    elif isinstance(mask, list):
+        if not all(is_polygon(polygon) and is_near(polygon, height, width) for polygon in mask):
+            return "a polygon must be x, y, x, y, ... of three points or more, near the image"
+    elif mask is not None:
+        return "segmentation must be polygons or a run-length code"
+    return None
 
 
 def is_box(box: Any, height: int, width: int) -> bool:
     """Return True for x, y, width and height of a box that is near the image."""
-    if not isinstance(box, list) or len(box) != 4 or any(type(number) not in (int, float) for number in box):
+    if not isinstance(box, list) or len(box) != 4:
+        return False
+    if any(type(number) not in (int, float) for number in box):
         return False
     x, y, across, down = box
     return is_near((x, y, x + across, y + down), height, width)
@@ -99,9 +106,9 @@ def is_polygon(polygon: Any) -> bool:
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 == 1:
         return False
     try:
-        return math.isfinite(
-            sum(polygon)
-        )  # the fastest way over many numbers: it fails for text, objects and null
+        # the fastest way over many numbers: it fails for text, objects and null
+        total = sum(polygon)
+        return math.isfinite(total)
     except (TypeError, OverflowError):
         return False
 
@@ -112,15 +119,18 @@ def is_near(coordinates: Any, height: int, width: int) -> bool:
     What draws and compares polygons takes memory in proportion to their extent.
     """
     side = max(height, width)
-    return bool(-side <= min(coordinates) and max(coordinates) <= 2 * side)
+    lowest = min(coordinates)
+    highest = max(coordinates)
+    return bool(-side <= lowest and highest <= 2 * side)
 
 
 def is_run_length_code(code: Any, height: int, width: int) -> bool:
     """Return True for {"size": [height, width], "counts": text} whose runs fill an image of this size."""
-    size, counts = code.get("size"), code.get("counts")
-    if not isinstance(size, list) or size != [height, width] or any(type(side) is not int for side in size):
+    size = code.get("size")
+    counts = code.get("counts")
+    if not isinstance(counts, str) or not isinstance(size, list):
         return False
-    if not isinstance(counts, str):
+    if size != [height, width] or any(type(side) is not int for side in size):
         return False
     try:
         (runs,) = mask_api_new_cpp.toUncompressedRLE([{"size": size, "counts": counts}])

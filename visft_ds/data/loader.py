@@ -1,5 +1,6 @@
-"""Micro-batches of a rank, made ahead of their use by torch's DataLoader: the plan says which, workers hold
-no state.
+"""Micro-batches of a rank, made ahead of their use by torch's DataLoader.
+
+The plan says which; workers hold no state.
 
 Shape letters: B images.
 """
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from visft_ds.data.dataset import SamplePipeline, read_raw
 from visft_ds.data.features import FeatureCache, View
 from visft_ds.data.plan import Plan, StepPlan
-from visft_ds.data.samples import Batch
+from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.shards import Role, ShardReader
 from visft_ds.data.workers import fork_server, start_worker
 from visft_ds.errors import RankError
@@ -34,8 +35,9 @@ _FETCHED_STEPS = 32
 
 @dataclass(frozen=True)
 class _BatchMaker(Dataset[Batch | Exception]):
-    """Batches by the plan of each, as workers make them. Samples whose features are kept come without
-    pixels.
+    """Batches by the plan of each, as workers make them.
+
+    Samples whose features are kept come without pixels.
     """
 
     sets: Mapping[str, ShardReader]
@@ -43,23 +45,27 @@ class _BatchMaker(Dataset[Batch | Exception]):
     role: Role = "both"
     features: FeatureCache | None = None
 
-    def __getitem__(self, part: StepPlan) -> Batch | Exception:
-        reader, pipeline = self.sets[part.dataset], self.pipelines[part.task][part.dataset]
-        samples = []
+    def __getitem__(self, plan: StepPlan) -> Batch | Exception:
+        pipeline = self.pipelines[plan.task][plan.dataset]
+        pairs = zip(plan.indices.tolist(), plan.keys.tolist(), strict=True)
         try:
-            for index, key in zip(part.indices.tolist(), part.keys.tolist(), strict=True):
-                view = None if self.features is None else self.features.get(key, index)
-                raw = read_raw(reader, index, self.role if view is None else "labels")
-                sample = pipeline.transform(raw, generator(key))
-                if self.features is not None and view is None:
-                    assert sample.image is not None
-                    view = View((sample.image.shape[1], sample.image.shape[2]))
-                # Without labels, empty targets would claim that there is nothing in the image.
-                targets = {} if self.role == "images" else sample.targets
-                samples.append(replace(sample, random_key=key, targets=targets, view=view))
-            return pipeline.collate(samples)
+            return pipeline.collate([self._sample(pipeline, plan.dataset, *pair) for pair in pairs])
         except (ValueError, OSError, RuntimeError) as error:
             return error  # raised by the consumer: torch would wrap it into another message
+
+    def _sample(self, pipeline: SamplePipeline, dataset: str, index: int, key: int) -> Sample:
+        """A sample of a data set under the transform that its random key draws."""
+        view = None if self.features is None else self.features.get(key, index)
+        role = self.role if view is None else "labels"
+        raw = read_raw(self.sets[dataset], index, role)
+        sample = pipeline.transform(raw, generator(key))
+        if self.features is not None and view is None:
+            assert sample.image is not None
+            _, height, width = sample.image.shape
+            view = View((height, width))
+        # Without labels, empty targets would claim that there is nothing in the image.
+        targets = {} if self.role == "images" else sample.targets
+        return replace(sample, random_key=key, targets=targets, view=view)
 
 
 @dataclass(eq=False)
@@ -89,26 +95,23 @@ class StepLoader:
         """
         numbers = range(start, sys.maxsize if stop is None else stop)
         accumulation = self.accumulation if self.role else 0
-        split = (
-            self.plan.split(self.plan.step(step), self.dp_rank, self.dp_size, self.accumulation)
-            for step in numbers
-        )
-        parts = (part for micro in split for part in micro[:accumulation])
+        plans = (plan for step in numbers for plan in self._micro_batches(step)[:accumulation])
         maker = _BatchMaker(self.sets, self.pipelines, self.role or "both", self.features)
-        batches = _made(maker, parts, self.num_workers, self.prefetch_steps * accumulation)
+        batches = _load(maker, plans, self.num_workers, self.prefetch_steps * accumulation)
         remote = any(reader.manifest.remote for reader in self.sets.values())
         fetching = ThreadPoolExecutor(1, "fetch") if remote and accumulation else None
         try:
             for step in numbers:
                 if fetching is not None:
                     first = step if step == start else step + _FETCHED_STEPS
-                    for later in range(first, min(step + _FETCHED_STEPS + 1, numbers.stop)):
+                    last = min(step + _FETCHED_STEPS, numbers.stop - 1)
+                    for later in range(first, last + 1):
                         fetching.submit(self._fetch, later)
                 began = time.perf_counter()
                 micro_batches = list(itertools.islice(batches, accumulation))
                 self.wait_seconds = time.perf_counter() - began
-                done = 0.0 if stop is None else step / stop
-                yield self.plan.step(step), [replace(batch, progress=done) for batch in micro_batches]
+                progress = 0.0 if stop is None else step / stop
+                yield self.plan.step(step), [replace(batch, progress=progress) for batch in micro_batches]
         finally:
             batches.close()
             if fetching is not None:
@@ -116,10 +119,19 @@ class StepLoader:
 
     def first_images(self, stream: str, count: int) -> Iterator[Batch]:
         """The first images of a stream one by one, with pixels, the same in every process."""
-        plans = (plan for plan in map(self.plan.step, itertools.count()) if plan.task == stream)
-        parts = (one for plan in plans for one in self.plan.split(plan, 0, 1, len(plan.indices)))
         maker = _BatchMaker(self.sets, self.pipelines, "both", self.features)
-        return _made(maker, itertools.islice(parts, count), 0, 0)
+        return _load(maker, itertools.islice(self._single_images(stream), count), workers=0, ahead=0)
+
+    def _single_images(self, stream: str) -> Iterator[StepPlan]:
+        """The images of a stream's steps as micro-batches of one."""
+        for step in itertools.count():
+            plan = self.plan.step(step)
+            if plan.task == stream:
+                yield from self.plan.split(plan, dp_rank=0, dp_size=1, accumulation=len(plan.indices))
+
+    def _micro_batches(self, step: int) -> list[StepPlan]:
+        """The plans of this rank's micro-batches in a step."""
+        return self.plan.split(self.plan.step(step), self.dp_rank, self.dp_size, self.accumulation)
 
     def close(self) -> None:
         """Close the shards. A later step opens them again."""
@@ -128,9 +140,10 @@ class StepLoader:
 
     def _fetch(self, step: int) -> None:
         """Copy the shards of a step. An error appears where they are read, which tries again."""
-        for part in self.plan.split(self.plan.step(step), self.dp_rank, self.dp_size, self.accumulation):
-            manifest = self.sets[part.dataset].manifest
-            for shard in np.unique(manifest.index["shard"][part.indices]).tolist():
+        for plan in self._micro_batches(step):
+            manifest = self.sets[plan.dataset].manifest
+            shards = np.unique(manifest.index["shard"][plan.indices])
+            for shard in shards.tolist():
                 manifest.fetch(shard)
 
 
@@ -140,47 +153,57 @@ def evaluation_batches(
     batch_size: int,
     rank: int,
     world_size: int,
-    places: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
     *,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """This rank's batches of the images at some places of a split: each once over all ranks, equally many
+    """This rank's batches of the images at some positions of a split: each once over all ranks, equally many
     batches.
 
     Where the images do not divide evenly, ranks repeat the last one with `Batch.real` False: collective
     operations stay in step and no result is counted twice.
     """
-    count = len(places)
-    ours = rank + world_size * np.arange(-(-count // world_size))
-    chunks = [ours[first : first + batch_size] for first in range(0, len(ours), batch_size)]
+    count = len(positions)
+    per_rank = -(-count // world_size)
+    ours = rank + world_size * np.arange(per_rank)  # numbers from `count` on are repeats
     name = reader.manifest.split  # stands for the task and the data set: there is one of each
-    parts = [
-        StepPlan(0, name, name, 0, 0, places[chunk.clip(max=count - 1)], np.zeros_like(chunk))
-        for chunk in chunks
-    ]
+    real = list[npt.NDArray[np.bool_]]()
+    plans = list[StepPlan]()
+    for first in range(0, per_rank, batch_size):
+        numbers = ours[first : first + batch_size]
+        real.append(numbers < count)
+        indices = positions[numbers.clip(max=count - 1)]
+        keys = np.zeros_like(numbers)
+        plans.append(
+            StepPlan(step=0, task=name, dataset=name, position=0, epoch=0, indices=indices, keys=keys)
+        )
     maker = _BatchMaker({name: reader}, {name: {name: pipeline}})
-    for chunk, batch in zip(chunks, _made(maker, parts, min(num_workers, len(parts)), ahead=2), strict=True):
-        yield replace(batch, real=torch.from_numpy(chunk < count))
+    batches = _load(maker, plans, min(num_workers, len(plans)), ahead=2)
+    for batch, real_images in zip(batches, real, strict=True):
+        yield replace(batch, real=torch.from_numpy(real_images))
 
 
-def _made(
-    maker: _BatchMaker, parts: Iterable[StepPlan], workers: int, ahead: int
+def _load(
+    maker: _BatchMaker, plans: Iterable[StepPlan], workers: int, ahead: int
 ) -> Generator[Batch, None, None]:
-    """The batches of `parts`, in order; up to `ahead` more are made ahead of the one in use."""
+    """The batches of `plans`, in order; up to `ahead` more are made ahead of the one in use."""
     options: dict[str, Any] = {}
     if workers:
-        options = {"prefetch_factor": -(-(ahead + 1) // workers), "worker_init_fn": start_worker}
-        options |= {"num_workers": workers, "multiprocessing_context": fork_server()}
-    batches = iter(
-        DataLoader(
-            maker,
-            batch_size=None,  # items are batches already
-            sampler=parts,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else it would draw from the global one, which dropout draws from too
-            **options,
-        )
+        options = {
+            "num_workers": workers,
+            "prefetch_factor": -(-(ahead + 1) // workers),
+            "worker_init_fn": start_worker,
+            "multiprocessing_context": fork_server(),
+        }
+    loader = DataLoader(
+        maker,
+        batch_size=None,  # items are batches already
+        sampler=plans,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it would draw from the global one, from which dropout draws too
+        **options,
     )
+    batches = iter(loader)
     try:
         for batch in batches:
             if isinstance(batch, ValueError):

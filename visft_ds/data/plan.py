@@ -42,9 +42,8 @@ class SetPlan:
 
     samples: Int64Array  #: (N,) positions in its index
     weight: float = 1.0
-    shards: Int64Array | None = (
-        None  #: (N,) the shard of each, for a windowed order; None: any may follow any other
-    )
+    #: (N,) the shard of each, for a windowed order; None: any may follow any other
+    shards: Int64Array | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,8 @@ class StepPlan:
     position: int  #: number of earlier steps of this task
     epoch: int  #: number of complete passes of this task through this data set before
     indices: Int64Array  #: (G,) positions in the index of the data set
-    keys: Int64Array  #: (G,) one key per sample for `generator`; differs between samples, epochs, sets, tasks and seeds
+    #: (G,) one key per sample for `generator`; differs between samples, epochs, sets, tasks and seeds
+    keys: Int64Array
 
 
 class Plan:
@@ -76,9 +76,8 @@ class Plan:
         tasks: task name -> TaskPlan.
         seed: 0 or more.
         views: None: a sample has a new key in every epoch. A number: its keys, and with them its crops and
-        flips,
-            repeat after so many epochs and do not depend on the seed, so that kept features serve other runs
-            too.
+            flips, repeat after so many epochs and do not depend on the seed, so that kept features serve
+            other runs too.
 
     Raises:
         ValueError: a data set with fewer samples than a global batch.
@@ -87,27 +86,30 @@ class Plan:
     def __init__(self, tasks: Mapping[str, TaskPlan], seed: int, views: int | None = None) -> None:
         for name, task in tasks.items():
             key = "visft.shared" if name == SHARED else f"visft.tasks.{name}"
-            for dataset, part in task.sets.items():
-                if len(part.samples) < task.batch_size:
+            for dataset, plan in task.sets.items():
+                count = len(plan.samples)
+                if count < task.batch_size:
+                    batch_size = f"{key}.batch_size={task.batch_size}"
                     raise ValueError(
-                        f"{dataset} has {len(part.samples)} samples for {name}, fewer than {key}.batch_size="
-                        f"{task.batch_size}: lower it"
+                        f"{dataset} has {count} samples for {name}, fewer than {batch_size}: lower it"
                     )
         # Sorted, so that the order of keys in a configuration file cannot change a run.
-        self.tasks, self.seed, self.views = dict(sorted(tasks.items())), seed, views
+        self.tasks = dict(sorted(tasks.items()))
+        self.seed = seed
+        self.views = views
         # Each pair of a task and a set is in one epoch at a time: its order is kept.
-        self._orders = {
-            (task, name): lru_cache(maxsize=1)(_order) for task in tasks for name in tasks[task].sets
-        }
-        self._step = lru_cache(maxsize=_STEPS_KEPT)(self._made)
+        pairs = [(name, dataset) for name, task in tasks.items() for dataset in task.sets]
+        self._orders = {pair: lru_cache(maxsize=1)(_order) for pair in pairs}
+        self._step = lru_cache(maxsize=_STEPS_KEPT)(self._compute)
 
     def describe(self) -> str:
         """Line of a checkpoint: what a run and its continuation must have in common."""
         tasks = {}
         for name, task in self.tasks.items():
-            sets = {
-                key: [len(p.samples), p.weight, p.shards is not None] for key, p in sorted(task.sets.items())
-            }
+            sets = {}
+            for dataset, plan in sorted(task.sets.items()):
+                windowed = plan.shards is not None
+                sets[dataset] = [len(plan.samples), plan.weight, windowed]
             tasks[name] = [task.batch_size, task.ratio, sets]
         digest = hashlib.sha256(json.dumps([tasks, self.views]).encode()).hexdigest()
         return f"version {ORDER_VERSION}, seed {self.seed}, {digest}"
@@ -123,38 +125,49 @@ class Plan:
         """The global batch of a step. Nobody may change its arrays."""
         return self._step(step)
 
-    def _made(self, step: int) -> StepPlan:
-        task, position = _turn(
-            {name: task.ratio for name, task in self.tasks.items()}, _hash(self.seed), step
-        )
-        plan = self.tasks[task]
-        weights = {name: part.weight for name, part in sorted(plan.sets.items())}
+    def _compute(self, step: int) -> StepPlan:
+        ratios = {name: task.ratio for name, task in self.tasks.items()}
+        task, position = _turn(ratios, _hash(self.seed), step)
+        sets = self.tasks[task].sets
+        weights = {name: sets[name].weight for name in sorted(sets)}
         dataset, earlier = _turn(weights, _hash(self.seed, task), position)
-        part = plan.sets[dataset]
+        plan = sets[dataset]
         epoch, batch = divmod(earlier, self.steps_per_epoch(task, dataset))
         key = _hash(self.seed, task, dataset, epoch)
-        first = batch * plan.batch_size
-        indices = part.samples[self._orders[task, dataset](part, key)[first : first + plan.batch_size]]
-        if part.shards is not None:
-            indices = np.sort(
-                indices
-            )  # each machine needs few of the window's shards; who computes changes no result
+        order = self._orders[task, dataset](plan, key)
+        size = self.tasks[task].batch_size
+        indices = plan.samples[order[batch * size :][:size]]
+        if plan.shards is not None:
+            # Each machine then needs few of the window's shards; who computes changes no result.
+            indices = np.sort(indices)
         if self.views is not None:
             key = _hash(task, dataset, epoch % self.views)
-        keys = np.array([_hash(key, index) >> 1 for index in indices.tolist()], dtype=np.int64)
-        return StepPlan(step, task, dataset, position, epoch, indices, keys)
+        keys = [_hash(key, index) >> 1 for index in indices.tolist()]
+        return StepPlan(
+            step=step,
+            task=task,
+            dataset=dataset,
+            position=position,
+            epoch=epoch,
+            indices=indices,
+            keys=np.array(keys, dtype=np.int64),
+        )
 
     def split(self, step_plan: StepPlan, dp_rank: int, dp_size: int, accumulation: int) -> list[StepPlan]:
         """All micro-batches of a rank, in order; those of all ranks are disjoint and together are the
         step.
         """
-        size, rest = divmod(len(step_plan.indices), dp_size * accumulation)
-        assert not rest and 0 <= dp_rank < dp_size, (len(step_plan.indices), dp_rank, dp_size, accumulation)
-        firsts = [(micro * dp_size + dp_rank) * size for micro in range(accumulation)]
-        parts = [slice(first, first + size) for first in firsts]
-        return [
-            replace(step_plan, indices=step_plan.indices[part], keys=step_plan.keys[part]) for part in parts
-        ]
+        samples = len(step_plan.indices)
+        size, rest = divmod(samples, dp_size * accumulation)
+        assert rest == 0, (samples, dp_size, accumulation)
+        assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
+        plans = []
+        for micro in range(accumulation):
+            first = (micro * dp_size + dp_rank) * size
+            indices = step_plan.indices[first : first + size]
+            keys = step_plan.keys[first : first + size]
+            plans.append(replace(step_plan, indices=indices, keys=keys))
+        return plans
 
 
 def _turn(shares: Mapping[str, float], offset: int, turn: int) -> tuple[str, int]:
@@ -168,36 +181,51 @@ def _turn(shares: Mapping[str, float], offset: int, turn: int) -> tuple[str, int
         shares: name -> share relative to the others, above 0.
         offset: where on the circle to begin, in [0, 2**64).
     """
-    ends = list(accumulate(Fraction(share) for share in shares.values()))
-    bounds = [0, *(round(end * _WORD / ends[-1]) for end in ends)]
-    number = bisect_right(bounds, (turn * _GOLDEN + offset) % _WORD) - 1
+    ends = list(accumulate(map(Fraction, shares.values())))
+    bounds = [0]  # of the arcs
+    for end in ends:
+        bounds.append(round(end * _WORD / ends[-1]))
+    point = (turn * _GOLDEN + offset) % _WORD
+    number = bisect_right(bounds, point) - 1
     # (x mod M < bound) equals floor(x / M) - floor((x - bound) / M), and x is linear in the turn.
-    earlier = _floor_sum(turn, offset - bounds[number]) - _floor_sum(turn, offset - bounds[number + 1])
-    return list(shares)[number], earlier
+    from_start = _floor_sum(turn, offset - bounds[number])
+    from_end = _floor_sum(turn, offset - bounds[number + 1])
+    return list(shares)[number], from_start - from_end
 
 
 def _floor_sum(n: int, b: int) -> int:
     """Sum of floor((_GOLDEN * i + b) / 2**64) for i in [0, n) (Euclid-like reduction)."""
-    m, a, total = _WORD, _GOLDEN, 0
+    m = _WORD
+    a = _GOLDEN
+    total = 0
     while True:
-        total += (n - 1) * n // 2 * (a // m) + n * (b // m)
-        a, b = a % m, b % m
-        if a * n + b < m:
+        total += (n - 1) * n // 2 * (a // m)
+        total += n * (b // m)
+        a %= m
+        b %= m
+        last = a * n + b
+        if last < m:
             return total
-        n, b = divmod(a * n + b, m)
-        m, a = a, m
+        n, b = divmod(last, m)
+        a, m = m, a
 
 
-def _order(part: SetPlan, key: int) -> Int64Array:
+def _order(plan: SetPlan, key: int) -> Int64Array:
     """(N,) a random permutation. A windowed one needs each shard in one stretch: shards are shuffled, then
     samples within `WINDOW` of them."""
-    words = np.random.Philox(key=np.array([key, 0], dtype=np.uint64)).random_raw(len(part.samples))
-    if part.shards is None:
+    words = _words(key, 0, len(plan.samples))
+    if plan.shards is None:
         return np.argsort(words, kind="stable")
-    numbers, places = np.unique(part.shards, return_inverse=True)
-    of_shards = np.random.Philox(key=np.array([key, 1], dtype=np.uint64)).random_raw(len(numbers))
-    turns = np.argsort(np.argsort(of_shards, kind="stable"), kind="stable")
-    return np.lexsort((words, turns[places] // WINDOW))
+    shards, shard_of_sample = np.unique(plan.shards, return_inverse=True)
+    shuffled = np.argsort(_words(key, 1, len(shards)), kind="stable")
+    positions = np.argsort(shuffled, kind="stable")  # of each shard among the shuffled ones
+    return np.lexsort((words, positions[shard_of_sample] // WINDOW))
+
+
+def _words(key: int, stream: int, count: int) -> npt.NDArray[np.uint64]:
+    """Random words of 64 bits, which stay the same over numpy's versions."""
+    philox = np.random.Philox(key=np.array([key, stream], dtype=np.uint64))
+    return philox.random_raw(count)
 
 
 def _hash(*values: int | str) -> int:

@@ -47,18 +47,16 @@ class Sample:
     random_key: int  #: key of this sample's counter-based random numbers in this step; 0 in evaluation
     targets: Mapping[str, Mapping[str, npt.NDArray[Any]]]
     view: View | None = None  #: with a feature cache; where it has features, `image` is None
-    frame: tuple[int, int] | None = (
-        None  #: (height, width) of `image` with padding of its own; None: it has none
-    )
+    #: (height, width) of `image` with padding of its own; None: it has none
+    frame: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Targets:
     """Labels of a task for a batch: a dataclass of tensors over all objects, and the number of each image."""
 
-    host: ClassVar[
-        tuple[str, ...]
-    ] = ()  #: fields that only the host uses: it must not wait for a copy to come back
+    #: Fields that only the host uses: it must not wait for a copy to come back.
+    host: ClassVar[tuple[str, ...]] = ()
     #: Arguments of the head besides the maps in training -> the fields that it gets; most heads need none.
     head_inputs: ClassVar[Mapping[str, str]] = {}
 
@@ -75,12 +73,12 @@ class Batch:
     original_sizes: Tensor  #: (B, 2) int64, height and width as stored
     indices: Tensor  #: (B,) int64, positions in the split's index
     image_ids: Tensor  #: (B,) int64
-    random_keys: Tensor  #: (B,) int64, each sample's `random_key`: criteria draw from it, never from a global generator
+    #: (B,) int64, each sample's `random_key`: criteria draw from it, never from a global generator
+    random_keys: Tensor
     real: Tensor  #: (B,) bool, False for repeats that only keep ranks in step during evaluation
     targets: Mapping[str, Any] = field(default_factory=dict)  #: task -> Targets of that task
-    views: tuple[View, ...] | None = (
-        None  #: of each image, with a feature cache; those with features lack pixels
-    )
+    #: of each image, with a feature cache; those with features lack pixels
+    views: tuple[View, ...] | None = None
     #: (B, 2) int64, height and width of each image with the padding of its transform, but not the batch's;
     #: stays on the host. None: all are as large as the batch.
     frames: Tensor | None = None
@@ -95,18 +93,17 @@ class Batch:
         """The batch with all that a model needs on `device`; the host does not wait (`ops.to_device`)."""
         targets = {}
         for task, target in self.targets.items():
-            names = [one.name for one in fields(target) if one.name not in target.host]
-            targets[task] = replace(
-                target, **{name: to_device(getattr(target, name), device) for name in names}
-            )
+            names = {field.name for field in fields(target)}.difference(target.host)
+            moved = {name: to_device(getattr(target, name), device) for name in names}
+            targets[task] = replace(target, **moved)
         views = None if self.views is None else tuple(view.to(device) for view in self.views)
         return replace(self, images=to_device(self.images, device), targets=targets, views=views)
 
-    def of_images(self, places: Tensor) -> Batch:
-        """Some of its images, which may repeat, by their places (N,) int64 in it; without labels."""
+    def of_images(self, positions: Tensor) -> Batch:
+        """Some of its images, which may repeat, by their positions (N,) int64 in it; without labels."""
         names = ("images", "sizes", "original_sizes", "indices", "image_ids", "random_keys", "real")
-        chosen = {name: getattr(self, name)[places] for name in names}
-        frames = None if self.frames is None else self.frames[places]
+        chosen = {name: getattr(self, name)[positions] for name in names}
+        frames = None if self.frames is None else self.frames[positions]
         return replace(self, **chosen, frames=frames, targets={}, views=None)
 
 
@@ -118,8 +115,7 @@ class Map:
     valid: Tensor  #: (B, h, w) bool, True in cells that show image; at least one of each
     prefix: Tensor | None = None  #: (B, P, D) tokens that a plain ViT has in front of its patches
     #: (B, 2) float64 on the host, height and width of each image in cells, of which it may fill the last in
-    #: part.
-    #: None: each image ends with its last valid cell.
+    #: part. None: each image ends with its last valid cell.
     cells: Tensor | None = None
 
     @classmethod
@@ -141,13 +137,15 @@ class Map:
         """
         if self.cells is None:
             return None
-        return (self.cells / torch.tensor(self.valid.shape[1:])).float()
+        grid = torch.tensor(self.valid.shape[1:])
+        return (self.cells / grid).float()
 
     def has_empty_cells(self) -> bool:
         """True if some cell shows no image. Without `cells` the host waits for the device."""
         if self.cells is None:
             return not bool(self.valid.all())
-        return bool((self.cells.ceil() < torch.tensor(self.valid.shape[1:])).any())
+        grid = torch.tensor(self.valid.shape[1:])
+        return bool((self.cells.ceil() < grid).any())
 
     def resized(self, grid: Sequence[int], *, antialias: bool = False) -> Tensor:
         """Features (B, D, *grid), interpolated bilinearly within each image: empty cells have no weight.

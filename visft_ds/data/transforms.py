@@ -91,17 +91,27 @@ def apply_to_image(image: npt.NDArray[np.uint8], ops: Sequence[Op]) -> Tensor:
         if isinstance(op, Flip):
             tensor = tensor.flip(2)
         elif isinstance(op, Crop):
-            bottom, right = op.top + op.height, op.left + op.width
-            sides = (-op.left, right - tensor.shape[2], -op.top, bottom - tensor.shape[1])
-            beyond = [max(0, side) for side in sides]
-            tensor = tensor[:, max(0, op.top) : bottom, max(0, op.left) : right]
-            tensor = F.pad(tensor, beyond, value=128) if any(beyond) else tensor
+            tensor = _crop(tensor, op)
         elif isinstance(op, Pad):
-            missing = (0, op.width - tensor.shape[2], 0, op.height - tensor.shape[1])
-            tensor = F.pad(tensor, missing, value=op.value) if any(missing) else tensor
+            _, height, width = tensor.shape
+            tensor = _pad(tensor, [0, op.width - width, 0, op.height - height], op.value)
         else:
             tensor = tvf.resize(tensor, [op.height, op.width], antialias=True)
     return tensor.contiguous()
+
+
+def _crop(tensor: Tensor, crop: Crop) -> Tensor:
+    _, height, width = tensor.shape
+    bottom = crop.top + crop.height
+    right = crop.left + crop.width
+    inside = tensor[:, max(0, crop.top) : bottom, max(0, crop.left) : right]
+    beyond = [-crop.left, right - width, -crop.top, bottom - height]
+    return _pad(inside, [max(0, side) for side in beyond], value=128)
+
+
+def _pad(tensor: Tensor, sides: list[int], value: int) -> Tensor:
+    """The image with so many pixels of a value more at the left, right, top and bottom."""
+    return F.pad(tensor, sides, value=value) if any(sides) else tensor
 
 
 def apply_to_boxes(boxes: FloatArray, size: Size, ops: Sequence[Op]) -> FloatArray:
@@ -110,13 +120,16 @@ def apply_to_boxes(boxes: FloatArray, size: Size, ops: Sequence[Op]) -> FloatArr
     """
     boxes = boxes.copy()
     for op in ops:
+        height, width = size
         if isinstance(op, Flip):
-            boxes[:, [0, 2]] = size[1] - boxes[:, [2, 0]]
+            boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
         elif isinstance(op, Crop):
             boxes -= [op.left, op.top, op.left, op.top]
-            boxes = boxes.clip(0, [op.width, op.height] * 2)
+            boxes = boxes.clip(0, [op.width, op.height, op.width, op.height])
         elif isinstance(op, Resize):
-            boxes *= [op.width / size[1], op.height / size[0]] * 2
+            scale_x = op.width / width
+            scale_y = op.height / height
+            boxes *= [scale_x, scale_y, scale_x, scale_y]
         size = final_size(size, [op])
     return boxes
 
@@ -128,14 +141,17 @@ def short_side_size(size: Size, short_side: int, max_long: int | None) -> Size:
     The rule is the reference's: the short side is rounded to what `max_long` allows, the long side is cut off
     to an integer (DETR, https://arxiv.org/abs/2005.12872, its public training recipe).
     """
-    small, large = min(size), max(size)
+    height, width = size
+    small = min(size)
+    large = max(size)
     if max_long is not None and large / small * short_side > max_long:
         short_side = round(max_long * small / large)
     long_side = int(short_side * large / small)
     if short_side < 1:  # a strip of 1 x 10,000 pixels
         assert max_long is not None
-        short_side, long_side = 1, max_long
-    return (short_side, long_side) if size[0] <= size[1] else (long_side, short_side)
+        short_side = 1
+        long_side = max_long
+    return (short_side, long_side) if height <= width else (long_side, short_side)
 
 
 @dataclass(frozen=True)
@@ -168,23 +184,27 @@ class ShortSides:
     zoom: tuple[float, float] | None = None
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
-        window = self.window(size, generator) if train and self.fixed_size and self.zoom else []
-        mirrored = [Flip()] if train and generator.random() < self.flip else []
-        return [*mirrored, *window, self.scale(size, train, generator)]
+        ops = list[Op]()
+        if train:
+            window = self._window(size, generator)
+            if generator.random() < self.flip:
+                ops.append(Flip())
+            ops += window
+        return [*ops, self.scale(size, train, generator)]
 
-    def window(self, size: Size, generator: np.random.Generator) -> list[Op]:
+    def _window(self, size: Size, generator: np.random.Generator) -> list[Op]:
         """The zoom of an image of `size`, or none."""
-        assert self.zoom is not None
-        if generator.random() < 1 / 6:
+        if not self.fixed_size or not self.zoom or generator.random() < 1 / 6:
             return []
-        factor, stretch = (
-            np.exp(generator.uniform(*np.log(self.zoom))),
-            np.exp(generator.uniform(-0.15, 0.15) / 2),
-        )
-        sides = [max(1, round(size[0] * factor / stretch)), max(1, round(size[1] * factor * stretch))]
-        spare = [whole - side for whole, side in zip(size, sides, strict=True)]
-        top, left = (int(generator.integers(min(0, one), max(0, one) + 1)) for one in spare)
-        return [Crop(top, left, *sides)]
+        smallest, largest = np.log(self.zoom)
+        factor = np.exp(generator.uniform(smallest, largest))
+        stretch = np.exp(generator.uniform(-0.15, 0.15) / 2)
+        height, width = size
+        window_height = max(1, round(height * factor / stretch))
+        window_width = max(1, round(width * factor * stretch))
+        top = _offset(height - window_height, generator)
+        left = _offset(width - window_width, generator)
+        return [Crop(top, left, window_height, window_width)]
 
     def scale(self, size: Size, train: bool, generator: np.random.Generator) -> Resize:
         """The last operation of an image of `size`."""
@@ -196,6 +216,12 @@ class ShortSides:
         return Resize(*short_side_size(size, side, self.max_size_train))
 
 
+def _offset(spare: int, generator: np.random.Generator) -> int:
+    """Random place of a window along an axis that is `spare` pixels longer, or shorter: within, or around it."""
+    return int(generator.integers(min(0, spare), max(0, spare) + 1))
+
+
 def of_options(kind: Callable[..., _T], options: Mapping[str, Any]) -> _T:
     """An instance of a dataclass whose fields are named as options; other options are left."""
-    return kind(**{field.name: options[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: options[name] for name in names})

@@ -41,7 +41,8 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
     context.set_forkserver_preload(
         ["visft_ds.data.loader", *sorted(m for m in sys.modules if m.startswith("visft_ds.tasks."))]
     )
-    resource_tracker.ensure_running()  # first, because starting it unblocks signals that this thread has blocked
+    # first, because starting it unblocks signals that this thread has blocked
+    resource_tracker.ensure_running()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
     try:
         forkserver.ensure_running()

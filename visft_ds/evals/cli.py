@@ -7,27 +7,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.config.cli import BACKBONE_HELP, DOWNLOAD_HELP
+from visft_ds.config.flags import DOWNLOAD_HELP
 from visft_ds.evals.judge.kinds import kinds_help
 from visft_ds.flags import Parser
+from visft_ds.predict.cli import add_parts
 
-USAGE = """Measure box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
+USAGE = """Measure box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter).
 
     visft evaluate --run runs/stage2 --num_gpus 8
     visft evaluate --run runs/stage2 --backbone merged.safetensors --out evaluation/merged
     visft evaluate --backbone base.safetensors --heads runs/stage1/export --data SHARDS --out evaluation/base
 
-Writes metrics.json, <task>_results.json (COCO results format) and pictures/ into a new or empty folder. With several
-processes each image is evaluated once. Exit status: 0 fine, 2 wrong usage or unusable input.
+Writes metrics.json, <task>_results.json (COCO results format) and visualizations/ into a new or empty folder. With
+several processes each image is evaluated once. Exit status: 0 fine, 2 wrong usage or unusable input.
 """
 REPORT = """Write a page about one run, or about several side by side: one HTML file that needs no network.
 
     visft report runs/stage2                                     writes runs/stage2/report.html
     visft report runs/stage1 runs/stage2 --out report.html       the others are compared with the first
 
-It shows results (of visft evaluate, otherwise of evaluations during training), pictures of visft evaluate, losses
-by task, learning rates, speed and memory, settings and environment. A run may still be training. Exit status: 0 fine,
-2 wrong usage or unusable input.
+It shows results (of visft evaluate, otherwise of evaluations during training), visualizations of visft evaluate,
+losses by task, learning rates, speed and memory, settings and environment. A run may still be training. Exit status:
+0 fine, 2 wrong usage or unusable input.
 """
 JUDGE = f"""Compare further-trained models with their base, on data that neither was trained on.
 
@@ -68,11 +69,11 @@ def main(arguments: Sequence[str]) -> int:
         "--batch-size", type=int, metavar="N", help="images per batch of a process (default: the run's, or 8)"
     )
     add("--out", type=Path, metavar="DIR", help="new or empty folder (default RUN/evaluation-SPLIT)")
-    add("--pictures", type=int, default=8, metavar="N", help="pictures to draw (default %(default)s)")
-    given = _parsed(parser, arguments)
+    add("--visualizations", type=int, default=8, metavar="N", help="images to draw (default %(default)s)")
+    options = _parsed(parser, arguments)
     from visft_ds.evals.evaluate import evaluate
 
-    return _done("evaluate", lambda: evaluate(**vars(given), command=True))
+    return _done("evaluate", lambda: evaluate(**vars(options), command=True))
 
 
 def judge(arguments: Sequence[str]) -> int:
@@ -120,10 +121,10 @@ def judge(arguments: Sequence[str]) -> int:
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default %(default)s")
     add("--batch-size", type=int, default=64, metavar="N", help="images per batch of a process (%(default)s)")
     add("--threads", type=int, default=4, metavar="N", help="decoding threads (%(default)s)")
-    given = _parsed(parser, arguments)
+    options = _parsed(parser, arguments)
     from visft_ds.evals.judge.command import run_judge
 
-    return _done("judge", lambda: run_judge(given))
+    return _done("judge", lambda: run_judge(options))
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -134,21 +135,10 @@ def report(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="a .html file (default for one run: RUN/report.html)"
     )
-    given = _parsed(parser, arguments)
+    options = _parsed(parser, arguments)
     from visft_ds.evals.report import report_runs
 
-    return _done("report", lambda: print(f"wrote {report_runs(given.runs, given.judge, given.out)}"))
-
-
-def add_parts(group: argparse._ActionsContainer) -> None:
-    """Add the flags that replace parts of a run: backbone, heads, adapter, tasks, vocabulary."""
-    add = group.add_argument
-    add("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
-    add("--download", action="store_true", help=DOWNLOAD_HELP)
-    add("--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files")
-    add("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
-    add("--tasks", metavar="A,B", help="tasks (default: all that have a head)")
-    add("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
+    return _done("report", lambda: print(f"wrote {report_runs(options.runs, options.judge, options.out)}"))
 
 
 def _parser(name: str, about: str) -> Parser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,18 +19,21 @@ from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import DataConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.evals.model import source_of
-from visft_ds.evals.records import FORMAT, METRICS, PICTURES, VERSION, counted
+from visft_ds.evals.records import FORMAT, METRICS, VERSION, VISUALIZATIONS, counted
 from visft_ds.evaluation import collect, draw_examples, measure
+from visft_ds.files import write_bytes
 from visft_ds.flags import check_least
 from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
-from visft_ds.prepare.datasets import needs_vocabulary, workers_of
+from visft_ds.predict.loading import LoadedModel, ModelSource, source_of
+from visft_ds.prepare.data import workers_of
+from visft_ds.prepare.datasets import needs_vocabulary
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
 from visft_ds.run.folder import refuse_filled
 from visft_ds.run_files import folder_of_run
+from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.pictures import grid, save_png
 
@@ -39,9 +42,8 @@ from visft_ds.tasks.pictures import grid, save_png
 class EvaluationResult:
     """Numbers of an evaluation and what they were computed from; empty but on the main process."""
 
-    metrics: Mapping[
-        str, float
-    ]  #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1: the data has no such objects
+    #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1: the data has no such objects.
+    metrics: Mapping[str, float]
     results: Mapping[str, Results]  #: task -> predictions in COCO's results format, in the order of the data
     out: Path | None = None  #: folder of what was written
 
@@ -61,7 +63,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int | None = None,
     out: AnyPath | None = None,
-    pictures: int = 8,
+    visualizations: int = 8,
     command: bool = False,
 ) -> EvaluationResult:
     """Measure a run, or any backbone with heads, as visft evaluate does.
@@ -70,8 +72,7 @@ def evaluate(
 
     Args:
         run: folder of a run, or RUN/checkpoints/step_N; the rest replaces what it says. Without it give
-        backbone,
-            heads and data.
+            backbone, heads and data.
         backbone: file of base or merged weights, of any known layout; or a name, as `fit` takes it.
         download: download missing weights from the Hugging Face hub.
         heads: folder of heads: RUN/export, or ViSFT's published files.
@@ -83,22 +84,25 @@ def evaluate(
         split: by default the run's validation split, or "val".
         limit: evaluate only the first images, this many.
         batch_size: images per batch of a process; by default the run's, or 8.
-        out: new or empty folder for metrics.json, results and pictures; by default nothing is written.
-        pictures: number to draw into `out`.
-        command: print what is evaluated and found; of a run, `out` is RUN/evaluation-SPLIT by default.
+        out: new or empty folder for metrics.json, results and visualizations; by default nothing is written.
+        visualizations: number of images to draw into `out`, ground truth beside predictions.
+        command: print what is evaluated and the results; of a run, `out` is RUN/evaluation-SPLIT by default.
 
     Raises:
         ValueError: missing or damaged files, parts that do not belong together, data that a task cannot be
-        judged by
-            (predictions are written all the same).
+            judged by (predictions are written all the same).
     """
-    counts = SimpleNamespace(limit=limit, batch_size=batch_size, beam_size=beam_size, pictures=pictures)
-    check_least(counts, limit=1, batch_size=1, beam_size=1, pictures=0)
-    out, cache = None if out is None else Path(out), None
-    if run is None and None in (backbone, heads, data, out if command else ""):
-        raise ValueError(
-            f"without --run give --backbone, --heads{', --data and --out' if command else ' and --data'}"
-        )
+    counts = SimpleNamespace(
+        limit=limit, batch_size=batch_size, beam_size=beam_size, visualizations=visualizations
+    )
+    check_least(counts, limit=1, batch_size=1, beam_size=1, visualizations=0)
+    if run is None:
+        needed = {"--backbone": backbone, "--heads": heads, "--data": data}
+        if command:
+            needed["--out"] = out
+        if None in needed.values():
+            *flags, last = needed
+            raise ValueError(f"without --run give {', '.join(flags)} and {last}")
     source = source_of(
         None if run is None else Path(run),
         tasks=tasks,
@@ -110,111 +114,201 @@ def evaluate(
         beam_size=beam_size,
         batch_size=batch_size,
     )
+    folder = None if out is None else Path(out)
+    cache = None
     if run is not None:
-        place = folder_of_run(Path(run))
-        visft = recorded_config(place).visft
-        split, data = split or visft.data.val, data or visft.data.root
-        cache = Cache(visft.data.cache, visft.data.cache_bytes)
-        if command and out is None:
-            out = place / "-".join(["evaluation", split, *([Path(run).name] if Path(run) != place else [])])
-    split = split or "val"
+        of_run = recorded_config(folder_of_run(Path(run))).visft.data
+        split = split or of_run.val
+        data = data or of_run.root
+        cache = Cache(of_run.cache, of_run.cache_bytes)
+        if command and folder is None:
+            folder = _default_folder(Path(run), split)
+    if folder is not None:
+        refuse_filled(folder)
     assert data is not None
-    if out is not None:
-        refuse_filled(out)
+    split = split or "val"
     if not command:
         distributed.keep_open()
     precision, why = choose_precision(source.precision, distributed.local_device())
     manifest = Manifest.load(os.fspath(data), split, cache=cache)
     model, streams = source.build(precision, distributed.local_device())
-    if distributed.world_size() > 1:
-        from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
-
-        start_process_group()
-    check_categories(
-        model.heads, manifest.categories, str(manifest.root), "Evaluate it on data of its own categories"
-    )
-    count, where = min(limit or len(manifest), len(manifest)), f"{manifest.root}/{split}"
-    _check_truth(source.tasks, manifest, count)
+    subject = _Subject(source, model, streams, manifest, limit)
+    subject.check_data()
     if command and distributed.is_main():
-        facts = [*model.facts.items(), ("data", f"{where}: {counted(count, len(manifest))}")]
-        facts.append(("precision", f"{precision} ({why}), {distributed.world_size()} process(es)"))
-        print_plan("visft_ds evaluation", [Section("model and data", facts)])
+        subject.print_plan(why)
+
     with ShardReader(manifest) as reader:
-        began, workers = time.perf_counter(), workers_of(DataConfig())
-        collected = collect(
-            model.predict, reader, streams, model.vocabulary, limit=limit, num_workers=workers
-        )
-        seconds = time.perf_counter() - began
-        distributed.close()  # before measuring, which the main process does alone
+        collected, seconds = _predict(subject, reader)
         if collected is None:
             return EvaluationResult({}, {})
-        drawn, files = dict[str, Any](), {task: f"{task}_results.json" for task in collected}
-        if out is not None:  # first: hours of predictions must not be lost with a number
-            out.mkdir(parents=True, exist_ok=True)
-            for task, results in collected.items():
-                (out / files[task]).write_bytes(orjson.dumps(results))
-            drawn = _draw(collected, reader, pictures, limit, out)
+        drawn = {}
+        if folder is not None:  # first: hours of predictions must not be lost with a number
+            _write_predictions(collected, folder)
+            drawn = _draw(collected, reader, visualizations, limit, folder)
         metrics, problems = measure(collected, reader, limit=limit, per_category=True)
-    if out is not None:
-        facts_of = {name: value for task in collected for name, value in TASKS[task].facts.items()}
+    if folder is not None:
+        record = subject.record(metrics, drawn, seconds)
+        # Last: a folder without it was not finished.
+        write_bytes(folder / METRICS, orjson.dumps(record, option=orjson.OPT_INDENT_2))
+        if command:
+            _print_results(subject, metrics, collected, seconds, folder)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return EvaluationResult(metrics, collected, folder)
+
+
+def _default_folder(run: Path, split: str) -> Path:
+    """RUN/evaluation-SPLIT, and of a checkpoint RUN/evaluation-SPLIT-step_N."""
+    folder = folder_of_run(run)
+    if run == folder:
+        return folder / f"evaluation-{split}"
+    return folder / f"evaluation-{split}-{run.name}"
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model and the images that it is evaluated on."""
+
+    source: ModelSource
+    model: LoadedModel
+    streams: Mapping[str, Stream]
+    manifest: Manifest
+    limit: int | None
+
+    @property
+    def images(self) -> int:
+        """How many are evaluated."""
+        return min(self.limit or len(self.manifest), len(self.manifest))
+
+    @property
+    def where(self) -> str:
+        return f"{self.manifest.root}/{self.manifest.split}"
+
+    @property
+    def counted(self) -> str:
+        """Number of images, in words."""
+        return counted(self.images, len(self.manifest))
+
+    @property
+    def task_facts(self) -> dict[str, Any]:
+        """What else decides numbers, such as the tokenizer of captions."""
+        facts: dict[str, Any] = {}
+        for task in self.source.tasks:
+            facts |= TASKS[task].facts
+        return facts
+
+    def check_data(self) -> None:
+        """Refuse data whose images a task cannot be judged by, before anything is computed."""
+        manifest = self.manifest
+        remedy = "Evaluate it on data of its own categories"
+        check_categories(self.model.heads, manifest.categories, str(manifest.root), remedy)
+        for task in self.source.tasks:
+            config = TASKS[task].config
+            if lacking := config.misleads(manifest.counts, manifest.findings):
+                raise ValueError(f"{self.where} has no {lacking}")
+            if not (manifest.having(config.learns_from) < self.images).any():
+                lacking = f"no {config.learns_from} in {self.images} images of {self.where}"
+                raise ValueError(
+                    f"{lacking}, which {task} is compared with: give other data or other --tasks"
+                )
+
+    def print_plan(self, why_precision: str) -> None:
+        processes = f"{distributed.world_size()} process(es)"
+        facts = [
+            *self.model.facts.items(),
+            ("data", f"{self.where}: {self.counted}"),
+            ("precision", f"{self.model.precision} ({why_precision}), {processes}"),
+        ]
+        print_plan("visft_ds evaluation", [Section("model and data", facts)])
+
+    def record(
+        self, metrics: Mapping[str, float], drawn: Mapping[str, Any], seconds: float
+    ) -> dict[str, Any]:
+        """The content of metrics.json."""
         record = {
             "format": FORMAT,
             "version": VERSION,
             "metrics": metrics,
-            "model": dict(model.facts),
-            "precision": model.precision,
-            "data": {"where": where, "split": split, "images": count, "total": len(manifest)}
-            | {"fingerprint": manifest.fingerprint},
-            "settings": {name: dict(stream.image) for name, stream in streams.items()},
-            **facts_of,
-            **({"decoding": source.decoding} if needs_vocabulary(source.tasks) else {}),
+            "model": dict(self.model.facts),
+            "precision": self.model.precision,
+            "data": {
+                "where": self.where,
+                "split": self.manifest.split,
+                "images": self.images,
+                "total": len(self.manifest),
+                "fingerprint": self.manifest.fingerprint,
+            },
+            "settings": {name: dict(stream.image) for name, stream in self.streams.items()},
+            **self.task_facts,
+        }
+        if needs_vocabulary(self.source.tasks):
+            record["decoding"] = self.source.decoding
+        return {
+            **record,
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
-            "pictures": drawn,
+            "visualizations": drawn,
             "versions": versions(),
             "command": [redacted(word) for word in sys.argv],
         }
-        # Last: a folder without it was not finished.
-        (out / METRICS).write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
-        if command:
-            # Names of a category's numbers have two strokes; -1 is COCO's mark for "there is nothing of this
-            # kind".
-            shown = {name: value for name, value in metrics.items() if name.count("/") == 1}
-            rows = [
-                (name, "no such objects" if value < 0 else f"{value:.4f}") for name, value in shown.items()
-            ]
-            rows += [(name.replace("_", " "), str(value)) for name, value in facts_of.items()]
-            written = [*files.values(), METRICS, f"{PICTURES}/"]
-            rows += [("images/s", f"{count / seconds:.1f}"), ("written", f"{out}: {', '.join(written)}")]
-            print_plan("results", [Section(f"of {counted(count, len(manifest))}", rows)])
-    if problems:
-        raise ValueError("; ".join(problems))
-    return EvaluationResult(metrics, collected, out)
 
 
-def _check_truth(tasks: Sequence[str], manifest: Manifest, count: int) -> None:
-    """Refuse data whose first `count` images a task cannot be judged by, before anything is computed."""
-    where = f"{manifest.root}/{manifest.split}"
-    for task in tasks:
-        config = TASKS[task].config
-        if lacking := config.misleads(manifest.counts, manifest.findings):
-            raise ValueError(f"{where} has no {lacking}")
-        if not (manifest.having(config.learns_from) < count).any():
-            lacking = f"no {config.learns_from} in {count} images of {where}"
-            raise ValueError(f"{lacking}, which {task} is compared with: give other data or other --tasks")
+def _predict(subject: _Subject, reader: ShardReader) -> tuple[dict[str, Results] | None, float]:
+    """Results of all ranks on the main process (None elsewhere), and the seconds that they took."""
+    if distributed.world_size() > 1:
+        from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
+
+        start_process_group()
+    began = time.perf_counter()
+    collected = collect(
+        subject.model.predict,
+        reader,
+        subject.streams,
+        subject.model.vocabulary,
+        limit=subject.limit,
+        num_workers=workers_of(DataConfig()),
+    )
+    seconds = time.perf_counter() - began
+    distributed.close()  # before measuring, which the main process does alone
+    return collected, seconds
+
+
+def _results_file(task: str) -> str:
+    return f"{task}_results.json"
+
+
+def _write_predictions(collected: Mapping[str, Results], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, results in collected.items():
+        write_bytes(folder / _results_file(task), orjson.dumps(results))
 
 
 def _draw(
-    collected: Mapping[str, Results], reader: ShardReader, pictures: int, limit: int | None, out: Path
+    collected: Mapping[str, Results], reader: ShardReader, count: int, limit: int | None, folder: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Write pictures of examples; returns {task: [{"image_id", "file"}, ...]}."""
+    """Write drawings of examples; returns {task: [{"image_id", "file"}, ...]}."""
     written: dict[str, list[dict[str, Any]]] = {}
-    for task, by_image in draw_examples(collected, reader, pictures, limit=limit).items():
+    for task, by_image in draw_examples(collected, reader, count, limit=limit).items():
         written[task] = []
-        for image_id, picture in by_image.items():
-            name = f"{PICTURES}/{task}-{image_id:012d}.png"
-            save_png(picture, out / name)
+        for image_id, drawing in by_image.items():
+            name = f"{VISUALIZATIONS}/{task}-{image_id:012d}.png"
+            save_png(drawing, folder / name)
             written[task].append({"image_id": image_id, "file": name})
         if by_image:
-            save_png(grid(list(by_image.values()), columns=2), out / f"{task}.png")
+            save_png(grid(list(by_image.values()), columns=2), folder / f"{task}.png")
     return written
+
+
+def _print_results(
+    subject: _Subject, metrics: Mapping[str, float], tasks: Iterable[str], seconds: float, folder: Path
+) -> None:
+    rows = []
+    for name, value in metrics.items():
+        if name.count("/") > 1:  # the number of a category
+            continue
+        # -1 is COCO's mark for "there is nothing of this kind".
+        rows.append((name, "no such objects" if value < 0 else f"{value:.4f}"))
+    rows += [(name.replace("_", " "), str(value)) for name, value in subject.task_facts.items()]
+    files = [*(_results_file(task) for task in tasks), METRICS, f"{VISUALIZATIONS}/"]
+    rows += [("images/s", f"{subject.images / seconds:.1f}"), ("written", f"{folder}: {', '.join(files)}")]
+    print_plan("results", [Section(f"on {subject.counted}", rows)])

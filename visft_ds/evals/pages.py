@@ -1,4 +1,4 @@
-"""Pages: one HTML file each that needs no network, with pictures and charts in it, out of templates beside
+"""Pages: one HTML file each that needs no network, with images and charts in it, out of templates beside
 this module.
 
 Charts are `<svg>` elements, drawn by matplotlib: no script, nothing to load, equal bytes for equal data.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
@@ -58,13 +59,15 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.globals["number"] = number_text
-    environment.globals["interval"] = lambda of, *percent: Interval(of["value"], of["low"], of["high"]).text(
-        *percent
-    )
+    environment.globals["interval"] = _interval
     try:
         return environment.get_template(template).render(**values)
     except (UndefinedError, TypeError) as error:
         raise ValueError(f"a record is damaged, or of another version: {error}") from error
+
+
+def _interval(difference: Mapping[str, float], percent: bool = True) -> str:
+    return Interval(difference["value"], difference["low"], difference["high"]).text(percent)
 
 
 def embedded(picture: Picture, form: str = "jpeg") -> str:
@@ -87,7 +90,12 @@ class Series:
 
 
 def line_chart(
-    series: Sequence[Series], *, title: str, y_label: str, linear: bool = False, places: Sequence[str] = ()
+    series: Sequence[Series],
+    *,
+    title: str,
+    y_label: str,
+    linear: bool = False,
+    places: Sequence[str] = (),
 ) -> str:
     """An `<svg>` element with grid lines and a legend of the named series, over optimiser steps or named
     places.
@@ -98,34 +106,27 @@ def line_chart(
     """
     from matplotlib import style  # takes a second
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
     values = [y for curve in series for y in (*curve.ys, *curve.behind)]
     if not values:
         return ""
     text = io.StringIO()
     with style.context(["default", _STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph .* missing"
-        )  # of other scripts: the reader's program has fonts
-        figure = Figure((640 / 72, 340 / 72) if places else (360 / 72, 260 / 72), layout="constrained")
+        # Of other scripts: the reader's program has fonts.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        width, height = (640, 340) if places else (360, 260)
+        figure = Figure((width / 72, height / 72), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title, weight="bold")
         axes.set(ylabel=y_label, xlabel="" if places else "optimiser step")
         axes.grid(axis="y")
         if places:
-            step = -(-len(places) // 24)  # more do not fit
+            step = math.ceil(len(places) / 24)  # more do not fit
             axes.set_xticks(range(len(places))[::step], places[::step], rotation=60, ha="right")
         if not linear and 0 < WIDE * min(values) < max(values):
-            axes.set_yscale("log", subs=[])
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:.6g}")
+            _make_logarithmic(axes)
         for curve, colour in zip(series, cycle(_COLOURS), strict=False):
-            line = "o-" if len(curve.xs) < 50 else "-"  # of a lone point nothing else is seen
-            if curve.behind:
-                axes.plot(curve.xs, curve.behind, line, ms=3, color=colour, lw=1, alpha=0.35)
-            if curve.xs:
-                axes.plot(curve.xs, curve.ys, line, ms=3, color=colour, lw=2, label=curve.name or None)
+            _draw(axes, curve, colour)
         if any(curve.name for curve in series):
             axes.legend(frameon=False)
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -133,24 +134,41 @@ def line_chart(
     return f'<svg role="img" aria-label="{html.escape(title)}" {element}'
 
 
+def _make_logarithmic(axes: Any) -> None:
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log", subs=[])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:.6g}")
+
+
+def _draw(axes: Any, curve: Series, colour: str) -> None:
+    line = "o-" if len(curve.xs) < 50 else "-"  # of a lone point nothing else is seen
+    if curve.behind:
+        axes.plot(curve.xs, curve.behind, line, ms=3, color=colour, lw=1, alpha=0.35)
+    if curve.xs:
+        axes.plot(curve.xs, curve.ys, line, ms=3, color=colour, lw=2, label=curve.name or None)
+
+
 def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
     """The page of `visft judge` about a record, which is what judge.json holds.
 
     Args:
-        sheets: pictures of what models see.
+        sheets: drawings of what models see.
     """
-    base = next(iter(record["arms"]))
+    base = next(iter(record["variants"]))
     (primary,) = (row for row in record["rows"] if row["name"] == record["primary"])
-    curves = {arm: of["held_out"] for arm, of in record["layers"].get(primary["name"], {}).items()}
-    blocks = list(dict.fromkeys(block for of in curves.values() for block in of))
+    layers = record["layers"].get(primary["name"], {})
+    curves = {variant: chosen["held_out"] for variant, chosen in layers.items()}
+    blocks = list(dict.fromkeys(block for scores in curves.values() for block in scores))
     unit, factor = ("", -1) if primary["lower"] else ("percent", 100)  # held-out errors are kept with a minus
-    series = [
-        Series([blocks.index(block) for block in of], [factor * value for value in of.values()], arm)
-        for arm, of in curves.items()
-    ]
+    series = []
+    for variant, scores in curves.items():
+        xs = [blocks.index(block) for block in scores]
+        series.append(Series(xs, [factor * score for score in scores.values()], variant))
     return render(
         "judge/judge.html.j2",
-        title=f"{', '.join(trial['arm'] for trial in record['trials'])} against {base}",
+        title=f"{', '.join(trial['variant'] for trial in record['trials'])} against {base}",
         record=record,
         base=base,
         primary=primary,

@@ -15,9 +15,13 @@ from visft_ds.tasks import config_class, entries
 from visft_ds.tasks.pictures import Picture
 
 #: Files that visft evaluate leaves in its folder; METRICS is written last.
-FORMAT, VERSION = "visft_ds evaluation", 1
-METRICS, PICTURES = "metrics.json", "pictures"
-JUDGE, JUDGED = "visft_ds judge 3", "judge.json"  #: of visft judge
+FORMAT = "visft_ds evaluation"
+VERSION = 2
+METRICS = "metrics.json"
+VISUALIZATIONS = "visualizations"  #: key of the record, and folder
+#: Of visft judge.
+JUDGE = "visft_ds judge 3"
+JUDGED = "judge.json"
 
 #: Task -> the one number it is known by. Part before the slash: of all its numbers.
 MAIN = {name: str(config_class(name).main) for name in entries()}
@@ -25,8 +29,9 @@ MAIN = {name: str(config_class(name).main) for name in entries()}
 
 def counted(images: int | None, total: int | None) -> str:
     """Number of images that were evaluated, in words: `16 of 200 images`."""
-    of = "" if total in (None, images) else f" of {total}"
-    return f"{'all' if images is None else images}{of} images"
+    if images is None:
+        return "all images"
+    return f"{images} images" if total in (None, images) else f"{images} of {total} images"
 
 
 def number_text(value: float, percent: bool = True, sign: str = "") -> str:
@@ -44,7 +49,7 @@ class Interval:
 
     def text(self, percent: bool = True) -> str:
         """`+4.50 [+2.50, +6.40]`, in percentage points or in the number's own unit."""
-        value, low, high = (number_text(part, percent, "+") for part in (self.value, self.low, self.high))
+        value, low, high = (number_text(end, percent, "+") for end in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
 
 
@@ -54,19 +59,18 @@ class Evaluation:
 
     label: str
     folder: Path
-    metrics: Mapping[
-        str, float
-    ]  #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1: the data has no such objects
+    #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1: the data has no such objects.
+    metrics: Mapping[str, float]
     images: str  #: how many were evaluated, in words
     record: Mapping[str, Any]
 
-    def pictures(self, task: str) -> dict[int, Picture]:
-        """Image id -> ground truth beside prediction. Raises ValueError for a damaged picture."""
-        files = self.record.get("pictures", {}).get(task, ())
-        place = self.folder / PICTURES
-        return {
-            entry["image_id"]: np.asarray(open_image(place / Path(entry["file"]).name)) for entry in files
-        }
+    def visualizations(self, task: str) -> dict[int, Picture]:
+        """Image id -> ground truth beside prediction. Raises ValueError for a damaged file."""
+        drawings = {}
+        for entry in self.record.get(VISUALIZATIONS, {}).get(task, ()):
+            path = self.folder / VISUALIZATIONS / Path(entry["file"]).name
+            drawings[entry["image_id"]] = np.asarray(open_image(path))
+        return drawings
 
 
 def read_evaluation(label: str, folder: Path) -> Evaluation:
@@ -78,7 +82,8 @@ def read_evaluation(label: str, folder: Path) -> Evaluation:
         record = orjson.loads(read_bytes(path))
         if (record["format"], record["version"]) != (FORMAT, VERSION):
             raise ValueError(f"its format is not {FORMAT} {VERSION}")
-        data, metrics = record["data"], {name: float(value) for name, value in record["metrics"].items()}
+        data = record["data"]
+        metrics = {name: float(value) for name, value in record["metrics"].items()}
         return Evaluation(label, folder, metrics, counted(data["images"], data["total"]), record)
 
 

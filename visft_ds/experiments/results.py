@@ -73,9 +73,9 @@ def arm_rows(record: Record) -> Iterator[Row]:
     columns = {record["primary"]: (MINUS_BASE, FIRST_MINUS_IT)}
     for number in record["rows"]:
         name = number["name"]
-        if name.startswith("kept/"):
+        if name.startswith("agreement/"):
             columns[name] = (name, f"{FIRST_MINUS_IT}, {name}")
-    for arm in list(record["arms"])[1:]:
+    for arm in list(record["variants"])[1:]:
         row = {"arm": arm, "feature shift": round(record["shifts"][arm], 3)}
         for number in record["rows"]:
             if number["name"] not in columns:

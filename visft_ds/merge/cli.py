@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.config.cli import DOWNLOAD_HELP
+from visft_ds.config.flags import DOWNLOAD_HELP
 from visft_ds.errors import tell
 from visft_ds.flags import Parser
 from visft_ds.interop import FORMATS

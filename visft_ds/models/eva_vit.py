@@ -449,11 +449,13 @@ def last_block(layers: Sequence[int], ends: Sequence[str], model: str) -> int:
         ValueError: a block that is not among `ends`, the names of those of `model`; or the numbers descend.
     """
     if list(layers) != sorted(set(layers)):
-        raise ValueError(f"visft.model.layers: {list(layers)} must ascend")
+        raise ValueError(f"visft.model.out_indices: {list(layers)} must ascend")
     last = max(layers)
     if last >= len(ends):
         names = ", ".join(ends)
-        raise ValueError(f"visft.model.layers: no block {last}: {model} has 0 to {len(ends) - 1} ({names})")
+        raise ValueError(
+            f"visft.model.out_indices: no block {last}: {model} has 0 to {len(ends) - 1} ({names})"
+        )
     return last
 
 

@@ -9,15 +9,12 @@ import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
 from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.config.backbones import model_of, named
 from visft_ds.config.batches import larger_batches
-from visft_ds.config.cli import batch_flags
-from visft_ds.config.resolve import Flags
 from visft_ds.errors import tell
 from visft_ds.flags import Command
 from visft_ds.monitor.console import Section, print_plan
@@ -33,7 +30,7 @@ _EPILOG = """--cluster takes COUNTxNAME[-MEMORY] (machines of 8) or MACHINESxGPU
 examples:
   visft plan --cluster 8xV100-32GB
   visft plan --cluster 8x4090 --model eva_g --stage 2
-  visft plan --cluster 8xA100-80GB --stage 2 --engine zero1 --set visft.model.recompute=block
+  visft plan --cluster 8xA100-80GB --stage 2 --engine zero1 --set visft.model.activation_checkpointing=block
   visft plan --cluster 8x8xH100 --network 25 --stage 2 --batch-size 64
 
 It tries every engine and prints the command that trains with the fastest one that fits.
@@ -84,19 +81,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         models = [model] if model else ["eva_e", "eva_g"]
         stages = [options.stage] if options.stage else [1, 2]
         for model, stage in product(models, stages):
-            fits &= _plan(options, model, _resolved(options, stage, model, flags), cluster)
+            config = resolve(
+                stage=stage,
+                model=model,
+                engine=options.engine,
+                flags=flags,
+                settings=options.set,
+                batch_size=options.batch_size,
+            )
+            fits &= _plan(options, model, config, cluster)
     except (ValueError, OSError) as error:
         return tell(error)
     return 0 if fits else 2
-
-
-def _resolved(options: Namespace, stage: int, model: str, flags: Flags | None) -> ResolvedConfig:
-    """The configuration of a stage, as visft train would have it."""
-    resolved = partial(resolve, stage=stage, model=model, engine=options.engine, settings=options.set)
-    config = resolved(flags=flags)
-    if options.batch_size is None:
-        return config
-    return resolved(flags={**(flags or {}), **batch_flags(config, options.batch_size)})
 
 
 def _plan(options: Namespace, model: str, config: ResolvedConfig, cluster: Cluster) -> bool:
@@ -174,7 +170,7 @@ def print_forecasts(title: str, sections: Sequence[Section], forecasts: Sequence
         rows.append(
             (
                 option.engine,
-                option.run.config.visft.model.recompute,
+                option.run.config.visft.model.activation_checkpointing,
                 str(option.run.batches.accumulation),
                 "yes" if option.fits else "NO",
                 f"{option.needed / _GIB:.1f}",

@@ -54,8 +54,8 @@ class PlannedRun:
         return replace(self, config=config, batches=derive_batches(config, self.batches.processes))
 
     def with_policy(self, policy: str) -> PlannedRun:
-        """The same with this `visft.model.recompute`."""
-        return self.changed(changed(self.config, [f"visft.model.recompute={policy}"]))
+        """The same with this `visft.model.activation_checkpointing`."""
+        return self.changed(changed(self.config, [f"visft.model.activation_checkpointing={policy}"]))
 
     @property
     def zero(self) -> Mapping[str, Any]:
@@ -71,8 +71,7 @@ class PlannedRun:
     @property
     def tf32(self) -> bool:
         """True if float32 products of matrices are computed in TF32 on GPUs that have it."""
-        stated = self.config.visft.model.tf32
-        return self.precision != "fp32" if stated == "auto" else stated
+        return self.config.visft.model.computes_in_tf32(self.precision)
 
     @cached_property
     def partition(self) -> Partition | None:

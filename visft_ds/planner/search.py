@@ -71,7 +71,7 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
     capacity = int(MEMORY_SHARE * gpu.memory)
     run = planned_run(config, cluster.count, precision, None, torch.device("cuda"))
     without_recomputing = run.with_policy("none")
-    if visft.stage == 1 or visft.model.recompute == "auto":
+    if visft.stage == 1 or visft.model.activation_checkpointing == "auto":
         run, _ = choose_recompute(run, capacity)
 
     streams = visft.streams()
@@ -160,7 +160,7 @@ def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str]) -> 
     if config.pipeline_stages > 1:
         accumulations = accumulations[-1:]  # a pipeline is the faster the more micro-batches there are
     fewest, most = accumulations[0], accumulations[-1]
-    policies: Sequence[str] = (config.visft.model.recompute,)
+    policies: Sequence[str] = (config.visft.model.activation_checkpointing,)
     if policies[0] == "auto":
         policies = policies_of(config)
     configured = [f"{key}={value}" for key, value in flatten(config.to_dict())]
@@ -168,7 +168,7 @@ def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str]) -> 
     def planned(policy: str, accumulation: int) -> Forecast:
         settings = [f"{key}.micro_batch={share // accumulation}" for key, share in shares.items()]
         if config.visft.stage == 2:
-            settings.append(f"visft.model.recompute={policy}")
+            settings.append(f"visft.model.activation_checkpointing={policy}")
         differing = [setting for setting in settings if setting not in configured]
         return forecast(changed(config, settings), cluster, (*flags, *_flags(differing)))
 
@@ -208,7 +208,7 @@ def _flags(settings: Sequence[str], engine: str | None = None) -> tuple[str, ...
 
 
 def policies_of(config: ResolvedConfig) -> tuple[str, ...]:
-    """Values of visft.model.recompute, from the one that computes least to the one that keeps least."""
+    """Values of visft.model.activation_checkpointing, from the one that computes least to the one that keeps least."""
     if config.visft.stage == 1:
         return ("none",)  # a frozen backbone keeps nothing
     if config.visft.model.preset.startswith(TIMM):

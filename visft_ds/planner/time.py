@@ -84,7 +84,9 @@ def step_time(run: PlannedRun, stream: Stream, cluster: Cluster) -> PlannedTime:
 
     checkpoints = 0.0
     if step.backbone_trains:
-        checkpoints = step.blocks * CHECKPOINT_SECONDS.get(run.config.visft.model.recompute, 0.0)
+        checkpoints = step.blocks * CHECKPOINT_SECONDS.get(
+            run.config.visft.model.activation_checkpointing, 0.0
+        )
     micro_batch = work_seconds(step.work, gpu, checkpoints, tf32=run.tf32)
     compute = accumulation * micro_batch / stages
 

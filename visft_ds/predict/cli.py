@@ -7,36 +7,49 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
+from visft_ds.config.flags import BACKBONE_HELP, DOWNLOAD_HELP
 from visft_ds.errors import tell
-from visft_ds.evals.cli import add_parts
 from visft_ds.flags import Parser
 
-USAGE = """Find boxes, masks and captions in your own pictures; no annotations are needed.
+USAGE = """Find boxes, masks and captions in your own images; no annotations are needed.
 
     visft predict dog.jpg --model runs/stage2
     visft predict photos/ more/*.png --model runs/stage2 --threshold 0.7 --out found
     visft predict "photos/**/*.jpg" --model merged.safetensors --heads runs/stage1/export
 
-Writes into DIR, a new or empty folder: pictures/NAME.png and predictions.json (names and sizes of the images,
-categories, and for each task what was found, in COCO's results format). A file that is no image is named and skipped.
-Until the end, predictions.jsonl has a line for each finished picture, and the same command continues after it.
+Writes into DIR, a new or empty folder: visualizations/NAME.png and predictions.json (names and sizes of the
+images, categories, and for each task what was found, in COCO's results format). A file that is no image is named
+and skipped. Until the end, predictions.jsonl has a line for each finished image, and the same command continues
+after it.
+
 Exit status: 0 something was predicted, 2 nothing was, wrong usage or unusable input, 130 interrupted.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    given = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
         from visft_ds.predict.command import predict
 
-        predict(**vars(given))
-        return 0
+        predict(**vars(options))
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return tell(error, "predict")
+    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def add_parts(group: argparse._ActionsContainer) -> None:
+    """Add the flags that replace parts of a run: backbone, heads, adapter, tasks, vocabulary."""
+    add = group.add_argument
+    add("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
+    add("--download", action="store_true", help=DOWNLOAD_HELP)
+    add("--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files")
+    add("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
+    add("--tasks", metavar="A,B", help="tasks (default: all that have a head)")
+    add("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
+
+
+def _parser() -> Parser:
     parser = Parser(
         prog=program("predict"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
-"""`visft predict`: every picture through a model, a drawing of each, one JSON file of all.
+"""`visft predict`: every image through a model, a drawing of each, one JSON file of all.
 
-Numbers are written picture by picture, as lines of JSON behind a line of settings. At the end they become one
+Numbers are written image by image, as lines of JSON behind a line of settings. At the end they become one
 file, and until then the same command goes on where it was interrupted.
 """
 
@@ -25,20 +25,22 @@ from visft_ds.predict.results import Prediction
 from visft_ds.redaction import redacted, visible
 from visft_ds.run.folder import refuse_filled
 from visft_ds.run_files import export_of
+from visft_ds.tasks import Results
 from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.pictures import save_png
 
-RESULTS, PICTURES = "predictions.json", "pictures"
-#: Settings, then a line for each picture that is drawn; gone when `RESULTS` is there.
+RESULTS = "predictions.json"
+VISUALIZATIONS = "visualizations"
+#: Settings, then a line for each image that is drawn; gone when `RESULTS` is there.
 LINES = "predictions.jsonl"
 #: Threads that decode while the model computes.
 _THREADS = 2
 #: Arguments of `load` that name files.
-_PLACES = ("source", "backbone", "heads", "adapter", "vocabulary")
+_FILES = ("source", "backbone", "heads", "adapter", "vocabulary")
 
 
 def predict(images: list[str], out: Path, threshold: float, batch_size: int | None, **model: Any) -> None:
-    """Write pictures and results of what the flags of `visft_ds.predict.cli` ask for.
+    """Write drawings and results of what the flags of `visft_ds.predict.cli` ask for.
 
     Args:
         model: what `load` takes.
@@ -49,44 +51,52 @@ def predict(images: list[str], out: Path, threshold: float, batch_size: int | No
     check_options(threshold, batch_size=batch_size)
     if (out / RESULTS).exists() or not (out / LINES).exists():
         refuse_filled(out)
-    found = find_images(images, outside=out)
+    files = find_images(images, outside=out)
     loaded = load(**model)
     settings = {
         "model": dict(loaded.facts),
         "precision": loaded.precision,
         "threshold": threshold,
         "image size": model["image_size"],
-        "changed last": {name: _changed_last(Path(model[name])) for name in _PLACES if model[name]},
+        "changed last": {name: _changed_last(Path(model[name])) for name in _FILES if model[name]},
     }
     done = _continued(out / LINES, settings)
-    todo = {name: file for name, file in found.items() if name not in done}
-    facts = [("precision", f"{loaded.precision} on {loaded.device}"), ("images", str(len(found)))]
+    todo = {name: file for name, file in files.items() if name not in done}
+    facts = [
+        *loaded.facts.items(),
+        ("precision", f"{loaded.precision} on {loaded.device}"),
+        ("images", str(len(files))),
+    ]
     if done:
-        facts.append(("continues", f"{len(found) - len(todo)} of them are done"))
-    print_plan("visft_ds prediction", [Section("model and data", [*loaded.facts.items(), *facts])])
+        facts.append(("continues", f"{len(files) - len(todo)} of them are done"))
+    print_plan("visft_ds prediction", [Section("model and data", facts)])
+
     out.mkdir(parents=True, exist_ok=True)
     skipped: dict[str, str] = {}
     with (out / LINES).open("ab") as lines:
-        if not lines.tell():
+        if lines.tell() == 0:
             _append(lines, settings)
         for name, outcome in _predictions(todo, loaded, threshold, batch_size or loaded.batch_size):
             if isinstance(outcome, str):
                 skipped[name] = outcome
                 continue
-            save_png(np.asarray(outcome.draw()), out / PICTURES / f"{name}.png")
+            save_png(np.asarray(outcome.draw()), out / VISUALIZATIONS / f"{name}.png")
             height, width = outcome.image.shape[:2]
             done[name] = {"file_name": name, "width": width, "height": height, "results": outcome.results}
-            _append(lines, done[name])  # the picture is whole then
-    whole = _joined([done[name] for name in found if name in done], skipped, loaded)
-    if not whole["images"]:
-        (out / LINES).unlink()
-        raise ValueError(f"none of {len(found)} files could be predicted")
-    write_bytes(out / RESULTS, orjson.dumps(whole))
+            _append(lines, done[name])  # the drawing is whole then
+
+    whole = _joined([done[name] for name in files if name in done], skipped, loaded)
+    predicted = len(whole["images"])
+    if predicted > 0:
+        write_bytes(out / RESULTS, orjson.dumps(whole))
     (out / LINES).unlink()
-    rows = [("predicted", f"{len(whole['images'])} images")]
+    if predicted == 0:
+        raise ValueError(f"none of {len(files)} files could be predicted")
+    rows = [("predicted", f"{predicted} images")]
     if skipped:
         rows.append(("skipped", f"{len(skipped)} files, named in {RESULTS}"))
-    print_plan("done", [Section("results", [*rows, ("written", f"{out}: {RESULTS}, {PICTURES}/")])])
+    rows.append(("written", f"{out}: {RESULTS}, {VISUALIZATIONS}/"))
+    print_plan("done", [Section("results", rows)])
 
 
 def _predictions(
@@ -96,17 +106,17 @@ def _predictions(
     together.
     """
     listed = list(files.items())
-    with ThreadPoolExecutor(_THREADS) as pool, tqdm(total=len(listed), unit=" images", disable=None) as bar:
+    with ThreadPoolExecutor(_THREADS) as pool, tqdm(total=len(files), unit=" images", disable=None) as bar:
 
-        def opening(start: int) -> list[Future[OpenedImage]]:
-            return [pool.submit(open_file, file) for _, file in listed[start : start + size]]
+        def opening(start: int) -> list[tuple[str, Future[OpenedImage]]]:
+            return [(name, pool.submit(open_file, file)) for name, file in listed[start : start + size]]
 
         coming = opening(0)
         for start in range(0, len(listed), size):
             batch = coming
             coming = opening(start + size)  # while the model computes, the next ones are decoded
             opened: dict[str, OpenedImage] = {}
-            for (name, _), future in zip(listed[start : start + size], batch, strict=True):
+            for name, future in batch:
                 try:
                     opened[name] = future.result()
                 except (ValueError, OSError) as error:
@@ -114,11 +124,11 @@ def _predictions(
                     bar.write(f"skipped {visible(redacted(reason))}", file=sys.stderr)
                     yield name, reason
             try:
-                predictions = loaded.predict_opened([*opened.values()], threshold)
+                predictions = loaded.predict_opened(list(opened.values()), threshold)
             except torch.OutOfMemoryError as error:
                 raise ValueError(
                     f"{str(error).splitlines()[0]} Give a smaller --batch-size than {size}: the command continues with "
-                    "the pictures that are left"
+                    "the images that are left"
                 ) from error
             yield from zip(opened, predictions, strict=True)
             bar.update(len(batch))
@@ -130,7 +140,7 @@ def _append(lines: BinaryIO, record: Mapping[str, Any]) -> None:
 
 
 def _continued(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name -> line of the pictures that are done, of an interrupted command with these settings; none without
+    """Name -> line of the images that are done, of an interrupted command with these settings; none without
     a file.
 
     A last line that was cut off is taken out of the file. Raises ValueError for other settings, and a damaged
@@ -144,11 +154,13 @@ def _continued(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, A
         with path.open("r+b") as file:
             file.truncate(len(whole))
     now = orjson.loads(orjson.dumps(settings))
+    different = []
     with reading(path, "predictions of an interrupted command; remove its folder to begin anew"):
-        first, *records = [orjson.loads(line) for line in whole.splitlines()] or [now]
+        before, *records = [orjson.loads(line) for line in whole.splitlines()] or [now]
         done = {str(record["file_name"]): record for record in records}
-        others = [key for key in now if first.get(key) != now[key]]
-        different = [f"{key} {first.get(key)!r}, now {now[key]!r}" for key in others]
+        for key, value in now.items():
+            if before.get(key) != value:
+                different.append(f"{key} {before.get(key)!r}, now {value!r}")
     if different:
         raise ValueError(
             f"{path.parent} has predictions of an interrupted command with other settings: "
@@ -157,31 +169,28 @@ def _continued(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, A
     return done
 
 
-def _changed_last(place: Path) -> int:
+def _changed_last(path: Path) -> int:
     """Time of the last change of a file, or of the files in a folder, of a run in its export; ns, 0 for no
     file.
     """
-    folder = export_of(place) if export_of(place).is_dir() else place
-    files = [place] if place.is_file() else [path for path in folder.rglob("*") if path.is_file()]
-    return max((path.stat().st_mtime_ns for path in files), default=0)
+    folder = export_of(path) if export_of(path).is_dir() else path
+    files = [path] if path.is_file() else [file for file in folder.rglob("*") if file.is_file()]
+    return max((file.stat().st_mtime_ns for file in files), default=0)
 
 
 def _joined(records: list[dict[str, Any]], skipped: Mapping[str, str], loaded: Model) -> dict[str, Any]:
     """The content of `RESULTS`: images are numbered from 1 in this order."""
-    whole: dict[str, Any] = {
-        "images": [],
-        "categories": [],
-        "skipped": [],
-        **{task: [] for task in loaded.tasks},
-    }
+    images = []
+    by_task: dict[str, Results] = {task: [] for task in loaded.tasks}
     ids = set(loaded.categories)
     for number, record in enumerate(records, 1):
-        whole["images"].append(
-            {"id": number, **{key: record[key] for key in ("file_name", "width", "height")}}
-        )
+        images.append({"id": number, **{key: record[key] for key in ("file_name", "width", "height")}})
         for task, results in record["results"].items():
-            whole[task] += [{**result, "image_id": number} for result in results]
+            by_task[task] += [{**result, "image_id": number} for result in results]
             ids |= {result["category_id"] for result in results if "category_id" in result}
-    whole["categories"] = [{"id": id_, "name": category_name(id_, loaded.categories)} for id_ in sorted(ids)]
-    whole["skipped"] = [{"file_name": name, "reason": reason} for name, reason in skipped.items()]
-    return whole
+    return {
+        "images": images,
+        "categories": [{"id": id_, "name": category_name(id_, loaded.categories)} for id_ in sorted(ids)],
+        "skipped": [{"file_name": name, "reason": reason} for name, reason in skipped.items()],
+        **by_task,
+    }

@@ -1,5 +1,4 @@
-"""Pictures of every kind that people have -> RGB pixels: files, folders, patterns, Pillow images, arrays,
-tensors.
+"""Images of every kind that people have -> RGB pixels: files, folders, patterns, Pillow images, arrays, tensors.
 
 Letters: H W pixels.
 """
@@ -14,6 +13,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -29,7 +29,7 @@ _ALLOWED = "give a path, a Pillow image, uint8 in an array (H, W, 3) or (H, W) o
 
 
 class OpenedImage(NamedTuple):
-    """Decoded picture, upright."""
+    """Decoded image, upright."""
 
     pixels: Pixels  #: (H, W, 3) RGB
     path: Path | None
@@ -40,12 +40,12 @@ def printable(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def find_images(given: Sequence[str | Path], *, outside: Path | None = None) -> dict[str, Path]:
+def find_images(inputs: Sequence[str | Path], *, outside: Path | None = None) -> dict[str, Path]:
     """Name -> file: files as they are; of folders and patterns those that end as images do, sorted. Links to
     folders and hidden files are passed over. A name is the path below the folder that all of them lie in.
 
     Args:
-        given: files, folders with all below them, and patterns with *, ?, [...] or ** for any folders.
+        inputs: files, folders with all below them, and patterns with *, ?, [...] or ** for any folders.
         outside: folder whose files are left out: predictions are no input.
 
     Raises:
@@ -53,74 +53,85 @@ def find_images(given: Sequence[str | Path], *, outside: Path | None = None) -> 
     """
     files: dict[str, Path] = {}
     roots = []
-    for place in map(Path, given):
-        if glob.has_magic(str(place)) and not place.exists():
-            root = next(path for path in place.parents if not glob.has_magic(str(path)))
-            found = _images(root, str(place.relative_to(root)))
-        elif place.is_dir():
-            root, found = place, _images(place, "**/*")
-        elif place.exists():
-            root, found = place.parent, [place]
-        else:
-            raise ValueError(f"{place}: no such file or folder")
+    for path in map(Path, inputs):
+        root, matches = _matches(path)
         if outside is not None:
-            found = [path for path in found if not path.resolve().is_relative_to(outside.resolve())]
-        if not found:
-            raise ValueError(f"{place}: no image there (files that end in {', '.join(SUFFIXES)})")
-        files |= {os.path.abspath(path): path for path in found}
+            excluded = outside.resolve()
+            matches = [match for match in matches if not match.resolve().is_relative_to(excluded)]
+        if not matches:
+            raise ValueError(f"{path}: no image there (files that end in {', '.join(SUFFIXES)})")
+        for match in matches:
+            files[os.path.abspath(match)] = match
         roots.append(os.path.abspath(root))
-    root = Path(os.path.commonpath(roots))
-    return {printable(Path(path).relative_to(root).as_posix()): file for path, file in files.items()}
+    common = os.path.commonpath(roots)
+    return {printable(Path(path).relative_to(common).as_posix()): file for path, file in files.items()}
 
 
-def _images(root: Path, pattern: str) -> list[Path]:
-    pattern += "/*" if pattern.endswith("**") else ""  # which alone gives folders
-    below = ((path, path.relative_to(root).parts) for path in sorted(root.glob(pattern)))
-    shown = (path for path, parts in below if not any(part.startswith(".") for part in parts))
-    return [path for path in shown if path.suffix.lower() in SUFFIXES and path.is_file()]
+def _matches(path: Path) -> tuple[Path, list[Path]]:
+    """The folder of a file, folder or pattern, and the files that it stands for."""
+    if glob.has_magic(str(path)) and not path.exists():
+        root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+        return root, _images_below(root, str(path.relative_to(root)))
+    if path.is_dir():
+        return path, _images_below(path, "**/*")
+    if path.exists():
+        return path.parent, [path]
+    raise ValueError(f"{path}: no such file or folder")
+
+
+def _images_below(root: Path, pattern: str) -> list[Path]:
+    if pattern.endswith("**"):  # which alone gives folders
+        pattern += "/*"
+    images = []
+    for path in sorted(root.glob(pattern)):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        if not is_hidden and path.suffix.lower() in SUFFIXES and path.is_file():
+            images.append(path)
+    return images
 
 
 def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage], bool]:
-    """All pictures that a user gave, and whether it was a single one rather than a list, folder or pattern.
+    """All images that a user gave, and whether it was a single one rather than a list, folder or pattern.
 
-    Raises ValueError for what is no picture, by its path or its place in the list.
+    Raises ValueError for what is no image, by its path or its place in the list.
     """
-    alone = isinstance(images, str | Path | Image.Image | np.ndarray | Tensor) or not isinstance(
-        images, Iterable
-    )
+    if isinstance(images, str | Path):
+        return [open_file(file) for file in find_images([images]).values()], Path(images).is_file()
+    if isinstance(images, Image.Image | np.ndarray | Tensor) or not isinstance(images, Iterable):
+        return [_from_memory(images, "the image")], True
     every: list[OpenedImage] = []
-    for place, image in enumerate([images] if alone else cast(Iterable[ImageInput], images)):
+    for index, image in enumerate(cast(Iterable[ImageInput], images)):
         if isinstance(image, str | Path):
             every += [open_file(file) for file in find_images([image]).values()]
         else:
-            every.append(_of_memory(image, "the image" if alone else f"image {place} of the list"))
-    return every, alone and not (isinstance(images, str | Path) and not Path(images).is_file())
+            every.append(_from_memory(image, f"image {index} of the list"))
+    return every, False
 
 
 def open_file(path: Path) -> OpenedImage:
-    """Decode a file, of several pictures the first, upright by its EXIF.
+    """Decode a file, of several images the first, upright by its EXIF.
 
-    Raises ValueError naming a file that is no picture, damaged, too large, or not a regular one.
+    Raises ValueError naming a file that is no image, damaged, too large, or not a regular one.
     """
     return OpenedImage(np.array(open_image(path)), path)  # torch asks for pixels that can be written to
 
 
-def _of_memory(image: object, what: str) -> OpenedImage:
+def _from_memory(image: object, label: str) -> OpenedImage:
     if isinstance(image, Image.Image):
-        with reading(what, "a picture"):
+        with reading(label, "an image"):
             return OpenedImage(np.array(to_rgb(ImageOps.exif_transpose(image))), None)
-    array = image.detach().cpu().movedim(0, -1) if isinstance(image, Tensor) else image
-    if not isinstance(array, Tensor | np.ndarray):
-        raise ValueError(f"{what} is of type {type(image).__name__}: {_ALLOWED}")
-    if isinstance(array, np.ndarray) and array.ndim == 2:
-        array = np.stack([array] * 3, axis=-1)
-    if not (
-        str(array.dtype).endswith("uint8")
-        and array.ndim == 3
-        and array.shape[2] == 3
-        and 0 not in array.shape
-    ):
-        raise ValueError(
-            f"{what} has the shape {tuple(array.shape)} and numbers of {array.dtype}: {_ALLOWED}"
-        )
-    return OpenedImage(np.array(array.numpy() if isinstance(array, Tensor) else array, order="C"), None)
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3 or image.numel() == 0:
+            raise ValueError(_refusal(label, image.shape, image.dtype))
+        return OpenedImage(np.array(image.detach().cpu().movedim(0, -1).numpy(), order="C"), None)
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"{label} is of type {type(image).__name__}: {_ALLOWED}")
+    pixels = np.stack([image] * 3, axis=-1) if image.ndim == 2 else image
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
+        raise ValueError(_refusal(label, image.shape, image.dtype))
+    return OpenedImage(np.array(pixels, order="C"), None)
+
+
+def _refusal(label: str, shape: Sequence[int], dtype: object) -> str:
+    text = f"{label} is {dtype} of shape {tuple(shape)}: {_ALLOWED}"
+    return f"{text}; floats from 0 to 1 become bytes by (255 * x).round()" if "float" in str(dtype) else text

@@ -1,4 +1,4 @@
-"""Trained model from a run, an export or merged weights: pictures in, typed predictions or features out.
+"""Trained model from a run, an export or merged weights: images in, typed predictions or features out.
 
 Letters: B images, H W pixels, h w patch grid, D width.
 """
@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from visft_ds import distributed
 from visft_ds.data.samples import RawSample
-from visft_ds.evals.model import EvaluationModel, ModelSource, source_of
 from visft_ds.model import normalise_pixels
 from visft_ds.ops import DTYPES, at_least_float32
-from visft_ds.predict.images import ImageInput, OpenedImage, opened
+from visft_ds.predict.images import ImageInput, OpenedImage, Pixels, opened
+from visft_ds.predict.loading import LoadedModel, ModelSource, source_of
 from visft_ds.predict.results import Prediction
 from visft_ds.prepare.model import choose_precision
 from visft_ds.randomness import generator
@@ -43,19 +44,16 @@ def load(
 
     Args:
         source: folder of a finished run, or RUN/checkpoints/step_N; its export folder, which may have moved;
-        or
-            merged weights (a file, or the folder that merging wrote) together with `heads`.
+            or merged weights (a file, or the folder that merging wrote) together with `heads`.
         tasks: names, in a list or with commas; default: all that have a head.
         device: "cpu", "cuda", "cuda:1"; default: a GPU if there is one.
         precision: "fp32", "bf16", "fp16" or "auto"; default: the run's.
         backbone, heads, adapter: file or name, folder of heads and adapter folder that replace the source's;
-        adapter
-            "none" leaves it out.
+            adapter "none" leaves it out.
         download: download a missing backbone from the Hugging Face hub.
         vocabulary: word map of a published captioning head.
         image_size: side in pixels of the squares that images are resized to; default: as in the run, or as in
-        the
-            paper without a run.
+            the paper without a run.
 
     Raises:
         ValueError: no model there, a run that has not written what it trained yet, or parts that do not fit.
@@ -90,13 +88,14 @@ def load_backbone(
     parts = source_of(
         Path(source), backbone=backbone, download=download, adapter=adapter, precision=precision, alone=True
     )
-    return ImageFeatures(_build(parts, device)[0])
+    loaded, _ = _build(parts, device)
+    return ImageFeatures(loaded)
 
 
 class ImageFeatures(nn.Module):
     """Backbone with its adapter, in evaluation mode; no parameter requires a gradient until you set it."""
 
-    def __init__(self, loaded: EvaluationModel) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
         self.backbone = loaded.module.backbone  #: takes normalised pixels
         self.width = self.backbone.width  #: D
@@ -109,8 +108,7 @@ class ImageFeatures(nn.Module):
 
         Args:
             images: (B, 3, H, W) RGB, uint8 from 0 to 255 or float from 0 to 1, H and W at least one patch.
-            They are
-                normalised here.
+                They are normalised here.
 
         Returns:
             (B, D, h, w) float32.
@@ -120,12 +118,7 @@ class ImageFeatures(nn.Module):
                 f"images of shape {tuple(images.shape)}: give (B, 3, H, W), H and W at least {self.patch_size}"
             )
         if images.is_floating_point():
-            if images.device.type == "cpu":  # of a GPU the numbers would have to be waited for
-                low, high = images.aminmax()
-                if not (low >= 0 and high <= 1):  # NaN is neither
-                    raise ValueError(
-                        f"float images from {low:g} to {high:g}: give 0 to 1, or uint8 from 0 to 255"
-                    )
+            _check_range(images)
             images = images * 255
         elif images.dtype != torch.uint8:
             raise ValueError(f"images of {images.dtype}: give uint8 from 0 to 255, or float from 0 to 1")
@@ -135,25 +128,49 @@ class ImageFeatures(nn.Module):
             return at_least_float32(self.backbone(pixels)[-1])
 
 
-class Model:
-    """A trained model: `predict` pictures, or take features from its `backbone`."""
+def _check_range(images: Tensor) -> None:
+    """Raise ValueError for floats outside of [0, 1], on a CPU: those of a GPU would have to be waited for."""
+    if images.device.type != "cpu":
+        return
+    low, high = images.aminmax()
+    if not (low >= 0 and high <= 1):  # NaN is neither
+        raise ValueError(f"float images from {low:g} to {high:g}: give 0 to 1, or uint8 from 0 to 255")
 
-    def __init__(self, source: Path, loaded: EvaluationModel, streams: Mapping[str, Stream]) -> None:
-        self._loaded, self._streams = loaded, streams
+
+class Model:
+    """A trained model: `predict` images, or take features from its `backbone`."""
+
+    def __init__(self, source: Path, loaded: LoadedModel, streams: Mapping[str, Stream]) -> None:
+        self._loaded = loaded
+        self._streams = streams
         self.source = source
         self.tasks = tuple(loaded.heads)
-        #: Names of the categories by id.
-        self.categories = {id_: name for info in loaded.heads.values() for id_, name in info.names().items()}
-        self.facts, self.precision, self.device = loaded.facts, loaded.precision, loaded.device
+        self.categories: dict[int, str] = {}  #: names by id
+        for info in loaded.heads.values():
+            self.categories |= info.names()
+        self.facts = loaded.facts
+        self.precision = loaded.precision
+        self.device = loaded.device
         self.batch_size = min(stream.micro_batch for stream in streams.values())  #: by default
         self.backbone = ImageFeatures(loaded)
 
     def __repr__(self) -> str:
-        about = (
-            f"{', '.join(self.tasks)}; {len(self.categories)} categories; {self.precision} on {self.device}"
-        )
-        return f"Model({self.source}: {about})"
+        categories = f"{len(self.categories)} categories"
+        about = [", ".join(self.tasks), categories, f"{self.precision} on {self.device}"]
+        return f"Model({self.source}: {'; '.join(about)})"
 
+    @overload
+    def predict(
+        self, images: Image.Image | Pixels | Tensor, *, threshold: float = ..., batch_size: int | None = ...
+    ) -> Prediction: ...
+    @overload
+    def predict(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        threshold: float = ...,
+        batch_size: int | None = ...,
+    ) -> Any: ...
     def predict(
         self,
         images: ImageInput | Iterable[ImageInput],
@@ -163,8 +180,8 @@ class Model:
     ) -> Any:
         """Predict boxes, masks and captions, in pixels of the original image.
 
-        Photographs are turned upright by their EXIF orientation, and resized as in the evaluation of the run.
-        A prediction does not depend on other images, except for rounding.
+        EXIF orientation is applied, and images are resized as in the evaluation of the run. A prediction does
+        not depend on other images, except for rounding.
 
         Args:
             images: a file, a Pillow image of any mode, an array (H, W, 3) or (H, W) or a tensor (3, H, W),
@@ -174,51 +191,57 @@ class Model:
 
         Returns:
             One `Prediction` for one image; a list of them for a list, folder or pattern, with the pixels of
-            every
-            image: give thousands in parts, or to `visft predict`. Raises ValueError for a file that is not an
-            image.
+            every image: give thousands in parts, or to `visft predict`.
+
+        Raises:
+            ValueError: a file that is not an image.
         """
         check_options(threshold, batch_size=batch_size)
         every, single = opened(images)
         step = batch_size or self.batch_size
-        batches = (every[start : start + step] for start in range(0, len(every), step))
-        predictions = [found for batch in batches for found in self.predict_opened(batch, threshold)]
+        predictions: list[Prediction] = []
+        for start in range(0, len(every), step):
+            predictions += self.predict_opened(every[start : start + step], threshold)
         return predictions[0] if single else predictions
 
     def predict_opened(self, images: Sequence[OpenedImage], threshold: float) -> list[Prediction]:
         """Predictions for decoded images, few enough for one batch; there may be none."""
         if not images:
             return []
-        raws = [
-            RawSample(
-                place,
-                image_id=place,
-                size=one.pixels.shape[:2],
-                image=one.pixels,
-                annotations=(),
-                captions=(),
+        samples = []
+        for index, image in enumerate(images):
+            size = image.pixels.shape[:2]
+            samples.append(
+                RawSample(index, image_id=index, size=size, image=image.pixels, annotations=(), captions=())
             )
-            for place, one in enumerate(images)
+        by_image: list[dict[str, Results]] = [{task: [] for task in self.tasks} for _ in images]
+        for task, results in self._results(samples, threshold).items():
+            # Scores of a head that has diverged are no numbers.
+            scored = [result for result in results if _confidence(result) >= 0]
+            for result in sorted(scored, key=_confidence, reverse=True):
+                by_image[result["image_id"]][task].append(result)
+        return [
+            Prediction(image.pixels, image.path, self.categories, results)
+            for image, results in zip(images, by_image, strict=True)
         ]
-        by_task, words = dict[str, Results]({task: [] for task in self.tasks}), self._loaded.vocabulary
+
+    def _results(self, samples: Sequence[RawSample], threshold: float) -> dict[str, Results]:
+        """Task -> predictions in COCO's results format, of all samples."""
+        results: dict[str, Results] = {task: [] for task in self.tasks}
+        words = self._loaded.vocabulary
         for stream in self._streams.values():
             pipeline = pipeline_of(stream, words, train=False)
-            batch = pipeline.collate([pipeline.transform(raw, generator(0)) for raw in raws])
+            batch = pipeline.collate([pipeline.transform(sample, generator(0)) for sample in samples])
             outputs = TASKS[stream.tasks[0]].outputs(self._loaded.predict, batch, stream.image)
             for task in stream.tasks:
                 classes = stream.classes.get(task)
-                by_task[task] += TASKS[task].results(outputs[task], batch, words, classes, threshold)
-        surest = {  # without scores that are no numbers, of a head whose training has diverged
-            task: sorted(
-                (r for r in results if r.get("score", 1) >= 0), key=lambda r: -float(r.get("score", 1))
-            )
-            for task, results in by_task.items()
-        }
-        found = []
-        for place, one in enumerate(images):
-            own = {task: [r for r in results if r["image_id"] == place] for task, results in surest.items()}
-            found.append(Prediction(one.pixels, one.path, self.categories, own))
-        return found
+                results[task] += TASKS[task].results(outputs[task], batch, words, classes, threshold)
+        return results
+
+
+def _confidence(result: Mapping[str, Any]) -> float:
+    """Score of a box or a mask; a caption has none, and is certain."""
+    return float(result.get("score", 1))
 
 
 def check_options(threshold: float = 0.5, **numbers: int | None) -> None:
@@ -230,16 +253,15 @@ def check_options(threshold: float = 0.5, **numbers: int | None) -> None:
             raise ValueError(f"{name.replace('_', ' ')} {number} is not allowed: give 1 to 8192")
 
 
-def _build(
-    parts: ModelSource, device: str | torch.device | None
-) -> tuple[EvaluationModel, dict[str, Stream]]:
-    place = distributed.local_device()
+def _build(parts: ModelSource, device: str | torch.device | None) -> tuple[LoadedModel, dict[str, Stream]]:
+    target = distributed.local_device()
     if device is not None:
         kind, number = f"{device}:0".split(":")[:2]
-        here = torch.cuda.device_count()
-        if kind not in ("cpu", "cuda") or not number.isdecimal() or (kind == "cuda" and int(number) >= here):
+        gpus = torch.cuda.device_count()
+        if kind not in ("cpu", "cuda") or not number.isdecimal() or (kind == "cuda" and int(number) >= gpus):
             raise ValueError(
-                f"device {device} is not allowed: give cpu, or cuda:N of the {here} GPUs of this machine"
+                f"device {device} is not allowed: give cpu, or cuda:N of the {gpus} GPUs of this machine"
             )
-        place = torch.device(device)
-    return parts.build(choose_precision(parts.precision, place)[0], place)
+        target = torch.device(device)
+    precision, _ = choose_precision(parts.precision, target)
+    return parts.build(precision, target)

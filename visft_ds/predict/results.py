@@ -63,80 +63,96 @@ class Prediction:
     @cached_property
     def boxes(self) -> Boxes | None:
         """Boxes of the detection head; None if the model has none."""
-        if (found := self.results.get("detection")) is None:
+        results = self.results.get("detection")
+        if results is None:
             return None
-        corners = [(x, y, x + width, y + height) for x, y, width, height in (one["bbox"] for one in found)]
-        return Boxes(*self._labels(found), np.array(corners, dtype=np.float32).reshape(-1, 4))
+        xywh = np.array([result["bbox"] for result in results], dtype=np.float64).reshape(-1, 4)
+        corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+        return Boxes(*self._labels(results), corners.astype(np.float32))
 
     @cached_property
     def masks(self) -> Masks | None:
         """Masks of the segmentation head; None if the model has none."""
-        if (found := self.results.get("segmentation")) is None:
+        results = self.results.get("segmentation")
+        if results is None:
             return None
         masks = np.zeros((0, *self.image.shape[:2]), dtype=np.bool_)
-        if found:
-            masks = (
-                coco_mask.decode([one["segmentation"] for one in found]).transpose(2, 0, 1).astype(np.bool_)
-            )
-        return Masks(*self._labels(found), masks)
+        if results:
+            decoded = coco_mask.decode([result["segmentation"] for result in results])  # (H, W, n)
+            masks = decoded.transpose(2, 0, 1).astype(np.bool_)
+        return Masks(*self._labels(results), masks)
 
     @property
     def semantic(self) -> npt.NDArray[np.uint8] | None:
         """Category ids (H, W), the numbers of the label maps; None if the model has no semantic head."""
-        found, ids = self.results.get("semantic"), {id_: id_ for id_ in self.categories}
-        return None if found is None else place_map(found, self.image.shape[:2], ids)
+        results = self.results.get("semantic")
+        if results is None:
+            return None
+        return place_map(results, self.image.shape[:2], {id_: id_ for id_ in self.categories})
 
     @property
     def caption(self) -> str | None:
         """Text of the captioning head; None if the model has none."""
-        return self.results["captioning"][0]["caption"] if "captioning" in self.results else None
+        if "captioning" not in self.results:
+            return None
+        text: str = self.results["captioning"][0]["caption"]
+        return text
 
     def _labels(self, results: Results) -> tuple[Floats, npt.NDArray[np.int64], tuple[str, ...]]:
-        scores, ids = [one["score"] for one in results], [one["category_id"] for one in results]
+        scores = np.array([result["score"] for result in results], dtype=np.float32)
+        ids = [result["category_id"] for result in results]
         names = tuple(category_name(id_, self.categories) for id_ in ids)
-        return np.array(scores, dtype=np.float32), np.array(ids, dtype=np.int64), names
+        return scores, np.array(ids, dtype=np.int64), names
+
+    def _other_tasks(self) -> list[str]:
+        """A line about the image for each task without an attribute of its own."""
+        lines = []
+        for task, results in self.results.items():
+            if task not in _SHOWN:
+                lines.append(TASKS[task].describe(results, self.categories))
+        return lines
 
     def __repr__(self) -> str:
         parts = [f"{self.image.shape[0]} x {self.image.shape[1]} pixels"]
-        parts += [f"{len(objects)} {kind}" for kind, (objects, _) in self._objects().items()]
-        parts += [*([] if self.caption is None else [repr(self.caption)]), *self._lines()]
-        return f"Prediction({'' if self.path is None else f'{self.path}: '}{', '.join(parts)})"
+        if self.boxes is not None:
+            parts.append(f"{len(self.boxes)} boxes")
+        if self.masks is not None:
+            parts.append(f"{len(self.masks)} masks")
+        if self.caption is not None:
+            parts.append(repr(self.caption))
+        text = ", ".join([*parts, *self._other_tasks()])
+        return f"Prediction({text})" if self.path is None else f"Prediction({self.path}: {text})"
 
     def draw(self, *, side: int = SIDE) -> Image.Image:
         """The image, its boxes and its masks side by side, with the caption; `side`: pixels of the longer
         side.
         """
-        objects = self._objects()
-        colours = palette(
-            [*self.categories.values(), *(name for found, _ in objects.values() for name in found.names)]
-        )
-        lines = [*([] if self.caption is None else [self.caption or "(no words)"]), *self._lines()]
+        lines = self._other_tasks()
+        if self.caption is not None:
+            lines.insert(0, self.caption or "(no words)")
         panels = [(with_text(self.image, lines, side), "image")]
-        for kind, (found, shapes) in objects.items():
-            tags = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores, strict=True)]
-            drawn = draw_objects(self.image, found.names, tags, colours, **{kind: shapes}, side=side)
-            panels.append((drawn, f"{kind}: {len(found)}"))
-        if regions := self.results.get("semantic"):
+        if self.boxes is not None:
+            shapes = [result["bbox"] for result in self.results["detection"]]
+            panels.append((self._drawn(self.boxes, side, boxes=shapes), f"boxes: {len(self.boxes)}"))
+        if self.masks is not None:
+            drawn = self._drawn(self.masks, side, masks=self.masks.masks)
+            panels.append((drawn, f"masks: {len(self.masks)}"))
+        regions = self.results.get("semantic")
+        if regions:
             panels.append((draw_regions(self.image, regions, self.categories, side), "classes"))
         return Image.fromarray(side_by_side(*panels))
 
-    def _objects(self) -> dict[str, tuple[Objects, Any]]:
-        """The boxes and the masks that there are, with their shapes as drawings take them."""
-        found: dict[str, tuple[Objects, Any]] = {}
-        if self.boxes is not None:
-            found["boxes"] = self.boxes, [one["bbox"] for one in self.results["detection"]]
-        if self.masks is not None:
-            found["masks"] = self.masks, self.masks.masks
-        return found
-
-    def _lines(self) -> list[str]:
-        """Lines of other tasks about the image."""
-        return [
-            TASKS[n].describe(found, self.categories) for n, found in self.results.items() if n not in _SHOWN
-        ]
+    def _drawn(self, objects: Objects, side: int, **shapes: Any) -> npt.NDArray[np.uint8]:
+        """The image with the objects' shapes, `boxes` or `masks`, in colours that all panels share."""
+        names = list(self.categories.values())
+        for found in (self.boxes, self.masks):
+            names += [] if found is None else found.names
+        tags = [f"{name} {score:.2f}" for name, score in zip(objects.names, objects.scores, strict=True)]
+        return draw_objects(self.image, objects.names, tags, palette(names), side=side, **shapes)
 
     def to_coco(self, image_id: int) -> dict[str, Results]:
         """Task -> predictions in COCO's results format, as an evaluation writes them."""
         return {
-            task: [{**one, "image_id": image_id} for one in results] for task, results in self.results.items()
+            task: [{**result, "image_id": image_id} for result in results]
+            for task, results in self.results.items()
         }

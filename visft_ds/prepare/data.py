@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +16,14 @@ from pathlib import Path
 import orjson
 
 from visft_ds import distributed
-from visft_ds.config import Batches, ResolvedConfig, changed
-from visft_ds.config.schema import VisftConfig
+from visft_ds.config import Batches
+from visft_ds.config.schema import DataConfig, VisftConfig
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.features import FeatureCache
-from visft_ds.data.fetch import Cache, is_url
+from visft_ds.data.fetch import Cache
 from visft_ds.data.loader import StepLoader
-from visft_ds.data.plan import Plan, SetPlan, TaskPlan
-from visft_ds.data.shards import Category, Manifest, ShardReader, manifest_path
+from visft_ds.data.plan import Plan, TaskPlan
+from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.distributed import PipelinePosition
 from visft_ds.files import read_bytes, reading
 from visft_ds.prepare.datasets import (
@@ -30,16 +31,13 @@ from visft_ds.prepare.datasets import (
     check_same_categories,
     check_samples,
     classes_of_run,
-    open_training_data,
-    settle_classes,
-    workers_of,
+    samples_of,
+    streams_by_set,
 )
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.pretrained import TIMM
 from visft_ds.settings.fields import Precision
 from visft_ds.settings.task_schema import Stream
-from visft_ds.tasks import TASKS
-from visft_ds.tasks.classes import COCO_NAMES
 from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 
@@ -70,57 +68,42 @@ class RunData:
         return found
 
 
-def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, RunData]:
-    """The data of a run on so many processes, and its configuration with the batches and classes that it
-    decides.
+def open_data(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> RunData:
+    """The data of a run whose configuration is settled.
 
-    Raises ValueError for a split that is missing or damaged, lacks what a task needs, or does not fit the
-    others.
+    Raises ValueError for a validation split that is missing or damaged, lacks what a task needs, or does not
+    fit the training sets; and as `vocabulary_of`.
     """
-    sets = open_training_data(config.visft)
-    first, dp_size = next(iter(sets.values())).manifest, max(1, processes // config.pipeline_stages)
-    if "maps" in first.labels or any(category.coco_id not in COCO_NAMES for category in first.categories):
-        config = settle_classes(config, first)
-    samples = dict[str, dict[str, SetPlan]]()
-    for name, stream in config.visft.streams().items():
-        samples[name] = samples_of(config.visft, stream, sets)
-        images = min(len(part.samples) for part in samples[name].values())
-        smaller = images // dp_size * dp_size
-        if images < stream.batch_size and smaller:
-            key = f"{stream.key}.batch_size"
-            entry = f"{key}: {stream.batch_size} -> {smaller}, because of the number of images"
-            visft = changed(config, [f"{key}={smaller}"]).visft
-            config = replace(config, visft=visft, adapted=(*config.adapted, entry))
-    settings, validation = config.visft, None
-    classes, vocabulary = classes_of_run(settings, first.categories), vocabulary_of(settings, sets)
-    if settings.run.eval_every:
-        cache = Cache(settings.data.cache, settings.data.cache_bytes)
-        validation = Manifest.load(settings.data.root, settings.data.val, cache)
-        check_samples(settings.tasks.enabled(), validation)
+    first = next(iter(sets.values())).manifest
+    classes = classes_of_run(config, first.categories)
+    vocabulary = vocabulary_of(config, sets)
+    validation = None
+    if config.run.eval_every:
+        cache = Cache(config.data.cache, config.data.cache_bytes)
+        validation = Manifest.load(config.data.root, config.data.val, cache)
+        check_samples(config.tasks.enabled(), validation)
         check_same_categories(validation, first)
-    streams, pipelines, plans = (
-        dict[str, Stream](),
-        dict[str, dict[str, SamplePipeline]](),
-        dict[str, TaskPlan](),
-    )
-    for name, stream in settings.streams().items():
-        streams[name] = replace(
-            stream, classes={task: classes[task] for task in stream.tasks if task in classes}
-        )
-        parts = parts_of(streams[name], sets)
+    streams = dict[str, Stream]()
+    pipelines = dict[str, dict[str, SamplePipeline]]()
+    plans = dict[str, TaskPlan]()
+    for name, stream in config.streams().items():
+        with_classes = {task: classes[task] for task in stream.tasks if task in classes}
+        streams[name] = replace(stream, classes=with_classes)
         pipelines[name] = {
-            part: pipeline_of(taught, vocabulary, train=True) for part, taught in parts.items()
+            set_name: pipeline_of(taught, vocabulary, train=True)
+            for set_name, taught in streams_by_set(streams[name], sets).items()
         }
-        plans[name] = TaskPlan(samples[name], stream.batch_size, stream.share)
-    plan = Plan(plans, settings.seed, None if settings.features is None else settings.features.views)
-    return config, RunData(sets, first.categories, streams, pipelines, plan, vocabulary, validation)
+        plans[name] = TaskPlan(samples_of(config, stream, sets), stream.batch_size, stream.share)
+    views = None if config.features is None else config.features.views
+    plan = Plan(plans, config.seed, views)
+    return RunData(sets, first.categories, streams, pipelines, plan, vocabulary, validation)
 
 
-def is_here(config: VisftConfig) -> bool:
-    """Return True if all splits of a run lie on this machine, so that they can be looked at before it."""
-    data = config.data
-    places = [*data.places(), *([(data.root, data.val)] if config.run.eval_every else [])]
-    return not any(is_url(root) or not manifest_path(Path(root), split).is_file() for root, split in places)
+def workers_of(data: DataConfig) -> int:
+    """Processes that read for this one. Without a GPU they would take the cores that compute."""
+    if data.num_workers is not None or distributed.local_device().type == "cpu":
+        return data.num_workers or 0
+    return min(8, max(1, len(os.sched_getaffinity(0)) // distributed.processes_here() - 1))
 
 
 def open_loader(config: VisftConfig, data: RunData, batches: Batches) -> StepLoader:
@@ -169,26 +152,6 @@ def keep_features(
         identity["timm"] = importlib.metadata.version("timm")
     folder = None if config.features.cache is None else Path(config.features.cache)
     prepared.module.feature_cache = loader.features = FeatureCache(folder, identity)
-
-
-def samples_of(config: VisftConfig, stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, SetPlan]:
-    """Data set -> its samples that teach at least one task of the stream."""
-    parts = {}
-    for name, part in parts_of(stream, sets).items():
-        selections = {TASKS[task].config.learns_from for task in part.tasks}
-        manifest = sets[name].manifest
-        samples = manifest.having(selections.pop() if len(selections) == 1 else "any")
-        # Mixed within a few shards at a time, each is fetched once.
-        order = config.data.shuffle or ("windowed" if is_url(manifest.root) else "full")
-        shards = manifest.index["shard"][samples] if order == "windowed" else None
-        parts[name] = SetPlan(samples, sets[name].weight, shards)
-    return parts
-
-
-def parts_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Stream]:
-    """Data set -> the stream as far as the set has labels for it; without sets that have none."""
-    taught = {name: tuple(task for task in stream.tasks if task in one.tasks) for name, one in sets.items()}
-    return {name: replace(stream, tasks=tasks) for name, tasks in taught.items() if tasks}
 
 
 def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocabulary | None:

@@ -1,17 +1,19 @@
-"""Data sets of a run: the tasks that each trains, and the classes of the heads for their categories."""
+"""Training sets of a run: the tasks that each teaches, its samples, and the classes of the heads.
+
+Nothing here imports a tensor library: `settle` asks before a run starts.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from visft_ds import distributed
-from visft_ds.config import ResolvedConfig
-from visft_ds.config.schema import DataConfig, VisftConfig
-from visft_ds.data.fetch import Cache
+from visft_ds.config.schema import VisftConfig
+from visft_ds.data.fetch import Cache, is_url
+from visft_ds.data.plan import SetPlan
 from visft_ds.data.shards import Category, Manifest
-from visft_ds.tasks import TASKS
+from visft_ds.settings.task_schema import Stream, WordsConfig
+from visft_ds.tasks import config_class
 from visft_ds.tasks.classes import classes_of
 
 
@@ -24,87 +26,98 @@ class TrainingSet:
     weight: float = 1.0
 
 
-def open_training_data(config: VisftConfig) -> dict[str, TrainingSet]:
+def open_training_sets(
+    config: VisftConfig, manifests: Mapping[tuple[str, str], Manifest]
+) -> dict[str, TrainingSet]:
     """All training sets by name. The first, ROOT/TRAIN, decides which categories there are.
 
-    Raises ValueError for a split that is missing or damaged, that lacks what a task needs, or has other
-    categories.
+    Args:
+        manifests: those that were loaded before, by (folder or URL, split).
+
+    Raises:
+        ValueError: a split that is missing or damaged, that lacks what a task needs, or has other categories.
     """
-    data, enabled, sets = config.data, config.tasks.enabled(), dict[str, TrainingSet]()
-    further = [(one.name, one.root, one.split, one.weight, one.tasks) for one in data.sets]
-    for name, root, split, weight, stated in [
-        (data.train, data.root, data.train, data.weight, None),
-        *further,
-    ]:
-        manifest = Manifest.load(root, split, Cache(data.cache, data.cache_bytes))
-        labelled = [task for task in enabled if TASKS[task].config.labels in manifest.labels]
-        tasks = tuple(task for task in enabled if task in (stated or labelled))
+    data = config.data
+    enabled = config.tasks.enabled()
+    cache = Cache(data.cache, data.cache_bytes)
+    sets = dict[str, TrainingSet]()
+    for entry in data.training_sets():
+        manifest = manifests.get((entry.root, entry.split))
+        if manifest is None:
+            manifest = Manifest.load(entry.root, entry.split, cache)
+        if entry.tasks is None:
+            tasks = tuple(task for task in enabled if config_class(task).labels in manifest.labels)
+            _check_labels(tasks, manifest)
+        else:  # a user who states the tasks of a set knows better
+            tasks = tuple(task for task in enabled if task in entry.tasks)
         check_samples(tasks, manifest)
-        for task in () if stated else tasks:  # a user who states the tasks of a set knows better
-            if lacking := TASKS[task].config.misleads(manifest.counts, manifest.findings):
-                raise ValueError(
-                    f"{manifest.root}/{manifest.split} has no {lacking}, which {task} would take for background: leave "
-                    f"{task} out of visft.tasks, or of visft.data.sets.N.tasks"
-                )
-        sets[name] = TrainingSet(manifest, tasks, weight)
+        sets[entry.name] = TrainingSet(manifest, tasks, entry.weight)
     first, *others = sets.values()
-    for one in others:
-        if any(enabled[task].labels != "captions" for task in one.tasks):
-            check_same_categories(one.manifest, first.manifest)
-    check_samples(
-        [task for task in enabled if not any(task in one.tasks for one in sets.values())], first.manifest
-    )
+    for training_set in others:
+        if any(enabled[task].labels != "captions" for task in training_set.tasks):
+            check_same_categories(training_set.manifest, first.manifest)
+    taught = {task for training_set in sets.values() for task in training_set.tasks}
+    check_samples([task for task in enabled if task not in taught], first.manifest)
     return sets
 
 
-def workers_of(data: DataConfig) -> int:
-    """Processes that read for this one. Without a GPU they would take the cores that compute."""
-    if data.num_workers is not None or distributed.local_device().type == "cpu":
-        return data.num_workers or 0
-    return min(8, max(1, len(os.sched_getaffinity(0)) // distributed.processes_here() - 1))
-
-
-def needs_vocabulary(tasks: Sequence[str] | Mapping[str, object]) -> bool:
-    """Return True if one of the tasks uses a vocabulary."""
-    return any(TASKS[task].uses_vocabulary for task in tasks)
-
-
-def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifest) -> None:
-    """Raise ValueError for a split in which a task finds nothing, naming the task and what the split
-    lacks.
-    """
+def _check_labels(tasks: Iterable[str], manifest: Manifest) -> None:
+    """Raise ValueError for labels that lack something, which would teach a task something wrong."""
     for task in tasks:
-        labels = TASKS[task].config.labels
-        if labels not in manifest.labels or not len(manifest.having(TASKS[task].config.learns_from)):
+        lacking = config_class(task).misleads(manifest.counts, manifest.findings)
+        if lacking:
             raise ValueError(
-                f"{manifest.root}/{manifest.split} has no sample with {labels}, which {task} needs: make the shards "
-                f"of data with {labels}, or turn the task off with --set visft.tasks.{task}=null"
+                f"{manifest.root}/{manifest.split} has no {lacking}, which {task} would take for background: leave "
+                f"{task} out of visft.tasks, or of visft.data.sets.N.tasks"
+            )
+
+
+def check_samples(tasks: Iterable[str], manifest: Manifest) -> None:
+    """Raise ValueError for a split in which a task finds nothing, naming the task and what the split lacks."""
+    for task in tasks:
+        kind = config_class(task)
+        if kind.labels not in manifest.labels or not len(manifest.having(kind.learns_from)):
+            raise ValueError(
+                f"{manifest.root}/{manifest.split} has no sample with {kind.labels}, which {task} needs: make the "
+                f"shards of data with {kind.labels}, or turn the task off with --set visft.tasks.{task}=null"
             )
 
 
 def check_same_categories(manifest: Manifest, first: Manifest) -> None:
     """Raise ValueError for a split with a category, by id and name, that ROOT/TRAIN (`first`) lacks."""
     known = {category.coco_id: category.name for category in first.categories}
-    other = [category for category in manifest.categories if known.get(category.coco_id) != category.name]
-    if other:
-        theirs = known.get(other[0].coco_id, "absent")
+    unknown = [category for category in manifest.categories if known.get(category.coco_id) != category.name]
+    if unknown:
+        category = unknown[0]
+        there = known.get(category.coco_id, "absent")
         raise ValueError(
-            f"{manifest.root}/{manifest.split}: category {other[0].coco_id} {other[0].name!r} is {theirs!r} in "
-            f"{first.root}/{first.split} ({len(other)} such): make both from the same categories"
+            f"{manifest.root}/{manifest.split}: category {category.coco_id} {category.name!r} is {there!r} in "
+            f"{first.root}/{first.split} ({len(unknown)} such): make both from the same categories"
         )
 
 
-def settle_classes(config: ResolvedConfig, first: Manifest) -> ResolvedConfig:
-    """The configuration with as many classes as ROOT/TRAIN (`first`) has categories, where none are stated.
+def streams_by_set(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Stream]:
+    """Data set -> the stream as far as the set has labels for it; without sets that have none."""
+    streams = {}
+    for name, training_set in sets.items():
+        tasks = tuple(task for task in stream.tasks if task in training_set.tasks)
+        if tasks:
+            streams[name] = replace(stream, tasks=tasks)
+    return streams
 
-    That is for label maps, and for ids that are not COCO's.
-    """
-    tasks = config.visft.tasks
-    for name, task in tasks.enabled().items():
-        if task.labels != "captions" and "num_classes" not in task.head.model_fields_set:
-            head = task.head.model_copy(update={"num_classes": len(first.categories)})
-            tasks = tasks.model_copy(update={name: task.model_copy(update={"head": head})})
-    return replace(config, visft=config.visft.model_copy(update={"tasks": tasks}))
+
+def samples_of(config: VisftConfig, stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, SetPlan]:
+    """Data set -> its samples that teach at least one task of the stream."""
+    plans = {}
+    for name, taught in streams_by_set(stream, sets).items():
+        selections = {config_class(task).learns_from for task in taught.tasks}
+        manifest = sets[name].manifest
+        samples = manifest.having(selections.pop() if len(selections) == 1 else "any")
+        # Mixed within a few shards at a time, each is fetched once.
+        order = config.data.shuffle or ("windowed" if is_url(manifest.root) else "full")
+        shards = manifest.index["shard"][samples] if order == "windowed" else None
+        plans[name] = SetPlan(samples, sets[name].weight, shards)
+    return plans
 
 
 def classes_of_run(config: VisftConfig, categories: Sequence[Category]) -> dict[str, tuple[int, ...]]:
@@ -113,9 +126,15 @@ def classes_of_run(config: VisftConfig, categories: Sequence[Category]) -> dict[
     Raises ValueError for heads that cannot have classes for `categories`, those of ROOT/TRAIN.
     """
     names = {category.coco_id: category.name for category in categories}
-    found = {
-        name: classes_of(name, task.head.model_dump(), names)
-        for name, task in config.tasks.enabled().items()
-        if task.labels != "captions"
-    }
-    return {name: classes for name, classes in found.items() if classes is not None}
+    classes = {}
+    for name, task in config.tasks.enabled().items():
+        if task.labels != "captions":
+            ids = classes_of(name, task.head.model_dump(), names)
+            if ids is not None:
+                classes[name] = ids
+    return classes
+
+
+def needs_vocabulary(tasks: Iterable[str]) -> bool:
+    """Return True if one of the tasks uses a vocabulary."""
+    return any(issubclass(config_class(task), WordsConfig) for task in tasks)

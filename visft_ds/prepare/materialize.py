@@ -91,7 +91,7 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
     if isinstance(backbone, TimmBackbone) and (model.weights is None or [*backbone.buffers()]):
         # timm draws a model as a whole, and computes buffers that are in no file.
         drawn = build_timm(
-            backbone.name, image_size=model.overrides.image_size, layers=model.layers, seed=seed
+            backbone.name, image_size=model.overrides.image_size, layers=model.out_indices, seed=seed
         )
         buffers = dict(drawn.named_buffers())
         for name, drawn_one in drawn.named_parameters():

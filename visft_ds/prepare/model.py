@@ -161,11 +161,10 @@ def plan_model(
         parameter.data = parameter.data.float()
     names = [name for group in groups for name in group.names if name.startswith("backbone.")]
     module.train_backbone = bool(names)
-    module.heads_active = config.heads.active_dropout or any(
-        p.requires_grad for p in module.heads.parameters()
-    )
+    module.heads_active = config.heads.train_mode or any(p.requires_grad for p in module.heads.parameters())
     # A training has settled "auto" before (run.machine); elsewhere there is no backward pass.
-    module.backbone.recompute = "none" if config.model.recompute == "auto" else config.model.recompute
+    policy = config.model.activation_checkpointing
+    module.backbone.recompute = "none" if policy == "auto" else policy
     module.heads_in_fp32 = config.heads.precision == "fp32"
 
     drawn = ["heads.*"] if config.stage == 1 or config.heads.start == "random" else []
@@ -283,8 +282,8 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
             raise ValueError(
                 f"the {task} head was trained with {other}: give visft.tasks.{task}.head the same values"
             )
-        if problem := read_elsewhere(info, config.model.layers):
-            raise ValueError(f"{problem}: give visft.model.layers the value of stage 1")
+        if problem := read_elsewhere(info, config.model.out_indices):
+            raise ValueError(f"{problem}: give visft.model.out_indices the value of stage 1")
         if problem := other_base(f"the {task} head", info.extra.get("base_weights"), {base.identity}):
             notes.append(f"warning: {problem}")
         mode = info.extra.get("mode", config.mode)

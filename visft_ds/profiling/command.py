@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from visft_ds.config.cli import resolve_arguments
-from visft_ds.config.preflight import missing_inputs, render_missing
 from visft_ds.errors import tell
 from visft_ds.flags import Command
+from visft_ds.prepare.inputs import missing_inputs, render_missing
+from visft_ds.prepare.settle import settle
 
 _GIB = 2**30
 _EPILOG = """every other flag is one of visft train and means what it means there: --stage, --model, --data, ...
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, rest = build_parser().parse_known_args(arguments)
         _check(options)
-        _, config = resolve_arguments(rest)
+        config = settle(rest).config
         missing = [] if options.synthetic else missing_inputs(config)
         if missing:
             raise ValueError(f"{render_missing(missing)}\nor measure without files: --synthetic")

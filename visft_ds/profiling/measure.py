@@ -32,12 +32,14 @@ from visft_ds.parallel.engine import Engine, Schedule, build_engine, start_proce
 from visft_ds.parallel.pipeline import PipelineEngine
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.hardware import peak_rate
-from visft_ds.planner.memory import model_operations, plan_stream
+from visft_ds.planner.memory import PlannedRun, model_operations, plan_stream
 from visft_ds.prepare.data import RunData, open_data, open_loader
 from visft_ds.prepare.model import prepare_model
+from visft_ds.prepare.settle import settle_data
 from visft_ds.pretrained import local
 from visft_ds.resilience.memory import memory_explained, peak_memory
-from visft_ds.run.machine import Machine, check_machine, settle_recompute
+from visft_ds.run.folder import EarlierStarts
+from visft_ds.run.machine import Machine, check_machine, planned_run, settle_checkpointing
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 from visft_ds.toy.coco import write_toy_coco
@@ -81,7 +83,7 @@ def measure_loader(config: ResolvedConfig, steps: int, warmup: int, *, synthetic
     """Samples and seconds of this rank's loader by itself, for each stream."""
     speeds = {}
     with open_run_data(config, synthetic=synthetic) as (opened, data):
-        machine = check_machine(opened, data.vocabulary)
+        machine = check_machine(opened)
         for stream in opened.visft.streams():
             with closing(loader_of(opened, data, stream, machine)) as loader:
                 batches_of_steps = loader.steps(0, warmup + steps)
@@ -105,18 +107,18 @@ def open_run_data(config: ResolvedConfig, *, synthetic: bool) -> Iterator[tuple[
         config = replace(config, visft=config.visft.model_copy(update={"run": run, "features": None}))
         if synthetic:
             config = with_random_weights(config, drawn_shards(config, Path(folder)))
-        yield open_data(config, distributed.world_size())
+        config, sets = settle_data(config, distributed.world_size())
+        yield config, open_data(config.visft, sets)
 
 
 @contextmanager
 def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session]:
     """Build what `train` builds, in its order, without a run folder."""
     with open_run_data(config, synthetic=synthetic) as (config, data):
-        machine = check_machine(config, data.vocabulary)
+        machine = check_machine(config)
         start_process_group()
-        if config.visft.model.recompute == "auto":
-            config, machine = settle_recompute(config, machine)
-        planned = machine.planned
+        config, machine = settle_checkpointing(config, machine, data.vocabulary, EarlierStarts())
+        planned = planned_run(config, machine, data.vocabulary)
         prepared = prepare_model(
             config.visft,
             config.optimizer.params,
@@ -135,7 +137,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             bounds=planned.bounds,
             compile=config.visft.model.compile,
         )
-        yield Session(config, data, machine, engine)
+        yield Session(config, data, machine, planned, engine)
 
 
 def drawn_shards(config: ResolvedConfig, folder: Path) -> Path:
@@ -174,7 +176,7 @@ def loader_of(config: ResolvedConfig, data: RunData, stream: str, machine: Machi
     """
     plan = data.plan
     alone = replace(data, plan=Plan({stream: plan.tasks[stream]}, plan.seed, plan.views))
-    return open_loader(config.visft, alone, machine.planned.batches)
+    return open_loader(config.visft, alone, machine.batches)
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ class Session:
     config: ResolvedConfig
     data: RunData
     machine: Machine
+    planned: PlannedRun
     engine: Engine
 
     def measure(self, stream: str, count: int, warmup: int) -> StreamProfile:
@@ -206,7 +209,7 @@ class Session:
                 parts["rest"] = seconds - sum(parts.values())
                 by_part.append(parts)
 
-        planned = self.machine.planned
+        planned = self.planned
         step_kind = self.config.visft.streams()[stream]
         operations = model_operations(planned, step_kind)
         peak = peak_rate(device, planned.precision)
@@ -253,7 +256,7 @@ class Session:
         label = f"step {step_plan.step} of {stream}"
         counts = counts_of(engine.module.criteria, batches)
         summed, _ = distributed.agree_on_step(label, counts, False, engine.device)
-        micro_batches = self.machine.planned.batches.micro_batches
+        micro_batches = self.machine.batches.micro_batches
         denominators = loss_denominators_of(summed, micro_batches, engine.device)
         with memory_explained(label, stream, batches, engine.device):
             engine.train_step(step_plan.step, batches, denominators)

@@ -87,8 +87,9 @@ def memory_explained(
             f"  {(str(error).splitlines() or [type(error).__name__])[0]}\n"
             f"  measured: {', '.join(f'{name} {size / 2**30:.2f} GiB' for name, size in counted.items())}\n"
             f"  Try --set {key}.micro_batch=N with a smaller number (the same losses in fp32, without dropout), "
-            "--set visft.model.recompute=block, or --engine zero3_offload; `visft plan --cluster 8xA100-80GB`, with "
-            "your GPUs and the same --stage, --model and --set, predicts what each needs."
+            "--set visft.model.activation_checkpointing=block, or --engine zero3_offload; "
+            "`visft plan --cluster 8xA100-80GB`, with your GPUs and the same --stage, --model and --set, predicts "
+            "what each needs."
         ) from None
 
 
@@ -159,9 +160,12 @@ def probe_memory(
     device, rows = engine.device, []
     with unchanged(engine):
         for name, batch in largest_batches(data, batches.micro, role or "images"):
-            began, micro = time.perf_counter(), [batch] * batches.accumulation if role else []
-            watchdog.begin(f"rehearsal of {name}")
-            with memory_explained(f"the rehearsal of {name}", name, micro, device):
+            began = time.perf_counter()
+            micro = [batch] * batches.accumulation if role else []
+            with (
+                watchdog.phase(f"rehearsal of {name}"),
+                memory_explained(f"the rehearsal of {name}", name, micro, device),
+            ):
                 counts = counts_of(engine.module.criteria, micro)
                 summed, _ = distributed.agree_on_step(f"rehearsal of {name}", counts, False, device)
                 engine.train_step(0, micro, loss_denominators_of(summed, batches.micro_batches, device))

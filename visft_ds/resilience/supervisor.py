@@ -15,7 +15,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.config.cli import resolve_arguments
+from visft_ds.config.flags import build_parser, merge_arguments
+from visft_ds.config.resolve import Draft
 from visft_ds.errors import tell
 from visft_ds.flags import Parser, check_least
 from visft_ds.resilience.processes import start_ranks, without_num_gpus
@@ -94,8 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_least(options, max_restarts=0, backoff=0)
         words, count = without_num_gpus(flags_of_training(options.command))
-        given, config = resolve_arguments(words)
-        if given.resume == "no" or given.dry_run:
+        training = build_parser().parse_args(words)
+        config = Draft(merge_arguments(training).tree).config()
+        if training.resume == "no" or training.dry_run:
             raise ValueError(
                 "--resume no and --dry-run leave nothing that a restart could continue: leave them out"
             )

@@ -42,9 +42,22 @@ class Watchdog:
     _timed: bool = False
     _leave: threading.Event = field(default_factory=threading.Event)
 
-    def begin(self, doing: str, *, timed: bool = True) -> None:
-        """Record the phase that begins; `timed=False` for what may take any time, such as an export."""
-        self._doing, self._timed, self._since = doing, timed, time.monotonic()
+    @contextlib.contextmanager
+    def phase(self, doing: str, *, timed: bool = True) -> Iterator[None]:
+        """Time what is inside as one phase; `timed=False` for what may take any time, such as an export.
+
+        Time starts anew at its beginning and behind its end. After an error the phase stays: messages about
+        a lost rank name it.
+        """
+        outer = (self._doing, self._timed)
+        self._begin(doing, timed)
+        yield
+        self._begin(*outer)
+
+    def _begin(self, doing: str, timed: bool) -> None:
+        self._doing = doing
+        self._timed = timed
+        self._since = time.monotonic()
 
     def leave(self) -> None:
         """Stop watching: from here on this process needs no other."""

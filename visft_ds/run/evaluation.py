@@ -21,10 +21,12 @@ from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.workers import fork_server, start_worker
 from visft_ds.evaluation import collect, draw_examples, example_positions, measure
-from visft_ds.prepare.datasets import workers_of
+from visft_ds.monitor.metrics import CONCLUSION
+from visft_ds.prepare.data import RunData, workers_of
 from visft_ds.redaction import redacted
 from visft_ds.resilience.stop import StopFlag
 from visft_ds.resilience.watchdog import Watchdog
+from visft_ds.run.advice import findings_of, verdicts
 from visft_ds.run.log import RunLog
 from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import Results, shown_metrics
@@ -40,9 +42,8 @@ _KILLED = (
     "the measuring process was killed twice, as Linux does when memory runs out; its numbers are missing"
 )
 
-Measured = tuple[
-    dict[str, float], list[str]
-]  #: metrics by name; a line for each task that cannot be measured
+#: Metrics by name, and a line for each task that cannot be measured.
+Measured = tuple[dict[str, float], list[str]]
 
 
 class Validation:
@@ -61,7 +62,10 @@ class Validation:
         vocabulary: Vocabulary | None,
         judged: Callable[[int, Mapping[str, float]], bool] = lambda step, metrics: False,
     ) -> None:
-        self._config, self._streams, self._vocabulary, self._judged = config, streams, vocabulary, judged
+        self._config = config
+        self._streams = streams
+        self._vocabulary = vocabulary
+        self._judged = judged
         self._reader = ShardReader(manifest)
         self._pool: ProcessPoolExecutor | None = None
         self._waiting: deque[_Queued] = deque()
@@ -73,12 +77,14 @@ class Validation:
         Returns False if a rank was asked to stop: launchers do not wait so long, and a resumed run evaluates
         again.
         """
-
-        predict = _unless_stopped(predict, f"evaluating after step {step}", stop, watchdog)
-        given = (predict, self._reader, self._streams, self._vocabulary)
         try:
             collected = collect(
-                *given, limit=self._config.run.eval_limit, num_workers=workers_of(self._config.data)
+                _unless_stopped(predict, f"evaluating after step {step}", stop, watchdog),
+                self._reader,
+                self._streams,
+                self._vocabulary,
+                limit=self._config.run.eval_limit,
+                num_workers=workers_of(self._config.data),
             )
         except _StoppedError:
             return False
@@ -86,7 +92,6 @@ class Validation:
             self.measure(step, collected)
             self._draw(step, collected, log)
         self.poll(log)
-        watchdog.begin(f"measuring after step {step}", timed=False)  # some runs wait for it
         return True
 
     def measure(self, step: int, collected: Mapping[str, Results]) -> None:
@@ -116,17 +121,18 @@ class Validation:
             if not first.future.done():
                 return
             error = first.future.exception()
-            lost = isinstance(error, BrokenProcessPool)
-            if lost and not first.again:
-                first.again, first.future = True, self._submit(first.collected)
+            was_killed = isinstance(error, BrokenProcessPool)
+            if was_killed and not first.again:
+                first.again = True
+                first.future = self._submit(first.collected)
                 continue
             self._waiting.popleft()
             if error is None:
-                self._record(first.step, *first.future.result(), log)
-            elif lost:
-                self._record(first.step, {}, [_KILLED], log)
+                metrics, problems = first.future.result()
+                self._record(first.step, metrics, problems, log)
             else:
-                self._record(first.step, {}, [f"{type(error).__name__}: {error}"], log)
+                problem = _KILLED if was_killed else f"{type(error).__name__}: {error}"
+                self._record(first.step, {}, [problem], log)
 
     def wait_for_all(self, log: RunLog, stop: StopFlag) -> bool:
         """Record the metrics of all evaluations; False: some are missing, as this rank was asked to stop."""
@@ -140,28 +146,32 @@ class Validation:
         for problem in problems:
             text = f"warning: the evaluation of step {step} failed: {redacted(problem)}"
             print(text, file=sys.stderr, flush=True)
-        best = ["(best so far)"] if self._judged(step, metrics) else []
-        if metrics:
-            images, limit = len(self._reader), self._config.run.eval_limit
-            part = f" on {limit} of {images} images" if limit and limit < images else ""
-            shown = [f"{name} {metrics[name]:.3f}" for name in shown_metrics() if name in metrics]
-            log.message(f"step {step} validation{part}: {'  '.join(shown + best)}")
-            log.writer.evaluation(step, metrics)
+        is_best = self._judged(step, metrics)
+        if not metrics:
+            return
+        images = len(self._reader)
+        limit = self._config.run.eval_limit
+        on_part = f" on {limit} of {images} images" if limit and limit < images else ""
+        shown = [f"{name} {metrics[name]:.3f}" for name in shown_metrics() if name in metrics]
+        if is_best:
+            shown.append("(best so far)")
+        log.message(f"step {step} validation{on_part}: {'  '.join(shown)}")
+        log.writer.evaluation(step, metrics)
 
     def draw(self, predict: Predict, step: int, log: RunLog) -> None:
         """Draw the predictions of the fixed images after `step`, which is not evaluated. Collective."""
         tasks = [task for stream in self._streams.values() for task in stream.tasks]
         run = self._config.run
-        places = example_positions(self._reader, tasks, run.pictures, run.eval_limit)
-        given = (predict, self._reader, self._streams, self._vocabulary)
-        if places and (collected := collect(*given, places=places)) is not None:
-            self._draw(step, collected, log)
+        positions = example_positions(self._reader, tasks, run.visualizations, run.eval_limit)
+        if positions:
+            collected = collect(predict, self._reader, self._streams, self._vocabulary, places=positions)
+            if collected is not None:
+                self._draw(step, collected, log)
 
     def _draw(self, step: int, collected: Mapping[str, Results], log: RunLog) -> None:
         run = self._config.run
-        for task, by_image in draw_examples(
-            collected, self._reader, run.pictures, limit=run.eval_limit
-        ).items():
+        examples = draw_examples(collected, self._reader, run.visualizations, limit=run.eval_limit)
+        for task, by_image in examples.items():
             for image_id, picture in by_image.items():
                 log.writer.image(step, f"{task}/{image_id:012d}", picture)
 
@@ -172,10 +182,8 @@ class Validation:
 
         Returns None if a rank was asked to stop.
         """
-        reader, predict = (
-            ShardReader(training),
-            _unless_stopped(predict, "evaluating training images", stop, watchdog),
-        )
+        reader = ShardReader(training)
+        predict = _unless_stopped(predict, "evaluating training images", stop, watchdog)
         try:
             collected = collect(predict, reader, self._streams, self._vocabulary, limit=TRAINING_IMAGES)
         except _StoppedError:
@@ -183,25 +191,36 @@ class Validation:
         metrics, _ = measure(collected or {}, reader, limit=TRAINING_IMAGES)
         return {name: value for name, value in metrics.items() if name.endswith(("/AP50", "/mIoU"))}
 
+    def conclude(
+        self, step: int, training: Mapping[str, float], data: RunData, cell: int, log: RunLog
+    ) -> None:
+        """Record the metrics on training images, and say what they mean beside those of validation.
+
+        Args:
+            cell: side in pixels of what one feature of the backbone stands for.
+        """
+        log.writer.event(step, CONCLUSION, **training)
+        findings = findings_of(self._config, data, cell)
+        tasks = self._config.tasks.enabled()
+        for line in verdicts(training, log.writer.evaluations(), tasks, findings):
+            log.message(line)
+
     def leave(self, log: RunLog) -> None:
         """Wait some seconds for the numbers of evaluations; report those that are left out."""
         self.poll(log, seconds=_PATIENCE)
         if self._waiting:
             steps = ", ".join(str(queued.step) for queued in self._waiting)
-            log.message(f"the evaluation of step {steps} took longer than {_PATIENCE:.0f} s and is left out")
+            log.message(f"metrics of step {steps} were not ready after {_PATIENCE:.0f} s and are skipped")
 
     def close(self) -> None:
         """Cancel the evaluations that are being measured."""
         self._waiting.clear()
-        if self._pool is not None:
-            for process in list(
-                (self._pool._processes or {}).values()
-            ):  # `kill_workers` comes with Python 3.14
-                process.kill()
-                process.join(
-                    1.0
-                )  # the pool would write to a process that is about to end, and print a traceback
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._pool is None:
+            return
+        for process in list((self._pool._processes or {}).values()):  # `kill_workers` comes with Python 3.14
+            process.kill()
+            process.join(1.0)  # the pool would write to a process that is about to end, and print a traceback
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass
@@ -222,10 +241,11 @@ def _unless_stopped(predict: Predict, doing: str, stop: StopFlag, watchdog: Watc
     """`predict` that raises `_StoppedError` on all ranks as soon as one is asked to stop."""
 
     def stoppable(batch: Batch) -> Mapping[str, Any]:
-        watchdog.begin(doing)
-        if any(distributed.from_all_ranks(bool(stop))):  # all ranks have equally many batches
-            raise _StoppedError
-        return predict(batch)
+        with watchdog.phase(doing):
+            is_stopping = any(distributed.from_all_ranks(bool(stop)))  # all ranks have equally many batches
+            if not is_stopping:
+                return predict(batch)
+        raise _StoppedError
 
     return stoppable
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import time
@@ -13,47 +12,56 @@ from typing import Any
 
 from visft_ds import CHECKOUT, distributed
 from visft_ds.checkpoint.format import explained
-from visft_ds.config import ResolvedConfig, changed
-from visft_ds.config.record import RUN_SCHEMA, Parent, RunFile, read_run
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.record import RUN_SCHEMA, Parent, RunFile
+from visft_ds.config.resolve import Tree
 from visft_ds.files import write_text
 from visft_ds.monitor.metrics import versions
 from visft_ds.prepare.materialize import Start
 from visft_ds.pretrained import HUB
 from visft_ds.redaction import redacted, redacted_values
-from visft_ds.run_files import RECORD_FILE, saved_something
+from visft_ds.run_files import RECORD_FILE
 
 
 def write_record(
-    config: ResolvedConfig, identity: Mapping[str, str], command: Sequence[str], start: Start | None
+    config: ResolvedConfig,
+    identity: Mapping[str, str],
+    command: Sequence[str],
+    start: Start | None,
+    earlier: RunFile | None,
 ) -> None:
-    """Write RUN/run.json, with paths that hold from any folder. Main process only. Raises OSError: a full
-    disk.
+    """Write RUN/run.json, with paths that hold from any folder. Main process only.
 
-    `start` is what the run begins with; None: random values, or it is resumed.
+    Args:
+        identity: what a checkpoint of this run must have been made with, beside the settings.
+        command: command line that starts this run again.
+        start: what the run begins with; None: random values, or it is resumed.
+        earlier: record of the start that is continued.
+
+    Raises:
+        OSError: a full disk.
     """
-    visft, run = config.visft, Path(config.visft.run.out or "")
-    parent, started = None, ""
-    inputs = {
-        "model.weights": visft.model.weights,
-        "heads.path": visft.heads.path,
-        "data.root": visft.data.root,
-    }
-    inputs |= {f"data.sets.{number}.root": one.root for number, one in enumerate(visft.data.sets)}
-    if words := visft.tasks.with_words():
-        inputs[f"tasks.{words[0]}.vocabulary.file"] = words[1].vocabulary.file
-    here = {
-        key: path for key, path in inputs.items() if path and "://" not in path and not path.startswith(HUB)
-    }
+    run = Path(config.visft.run.out or "")
+    values = _with_absolute_paths(config)
     with explained("the record of the run", run, "The same command continues"):
+        parent = None if earlier is None else earlier.parent
         if start is not None:
             parent = Parent(path=os.path.abspath(start.place), step=start.step, sha256=start.sha256)
-        if saved_something(run):
-            earlier = read_run(run)
-            parent, started = parent or earlier.parent, earlier.started
-        absolute = changed(
-            config, [f"visft.{key}={json.dumps(os.path.abspath(path))}" for key, path in here.items()]
-        )
-        write_run(run, absolute.to_dict(), distributed.world_size(), command, identity, parent, started)
+        started = "" if earlier is None else earlier.started
+        write_run(run, values, distributed.world_size(), command, identity, parent, started)
+
+
+def _with_absolute_paths(config: ResolvedConfig) -> dict[str, Any]:
+    """Values of a configuration whose input files and folders are found from any folder."""
+    keys = ["visft.model.weights", "visft.heads.path", "visft.data.root"]
+    keys += [f"visft.data.sets.{number}.root" for number in range(len(config.visft.data.sets))]
+    keys += [f"visft.tasks.{name}.vocabulary.file" for name in config.visft.tasks.enabled()]
+    tree = Tree(config.to_dict())
+    for key in keys:
+        path = tree.value(key)
+        if path and "://" not in path and not path.startswith(HUB):
+            tree.assign(key, os.path.abspath(path), "")
+    return tree.values
 
 
 def write_run(

@@ -1,10 +1,10 @@
-"""Start of a run from another one or from an adapter (`visft.start`): what it is, whether it fits, and its
+"""Start of a run from another one or from an adapter (`visft.init_from`): what it is, whether it fits, and its
 record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +25,42 @@ from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import Start
 from visft_ds.prepare.model import PreparedModel
-from visft_ds.run_files import named_steps, run_of
+from visft_ds.run.folder import EarlierStarts
+from visft_ds.run_files import CHECKPOINTS, PARAMETERS_FILE, run_of
 from visft_ds.settings.task_schema import Stream
-from visft_ds.tasks.channels import measure_channels
+from visft_ds.tasks.channels import Channels, measure_channels
 
 _MEASURED = 64  #: images
 
 
-def open_start(config: VisftConfig, data: RunData) -> Start | None:
-    """The values that a run of `visft.start` begins with; None for one that is resumed.
+def open_start(config: VisftConfig, data: RunData, earlier: EarlierStarts) -> Start | None:
+    """The values that a run of `visft.init_from` begins with; None for any other run, and for one that is resumed.
 
     Raises:
         ValueError: nothing to start from; a run of other categories, words or adapters.
     """
-    assert config.start is not None
-    place, out = Path(config.start.path), Path(config.run.out or "")
-    run = run_of(place)
+    if config.init_from is None:
+        return None
+    path = Path(config.init_from.path)
+    out = Path(config.run.out or "")
+    run = run_of(path)
     if run is not None and run.resolve() == out.resolve():
         raise ValueError(
             f"--out {out} is the run to start from: name another folder, or resume it without --from"
         )
-    if named_steps(out):
+    if earlier.steps:
         return None
     if run is None:
-        return _of_adapter(config, place)
-    checkpoint, skipped = (
-        (open_checkpoint(place), []) if run != place else newest_checkpoint(run / "checkpoints")
-    )
+        return _start_from_adapter(config, path)
+    if run != path:
+        return _start_from_run(config, data, run, open_checkpoint(path))
+    checkpoint, skipped = newest_checkpoint(run / CHECKPOINTS)
     if checkpoint is None:
-        told = f"visft.start: {run} has no whole checkpoint to start from {examples(skipped)}"
-        raise ValueError(f"{told}; for its adapter alone give {run}/export/adapter")
-    return _of_run(config, data, run, checkpoint)
+        raise ValueError(
+            f"visft.init_from: {run} has no whole checkpoint to start from {examples(skipped)}; for its adapter "
+            f"alone give {run}/export/adapter"
+        )
+    return _start_from_run(config, data, run, checkpoint)
 
 
 def measure_heads(
@@ -66,78 +71,90 @@ def measure_heads(
     start: Start | None,
 ) -> None:
     """Let new heads measure the channels that they read, on the first images of the plan. Collective."""
-    begun = {name.split(".")[1] for name in (start.tensors if start else ()) if name.startswith("heads.")}
+    if not any(isinstance(module, Channels) for module in prepared.module.heads.modules()):
+        return
+    begun = set() if start is None else _tasks_of_heads(start.tensors)
 
     def agree(value: Any) -> Any:
         return distributed.by_main_process(lambda: value)
 
     for stream in streams.values():
-        drawn = [
-            engine.module.heads[task]
-            for task in stream.tasks
-            if task not in prepared.heads and task not in begun
-        ]
+        drawn = []
+        for task in stream.tasks:
+            if task not in prepared.heads and task not in begun:
+                drawn.append(engine.module.heads[task])
         measure_channels(drawn, engine.predict, loader.first_images(stream.name, _MEASURED), agree)
 
 
-def _of_adapter(config: VisftConfig, place: Path) -> Start:
+def _tasks_of_heads(names: Iterable[str]) -> set[str]:
+    """Tasks whose heads these qualified names of parameters are of."""
+    return {name.split(".")[1] for name in names if name.startswith("heads.")}
+
+
+def _start_from_adapter(config: VisftConfig, path: Path) -> Start:
     if config.stage == 1 or config.lora is None:
-        raise ValueError(f"visft.start: {place} is an adapter, and this run trains none: give it to stage 2")
-    adapter = read_adapter(place)
+        raise ValueError(
+            f"visft.init_from: {path} is an adapter, and this run trains none: give it to stage 2"
+        )
+    adapter = read_adapter(path)
     backbone = build_empty(config.model.preset, torch.float32, config.model.backbone_options())
     if adapter.model != model_of(backbone):
         raise ValueError(
-            f"visft.start: the adapter in {place} is for {described(adapter.model)}, not for this model"
+            f"visft.init_from: the adapter in {path} is for {described(adapter.model)}, not for this model"
         )
     there = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
-    _check_lora(place, there, config.lora)
+    _check_lora(path, there, config.lora)
+    tensors = {f"backbone.{name}": Lazy.of(value) for name, value in adapter.tensors.items()}
     return Start(
-        place=place,
+        place=path,
         sha256=adapter.fingerprint(),
-        tensors=Weights(
-            {f"backbone.{name}": Lazy.of(value) for name, value in adapter.tensors.items()}, place
-        ),
+        tensors=Weights(tensors, path),
         base=adapter.base,
-        note=f"started from the adapter in {place} ({adapter.describe()})",
+        note=f"started from the adapter in {path} ({adapter.describe()})",
     )
 
 
-def _of_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoint) -> Start:
-    assert config.start is not None
-    there, values = recorded_config(run).visft, checkpoint.path / "parameters.safetensors"
-    file = open_weights(values)
-    heads = {name.split(".")[1] for name in file if name.startswith("heads.")}
-    if config.start.heads == "reset" and not heads:
+def _start_from_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoint) -> Start:
+    assert config.init_from is not None
+    path = checkpoint.path / PARAMETERS_FILE
+    values = open_weights(path)
+    heads = _tasks_of_heads(values)
+    if config.init_from.heads == "reset" and not heads:
         raise ValueError(
-            f"visft.start.heads=reset: {run} trains no heads: start a stage 1 from the run that trained them"
+            f"visft.init_from.heads=reset: {run} trains no heads: start a stage 1 from the run that trained them"
         )
-    kept = [task for task in config.tasks.enabled() if task in heads] if config.start.heads == "keep" else []
-    infos = {task: open_head(values, task).info for task in kept}
+    continued = list[str]()
+    if config.init_from.heads == "keep":
+        continued = [task for task in config.tasks.enabled() if task in heads]
+    infos = {task: open_head(path, task).info for task in continued}
     try:
         check_heads(infos, classes_of_run(config, data.categories), data.categories, data.vocabulary)
     except ValueError as error:
         raise ValueError(
-            f"visft.start: {error}; --reset-heads initialises the heads of {run} anew"
+            f"visft.init_from: {error}; --reset-heads initialises the heads of {run} anew"
         ) from error
-    if any(name.startswith("backbone.") for name in file):
-        _check_lora(run, there.lora, config.lora)
-    beginnings = ("backbone.", *(f"heads.{task}." for task in kept))
+    if any(name.startswith("backbone.") for name in values):
+        _check_lora(run, recorded_config(run).visft.lora, config.lora)
+    beginnings = ("backbone.", *(f"heads.{task}." for task in continued))
+    tensors = {name: value for name, value in values.items() if name.startswith(beginnings)}
     return Start(
         place=checkpoint.path,
-        sha256=checkpoint.record["files"]["parameters.safetensors"],
-        tensors=Weights({name: one for name, one in file.items() if name.startswith(beginnings)}, values),
+        sha256=checkpoint.record["files"][PARAMETERS_FILE],
+        tensors=Weights(tensors, path),
         base=checkpoint.record["identity"]["base weights"],
-        note=f"started from step {checkpoint.step} of {run}; heads kept: {', '.join(kept) or 'none'}",
+        note=f"started from step {checkpoint.step} of {run}; heads kept: {', '.join(continued) or 'none'}",
         step=checkpoint.step,
     )
 
 
-def _check_lora(place: Path, there: LoraConfig | None, here: LoraConfig | None) -> None:
+def _check_lora(path: Path, there: LoraConfig | None, here: LoraConfig | None) -> None:
     """Refuse other settings of adapters; the order of targets does not matter."""
 
     def settings(lora: LoraConfig | None) -> dict[str, Any]:
         return {} if lora is None else {**lora.model_dump(), "targets": sorted(lora.targets)}
 
     if settings(there) != settings(here):
-        told = "null" if there is None else there.model_dump_json()
-        raise ValueError(f"visft.start: the adapter in {place} has other settings: --set 'visft.lora={told}'")
+        value = "null" if there is None else there.model_dump_json()
+        raise ValueError(
+            f"visft.init_from: the adapter in {path} has other settings: --set 'visft.lora={value}'"
+        )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from visft_ds import distributed
-from visft_ds.checkpoint.export import describe_heads, export_weights
+from visft_ds.checkpoint.export import begin_export, describe_heads, export_weights
 from visft_ds.checkpoint.format import (
     SETTINGS,
     check_identity,
@@ -24,9 +24,12 @@ from visft_ds.interop.heads import HeadInfo, described
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData
+from visft_ds.prepare.materialize import Start
 from visft_ds.prepare.model import PreparedModel
+from visft_ds.run.folder import EarlierStarts
 from visft_ds.run.log import RunLog
-from visft_ds.run_files import EXPORT_RECORD_FILE, METRICS_FILE, RECORD_FILE, saved_something
+from visft_ds.run.record import write_record
+from visft_ds.run_files import CHECKPOINTS, EXPORT, EXPORT_RECORD_FILE, METRICS_FILE, RECORD_FILE
 
 
 class RunState:
@@ -37,17 +40,37 @@ class RunState:
         engine: whose state is saved and restored.
         identity: what a checkpoint of this run must have been made with, beside the settings.
         data: categories and words that heads are saved with.
+        earlier: what is in the run folder.
     """
 
     def __init__(
-        self, config: ResolvedConfig, engine: Engine, identity: Mapping[str, str], data: RunData
+        self,
+        config: ResolvedConfig,
+        engine: Engine,
+        identity: Mapping[str, str],
+        data: RunData,
+        earlier: EarlierStarts,
     ) -> None:
-        run, self._identity = config.visft.run, identity
-        self._out, self._engine, self._config, self._data = Path(run.out or ""), engine, config, data
+        run = config.visft.run
+        self._out = Path(run.out or "")
+        self._config = config
+        self._engine = engine
+        self._identity = identity
+        self._data = data
+        self._earlier = earlier
         #: Its context waits for a save that is on its way.
-        retention = Retention(run.keep_last, run.keep_best)
-        saved_with = {**identity, SETTINGS: config.identity()}
-        self.saver = Saver(self._out / "checkpoints", saved_with, retention, self.is_evaluated)
+        self.saver = Saver(
+            self._out / CHECKPOINTS,
+            {**identity, SETTINGS: config.identity()},
+            Retention(run.keep_last, run.keep_best),
+            self.is_evaluated,
+        )
+        self._done = 0
+
+    @property
+    def was_exported(self) -> bool:
+        """True if an earlier start of this run has exported its result."""
+        return self._earlier.exported
 
     def is_evaluated(self, step: int) -> bool:
         """Return True if this step of a run with a validation split is followed by an evaluation."""
@@ -59,13 +82,14 @@ class RunState:
 
         Raises ValueError if all checkpoints are damaged, there is only an export, or one is of another run.
         """
-        place, scores = distributed.by_main_process(self._newest)
-        if place is None:
+        path, scores = distributed.by_main_process(self._newest)
+        if path is None:
             return 0
-        checkpoint = open_checkpoint(place)
+        checkpoint = open_checkpoint(path)
         check_identity(checkpoint, self._identity, self._config)
         restore_state(self._engine, checkpoint.load(), checkpoint.step)
         self.saver.resume(checkpoint.step, scores)
+        self._done = checkpoint.step
         return checkpoint.step
 
     def _newest(self) -> tuple[Path | None, dict[int, float | None]]:
@@ -77,14 +101,29 @@ class RunState:
             print(f"warning: not used: {line}", file=sys.stderr, flush=True)
         if checkpoint is not None:
             best = self.saver.retention.best
-            return checkpoint.path, recorded_scores(self._out / METRICS_FILE, best) if best else {}
+            scores = recorded_scores(self._out / METRICS_FILE, best) if best else {}
+            return checkpoint.path, scores
         if skipped:
             raise ValueError(f"no checkpoint in {self.saver.folder} is whole: move them away to train anew")
-        if saved_something(self._out):
+        if self._earlier.record is not None:
             raise ValueError(
                 f"{self._out} has an export and no checkpoint to continue from: choose another --out"
             )
         return None, {}
+
+    def begin(self, prepared: PreparedModel, command: Sequence[str], start: Start | None) -> None:
+        """Write what the export has from the beginning, and the record. Main process only.
+
+        A run that was exported before is not touched: if it ends at once, its export has to be whole.
+
+        Args:
+            command: command line that starts this run again.
+            start: what the run begins with; None: random values, or it is resumed.
+        """
+        if not self.was_exported:
+            begin_export(self._out / EXPORT, prepared, self._data.vocabulary)
+        if not self.was_exported or self._done < self._config.total_steps:
+            write_record(self._config, self._identity, command, start, self._earlier.record)
 
     def save(self, step: int) -> None:
         """Take a snapshot, written while training continues. Collective. Raises OSError if the one before
@@ -97,14 +136,11 @@ class RunState:
         failed.
         """
         for save in self.saver.finished(wait=wait):
-            path, stall, write = (
-                checkpoint_path(self.saver.folder, save.step),
-                save.stall_seconds,
-                save.write_seconds,
-            )
-            took = f"training paused for {stall:.2f} s; written in {write:.2f} s"
+            path = checkpoint_path(self.saver.folder, save.step)
+            took = f"training paused for {save.stall_seconds:.2f} s; written in {save.write_seconds:.2f} s"
             log.message(f"saved step {save.step} in {self.saver.folder} ({took})")
-            log.writer.save(save.step, {"save/stall_seconds": stall, "save/write_seconds": write}, path)
+            seconds = {"save/stall_seconds": save.stall_seconds, "save/write_seconds": save.write_seconds}
+            log.writer.save(save.step, seconds, path)
 
     def ends_early(self, step: int, log: RunLog) -> bool:
         """Return True if `visft.run.patience` evaluations in a row gave no better metric. Collective.
@@ -128,18 +164,10 @@ class RunState:
         if best is None:
             return step
         if best != step:
-            restore_state(
-                self._engine, open_checkpoint(checkpoint_path(self.saver.folder, best)).load(), best
-            )
+            checkpoint = open_checkpoint(checkpoint_path(self.saver.folder, best))
+            restore_state(self._engine, checkpoint.load(), best)
         log.message(f"exporting step {best}, the best by {self.saver.retention.best}")
         return best
-
-    @property
-    def exported(self) -> bool:
-        """True if an earlier start of this run has exported its result, and nothing has begun to change
-        it.
-        """
-        return (self._out / "export" / EXPORT_RECORD_FILE).is_file()
 
     def _heads(self, step: int) -> dict[str, HeadInfo]:
         """Descriptions of the heads that train in this run."""
@@ -153,10 +181,9 @@ class RunState:
         """Export the checkpoint of `step`, then the record. Main process only. Raises OSError for a full
         disk.
         """
-        folder = self._out / "export"
-        with explained(
-            f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"
-        ):
+        folder = self._out / EXPORT
+        way_out = "Its checkpoint is whole: the same command exports it"
+        with explained(f"the export of step {step}", folder, way_out):
             (folder / EXPORT_RECORD_FILE).unlink(missing_ok=True)
             remove_unfinished(folder)
             trained = open_checkpoint(checkpoint_path(self.saver.folder, step)).weights()

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zlib import crc32
 
 import numpy as np
@@ -388,7 +388,7 @@ def _write(
     rows = list[list[int]]()
     left_out = list[tuple[str, str]]()
     odd = list[tuple[str, str]]()
-    with writing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with writing(path) as file:
         for image in images:
             progress(1)
             try:
@@ -399,9 +399,13 @@ def _write(
                 continue
             odd += [(kind, image.file_name) for kind in kinds]
             key = f"{image.image_id:012d}"
-            row = _add_member(tar, f"{key}.{suffix}", data) + _add_member(tar, f"{key}.json", image.label())
+            row = _add_member(file, f"{key}.{suffix}", data)
+            row += _add_member(file, f"{key}.json", image.label())
             row += [image.width, image.height, image.image_id, image.trainable, len(image.captions)]
             rows.append(row)  # the columns of INDEX_DTYPE behind the shard
+        # two empty blocks end an archive, and padding as other tar programs write it
+        file.write(bytes(2 * tarfile.BLOCKSIZE))
+        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
     return {
         "name": path.name,
         "bytes": path.stat().st_size,
@@ -412,12 +416,17 @@ def _write(
     }
 
 
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> list[int]:
-    """Append a file to a tar; returns offset, size and crc32 of its content."""
+def _add_member(tar: BinaryIO, name: str, data: bytes) -> list[int]:
+    """Append a file to a tar; returns offset, size and crc32 of its content.
+
+    `tarfile.TarFile.addfile` writes the same bytes more slowly, and copies them.
+    """
     member = tarfile.TarInfo(name)
     member.size = len(data)
-    offset = tar.offset + tarfile.BLOCKSIZE
-    tar.addfile(member, io.BytesIO(data))
+    tar.write(member.tobuf(tarfile.USTAR_FORMAT))
+    offset = tar.tell()
+    tar.write(data)
+    tar.write(bytes(-len(data) % tarfile.BLOCKSIZE))
     return [offset, len(data), crc32(data)]
 
 

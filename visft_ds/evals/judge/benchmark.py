@@ -21,6 +21,7 @@ Label = npt.NDArray[np.uint8 | np.uint16]
 #: Set of images -> kind -> (images, ...) float32 on the CPU; "texts" -> "clip" -> (texts, E) of length 1, if
 #: the model has a text side.
 Features = Mapping[str, Mapping[str, Tensor]]
+PUBLISHED_SIDE = 512  #: pixels of images in published protocols, unless a number has its own
 FOLDS = 5  #: equal parts of the training images, one of which chooses the layer
 
 
@@ -52,7 +53,7 @@ class Number:
     source: str = "ours"  #: of the published protocol
     differs: str = ""  #: what the published protocol here does otherwise than its source
     lower: bool = False  #: is better, as of an error
-    side: int = 512  #: pixels of images in the published protocol, or the whole patches in it
+    side: int = PUBLISHED_SIDE  #: pixels of images in the published protocol, as many as are whole patches
     crops: int = 0  #: that its published head learns from
     #: Held-out training images choose by it the layer that a data set is read at.
     chooses_layer: bool = False

@@ -43,12 +43,12 @@ from visft_ds.evals.judge.benchmark import (
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.crops import View
 from visft_ds.evals.judge.dense_probes import loaded
-from visft_ds.evals.judge.dense_sets import every
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
+from visft_ds.evals.judge.encoding import Settings, brought_near, encode_images, forward
+from visft_ds.evals.judge.images import every
 from visft_ds.evals.judge.logistic import RESAMPLES, STRENGTHS, by_regression, held_out
 from visft_ds.evals.judge.neighbours import ROWS, Rows, by_neighbours
 from visft_ds.evals.judge.protocol import CLASSIFIED_SIZES, NORMALISED, QUICK, Protocol
-from visft_ds.evals.judge.scoring import Settings, brought_near, encode_images, forward
 from visft_ds.monitor.console import gauge
 
 KINDS = ("pooled", "mean")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -15,15 +16,14 @@ import orjson
 import torch
 
 from visft_ds import distributed
-from visft_ds.evals.judge.benchmark import Number
 from visft_ds.evals.judge.comparison import Comparison
+from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.kinds import parse_benchmarks
-from visft_ds.evals.judge.models import parse_arms
+from visft_ds.evals.judge.model_text import parse_variants
 from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
 from visft_ds.evals.judge.rehearsal import published_hours, rehearsal
-from visft_ds.evals.judge.scoring import Settings
-from visft_ds.evals.judge.table import rows_of, section
-from visft_ds.evals.judge.verdict import judged
+from visft_ds.evals.judge.table import Results, Row, rows_of, section
+from visft_ds.evals.judge.verdict import Verdict, judged
 from visft_ds.evals.pages import judge_page
 from visft_ds.evals.records import JUDGE, JUDGED, read_judged
 from visft_ds.files import write_bytes, write_text
@@ -33,8 +33,10 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.ops import use_numerics
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
+from visft_ds.tasks.pictures import Picture
 
-PAGE, SCORES = "judge.html", "scores"
+PAGE = "judge.html"
+SCORES = "scores"
 _SHOWN = 6  # images of a sheet
 
 
@@ -44,8 +46,9 @@ def run_judge(given: argparse.Namespace) -> None:
     Raises:
         ValueError: wrong usage, or whatever is wrong with models and data.
     """
-    began, settings = time.perf_counter(), _settings(given)
-    arms = parse_arms([given.base, *given.tuned, *given.control], download=given.download)
+    began = time.perf_counter()
+    settings = _settings(given)
+    variants = parse_variants([given.base, *given.tuned, *given.control], download=given.download)
     protocol = QUICK if given.quick else PUBLISHED
     wanted = [name.strip() for name in given.numbers.split(",")] if given.numbers else []
     benchmarks, primary = parse_benchmarks(given.on, given.primary, protocol, wanted)
@@ -55,85 +58,41 @@ def run_judge(given: argparse.Namespace) -> None:
         if distributed.is_main():  # the others would wait for facts in folders of their own
             with TemporaryDirectory() as scratch:
                 nowhere = replace(settings, cache=Path(scratch))
-                comparison = Comparison(arms, len(given.tuned), benchmarks, primary, nowhere)
+                comparison = Comparison(variants, len(given.tuned), benchmarks, primary, nowhere)
                 print_plan("visft judge --dry-run", rehearsal(comparison, best=best))
         return
     published = [benchmark for benchmark in benchmarks if benchmark.published is not None]
     if published and settings.device.type == "cpu" and given.device == "auto":
-        models = sum(map(len, arms.values())) * (3 if best else 1)  # with noise and half
-        hours = published_hours(arms[next(iter(arms))][0], published, models, settings)
+        models = sum(map(len, variants.values()))
+        if best:
+            models *= 3  # noise and half come by themselves
+        hours = published_hours(next(iter(variants.values()))[0], published, models, settings)
         raise ValueError(
             f"published protocols take some {hours:,.0f} hours without a GPU: add --quick, or --device cpu"
         )
-    comparison = Comparison(arms, len(given.tuned), benchmarks, primary, settings)
+
+    comparison = Comparison(variants, len(given.tuned), benchmarks, primary, settings)
     if best:
         comparison.choose_layers()
     comparison.match_shifts(noise=best)
     scores = comparison.score()
     if not distributed.is_main():
         return
-    base = comparison.base.name
-    trials = comparison.trials
-    members = {arm.name: [spec.label for spec in arm.models] for arm in comparison.arms}
-    numbers: dict[str, Number] = {}
-    for benchmark in benchmarks:
-        numbers |= {benchmark.full_name(number): number for number in benchmark.numbers}
+
     last = scores.last if best else None
-    rows = rows_of(scores.chosen, members, trials, primary, last, scores.cut, numbers)
-    verdicts = judged(rows, trials, primary, base)
-    moved = {arm.name: arm for arm in comparison.arms if arm.shift is not None}
-    record: dict[str, Any] = {
-        "format": JUDGE,
-        "models": {spec.label: str(spec) for arm in comparison.arms for spec in arm.models},
-        "arms": members,
-        "trials": [asdict(trial) for trial in trials],
-        "primary": primary,
-        "protocol": protocol.name,
-        "best": best,
-        "layers": comparison.layers,
-        "shifts": {name: arm.shift for name, arm in moved.items()},
-        "scales": {name: fmean(spec.scale for spec in arm.models) for name, arm in moved.items()},
-        "notes": comparison.notes,
-        "numbers": [
-            number.described(quick=given.quick) for number in dict.fromkeys(numbers[row.name] for row in rows)
-        ],
-        "rows": [asdict(row) for row in rows],
-        "verdicts": [asdict(verdict) for verdict in verdicts],
-        "settings": {key: redacted(value) for key, value in vars(given).items()},
-        "processes": distributed.world_size(),
-        "seconds": round(time.perf_counter() - began, 3),
-        "versions": versions(),
-        "command": [redacted(word) for word in ("visft", "judge", *sys.argv[2:])],
-    }
+    trials = comparison.trials
+    numbers = comparison.numbers
+    rows = rows_of(scores.chosen, comparison.members, trials, primary, last, scores.cut, numbers)
+    verdicts = judged(rows, trials, primary, comparison.base.name)
+    record = _record(comparison, rows, verdicts, given)
+    record["protocol"] = protocol.name
+    record["seconds"] = round(time.perf_counter() - began, 3)
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
     write_bytes(given.out / JUDGED, content)
-    shown = [base, *(trial.arm for trial in trials)]
-    sheets = []
-    for benchmark in benchmarks:
-        if benchmark.sheet:
-            of_arms = {arm: scores.chosen[members[arm][0]][benchmark.full_names[0]] for arm in shown}
-            sheets.append(benchmark.sheet(of_arms, _SHOWN))
-    page = judge_page(orjson.loads(content), sheets)
+    page = judge_page(orjson.loads(content), _sheets(comparison, scores.chosen))
     write_text(given.out / PAGE, page)
-    read = []
-    for name, choices in comparison.layers.items():
-        read.append((name, ", ".join(f"{arm}: {choice['chosen']}" for arm, choice in choices.items())))
-    shifts = [
-        (name, f"{shift:.3f}", f"A = {record['scales'][name]:.3g}")
-        for name, shift in record["shifts"].items()
-    ]
-    parts = [
-        Section(
-            "verdict", [(verdict.arm, verdict.word, " ".join(verdict.sentences)) for verdict in verdicts]
-        ),
-        Section("models", list(record["models"].items())),
-        Section("best layer, by held-out training images", read),
-        section(rows, list(members), primary),
-        Section("feature shift: |u - u0|, features of length 1", shifts),
-        Section("notes", [(note,) for note in comparison.notes]),
-        Section("written", [(str(given.out / PAGE),)]),
-    ]
-    print_plan("visft judge", [part for part in parts if part.rows])
+    table = section(rows, list(comparison.members), primary)
+    print_plan("visft judge", _sections(comparison, record, table, given.out / PAGE))
 
 
 def _settings(given: argparse.Namespace) -> Settings:
@@ -158,5 +117,79 @@ def _check_folder(out: Path, primary: str) -> None:
         raise ValueError(
             f"{out} is not empty and not of an earlier start of this command: choose another --out"
         )
-    if (out / JUDGED).is_file() and (named := read_judged(out)["primary"]) != primary:
-        raise ValueError(f"{out} was judged by {named}: for another --primary choose another --out")
+    if (out / JUDGED).is_file():
+        named = read_judged(out)["primary"]
+        if named != primary:
+            raise ValueError(f"{out} was judged by {named}: for another --primary choose another --out")
+
+
+def _record(
+    comparison: Comparison, rows: Sequence[Row], verdicts: Sequence[Verdict], given: argparse.Namespace
+) -> dict[str, Any]:
+    """What judge.json says of a comparison."""
+    numbers = dict.fromkeys(comparison.numbers[row.name] for row in rows)  # those of several data sets once
+    shifts: dict[str, float] = {}
+    scales: dict[str, float] = {}
+    models: dict[str, str] = {}
+    for variant in comparison.variants:
+        models |= {spec.label: str(spec) for spec in variant.models}
+        if variant.shift is not None:
+            shifts[variant.name] = variant.shift
+            scales[variant.name] = fmean(spec.scale for spec in variant.models)
+    return {
+        "format": JUDGE,
+        "models": models,
+        "variants": comparison.members,
+        "trials": [asdict(trial) for trial in comparison.trials],
+        "primary": comparison.primary,
+        "best": given.layers == "all",
+        "layers": comparison.layers,
+        "shifts": shifts,
+        "scales": scales,
+        "notes": comparison.notes,
+        "numbers": [number.described(quick=given.quick) for number in numbers],
+        "rows": [asdict(row) for row in rows],
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "settings": {key: redacted(value) for key, value in vars(given).items()},
+        "processes": distributed.world_size(),
+        "versions": versions(),
+        "command": [redacted(word) for word in ("visft", "judge", *sys.argv[2:])],
+    }
+
+
+def _sheets(comparison: Comparison, scores: Results) -> list[Picture]:
+    """Pictures of what the base and tuned models see, of each benchmark that can draw them."""
+    shown = [comparison.base.name, *(trial.variant for trial in comparison.trials)]
+    sheets = []
+    for benchmark in comparison.benchmarks:
+        if benchmark.sheet is None:
+            continue
+        first = benchmark.full_names[0]
+        of_variants = {name: scores[comparison.members[name][0]][first] for name in shown}
+        if all(score.maps is not None for score in of_variants.values()):
+            sheets.append(benchmark.sheet(of_variants, _SHOWN))
+    return sheets
+
+
+def _sections(comparison: Comparison, record: Mapping[str, Any], table: Section, page: Path) -> list[Section]:
+    """What the console shows."""
+    words = []
+    for verdict in record["verdicts"]:
+        words.append((verdict["variant"], verdict["word"], " ".join(verdict["sentences"])))
+    layers = []
+    for name, choices in comparison.layers.items():
+        blocks = ", ".join(f"{variant}: {choice['chosen']}" for variant, choice in choices.items())
+        layers.append((name, blocks))
+    shifts = []
+    for name, shift in record["shifts"].items():
+        shifts.append((name, f"{shift:.3f}", f"A = {record['scales'][name]:.3g}"))
+    sections = [
+        Section("verdict", words),
+        Section("models", list(record["models"].items())),
+        Section("best layer, by held-out training images", layers),
+        table,
+        Section("feature shift: |u - u0|, features of length 1", shifts),
+        Section("notes", [(note,) for note in comparison.notes]),
+        Section("written", [(str(page),)]),
+    ]
+    return [section for section in sections if section.rows]

@@ -6,7 +6,6 @@ published protocols see them); probes of `segmentation` and `depth` are written 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,21 +18,26 @@ from torch.utils.data import DataLoader, RandomSampler, default_collate
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, LayerChoice, Number, Score, fifth
 from visft_ds.evals.judge.crops import View, label_of, short_side
-from visft_ds.evals.judge.dense_sets import DenseSet, every
+from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.encoders import Encoder
+from visft_ds.evals.judge.encoding import Settings, forward, pictures
 from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Loss, Recipe, Schedule, enlarged, fit
+from visft_ds.evals.judge.images import every
 from visft_ds.evals.judge.linear_segmentation import windows
 from visft_ds.evals.judge.protocol import BRIEF, QUICK, Protocol
-from visft_ds.evals.judge.scoring import Settings, forward, pictures
 
 SIDE = 224  #: of the labels that heads learn from whose features are kept, pixels
 _UNITS = (32, 16, 14, 1)  # pixels of a patch's side: one of these divides the encoder's side
-
+_BILINEAR = Image.Resampling.BILINEAR
 
 #: Makes a crop of an image and its label as a model takes it.
 Crop = Callable[[Image.Image, Tensor, View], tuple[Tensor, Tensor]]
 #: (B, D, h, w) -> (B, heads, ..., h, w)
 Head = Callable[[Tensor], Tensor]
+#: (number of an image, its features (D, h, w), its label (H, W)).
+Example = tuple[int, Tensor, Tensor]
+#: (numbers of images (B,), their features (B, D, h, w), their labels (B, H, W)).
+Batch = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,28 +50,33 @@ class CachedFeatures:
     test: DenseSet
     asked: Tensor  #: features of the test images
 
-    def remembered(self, _: Crop, passes: int) -> tuple[int, Iterator[tuple[int, Tensor, Tensor]]]:
-        """(how many come, numbers, maps and labels of images for a memory)."""
-        return len(self.taught), ((n, maps, label_of(self.train, n)) for n, maps in enumerate(self.taught))
+    def remembered(self, _: Crop, passes: int) -> tuple[int, Iterator[Example]]:
+        """(how many images come, they) for a memory."""
+        examples = ((number, maps, label_of(self.train, number)) for number, maps in enumerate(self.taught))
+        return len(self.taught), examples
 
-    def examples(self, order: Tensor, _: Crop) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of numbers, features and labels, which are brought to SIDE x SIDE."""
+    def examples(self, order: Tensor, _: Crop) -> Iterator[Batch]:
+        """Batches of training images in an order of their numbers, with labels of SIDE x SIDE."""
+        device = self.taught.device
         squares = []
         for number in range(len(self.taught)):
             label = label_of(self.train, number).to(torch.float32)  # exact: there are fewer classes than 2^24
             square = F.interpolate(label[None, None], (SIDE, SIDE), mode="nearest-exact")[0, 0]
             squares.append(square.to(torch.int16) if self.train.classes else square)
-        labels = torch.stack(squares).to(self.taught.device)
-        for drawn in order.split(BATCH):
-            yield drawn, self.taught[drawn.to(self.taught.device)], labels[drawn.to(labels.device)]
+        labels = torch.stack(squares).to(device)
+        for numbers in order.split(BATCH):
+            near = numbers.to(device)
+            yield numbers, self.taught[near], labels[near]
 
     def whole(self, part: DenseSet) -> Iterator[Tensor]:
         """Batches of features of the training or of the test images."""
-        return iter((self.taught if part is self.train else self.asked).split(BATCH))
+        features = self.taught if part is self.train else self.asked
+        return iter(features.split(BATCH))
 
     def in_windows(self, head: Head) -> Iterator[Tensor]:
         """Outputs of a head for each test image."""
-        return (outputs for maps in self.asked.split(BATCH) for outputs in head(maps))
+        for maps in self.asked.split(BATCH):
+            yield from head(maps)
 
     flipped = in_windows
 
@@ -82,46 +91,45 @@ class LiveFeatures:
     encoder: Encoder
     settings: Settings
 
-    def remembered(self, crop: Crop, passes: int) -> tuple[int, Iterator[tuple[int, Tensor, Tensor]]]:
+    def remembered(self, crop: Crop, passes: int) -> tuple[int, Iterator[Example]]:
         """As above, of random crops. Raises ValueError if a GPU has no room for them."""
         order = torch.arange(len(self.train.images)).repeat(passes)
-        device = self.settings.device
-        if device.type == "cuda":
-            _, channels, *grid = next(self.whole(self.train)).shape
-            patches = min(self.protocol.memory, len(order) * math.prod(grid))
-            needed = 4 * patches * (channels + len(self.train.classes))
-            free = torch.cuda.mem_get_info(device)[0]
-            if needed > free:
-                room = f"{needed / 2**30:.0f} GiB, and {device} has {free / 2**30:.0f} GiB free"
-                raise ValueError(
-                    f"a memory of {patches:,} patches needs {room}: take a larger GPU, or give --quick"
-                )
-        batches = self.examples(order, crop, self.settings.batch_size)
-        return len(order), (
-            image
-            for drawn, maps, labels in batches
-            for image in zip(drawn.tolist(), maps, labels, strict=True)
-        )
+        if self.settings.device.type == "cuda":
+            self._check_room(len(order))
+        return len(order), self._one_by_one(order, crop)
 
-    def examples(
-        self, order: Tensor, crop: Crop, size: int = BATCH
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of numbers, features and labels of random crops; the n-th crop is the same for every
-        model.
-        """
+    def _check_room(self, images: int) -> None:
+        """Raise ValueError if a GPU has no room for a memory of so many images."""
+        channels, height, width = next(self.whole(self.train)).shape[1:]
+        patches = min(self.protocol.memory, images * height * width)
+        needed = 4 * patches * (channels + len(self.train.classes))
+        free = torch.cuda.mem_get_info(self.settings.device)[0]
+        if needed > free:
+            raise ValueError(
+                f"a memory of {patches:,} patches needs {needed / 2**30:.0f} GiB, and {self.settings.device} has "
+                f"{free / 2**30:.0f} GiB free: take a larger GPU, or give --quick"
+            )
 
-        def crops(numbers: Sequence[int]) -> Any:
-            made = []
-            for number in numbers:
-                place = int(order[number])
-                image, label = self.train.images.read(place), label_of(self.train, place)
+    def _one_by_one(self, order: Tensor, crop: Crop) -> Iterator[Example]:
+        for numbers, maps, labels in self.examples(order, crop, self.settings.batch_size):
+            yield from zip(numbers.tolist(), maps, labels, strict=True)
+
+    def examples(self, order: Tensor, crop: Crop, size: int = BATCH) -> Iterator[Batch]:
+        """Batches of random crops; the n-th crop is the same for every model."""
+
+        def crops(turns: Sequence[int]) -> Any:
+            batch = []
+            for turn in turns:
+                number = int(order[turn])
+                image = self.train.images.read(number)
+                label = label_of(self.train, number)
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(number)
-                    made.append((place, *crop(image, label, self._view)))
-            return default_collate(made)
+                    torch.manual_seed(turn)
+                    batch.append((number, *crop(image, label, self._view)))
+            return default_collate(batch)
 
-        for drawn, pixels, labels in loaded(len(order), size, crops, self.settings):
-            yield drawn, self._forward(pixels), labels.to(self.settings.device)
+        for numbers, pixels, labels in loaded(len(order), size, crops, self.settings):
+            yield numbers, self._forward(pixels), labels.to(self.settings.device)
 
     def whole(self, part: DenseSet) -> Iterator[Tensor]:
         """Batches of features of images, stretched to squares."""
@@ -139,7 +147,8 @@ class LiveFeatures:
         for number in range(len(self.test.images)):
             image = self.test.images.read(number)
             height, width = short_side((image.height, image.width), side)
-            yield windows(see, self._view.normalised(image.resize((width, height), _BILINEAR)), side)
+            pixels = self._view.normalised(image.resize((width, height), _BILINEAR))
+            yield windows(see, pixels, side)
 
     def flipped(self, head: Head) -> Iterator[Tensor]:
         """For each test image, the mean of what a head says of it and, turned back, of its mirror image."""
@@ -157,9 +166,10 @@ class LiveFeatures:
         patches.
         """
         unit = next(unit for unit in _UNITS if self.encoder.side % unit == 0)
-        missing = [-length % unit for length in pixels.shape[-2:]]
-        before = [length // 2 for length in missing]
-        padded = F.pad(pixels, (before[1], missing[1] - before[1], before[0], missing[0] - before[0]))
+        height, width = (-length % unit for length in pixels.shape[-2:])  # that are missing
+        left = width // 2
+        top = height // 2
+        padded = F.pad(pixels, (left, width - left, top, height - top))
         self.encoder.module.to(self.settings.device)
         maps = forward(self.encoder, padded, ("patches",), self.settings)["patches"]
         if not torch.isfinite(maps.sum()):
@@ -171,7 +181,6 @@ class LiveFeatures:
 
 Source = CachedFeatures | LiveFeatures
 Scores = Callable[[Source, Collection[str]], Iterator[Score]]  #: of the wanted numbers
-_BILINEAR = Image.Resampling.BILINEAR
 
 
 def loaded(count: int, size: int, make: Callable[[Sequence[int]], Any], settings: Settings) -> Iterable[Any]:
@@ -186,14 +195,15 @@ def trained(
     source: Source, outputs: int, loss: Loss, recipe: Recipe, crop: Crop, schedule: Schedule
 ) -> Heads:
     """Heads that learnt the labels of the training images, in rounds over all of them."""
-    images = range(len(source.train.images))
-    first = next(source.whole(source.train))
+    images = source.train.images
     order = RandomSampler(
         images, num_samples=recipe.steps * BATCH, generator=torch.Generator().manual_seed(0)
     )
-    heads = Heads(1 + RESAMPLES * source.protocol.resampled, first.shape[1], outputs).to(first.device)
     examples = source.examples(torch.tensor(list(order)), crop)
-    return fit(heads, len(images), examples, loss, recipe, schedule, source.train.images.groups)
+    first = next(source.whole(source.train))
+    resamples = RESAMPLES if source.protocol.resampled else 0
+    heads = Heads(1 + resamples, first.shape[1], outputs).to(first.device)
+    return fit(heads, len(images), examples, loss, recipe, schedule, images.groups)
 
 
 def at_labels(seen: Iterable[Tensor], test: DenseSet) -> Iterator[tuple[Tensor, Tensor]]:
@@ -216,17 +226,15 @@ def probe(
     few = train.part(every(len(train.images), QUICK.images["train"]))
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
-        cached = CachedFeatures(
-            protocol, train, features["train"]["patches"], test, features["test"]["patches"]
-        )
-        return score(cached, wanted)
+        taught = features["train"]["patches"]
+        asked = features["test"]["patches"]
+        return score(CachedFeatures(protocol, train, taught, test, asked), wanted)
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
         maps = features["patches"]
         rest, held = fifth(len(few.images), few.images.groups)
-        (result,) = score(
-            CachedFeatures(BRIEF, few.part(rest), maps[rest], few.part(held), maps[held]), [number]
-        )
+        cached = CachedFeatures(BRIEF, few.part(rest), maps[rest], few.part(held), maps[held])
+        (result,) = score(cached, [number])
         return result.value
 
     def published(encoder: Encoder, settings: Settings, wanted: Collection[str]) -> Iterator[Score]:

@@ -1,21 +1,18 @@
-"""Images with a class for each pixel, and where there are such, the outlines of their objects.
+"""Images with a class for each pixel, and where there are such, the outlines of their objects; or with depths.
 
 | layout | found by | no class |
 |---|---|---|
 | shards of ours | a manifest of the split | crowds |
 | ADE20k | `images/{training,validation}`, `annotations/{training,validation}` | 0; class n is number n + 1 |
-| Pascal VOC | `JPEGImages`, `SegmentationClass[Aug]`, `ImageSets/Segmentation/{train,trainaug,val}.txt` | 255
-|
-| any | `images/<split>`, `labels/<split>` with PNG files; `classes.txt` names the classes, if it exists | 255
-|
+| Pascal VOC | `JPEGImages`, `SegmentationClass[Aug]`, `ImageSets/Segmentation/{train,trainaug,val}.txt` | 255 |
+| any | `images/<split>`, `labels/<split>` with PNG files; `classes.txt` names the classes, if it exists | 255 |
 | what `visft shards` reads: COCO, Roboflow, YOLO, Cityscapes | as there | crowds |
 
 Label maps are PNG files of class numbers (indexed or grey), called as their images. With `classes.txt` they
 are read as `visft shards` does: a number without a name is an error, and another number than 255 may mean no
 class. Labels keep their size; images are stretched to squares. Of objects, each lies on top of the larger
 ones; what no object covers is class 0, in shards of label maps without a class. Where an object has a box and
-no mask, nobody knows what is in the
-box: it has no class.
+no mask, nobody knows what is in the box: it has no class.
 
 Depth: `images/<split>` and `depth/<split>`, 16-bit PNG files of millimetres, called as the images; 0 is not
 known.
@@ -39,7 +36,16 @@ from PIL import Image
 from visft_ds.data.dataset import labels_of_split
 from visft_ds.data.shards import Category, Manifest, ShardReader, splits_in
 from visft_ds.evals.judge.benchmark import ImageSet, Label
-from visft_ds.evals.judge.images import PARTS, SUFFIXES, chosen, digest, from_files, image_files, read_lines
+from visft_ds.evals.judge.images import (
+    PARTS,
+    SUFFIXES,
+    chosen,
+    digest,
+    every,
+    from_files,
+    image_files,
+    read_lines,
+)
 from visft_ds.files import checked_name, image_frame, open_image, read_bytes, reading
 from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import read_coco
@@ -50,10 +56,12 @@ from visft_ds.tasks.classes import VOID
 
 NOTHING = 65_535  #: number of a pixel of outlines that has no class; of label maps it is 255
 _SMALLEST = 1 / 3136  # of an image, below which nobody could recognise an object
-_AUGMENTED = (
-    "trainaug"  # VOC's training images with those of Hariharan et al., from which published numbers learn
-)
+#: VOC's training images with those of Hariharan et al., from which published numbers learn.
+_AUGMENTED = "trainaug"
 _ELLIPSES = "mask drawn as an ellipse into its box"  # as visft shards says it of its shards
+
+Map = npt.NDArray[Any]  #: (H, W), classes or metres
+ReadMap = Callable[[Path], Map]
 
 
 @dataclass(frozen=True)
@@ -71,16 +79,20 @@ class DenseSet:
     """Images, what is where in them, and their objects."""
 
     images: ImageSet
-    label: Callable[[int], npt.NDArray[Any]]  #: of an image; in metres where depth is asked
+    label: Callable[[int], Map]  #: of an image; in metres where depth is asked
     classes: tuple[str, ...] = ()  #: their names; "": no object is there
-    things: tuple[
-        Thing, ...
-    ] = ()  #: objects that are large enough and no crowds, in the order of their images
+    #: Objects that are large enough and no crowds, in the order of their images.
+    things: tuple[Thing, ...] = ()
     notes: tuple[str, ...] = ()  #: what is odd about their masks
 
-    def part(self, places: Sequence[int]) -> DenseSet:
+    def part(self, numbers: Sequence[int]) -> DenseSet:
         """Some of the images, without their objects."""
-        return DenseSet(chosen(self.images, places), lambda number: self.label(places[number]), self.classes)
+        images = chosen(self.images, numbers)
+        return DenseSet(images, lambda number: self.label(numbers[number]), self.classes)
+
+
+#: Name of a part -> what reads at most so many of its images.
+Parts = Mapping[str, Callable[[int], DenseSet]]
 
 
 def read_train_and_test(
@@ -98,46 +110,64 @@ def read_train_and_test(
 
     Raises:
         ValueError: no such folder or layout, a part that is not there or is not labelled, other categories in
-        both,
-            objects of which none has a mask; label maps with a number that `classes.txt` does not name.
+            both, objects of which none has a mask; label maps with a number that `classes.txt` does not name.
     """
-    found = _pair(_parts(Path(source), void), most, source, train, test)
-    for name, part in found.items():
-        found[name] = _masked(part, f"{source}: {name}", source)
+    parts = _two_parts(_parts(Path(source), void), most, source, train, test)
     largest = 0
-    for name, part in found.items():
-        seen: set[int] = set()
-        for place in gauge(f"labels of {name}", len(part.images), "images", range(len(part.images))):
-            label = part.label(place)
-            seen |= {*np.unique(label).tolist()} - {np.iinfo(label.dtype).max}
-        if len(seen) < 2:
+    for name, part in parts.items():
+        parts[name] = _masked(part, f"{source}: {name}", source)
+        numbers = _numbers_in(parts[name], f"labels of {name}")
+        if len(numbers) < 2:
             raise ValueError(f"{source}: {name} has labels of one class only; a probe needs two")
-        largest = max(largest, *seen)
-    learnt, held = found.values()
-    if not learnt.classes:  # label maps do not name them
-        numbers = tuple(map(str, range(largest + 1)))
-        learnt, held = replace(learnt, classes=numbers), replace(held, classes=numbers)
-    _check_classes(found, source)
-    return learnt, held
+        largest = max(largest, *numbers)
+    for name, part in parts.items():
+        if not part.classes:  # label maps do not name them
+            parts[name] = replace(part, classes=tuple(map(str, range(largest + 1))))
+    return _with_equal_classes(parts, source)
 
 
 def read_objects(
     most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
 ) -> tuple[DenseSet, DenseSet]:
     """As `read_train_and_test`, for objects whose boxes are enough."""
-    found = _pair(_parts(Path(source)), most, source, train, test)
-    _check_classes(found, source)
-    learnt, held = found.values()
-    return learnt, held
+    return _with_equal_classes(_two_parts(_parts(Path(source)), most, source, train, test), source)
 
 
-def _check_classes(parts: Mapping[str, DenseSet], source: str) -> None:
-    """Raise ValueError if two parts have other classes, or in another order."""
-    learnt, held = (part.classes for part in parts.values())
-    if learnt != held:
-        lone = sorted(set(learnt) ^ set(held))
+def read_depth(
+    most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
+) -> tuple[DenseSet, DenseSet]:
+    """(images to train heads on, images to judge them on), whose labels are metres. Raises ValueError without
+    any.
+    """
+    parts = _two_parts(_beside(Path(source), "depth", _metres), most, source, train, test)
+    learnt, held_out = parts.values()
+    return learnt, held_out
+
+
+def _two_parts(
+    parts: Parts, most: Mapping[str, int], source: str, train: str | None, test: str | None
+) -> dict[str, DenseSet]:
+    """The part to train on and the one to judge on, by their names: the given ones or the usual ones."""
+    if train is None:
+        train = _AUGMENTED if _AUGMENTED in parts else "train"
+    if test is None:
+        test = next((name for name in PARTS if name in parts), "val")
+    if train == test or train not in parts or test not in parts:
+        raise ValueError(
+            f"{source}: probes cannot learn from {train} and be judged on {test}: name two parts; "
+            f"it has {', '.join(parts) or 'no parts'}"
+        )
+    return {train: parts[train](most["train"]), test: parts[test](most["test"])}
+
+
+def _with_equal_classes(parts: Mapping[str, DenseSet], source: str) -> tuple[DenseSet, DenseSet]:
+    """Both parts. Raises ValueError if they have other classes, or in another order."""
+    learnt, held_out = parts.values()
+    if learnt.classes != held_out.classes:
+        lone = sorted(set(learnt.classes) ^ set(held_out.classes))
         differ = f"differ in their categories or the order of these: {', '.join(lone[:5])}"
         raise ValueError(f"{source}: {' and '.join(parts)} {differ}")
+    return learnt, held_out
 
 
 def _masked(part: DenseSet, name: str, source: str) -> DenseSet:
@@ -150,74 +180,74 @@ def _masked(part: DenseSet, name: str, source: str) -> DenseSet:
         raise ValueError(
             f"{name} has boxes and no masks, so no mIoU can be judged: give --on objects={source}"
         )
-    note = f"{name}: {boxed} of {len(part.things)} objects have a box and no mask; pixels in these boxes count nowhere."
+    note = (
+        f"{name}: {boxed} of {len(part.things)} objects have a box and no mask; pixels in these boxes count "
+        "nowhere."
+    )
     return replace(part, things=drawn, notes=(*part.notes, note))
 
 
-def read_depth(
-    most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
-) -> tuple[DenseSet, DenseSet]:
-    """(images to train heads on, images to judge them on), whose labels are metres. Raises ValueError without
-    any.
-    """
-    learnt, held = _pair(_beside(Path(source), "depth", _metres), most, source, train, test).values()
-    return learnt, held
-
-
-Parts = Mapping[str, Callable[[int], DenseSet]]  #: name of a part -> what reads at most so many of its images
-
-
-def _pair(
-    parts: Parts, most: Mapping[str, int], source: str, train: str | None, test: str | None
-) -> dict[str, DenseSet]:
-    """The part to train on and the one to judge on by their names: the given ones or the usual ones."""
-    usual = _AUGMENTED if _AUGMENTED in parts else "train"
-    learnt, held = train or usual, test or next((name for name in PARTS if name in parts), "val")
-    if learnt == held or not {learnt, held} <= set(parts):
-        has = f"it has {', '.join(parts) or 'no parts'}"
-        raise ValueError(
-            f"{source}: probes cannot learn from {learnt} and be judged on {held}: name two parts; {has}"
-        )
-    return {learnt: parts[learnt](most["train"]), held: parts[held](most["test"])}
+def _numbers_in(part: DenseSet, what: str) -> set[int]:
+    """The numbers of the classes that the labels of a part hold."""
+    numbers: set[int] = set()
+    for place in gauge(what, len(part.images), "images", range(len(part.images))):
+        label = part.label(place)
+        numbers.update(np.unique(label).tolist())
+        numbers.discard(np.iinfo(label.dtype).max)
+    return numbers
 
 
 def _parts(root: Path, void: int | None = None) -> Parts:
     """The parts of a folder, in the first layout that it has."""
     if void is not None and not (root / CLASSES).is_file():
         raise ValueError(f"{root}: void={void} is for label maps with {CLASSES}, which names their classes")
-    if splits := splits_in(root):
+    splits = splits_in(root)
+    if splits:
         return {split: partial(_of_shards, root, split) for split in splits}
     if (root / "annotations/training").is_dir():
+        parts = _beside(root, "annotations", _ade)
         names = {"training": "train", "validation": "val"}
-        return {names.get(name, name): part for name, part in _beside(root, "annotations", _ade).items()}
-    if found := sorted(root.glob("ImageSets/Segmentation/*.txt")):
-        listed = {
-            path.stem: sorted(checked_name(f"{name}.jpg", path) for name in read_lines(path))
-            for path in found
-        }
-        augmented = root / "SegmentationClassAug"  # of more training images
-        parts = {}
-        for part, listing in listed.items():
-            maps = (
-                augmented if part.startswith("train") and augmented.is_dir() else root / "SegmentationClass"
-            )
-            parts[part] = partial(
-                _of_maps, root, [root / "JPEGImages" / name for name in listing], maps, read_map
-            )
-        if _AUGMENTED in parts and not augmented.is_dir():
-            del parts[_AUGMENTED]
-        return parts
-    if any(root.glob("labels/*/*.png")) and (root / CLASSES).is_file():
-        return _named(root, void)
+        return {names.get(name, name): part for name, part in parts.items()}
+    if any(root.glob("ImageSets/Segmentation/*.txt")):
+        return _voc(root)
     if any(root.glob("labels/*/*.png")):
-        return _beside(root, "labels", read_map)
+        return _named(root, void) if (root / CLASSES).is_file() else _beside(root, "labels", read_map)
     try:
-        splits_of_folder = recognise(root)[1]
+        folder_splits = recognise(root)[1]
     except ValueError as error:
-        given = "give shards, ADE20k, VOC, images/SPLIT and labels/SPLIT, or what visft shards reads"
-        raise ValueError(f"{root} has no pixel labels: {given}: {error}") from error
-    labelled = [split for split in splits_of_folder if split.instances is not None or split.maps is not None]
-    return {split.name: partial(_of_split, split) for split in labelled}
+        layouts = "give shards, ADE20k, VOC, images/SPLIT and labels/SPLIT, or what visft shards reads"
+        raise ValueError(f"{root} has no pixel labels: {layouts}: {error}") from error
+    return {
+        split.name: partial(_of_folder, split)
+        for split in folder_splits
+        if split.instances is not None or split.maps is not None
+    }
+
+
+def _beside(root: Path, kind: str, read: ReadMap) -> Parts:
+    """The parts that have a folder of images and one of maps of a kind."""
+    parts = {}
+    for maps in sorted(root.glob(f"{kind}/*/")):
+        images = root / "images" / maps.name
+        if images.is_dir():
+            parts[maps.name] = partial(_of_maps, root, image_files(images), maps, read)
+    return parts
+
+
+def _voc(root: Path) -> Parts:
+    """The parts that Pascal VOC lists; training images have more maps if they were augmented."""
+    augmented = root / "SegmentationClassAug"
+    parts = {}
+    for path in sorted(root.glob("ImageSets/Segmentation/*.txt")):
+        if path.stem == _AUGMENTED and not augmented.is_dir():
+            continue
+        names = sorted(checked_name(f"{name}.jpg", path) for name in read_lines(path))
+        maps = root / "SegmentationClass"
+        if path.stem.startswith("train") and augmented.is_dir():
+            maps = augmented
+        files = [root / "JPEGImages" / name for name in names]
+        parts[path.stem] = partial(_of_maps, root, files, maps, read_map)
+    return parts
 
 
 def _named(root: Path, void: int | None) -> Parts:
@@ -226,32 +256,22 @@ def _named(root: Path, void: int | None) -> Parts:
     """
     map_classes = classes_of_maps(OWN, root, void)
     names = map_classes.names
-    places = np.full(VOID + 1, VOID, dtype=np.uint8)
-    places[sorted(names)] = np.arange(len(names))
+    classes = tuple(names[number] for number in sorted(names))
+    class_of_number = np.full(VOID + 1, VOID, dtype=np.uint8)
+    class_of_number[sorted(names)] = np.arange(len(names))
 
     def read(path: Path) -> Label:
         numbers = read_map(path)
         map_classes.numbers_in(numbers, path)
-        placed: Label = places[numbers]
-        return placed
+        label: Label = class_of_number[numbers]
+        return label
 
     def named(part: Callable[[int], DenseSet], most: int) -> DenseSet:
         data = part(most)
-        stamped = digest((data.images.fingerprint, *map(str, sorted(map_classes.voids))))
-        classes = tuple(names[number] for number in sorted(names))
-        return replace(data, images=replace(data.images, fingerprint=stamped), classes=classes)
+        fingerprint = digest((data.images.fingerprint, *map(str, sorted(map_classes.voids))))
+        return replace(data, images=replace(data.images, fingerprint=fingerprint), classes=classes)
 
     return {name: partial(named, part) for name, part in _beside(root, "labels", read).items()}
-
-
-def _beside(root: Path, kind: str, read: Callable[[Path], npt.NDArray[Any]]) -> Parts:
-    """The parts that have a folder of images and one of maps of a kind."""
-    both = [(root / "images" / maps.name, maps) for maps in sorted(root.glob(f"{kind}/*/"))]
-    return {
-        maps.name: partial(_of_maps, root, image_files(images), maps, read)
-        for images, maps in both
-        if images.is_dir()
-    }
 
 
 def _ade(path: Path) -> npt.NDArray[np.uint8]:
@@ -265,55 +285,50 @@ def _metres(path: Path) -> npt.NDArray[np.float32]:
         return np.asarray(image).astype(np.float32) / np.float32(1000)
 
 
-def every(count: int, most: int) -> list[int]:
-    """Every k-th place, so that there are `most` of them or fewer."""
-    return list(range(0, count, max(1, -(-count // most))))
-
-
-def _of_maps(
-    root: Path, files: Sequence[Path], labels: Path, read: Callable[[Path], npt.NDArray[Any]], most: int
-) -> DenseSet:
+def _of_maps(root: Path, files: Sequence[Path], folder: Path, read: ReadMap, most: int) -> DenseSet:
     """Images beside a folder of maps that are called as they are."""
     if not files:
-        raise ValueError(f"there are no images ({', '.join(SUFFIXES)}) of the maps in {labels}")
-    kept = [files[number] for number in every(len(files), most)]
-    maps = [labels / f"{path.stem}.png" for path in kept]
-    images = from_files(kept, root)
+        raise ValueError(f"there are no images ({', '.join(SUFFIXES)}) of the maps in {folder}")
+    files = [files[number] for number in every(len(files), most)]
+    maps = [folder / f"{path.stem}.png" for path in files]
+    images = from_files(files, root)
 
-    def label(place: int) -> npt.NDArray[Any]:
-        numbers, frame = read(maps[place]), image_frame(kept[place])
-        if numbers.shape != (frame.height, frame.width):
+    def label(number: int) -> Map:
+        values = read(maps[number])
+        frame = image_frame(files[number])
+        if values.shape != (frame.height, frame.width):
             raise ValueError(
-                f"{kept[place]} has other pixels than its label map {maps[place]}: give maps of its size"
+                f"{files[number]} has other pixels than its label map {maps[number]}: give maps of its size"
             )
-        return numbers
+        return values
 
-    stamped = digest((images.fingerprint, from_files(maps, root).fingerprint))
-    return DenseSet(replace(images, stretched=True, fingerprint=stamped), label)
+    fingerprint = digest((images.fingerprint, from_files(maps, root).fingerprint))
+    return DenseSet(replace(images, stretched=True, fingerprint=fingerprint), label)
 
 
-def _of_split(split: FolderSplit, most: int) -> DenseSet:
+def _of_folder(split: FolderSplit, most: int) -> DenseSet:
+    """A split of a data set that `visft shards` reads."""
     source = read_coco(split.instances, None, maps=split.maps)
-    some = [source.images[place] for place in every(len(source.images), most)]
-    images = from_files([split.images / image.file_name for image in some], split.images)
-    empty = [] if split.instances is None else [""]  # label maps give every pixel a class, or none
-    return _of_outlines(images, [orjson.loads(image.label()) for image in some], source.categories, empty)
+    entries = [source.images[number] for number in every(len(source.images), most)]
+    images = from_files([split.images / entry.file_name for entry in entries], split.images)
+    labels = [orjson.loads(entry.label()) for entry in entries]
+    return _of_outlines(images, labels, source.categories, is_map=split.instances is None)
 
 
 def _of_shards(root: Path, split: str, most: int) -> DenseSet:
     manifest = Manifest.load(root, split)
     reader = ShardReader(manifest)
-    places = every(len(reader), most)
+    samples = every(len(reader), most)
 
     def read(number: int) -> Image.Image:
-        data, _ = reader.read(places[number], "images")
-        return open_image(data or b"", reader.describe(places[number]), upright=False)
+        data, _ = reader.read(samples[number], "images")
+        return open_image(data or b"", reader.describe(samples[number]), upright=False)
 
-    labels = list(labels_of_split(reader, places))
-    rows = manifest.index[places]
+    labels = list(labels_of_split(reader, samples))
+    rows = manifest.index[samples]
     stored = list(zip(rows["image_size"].tolist(), rows["image_crc32"].tolist(), strict=True))
     images = ImageSet([label["file_name"] for label in labels], read, manifest.fingerprint, stored=stored)
-    part = _of_outlines(images, labels, manifest.categories, [] if "maps" in manifest.labels else [""])
+    part = _of_outlines(images, labels, manifest.categories, is_map="maps" in manifest.labels)
     if _ELLIPSES in manifest.findings:
         note = f"{root} {split}: {manifest.findings[_ELLIPSES][0]} masks were drawn as ellipses into boxes."
         return replace(part, notes=(note,))
@@ -324,41 +339,58 @@ def _of_outlines(
     images: ImageSet,
     labels: Sequence[Mapping[str, Any]],
     categories: Sequence[Category],
-    empty: Sequence[str] = ("",),
+    *,
+    is_map: bool = False,
 ) -> DenseSet:
-    """Images with their labels as shards have them; `empty` is the name of what no object covers, if any."""
-    if len(categories) + len(empty) > NOTHING:
+    """Images with their labels as shards have them.
+
+    Args:
+        is_map: they were label maps, whose pixels have a class or none; otherwise what no object covers is
+            class 0, called "".
+    """
+    classes = [] if is_map else [""]
+    if len(classes) + len(categories) > NOTHING:
         raise ValueError(f"there are {len(categories):,} categories; at most {NOTHING - 1:,} are allowed")
-    ordered = sorted(categories, key=lambda category: category.coco_id)
-    numbers = {category.coco_id: number for number, category in enumerate(ordered, len(empty))}
-    sizes: list[tuple[int, int]] = []
+    numbers: dict[int, int] = {}  # category -> class
+    for category in sorted(categories, key=lambda category: category.coco_id):
+        numbers[category.coco_id] = len(classes)
+        classes.append(category.name)
+
+    sizes: list[tuple[int, int]] = []  # (height, width)
     things: list[list[Thing]] = []  # of each image, the largest first
     large: list[Thing] = []
-    for owner, image in enumerate(labels):
-        sizes.append((image["height"], image["width"]))
-        own: list[Thing] = []
-        for one in image["annotations"]:
-            mask = one.get("segmentation")
-            shape = mask or [one["bbox"]]
-            code = (
-                shape
-                if isinstance(shape, Mapping)
-                else coco_mask.merge(coco_mask.frPyObjects(shape, *sizes[-1]))
-            )
-            own.append(
-                Thing(owner, NOTHING if one["iscrowd"] else numbers[one["category_id"]], code, boxed=not mask)
-            )
-        things.append(sorted(own, key=lambda thing: -int(coco_mask.area(thing.code))))
-        least = _SMALLEST * image["height"] * image["width"]
-        large += [one for one in things[-1] if one.label != NOTHING and coco_mask.area(one.code) >= least]
+    for owner, entry in enumerate(labels):
+        size = entry["height"], entry["width"]
+        own = [_thing(owner, annotation, size, numbers) for annotation in entry["annotations"]]
+        own.sort(key=lambda thing: -_area(thing))
+        least = _SMALLEST * size[0] * size[1]
+        large += [thing for thing in own if thing.label != NOTHING and _area(thing) >= least]
+        sizes.append(size)
+        things.append(own)
 
-    def label(place: int) -> Label:
-        drawn = np.full(sizes[place], 0 if empty else NOTHING, dtype=np.uint16)
-        for thing in things[place]:
+    def label(number: int) -> Label:
+        drawn = np.full(sizes[number], NOTHING if is_map else 0, dtype=np.uint16)
+        for thing in things[number]:
             drawn[coco_mask.decode(thing.code) == 1] = NOTHING if thing.boxed else thing.label
         return drawn
 
-    stamped = replace(
-        images, stretched=True, fingerprint=digest((images.fingerprint, *map(orjson.dumps, labels)))
+    fingerprint = digest((images.fingerprint, *map(orjson.dumps, labels)))
+    return DenseSet(
+        replace(images, stretched=True, fingerprint=fingerprint), label, tuple(classes), tuple(large)
     )
-    return DenseSet(stamped, label, (*empty, *(category.name for category in ordered)), tuple(large))
+
+
+def _thing(
+    owner: int, annotation: Mapping[str, Any], size: tuple[int, int], numbers: Mapping[int, int]
+) -> Thing:
+    """An object by its annotation, in an image of a size (height, width)."""
+    mask = annotation.get("segmentation")
+    code = mask or [annotation["bbox"]]
+    if not isinstance(code, Mapping):
+        code = coco_mask.merge(coco_mask.frPyObjects(code, *size))
+    label = NOTHING if annotation["iscrowd"] else numbers[annotation["category_id"]]
+    return Thing(owner, label, code, boxed=not mask)
+
+
+def _area(thing: Thing) -> int:
+    return int(coco_mask.area(thing.code))

@@ -30,8 +30,8 @@ _MOST_TEXT = 2**28  # bytes of a list of names and texts
 
 def image_files(folder: Path) -> list[Path]:
     """The images directly in a folder, by name."""
-    found = (Path(entry.path) for entry in os.scandir(folder) if entry.is_file())
-    return sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+    paths = (Path(entry.path) for entry in os.scandir(folder) if entry.is_file())
+    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
@@ -63,33 +63,47 @@ def read_json(path: Path) -> Any:
 
 def from_files(paths: Sequence[Path], root: Path) -> ImageSet:
     """Image files below a folder. Raises ValueError for one that is not there."""
-    if missing := [path for path in paths if not os.path.isfile(path)]:
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
         raise ValueError(f"{len(missing)} images that are named are not there, first {missing[0]}")
-    names = [str(path.relative_to(root)) for path in paths]
-    parts = (text for path, name in zip(paths, names, strict=True) for text in (name, stamp(path)))
-    # As stored: annotations and published protocols ignore EXIF orientation.
-    return ImageSet(names, lambda place: open_image(paths[place], upright=False), digest(parts), stored=paths)
+    names = []
+    facts = []
+    for path in paths:
+        names.append(str(path.relative_to(root)))
+        facts += [names[-1], stamp(path)]
+
+    def read(number: int) -> Image.Image:
+        # As stored: annotations and published protocols ignore EXIF orientation.
+        return open_image(paths[number], upright=False)
+
+    return ImageSet(names, read, digest(facts), stored=paths)
 
 
 def changed(images: ImageSet, change: Callable[[int, Image.Image], Image.Image], how: str) -> ImageSet:
     """The same images after something was done to each; `how` states all that it depends on."""
-    return replace(
-        images,
-        read=lambda place: change(place, images.read(place)),
-        fingerprint=digest((images.fingerprint, how)),
-    )
+
+    def read(number: int) -> Image.Image:
+        return change(number, images.read(number))
+
+    return replace(images, read=read, fingerprint=digest((images.fingerprint, how)))
 
 
-def chosen(images: ImageSet, places: Sequence[int]) -> ImageSet:
+def chosen(images: ImageSet, numbers: Sequence[int]) -> ImageSet:
     """Some of the images, in the given order; one may come several times."""
+    indices = np.asarray(numbers, dtype=np.int64)
     return replace(
         images,
-        names=[images.names[place] for place in places],
-        stored=[images.stored[place] for place in places] if images.stored else (),
-        groups=None if images.groups is None else images.groups[np.asarray(places, dtype=np.int64)],
-        read=lambda number: images.read(places[number]),
-        fingerprint=digest((images.fingerprint, np.asarray(places, dtype=np.int64).tobytes())),
+        names=[images.names[number] for number in numbers],
+        stored=[images.stored[number] for number in numbers] if images.stored else (),
+        groups=None if images.groups is None else images.groups[indices],
+        read=lambda place: images.read(numbers[place]),
+        fingerprint=digest((images.fingerprint, indices.tobytes())),
     )
+
+
+def every(count: int, most: int) -> list[int]:
+    """Every k-th place, so that there are `most` of them or fewer."""
+    return list(range(0, count, max(1, -(-count // most))))
 
 
 def grouped(images: ImageSet, by: str) -> ImageSet:
@@ -104,20 +118,10 @@ def grouped(images: ImageSet, by: str) -> ImageSet:
         ValueError: no such file or column, no regular expression, or an image without a group.
     """
     path, _, column = by.rpartition(":")
-    named = _column(Path(path), column) if path.endswith(".csv") else None
-    try:
-        pattern = re.compile(by)
-    except re.error as error:
-        raise ValueError(
-            f"groups={by}: neither FILE.csv:COLUMN nor a regular expression ({error})"
-        ) from error
+    group_of = _by_column(Path(path), column) if path.endswith(".csv") else _by_pattern(by)
     groups = []
     for name in images.names:
-        if named is not None:
-            group = named.get(name, named.get(Path(name).name, named.get(Path(name).stem)))
-        else:
-            match = pattern.search(name)
-            group = match and match[1 if pattern.groups else 0]
+        group = group_of(name)
         if group is None:
             raise ValueError(f"groups={by}: it gives no group for {name}")
         groups.append(group)
@@ -125,14 +129,38 @@ def grouped(images: ImageSet, by: str) -> ImageSet:
     return replace(images, groups=numbers, fingerprint=digest((images.fingerprint, numbers.tobytes())))
 
 
-def _column(path: Path, column: str) -> dict[str, str]:
-    """First column of a CSV file -> another one."""
+def _by_pattern(text: str) -> Callable[[str], str | None]:
+    """Finds the group of an image in its name."""
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise ValueError(
+            f"groups={text}: neither FILE.csv:COLUMN nor a regular expression ({error})"
+        ) from error
+
+    def group_of(name: str) -> str | None:
+        match = pattern.search(name)
+        return match[1 if pattern.groups else 0] if match else None
+
+    return group_of
+
+
+def _by_column(path: Path, column: str) -> Callable[[str], str | None]:
+    """Looks the group of an image up in a column of a CSV file, by what stands in its first column."""
     with reading(path, "a CSV file with a line of names of columns"):
         lines = csv.reader(read_bytes(path, _MOST_TEXT).decode("utf-8-sig").splitlines())
-        names = next(lines, [])
-        if column not in names[1:]:
+        columns = next(lines, [])
+        if column not in columns[1:]:
             raise ValueError(
-                f"it has no column {column!r} after the first; its columns: {', '.join(names) or 'none'}"
+                f"it has no column {column!r} after the first; its columns: {', '.join(columns) or 'none'}"
             )
-        place = names.index(column, 1)
-        return {row[0]: row[place] for row in lines if row}
+        place = columns.index(column, 1)
+        groups = {row[0]: row[place] for row in lines if row}
+
+    def group_of(name: str) -> str | None:
+        for key in (name, Path(name).name, Path(name).stem):
+            if key in groups:
+                return groups[key]
+        return None
+
+    return group_of

@@ -16,7 +16,7 @@ from visft_ds.config.record import recorded_config
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.evals.judge.benchmark import Benchmark, ImageSet
-from visft_ds.evals.judge.models import ModelSpec
+from visft_ds.evals.judge.model_text import ModelSpec
 from visft_ds.run_files import EXPORT_RECORD_FILE, RECORD_FILE
 
 _DEPTH = 3  # folders between a file of a run and its record, at most
@@ -24,37 +24,42 @@ _DEPTH = 3  # folders between a file of a run and its record, at most
 
 def trained_on(models: Sequence[ModelSpec], benchmarks: Sequence[Benchmark]) -> list[str]:
     """`segmentation/coco (150 of 181 of train, 0 of 20 of test)` for each data set with images that one of
-    the models was trained on."""
-    places = sorted({place for spec in models for place in _places(spec)})
+    the models was trained on.
+    """
+    shards = {location for spec in models for location in _shards_of(spec)}
     known: set[tuple[int, int]] = set()
-    for root, split in places:
+    for root, split in shards:
         if not is_url(root) and manifest_path(Path(root), split).is_file():
             index = Manifest.load(root, split).index
-            known |= set(zip(index["image_size"].tolist(), index["image_crc32"].tolist(), strict=True))
-    found = []
+            known.update(zip(index["image_size"].tolist(), index["image_crc32"].tolist(), strict=True))
+    if not known:
+        return []
+    in_domain = []
     for benchmark in benchmarks:
-        counts = {name: _shared(images, known) for name, images in benchmark.sets.items()}
+        counts = {name: _count(images, known) for name, images in benchmark.sets.items()}
         if any(counts.values()):
             parts = [f"{count} of {len(benchmark.sets[name])} of {name}" for name, count in counts.items()]
-            found.append(f"{benchmark.label} ({', '.join(parts)})")
-    return found
+            in_domain.append(f"{benchmark.label} ({', '.join(parts)})")
+    return in_domain
 
 
-def _places(spec: ModelSpec) -> list[tuple[str, str]]:
+def _shards_of(spec: ModelSpec) -> list[tuple[str, str]]:
     """(folder or URL, split) of the shards that a model's backbone was trained on, if a run says so."""
     path = spec.adapter or Path(spec.name)
     for folder in [path, *path.absolute().parents][: _DEPTH + 1]:
         if (folder / RECORD_FILE).is_file() or (folder / EXPORT_RECORD_FILE).is_file():
             config = recorded_config(folder)
-            return config.visft.data.places() if config.visft.stage == 2 else []
+            if config.visft.stage == 1:
+                return []
+            return [(entry.root, entry.split) for entry in config.visft.data.training_sets()]
     return []
 
 
-def _shared(images: ImageSet, known: set[tuple[int, int]]) -> int:
+def _count(images: ImageSet, known: set[tuple[int, int]]) -> int:
     """How many of the images are known by (bytes, crc32)."""
     sizes = {size for size, _ in known}
     count = 0
-    for stored in images.stored if known else ():
+    for stored in images.stored:
         if isinstance(stored, Path):
             size = stored.stat().st_size
             if size not in sizes:  # which spares reading it

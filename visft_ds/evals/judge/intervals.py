@@ -41,26 +41,42 @@ def resampled(several: Sequence[FloatArray], groups: IntArray | None, rng: np.ra
     """(arrays, DRAWS), means of resampled values, of all arrays by the same draws.
 
     Args:
-        several: arrays of one shape: (n,), n at least 1; or (n, 2, C), see `protocol.Score`.
+        several: arrays of one shape: (n,), n at least 1; or (n, 2, C), see `benchmark.Score`.
         groups: (n,) numbers; whole groups are drawn, since their items are no independent evidence.
     """
     is_mean = several[0].ndim == 1
-    ratios = [np.stack([one, np.ones_like(one)], axis=1)[..., None] if is_mean else one for one in several]
-    rows = np.stack(ratios, axis=1)
-    sums = rows.reshape(len(rows), -1)
+    ratios = [_as_ratio(values) for values in several] if is_mean else several
+    per_item = np.stack(ratios, axis=1)  # (n, arrays, 2, C)
+    shape = per_item.shape[1:]
+    sums = per_item.reshape(len(per_item), -1)
     if groups is not None:
-        present, units = np.unique(groups, return_inverse=True)
-        sums = np.zeros((len(present), sums.shape[1]))
-        np.add.at(sums, units, rows.reshape(len(rows), -1))
-    kinds, often = np.unique(sums, axis=0, return_counts=True) if is_mean else (sums, np.ones(len(sums)))
+        sums = _group_sums(sums, groups)
+    units = len(sums)
+    shares = np.full(units, 1 / units)
+    if is_mean:  # equal values are many; equal counts of pixels are not
+        sums, counts = np.unique(sums, axis=0, return_counts=True)
+        shares = counts / units
+
     means = []
-    step = max(1, _CELLS // max(kinds.shape))
+    step = max(1, _CELLS // max(sums.shape))
     for start in range(0, DRAWS, step):
-        drawn = rng.multinomial(len(sums), often / often.sum(), size=min(step, DRAWS - start)).astype(
-            np.float64
-        )
-        means.append(mean_ratio((drawn @ kinds).reshape(-1, *rows.shape[1:])))
+        draws = min(step, DRAWS - start)
+        often = rng.multinomial(units, shares, size=draws).astype(np.float64)
+        means.append(mean_ratio((often @ sums).reshape(draws, *shape)))
     return np.concatenate(means).T
+
+
+def _as_ratio(values: FloatArray) -> FloatArray:
+    """(n,) as (n, 2, 1), values and ones, so that a mean is the ratio of two sums."""
+    return np.stack([values, np.ones_like(values)], axis=1)[..., None]
+
+
+def _group_sums(rows: FloatArray, groups: IntArray) -> FloatArray:
+    """(groups, D), sums of the rows (n, D) of each group."""
+    present, group_of_row = np.unique(groups, return_inverse=True)
+    sums = np.zeros((len(present), rows.shape[1]))
+    np.add.at(sums, group_of_row, rows)
+    return sums
 
 
 def interval(value: float, means: FloatArray) -> Interval:
@@ -78,16 +94,18 @@ def combined(
         values: (seeds,), the numbers themselves.
         means: (seeds, DRAWS), the same of resampled items.
         retrained: (R,), their mean over the seeds by probes that learnt from R resamples; None where nothing
-        learns.
+            learns.
     """
     draws: FloatArray = means.mean(axis=0)
     if retrained is not None:
-        draws = draws + retrained.std(ddof=1) * rng.standard_t(len(retrained) - 1, len(draws))
-    if len(values) == 1:
+        students = rng.standard_t(len(retrained) - 1, len(draws))
+        draws = draws + retrained.std(ddof=1) * students
+    seeds = len(values)
+    if seeds == 1:
         return draws
     draws = np.tile(draws, _TIMES)  # the tails of t are long: each draw meets several of its values
-    quantiles = stdtrit(len(values) - 1, (np.arange(len(draws)) + 0.5) / len(draws))
-    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    quantiles = stdtrit(seeds - 1, (np.arange(len(draws)) + 0.5) / len(draws))
+    error = float(values.std(ddof=1)) / math.sqrt(seeds)
     spread: FloatArray = draws + error * rng.permutation(quantiles)
     return spread
 
@@ -110,7 +128,8 @@ class Spread:
     @property
     def detectable(self) -> float:
         """The least true number whose interval lacks zero in four of five repetitions."""
-        return float(self.error * (stdtrit(self.freedom, (1 + LEVEL) / 2) + stdtrit(self.freedom, POWER)))
+        edge = stdtrit(self.freedom, (1 + LEVEL) / 2)
+        return float(self.error * (edge + stdtrit(self.freedom, POWER)))
 
 
 def spread_of(values: FloatArray, means: FloatArray, retrained: FloatArray | None, units: int) -> Spread:
@@ -123,10 +142,14 @@ def spread_of(values: FloatArray, means: FloatArray, retrained: FloatArray | Non
     parts = [(float(means.mean(axis=0).var()), units - 1)]
     if retrained is not None:
         parts.append((float(retrained.var(ddof=1)), len(retrained) - 1))
-    if len(values) > 1:
-        parts.append((float(values.var(ddof=1)) / len(values), len(values) - 1))
-    total = sum(variance for variance, _ in parts)
-    weights = sum(variance**2 / max(1, freedom) for variance, freedom in parts)
+    seeds = len(values)
+    if seeds > 1:
+        parts.append((float(values.var(ddof=1)) / seeds, seeds - 1))
+    total = 0.0
+    weights = 0.0
+    for variance, freedom in parts:
+        total += variance
+        weights += variance**2 / max(1, freedom)
     return Spread(math.sqrt(total), total**2 / weights if weights else math.inf)
 
 
@@ -136,8 +159,9 @@ def holm(p_values: Mapping[_Key, float]) -> dict[_Key, bool]:
 
     Holm, https://www.jstor.org/stable/4615733.
     """
-    shown, going = {}, True
+    shown: dict[_Key, bool] = {}
+    is_shown = True
     for rank, key in enumerate(sorted(p_values, key=lambda key: p_values[key])):
-        going = going and p_values[key] <= (1 - LEVEL) / (len(p_values) - rank)
-        shown[key] = going
+        is_shown = is_shown and p_values[key] <= (1 - LEVEL) / (len(p_values) - rank)
+        shown[key] = is_shown
     return shown

@@ -128,10 +128,10 @@ def _ocr(request: Request) -> Benchmark:
     return ocr(request.label, read_words(folder / "train"), read_words(folder / "test"))
 
 
-def _kept(request: Request) -> Benchmark:
-    from visft_ds.evals.judge.kept import kept, read_images
+def _agreement(request: Request) -> Benchmark:
+    from visft_ds.evals.judge.agreement import agreement, read_images
 
-    return kept(request.label, request.grouped(read_images(request.source)))
+    return agreement(request.label, request.grouped(read_images(request.source)))
 
 
 KINDS: Mapping[str, Kind] = {
@@ -172,8 +172,11 @@ KINDS: Mapping[str, Kind] = {
     "ocr": Kind(
         _ocr, "ocr", ("name",), "words read by a small head: train/ and test/ with gt.txt or labels.txt"
     ),
-    "kept": Kind(
-        _kept, "kept", ("groups", "name"), "predictions of BASE's own classifier that stay: any images"
+    "agreement": Kind(
+        _agreement,
+        "agreement",
+        ("groups", "name"),
+        "share of images whose class BASE's own classifier does not change: any images",
     ),
 }
 

@@ -6,7 +6,7 @@ by a probe of the other four fifths. Numbers that train nothing are asked for ev
 the CANDIDATES best of those, and the last, or for all if none are ranked. The other numbers of a data set
 take the block of its first one. Of blocks that reach the same the last one is taken.
 
-As many blocks are read in one forward as fit into `scoring.MOST` bytes of features.
+As many blocks are read in one forward as fit into `encoding.MOST` bytes of features.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from visft_ds.evals.judge.benchmark import Benchmark, Number
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.scoring import Settings, brought_near, encode_images, forward, groups, kinds_of
+from visft_ds.evals.judge.encoding import (
+    Settings,
+    brought_near,
+    by_block,
+    encode_images,
+    forward,
+    groups,
+    kinds_of,
+)
 
 #: Name of what the whole model gives, if that is not what its last block gives.
 END = "end"
@@ -37,44 +45,49 @@ class _Reader(nn.Module):
 
     def __init__(self, module: nn.Module, blocks: Mapping[str, str]) -> None:
         super().__init__()
-        self.module, self.blocks = module, blocks  #: beginning of the names of features -> block
+        self.module = module
+        self.blocks = blocks  #: beginning of the names of features -> block
 
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         model: Any = self.module
-        given: dict[str, Tensor] = {}
-        inner = [name for name in self.blocks.values() if name != END]
+        outputs: dict[str, Tensor] = {}
 
         def keep(name: str, output: Tensor) -> None:
-            given[name] = output
-            if len(given) == len(self.blocks):
+            outputs[name] = output
+            if len(outputs) == len(self.blocks):
                 raise _Enough
 
-        hooks = [
-            model.backbone.get_submodule(name).register_forward_hook(
-                lambda *parts, name=name: keep(name, parts[-1])
-            )
-            for name in inner
-        ]
+        hooks = []
+        for name in self.blocks.values():
+            if name != END:
+                block = model.backbone.get_submodule(name)
+                hooks.append(block.register_forward_hook(lambda *call, name=name: keep(name, call[-1])))
+        at_end: dict[str, Tensor] = {}
         try:
-            end = model(images, kinds)
+            at_end = model(images, kinds)
         except _Enough:
-            end = {}
+            pass
         finally:
             for hook in hooks:
                 hook.remove()
-        found: dict[str, Tensor] = {}
+
+        features: dict[str, Tensor] = {}
         for begin, name in self.blocks.items():
-            of = end if name == END else model.of_block(given.pop(name), images, kinds)
-            found |= {f"{begin}{kind}": value for kind, value in of.items()}
-        return found
+            of_block = at_end
+            if name != END:
+                of_block = model.of_block(outputs.pop(name), images, kinds)
+            features |= {f"{begin}{kind}": value for kind, value in of_block.items()}
+        return features
 
 
 def read_after(encoder: Encoder, *blocks: str) -> Encoder:
     """The encoder read after a block; after several, names of features begin with `BLOCK `."""
     if blocks == (END,):
         return encoder
-    begins = [f"{name} " for name in blocks] if len(blocks) > 1 else [""]
-    return replace(encoder, module=_Reader(encoder.module, dict(zip(begins, blocks, strict=True))))
+    names = {f"{block} ": block for block in blocks}
+    if len(blocks) == 1:
+        names = {"": blocks[0]}
+    return replace(encoder, module=_Reader(encoder.module, names))
 
 
 def blocks_of(encoder: Encoder, settings: Settings) -> dict[str, int]:
@@ -84,14 +97,12 @@ def blocks_of(encoder: Encoder, settings: Settings) -> dict[str, int]:
         return {END: 0}
     encoder.module.to(settings.device)
     image = torch.randn(1, 3, encoder.side, encoder.side, generator=torch.Generator().manual_seed(0))
-    reader = read_after(encoder, *model.backbone.ends(), END)
-    found = {
-        name.partition(" ")[0]: value for name, value in forward(reader, image, ["patches"], settings).items()
-    }
-    *_, last, end = found.values()
-    if last.shape == end.shape and torch.equal(last, end):
-        del found[END]
-    return {name: 4 * value.numel() for name, value in found.items()}
+    blocks = [*model.backbone.ends(), END]
+    features = forward(read_after(encoder, *blocks), image, ["patches"], settings)
+    maps = [features[f"{block} patches"] for block in blocks]
+    if maps[-1].shape == maps[-2].shape and torch.equal(maps[-1], maps[-2]):
+        blocks.pop()
+    return {block: 4 * patches.numel() for block, patches in zip(blocks, maps, strict=False)}
 
 
 def levels_of(
@@ -112,57 +123,56 @@ def levels_of(
     """
     choice = benchmark.layer_choice
     assert choice is not None
-    images = choice.images
     kinds = kinds_of(encoder, benchmark)
     levels: dict[str, dict[str, float]] = {number.name: {} for number in numbers}
-
     read_before: dict[str, dict[str, Tensor]] = {}  # block -> its features, where those of all blocks fit
 
-    def measure(name: str, features: dict[str, Tensor], wanted: Sequence[Number]) -> None:
+    def measure(block: str, features: dict[str, Tensor], asked: Sequence[Number]) -> None:
         near = brought_near(features, settings)
-        for number in wanted:
+        for number in asked:
             value = choice.held_out(near, number.name)
-            levels[number.name][name] = -value if number.lower else value
+            levels[number.name][block] = -value if number.lower else value
 
-    def read(blocks: Sequence[str], wanted: Sequence[Number]) -> None:
-        for name in blocks:
-            if name in read_before:
-                measure(name, read_before[name], wanted)
-        for group in groups({name: sizes[name] for name in blocks if name not in read_before}, len(images)):
-            features = encode_images(read_after(encoder, *group), images, kinds, settings, label)
-            for name in group:
-                begin = f"{name} " if len(group) > 1 else ""
-                own = {kind: features.pop(f"{begin}{kind}") for kind in kinds}
-                measure(name, own, wanted)
+    def read(blocks: Sequence[str], asked: Sequence[Number]) -> None:
+        for block in blocks:
+            if block in read_before:
+                measure(block, read_before[block], asked)
+        missing = {block: sizes[block] for block in blocks if block not in read_before}
+        for group in groups(missing, len(choice.images)):
+            features = encode_images(read_after(encoder, *group), choice.images, kinds, settings, label)
+            for block, own in by_block(features, group).items():
+                measure(block, own, asked)
                 if len(group) == len(sizes):
-                    read_before[name] = own
+                    read_before[block] = own
 
     direct = [number for number in numbers if not number.trained]
     if direct:
         read(list(sizes), direct)
         ranked = best_first(levels[direct[0].name])
-    heads = [number for number in numbers if number.trained]
-    if heads:
-        best = [name for name in ranked if name in sizes][:CANDIDATES]
+    trained = [number for number in numbers if number.trained]
+    if trained:
+        best = [block for block in ranked if block in sizes][:CANDIDATES]
         candidates = {*(best or sizes), list(sizes)[-1]}
-        read([name for name in sizes if name in candidates], heads)
+        read([block for block in sizes if block in candidates], trained)
     return levels
 
 
 def best_first(held_out: Mapping[str, float]) -> list[str]:
     """Blocks by what they reach on held-out training images; of equal ones the later comes first."""
-    return sorted(reversed(list(held_out)), key=lambda name: -held_out[name])
+    return sorted(reversed(list(held_out)), key=lambda block: -held_out[block])
 
 
 def chosen(levels: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Number -> {"chosen": block, "held_out": {block: mean over the seeds of an arm}}.
+    """Number -> {"chosen": block, "held_out": {block: mean over the seeds of a variant}}.
 
     Args:
         levels: what `levels_of` gives for each seed.
     """
     choices: dict[str, dict[str, Any]] = {}
-    for number, of_first in levels[0].items():
-        common = [name for name in of_first if all(name in of_seed[number] for of_seed in levels)]
-        means = {name: fmean(of_seed[number][name] for of_seed in levels) for name in common}
+    for number, of_first_seed in levels[0].items():
+        means: dict[str, float] = {}
+        for block in of_first_seed:
+            if all(block in of_seed[number] for of_seed in levels):
+                means[block] = fmean(of_seed[number][block] for of_seed in levels)
         choices[number] = {"chosen": best_first(means)[0], "held_out": means}
     return choices

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import torch
 
 from visft_ds.evals.judge.benchmark import Benchmark
-from visft_ds.evals.judge.comparison import Arm, Comparison
-from visft_ds.evals.judge.models import ModelSpec, load_encoder
-from visft_ds.evals.judge.scoring import Settings, forward
+from visft_ds.evals.judge.comparison import Comparison
+from visft_ds.evals.judge.encoding import Settings, forward
+from visft_ds.evals.judge.model_text import ModelSpec
+from visft_ds.evals.judge.models import load_encoder
 from visft_ds.evals.judge.shift import SEARCHED
+from visft_ds.evals.judge.variants import Variant
 from visft_ds.monitor.console import Section
 
 _BATCH = 4  # images whose time is taken
@@ -27,21 +29,18 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
         best: layers are chosen, and noise and half come by themselves.
     """
     settings = comparison.settings
-    arms = [comparison.base, *comparison.tuned, *comparison.named]
     models = []
-    for arm in arms:
-        for spec in arm.models:
-            models.append([spec.label, _blocks(arm, best), str(spec)])
+    for variant in [comparison.base, *comparison.tuned, *comparison.named]:
+        for spec in variant.models:
+            models.append([spec.label, _blocks(variant, best), str(spec)])
     data = []
     for benchmark in comparison.benchmarks:
         sizes = ", ".join(f"{len(images)} {name}" for name, images in benchmark.sets.items())
         data.append([benchmark.label, sizes, ", ".join(benchmark.names)])
-    seconds = seconds_of(comparison.origin, settings)
-    times = list[list[str]]()
+
     images = _images(comparison, best=best)
-    times.append(
-        ["encoding", f"{images:,} images", f"{seconds * images / 3600:.2g} hours on {settings.device}"]
-    )
+    hours = seconds_of(comparison.origin, settings) * images / 3600
+    times = [["encoding", f"{images:,} images", f"{hours:.2g} hours on {settings.device}"]]
     published = [benchmark for benchmark in comparison.benchmarks if benchmark.published is not None]
     if published:
         scored = _scored_models(comparison, best=best)
@@ -55,37 +54,43 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
     ]
 
 
-def _blocks(arm: Arm, best: bool) -> str:
-    names = list(arm.blocks)
-    if best and arm.asked:
-        return f"best of {names[0]} to {names[-1]}"
-    return names[-1]
+def _blocks(variant: Variant, best: bool) -> str:
+    if best and variant.has_choice:
+        return f"best of {next(iter(variant.blocks))} to {variant.last}"
+    return variant.last
 
 
 def _scored_models(comparison: Comparison, *, best: bool) -> int:
     """How many models are scored: BASE, and each training with its controls, noise and half."""
     models = 1
-    for arm in comparison.tuned:
-        beside = len(comparison.named) + 2 * best if arm.alike else 0
-        models += len(arm.models) * (1 + beside)
+    for variant in comparison.tuned:
+        of_training = 1
+        if variant.of_base:
+            of_training += len(comparison.named) + (2 if best else 0)
+        models += len(variant.models) * of_training
     return models
 
 
 def _images(comparison: Comparison, *, best: bool) -> int:
     """How many images are encoded as models take them: for layers, for shifts and for quick scores."""
-    trainings = sum(len(arm.models) for arm in comparison.tuned)
-    controls = sum(len(arm.models) for arm in comparison.tuned if arm.alike) * (len(comparison.named) + best)
+    trainings = 0
+    controls = 0
+    for variant in comparison.tuned:
+        trainings += len(variant.models)
+        if variant.of_base:
+            controls += len(variant.models) * (len(comparison.named) + (1 if best else 0))
     total = 0
     for benchmark in comparison.benchmarks:
         if benchmark.published is None:
-            total += sum(map(len, benchmark.sets.values())) * _scored_models(comparison, best=best)
+            images = sum(map(len, benchmark.sets.values()))
+            total += images * _scored_models(comparison, best=best)
         if best and benchmark.layer_choice:
             total += len(benchmark.layer_choice.images) * (1 + trainings)
         if comparison.primary in benchmark.full_names:
-            count = len(benchmark.training_images)
-            total += min(SEARCHED, count) * (1 + _SEARCHES * controls)
-            if count > SEARCHED:
-                total += 2 * count * (trainings + controls)  # BASE is encoded again beside each
+            images = len(benchmark.training_images)
+            total += min(SEARCHED, images) * (1 + _SEARCHES * controls)
+            if images > SEARCHED:
+                total += 2 * images * (trainings + controls)  # BASE is encoded again beside each
     return total
 
 
@@ -107,6 +112,7 @@ def published_hours(
     pixels = 0
     for benchmark in benchmarks:
         images = sum(map(len, benchmark.sets.values()))
-        pixels += sum(number.side**2 * (number.crops + images) for number in benchmark.numbers)
+        for number in benchmark.numbers:
+            pixels += number.side**2 * (number.crops + images)
     side = load_encoder(spec, settings.precision).side
     return seconds_of(spec, settings) / side**2 * pixels * models / 3600

@@ -1,7 +1,7 @@
 """Equal feature shift: a control at the scale at which it moves features as far as the model that it is a
 control of.
 
-Arms that moved features by different amounts cannot be compared: the one that moved further gains and loses
+Models that moved features by different amounts cannot be compared: the one that moved further gains and loses
 more.
 
 The shift is the root mean square of |u - u0|: u are the features of a model and u0 those of BASE after the
@@ -17,18 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from scipy.optimize import brentq
 from torch import Tensor
 from torch.nn import functional as F
 
 from visft_ds.evals.judge.benchmark import Benchmark
-from visft_ds.evals.judge.dense_sets import every
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.images import chosen
+from visft_ds.evals.judge.encoding import Settings, forward, pictures
+from visft_ds.evals.judge.images import chosen, every
 from visft_ds.evals.judge.layers import read_after
-from visft_ds.evals.judge.models import Mixture, ModelSpec, load_encoder
-from visft_ds.evals.judge.scoring import Settings, forward, pictures
+from visft_ds.evals.judge.model_text import ModelSpec
+from visft_ds.evals.judge.models import Mixture, load_encoder
 
 SEARCHED = 1000  #: images, and texts, on which a scale is searched
 TRIES = 3  #: searches until the shift over all images is the wanted one
@@ -36,6 +37,14 @@ ROUNDING = 1e-6  #: a shift below it is none
 WITHIN = 0.01  #: share of the wanted shift by which it may be missed
 FURTHEST = 64.0  #: scale
 _KINDS = ("patches", "pooled", "clip")  # the first that a data set and a model have
+
+
+class Match(NamedTuple):
+    """A scale of what training changed, and the feature shift there."""
+
+    scale: float
+    shift: float
+    is_near: bool  #: it is the wanted shift
 
 
 class ShiftMeter:
@@ -58,32 +67,29 @@ class ShiftMeter:
         self._sample_is_all = len(sample) == len(self._images) and len(self._sample_texts) == len(self._texts)
         self._base_on_sample = list(self._features(self._base, self._sample, self._sample_texts))
 
-    def measure(self, spec: ModelSpec) -> tuple[float, float, bool]:
-        """(A, shift, True) of a model. Raises ValueError for features that are not finite."""
+    def measure(self, spec: ModelSpec) -> Match:
+        """A model as it is. Raises ValueError for features that are not finite."""
         shift = self._on_all(load_encoder(spec, "fp32"))
         if not math.isfinite(shift):
             raise ValueError(
                 f"{spec.label}: features of {self._label} after {self._block} are NaN or infinite"
             )
-        return spec.scale, shift, True
+        return Match(spec.scale, shift, is_near=True)
 
-    def match(self, spec: ModelSpec, wanted: float) -> tuple[float, float, bool]:
-        """(A, shift, True) of the mixture of a model with BASE that has the wanted shift; False with the
-        nearest shift if none has."""
+    def match(self, spec: ModelSpec, wanted: float) -> Match:
+        """The mixture of a model with BASE that has the wanted shift, or the nearest one if none has."""
         mixture = Mixture(spec, "fp32")
         # The search leaves room for what differs between the sample and all images.
         within = WITHIN if self._sample_is_all else WITHIN / 4
         aim = wanted
         for _ in range(TRIES):
-            scale, on_sample, reached = scale_for(
-                lambda scale: self._on_sample(mixture.at(scale)), aim, within
-            )
-            shift = self._on_all(mixture.at(scale))
-            is_right = abs(shift - wanted) <= WITHIN * wanted
-            if is_right or not reached or not shift:
+            on_sample = scale_for(lambda scale: self._on_sample(mixture.at(scale)), aim, within)
+            shift = self._on_all(mixture.at(on_sample.scale))
+            is_near = abs(shift - wanted) <= WITHIN * wanted
+            if is_near or not on_sample.is_near or not shift:
                 break
-            aim = wanted * on_sample / shift
-        return scale, shift, is_right
+            aim = wanted * on_sample.shift / shift
+        return Match(on_sample.scale, shift, is_near)
 
     def _on_sample(self, encoder: Encoder) -> float:
         return _shift(self._features(encoder, self._sample, self._sample_texts), self._base_on_sample)
@@ -92,17 +98,17 @@ class ShiftMeter:
         if self._sample_is_all:
             return self._on_sample(encoder)
         # Features of a large data set do not fit into memory: both models see a batch, and it is gone.
-        new, old = (
-            self._features(model, pictures(model, self._images, self._settings), self._texts)
-            for model in (encoder, self._base)
-        )
-        return _shift(new, old)
+        return _shift(self._features_of_all(encoder), self._features_of_all(self._base))
+
+    def _features_of_all(self, encoder: Encoder) -> Iterator[Tensor]:
+        return self._features(encoder, pictures(encoder, self._images, self._settings), self._texts)
 
     def _features(
         self, encoder: Encoder, batches: Iterable[Tensor], texts: Sequence[str]
     ) -> Iterator[Tensor]:
         """Features (n, D) of length 1 of the cells of each batch of images, and of texts where images are
-        compared with them."""
+        compared with them.
+        """
         encoder.module.to(self._settings.device)
         reader = read_after(encoder, self._block)
         for batch in batches:
@@ -124,30 +130,28 @@ def _shift(new: Iterable[Tensor], old: Iterable[Tensor]) -> float:
     return 0.0 if shift < ROUNDING else shift
 
 
-def scale_for(
-    shift: Callable[[float], float], wanted: float, within: float = WITHIN
-) -> tuple[float, float, bool]:
-    """(A, its shift, True) within a share `within` of the wanted shift; (A, its shift, False) of the largest
-    shift if
-    no A up to FURTHEST reaches it."""
+def scale_for(shift: Callable[[float], float], wanted: float, within: float = WITHIN) -> Match:
+    """The scale whose shift is the wanted one but for a share `within` of it, or the largest one if no scale up
+    to FURTHEST reaches it.
+    """
     if not wanted:
-        return 0.0, 0.0, True
+        return Match(0.0, 0.0, is_near=True)
     measured = {0.0: 0.0}
 
     def beyond(scale: float) -> float:
         """Zero within the tolerance, so that the search ends there."""
         if scale not in measured:
             measured[scale] = shift(scale)
-        by = measured[scale] - wanted
-        return 0.0 if abs(by) <= within * wanted else by
+        difference = measured[scale] - wanted
+        return 0.0 if abs(difference) <= within * wanted else difference
 
     high = 1.0
-    while not beyond(high) >= 0:
+    while not beyond(high) >= 0:  # also of NaN
         if high >= FURTHEST or not math.isfinite(measured[high]):
-            finite = [scale for scale, of in measured.items() if math.isfinite(of)]
+            finite = [scale for scale in measured if math.isfinite(measured[scale])]
             furthest = max(finite, key=lambda scale: measured[scale])
-            return furthest, measured[furthest], False
+            return Match(furthest, measured[furthest], is_near=False)
         high *= 2
     low = max(scale for scale in measured if beyond(scale) <= 0)
-    found = float(brentq(beyond, low, high))
-    return found, measured[found], True
+    scale = float(brentq(beyond, low, high))
+    return Match(scale, measured[scale], is_near=True)

@@ -20,7 +20,7 @@ ClassIds = Literal["contiguous", "published"]
 
 class PlainHeadConfig(StrictModel):
     """Options of the plain head, PMT's decoder, which reads all maps of the backbone
-    (`visft.model.layers`).
+    (`visft.model.out_indices`).
     """
 
     type: Literal["plain"] = "plain"

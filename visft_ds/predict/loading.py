@@ -1,4 +1,4 @@
-"""A model for evaluation, rebuilt from files alone: backbone weights, heads, and an adapter or none.
+"""A model for predictions and evaluation, rebuilt from files alone: backbone weights, heads, and an adapter or none.
 
 Everything that a file records about itself is checked against the others before a tensor is copied: sizes of
 the tower, width of the features, the base an adapter was trained on, the categories a head knows.
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from visft_ds.config.backbones import named
+from visft_ds.config.backbones import Named, named
 from visft_ds.config.record import recorded_config
 from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import VisftConfig
@@ -34,6 +34,8 @@ from visft_ds.run_files import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
     EXPORT_RECORD_FILE,
+    PARAMETERS_FILE,
+    STATE_FILE,
     TRAINED_BACKBONE_FILE,
     export_of,
     folder_of_run,
@@ -46,6 +48,7 @@ from visft_ds.tasks.head_files import head_files
 from visft_ds.tasks.vocabulary import Vocabulary
 
 _BATCH = 8  # without a run that tells
+NO_ADAPTER = "none"  #: value of `adapter` that leaves the run's out
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,13 @@ class ModelFiles:
 
     backbone: Path
     heads: Path  #: folder of `<task>.safetensors`, or of published files
-    adapter: Path | None
-    model: Mapping[str, Any] | None = (
-        None  #: preset and options of the backbone, where a run or a name tells them
-    )
+    adapter: Path | None  #: folder of an adapter, or of a checkpoint that trained the backbone
+    #: Preset and options of the backbone, where a run or a name tells them.
+    model: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
-class EvaluationModel:
+class LoadedModel:
     """A model that predicts and cannot train."""
 
     module: MultiTaskModel
@@ -95,7 +97,7 @@ class ModelSource:
         """The tasks of all streams."""
         return [task for stream in self.streams.values() for task in stream.tasks]
 
-    def build(self, precision: Precision, device: torch.device) -> tuple[EvaluationModel, dict[str, Stream]]:
+    def build(self, precision: Precision, device: torch.device) -> tuple[LoadedModel, dict[str, Stream]]:
         """Build the model, strictly of what its files hold, and its streams with the classes of its heads.
 
         Args:
@@ -109,33 +111,42 @@ class ModelSource:
         heads = {task: open_head(self.files.heads, task) for task in self.tasks}
         infos = {task: head.info for task, head in heads.items()}
         backbone, facts = _load_backbone(self.files, infos, DTYPES[precision])
-        given = read_vocabulary(self.vocabulary) if self.vocabulary else None
-        words = next((words for info in infos.values() if (words := info.vocabulary()) is not None), given)
-        if words is None and needs_vocabulary(infos):
-            raise ValueError(
-                f"the head in {self.files.heads} does not say which words its ids mean: give its word map, "
-                "--vocabulary FILE"
-            )
-        check_vocabulary(infos, given or words, "the given vocabulary")
+        vocabulary = self._vocabulary(infos)
+        widths = [width for width, _ in backbone.shapes]
         modules = {}
         for task, head in heads.items():
-            theirs, ours = ([width for width, _ in shapes] for shapes in (head.info.shapes, backbone.shapes))
-            if theirs != ours:
+            head_widths = [width for width, _ in head.info.shapes]
+            if head_widths != widths:
                 raise ValueError(
-                    f"{head.tensors.path} reads maps of width {theirs}, and those of {backbone.describe()} have {ours}"
+                    f"{head.tensors.path} reads maps of width {head_widths}, and those of {backbone.describe()} "
+                    f"have {widths}"
                 )
             if problem := read_elsewhere(head.info, backbone.layers_read):
                 raise ValueError(f"{head.tensors.path}: {problem}")
             criterion = TASKS[task].criterion(head.info.options, {})
             modules[task] = TaskModule(head.build(), criterion, self.decoding.get(task, {}))
             facts[f"{task} head"] = str(head.tensors.path)
+
         module = MultiTaskModel(backbone, modules, train_backbone=False, heads_active=False)
         if self.run is not None:
             module.heads_in_fp32 = self.run.heads.precision == "fp32"
         module.requires_grad_(False).eval().to(device)
         classes = classes_of_heads(infos)
         streams = {name: replace(stream, classes=classes) for name, stream in self.streams.items()}
-        return EvaluationModel(module, device, precision, infos, words, facts), streams
+        return LoadedModel(module, device, precision, infos, vocabulary, facts), streams
+
+    def _vocabulary(self, infos: Mapping[str, HeadInfo]) -> Vocabulary | None:
+        """The words of the head that works with words: those it brings along, else those of the word map."""
+        from_file = read_vocabulary(self.vocabulary) if self.vocabulary else None
+        from_heads = [info.vocabulary() for info in infos.values()]
+        vocabulary = next((words for words in from_heads if words is not None), from_file)
+        if vocabulary is None and needs_vocabulary(infos):
+            raise ValueError(
+                f"the head in {self.files.heads} does not say which words its ids mean: give its word map, "
+                "--vocabulary FILE"
+            )
+        check_vocabulary(infos, from_file or vocabulary, "the given vocabulary")
+        return vocabulary
 
 
 def source_of(
@@ -157,61 +168,60 @@ def source_of(
 
     Args:
         place: a run, its export or a checkpoint; or weights, or a folder that merging wrote, together with
-        `heads`.
-            None: `backbone` and `heads` are given.
+            `heads`. None: `backbone` and `heads` are given.
+        side: of the squares that images are resized to, in pixels.
         alone: the backbone without heads.
 
     Raises:
         ValueError: as `files_of_run`; no model there, or no heads of the tasks that were asked for.
     """
-    chosen = None if backbone is None else named(os.fspath(backbone), download=download)
-    weights = None if chosen is None else chosen.file(download=download)
-    folder, words = (None if path is None else Path(path) for path in (heads, vocabulary))
     if place is not None and not place.exists():
         raise ValueError(f"{place}: no such run, checkpoint, export folder or weight file")
+    heads_folder = None if heads is None else Path(heads)
     run = None if place is None else run_of(place)
     config = None if run is None else recorded_config(run).visft
     if config is not None:
-        settings, streams = config.tasks.enabled(), config.streams()
-    elif folder is not None or alone:
+        settings = config.tasks.enabled()
+        streams = config.streams()
+    elif heads_folder is not None or alone:
         settings = {task: config_class(task)(batch_size=_BATCH, micro_batch=_BATCH) for task in TASKS}
-        streams = {task: one.stream(task, (task,), 1.0) for task, one in settings.items()}
+        streams = {task: options.stream(task, (task,), 1.0) for task, options in settings.items()}
     else:
         raise ValueError(
             f"{place} is not an export of a run: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1"
         )
-    streams = {} if alone else _chosen(streams, tasks, folder)
-    if side is not None:
-        for stream in streams.values():
-            stream.image["fixed_size" if "fixed_size" in stream.image else "size"] = side
-    if batch_size is not None:
-        streams = {name: replace(stream, micro_batch=batch_size) for name, stream in streams.items()}
+    streams = {} if alone else _with_heads(streams, tasks, heads_folder)
+    for name, stream in streams.items():
+        image = dict(stream.image)
+        if side is not None:
+            image["fixed_size" if "fixed_size" in image else "size"] = side
+        streams[name] = replace(stream, image=image, micro_batch=batch_size or stream.micro_batch)
+
+    base = None if backbone is None else named(os.fspath(backbone), download=download)
+    weights = None if base is None else base.file(download=download)
     if place is not None and config is not None:
-        wanted = [task for stream in streams.values() for task in stream.tasks]
-        files = files_of_run(place, config, wanted, backbone=weights, heads=folder, adapter=adapter)
+        with_heads = [task for stream in streams.values() for task in stream.tasks]
+        files = files_of_run(place, config, with_heads, backbone=weights, heads=heads_folder, adapter=adapter)
     else:
-        if weights is None and place is not None and place.is_dir():
-            inside = weights_among(path.name for path in place.iterdir())
-            if inside is None:
-                raise ValueError(
-                    f"{place} does not have exactly one weight file: give backbone=FILE (--backbone FILE)"
-                )
-            place = place / inside
-        weights = weights or place
-        assert weights is not None, "a place or a backbone"
-        own = None if adapter in (None, "none") else Path(adapter)
-        files = ModelFiles(weights, folder or weights, own, chosen.description if chosen else None)
-    beams = {"beam_size": beam_size} if beam_size else {}
-    decoding = {
-        task: one.decoding.model_dump() | beams
-        for task, one in settings.items()
-        if isinstance(one, WordsConfig)
-    }
-    precision = precision or (config.model.precision if config else "auto")
-    return ModelSource(files, streams, config, words, decoding, precision)
+        files = _files_without_run(weights or _weights_at(place), base, heads_folder, adapter)
+
+    decoding = {}
+    for task, options in settings.items():
+        if isinstance(options, WordsConfig):
+            decoding[task] = options.decoding.model_dump()
+            if beam_size is not None:
+                decoding[task]["beam_size"] = beam_size
+    return ModelSource(
+        files,
+        streams,
+        run=config,
+        vocabulary=None if vocabulary is None else Path(vocabulary),
+        decoding=decoding,
+        precision=precision or (config.model.precision if config else "auto"),
+    )
 
 
-def _chosen(
+def _with_heads(
     streams: Mapping[str, Stream], names: str | Sequence[str] | None, heads: Path | None
 ) -> dict[str, Stream]:
     """The streams of the tasks that were asked for, by default of all that have a head.
@@ -220,25 +230,48 @@ def _chosen(
         names: of the tasks, in a list or with commas.
         heads: folder that has all heads; None: the run has them.
     """
-    found = [
-        task
-        for stream in streams.values()
-        for task in stream.tasks
-        if heads is None or head_files(heads, task)
-    ]
-    if not found:
+    tasks = [task for stream in streams.values() for task in stream.tasks]
+    if heads is not None:
+        tasks = [task for task in tasks if head_files(heads, task)]
+    if not tasks:
         raise ValueError(f"{heads} holds no heads: give RUN/export, or the published files")
-    listed = names.split(",") if isinstance(names, str) else names
-    wanted = [name.strip() for name in listed] if listed else found
-    if unknown := [name for name in wanted if name not in found]:
+    if names:
+        listed = names.split(",") if isinstance(names, str) else names
+        asked = [name.strip() for name in listed]
+        unknown = [repr(name) for name in asked if name not in tasks]
+        if unknown:
+            raise ValueError(f"--tasks: no head for {', '.join(unknown)}; allowed are {', '.join(tasks)}")
+        tasks = asked
+    chosen = {}
+    for name, stream in streams.items():
+        own = tuple(task for task in stream.tasks if task in tasks)
+        if own:
+            chosen[name] = replace(stream, tasks=own)
+    return chosen
+
+
+def _weights_at(place: Path | None) -> Path:
+    """The weight file that a place is, or the only one in a folder."""
+    assert place is not None, "a place or a backbone"
+    if not place.is_dir():
+        return place
+    name = weights_among(path.name for path in place.iterdir())
+    if name is None:
         raise ValueError(
-            f"--tasks: no head for {', '.join(map(repr, unknown))}; allowed are {', '.join(found)}"
+            f"{place} does not have exactly one weight file: give backbone=FILE (--backbone FILE)"
         )
-    kept = {
-        name: replace(one, tasks=tuple(task for task in one.tasks if task in wanted))
-        for name, one in streams.items()
-    }
-    return {name: stream for name, stream in kept.items() if stream.tasks}
+    return place / name
+
+
+def _files_without_run(
+    weights: Path, base: Named | None, heads: Path | None, adapter: AnyPath | None
+) -> ModelFiles:
+    return ModelFiles(
+        weights,
+        heads or weights,
+        None if adapter in (None, NO_ADAPTER) else Path(adapter),
+        None if base is None else base.description,
+    )
 
 
 def files_of_run(
@@ -257,65 +290,83 @@ def files_of_run(
         place: a run, its export, or RUN/checkpoints/step_N.
         tasks: whose heads are needed.
         backbone, heads, adapter: replace the run's; adapter "none" leaves it out. A backbone that has an
-        adapter merged
-            in takes none from the run.
+            adapter merged in takes none from the run.
 
     Raises:
         ValueError: the run has not exported anything yet, or a file is missing.
     """
     run = folder_of_run(place)
-    export, own_adapter, own_heads = export_of(run), None, None
-    own_backbone = export / BACKBONE_FILE if config.model.weights is None else local(config.model.weights)
+    export = export_of(run)
+    own = ModelFiles(
+        export / BACKBONE_FILE if config.model.weights is None else local(config.model.weights),
+        export,
+        None,
+        {"preset": config.model.preset, **config.model.backbone_options()},
+    )
     if place != run:
-        trained = open_weights(place / "parameters.safetensors")
-        own_adapter = place if any(name.startswith("backbone.") for name in trained) else None
-        own_heads = place if all(head_files(place, task) for task in tasks) else None
-    elif not (export / EXPORT_RECORD_FILE).is_file():
+        own = _with_checkpoint(own, place, tasks)
+    elif (export / EXPORT_RECORD_FILE).is_file():
+        own = _with_export(own, export)
+    else:
         raise ValueError(
             f"the run in {run} has not exported what it trains: the same training command goes on with it, and its "
             "checkpoints, RUN/checkpoints/step_N, are models, too"
         )
-    else:
-        own_adapter = export / ADAPTER_FOLDER if (export / ADAPTER_FOLDER).is_dir() else None
-        if (export / TRAINED_BACKBONE_FILE).is_file():
-            own_backbone = export / TRAINED_BACKBONE_FILE
-    if adapter is not None or (
-        backbone is not None and layouts.MERGED in layouts.open_model(backbone).metadata
-    ):
-        own_adapter = None if adapter in (None, "none") else Path(adapter)
-    backbone, heads = backbone or own_backbone, heads or own_heads or export
-    if missing := [str(path) for path in (backbone, heads, own_adapter) if path and not path.exists()]:
+    if adapter == NO_ADAPTER:
+        own = replace(own, adapter=None)
+    elif adapter is not None:
+        own = replace(own, adapter=Path(adapter))
+    elif backbone is not None and layouts.MERGED in layouts.open_model(backbone).metadata:
+        own = replace(own, adapter=None)
+    files = replace(own, backbone=backbone or own.backbone, heads=heads or own.heads)
+
+    paths = [files.backbone, files.heads, files.adapter]
+    missing = [str(path) for path in paths if path is not None and not path.exists()]
+    if missing:
         raise ValueError(
             f"not found: {', '.join(missing)}. Files that were moved are named by --backbone FILE, --heads FOLDER and "
             "--adapter FOLDER"
         )
-    return ModelFiles(
-        backbone, heads, own_adapter, {"preset": config.model.preset, **config.model.backbone_options()}
-    )
+    return files
+
+
+def _with_checkpoint(files: ModelFiles, checkpoint: Path, tasks: Sequence[str]) -> ModelFiles:
+    """What a checkpoint trained, of the backbone and of the heads, in place of the run's."""
+    trained = open_weights(checkpoint / PARAMETERS_FILE)
+    if any(name.startswith("backbone.") for name in trained):
+        files = replace(files, adapter=checkpoint)
+    if all(head_files(checkpoint, task) for task in tasks):
+        files = replace(files, heads=checkpoint)
+    return files
+
+
+def _with_export(files: ModelFiles, export: Path) -> ModelFiles:
+    """The adapter or the backbone that a run has exported."""
+    if (export / ADAPTER_FOLDER).is_dir():
+        files = replace(files, adapter=export / ADAPTER_FOLDER)
+    if (export / TRAINED_BACKBONE_FILE).is_file():
+        files = replace(files, backbone=export / TRAINED_BACKBONE_FILE)
+    return files
 
 
 def _load_backbone(
     files: ModelFiles, infos: Mapping[str, HeadInfo], storage: torch.dtype
 ) -> tuple[Backbone, dict[str, str]]:
     """The backbone with its adapter in it, and what was loaded, by name."""
-    file = layouts.open_model(files.backbone)
-    merged, trained = layouts.MERGED in file.metadata, layouts.BASE in file.metadata
-    of_checkpoint = files.adapter is not None and (files.adapter / "state.json").is_file()
-    adapter = None if files.adapter is None or of_checkpoint else adapter_for(files.backbone, files.adapter)
-    # A base does not say after which block it is read.
-    tells = layouts.MODEL in file.metadata and (merged or trained)
-    model = dict(layouts.model_in(file) if tells or files.model is None else files.model)
-    ends = {tuple(info.extra.get("layers", ())) for info in infos.values()}
-    if adapter is not None and "layers" in adapter.model:
-        model["layers"] = adapter.model["layers"]
-    elif files.model is None and not tells and len(ends) == 1 and (layers := ends.pop()):
-        model["layers"] = layers
+    metadata = layouts.open_model(files.backbone).metadata
+    adapter = None
+    from_checkpoint = files.adapter is not None and (files.adapter / STATE_FILE).is_file()
+    if files.adapter is not None and not from_checkpoint:
+        adapter = adapter_for(files.backbone, files.adapter)
+    model = _described_model(files, adapter, infos)
     backbone: Backbone = layouts.load_backbone(files.backbone, model, storage)
+
     facts = {"backbone": f"{files.backbone}: {layouts.described(layouts.model_of(backbone))}"}
-    facts["adapter"] = "merged into the weights" if merged else "none"
+    facts["adapter"] = "merged into the weights" if layouts.MERGED in metadata else "none"
     trained_on = {f"the {task} head": info.extra.get("base_weights") for task, info in infos.items()}
     if adapter is not None:
-        facts["adapter"], trained_on["the adapter"] = f"{files.adapter}: {adapter.describe()}", adapter.base
+        facts["adapter"] = f"{files.adapter}: {adapter.describe()}"
+        trained_on["the adapter"] = adapter.base
         adapter.install(backbone)
     elif files.adapter is not None:
         from visft_ds.checkpoint.export import install_checkpoint  # imports deepspeed: costs seconds
@@ -323,10 +374,32 @@ def _load_backbone(
         _, installed = install_checkpoint(backbone, files.adapter)
         facts["adapter"] = f"{files.adapter}: {len(installed)} tensors that trained"
     bases = layouts.bases_of(backbone, files.backbone)
-    problems = [layouts.other_base(what, base, bases) for what, base in trained_on.items()]
+    problems = [layouts.other_base(part, base, bases) for part, base in trained_on.items()]
     if any(problems):
-        facts["warning"] = "; ".join(filter(None, problems))
+        facts["warning"] = "; ".join(problem for problem in problems if problem)
     return backbone, facts
+
+
+def _described_model(
+    files: ModelFiles, adapter: Adapter | None, infos: Mapping[str, HeadInfo]
+) -> dict[str, Any]:
+    """Preset and options of the backbone: what its file says, else its run or name, else its tensors.
+
+    A base does not say after which block it is read: that an adapter, or all heads alike, know.
+    """
+    file = layouts.open_model(files.backbone)
+    was_trained = layouts.MERGED in file.metadata or layouts.BASE in file.metadata
+    file_says = was_trained and layouts.MODEL in file.metadata
+    model = dict(files.model or {})
+    if file_says or files.model is None:
+        model = dict(layouts.model_in(file))
+    if adapter is not None and "layers" in adapter.model:
+        model["layers"] = adapter.model["layers"]
+    elif files.model is None and not file_says:
+        read_by_heads = {tuple(info.extra.get("layers", ())) for info in infos.values()}
+        if len(read_by_heads) == 1 and read_by_heads != {()}:
+            (model["layers"],) = read_by_heads
+    return model
 
 
 def adapter_for(backbone: Path, path: Path) -> Adapter:

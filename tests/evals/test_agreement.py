@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from tests.evals.test_judge import _record, _run
 from tests.random_tower import adapter_of, header_of, merge, save_adapter
-from visft_ds.evals.judge.kept import load_classifier
-from visft_ds.evals.judge.models import parse_model
+from visft_ds.evals.judge.agreement import load_classifier
+from visft_ds.evals.judge.model_text import parse_model
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.weights import save_tensors
 from visft_ds.models.lora import inject_lora, lora_parameters
@@ -70,9 +70,17 @@ def test_predictions_are_those_of_timms_own_models(net: Path, tmp_path: Path) ->
         f"bare={net}/bare.safetensors",
         f"none={base}+{net}/adapter@0",
     ]
-    primary = "kept/pictures predictions"
+    primary = "agreement/pictures predictions"
     status, _, errors = _run(
-        *command, "--on", f"kept={net}/pictures", "--primary", primary, "--layers", "last", "--out", tmp_path
+        *command,
+        "--on",
+        f"agreement={net}/pictures",
+        "--primary",
+        primary,
+        "--layers",
+        "last",
+        "--out",
+        tmp_path,
     )
     assert (status, errors) == (0, "")
     said = []

@@ -1,4 +1,4 @@
-"""Share of a classifier's own predictions that is kept when its backbone is trained.
+"""Prediction agreement: the share of images whose class a classifier does not change when its backbone is trained.
 
 The classifier is that of BASE, a whole model of timm; every other model lends it its own tensors, by name.
 What lies behind a tower that ends early stays as it was. Images are prepared as timm does it for BASE.
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number, Score
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.images import SUFFIXES, from_files, image_files
-from visft_ds.evals.judge.models import ModelSpec, alike, load_encoder, weights_of
+from visft_ds.evals.judge.images import SUFFIXES, every, from_files, image_files
+from visft_ds.evals.judge.model_text import ModelSpec
+from visft_ds.evals.judge.models import alike, load_encoder, weights_of
 from visft_ds.files import reading
 from visft_ds.interop.layouts import built, model_in, open_model
 from visft_ds.pretrained import TIMM
@@ -24,15 +25,15 @@ KIND = "classes"  #: (images,), the number of the class that a classifier predic
 NUMBERS = (
     Number(
         "predictions",
-        how="The share of images whose most likely class is the one that the base's own classifier gives the base.",
+        how="The share of images whose most likely class, by the base's own classifier, is that of the base.",
         agreement=True,
     ),
 )
-_ASKS = "kept= counts which predictions of BASE's own classifier stay, and"
+_ASKS = "agreement= counts which predictions of BASE's own classifier stay, and"
 MOST = 5000  #: images of a folder; a larger one gives every k-th
 
 
-def kept(label: str, images: ImageSet) -> Benchmark:
+def agreement(label: str, images: ImageSet) -> Benchmark:
     """Share of the first model's top-1 predictions that a model makes, too. Scores are the predictions
     themselves.
     """
@@ -40,7 +41,7 @@ def kept(label: str, images: ImageSet) -> Benchmark:
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         yield Score(NUMBERS[0].name, features["test"][KIND].double().numpy())
 
-    return Benchmark(label, {"test": images}, (KIND,), NUMBERS, {"benchmark": "kept 3"}, scores)
+    return Benchmark(label, {"test": images}, (KIND,), NUMBERS, {"benchmark": "agreement 1"}, scores)
 
 
 def read_images(source: str) -> ImageSet:
@@ -53,12 +54,14 @@ def read_images(source: str) -> ImageSet:
     root = Path(source)
     if not root.is_dir():
         raise ValueError(f"{source}: no such folder; give one with images")
-    val = root / "val2017"
-    folders = [val] if val.is_dir() else sorted(path for path in root.iterdir() if path.is_dir())
-    found = image_files(root) or [path for folder in folders for path in image_files(folder)]
-    if not found:
+    files = image_files(root)
+    if not files:
+        val = root / "val2017"
+        folders = [val] if val.is_dir() else sorted(path for path in root.iterdir() if path.is_dir())
+        files = [path for folder in folders for path in image_files(folder)]
+    if not files:
         raise ValueError(f"{source}: no images ({', '.join(SUFFIXES)}) in it or one folder below")
-    return from_files(found[:: -(-len(found) // MOST)], root)
+    return from_files([files[number] for number in every(len(files), MOST)], root)
 
 
 class _Predictions(nn.Module):
@@ -76,11 +79,14 @@ def check_classifier(base: ModelSpec) -> tuple[Any, int]:
     Raises:
         ValueError: BASE brings no classifier.
     """
-    described = {"preset": ""} if base.open_clip else base.model or model_in(open_model(base.name))
-    if not described["preset"].startswith(TIMM):
+    model: dict[str, Any] = {}
+    if not base.open_clip:
+        model = dict(base.model or model_in(open_model(base.name)))
+    if not model.get("preset", "").startswith(TIMM):
         raise ValueError(f"{_ASKS} {base.label} is not a model of timm")
+    model.pop("layers", None)  # a classifier reads the end of the network
     file = open_model(base.name)
-    backbone: Any = built({name: value for name, value in described.items() if name != "layers"}, "meta")
+    backbone: Any = built(model, "meta")
     for layer in backbone.classifier_names:
         if f"{layer}.weight" in file:
             return backbone, file[f"{layer}.weight"].shape[0]

@@ -1,0 +1,232 @@
+"""What the data decides about a run, once and before any tensor library is imported.
+
+`settle` reads the command line and the training splits, then goes through the decisions in order: tasks
+without labels take no part, epochs become steps, few photographs get their recipe, heads get the classes of
+the data, and batches become no larger than the data. Each is a `Decision` (key, value, why) that gives way to
+the user's flags; the report at the start lists them. What hardware decides is added by `run/machine.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from visft_ds.config.backbones import on_this_machine
+from visft_ds.config.flags import SMALL_DATA, Merged, build_parser, merge_arguments
+from visft_ds.config.resolve import CONFIG_ROOT, Draft, ResolvedConfig
+from visft_ds.config.schema import DataConfig
+from visft_ds.data.fetch import Cache, is_url
+from visft_ds.data.shards import Manifest, manifest_path
+from visft_ds.prepare.datasets import TrainingSet, open_training_sets, samples_of
+from visft_ds.pretrained import TIMM, lite0_of_pip
+from visft_ds.tasks import config_class
+from visft_ds.tasks.classes import COCO_NAMES
+
+#: File in ds_configs/models, the demo's recipe, whose weights pip may have brought.
+DEMO = "efficientnet_lite0"
+#: Steps that 20 to 200 photographs need alike; more photographs are passed through so often instead.
+STEPS = 550
+PASSES = 30
+VIEWS = 12
+EVALUATIONS = 3
+#: Photographs whose features are kept: those of all views are 1 MB each.
+MOST_KEPT = 2000
+#: Sides of a zoom's window: a caption may name what a small one cuts off.
+ZOOM_WITH_CAPTIONS = (0.8, 1.2)
+#: Begins the reason of every value that the number of photographs decided.
+BY_RECIPE = "the recipe for"
+
+#: (folder or URL, split) -> its manifest.
+Manifests = Mapping[tuple[str, str], Manifest]
+
+
+class Settled(NamedTuple):
+    """What a command line comes to with its data."""
+
+    options: argparse.Namespace
+    config: ResolvedConfig
+    sets: Mapping[str, TrainingSet] | None  #: training sets by name; None: some are not on this machine
+
+
+def settle(words: Sequence[str] | None = None, processes: int = 1) -> Settled:
+    """Settle the configuration that a command line of visft train (None: the process's own) names.
+
+    Args:
+        processes: of the run.
+
+    Raises:
+        ValueError: an unknown flag (with the nearest one) or value, an invalid configuration (all errors at
+            once), a split that is damaged, lacks what a task needs, or does not fit the others.
+        OSError: a file of the user's own that cannot be read, or a server that fails.
+    """
+    options = build_parser().parse_args(words)
+    merged = merge_arguments(options)
+    draft = Draft(merged.tree)
+    _decide_by_backbone(draft, merged)
+    manifests = _open_splits(draft.recipe.visft.data, remote=not options.dry_run)
+    images = sum(len(manifest) for manifest in manifests.values())
+    if options.tasks is None and not any(text.startswith("visft.tasks=") for text in options.set):
+        _decide_tasks(draft, list(manifests.values()), options.batch_size)
+    if options.epochs is not None:
+        _decide_length(draft, options.epochs, images)
+    if merged.model == SMALL_DATA and manifests:
+        _decide_for_few(draft, images)
+    sets = None
+    if manifests:
+        sets = open_training_sets(draft.recipe.visft, manifests)
+        _decide_sizes(draft, sets, processes)
+    config = draft.config()
+    if options.download and not options.dry_run and config.visft.model.weights is not None:
+        on_this_machine(config.visft.model.weights, download=True)
+    return Settled(options, config, sets)
+
+
+def settle_data(
+    config: ResolvedConfig, processes: int = 1
+) -> tuple[ResolvedConfig, Mapping[str, TrainingSet]]:
+    """The configuration with the classes and batches that its data decides, and its training sets.
+
+    For tools that have a configuration and no command line. Raises ValueError as `settle`.
+    """
+    sets = open_training_sets(config.visft, {})
+    draft = Draft.of(config)
+    _decide_sizes(draft, sets, processes)
+    return draft.config(), sets
+
+
+def _open_splits(data: DataConfig, *, remote: bool) -> Manifests:
+    """All training splits; empty where one of them is not on this machine, or `remote` ones are not asked."""
+    places = [(entry.root, entry.split) for entry in data.training_sets()]
+    for root, split in places:
+        is_there = remote if is_url(root) else manifest_path(Path(root), split).is_file()
+        if not is_there:
+            return {}
+    cache = Cache(data.cache, data.cache_bytes)
+    return {(root, split): Manifest.load(root, split, cache) for root, split in places}
+
+
+def _decide_by_backbone(draft: Draft, merged: Merged) -> None:
+    """Weights that pip brought, where none were named or are here, and the map that is read of another
+    backbone.
+    """
+    model = draft.recipe.visft.model
+    if merged.model == DEMO and not merged.backbone and not Path(model.weights or "").exists():
+        weights = lite0_of_pip()
+        if weights is not None:
+            draft.decide({"visft.model.weights": str(weights)}, "pip's efficientnet_lite0")
+    if merged.model == SMALL_DATA and "visft.model.preset" in merged.backbone:
+        preset = model.preset
+        if preset.startswith(TIMM):
+            from visft_ds.models.timm_backbone import fine_map  # imports torch and timm, which costs seconds
+
+            block, side = fine_map(preset.removeprefix(TIMM))
+            values = {
+                "visft.shared.image.fixed_size": side,
+                "visft.tasks.detection.image.fixed_size": side,
+                "visft.tasks.segmentation.image.fixed_size": side,
+                "visft.tasks.captioning.image.size": side,
+                "visft.model.out_indices": [] if block is None else [block],
+            }
+            draft.decide(values, f"the map of {preset}")
+
+
+def _decide_tasks(draft: Draft, manifests: Sequence[Manifest], batch_size: int | None) -> None:
+    """Turn tasks of the shipped recipe off that the shards do not teach, and that of label maps on.
+
+    A task that the user mentions is wanted, and what it lacks is an error. Where nothing would be left,
+    nothing is decided, nor where several sets may teach different tasks.
+    """
+    if len(manifests) != 1:
+        return
+    (manifest,) = manifests
+    visft = draft.recipe.visft
+    tasks = visft.tasks.enabled()
+    lacking = dict[str, str]()
+    for name, task in tasks.items():
+        key = f"visft.tasks.{name}"
+        sources = {source for other, source in draft.tree.sources.items() if other.startswith(f"{key}.")}
+        is_shipped = f"{CONFIG_ROOT.name}/stage{visft.stage}.json" in sources
+        by_flag = [source for source in sources if source.startswith("--") and source != "--batch-size"]
+        if not is_shipped or by_flag:
+            continue
+        if task.labels == "captions":
+            lacks = "" if manifest.counts.get("captions") else "captions"
+        elif manifest.counts.get("trainable"):
+            lacks = task.misleads(manifest.counts, manifest.findings) or ""
+        else:
+            lacks = "objects"
+        if lacks:
+            lacking[key] = lacks
+    if "maps" in manifest.labels and "semantic" not in tasks:
+        settings = {} if batch_size is None else {"batch_size": batch_size}
+        draft.decide({"visft.tasks.semantic": settings}, "the data, which has label maps")
+    elif len(lacking) == len(tasks):
+        return
+    for key, lacks in lacking.items():
+        draft.decide({key: None}, f"the data, which has no {lacks}", over_user=True)
+
+
+def _decide_length(draft: Draft, epochs: int, images: int) -> None:
+    """`--epochs`: so many passes of each task through the training images."""
+    if not images:
+        raise ValueError("--epochs needs shards in a folder of this machine: give --steps")
+    values: dict[str, int | None] = {"scheduler.params.total_num_steps": None}
+    for stream in draft.recipe.visft.streams().values():
+        updates = math.ceil(epochs * images / min(stream.batch_size, images))
+        for name in stream.tasks:
+            values[f"visft.tasks.{name}.updates"] = updates
+    draft.decide(values, "--epochs")
+
+
+def _decide_for_few(draft: Draft, images: int) -> None:
+    """Length, zoom, kept features and evaluations in between, by number and labels of the photographs."""
+    visft = draft.recipe.visft.filled()
+    tasks = visft.tasks.enabled()
+    values: dict[str, Any] = {}
+    steps = draft.recipe.scheduler.params.total_num_steps or visft.updates() or STEPS
+    if visft.stage == 1:
+        if not draft.tree.is_stated("scheduler.params.total_num_steps"):
+            stream = next(iter(visft.streams().values()))
+            steps = max(STEPS, math.ceil(PASSES * images / stream.batch_size))
+            values["scheduler.params.total_num_steps"] = steps
+        values["visft.features.views"] = VIEWS
+        values["visft.features.cache"] = f"{visft.run.out}/features" if images <= MOST_KEPT else None
+        if "captioning" in tasks:
+            values["visft.shared.image.zoom"] = ZOOM_WITH_CAPTIONS
+    every = math.ceil(steps / EVALUATIONS)
+    values["visft.run.save_every"] = every
+    values["visft.run.eval_every"] = 0
+    if manifest_path(Path(visft.data.root), visft.data.val).is_file():
+        values["visft.run.eval_every"] = every
+        values["visft.run.keep_best"] = config_class(next(iter(tasks))).main
+    draft.decide(values, f"{BY_RECIPE} {images} photographs")
+
+
+def _decide_sizes(draft: Draft, sets: Mapping[str, TrainingSet], processes: int) -> None:
+    """Classes of the heads, and batches that the images fill."""
+    _decide_classes(draft, next(iter(sets.values())).manifest)
+    visft = draft.recipe.visft
+    dp = max(1, processes // (draft.recipe.pipeline.stages if draft.recipe.pipeline else 1))
+    for stream in visft.streams().values():
+        images = min(len(plan.samples) for plan in samples_of(visft, stream, sets).values())
+        smaller = images // dp * dp
+        if images < stream.batch_size and smaller:
+            why = f"the data has {images} images, fewer than a batch of {stream.batch_size}"
+            draft.decide({f"{stream.key}.batch_size": smaller}, why, over_user=True)
+
+
+def _decide_classes(draft: Draft, first: Manifest) -> None:
+    """As many classes as ROOT/TRAIN (`first`) has categories, for label maps and ids that are not COCO's."""
+    are_own = any(category.coco_id not in COCO_NAMES for category in first.categories)
+    if "maps" not in first.labels and not are_own:
+        return
+    values = dict[str, int]()
+    for name, task in draft.recipe.visft.tasks.enabled().items():
+        key = f"visft.tasks.{name}.head.num_classes"
+        has_published = getattr(task.head, "class_ids", "") == "published"  # which has COCO's ids only
+        if task.labels != "captions" and not has_published and key not in draft.tree.sources:
+            values[key] = len(first.categories)
+    draft.decide(values, f"the data, which has {len(first.categories)} categories")
