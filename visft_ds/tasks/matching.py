@@ -129,6 +129,6 @@ def _check_finite(
     images = np.repeat(np.arange(len(objects_of)), objects_of)[~is_finite]
     ids = images if image_ids is None else image_ids.cpu().numpy()[images]
     raise FloatingPointError(
-        f"the matching costs of the images {sorted(set(ids.tolist()))} are not finite: the training has diverged, or "
-        "a 16-bit type overflowed"
+        f"the matching costs of the images {sorted(set(ids.tolist()))} are not finite: the training has "
+        "diverged, or a 16-bit type overflowed"
     )

@@ -103,8 +103,8 @@ class CaptioningHead(nn.Module):
         """Scores of captions, or the best caption of each image by beam search, from the last map.
 
         A beam's score is the plain sum of log-probabilities, without length normalisation, and finished beams
-        keep their place among the K. `<pad>`, `<start>` and `<unk>` are never chosen, and there is no dropout,
-        in training mode either. Among equal scores the choice is PyTorch's.
+        keep their place among the K. `<pad>`, `<start>` and `<unk>` are never chosen, and there is no
+        dropout, in training mode either. Among equal scores the choice is PyTorch's.
 
         The search always takes `max_length` + 1 steps: to stop as soon as all captions have ended, the host
         would wait for the device after each step, and under ZeRO-3 ranks would gather the weights at

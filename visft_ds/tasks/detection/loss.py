@@ -19,8 +19,8 @@ from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionOutput
 from visft_ds.tasks.matching import Matches, class_losses, solve
 
-#: Areas and unions are divided by no less than this. Relative boxes of one pixel in a million pixels have area
-#: 1e-6, so that only boxes without any area are affected; their overlap is 0 instead of NaN.
+#: Areas and unions are divided by no less than this. Relative boxes of one pixel in a million pixels have
+#: area 1e-6, so that only boxes without any area are affected; their overlap is 0 instead of NaN.
 _SMALLEST_AREA = 1e-12
 
 
