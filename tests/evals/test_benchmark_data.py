@@ -24,9 +24,9 @@ from visft_ds.evals.judge.crops import NO_CLASS, label_of
 from visft_ds.evals.judge.images import PARTS, chosen, from_files, grouped
 from visft_ds.evals.judge.in_domain import trained_on
 from visft_ds.evals.judge.kinds import parse_benchmark, parse_benchmarks
-from visft_ds.evals.judge.logistic import held_out
 from visft_ds.evals.judge.model_text import ModelSpec
 from visft_ds.evals.judge.protocol import QUICK
+from visft_ds.evals.judge.rows import held_out
 from visft_ds.run.record import write_run
 
 
@@ -47,7 +47,7 @@ def test_imagenet_and_its_relatives(tmp_path: Path) -> None:
     """Names by WordNet id; only classes with a folder may be chosen (-A, -R have 200); OpenAI's 80
     templates.
     """
-    names = classes.imagenet()[0]
+    names = classes.imagenet_names()
     synsets = list(names)
     assert (synsets[0], names[synsets[0]], len(synsets)) == ("n01440764", "tench", 1000)
     found = read_classes(str(_folders(tmp_path / "imagenet-r", [synsets[402], synsets[1], synsets[999]])))

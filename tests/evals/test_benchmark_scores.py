@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from visft_ds.evals.judge import neighbours, retrieval
+from visft_ds.evals.judge import knn, retrieval
 from visft_ds.evals.judge.benchmark import ImageSet, resamples
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.classification import classification
-from visft_ds.evals.judge.logistic import by_regression
-from visft_ds.evals.judge.neighbours import Rows, by_neighbours
+from visft_ds.evals.judge.logistic import logistic_regression
 from visft_ds.evals.judge.ocr import read
 from visft_ds.evals.judge.protocol import QUICK
 from visft_ds.evals.judge.ranking import rank_of
+from visft_ds.evals.judge.rows import Rows
 
 
 def test_equal_answers_do_not_count_as_right() -> None:
@@ -55,14 +55,14 @@ def _rows(features: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Rows:
 def test_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.neighbors import KNeighborsClassifier
 
-    monkeypatch.setattr(neighbours, "ROWS", 7)
+    monkeypatch.setattr(knn, "QUERIES", 7)
     rng = np.random.default_rng(0)
     labels, truth = rng.integers(0, 4, 60), rng.integers(0, 4, 30)
     centres = rng.normal(size=(4, 6))
     train, test = (centres[own] + rng.normal(size=(len(own), 6)) for own in (labels, truth))
     model = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
     wanted = model.fit(train, labels).predict(test) == truth
-    found = by_neighbours("kNN", _rows(train, labels), _rows(test, truth))
+    found = knn.knn("kNN", _rows(train, labels), _rows(test, truth))
     assert found.values.tolist() == wanted.astype(float).tolist() and 0.3 < wanted.mean() < 1
     places = np.repeat(np.arange(60), resamples(60, 1)[1])
     again = model.fit(train[places], labels[places]).predict(test) == truth
@@ -76,13 +76,13 @@ def test_regression_ignores_the_scale_of_features_and_finds_what_is_there() -> N
     train[:, 0] += 6 * labels
     test[:, 0] += 6 * truth
     known, asked = _rows(train, labels), _rows(test, truth)
-    score = by_regression("linear", known, asked)
+    score = logistic_regression("linear", known, asked)
     assert score.value > 0.95 and score.retrained is not None and score.retrained.min() > 0.7
     scaled = (replace(of, features=of.features * 1000 + 5) for of in (known, asked))
-    assert (by_regression("linear", *scaled).values == score.values).all()
+    assert (logistic_regression("linear", *scaled).values == score.values).all()
     noise = replace(known, features=torch.from_numpy(rng.normal(size=(100, 5)).astype(np.float32)))
-    assert 0.2 < by_regression("linear", noise, asked).value < 0.8
-    one = by_regression("linear", known.part(torch.arange(1)), asked)  # one class is all it knows
+    assert 0.2 < logistic_regression("linear", noise, asked).value < 0.8
+    one = logistic_regression("linear", known.part(torch.arange(1)), asked)  # one class is all it knows
     assert (one.values == (truth == 0)).all()
 
 

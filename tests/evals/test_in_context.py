@@ -7,11 +7,12 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsRegressor
 
-from visft_ds.evals.judge import neighbours
+from visft_ds.evals.judge import knn
 from visft_ds.evals.judge.benchmark import resamples
 from visft_ds.evals.judge.crops import NO_CLASS
 from visft_ds.evals.judge.in_context import recall, remember, shares_of
-from visft_ds.evals.judge.neighbours import RESAMPLES, Rows, vote
+from visft_ds.evals.judge.knn import RESAMPLES, vote
+from visft_ds.evals.judge.rows import Rows
 
 IN_CONTEXT = (30, 0.02)  # neighbours and temperature, as published
 
@@ -40,7 +41,7 @@ def test_votes_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> Non
         )
         model.fit(memory.features.numpy()[places], memory.labels.numpy()[places])
         np.testing.assert_allclose(found[number], model.predict(queries), atol=1e-6)
-    monkeypatch.setattr(neighbours, "_BANK", 37)
+    monkeypatch.setattr(knn, "_BANK", 37)
     np.testing.assert_allclose(vote(memory, torch.from_numpy(queries), *IN_CONTEXT).numpy(), found)
 
 
@@ -52,7 +53,7 @@ def test_two_patches_by_hand() -> None:
     other = torch.ones(2, 4, dtype=torch.int64)
     memory = remember([(0, patches, label), (1, patches.flip(2), other)], 2, most=2, each=2)
     assert memory.owners.tolist() == [0, 1, 1] and memory.features[0].tolist() == [1, 0]
-    (seen,) = recall(memory, torch.tensor([[[[1.0]], [[0.98]]]]))
+    (seen,) = recall(memory, [torch.tensor([[[[1.0]], [[0.98]]]])])
     near = 1 / np.hypot(1, 0.98)
     weights = np.exp(np.array([near, near, 0.98 * near]) / IN_CONTEXT[1])
     expected = weights @ [[0.5, 0.25], [0, 1], [0, 1]] / weights.sum()

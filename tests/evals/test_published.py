@@ -24,7 +24,14 @@ from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.transforms import functional as pixels_of
 
-from visft_ds.evals.judge import classification, dense_probes, depth, in_context, linear_segmentation
+from visft_ds.evals.judge import (
+    classification,
+    dense_probes,
+    depth,
+    in_context,
+    linear_classification,
+    linear_segmentation,
+)
 from visft_ds.evals.judge.benchmark import ImageSet
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.crops import View
@@ -33,9 +40,11 @@ from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.heads import Heads
-from visft_ds.evals.judge.neighbours import Rows, by_neighbours
+from visft_ds.evals.judge.knn import knn
+from visft_ds.evals.judge.miou import mean_iou
 from visft_ds.evals.judge.protocol import PUBLISHED
-from visft_ds.evals.judge.segmentation import IN_CONTEXT, LINEAR, overlapping, segmentation
+from visft_ds.evals.judge.rows import Rows
+from visft_ds.evals.judge.segmentation import IN_CONTEXT, LINEAR, segmentation
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH, VOID = 8, 255
@@ -95,7 +104,7 @@ def test_constants_are_those_of_the_sources() -> None:
     assert (in_context.NEIGHBOURS, in_context.TEMPERATURE, in_context.PASSES) == (30, 0.02, 2)
     assert PUBLISHED.memory == 10_240_000 and PUBLISHED.images == {"train": 10**9, "test": 10**9}
     assert (depth.BINS, depth.NEAREST, depth.FARTHEST) == (256, 0.001, 10.0)
-    linear = classification.RECIPE
+    linear = linear_classification.RECIPE
     assert (linear.steps, linear.batch, linear.momentum) == (12_500, 1024, 0.9)
     assert linear.rates == (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
     assert dense_probes.BATCH == 16 and PUBLISHED.published and PUBLISHED.resampled
@@ -180,8 +189,8 @@ def test_answers_are_renamed_to_the_classes_that_they_meet_most() -> None:
     """Two classes that are told apart but called by each other's name are right after the matching."""
     truth = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1]])
     swapped = F.one_hot(1 - truth, 3).permute(2, 0, 1)[None].float()
-    plain = overlapping("x", iter([swapped]), lambda _: truth, 3)
-    matched = overlapping("x", iter([swapped]), lambda _: truth, 3, matched=True)
+    plain = mean_iou("x", iter([swapped]), lambda _: truth, 3)
+    matched = mean_iou("x", iter([swapped]), lambda _: truth, 3, matched=True)
     assert plain.value == 0 and matched.value == pytest.approx(2 / 3)  # the third class is nowhere
     assert matched.maps is not None and matched.maps[0, 0, 0] == 0 and matched.maps[0, 0, -1] == 1
 
@@ -229,7 +238,7 @@ def test_windows_are_means_of_logits_at_the_labels_size(tmp_path: Path) -> None:
         label = torch.from_numpy(test.label(number).astype(np.int64))
         return label.masked_fill(label == VOID, -1)
 
-    score = overlapping(LINEAR.name, source.in_windows(head.requires_grad_(False)), truth_of, 5)
+    score = mean_iou(LINEAR.name, source.in_windows(head.requires_grad_(False)), truth_of, 5)
     both, union = np.zeros(5), np.zeros(5)
     for place in range(3):
         image = test.images.read(place)
@@ -257,7 +266,7 @@ def test_windows_are_means_of_logits_at_the_labels_size(tmp_path: Path) -> None:
     assert score.value == pytest.approx((both[:4] / union[:4]).mean(), abs=1e-9)
     several = source.in_windows(lambda maps: head(maps).softmax(dim=2))
     assert not np.array_equal(
-        overlapping(LINEAR.name, several, truth_of, 5).values, score.values
+        mean_iou(LINEAR.name, several, truth_of, 5).values, score.values
     )  # logits, not shares
 
 
@@ -425,7 +434,7 @@ def test_knn_is_dinov2s() -> None:
         Rows(of, torch.from_numpy(own), torch.arange(len(own)))
         for of, own in ((known, labels), (asked, truth))
     ]
-    assert by_neighbours("kNN", *rows).values.tolist() == right.tolist() and 0.3 < right.mean() < 1
+    assert knn("kNN", *rows).values.tolist() == right.tolist() and 0.3 < right.mean() < 1
 
     image = Image.fromarray(rng.integers(0, 255, (300, 410, 3)).astype(np.uint8))
     bicubic = transforms.InterpolationMode.BICUBIC
@@ -440,31 +449,30 @@ def test_linear_classifiers_are_trained_by_torchs_sgd_and_cosine() -> None:
     """Each rate a classifier of its own, times batch / 256, with momentum 0.9 and no decay."""
     generator = torch.Generator().manual_seed(0)
     rates = (0.01, 0.1)
-    ours = classification.Classifiers(torch.tensor(rates) * 1024 / 256, 5, 3, 0.9)
-    assert (
-        ours.weights[0, :, :-1].std() == pytest.approx(0.01, rel=0.5) and (ours.weights[..., -1] == 0).all()
-    )
+    recipe = linear_classification.Recipe(12, 16, rates, 0.9)
+    ours = linear_classification.Classifiers(torch.tensor(rates) * 1024 / 256, 5, 3, recipe)
+    assert ours.weight[0].std().item() == pytest.approx(0.01, rel=0.5) and (ours.bias == 0).all()
     theirs = []
     for number, rate in enumerate(rates):
         layer = nn.Linear(5, 3)
         with torch.no_grad():
-            layer.weight.copy_(ours.weights[number, :, :-1])
+            layer.weight.copy_(ours.weight[number])
             layer.bias.zero_()
         optimizer = torch.optim.SGD(layer.parameters(), lr=rate * 1024 / 256, momentum=0.9, weight_decay=0)
-        theirs.append(
-            (layer, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12, eta_min=0))
-        )
-    for step in range(12):
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12, eta_min=0)
+        theirs.append((layer, optimizer, scheduler))
+    counts = torch.ones(2, 16)
+    for _ in range(12):
         inputs, labels = torch.randn(16, 5, generator=generator), torch.randint(3, (16,), generator=generator)
-        ours.learn(inputs, labels, torch.ones(2, 16), classification.fallen_at(step, 12))
+        ours.learn(torch.cat([inputs, inputs], dim=1), labels, counts)  # they read the first channels
         for layer, optimizer, scheduler in theirs:
             optimizer.zero_grad()
             F.cross_entropy(layer(inputs), labels).backward()
             optimizer.step()
             scheduler.step()
     for number, (layer, _, _) in enumerate(theirs):
-        torch.testing.assert_close(ours.weights[number, :, :-1], layer.weight.detach())
-        torch.testing.assert_close(ours.weights[number, :, -1], layer.bias.detach())
+        torch.testing.assert_close(ours.weight[number], layer.weight)
+        torch.testing.assert_close(ours.bias[number, 0], layer.bias)
 
 
 def test_published_classification_from_images_to_accuracy() -> None:
@@ -478,7 +486,7 @@ def test_published_classification_from_images_to_accuracy() -> None:
     ]
     images = ImageSet(list(map(str, range(40))), lambda n: Image.fromarray(pictures[n]), "x")
     data = ClassSet(images, labels.astype(np.int64), ("dark", "light"))
-    recipe = classification.Recipe(6, 8, (1e-4, 0.1), 0.9)
+    recipe = linear_classification.Recipe(6, 8, (1e-4, 0.1), 0.9)
     benchmark = classification.classification("classification/x", data, data, PUBLISHED, recipe)
     assert benchmark.published is not None
     first, second = (

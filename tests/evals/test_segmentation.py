@@ -25,10 +25,12 @@ from visft_ds.evals.judge.benchmark import ImageSet, Label
 from visft_ds.evals.judge.crops import label_of
 from visft_ds.evals.judge.dense_sets import NOTHING, DenseSet, Thing, read_train_and_test
 from visft_ds.evals.judge.encoding import Settings
+from visft_ds.evals.judge.miou import contenders, largest, mean_iou
 from visft_ds.evals.judge.model_text import parse_model
 from visft_ds.evals.judge.models import load_encoder
 from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
-from visft_ds.evals.judge.segmentation import contenders, largest, overlapping, pooled, segmentation, typical
+from visft_ds.evals.judge.segmentation import pooled, segmentation
+from visft_ds.evals.judge.sheet import typical
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.classes import VOID
 
@@ -155,7 +157,7 @@ def test_overlaps_are_scikit_learns() -> None:
     labels[1][3:] = 90
     maps = torch.from_numpy(rng.normal(size=(2, 3, 99, 4, 6)))
     maps[:, :, 2] = -9  # a class that is neither there nor said
-    score = overlapping("x", maps, partial(label_of, _set(labels, "a" * 99)), 99)
+    score = mean_iou("x", maps, partial(label_of, _set(labels, "a" * 99)), 99)
     for draw in range(3):
         said = [
             F.interpolate(one[draw : draw + 1], label.shape, mode="bilinear")[0].argmax(dim=0).numpy()

@@ -300,7 +300,7 @@ def _pair(seed: int, noise: float) -> Iterator[Score]:
             len(train),
             16,
         )
-        said = torch.stack(list(recall(memory, features(test, spread)))).argmax(dim=2).numpy()
+        said = torch.stack(list(recall(memory, [features(test, spread)]))).argmax(dim=2).numpy()
         own, *others = (overlaps(said[:, number]) for number in range(said.shape[1]))
         yield Score("n", own, retrained=mean_ratio(np.stack([of.sum(axis=0) for of in others])))
 

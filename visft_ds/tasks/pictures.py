@@ -15,11 +15,16 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 Picture = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
 Colour = tuple[int, int, int]
+Box = Sequence[float]  #: x, y, width, height
 _PAPER: Colour = (250, 250, 248)
-INK: Colour = (45, 45, 48)
+_INK: Colour = (45, 45, 48)
 SIDE = 448  #: of the longer side of an image in a picture, pixels
-_GAP, _TITLE, TEXT = 12, 17, 14  # between panels; sizes of letters, pixels
+TEXT = 14  #: size of letters, pixels
+_TITLE = 17  # size of the letters of a title, pixels
+_HEADER = _TITLE + 9  # height of a title with the space around it, pixels
+_GAP = 12  # between panels, pixels
 _OPACITY = 0.5  # of a mask
 
 
@@ -29,12 +34,14 @@ def palette(names: Sequence[str]) -> dict[str, Colour]:
 
     Give all names of a data set, so that a category has one colour in all pictures.
     """
-    found = {}
-    for place, name in enumerate(dict.fromkeys(names)):
-        dozen, step = divmod(place, 12)
-        rgb = colorsys.hsv_to_rgb(step * 5 / 12 % 1, 0.85, (1.0, 0.75, 0.5)[dozen % 3])
-        found[name] = (round(rgb[0] * 255), round(rgb[1] * 255), round(rgb[2] * 255))
-    return found
+    colours = {}
+    for number, name in enumerate(dict.fromkeys(names)):
+        dozen, step = divmod(number, 12)
+        hue = step * 5 / 12 % 1
+        brightness = (1.0, 0.75, 0.5)[dozen % 3]
+        red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, brightness)
+        colours[name] = (round(red * 255), round(green * 255), round(blue * 255))
+    return colours
 
 
 def draw_objects(
@@ -43,103 +50,174 @@ def draw_objects(
     tags: Sequence[str],
     colours: Mapping[str, Colour],
     *,
-    boxes: Sequence[Sequence[float]] = (),
-    masks: Sequence[npt.NDArray[np.bool_]] | None = None,
+    boxes: Sequence[Box] = (),
+    masks: Sequence[Mask] | None = None,
     side: int = SIDE,
 ) -> Picture:
     """The scaled image with boxes (n, 4), or masks (n, H, W), and a tag for each; the first ones lie on top.
 
-    A tag stands at the corner of its box; of masks these are the boxes around them where none are given.
+    A tag stands at the corner of its box; of masks these are the boxes around them where none are given. A
+    box without a tag is not drawn.
     """
-    base = np.asarray(scaled(image, side), dtype=np.float32).copy()
-    scale, line = side / max(image.shape[:2]), max(2, side // 180)
+    picture = scaled(image, side)
     if masks is not None:
-        edges = [Image.fromarray(mask).getbbox() or (0, 0, 0, 0) for mask in masks]
-        boxes = boxes or [(left, top, right - left, bottom - top) for left, top, right, bottom in edges]
-        for mask, name in reversed(list(zip(masks, names, strict=True))):
-            inside = np.asarray(Image.fromarray(mask).resize((base.shape[1], base.shape[0])), dtype=bool)
-            base[inside] = base[inside] * (1 - _OPACITY) + np.array(colours[name]) * _OPACITY
-    canvas = Image.fromarray(base.round().astype(np.uint8))
-    draw = ImageDraw.Draw(canvas)
-    for (x, y, w, h), name, tag in reversed(list(zip(boxes, names, tags, strict=True))):
+        picture = _under_masks(picture, masks, [colours[name] for name in names])
+        boxes = boxes or [_box_around(mask) for mask in masks]
+    scale = side / max(image.shape[:2])
+    line = max(2, side // 180)
+    draw = ImageDraw.Draw(picture)
+    objects = list(zip(boxes, names, tags, strict=True))
+    for box, name, tag in reversed(objects):
         if not tag:
             continue
-        left, right = (min(max(end * scale, 0), canvas.width - 1) for end in (x, x + max(w, 0)))
-        top, bottom = (min(max(end * scale, 0), canvas.height - 1) for end in (y, y + max(h, 0)))
+        corners = _corners(box, scale, picture.size)
         if masks is None:
-            draw.rectangle((left, top, right, bottom), outline=colours[name], width=line)
-        place = draw.textbbox((left + line + 1, top), tag, font=letters(TEXT))
-        moved = min(0.0, canvas.width - place[2] - 2)  # a tag at the right border begins further left
-        draw.rectangle(
-            (place[0] + moved - 2, place[1] - 1, place[2] + moved + 2, place[3] + 1), fill=colours[name]
-        )
-        # ITU-R BT.601 luma decides whether dark or light letters can be read on the colour
-        bright = float(np.dot(colours[name], (0.299, 0.587, 0.114))) > 140
-        ink = (0, 0, 0) if bright else (255, 255, 255)
-        draw.text((left + line + 1 + moved, top), tag, fill=ink, font=letters(TEXT))
-    return np.asarray(canvas)
+            draw.rectangle(corners, outline=colours[name], width=line)
+        left, top, _, _ = corners
+        _draw_tag(draw, tag, colours[name], left + line + 1, top, picture.width)
+    return np.asarray(picture)
+
+
+def _under_masks(picture: Image.Image, masks: Sequence[Mask], colours: Sequence[Colour]) -> Image.Image:
+    """The picture under half-transparent masks (n, H, W), the first one on top."""
+    pixels = np.array(picture, dtype=np.float32)
+    coloured = list(zip(masks, colours, strict=True))
+    for mask, colour in reversed(coloured):
+        scaled_mask = Image.fromarray(mask).resize(picture.size)
+        inside = np.asarray(scaled_mask, dtype=bool)
+        below = pixels[inside] * (1 - _OPACITY)
+        pixels[inside] = below + np.array(colour) * _OPACITY
+    pixels = pixels.round()
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def _box_around(mask: Mask) -> Box:
+    around = Image.fromarray(mask).getbbox()
+    if around is None:
+        return (0, 0, 0, 0)
+    left, top, right, bottom = around
+    return left, top, right - left, bottom - top
+
+
+def _corners(box: Box, scale: float, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a box in a scaled picture of this width and height."""
+    x, y, width, height = box
+    last_column = size[0] - 1
+    last_row = size[1] - 1
+    right = x + max(width, 0)
+    bottom = y + max(height, 0)
+    return (
+        _between(x * scale, last_column),
+        _between(y * scale, last_row),
+        _between(right * scale, last_column),
+        _between(bottom * scale, last_row),
+    )
+
+
+def _between(value: float, last: int) -> float:
+    """The value, cut off at 0 and `last`."""
+    return min(max(value, 0), last)
+
+
+def _draw_tag(
+    draw: ImageDraw.ImageDraw,
+    tag: str,
+    colour: Colour,
+    x: float,
+    y: float,
+    width: int,
+) -> None:
+    """Write a tag on a ground of its colour; at the right border of a picture so wide it begins further
+    left.
+    """
+    font = letters(TEXT)
+    left, top, right, bottom = draw.textbbox((x, y), tag, font=font)
+    shift = min(0.0, width - right - 2)
+    ground = (left + shift - 2, top - 1, right + shift + 2, bottom + 1)
+    draw.rectangle(ground, fill=colour)
+    # ITU-R BT.601 luma decides whether dark or light letters can be read on the colour.
+    luma = float(np.dot(colour, (0.299, 0.587, 0.114)))
+    ink = (0, 0, 0) if luma > 140 else (255, 255, 255)
+    draw.text((x + shift, y), tag, fill=ink, font=font)
 
 
 def with_text(image: Picture, lines: Sequence[str], side: int = SIDE) -> Picture:
     """The scaled image above some lines of text, each wrapped to the width and cut off after four."""
-    base = np.asarray(scaled(image, side))
-    signs = max(8, int(side / letters(TEXT).getlength("n")))
-    text = "\n".join(textwrap.fill(line, signs, max_lines=4, placeholder=" …") for line in lines)
-    sheet = paper(base.shape[0] + (text.count("\n") + 2) * (TEXT + 5), max(side, base.shape[1]))
-    sheet[: base.shape[0], : base.shape[1]] = base
-    canvas = Image.fromarray(sheet)
-    ImageDraw.Draw(canvas).multiline_text((3, base.shape[0] + 4), text, fill=INK, font=letters(TEXT))
-    return np.asarray(canvas)
+    picture = scaled(image, side)
+    font = letters(TEXT)
+    columns = max(8, int(side / font.getlength("n")))
+    wrapped = [textwrap.fill(line, columns, max_lines=4, placeholder=" …") for line in lines]
+    text = "\n".join(wrapped)
+    rows = text.count("\n") + 2
+    width = max(side, picture.width)
+    height = picture.height + rows * (TEXT + 5)
+    sheet = _paper(width, height)
+    sheet.paste(picture)
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((3, picture.height + 4), text, fill=_INK, font=font)
+    return np.asarray(sheet)
 
 
 def side_by_side(*panels: tuple[Picture, str]) -> Picture:
     """Pictures beside each other, each below its title, filled up with paper to one size in which the titles
     fit.
     """
-    height = max(picture.shape[0] for picture, _ in panels)
-    width = max(max(picture.shape[1], int(letters(_TITLE).getlength(title)) + 5) for picture, title in panels)
-    sheet = paper(height + _TITLE + 9, len(panels) * (width + _GAP) - _GAP)
-    for place, (picture, _) in enumerate(panels):
-        left = place * (width + _GAP)
-        sheet[_TITLE + 9 : _TITLE + 9 + picture.shape[0], left : left + picture.shape[1]] = picture
-    canvas = Image.fromarray(sheet)
-    for place, (_, title) in enumerate(panels):
-        ImageDraw.Draw(canvas).text((place * (width + _GAP) + 2, 3), title, fill=INK, font=letters(_TITLE))
-    return np.asarray(canvas)
+    font = letters(_TITLE)
+    height = width = 0
+    for picture, title in panels:
+        height = max(height, picture.shape[0])
+        width = max(width, picture.shape[1], int(font.getlength(title)) + 5)
+    sheet = _paper(len(panels) * (width + _GAP) - _GAP, height + _HEADER)
+    draw = ImageDraw.Draw(sheet)
+    left = 0
+    for picture, title in panels:
+        draw.text((left + 2, 3), title, fill=_INK, font=font)
+        sheet.paste(Image.fromarray(picture), (left, _HEADER))
+        left += width + _GAP
+    return np.asarray(sheet)
 
 
 def split_panels(picture: Picture) -> tuple[Picture, Picture]:
     """The two panels of a picture by `side_by_side`, each with its title."""
     width = (picture.shape[1] - _GAP) // 2
-    return picture[:, :width], picture[:, width + _GAP :]
+    left = picture[:, :width]
+    right = picture[:, width + _GAP :]
+    return left, right
 
 
 def grid(pictures: Sequence[Picture], *, columns: int = 2) -> Picture:
     """Pictures in rows of `columns`; a row is as high as its highest picture, all columns are equally
     wide.
     """
-    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-    heights = [max(picture.shape[0] for picture in row) + _GAP for row in rows]
     width = max(picture.shape[1] for picture in pictures) + _GAP
-    sheet, top = paper(sum(heights) + _GAP, min(columns, len(pictures)) * width + _GAP), _GAP
-    for row, height in zip(rows, heights, strict=True):
-        for place, picture in enumerate(row):
-            left = _GAP + place * width
-            sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-        top += height
-    return sheet
+    tops = []
+    bottom = _GAP
+    for start in range(0, len(pictures), columns):
+        row = pictures[start : start + columns]
+        tops.append(bottom)
+        bottom += max(picture.shape[0] for picture in row) + _GAP
+    columns_used = min(columns, len(pictures))
+    sheet = _paper(columns_used * width + _GAP, bottom)
+    for number, picture in enumerate(pictures):
+        row_number, column = divmod(number, columns)
+        left = _GAP + column * width
+        sheet.paste(Image.fromarray(picture), (left, tops[row_number]))
+    return np.asarray(sheet)
 
 
 def scaled(image: Picture, side: int) -> Image.Image:
     """The image with its longer side at `side` pixels, the shorter in proportion and at least one pixel."""
-    scale = side / max(image.shape[:2])
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    height, width, _ = image.shape
+    scale = side / max(height, width)
+    width = max(1, round(width * scale))
+    height = max(1, round(height * scale))
+    size = (width, height)
     return Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
-def paper(height: int, width: int) -> Picture:
+def _paper(width: int, height: int) -> Image.Image:
     """An empty sheet."""
-    return np.full((height, width, 3), _PAPER, dtype=np.uint8)
+    return Image.new("RGB", (width, height), _PAPER)
 
 
 @cache

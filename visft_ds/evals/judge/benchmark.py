@@ -166,12 +166,12 @@ def resamples(images: int, count: int, groups: IntArray | None = None) -> IntArr
     Args:
         groups: (images,) numbers; whole groups are drawn.
     """
-    unit_of_image = _units(images, groups)
-    units = int(unit_of_image.max()) + 1
-    even = np.full(units, 1 / units)
+    unit_of_image = units(images, groups)
+    count_of_units = int(unit_of_image.max()) + 1
+    even = np.full(count_of_units, 1 / count_of_units)
     copies = [np.ones(images, dtype=np.int64)]
     for draw in range(count):
-        drawn = np.random.default_rng([1, draw]).multinomial(units, even)
+        drawn = np.random.default_rng([1, draw]).multinomial(count_of_units, even)
         copies.append(drawn[unit_of_image])
     return np.stack(copies)
 
@@ -186,23 +186,24 @@ def fifth(images: int, groups: IntArray | None = None) -> tuple[list[int], list[
     Raises:
         ValueError: fewer than five images or groups.
     """
-    unit_of_image = _units(images, groups)
-    units = len(np.unique(unit_of_image))
-    if units < FOLDS:
+    unit_of_image = units(images, groups)
+    count = len(np.unique(unit_of_image))
+    if count < FOLDS:
         what = "images" if groups is None else "groups of images"
         raise ValueError(
-            f"a fifth of the training {what} chooses the layer, but there are only {units}: give --layers last"
+            f"a fifth of the training {what} chooses the layer, but there are only {count}: "
+            "give --layers last"
         )
     held_out = unit_of_image % FOLDS == FOLDS - 1
     return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
 
 
-def _units(images: int, groups: IntArray | None) -> IntArray:
+def units(images: int, groups: IntArray | None) -> IntArray:
     """(images,), numbers from 0 on of what is drawn whole: each image by itself, or its group."""
     if groups is None:
         return np.arange(images)
-    units: IntArray = np.unique(groups, return_inverse=True)[1]
-    return units
+    unit_of_image: IntArray = np.unique(groups, return_inverse=True)[1]
+    return unit_of_image
 
 
 def mean_ratio(sums: FloatArray) -> FloatArray:

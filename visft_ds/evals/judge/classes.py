@@ -1,8 +1,4 @@
-"""Images with classes: folders, ImageNet and its relatives, ObjectNet, scikit-learn's digits; and zero-shot
-accuracy.
-
-As in CLIP (https://arxiv.org/abs/2103.00020) and EVA-CLIP: a class is the mean of its sentences, each of
-length 1.
+"""Images with classes: folders, ImageNet and its relatives, ObjectNet, scikit-learn's digits.
 
 | layout | found by | names of the classes | who may be chosen |
 |---|---|---|---|
@@ -17,7 +13,7 @@ itself.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, IntArray, Number, Score
+from visft_ds.evals.judge.benchmark import ImageSet, IntArray
 from visft_ds.evals.judge.images import (
     PARTS,
     changed,
@@ -37,7 +33,7 @@ from visft_ds.evals.judge.images import (
     read_lines,
 )
 from visft_ds.evals.judge.kinds import DIGITS
-from visft_ds.evals.judge.ranking import PLAIN, hits, rank_by_text, sentences
+from visft_ds.evals.judge.ranking import PLAIN
 from visft_ds.files import checked_name, reading
 
 _BORDER = 2  # red pixels around every image of ObjectNet, as model-soups and CLIP_benchmark cut them off
@@ -57,36 +53,6 @@ class ClassSet:
         return replace(self, images=chosen(self.images, places.tolist()), labels=self.labels[places])
 
 
-NUMBERS = (
-    Number("top1", how="The class whose sentences are most similar to the image is the right one."),
-    Number("top5", how="The right class is among the five whose sentences are most similar to the image."),
-)
-_BEST = {"top1": 1, "top5": 5}  # so many classes are looked at
-
-
-def zero_shot(label: str, data: ClassSet) -> Benchmark:
-    """Top-1 and, with more than five classes, top-5 accuracy."""
-    numbers = [
-        number for number in NUMBERS if number.name == "top1" or len(data.classes) > _BEST[number.name]
-    ]
-
-    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
-        images, texts = features["test"]["clip"], features["texts"]["clip"]
-        ranks = rank_by_text(images, texts, len(data.templates), data.labels)
-        for number in numbers:
-            yield Score(number.name, hits(ranks, _BEST[number.name]))
-
-    return Benchmark(
-        label,
-        {"test": data.images},
-        ("clip",),
-        numbers,
-        {"benchmark": "zero-shot 1", "labels": data.labels.tolist(), "templates": len(data.templates)},
-        scores,
-        texts=sentences(data.classes, data.templates),
-    )
-
-
 def read_classes(source: str, split: str | None = None) -> ClassSet:
     """Read a data set in any layout of the table above, or `digits`.
 
@@ -98,54 +64,82 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
         ValueError: no such folder, no class in it, a class without images, or other names than classes.
     """
     if source == DIGITS:
-        from sklearn.datasets import load_digits
-
-        loaded = load_digits()  # 8 x 8 grey levels from 0 to 16
-        pixels = (loaded.images * 255 / 16).round().astype(np.uint8)
-        drawn = ImageSet(
-            [f"{DIGITS} {place}" for place in range(len(pixels))],
-            lambda place: Image.fromarray(pixels[place]).convert("RGB"),
-            digest((str(pixels.shape), pixels.tobytes())),
-        )
-        return ClassSet(drawn, loaded.target.astype(np.int64), tuple("0123456789"))
+        return _digits()
     root = Path(source)
-    if not (root / (split or ".")).is_dir():
-        raise ValueError(
-            f"{root / (split or '')}: no such folder; give one with a folder for each class, or {DIGITS}"
-        )
-    objectnet = (root / "mappings").is_dir()
-    parts = [split] if split else PARTS
-    if objectnet:
-        parts = ["images"]
-    own = next((root / name for name in parts if (root / name).is_dir()), root)
-    named, templates = (_objectnet(root, own), imagenet()[1]) if objectnet else _named(own)
-    classes = _lines(root, own, "classnames.txt") or list(named.values())
-    templates = tuple(_lines(root, own, "templates.txt")) or templates
-    files = [image_files(folder) for folder in named]
+    folder = root / (split or "")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give one with a folder for each class, or {DIGITS}")
+    is_objectnet = (root / "mappings").is_dir()
+    if is_objectnet:
+        folder = _first_folder(root, ["images"])
+        names = _objectnet_names(root, folder)
+        templates = imagenet_templates()
+    else:
+        folder = _first_folder(root, [split] if split else PARTS)
+        names, templates = _names(folder)
+    classes = _lines(root, folder, "classnames.txt") or list(names.values())
+    templates = tuple(_lines(root, folder, "templates.txt")) or templates
+    files = {class_folder.name: image_files(class_folder) for class_folder in names}
+    _check(folder, classes, templates, files)
+    labels: list[int] = []
+    paths: list[Path] = []
+    for label, files_of_class in enumerate(files.values()):
+        labels += [label] * len(files_of_class)
+        paths += files_of_class
+    images = from_files(paths, folder)
+    if is_objectnet:
+        how = f"without {_BORDER} pixels of border"
+        images = changed(images, lambda _, image: ImageOps.crop(image, _BORDER), how)
+    return ClassSet(images, np.array(labels, dtype=np.int64), tuple(classes), templates)
+
+
+def _digits() -> ClassSet:
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()  # 8 x 8 grey levels from 0 to 16
+    pixels = (loaded.images * 255 / 16).round().astype(np.uint8)
+    images = ImageSet(
+        [f"{DIGITS} {place}" for place in range(len(pixels))],
+        lambda place: Image.fromarray(pixels[place]).convert("RGB"),
+        digest((str(pixels.shape), pixels.tobytes())),
+    )
+    return ClassSet(images, loaded.target.astype(np.int64), tuple("0123456789"))
+
+
+def _check(
+    folder: Path,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    files: Mapping[str, Sequence[Path]],
+) -> None:
+    """Raise ValueError if names of classes, templates and files of each class's folder do not go together."""
     if not files:
-        raise ValueError(f"{own} has no folders of classes: give a folder with one folder for each class")
-    if loose := image_files(own):
-        raise ValueError(f"{own} has {len(loose)} images outside of its folders of classes ({loose[0].name})")
+        raise ValueError(f"{folder} has no folders of classes: give a folder with one folder for each class")
+    loose = image_files(folder)
+    if loose:
+        raise ValueError(
+            f"{folder} has {len(loose)} images outside of its folders of classes ({loose[0].name})"
+        )
     if len(classes) != len(files):
         raise ValueError(
-            f"{root}: {len(classes)} names of classes for {len(files)} folders; name each, in order"
+            f"{folder}: {len(classes)} names of classes for {len(files)} folders; name each, in order"
         )
-    if empty := [folder.name for folder, found in zip(named, files, strict=True) if not found]:
+    empty = [name for name in files if not files[name]]
+    if empty:
         raise ValueError(
-            f"{own}: {len(empty)} of {len(files)} classes have no images: {', '.join(empty[:5])}"
+            f"{folder}: {len(empty)} of {len(files)} classes have no images: {', '.join(empty[:5])}"
         )
     twice = [name for name in classes if classes.count(name) > 1]
-    if twice and templates != imagenet()[1]:  # ImageNet has some, and is scored as it is
-        raise ValueError(f"{root}: two classes are called {twice[0]!r}: no text can tell them apart")
-    if wrong := [text for text in templates if "{}" not in text]:
-        raise ValueError(f"{root}: a template without {{}} for the class: {wrong[0]!r}")
-    images = from_files([path for found in files for path in found], own)
-    if objectnet:
-        images = changed(
-            images, lambda _, image: ImageOps.crop(image, _BORDER), f"without {_BORDER} pixels of border"
-        )
-    labels = np.repeat(np.arange(len(files)), [len(found) for found in files]).astype(np.int64)
-    return ClassSet(images, labels, tuple(classes), templates)
+    if twice and templates != imagenet_templates():  # ImageNet has some, and is scored as it is
+        raise ValueError(f"{folder}: two classes are called {twice[0]!r}: no text can tell them apart")
+    wrong = [text for text in templates if "{}" not in text]
+    if wrong:
+        raise ValueError(f"{folder}: a template without {{}} for the class: {wrong[0]!r}")
+
+
+def _first_folder(root: Path, names: Sequence[str]) -> Path:
+    """The first of some folders that is there, or the one around them."""
+    return next((root / name for name in names if (root / name).is_dir()), root)
 
 
 def read_train_and_test(
@@ -158,61 +152,76 @@ def read_train_and_test(
         ValueError: as `read_classes`; also if the two have other classes, or a class has one image only.
     """
     if train is None and (source == DIGITS or not (Path(source) / "train").is_dir()):
-        whole = read_classes(source, test)
-        tests = np.zeros(len(whole.labels), dtype=bool)
-        for label, name in enumerate(whole.classes):
-            of_class = np.flatnonzero(whole.labels == label)
-            if len(of_class) < 2:
-                raise ValueError(
-                    f"{source}: {name} has {len(of_class)} image(s); a probe needs two, to train and test"
-                )
-            tests[of_class[1::2]] = True
-        return whole.part(np.flatnonzero(~tests)), whole.part(np.flatnonzero(tests))
+        return _halves(read_classes(source, test), source)
     if (train or "train") == test:
         raise ValueError(f"{source}: probes would learn from {test} and be judged on it: name two parts")
-    learnt, held = read_classes(source, train or "train"), read_classes(source, test)
-    if learnt.classes != held.classes:
-        lone = sorted(set(learnt.classes) ^ set(held.classes))
-        raise ValueError(
-            f"{source}: train and test have other classes: {', '.join(lone[:5]) or 'in another order'}"
-        )
-    return learnt, held
+    taught = read_classes(source, train or "train")
+    judged = read_classes(source, test)
+    if taught.classes != judged.classes:
+        lone = sorted(set(taught.classes) ^ set(judged.classes))
+        what = ", ".join(lone[:5]) or "in another order"
+        raise ValueError(f"{source}: train and test have other classes: {what}")
+    return taught, judged
+
+
+def _halves(data: ClassSet, source: str) -> tuple[ClassSet, ClassSet]:
+    """Every second image of each class, and the others."""
+    is_second = np.zeros(len(data.labels), dtype=bool)
+    for label, name in enumerate(data.classes):
+        places = np.flatnonzero(data.labels == label)
+        if len(places) < 2:
+            raise ValueError(
+                f"{source}: {name} has {len(places)} image(s); a probe needs two, to train and test"
+            )
+        is_second[places[1::2]] = True
+    return data.part(np.flatnonzero(~is_second)), data.part(np.flatnonzero(is_second))
 
 
 @cache
-def imagenet() -> tuple[dict[str, str], tuple[str, ...]]:
-    """(ImageNet's classes in their order, WordNet id -> name as open_clip has it for texts; OpenAI's 80
-    templates).
-    """
-    from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+def imagenet_names() -> dict[str, str]:
+    """ImageNet's classes in their order: WordNet id -> name as open_clip has it for texts."""
+    from open_clip import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
-    names = dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True))
-    return names, tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+    return dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True))
 
 
-def _named(root: Path) -> tuple[dict[Path, str], tuple[str, ...]]:
+@cache
+def imagenet_templates() -> tuple[str, ...]:
+    """OpenAI's 80 sentences for ImageNet."""
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+
+
+def _names(root: Path) -> tuple[dict[Path, str], tuple[str, ...]]:
     """(folders with the names of their classes, templates), of ImageNet's family or any other."""
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    names = [folder.name for folder in folders]
-    if sorted(names) == sorted(map(str, range(1000))):
+    names = {folder.name for folder in folders}
+    if names == set(map(str, range(1000))):
         folders.sort(key=lambda folder: int(folder.name))  # otherwise "10" comes before "2"
-        return dict(zip(folders, imagenet()[0].values(), strict=True)), imagenet()[1]
-    if {*names} <= imagenet()[0].keys():
-        return {folder: imagenet()[0][folder.name] for folder in folders}, imagenet()[1]
+        return dict(zip(folders, imagenet_names().values(), strict=True)), imagenet_templates()
+    if names <= imagenet_names().keys():
+        return {folder: imagenet_names()[folder.name] for folder in folders}, imagenet_templates()
     return {folder: folder.name.replace("_", " ") for folder in folders}, PLAIN
 
 
-def _objectnet(root: Path, folder: Path) -> dict[Path, str]:
+def _objectnet_names(root: Path, folder: Path) -> dict[Path, str]:
     """The folders of the classes that ImageNet has, too, with their names."""
     path = root / "mappings/folder_to_objectnet_label.json"
+    names = {}
     with reading(path, "ObjectNet's mapping"):
-        shared = set(read_json(root / "mappings/objectnet_to_imagenet_1k.json"))
-        labels = {name: str(label) for name, label in sorted(read_json(path).items()) if label in shared}
-        named = {folder / checked_name(name, path): label for name, label in labels.items()}
-    return {inner: label for inner, label in named.items() if inner.is_dir()}
+        shared = read_json(root / "mappings/objectnet_to_imagenet_1k.json")
+        for name, label in sorted(read_json(path).items()):
+            class_folder = folder / checked_name(name, path)
+            if label in shared and class_folder.is_dir():
+                names[class_folder] = str(label)
+    return names
 
 
-def _lines(root: Path, own: Path, name: str) -> list[str]:
+def _lines(root: Path, folder: Path, name: str) -> list[str]:
     """The lines of a file in the split or above it, if there is one."""
-    return next((read_lines(folder / name) for folder in (own, root) if (folder / name).is_file()), [])
+    for path in (folder / name, root / name):
+        if path.is_file():
+            return read_lines(path)
+    return []

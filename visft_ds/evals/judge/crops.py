@@ -1,5 +1,5 @@
-"""Parts of images that published protocols teach with: what a view of an image is, and what all their crops
-share.
+"""Crops of images that published protocols teach with: what all of them share. Random numbers are torch's global
+ones.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.dense_sets import DenseSet
@@ -28,11 +29,10 @@ class View:
 
     def normalised(self, image: Image.Image | Tensor) -> Tensor:
         """(3, H, W) of an image, a picture or a tensor of bytes."""
-        pixels = pixels_of.pil_to_tensor(image) if isinstance(image, Image.Image) else image
-        normed: Tensor = pixels_of.normalize(
-            pixels_of.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std)
-        )
-        return normed
+        if isinstance(image, Image.Image):
+            image = pixels_of.pil_to_tensor(image)
+        pixels = pixels_of.to_dtype(image, torch.float32, scale=True)
+        return pixels_of.normalize(pixels, list(self.mean), list(self.std))
 
 
 def label_of(data: DenseSet, number: int) -> Tensor:
@@ -52,3 +52,26 @@ def short_side(size: Sequence[int], side: int) -> tuple[int, int]:
     if height > width:
         return int(side * height / width + 0.5), side
     return side, int(side * width / height + 0.5)
+
+
+def coin() -> bool:
+    """Return True in half of the cases."""
+    return bool(torch.rand(()) < 0.5)
+
+
+def random_part(size: Sequence[int], part: Sequence[int]) -> tuple[slice, slice]:
+    """Rows and columns of a random part (height, width) of an image, or all of those that are fewer."""
+    height, width = part
+    spare_rows = max(size[0] - height, 0)
+    spare_columns = max(size[1] - width, 0)
+    top = int(torch.randint(spare_rows + 1, ()))
+    left = int(torch.randint(spare_columns + 1, ()))
+    return slice(top, top + height), slice(left, left + width)
+
+
+def filled_up(image: Tensor, size: Sequence[int], value: float = 0) -> Tensor:
+    """(..., H, W) on its right and below, so that it has at least a size."""
+    height, width = size
+    below = max(0, height - image.shape[-2])
+    right = max(0, width - image.shape[-1])
+    return F.pad(image, [0, right, 0, below], value=value)

@@ -13,7 +13,6 @@ size, scaled).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 
@@ -22,15 +21,14 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.benchmark import Benchmark, Number, Score
-from visft_ds.evals.judge.crops import View
+from visft_ds.evals.judge.crops import View, coin, filled_up, random_part
 from visft_ds.evals.judge.dense_probes import Source, at_labels, probe, trained
 from visft_ds.evals.judge.dense_sets import DenseSet
-from visft_ds.evals.judge.heads import BATCH, Recipe, sampled
+from visft_ds.evals.judge.heads import BATCH, Recipe, half_cosine, sampled
 from visft_ds.evals.judge.protocol import NORMALISED, PUBLISHED, QUICK, SIZES, Protocol
 
 RMSE = Number(
@@ -61,15 +59,17 @@ _PLAIN_STEPS = 100  # before the variance counts
 _CROP = (416, 544)
 _NYU = (480, 640)  # height and width
 _EIGEN = slice(45, 471), slice(41, 601)
-_TAUGHT = slice(45, 472), slice(43, 608)  # without the white border of training images
+_WITHOUT_BORDER = slice(45, 472), slice(43, 608)  # of training images, which is white
 _ROTATION = 2.5  # degrees, either way, of half of the crops
 _GAMMA = (0.9, 1.1)  # of half of the crops, with the two below
 _BRIGHTNESS = (0.75, 1.25)
 _COLOUR = (0.9, 1.1)  # of each channel for itself
 _FIRST = 1e-3  # of the rate, at the first step
 _LAST = 1 / 25 / 1000  # of the rate, at the end
-_BETA1 = (0.85, 0.95)  # behind the warm-up, in which it is 0
-_Mask = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.bool_]]
+_FIRST_BETA1 = 0.85  # behind the warm-up, in which it is 0
+_LAST_BETA1 = 0.95
+_Metres = npt.NDArray[np.float32]
+_Mask = npt.NDArray[np.bool_]
 
 
 def depth(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Benchmark:
@@ -79,64 +79,67 @@ def depth(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Be
 
 def taught(data: DenseSet) -> DenseSet:
     """Training images: what is known teaches, in maps of NYU's size without their border."""
-    return _within(data, _TAUGHT, lambda metres: metres > 0)
+    return _restricted(data, _WITHOUT_BORDER, lambda metres: metres > 0)
 
 
 def judged(data: DenseSet) -> DenseSet:
     """Test images: what lies between NEAREST and FARTHEST counts, in maps of NYU's size in Eigen's part."""
-    return _within(data, _EIGEN, lambda metres: (metres > NEAREST) & (metres < FARTHEST))
+    return _restricted(data, _EIGEN, lambda metres: (metres > NEAREST) & (metres < FARTHEST))
 
 
-def _within(data: DenseSet, part: tuple[slice, slice], counts: _Mask) -> DenseSet:
-    """The same with 0 where a depth does not count."""
+def _restricted(data: DenseSet, part: tuple[slice, slice], counts: Callable[[_Metres], _Mask]) -> DenseSet:
+    """The same with 0 where a depth does not count, or lies outside of the part of a map of NYU's size."""
 
-    def label(number: int) -> npt.NDArray[np.float32]:
+    def label(number: int) -> _Metres:
         metres = data.label(number)
-        inner = part if metres.shape == _NYU else (slice(None), slice(None))
-        kept = np.zeros_like(metres)
-        kept[inner] = np.where(counts(metres), metres, 0)[inner]
-        if not kept.any():
-            raise ValueError(
-                f"{data.images.names[number]} has no depth between {NEAREST:g} and {FARTHEST:g} m"
-            )
-        return kept
+        does_count = counts(metres)
+        if metres.shape == _NYU:
+            inside = np.zeros(_NYU, dtype=bool)
+            inside[part] = True
+            does_count &= inside
+        if not does_count.any():
+            name = data.images.names[number]
+            raise ValueError(f"{name} has no depth between {NEAREST:g} and {FARTHEST:g} m")
+        return np.where(does_count, metres, np.float32(0))
 
     return replace(data, label=label)
 
 
-def _scores(source: Source, wanted: Collection[str]) -> Iterator[Score]:
-    head = trained(source, BINS, silog, source.protocol.depth, crop, schedule)
-    return _measured(wanted, source.flipped(lambda maps: metres(head(maps))), source.test)
+def _scores(source: Source, numbers: Collection[str]) -> Iterator[Score]:
+    heads = trained(source, BINS, silog, source.protocol.depth, crop, schedule)
+    outputs = source.flipped(lambda maps: metres(heads(maps)))
+    return _measured(numbers, outputs, source.test)
 
 
 def crop(image: Image.Image, truth: Tensor, view: View) -> tuple[Tensor, Tensor]:
     """A crop of the published size, whatever the side of the view; of NYU's images without their border."""
     pixels = pixels_of.to_dtype(pixels_of.pil_to_tensor(image), torch.float32, scale=True)
     if tuple(truth.shape) == _NYU:
-        pixels, truth = pixels[:, *_TAUGHT], truth[*_TAUGHT]
-    if torch.rand(()) < 0.5:
+        pixels = pixels[:, *_WITHOUT_BORDER]
+        truth = truth[*_WITHOUT_BORDER]
+    if coin():
         angle = torch.empty(()).uniform_(-_ROTATION, _ROTATION).item()
         pixels = pixels_of.rotate(pixels, angle, interpolation=transforms.InterpolationMode.BILINEAR)
         truth = pixels_of.rotate(truth[None], angle)[0]
-    if torch.rand(()) < 0.5:
-        pixels, truth = pixels.flip(-1), truth.flip(-1)
-    missing = [max(0, length - there) for length, there in zip(_CROP, truth.shape, strict=True)]
-    pixels, truth = (F.pad(map_, (0, missing[1], 0, missing[0])) for map_ in (pixels, truth))
-    top, left = (
-        int(torch.randint(there - length + 1, ())) for length, there in zip(_CROP, truth.shape, strict=True)
-    )
-    part = ..., slice(top, top + _CROP[0]), slice(left, left + _CROP[1])
-    pixels, truth = coloured(pixels[part]), truth[part]
-    return pixels_of.normalize(pixels, list(view.mean), list(view.std)), truth
+    both = torch.cat([pixels, truth[None]])  # (4, H, W): moved together from here on
+    if coin():
+        both = both.flip(-1)
+    both = filled_up(both, _CROP)
+    rows, columns = random_part(both.shape[1:], _CROP)
+    both = both[:, rows, columns]
+    pixels = pixels_of.normalize(coloured(both[:3]), list(view.mean), list(view.std))
+    return pixels, both[3]
 
 
 def coloured(pixels: Tensor) -> Tensor:
     """(3, H, W) in [0, 1], in half of the cases with another gamma, brightness and colour, clipped."""
-    if torch.rand(()) >= 0.5:
+    if not coin():
         return pixels
-    gamma, brightness = (torch.empty(()).uniform_(*limits) for limits in (_GAMMA, _BRIGHTNESS))
+    gamma = torch.empty(()).uniform_(*_GAMMA)
+    brightness = torch.empty(()).uniform_(*_BRIGHTNESS)
     colours = torch.empty(3, 1, 1).uniform_(*_COLOUR)
-    return ((pixels * 255) ** gamma * brightness * colours).clamp(0, 255) / 255
+    changed = (pixels * 255) ** gamma * brightness * colours
+    return changed.clamp(0, 255) / 255
 
 
 def schedule(recipe: Recipe, step: int) -> tuple[float, float]:
@@ -144,11 +147,13 @@ def schedule(recipe: Recipe, step: int) -> tuple[float, float]:
     it.
     """
     if step < recipe.warm_up:
-        fallen = (1 + math.cos(math.pi * step / recipe.steps)) / 2
-        return recipe.rate * (_FIRST + fallen * step / recipe.warm_up), 0.0
-    fallen = (1 + math.cos(math.pi * (step + 1) / recipe.steps)) / 2
-    risen = (1 - math.cos(math.pi * (step - recipe.warm_up) / (recipe.steps - recipe.warm_up))) / 2
-    return recipe.rate * (_LAST + (1 - _LAST) * fallen), _BETA1[0] + (_BETA1[1] - _BETA1[0]) * risen
+        warm = step / recipe.warm_up
+        return recipe.rate * (_FIRST + half_cosine(step / recipe.steps) * warm), 0.0
+    fallen = half_cosine((step + 1) / recipe.steps)
+    rate = recipe.rate * (_LAST + (1 - _LAST) * fallen)
+    risen = 1 - half_cosine((step - recipe.warm_up) / (recipe.steps - recipe.warm_up))
+    beta1 = _FIRST_BETA1 + (_LAST_BETA1 - _FIRST_BETA1) * risen
+    return rate, beta1
 
 
 def metres(outputs: Tensor) -> Tensor:
@@ -162,27 +167,34 @@ def silog(
     outputs: Tensor, truth: Tensor, weights: Tensor, generator: torch.Generator, stride: int, step: int
 ) -> Tensor:
     """sqrt(var g + 0.15 mean(g)^2) of g, the logarithms' difference, over the pixels whose depth is known."""
-    said, seen = sampled(metres(outputs), truth.unsqueeze(1), stride, generator)
-    error = (said + _EPSILON).log() - (seen + _EPSILON).log()
-    share = (seen > 0) * weights.T[:, :, None, None]
-    total = share.sum(dim=(0, 2, 3))
-    mean = (share * error).sum(dim=(0, 2, 3)) / total.clamp(min=1)
-    squares = (share * (error - mean[:, None, None]) ** 2).sum(dim=(0, 2, 3))
-    variance = squares / (total - 1).clamp(min=1)
-    return (variance * (step >= _PLAIN_STEPS) + 0.15 * mean**2).clamp(min=1e-12).sqrt().sum()
+    predicted, known = sampled(metres(outputs), truth.unsqueeze(1), stride, generator)
+    error = (predicted + _EPSILON).log() - (known + _EPSILON).log()
+    share = (known > 0) * weights.T[:, :, None, None]
+    pixels = (0, 2, 3)  # of all images, by heads
+    total = share.sum(dim=pixels)
+    mean = (share * error).sum(dim=pixels) / total.clamp(min=1)
+    deviation = error - mean[:, None, None]
+    loss = 0.15 * mean**2
+    if step >= _PLAIN_STEPS:
+        squares = (share * deviation**2).sum(dim=pixels)
+        loss = squares / (total - 1).clamp(min=1) + loss
+    return loss.clamp(min=1e-12).sqrt().sum()
 
 
-def _measured(wanted: Collection[str], seen: Iterable[Tensor], test: DenseSet) -> Iterator[Score]:
-    """Scores of the metres (heads, h, w) that are seen in each test image."""
-    each = []
-    for large, truth in at_labels(seen, test):
+def _measured(numbers: Collection[str], outputs: Iterable[Tensor], test: DenseSet) -> Iterator[Score]:
+    """Scores of metres (heads, h, w) for each test image."""
+    rmse = []
+    delta1 = []
+    for large, truth in at_labels(outputs, test):
         known = truth > 0
-        said = large[:, known].clamp(NEAREST, FARTHEST).double()
-        error = said - truth[known]
-        ratio = said / truth[known]
+        predicted = large[:, known].clamp(NEAREST, FARTHEST).double()
+        error = predicted - truth[known]
+        ratio = predicted / truth[known]
         within = torch.maximum(ratio, 1 / ratio) < 1.25
-        each.append(torch.stack([(error**2).mean(dim=1).sqrt(), within.double().mean(dim=1)]).cpu())
-    values = torch.stack(each, dim=2).numpy()  # (numbers, heads, images)
-    for number, (first, *others) in zip(NUMBERS, values, strict=True):
-        if number.name in wanted:
-            yield Score(number.name, first, retrained=np.array([other.mean() for other in others]))
+        rmse.append((error**2).mean(dim=1).sqrt().cpu())
+        delta1.append(within.double().mean(dim=1).cpu())
+    for name, values in ((RMSE.name, rmse), (DELTA1.name, delta1)):
+        if name in numbers:
+            of_heads = torch.stack(values, dim=1).numpy()  # (heads, images)
+            retrained = of_heads[1:].mean(axis=1)
+            yield Score(name, of_heads[0], retrained=retrained)

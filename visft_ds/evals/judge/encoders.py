@@ -12,6 +12,7 @@ and takes images as its `preprocess` makes them: RGB, resized and cropped to squ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ COARSE = 14  #: least pixels of a cell of an early stage's map: in-context compa
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 #: What open_clip calls weights in a repository, where its list names no file.
-OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+OPEN_CLIP_FILES: tuple[str, ...] = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 Preprocess = Callable[[Image.Image], Tensor]  #: RGB image -> (3, side, side)
 
@@ -72,26 +73,29 @@ class BackboneEncoder(nn.Module):
 
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         """Features of images (B, 3, H, W)."""
-        found = self.backbone(images, prefixes=True)
-        patches = [one for one in found if one.ndim == 4][-1]
-        return self._features(patches, found[-1], images, kinds)
+        outputs = self.backbone(images, prefixes=True)
+        patches = [output for output in outputs if output.ndim == 4][-1]
+        return self._features(patches, outputs[-1], images, kinds)
 
-    def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        """The same where a block of the backbone gives `given` and is the last."""
-        tokens = self.backbone.norm(given) if self.gives_tokens else given
-        return self._features(self.backbone.feature_map(tokens, images.shape[-2:]), tokens, images, kinds)
+    def of_block(self, output: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+        """The same where a block of the backbone gives `output` and is the last."""
+        tokens = self.backbone.norm(output) if self.gives_tokens else output
+        patches = self.backbone.feature_map(tokens, images.shape[-2:])
+        return self._features(patches, tokens, images, kinds)
 
     def _features(
         self, patches: Tensor, tokens: Tensor, images: Tensor, kinds: Collection[str]
     ) -> dict[str, Tensor]:
-        if not self.gives_tokens and patches.shape[-1] * COARSE > images.shape[-1]:
-            height, width = (-(-side // COARSE) for side in images.shape[-2:])
-            patches = F.adaptive_avg_pool2d(patches, (height, width))
-        found = {"pooled": tokens[:, 0] if self.has_class_token else patches.float().mean(dim=(2, 3))}
+        height, width = images.shape[-2:]
+        if not self.gives_tokens and patches.shape[-1] * COARSE > width:
+            cells = (math.ceil(height / COARSE), math.ceil(width / COARSE))
+            patches = F.adaptive_avg_pool2d(patches, cells)
+        features = {"patches": patches}
+        if "pooled" in kinds:
+            features["pooled"] = tokens[:, 0] if self.has_class_token else patches.float().mean(dim=(2, 3))
         if self.head is not None and "clip" in kinds:
-            found["clip"] = F.normalize(self.head(tokens[:, 0]).float(), dim=-1)
-        found["patches"] = patches
-        return {kind: found[kind] for kind in kinds}
+            features["clip"] = F.normalize(self.head(tokens[:, 0]).float(), dim=-1)
+        return {kind: features[kind] for kind in kinds}
 
 
 class _OpenClipEncoder(nn.Module):
@@ -111,14 +115,15 @@ class _OpenClipEncoder(nn.Module):
         if trunk is None:
             normed = "patches" in kinds  # a tower with an attentional pooler has no norm that fits
             outputs = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=normed)
-            (patches,), embedding = outputs["image_intermediates"], outputs["image_features"]
+            (patches,) = outputs["image_intermediates"]
+            embedding = outputs["image_features"]
             pooled = embedding
         else:
             tokens, (patches,) = trunk.forward_intermediates(images, indices=1, norm=True)
             embedding = self.visual.head(trunk.forward_head(tokens))
             pooled = trunk.forward_head(tokens, pre_logits=True)
-        found = {"pooled": pooled, "clip": F.normalize(embedding.float(), dim=-1), "patches": patches}
-        return {kind: found[kind] for kind in kinds}
+        features = {"pooled": pooled, "clip": F.normalize(embedding.float(), dim=-1), "patches": patches}
+        return {kind: features[kind] for kind in kinds}
 
 
 def square_preprocess(
@@ -145,15 +150,14 @@ def check_open_clip_is_here(name: str, weights: str) -> None:
     import open_clip
 
     if name.startswith(HUB):
-        repository, file = name.removeprefix(HUB), ""
-    elif (
-        not weights or Path(weights).is_file() or weights not in open_clip.list_pretrained_tags_by_model(name)
-    ):
-        return  # in a folder, a file, or an error of open_clip_encoder
-    else:
+        repository = name.removeprefix(HUB)
+        files = OPEN_CLIP_FILES
+    elif weights in open_clip.list_pretrained_tags_by_model(name) and not Path(weights).is_file():
         repository, _, file = open_clip.get_pretrained_cfg(name, weights)["hf_hub"].rpartition("/")
-    files = [file] if file else OPEN_CLIP_FILES
-    if not any(HubFile(repository, "main", each).cached() for each in files):
+        files = (file,) if file else OPEN_CLIP_FILES
+    else:  # in a folder, a file, or an error of open_clip_encoder
+        return
+    if not any(HubFile(repository, "main", file).cached() for file in files):
         raise ValueError(
             f"open_clip:{name}: its weights ({HUB}{repository}) are not in the hub's cache: add --download, "
             "or give a file"
@@ -178,15 +182,13 @@ def open_clip_encoder(name: str, weights: str) -> Encoder:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none of that name"
         raise ValueError(f"open_clip:{name}: give open_clip:NAME:TAG or open_clip:NAME:FILE; tags: {tags}")
     with reading(f"open_clip:{name}", "a model of open_clip"):
-        model = (
-            open_clip.create_model(name, pretrained=weights or None, load_weights=True)
-            .requires_grad_(False)
-            .eval()
-        )
+        model = open_clip.create_model(name, pretrained=weights or None, load_weights=True)
+        model.requires_grad_(False).eval()
         # Code of a repository is not run, and nobody is asked.
         foreign = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
         tokenizer = open_clip.get_tokenizer(name, **({"trust_remote_code": False} if foreign else {}))
-    config, visual = model.visual.preprocess_cfg, _OpenClipEncoder(model.visual)
+    config = model.visual.preprocess_cfg
+    visual = _OpenClipEncoder(model.visual)
     size = config["size"]
     return Encoder(
         visual.eval(),

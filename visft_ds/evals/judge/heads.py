@@ -52,19 +52,28 @@ class Heads(nn.Module):
     def __init__(self, heads: int, channels: int, outputs: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(channels, affine=False)
-        first = torch.randn(outputs, channels, generator=torch.Generator().manual_seed(0)) * 0.01
-        self.weight = nn.Parameter(first.repeat(heads, 1, 1))
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(outputs, channels, generator=generator) * 0.01
+        self.weight = nn.Parameter(start.repeat(heads, 1, 1))
         self.bias = nn.Parameter(torch.zeros(heads, outputs))
         self.scale = nn.Parameter(torch.ones(heads, channels))
         self.shift = nn.Parameter(torch.zeros(heads, channels))
 
     def forward(self, maps: Tensor) -> Tensor:
-        patches = self.norm(maps.flatten(2).transpose(1, 2).flatten(0, 1))
+        count, _, height, width = maps.shape
+        patches = maps.flatten(2).mT.flatten(0, 1)  # (B * h * w, D)
+        normed = self.norm(patches)
         # All heads in one product, which their BatchNorms' scales and shifts have become a part of.
-        weight = (self.weight * self.scale[:, None]).flatten(0, 1)
+        weight = self.weight * self.scale[:, None]
         bias = self.bias + torch.einsum("hcd,hd->hc", self.weight, self.shift)
-        outputs = F.linear(patches, weight, bias.flatten()).unflatten(0, (len(maps), -1)).transpose(1, 2)
-        return outputs.reshape(len(maps), *self.bias.shape, *maps.shape[-2:])
+        outputs = F.linear(normed, weight.flatten(0, 1), bias.flatten())
+        of_images = outputs.unflatten(0, (count, height * width)).mT
+        return of_images.reshape(count, *self.bias.shape, height, width)
+
+
+def half_cosine(share: float) -> float:
+    """Factor of a learning rate after a share of all steps: it falls from 1 to 0."""
+    return (1 + math.cos(math.pi * share)) / 2
 
 
 def fit(
@@ -83,18 +92,22 @@ def fit(
         examples: for each step numbers of the images in its batch, their maps (B, D, h, w), what is there.
         groups: (images,) numbers of what images come from together.
     """
-    weights = torch.from_numpy(resamples(images, len(heads.bias) - 1, groups)).float()
-    drops = torch.Generator().manual_seed(1)
-    pixels = torch.Generator().manual_seed(2)
+    copies = resamples(images, len(heads.bias) - 1, groups)
+    weights = torch.from_numpy(copies).float()
+    drop_generator = torch.Generator().manual_seed(1)
+    pixel_generator = torch.Generator().manual_seed(2)
     optimizer = torch.optim.AdamW(heads.parameters(), recipe.rate, recipe.betas, weight_decay=recipe.decay)
-    for step, (drawn, maps, truth) in enumerate(gauge("linear head", recipe.steps, "steps", examples)):
+    shown = gauge("linear head", recipe.steps, "steps", examples)
+    for step, (drawn, maps, truth) in enumerate(shown):
         rate, beta1 = schedule(recipe, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
             group["betas"] = (beta1, recipe.betas[1])
-        kept = torch.rand(maps.shape[:2], generator=drops) >= recipe.dropout
-        outputs = heads(maps * (kept / (1 - recipe.dropout)).to(maps)[..., None, None])
-        loss = loss_of(outputs, truth, weights[:, drawn].to(maps), pixels, recipe.stride, step)
+        is_kept = torch.rand(maps.shape[:2], generator=drop_generator) >= recipe.dropout
+        factors = (is_kept / (1 - recipe.dropout)).to(maps)
+        outputs = heads(maps * factors[:, :, None, None])
+        weights_of_images = weights[:, drawn].to(maps)
+        loss = loss_of(outputs, truth, weights_of_images, pixel_generator, recipe.stride, step)
         optimizer.zero_grad()
         loss.backward()
         _clip(heads, recipe.clip)
@@ -107,26 +120,35 @@ def _clip(heads: Heads, most: float) -> None:
     if not math.isfinite(most):
         return
     gradients = [parameter.grad for parameter in heads.parameters() if parameter.grad is not None]
-    lengths = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
-    factors = (most / lengths.clamp(min=1e-12)).clamp(max=1)
+    lengths = [gradient.flatten(1).norm(dim=1) for gradient in gradients]
+    length = torch.stack(lengths).norm(dim=0)
+    factors = (most / length.clamp(min=1e-12)).clamp(max=1)
     for gradient in gradients:
-        gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
+        gradient.copy_(torch.einsum("h...,h->h...", gradient, factors))
 
 
 def enlarged(maps: Tensor, size: Sequence[int], stride: int = 1, first: Sequence[int] = (0, 0)) -> Tensor:
     """(..., h, w) at every `stride`-th pixel, from `first` on, of its bilinear enlargement to a size."""
-    rows, columns = (
-        F.interpolate(torch.eye(old).unsqueeze(0), new, mode="linear")[0, :, begin::stride].to(maps)
-        for old, new, begin in zip(maps.shape[-2:], size, first, strict=True)
-    )
+    height, width = size
+    row, column = first
+    rows = _interpolation(maps.shape[-2], height)[:, row::stride].to(maps)
+    columns = _interpolation(maps.shape[-1], width)[:, column::stride].to(maps)
     # Two products of large matrices: a batch of small ones takes three times as long on a CPU.
     return (maps.mT.contiguous() @ rows).mT.contiguous() @ columns
+
+
+def _interpolation(old: int, new: int) -> Tensor:
+    """(old, new), the weight of each old place in each new one."""
+    places = torch.eye(old)
+    return F.interpolate(places[None], new, mode="linear")[0]
 
 
 def sampled(maps: Tensor, truth: Tensor, stride: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Maps (..., h, w) enlarged to labels (..., H, W), and these, at every `stride`-th pixel of every
     `stride`-th row, from a random one on.
     """
-    step = min(stride, *truth.shape[-2:])
+    size = truth.shape[-2:]
+    step = min(stride, *size)
     row, column = torch.randint(step, (2,), generator=generator).tolist()
-    return enlarged(maps, truth.shape[-2:], step, (row, column)), truth[..., row::step, column::step]
+    maps = enlarged(maps, size, step, (row, column))
+    return maps, truth[..., row::step, column::step]

@@ -19,19 +19,23 @@ With --quick, a pixel without a class has a share in none, and patches without a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
-from visft_ds.evals.judge.benchmark import FloatArray, IntArray
-from visft_ds.evals.judge.crops import View
-from visft_ds.evals.judge.neighbours import RESAMPLES, ROWS, Rows, vote
+from visft_ds.evals.judge.benchmark import FloatArray, IntArray, Score
+from visft_ds.evals.judge.crops import View, coin, label_of
+from visft_ds.evals.judge.dense_probes import LiveFeatures, Source
+from visft_ds.evals.judge.knn import QUERIES, RESAMPLES, vote
+from visft_ds.evals.judge.miou import mean_iou
+from visft_ds.evals.judge.rows import Rows
+from visft_ds.monitor.console import gauge
 
 NEIGHBOURS = 30
 TEMPERATURE = 0.02
@@ -40,79 +44,126 @@ _AREA = (0.5, 2.0)  # of a crop, share of the image
 _RATIO = (3 / 4, 4 / 3)
 _JITTER = 0.1  # of brightness, contrast, saturation and hue, each in half of the images
 
+#: (number of an image, its map (D, h, w), its label (H, W) of class numbers or NO_CLASS)
+LabelledMap = tuple[int, Tensor, Tensor]
+
+
+def in_context_miou(name: str, source: Source) -> Score:
+    """mIoU of patches that take their classes from a memory of training patches."""
+    classes = len(source.train.classes)
+    published = isinstance(source, LiveFeatures)
+    count, images = source.remembered(crop, PASSES)
+    if published:
+        images = _with_void_as_class_0(images)
+    shown = gauge("in-context memory", count, "images", images)
+    patches_of_image = max(1, source.protocol.memory // count)
+    memory = remember(shown, classes, count, patches_of_image)
+    memory = memory.in_groups(source.train.images.groups)
+    draws = RESAMPLES if source.protocol.resampled else 0
+    answers = recall(memory, source.whole(source.test), draws)
+    label = partial(label_of, source.test)
+    if isinstance(source, LiveFeatures):
+        label = partial(_label_of_input, source)
+    return mean_iou(name, answers, label, classes, matched=published)
+
+
+def _with_void_as_class_0(images: Iterable[LabelledMap]) -> Iterator[LabelledMap]:
+    for number, maps, label in images:
+        yield number, maps, label.clamp(min=0)
+
+
+def _label_of_input(source: LiveFeatures, number: int) -> Tensor:
+    """The label of a test image at the size of the encoder's images."""
+    label = label_of(source.test, number)
+    side = source.encoder.side
+    resized = F.interpolate(label[None, None].float(), (side, side), mode="nearest")
+    return resized[0, 0].long()
+
 
 def crop(image: Image.Image, label: Tensor, view: View) -> tuple[Tensor, Tensor]:
     """A random part of an image, stretched to a square, after its colours were changed; and its label."""
     for kind in ("brightness", "contrast", "saturation", "hue"):
-        if torch.rand(()) < 0.5:
+        if coin():
             image = transforms.ColorJitter(**{kind: _JITTER})(image)
     pixels = view.normalised(image)
-    box = transforms.RandomResizedCrop(view.side, scale=_AREA, ratio=_RATIO).make_params([pixels])
-    where = (box["top"], box["left"], box["height"], box["width"])
-    size = [view.side, view.side]
-    bilinear, nearest = transforms.InterpolationMode.BILINEAR, transforms.InterpolationMode.NEAREST
-    part = pixels_of.resized_crop(pixels, *where, size, interpolation=bilinear, antialias=True)
-    return part, pixels_of.resized_crop(label[None], *where, size, interpolation=nearest)[0]
+    random_crop = transforms.RandomResizedCrop(view.side, scale=_AREA, ratio=_RATIO)
+    box = random_crop.make_params([pixels]) | {"size": [view.side, view.side]}
+    nearest = transforms.InterpolationMode.NEAREST
+    pixels = pixels_of.resized_crop(pixels, **box, antialias=True)
+    numbers = pixels_of.resized_crop(label[None], **box, interpolation=nearest)
+    return pixels, numbers[0]
 
 
-def remember(images: Iterable[tuple[int, Tensor, Tensor]], classes: int, most: int, each: int) -> Rows:
+def remember(images: Iterable[LabelledMap], classes: int, most: int, each: int) -> Rows:
     """Keep at most `each` patches of every image: those of classes that are rare in it, at random among
     equals.
 
     Args:
-        images: (number of the image, its map (D, h, w), its label (H, W) of class numbers or NO_CLASS).
         most: images that come.
     """
-    kept = 0
-    features, labels, owners = (torch.empty(0) for _ in range(3))
+    count = 0
+    memory: Rows | None = None
     for number, patches, label in images:
-        shares = shares_of(label.cpu(), patches.shape[-2:], classes)
-        frequency = (shares > 0) @ (shares > 0).sum(axis=0)
-        order = np.argsort(frequency * np.random.default_rng([0, number]).random(len(shares)), kind="stable")
-        chosen = torch.from_numpy(order[frequency[order] > 0][:each])
-        if not len(owners):  # once: gathered later, they would be in memory twice
+        channels, height, width = patches.shape
+        shares = shares_of(label.cpu(), (height, width), classes)
+        if memory is None:  # allocated once: gathered later, it would be in memory twice
             rows = most * min(each, len(shares))
-            features = patches.new_empty(rows, len(patches))
-            labels = patches.new_empty(rows, classes)
-            owners = torch.empty(rows, dtype=torch.int64, device=patches.device)
-        place = slice(kept, kept + len(chosen))
-        features[place] = F.normalize(patches.flatten(1).T[chosen.to(patches.device)], dim=1)
-        labels[place] = torch.from_numpy(shares)[chosen].to(labels)
-        owners[place] = number
-        kept += len(chosen)
-    return Rows(features[:kept], labels[:kept], owners[:kept])
+            memory = Rows(
+                features=patches.new_empty(rows, channels),
+                labels=patches.new_empty(rows, classes),
+                owners=patches.new_empty(rows, dtype=torch.int64),
+            )
+        chosen = _rare_patches(shares, each, np.random.default_rng([0, number]))
+        place = slice(count, count + len(chosen))
+        features = patches.flatten(1).T[chosen.to(patches.device)]
+        memory.features[place] = F.normalize(features, dim=1)
+        memory.labels[place] = torch.from_numpy(shares[chosen]).to(memory.labels)
+        memory.owners[place] = number
+        count += len(chosen)
+    assert memory is not None
+    return memory.part(slice(count))
+
+
+def _rare_patches(shares: FloatArray, most: int, rng: np.random.Generator) -> Tensor:
+    """Numbers of patches with any class, (n, C) shares: first those whose classes are in few patches."""
+    has_class = shares > 0
+    frequency = has_class @ has_class.sum(axis=0)
+    key = frequency * rng.random(len(shares))
+    order = np.argsort(key, kind="stable")
+    is_labelled = frequency[order] > 0
+    return torch.from_numpy(order[is_labelled][:most])
 
 
 def shares_of(label: Tensor, grid: Sequence[int], classes: int) -> FloatArray:
     """(h * w, classes), the share of each class among the pixels of each patch; a pixel belongs to one
     patch.
     """
-    rows, columns = (np.arange(size) * cells // size for size, cells in zip(label.shape, grid, strict=True))
+    height, width = grid
     numbers = label.numpy()
-    numbers = np.where((numbers >= 0) & (numbers < classes), numbers, classes)
-    bins = (rows[:, None] * grid[1] + columns) * (classes + 1) + numbers
-    counts = np.bincount(bins.ravel(), minlength=grid[0] * grid[1] * (classes + 1)).reshape(-1, classes + 1)
-    shares: FloatArray = counts[:, :classes] / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    rows = _cells(numbers.shape[0], height)
+    columns = _cells(numbers.shape[1], width)
+    patch_of_pixel = rows[:, None] * width + columns
+    pixels = np.bincount(patch_of_pixel.ravel(), minlength=height * width)
+    known = (numbers >= 0) & (numbers < classes)
+    pairs = patch_of_pixel[known] * classes + numbers[known]
+    counts = np.bincount(pairs, minlength=height * width * classes)
+    shares: FloatArray = counts.reshape(-1, classes) / np.maximum(pixels, 1)[:, None]
     return shares
 
 
-def recall(memory: Rows, maps: Tensor, draws: int = RESAMPLES) -> Iterator[Tensor]:
-    """For each image of (n, D, h, w): (1 + draws, C, h, w), what its patches are by the memory and by
+def _cells(pixels: int, cells: int) -> IntArray:
+    """(pixels,), the cell that each pixel of a side belongs to."""
+    return np.arange(pixels) * cells // pixels
+
+
+def recall(memory: Rows, batches: Iterable[Tensor], draws: int = RESAMPLES) -> Iterator[Tensor]:
+    """For each image of batches (n, D, h, w): (1 + draws, C, h, w), what its patches are by the memory and by
     resamples.
     """
-    for images in maps.split(max(1, ROWS // maps[0, 0].numel())):
-        queries = images.flatten(2).transpose(1, 2).flatten(0, 1)
-        votes = vote(memory, queries, NEIGHBOURS, TEMPERATURE, draws)
-        yield from votes.unflatten(1, (len(images), *maps.shape[-2:])).permute(1, 0, 4, 2, 3)
-
-
-def matching(counts: Tensor) -> IntArray:
-    """(C,), the class that each answer stands for, of counts (C answers, C classes) of pixels.
-
-    One for each, so that the sum of the intersections over unions is largest.
-    """
-    both = counts.double().numpy()
-    union = both.sum(axis=0, keepdims=True) + both.sum(axis=1, keepdims=True) - both
-    answers, classes = linear_sum_assignment(both / np.maximum(union, 1e-8), maximize=True)
-    order: IntArray = classes[np.argsort(answers)]
-    return order
+    for batch in batches:
+        height, width = batch.shape[-2:]
+        for images in batch.split(max(1, QUERIES // (height * width))):
+            patches = images.flatten(2).mT.flatten(0, 1)
+            votes = vote(memory, patches, NEIGHBOURS, TEMPERATURE, draws)
+            of_images = votes.unflatten(1, (len(images), height, width))
+            yield from of_images.permute(1, 0, 4, 2, 3)

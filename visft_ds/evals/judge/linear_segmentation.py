@@ -12,7 +12,6 @@ on the test images).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import product
 
@@ -23,8 +22,8 @@ from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
-from visft_ds.evals.judge.crops import NO_CLASS, View, short_side
-from visft_ds.evals.judge.heads import Recipe, sampled
+from visft_ds.evals.judge.crops import NO_CLASS, View, coin, filled_up, random_part, short_side
+from visft_ds.evals.judge.heads import Recipe, half_cosine, sampled
 
 RECIPE = Recipe(steps=40_000, warm_up=1500, rate=1e-3, decay=1e-3, dropout=0.1)
 _START = 1e-6  # of the rate, at the first step
@@ -43,60 +42,61 @@ def crop(image: Image.Image, label: Tensor, view: View) -> tuple[Tensor, Tensor]
 
     What is outside of the image, below it or on its right, is 0 and has no class.
     """
-    ratio = _RATIO[0] + (_RATIO[1] - _RATIO[0]) * torch.rand(()).item()
-    height, width = short_side(label.shape, int(view.side * ratio))
-    pixels = pixels_of.pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
+    shorter = int(view.side * _uniform(*_RATIO))
+    height, width = short_side(label.shape, shorter)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = pixels_of.pil_to_tensor(resized)
     nearest = transforms.InterpolationMode.NEAREST
     numbers = pixels_of.resize(label[None], [height, width], interpolation=nearest)[0]
     rows, columns = _square(numbers, view.side)
-    pixels, numbers = pixels[:, rows, columns], numbers[rows, columns]
-    if torch.rand(()) < 0.5:
-        pixels, numbers = pixels.flip(-1), numbers.flip(-1)
+    pixels = pixels[:, rows, columns]
+    numbers = numbers[rows, columns]
+    if coin():
+        pixels = pixels.flip(-1)
+        numbers = numbers.flip(-1)
     pixels = view.normalised(distorted(pixels))
-    missing = [0, view.side - pixels.shape[2], 0, view.side - pixels.shape[1]]
-    return F.pad(pixels, missing), F.pad(numbers, missing, value=NO_CLASS)
+    square = (view.side, view.side)
+    return filled_up(pixels, square), filled_up(numbers, square, NO_CLASS)
 
 
 def _square(numbers: Tensor, side: int) -> tuple[slice, slice]:
     """Rows and columns of a random square, drawn again while one class has too much of it."""
-
-    def drawn() -> tuple[slice, slice]:
-        spare = [max(length - side, 0) for length in numbers.shape]
-        top, left = (int(torch.randint(most + 1, ())) for most in spare)
-        return slice(top, top + side), slice(left, left + side)
-
-    square = drawn()
+    square = random_part(numbers.shape, (side, side))
     for _ in range(_REDRAWN):
         inside = numbers[square]
-        counts = inside[inside != NO_CLASS].unique(return_counts=True)[1]
-        if len(counts) > 1 and counts.max() / counts.sum() < _MOST_OF_ONE:
+        pixels = inside[inside != NO_CLASS].unique(return_counts=True)[1]
+        if len(pixels) > 1 and pixels.max() / pixels.sum() < _MOST_OF_ONE:
             break
-        square = drawn()
+        square = random_part(numbers.shape, (side, side))
     return square
 
 
 def distorted(pixels: Tensor) -> Tensor:
     """(3, H, W) bytes with other brightness, contrast, saturation and hue, each in half of the cases."""
-
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * torch.rand(()).item()
-
-    def changed(pixels: Tensor, factor: float, term: float) -> Tensor:
-        return (pixels.float() * factor + term).clamp(0, 255).to(torch.uint8)
-
-    def contrast(pixels: Tensor) -> Tensor:
-        return changed(pixels, uniform(*_RANGE), 0) if torch.rand(()) < 0.5 else pixels
-
-    if torch.rand(()) < 0.5:
-        pixels = changed(pixels, 1, uniform(-_DELTA, _DELTA))
-    contrast_first = bool(torch.rand(()) < 0.5)
+    if coin():
+        pixels = _as_bytes(pixels.float() + _uniform(-_DELTA, _DELTA))
+    contrast_first = coin()
     if contrast_first:
-        pixels = contrast(pixels)
-    if torch.rand(()) < 0.5:
-        pixels = pixels_of.adjust_saturation(pixels, uniform(*_RANGE))
-    if torch.rand(()) < 0.5:
-        pixels = pixels_of.adjust_hue(pixels, uniform(*_HUE))
-    return pixels if contrast_first else contrast(pixels)
+        pixels = _contrast(pixels)
+    if coin():
+        pixels = pixels_of.adjust_saturation(pixels, _uniform(*_RANGE))
+    if coin():
+        pixels = pixels_of.adjust_hue(pixels, _uniform(*_HUE))
+    if not contrast_first:
+        pixels = _contrast(pixels)
+    return pixels
+
+
+def _contrast(pixels: Tensor) -> Tensor:
+    return _as_bytes(pixels.float() * _uniform(*_RANGE)) if coin() else pixels
+
+
+def _as_bytes(pixels: Tensor) -> Tensor:
+    return pixels.clamp(0, 255).to(torch.uint8)
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * torch.rand(()).item()
 
 
 def schedule(recipe: Recipe, step: int) -> tuple[float, float]:
@@ -106,26 +106,32 @@ def schedule(recipe: Recipe, step: int) -> tuple[float, float]:
     late = max(step - 1, 0)
     if late < recipe.warm_up:
         begun = 1 - (1 - late / recipe.warm_up) * (1 - _START)
-        return recipe.rate * begun * (1 - late / recipe.steps), recipe.betas[0]
-    return recipe.rate * (1 + math.cos(math.pi * (late + 1) / recipe.steps)) / 2, recipe.betas[0]
+        factor = begun * (1 - late / recipe.steps)
+    else:
+        factor = half_cosine((late + 1) / recipe.steps)
+    return recipe.rate * factor, recipe.betas[0]
 
 
 def cross_entropy(
     outputs: Tensor, truth: Tensor, weights: Tensor, generator: torch.Generator, stride: int, _: int
 ) -> Tensor:
     """The mean over all pixels, of which those without a class count 0; resamples count fewer pixels."""
-    total = outputs.new_zeros(())
-    for heads, step in ((slice(0, 1), stride), (slice(1, None), max(_SPARSE, 2 * stride))):
-        part = outputs[:, heads]
-        if part.shape[1]:
-            large, seen = sampled(part, truth, step, generator)
-            several = seen.long().unsqueeze(1).expand(-1, part.shape[1], -1, -1).flatten(0, 1)
-            losses = F.cross_entropy(large.flatten(0, 1), several, ignore_index=NO_CLASS, reduction="none")
-            total = (
-                total
-                + (losses.unflatten(0, part.shape[:2]).mean(dim=(2, 3)) * weights[heads].T).mean(dim=0).sum()
-            )
-    return total
+    loss = _cross_entropy(outputs[:, :1], truth, weights[:1], generator, stride)
+    if outputs.shape[1] > 1:
+        sparse = max(_SPARSE, 2 * stride)
+        loss = loss + _cross_entropy(outputs[:, 1:], truth, weights[1:], generator, sparse)
+    return loss
+
+
+def _cross_entropy(
+    outputs: Tensor, truth: Tensor, weights: Tensor, generator: torch.Generator, stride: int
+) -> Tensor:
+    logits, numbers = sampled(outputs, truth, stride, generator)  # (B, heads, C, h, w), (B, h, w)
+    losses = []
+    for head, weights_of_images in enumerate(weights):
+        of_pixels = F.cross_entropy(logits[:, head], numbers.long(), ignore_index=NO_CLASS, reduction="none")
+        losses.append((of_pixels.mean(dim=(1, 2)) * weights_of_images).mean())
+    return torch.stack(losses).sum()
 
 
 def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int) -> Tensor:
@@ -137,15 +143,19 @@ def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int) -> Tensor
         image: its shorter side is `side` pixels.
     """
     height, width = image.shape[-2:]
-    rows, columns = ([*range(0, size - side, side * 2 // 3), size - side] for size in (height, width))
     total: Tensor | None = None
     times = torch.zeros(height, width)
-    for top, left in product(rows, columns):
+    for top, left in product(_starts(height, side), _starts(width, side)):
         square = ..., slice(top, top + side), slice(left, left + side)
-        seen = see(image[square].unsqueeze(0))[0]
+        outputs = see(image[square][None])[0]
         if total is None:
-            total = seen.new_zeros(*seen.shape[:-2], height, width)
-        total[square] += seen  # in place: with all classes of all heads this is more than a gigabyte
+            total = outputs.new_zeros(*outputs.shape[:-2], height, width)
+        total[square] += outputs  # in place: with all classes of all heads this is more than a gigabyte
         times[square] += 1
     assert total is not None
     return total.div_(times.to(total))
+
+
+def _starts(size: int, side: int) -> list[int]:
+    """Where windows begin; the last one ends with the image."""
+    return [*range(0, size - side, side * 2 // 3), size - side]

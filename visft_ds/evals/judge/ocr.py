@@ -25,12 +25,16 @@ from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number
 from visft_ds.evals.judge.images import from_files, read_lines
 from visft_ds.files import checked_name, reading
 
-WIDTH, STEPS_PER_COLUMN = 128, 2  #: of the reader; characters are often narrower than a patch
-UPDATES, BATCH, RATE = 1500, 64, 2e-3
+WIDTH = 128  #: of the reader
+STEPS_PER_COLUMN = 2  #: characters are often narrower than a patch
+UPDATES = 1500
+BATCH = 64
+RATE = 2e-3
 
-NUMBERS = (
-    Number("words", how="A linear layer and an LSTM learn to read words by CTC; the share without mistake."),
+WORDS = Number(
+    "words", how="A linear layer and an LSTM learn to read words by CTC; the share without mistake."
 )
+NUMBERS = (WORDS,)
 
 #: Word pictures, seen as squares whatever their shape, and what they say.
 WordSet = tuple[ImageSet, tuple[str, ...]]
@@ -38,23 +42,25 @@ WordSet = tuple[ImageSet, tuple[str, ...]]
 
 def ocr(label: str, train: WordSet, test: WordSet) -> Benchmark:
     """Share of words read without mistake."""
-    (taught, words), (shown, right) = train, test
+    train_images, train_words = train
+    test_images, test_words = test
 
-    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
-        found = read(features["train"]["columns"], words, features["test"]["columns"], UPDATES)
-        yield Score("words", np.array([float(one == other) for one, other in zip(found, right, strict=True)]))
+    def scores(features: Features, numbers: Collection[str]) -> Iterator[Score]:
+        words = read(features["train"]["columns"], train_words, features["test"]["columns"], UPDATES)
+        correct = [float(word == right) for word, right in zip(words, test_words, strict=True)]
+        yield Score(WORDS.name, np.array(correct))
 
     return Benchmark(
         label,
-        {"train": taught, "test": shown},
-        ("columns",),
-        NUMBERS,
-        {
+        sets={"train": train_images, "test": test_images},
+        kinds=("columns",),
+        numbers=NUMBERS,
+        settings={
             "benchmark": "ocr 3",
             "protocol": [WIDTH, STEPS_PER_COLUMN, UPDATES, BATCH, RATE],
-            "words": [words, right],
+            "words": [train_words, test_words],
         },
-        scores,
+        scores=scores,
     )
 
 
@@ -64,46 +70,45 @@ def read(known: Tensor, words: Sequence[str], asked: Tensor, updates: int) -> li
     """
     if known.shape[2] * STEPS_PER_COLUMN < min(map(len, words)):
         raise ValueError(f"features of {known.shape[2]} columns are too few for any word")
-    alphabet = sorted({character for word in words for character in word})  # a blank comes after it
+    alphabet = sorted(set("".join(words)))  # a blank comes after it
     # One number for all channels: some hardly vary, and would be blown up to noise.
-    mean, scale = known.mean(dim=(0, 2)), known.std().clamp_min(1e-6)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the same for the same input, whatever the global generator's state
+    mean = known.mean(dim=(0, 2))
+    scale = known.std().clamp_min(1e-6)
+    with torch.random.fork_rng(devices=[]):  # the same for the same input, whatever was drawn before
         torch.manual_seed(0)
         narrow = nn.Linear(known.shape[1], WIDTH)
-        sequence = nn.LSTM(WIDTH, WIDTH // 2, bidirectional=True, batch_first=True)
-        out = nn.Linear(WIDTH, STEPS_PER_COLUMN * (len(alphabet) + 1))
-        reader = nn.ModuleList([narrow, sequence, out])
+        lstm = nn.LSTM(WIDTH, WIDTH // 2, bidirectional=True, batch_first=True)
+        classify = nn.Linear(WIDTH, STEPS_PER_COLUMN * (len(alphabet) + 1))
+        reader = nn.ModuleList([narrow, lstm, classify])
 
-        def steps_of(columns: Tensor) -> Tensor:
-            """(w * STEPS_PER_COLUMN, n, characters) log-probabilities."""
+        def log_probabilities(columns: Tensor) -> Tensor:
+            """(w * STEPS_PER_COLUMN, n, characters)"""
             x = torch.relu(narrow((columns.transpose(1, 2) - mean) / scale))
-            x = x + sequence(x)[0]
-            return (
-                out(x).unflatten(2, (STEPS_PER_COLUMN, -1)).flatten(1, 2).log_softmax(dim=2).transpose(0, 1)
-            )
+            x = x + lstm(x)[0]
+            steps = classify(x).unflatten(2, (STEPS_PER_COLUMN, -1)).flatten(1, 2)
+            return steps.log_softmax(dim=2).transpose(0, 1)
 
         optimizer = torch.optim.AdamW(reader.parameters(), lr=RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, RATE, updates, pct_start=50 / updates, cycle_momentum=False
         )
-        loss_of = nn.CTCLoss(blank=len(alphabet), zero_infinity=True)
+        criterion = nn.CTCLoss(blank=len(alphabet), zero_infinity=True)
         for _ in range(updates):
             batch = torch.randint(len(words), (BATCH,))
             drawn = [words[place] for place in batch.tolist()]
-            targets = torch.tensor([alphabet.index(character) for word in drawn for character in word])
-            logs = steps_of(known[batch])
-            loss = loss_of(
-                logs, targets, torch.full((BATCH,), len(logs)), torch.tensor(list(map(len, drawn)))
-            )
+            targets = torch.tensor([alphabet.index(character) for character in "".join(drawn)])
+            steps = log_probabilities(known[batch])
+            lengths = torch.tensor([len(word) for word in drawn])
+            loss = criterion(steps, targets, torch.full((BATCH,), len(steps)), lengths)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
             optimizer.step()
             schedule.step()
+    paths: list[list[int]] = []
     with torch.no_grad():
-        paths = [path for part in asked.split(256) for path in steps_of(part).argmax(dim=2).T.tolist()]
+        for part in asked.split(256):
+            paths += log_probabilities(part).argmax(dim=2).T.tolist()
     # Of the most likely path repeats are one character, blanks none.
     return ["".join(alphabet[step] for step, _ in groupby(path) if step < len(alphabet)) for path in paths]
 
@@ -112,12 +117,16 @@ def read_words(folder: Path) -> WordSet:
     """Word pictures of a folder. Raises ValueError for a label file without words, or with a line of another
     form.
     """
-    path = folder / ("gt.txt" if (folder / "gt.txt").is_file() else "labels.txt")
-    files, words = [], []
+    path = folder / "gt.txt"
+    if not path.is_file():
+        path = folder / "labels.txt"
+    files = []
+    words = []
     with reading(path, 'lines of NAME, "TEXT" or NAME<TAB>TEXT'):
         for line in read_lines(path):
             name, text = re.split("[,\t]", line, maxsplit=1)
-            if word := re.sub("[^0-9a-z]", "", text.lower()):
+            word = re.sub("[^0-9a-z]", "", text.lower())
+            if word:
                 files.append(folder / checked_name(name, path))
                 words.append(word)
         if not words:

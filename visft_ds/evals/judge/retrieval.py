@@ -27,12 +27,13 @@ from visft_ds.files import checked_name, reading
 
 CAPTIONS = 5
 RECALLS = (1, 5, 10)
-_WAYS = ("image to text", "text to image")
-_ROWS = 1024
+_IMAGE_TO_TEXT = "image to text"
+_TEXT_TO_IMAGE = "text to image"
+_ROWS = 1024  # queries that are compared with everything at once
 
 NUMBERS = tuple(
     Number(f"{way} R@{k}", how=f"From {way}, a right answer is among the first {k}.")
-    for way in _WAYS
+    for way in (_IMAGE_TO_TEXT, _TEXT_TO_IMAGE)
     for k in RECALLS
 )
 
@@ -40,45 +41,52 @@ Pairs = list[tuple[Path, list[str]]]  #: file of an image, its captions
 
 
 def retrieval(label: str, images: ImageSet, captions: Sequence[str], owners: IntArray) -> Benchmark:
-    """R@1, R@5 and R@10 from image to text and from text to image; `owners` are the places of the captions'
-    images.
+    """R@1, R@5 and R@10 from image to text and from text to image.
+
+    Args:
+        owners: (captions,) numbers of their images.
     """
 
-    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
-        seen, read = features["images"]["clip"], features["texts"]["clip"]
-        of_seen, of_read = torch.arange(len(seen)), torch.from_numpy(owners)
-        ranks = rank_of_own(seen, read, of_seen, of_read), rank_of_own(read, seen, of_read, of_seen)
-        for way, places, groups in zip(_WAYS, ranks, (None, owners), strict=True):
-            for k in RECALLS:
-                yield Score(f"{way} R@{k}", hits(places, k), groups=groups)
+    def scores(features: Features, numbers: Collection[str]) -> Iterator[Score]:
+        pictures = features["images"]["clip"]
+        texts = features["texts"]["clip"]
+        own = torch.arange(len(pictures))
+        image_of_text = torch.from_numpy(owners)
+        ranks = rank_of_own(pictures, texts, own, image_of_text)
+        for k in RECALLS:
+            yield Score(f"{_IMAGE_TO_TEXT} R@{k}", hits(ranks, k))
+        ranks = rank_of_own(texts, pictures, image_of_text, own)
+        for k in RECALLS:
+            yield Score(f"{_TEXT_TO_IMAGE} R@{k}", hits(ranks, k), groups=owners)
 
     return Benchmark(
         label,
-        {"images": images},
-        ("clip",),
-        NUMBERS,
-        {"benchmark": "retrieval 1", "owners": owners.tolist(), "texts": list(captions)},
-        scores,
+        sets={"images": images},
+        kinds=("clip",),
+        numbers=NUMBERS,
+        settings={"benchmark": "retrieval 1", "owners": owners.tolist(), "texts": list(captions)},
+        scores=scores,
         texts=captions,
     )
 
 
-def rank_of_own(queries: Tensor, found: Tensor, of_queries: Tensor, of_found: Tensor) -> Tensor:
-    """Place of the best of its own for each query, behind all others that are as similar.
+def rank_of_own(queries: Tensor, items: Tensor, query_owners: Tensor, item_owners: Tensor) -> Tensor:
+    """Place of the best of its own items for each query, behind all others that are as similar.
 
     Args:
-        of_queries, of_found: numbers of the images that they belong to.
+        query_owners, item_owners: numbers of the images that they belong to.
     """
     ranks = []
-    for part, images in zip(queries.split(_ROWS), of_queries.split(_ROWS), strict=True):
-        similarity, own = part @ found.T, images[:, None] == of_found
-        best = similarity.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(((similarity >= best) & ~own).sum(dim=1))
+    for batch, owners in zip(queries.split(_ROWS), query_owners.split(_ROWS), strict=True):
+        similarity = batch @ items.T
+        is_own = owners[:, None] == item_owners
+        best_of_own = similarity.masked_fill(~is_own, -torch.inf).amax(dim=1, keepdim=True)
+        ranks.append(((similarity >= best_of_own) & ~is_own).sum(dim=1))
     return torch.cat(ranks)
 
 
 def read_captions(source: str, split: str | None = None) -> tuple[ImageSet, tuple[str, ...], IntArray]:
-    """(images, captions, places of the captions' images) of a data set in a layout of the table above.
+    """(images, captions, numbers of the captions' images) of a data set in a layout of the table above.
 
     Args:
         split: None: `val` of a COCO tree, `test` of Karpathy's.
@@ -91,19 +99,23 @@ def read_captions(source: str, split: str | None = None) -> tuple[ImageSet, tupl
     pairs = _karpathy(karpathy[0], root, split or "test") if karpathy else _coco(root, split or "val")
     if not pairs:
         raise ValueError(f"{source} has no images with captions in the part to judge")
-    texts = [[caption.strip() for caption in captions[:CAPTIONS]] for _, captions in pairs]
-    if mute := [str(path) for (path, _), own in zip(pairs, texts, strict=True) if not own or "" in own]:
+    texts: list[str] = []
+    owners: list[int] = []
+    mute = []
+    for number, (path, captions) in enumerate(pairs):
+        own = [caption.strip() for caption in captions[:CAPTIONS]]
+        if not own or "" in own:
+            mute.append(path)
+        texts += own
+        owners += [number] * len(own)
+    if mute:
         raise ValueError(f"{source}: {len(mute)} images have no caption or an empty one, first {mute[0]}")
-    owners = np.repeat(np.arange(len(pairs)), [len(own) for own in texts]).astype(np.int64)
-    return (
-        from_files([path for path, _ in pairs], root),
-        tuple(caption for own in texts for caption in own),
-        owners,
-    )
+    files = [path for path, _ in pairs]
+    return from_files(files, root), tuple(texts), np.array(owners, dtype=np.int64)
 
 
 def _coco(root: Path, split: str) -> Pairs:
-    path, folder = root / f"annotations/captions_{split}2017.json", root / f"{split}2017"
+    path = root / f"annotations/captions_{split}2017.json"
     if not path.is_file():
         raise ValueError(f"{root} has neither {path.relative_to(root)} nor Karpathy's dataset_*.json")
     with reading(path, "a COCO caption file"):
@@ -111,17 +123,23 @@ def _coco(root: Path, split: str) -> Pairs:
         texts: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
             texts[annotation["image_id"]].append(str(annotation["caption"]))
+        folder = root / f"{split}2017"
         return [
-            (folder / checked_name(one["file_name"], path), texts[one["id"]]) for one in content["images"]
+            (folder / checked_name(image["file_name"], path), texts[image["id"]])
+            for image in content["images"]
         ]
 
 
 def _karpathy(path: Path, root: Path, split: str) -> Pairs:
-    places = {
-        name: Path(folder) / name for folder, _, names in os.walk(root) for name in names
-    }  # follows no links
+    file_of_name: dict[str, Path] = {}
+    for folder, _, names in os.walk(root):  # follows no links
+        for name in names:
+            file_of_name[name] = Path(folder) / name
+    pairs = []
     with reading(path, "Karpathy's splits"):
-        images = [image for image in read_json(path)["images"] if image["split"] == split]
-        files = [places.get(one["filename"], root / checked_name(one["filename"], path)) for one in images]
-        captions = [[str(text["raw"]) for text in image["sentences"]] for image in images]
-    return list(zip(files, captions, strict=True))
+        for image in read_json(path)["images"]:
+            if image["split"] == split:
+                name = image["filename"]
+                file = file_of_name.get(name) or root / checked_name(name, path)
+                pairs.append((file, [str(sentence["raw"]) for sentence in image["sentences"]]))
+    return pairs

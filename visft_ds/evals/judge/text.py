@@ -24,7 +24,7 @@ PREFIX = "text."
 #: Width of a head in every text tower of CLIP, which follows from no tensor: 768 / 12, 1024 / 16, 1280 / 20.
 HEAD_WIDTH = 64
 _BATCH = 256  # texts
-_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.")
+_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,11 @@ class TextTower:
         end.
         """
         self.module.to(device)
-        parts = [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]
-        found = torch.cat([self.embed(self.tokenize(list(part)).to(device)) for part in parts])
-        return F.normalize(found.float(), dim=-1).cpu()
+        embeddings = []
+        for start in range(0, len(texts), _BATCH):
+            tokens = self.tokenize(texts[start : start + _BATCH])
+            embeddings.append(self.embed(tokens.to(device)))
+        return F.normalize(torch.cat(embeddings).float(), dim=-1).cpu()
 
 
 def text_tower_in(path: str | Path) -> TextTower | None:
@@ -53,27 +55,29 @@ def text_tower_in(path: str | Path) -> TextTower | None:
         ValueError: half a tower, one of another architecture, or a vocabulary that is not CLIP's.
     """
     file = open_weights(path)
-    found = {name.removeprefix(PREFIX): file[name] for name in file if name.startswith(PREFIX)}
-    if not found:
+    tensors = {name.removeprefix(PREFIX): file[name] for name in file if name.startswith(PREFIX)}
+    if not tensors:
         return None
     from open_clip.tokenizer import SimpleTokenizer
     from open_clip.transformer import TextTransformer
 
     with reading(path, "a file with CLIP's text tower"):
-        length, width = found["positional_embedding"].shape
-        tokenizer, tokens = SimpleTokenizer(context_length=length), found["token_embedding.weight"].shape[0]
+        length, width = tensors["positional_embedding"].shape
+        tokens = tensors["token_embedding.weight"].shape[0]
+        tokenizer = SimpleTokenizer(context_length=length)
         if tokens != tokenizer.vocab_size:
             raise ValueError(f"it has {tokens} tokens, not CLIP's vocabulary")
+        blocks = {match[1] for match in map(_BLOCK.match, tensors) if match}
         module: nn.Module = TextTransformer(
             context_length=length,
             vocab_size=tokens,
             width=width,
             heads=max(1, width // HEAD_WIDTH),
-            layers=1 + max((int(match[1]) for name in found if (match := _LAYER.match(name))), default=-1),
-            output_dim=found["text_projection"].shape[1],
+            layers=len(blocks),
+            output_dim=tensors["text_projection"].shape[1],
         )
-        # A causal mask, which some files carry along, is a function of the length.
-        module.load_state_dict({name: one.read() for name, one in found.items() if name != "attn_mask"})
+        tensors.pop("attn_mask", None)  # a causal mask, which some files carry: a function of the length
+        module.load_state_dict({name: tensor.read() for name, tensor in tensors.items()})
     return TextTower(module.requires_grad_(False).eval(), tokenizer, module)
 
 

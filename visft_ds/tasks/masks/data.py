@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,8 +17,17 @@ import torch
 from torch import Tensor
 
 from visft_ds.data.samples import RawSample, Sample, Targets
-from visft_ds.data.transforms import Crop, Flip, Op, Pad, Resize, Size, final_size
-from visft_ds.tasks.masks.rasters import STRIDE, draw_masks, grid_size, placement
+from visft_ds.data.transforms import (
+    Crop,
+    Flip,
+    Op,
+    Pad,
+    Resize,
+    Size,
+    apply_to_boxes,
+    final_size,
+)
+from visft_ds.tasks.masks.rasters import STRIDE, draw_masks, grid_size
 
 #: Sides of images in evaluation are multiples of so many pixels, so that patches and strides lose no strip.
 _MULTIPLE = 32
@@ -38,8 +48,12 @@ class MaskTargets(Targets):
 
 def slices_of(counts: Sequence[int]) -> list[slice]:
     """The slice of each group among all entries, in groups of so many, one after the other."""
-    ends = np.cumsum(counts).tolist()
-    return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+    slices = []
+    first = 0
+    for count in counts:
+        slices.append(slice(first, first + count))
+        first += count
+    return slices
 
 
 @dataclass(frozen=True)
@@ -48,10 +62,10 @@ class LargeScaleJitter:
 
     Training: mirror with probability `flip`; scale to fit a square of s * `size` pixels, s uniform in
     `scale`; extend right and bottom to `size` x `size` with the value `pad_value`; cut out a random square of
-    that size. The extension belongs to the image, as in the reference. Evaluation: short side `min_size_test`,
-    long side at most `max_size_test`, then extended to multiples of 32 pixels, so that patches lose no strip;
-    that extension is padding. With `fixed_size`, both only scale to a square of that many pixels, and
-    training also mirrors.
+    that size. The extension belongs to the image, as in the reference. Evaluation: short side
+    `min_size_test`, long side at most `max_size_test`, then extended to multiples of 32 pixels, so that
+    patches lose no strip; that extension is padding. With `fixed_size`, both only scale to a square of that
+    many pixels, and training also mirrors.
     """
 
     size: int
@@ -73,18 +87,26 @@ class LargeScaleJitter:
             return [*ops, *self._jitter(size, generator)]
         height, width = evaluation_size(size, self.min_size_test, self.max_size_test)
         rows, columns = grid_size((height, width), _MULTIPLE)
-        padding = Pad(rows * _MULTIPLE, columns * _MULTIPLE, self.pad_value, outside=True)
+        padding = Pad(
+            rows * _MULTIPLE,
+            columns * _MULTIPLE,
+            self.pad_value,
+            outside=True,
+        )
         return [Resize(height, width), padding]
 
     def _jitter(self, size: Size, generator: np.random.Generator) -> list[Op]:
         """Scaling, extension and crop of a training image."""
         factor = generator.uniform(*self.scale) * self.size / max(size)
-        height, width = (max(1, round(side * factor)) for side in size)
-        padded = (max(height, self.size), max(width, self.size))
-        top, left = (int(generator.integers(0, side - self.size + 1)) for side in padded)
+        height = max(1, round(size[0] * factor))
+        width = max(1, round(size[1] * factor))
+        padded_height = max(height, self.size)
+        padded_width = max(width, self.size)
+        top = int(generator.integers(0, padded_height - self.size + 1))
+        left = int(generator.integers(0, padded_width - self.size + 1))
         return [
             Resize(height, width),
-            Pad(*padded, self.pad_value),
+            Pad(padded_height, padded_width, self.pad_value),
             Crop(top, left, self.size, self.size),
         ]
 
@@ -96,7 +118,8 @@ def evaluation_size(size: Size, short_side: int, max_long: int) -> Size:
     Both sides are cut off to integers, as in the reference (`short_side_size` of detection rounds the capped
     one).
     """
-    small, large = min(size), max(size)
+    small = min(size)
+    large = max(size)
     if large * short_side > max_long * small:
         short_side = max(1, max_long * small // large)
     long_side = short_side
@@ -118,37 +141,37 @@ def mask_targets(
     regions, objects without a mask, and objects whose box or mask has no area (before or after a crop) give
     no target.
     """
-    drawable = [
+    objects = [
         annotation
         for annotation in raw.annotations
         if not annotation["iscrowd"] and annotation.get("segmentation")
     ]
-    seen = _boxes_with_area([annotation["bbox"] for annotation in drawable], raw.size, ops)
-    shown = [annotation for annotation, visible in zip(drawable, seen, strict=True) if visible]
-    masks = draw_masks([annotation["segmentation"] for annotation in shown], raw.size, ops, stride)
+    has_area = _have_area([annotation["bbox"] for annotation in objects], raw.size, ops)
+    objects = list(compress(objects, has_area))
+    masks = draw_masks([annotation["segmentation"] for annotation in objects], raw.size, ops, stride)
+    classes = np.array([labels[annotation["category_id"]] for annotation in objects], dtype=np.int64)
     covered = masks.any(axis=(1, 2))
-    classes = np.array([labels[annotation["category_id"]] for annotation in shown], dtype=np.int64)
     return {"masks": masks[covered], "labels": classes[covered]}
 
 
-def _boxes_with_area(
-    boxes: Sequence[Sequence[float]], size: Size, ops: Sequence[Op]
-) -> npt.NDArray[np.bool_]:
+def _have_area(boxes: Sequence[Sequence[float]], size: Size, ops: Sequence[Op]) -> npt.NDArray[np.bool_]:
     """(n,) True for boxes (x, y, w, h) that have an area in an image of `size`, before and after `ops`."""
     corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    low = corners[:, :2].clip(0, size[::-1])
-    high = (corners[:, :2] + corners[:, 2:]).clip(0, size[::-1])
-    scale, offset = placement(size, ops)
-    final = final_size(size, ops)[::-1]
-    # A mirrored box has its corners exchanged.
-    has_area = (low * scale + offset).clip(0, final) != (high * scale + offset).clip(0, final)
-    return ((high > low) & has_area).all(axis=1)
+    corners[:, 2:] += corners[:, :2]
+    corners = corners.clip(0, size[::-1] * 2)
+    sides = corners[:, 2:] - corners[:, :2]
+    corners = apply_to_boxes(corners, size, ops)
+    corners = corners.clip(0, final_size(size, ops)[::-1] * 2)
+    final_sides = corners[:, 2:] - corners[:, :2]
+    has_area = (sides > 0) & (final_sides > 0)
+    return np.asarray(has_area.all(axis=1))
 
 
 def packed_masks(samples: Sequence[Sample], task: str, frame: Size) -> MaskTargets:
     """Targets of a batch, whose images are padded to `frame`."""
     targets = [sample.targets[task] for sample in samples]
-    counts = [len(target["labels"]) for target in targets]
+    labels = [target["labels"] for target in targets]
+    counts = [len(of_image) for of_image in labels]
     grids = np.array([target["masks"].shape[1:] for target in targets])
     masks = np.zeros((sum(counts), *grids.max(axis=0)), dtype=np.uint8)
     for rows, target, (height, width) in zip(slices_of(counts), targets, grids, strict=True):
@@ -156,8 +179,8 @@ def packed_masks(samples: Sequence[Sample], task: str, frame: Size) -> MaskTarge
     sizes = np.array([sample.size for sample in samples])
     return MaskTargets(
         masks=torch.from_numpy(masks),
-        labels=torch.from_numpy(np.concatenate([target["labels"] for target in targets])),
-        extents=torch.from_numpy((sizes / frame).astype(np.float32)),
+        labels=torch.from_numpy(np.concatenate(labels)),
+        extents=torch.from_numpy(sizes / frame).float(),
         grids=torch.from_numpy(grids),
         counts=torch.tensor(counts),
         keys=torch.tensor([sample.random_key for sample in samples]),

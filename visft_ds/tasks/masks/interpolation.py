@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def interpolation(cells: int, share: float, pixels: int, like: Tensor) -> Tensor:
+def interpolated(maps: Tensor, extent: Sequence[float], size: Sequence[int]) -> Tensor:
+    """Maps (..., h, w), of which the shares `extent` (height, width) show image, at a size in pixels:
+    (..., H, W).
+    """
+    rows = interpolation(maps.shape[-2], extent[0], size[0], maps)
+    columns = interpolation(maps.shape[-1], extent[1], size[1], maps)
+    return rows @ maps @ columns.T
+
+
+def interpolation(
+    cells: int,
+    share: float,
+    pixels: int,
+    like: Tensor,
+) -> Tensor:
     """Matrix (pixels, cells) of linear interpolation from cells to pixels spread over the first `share` of
     the cells.
 
@@ -16,10 +31,12 @@ def interpolation(cells: int, share: float, pixels: int, like: Tensor) -> Tensor
     Cells beyond the image have no part in it. The matrix has the device and the dtype of `like`.
     """
     inside = share * cells
-    centres = torch.arange(pixels, device=like.device, dtype=torch.float64) + 0.5
-    positions = centres * (inside / pixels) - 0.5
+    pixel_centres = torch.arange(pixels, device=like.device).double() + 0.5
+    positions = pixel_centres * (inside / pixels) - 0.5
     # Shares are float32: a whole number of cells may come out a little larger.
     last_cell = math.ceil(inside - 1e-4) - 1
     positions = positions.clamp(0, last_cell)
-    distances = (positions[:, None] - torch.arange(cells, device=like.device)).abs()
-    return (1 - distances).clamp(min=0).to(like.dtype)
+    cell_centres = torch.arange(cells, device=like.device)
+    distances = (positions[:, None] - cell_centres).abs()
+    weights = (1 - distances).clamp(min=0)
+    return weights.to(like.dtype)

@@ -6,9 +6,9 @@ objects of all images concatenated, n objects and m matched pairs of an image, P
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,24 +16,11 @@ from torch import Tensor
 
 from visft_ds.data.samples import Batch
 from visft_ds.ops import at_least_float32, to_device
-from visft_ds.tasks.masks.config import ClassIds, MaskLoss
+from visft_ds.tasks.masks.config import MaskLoss
 from visft_ds.tasks.masks.data import MaskTargets, slices_of
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.points import draw_points, sample, uncertain_points
 from visft_ds.tasks.matching import Matches, class_losses, solve
-
-
-class MaskHeadConfig(Protocol):
-    """What the criterion asks of the options of a head."""
-
-    @property
-    def num_queries(self) -> int: ...
-    @property
-    def num_classes(self) -> int: ...
-    @property
-    def decoder_layers(self) -> int: ...
-    @property
-    def class_ids(self) -> ClassIds: ...
 
 
 class MaskCriterion:
@@ -53,19 +40,23 @@ class MaskCriterion:
     The points depend on an image's random key and on the layer alone: how the batch is split changes nothing.
     """
 
-    def __init__(self, head: MaskHeadConfig, loss: MaskLoss, task: str) -> None:
+    def __init__(self, head: Any, loss: MaskLoss, task: str) -> None:
+        """`head`: options of a head, of which num_queries, decoder_layers and class_ids are read."""
         self.head = head
         self.loss = loss
         self.task = task
-        self.uncertain = int(loss.importance_sample_ratio * loss.train_num_points)
-        candidates = int(loss.train_num_points * loss.oversample_ratio)
+        number = loss.train_num_points
+        self.uncertain = int(loss.importance_sample_ratio * number)
+        candidates = int(number * loss.oversample_ratio)
         #: points of an image and prediction set: for the matching, candidates for the uncertain ones, uniform
         #: ones
-        self.points = (loss.train_num_points, candidates, loss.train_num_points - self.uncertain)
-        self._suffixes = [*(f"_{layer}" for layer in range(head.decoder_layers)), ""]
+        self.points = (number, candidates, number - self.uncertain)
+        self._suffixes = [f"_{layer}" for layer in range(head.decoder_layers)] + [""]
         self.weights: dict[str, float] = {}
         for suffix in self._suffixes:
-            self.weights |= {f"ce{suffix}": loss.ce, f"bce{suffix}": loss.bce, f"dice{suffix}": loss.dice}
+            self.weights[f"ce{suffix}"] = loss.ce
+            self.weights[f"bce{suffix}"] = loss.bce
+            self.weights[f"dice{suffix}"] = loss.dice
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Objects, by which the losses of masks are divided, and images, by which those of classes are."""
@@ -79,14 +70,14 @@ class MaskCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        logits = at_least_float32(output.logits)
-        masks = at_least_float32(output.masks)
-        self._check(output)
+        assert output.class_ids == self.head.class_ids, output.class_ids
         if output.extents is not None:
             targets = replace(targets, extents=output.extents)
         labels = targets.labels
         if self.head.class_ids == "published":
             labels = labels + 1
+        logits = at_least_float32(output.logits)
+        masks = at_least_float32(output.masks)
         keys = targets.keys[targets.counts > 0].tolist()
         matching, candidates, uniform = draw_points(keys, len(masks), self.points, masks.device)
         costs = (self.loss.ce, self.loss.bce, self.loss.dice)
@@ -94,21 +85,16 @@ class MaskCriterion:
         ce, wrong = self.loss_labels(logits, labels, targets, matches, loss_denominators)
         bce, dice = self.loss_masks(masks, targets, matches, candidates, uniform)
         number = loss_denominators["masks"]
-        losses = {}
+        bce = bce / number
+        dice = dice / number
+        losses = {"class_error": wrong / number}
         # A plain head gives its last set alone in evaluation.
-        suffixes = self._suffixes[-len(logits) :]
-        for name, of_sets in (("ce", ce), ("bce", bce / number), ("dice", dice / number)):
-            for suffix, value in zip(suffixes, of_sets, strict=True):
-                losses[name + suffix] = value
-        losses["class_error"] = wrong / number
+        assert len(logits) in (1, len(self._suffixes)), len(logits)
+        for of_set, suffix in enumerate(self._suffixes[-len(logits) :]):
+            losses[f"ce{suffix}"] = ce[of_set]
+            losses[f"bce{suffix}"] = bce[of_set]
+            losses[f"dice{suffix}"] = dice[of_set]
         return losses
-
-    def _check(self, output: MaskOutput) -> None:
-        """Hold the output against the head that this criterion is for."""
-        _, _, num_queries, num_classes = output.logits.shape
-        head = self.head
-        assert (num_queries, num_classes - 1) == (head.num_queries, head.num_classes), output.logits.shape
-        assert output.class_ids == head.class_ids, output.class_ids
 
     def loss_labels(
         self,
@@ -140,38 +126,50 @@ class MaskCriterion:
         queries = matches.queries.view(len(masks), -1)
         objects = matches.objects.view(len(masks), -1)
         every_set = torch.arange(len(masks), device=masks.device)[:, None]
-        counts = targets.counts.tolist()
-        rows_of = slices_of(counts)
-        pairs_of = slices_of([min(count, self.head.num_queries) for count in counts])
-        with_objects = [image for image, count in enumerate(counts) if count > 0]
-        extents, mask_extents = _extents(targets)
-        for number, image in enumerate(with_objects):
-            rows = rows_of[image]
-            pairs = pairs_of[image]
-            predicted = masks[every_set, image, queries[:, pairs]]  # (L, m, h, w)
+        first_pair = 0
+        for number, image in enumerate(_images_with_objects(targets)):
+            rows = image.rows
+            last_pair = first_pair + min(rows.stop - rows.start, masks.shape[2])
+            pairs = slice(first_pair, last_pair)
+            first_pair = last_pair
+            predicted = masks[every_set, image.number, queries[:, pairs]]  # (L, m, h, w)
             points = uncertain_points(
-                predicted.detach(), candidates[number], uniform[number], self.uncertain, extents[image]
+                predicted.detach(),
+                candidates[number],
+                uniform[number],
+                self.uncertain,
+                image.extent,
             )
             true_masks = targets.masks[rows, None].to(masks.dtype) / 255  # stored as uint8
             # Set by set, so that there is never a copy of the masks for every pair of every set.
-            sets = zip(objects[:, pairs] - rows.start, points, strict=True)
-            true = torch.stack(
-                [sample(true_masks[of_set], at, mask_extents[image]).squeeze(1) for of_set, at in sets]
-            )
-            logits = sample(predicted.flatten(0, 1)[:, None], points.flatten(0, 1), extents[image])
+            values = []
+            for of_set, at in zip(objects[:, pairs] - rows.start, points, strict=True):
+                values.append(sample(true_masks[of_set], at, image.mask_extent).squeeze(1))
+            true = torch.stack(values)  # (L, m, P) in [0, 1]
+            logits = sample(predicted.flatten(0, 1)[:, None], points.flatten(0, 1), image.extent)
             logits = logits.view_as(true)
             bce = bce + mask_cross_entropy(logits, true).sum(dim=1)
             dice = dice + dice_loss(logits, true).sum(dim=1)
         return bce, dice
 
 
-def _extents(targets: MaskTargets) -> tuple[Tensor, Tensor]:
-    """(B, 2) each, on the device: height and width of an image as a share of the predicted grid, and of the
-    grid of the true masks.
-    """
-    of_masks = targets.grids.double() / torch.tensor(targets.masks.shape[1:])
+class _Image(NamedTuple):
+    """An image that has objects."""
+
+    number: int  #: in the batch
+    rows: slice  #: its objects among those of all images
+    extent: Tensor  #: (2,) height and width as a share of the predicted grid, on the device
+    mask_extent: Tensor  #: (2,) the same of the grid of the true masks
+
+
+def _images_with_objects(targets: MaskTargets) -> Iterator[_Image]:
     device = targets.masks.device
-    return to_device(targets.extents, device), to_device(of_masks.float(), device)
+    shares = targets.grids.double() / torch.tensor(targets.masks.shape[1:])
+    extents = to_device(targets.extents, device)
+    mask_extents = to_device(shares.float(), device)
+    for number, rows in enumerate(slices_of(targets.counts.tolist())):
+        if rows.stop > rows.start:
+            yield _Image(number, rows, extents[number], mask_extents[number])
 
 
 def mask_cross_entropy(logits: Tensor, true: Tensor) -> Tensor:
@@ -209,23 +207,21 @@ def match_masks(
 
     Raises FloatingPointError where a cost is not finite.
     """
-    counts = targets.counts.tolist()
-    rows_of = slices_of(counts)
-    with_objects = [image for image, count in enumerate(counts) if count > 0]
-    extents, mask_extents = _extents(targets)
-    cost = [at_least_float32(logits).new_zeros(len(logits), 0, logits.shape[2])]
-    for number, image in enumerate(with_objects):
-        rows = rows_of[image]
-        probability = at_least_float32(logits[:, image]).softmax(dim=-1)  # (L, Q, C + 1)
-        of_class = -probability[..., labels[rows]].transpose(1, 2)
-        at = points[number]  # (L, P, 2)
-        x = at_least_float32(sample(masks[:, image], at, extents[image]))  # (L, Q, P) logits
-        true_masks = targets.masks[rows].to(probability.dtype) / 255  # one map of n channels
-        true = sample(true_masks[None].to(x.dtype), at.reshape(1, -1, 2), mask_extents[image])[0]
+    logits = at_least_float32(logits)
+    num_queries = logits.shape[2]
+    cost = [logits.new_zeros(len(logits), 0, num_queries)]
+    for at, image in zip(points, _images_with_objects(targets), strict=True):
+        probability = logits[:, image.number].softmax(dim=-1)  # (L, Q, C + 1)
+        of_class = -probability[..., labels[image.rows]].mT
+        predicted = sample(masks[:, image.number], at, image.extent)
+        predicted = at_least_float32(predicted)  # (L, Q, P) logits
+        true_masks = targets.masks[image.rows].to(predicted.dtype) / 255  # one map of n channels
+        true = sample(true_masks[None], at.reshape(1, -1, 2), image.mask_extent)[0]
         true = true.unflatten(1, at.shape[:2]).transpose(0, 1)  # (L, n, P)
-        bce = _pairwise_cross_entropy(x, true)
-        cost.append(costs[0] * of_class + costs[1] * bce + costs[2] * _pairwise_dice(x, true))
-    pairs = sum(min(count, logits.shape[2]) for count in counts)
+        bce = _pairwise_cross_entropy(predicted, true)
+        dice = _pairwise_dice(predicted, true)
+        cost.append(costs[0] * of_class + costs[1] * bce + costs[2] * dice)
+    pairs = int(targets.counts.clamp(max=num_queries).sum())
     return solve(torch.cat(cost, dim=1), targets.counts, pairs, image_ids)
 
 
@@ -234,11 +230,13 @@ def _pairwise_cross_entropy(logits: Tensor, true: Tensor) -> Tensor:
 
     It is softplus(-x) t + softplus(x) (1 - t), which is softplus(x) - x t: one product instead of two.
     """
-    return (F.softplus(logits).sum(-1)[:, None] - true @ logits.transpose(1, 2)) / logits.shape[-1]
+    without_object = F.softplus(logits).sum(-1)[:, None]
+    return (without_object - true @ logits.mT) / logits.shape[-1]
 
 
 def _pairwise_dice(logits: Tensor, true: Tensor) -> Tensor:
     """Dice (L, n, Q) of every object (L, n, P) and query (L, Q, P)."""
     probability = logits.sigmoid()
+    overlap = true @ probability.mT
     areas = probability.sum(-1)[:, None] + true.sum(-1)[..., None]
-    return 1 - (2 * (true @ probability.transpose(1, 2)) + 1) / (areas + 1)
+    return 1 - (2 * overlap + 1) / (areas + 1)

@@ -23,10 +23,19 @@ class MaskedGroupNorm(nn.GroupNorm):
         """
         x = at_least_float32(x)
         inside = valid[:, None, None].to(x.dtype)  # (B, 1, 1, h, w)
-        grouped = x.unflatten(1, (self.num_groups, -1)) * inside
-        count = inside.sum(dim=(2, 3, 4), keepdim=True) * grouped.shape[2]
-        mean = grouped.sum(dim=(2, 3, 4), keepdim=True) / count
+        grouped = x.unflatten(1, (self.num_groups, -1))
+        grouped = grouped * inside
+        count = _sum(inside) * grouped.shape[2]
+        mean = _sum(grouped) / count
         centred = (grouped - mean) * inside
-        variance = centred.square().sum(dim=(2, 3, 4), keepdim=True) / count
-        normed = (centred * torch.rsqrt(variance + self.eps)).flatten(1, 2)
-        return normed * self.weight[:, None, None] + self.bias[:, None, None]
+        variance = _sum(centred.square()) / count
+        normed = centred * torch.rsqrt(variance + self.eps)
+        normed = normed.flatten(1, 2)
+        weight = self.weight[:, None, None]
+        bias = self.bias[:, None, None]
+        return normed * weight + bias
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Sum over channels and cells of each group: (B, groups, E / groups, h, w) -> (B, groups, 1, 1, 1)."""
+    return x.sum(dim=(2, 3, 4), keepdim=True)

@@ -5,10 +5,13 @@ Letters: B images, h w grid of the masks, Q queries, C classes, L prediction set
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from visft_ds.ops import at_least_float32
 from visft_ds.tasks.masks.config import ClassIds
 
 
@@ -22,6 +25,12 @@ class MaskOutput:
     #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch
     #: in pixels.
     extents: Tensor | None = None
+
+    @classmethod
+    def of_sets(cls, sets: Sequence[tuple[Tensor, Tensor]], class_ids: ClassIds = "contiguous") -> MaskOutput:
+        """The output of prediction sets, each of class logits (B, Q, C + 1) and mask logits (B, Q, h, w)."""
+        logits, masks = (at_least_float32(torch.stack(tensors)) for tensors in zip(*sets, strict=True))
+        return cls(logits, masks, class_ids)
 
     def last(self) -> MaskOutput:
         """The answer without what only losses look at."""

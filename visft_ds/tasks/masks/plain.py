@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from visft_ds.data.samples import Map
-from visft_ds.ops import at_least_float32, to_device
+from visft_ds.ops import to_device
 from visft_ds.randomness import generator
 from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.masks.config import PlainHeadConfig
@@ -79,14 +79,19 @@ class PlainHead(nn.Module):
         strides = [stride for _, stride in shapes]
         distances = [abs(math.log2(stride / _STRIDE)) for stride in strides]
         self.nearest = distances.index(min(distances))
-        self.laterals = nn.ModuleList(Lateral(map_width, width) for map_width, _ in shapes)
+        self.laterals = nn.ModuleList()
+        for map_width, _ in shapes:
+            self.laterals.append(Lateral(map_width, width))
         self.queries = nn.Embedding(options.num_queries, width)
-        ffn_dim = options.ffn_dim or width
-        self.blocks = nn.ModuleList(Block(width, num_heads, ffn_dim) for _ in range(options.blocks))
+        self.blocks = nn.ModuleList()
+        for _ in range(options.blocks):
+            self.blocks.append(Block(width, num_heads, options.ffn_dim or width))
         self.norm = nn.LayerNorm(width, _EPS)
         # Masks have cells of 4 pixels, or half as large ones as the map.
-        doublings = max(1, int(math.log2(strides[self.nearest])) - 2)
-        self.upscale = nn.ModuleList(Upscale(width) for _ in range(doublings))
+        doublings = int(math.log2(strides[self.nearest])) - 2
+        self.upscale = nn.ModuleList()
+        for _ in range(max(1, doublings)):
+            self.upscale.append(Upscale(width))
         self.mask1 = nn.Linear(width, width)
         self.mask2 = nn.Linear(width, width)
         self.mask3 = nn.Linear(width, width)
@@ -101,15 +106,14 @@ class PlainHead(nn.Module):
             random_keys: (B,) of the samples, on the host; needed in training.
             progress: share of the training that is done.
         """
-        valid = maps[self.nearest].valid
+        nearest = maps[self.nearest]
+        valid = nearest.valid
         grid = valid.shape[1:]
         x = self._tokens(maps)
         cos, sin = rotations(valid, x.shape[-1] // self.num_heads)
         known = shown = None
-        if maps[self.nearest].has_empty_cells():
-            inside = valid.flatten(1)
-            others = inside.new_ones(len(x), x.shape[1] - inside.shape[1])
-            known = torch.cat((others, inside), dim=1)[:, None, None]  # (B, 1, 1, N)
+        if nearest.has_empty_cells():
+            known = _among_tokens(valid.flatten(1), x)[:, None, None]  # (B, 1, 1, N)
             shown = valid[:, None].to(x.dtype)
         sets = []
         for number, block in enumerate(self.blocks):
@@ -119,42 +123,51 @@ class PlainHead(nn.Module):
                 sets.append(self._predict(x, grid, shown))
                 share = masked_share(number, len(self.blocks), progress)
                 if share > 0:
-                    masks = sets[-1][1]
+                    _, masks = sets[-1]
                     seen = self._seen_cells(masks, valid, random_keys, number, share)
-                    seen = F.pad(seen, (x.shape[1] - seen.shape[2], 0), value=True)[:, None]  # (B, 1, Q, N)
+                    seen = _among_tokens(seen, x)[:, None]  # (B, 1, Q, N)
                     if known is not None:
                         seen = seen & known
             x = block(x, cos, sin, seen, known)
         sets.append(self._predict(x, grid, shown))
-        return MaskOutput(
-            logits=at_least_float32(torch.stack([logits for logits, _ in sets])),
-            masks=at_least_float32(torch.stack([masks for _, masks in sets])),
-        )
+        return MaskOutput.of_sets(sets)
 
     def _tokens(self, maps: Sequence[Map]) -> Tensor:
         """(B, N, E): the queries, and the sum of all maps."""
         grid = maps[self.nearest].features.shape[2:]
-        parts = []
+        tokens_of_maps = []
         for lateral, level in zip(self.laterals, maps, strict=True):
             cells = level.features
             if cells.shape[2:] != grid:
                 cells = level.resized(grid, antialias=True)
-            tokens = cells.flatten(2).transpose(1, 2)
+            tokens = cells.flatten(2).mT
             if level.prefix is not None:
                 tokens = torch.cat((level.prefix, tokens), dim=1)
-            parts.append(lateral(tokens))
-        total = sum(parts[1:], start=parts[0])
-        queries = self.queries(torch.arange(self.num_queries, device=total.device)).to(total.dtype)
-        return torch.cat((queries.expand(len(total), -1, -1), total), dim=1)
+            tokens_of_maps.append(lateral(tokens))
+        total = sum(tokens_of_maps[1:], start=tokens_of_maps[0])
+        numbers = torch.arange(self.num_queries, device=total.device)
+        queries = self.queries(numbers).to(total.dtype)
+        queries = queries.expand(len(total), -1, -1)
+        return torch.cat((queries, total), dim=1)
 
     def _seen_cells(
-        self, masks: Tensor, valid: Tensor, random_keys: Tensor, block: int, share: float
+        self,
+        masks: Tensor,
+        valid: Tensor,
+        random_keys: Tensor,
+        block: int,
+        share: float,
     ) -> Tensor:
         """(B, Q, S) bool, cells that each query sees in a block: those of its mask, or all."""
-        covered = F.interpolate(masks.detach(), valid.shape[1:], mode="bilinear").flatten(2) > 0
-        stream = _STREAM + block
-        draws = np.stack([generator(key, stream).random(self.num_queries) for key in random_keys.tolist()])
-        free = to_device(torch.from_numpy(draws >= share), covered.device)
+        masks = masks.detach()
+        masks = F.interpolate(masks, valid.shape[1:], mode="bilinear")
+        covered = masks.flatten(2) > 0
+        draws = []
+        for key in random_keys.tolist():
+            of_image = generator(key, _STREAM + block)
+            draws.append(of_image.random(self.num_queries))
+        free = torch.from_numpy(np.stack(draws) >= share)
+        free = to_device(free, covered.device)
         return covered | free[..., None]
 
     def _predict(self, x: Tensor, grid: Sequence[int], shown: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -169,17 +182,25 @@ class PlainHead(nn.Module):
         x = self.norm(x)
         queries = x[:, : self.num_queries]
         cells = x[:, -math.prod(grid) :]
-        fine = cells.transpose(1, 2).unflatten(2, grid)
+        fine = cells.mT.unflatten(2, grid)
         for upscale in self.upscale:
             if shown is not None:
-                shown = shown.repeat_interleave(2, 2).repeat_interleave(2, 3)
+                shown = shown.repeat_interleave(2, dim=2)
+                shown = shown.repeat_interleave(2, dim=3)
             fine = upscale(fine, shown)
-        embeddings = F.gelu(self.mask1(queries))
-        embeddings = self.mask3(F.gelu(self.mask2(embeddings)))
+        hidden = F.gelu(self.mask1(queries))
+        hidden = F.gelu(self.mask2(hidden))
+        embeddings = self.mask3(hidden)
         masks = torch.einsum("bqe,behw->bqhw", embeddings, fine.to(embeddings.dtype))
         if shown is not None:
             masks = masks * shown
         return self.classes(queries), masks
+
+
+def _among_tokens(cells: Tensor, x: Tensor) -> Tensor:
+    """(..., N) bool of (..., S): the tokens (B, N, E) in front of the cells count as True."""
+    others = x.shape[1] - cells.shape[-1]
+    return F.pad(cells, (others, 0), value=True)
 
 
 class Lateral(nn.Module):
@@ -198,7 +219,8 @@ class Lateral(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, P + S, D) -> (B, P + S, E)."""
         x = self.channels(x) * self.weight + self.bias
-        return self.gain * (self.straight(x) + self.fc2(F.gelu(self.fc1(x))))
+        hidden = F.gelu(self.fc1(x))
+        return self.gain * (self.straight(x) + self.fc2(hidden))
 
 
 class Block(nn.Module):
@@ -219,7 +241,12 @@ class Block(nn.Module):
         self.gain2 = nn.Parameter(torch.ones(width))
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, known: Tensor | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        seen: Tensor | None,
+        known: Tensor | None,
     ) -> Tensor:
         """(B, N, E) -> (B, N, E).
 
@@ -235,15 +262,13 @@ class Block(nn.Module):
         else:
             # The few rows with masks of their own leave the rest a fast kernel.
             queries, others = q.tensor_split([seen.shape[2]], dim=2)
-            mixed = torch.cat(
-                (
-                    F.scaled_dot_product_attention(queries, k, v, seen),
-                    F.scaled_dot_product_attention(others, k, v, known),
-                ),
-                dim=2,
-            )
-        x = x + self.gain1 * self.proj(mixed.transpose(1, 2).flatten(2))
-        return x + self.gain2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
+            masked = F.scaled_dot_product_attention(queries, k, v, seen)
+            mixed = F.scaled_dot_product_attention(others, k, v, known)
+            mixed = torch.cat((masked, mixed), dim=2)
+        mixed = mixed.transpose(1, 2).flatten(2)
+        x = x + self.gain1 * self.proj(mixed)
+        hidden = F.gelu(self.fc1(self.norm2(x)))
+        return x + self.gain2 * self.fc2(hidden)
 
     def _by_head(self, x: Tensor) -> Tensor:
         """(B, N, E) -> (B, heads, N, E / heads)."""
@@ -266,7 +291,8 @@ class Upscale(nn.Module):
         x = F.gelu(self.up(x))
         if shown is not None:
             x = x * shown
-        return self.norm(self.near(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.near(x).permute(0, 2, 3, 1)
+        return self.norm(x).permute(0, 3, 1, 2)
 
 
 def rotations(valid: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -275,22 +301,33 @@ def rotations(valid: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """
     rows = _coordinates(valid.any(dim=2))[:, :, None]
     columns = _coordinates(valid.any(dim=1))[:, None, :]
-    coordinates = torch.stack((rows.expand(valid.shape), columns.expand(valid.shape)), dim=-1)
-    rates = _ROPE_BASE ** -(torch.arange(width // 4, device=valid.device) * (4 / width))
-    angles = 2 * math.pi * coordinates.flatten(1, 2)[..., None] * rates  # (B, S, 2, width / 4)
-    angles = angles.flatten(2).tile(2)[:, None]
+    pairs = (rows.expand(valid.shape), columns.expand(valid.shape))
+    coordinates = torch.stack(pairs, dim=-1)
+    coordinates = coordinates.flatten(1, 2)  # (B, S, 2)
+    exponents = torch.arange(width // 4, device=valid.device)
+    exponents = exponents * (4 / width)
+    rates = _ROPE_BASE**-exponents
+    angles = 2 * math.pi * coordinates[..., None] * rates  # (B, S, 2, width / 4)
+    angles = angles.flatten(2).tile(2)
+    angles = angles[:, None]
     return angles.cos(), angles.sin()
 
 
 def _coordinates(inside: Tensor) -> Tensor:
     """Centres of the cells (B, n) along an axis, -1 to 1 over those that show image: `inside` (B, n) bool."""
-    centres = torch.arange(inside.shape[1], device=inside.device) + 0.5
-    return 2 * centres[None] / inside.sum(dim=1)[:, None] - 1
+    cells = torch.arange(inside.shape[1], device=inside.device)
+    centres = cells[None] + 0.5
+    length = inside.sum(dim=1)[:, None]
+    return 2 * centres / length - 1
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, heads, N, d) with its last S tokens rotated; those before are no cells."""
-    others, cells = x.split((x.shape[2] - cos.shape[2], cos.shape[2]), dim=2)
+    num_cells = cos.shape[2]
+    others = x[:, :, :-num_cells]
+    cells = x[:, :, -num_cells:]
     left, right = cells.chunk(2, dim=-1)
-    turned = cells * cos + torch.cat((-right, left), dim=-1) * sin
-    return torch.cat((others, turned.to(x.dtype)), dim=2)
+    quarter_turned = torch.cat((-right, left), dim=-1)
+    turned = cells * cos + quarter_turned * sin
+    turned = turned.to(x.dtype)
+    return torch.cat((others, turned), dim=2)

@@ -23,7 +23,10 @@ from visft_ds.randomness import generator
 
 
 def draw_points(
-    keys: Sequence[int], layers: int, counts: Sequence[int], device: torch.device
+    keys: Sequence[int],
+    layers: int,
+    counts: Sequence[int],
+    device: torch.device,
 ) -> tuple[Tensor, ...]:
     """Random points of A images, a tensor (A, L, count, 2) float32 in [0, 1) for each of `counts`.
 
@@ -31,11 +34,14 @@ def draw_points(
     host, so that they are the same on every device, and moved in one copy that nobody waits for. Layer l
     draws from stream 1 + l of the key; stream 0 belongs to the transforms.
     """
-    points = torch.empty(len(keys), layers, sum(counts), 2, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda"
+    points = torch.empty(len(keys), layers, sum(counts), 2, pin_memory=pinned)
     for image, key in enumerate(keys):
         for layer in range(layers):
-            generator(key, stream=1 + layer).random(out=points[image, layer].numpy(), dtype=np.float32)
-    return to_device(points, device).split(list(counts), dim=2)
+            of_layer = points[image, layer].numpy()
+            generator(key, stream=1 + layer).random(out=of_layer, dtype=np.float32)
+    points = to_device(points, device)
+    return points.split(list(counts), dim=2)
 
 
 def sample(maps: Tensor, points: Tensor, extent: Tensor) -> Tensor:
@@ -44,21 +50,28 @@ def sample(maps: Tensor, points: Tensor, extent: Tensor) -> Tensor:
     `extent` (2,): height and width of the image as a share of the map, which covers the padded batch. Beyond
     the map, values count as 0.
     """
-    grid = 2 * points.to(maps.dtype) * extent.flip(0).to(maps.dtype) - 1
-    return F.grid_sample(maps, grid[:, None], align_corners=False).squeeze(2)
+    share = extent.flip(0).to(maps.dtype)
+    grid = 2 * points.to(maps.dtype) * share - 1
+    values = F.grid_sample(maps, grid[:, None], align_corners=False)
+    return values.squeeze(2)
 
 
 @torch.no_grad()
 def uncertain_points(
-    masks: Tensor, candidates: Tensor, uniform: Tensor, uncertain: int, extent: Tensor
+    masks: Tensor,
+    candidates: Tensor,
+    uniform: Tensor,
+    uncertain: int,
+    extent: Tensor,
 ) -> Tensor:
     """Points of each pair: the `uncertain` candidates with the smallest |logit|, then the uniform points.
 
     Mask logits (L, m, h, w), candidates (L, K, 2), uniform (L, U, 2) -> (L, m, uncertain + U, 2).
     """
+    pairs = masks.shape[1]
     certainty = sample(masks, candidates, extent).abs()  # (L, m, K)
     chosen = certainty.topk(uncertain, dim=-1, largest=False, sorted=False).indices
-    pairs = masks.shape[1]
+    chosen = chosen[..., None].expand(-1, -1, -1, 2)
     candidates = candidates[:, None].expand(-1, pairs, -1, -1)
-    picked = candidates.gather(2, chosen[..., None].expand(-1, -1, -1, 2))
-    return torch.cat((picked, uniform[:, None].expand(-1, pairs, -1, -1)), dim=2)
+    uniform = uniform[:, None].expand(-1, pairs, -1, -1)
+    return torch.cat((candidates.gather(2, chosen), uniform), dim=2)

@@ -42,14 +42,26 @@ class MaskTask(Task):
     def geometry(self, options: Options) -> Geometry:
         return of_options(LargeScaleJitter, {**options, "pad_value": self.pad_value})
 
-    def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
+    def targets(
+        self,
+        train: bool,
+        options: Options,
+        words: Words,
+        classes: Classes,
+    ) -> ImageTargets:
         categories = self.categories if classes is None else classes
         return partial(mask_targets, {id_: label for label, id_ in enumerate(categories)})
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> MaskTargets:
         return packed_masks(samples, self.name, frame)
 
-    def blank(self, images: int, size: Size, content: Content, options: Options) -> MaskTargets:
+    def blank(
+        self,
+        images: int,
+        size: Size,
+        content: Content,
+        options: Options,
+    ) -> MaskTargets:
         objects = images * content.objects
         grid = grid_size(size, STRIDE)
         return MaskTargets(

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Map
-from visft_ds.ops import at_least_float32
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.segmentation.config import SegmentationHeadConfig
 from visft_ds.tasks.segmentation.pixel_decoder import PixelDecoder
@@ -87,8 +86,10 @@ class SegmentationHead(nn.Module):
         features, valid = maps[-1].features, maps[-1].valid
         memory, mask_features = self.pixel_decoder(features, valid)
         decoder = self.decoder
-        memory = memory + decoder["level_embed"](features.new_zeros(1, dtype=torch.int64))
-        memory_key = memory + sine_positions(valid, self.width).to(memory.dtype).flatten(1, 2)
+        level = features.new_zeros(1, dtype=torch.int64)
+        memory = memory + decoder["level_embed"](level)
+        positions = sine_positions(valid, self.width).flatten(1, 2)
+        memory_key = memory + positions.to(memory.dtype)
         numbers = torch.arange(self.num_queries, device=features.device)
         query = decoder["query_pos"](numbers).expand(len(memory), -1, -1)
         state = decoder["query_feat"](numbers).expand(len(memory), -1, -1)
@@ -96,23 +97,23 @@ class SegmentationHead(nn.Module):
         sets = [self._predict(state, mask_features, valid)]
         for layer in decoder["layers"].children():
             _, masks = sets[-1]
-            covered = (masks.detach().flatten(2).sigmoid() >= 0.5) & inside  # (B, Q, S)
+            probability = masks.detach().flatten(2).sigmoid()
+            covered = (probability >= 0.5) & inside  # (B, Q, S)
             # A query whose mask covers no cell attends to the whole image: a softmax over nothing would be
             # NaN.
-            allowed = torch.where(covered.any(dim=-1, keepdim=True), covered, inside)
+            covers_some = covered.any(dim=-1, keepdim=True)
+            allowed = torch.where(covers_some, covered, inside)
             state = layer(state, query, memory, memory_key, allowed)
             sets.append(self._predict(state, mask_features, valid))
-        return MaskOutput(
-            logits=at_least_float32(torch.stack([logits for logits, _ in sets])),
-            masks=at_least_float32(torch.stack([masks for _, masks in sets])),
-            class_ids=self.class_ids,
-        )
+        return MaskOutput.of_sets(sets, self.class_ids)
 
     def _predict(self, state: Tensor, mask_features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (B, Q, C + 1) and mask logits (B, Q, h, w) of queries (B, Q, E)."""
         normed = self.decoder["norm"](state)
-        masks = torch.einsum("bqe,behw->bqhw", self.decoder["mask_embed"](normed), mask_features)
-        return self.decoder["class_embed"](normed), masks.masked_fill(~valid[:, None], 0.0)
+        logits = self.decoder["class_embed"](normed)
+        embeddings = self.decoder["mask_embed"](normed)
+        masks = torch.einsum("bqe,behw->bqhw", embeddings, mask_features)
+        return logits, masks.masked_fill(~valid[:, None], 0.0)
 
 
 def _layer(options: SegmentationHeadConfig) -> DecoderLayer:

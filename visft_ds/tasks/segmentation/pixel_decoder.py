@@ -46,7 +46,8 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(width, width)
         nn.init.zeros_(self.sampling_offsets.weight)
         with torch.no_grad():
-            self.sampling_offsets.bias.copy_(self._first_offsets().flatten())
+            offsets = self._first_offsets()
+            self.sampling_offsets.bias.copy_(offsets.flatten())
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
         for projection in (self.value_proj, self.output_proj):
@@ -62,32 +63,49 @@ class DeformableAttention(nn.Module):
         angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
         # on the border of the square [-1, 1]^2
-        direction = direction / direction.abs().amax(dim=-1, keepdim=True)
-        steps = torch.arange(1, self.n_points + 1, dtype=torch.float32)
+        longest = direction.abs().amax(dim=-1, keepdim=True)
+        direction = direction / longest
+        steps = torch.arange(self.n_points) + 1.0
         return direction[:, None] * steps[:, None]
 
-    def forward(self, query: Tensor, entries: Tensor, valid: Tensor, shape: tuple[int, int]) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        entries: Tensor,
+        valid: Tensor,
+        shape: tuple[int, int],
+    ) -> Tensor:
         """query (with positions) and entries (B, S, E), valid (B, S) bool, shape (h, w) -> (B, S, E)."""
-        value = at_least_float32(self.value_proj(entries))
-        value = value.masked_fill(~valid[..., None], 0.0).unflatten(-1, (self.num_heads, -1))
+        value = self.value_proj(entries)
+        offsets = self.sampling_offsets(query)
+        weights = self.attention_weights(query)
         # In bf16, points would be off by a share of a cell.
-        offsets = at_least_float32(self.sampling_offsets(query))
-        weights = at_least_float32(self.attention_weights(query))
+        value = at_least_float32(value)
+        offsets = at_least_float32(offsets)
+        weights = at_least_float32(weights)
+        value = value.masked_fill(~valid[..., None], 0.0)
+        value = value.unflatten(-1, (self.num_heads, -1))
         # `deform_attn` takes points of several feature maps (levels); this is one.
-        offsets = offsets.unflatten(-1, (self.num_heads, 1, self.n_points, 2))  # (B, S, M, 1, P, 2), in cells
+        levels = (1, self.n_points)
+        offsets = offsets.unflatten(-1, (self.num_heads, *levels, 2))  # (B, S, M, 1, P, 2), in cells
         weights = weights.unflatten(-1, (self.num_heads, -1)).softmax(dim=-1)
-        weights = weights.unflatten(-1, (1, self.n_points))
-        # Width and height, made from Python numbers on the device, without a copy that waits.
-        extent = torch.stack([offsets.new_full((), side) for side in reversed(shape)])
-        points = _centres(shape, offsets)[:, None, None, None] + offsets / extent
+        weights = weights.unflatten(-1, levels)
+        height, width = shape
+        # Made from Python numbers on the device, without a copy that waits.
+        extent = torch.stack((offsets.new_full((), width), offsets.new_full((), height)))
+        centres = _centres(shape, offsets)[:, None, None, None]
+        points = centres + offsets / extent
         mixed: Tensor = self.output_proj(deform_attn(value, [shape], points, weights))
         return mixed
 
 
 def _centres(shape: tuple[int, int], like: Tensor) -> Tensor:
     """(S, 2) centres (x, y) in [0, 1] of the cells of a map of this shape (h, w), row by row."""
-    y, x = ((torch.arange(side, device=like.device, dtype=like.dtype) + 0.5) / side for side in shape)
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(end_dim=1)
+    height, width = shape
+    y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
+    x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
+    pairs = torch.meshgrid(x, y, indexing="xy")
+    return torch.stack(pairs, dim=-1).flatten(end_dim=1)
 
 
 class PixelLayer(nn.Module):
@@ -105,7 +123,13 @@ class PixelLayer(nn.Module):
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, entries: Tensor, positions: Tensor, valid: Tensor, shape: tuple[int, int]) -> Tensor:
+    def forward(
+        self,
+        entries: Tensor,
+        positions: Tensor,
+        valid: Tensor,
+        shape: tuple[int, int],
+    ) -> Tensor:
         """entries, positions (B, S, E), valid (B, S) bool -> (B, S, E)."""
         attended = self.self_attn(entries + positions, entries, valid, shape)
         entries = self.norm1(entries + self.dropout(attended))
@@ -145,12 +169,15 @@ class PixelDecoder(nn.Module):
         What both hold at padded cells has no meaning.
         """
         shape = (features.shape[2], features.shape[3])
-        entries = self.input_norm(self.input_proj(features), valid).flatten(2).transpose(1, 2)
-        level = self.level_embed(torch.zeros(1, dtype=torch.int64, device=features.device))
-        positions = sine_positions(valid, self.width).to(entries.dtype).flatten(1, 2) + level
+        entries = self.input_norm(self.input_proj(features), valid)
+        entries = entries.flatten(2).mT
+        level = torch.zeros(1, dtype=torch.int64, device=features.device)
+        positions = sine_positions(valid, self.width).flatten(1, 2)
+        positions = positions.to(entries.dtype) + self.level_embed(level)
         for layer in self.layers:
             entries = layer(entries, positions, valid.flatten(1), shape)
         lateral = self.lateral_norm(self.lateral_proj(features), valid)
-        merged = lateral + entries.transpose(1, 2).unflatten(2, shape)
-        merged = self.output_conv(merged.masked_fill(~valid[:, None], 0.0))
-        return entries, self.mask_proj(F.relu(self.output_norm(merged, valid)))
+        merged = lateral + entries.mT.unflatten(2, shape)
+        merged = merged.masked_fill(~valid[:, None], 0.0)
+        merged = self.output_norm(self.output_conv(merged), valid)
+        return entries, self.mask_proj(F.relu(merged))

@@ -39,7 +39,12 @@ class _Code(NamedTuple):
 
 
 @torch.no_grad()
-def instances(output: MaskOutput, batch: Batch, categories: Sequence[int], threshold: float = 0.0) -> Results:
+def instances(
+    output: MaskOutput,
+    batch: Batch,
+    categories: Sequence[int],
+    threshold: float = 0.0,
+) -> Results:
     """Predictions in COCO's results format: image_id, category_id, segmentation, bbox, score.
 
     segmentation is a run-length code at the size of the stored image, its counts as str; bbox is the (x, y,
@@ -59,7 +64,7 @@ def instances(output: MaskOutput, batch: Batch, categories: Sequence[int], thres
     results = Results()
     for image in batch.real.nonzero().flatten().tolist():
         # Written so that a probability that is no number stays.
-        likely = [one for one in candidates[image] if not one.probability < threshold]
+        likely = [pair for pair in candidates[image] if not pair.probability < threshold]
         queries = sorted({candidate.query for candidate in likely})
         stored = batch.original_sizes[image].tolist()
         masks = at_least_float32(output.masks[-1, image, queries])
@@ -87,17 +92,21 @@ def _candidates(output: MaskOutput, num_categories: int) -> list[list[_Candidate
     """Of each image, the pairs of a query and a class that can be results."""
     probability = at_least_float32(output.logits[-1]).softmax(dim=-1)  # (B, Q, C + 1)
     if output.class_ids == "contiguous":
-        probability = probability[..., :-1][..., :num_categories]
-        scores, pairs = probability.flatten(1).topk(min(_RESULTS, probability[0].numel()))
+        probability = probability[..., :-1]
+        probability = probability[..., :num_categories]
+        number = min(_RESULTS, probability[0].numel())
+        scores, pairs = probability.flatten(1).topk(number)
         queries = pairs // probability.shape[2]
         labels = pairs % probability.shape[2]
     else:
-        # Class 0 means nothing.
-        probability = probability[..., 1:-1][..., :num_categories]
+        probability = probability[..., 1:-1]  # class 0 means nothing
+        probability = probability[..., :num_categories]
         scores, labels = probability.max(dim=-1)
-        queries = torch.arange(probability.shape[1]).expand(len(probability), -1)
-    columns = zip(queries.tolist(), labels.tolist(), scores.tolist(), strict=True)
-    return [[_Candidate(*entry) for entry in zip(*image, strict=True)] for image in columns]
+        queries = torch.arange(scores.shape[1]).expand_as(scores)
+    candidates = []
+    for image in zip(queries.tolist(), labels.tolist(), scores.tolist(), strict=True):
+        candidates.append([_Candidate(*entry) for entry in zip(*image, strict=True)])
+    return candidates
 
 
 def _mask_codes(masks: Tensor, extent: Sequence[float], stored: Sequence[int]) -> list[_Code]:
@@ -107,15 +116,17 @@ def _mask_codes(masks: Tensor, extent: Sequence[float], stored: Sequence[int]) -
     """
     rows = interpolation(masks.shape[1], extent[0], stored[0], masks)  # (H, h)
     columns = interpolation(masks.shape[2], extent[1], stored[1], masks)  # (W, w)
-    codes = []
-    for group in masks.split(max(1, _MASK_BUDGET // (stored[0] * stored[1]))):
+    number = max(1, _MASK_BUDGET // (stored[0] * stored[1]))
+    codes: list[_Code] = []
+    for group in masks.split(number):
         # Bilinear interpolation is one linear map along each axis; transposed, as run-length codes go down
         # columns.
         logits = columns @ (rows @ group).transpose(1, 2)  # (q, W, H)
         inside = logits > 0
-        encoded = coco_mask.encode(inside.to(torch.uint8).cpu().numpy().transpose(2, 1, 0))
+        pixels = inside.to(torch.uint8).cpu().numpy()
+        encoded = coco_mask.encode(pixels.transpose(2, 1, 0))
         probabilities = logits.sigmoid_().mul_(inside)  # in place: a copy would double what is held
-        pixels = inside.sum(dim=(1, 2)).clamp(min=1)
-        qualities = (probabilities.sum(dim=(1, 2)) / pixels).tolist()
-        codes += [_Code(code, quality) for code, quality in zip(encoded, qualities, strict=True)]
+        area = inside.sum(dim=(1, 2)).clamp(min=1)
+        qualities = probabilities.sum(dim=(1, 2)) / area
+        codes += map(_Code, encoded, qualities.tolist())
     return codes

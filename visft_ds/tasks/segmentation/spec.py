@@ -35,7 +35,12 @@ class Segmentation(MaskTask):
         return super().build_head(shapes, head, vocabulary_size)
 
     def results(
-        self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
+        self,
+        output: Any,
+        batch: Batch,
+        words: Words,
+        classes: Classes = None,
+        threshold: float = 0.0,
     ) -> Results:
         return instances(output, batch, self.categories if classes is None else classes, threshold)
 

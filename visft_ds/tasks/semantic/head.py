@@ -18,7 +18,7 @@ from visft_ds.ops import at_least_float32
 from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.masks.data import MaskTargets, slices_of
-from visft_ds.tasks.masks.interpolation import interpolation
+from visft_ds.tasks.masks.interpolation import interpolated
 from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticLoss
 
 
@@ -53,8 +53,10 @@ class LinearHead(nn.Module):
         for level in maps:
             fits = level.features.shape[2:] == grid
             features.append(level.features if fits else level.resized(grid))
-        x = self.channels(torch.cat(features, dim=1).movedim(1, -1)).movedim(-1, 1)
-        return SemanticOutput(at_least_float32(self.classifier(self.dropout(x))))
+        x = torch.cat(features, dim=1)
+        x = self.channels(x.movedim(1, -1)).movedim(-1, 1)
+        logits = self.classifier(self.dropout(x))
+        return SemanticOutput(at_least_float32(logits))
 
 
 class SemanticCriterion:
@@ -67,9 +69,10 @@ class SemanticCriterion:
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Labelled cells, by whose number the loss is divided."""
-        return {
-            "cells": float(sum((cells != VOID).sum() for cells in cell_labels(batch.targets["semantic"])))
-        }
+        number = 0
+        for cells in cell_labels(batch.targets["semantic"]):
+            number += int((cells != VOID).sum())
+        return {"cells": float(number)}
 
     def __call__(
         self,
@@ -87,9 +90,7 @@ class SemanticCriterion:
         """
         total = logits.new_zeros(())
         for of_image, cells, extent in zip(logits, cell_labels(targets), extents.tolist(), strict=True):
-            rows = interpolation(of_image.shape[1], extent[0], cells.shape[0], of_image)
-            columns = interpolation(of_image.shape[2], extent[1], cells.shape[1], of_image)
-            fine = rows @ of_image @ columns.T  # (C, hm, wm)
+            fine = interpolated(of_image, extent, cells.shape)  # (C, hm, wm)
             total = total + F.cross_entropy(fine[None], cells[None], ignore_index=VOID, reduction="sum")
         return total
 
@@ -101,7 +102,8 @@ def cell_labels(targets: MaskTargets) -> Iterator[Tensor]:
     rows = slices_of(targets.counts.tolist())
     for of_image, (height, width) in zip(rows, targets.grids.tolist(), strict=True):
         masks = targets.masks[of_image, :height, :width].int()
-        labels = targets.labels[of_image]
-        unlabelled = 255 - masks.sum(dim=0, keepdim=True, dtype=torch.int32).clamp(max=255)
+        labelled = masks.sum(dim=0, keepdim=True, dtype=torch.int32)
+        unlabelled = 255 - labelled.clamp(max=255)
         largest = torch.cat((unlabelled, masks)).argmax(dim=0)
-        yield torch.cat((labels.new_full((1,), VOID), labels))[largest]
+        labels = F.pad(targets.labels[of_image], (1, 0), value=VOID)
+        yield labels[largest]

@@ -23,13 +23,13 @@ from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import VOID, category_name
 from visft_ds.tasks.masks.data import slices_of
-from visft_ds.tasks.masks.interpolation import interpolation
+from visft_ds.tasks.masks.interpolation import interpolated, interpolation
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.pictures import SIDE, TEXT, Picture, draw_objects, letters, palette
 from visft_ds.tasks.semantic.head import SemanticOutput
 
-ClassMap = npt.NDArray[np.uint8]  #: (H, W) places among classes or names, VOID where there is none
+ClassMap = npt.NDArray[np.uint8]  #: (H, W) numbers of classes or categories, VOID where there is none
 _GROUP = 8  # classes whose scores are held at full size at a time
 _TAGGED = 0.003  # share of an image from which on a region has its name in a picture
 
@@ -124,7 +124,10 @@ def _class_map(output: SemanticOutput | MaskOutput | Windows, batch: Batch, imag
 
 
 def _scores(
-    output: SemanticOutput | MaskOutput, rows: slice, size: Sequence[int], frame: Sequence[int]
+    output: SemanticOutput | MaskOutput,
+    rows: slice,
+    size: Sequence[int],
+    frame: Sequence[int],
 ) -> tuple[Tensor, Tensor | None, Sequence[float]]:
     """What an image of this size has in some rows of an output of padded `frame`s, which are all of it or its
     windows.
@@ -142,9 +145,7 @@ def _scores(
         return output.logits[rows].softmax(dim=1), None, shares
     masks = output.masks[-1, rows]
     weights = output.logits[-1, rows].softmax(dim=-1)[..., :-1].transpose(1, 2)
-    down = interpolation(masks.shape[2], shares[0], covered[0], masks)
-    across = interpolation(masks.shape[3], shares[1], covered[1], masks)
-    return (down @ masks @ across.T).sigmoid(), weights, [1.0, 1.0]
+    return interpolated(masks, shares, covered).sigmoid(), weights, [1.0, 1.0]
 
 
 def _merging(
@@ -174,7 +175,13 @@ def _merging(
     return matrices
 
 
-def most_probable(maps: Tensor, weights: Tensor | None, axis: int, rows: Tensor, columns: Tensor) -> ClassMap:
+def most_probable(
+    maps: Tensor,
+    weights: Tensor | None,
+    axis: int,
+    rows: Tensor,
+    columns: Tensor,
+) -> ClassMap:
     """(H, W) best class of maps of n windows, which lie one after the other along an axis.
 
     The maps are probabilities (n, C, h, w), or masks (n, Q, h, w), whose `weights` (n, C, Q) are the
@@ -197,14 +204,14 @@ def most_probable(maps: Tensor, weights: Tensor | None, axis: int, rows: Tensor,
     return class_map
 
 
-def place_map(
-    entries: Sequence[Mapping[str, Any]], size: tuple[int, int], places: Mapping[int, int]
+def number_map(
+    entries: Sequence[Mapping[str, Any]], size: tuple[int, int], numbers: Mapping[int, int]
 ) -> ClassMap:
-    """(H, W) places of the categories of annotations or results of an image, VOID where there is none."""
+    """(H, W) numbers of the categories of annotations or results of an image, VOID where there is none."""
     class_map = np.full(size, VOID, dtype=np.uint8)
     for entry in entries:
-        if entry["category_id"] in places and entry.get("segmentation"):
-            class_map[decode_mask(entry["segmentation"], size)] = places[entry["category_id"]]
+        if entry["category_id"] in numbers and entry.get("segmentation"):
+            class_map[decode_mask(entry["segmentation"], size)] = numbers[entry["category_id"]]
     return class_map
 
 
@@ -238,18 +245,20 @@ def _confusion(truth: Mapping[str, Any], results: Results) -> npt.NDArray[np.int
     """(C, C + 1) pixels by their true class and the predicted one, the last of which is none that the data
     has.
     """
-    places = {int(category["id"]): place for place, category in enumerate(truth["categories"])}
-    count = len(places)
+    numbers = {int(category["id"]): number for number, category in enumerate(truth["categories"])}
+    count = len(numbers)
     labelled = _by_image(truth["annotations"])
     predicted = _by_image(results)
     confusion = np.zeros((count, count + 1), dtype=np.int64)
     for image in truth["images"]:
         size = image["height"], image["width"]
-        true = place_map(labelled[image["id"]], size, places).astype(np.int64)
-        answer = place_map(predicted[image["id"]], size, places).clip(max=count)
+        true = number_map(labelled[image["id"]], size, numbers)
+        answer = number_map(predicted[image["id"]], size, numbers)
         known = true != VOID
-        pairs = true[known] * (count + 1) + answer[known]
-        confusion += np.bincount(pairs, minlength=confusion.size).reshape(confusion.shape)
+        rows = true[known].astype(np.int64)
+        columns = answer[known].clip(max=count)
+        pixels = np.bincount(rows * (count + 1) + columns, minlength=confusion.size)
+        confusion += pixels.reshape(confusion.shape)
     return confusion
 
 
@@ -262,7 +271,10 @@ def _by_image(entries: Sequence[Mapping[str, Any]]) -> Mapping[int, list[Mapping
 
 
 def draw_regions(
-    image: Picture, regions: Sequence[Mapping[str, Any]], names: Mapping[int, str], side: int = SIDE
+    image: Picture,
+    regions: Sequence[Mapping[str, Any]],
+    names: Mapping[int, str],
+    side: int = SIDE,
 ) -> Picture:
     """The image under the colours of its classes, each with its name where its region is widest."""
     scale = side / max(image.shape[:2])
@@ -275,9 +287,11 @@ def draw_regions(
         mask = decode_mask(region["segmentation"], image.shape[:2])
         distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
         y, x = np.unravel_index(distance.argmax(), distance.shape)
+        left = x - letters(TEXT).getlength(name) / 2 / scale
+        top = y - TEXT / 2 / scale
         labels.append(name)
         masks.append(mask)
         tags.append(name if mask.mean() >= _TAGGED else "")
-        corners.append((x - letters(TEXT).getlength(name) / 2 / scale, y - TEXT / 2 / scale, 0, 0))
+        corners.append((left, top, 0, 0))
     colours = palette([*names.values(), *labels])
     return draw_objects(image, labels, tags, colours, boxes=corners, masks=masks, side=side)

@@ -59,7 +59,12 @@ class Semantic(MaskTask):
         return self.losses(head, LOSSES[head.type](**loss_options))
 
     def results(
-        self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
+        self,
+        output: Any,
+        batch: Batch,
+        words: Words,
+        classes: Classes = None,
+        threshold: float = 0.0,
     ) -> Results:
         return semantic_results(output, batch, classes)
 
