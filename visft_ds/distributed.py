@@ -54,6 +54,11 @@ class PipelinePosition:
             role = "labels"
         return cls(stage, stages, dp_rank, dp_size, role)
 
+    @classmethod
+    def here(cls, stages: int) -> PipelinePosition:
+        """Position of this process."""
+        return cls.of_rank(rank(), world_size(), stages)
+
 
 def rank() -> int:
     """Global rank; known from the launcher's environment before the process group exists."""
