@@ -70,10 +70,10 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
         known = isinstance(error, ValueError | Warning) or (
             isinstance(error, OSError | SyntaxError) and str(error)
         )
-        found = str(error) if known else f"{type(error).__name__} {error}"
+        problem = str(error) if known else f"{type(error).__name__} {error}"
         if isinstance(error, ValidationError):
-            found = _refused(error)
-        raise ValueError(f"{path}: cannot be read as {what}: {' '.join(found.split())[:400]}") from error
+            problem = _refused(error)
+        raise ValueError(f"{path}: cannot be read as {what}: {' '.join(problem.split())[:400]}") from error
 
 
 def _refused(error: ValidationError) -> str:
@@ -103,11 +103,11 @@ def open_regular(path: Path | str, most: int = MAX_BYTES) -> Iterator[BinaryIO]:
     """
     # Without O_NONBLOCK, opening a pipe waits for whoever writes into it.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path}: not a regular file")
-        if found.st_size > most:
-            raise ValueError(f"{path}: {found.st_size:,} bytes; at most {most:,} are read")
+        if status.st_size > most:
+            raise ValueError(f"{path}: {status.st_size:,} bytes; at most {most:,} are read")
         yield file
 
 
