@@ -41,7 +41,7 @@ class PipelinePosition:
 
     @classmethod
     def of_rank(cls, rank: int, world_size: int, stages: int) -> PipelinePosition:
-        """Position of a rank as DeepSpeed numbers them: first all of stage 0, then all of stage 1, and so on."""
+        """Position of a rank as DeepSpeed numbers them: first all of stage 0, then all of stage 1, ..."""
         assert world_size % stages == 0, (world_size, stages)
         dp_size = world_size // stages
         stage, dp_rank = divmod(rank, dp_size)
@@ -115,8 +115,8 @@ def agree_on_step(
     """
     if len(counts) > _COUNT_SLOTS:
         raise ValueError(
-            f"the losses of this step need {len(counts)} counts, and at most {_COUNT_SLOTS} are summed over ranks: "
-            f"return fewer from `count` of a criterion ({', '.join(sorted(counts)[:3])}, ...)"
+            f"the losses of this step need {len(counts)} counts, and at most {_COUNT_SLOTS} are summed over "
+            f"ranks: return fewer from `count` of a criterion ({', '.join(sorted(counts)[:3])}, ...)"
         )
     token = float(
         zlib.crc32(what.encode()) % (1 << 20)
