@@ -160,7 +160,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_unfinished(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes have left of `writing` files of this name (a pattern) below a folder."""
+    """Remove what `writing` left below a folder where it was killed, of files of this name (a pattern)."""
     for path in folder.rglob(f".{name}.tmp-*"):
         path.unlink()
 
