@@ -1,5 +1,5 @@
-"""Classification of images by frozen features, as facebookresearch/dinov2 measures it on ImageNet: kNN (`knn`)
-and a linear classifier (`linear_classification`). Images are resized to 256 pixels and cut to 224.
+"""Classification of images by frozen features, as facebookresearch/dinov2 measures it on ImageNet: kNN
+(`knn`) and a linear classifier (`linear_classification`). Images are resized to 256 pixels and cut to 224.
 
 Differs from dinov2/eval/knn.py in: pixels are normalised as the model was trained; where a model has no class
 token the mean patch stands for it; equal votes count as wrong.
@@ -44,12 +44,12 @@ KNN = Number(
 LINEAR = Number(
     "linear",
     how="A linear classifier of class token and mean patch.",
-    published="Those of the class token, and of it beside the mean patch, each by SGD at 13 rates, learn for 12,500 "
-    "steps of 1,024 crops of 224 pixels.",
+    published="Those of the class token, and of it beside the mean patch, each by SGD at 13 rates, learn for "
+    "12,500 steps of 1,024 crops of 224 pixels.",
     quick=f"Logistic regression, its strength chosen on a fifth of the training images. {CLASSIFIED_SIZES}",
     source="https://github.com/facebookresearch/dinov2, eval/linear.py",
-    differs=f"{NORMALISED}; tokens of one block (there also of the last four); a fiftieth of the training images "
-    "chooses the classifier and teaches none (there the test images choose)",
+    differs=f"{NORMALISED}; tokens of one block (there also of the last four); a fiftieth of the training "
+    "images chooses the classifier and teaches none (there the test images choose)",
     chooses_layer=True,
     trained=True,
     side=SIDE,

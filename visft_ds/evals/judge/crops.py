@@ -1,5 +1,5 @@
-"""Crops of images that published protocols teach with: what all of them share. Random numbers are torch's global
-ones.
+"""Crops of images that published protocols teach with: what all of them share. Random numbers are torch's
+global ones.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def coin() -> bool:
     return bool(torch.rand(()) < 0.5)
 
 
-def random_part(size: Sequence[int], part: Sequence[int]) -> tuple[slice, slice]:
+def random_part(size: Sequence[int], crop_size: Sequence[int]) -> tuple[slice, slice]:
     """Rows and columns of a random part (height, width) of an image, or all of those that are fewer."""
-    height, width = part
+    height, width = crop_size
     spare_rows = max(size[0] - height, 0)
     spare_columns = max(size[1] - width, 0)
     top = int(torch.randint(spare_rows + 1, ()))

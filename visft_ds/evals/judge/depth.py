@@ -33,13 +33,13 @@ from visft_ds.evals.judge.protocol import NORMALISED, PUBLISHED, QUICK, SIZES, P
 
 RMSE = Number(
     "RMSE",
-    how="Batch normalisation and a linear layer on patches give 256 bins of depth, by AdamW at 3e-4. Metres, on "
-    "Eigen's crop, mean over images.",
+    how="Batch normalisation and a linear layer on patches give 256 bins of depth, by AdamW at 3e-4. Metres, "
+    "on Eigen's crop, mean over images.",
     published="38,400 steps of 16 crops of 416 x 544 pixels; flips are averaged.",
     quick=f"{QUICK.depth.steps:,} steps of {BATCH} images. {SIZES}",
     source="https://github.com/facebookresearch/dinov3, eval/depth",
-    differs=f"{NORMALISED}; images smaller than a crop are filled up (there refused); Eigen's crop is cut out of "
-    "maps of 480 x 640 alone",
+    differs=f"{NORMALISED}; images smaller than a crop are filled up (there refused); Eigen's crop is cut out "
+    "of maps of 480 x 640 alone",
     lower=True,
     chooses_layer=True,
     trained=True,
@@ -167,9 +167,9 @@ def silog(
     outputs: Tensor, truth: Tensor, weights: Tensor, generator: torch.Generator, stride: int, step: int
 ) -> Tensor:
     """sqrt(var g + 0.15 mean(g)^2) of g, the logarithms' difference, over the pixels whose depth is known."""
-    predicted, known = sampled(metres(outputs), truth.unsqueeze(1), stride, generator)
-    error = (predicted + _EPSILON).log() - (known + _EPSILON).log()
-    share = (known > 0) * weights.T[:, :, None, None]
+    predicted, metres_there = sampled(metres(outputs), truth.unsqueeze(1), stride, generator)
+    error = (predicted + _EPSILON).log() - (metres_there + _EPSILON).log()
+    share = (metres_there > 0) * weights.T[:, :, None, None]
     pixels = (0, 2, 3)  # of all images, by heads
     total = share.sum(dim=pixels)
     mean = (share * error).sum(dim=pixels) / total.clamp(min=1)
@@ -186,10 +186,11 @@ def _measured(numbers: Collection[str], outputs: Iterable[Tensor], test: DenseSe
     rmse = []
     delta1 = []
     for large, truth in at_labels(outputs, test):
-        known = truth > 0
-        predicted = large[:, known].clamp(NEAREST, FARTHEST).double()
-        error = predicted - truth[known]
-        ratio = predicted / truth[known]
+        does_count = truth > 0
+        predicted = large[:, does_count].clamp(NEAREST, FARTHEST).double()
+        actual = truth[does_count]
+        error = predicted - actual
+        ratio = predicted / actual
         within = torch.maximum(ratio, 1 / ratio) < 1.25
         rmse.append((error**2).mean(dim=1).sqrt().cpu())
         delta1.append(within.double().mean(dim=1).cpu())

@@ -105,9 +105,9 @@ def _held_out(train: ClassSet) -> tuple[ClassSet, ClassSet]:
     owners = torch.from_numpy(units(len(labels), train.images.groups))
     chooses = held_out(labels, owners, _NTH).numpy()
     if not chooses.any():
+        first = train.images.names[0]
         raise ValueError(
-            f"no class has five training images ({train.images.names[0]}, ...), a fifth of which would choose "
-            "the rate"
+            f"no class has five training images ({first}, ...), a fifth of which would choose the rate"
         )
     return train.part(np.flatnonzero(chooses)), train.part(np.flatnonzero(~chooses))
 
@@ -182,11 +182,11 @@ def _crops(
     def make(numbers: Sequence[int]) -> Any:
         crops = []
         for number in numbers:
-            place = int(order[number])
-            image = train.images.read(place)
+            index = int(order[number])
+            image = train.images.read(index)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(number)
-                crops.append((place, crop(image, view), int(train.labels[place])))
+                crops.append((index, crop(image, view), int(train.labels[index])))
         return default_collate(crops)
 
     batches = loaded(count, recipe.batch, make, settings)

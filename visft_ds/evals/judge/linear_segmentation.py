@@ -65,7 +65,8 @@ def _square(numbers: Tensor, side: int) -> tuple[slice, slice]:
     for _ in range(_REDRAWN):
         inside = numbers[square]
         pixels = inside[inside != NO_CLASS].unique(return_counts=True)[1]
-        if len(pixels) > 1 and pixels.max() / pixels.sum() < _MOST_OF_ONE:
+        largest_share = pixels.max() / pixels.sum() if len(pixels) > 1 else 1.0
+        if largest_share < _MOST_OF_ONE:
             break
         square = random_part(numbers.shape, (side, side))
     return square
@@ -105,8 +106,8 @@ def schedule(recipe: Recipe, step: int) -> tuple[float, float]:
     """
     late = max(step - 1, 0)
     if late < recipe.warm_up:
-        begun = 1 - (1 - late / recipe.warm_up) * (1 - _START)
-        factor = begun * (1 - late / recipe.steps)
+        missing = (1 - late / recipe.warm_up) * (1 - _START)
+        factor = (1 - missing) * (1 - late / recipe.steps)
     else:
         factor = half_cosine((late + 1) / recipe.steps)
     return recipe.rate * factor, recipe.betas[0]

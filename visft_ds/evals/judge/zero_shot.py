@@ -1,5 +1,5 @@
-"""Zero-shot classification, as in CLIP (https://arxiv.org/abs/2103.00020) and EVA-CLIP: an image has the class
-whose text is most similar. A class is the mean of its sentences, each of length 1.
+"""Zero-shot classification, as in CLIP (https://arxiv.org/abs/2103.00020) and EVA-CLIP: an image has the
+class whose text is most similar. A class is the mean of its sentences, each of length 1.
 """
 
 from __future__ import annotations
