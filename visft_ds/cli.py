@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].startswith("--local_rank="):  # the deepspeed launcher puts it in front
-        words[:2] = reversed(words[:2])
+        words.insert(1, words.pop(0))
     name = words[0] if words else ""
     try:
         try:
@@ -106,26 +106,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    told = {"-h": _USAGE, "--help": _USAGE, "--version": f"visft {__version__}"}
-    if words and words[0] in told:
-        print(told[words[0]])
-        return 0
-    if not words or words[0] not in COMMANDS:
-        near = difflib.get_close_matches("".join(words[:1]), COMMANDS, n=1)
-        hint = f" did you mean {near[0]}?" if near else ""
-        print(
-            f"visft: no command {words[0]!r};{hint} visft --help lists them" if words else _USAGE,
-            file=sys.stderr,
-        )
+    if not words:
+        print(_USAGE, file=sys.stderr)
         return 2
-    command = COMMANDS[words[0]]
+    name = words[0]
+    if name in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    if name == "--version":
+        print(f"visft {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" did you mean {near[0]}?" if near else ""
+        print(f"visft: no command {name!r};{hint} visft --help lists them", file=sys.stderr)
+        return 2
+    count = None
     try:
         check_environment()
-        count = None
-        if words[0] in PARALLEL:
+        if name in PARALLEL:
             words, count = without_num_gpus(words)
     except ValueError as error:
-        return tell(error, f"visft {words[0]}")
+        return tell(error, f"visft {name}")
     if count is not None and "RANK" not in os.environ:
         return start_ranks(words, count)
+    command = COMMANDS[name]
     return int(getattr(import_module(command.module), command.function)(words[1:]))

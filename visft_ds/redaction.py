@@ -37,15 +37,19 @@ def redacted(text: object) -> str:
     options = [getattr(sys.modules.get("fsspec.config"), "conf", None)]
     while options:
         value = options.pop()
-        if isinstance(value, Mapping | list | tuple):
-            options += value.values() if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            options += value.values()
+        elif isinstance(value, list | tuple):
+            options += value
         elif isinstance(value, str):
             known += [value, value.rpartition(" ")[2]]  # of "Bearer abc" the second word, too
-    found = str(text)
-    for secret in sorted({secret for secret in known if len(secret) >= _SHORTEST}, key=len, reverse=True):
-        found = found.replace(secret, MASK)
-    found = _LOGIN.sub(f"{MASK}@", _USER.sub(rf"\1{MASK}@", found))
-    return _QUERY.sub(rf"\1?{MASK}", found)
+    masked = str(text)
+    secrets = {secret for secret in known if len(secret) >= _SHORTEST}
+    for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+        masked = masked.replace(secret, MASK)
+    masked = _USER.sub(rf"\1{MASK}@", masked)
+    masked = _LOGIN.sub(f"{MASK}@", masked)
+    return _QUERY.sub(rf"\1?{MASK}", masked)
 
 
 def visible(text: str) -> str:
@@ -70,12 +74,10 @@ def refuse_secrets(url: str) -> str:
     """The URL of a folder. Raises ValueError for a password or a query, which would be stored with each
     run.
     """
-    if (
-        "://" in url
-        and not url.lower().startswith("file:")
-        and (_USER.search(url) or "?" in url or "#" in url)
-    ):
+    is_remote = "://" in url and not url.lower().startswith("file:")
+    if is_remote and (_USER.search(url) or "?" in url or "#" in url):
         raise ValueError(
-            "a URL may have no password, query or fragment, which each run would record; headers go into FSSPEC_HTTP"
+            "URLs must not contain credentials, query strings or fragments (run.json would store them); use "
+            "FSSPEC_HTTP for headers"
         )
     return url

@@ -10,7 +10,7 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.config.flags import SMALL_DATA
 from visft_ds.prepare import settle as recipe
 from visft_ds.prepare.settle import settle
-from visft_ds.run.report import recipe_lines
+from visft_ds.run import report
 
 
 def _resolved(shards: Path, *flags: str) -> ResolvedConfig:
@@ -32,8 +32,9 @@ def test_photographs_alone_choose_the_recipe(shards: Path) -> None:
     assert visft.features.cache == "runs/stage1-small_data/features"
     assert (visft.run.eval_every, visft.run.keep_best) == (0, None)
     assert visft.shared is not None and visft.shared.image.zoom == recipe.ZOOM_WITH_CAPTIONS
-    (line,) = recipe_lines(config, 12)
-    assert line.startswith("12 photographs") and "550 steps of 12 images" in line
+    reasons = {key: why for key, _, why in config.decisions}
+    assert reasons["scheduler.params.total_num_steps"] == "the recipe for 12 photographs"
+    assert "fewer than a batch of 16" in reasons["visft.shared.batch_size"]
 
 
 def test_flags_replace_what_the_recipe_chose(shards: Path) -> None:
@@ -63,10 +64,15 @@ def test_other_backbones_are_read_where_a_cell_is_16_pixels(
     assert visft.shared is not None and visft.shared.image.fixed_size == side
 
 
-def test_a_detr_for_few_photographs_is_warned_of(shards: Path) -> None:
-    config = _resolved(shards, "--set", "visft.tasks.detection.head.type=detr")
-    assert any(line.startswith("warning") and "DETR" in line for line in recipe_lines(config, 100))
-    assert not any(line.startswith("warning") for line in recipe_lines(config, 101))
+def test_a_detr_for_few_photographs_is_warned_of(
+    shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, config, sets = settle(["--data", str(shards), "--set", "visft.tasks.detection.head.type=detr"])
+    assert sets is not None
+    for most, is_warned in ((12, True), (11, False)):
+        monkeypatch.setattr(report, "FEW_FOR_DETR", most)
+        report.warn_of_detr(config, sets)
+        assert ("DETR memorises 12 photographs" in capsys.readouterr().out) == is_warned
 
 
 def test_the_demos_recipe_reads_the_weights_that_pip_brought(

@@ -128,7 +128,7 @@ def test_the_base_is_written_as_the_run_started_with_it(tmp_path: Path) -> None:
 
 def test_a_random_base_holds_no_buffer_that_timm_computes_itself(tmp_path: Path) -> None:
     """DINOv3's periods of rotation are in no file of timm's, and would be refused in ours."""
-    model = {"preset": "timm:vit_small_patch16_dinov3", "layers": [0], "overrides": {}}
+    model = {"preset": "timm:vit_small_patch16_dinov3", "out_indices": [0], "overrides": {}}
     config = configured("zero1", {f"visft.model.{key}": value for key, value in model.items()}, stage=1)
     backbone = plan_model(config.visft, config.optimizer.params)[0].backbone
     base = open_base(config.visft.model, backbone, torch.float32)

@@ -56,7 +56,8 @@ def on_this_machine(weights: str, *, download: bool) -> Path:
     """The file of a path or name, fetched where it is not here. Raises ValueError: it cannot, or must not
     be.
     """
-    path, name = local(weights), on_hub(weights)
+    path = local(weights)
+    name = on_hub(weights)
     if path.is_file() or name is None:
         return path
     if not download:
@@ -97,66 +98,73 @@ def named(text: str, *, download: bool = False) -> Named:
         raise ValueError(f"{text}: no file, folder, {HUB}ORG/NAME or model{other}; {error}") from error
 
 
-def model_of(found: Named, model: str | None) -> tuple[str | None, Flags]:
+def model_of(backbone: Named, model: str | None) -> tuple[str | None, Flags]:
     """(file in ds_configs/models, settings) with which a backbone trains.
 
     Args:
         model: file that was asked for; None: that of the backbone, or of published weights the one with the
-        nearest
-            name.
+            nearest name.
     """
     shipped = {name: _model_file(name) for name in available("models")}
-    options = dict(found.description or {})
+    options = dict(backbone.description or {})
     if model is None and options:
-        presets = {
-            other["preset"]: name for name, (weights, other) in shipped.items() if on_hub(weights or "")
-        }
-        (nearest_preset,) = difflib.get_close_matches(options["preset"], presets, n=1, cutoff=0.0)
-        model = found.text if found.text in shipped else presets[nearest_preset]
-    if model in shipped and shipped[model] == (found.weights, options):
+        model = backbone.text if backbone.text in shipped else _nearest_model(options["preset"], shipped)
+    if model in shipped and shipped[model] == (backbone.weights, options):
         return model, {}
-    values: dict[str, Any] = {
-        "weights": found.weights,
-        **({} if found.name is None else {"name": found.name}),
-    }
+    values: dict[str, Any] = {"weights": backbone.weights}
+    if backbone.name is not None:
+        values["name"] = backbone.name
     if options:
-        values |= {
-            "preset": options.pop("preset"),
-            "out_indices": options.pop("layers", []),
-            "overrides": options,
-        }
-    return model, {f"visft.model.{key}": (value, f"--backbone {found.text}") for key, value in values.items()}
+        values["preset"] = options.pop("preset")
+        values["out_indices"] = options.pop("layers", [])
+        values["overrides"] = options
+    source = f"--backbone {backbone.text}"
+    return model, {f"visft.model.{key}": (value, source) for key, value in values.items()}
+
+
+def _nearest_model(preset: str, shipped: Mapping[str, tuple[str | None, Mapping[str, Any]]]) -> str:
+    """Of the shipped models with published weights, the one whose preset is called most like this."""
+    names = {}
+    for name, (weights, options) in shipped.items():
+        if weights is not None and on_hub(weights):
+            names[options["preset"]] = name
+    (nearest_preset,) = difflib.get_close_matches(preset, names, n=1, cutoff=0.0)
+    return names[nearest_preset]
 
 
 def _model_file(name: str) -> tuple[str | None, dict[str, Any]]:
     """Weights and description of the backbone in a file in ds_configs/models."""
     values = load_json(CONFIG_ROOT / "models" / f"{name}.json")["visft"]["model"]
-    layers = {"layers": values["out_indices"]} if values.get("out_indices") else {}
-    return values["weights"], {"preset": values["preset"], **values.get("overrides", {}), **layers}
+    options = {"preset": values["preset"], **values.get("overrides", {})}
+    if values.get("out_indices"):
+        options["layers"] = values["out_indices"]
+    return values["weights"], options
 
 
 def _described(path: Path, text: str) -> dict[str, Any]:
     """The model of timm in a config.json. Raises ValueError for another one."""
     if not path.is_file():
         raise ValueError(f"{text} has no config.json, which says what model of timm it is")
-    with reading(
-        path, f"timm's config.json; other models' weights: --model NAME --set visft.model.weights={text}"
-    ):
+    others = f"other models' weights: --model NAME --set visft.model.weights={text}"
+    with reading(path, f"timm's config.json; {others}"):
         values = json.loads(read_bytes(path))
-        name, settings, arguments = (
-            values["architecture"],
-            values["pretrained_cfg"],
-            values.get("model_args") or {},
-        )
-        if other := sorted(arguments.keys() - set(_IDLE)):
-            raise ValueError(f"a {name} with {', '.join(other)} different from timm's")
+        name = values["architecture"]
+        settings = values["pretrained_cfg"]
+        arguments = values.get("model_args") or {}
+        changed = sorted(arguments.keys() - set(_IDLE))
+        if changed:
+            raise ValueError(f"a {name} with {', '.join(changed)} different from timm's")
         size = arguments.get("img_size") or settings["input_size"][-1]
         sides = {size} if isinstance(size, int) else set(size)
         if len(sides) > 1:
             raise ValueError(f"it is made for images of {size} pixels: only squares are supported")
-        mean, std = (tuple(map(float, settings[key])) for key in ("mean", "std"))
+        mean = tuple(map(float, settings["mean"]))
+        std = tuple(map(float, settings["std"]))
         preset, image_size = pretrained.timm_name(name, settings.get("tag"), mean, std, *sides)
-    return {"preset": f"{TIMM}{preset}", **({} if image_size is None else {"image_size": image_size})}
+    options: dict[str, Any] = {"preset": f"{TIMM}{preset}"}
+    if image_size is not None:
+        options["image_size"] = image_size
+    return options
 
 
 def _slug(name: str) -> str:

@@ -43,30 +43,47 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
     Raises:
         ValueError: no accumulation does; names the equation and the nearest values that work.
     """
-    stages, streams = config.pipeline_stages, config.visft.streams()
+    stages = config.pipeline_stages
+    streams = config.visft.streams()
     if world_size % stages:
         raise ValueError(
-            f"pipeline.stages = {stages} on {world_size} processes: no whole number of pipelines; use a multiple of "
-            f"{stages} processes (deepspeed --num_gpus N), or other stages (--set pipeline.stages=N)"
+            f"pipeline.stages = {stages} on {world_size} processes: no whole number of pipelines; use a "
+            f"multiple of {stages} processes (deepspeed --num_gpus N), or other stages "
+            "(--set pipeline.stages=N)"
         )
-    dp, lines = world_size // stages, list[str]()
+    dp = world_size // stages
     if any(stream.batch_size % dp for stream in streams.values()):
         raise ValueError(_cannot_be_divided(config, world_size))
     shares = {name: stream.batch_size // dp for name, stream in streams.items()}
-    common = math.gcd(*shares.values())
-    for name, stream in streams.items():
-        if (least := shares[name] // common) > stream.micro_batch:
-            lines.append(
-                f"{stream.key}.micro_batch = {stream.micro_batch} is too small: {stream.batch_size} images = "
-                f"micro-batch {least} x accumulation {common} x {dp} processes"
-            )
-    if lines:
-        raise ValueError("\n".join(lines))
-    for accumulation in (n for n in range(1, common + 1) if common % n == 0):
+    most = math.gcd(*shares.values())  # with more accumulation than this some share would not be whole
+    _check_micro_batches(streams, shares, most, dp)
+    for accumulation in _divisors(most):
         micro = {name: share // accumulation for name, share in shares.items()}
         if all(micro[name] <= stream.micro_batch for name, stream in streams.items()):
             break
-    return Batches(dp, accumulation, micro, {name: one.batch_size for name, one in streams.items()}, stages)
+    sizes = {name: stream.batch_size for name, stream in streams.items()}
+    return Batches(dp, accumulation, micro, sizes, stages)
+
+
+def _check_micro_batches(
+    streams: Mapping[str, Stream], shares: Mapping[str, int], most: int, dp: int
+) -> None:
+    """Raise ValueError for streams whose micro-batches would be too large at the highest accumulation."""
+    lines = list[str]()
+    for name, stream in streams.items():
+        least = shares[name] // most
+        if least > stream.micro_batch:
+            lines.append(
+                f"{stream.key}.micro_batch = {stream.micro_batch} is too small: {stream.batch_size} images = "
+                f"micro-batch {least} x accumulation {most} x {dp} processes"
+            )
+    if lines:
+        raise ValueError("\n".join(lines))
+
+
+def _divisors(number: int) -> list[int]:
+    """Divisors of a number, the smallest first."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 @dataclass(frozen=True)
@@ -86,28 +103,31 @@ def larger_batches(config: ResolvedConfig, processes: int) -> LargerBatches:
     """
     streams = list(config.visft.streams().values())
     sizes = _raised(streams, processes // config.pipeline_stages)
-    worst = max(streams, key=lambda stream: sizes[stream.key] / stream.batch_size)
     raised = [stream for stream in streams if sizes[stream.key] > stream.batch_size]
     settings = [f"{stream.key}.batch_size={sizes[stream.key]}" for stream in raised]
-    flags = [word for setting in settings for word in ("--set", setting)]
-    by_set = any(config.sources.get(f"{stream.key}.batch_size") == "--set" for stream in streams)
-    if len(set(sizes.values())) == 1 and not by_set:
-        flags = ["--batch-size", str(sizes[worst.key])]
+    # --batch-size and --lr give way to --set: where the user has set the key, the advice has to as well.
+    sources = config.sources
+    sets_batch = any(sources.get(f"{stream.key}.batch_size") == "--set" for stream in streams)
+    most = max(streams, key=lambda stream: sizes[stream.key] / stream.batch_size)
+    if len(set(sizes.values())) == 1 and not sets_batch:
+        flags = ["--batch-size", str(sizes[most.key])]
+    else:
+        flags = [word for setting in settings for word in ("--set", setting)]
 
     apart = _groups_apart(config, raised)
     if len(apart) < len(config.visft.param_groups):
-        growth = math.sqrt(sizes[worst.key] / worst.batch_size)
+        growth = math.sqrt(sizes[most.key] / most.batch_size)
         rate = _short(config.optimizer.params.lr * growth)
         settings.append(f"optimizer.params.lr={rate}")
-        by_set = config.sources.get("optimizer.params.lr") == "--set"
-        flags += ["--set", settings[-1]] if by_set else ["--lr", rate]
-    growth_in_words = f"the square root of {sizes[worst.key]} / {worst.batch_size}"
-    rule = f"for Adam the learning rate is multiplied by {growth_in_words}"
+        sets_rate = sources.get("optimizer.params.lr") == "--set"
+        flags += ["--set", settings[-1]] if sets_rate else ["--lr", rate]
+    root = f"the square root of {sizes[most.key]} / {most.batch_size}"
+    rule = f"for Adam the learning rate is multiplied by {root}"
     if apart:
         rule += f"; raise that of {' and '.join(apart)} in visft.param_groups by the same factor"
-    source = config.sources.get(f"{worst.key}.batch_size", "")
-    origin = "published" if source.startswith(f"{CONFIG_ROOT.name}/stage") else "configured"
-    return LargerBatches(tuple(settings), tuple(flags), f"{rule}; the {origin} batch is {worst.batch_size}")
+    is_published = sources.get(f"{most.key}.batch_size", "").startswith(f"{CONFIG_ROOT.name}/stage")
+    origin = "published" if is_published else "configured"
+    return LargerBatches(tuple(settings), tuple(flags), f"{rule}; the {origin} batch is {most.batch_size}")
 
 
 def _raised(streams: Sequence[Stream], dp: int) -> dict[str, int]:
@@ -116,23 +136,23 @@ def _raised(streams: Sequence[Stream], dp: int) -> dict[str, int]:
     """
     accumulation = 1
     while True:
-        several = dp * accumulation
-        sizes = {stream.key: math.ceil(stream.batch_size / several) * several for stream in streams}
-        if all(sizes[stream.key] // several <= stream.micro_batch for stream in streams):
+        unit = dp * accumulation  # a batch is a multiple of it
+        sizes = {stream.key: math.ceil(stream.batch_size / unit) * unit for stream in streams}
+        if all(sizes[stream.key] // unit <= stream.micro_batch for stream in streams):
             return sizes
         accumulation += 1
 
 
 def _groups_apart(config: ResolvedConfig, raised: Sequence[Stream]) -> list[str]:
     """Names of the parameter groups that learn from raised batches with a learning rate of their own."""
-    tasks = [task for stream in raised for task in stream.tasks]
-    found = []
+    heads = [f"heads.{task}.weight" for stream in raised for task in stream.tasks]
+    names = []
     for group in config.visft.param_groups:
-        of_head = any(fnmatch(f"heads.{task}.weight", glob) for glob in group.globs() for task in tasks)
-        of_backbone = not group.params.startswith("heads.")
-        if group.lr is not None and (of_head or of_backbone):
-            found.append(group.name)
-    return found
+        has_head = any(fnmatch(head, glob) for glob in group.globs() for head in heads)
+        has_backbone = not group.params.startswith("heads.")
+        if group.lr is not None and (has_head or has_backbone):
+            names.append(group.name)
+    return names
 
 
 def _short(rate: float) -> str:
@@ -143,19 +163,22 @@ def _short(rate: float) -> str:
 
 def _cannot_be_divided(config: ResolvedConfig, processes: int) -> str:
     """Message about batches that so many processes cannot share: what to add, and how many processes can."""
-    stages, streams = config.pipeline_stages, config.visft.streams().values()
+    stages = config.pipeline_stages
     dp = processes // stages
-    uneven = [
-        f"{stream.key}.batch_size = {stream.batch_size}" for stream in streams if stream.batch_size % dp
-    ]
+    streams = config.visft.streams().values()
+    uneven = []
+    for stream in streams:
+        if stream.batch_size % dp:
+            uneven.append(f"{stream.key}.batch_size = {stream.batch_size}")
     among = f"{processes} processes" + (f" ({dp} pipelines)" if stages > 1 else "")
-    common = math.gcd(*(stream.batch_size for stream in streams))
-    divisors = [number for number in range(1, common + 1) if common % number == 0]
+    divisors = _divisors(math.gcd(*(stream.batch_size for stream in streams)))
     nearest = sorted(divisors, key=lambda number: abs(number - dp))[:4]
-    *fewer, most = [str(number * stages) for number in sorted(nearest)]
-    counts = f"{', '.join(fewer)} or {most} processes" if fewer else f"{most} process(es)"
+    counts = [str(number * stages) for number in sorted(nearest)]
+    choices = f"{counts[0]} process(es)"
+    if len(counts) > 1:
+        choices = f"{', '.join(counts[:-1])} or {counts[-1]} processes"
     larger = larger_batches(config, processes)
     return (
-        f"{' and '.join(uneven)} cannot be divided among {among}: add {shlex.join(larger.flags)} ({larger.rule}), or "
-        f"start {counts}"
+        f"{' and '.join(uneven)} cannot be divided among {among}: add {shlex.join(larger.flags)} "
+        f"({larger.rule}), or start {choices}"
     )

@@ -116,6 +116,22 @@ class ModelConfig(StrictModel):
     tf32: Literal["auto", True, False] = "auto"
     compile: Literal["none", "blocks"] = "none"  #: blocks: with torch.compile
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Options of another kind of backbone, or that exclude each other."""
+        if self.compile != "none" and self.kernels == "triton":
+            problem = "must be none with visft.model.kernels = triton: the compiler makes its own kernels"
+            yield "compile", problem
+        if not self.preset.startswith(TIMM):
+            return
+        keys = [f"overrides.{name}" for name in self.overrides.model_dump(exclude_none=True)]
+        if self.activation_checkpointing == "mlp":
+            keys.append("activation_checkpointing")
+        if self.compile != "none":
+            keys.append("compile")
+        for key in keys:
+            if key != "overrides.image_size":
+                yield key, f"is for EVA backbones; {self.preset} does not take it"
+
     def computes_in_tf32(self, precision: Precision) -> bool:
         """Return True if float32 products are computed in TF32 in a run of this precision."""
         return precision != "fp32" if self.tf32 == "auto" else self.tf32
@@ -184,6 +200,15 @@ class DataConfig(StrictModel):
         200_000_000_000  #: size limit of that folder; the least recently read shards go first
     )
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Two sets of one name."""
+        names = [self.train]
+        for number, data_set in enumerate(self.sets):
+            name = data_set.name
+            if name in names:
+                yield f"sets.{number}.name", f"another training set is called {name}; give each its own name"
+            names.append(name)
+
     def training_sets(self) -> tuple[DataSetConfig, ...]:
         """All training sets; the first is ROOT/TRAIN, called by its split."""
         first = DataSetConfig.model_construct(
@@ -250,6 +275,17 @@ class RunConfig(StrictModel):
         85  #: exit code after a stop by SIGUSR1, to queue the job again
     )
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Evaluations and checkpoints that do not go together."""
+        if self.keep_best is None:
+            if self.patience:
+                yield "patience", "needs a metric: set visft.run.keep_best"
+        elif not self.eval_every:
+            yield "keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
+        elif self.eval_every % self.save_every:
+            every = f"eval_every = {self.eval_every} as a multiple of save_every = {self.save_every}"
+            yield "keep_best", f"needs {every}"
+
 
 class VisftConfig(StrictModel):
     """`visft`: every setting that is not DeepSpeed's."""
@@ -274,73 +310,37 @@ class VisftConfig(StrictModel):
         """Settings of another model, stage or mode or of no task, and names that nothing has or that stand
         twice.
         """
-        enabled, model, run = self.tasks.enabled(), self.model, self.run
-        if model.compile != "none" and model.kernels == "triton":
-            yield (
-                "model.compile",
-                "must be none with visft.model.kernels = triton: the compiler makes its own kernels",
-            )
-        shape = [
-            f"overrides.{name}"
-            for name in model.overrides.model_dump(exclude_none=True)
-            if name != "image_size"
-        ]
-        used = {
-            "activation_checkpointing": model.activation_checkpointing == "mlp",
-            "compile": model.compile != "none",
-        }
-        of_timm = model.preset.startswith(TIMM)
-        for key in [*shape, *(key for key, is_used in used.items() if is_used)] if of_timm else ():
-            yield f"model.{key}", f"is for EVA backbones; {model.preset} does not take it"
+        enabled = self.tasks.enabled()
         if self.stage == 1 and self.lora is not None:
-            yield (
-                "lora",
-                "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2",
+            problem = (
+                "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
             )
+            yield "lora", problem
         if self.heads.path is not None and (self.stage == 1 or self.heads.start == "random"):
-            yield (
-                "heads.path",
-                'must be null in stage 1 and with visft.heads.start = "random", which train new heads',
-            )
+            problem = 'must be null in stage 1 and with visft.heads.start = "random", which train new heads'
+            yield "heads.path", problem
         if not enabled:
             yield "tasks", f"no task is on; state at least one of: {', '.join(type(self.tasks).model_fields)}"
         if self.mode == "shared" and self.shared is None:
-            yield (
-                "shared",
-                'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch',
-            )
-        for name in [
-            name for name, task in enabled.items() if self.mode == "sampled" and task.updates is None
-        ]:
-            yield f"tasks.{name}.updates", "missing: steps are shared out in proportion to the tasks' updates"
+            problem = 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
+            yield "shared", problem
+        for name, task in enabled.items():
+            if self.mode == "sampled" and task.updates is None:
+                problem = "missing: steps are shared out in proportion to the tasks' updates"
+                yield f"tasks.{name}.updates", problem
         groups = [group.name for group in self.param_groups]
         for number, name in enumerate(groups):
             if name in groups[:number]:
                 yield f"param_groups.{number}.name", f"two groups are called {name}; give each its own name"
-        sets = [self.data.train, *(one.name for one in self.data.sets)]
-        for number, one in enumerate(self.data.sets):
-            if one.name in sets[: number + 1]:
-                yield (
-                    f"data.sets.{number}.name",
-                    f"another training set is called {one.name}; give each its own name",
-                )
-            if idle := [task for task in one.tasks or () if task not in enabled]:
+        for number, data_set in enumerate(self.data.sets):
+            idle = [task for task in data_set.tasks or () if task not in enabled]
+            if idle:
                 yield f"data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
-        if model.compile != "none" and not run.memory_check:
-            yield (
-                "model.compile",
-                "must be none without visft.run.memory_check, which is when blocks are compiled",
-            )
-        best, measured = run.keep_best, [name for task in enabled.values() for name in task.metrics]
-        if best is not None and not run.eval_every:
-            yield "run.keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
-        elif best is not None and run.eval_every % run.save_every:
-            yield (
-                "run.keep_best",
-                f"needs eval_every = {run.eval_every} as a multiple of save_every = {run.save_every}",
-            )
-        if best is None and run.patience:
-            yield "run.patience", "needs a metric: set visft.run.keep_best"
+        if self.model.compile != "none" and not self.run.memory_check:
+            problem = "must be none without visft.run.memory_check, which is when blocks are compiled"
+            yield "model.compile", problem
+        best = self.run.keep_best
+        measured = [metric for task in enabled.values() for metric in task.metrics]
         if best is not None and best not in measured:
             yield "run.keep_best", f"is not a metric of this run's tasks{nearest(best, measured)}"
 
@@ -348,21 +348,23 @@ class VisftConfig(StrictModel):
         """Settings with the run's folder, the heads of stage 2, and parameter groups of enabled tasks
         only.
         """
-        off = tuple(f"heads.{task}." for task in entries() if task not in self.tasks.enabled())
-        kept = [
-            (group, [glob for glob in group.globs() if not glob.startswith(off)])
-            for group in self.param_groups
-        ]
-        groups = tuple(group.model_copy(update={"params": ",".join(globs)}) for group, globs in kept if globs)
+        changes: dict[str, Any] = {}
         out = self.run.out or f"runs/stage{self.stage}-{self.model.name}"
-        changes: dict[str, Any] = {"run": self.run.model_copy(update={"out": out})}
+        changes["run"] = self.run.model_copy(update={"out": out})
+        off = tuple(f"heads.{task}." for task in entries() if task not in self.tasks.enabled())
+        groups = list[ParamGroup]()
+        for group in self.param_groups:
+            globs = [glob for glob in group.globs() if not glob.startswith(off)]
+            if globs:
+                groups.append(group.model_copy(update={"params": ",".join(globs)}))
         if self.stage == 2 and self.heads.start == "random":
-            if not any(glob.startswith("heads.") for _, globs in kept for glob in globs):
-                groups += (ParamGroup(name="heads", params="heads.*"),)
+            if not any(glob.startswith("heads.") for group in groups for glob in group.globs()):
+                groups.append(ParamGroup(name="heads", params="heads.*"))
         elif self.stage == 2:
             path = self.heads.path or f"runs/stage1-{self.model.name}/export"
             changes["heads"] = self.heads.model_copy(update={"path": path})
-        return self.model_copy(update={**changes, "param_groups": groups or self.param_groups})
+        changes["param_groups"] = tuple(groups) or self.param_groups
+        return self.model_copy(update=changes)
 
     def streams(self) -> dict[str, Stream]:
         """Streams (kinds of optimiser steps) by name: one for each task, or the one that all share."""
@@ -425,57 +427,49 @@ class Recipe(StrictModel):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Contradictions in the engine, between engine and model, and in the length of the run."""
-        visft, model, zero, piped = (
-            self.visft,
-            self.visft.model,
-            self.zero_optimization,
-            self.pipeline is not None,
-        )
+        visft = self.visft
+        zero = self.zero_optimization
         if zero.offload_param.device != "none" and zero.stage != 3:
             yield "zero_optimization.offload_param", "needs zero_optimization.stage = 3"
-        if zero.offload_optimizer.device != "none" and zero.stage == 0:
-            yield "zero_optimization.offload_optimizer", "needs zero_optimization.stage = 1, 2 or 3"
-        if zero.offload_optimizer.device != "none" and self.zero_force_ds_cpu_optimizer is not False:
-            yield (
-                "zero_force_ds_cpu_optimizer",
-                "must be false with offload_optimizer: DeepSpeed would compile its own",
-            )
-        if piped and zero.stage != 1:
-            yield (
-                "zero_optimization.stage",
-                "must be 1 with a pipeline: 2 and 3 are refused, 0 clips stage by stage",
-            )
-        if piped and zero.overlap_comm:
+        if zero.offload_optimizer.device != "none":
+            if zero.stage == 0:
+                yield "zero_optimization.offload_optimizer", "needs zero_optimization.stage = 1, 2 or 3"
+            if self.zero_force_ds_cpu_optimizer is not False:
+                problem = "must be false with offload_optimizer: DeepSpeed would compile its own"
+                yield "zero_force_ds_cpu_optimizer", problem
+        if self.pipeline is not None:
+            yield from self._contradictions_of_pipeline()
+        if visft.model.compile != "none" and zero.stage == 3:
+            problem = "must be none with ZeRO-3, which gathers weights in Python: use --engine zero2"
+            yield "visft.model.compile", problem
+        trains_backbone = visft.stage == 2
+        if visft.features is not None and (trains_backbone or self.pipeline is not None or zero.stage == 3):
+            yield "visft.features", "must be null in stage 2, with a pipeline and with ZeRO-3"
+        if self.scheduler.params.total_num_steps is None and visft.updates() is None:
+            problem = "missing: state it, or visft.tasks.<task>.updates of every task"
+            yield "scheduler.params.total_num_steps", problem
+
+    def _contradictions_of_pipeline(self) -> Iterator[tuple[str, str]]:
+        zero = self.zero_optimization
+        model = self.visft.model
+        heads = {getattr(task.head, "type", "") for task in self.visft.tasks.enabled().values()}
+        if zero.stage != 1:
+            problem = "must be 1 with a pipeline: 2 and 3 are refused, 0 clips stage by stage"
+            yield "zero_optimization.stage", problem
+        if zero.overlap_comm:
             yield "zero_optimization.overlap_comm", "must be false with a pipeline"
-        types = {getattr(task.head, "type", "") for task in visft.tasks.enabled().values()}
-        if piped and ("plain" in types or len(model.out_indices) > 1):
-            yield (
-                "visft.model.out_indices",
-                "several blocks, and plain heads, are not for a pipeline: use --engine zero3",
-            )
-        if piped and "linear" in types:
+        if "plain" in heads or len(model.out_indices) > 1:
+            problem = "several blocks, and plain heads, are not for a pipeline: use --engine zero3"
+            yield "visft.model.out_indices", problem
+        if "linear" in heads:
             yield (
                 "visft.tasks.semantic",
                 "its linear head, which measures the features before the first step, is not for a pipeline: "
                 "use --engine zero1 or zero3",
             )
-        if piped and model.preset.startswith(TIMM):
-            yield (
-                "visft.model.preset",
-                "timm's models have no stages: use --engine zero0, zero1, zero2 or zero3",
-            )
-        if model.compile != "none" and zero.stage == 3:
-            yield (
-                "visft.model.compile",
-                "must be none with ZeRO-3, which gathers weights in Python: use --engine zero2",
-            )
-        if visft.features is not None and (visft.stage == 2 or piped or zero.stage == 3):
-            yield "visft.features", "must be null in stage 2, with a pipeline and with ZeRO-3"
-        if self.scheduler.params.total_num_steps is None and visft.updates() is None:
-            yield (
-                "scheduler.params.total_num_steps",
-                "missing: state it, or visft.tasks.<task>.updates of every task",
-            )
+        if model.preset.startswith(TIMM):
+            problem = "timm's models have no stages: use --engine zero0, zero1, zero2 or zero3"
+            yield "visft.model.preset", problem
 
 
 _BATCH = "visft.tasks.<task>.batch_size and .micro_batch"

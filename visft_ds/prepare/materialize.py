@@ -75,9 +75,9 @@ class BaseWeights:
 
         Matrices that train pass through the dtype of storage, too: both stages start from the same values.
         """
-        wanted = self.parameters[name]
-        stored = torch.float32 if is_small(name, tuple(wanted.shape)) else self.storage
-        return self.weights.tensor(name, stored).to(wanted.dtype)
+        like = self.parameters[name]
+        stored = torch.float32 if is_small(name, tuple(like.shape)) else self.storage
+        return self.weights.tensor(name, stored).to(like.dtype)
 
 
 def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> BaseWeights:
@@ -87,19 +87,23 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
     `backbone` is on any device and has every dtype as it will be. Raises ValueError as `open_backbone`.
     """
     parameters = {name: parameter.detach() for name, parameter in base_parameters(backbone).items()}
-    values, buffers, seed = dict[str, Lazy](), dict[str, Tensor](), model.weights_seed
-    if isinstance(backbone, TimmBackbone) and (model.weights is None or [*backbone.buffers()]):
+    values = dict[str, Lazy]()
+    buffers = dict[str, Tensor]()
+    seed = model.weights_seed
+    has_buffers = any(True for _ in backbone.buffers())
+    if isinstance(backbone, TimmBackbone) and (model.weights is None or has_buffers):
         # timm draws a model as a whole, and computes buffers that are in no file.
         drawn = build_timm(
             backbone.name, image_size=model.overrides.image_size, layers=model.out_indices, seed=seed
         )
         buffers = dict(drawn.named_buffers())
-        for name, drawn_one in drawn.named_parameters():
-            values[name] = Lazy(tuple(drawn_one.shape), storage, partial(drawn_one.detach().to, storage))
+        for name, parameter in drawn.named_parameters():
+            read = partial(parameter.detach().to, storage)
+            values[name] = Lazy(tuple(parameter.shape), storage, read)
     elif model.weights is None:
-        for name, one in parameters.items():
-            read = partial(random_weight, name, tuple(one.shape), seed, storage)
-            values[name] = Lazy(tuple(one.shape), storage, read)
+        for name, tensor in parameters.items():
+            shape = tuple(tensor.shape)
+            values[name] = Lazy(shape, storage, partial(random_weight, name, shape, seed, storage))
     if model.weights is None:
         weights = Weights(values, Path("random weights"))
         note = f"base weights: random, a function of visft.model.weights_seed={seed}"
@@ -125,19 +129,26 @@ def random_weight(name: str, shape: Sequence[int], seed: int, dtype: torch.dtype
         return torch.zeros(tuple(shape), dtype=dtype)
     if "norm" in name:
         return torch.ones(tuple(shape), dtype=dtype)
-    if (
-        name == "pos_embed"
-    ):  # sines and cosines of a square grid (MAE, arXiv 2111.06377, A.1); odd channels are 0
-        side, width, count = math.isqrt(shape[1] - 1), shape[2], shape[2] // 4
-        frequencies = 10_000.0 ** -(torch.arange(count, dtype=torch.float32) / max(1, count))
-        angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies  # (side, D / 4)
-        axis = torch.cat((angles.sin(), angles.cos()), dim=1)
-        both = torch.cat((axis.repeat(side, 1), axis.repeat_interleave(side, 0)), dim=1)
-        return F.pad(both, (0, width - 4 * count, 1, 0))[None].to(dtype)
+    if name == "pos_embed":
+        return _sine_positions(shape).to(dtype)
     std = 0.02
     if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
         std /= (2.0 * (int(name.split(".")[1]) + 1)) ** 0.5
     return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator_for(seed, name)).to(dtype)
+
+
+def _sine_positions(shape: Sequence[int]) -> Tensor:
+    """Sines and cosines of a square grid (MAE, arXiv 2111.06377, A.1), (1, 1 + side * side, width): the class
+    token and odd channels at the end are 0.
+    """
+    side = math.isqrt(shape[1] - 1)
+    width = shape[2]
+    count = width // 4
+    frequencies = 10_000.0 ** -(torch.arange(count, dtype=torch.float32) / max(1, count))
+    angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies  # (side, width / 4)
+    axis = torch.cat((angles.sin(), angles.cos()), dim=1)
+    grid = torch.cat((axis.repeat(side, 1), axis.repeat_interleave(side, 0)), dim=1)
+    return F.pad(grid, (0, width - 4 * count, 1, 0))[None]
 
 
 @dataclass(frozen=True)
@@ -159,18 +170,19 @@ class Start:
             raise ValueError(
                 f"{self.place} was trained on other base weights ({self.base}); these are {base}"
             )
-        parts, buffers = {_part(name) for name in self.tensors}, dict(module.named_buffers())
+        buffers = dict(module.named_buffers())
         measured = [name for name in buffers if name.startswith("heads.")]
-        named = {**dict(module.named_parameters()), **buffers}
-        wanted = {name: named[name] for name in (*trained, *measured) if _part(name) in parts}
-        fitted(
-            self.tensors, wanted, behind=(), what="what this run trains (--reset-heads draws the heads anew)"
-        )
+        values = {**dict(module.named_parameters()), **buffers}
+        begun = {_part(name) for name in self.tensors}
+        shapes = {name: values[name] for name in (*trained, *measured) if _part(name) in begun}
+        what = "what this run trains (--reset-heads draws the heads anew)"
+        fitted(self.tensors, shapes, behind=(), what=what)
 
 
 def _part(name: str) -> str:
     """The head, or the backbone, that a parameter is part of."""
-    return ".".join(name.split(".")[: 2 if name.startswith("heads.") else 1])
+    first, second, *_ = name.split(".")
+    return f"{first}.{second}" if first == "heads" else first
 
 
 def fill_model(
@@ -196,31 +208,33 @@ def fill_model(
     Raises:
         ValueError: values that are not finite; a `RankError` from a process that does not hold all of them.
     """
-    backbone, held = module.backbone, placement.held(module)
+    backbone = module.backbone
+    held = placement.held(module)
     begun = Weights({}, Path()) if start is None else start.tensors
 
     def fill(part: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
-        buffers = () if part is backbone else part.named_buffers()
-        for name, like in [*part.named_parameters(), *buffers]:
-            qualified, trains = prefix + name, isinstance(like, nn.Parameter)
-            if qualified in held or not trains:
-                value = begun.tensor(qualified, torch.float32) if qualified in begun else read(name)
-                value = value.detach().to(like.dtype)
-                if trains:
-                    value = nn.Parameter(value, like.requires_grad)
-                    placement.place(value)
-                owner, _, leaf = name.rpartition(".")
-                setattr(part.get_submodule(owner), leaf, value)
+        tensors: list[tuple[str, Tensor]] = [*part.named_parameters()]
+        if part is not backbone:  # whose buffers are in no file
+            tensors += part.named_buffers()
+        for name, like in tensors:
+            qualified = prefix + name
+            is_parameter = isinstance(like, nn.Parameter)
+            if is_parameter and qualified not in held:
+                continue
+            value = begun.tensor(qualified, torch.float32) if qualified in begun else read(name)
+            value = value.detach().to(like.dtype)
+            if is_parameter:
+                value = nn.Parameter(value, like.requires_grad)
+                placement.place(value)
+            _set(part, name, value)
+
+    def read_backbone(name: str) -> Tensor:
+        return first_value(backbone, name, config.seed) if is_lora(name) else base.read(name)
 
     try:
-        fill(
-            backbone,
-            "backbone.",
-            lambda n: first_value(backbone, n, config.seed) if is_lora(n) else base.read(n),
-        )
+        fill(backbone, "backbone.", read_backbone)
         for name, value in base.buffers.items():
-            owner, _, leaf = name.rpartition(".")
-            setattr(backbone.get_submodule(owner), leaf, value)
+            _set(backbone, name, value)
     except ValueError as error:
         if all(name in held for name, _ in module.named_parameters()):
             raise
@@ -234,3 +248,9 @@ def fill_model(
             settings = config.tasks.enabled()[task].head
             drawn = TASKS[task].build_head(backbone.shapes, settings, vocabulary_size).state_dict()
             fill(head, f"heads.{task}.", drawn.pop)
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    """Set a parameter or buffer by its dotted name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, value)

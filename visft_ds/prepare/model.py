@@ -92,12 +92,11 @@ def prepare_model(
 
     Raises:
         ValueError: weights of another model, a group that matches nothing, a parameter in two groups,
-        something that
-            must train but does not, adapters without effect.
+            something that must train but does not, adapters without effect.
     """
     storage = DTYPES[precision]
-    words = vocabulary.size if vocabulary else None
-    module, planned = plan_model(config, defaults, words, storage)
+    words = None if vocabulary is None else vocabulary.size
+    module, planned_groups = plan_model(config, defaults, words, storage)
     if config.lora is not None:
         side = min(module.backbone.image_size, 4 * module.backbone.patch_size)
         check_reached(module.backbone, torch.empty(1, 3, side, side, device="meta"))
@@ -112,12 +111,15 @@ def prepare_model(
         heads = {task: head.check(module.heads[task]) for task, head in heads.items()}
         notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
     if start is not None:
-        start.check(module, [name for group in planned for name in group.names], base.identity)
+        start.check(module, [name for group in planned_groups for name in group.names], base.identity)
         notes.append(start.note)
     fill_model(module, config, base, heads, words, placement, start)
-    named = dict(module.named_parameters())
-    groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
-    return PreparedModel(module, groups, base, heads, tuple(notes))
+    parameters = dict(module.named_parameters())
+    groups = []
+    for group in planned_groups:
+        of_group = tuple(parameters[name] for name in group.names)
+        groups.append(replace(group, parameters=of_group))
+    return PreparedModel(module, tuple(groups), base, heads, tuple(notes))
 
 
 def plan_model(
@@ -131,8 +133,7 @@ def plan_model(
     Args:
         vocabulary_size: that of the published captioning heads unless the data's own is known.
         storage: of the frozen matrices; the few small tensors (norms and position embeddings) and what trains
-        are fp32,
-            but for vectors that our blocks use in it.
+            are fp32, but for vectors that our blocks use in it.
 
     Raises:
         ValueError: as `prepare_model`, as far as shapes show.
@@ -140,47 +141,60 @@ def plan_model(
     model = config.model
     backbone = build_empty(model.preset, storage, model.backbone_options())
     for name, parameter in backbone.named_parameters():
-        # Our blocks use their vectors in 16 bit, but for norms of the residual stream; stored so, they are
-        # not cast.
-        of_block = isinstance(backbone, EvaViT) and name.startswith("blocks.")
-        if is_small(name, parameter.shape) and not (of_block and (backbone.post_norm or ".norm" not in name)):
+        # Our blocks use their vectors in 16 bit, but for norms of the residual stream; stored so, they are not
+        # cast.
+        is_norm_of_stream = ".norm" in name and not backbone.post_norm
+        in_block = isinstance(backbone, EvaViT) and name.startswith("blocks.")
+        used_in_16_bit = in_block and not is_norm_of_stream
+        if is_small(name, parameter.shape) and not used_in_16_bit:
             parameter.data = parameter.data.float()
     tasks = {}
     for name, task in config.tasks.enabled().items():
         with torch.device("meta"):
             head = TASKS[name].build_head(backbone.shapes, task.head, vocabulary_size)
         criterion = TASKS[name].losses(task.head, task.loss)
-        tasks[name] = TaskModule(
-            head, criterion, task.decoding.model_dump() if isinstance(task, WordsConfig) else {}
-        )
+        decoding = task.decoding.model_dump() if isinstance(task, WordsConfig) else {}
+        tasks[name] = TaskModule(head, criterion, decoding)
     module = MultiTaskModel(backbone, tasks, train_backbone=False, heads_active=False)
     if config.lora is not None:
         inject_lora(backbone, **config.lora.model_dump())
     groups = apply_groups(module, config.param_groups, defaults)
-    for parameter in (parameter for group in groups for parameter in group.parameters):
-        parameter.data = parameter.data.float()
+    for group in groups:
+        for parameter in group.parameters:
+            parameter.data = parameter.data.float()
     names = [name for group in groups for name in group.names if name.startswith("backbone.")]
     module.train_backbone = bool(names)
-    module.heads_active = config.heads.train_mode or any(p.requires_grad for p in module.heads.parameters())
+    heads_train = any(parameter.requires_grad for parameter in module.heads.parameters())
+    module.heads_active = config.heads.train_mode or heads_train
     # A training has settled "auto" before (run.machine); elsewhere there is no backward pass.
     policy = config.model.activation_checkpointing
     module.backbone.recompute = "none" if policy == "auto" else policy
     module.heads_in_fp32 = config.heads.precision == "fp32"
 
-    drawn = ["heads.*"] if config.stage == 1 or config.heads.start == "random" else []
-    must = [*drawn, *(["backbone.*.lora_*"] if config.lora else [])]
+    _check_what_trains(module, config)
+    return module, groups
+
+
+def _check_what_trains(module: MultiTaskModel, config: VisftConfig) -> None:
+    """Raise ValueError where something that a stage must train is in no parameter group."""
+    must = []
+    if config.stage == 1 or config.heads.start == "random":
+        must.append("heads.*")
+    if config.lora is not None:
+        must.append("backbone.*.lora_*")
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-    if idle := [name for name in frozen if any(fnmatchcase(name, glob) for glob in must)]:
+    idle = [name for name in frozen if any(fnmatchcase(name, glob) for glob in must)]
+    if idle:
         raise ValueError(
-            f"stage {stage_name(config)!r} must train {', '.join(must)}, but {len(idle)} of these parameters are in no "
-            f"group, e.g. {idle[0]}; widen a glob of visft.param_groups, or set visft.lora=null for no adapters"
+            f"stage {stage_name(config)!r} must train {', '.join(must)}, but {len(idle)} parameters match no glob "
+            f"of visft.param_groups (e.g. {idle[0]}) and would stay frozen; widen a glob, or set visft.lora=null "
+            "for no adapters"
         )
     if config.stage == 2 and not module.train_backbone:
         raise ValueError(
-            f"stage {stage_name(config)!r} must train some of backbone.*, but no group of visft.param_groups holds any "
-            "of it; give adapters (visft.lora) or a glob such as backbone.*bias (docs/training.md)"
+            f"stage {stage_name(config)!r} must train some of backbone.*, but no group of visft.param_groups "
+            "holds any of it; give adapters (visft.lora) or a glob such as backbone.*bias (docs/training.md)"
         )
-    return module, groups
 
 
 def apply_groups(
@@ -190,31 +204,38 @@ def apply_groups(
 
     Raises ValueError for all problems at once: groups that match nothing, parameters in more than one group.
     """
-    named, owner = dict(module.named_parameters()), dict[str, str]()
-    beginnings = ", ".join(sorted({".".join(name.split(".")[:2]) for name in named})[:6])
-    problems, matched = [], []
+    parameters = dict(module.named_parameters())
+    owner = dict[str, str]()
+    problems = []
+    trained = []
     for group in groups:
         for glob in group.globs():
-            if not any(fnmatchcase(name, glob) for name in named):
+            if not any(fnmatchcase(name, glob) for name in parameters):
+                beginnings = sorted({".".join(name.split(".")[:2]) for name in parameters})
+                known = ", ".join(beginnings[:6])
                 problems.append(
-                    f"group {group.name!r}: {glob!r} matches no parameter (names begin with {beginnings})"
+                    f"group {group.name!r}: {glob!r} matches no parameter (names begin with {known})"
                 )
-        names = tuple(name for name in named if any(fnmatchcase(name, glob) for glob in group.globs()))
-        problems += [
-            f"{name} is in groups {owner[name]!r} and {group.name!r}" for name in names if name in owner
-        ][:3]
+        names = [name for name in parameters if any(fnmatchcase(name, glob) for glob in group.globs())]
+        doubled = [name for name in names if name in owner]
+        problems += [f"{name} is in groups {owner[name]!r} and {group.name!r}" for name in doubled[:3]]
         owner.update(dict.fromkeys(names, group.name))
-        lr = defaults.lr if group.lr is None else group.lr
-        decay = defaults.weight_decay if group.weight_decay is None else group.weight_decay
-        parameters = tuple(named[name] for name in names)
-        matched.append(
-            TrainedGroup(group.name, lr, decay, names, parameters, sum(map(torch.numel, parameters)))
+        of_group = tuple(parameters[name] for name in names)
+        trained.append(
+            TrainedGroup(
+                name=group.name,
+                lr=defaults.lr if group.lr is None else group.lr,
+                weight_decay=defaults.weight_decay if group.weight_decay is None else group.weight_decay,
+                names=tuple(names),
+                parameters=of_group,
+                count=sum(parameter.numel() for parameter in of_group),
+            )
         )
     if problems:
         raise ValueError("visft.param_groups:\n" + "\n".join(f"  {problem}" for problem in problems))
-    for name, parameter in named.items():
+    for name, parameter in parameters.items():
         parameter.requires_grad_(name in owner)
-    return tuple(matched)
+    return tuple(trained)
 
 
 def choose_precision(requested: str, device: torch.device) -> tuple[Precision, str]:
@@ -226,13 +247,11 @@ def choose_precision(requested: str, device: torch.device) -> tuple[Precision, s
             f"precision {requested!r} is not allowed: give auto, {', '.join(get_args(Precision))}"
         )
     if device.type == "cpu":
-        return (
-            ("fp32", "auto: a CPU") if requested == "auto" else (cast(Precision, requested), "as configured")
-        )
-    name, has_bf16 = (
-        torch.cuda.get_device_name(device),
-        torch.cuda.is_bf16_supported(including_emulation=False),
-    )
+        if requested == "auto":
+            return "fp32", "auto: a CPU"
+        return cast(Precision, requested), "as configured"
+    name = torch.cuda.get_device_name(device)
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if requested == "auto":
         return ("bf16", f"auto: {name} has bf16") if has_bf16 else ("fp16", f"auto: {name} has no bf16")
     if requested == "bf16" and not has_bf16:
@@ -272,19 +291,19 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
     notes = []
     for task, info in infos.items():
         here = config.tasks.enabled()[task].head.model_dump(mode="json")
-        trained = {
-            n: value for n, value in info.options.items() if n != "dropout" and value != here.get(n, value)
-        }
-        if trained:
-            other = ", ".join(
-                f"{name} {value} (here {here[name]})" for name, value in sorted(trained.items())
-            )
+        other = []
+        for name, value in sorted(info.options.items()):
+            if name != "dropout" and name in here and value != here[name]:
+                other.append(f"{name} {value} (here {here[name]})")
+        if other:
             raise ValueError(
-                f"the {task} head was trained with {other}: give visft.tasks.{task}.head the same values"
+                f"the {task} head was trained with {', '.join(other)}: give visft.tasks.{task}.head the same values"
             )
-        if problem := read_elsewhere(info, config.model.out_indices):
+        problem = read_elsewhere(info, config.model.out_indices)
+        if problem:
             raise ValueError(f"{problem}: give visft.model.out_indices the value of stage 1")
-        if problem := other_base(f"the {task} head", info.extra.get("base_weights"), {base.identity}):
+        problem = other_base(f"the {task} head", info.extra.get("base_weights"), {base.identity})
+        if problem:
             notes.append(f"warning: {problem}")
         mode = info.extra.get("mode", config.mode)
         if mode != config.mode:
@@ -298,18 +317,21 @@ def stage_name(config: VisftConfig) -> str:
     """Name of a stage by what it trains, as it is printed."""
     if config.stage == 1:
         return "heads"
-    return " and ".join(
-        ["lora" if config.lora else "backbone", *(["heads"] if config.heads.start == "random" else [])]
-    )
+    adapted = "lora" if config.lora else "backbone"
+    return f"{adapted} and heads" if config.heads.start == "random" else adapted
 
 
 @torch.no_grad()
 def check_reached(module: nn.Module, inputs: torch.Tensor) -> None:
     """Raise ValueError if the forward bypasses an adapted layer, which would then train nothing, silently."""
-    layers, reached = lora_layers(module), set[nn.Module]()
+    layers = lora_layers(module)
+    reached = set[nn.Module]()
     hooks = [layer.register_forward_hook(lambda layer, *_: reached.add(layer)) for layer in layers.values()]
     module(inputs)
     for hook in hooks:
         hook.remove()
-    if missed := [name for name, layer in layers.items() if layer not in reached]:
-        raise ValueError(f"visft.lora.targets: the forward pass bypasses {missed[0]} ({len(missed)} such)")
+    bypassed = [name for name, layer in layers.items() if layer not in reached]
+    if bypassed:
+        raise ValueError(
+            f"visft.lora.targets: the forward pass bypasses {bypassed[0]} ({len(bypassed)} such)"
+        )

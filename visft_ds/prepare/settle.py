@@ -36,8 +36,6 @@ EVALUATIONS = 3
 MOST_KEPT = 2000
 #: Sides of a zoom's window: a caption may name what a small one cuts off.
 ZOOM_WITH_CAPTIONS = (0.8, 1.2)
-#: Begins the reason of every value that the number of photographs decided.
-BY_RECIPE = "the recipe for"
 
 #: (folder or URL, split) -> its manifest.
 Manifests = Mapping[tuple[str, str], Manifest]
@@ -202,7 +200,7 @@ def _decide_for_few(draft: Draft, images: int) -> None:
     if manifest_path(Path(visft.data.root), visft.data.val).is_file():
         values["visft.run.eval_every"] = every
         values["visft.run.keep_best"] = config_class(next(iter(tasks))).main
-    draft.decide(values, f"{BY_RECIPE} {images} photographs")
+    draft.decide(values, f"the recipe for {images} photographs")
 
 
 def _decide_sizes(draft: Draft, sets: Mapping[str, TrainingSet], processes: int) -> None:

@@ -15,7 +15,6 @@ from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest, manifest_path, splits_in
 from visft_ds.data.transforms import Pad, final_size
 from visft_ds.prepare.data import RunData
-from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.randomness import generator
 from visft_ds.settings.task_schema import Stream, TaskConfig
 from visft_ds.tasks.transform import geometry_of
@@ -29,10 +28,11 @@ _LARGEST_SIDE = 1344
 _SIDE_STEP = 32
 #: Images whose sizes stand for those of a split.
 _SIZES_LOOKED_AT = 200
-#: A metric on training images from which on the task is learnt, and one below which nothing is.
-_LEARNT, _NOTHING = 0.5, 0.05
+_LEARNT = 0.5  #: a metric on training images from which on the task is learnt
+_NOTHING = 0.05  #: one below which nothing is
 #: A metric rises if the last evaluation is above all before by so much, or by this part of itself.
-_RISE, _RISE_PART = 0.01, 0.05
+_RISE = 0.01
+_RISE_PART = 0.05
 _FLAT_AFTER = 3  #: evaluations
 
 
@@ -57,16 +57,17 @@ def findings_of(config: VisftConfig, data: RunData, cell: int) -> list[Finding]:
         findings.append(Finding(None, *lacking))
     for stream in data.streams.values():
         for task in stream.tasks:
-            sets = [one for one in data.sets.values() if task in one.tasks]
             settings = config.tasks.enabled()[task]
             if settings.labels == "captions":
                 continue
-            about_task = (
-                _beyond_queries(task, settings, sets),
-                _rare_classes(sets),
-                _small_objects(stream, sets, cell),
-            )
-            findings += [Finding(task, *texts) for texts in about_task if texts is not None]
+            manifests = [training.manifest for training in data.sets.values() if task in training.tasks]
+            for texts in (
+                _beyond_queries(task, settings, manifests),
+                _rare_classes(manifests),
+                _small_objects(stream, manifests, cell),
+            ):
+                if texts is not None:
+                    findings.append(Finding(task, *texts))
     return findings
 
 
@@ -80,7 +81,8 @@ def lines_of(findings: Sequence[Finding]) -> Iterator[tuple[str, str]]:
 
 
 def _without_validation(config: VisftConfig, data: RunData) -> tuple[str, str] | None:
-    root, split = config.data.root, config.data.val
+    root = config.data.root
+    split = config.data.val
     if data.validation is not None or is_url(root) or manifest_path(Path(root), split).is_file():
         return None
     others = ", ".join(splits_in(Path(root)))
@@ -90,11 +92,11 @@ def _without_validation(config: VisftConfig, data: RunData) -> tuple[str, str] |
     )
 
 
-def _beyond_queries(task: str, settings: TaskConfig, sets: Sequence[TrainingSet]) -> tuple[str, str] | None:
+def _beyond_queries(task: str, settings: TaskConfig, manifests: Sequence[Manifest]) -> tuple[str, str] | None:
     queries = getattr(settings.head, "num_queries", None)
     if queries is None or getattr(settings.head, "type", "") == "dense":  # which has none
         return None
-    objects = np.concatenate([one.manifest.index["num_annotations"] for one in sets])
+    objects = np.concatenate([manifest.index["num_annotations"] for manifest in manifests])
     beyond = (objects - queries).clip(min=0)
     if not beyond.any():
         return None
@@ -103,37 +105,39 @@ def _beyond_queries(task: str, settings: TaskConfig, sets: Sequence[TrainingSet]
     return f"{beyond.sum()} of {objects.sum()} objects are ignored", f", as {fuller} ({key})"
 
 
-def _rare_classes(sets: Sequence[TrainingSet]) -> tuple[str, str] | None:
+def _rare_classes(manifests: Sequence[Manifest]) -> tuple[str, str] | None:
     images = Counter[str]()
-    for one in sets:
-        images.update(one.manifest.having_category)
+    for manifest in manifests:
+        images.update(manifest.having_category)
     rare = sum(count < FEW_IMAGES for count in images.values())
     if not rare:
         return None
     median = f"{np.median(list(images.values())):g}"
     return (
         f"{rare} of {len(images)} classes are in fewer than {FEW_IMAGES} training images each",
-        f" (half of all classes in {median} or fewer): expect little of those; add images of them, or merge classes",
+        f" (half of all classes in {median} or fewer): expect little of those; add images of them, or merge "
+        "classes",
     )
 
 
-def _small_objects(stream: Stream, sets: Sequence[TrainingSet], cell: int) -> tuple[str, str] | None:
+def _small_objects(stream: Stream, manifests: Sequence[Manifest], cell: int) -> tuple[str, str] | None:
     """Of objects below half a cell hardly one is found, of those of a cell and more nearly all
     (docs/own-data.md).
     """
-    small = next((one.manifest for one in sets if one.manifest.object_sides), None)
-    if small is None:
+    with_sides = [manifest for manifest in manifests if manifest.object_sides]
+    if not with_sides:
         return None
-    seen = _seen_side(small, stream)
+    manifest = with_sides[0]
+    seen = _seen_side(manifest, stream)
     for limit, in_cells, chance in ((cell / 2, "half a cell", "hardly ever"), (cell, "a cell", "often not")):
-        share = max(
-            (int(part) for part, side in small.object_sides.items() if side * seen < limit), default=0
-        )
+        # Percentages of the objects that are smaller than this.
+        shares = [int(share) for share, side in manifest.object_sides.items() if side * seen < limit]
+        share = max(shares, default=0)
         if share >= _SHARE_OF_SMALL:
             return (
                 f"{share} % of the objects are below {limit:.0f} px where the network sees them",
                 f", {in_cells} of its grid of features; such objects are {chance} found: "
-                + _remedy(small, stream, seen, cell),
+                + _remedy(manifest, stream, seen, cell),
             )
     return None
 
@@ -152,7 +156,8 @@ def _seen_side(manifest: Manifest, stream: Stream) -> float:
     """Side of a square with as many pixels as the network sees of an image of the median size, in
     evaluation.
     """
-    index, geometry = manifest.index[:_SIZES_LOOKED_AT], geometry_of(stream)
+    index = manifest.index[:_SIZES_LOOKED_AT]
+    geometry = geometry_of(stream)
     sides = list[float]()
     for size in zip(index["height"].tolist(), index["width"].tolist(), strict=True):
         ops = geometry.draw(size, False, generator(0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,6 @@ from visft_ds.prepare.data import RunData, open_data
 from visft_ds.prepare.datasets import TrainingSet, classes_of_run
 from visft_ds.prepare.inputs import missing_shards
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, PreparedModel, TrainedGroup, plan_model, stage_name
-from visft_ds.prepare.settle import BY_RECIPE
 from visft_ds.pretrained import local
 from visft_ds.run.advice import findings_of, lines_of
 from visft_ds.run.folder import look_into
@@ -40,7 +38,7 @@ def print_start(
     start: int,
 ) -> None:
     """Print the plan of a run that is about to train, after `start` steps. Main process only."""
-    _print_recipe(config, data.sets)
+    warn_of_detr(config, data.sets)
     sections = [
         _model(config, machine, prepared.module, prepared.groups),
         _what_trains(prepared.groups),
@@ -70,7 +68,7 @@ def print_dry_run(config: ResolvedConfig, sets: Mapping[str, TrainingSet] | None
     data = None
     if sets is not None and _has_validation(config):
         data = open_data(config.visft, sets)
-        _print_recipe(config, sets)
+        warn_of_detr(config, sets)
     vocabulary = None if data is None else data.vocabulary
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
     machine = check_machine(config, max(processes, config.pipeline_stages))
@@ -123,47 +121,18 @@ def _check_files(config: ResolvedConfig, module: MultiTaskModel, *, knows_words:
             open_head(heads, task).check(head)
 
 
-def _print_recipe(config: ResolvedConfig, sets: Mapping[str, TrainingSet]) -> None:
+def warn_of_detr(config: ResolvedConfig, sets: Mapping[str, TrainingSet]) -> None:
+    """Print a warning where a DETR would memorise a few photographs."""
+    detection = config.visft.tasks.enabled().get("detection")
     images = sum(len(training_set.manifest) for training_set in sets.values())
-    for line in recipe_lines(config, images):
-        print(line, flush=True)
-
-
-def recipe_lines(config: ResolvedConfig, images: int) -> list[str]:
-    """Lines about a user's own photographs: what was chosen for them and why, and what will not work."""
-    visft = config.visft
-    lines = list[str]()
-    detection = visft.tasks.enabled().get("detection")
-    head = None if detection is None else detection.head.model_dump()["type"]
-    if config.sources.get("visft.run.save_every", "").startswith(BY_RECIPE):
-        text = "; ".join(_recipe_clauses(config, images, head))
-        lines.append(f"{text}. Change this by --backbone, --tasks, --steps, --batch-size, --lr, --set")
-    if head == "detr" and visft.stage == 1 and images <= FEW_FOR_DETR:
-        lines.append(
+    if detection is None or config.visft.stage == 2 or images > FEW_FOR_DETR:
+        return
+    if detection.head.model_dump()["type"] == "detr":
+        print(
             f"warning: a DETR memorises {images} photographs and finds nothing on others: give "
-            "--set visft.tasks.detection.head.type=dense"
+            "--set visft.tasks.detection.head.type=dense",
+            flush=True,
         )
-    return lines
-
-
-def _recipe_clauses(config: ResolvedConfig, images: int, head: str | None) -> list[str]:
-    visft = config.visft
-    stream = next(iter(visft.streams().values()))
-    end = f"block {visft.model.out_indices[0]}" if visft.model.out_indices else "its last block"
-    clauses = [
-        f"{images} photographs: {visft.model.preset}, frozen, up to {end}, at {stream.largest_side()} px"
-    ]
-    if head == "dense":
-        clauses.append("dense boxes (too few photographs for a DETR)")
-    if visft.features is not None:
-        cached = f", features kept in {visft.features.cache}" if visft.features.cache else ""
-        clauses.append(f"{visft.features.views} views of each (flipped, zoomed){cached}")
-    rate = config.optimizer.params.lr
-    clauses.append(f"{config.total_steps} steps of {stream.batch_size} images, lr {rate:g}")
-    if visft.run.keep_best:
-        count = math.ceil(config.total_steps / visft.run.eval_every)
-        clauses.append(f"{count} evaluations, the best {visft.run.keep_best} is kept")
-    return clauses
 
 
 def _title(config: ResolvedConfig) -> str:
@@ -239,7 +208,8 @@ def _run(config: ResolvedConfig, start: int) -> Section:
 def _decisions(config: ResolvedConfig) -> list[Section]:
     """What data and hardware decided, and why; no section where they decided nothing."""
     rows = [(f"{key} = {value}", why) for key, value, why in config.decisions]
-    return [Section("decided", rows, ("setting", "because of"))] if rows else []
+    title = "decided by data and machine (flags come before)"
+    return [Section(title, rows, ("setting", "why"))] if rows else []
 
 
 def _data(config: ResolvedConfig, data: RunData) -> Section:
