@@ -6,9 +6,9 @@
     visft ablate --model eva_e --processes 8 --data SHARDS --on segmentation=SOURCE
 
 Every variant of the recipe is trained with every seed and compared with the untouched base, over items and
-seeds together. Then it is a control of the first variant, scaled to equal feature shift. The claim holds if the
-first variant beats the base, and labels of other images at equal feature shift. The same command continues an
-interrupted experiment. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
+seeds together. Then it is a control of the first variant, scaled to equal feature shift. The claim holds if
+the first variant beats the base, and labels of other images at equal feature shift. The same command
+continues an interrupted experiment. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations

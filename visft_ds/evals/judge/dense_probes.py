@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, RandomSampler, default_collate
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, LayerChoice, Number, Score, fifth
-from visft_ds.evals.judge.crops import View, label_of, short_side
+from visft_ds.evals.judge.crops import View, label_of, random_crops, rounds, short_side
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import Settings, forward, pictures
@@ -106,8 +104,8 @@ class LiveFeatures:
         free = torch.cuda.mem_get_info(self.settings.device)[0]
         if needed > free:
             raise ValueError(
-                f"a memory of {patches:,} patches needs {needed / 2**30:.0f} GiB, and {self.settings.device} has "
-                f"{free / 2**30:.0f} GiB free: take a larger GPU, or give --quick"
+                f"a memory of {patches:,} patches needs {needed / 2**30:.0f} GiB, and "
+                f"{self.settings.device} has {free / 2**30:.0f} GiB free: take a larger GPU, or give --quick"
             )
 
     def _one_by_one(self, order: Tensor, crop: Crop) -> Iterator[Example]:
@@ -117,18 +115,10 @@ class LiveFeatures:
     def examples(self, order: Tensor, crop: Crop, size: int = BATCH) -> Iterator[Batch]:
         """Batches of random crops; the n-th crop is the same for every model."""
 
-        def crops(turns: Sequence[int]) -> Any:
-            batch = []
-            for turn in turns:
-                number = int(order[turn])
-                image = self.train.images.read(number)
-                label = label_of(self.train, number)
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(turn)
-                    batch.append((number, *crop(image, label, self._view)))
-            return default_collate(batch)
+        def example(number: int) -> tuple[Tensor, Tensor]:
+            return crop(self.train.images.read(number), label_of(self.train, number), self._view)
 
-        for numbers, pixels, labels in loaded(len(order), size, crops, self.settings):
+        for numbers, pixels, labels in random_crops(order, size, example, self.settings):
             yield numbers, self._forward(pixels), labels.to(self.settings.device)
 
     def whole(self, part: DenseSet) -> Iterator[Tensor]:
@@ -183,23 +173,12 @@ Source = CachedFeatures | LiveFeatures
 Scores = Callable[[Source, Collection[str]], Iterator[Score]]  #: of the wanted numbers
 
 
-def loaded(count: int, size: int, make: Callable[[Sequence[int]], Any], settings: Settings) -> Iterable[Any]:
-    """Batches that worker processes make, ahead, of the numbers from 0 to `count`."""
-    workers = settings.threads  # are forked: readers of images are closures, which no pipe takes
-    context = "fork" if workers else None
-    numbers: Any = range(count)
-    return DataLoader(numbers, size, num_workers=workers, collate_fn=make, multiprocessing_context=context)
-
-
 def trained(
     source: Source, outputs: int, loss: Loss, recipe: Recipe, crop: Crop, schedule: Schedule
 ) -> Heads:
     """Heads that learnt the labels of the training images, in rounds over all of them."""
     images = source.train.images
-    order = RandomSampler(
-        images, num_samples=recipe.steps * BATCH, generator=torch.Generator().manual_seed(0)
-    )
-    examples = source.examples(torch.tensor(list(order)), crop)
+    examples = source.examples(rounds(len(images), recipe.steps * BATCH), crop)
     first = next(source.whole(source.train))
     resamples = RESAMPLES if source.protocol.resampled else 0
     heads = Heads(1 + resamples, first.shape[1], outputs).to(first.device)

@@ -38,8 +38,8 @@ RMSE = Number(
     published="38,400 steps of 16 crops of 416 x 544 pixels; flips are averaged.",
     quick=f"{QUICK.depth.steps:,} steps of {BATCH} images. {SIZES}",
     source="https://github.com/facebookresearch/dinov3, eval/depth",
-    differs=f"{NORMALISED}; images smaller than a crop are filled up (there refused); Eigen's crop is cut out "
-    "of maps of 480 x 640 alone",
+    differs=f"{NORMALISED}; images smaller than a crop are filled up (there refused); Eigen's crop is cut "
+    "out of maps of 480 x 640 alone",
     lower=True,
     chooses_layer=True,
     trained=True,

@@ -65,8 +65,9 @@ def ocr(label: str, train: WordSet, test: WordSet) -> Benchmark:
 
 
 def read(train: Tensor, words: Sequence[str], test: Tensor, updates: int) -> list[str]:
-    """Words that columns (n, C, w) show, by a reader that learns words of training images. A word that has more
-    characters than steps teaches nothing; equal neighbours need a blank between them.
+    """Words that columns (n, C, w) show, by a reader that learns those of training images.
+
+    A word that has more characters than steps teaches nothing; equal neighbours need a blank between them.
     """
     if train.shape[2] * STEPS_PER_COLUMN < min(map(len, words)):
         raise ValueError(f"features of {train.shape[2]} columns are too few for any word")

@@ -32,8 +32,8 @@ from visft_ds.evals.judge.sheet import segmentation_sheet
 
 IN_CONTEXT = Number(
     "in-context mIoU",
-    how="Nothing is trained: a patch takes the classes of the 30 training patches nearest by cosine, weighted "
-    "by softmax(similarity / 0.02).",
+    how="Nothing is trained: a patch takes the classes of the 30 training patches nearest by cosine, "
+    "weighted by softmax(similarity / 0.02).",
     published="Two augmented passes at 512 pixels (504 for patches of 14) fill a memory of at most "
     "10,240,000 patches, in which pixels without a class are class 0. Judged at 512 pixels, after a "
     "one-to-one matching of answers and classes; a class that does not occur counts as 0.",
