@@ -6,7 +6,7 @@ published protocols see them); probes of `segmentation` and `depth` are written 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -156,10 +156,11 @@ class LiveFeatures:
         patches.
         """
         unit = next(unit for unit in _UNITS if self.encoder.side % unit == 0)
-        height, width = (-length % unit for length in pixels.shape[-2:])  # that are missing
-        left = width // 2
-        top = height // 2
-        padded = F.pad(pixels, (left, width - left, top, height - top))
+        missing_rows = -pixels.shape[-2] % unit
+        missing_columns = -pixels.shape[-1] % unit
+        left = missing_columns // 2
+        top = missing_rows // 2
+        padded = F.pad(pixels, (left, missing_columns - left, top, missing_rows - top))
         self.encoder.module.to(self.settings.device)
         maps = forward(self.encoder, padded, ("patches",), self.settings)["patches"]
         if not torch.isfinite(maps.sum()):
@@ -185,13 +186,6 @@ def trained(
     return fit(heads, len(images), examples, loss, recipe, schedule, images.groups)
 
 
-def at_labels(seen: Iterable[Tensor], test: DenseSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """(what is seen in it (..., h, w), enlarged, its label (H, W)) of each test image."""
-    for number, outputs in enumerate(seen):
-        label = label_of(test, number).to(outputs.device)
-        yield enlarged(outputs, label.shape), label
-
-
 def probe(
     label: str,
     version: str,
@@ -202,7 +196,8 @@ def probe(
     score: Scores,
 ) -> Benchmark:
     """The benchmark of a probe of feature maps."""
-    few = train.part(every(len(train.images), QUICK.images["train"]))
+    most = QUICK.images["train"]
+    few = train.part(every(len(train.images), most))
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         taught = features["train"]["patches"]
@@ -221,11 +216,11 @@ def probe(
 
     return Benchmark(
         label,
-        {"train": train.images, "test": test.images},
-        ("patches",),
-        numbers,
-        {"benchmark": version, "protocol": asdict(protocol), "classes": test.classes},
-        scores,
+        sets={"train": train.images, "test": test.images},
+        kinds=("patches",),
+        numbers=numbers,
+        settings={"benchmark": version, "protocol": asdict(protocol), "classes": test.classes},
+        scores=scores,
         layer_choice=LayerChoice(few.images, held_out),
         published=published if protocol.published else None,
     )

@@ -25,10 +25,10 @@ from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.benchmark import Benchmark, Number, Score
-from visft_ds.evals.judge.crops import View, coin, filled_up, random_part
-from visft_ds.evals.judge.dense_probes import Source, at_labels, probe, trained
+from visft_ds.evals.judge.crops import View, coin, filled_up, label_of, random_part
+from visft_ds.evals.judge.dense_probes import Source, probe, trained
 from visft_ds.evals.judge.dense_sets import DenseSet
-from visft_ds.evals.judge.heads import BATCH, Recipe, half_cosine, sampled
+from visft_ds.evals.judge.heads import BATCH, Recipe, enlarged, half_cosine, sampled
 from visft_ds.evals.judge.protocol import NORMALISED, PUBLISHED, QUICK, SIZES, Protocol
 
 RMSE = Number(
@@ -185,8 +185,10 @@ def _measured(numbers: Collection[str], outputs: Iterable[Tensor], test: DenseSe
     """Scores of metres (heads, h, w) for each test image."""
     rmse = []
     delta1 = []
-    for large, truth in at_labels(outputs, test):
+    for number, maps in enumerate(outputs):
+        truth = label_of(test, number).to(maps.device)
         does_count = truth > 0
+        large = enlarged(maps, truth.shape)
         predicted = large[:, does_count].clamp(NEAREST, FARTHEST).double()
         actual = truth[does_count]
         error = predicted - actual

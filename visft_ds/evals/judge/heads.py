@@ -132,12 +132,14 @@ def _clip(heads: Heads, most: float) -> None:
 
 def enlarged(maps: Tensor, size: Sequence[int], stride: int = 1, first: Sequence[int] = (0, 0)) -> Tensor:
     """(..., h, w) at every `stride`-th pixel, from `first` on, of its bilinear enlargement to a size."""
+    old_height, old_width = maps.shape[-2:]
     height, width = size
     row, column = first
-    rows = _interpolation(maps.shape[-2], height)[:, row::stride].to(maps)
-    columns = _interpolation(maps.shape[-1], width)[:, column::stride].to(maps)
+    rows = _interpolation(old_height, height)[:, row::stride].to(maps)
+    columns = _interpolation(old_width, width)[:, column::stride].to(maps)
     # Two products of large matrices: a batch of small ones takes three times as long on a CPU.
-    return (maps.mT.contiguous() @ rows).mT.contiguous() @ columns
+    taller = (maps.mT.contiguous() @ rows).mT
+    return taller.contiguous() @ columns
 
 
 def _interpolation(old: int, new: int) -> Tensor:

@@ -28,7 +28,8 @@ _SEARCHED = 4  # times as many neighbours: so many remain when some images are n
 
 def knn(name: str, train: Rows, test: Rows, draws: int = RESAMPLES) -> Score:
     """Share of rows whose neighbours vote for their class, and for no other as much."""
-    memory = replace(train, features=F.normalize(train.features, dim=1))
+    directions = F.normalize(train.features, dim=1)
+    memory = replace(train, features=directions)
     labels = torch.cat([train.labels, test.labels])
     classes = int(labels.max()) + 1
     correct = []

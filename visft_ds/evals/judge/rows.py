@@ -22,7 +22,11 @@ class Rows:
 
     def part(self, chosen: Tensor | slice) -> Rows:
         """Some of them, by number or by a mask."""
-        return Rows(self.features[chosen], self.labels[chosen], self.owners[chosen])
+        return Rows(
+            features=self.features[chosen],
+            labels=self.labels[chosen],
+            owners=self.owners[chosen],
+        )
 
     def batches(self, size: int) -> Iterator[Rows]:
         """All of them in order, at most so many at once."""

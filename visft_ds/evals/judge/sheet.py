@@ -36,7 +36,8 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
         for model, score in scores.items():
             assert score.maps is not None, model
             drawn = _drawn(image, score.maps[number], test.classes)
-            panels.append((drawn, f"{model}: {100 * overlaps[model][number]:.0f}"))
+            percent = 100 * overlaps[model][number]
+            panels.append((drawn, f"{model}: {percent:.0f}"))
         rows.append(side_by_side(*panels))
     return grid(rows)
 
@@ -73,6 +74,7 @@ def typical(changes: FloatArray, count: int) -> list[int]:
     """
     order = np.argsort(changes, kind="stable")
     count = min(count, len(order))
-    ranks = (np.arange(count) + 0.5) * len(order) / count
+    middles = np.arange(count) + 0.5
+    ranks = middles * len(order) / count
     places: list[int] = order[ranks.astype(int)].tolist()
     return places
