@@ -4,10 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 MINUTES ?= 25
-DEVICE ?= cuda
-MODELS ?= $(if $(filter cpu,$(DEVICE)),debug,dinov3_b eva_e)
-GPUS   ?= 1
 OUT    ?= demo
+export DEVICE GPUS MODELS XML
 
 .PHONY: help install demo test test-slow gpu docs lint clean
 
@@ -16,7 +14,7 @@ help:
 	@echo "make demo       ImageNet weights and drawings, both stages, an out-of-domain evaluation, a report"
 	@echo "make test       style, types and the fast test suite"
 	@echo "make test-slow  slow tests, at most MINUTES=25 minutes of them"
-	@echo "make gpu        is a GPU right, how fast is it; GPUS=N: on N; DEVICE=cpu tries it out, OUT=FILE: rows as XML"
+	@echo "make gpu        is a GPU right, how fast is it; GPUS=N: on N; DEVICE=cpu tries it out, XML=FILE: its rows"
 	@echo "make docs       the pages as HTML in build/html, with all configuration keys and the Python reference"
 	@echo "make lint       style and types alone"
 	@echo "make clean      remove the environment and the demo folder"
@@ -43,16 +41,8 @@ test: lint
 test-slow: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --timeout 900 --minutes $(MINUTES)
 
-IN_TF32 := --set visft.heads.precision=fp32
-# With BIN=FOLDER that folder's python runs it as it is, and nothing is installed.
-gpu: $(if $(filter file,$(origin BIN)),install)
-	@status=0; VISFT_DEVICE=$(DEVICE) VISFT_GPUS=$(GPUS) $(BIN)/python -m pytest -n 1 -m gpu --timeout 900 tests/gpu \
-	  $(if $(filter file,$(origin OUT)),,--junit-xml "$(OUT)") $(ARGS) || status=1; \
-	{ for model in $(MODELS); do for stage in 1 2; do for heads in "" "$(IN_TF32)" "$(IN_TF32) --set visft.model.tf32=false"; do \
-	  echo "$$heads --model $$model --stage $$stage"; done; done; done; \
-	for how in "--set visft.model.compile=blocks" "--engine zero3"; do \
-	  echo "--model $(lastword $(MODELS)) --stage 2 $$how"; done; } \
-	| DS_ACCELERATOR=$(DEVICE) xargs -t -L 1 $(BIN)/python -m visft_ds profile --synthetic --steps 3 || status=1; exit $$status
+gpu: install
+	@PYTHON=$(BIN)/python tools/gpu.sh $(ARGS)
 
 docs: install
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/html

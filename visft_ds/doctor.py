@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +25,12 @@ from visft_ds import program
 from visft_ds.errors import tell
 from visft_ds.flags import Parser, install_command
 
-PROBLEM, WARNING, OK = STATUSES = ("problem", "warning", "ok")
-_GB, _GIB = 10**9, 2**30
+PROBLEM = "problem"
+WARNING = "warning"
+OK = "ok"
+_ORDER = (PROBLEM, WARNING, OK)
+_GB = 10**9
+_GIB = 2**30
 
 
 class Finding(NamedTuple):
@@ -55,13 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return tell(error)
     from visft_ds.monitor.console import Section, print_plan
 
-    counts = {status: sum(finding.status == status for finding in findings) for status in STATUSES}
-    told = ", ".join(f"{count} {status}" for status, count in counts.items())
-    rows = sorted(findings, key=lambda finding: STATUSES.index(finding.status))
-    print_plan(
-        f"this machine is {'not ready' if counts[PROBLEM] else 'ready'}: {told}", [Section("checks", rows)]
-    )
-    return 1 if counts[PROBLEM] else 0
+    count = Counter(finding.status for finding in findings)
+    outcome = f"{count[OK]} checks passed"
+    if count[WARNING]:
+        outcome = f"{count[WARNING]} warning(s), {outcome}"
+    if count[PROBLEM]:
+        outcome = f"{count[PROBLEM]} problem(s), {outcome}"
+    state = "not ready" if count[PROBLEM] else "ready"
+    rows = sorted(findings, key=lambda finding: _ORDER.index(finding.status))
+    print_plan(f"this machine is {state}: {outcome}", [Section("checks", rows)])
+    return 1 if count[PROBLEM] else 0
 
 
 def examine(folder: Path, model: str | None) -> Iterator[Finding]:
@@ -70,32 +78,34 @@ def examine(folder: Path, model: str | None) -> Iterator[Finding]:
     """
     if not folder.is_dir():
         raise ValueError(f"--folder {folder} is not a folder: make it, or name another one")
-    for check in (
-        check_packages(),
-        check_device(),
-        check_memory(model),
-        check_disk(folder),
-        check_processes(),
-    ):
+    checks = (check_packages(), check_device(), check_memory(model), check_disk(folder), check_processes())
+    for findings in checks:
         try:
-            yield from check
+            yield from findings
         except (ImportError, OSError, RuntimeError) as error:
             yield Finding(PROBLEM, "check failed", f"{type(error).__name__}: {error}")
 
 
 def check_packages() -> Iterator[Finding]:
-    """Compare the requirements of setup.py with the installed packages."""
+    """Compare the requirements of pyproject.toml with the installed packages."""
     from packaging.requirements import Requirement
 
     if _version("visft_ds") is None:
         yield Finding(WARNING, "packages", f"visft_ds itself is not installed: {install_command()}")
         return
-    needed = [Requirement(text) for text in importlib.metadata.requires("visft_ds") or []]
-    needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
-    wrong = [one for one in needed if not one.specifier.contains(_version(one.name) or "0", prereleases=True)]
-    told = "; ".join(f"{one} (here: {_version(one.name) or 'not installed'})" for one in wrong)
-    well = f"all {len(needed)} required ones; torch {_version('torch')}, deepspeed {_version('deepspeed')}"
-    yield judged(not wrong, "packages", told or well, f"{install_command()} installs the right ones")
+    needed = 0
+    wrong = []
+    for text in importlib.metadata.requires("visft_ds") or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        needed += 1
+        version = _version(requirement.name)
+        if not requirement.specifier.contains(version or "0", prereleases=True):
+            wrong.append(f"{requirement} (here: {version or 'not installed'})")
+    right = f"all {needed} required ones; torch {_version('torch')}, deepspeed {_version('deepspeed')}"
+    found = "; ".join(wrong) or right
+    yield judged(not wrong, "packages", found, f"{install_command()} installs the right ones")
 
 
 def _version(name: str) -> str | None:
@@ -120,7 +130,8 @@ def check_device() -> Iterator[Finding]:
         yield Finding(OK, "GPU", f"{found}; large models need GPUs")
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
-        found = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / _GIB:.1f} GiB"
+        memory = f"{properties.total_memory / _GIB:.1f} GiB"
+        found = f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}"
         runs = any(re.fullmatch(rf"sm_{properties.major}\d", arch) for arch in torch.cuda.get_arch_list())
         yield judged(runs, f"GPU {index}", found, f"torch {torch.__version__} has no code for it")
     precision, why = choose_precision("auto", torch.device("cuda", 0) if count else torch.device("cpu"))
@@ -138,9 +149,11 @@ def check_memory(model: str | None) -> Iterator[Finding]:
     device = local_device()
     room = memory_of(device)
     yield Finding(OK, "memory", f"{room / _GIB:.1f} GiB for a process on the {device.type}")
-    for stage in (1, 2) if model is not None else ():
-        settings = [f"visft.model.activation_checkpointing={'block' if stage == 2 else 'none'}"]
-        config = resolve(stage=stage, model=model or "", settings=settings)
+    if model is None:
+        return
+    for stage, policy in ((1, "none"), (2, "block")):
+        settings = [f"visft.model.activation_checkpointing={policy}"]
+        config = resolve(stage=stage, model=model, settings=settings)
         precision, _ = choose_precision(config.visft.model.precision, device)
         needed = plan_largest(planned_run(config, 1, precision, None, device)).total
         found = f"a process needs {needed / _GIB:.2f} of {room / _GIB:.2f} GiB, as predicted"
@@ -166,13 +179,11 @@ def check_disk(folder: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(folder).free
     found = f"{free / _GB:.0f} GB free in {folder.resolve()}"
     if 2 * _GB <= free < 60 * _GB:
-        yield Finding(
-            WARNING, "disk", f"{found}. COCO's shards take 20 GB, EVA-E's weights 9 to 18 GB a file"
-        )
+        found += ". COCO's shards take 20 GB, EVA-E's weights 9 to 18 GB a file"
+        yield Finding(WARNING, "disk", found)
     else:
-        yield judged(
-            free >= 2 * _GB, "disk", found, "Free some space for checkpoints, or use another --folder"
-        )
+        helps = "Free some space for checkpoints, or use another --folder"
+        yield judged(free >= 2 * _GB, "disk", found, helps)
 
 
 _MEMBER = """
@@ -187,24 +198,19 @@ assert value.item() == 3.0, value
 
 def check_processes() -> Iterator[Finding]:
     """Let two processes import DeepSpeed, meet over gloo and add their numbers, within two minutes."""
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "--no-python",
-    ]
-    words += [sys.executable, "-c", _MEMBER]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    words = [sys.executable, "-m", *launcher, sys.executable, "-c", _MEMBER]
+    failure = None
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
-        errors = [line for line in done.stderr.splitlines() if "Error: " in line]
-        failed = done.returncode != 0 and (errors or [f"exit status {done.returncode}"])[0]
+        if done.returncode != 0:
+            errors = [line for line in done.stderr.splitlines() if "Error: " in line]
+            failure = errors[0] if errors else f"exit status {done.returncode}"
     except subprocess.TimeoutExpired:
-        failed = "no answer within two minutes"
-    found = (
-        f"cannot add two numbers over gloo: {failed}" if failed else "imported DeepSpeed and agreed over gloo"
-    )
+        failure = "no answer within two minutes"
+    if failure is None:
+        yield Finding(OK, "two processes", "imported DeepSpeed and agreed over gloo")
+        return
     helps = "If a name or interface is at fault: export GLOO_SOCKET_IFNAME=lo, and check /etc/hosts"
-    yield judged(not failed, "two processes", found, helps)
+    yield Finding(PROBLEM, "two processes", f"cannot add two numbers over gloo: {failure}. {helps}")

@@ -43,17 +43,16 @@ class Steps:
         self.steps: dict[str, Step] = {}
 
     def add(self, name: str, *words: str, out: str | None = None, resumes: bool = False) -> Path:
-        """Add `visft WORDS --out PLACE` unless it is there; returns the place: ROOT/NAME, or `out` in
-        ROOT.
-        """
-        place = self.root / (out or name)
-        command = (*words, "--out", str(place))
-        needs = tuple(
-            step.name for step in self.steps.values() if any(_names(word, step.out) for word in command)
-        )
-        step = self.steps.setdefault(name, Step(name, command, place, needs, resumes))
+        """Add `visft WORDS --out PATH` unless it is there; returns the path: ROOT/NAME, or `out` in ROOT."""
+        path = self.root / (out or name)
+        command = (*words, "--out", str(path))
+        needs = []
+        for step in self.steps.values():
+            if any(_names(word, step.out) for word in command):
+                needs.append(step.name)
+        step = self.steps.setdefault(name, Step(name, command, path, tuple(needs), resumes))
         assert step.command == command, f"two steps are called {name}"
-        return place
+        return path
 
     def run(self, jobs: int = 1) -> dict[str, str]:
         """Run what has not finished; returns name -> reason, of what failed.
@@ -65,35 +64,56 @@ class Steps:
         for sign in (signal.SIGTERM, signal.SIGHUP):  # otherwise steps would outlive this process
             if signal.getsignal(sign) == signal.SIG_DFL:
                 signal.signal(sign, signal.default_int_handler)
-        failed, running = dict[str, str](), dict[str, subprocess.Popen[bytes]]()
+        failed = dict[str, str]()
+        running = dict[str, subprocess.Popen[bytes]]()
         with locked(self.root, patience=1.0), contextlib.ExitStack() as at_the_end:
             at_the_end.callback(_stop, running)
             waiting = [step for step in self.steps.values() if not self._finished(step)]
             while waiting or running:
-                pending = {step.name for step in waiting} | running.keys()
-                for step in [step for step in waiting if not pending.intersection(step.needs)][
-                    : jobs - len(running)
-                ]:
-                    waiting.remove(step)
-                    if lost := [need for need in step.needs if need in failed]:
-                        failed[step.name] = f"needs {lost[0]}, which failed"
-                    else:
-                        running[step.name] = self._start(step, jobs)
+                self._start_ready(waiting, running, failed, jobs)
                 time.sleep(0.1)
-                for name in [name for name, process in running.items() if process.poll() is not None]:
-                    if status := running.pop(name).returncode:
-                        failed[name] = f"exit status {status}"
-                        end = [f"  | {line}" for line in self.log(name).splitlines() if line.strip()][-12:]
-                        print(
-                            f"FAILED: {name}: {failed[name]}; the end of {self._path(name, 'log')}:",
-                            *end,
-                            sep="\n",
-                        )
+                for name, process in list(running.items()):
+                    status = process.poll()
+                    if status is None:
+                        continue
+                    del running[name]
+                    if status == 0:
+                        self._finish(name)
                     else:
-                        self._path(name, "done").touch()
-                        seconds = time.time() - self._path(name, "command").stat().st_mtime
-                        print(f"  {name}: {seconds:.0f} s", flush=True)
+                        failed[name] = f"exit status {status}"
+                        self._print_end(name, failed[name])
         return failed
+
+    def _start_ready(
+        self,
+        waiting: list[Step],
+        running: dict[str, subprocess.Popen[bytes]],
+        failed: dict[str, str],
+        jobs: int,
+    ) -> None:
+        """Start steps, at most `jobs` at a time, whose needs have ended; none that needs what failed."""
+        pending = {step.name for step in waiting} | running.keys()
+        for step in list(waiting):
+            if len(running) == jobs:
+                return
+            if pending.intersection(step.needs):
+                continue
+            waiting.remove(step)
+            lost = [need for need in step.needs if need in failed]
+            if lost:
+                failed[step.name] = f"needs {lost[0]}, which failed"
+            else:
+                running[step.name] = self._start(step, jobs)
+
+    def _finish(self, name: str) -> None:
+        self._path(name, "done").touch()
+        seconds = time.time() - self._path(name, "command").stat().st_mtime
+        print(f"  {name}: {seconds:.0f} s", flush=True)
+
+    def _print_end(self, name: str, reason: str) -> None:
+        """Print the last lines of a step that failed."""
+        lines = [f"  | {line}" for line in self.log(name).splitlines() if line.strip()]
+        print(f"FAILED: {name}: {reason}; the end of {self._path(name, 'log')}:", *lines[-12:], sep="\n")
 
     def show(self) -> None:
         """Print the commands, in order."""
@@ -110,20 +130,26 @@ class Steps:
 
     def _fresh(self, step: Step) -> bool:
         """Return True if the step last ran with this command, and all that it needs had finished before."""
-        begun = self._path(step.name, "command")
-        if not begun.is_file() or begun.read_text(encoding="utf-8") != shlex.join(step.command):
+        command = self._path(step.name, "command")
+        if not command.is_file() or command.read_text(encoding="utf-8") != shlex.join(step.command):
             return False
-        ends = [self._path(need, "done") for need in step.needs if self._finished(self.steps[need])]
-        return len(ends) == len(step.needs) and all(
-            e.stat().st_mtime_ns <= begun.stat().st_mtime_ns for e in ends
-        )
+        began = command.stat().st_mtime_ns
+        for need in step.needs:
+            if not self._finished(self.steps[need]):
+                return False
+            if self._path(need, "done").stat().st_mtime_ns > began:
+                return False
+        return True
 
     def _start(self, step: Step, jobs: int) -> subprocess.Popen[bytes]:
         self._path(step.name, "done").unlink(missing_ok=True)
         if step.out.exists() and not (step.resumes and self._fresh(step)):
             if not self._path(step.name, "log").is_file():
                 raise ValueError(f"{step.out} was not made by this command: choose another --out")
-            shutil.rmtree(step.out) if step.out.is_dir() else step.out.unlink()
+            if step.out.is_dir():
+                shutil.rmtree(step.out)
+            else:
+                step.out.unlink()
         self._path(step.name, "log").parent.mkdir(exist_ok=True)
         self._path(step.name, "command").write_text(shlex.join(step.command), encoding="utf-8")
         print(f"{step.name}\n  $ visft {shlex.join(map(redacted, step.command))}", flush=True)
@@ -131,9 +157,8 @@ class Steps:
         threads = max(1, (os.cpu_count() or 1) // (jobs * (ranks or 1)))  # cores are divided among all
         environment = {**same_code(), "OMP_NUM_THREADS": str(threads)}
         words = [sys.executable, "-m", "visft_ds", *step.command]
-        with self._path(step.name, "log").open(
-            "wb"
-        ) as log:  # a session of its own: `_stop` tells when to end
+        with self._path(step.name, "log").open("wb") as log:
+            # In a session of its own: `_stop` tells when to end.
             return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def _path(self, name: str, suffix: str) -> Path:
@@ -144,7 +169,8 @@ def _names(word: str, made: Path) -> bool:
     """Return True if a word of a command names what a step makes, something in it, or just the folder around
     it.
     """
-    inside, around = (re.escape(str(place)) for place in (made, made.parent))
+    inside = re.escape(str(made))
+    around = re.escape(str(made.parent))
     return re.search(rf"(?<![\w./-])({inside}(?![\w.-])|{around}(?![\w./-]))", word) is not None
 
 

@@ -15,7 +15,7 @@ from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.judge.dense_sets import read_train_and_test
 from visft_ds.prepare.settle import settle
 from visft_ds.shards.cli import main
-from visft_ds.tasks.semantic.results import measure_semantic, place_map
+from visft_ds.tasks.semantic.results import measure_semantic, number_map
 
 
 def _ade(folder: Path) -> Path:
@@ -75,7 +75,7 @@ def test_nothing_of_a_map_is_lost(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("\n".join("abcdefghijklm"))
     assert main([str(tmp_path), "--out", str(tmp_path / "shards")]) == 0
     for label in labels_of_split(ShardReader(Manifest.load(tmp_path / "shards", "train"))):
-        found = place_map(label["annotations"], (33, 41), {number: number for number in range(12)})
+        found = number_map(label["annotations"], (33, 41), {number: number for number in range(12)})
         assert np.array_equal(found, np.asarray(Image.open(tmp_path / f"labels/train/{label['file_name']}")))
 
 

@@ -38,7 +38,7 @@ from visft_ds.tasks.semantic.results import (
     Windows,
     cut_windows,
     measure_semantic,
-    place_map,
+    number_map,
     semantic_results,
 )
 
@@ -136,7 +136,7 @@ def test_results_are_the_class_that_torch_s_interpolation_makes_the_most_probabl
             0
         ].argmax(dim=0)
         own = [one for one in found if one["image_id"] == image]
-        assert np.array_equal(place_map(own, size, {10 * n: n for n in range(CLASSES)}), wanted.numpy())
+        assert np.array_equal(number_map(own, size, {10 * n: n for n in range(CLASSES)}), wanted.numpy())
     part = semantic_results(output, replace(batch, real=torch.tensor([True, False])))
     assert {one["image_id"] for one in part} == {1}
 
@@ -181,7 +181,7 @@ def test_windows_and_their_mean_are_those_of_transformers(head: str) -> None:
         wanted = [one.segmentation_scores for one in results]
     found = semantic_results(Windows(output, starts, (side, side)), batch)
     for image, (size, scores) in enumerate(zip(stored, wanted, strict=True), 1):
-        own = place_map(
+        own = number_map(
             [one for one in found if one["image_id"] == image], size, {n: n for n in range(CLASSES)}
         )
         best = scores.topk(2, dim=0)
@@ -245,7 +245,8 @@ run("evaluate", "--run", root / "stage2", "--visualizations", 1)
 run("predict", data / "images/val", "--model", root / "stage2", "--out", root / "found")
 run("report", root / "stage1", root / "stage2", "--out", root / "report.html")
 run("merge", "--adapter", root / "stage2", "--format", "timm", "--out", root / "merged")
-run("predict", data / "images/val", "--model", root / "merged", "--heads", root / "stage1/export", "--out", root / "m")
+merged = ("--model", root / "merged", "--heads", root / "stage1/export")
+run("predict", data / "images/val", *merged, "--out", root / "m")
 found = visft_ds.load(root / "stage2").predict(data / "images/val/0val.png")
 found.draw().save(root / "drawn.png")
 sets = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]

@@ -104,12 +104,12 @@ class RemoteFolder:
         with FileLock(folder / f".{sha256}.lock"):
             if not path.exists():
                 self._make_room(folder, size)
-                part = folder / f".{sha256}.part"
+                unfinished = folder / f".{sha256}.part"
                 try:
-                    self._get(name, part, lambda: sha256_of(part) == sha256)
-                    part.replace(path)
+                    self._get(name, unfinished, lambda: sha256_of(unfinished) == sha256)
+                    unfinished.replace(path)
                 finally:
-                    part.unlink(missing_ok=True)
+                    unfinished.unlink(missing_ok=True)
         return path
 
     def open(self, name: str, size: int, sha256: str) -> int:

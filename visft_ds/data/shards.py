@@ -112,15 +112,15 @@ class Manifest:
         remote = None
         if isinstance(root, str) and "://" in root:
             remote = RemoteFolder(root.rstrip("/"), cache or Cache())
-            place = f"{remote.url}/{path.name}"
+            address = f"{remote.url}/{path.name}"
             content = remote.read(path.name, _MAX_MANIFEST_BYTES)
         elif path.is_file():
-            place = str(path)
+            address = str(path)
             content = read_bytes(path, _MAX_MANIFEST_BYTES)
         else:
             existing = ", ".join(splits_in(Path(root))) or "none"
             raise ValueError(f"{path} does not exist; finished splits there: {existing}")
-        with reading(place, "a manifest of shards"):
+        with reading(address, "a manifest of shards"):
             values = orjson.loads(content)
             if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
                 raise ValueError(f"it is not of version {VERSION}: build the split again, with --replace")
@@ -129,7 +129,7 @@ class Manifest:
             values["root"] = Path(root) if remote is None else remote.url
             manifest = _SCHEMA.validate_python({**values, "remote": remote})
             _check_manifest(manifest)
-        _check_files(manifest, place)
+        _check_files(manifest, address)
         return manifest
 
     def save(self, index: bytes) -> None:
@@ -206,8 +206,8 @@ def _check_manifest(manifest: Manifest) -> None:
         raise ValueError("its shards do not have as many images as it says")
 
 
-def _check_files(manifest: Manifest, place: str) -> None:
-    """Raise ValueError unless the index fits the manifest, which lies at `place`, and shards of a folder are
+def _check_files(manifest: Manifest, address: str) -> None:
+    """Raise ValueError unless the index fits the manifest, which lies at `address`, and shards of a folder are
     there.
     """
     remedy = "run the same `visft shards build` again"
@@ -222,7 +222,7 @@ def _check_files(manifest: Manifest, place: str) -> None:
         digest = sha256_of(Path(manifest.root, manifest.split + INDEX))
         belongs = belongs and digest == manifest.index_sha256
     if not belongs:
-        raise ValueError(f"the index of {place} does not belong to it: {remedy}")
+        raise ValueError(f"the index of {address} does not belong to it: {remedy}")
 
 
 class DamagedSample(ValueError):

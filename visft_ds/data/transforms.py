@@ -217,7 +217,7 @@ class ShortSides:
 
 
 def _offset(spare: int, generator: np.random.Generator) -> int:
-    """Random place of a window along an axis that is `spare` pixels longer, or shorter: within, or around it."""
+    """Random place of a window along an axis that is `spare` pixels longer or shorter than it."""
     return int(generator.integers(min(0, spare), max(0, spare) + 1))
 
 

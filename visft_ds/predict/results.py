@@ -19,7 +19,7 @@ from PIL import Image
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.pictures import SIDE, draw_objects, palette, side_by_side, with_text
-from visft_ds.tasks.semantic.results import draw_regions, place_map
+from visft_ds.tasks.semantic.results import draw_regions, number_map
 
 Floats = npt.NDArray[np.float32]
 _SHOWN = ("detection", "segmentation", "captioning")  #: tasks with an attribute of their own
@@ -88,7 +88,7 @@ class Prediction:
         results = self.results.get("semantic")
         if results is None:
             return None
-        return place_map(results, self.image.shape[:2], {id_: id_ for id_ in self.categories})
+        return number_map(results, self.image.shape[:2], {id_: id_ for id_ in self.categories})
 
     @property
     def caption(self) -> str | None:

@@ -143,9 +143,9 @@ def plan_model(
     for name, parameter in backbone.named_parameters():
         # Our blocks use their vectors in 16 bit, but for norms of the residual stream; stored so, they are not
         # cast.
-        is_norm_of_stream = ".norm" in name and not backbone.post_norm
-        in_block = isinstance(backbone, EvaViT) and name.startswith("blocks.")
-        used_in_16_bit = in_block and not is_norm_of_stream
+        used_in_16_bit = False
+        if isinstance(backbone, EvaViT) and name.startswith("blocks."):
+            used_in_16_bit = backbone.post_norm or ".norm" not in name
         if is_small(name, parameter.shape) and not used_in_16_bit:
             parameter.data = parameter.data.float()
     tasks = {}

@@ -54,7 +54,7 @@ from visft_ds.files import (
     wrong_name,
 )
 from visft_ds.shards.coco import CocoSource, SourceImage, read_coco
-from visft_ds.shards.common import CocoFile, Exif, Findings
+from visft_ds.shards.common import CocoFile, Exif, Findings, Json
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
 
 _MAX_IMAGE_BYTES = 1 << 30
@@ -102,7 +102,7 @@ class Options:
         if not self.images.is_dir():
             raise ValueError(f"the images folder {self.images} does not exist")
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> Json:
         """Settings that determine the bytes beside the files, for the manifest."""
         return {
             "max_size": self.max_size,
@@ -207,7 +207,7 @@ def _rounded_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _manifest(options: Options, plan: _Plan, records: Sequence[dict[str, Any]]) -> tuple[Manifest, bytes]:
+def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[Manifest, bytes]:
     """(manifest, content of the index) of finished shards, or a forecast without any."""
     source = plan.source
     rows = list[tuple[int, ...]]()
@@ -338,7 +338,7 @@ def _record(path: Path) -> Any:
         return None
 
 
-def _write_all(options: Options, plan: _Plan, workers: int) -> list[dict[str, Any]]:
+def _write_all(options: Options, plan: _Plan, workers: int) -> list[Json]:
     """The records of all shards; those that an earlier build has finished from the same images are kept."""
     stopped = threading.Event()
     total = sum(map(len, plan.shards))
@@ -349,7 +349,7 @@ def _write_all(options: Options, plan: _Plan, workers: int) -> list[dict[str, An
             raise RuntimeError("the build was stopped")
         bar.update(images)
 
-    def write(number: int) -> dict[str, Any]:
+    def write(number: int) -> Json:
         images = plan.shards[number]
         path = options.out / tar_name(options.split, number)
         record_path = options.state / f"{number}.json"
@@ -383,7 +383,7 @@ def _write(
     images: Sequence[SourceImage],
     options: Options,
     progress: Callable[[int], None],
-) -> dict[str, Any]:
+) -> Json:
     """Write a shard whole or not at all; returns its record."""
     rows = list[list[int]]()
     left_out = list[tuple[str, str]]()

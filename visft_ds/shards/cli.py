@@ -136,13 +136,13 @@ def _build_folder(arguments: argparse.Namespace) -> None:
     doubled = [f"--{name}" for name in _FILES if getattr(arguments, name) is not None]
     if doubled:
         raise ValueError(f"{arguments.folder} is a data set: leave out {', '.join(doubled)}, or the folder")
-    place = Path(os.path.abspath(arguments.folder))
-    layout, splits, unread = recognise(place, arguments.split, arguments.exif, arguments.void)
-    folder = place.parent if place.is_file() else place
+    source = Path(os.path.abspath(arguments.folder))
+    layout, splits, unread = recognise(source, arguments.split, arguments.exif, arguments.void)
+    folder = source.parent if source.is_file() else source
     out = arguments.out or Path(f"{folder}-shards")
     print(f"{arguments.folder}: {layout}, {', '.join(split.name for split in splits)}")
     for path in unread:
-        print(f"  not read: {path.relative_to(place)}")
+        print(f"  not read: {path.relative_to(source)}")
     for split in splits:
         _build_split(arguments, out, split)
     if not arguments.dry_run:

@@ -16,7 +16,7 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under N
 from visft_ds.data.labels import is_box, is_near, is_polygon, is_run_length_code
 from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
-from visft_ds.shards.common import CocoFile, Findings
+from visft_ds.shards.common import CocoFile, Findings, Json
 
 _ANOTHER_FORM = "mask given as [x, y, ...], as [[x, y], ...] or as text (read as polygons)"
 _NO_POLYGON = "polygon of fewer than three points, or not of numbers (left out of its mask)"
@@ -51,6 +51,16 @@ class SourceImage:
     selected: bool = True  #: it was asked for
     file_bytes: int = 0
     modified: int = -1  #: time of its file, nanoseconds; -1: there is none
+
+    def add(self, annotation: bytes, category: int, crowd: bool, share: float) -> None:
+        """Add an annotation as a label has it, whose box covers a share of the image."""
+        self.annotations += annotation + b","
+        self.objects += 1
+        self.crowds += crowd
+        if share and not crowd:
+            self.trainable += 1
+            self.classes.add(category)
+            self.sides.append(math.sqrt(share))
 
     def label(self) -> bytes:
         """The JSON file of this sample in a shard."""
@@ -299,14 +309,8 @@ class _AnnotationReader:
         for kind in problems:
             self.findings.add(kind, name)
         self.ids.add(entry["id"])
-        image.objects += 1
-        image.crowds += crowd
-        if inside and not crowd:
-            image.trainable += 1
-            image.classes.add(entry["category_id"])
-            image.sides.append(math.sqrt(inside))
         data = _stored(entry, segmentation)
-        image.annotations += data + b","
+        image.add(data, entry["category_id"], crowd, inside)
         content = hash((image.image_id, data[data.index(b",") :]))  # behind its id
         if _reaches_beyond(corners, image) or 0 < max(box) <= 1:
             self.unusable.add(_BEYOND, f"{name}: {box} in {image.width} x {image.height}")
@@ -419,7 +423,7 @@ def _cut_off(polygon: list[float], height: int, width: int) -> list[float]:
     return cut
 
 
-def _run_length_code(mask: Mapping[str, Any], height: int, width: int) -> dict[str, Any] | None:
+def _run_length_code(mask: Mapping[str, Any], height: int, width: int) -> Json | None:
     """A run-length code with its counts as text; None if it does not fill the image."""
     size = [height, width]
     if mask.get("size") != size:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from visft_ds.files import image_frame, shown_name
 
+Json = dict[str, Any]  # an object of a JSON file
 #: A COCO file, or its content where it was made of another format.
 CocoFile = Path | Mapping[str, Any]
 #: Whether pictures are turned as their EXIF data says; None: unless only the stored size fits the
@@ -60,7 +61,7 @@ class FolderSplit:
     findings: Findings = field(default_factory=Findings)  #: about the layout
 
 
-def listed_image(folder: Path, name: str, number: int, exif: Exif) -> dict[str, Any]:
+def listed_image(folder: Path, name: str, number: int, exif: Exif) -> Json:
     """An image as COCO lists it; one that cannot be read, which a build leaves out, is of 1 x 1 pixels."""
     try:
         frame = image_frame(folder / name)

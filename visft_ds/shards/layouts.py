@@ -10,12 +10,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import orjson
 
 from visft_ds.files import checked_name, read_bytes, reading
-from visft_ds.shards.common import SPLITS, Exif, FolderSplit, listed_image
+from visft_ds.shards.common import SPLITS, Exif, FolderSplit, Json, listed_image
 from visft_ds.shards.maps import map_layouts, read_maps
 from visft_ds.shards.yolo import read_yolo
 
@@ -36,7 +35,7 @@ _SHOWN = 8  # names in a message
 
 
 def recognise(
-    place: Path, only: str | None = None, exif: Exif = None, void: int | None = None
+    source: Path, only: str | None = None, exif: Exif = None, void: int | None = None
 ) -> tuple[str, list[FolderSplit], list[Path]]:
     """(layout, its splits, annotations that are not read) of a folder, or of the data.yaml of one.
 
@@ -47,36 +46,38 @@ def recognise(
         ValueError: nothing that is known, or two things; no split of the name; the files of the layout are
             wrong.
     """
-    if place.is_dir():
-        layouts = dict(_layouts(place))
-    elif place.is_file() and place.suffix in (".yaml", ".yml"):
-        layouts = {"YOLO": [place]}
+    if source.is_dir():
+        layouts = dict(_layouts(source))
+    elif source.is_file() and source.suffix in (".yaml", ".yml"):
+        layouts = {"YOLO": [source]}
     else:
-        raise ValueError(f"{place} is neither a folder nor a data.yaml")
+        raise ValueError(f"{source} is neither a folder nor a data.yaml")
     if not layouts:
-        content = sorted(f"{path.name}/" if path.is_dir() else path.name for path in place.iterdir())
-        raise ValueError(f"{place} is not a data set of a known layout; {_LOOKED_FOR}\nfound {_few(content)}")
+        content = sorted(f"{path.name}/" if path.is_dir() else path.name for path in source.iterdir())
+        raise ValueError(
+            f"{source} is not a data set of a known layout; {_LOOKED_FOR}\nfound {_few(content)}"
+        )
     shown = []
     for layout, files in layouts.items():
-        names = [str(path.relative_to(place)) for path in files]
+        names = [str(path.relative_to(source)) for path in files]
         shown.append(f"{layout}: {_few(names)}")
     if len(layouts) > 1:
         remedy = (
             "name the data.yaml of one, or the files by --images, --instances, --captions, --out and --split"
         )
-        raise ValueError(f"{place} fits {len(layouts)} layouts, {'; '.join(shown)}; {remedy}")
+        raise ValueError(f"{source} fits {len(layouts)} layouts, {'; '.join(shown)}; {remedy}")
     match layout:
         case "COCO":
-            splits = _coco(place, only)
+            splits = _coco(source, only)
         case "YOLO":
             splits = read_yolo(files[0], only, exif)
         case "Roboflow" | "captions":
-            splits = _beside_images(place, layout, files, only, exif)
+            splits = _beside_images(source, layout, files, only, exif)
         case _:
-            splits = read_maps(layout, place, only, void)
+            splits = read_maps(layout, source, only, void)
     if not splits:
-        raise ValueError(f"{place} has no split {only!r}; it is {shown[0]}")
-    unread = [path for path in place.glob("annotations/*.json") if path not in files]
+        raise ValueError(f"{source} has no split {only!r}; it is {shown[0]}")
+    unread = [path for path in source.glob("annotations/*.json") if path not in files]
     return layout, splits, sorted(unread)
 
 
@@ -128,10 +129,10 @@ def _coco_files(folder: Path) -> Iterator[_CocoFile]:
             continue
         role, name = match.groups()
         split = _split_of(name)
-        places = [name, f"images/{name}", f"{name}/images"]
+        candidates = [name, f"images/{name}", f"{name}/images"]
         if split:
-            places += [split, f"images/{split}", f"{split}/images"]
-        folders = [folder / place for place in (*places, "images") if (folder / place).is_dir()]
+            candidates += [split, f"images/{split}", f"{split}/images"]
+        folders = [folder / each for each in (*candidates, "images") if (folder / each).is_dir()]
         images = folders[0] if folders else None
         if role:
             yield _CocoFile(path, role, split, images)
@@ -148,15 +149,15 @@ def _coco(folder: Path, only: str | None) -> list[FolderSplit]:
         if not file.split or file.images is None:
             remedy = "--split NAME makes only another split"
             raise ValueError(f"{file.path}: there is no folder of its images; {remedy}")
-        parts = splits.setdefault(file.split, {"images": file.images})
-        if file.role in parts or parts["images"] != file.images:
-            others = _few(list(map(str, parts.values())))
+        files_of = splits.setdefault(file.split, {"images": file.images})
+        if file.role in files_of or files_of["images"] != file.images:
+            others = _few(list(map(str, files_of.values())))
             raise ValueError(f"{folder} has more than one {file.split!r}: {file.path.name}, {others}")
-        parts[file.role] = file.path
+        files_of[file.role] = file.path
     inputs = list[FolderSplit]()
-    for name, parts in splits.items():
-        instances, captions, maps = (parts.get(role) for role in ("instances", "captions", "maps"))
-        inputs.append(FolderSplit(name, parts["images"], instances, captions, maps))
+    for name, files_of in splits.items():
+        instances, captions, maps = (files_of.get(role) for role in ("instances", "captions", "maps"))
+        inputs.append(FolderSplit(name, files_of["images"], instances, captions, maps))
     return inputs
 
 
@@ -178,13 +179,13 @@ def _beside_images(
     return list(splits.values())
 
 
-def read_captions(path: Path, exif: Exif = None) -> dict[str, Any]:
+def read_captions(path: Path, exif: Exif = None) -> Json:
     """JSON lines of `file_name` and `text`, as image folders of the Hugging Face Hub have them
     (metadata.jsonl), as a COCO file. `caption` or `captions` do as well, each a text or a list of texts;
     images lie beside the file.
     """
     numbers = dict[str, int]()
-    captions = list[dict[str, Any]]()
+    captions = list[Json]()
     with reading(path, 'lines such as {"file_name": "a.jpg", "text": "A dog."}'):
         for number, line in enumerate(read_bytes(path).removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
             if line.strip():

@@ -16,7 +16,6 @@ import io
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
-from visft_ds.shards.common import IMAGE_SUFFIXES, SPLITS, Findings, FolderSplit
+from visft_ds.shards.common import IMAGE_SUFFIXES, SPLITS, Findings, FolderSplit, Json
 from visft_ds.tasks.classes import VOID
 
 #: The numbers that Cityscapes is judged by (https://github.com/mcordts/cityscapesScripts, labels.py).
@@ -166,8 +165,8 @@ class _CocoLists:
 
     def __init__(self, classes: MapClasses) -> None:
         self.classes = classes
-        self.images = list[dict[str, Any]]()
-        self.annotations = list[dict[str, Any]]()
+        self.images = list[Json]()
+        self.annotations = list[Json]()
         self.pixels = np.zeros(VOID + 1, dtype=np.int64)  #: of each number
 
     def add(self, name: str, path: Path) -> None:
@@ -214,7 +213,7 @@ class _CocoLists:
                     f"class without a pixel; the maps hold {numbers}, and {void}", f"{number} {name}"
                 )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         categories = [{"id": number, "name": name} for number, name in self.classes.names.items()]
         return {"images": self.images, "annotations": self.annotations, "categories": categories}
 

@@ -17,6 +17,7 @@ from PIL import Image
 from visft_ds.data.dataset import caption_dataset, coco_dataset
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
 from visft_ds.files import image_frame, open_image
+from visft_ds.shards.common import Json
 
 _QUALITY = 95  # of images that take the size of another
 
@@ -64,7 +65,7 @@ def _write_image(path: Path, data: bytes, width: int, height: int) -> bool:
     return True
 
 
-def _write_annotations(path: Path, content: dict[str, Any], annotations: Sequence[Any]) -> None:
+def _write_annotations(path: Path, content: Json, annotations: Sequence[Any]) -> None:
     """Write `content` with these annotations, numbered from 1."""
     numbered = [{**annotation, "id": number} for number, annotation in enumerate(annotations, 1)]
     path.write_bytes(orjson.dumps({**content, "annotations": numbered}))

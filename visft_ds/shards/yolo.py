@@ -18,7 +18,16 @@ from typing import Any
 import yaml
 
 from visft_ds.files import checked_name, read_bytes, reading
-from visft_ds.shards.common import IMAGE_SUFFIXES, SPLITS, Exif, Findings, FolderSplit, lines_of, listed_image
+from visft_ds.shards.common import (
+    IMAGE_SUFFIXES,
+    SPLITS,
+    Exif,
+    Findings,
+    FolderSplit,
+    Json,
+    lines_of,
+    listed_image,
+)
 from visft_ds.tasks.classes import COCO_NAMES
 
 _MAX_YAML_BYTES = 1 << 20
@@ -130,8 +139,8 @@ def _read_split(data: _DataSet, split: str, exif: Exif) -> FolderSplit:
     ids = _category_ids(data.names)
     categories = [{"id": ids[number], "name": data.names[number]} for number in data.names]
     folder = Path(os.path.commonpath([file.parent for file in files]))
-    images = list[dict[str, Any]]()
-    annotations = list[dict[str, Any]]()
+    images = list[Json]()
+    annotations = list[Json]()
     for number, file in enumerate(sorted(files), 1):
         name = checked_name(str(file.relative_to(folder)), where)
         image = listed_image(folder, name, number, exif)
@@ -279,7 +288,7 @@ def _parse(words: Sequence[str], data: _DataSet) -> tuple[int, list[float]]:
     return int(class_number), values
 
 
-def _placed(values: Sequence[float], height: int, width: int) -> dict[str, Any]:
+def _placed(values: Sequence[float], height: int, width: int) -> Json:
     """Box, area and polygon of an object as COCO has them, in pixels."""
     is_box = len(values) == 4
     if is_box:

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 _NAMES = (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,stop sign,parking meter,"
-    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,backpack,umbrella,,,handbag,tie,suitcase,frisbee,"
-    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,,wine glass,"
-    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
-    "potted plant,bed,,dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
-    "refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,backpack,umbrella,,,"
+    "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,"
+    "surfboard,tennis racket,bottle,,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,"
+    "broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,,dining table,,,toilet,,tv,"
+    "laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,,book,clock,vase,"
+    "scissors,teddy bear,hair drier,toothbrush"
 )
 #: COCO's 80 categories by their raw ids 1 to 90 (https://cocodataset.org), which have ten holes.
 COCO_NAMES: Mapping[int, str] = {number: name for number, name in enumerate(_NAMES.split(","), 1) if name}
@@ -48,7 +49,8 @@ def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) 
     are_ids_of_coco = names.keys() <= COCO_NAMES.keys()
     if is_published and not are_ids_of_coco:
         raise ValueError(
-            f"visft.tasks.{task}.head.class_ids = published is for COCO's category ids, and the data has others"
+            f"visft.tasks.{task}.head.class_ids = published is for COCO's category ids, "
+            "and the data has others"
         )
     if task == "segmentation":
         as_published = are_ids_of_coco

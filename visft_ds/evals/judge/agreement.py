@@ -1,4 +1,5 @@
-"""Prediction agreement: the share of images whose class a classifier does not change when its backbone is trained.
+"""Prediction agreement: the share of images to which a classifier gives the same class after its backbone was
+trained.
 
 The classifier is that of BASE, a whole model of timm; every other model lends it its own tensors, by name.
 What lies behind a tower that ends early stays as it was. Images are prepared as timm does it for BASE.
@@ -38,7 +39,7 @@ def agreement(label: str, images: ImageSet) -> Benchmark:
     themselves.
     """
 
-    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
         yield Score(NUMBERS[0].name, features["test"][KIND].double().numpy())
 
     return Benchmark(label, {"test": images}, (KIND,), NUMBERS, {"benchmark": "agreement 1"}, scores)

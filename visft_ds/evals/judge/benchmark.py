@@ -191,7 +191,8 @@ def fifth(images: int, groups: IntArray | None = None) -> tuple[list[int], list[
     if count < FOLDS:
         what = "images" if groups is None else "groups of images"
         raise ValueError(
-            f"a fifth of the training {what} chooses the layer, but there are only {count}: give --layers last"
+            f"a fifth of the training {what} chooses the layer, but there are only {count}: "
+            "give --layers last"
         )
     held_out = unit_of_image % FOLDS == FOLDS - 1
     return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()

@@ -40,29 +40,29 @@ SCORES = "scores"
 _SHOWN = 6  # images of a sheet
 
 
-def run_judge(given: argparse.Namespace) -> None:
+def run_judge(flags: argparse.Namespace) -> None:
     """Judge the models of a command line; write record and page, print verdict and table.
 
     Raises:
         ValueError: wrong usage, or whatever is wrong with models and data.
     """
     began = time.perf_counter()
-    settings = _settings(given)
-    variants = parse_variants([given.base, *given.tuned, *given.control], download=given.download)
-    protocol = QUICK if given.quick else PUBLISHED
-    wanted = [name.strip() for name in given.numbers.split(",")] if given.numbers else []
-    benchmarks, primary = parse_benchmarks(given.on, given.primary, protocol, wanted)
-    _check_folder(given.out, primary)
-    best = given.layers == "all"
-    if given.dry_run:
+    settings = _settings(flags)
+    variants = parse_variants([flags.base, *flags.tuned, *flags.control], download=flags.download)
+    protocol = QUICK if flags.quick else PUBLISHED
+    only = [name.strip() for name in flags.numbers.split(",")] if flags.numbers else []
+    benchmarks, primary = parse_benchmarks(flags.on, flags.primary, protocol, only)
+    _check_folder(flags.out, primary)
+    best = flags.layers == "all"
+    if flags.dry_run:
         if distributed.is_main():  # the others would wait for facts in folders of their own
             with TemporaryDirectory() as scratch:
                 nowhere = replace(settings, cache=Path(scratch))
-                comparison = Comparison(variants, len(given.tuned), benchmarks, primary, nowhere)
+                comparison = Comparison(variants, len(flags.tuned), benchmarks, primary, nowhere)
                 print_plan("visft judge --dry-run", rehearsal(comparison, best=best))
         return
     published = [benchmark for benchmark in benchmarks if benchmark.published is not None]
-    if published and settings.device.type == "cpu" and given.device == "auto":
+    if published and settings.device.type == "cpu" and flags.device == "auto":
         models = sum(map(len, variants.values()))
         if best:
             models *= 3  # noise and half come by themselves
@@ -71,7 +71,7 @@ def run_judge(given: argparse.Namespace) -> None:
             f"published protocols take some {hours:,.0f} hours without a GPU: add --quick, or --device cpu"
         )
 
-    comparison = Comparison(variants, len(given.tuned), benchmarks, primary, settings)
+    comparison = Comparison(variants, len(flags.tuned), benchmarks, primary, settings)
     if best:
         comparison.choose_layers()
     comparison.match_shifts(noise=best)
@@ -84,29 +84,29 @@ def run_judge(given: argparse.Namespace) -> None:
     numbers = comparison.numbers
     rows = rows_of(scores.chosen, comparison.members, trials, primary, last, scores.cut, numbers)
     verdicts = judged(rows, trials, primary, comparison.base.name)
-    record = _record(comparison, rows, verdicts, given)
+    record = _record(comparison, rows, verdicts, flags)
     record["protocol"] = protocol.name
     record["seconds"] = round(time.perf_counter() - began, 3)
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
-    write_bytes(given.out / JUDGED, content)
+    write_bytes(flags.out / JUDGED, content)
     page = judge_page(orjson.loads(content), _sheets(comparison, scores.chosen))
-    write_text(given.out / PAGE, page)
+    write_text(flags.out / PAGE, page)
     table = section(rows, list(comparison.members), primary)
-    print_plan("visft judge", _sections(comparison, record, table, given.out / PAGE))
+    print_plan("visft judge", _sections(comparison, record, table, flags.out / PAGE))
 
 
-def _settings(given: argparse.Namespace) -> Settings:
+def _settings(flags: argparse.Namespace) -> Settings:
     """Settings by the flags. Raises ValueError for numbers out of range and packages that are not
     installed.
     """
     check_extra("visft judge", "eval", EVAL)
-    check_least(given, batch_size=1, threads=0)
+    check_least(flags, batch_size=1, threads=0)
     if distributed.world_size() != distributed.processes_here():
         raise ValueError("several machines: visft judge shares its work among the processes of one")
-    device = distributed.local_device() if given.device == "auto" else torch.device(given.device)
-    precision, _ = choose_precision(given.precision, device)
+    device = distributed.local_device() if flags.device == "auto" else torch.device(flags.device)
+    precision, _ = choose_precision(flags.precision, device)
     use_numerics(device, tf32=precision != "fp32")
-    return Settings(device, precision, given.cache or given.out / SCORES, given.batch_size, given.threads)
+    return Settings(device, precision, flags.cache or flags.out / SCORES, flags.batch_size, flags.threads)
 
 
 def _check_folder(out: Path, primary: str) -> None:
@@ -124,7 +124,7 @@ def _check_folder(out: Path, primary: str) -> None:
 
 
 def _record(
-    comparison: Comparison, rows: Sequence[Row], verdicts: Sequence[Verdict], given: argparse.Namespace
+    comparison: Comparison, rows: Sequence[Row], verdicts: Sequence[Verdict], flags: argparse.Namespace
 ) -> dict[str, Any]:
     """What judge.json says of a comparison."""
     numbers = dict.fromkeys(comparison.numbers[row.name] for row in rows)  # those of several data sets once
@@ -142,15 +142,15 @@ def _record(
         "variants": comparison.members,
         "trials": [asdict(trial) for trial in comparison.trials],
         "primary": comparison.primary,
-        "best": given.layers == "all",
+        "best": flags.layers == "all",
         "layers": comparison.layers,
         "shifts": shifts,
         "scales": scales,
         "notes": comparison.notes,
-        "numbers": [number.described(quick=given.quick) for number in numbers],
+        "numbers": [number.described(quick=flags.quick) for number in numbers],
         "rows": [asdict(row) for row in rows],
         "verdicts": [asdict(verdict) for verdict in verdicts],
-        "settings": {key: redacted(value) for key, value in vars(given).items()},
+        "settings": {key: redacted(value) for key, value in vars(flags).items()},
         "processes": distributed.world_size(),
         "versions": versions(),
         "command": [redacted(word) for word in ("visft", "judge", *sys.argv[2:])],

@@ -78,7 +78,7 @@ class Comparison:
         self.trials: list[Trial] = []
         self._deciding = next(benchmark for benchmark in benchmarks if primary in benchmark.full_names)
         self._number = self.numbers[primary]
-        self._ranked: dict[str, Sequence[str]] = {}  # variant -> its blocks, the best first
+        self._ranked: dict[str, list[str]] = {}  # variant -> its blocks, the best first
         self._meters: dict[str, ShiftMeter] = {}
         self._controls: list[Variant] = []  # and halves
 
@@ -120,7 +120,7 @@ class Comparison:
             numbers |= {benchmark.full_name(number): number for number in benchmark.numbers}
         return numbers
 
-    # ---------------------------------------------------------------------------------------------------- layers
+    # ------------------------------------------------------------------------------------------------ layers
 
     def choose_layers(self) -> None:
         """Choose the blocks after which BASE and tuned variants are read, for every number that has training
@@ -149,9 +149,7 @@ class Comparison:
         """
         calls = []
         for variant in variants:
-            for spec in variant.models:
-                ranked = self._ranked.get(variant.name, ())
-                calls.append(partial(self._levels, spec, benchmark, variant.blocks, ranked, numbers))
+            calls += [partial(self._levels, spec, variant, benchmark, numbers) for spec in variant.models]
         levels = iter(shared(calls, f"layers: {benchmark.label}"))
         for variant in variants:
             choices = chosen([next(levels) for _ in variant.models])
@@ -188,17 +186,18 @@ class Comparison:
     def _levels(
         self,
         spec: ModelSpec,
+        variant: Variant,
         benchmark: Benchmark,
-        blocks: Mapping[str, int],
-        ranked: Sequence[str],
         numbers: Sequence[Number],
         own: bool,
     ) -> dict[str, dict[str, float]]:
+        """Number -> block -> the number on held-out training images, by one model of a variant."""
         assert benchmark.layer_choice is not None
+        ranked = self._ranked.get(variant.name, [])
         key = {
             "levels": spec.identity,
-            "blocks": list(blocks),
-            "ranked": list(ranked),
+            "blocks": list(variant.blocks),
+            "ranked": ranked,
             "numbers": [number.name for number in numbers],
             "images": benchmark.layer_choice.images.fingerprint,
             "benchmark": benchmark.settings,
@@ -207,11 +206,12 @@ class Comparison:
 
         def make() -> dict[str, dict[str, float]]:
             label = f"{spec.label}, all blocks: {benchmark.label}"
-            return levels_of(self._models.load(spec), benchmark, blocks, ranked, numbers, settings, label)
+            encoder = self._models.load(spec)
+            return levels_of(encoder, benchmark, variant.blocks, ranked, numbers, settings, label)
 
         return remembered(key, settings, make, own)
 
-    # ---------------------------------------------------------------------------------------------------- shifts
+    # ------------------------------------------------------------------------------------------------ shifts
 
     def match_shifts(self, noise: bool = True) -> None:
         """Bring controls of every tuned variant of BASE's architecture to its feature shift.
@@ -248,20 +248,23 @@ class Comparison:
 
         matched: list[Variant] = []
         missed: dict[str, float] = {}
+        layers = dict(variant.layers)
+        layers.pop(self.primary, None)  # controls have their own
         for name, control in controls.items():
-            models = [control.models[seed % len(control.models)] for seed in range(len(shifts))]
-            matches = [
-                self._match(variant, spec, of_seed) for spec, of_seed in zip(models, shifts, strict=True)
-            ]
+            models = []
+            matches = []
+            for seed, goal in enumerate(shifts):
+                spec = control.models[seed % len(control.models)]
+                match = self._match(variant, spec, goal)
+                matches.append(match)
+                models.append(replace(spec, scale=match.scale))
             reached = fmean(match.shift for match in matches)
-            if not all(match.is_near for match in matches):
+            if all(match.is_near for match in matches):
+                models = _labelled(name, models)
+                control = replace(control, name=name, models=models, layers=dict(layers), shift=reached)
+                matched.append(control)
+            else:
                 missed[name] = reached
-                continue
-            scaled = [replace(spec, scale=match.scale) for spec, match in zip(models, matches, strict=True)]
-            layers = {number: choice for number, choice in variant.layers.items() if number != self.primary}
-            matched.append(
-                replace(control, name=name, models=_labelled(name, scaled), layers=layers, shift=reached)
-            )
         self._choose_primary(matched)
         self._controls += matched
 
@@ -274,12 +277,12 @@ class Comparison:
         names = tuple(control.name for control in matched)
         return replace(trial, controls=names, half=half, shift=shift, missed=missed)
 
-    def _match(self, variant: Variant, spec: ModelSpec, wanted: float | None) -> Match:
-        """A model at the scale that has the wanted shift where a variant is read; None: at its own scale."""
+    def _match(self, variant: Variant, spec: ModelSpec, goal: float | None) -> Match:
+        """A model at the scale whose shift is the goal where a variant is read; None: at its own scale."""
         block = variant.block(self.primary)
         key = {
             "shift": spec.identity,
-            "goal": wanted,
+            "goal": goal,
             "base": self.origin.identity,
             "block": block,
             "images": {name: images.fingerprint for name, images in self._deciding.sets.items()},
@@ -291,38 +294,40 @@ class Comparison:
             if block not in self._meters:  # one at a time: it holds a model and images
                 self._meters = {block: ShiftMeter(self.origin, block, self._deciding, self.settings)}
             meter = self._meters[block]
-            return meter.measure(spec) if wanted is None else meter.match(spec, wanted)
+            return meter.measure(spec) if goal is None else meter.match(spec, goal)
 
         return Match(*remembered(key, replace(self.settings, precision="fp32"), make))
 
-    # ---------------------------------------------------------------------------------------------------- scores
+    # ------------------------------------------------------------------------------------------------ scores
 
     def score(self) -> Scores:
         """Scores of all models. Raises ValueError if one has no primary number."""
         plan: dict[tuple[str, str], _Work] = {}
 
-        def ask(spec: ModelSpec, benchmark: Benchmark, variant: Variant, block: str, number: Number) -> None:
-            key = spec.label, benchmark.label
-            plan.setdefault(key, _Work(spec, benchmark, variant.blocks)).numbers[block].add(number.name)
+        def ask(spec: ModelSpec, variant: Variant, benchmark: Benchmark, number: Number, block: str) -> None:
+            work = _Work(spec, benchmark, variant.blocks)
+            work = plan.setdefault((spec.label, benchmark.label), work)
+            work.numbers[block].add(number.name)
 
         for variant in self.variants:
             for spec in variant.models:
                 for benchmark in self.benchmarks:
                     for number in benchmark.numbers:
                         block = variant.block(benchmark.full_name(number))
-                        ask(spec, benchmark, variant, block, number)
+                        ask(spec, variant, benchmark, number, block)
         for variant in [self.base, *self.tuned]:
             for spec in variant.models:
-                ask(spec, self._deciding, variant, variant.last, self._number)
+                ask(spec, variant, self._deciding, self._number, variant.last)
         for cut in self._cuts.values():
-            ask(self.origin, self._deciding, self.base, cut.block(self.primary), self._number)
+            ask(self.origin, self.base, self._deciding, self._number, cut.block(self.primary))
 
         calls = [partial(self._scores, work) for work in plan.values()]
         made = dict(zip(plan, shared(calls, "scores"), strict=True))
         self._count_agreement(made)
 
         def primary_of(spec: ModelSpec, block: str) -> dict[str, Score]:
-            return {self.primary: made[spec.label, self._deciding.label][block][self.primary]}
+            scores = made[spec.label, self._deciding.label][block]
+            return {self.primary: scores[self.primary]}
 
         results: dict[str, dict[str, Score]] = {}
         for variant in self.variants:
@@ -332,8 +337,10 @@ class Comparison:
         for variant in [self.base, *self.tuned]:
             for spec in variant.models:
                 last[spec.label] = primary_of(spec, variant.last)
-        cuts = {name: primary_of(self.origin, cut.block(self.primary)) for name, cut in self._cuts.items()}
-        return Scores(results, last, cuts)
+        of_cuts: dict[str, dict[str, Score]] = {}
+        for name, cut in self._cuts.items():
+            of_cuts[name] = primary_of(self.origin, cut.block(self.primary))
+        return Scores(results, last, of_cuts)
 
     def _of_model(self, spec: ModelSpec, variant: Variant, made: _Made) -> dict[str, Score]:
         """Full name -> score of a model at the blocks that were chosen; without numbers that it lacks."""
@@ -357,10 +364,12 @@ class Comparison:
         load = partial(self._models.encoder, spec, benchmark)
         settings = self._models.settings_of(spec)
         by_block = score(load, key, benchmark, work.numbers, work.blocks, settings, spec.label, own)
-        named: dict[str, dict[str, Score]] = {}
+        result: dict[str, dict[str, Score]] = {}
         for block, scores in by_block.items():
-            named[block] = {f"{benchmark.label} {of.name}": _in_groups(of, benchmark) for of in scores}
-        return named
+            result[block] = {}
+            for number in scores:
+                result[block][f"{benchmark.label} {number.name}"] = _in_groups(number, benchmark)
+        return result
 
     def _count_agreement(self, made: _Made) -> None:
         """Turn answers of the classifier into 1.0 where they are those of BASE."""
@@ -368,12 +377,12 @@ class Comparison:
             if not benchmark.asks_classifier:
                 continue
             (name,) = benchmark.full_names
-            of_base = made[self.origin.label, benchmark.label][self.base.last][name].values
+            of_base = made[self.origin.label, benchmark.label][self.base.last][name]
             for (_, label), by_block in made.items():
                 if label == benchmark.label:
                     for scores in by_block.values():
-                        agrees = (scores[name].values == of_base).astype(float)
-                        scores[name] = replace(scores[name], values=agrees)
+                        agrees = scores[name].values == of_base.values
+                        scores[name] = replace(scores[name], values=agrees.astype(float))
 
 
 def _in_groups(score: Score, benchmark: Benchmark) -> Score:
@@ -381,7 +390,9 @@ def _in_groups(score: Score, benchmark: Benchmark) -> Score:
     groups = benchmark.test_images.groups
     if groups is None:
         return score
-    return replace(score, groups=groups if score.groups is None else groups[score.groups])
+    if score.groups is not None:
+        groups = groups[score.groups]
+    return replace(score, groups=groups)
 
 
 def _choosing(benchmark: Benchmark) -> list[Number]:

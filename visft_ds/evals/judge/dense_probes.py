@@ -50,8 +50,11 @@ class CachedFeatures:
 
     def remembered(self, _: Crop, passes: int) -> tuple[int, Iterator[Example]]:
         """(how many images come, they) for a memory."""
-        examples = ((number, maps, label_of(self.train, number)) for number, maps in enumerate(self.taught))
-        return len(self.taught), examples
+        return len(self.taught), self._one_by_one()
+
+    def _one_by_one(self) -> Iterator[Example]:
+        for number, maps in enumerate(self.taught):
+            yield number, maps, label_of(self.train, number)
 
     def examples(self, order: Tensor, _: Crop) -> Iterator[Batch]:
         """Batches of training images in an order of their numbers, with labels of SIDE x SIDE."""
@@ -66,9 +69,9 @@ class CachedFeatures:
             near = numbers.to(device)
             yield numbers, self.taught[near], labels[near]
 
-    def whole(self, part: DenseSet) -> Iterator[Tensor]:
+    def whole(self, data: DenseSet) -> Iterator[Tensor]:
         """Batches of features of the training or of the test images."""
-        features = self.taught if part is self.train else self.asked
+        features = self.taught if data is self.train else self.asked
         return iter(features.split(BATCH))
 
     def in_windows(self, head: Head) -> Iterator[Tensor]:
@@ -121,9 +124,9 @@ class LiveFeatures:
         for numbers, pixels, labels in random_crops(order, size, example, self.settings):
             yield numbers, self._forward(pixels), labels.to(self.settings.device)
 
-    def whole(self, part: DenseSet) -> Iterator[Tensor]:
+    def whole(self, data: DenseSet) -> Iterator[Tensor]:
         """Batches of features of images, stretched to squares."""
-        return map(self._forward, pictures(self.encoder, part.images, self.settings, resample=_BILINEAR))
+        return map(self._forward, pictures(self.encoder, data.images, self.settings, resample=_BILINEAR))
 
     def in_windows(self, head: Head) -> Iterator[Tensor]:
         """For each test image, the mean of what a head says in windows, of which the shorter side of it is
@@ -144,7 +147,8 @@ class LiveFeatures:
         """For each test image, the mean of what a head says of it and, turned back, of its mirror image."""
         for number in range(len(self.test.images)):
             pixels = self._view.normalised(self.test.images.read(number))
-            straight, mirrored = head(self._forward(torch.stack([pixels, pixels.flip(2)])))
+            both = torch.stack([pixels, pixels.flip(2)])
+            straight, mirrored = head(self._forward(both))
             yield (straight + mirrored.flip(-1)) / 2
 
     @property
@@ -171,7 +175,7 @@ class LiveFeatures:
 
 
 Source = CachedFeatures | LiveFeatures
-Scores = Callable[[Source, Collection[str]], Iterator[Score]]  #: of the wanted numbers
+Scores = Callable[[Source, Collection[str]], Iterator[Score]]  #: of the numbers with these names
 
 
 def trained(
@@ -197,22 +201,22 @@ def probe(
 ) -> Benchmark:
     """The benchmark of a probe of feature maps."""
     most = QUICK.images["train"]
-    few = train.part(every(len(train.images), most))
+    few = train.subset(every(len(train.images), most))
 
-    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
         taught = features["train"]["patches"]
         asked = features["test"]["patches"]
-        return score(CachedFeatures(protocol, train, taught, test, asked), wanted)
+        return score(CachedFeatures(protocol, train, taught, test, asked), names)
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
         maps = features["patches"]
         rest, held = fifth(len(few.images), few.images.groups)
-        cached = CachedFeatures(BRIEF, few.part(rest), maps[rest], few.part(held), maps[held])
+        cached = CachedFeatures(BRIEF, few.subset(rest), maps[rest], few.subset(held), maps[held])
         (result,) = score(cached, [number])
         return result.value
 
-    def published(encoder: Encoder, settings: Settings, wanted: Collection[str]) -> Iterator[Score]:
-        return score(LiveFeatures(protocol, train, test, encoder, settings), wanted)
+    def published(encoder: Encoder, settings: Settings, names: Collection[str]) -> Iterator[Score]:
+        return score(LiveFeatures(protocol, train, test, encoder, settings), names)
 
     return Benchmark(
         label,

@@ -1,11 +1,12 @@
-"""Images with a class for each pixel, and where there are such, the outlines of their objects; or with depths.
+"""Images with a class for each pixel, and where there are such, the outlines of their objects; or with the
+depth of each pixel.
 
 | layout | found by | no class |
 |---|---|---|
 | shards of ours | a manifest of the split | crowds |
 | ADE20k | `images/{training,validation}`, `annotations/{training,validation}` | 0; class n is number n + 1 |
-| Pascal VOC | `JPEGImages`, `SegmentationClass[Aug]`, `ImageSets/Segmentation/{train,trainaug,val}.txt` | 255 |
-| any | `images/<split>`, `labels/<split>` with PNG files; `classes.txt` names the classes, if it exists | 255 |
+| Pascal VOC | `JPEGImages`, `SegmentationClass[Aug]`, `ImageSets/Segmentation/*.txt` | 255 |
+| any | `images/<split>`, `labels/<split>` with PNG files, `classes.txt` (if it exists) | 255 |
 | what `visft shards` reads: COCO, Roboflow, YOLO, Cityscapes | as there | crowds |
 
 Label maps are PNG files of class numbers (indexed or grey), called as their images. With `classes.txt` they
@@ -85,14 +86,14 @@ class DenseSet:
     things: tuple[Thing, ...] = ()
     notes: tuple[str, ...] = ()  #: what is odd about their masks
 
-    def part(self, numbers: Sequence[int]) -> DenseSet:
+    def subset(self, numbers: Sequence[int]) -> DenseSet:
         """Some of the images, without their objects."""
         images = chosen(self.images, numbers)
         return DenseSet(images, lambda number: self.label(numbers[number]), self.classes)
 
 
-#: Name of a part -> what reads at most so many of its images.
-Parts = Mapping[str, Callable[[int], DenseSet]]
+#: Name of a split -> what reads at most so many of its images.
+Splits = Mapping[str, Callable[[int], DenseSet]]
 
 
 def read_train_and_test(
@@ -105,32 +106,34 @@ def read_train_and_test(
     """(images to train probes on, images to judge them on), in any layout of the table above.
 
     Args:
-        most: images of "train" and "test"; of a larger part every k-th.
+        most: images of "train" and "test"; of a larger split every k-th.
         void: number that means no class, for label maps with `classes.txt`.
 
     Raises:
-        ValueError: no such folder or layout, a part that is not there or is not labelled, other categories in
-            both, objects of which none has a mask; label maps with a number that `classes.txt` does not name.
+        ValueError: no such folder or layout, a split that is not there or is not labelled, other categories
+            in both, objects of which none has a mask; label maps with a number that `classes.txt` does not
+            name.
     """
-    parts = _two_parts(_parts(Path(source), void), most, source, train, test)
-    largest = 0
-    for name, part in parts.items():
-        parts[name] = _masked(part, f"{source}: {name}", source)
-        numbers = _numbers_in(parts[name], f"labels of {name}")
+    splits = _two_splits(_splits(Path(source), void), most, source, train, test)
+    largest = 0  # number of a class
+    for name, split in splits.items():
+        splits[name] = _masked(split, f"{source}: {name}", source)
+        numbers = _numbers_in(splits[name], f"labels of {name}")
         if len(numbers) < 2:
             raise ValueError(f"{source}: {name} has labels of one class only; a probe needs two")
         largest = max(largest, *numbers)
-    for name, part in parts.items():
-        if not part.classes:  # label maps do not name them
-            parts[name] = replace(part, classes=tuple(map(str, range(largest + 1))))
-    return _with_equal_classes(parts, source)
+    for name, split in splits.items():
+        if not split.classes:  # label maps do not name them
+            splits[name] = replace(split, classes=tuple(map(str, range(largest + 1))))
+    return _with_equal_classes(splits, source)
 
 
 def read_objects(
     most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
 ) -> tuple[DenseSet, DenseSet]:
     """As `read_train_and_test`, for objects whose boxes are enough."""
-    return _with_equal_classes(_two_parts(_parts(Path(source)), most, source, train, test), source)
+    splits = _two_splits(_splits(Path(source)), most, source, train, test)
+    return _with_equal_classes(splits, source)
 
 
 def read_depth(
@@ -139,75 +142,76 @@ def read_depth(
     """(images to train heads on, images to judge them on), whose labels are metres. Raises ValueError without
     any.
     """
-    parts = _two_parts(_beside(Path(source), "depth", _metres), most, source, train, test)
-    learnt, held_out = parts.values()
+    splits = _two_splits(_beside(Path(source), "depth", _metres), most, source, train, test)
+    learnt, held_out = splits.values()
     return learnt, held_out
 
 
-def _two_parts(
-    parts: Parts, most: Mapping[str, int], source: str, train: str | None, test: str | None
+def _two_splits(
+    splits: Splits, most: Mapping[str, int], source: str, train: str | None, test: str | None
 ) -> dict[str, DenseSet]:
-    """The part to train on and the one to judge on, by their names: the given ones or the usual ones."""
+    """The split to train on and the one to judge on, by their names: the given ones or the usual ones."""
     if train is None:
-        train = _AUGMENTED if _AUGMENTED in parts else "train"
+        train = _AUGMENTED if _AUGMENTED in splits else "train"
     if test is None:
-        test = next((name for name in PARTS if name in parts), "val")
-    if train == test or train not in parts or test not in parts:
+        test = next((name for name in PARTS if name in splits), "val")
+    if train == test or train not in splits or test not in splits:
         raise ValueError(
-            f"{source}: probes cannot learn from {train} and be judged on {test}: name two parts; "
-            f"it has {', '.join(parts) or 'no parts'}"
+            f"{source}: probes cannot learn from {train} and be judged on {test}: name two splits; "
+            f"it has {', '.join(splits) or 'no splits'}"
         )
-    return {train: parts[train](most["train"]), test: parts[test](most["test"])}
+    return {train: splits[train](most["train"]), test: splits[test](most["test"])}
 
 
-def _with_equal_classes(parts: Mapping[str, DenseSet], source: str) -> tuple[DenseSet, DenseSet]:
-    """Both parts. Raises ValueError if they have other classes, or in another order."""
-    learnt, held_out = parts.values()
+def _with_equal_classes(splits: Mapping[str, DenseSet], source: str) -> tuple[DenseSet, DenseSet]:
+    """Both splits. Raises ValueError if they have other classes, or in another order."""
+    learnt, held_out = splits.values()
     if learnt.classes != held_out.classes:
         lone = sorted(set(learnt.classes) ^ set(held_out.classes))
         differ = f"differ in their categories or the order of these: {', '.join(lone[:5])}"
-        raise ValueError(f"{source}: {' and '.join(parts)} {differ}")
+        raise ValueError(f"{source}: {' and '.join(splits)} {differ}")
     return learnt, held_out
 
 
-def _masked(part: DenseSet, name: str, source: str) -> DenseSet:
-    """A part without its objects that have no mask. Raises ValueError if it has no others."""
-    drawn = tuple(thing for thing in part.things if not thing.boxed)
-    boxed = len(part.things) - len(drawn)
+def _masked(split: DenseSet, name: str, source: str) -> DenseSet:
+    """A split without its objects that have no mask. Raises ValueError if it has no others."""
+    drawn = tuple(thing for thing in split.things if not thing.boxed)
+    boxed = len(split.things) - len(drawn)
     if not boxed:
-        return part
+        return split
     if not drawn:
         raise ValueError(
             f"{name} has boxes and no masks, so no mIoU can be judged: give --on objects={source}"
         )
     note = (
-        f"{name}: {boxed} of {len(part.things)} objects have a box and no mask; pixels in these boxes count "
+        f"{name}: {boxed} of {len(split.things)} objects have a box and no mask; pixels in these boxes count "
         "nowhere."
     )
-    return replace(part, things=drawn, notes=(*part.notes, note))
+    return replace(split, things=drawn, notes=(*split.notes, note))
 
 
-def _numbers_in(part: DenseSet, what: str) -> set[int]:
-    """The numbers of the classes that the labels of a part hold."""
+def _numbers_in(split: DenseSet, what: str) -> set[int]:
+    """The numbers of the classes that the labels of a split hold."""
     numbers: set[int] = set()
-    for place in gauge(what, len(part.images), "images", range(len(part.images))):
-        label = part.label(place)
+    images = range(len(split.images))
+    for number in gauge(what, len(images), "images", images):
+        label = split.label(number)
         numbers.update(np.unique(label).tolist())
         numbers.discard(np.iinfo(label.dtype).max)
     return numbers
 
 
-def _parts(root: Path, void: int | None = None) -> Parts:
-    """The parts of a folder, in the first layout that it has."""
+def _splits(root: Path, void: int | None = None) -> Splits:
+    """The splits of a folder, in the first layout that it has."""
     if void is not None and not (root / CLASSES).is_file():
         raise ValueError(f"{root}: void={void} is for label maps with {CLASSES}, which names their classes")
-    splits = splits_in(root)
-    if splits:
-        return {split: partial(_of_shards, root, split) for split in splits}
+    of_shards = splits_in(root)
+    if of_shards:
+        return {split: partial(_of_shards, root, split) for split in of_shards}
     if (root / "annotations/training").is_dir():
-        parts = _beside(root, "annotations", _ade)
+        splits = _beside(root, "annotations", _ade)
         names = {"training": "train", "validation": "val"}
-        return {names.get(name, name): part for name, part in parts.items()}
+        return {names.get(name, name): split for name, split in splits.items()}
     if any(root.glob("ImageSets/Segmentation/*.txt")):
         return _voc(root)
     if any(root.glob("labels/*/*.png")):
@@ -224,20 +228,20 @@ def _parts(root: Path, void: int | None = None) -> Parts:
     }
 
 
-def _beside(root: Path, kind: str, read: ReadMap) -> Parts:
-    """The parts that have a folder of images and one of maps of a kind."""
-    parts = {}
+def _beside(root: Path, kind: str, read: ReadMap) -> Splits:
+    """The splits that have a folder of images and one of maps of a kind."""
+    splits = {}
     for maps in sorted(root.glob(f"{kind}/*/")):
         images = root / "images" / maps.name
         if images.is_dir():
-            parts[maps.name] = partial(_of_maps, root, image_files(images), maps, read)
-    return parts
+            splits[maps.name] = partial(_of_maps, root, image_files(images), maps, read)
+    return splits
 
 
-def _voc(root: Path) -> Parts:
-    """The parts that Pascal VOC lists; training images have more maps if they were augmented."""
+def _voc(root: Path) -> Splits:
+    """The splits that Pascal VOC lists; training images have more maps if they were augmented."""
     augmented = root / "SegmentationClassAug"
-    parts = {}
+    splits = {}
     for path in sorted(root.glob("ImageSets/Segmentation/*.txt")):
         if path.stem == _AUGMENTED and not augmented.is_dir():
             continue
@@ -246,12 +250,12 @@ def _voc(root: Path) -> Parts:
         if path.stem.startswith("train") and augmented.is_dir():
             maps = augmented
         files = [root / "JPEGImages" / name for name in names]
-        parts[path.stem] = partial(_of_maps, root, files, maps, read_map)
-    return parts
+        splits[path.stem] = partial(_of_maps, root, files, maps, read_map)
+    return splits
 
 
-def _named(root: Path, void: int | None) -> Parts:
-    """The parts of label maps whose classes are named; classes are numbered from 0 in the order of their
+def _named(root: Path, void: int | None) -> Splits:
+    """The splits of label maps whose classes are named; classes are numbered from 0 in the order of their
     numbers.
     """
     map_classes = classes_of_maps(OWN, root, void)
@@ -266,12 +270,12 @@ def _named(root: Path, void: int | None) -> Parts:
         label: Label = class_of_number[numbers]
         return label
 
-    def named(part: Callable[[int], DenseSet], most: int) -> DenseSet:
-        data = part(most)
+    def named(split: Callable[[int], DenseSet], most: int) -> DenseSet:
+        data = split(most)
         fingerprint = digest((data.images.fingerprint, *map(str, sorted(map_classes.voids))))
         return replace(data, images=replace(data.images, fingerprint=fingerprint), classes=classes)
 
-    return {name: partial(named, part) for name, part in _beside(root, "labels", read).items()}
+    return {name: partial(named, split) for name, split in _beside(root, "labels", read).items()}
 
 
 def _ade(path: Path) -> npt.NDArray[np.uint8]:
@@ -321,18 +325,19 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
     samples = every(len(reader), most)
 
     def read(number: int) -> Image.Image:
-        data, _ = reader.read(samples[number], "images")
-        return open_image(data or b"", reader.describe(samples[number]), upright=False)
+        image, _ = reader.read(samples[number], "images")
+        return open_image(image or b"", reader.describe(samples[number]), upright=False)
 
     labels = list(labels_of_split(reader, samples))
     rows = manifest.index[samples]
     stored = list(zip(rows["image_size"].tolist(), rows["image_crc32"].tolist(), strict=True))
     images = ImageSet([label["file_name"] for label in labels], read, manifest.fingerprint, stored=stored)
-    part = _of_outlines(images, labels, manifest.categories, is_map="maps" in manifest.labels)
+    data = _of_outlines(images, labels, manifest.categories, is_map="maps" in manifest.labels)
     if _ELLIPSES in manifest.findings:
-        note = f"{root} {split}: {manifest.findings[_ELLIPSES][0]} masks were drawn as ellipses into boxes."
-        return replace(part, notes=(note,))
-    return part
+        count = manifest.findings[_ELLIPSES][0]
+        note = f"{root} {split}: {count} masks were drawn as ellipses into boxes."
+        return replace(data, notes=(note,))
+    return data
 
 
 def _of_outlines(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -102,8 +103,9 @@ def chosen(images: ImageSet, numbers: Sequence[int]) -> ImageSet:
 
 
 def every(count: int, most: int) -> list[int]:
-    """Every k-th place, so that there are `most` of them or fewer."""
-    return list(range(0, count, max(1, -(-count // most))))
+    """Every k-th of so many numbers, so that there are `most` of them or fewer."""
+    step = max(1, math.ceil(count / most))
+    return list(range(0, count, step))
 
 
 def grouped(images: ImageSet, by: str) -> ImageSet:
@@ -118,7 +120,8 @@ def grouped(images: ImageSet, by: str) -> ImageSet:
         ValueError: no such file or column, no regular expression, or an image without a group.
     """
     path, _, column = by.rpartition(":")
-    group_of = _by_column(Path(path), column) if path.endswith(".csv") else _by_pattern(by)
+    is_column = path.endswith(".csv")
+    group_of = _by_column(Path(path), column) if is_column else _by_pattern(by)
     groups = []
     for name in images.names:
         group = group_of(name)
@@ -140,7 +143,9 @@ def _by_pattern(text: str) -> Callable[[str], str | None]:
 
     def group_of(name: str) -> str | None:
         match = pattern.search(name)
-        return match[1 if pattern.groups else 0] if match else None
+        if match is None:
+            return None
+        return match[1] if pattern.groups else match[0]
 
     return group_of
 

@@ -81,7 +81,8 @@ def _group_sums(rows: FloatArray, groups: IntArray) -> FloatArray:
 
 def interval(value: float, means: FloatArray) -> Interval:
     """The interval of a value whose resampled versions are given."""
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low = np.quantile(means, (1 - LEVEL) / 2)
+    high = np.quantile(means, (1 + LEVEL) / 2)
     return Interval(value, float(low), float(high))
 
 
@@ -104,9 +105,10 @@ def combined(
     if seeds == 1:
         return draws
     draws = np.tile(draws, _TIMES)  # the tails of t are long: each draw meets several of its values
-    quantiles = stdtrit(seeds - 1, (np.arange(len(draws)) + 0.5) / len(draws))
+    levels = (np.arange(len(draws)) + 0.5) / len(draws)
+    students = rng.permutation(stdtrit(seeds - 1, levels))
     error = float(values.std(ddof=1)) / math.sqrt(seeds)
-    spread: FloatArray = draws + error * rng.permutation(quantiles)
+    spread: FloatArray = draws + error * students
     return spread
 
 
@@ -139,16 +141,18 @@ def spread_of(values: FloatArray, means: FloatArray, retrained: FloatArray | Non
         values, means, retrained: as for `combined`.
         units: items, or groups of items.
     """
-    parts = [(float(means.mean(axis=0).var()), units - 1)]
+    variances = [float(means.mean(axis=0).var())]
+    freedoms = [units - 1]
     if retrained is not None:
-        parts.append((float(retrained.var(ddof=1)), len(retrained) - 1))
+        variances.append(float(retrained.var(ddof=1)))
+        freedoms.append(len(retrained) - 1)
     seeds = len(values)
     if seeds > 1:
-        parts.append((float(values.var(ddof=1)) / seeds, seeds - 1))
-    total = 0.0
+        variances.append(float(values.var(ddof=1)) / seeds)
+        freedoms.append(seeds - 1)
+    total = sum(variances)
     weights = 0.0
-    for variance, freedom in parts:
-        total += variance
+    for variance, freedom in zip(variances, freedoms, strict=True):
         weights += variance**2 / max(1, freedom)
     return Spread(math.sqrt(total), total**2 / weights if weights else math.inf)
 
@@ -159,9 +163,11 @@ def holm(p_values: Mapping[_Key, float]) -> dict[_Key, bool]:
 
     Holm, https://www.jstor.org/stable/4615733.
     """
-    shown: dict[_Key, bool] = {}
-    is_shown = True
-    for rank, key in enumerate(sorted(p_values, key=lambda key: p_values[key])):
-        is_shown = is_shown and p_values[key] <= (1 - LEVEL) / (len(p_values) - rank)
-        shown[key] = is_shown
+    shown: dict[_Key, bool] = dict.fromkeys(p_values, False)
+    left = len(p_values)
+    for key in sorted(p_values, key=lambda key: p_values[key]):
+        if p_values[key] > (1 - LEVEL) / left:
+            break
+        shown[key] = True
+        left -= 1
     return shown

@@ -1,7 +1,7 @@
 """Kinds of data that models are judged on, and data sets as a command line names them.
 
-`KIND=SOURCE[,key=value...]`, or `digits`. The table KINDS is all that a command knows of a benchmark before it
-opens one; what costs seconds to import is imported then.
+`KIND=SOURCE[,key=value...]`, or `digits`. The table KINDS is all that a command knows of a benchmark before
+it opens one; what costs seconds to import is imported then.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Request:
 
         return images if self.groups is None else grouped(images, self.groups)
 
-    def with_groups(self, data: _Data) -> _Data:
-        """A data set with the groups of its images."""
-        return replace(data, images=self.grouped(data.images))
+    def with_groups(self, *parts: _Data) -> list[_Data]:
+        """Parts of a data set with the groups of their images."""
+        return [replace(part, images=self.grouped(part.images)) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,10 @@ def _segmentation(request: Request) -> Benchmark:
     from visft_ds.evals.judge.dense_sets import read_train_and_test
     from visft_ds.evals.judge.segmentation import segmentation
 
-    protocol = request.protocol
-    train, test = read_train_and_test(
-        protocol.images, request.source, request.train, request.test, request.void
-    )
-    benchmark = segmentation(request.label, request.with_groups(train), request.with_groups(test), protocol)
+    most = request.protocol.images
+    parts = read_train_and_test(most, request.source, request.train, request.test, request.void)
+    train, test = request.with_groups(*parts)
+    benchmark = segmentation(request.label, train, test, request.protocol)
     return replace(benchmark, notes=[*train.notes, *test.notes])
 
 
@@ -82,27 +81,26 @@ def _depth(request: Request) -> Benchmark:
     from visft_ds.evals.judge.dense_sets import read_depth
     from visft_ds.evals.judge.depth import depth
 
-    protocol = request.protocol
-    train, test = read_depth(protocol.images, request.source, request.train, request.test)
-    return depth(request.label, request.with_groups(train), request.with_groups(test), protocol)
+    parts = read_depth(request.protocol.images, request.source, request.train, request.test)
+    train, test = request.with_groups(*parts)
+    return depth(request.label, train, test, request.protocol)
 
 
 def _classification(request: Request) -> Benchmark:
     from visft_ds.evals.judge.classes import read_train_and_test
     from visft_ds.evals.judge.classification import classification
 
-    train, test = read_train_and_test(request.source, request.train, request.test)
-    return classification(
-        request.label, request.with_groups(train), request.with_groups(test), request.protocol
-    )
+    parts = read_train_and_test(request.source, request.train, request.test)
+    train, test = request.with_groups(*parts)
+    return classification(request.label, train, test, request.protocol)
 
 
 def _zero_shot(request: Request) -> Benchmark:
     from visft_ds.evals.judge.classes import read_classes
     from visft_ds.evals.judge.zero_shot import zero_shot
 
-    data = read_classes(request.source, request.test)
-    return zero_shot(request.label, request.with_groups(data))
+    (data,) = request.with_groups(read_classes(request.source, request.test))
+    return zero_shot(request.label, data)
 
 
 def _retrieval(request: Request) -> Benchmark:
@@ -116,10 +114,8 @@ def _objects(request: Request) -> Benchmark:
     from visft_ds.evals.judge.dense_sets import read_objects
     from visft_ds.evals.judge.objects import grounding
 
-    learnt, held = read_objects(request.protocol.images, request.source, request.train, request.test)
-    train = request.with_groups(learnt)
-    test = request.with_groups(held)
-    return grounding(request.label, train, test)
+    parts = read_objects(request.protocol.images, request.source, request.train, request.test)
+    return grounding(request.label, *request.with_groups(*parts))
 
 
 def _ocr(request: Request) -> Benchmark:
@@ -140,8 +136,8 @@ KINDS: Mapping[str, Kind] = {
         _segmentation,
         "segmentation",
         ("split", "train", "groups", "void", "name"),
-        "by patches, and names of objects: shards, ADE20k, VOC, images/ with labels/, COCO, Roboflow, YOLO, and "
-        "what else visft shards reads",
+        "by patches, and names of objects: shards, ADE20k, VOC, images/ with labels/, COCO, Roboflow, YOLO, "
+        "and what else visft shards reads",
     ),
     "depth": Kind(
         _depth,
@@ -231,16 +227,16 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
 
 
 def parse_benchmarks(
-    texts: Sequence[str], primary: str | None, protocol: Protocol, wanted: Sequence[str] = ()
+    texts: Sequence[str], primary: str | None, protocol: Protocol, only: Sequence[str] = ()
 ) -> tuple[list[Benchmark], str]:
     """(all benchmarks of a command line, full name of the number that decides: by default the first of the
     first segmentation).
 
     Args:
-        wanted: names of numbers, full or without their data set; none: all.
+        only: names of numbers, full or without their data set; none: all.
 
     Raises:
-        ValueError: as `parse_benchmark`; also if two have the same name, or none has the primary or a wanted
+        ValueError: as `parse_benchmark`; also if two have the same name, or none has the primary or a only
             number.
     """
     benchmarks = [parse_benchmark(text, protocol) for text in texts]
@@ -250,8 +246,8 @@ def parse_benchmarks(
             raise ValueError(
                 f"two of --on are called {label}: give one of them another name, as in ...,name=NAME"
             )
-    if wanted:
-        benchmarks = _with_numbers(benchmarks, wanted)
+    if only:
+        benchmarks = _with_numbers(benchmarks, only)
     names = [name for benchmark in benchmarks for name in benchmark.full_names]
     if primary is None:
         of_segmentation = [name for name in names if name.startswith(f"{SEGMENTATION}/")]
@@ -265,11 +261,11 @@ def parse_benchmarks(
     return benchmarks, primary
 
 
-def _with_numbers(benchmarks: Sequence[Benchmark], wanted: Sequence[str]) -> list[Benchmark]:
-    """The benchmarks with the wanted numbers alone, without those that have none of them."""
+def _with_numbers(benchmarks: Sequence[Benchmark], only: Sequence[str]) -> list[Benchmark]:
+    """The benchmarks with the only numbers alone, without those that have none of them."""
     short = {number.name for benchmark in benchmarks for number in benchmark.numbers}
     full = {name for benchmark in benchmarks for name in benchmark.full_names}
-    for name in wanted:
+    for name in only:
         if name not in short | full:
             raise ValueError(
                 f"--numbers {name}: no such number{nearest(name, sorted(short | full))}; "
@@ -280,7 +276,7 @@ def _with_numbers(benchmarks: Sequence[Benchmark], wanted: Sequence[str]) -> lis
         asked: list[Number] = []
         left_out: list[Number] = []
         for number in benchmark.numbers:
-            is_wanted = number.name in wanted or benchmark.full_name(number) in wanted
+            is_wanted = number.name in only or benchmark.full_name(number) in only
             (asked if is_wanted else left_out).append(number)
         if asked:
             result.append(replace(benchmark, numbers=asked, left_out=left_out))

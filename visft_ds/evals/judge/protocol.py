@@ -72,11 +72,11 @@ BRIEF = _quick("brief", memory=6_400, steps=500, resampled=False)
 
 # Sentences that several numbers share.
 SIZES = (
-    f"At most {QUICK.images['train']:,} images teach and {QUICK.images['test']:,} judge, seen once at the model's "
-    "size, without augmentation. Judged at the label's size."
+    f"At most {QUICK.images['train']:,} images teach and {QUICK.images['test']:,} judge, seen once at the "
+    "model's size, without augmentation. Judged at the label's size."
 )
 CLASSIFIED_SIZES = (
-    f"At most {QUICK.classified['train']:,} images teach and {QUICK.classified['test']:,} judge, as the model takes "
-    "them."
+    f"At most {QUICK.classified['train']:,} images teach and {QUICK.classified['test']:,} judge, as the "
+    "model takes them."
 )
 NORMALISED = "pixels are normalised as the model was trained"

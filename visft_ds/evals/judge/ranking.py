@@ -38,11 +38,15 @@ def sentences(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 def class_embeddings(texts: Tensor, templates: int) -> Tensor:
     """(classes, E) of length 1: the mean over a class's sentences, which come one after the other."""
-    return F.normalize(texts.reshape(-1, templates, texts.shape[1]).mean(dim=1), dim=-1)
+    by_class = texts.reshape(-1, templates, texts.shape[1])
+    return F.normalize(by_class.mean(dim=1), dim=-1)
 
 
 def rank_by_text(images: Tensor, texts: Tensor, templates: int, labels: IntArray) -> Tensor:
     """Place of the right class of each image (n, E) by the similarity to the sentences of all classes."""
     classes = class_embeddings(texts, templates)
-    batches = zip(images.split(_ROWS), torch.from_numpy(labels).split(_ROWS), strict=True)
-    return torch.cat([rank_of(batch @ classes.T, right) for batch, right in batches])
+    ranks = []
+    for start in range(0, len(images), _ROWS):
+        rows = slice(start, start + _ROWS)
+        ranks.append(rank_of(images[rows] @ classes.T, torch.from_numpy(labels[rows])))
+    return torch.cat(ranks)

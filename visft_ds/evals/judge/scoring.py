@@ -71,18 +71,18 @@ def score(
     load: Callable[..., Encoder],
     model: Mapping[str, Any],
     benchmark: Benchmark,
-    wanted: Mapping[str, Collection[str]],
+    names: Mapping[str, Collection[str]],
     sizes: Mapping[str, int],
     settings: Settings,
     label: str,
     own: bool,
 ) -> dict[str, list[Score]]:
-    """Block -> the numbers of a model that are wanted of it. Images are encoded once for all blocks that fit.
+    """Block -> the numbers of a model that are asked of it. Images are encoded once for all blocks that fit.
 
     Args:
         load: (blocks) -> the model, read after them; of several, names of features begin with `BLOCK `.
         model: all that it depends on beside the block, in JSON's types.
-        wanted: block -> numbers.
+        names: block -> names of numbers.
         sizes: block -> bytes of an image's map.
         label: name of the model in messages.
         own: see `remembered`.
@@ -94,21 +94,22 @@ def score(
     key = {"model": model, "images": data, "benchmark": benchmark.settings}
     paths: dict[str, Path] = {}
     missing: dict[str, int] = {}
-    for block, numbers in wanted.items():
-        name = _hash({**key, "block": block, "numbers": sorted(numbers)}, settings)
-        paths[block] = settings.cache / f"{name}.npz"
+    for block, of_block in names.items():
+        hashed = _hash({**key, "block": block, "numbers": sorted(of_block)}, settings)
+        paths[block] = settings.cache / f"{hashed}.npz"
         if own and not paths[block].is_file():
             missing[block] = sizes[block]
     if benchmark.published is not None:
         for block in missing:
-            scores = benchmark.published(load(block), settings, wanted[block])
-            _save(paths[block], scores, wanted[block])
+            scores = benchmark.published(load(block), settings, names[block])
+            _save(paths[block], scores, names[block])
     else:
         images = sum(map(len, benchmark.sets.values()))
         for blocks in groups(missing, images):
             features = encode(load(*blocks), blocks, benchmark, settings, f"{label}: {benchmark.label}")
             for block in blocks:
-                _save(paths[block], benchmark.scores(features[block], wanted[block]), wanted[block])
+                scores = benchmark.scores(features[block], names[block])
+                _save(paths[block], scores, names[block])
     return {block: _load(_present(path)) for block, path in paths.items()}
 
 
@@ -125,16 +126,16 @@ def _hash(key: Mapping[str, Any], settings: Settings) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _save(path: Path, scores: Iterable[Score], wanted: Collection[str]) -> None:
-    """Write an archive of the wanted scores, whose arrays are called `NUMBER/values` and so on."""
+def _save(path: Path, scores: Iterable[Score], names: Collection[str]) -> None:
+    """Write an archive of the scores of these names, whose arrays are called `NUMBER/values` and so on."""
     arrays: dict[str, Any] = {}
     for score in scores:
-        if score.name in wanted:
+        if score.name in names:
             assert np.isfinite(score.values).all() and len(score.values), score.name
-            for name in _ARRAYS:
-                array = getattr(score, name)
+            for part in _ARRAYS:
+                array = getattr(score, part)
                 if array is not None:
-                    arrays[f"{score.name}/{name}"] = array
+                    arrays[f"{score.name}/{part}"] = array
     with writing(path) as file:
         np.savez_compressed(file, **arrays)
 
@@ -143,6 +144,6 @@ def _load(path: Path) -> list[Score]:
     arrays: dict[str, dict[str, Any]] = {}
     with np.load(path, allow_pickle=False) as file:
         for key in file.files:
-            number, _, name = key.rpartition("/")
-            arrays.setdefault(number, {})[name] = file[key]
-    return [Score(number, **of_number) for number, of_number in arrays.items()]
+            name, _, part = key.rpartition("/")
+            arrays.setdefault(name, {})[part] = file[key]
+    return [Score(name, **of_score) for name, of_score in arrays.items()]

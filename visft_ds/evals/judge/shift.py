@@ -61,10 +61,11 @@ class ShiftMeter:
         self._kind = next((kind for kind in kinds if kind in benchmark.kinds), kinds[0])
         self._images = benchmark.training_images
         self._texts = benchmark.texts
-        sample = chosen(self._images, every(len(self._images), SEARCHED))
-        self._sample = list(pictures(self._base, sample, self._settings))
-        self._sample_texts = [self._texts[number] for number in every(len(self._texts), SEARCHED)]
-        self._sample_is_all = len(sample) == len(self._images) and len(self._sample_texts) == len(self._texts)
+        images = every(len(self._images), SEARCHED)
+        texts = every(len(self._texts), SEARCHED)
+        self._sample_is_all = len(images) == len(self._images) and len(texts) == len(self._texts)
+        self._sample = list(pictures(self._base, chosen(self._images, images), self._settings))
+        self._sample_texts = [self._texts[number] for number in texts]
         self._base_on_sample = list(self._features(self._base, self._sample, self._sample_texts))
 
     def measure(self, spec: ModelSpec) -> Match:
@@ -76,19 +77,23 @@ class ShiftMeter:
             )
         return Match(spec.scale, shift, is_near=True)
 
-    def match(self, spec: ModelSpec, wanted: float) -> Match:
+    def match(self, spec: ModelSpec, goal: float) -> Match:
         """The mixture of a model with BASE that has the wanted shift, or the nearest one if none has."""
         mixture = Mixture(spec, "fp32")
+
+        def shift_at(scale: float) -> float:
+            return self._on_sample(mixture.at(scale))
+
         # The search leaves room for what differs between the sample and all images.
         within = WITHIN if self._sample_is_all else WITHIN / 4
-        aim = wanted
+        aim = goal
         for _ in range(TRIES):
-            on_sample = scale_for(lambda scale: self._on_sample(mixture.at(scale)), aim, within)
+            on_sample = scale_for(shift_at, aim, within)
             shift = self._on_all(mixture.at(on_sample.scale))
-            is_near = abs(shift - wanted) <= WITHIN * wanted
+            is_near = abs(shift - goal) <= WITHIN * goal
             if is_near or not on_sample.is_near or not shift:
                 break
-            aim = wanted * on_sample.shift / shift
+            aim = goal * on_sample.shift / shift
         return Match(on_sample.scale, shift, is_near)
 
     def _on_sample(self, encoder: Encoder) -> float:
@@ -113,8 +118,9 @@ class ShiftMeter:
         reader = read_after(encoder, self._block)
         for batch in batches:
             features = forward(reader, batch, [self._kind], self._settings)[self._kind].cpu()
-            cells = features.reshape(*features.shape[:2], -1).transpose(1, 2).flatten(0, 1)
-            yield F.normalize(cells, dim=1)
+            if features.ndim == 4:  # (B, D, h, w): a row for each cell
+                features = features.flatten(2).transpose(1, 2).flatten(0, 1)
+            yield F.normalize(features, dim=1)
         if self._kind == "clip" and texts and encoder.text is not None:
             yield encoder.text.encode(texts, self._settings.device)
 
@@ -130,11 +136,11 @@ def _shift(new: Iterable[Tensor], old: Iterable[Tensor]) -> float:
     return 0.0 if shift < ROUNDING else shift
 
 
-def scale_for(shift: Callable[[float], float], wanted: float, within: float = WITHIN) -> Match:
-    """The scale whose shift is the wanted one but for a share `within` of it, or the largest one if no scale up
-    to FURTHEST reaches it.
+def scale_for(shift: Callable[[float], float], goal: float, within: float = WITHIN) -> Match:
+    """The scale whose shift is the wanted one but for a share `within` of it; or that of the largest shift
+    if no scale up to FURTHEST reaches it.
     """
-    if not wanted:
+    if not goal:
         return Match(0.0, 0.0, is_near=True)
     measured = {0.0: 0.0}
 
@@ -142,8 +148,8 @@ def scale_for(shift: Callable[[float], float], wanted: float, within: float = WI
         """Zero within the tolerance, so that the search ends there."""
         if scale not in measured:
             measured[scale] = shift(scale)
-        difference = measured[scale] - wanted
-        return 0.0 if abs(difference) <= within * wanted else difference
+        difference = measured[scale] - goal
+        return 0.0 if abs(difference) <= within * goal else difference
 
     high = 1.0
     while not beyond(high) >= 0:  # also of NaN

@@ -1,8 +1,8 @@
 """The table of a comparison: each number of each variant, and its differences.
 
-A variant is a model, or several of one recipe with different seeds. The first one is the base. Differences are
-taken item by item before they are resampled: two models that fail on the same images differ surely by little,
-even if each of their numbers alone is unsure.
+A variant is a model, or several of one recipe with different seeds. The first one is the base. Differences
+are taken item by item before they are resampled: two models that fail on the same images differ surely by
+little, even if each of their numbers alone is unsure.
 
 One number, the primary, decides by its own intervals. Of the other numbers each has its own interval, too;
 which differences of tuned variants from the base remain if all of them are asked about together says Holm's
@@ -170,12 +170,15 @@ def _row(
 
 def _means(scores: _Scores) -> dict[str, float]:
     """Variant -> its number, the mean over its seeds."""
-    return {variant: float(np.mean([score.value for score in seeds])) for variant, seeds in scores.items()}
+    means = {}
+    for variant, seeds in scores.items():
+        means[variant] = float(np.mean([score.value for score in seeds]))
+    return means
 
 
 def _decided(rows: Sequence[Row], primary: str, tuned: Sequence[str]) -> list[Row]:
-    """Decide about the differences of tuned variants from the base in all numbers but the primary one together;
-    nobody asks whether controls differ in these.
+    """Decide about the differences of tuned variants from the base in all numbers but the primary one
+    together; nobody asks whether controls differ in these.
     """
     p_values: dict[tuple[str, str], float] = {}
     for row in rows:
@@ -223,7 +226,7 @@ def _minus(name: str, new: Sequence[Score], old: Sequence[Score], *, lower: bool
     whole = interval(float(values.mean()), combined(values, means, retrained, _rng(name, "others")))
     units = len(first.values if first.groups is None else np.unique(first.groups))
     spread = spread_of(values, means, retrained, units)
-    # That all of n units are of one sign comes by chance in 2^(1 - n) of cases, which resampling does not see.
+    # That all of n units are of one sign comes by chance in 2^(1 - n) of cases, unseen by resampling.
     least = 2.0 ** (1 - min(units, 64))
     few = least > 1 - LEVEL  # fewer than six
     low = whole.low
@@ -258,14 +261,14 @@ def _retrained(scores: Sequence[Score]) -> FloatArray | None:
     return np.mean(of_seeds, axis=0) if of_seeds else None
 
 
-def _rng(name: str, part: str = "") -> np.random.Generator:
+def _rng(name: str, purpose: str = "") -> np.random.Generator:
     """The same random numbers every time the table is made."""
-    return np.random.default_rng(zlib.crc32(f"{name}{part}".encode()))
+    return np.random.default_rng(zlib.crc32(f"{name}{purpose}".encode()))
 
 
 def section(rows: Sequence[Row], variants: Sequence[str], primary: str) -> Section:
-    """The table for a console: a row for each number and variant; a difference with its interval, marked * if it
-    is shown.
+    """The table for a console: a row for each number and variant; a difference with its interval, marked * if
+    it is shown.
 
     Numbers are in percent, errors in their own unit.
     """
@@ -278,5 +281,5 @@ def section(rows: Sequence[Row], variants: Sequence[str], primary: str) -> Secti
                 change = row.differences[variant]
                 text = change.text(not row.lower) + (" *" if change.shown else "")
             lines.append([row.name, str(row.items), row.level(base), variant, row.level(variant), text])
-    title = f"{LEVEL:.0%} intervals; * is shown: {primary} by itself, others of tuned models after Holm's correction"
-    return Section(title, lines, ["", "n", base, "", "", "difference"])
+    mark = f"* is shown: {primary} by itself, others of tuned models after Holm's correction"
+    return Section(f"{LEVEL:.0%} intervals; {mark}", lines, ["", "n", base, "", "", "difference"])

@@ -145,7 +145,9 @@ def check_controls(base: Variant, tuned: Sequence[Variant], controls: Sequence[V
 
 
 def up_to_the_end_of(variant: Variant, base: Variant) -> Variant | None:
-    """BASE without the blocks behind the last one of a tuned variant; None for one that is as long as BASE."""
+    """BASE without the blocks behind the last one of a tuned variant; None for one that is as long as
+    BASE.
+    """
     blocks = list(variant.blocks)
     of_base = list(base.blocks)
     if not variant.of_base or len(blocks) == len(of_base) or blocks != of_base[: len(blocks)]:

@@ -103,7 +103,8 @@ def _sentence(word: str, row: Row, trial: Trial, base: str) -> str:
         same = f"Where {row.name} is read, {tuned} has the features of {base}"
         if not trial.cut:
             return same
-        return f"{same}; it ends after {trial.cut}, and differs by {_text(gain, row)} from {base} at its best layer"
+        differs = f"differs by {_text(gain, row)} from {base} at its best layer"
+        return f"{same}; it ends after {trial.cut}, and {differs}"
     if word == "better placed":
         return _better_placed(better, row, trial, base)
     if word == "gained":
@@ -137,8 +138,8 @@ def _better_placed(better: str, row: Row, trial: Trial, base: str) -> str:
     if _is_better(row.over_cut.get(tuned)):
         below = "worse" if gain.worse else "not shown to be better"
         return (
-            f"{tuned} is better than {base} by {_text(row.over_cut[tuned], row)} in {row.name} up to {trial.cut}, "
-            f"where it ends, but {below} than {base} at its best layer ({_text(gain, row)})"
+            f"{tuned} is better than {base} by {_text(row.over_cut[tuned], row)} in {row.name} up to "
+            f"{trial.cut}, where it ends, but {below} than {base} at its best layer ({_text(gain, row)})"
         )
     return (
         f"{tuned} is better than {base} by {_text(row.last[tuned], row)} in {row.name} at their last layers, "

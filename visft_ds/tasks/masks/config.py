@@ -23,6 +23,7 @@ class PlainHeadConfig(StrictModel):
     (`visft.model.out_indices`).
     """
 
+    #: the head: mask2former (segmentation), linear (semantic) or plain
     type: Literal["plain"] = "plain"
     #: classes, at least 1; default for ids that are not COCO's: the number of categories
     num_classes: Positive = 80

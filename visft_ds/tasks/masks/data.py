@@ -62,10 +62,10 @@ class LargeScaleJitter:
 
     Training: mirror with probability `flip`; scale to fit a square of s * `size` pixels, s uniform in
     `scale`; extend right and bottom to `size` x `size` with the value `pad_value`; cut out a random square of
-    that size. The extension belongs to the image, as in the reference. Evaluation: short side `min_size_test`,
-    long side at most `max_size_test`, then extended to multiples of 32 pixels, so that patches lose no strip;
-    that extension is padding. With `fixed_size`, both only scale to a square of that many pixels, and
-    training also mirrors.
+    that size. The extension belongs to the image, as in the reference. Evaluation: short side
+    `min_size_test`, long side at most `max_size_test`, then extended to multiples of 32 pixels, so that
+    patches lose no strip; that extension is padding. With `fixed_size`, both only scale to a square of that
+    many pixels, and training also mirrors.
     """
 
     size: int

@@ -135,7 +135,7 @@ class PlainHead(nn.Module):
     def _tokens(self, maps: Sequence[Map]) -> Tensor:
         """(B, N, E): the queries, and the sum of all maps."""
         grid = maps[self.nearest].features.shape[2:]
-        parts = []
+        tokens_of_maps = []
         for lateral, level in zip(self.laterals, maps, strict=True):
             cells = level.features
             if cells.shape[2:] != grid:
@@ -143,8 +143,8 @@ class PlainHead(nn.Module):
             tokens = cells.flatten(2).mT
             if level.prefix is not None:
                 tokens = torch.cat((level.prefix, tokens), dim=1)
-            parts.append(lateral(tokens))
-        total = sum(parts[1:], start=parts[0])
+            tokens_of_maps.append(lateral(tokens))
+        total = sum(tokens_of_maps[1:], start=tokens_of_maps[0])
         numbers = torch.arange(self.num_queries, device=total.device)
         queries = self.queries(numbers).to(total.dtype)
         queries = queries.expand(len(total), -1, -1)

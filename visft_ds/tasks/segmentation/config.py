@@ -32,6 +32,7 @@ class SegmentationImage(StrictModel):
 class SegmentationHeadConfig(StrictModel):
     """Options of the segmentation head that was published (single-scale Mask2Former)."""
 
+    #: the head: mask2former, or plain, whose options are others
     type: Literal["mask2former"] = "mask2former"
     #: classes, at least 1; default for ids that are not COCO's: the number of categories
     num_classes: Positive = 80

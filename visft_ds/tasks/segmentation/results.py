@@ -64,7 +64,7 @@ def instances(
     results = Results()
     for image in batch.real.nonzero().flatten().tolist():
         # Written so that a probability that is no number stays.
-        likely = [one for one in candidates[image] if not one.probability < threshold]
+        likely = [pair for pair in candidates[image] if not pair.probability < threshold]
         queries = sorted({candidate.query for candidate in likely})
         stored = batch.original_sizes[image].tolist()
         masks = at_least_float32(output.masks[-1, image, queries])

@@ -44,6 +44,7 @@ class SemanticImage(StrictModel):
 class SemanticHeadConfig(StrictModel):
     """Options of the linear head."""
 
+    #: the head: linear, or plain, whose options are others
     type: Literal["linear"] = "linear"
     #: classes, at least 1; default: the number of categories
     num_classes: Positive = 150

@@ -29,7 +29,7 @@ from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.pictures import SIDE, TEXT, Picture, draw_objects, letters, palette
 from visft_ds.tasks.semantic.head import SemanticOutput
 
-ClassMap = npt.NDArray[np.uint8]  #: (H, W) places among classes or names, VOID where there is none
+ClassMap = npt.NDArray[np.uint8]  #: (H, W) numbers of classes or categories, VOID where there is none
 _GROUP = 8  # classes whose scores are held at full size at a time
 _TAGGED = 0.003  # share of an image from which on a region has its name in a picture
 
@@ -204,14 +204,14 @@ def most_probable(
     return class_map
 
 
-def place_map(
-    entries: Sequence[Mapping[str, Any]], size: tuple[int, int], places: Mapping[int, int]
+def number_map(
+    entries: Sequence[Mapping[str, Any]], size: tuple[int, int], numbers: Mapping[int, int]
 ) -> ClassMap:
-    """(H, W) places of the categories of annotations or results of an image, VOID where there is none."""
+    """(H, W) numbers of the categories of annotations or results of an image, VOID where there is none."""
     class_map = np.full(size, VOID, dtype=np.uint8)
     for entry in entries:
-        if entry["category_id"] in places and entry.get("segmentation"):
-            class_map[decode_mask(entry["segmentation"], size)] = places[entry["category_id"]]
+        if entry["category_id"] in numbers and entry.get("segmentation"):
+            class_map[decode_mask(entry["segmentation"], size)] = numbers[entry["category_id"]]
     return class_map
 
 
@@ -245,15 +245,15 @@ def _confusion(truth: Mapping[str, Any], results: Results) -> npt.NDArray[np.int
     """(C, C + 1) pixels by their true class and the predicted one, the last of which is none that the data
     has.
     """
-    places = {int(category["id"]): place for place, category in enumerate(truth["categories"])}
-    count = len(places)
+    numbers = {int(category["id"]): number for number, category in enumerate(truth["categories"])}
+    count = len(numbers)
     labelled = _by_image(truth["annotations"])
     predicted = _by_image(results)
     confusion = np.zeros((count, count + 1), dtype=np.int64)
     for image in truth["images"]:
         size = image["height"], image["width"]
-        true = place_map(labelled[image["id"]], size, places)
-        answer = place_map(predicted[image["id"]], size, places)
+        true = number_map(labelled[image["id"]], size, numbers)
+        answer = number_map(predicted[image["id"]], size, numbers)
         known = true != VOID
         rows = true[known].astype(np.int64)
         columns = answer[known].clip(max=count)
