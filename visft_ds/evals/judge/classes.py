@@ -48,7 +48,7 @@ class ClassSet:
     classes: tuple[str, ...]  #: as they are called in a sentence
     templates: tuple[str, ...] = PLAIN  #: sentences with {} for a class
 
-    def part(self, places: IntArray) -> ClassSet:
+    def subset(self, places: IntArray) -> ClassSet:
         """Some of the images, with all classes."""
         return replace(self, images=chosen(self.images, places.tolist()), labels=self.labels[places])
 
@@ -170,7 +170,7 @@ def _halves(data: ClassSet, source: str) -> tuple[ClassSet, ClassSet]:
                 f"{source}: {name} has {len(places)} image(s); a probe needs two, to train and test"
             )
         is_second[places[1::2]] = True
-    return data.part(np.flatnonzero(~is_second)), data.part(np.flatnonzero(is_second))
+    return data.subset(np.flatnonzero(~is_second)), data.subset(np.flatnonzero(is_second))
 
 
 @cache

@@ -121,7 +121,7 @@ def remember(images: Iterable[LabelledMap], classes: int, most: int, each: int) 
         memory.owners[rows_of_image] = number
         count += len(chosen)
     assert memory is not None
-    return memory.part(slice(count))
+    return memory.subset(slice(count))
 
 
 def _rare_patches(shares: FloatArray, most: int, rng: np.random.Generator) -> Tensor:

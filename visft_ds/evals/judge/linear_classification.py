@@ -106,7 +106,7 @@ def _held_out(train: ClassSet) -> tuple[ClassSet, ClassSet]:
         raise ValueError(
             f"no class has five training images ({first}, ...), a fifth of which would choose the rate"
         )
-    return train.part(np.flatnonzero(chooses)), train.part(np.flatnonzero(~chooses))
+    return train.subset(np.flatnonzero(chooses)), train.subset(np.flatnonzero(~chooses))
 
 
 class Classifiers(nn.Module):

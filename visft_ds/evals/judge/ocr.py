@@ -45,7 +45,7 @@ def ocr(label: str, train: WordSet, test: WordSet) -> Benchmark:
     train_images, train_words = train
     test_images, test_words = test
 
-    def scores(features: Features, numbers: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
         words = read(features["train"]["columns"], train_words, features["test"]["columns"], UPDATES)
         correct = [float(word == right) for word, right in zip(words, test_words, strict=True)]
         yield Score(WORDS.name, np.array(correct))

@@ -67,12 +67,12 @@ def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol
     return replace(benchmark, sheet=partial(segmentation_sheet, test))
 
 
-def _scores(source: Source, numbers: Collection[str]) -> Iterator[Score]:
-    if IN_CONTEXT.name in numbers:
+def _scores(source: Source, names: Collection[str]) -> Iterator[Score]:
+    if IN_CONTEXT.name in names:
         yield in_context_miou(IN_CONTEXT.name, source)
-    if LINEAR.name in numbers:
+    if LINEAR.name in names:
         yield _linear_miou(source)
-    if OBJECTS.name in numbers:
+    if OBJECTS.name in names:
         taught = _objects(source, source.train).in_groups(source.train.images.groups)
         yield knn(OBJECTS.name, taught, _objects(source, source.test))
 
