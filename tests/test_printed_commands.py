@@ -38,7 +38,6 @@ from visft_ds.prepare.settle import settle
 from visft_ds.pretrained import on_hub
 from visft_ds.profiling import command as profile
 from visft_ds.resilience.processes import without_num_gpus
-from visft_ds.resilience.supervisor import flags_of_training
 from visft_ds.shards import cli as shards_cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,12 +56,21 @@ OTHERS_FLAGS = (
     *("--no-deps", "--no-index", "--no-build-isolation"),
     *("--nodes", "--ntasks", "--ntasks-per-node", "--gres", "--signal"),
     *("--nnodes", "--node_rank", "--nproc_per_node", "--nproc-per-node", "--master_addr", "--master_port"),
-    *("--standalone", "--no-python", "--always", "--dirty", "--abbrev", "--exclude", "--create-dirs"),
+    *(
+        "--standalone",
+        "--max-restarts",
+        "--no-python",
+        "--always",
+        "--dirty",
+        "--abbrev",
+        "--exclude",
+        "--create-dirs",
+    ),
     "--strict",
 )
 #: Programs that are not of this project; of `make` and `pip` the target and the extra are looked up.
 ELSEWHERE = ("curl", "export", "hf", "pyproject-build", "twine", "tools/gpu.sh", "tools/gpu_kit.sh")
-SCRIPTED = {"launchers/train.py": "train", "tools/profile.py": "profile", "tools/evaluate.py": "evaluate"}
+SCRIPTED = {"launchers/train.py": "train", "tools/profile.py": "profile"}
 SCRIPTED |= {"visft_ds.launch": "train", "tools/merge_lora.py": "merge", "tools/make_shards.py": "shards"}
 #: Names that stand for something of the user's, in commands that a page prints.
 FOLDERS = ("MYFOLDER", "coco", "photos", "MYPHOTOS", "ADAPTER", "HEADS", "published", "shards", "data/coco")
@@ -200,8 +208,6 @@ def of_script(script: str, words: Sequence[str], ranks: int) -> Command | None:
     if script == "visft_ds":
         return Command(words[0], list(words[1:]), ranks)
     assert script == "visft_ds.launch" or (ROOT / script).is_file(), script
-    if script == "launchers/supervise.py":
-        return Command("supervise", list(words), ranks)
     return Command(SCRIPTED[script], list(words), ranks)
 
 
@@ -230,9 +236,6 @@ def paste(command: Command, monkeypatch: pytest.MonkeyPatch) -> ResolvedConfig |
     Raises ValueError or SystemExit for what the command refuses.
     """
     name, words, ranks = command
-    if name == "supervise":
-        words, count = without_num_gpus(flags_of_training(words))
-        name, ranks = "train", count or 1
     if name == "profile":
         _, words = profile.build_parser().parse_known_args(words)
         name = "train"

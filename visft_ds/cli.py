@@ -35,9 +35,6 @@ COMMANDS = {
     "toy": Program("visft_ds.toy.coco", "draw a toy data set in COCO's own form"),
     "shards": Program("visft_ds.shards.cli", "make, verify and describe shards", continues=True),
     "train": Program("visft_ds.launch", "train a stage: 1 heads, 2 the backbone's adapters", continues=True),
-    "supervise": Program(
-        "visft_ds.resilience.supervisor", "restart a training run that was killed or hangs", continues=True
-    ),
     "evaluate": Program(
         "visft_ds.evals.cli", "measure box AP, mask AP and captions of a run on labelled data"
     ),

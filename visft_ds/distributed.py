@@ -41,7 +41,7 @@ class PipelinePosition:
 
     @classmethod
     def of_rank(cls, rank: int, world_size: int, stages: int) -> PipelinePosition:
-        """Position of a rank as DeepSpeed numbers them: first all of stage 0, then all of stage 1, and so on."""
+        """Position of a rank as DeepSpeed numbers them: all of stage 0 first, then all of stage 1."""
         assert world_size % stages == 0, (world_size, stages)
         dp_size = world_size // stages
         stage, dp_rank = divmod(rank, dp_size)
@@ -115,8 +115,8 @@ def agree_on_step(
     """
     if len(counts) > _COUNT_SLOTS:
         raise ValueError(
-            f"the losses of this step need {len(counts)} counts, and at most {_COUNT_SLOTS} are summed over ranks: "
-            f"return fewer from `count` of a criterion ({', '.join(sorted(counts)[:3])}, ...)"
+            f"the losses of this step need {len(counts)} counts, and at most {_COUNT_SLOTS} are summed over "
+            f"ranks: return fewer from `count` of a criterion ({', '.join(sorted(counts)[:3])}, ...)"
         )
     token = float(
         zlib.crc32(what.encode()) % (1 << 20)
@@ -129,7 +129,7 @@ def agree_on_step(
     stops, tokens, squares, *sums = vector.cpu().tolist()
     if tokens != token * world_size() or squares != token**2 * world_size():
         assert_same_on_all_ranks({"what the next step is": what})
-        raise ValueError(f"the ranks are not about to do the same step; rank {rank()} was about to do {what}")
+        raise ValueError(f"the ranks are out of sync; rank {rank()} is at {what}")
     return dict(zip(keys, sums[: len(keys)], strict=True)), stops > 0
 
 
@@ -183,11 +183,7 @@ def by_main_process(action: Callable[[], T]) -> T:
         ValueError: on every rank, where the action raises one.
         MainError: on every rank, where the action raises an OSError.
     """
-    outcome: list[Any] = [
-        None,
-        None,
-        None,
-    ]  # result, the text of an error, what is known about one of the system
+    outcome: list[Any] = [None, None, None]  # result, text of an error, what is known of one of the system
     if is_main():
         try:
             outcome[0] = action()
@@ -211,8 +207,10 @@ def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
     everyone = from_all_ranks(dict(named))
     for name in named:
         if len({other.get(name) for other in everyone}) > 1:
-            told = ", ".join(f"rank {number} has {other.get(name)}" for number, other in enumerate(everyone))
-            raise ValueError(f"the ranks do not agree on {name}: {told}")
+            values = ", ".join(
+                f"rank {number} has {other.get(name)}" for number, other in enumerate(everyone)
+            )
+            raise ValueError(f"the ranks do not agree on {name}: {values}")
 
 
 def keep_open() -> None:

@@ -130,7 +130,8 @@ def check_device() -> Iterator[Finding]:
         yield Finding(OK, "GPU", f"{found}; large models need GPUs")
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
-        found = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / _GIB:.1f} GiB"
+        memory = f"{properties.total_memory / _GIB:.1f} GiB"
+        found = f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}"
         runs = any(re.fullmatch(rf"sm_{properties.major}\d", arch) for arch in torch.cuda.get_arch_list())
         yield judged(runs, f"GPU {index}", found, f"torch {torch.__version__} has no code for it")
     precision, why = choose_precision("auto", torch.device("cuda", 0) if count else torch.device("cpu"))

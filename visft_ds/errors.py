@@ -16,7 +16,8 @@ LOST_CODE = 3
 NO_ANSWER_CODE = 5
 #: What gloo and NCCL say to a rank whose peer is gone or hangs.
 LOST_PEER = re.compile(
-    r"Connection (closed|reset|was likely closed)|remote process exited|Broken pipe|recvValue failed|Timed out waiting"
+    r"Connection (closed|reset|was likely closed)|remote process exited|Broken pipe|recvValue failed|"
+    r"Timed out waiting"
 )
 #: What allocators say that raise a plain RuntimeError or OSError: torch's for the CPU and the GPU, C++,
 #: cuBLAS, Linux.

@@ -1,4 +1,4 @@
-"""Evaluation on a split: each image once over all ranks (`collect`), then numbers and pictures on the main
+"""Evaluation on a split: each image once over all ranks (`collect`), then numbers and drawings on the main
 process.
 
 They are apart so that no rank has to wait in a collective while the main process computes average precision.
@@ -46,27 +46,31 @@ def collect(
         places: of the images in the split, instead of a limit.
     """
     gathered: dict[str, Results] = {}
-    rank, world = distributed.rank(), distributed.world_size()
-    chosen = np.arange(len(reader))[:limit] if places is None else np.array(places)
+    rank = distributed.rank()
+    world = distributed.world_size()
+    indices = np.arange(len(reader))[:limit] if places is None else np.array(places)
     for stream in streams.values():
-        ours: dict[str, Results] = {task: [] for task in stream.tasks}
-        what, pipeline = f"evaluating {', '.join(stream.tasks)}", pipeline_of(stream, vocabulary, train=False)
-        given = (reader, pipeline, stream.micro_batch, rank, world, chosen)
-        with gauge(what, len(chosen), "images") as bar:
-            for batch in evaluation_batches(*given, num_workers=num_workers):
+        own_results: dict[str, Results] = {task: [] for task in stream.tasks}
+        pipeline = pipeline_of(stream, vocabulary, train=False)
+        batches = evaluation_batches(
+            reader, pipeline, stream.micro_batch, rank, world, indices, num_workers=num_workers
+        )
+        with gauge(f"evaluating {', '.join(stream.tasks)}", len(indices), "images") as bar:
+            for batch in batches:
                 outputs = TASKS[stream.tasks[0]].outputs(predict, batch, stream.image)
-                for task, results in ours.items():
+                for task, results in own_results.items():
                     results += TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
-                bar.update(min(world * len(batch.real), len(chosen) - bar.n))
-        for task, results in ours.items():
-            parts = distributed.gather_objects(results)
-            if parts is not None:
-                gathered[task] = [result for part in parts for result in part]
+                bar.update(min(world * len(batch.real), len(indices) - bar.n))
+        for task, results in own_results.items():
+            of_ranks = distributed.gather_objects(results)
+            if of_ranks is not None:
+                gathered[task] = [result for results_of_rank in of_ranks for result in results_of_rank]
     if not distributed.is_main():
         return None
-    place = {image_id: number for number, image_id in enumerate(reader.manifest.index["image_id"].tolist())}
+    image_ids = reader.manifest.index["image_id"].tolist()
+    order = {image_id: index for index, image_id in enumerate(image_ids)}
     for results in gathered.values():
-        results.sort(key=lambda result: place[result["image_id"]])
+        results.sort(key=lambda result: order[result["image_id"]])
     return gathered
 
 
@@ -83,10 +87,12 @@ def measure(
     Returns the numbers of all tasks, and a line for each task that cannot be judged: it takes nothing from
     the others.
     """
-    metrics, problems = dict[str, float](), list[str]()
+    metrics = dict[str, float]()
+    problems = list[str]()
+    indices = range(min(limit or len(reader), len(reader)))
     for task, results in collected.items():
         try:
-            truth = TASKS[task].truth(reader, range(min(limit or len(reader), len(reader))))
+            truth = TASKS[task].truth(reader, indices)
             metrics |= TASKS[task].measure(truth, results, per_category)
         except ValueError as error:
             problems.append(f"{task}: {error}")
@@ -100,7 +106,8 @@ def example_positions(
     index = reader.manifest.index[:limit]
     shown = np.ones(len(index), dtype=bool)
     for task in tasks:
-        shown &= index["num_captions" if TASKS[task].config.labels == "captions" else "num_annotations"] > 0
+        has_captions = TASKS[task].config.labels == "captions"
+        shown &= index["num_captions" if has_captions else "num_annotations"] > 0
     positions: list[int] = np.flatnonzero(shown)[:count].tolist()
     return positions
 
@@ -118,14 +125,17 @@ def draw_examples(
     Args:
         threshold: least score that is drawn.
     """
-    raws = [read_raw(reader, place) for place in example_positions(reader, list(collected), count, limit)]
+    positions = example_positions(reader, list(collected), count, limit)
+    samples = {sample.image_id: sample for sample in (read_raw(reader, position) for position in positions)}
     names = {category.coco_id: category.name for category in reader.manifest.categories}
-    pictures: dict[str, dict[int, Picture]] = {}
+    drawings: dict[str, dict[int, Picture]] = {}
     for task, results in collected.items():
-        found: dict[int, Results] = {raw.image_id: [] for raw in raws}
+        by_image: dict[int, Results] = {image_id: [] for image_id in samples}
         for result in results:
-            if result["image_id"] in found:
-                found[result["image_id"]].append(result)
-        examples = [Example(raw, found[raw.image_id], names, threshold) for raw in raws]
-        pictures[task] = {one.raw.image_id: TASKS[task].picture(one) for one in examples}
-    return pictures
+            if result["image_id"] in by_image:
+                by_image[result["image_id"]].append(result)
+        drawings[task] = {}
+        for image_id, sample in samples.items():
+            example = Example(sample, by_image[image_id], names, threshold)
+            drawings[task][image_id] = TASKS[task].picture(example)
+    return drawings

@@ -67,13 +67,15 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
             raise
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
-        known = isinstance(error, ValueError | Warning) or (
-            isinstance(error, OSError | SyntaxError) and str(error)
-        )
-        found = str(error) if known else f"{type(error).__name__} {error}"
         if isinstance(error, ValidationError):
-            found = _refused(error)
-        raise ValueError(f"{path}: cannot be read as {what}: {' '.join(found.split())[:400]}") from error
+            cause = _refused(error)
+        elif isinstance(error, ValueError | Warning) or (
+            isinstance(error, OSError | SyntaxError) and str(error)
+        ):
+            cause = str(error)
+        else:
+            cause = f"{type(error).__name__} {error}"
+        raise ValueError(f"{path}: cannot be read as {what}: {' '.join(cause.split())[:400]}") from error
 
 
 def _refused(error: ValidationError) -> str:
@@ -103,11 +105,11 @@ def open_regular(path: Path | str, most: int = MAX_BYTES) -> Iterator[BinaryIO]:
     """
     # Without O_NONBLOCK, opening a pipe waits for whoever writes into it.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path}: not a regular file")
-        if found.st_size > most:
-            raise ValueError(f"{path}: {found.st_size:,} bytes; at most {most:,} are read")
+        if status.st_size > most:
+            raise ValueError(f"{path}: {status.st_size:,} bytes; at most {most:,} are read")
         yield file
 
 
@@ -124,8 +126,8 @@ def sync_folder(path: Path) -> None:
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears under its name when all of it is on disk, also before a power cut.
 
-    It is written beside its name, synced and renamed; folders are made. What fails within leaves the old file and
-    nothing else. Any number of processes and threads may write the same file: the last one to end wins.
+    It is written beside its name, synced and renamed; folders are made. What fails within leaves the old file
+    and nothing else. Any number of processes and threads may write the same file: the last one to end wins.
 
     Raises:
         OSError: a full disk, a read-only folder; it names the file.
@@ -158,7 +160,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_unfinished(folder: Path, name: str = "*") -> None:
-    """Remove what `writing` has left of files of this name (a pattern) below a folder, in processes that were killed."""
+    """Remove what `writing` left below a folder where it was killed, of files of this name (a pattern)."""
     for path in folder.rglob(f".{name}.tmp-*"):
         path.unlink()
 
@@ -182,14 +184,14 @@ def open_image(
         name: how messages call it, if not by its path.
         upright: apply the EXIF orientation.
         quiet: print no warning about what is lost (`Frame.notes`), which is otherwise printed once in a
-        process.
+            process.
 
     Returns:
         Picture of mode RGB, loaded.
 
     Raises:
         ValueError: not one of `FORMATS`, damaged or cut, of more than `MAX_PIXELS` pixels, or not a regular
-        file.
+            file.
         OSError: it is not there, or may not be read.
     """
     data = source if isinstance(source, bytes) else read_bytes(source)

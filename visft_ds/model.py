@@ -7,6 +7,7 @@ width of the backbone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,9 +33,8 @@ class TaskModule:
 
     head: nn.Module
     criterion: Criterion
-    decoding: Mapping[str, Any] = field(
-        default_factory=dict
-    )  #: keyword arguments of the head in evaluation (beams)
+    #: Keyword arguments of the head in evaluation (beams).
+    decoding: Mapping[str, Any] = field(default_factory=dict)
 
 
 def normalise_pixels(backbone: Backbone, images: Tensor, sizes: Tensor) -> Tensor:
@@ -50,9 +50,10 @@ def normalise_pixels(backbone: Backbone, images: Tensor, sizes: Tensor) -> Tenso
         (B, 3, H, W) float32, H and W multiples of the pixels to a cell: no pixel is lost right and below.
     """
     height, width = images.shape[-2:]
+    device = images.device
     channels = torch.tensor([backbone.pixel_mean, backbone.pixel_std])
-    mean, std = to_device(channels, images.device).view(2, 3, 1, 1) * 255.0
-    valid = valid_region(to_device(sizes, images.device), (height, width), (height, width))
+    mean, std = to_device(channels, device).view(2, 3, 1, 1) * 255.0
+    valid = valid_region(to_device(sizes, device), (height, width), (height, width))
     pixels = (images.float() - mean) / std * valid.unsqueeze(1)
     whole_height, whole_width = whole_cells((height, width), backbone.patch_size)
     return F.pad(pixels, (0, whole_width - width, 0, whole_height - height))
@@ -63,8 +64,10 @@ def whole_cells(size: Sequence[int], cell: int) -> tuple[int, int]:
 
     A panorama of 2000 x 20 pixels that is scaled down may have a height of 7.
     """
-    height, width = (max(1, -(-side // cell)) * cell for side in size)
-    return height, width
+    height, width = size
+    rows = max(1, math.ceil(height / cell))
+    columns = max(1, math.ceil(width / cell))
+    return rows * cell, columns * cell
 
 
 class MultiTaskModel(nn.Module):
@@ -88,7 +91,12 @@ class MultiTaskModel(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, tasks: Mapping[str, TaskModule], *, train_backbone: bool, heads_active: bool
+        self,
+        backbone: Backbone,
+        tasks: Mapping[str, TaskModule],
+        *,
+        train_backbone: bool,
+        heads_active: bool,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -115,15 +123,15 @@ class MultiTaskModel(nn.Module):
         else:
             pixels = normalise_pixels(self.backbone, batch.images, batch.sizes)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
-                tensors = [
-                    at_least_float32(one) for one in self.backbone(pixels, self.frames(batch), prefixes=True)
-                ]
+                features = self.backbone(pixels, self.frames(batch), prefixes=True)
+                tensors = [at_least_float32(tensor) for tensor in features]
         maps = [tensor for tensor in tensors if tensor.ndim == 4]
-        prefixes: Sequence[Tensor | None] = tensors[len(maps) :] or [None] * len(maps)  # they follow the maps
+        prefixes: list[Tensor | None] = list(tensors[len(maps) :])  # they follow the maps
+        if not prefixes:
+            prefixes = [None] * len(maps)
         size = self.padded_size(batch)
-        return tuple(
-            Map.of(map_, batch.sizes, size, prefix) for map_, prefix in zip(maps, prefixes, strict=True)
-        )
+        pairs = zip(maps, prefixes, strict=True)
+        return tuple(Map.of(map_, batch.sizes, size, prefix) for map_, prefix in pairs)
 
     def frames(self, batch: Batch) -> Grids | None:
         """Height and width in pixels at which the backbone sees each image: whole cells, without the batch's
@@ -156,22 +164,29 @@ class MultiTaskModel(nn.Module):
         no pixels.
         """
         assert self.feature_cache is not None and batch.views is not None and not self.train_backbone
-        images = list[list[Tensor]]()
-        for place, view in enumerate(batch.views):
+        images: list[list[Tensor]] = []
+        for position, view in enumerate(batch.views):
             stored = view.features
             if stored is None:
-                image = batch.images[place : place + 1, :, : view.frame[0], : view.frame[1]]
-                pixels = normalise_pixels(self.backbone, image, batch.sizes[place : place + 1])
-                with torch.no_grad():
-                    found = self.backbone(pixels, prefixes=True)
-                stored = tuple(
-                    (one[0].permute(1, 2, 0) if one.ndim == 4 else one[0]).bfloat16() for one in found
-                )
-                key, index = int(batch.random_keys[place]), int(batch.indices[place])
-                self.feature_cache.put(key, index, view.frame, stored)
-            images.append([one.float() for one in stored])
-        parts = [stack_padded(parts) for parts in zip(*images, strict=True)]
-        return [one.permute(0, 3, 1, 2) if one.ndim == 4 else one for one in parts]
+                stored = self._features_to_store(batch, position, view.frame)
+                key = int(batch.random_keys[position])
+                self.feature_cache.put(key, int(batch.indices[position]), view.frame, stored)
+            images.append([tensor.float() for tensor in stored])
+        tensors = [stack_padded(of_images) for of_images in zip(*images, strict=True)]
+        return [tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor for tensor in tensors]
+
+    def _features_to_store(self, batch: Batch, position: int, frame: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Maps (h, w, D) and tokens (P, D) of one image of a batch, bf16."""
+        height, width = frame
+        image = batch.images[position : position + 1, :, :height, :width]
+        pixels = normalise_pixels(self.backbone, image, batch.sizes[position : position + 1])
+        with torch.no_grad():
+            features = self.backbone(pixels, prefixes=True)
+        stored = []
+        for tensor in features:
+            of_image = tensor[0].permute(1, 2, 0) if tensor.ndim == 4 else tensor[0]
+            stored.append(of_image.bfloat16())
+        return tuple(stored)
 
     def forward(self, batch: Batch, loss_denominators: LossDenominators | None = None) -> dict[str, Any]:
         """Losses of a batch, or predictions where no denominators are given.
@@ -179,9 +194,8 @@ class MultiTaskModel(nn.Module):
         Args:
             batch: images and the targets of one task ("sampled" mode) or of all ("shared" mode).
             loss_denominators: per task the numbers its losses are divided by; they hold for the whole
-            optimiser step
-                (all ranks and micro-batches), so that the mean over micro-batches is the loss of the global
-                batch.
+                optimiser step (all ranks and micro-batches), so that the mean over micro-batches is the loss
+                of the global batch.
 
         Returns:
             With denominators, as 0-d tensors: {"loss": sum over tasks, "<task>": the task's weighted sum,
@@ -198,40 +212,50 @@ class MultiTaskModel(nn.Module):
         pixels.
         """
         device = maps[-1].features.device
-        dtype = (
-            torch.bfloat16 if not self.heads_in_fp32 and autocast_dtype(device) == torch.bfloat16 else None
-        )
-        predicted, losses = dict[str, Any](), dict[str, Tensor]()
-        with autocast_to(device, dtype):
+        in_bf16 = autocast_dtype(device) == torch.bfloat16 and not self.heads_in_fp32
+        predicted = {}
+        with autocast_to(device, torch.bfloat16 if in_bf16 else None):
             for task in batch.targets or self.heads:
-                head, inputs = self.heads[task], self.decoding[task]
-                if loss_denominators is not None:
-                    target = batch.targets[task]
-                    inputs = {name: getattr(target, field) for name, field in target.head_inputs.items()}
-                    inputs |= {name: getattr(batch, name) for name in getattr(head, "reads", ())}
-                predicted[task] = head(maps, **inputs)
-        for task, output in predicted.items():
-            if hasattr(output, "extents"):  # where images lie in the maps of a mask head
-                predicted[task] = replace(output, extents=maps[-1].shares())
+                output = self.heads[task](maps, **self._inputs(task, batch, loss_denominators is not None))
+                if hasattr(output, "extents"):  # where images lie in the maps of a mask head
+                    output = replace(output, extents=maps[-1].shares())
+                predicted[task] = output
         if loss_denominators is None:
             return predicted
+        losses: dict[str, Tensor] = {}
         with autocast_to(device, None):
             for task, output in predicted.items():
-                criterion = self.criteria[task]
-                try:
-                    parts = criterion(output, batch.targets[task], loss_denominators[task], batch.image_ids)
-                except FloatingPointError as error:
-                    if self.faults is None:
-                        raise
-                    self.faults.append(f"{task}: {error}")
-                    # A function of all outputs: the backward pass runs as it does on the other ranks.
-                    sums = [tensor.float().sum() for tensor in tensors_of(output) if tensor.requires_grad]
-                    losses[task] = torch.stack(sums).sum() * torch.nan
-                    continue
-                # names without a weight are for the log only
-                weighted = [
-                    weight * parts[name] for name, weight in criterion.weights.items() if name in parts
-                ]
-                losses[task] = torch.stack(weighted).sum()
-                losses.update({f"{task}/{name}": value for name, value in parts.items()})
-            return {"loss": torch.stack([losses[task] for task in batch.targets]).sum(), **losses}
+                losses |= self._losses(task, output, batch, loss_denominators[task])
+            total = torch.stack([losses[task] for task in batch.targets]).sum()
+        return {"loss": total, **losses}
+
+    def _inputs(self, task: str, batch: Batch, with_losses: bool) -> Mapping[str, Any]:
+        """Arguments of a head besides the maps; for losses fields of its targets, and of the batch, that it
+        asks for.
+        """
+        if not with_losses:
+            return self.decoding[task]
+        target = batch.targets[task]
+        inputs = {name: getattr(target, field) for name, field in target.head_inputs.items()}
+        for name in getattr(self.heads[task], "reads", ()):
+            inputs[name] = getattr(batch, name)
+        return inputs
+
+    def _losses(
+        self, task: str, output: Any, batch: Batch, denominators: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """{task: its weighted sum, "<task>/<name>": each unweighted loss}; NaN alone after a fault."""
+        criterion = self.criteria[task]
+        try:
+            losses = criterion(output, batch.targets[task], denominators, batch.image_ids)
+        except FloatingPointError as error:
+            if self.faults is None:
+                raise
+            self.faults.append(f"{task}: {error}")
+            # A function of all outputs: the backward pass runs as it does on the other ranks.
+            sums = [tensor.float().sum() for tensor in tensors_of(output) if tensor.requires_grad]
+            return {task: torch.stack(sums).sum() * torch.nan}
+        # Names without a weight are for the log only.
+        weighted = [weight * losses[name] for name, weight in criterion.weights.items() if name in losses]
+        named = {f"{task}/{name}": value for name, value in losses.items()}
+        return {task: torch.stack(weighted).sum(), **named}

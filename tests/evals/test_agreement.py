@@ -129,5 +129,5 @@ def test_the_file_of_pip_brings_the_classifier_under_the_names_of_timm(tmp_path:
     found = load_classifier(spec, spec).module.get_parameter("model.classifier.weight")
     assert torch.equal(found, torch.load(path)["_fc.weight"])
     copy = str(shutil.copy(path, tmp_path / "best.pth"))
-    with pytest.raises(ValueError, match="needs its own name"):
+    with pytest.raises(ValueError, match="original file name"):
         load_classifier(spec, parse_model(copy))

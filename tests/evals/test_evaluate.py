@@ -1,4 +1,4 @@
-"""tools/evaluate.py on the files of two finished runs: right numbers, any number of ranks, clear errors."""
+"""`visft evaluate` on the files of two finished runs: right numbers, any number of ranks, clear errors."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_results_of_an_image_do_not_depend_on_its_batch(world: World) -> None:
 def test_two_ranks_find_what_one_finds(world: World, tmp_path: Path) -> None:
     """All tasks from one pass over the images (mode shared), each image once, and the same pictures."""
     common = ["--run", str(world.run(1)), "--visualizations", "1"]
-    outputs = run_ranks(["tools/evaluate.py", *common, "--out", str(tmp_path / "two")])
+    outputs = run_ranks(["-m", "visft_ds", "evaluate", *common, "--out", str(tmp_path / "two")])
     others = [line for line in outputs[1].splitlines() if not line.startswith("[Gloo]")]  # torch 2.10's own
     assert "mask/AP50" in outputs[0] and not others
     assert _evaluate(*common, "--out", tmp_path / "one")[0] == 0

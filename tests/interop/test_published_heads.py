@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from tests.interop.published_reference import NAMES, OPTIONS, WIDTH, aliased, reference
 from tests.options import head_of
+from tests.tasks.cases import published_caption_name
 from tests.tiny import THREE
 from visft_ds.data.samples import Map
 from visft_ds.interop.heads import open_head
 from visft_ds.interop.published import published_head, read_visft_lora
 from visft_ds.interop.weights import Lazy, Weights
-from visft_ds.tasks.captioning.head import PUBLISHED_NAMES, CaptioningHead
+from visft_ds.tasks.captioning.head import CaptioningHead
 from visft_ds.tasks.classes import COCO_NAMES
 from visft_ds.tasks.detection.head import DetectionHead
 from visft_ds.tasks.masks.plain import PlainHead
@@ -39,7 +40,7 @@ HEADS = {"detection": DetectionHead, "segmentation": SegmentationHead, "captioni
 def theirs(task: str, name: str) -> str:
     """Our parameter -> its published name."""
     if task == "captioning":
-        return f"visft_heads.caption_decoder.{PUBLISHED_NAMES[name]}"
+        return f"visft_heads.caption_decoder.{published_caption_name(name)}"
     number = re.match(r"decoder\.layers\.(\d+)\.", name)
     layer = number[1] if number and task == "segmentation" else "{n}"
     rules = [

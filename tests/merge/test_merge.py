@@ -252,7 +252,7 @@ def test_verification_passes_a_right_file_and_fails_a_wrong_one(
     ]
     monkeypatch.setattr(Adapter, "delta", lambda self, weight: torch.zeros(96, 32))
     assert _run(*words, "--out", tmp_path / "wrong") == 1 and not (tmp_path / "wrong").exists()
-    assert "does not compute what base + adapter does" in capsys.readouterr().err
+    assert "verification failed" in capsys.readouterr().err
     assert not [name for name in os.listdir(tmp_path) if "tmp-" in name]
 
 
@@ -300,7 +300,7 @@ def _unfinished_run(folder: Path, base: Path, adapter: Adapter, *more: str) -> P
     )
     config, run = resolve(stage=2, model="debug", settings=settings), folder / "run"
     run.mkdir()
-    (run / "run.json").write_text(json.dumps({"schema": 3, "config": config.to_dict()}), encoding="utf-8")
+    (run / "run.json").write_text(json.dumps({"schema": 4, "config": config.to_dict()}), encoding="utf-8")
     parameters = {f"backbone.{name}": value for name, value in adapter.tensors.items()}
     parameters |= {name: torch.zeros(SIZES["width"]) for name in more}
     moments = {key: {name: torch.zeros(1) for name in parameters} for key in ("exp_avg", "exp_avg_sq")}
@@ -369,9 +369,9 @@ def _spoiled(folder: Path, base: Path, adapter: Adapter) -> dict[str, Path]:
     ("change", "word"),
     [
         ({"--base": "poisoned"}, "fc2.bias holds NaN"),
-        ({"--base": "merged"}, "merged in already"),
+        ({"--base": "merged"}, "already contains a merged adapter"),
         ({"--adapter": "base"}, "LoRA"),
-        ({"--format": "lavis"}, "suffix"),
+        ({"--format": "lavis"}, "writes NAME.pth"),
         ({"--format": "open_clip"}, "text tower"),
         ({"--format": "transformers"}, "transformers has no class"),
         ({"--dtype": "fp16", "--scale": "1e7"}, "float16"),

@@ -166,10 +166,10 @@ def test_heads_are_refused_that_learnt_to_read_another_block() -> None:
     """Width and base weights are the same, so that nothing else would show it."""
     told = HeadInfo("detection", [(32, 14)], {}, [], {"layers": [1]})
     assert read_elsewhere(told, (1,)) is None
-    assert "learnt to read block 1" in (read_elsewhere(told, ()) or "")
+    assert "was trained on block 1" in (read_elsewhere(told, ()) or "")
     assert "block 1, 3" in (read_elsewhere(told, (1, 3)) or "")
     told = HeadInfo("detection", [(32, 14)])
-    assert "learnt to read the last block" in (read_elsewhere(told, (1,)) or "")
+    assert "was trained on the last block" in (read_elsewhere(told, (1,)) or "")
 
 
 def test_base_weights_end_where_a_name_or_all_heads_say(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def as_text(report: Report) -> str:
     lines += [
         "",
         f"{len(report.faults)} faults in {report.total_steps} steps",
-        f"restarts: {report.restarts} by the supervisor, {report.starts - 1} by hand where it does not by design",
+        f"restarts: {report.restarts} by itself, {report.starts - 1} by hand where it does not by design",
         f"steps lost and made again: {sum(one.lost for one in report.faults)}",
         f"undisturbed run {report.reference_seconds:.0f} s, disturbed run {report.seconds:.0f} s",
     ]

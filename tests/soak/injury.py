@@ -33,7 +33,7 @@ class Injury:
         default_factory=list
     )  #: texts, besides those of the kind, that the output must contain
     note: str = ""  #: for the report
-    restarts: int = 1  #: that the supervisor makes for it, where it makes any
+    restarts: int = 1  #: that the command makes for it, where it makes any
     mend: Callable[[], object] = lambda: None  #: before the run is started again
 
     def do(self) -> None:

@@ -13,13 +13,13 @@ from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1, Signals
 class Kind:
     """One way to disturb a run, and what has to follow.
 
-    Where `code` is given the supervisor ends with it, by design, and somebody has to start it again; else it
+    Where `code` is given the command ends with it, by design, and somebody has to start it again; else it
     restarts the run by itself.
     """
 
     name: str
     action: str  #: name of a method of `injury.Injury`
-    target: str = "rank"  #: who gets the signal: "rank" or "supervisor"
+    target: str = "rank"  #: who gets the signal: "rank" or "command"
     number: Signals = SIGKILL
     code: int | None = None
     says: str = ""  #: what the output must contain, a regular expression
@@ -30,10 +30,10 @@ STOPPED = r"stopped after step \d+"
 REQUESTS = [
     *(
         Kind(f"{number.name} to {target}", "send", target, number, code, STOPPED, lossless=True)
-        for target in ("rank", "supervisor")
+        for target in ("rank", "command")
         for number, code in ((SIGTERM, 143), (SIGINT, 130), (SIGUSR1, 85))
     ),
-    Kind("SIGKILL to supervisor", "send", "supervisor", code=-SIGKILL, says=STOPPED, lossless=True),
+    Kind("SIGKILL to command", "send", "command", code=-SIGKILL, says=STOPPED, lossless=True),
 ]
 _KILLED = r"a process was ended by signal SIGKILL"
 HARM = [

@@ -43,7 +43,7 @@ class Survived:
     kind: str
     step: int  #: last step that was seen before it came
     at: float  #: seconds since the disturbed run began
-    by: str  #: who restarted it: "hand" or "supervisor"
+    by: str  #: who restarted it: "hand" or "itself"
     lost: int  #: steps that are made again
     seconds: float  #: until the next step was made
     note: str
@@ -131,7 +131,7 @@ def _survive(trial: Trial, injury: Injury, at: float) -> Survived:
     lost = sum(trial.lost[known:])
     if kind.lossless and lost:
         raise SoakFailed(f"{kind.name}: {lost} steps were lost:\n{said}")
-    by = "hand" if trial.starts > starts else "supervisor"
+    by = "hand" if trial.starts > starts else "itself"
     return Survived(kind.name, step, at, by, lost, time.monotonic() - injured, injury.note)
 
 
@@ -154,20 +154,10 @@ def _arguments(stage: int, shards: Path, out: Path, settings: dict[str, object])
 
 
 def _command(shards: Path, heads: Path, out: Path, steps: int) -> list[str]:
-    """Stage 2 on two processes of this machine, under a supervisor that never gives up for the number of
-    restarts.
-    """
+    """Stage 2 on two processes of this machine, started again as often as they are lost."""
     settings = {**SETTINGS, "visft.heads.path": str(heads), "scheduler.params.total_num_steps": steps}
-    supervised = [
-        sys.executable,
-        "launchers/supervise.py",
-        "--max-restarts",
-        "100000",
-        "--backoff",
-        "0.5",
-        "--",
-    ]
-    return [*supervised, "visft", "train", "--num_gpus", "2", *_arguments(2, shards, out, settings)]
+    restarting = [sys.executable, "-m", "tests.soak.restart"]
+    return [*restarting, "train", *_arguments(2, shards, out, settings)]
 
 
 def _undisturbed(out: Path, run: partial[list[str]], steps: int) -> float:

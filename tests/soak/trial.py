@@ -1,4 +1,4 @@
-"""A supervised run as somebody sees it who sits before it: its output, its processes, its folder."""
+"""A run as somebody sees it who sits before it: its output, its processes, its folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARK = "VISFT_SOAK"
 #: Seconds for any process of a run to end by itself.
 GRACE = 600.0
 _STEP, _FROM = re.compile(r"^step (\d+)/\d+ "), re.compile(r"^ +steps +\d+(?:, from step (\d+))?$")
-_RESTART = re.compile(r"^\[supervisor\] .*; restart \d+ of ")
+_RESTART = re.compile(r"^\[restart\] .*; restart \d+$")
 
 
 class SoakFailed(Exception):
@@ -28,7 +28,7 @@ class SoakFailed(Exception):
 
 
 class Trial:
-    """A run under launchers/supervise.py: the command of each start, the run folder, and a log of all
+    """A run under `tests.soak.restart`: the command of each start, the run folder, and a log of all
     starts.
     """
 
@@ -132,8 +132,8 @@ class Trial:
         return found
 
     def find(self, target: str, rank: int = 0) -> psutil.Process:
-        """The supervisor, or the training process of a rank."""
-        if target == "supervisor":
+        """The command, or the training process of a rank."""
+        if target == "command":
             return psutil.Process(self._started.pid)
         for process in psutil.Process(self._started.pid).children():
             with contextlib.suppress(psutil.Error):

@@ -75,3 +75,19 @@ def denominators(task: str, criterion: Any, *targets: Any, parts: int = 1) -> di
         name: torch.tensor(max(sum(c[name] for c in counts), 1.0) / parts, dtype=torch.float64)
         for name in counts[0]
     }
+
+
+def published_caption_name(name: str) -> str:
+    """Parameter of our captioning head -> its name in the published code."""
+    parts = {
+        "decoder_att_": "attention.decoder_att.",
+        "full_att_": "attention.full_att.",
+        "f_beta_": "f_beta.",
+    }
+    within = name.removeprefix("recurrence.")
+    for ours, published in parts.items():
+        if within.startswith(ours):
+            return published + within.removeprefix(ours)
+    if within != name:
+        return f"decode_step.{within}"
+    return f"attention.{name}" if name.startswith("encoder_att.") else name

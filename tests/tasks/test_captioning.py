@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.options import criterion_of, head_of
-from tests.tasks.cases import batch_of, denominators
+from tests.tasks.cases import batch_of, denominators, published_caption_name
 from visft_ds.data.samples import Map
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.data import CaptionTargets
-from visft_ds.tasks.captioning.head import PUBLISHED_NAMES, CaptioningHead, GeneratedCaptions
+from visft_ds.tasks.captioning.head import CaptioningHead, GeneratedCaptions
 from visft_ds.tasks.vocabulary import Vocabulary
 
 D, SIZE, GRID = 6, 9, 3  # ids: 1..5 words, 6 <unk>, 7 <start>, 8 <end>
@@ -95,7 +95,7 @@ class PlainHead(nn.Module):
 
 def plain_copy(head: CaptioningHead) -> PlainHead:
     plain = PlainHead()
-    plain.load_state_dict({PUBLISHED_NAMES[name]: value for name, value in head.state_dict().items()})
+    plain.load_state_dict({published_caption_name(name): value for name, value in head.state_dict().items()})
     return plain
 
 
@@ -126,7 +126,7 @@ def test_equal_to_one_image_and_step_at_a_time() -> None:
             total = total + (attention * factors[1][image, : length - 1]).sum()
     total.backward()
     grads = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    expected = [copy.grad, *(grads[PUBLISHED_NAMES[name]] for name, _ in head.named_parameters())]
+    expected = [copy.grad, *(grads[published_caption_name(name)] for name, _ in head.named_parameters())]
     torch.testing.assert_close(own_grads, expected, **EXACT)
 
 

@@ -13,7 +13,7 @@ from tests.tasks.cases import batch_of, denominators
 from visft_ds.data.samples import Map
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionHead, DetectionOutput, postprocess
-from visft_ds.tasks.matching import generalized_box_iou, match
+from visft_ds.tasks.detection.loss import generalized_box_iou, match
 
 SMALL = {
     "num_queries": 7,

@@ -16,7 +16,7 @@ from transformers.models.detr.modeling_detr import DetrDecoderLayer, DetrEncoder
 from tests.options import criterion_of
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionOutput
-from visft_ds.tasks.matching import match
+from visft_ds.tasks.detection.loss import match
 from visft_ds.tasks.transformer import DecoderLayer, EncoderLayer
 
 LAYERS, QUERIES, CLASSES = 3, 20, 91

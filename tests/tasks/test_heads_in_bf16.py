@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+import visft_ds.tasks.detection.loss
 import visft_ds.tasks.masks.loss
-import visft_ds.tasks.matching
 from tests.options import criterion_of, head_of
 from tests.parallel.engine_case import build
 from tests.tasks.cases import batch_of, boxes_of, denominators, masks_of
@@ -129,7 +129,7 @@ def learn(
     criterion_without_autocast.weights = criterion.weights  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setitem(module.criteria, task, criterion_without_autocast)
-        for where in (visft_ds.tasks.matching, visft_ds.tasks.masks.loss):
+        for where in (visft_ds.tasks.detection.loss, visft_ds.tasks.masks.loss):
             patch.setattr(where, "solve", recorded)
         for mode in modes:
             stack.enter_context(mode)

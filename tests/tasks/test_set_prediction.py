@@ -19,10 +19,10 @@ from tests.tasks.cases import CLASSES, boxes_of, denominators, masks_of
 from visft_ds.data.samples import Batch, Map
 from visft_ds.model import MultiTaskModel
 from visft_ds.tasks.detection.head import DetectionOutput
+from visft_ds.tasks.detection.loss import match
 from visft_ds.tasks.masks.loss import match_masks
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.points import draw_points
-from visft_ds.tasks.matching import match
 
 CHANNELS, LAYERS, QUERIES = 12, 2, 7
 SHARED = {"num_queries": QUERIES, "decoder_layers": LAYERS}

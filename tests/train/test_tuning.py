@@ -77,7 +77,7 @@ def test_a_tower_that_ends_after_a_block(shards: Path, tmp_path: Path) -> None:
         load(out, tasks="detection", heads=first / "export").backbone(images), run(images), atol=1e-5
     )
     with pytest.raises(
-        AssertionError, match=r"learnt to read block 3, and the backbone is read after the last block"
+        AssertionError, match=r"was trained on block 3, and the backbone is read after the last block"
     ):
         _train(shards, tmp_path / "other", 2, **{**model, "visft.model.out_indices": []}, **heads)
 

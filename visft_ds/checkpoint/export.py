@@ -33,7 +33,14 @@ from visft_ds.models.lora import inject_lora
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.materialize import BaseWeights
 from visft_ds.prepare.model import PreparedModel
-from visft_ds.run_files import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
+from visft_ds.run_files import (
+    ADAPTER_FOLDER,
+    BACKBONE_FILE,
+    CHECKPOINTS,
+    STATE_FILE,
+    TRAINED_BACKBONE_FILE,
+    folder_of_run,
+)
 from visft_ds.settings.task_schema import TaskConfig
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -53,23 +60,28 @@ def export_weights(
         prepared: has the values of what is frozen.
         infos: descriptions of the heads that train, see `describe_heads`.
     """
-    base, backbone = prepared.base, prepared.module.backbone
-    identity, repository = base.identity, repository_of(config.model.weights)
-    of_backbone = trained.under("backbone.")
-    if own := {name: one for name, one in of_backbone.items() if not is_lora(name)}:
-        save_base(base, backbone, folder / TRAINED_BACKBONE_FILE, own)
-        # Adapters belong to that one.
-        identity, repository = fingerprint_of(backbone, folder / TRAINED_BACKBONE_FILE), None
+    backbone = prepared.module.backbone
+    identity = prepared.base.identity
+    repository = repository_of(config.model.weights)
+    lora: dict[str, Lazy] = {}
+    own: dict[str, Lazy] = {}
+    for name, tensor in trained.under("backbone.").items():
+        (lora if is_lora(name) else own)[name] = tensor
+    if own:
+        save_base(prepared.base, backbone, folder / TRAINED_BACKBONE_FILE, own)
+        # Adapters belong to that one, which no hub has.
+        identity = fingerprint_of(backbone, folder / TRAINED_BACKBONE_FILE)
+        repository = None
     for task, info in infos.items():
-        given = (
-            prepared.heads[task].tensors if task in prepared.heads else {}
-        )  # a group may train a part of a head
-        save_head(head_file(folder, task), info, _read({**given, **trained.under(f"heads.{task}.")}))
+        tensors = dict(trained.under(f"heads.{task}."))
+        if task in prepared.heads:  # a group may train a part of a head
+            tensors = {**prepared.heads[task].tensors, **tensors}
+        save_head(head_file(folder, task), info, _read(tensors))
     if config.lora is not None:
-        tensors = _read({name: one for name, one in of_backbone.items() if is_lora(name)})
-        adapter, place = Adapter.of(backbone, config.lora, tensors, identity), folder / ADAPTER_FOLDER
-        adapter.save(place, repository)
-        write_text(place / README, card("LoRA adapter", "peft", backbone, adapter, base=repository))
+        adapter = Adapter.of(backbone, config.lora, _read(lora), identity)
+        adapter.save(folder / ADAPTER_FOLDER, repository)
+        text = card("LoRA adapter", "peft", backbone, adapter, base=repository)
+        write_text(folder / ADAPTER_FOLDER / README, text)
 
 
 def begin_export(folder: Path, prepared: PreparedModel, vocabulary: Vocabulary | None) -> None:
@@ -96,15 +108,21 @@ def save_base(
     """Write a backbone whole: as a run starts with it, or in fp32 with what trained of it; one tensor at a
     time.
     """
-    stored, tensors = backbone.state_dict().keys(), dict[str, Lazy]()
-    for name, one in base.parameters.items():
-        read = (
-            partial(base.read, name) if trained is None else partial(base.weights.tensor, name, torch.float32)
-        )
-        tensors[name] = Lazy(tuple(one.shape), one.dtype if trained is None else torch.float32, read)
+    header = {MODEL: json.dumps(model_of(backbone))}
+    tensors: dict[str, Lazy] = {}
+    for name, parameter in base.parameters.items():
+        shape = tuple(parameter.shape)
+        if trained is None:
+            tensors[name] = Lazy(shape, parameter.dtype, partial(base.read, name))
+        else:
+            read = partial(base.weights.tensor, name, torch.float32)
+            tensors[name] = Lazy(shape, torch.float32, read)
+    stored = backbone.state_dict().keys()
     tensors |= {name: Lazy.of(value) for name, value in base.buffers.items() if name in stored}
-    header = {MODEL: json.dumps(model_of(backbone)), **({BASE: base.identity} if trained else {})}
-    write_safetensors(path, {**tensors, **(trained or {})}, header)
+    if trained is not None:
+        tensors |= trained
+        header[BASE] = base.identity
+    write_safetensors(path, tensors, header)
 
 
 def adapter_of_checkpoint(folder: Path) -> Adapter:
@@ -113,12 +131,12 @@ def adapter_of_checkpoint(folder: Path) -> Adapter:
     Raises ValueError for a damaged checkpoint, and for one of a run that trains more of its backbone, or
     nothing.
     """
-    if not (folder / "state.json").is_file():
-        checkpoint, skipped = newest_checkpoint(folder / "checkpoints")
+    if not (folder / STATE_FILE).is_file():
+        checkpoint, skipped = newest_checkpoint(folder / CHECKPOINTS)
         if checkpoint is None:
             raise ValueError(f"{folder} has no whole checkpoint and no export yet: {examples(skipped)}")
         folder = checkpoint.path
-    visft = recorded_config(folder.resolve().parents[1]).visft
+    visft = recorded_config(folder_of_run(folder.resolve())).visft
     empty = build_empty(visft.model.preset, torch.float32, visft.model.backbone_options())
     checkpoint, tensors = install_checkpoint(empty, folder)
     if visft.lora is None or not all(map(is_lora, tensors)):
@@ -131,10 +149,9 @@ def adapter_of_checkpoint(folder: Path) -> Adapter:
 @torch.no_grad()
 def install_checkpoint(backbone: Backbone, folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
     """Put what a checkpoint has of the backbone into one with the base weights; returns it, too."""
-    checkpoint, lora = (
-        open_checkpoint(folder.resolve()),
-        recorded_config(folder.resolve().parents[1]).visft.lora,
-    )
+    folder = folder.resolve()
+    checkpoint = open_checkpoint(folder)
+    lora = recorded_config(folder_of_run(folder)).visft.lora
     tensors = _read(checkpoint.weights().under("backbone."))
     if not tensors:
         raise ValueError(f"{folder}: the run trains no part of its backbone")
@@ -154,21 +171,21 @@ def describe_heads(
         facts: "step", "mode", and "base_weights" they were trained on, as stage 2 compares it.
         data: categories, and the words that go along with heads that work with words.
     """
-    extra = {**facts, **({"layers": list(backbone.layers_read)} if backbone.layers_read else {})}
     infos = {}
     for name, task in tasks.items():
-        options, known, more = (
-            task.head.model_dump(mode="json"),
-            [asdict(one) for one in data.categories],
-            dict(extra),
-        )
+        options = task.head.model_dump(mode="json")
+        categories = [asdict(category) for category in data.categories]
+        extra = dict(facts)
+        if backbone.layers_read:
+            extra["layers"] = list(backbone.layers_read)
         if TASKS[name].uses_vocabulary:  # its classes are words, not categories
             assert data.vocabulary is not None
-            options["vocabulary_size"], known = data.vocabulary.size, []
-            more["vocabulary"] = data.vocabulary.to_dict()
-        infos[name] = HeadInfo(name, backbone.shapes, options, known, more)
+            categories = []
+            options["vocabulary_size"] = data.vocabulary.size
+            extra["vocabulary"] = data.vocabulary.to_dict()
+        infos[name] = HeadInfo(name, backbone.shapes, options, categories, extra)
     return infos
 
 
 def _read(tensors: Mapping[str, Lazy]) -> dict[str, Tensor]:
-    return {name: one.read() for name, one in tensors.items()}
+    return {name: tensor.read() for name, tensor in tensors.items()}

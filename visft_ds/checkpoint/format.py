@@ -7,9 +7,9 @@
 
 A checkpoint appears under its name only when every byte is on disk: written as step_N.tmp, state.json last,
 synced, renamed. One of the same step that stood there is step_N.old until then, and still counts. A folder
-step_N.tmp never
-does: it is half written or half deleted, and the next save removes it. Each change goes through one function
-of `os`: a test ends the process, fills the disk or cuts the power at every one.
+step_N.tmp never does: it is half written or half deleted, and the next save removes it. Its files need no
+`files.writing`: the folder is renamed as a whole. Each change goes through one function of `os`: a test ends
+the process, fills the disk or cuts the power at every one.
 Base weights are not stored; their sha256 is. Nor are generators of random numbers: every step draws from
 (seed, step, rank), and the seed is among the settings. The step is also the position in the data.
 """
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.resolve import differences
@@ -37,8 +38,8 @@ from visft_ds.errors import does_not_answer, retold
 from visft_ds.files import read_bytes, reading, sync_folder
 from visft_ds.interop.weights import Lazy, Weights, open_weights, safetensors_pieces
 from visft_ds.parallel.state import MOMENTS, EngineState
+from visft_ds.run_files import MOMENTS_FILE, PARAMETERS_FILE, STATE_FILE
 
-_PARAMETERS, _MOMENTS, _STATE = "parameters.safetensors", "moments.safetensors", "state.json"
 #: Name in an identity: the settings, by dotted key, that must be equal for a resume.
 SETTINGS = "settings"
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")
@@ -55,20 +56,21 @@ class Checkpoint:
 
     def load(self) -> EngineState:
         """The tensors. Every rank reads them; they are small (what trains, three times)."""
-        parameters, moments = load_file(self.path / _PARAMETERS), load_file(self.path / _MOMENTS)
+        parameters = load_file(self.path / PARAMETERS_FILE)
+        moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
+        for name, tensor in load_file(self.path / MOMENTS_FILE).items():
+            key, _, parameter = name.partition("/")
+            moments[key][parameter] = tensor
         return EngineState(
             parameters=parameters,
-            moments={
-                key: {n: moments[f"{key}/{n}"] for n in parameters if f"{key}/{n}" in moments}
-                for key in MOMENTS
-            },
+            moments=moments,
             updates=self.record["updates"],
             loss_scale=self.record["loss_scale"],
         )
 
     def weights(self) -> Weights:
         """The fp32 values alone, by qualified name, none of them read yet."""
-        return open_weights(self.path / _PARAMETERS)
+        return open_weights(self.path / PARAMETERS_FILE)
 
 
 def save_checkpoint(
@@ -91,26 +93,27 @@ def save_checkpoint(
     """
     final = checkpoint_path(folder, step)
     temporary = final.with_suffix(".tmp")
-    moments = {
-        f"{key}/{name}": tensor for key, named in state.moments.items() for name, tensor in named.items()
-    }
-    written = {}
-    kept = "Earlier checkpoints are untouched; the same command goes on from the newest"
+    moments: dict[str, Tensor] = {}
+    for key, by_name in state.moments.items():
+        moments |= {f"{key}/{name}": tensor for name, tensor in by_name.items()}
+    remedy = "Earlier checkpoints are untouched; the same command goes on from the newest"
     try:
-        with explained(f"the checkpoint of step {step}", folder, kept):
+        with explained(f"the checkpoint of step {step}", folder, remedy):
             folder.mkdir(parents=True, exist_ok=True)
             _tidy(folder, temporary)
             os.mkdir(temporary)
-            for name, tensors, metadata in (
-                (_PARAMETERS, state.parameters, header or {}),
-                (_MOMENTS, moments, {}),
-            ):
-                pieces = safetensors_pieces({key: Lazy.of(one) for key, one in tensors.items()}, metadata)
-                written[name] = _write_file(temporary / name, pieces)
-            record = {"step": step, "updates": state.updates, "loss_scale": dict(state.loss_scale)}
-            record |= {"identity": dict(identity), "files": written}
+            record = {
+                "step": step,
+                "updates": state.updates,
+                "loss_scale": dict(state.loss_scale),
+                "identity": dict(identity),
+                "files": {
+                    PARAMETERS_FILE: _write_tensors(temporary / PARAMETERS_FILE, state.parameters, header),
+                    MOMENTS_FILE: _write_tensors(temporary / MOMENTS_FILE, moments),
+                },
+            }
             text = json.dumps(record | {"sha256": _digest(record)}, indent=1) + "\n"
-            _write_file(temporary / _STATE, [text.encode()])  # last: a folder with this file is complete
+            _write_file(temporary / STATE_FILE, [text.encode()])  # last: a folder with it is complete
             sync_folder(temporary)
             _publish(temporary, final)
     except OSError:
@@ -146,20 +149,30 @@ def _warning(path: Path) -> Iterator[None]:
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps that have a checkpoint under its final name, complete or damaged, in order."""
-    names = [_NAME.fullmatch(path.name) for path in folder.glob("step_*") if path.is_dir()]
-    return sorted(int(name[1]) for name in names if name and not name[2])
+    names = _checkpoints_in(folder)
+    return sorted(step for step, name in names if name.removesuffix(".old") == name)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are complete, and a line for each newer one that was skipped."""
     skipped: list[str] = []
-    names = [name for path in folder.glob("step_*") if path.is_dir() and (name := _NAME.fullmatch(path.name))]
-    for name in sorted(names, key=lambda name: (int(name[1]), not name[2]), reverse=True):
+    # step_8.old comes after step_8, the one that took its place.
+    for _, name in sorted(_checkpoints_in(folder), key=lambda found: (-found[0], found[1])):
         try:
-            return open_checkpoint(folder / name[0]), skipped
+            return open_checkpoint(folder / name), skipped
         except (ValueError, OSError) as error:
             skipped.append(str(error))
     return None, skipped
+
+
+def _checkpoints_in(folder: Path) -> list[tuple[int, str]]:
+    """(step, name) of the folders of checkpoints, those that are being replaced among them."""
+    names = []
+    for path in folder.glob("step_*"):
+        match = _NAME.fullmatch(path.name)
+        if match is not None and path.is_dir():
+            names.append((int(match[1]), path.name))
+    return names
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -167,8 +180,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises ValueError or OSError for missing, cut or changed files.
     """
-    with reading(path / _STATE, "the state of a checkpoint"):
-        record = json.loads(read_bytes(path / _STATE))
+    with reading(path / STATE_FILE, "the state of a checkpoint"):
+        record = json.loads(read_bytes(path / STATE_FILE))
         if record.pop("sha256") != _digest(record):
             raise ValueError(_CHANGED)
     for name, sha256 in record["files"].items():
@@ -186,7 +199,7 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str], config: 
         config: of the run that wants to continue from it.
     """
     recorded = dict(checkpoint.record["identity"])
-    with reading(checkpoint.path / _STATE, "the state of a checkpoint of this release"):
+    with reading(checkpoint.path / STATE_FILE, "the state of a checkpoint of this release"):
         other = differences(recorded.pop(SETTINGS), config)
     for name in sorted(recorded.keys() | identity.keys()):
         if recorded.get(name) != identity.get(name):
@@ -194,8 +207,8 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str], config: 
     if other:
         lines = "".join(f"  {line}\n" for line in other)
         raise ValueError(
-            f"{checkpoint.path} belongs to another run (the checkpoint -> this run):\n{lines}choose another --out, or "
-            "give the settings of that run (its resolved configuration is in run.json)"
+            f"{checkpoint.path} belongs to another run (the checkpoint -> this run):\n{lines}"
+            "choose another --out, or give the settings of that run (they are in its run.json)"
         )
 
 
@@ -210,6 +223,12 @@ def explained(what: str, folder: Path, then: str) -> Iterator[None]:
         free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB free" if folder.is_dir() else "no such folder"
         text = f"{what} cannot be written to {folder} ({free}): {error.strerror or error}. {then}"
         raise retold(text, away=does_not_answer(error)) from error
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> str:
+    """Write a file of tensors; returns its sha256."""
+    lazy = {name: Lazy.of(tensor) for name, tensor in tensors.items()}
+    return _write_file(path, safetensors_pieces(lazy, header or {}))
 
 
 def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:

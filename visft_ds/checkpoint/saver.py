@@ -49,10 +49,12 @@ class Retention:
             to_be_judged: whether a step is one that gets evaluated. Numbers come later than the next save.
         """
         older = [step for step in steps if step <= newest]
-        kept = {*older[-self.last :], best_step({step: scores.get(step) for step in older})}
+        remaining: set[int | None] = set(older[-self.last :])
         if self.best is not None:
-            kept |= {step for step in older if step > max(scores, default=-1) and to_be_judged(step)}
-        return [step for step in older if step not in kept]
+            remaining.add(best_step({step: scores.get(step) for step in older}))
+            last_judged = max(scores, default=-1)
+            remaining |= {step for step in older if step > last_judged and to_be_judged(step)}
+        return [step for step in older if step not in remaining]
 
 
 def best_step(scores: Mapping[int, float | None]) -> int | None:
@@ -65,10 +67,12 @@ def recorded_scores(path: Path, metric: str) -> dict[int, float | None]:
     """Step -> validation metric, out of the metrics.jsonl of a run; a record without that metric gives
     None.
     """
-    records = read_metrics(path, "val/") if path.is_file() else ()
-    return {
-        record["step"]: _number(record.get(f"val/{metric}")) for record in records if is_evaluation(record)
-    }
+    scores = {}
+    if path.is_file():
+        for record in read_metrics(path, "val/"):
+            if is_evaluation(record):
+                scores[record["step"]] = _number(record.get(f"val/{metric}"))
+    return scores
 
 
 def _number(value: object) -> float | None:
@@ -80,9 +84,8 @@ class SaveReport:
     """Report of a finished save."""
 
     step: int
-    stall_seconds: (
-        float  #: for which training stood still: waiting for the save before, gathering, copying to the host
-    )
+    #: for which training stood still: waiting for the save before, gathering, copying to the host
+    stall_seconds: float
     write_seconds: float  #: writing, beside the training
 
 
@@ -125,11 +128,13 @@ class Saver(AbstractContextManager["Saver"]):
             return
         if any(buffer.is_pinned() for buffer in self._buffers.values()):
             torch.cuda.synchronize()  # copies may be on their way
-        gathered, scores = time.perf_counter(), dict(self._scores)
+        gathered = time.perf_counter()
+        scores = dict(self._scores)
 
         def write() -> SaveReport:
             save_checkpoint(self.folder, step, state, self.identity, header)
-            self.saved, written = step, time.perf_counter()
+            self.saved = step
+            written = time.perf_counter()
             self.delete_obsolete(scores)
             return SaveReport(step, gathered - began, written - gathered)
 
@@ -156,12 +161,12 @@ class Saver(AbstractContextManager["Saver"]):
         """Take the outcome of an evaluation into account. Returns whether `step` is the best so far."""
         if self.retention.best is None:
             return False
-        self._scores[step] = score = _number(metrics.get(self.retention.best))
+        score = _number(metrics.get(self.retention.best))
+        self._scores[step] = score
         if score is None and metrics:
-            told = (
-                f"the evaluation of step {step} gave no {self.retention.best!r}; it gave {', '.join(metrics)}"
-            )
-            print(f"warning: visft.run.keep_best: {told}", file=sys.stderr, flush=True)
+            names = ", ".join(metrics)
+            text = f"the evaluation of step {step} gave no {self.retention.best!r}; it gave {names}"
+            print(f"warning: visft.run.keep_best: {text}", file=sys.stderr, flush=True)
         return step == best_step(self._scores)
 
     def best(self) -> int | None:
@@ -173,7 +178,8 @@ class Saver(AbstractContextManager["Saver"]):
     def since_best(self) -> tuple[int, int | None]:
         """(evaluations that gave the metric after the best one, its step). None before the first."""
         best = best_step(self._scores)
-        return sum(step > (best or 0) and score is not None for step, score in self._scores.items()), best
+        later = [score for step, score in self._scores.items() if step > (best or 0)]
+        return sum(score is not None for score in later), best
 
     def delete_obsolete(self, scores: Mapping[int, float | None] | None = None) -> None:
         """Delete what need not stay by these scores, or by all that are known. Main process, nothing being
@@ -197,5 +203,6 @@ class Saver(AbstractContextManager["Saver"]):
 
     def _join(self) -> None:
         if self._writing is not None:
-            writing, self._writing = self._writing, None  # a failure is raised once
+            writing = self._writing
+            self._writing = None  # a failure is raised once
             self._reports.append(writing.result())

@@ -18,36 +18,36 @@ USAGE = """Measure box AP, mask AP and caption metrics of a run, or of any backb
     visft evaluate --run runs/stage2 --backbone merged.safetensors --out evaluation/merged
     visft evaluate --backbone base.safetensors --heads runs/stage1/export --data SHARDS --out evaluation/base
 
-Writes metrics.json, <task>_results.json (COCO results format) and visualizations/ into a new or empty folder. With
-several processes each image is evaluated once. Exit status: 0 fine, 2 wrong usage or unusable input.
+Writes metrics.json, <task>_results.json (COCO results format) and visualizations/ into a new or empty folder.
+With several processes each image is evaluated once. Exit status: 0 fine, 2 wrong usage or unusable input.
 """
 REPORT = """Write a page about one run, or about several side by side: one HTML file that needs no network.
 
     visft report runs/stage2                                     writes runs/stage2/report.html
     visft report runs/stage1 runs/stage2 --out report.html       the others are compared with the first
 
-It shows results (of visft evaluate, otherwise of evaluations during training), visualizations of visft evaluate,
-losses by task, learning rates, speed and memory, settings and environment. A run may still be training. Exit status:
-0 fine, 2 wrong usage or unusable input.
+It shows results (of visft evaluate, otherwise of evaluations during training), visualizations of visft
+evaluate, losses by task, learning rates, speed and memory, settings and environment. A run may still be
+training. Exit status: 0 fine, 2 wrong usage or unusable input.
 """
 JUDGE = f"""Compare further-trained models with their base, on data that neither was trained on.
 
     visft judge base.pt RUN --on segmentation=ade20k --out OUT
     visft judge base.pt RUN1,RUN2,RUN3 --control P1,P2,P3 --on segmentation=ade20k --on zero_shot=imagenet/val
 
-Runs joined by commas are seeds of one recipe. Features are read after the best block of each model, chosen on held-out
-training images. A gain must exceed the best block of the whole of BASE and its last one, noise of equal feature shift,
-and every control (such as a run on permuted labels), scaled to that shift. Writes judge.html, judge.json and cached
-scores/: another model costs only its own evaluation.
+Runs joined by commas are seeds of one recipe. Features are read after the best block of each model, chosen on
+held-out training images. A gain must exceed the best block of the whole of BASE and its last one, noise of
+equal feature shift, and every control (such as a run on permuted labels), scaled to that shift. Writes
+judge.html, judge.json and cached scores/: another model costs only its own evaluation.
 
 models: [LABEL=]FILE[+ADAPTER], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE];
     after a model, #BLOCK names the block to read, and @A scales what training changed by A
 
 kinds of --on (and their keys):
 {kinds_help()}
-split is judged (default: val, validation or test), train teaches; groups= names what images come from together, such as
-patients or videos: FILE.csv:COLUMN, or a regular expression for the images' names; void= is the number that means no
-class in label maps with classes.txt, as --void of visft shards
+split is judged (default: val, validation or test), train teaches; groups= names what images come from
+together, such as patients or videos: FILE.csv:COLUMN, or a regular expression for the images' names; void= is
+the number that means no class in label maps with classes.txt, as --void of visft shards
 
 Exit status: 0 judged, whatever the verdict; 2 wrong usage or unusable input.
 """

@@ -1,14 +1,12 @@
-"""Weights in and out: weights.py reads and writes files, layouts.py knows backbones in them, export.py the
-formats.
-"""
+"""Weights of other libraries: read, and written in their forms.
 
-#: Format -> file of weights in its folder; an adapter has two.
-FORMATS = {
-    "eva_clip": "eva_clip.pt",
-    "lavis": "eva_vit_g.pth",
-    "onnx": "model.onnx",
-    "open_clip": "open_clip_model.safetensors",
-    "peft": "",
-    "timm": "model.safetensors",
-    "transformers": "model.safetensors",
-}
+weights: files, tensor by tensor, of no known meaning. layouts: which backbone a file holds, under which
+names. adapter: LoRA apart from a model, also as PEFT reads it. heads, published: files of heads, ours and
+the authors'. formats: the forms that `visft merge` writes; export, transformers_names: their content; card:
+the model card.
+
+A new form of weights is an entry in `formats.FORMATS` and a function that makes its content, checked
+against its library in tests/interop. Names in files are fixed by the libraries: change them only where a
+library changes. This room knows nothing of runs: what a run leaves is found by `visft_ds.run_files`, and
+merged by `visft_ds.merge`.
+"""

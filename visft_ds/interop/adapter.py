@@ -14,9 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,26 +49,24 @@ class StoredAdapter(LoraConfig):
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Layers whose slices do not rise from row to row within them."""
         for name, (rows, slices) in self.layers.items():
-            ends = [*chain.from_iterable(slices), rows]
-            rises = all(low < high for low, high in slices) and all(
-                low <= high for low, high in pairwise(ends)
-            )
-            if not slices or not rises:
+            rises = bool(slices)
+            end = 0
+            for low, high in slices:
+                rises = rises and end <= low < high
+                end = high
+            if not rises or end > rows:
                 yield "layers", f"slices of {name[:80]} do not rise from row 0 to row {rows}"
 
     def check(self, file: Weights) -> None:
         """Raise ValueError for tensors of other sizes; none of them is read."""
         for name, (_, slices) in self.layers.items():
-            a, b = file.get(f"{name}.lora_A"), file.get(f"{name}.lora_B")
+            a = file.get(f"{name}.lora_A")
+            b = file.get(f"{name}.lora_B")
             if a is None or b is None:
                 raise ValueError(f"the tensors of {name[:80]} are missing; it has {examples(file)}")
             width = sum(high - low for low, high in slices)
-            fits = (
-                len(a.shape) in (2, 4)
-                and a.shape[0] == len(slices) * self.rank
-                and b.shape == (width, self.rank)
-            )
-            if not fits or 0 in a.shape:
+            a_fits = len(a.shape) in (2, 4) and a.shape[0] == len(slices) * self.rank and 0 not in a.shape
+            if not a_fits or b.shape != (width, self.rank):
                 raise ValueError(
                     f"{name[:80]}.lora_A is {a.shape} and lora_B {b.shape}, which is not rank {self.rank} on "
                     f"{len(slices)} slice(s) of {width} rows in all"
@@ -99,8 +96,15 @@ class Adapter:
         values.
         """
         layers = _layers_of(backbone)
-        values = {f"{name}.{kind}": tensors[f"{name}.{kind}"].float() for name in layers for kind in KINDS}
-        return cls(model_of(backbone), lora.rank, lora.alpha, tuple(lora.targets), layers, values, base)
+        return cls(
+            model=model_of(backbone),
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=tuple(lora.targets),
+            layers=layers,
+            tensors={name: tensors[name].float() for name in _names_in(layers)},
+            base=base,
+        )
 
     def weights(self) -> list[str]:
         """Names of the base weights that it changes."""
@@ -110,14 +114,15 @@ class Adapter:
         """Change of a base weight by the adapter, (rows, fan in), fp32; zero in rows that are not adapted."""
         layer = weight.removesuffix(".weight")
         rows, slices = self.layers[layer]
-        a, b = (self.tensors[f"{layer}.{kind}"] for kind in KINDS)
+        a = self.tensors[f"{layer}.lora_A"]
+        b = self.tensors[f"{layer}.lora_B"]
         return dense_update(rows, a, b, slices, self.alpha / self.rank)
 
     def scaled(self, scale: float) -> Adapter:
         """Adapter with `scale` times the effect."""
-        scaled = {
-            name: value * scale if name.endswith("lora_B") else value for name, value in self.tensors.items()
-        }
+        scaled = dict(self.tensors)
+        for layer in self.layers:
+            scaled[f"{layer}.lora_B"] = self.tensors[f"{layer}.lora_B"] * scale
         return replace(self, tensors=scaled)
 
     def install(self, backbone: Backbone) -> None:
@@ -125,32 +130,34 @@ class Adapter:
         where = self.path or Path(f"the adapter of {described(self.model)}")
         with reading(where, f"an adapter of {backbone.describe()}"):
             if tuple(self.model.get("layers", ())) != backbone.layers_read:
-                ours = ", ".join(map(str, backbone.layers_read)) or "the last"
+                block = ", ".join(map(str, backbone.layers_read)) or "the last"
                 raise ValueError(
-                    f"it is of {described(self.model)}, and this model is read after block {ours}"
+                    f"it is of {described(self.model)}, and this model is read after block {block}"
                 )
             inject_lora(backbone, rank=self.rank, alpha=self.alpha, targets=self.targets)
             parameters = lora_parameters(backbone)
-            given = Weights({key: Lazy.of(value) for key, value in self.tensors.items()}, where)
-            fitted(given, parameters, behind=(), what=backbone.describe())
+            values = {name: Lazy.of(value) for name, value in self.tensors.items()}
+            fitted(Weights(values, where), parameters, behind=(), what=backbone.describe())
             for layer, rows in _layers_of(backbone).items():
-                if self.layers[layer] != rows:
-                    raise ValueError(
-                        f"it is of rows {self.layers[layer]} of {layer}, and {self.targets} are {rows}"
-                    )
+                ours = self.layers[layer]
+                if ours != rows:
+                    raise ValueError(f"it is of rows {ours} of {layer}, and {self.targets} are {rows}")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(self.tensors[name])
 
     def describe(self) -> str:
         """A few words for the console."""
-        return f"rank {self.rank}, alpha {self.alpha:g}, on {len(self.layers)} layers ({', '.join(self.targets)})"
+        targets = ", ".join(self.targets)
+        return f"rank {self.rank}, alpha {self.alpha:g}, on {len(self.layers)} layers ({targets})"
 
     def fingerprint(self) -> str:
         """sha256 of settings and values, whatever file they come from."""
-        digest = hashlib.sha256(repr((self.rank, float(self.alpha), sorted(self.layers))).encode())
+        settings = (self.rank, float(self.alpha), sorted(self.layers))
+        digest = hashlib.sha256(repr(settings).encode())
         for name in sorted(self.tensors):
-            digest.update(name.encode() + self.tensors[name].contiguous().numpy().tobytes())
+            digest.update(name.encode())
+            digest.update(self.tensors[name].contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, folder: Path, base_model: str | None = None) -> None:
@@ -164,17 +171,20 @@ class Adapter:
         settings = json.dumps({name: getattr(self, name) for name in names})
         save_tensors(folder / FILE, self.tensors, {_KEY: settings})
         save_tensors(folder / PEFT_WEIGHTS, self._peft_tensors(), {})
-        several = {
-            re.escape(layer): len(slices) for layer, (_, slices) in self.layers.items() if len(slices) > 1
-        }
+        rank_pattern = {}
+        alpha_pattern = {}
+        for layer, (_, slices) in self.layers.items():
+            if len(slices) > 1:
+                rank_pattern[re.escape(layer)] = self.rank * len(slices)
+                alpha_pattern[re.escape(layer)] = self.alpha * len(slices)
         config = {
             "peft_type": "LORA",
             "base_model_name_or_path": base_model,
             "inference_mode": True,
             "r": self.rank,
             "lora_alpha": self.alpha,
-            "rank_pattern": {layer: self.rank * count for layer, count in several.items()},
-            "alpha_pattern": {layer: self.alpha * count for layer, count in several.items()},
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
             # Whole names: "conv1" alone would be that of every block.
             "target_modules": "|".join(re.escape(layer) for layer in self.layers),
             "lora_dropout": 0.0,
@@ -183,13 +193,17 @@ class Adapter:
         write_text(folder / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def _peft_tensors(self) -> dict[str, Tensor]:
+        """The tensors under PEFT's names: on all rows of each layer, with the axes of a convolution."""
         tensors: dict[str, Tensor] = {}
         for layer, (rows, slices) in self.layers.items():
-            a, b = (self.tensors[f"{layer}.{kind}"] for kind in KINDS)
+            a = self.tensors[f"{layer}.lora_A"]
+            b = self.tensors[f"{layer}.lora_B"]
             if slices != ((0, rows),):
                 b = spread(b, slices, rows)
+            if a.ndim == 4:
+                b = b[:, :, None, None]
             tensors[f"base_model.model.{layer}.lora_A.weight"] = a
-            tensors[f"base_model.model.{layer}.lora_B.weight"] = b[:, :, None, None] if a.ndim == 4 else b
+            tensors[f"base_model.model.{layer}.lora_B.weight"] = b
         return tensors
 
     @classmethod
@@ -204,18 +218,31 @@ class Adapter:
                 raise ValueError(f"its header has no entry {_KEY!r}: give RUN/export/adapter, or a run")
             stored = StoredAdapter.model_validate_json(file.metadata[_KEY])
             stored.check(file)
-            names = [f"{name}.{kind}" for name in stored.layers for kind in KINDS]
-            tensors = {name: file.tensor(name, torch.float32) for name in names}
-        settings = (stored.model.options(), stored.rank, stored.alpha, stored.targets, stored.layers)
-        return cls(*settings, tensors, stored.base, path)
+            tensors = {name: file.tensor(name, torch.float32) for name in _names_in(stored.layers)}
+        return cls(
+            model=stored.model.options(),
+            rank=stored.rank,
+            alpha=stored.alpha,
+            targets=stored.targets,
+            layers=stored.layers,
+            tensors=tensors,
+            base=stored.base,
+            path=path,
+        )
+
+
+def _names_in(layers: Iterable[str]) -> list[str]:
+    """Names of the tensors of an adapter on these layers."""
+    return [f"{layer}.{kind}" for layer in layers for kind in KINDS]
 
 
 def _layers_of(backbone: Backbone) -> dict[str, tuple[int, Slices]]:
     """Adapted layer -> its rows, and which of them are adapted."""
-    return {
-        name: (getattr(layer, "out_features", layer.shapes["lora_B"][0]), layer.slices)
-        for name, layer in lora_layers(backbone).items()
-    }
+    layers = {}
+    for name, layer in lora_layers(backbone).items():
+        rows = getattr(layer, "out_features", layer.shapes["lora_B"][0])
+        layers[name] = (rows, layer.slices)
+    return layers
 
 
 def average(adapters: Sequence[Adapter]) -> Adapter:
@@ -238,11 +265,14 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
             raise ValueError("adapters of different base weights cannot be averaged: give those of one base")
     tensors: dict[str, Tensor] = {}
     for layer, (_, slices) in first.layers.items():
-        a, b = (f"{layer}.{kind}" for kind in KINDS)
-        parts = [one.tensors[a].chunk(len(slices)) for one in adapters]
-        tensors[a] = torch.cat([part[index] for index in range(len(slices)) for part in parts])
-        tensors[b] = torch.cat(
-            [one.alpha / one.rank / len(adapters) * one.tensors[b] for one in adapters], dim=1
-        )
-    rank = sum(one.rank for one in adapters)
+        # A is stacked slice by slice, and within a slice adapter by adapter.
+        by_adapter = [adapter.tensors[f"{layer}.lora_A"].chunk(len(slices)) for adapter in adapters]
+        by_slice = zip(*by_adapter, strict=True)
+        tensors[f"{layer}.lora_A"] = torch.cat([torch.cat(parts) for parts in by_slice])
+        scaled = []
+        for adapter in adapters:
+            factor = adapter.alpha / adapter.rank / len(adapters)
+            scaled.append(factor * adapter.tensors[f"{layer}.lora_B"])
+        tensors[f"{layer}.lora_B"] = torch.cat(scaled, dim=1)
+    rank = sum(adapter.rank for adapter in adapters)
     return replace(first, rank=rank, alpha=float(rank), tensors=tensors)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.formats import FORMATS
 from visft_ds.interop.layouts import described, model_of
 from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 README = "README.md"
+_METHOD = "supervised fine-tuning ([ViSFT](https://arxiv.org/abs/2401.10222)) with visft_ds"
+_ADAPTER = f"LoRA adapter from {_METHOD}; base weights not included."
 _TEXT = """\
 ---
 {front}
@@ -25,7 +28,7 @@ _TEXT = """\
 
 # {title}
 
-{what} of a supervised fine-tuning ([ViSFT](https://arxiv.org/abs/2401.10222)) with visft_ds.
+{what}
 
 | | |
 |---|---|
@@ -37,31 +40,11 @@ _TEXT = """\
 {load}
 ```{reading}
 
-Give images whose sides are multiples of {cell} pixels. Pad others with 0 on the right and bottom, after normalisation,
-as in training: libraries drop pixels beyond the last whole patch.
+Give images whose sides are multiples of {cell} pixels. Pad others with 0 on the right and bottom, after
+normalisation, as in training: libraries drop pixels beyond the last whole patch.
 
 The licence is that of the base weights.
 """
-_LOAD = {
-    "peft": """\
-import timm
-from peft import PeftModel
-
-model = {model}
-for module in model.modules():  # else timm's EVA passes by the layers that PEFT adapts, and nothing warns
-    if hasattr(module, "qkv_bias_separate"):
-        module.qkv_bias_separate = True
-model = PeftModel.from_pretrained(model, ".").eval()""",
-    "timm": 'import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True)',
-    "transformers": 'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained(".")',
-    "open_clip": 'import open_clip\n\nmodel = open_clip.create_model("local-dir:.")',
-    "onnx": 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")\n'
-    '# features = session.run(["features"], {"images": images})[0]',
-    "eva_clip": "# with EVA-CLIP's own code\nmodel, *_ = create_model_and_transforms("
-    '"EVA02-CLIP-bigE-14-plus", pretrained="eva_clip.pt")',
-    "lavis": "# takes the place of LAVIS' own eva_vit_g.pth, see create_eva_vit_g in lavis/models/eva_vit.py\n"
-    'weights = torch.load("eva_vit_g.pth")',
-}
 
 
 def repository_of(weights: str | None) -> str | None:
@@ -93,11 +76,12 @@ def card(
         base_model=base,
         library_name=form,
         pipeline_tag="image-feature-extraction",
-        tags=["vision", "visft", *(["lora"] if form == "peft" else [])],
+        tags=["vision", "visft", "lora"] if form == "peft" else ["vision", "visft"],
         model_name=title if measured else None,
         eval_results=list(measured) or None,
-        **({} if base is None else {"base_model_relation": "adapter" if form == "peft" else "finetune"}),
     )
+    if base is not None:
+        front.base_model_relation = "adapter" if form == "peft" else "finetune"
     rows = {
         "model": described(model_of(backbone)),
         "base weights": base or "a file that has no name on a hub",
@@ -108,25 +92,31 @@ def card(
             "fingerprint of the base weights": adapter.base or "not recorded",
         }
     rows |= dict(facts or {})
-    for one in measured:
-        rows[f"{one.metric_type} ({one.dataset_split}, {one.dataset_name})"] = f"{one.metric_value:.4f}"
-    model = 'timm.create_model("local-dir:BASE", pretrained=True)  # visft merge --base FILE --format timm --out BASE'
+    for result in measured:
+        name = f"{result.metric_type} ({result.dataset_split}, {result.dataset_name})"
+        rows[name] = f"{result.metric_value:.4f}"
+    model = 'timm.create_model("local-dir:BASE", pretrained=True)'
+    model += "  # visft merge --base FILE --format timm --out BASE"
     if isinstance(backbone, TimmBackbone):
         options = "".join(f"{name}={value}, " for name, value in backbone.options.items())
         source = "pretrained=True" if base else 'checkpoint_path="BASE"'
         model = f'timm.create_model("{backbone.name}", num_classes=0, {options}{source})'
     read = ", ".join(f"`{backbone.ends()[number]}`" for number in backbone.layers_read)
-    reading = f"\n\nIt was trained on what {read} gives: `{backbone.pruning}`, `forward_features`."
-    if len(backbone.layers_read) > 1:
+    reading = ""
+    if len(backbone.layers_read) == 1:
+        reading = f"\n\nIt was trained on what {read} gives: `{backbone.pruning}`, `forward_features`."
+    elif backbone.layers_read:
         reading = f"\n\nIt was trained on what {read} give, and only these may be read: `{backbone.pruning}`."
+    lines = []
+    for cells in rows.items():
+        name, value = (cell.replace("|", r"\|") for cell in cells)
+        lines.append(f"| {name} | {value} |")
     return _TEXT.format(
         front=front.to_yaml().strip(),
         title=title,
-        what="The LoRA, without its base," if form == "peft" else f"Full weights for {form},",
-        facts="\n".join(
-            "| {} | {} |".format(*(cell.replace("|", r"\|") for cell in row)) for row in rows.items()
-        ),
-        load=_LOAD[form].replace("{model}", model),
-        reading=reading if backbone.layers_read else "",
+        what=_ADAPTER if form == "peft" else f"Full weights for {form} from {_METHOD}.",
+        facts="\n".join(lines),
+        load=FORMATS[form].snippet.replace("{model}", model),
+        reading=reading,
         cell=backbone.patch_size,
     )

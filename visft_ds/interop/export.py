@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,14 +28,20 @@ from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
 
-#: Format -> module that loads it.
-LIBRARIES = {"timm": "timm", "open_clip": "open_clip", "transformers": "transformers", "onnx": "onnxruntime"}
 #: protobuf holds 2 GiB at most; above this the weights lie beside the graph, in FILE.data.
 _LARGEST_GRAPH = 1_900_000_000
 #: Of what timm knows of pretrained weights, what holds for trained ones too.
 _SETTINGS = (
-    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
-    *("first_conv", "classifier", "pool_size"),
+    "input_size",
+    "fixed_input_size",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "mean",
+    "std",
+    "first_conv",
+    "classifier",
+    "pool_size",
 )
 
 
@@ -81,20 +86,22 @@ def merge(
     changed = set() if adapter is None else set(adapter.weights())
     assert changed <= tower.keys(), changed - tower.keys()
 
-    def make(name: str) -> Tensor:
-        what, value = f"{tower.path}: {name}", tower[name].read()
+    def make(name: str, target: torch.dtype) -> Tensor:
+        what = f"{tower.path}: {name}"
+        value = tower[name].read()
         if adapter is None or name not in changed:
-            return finite(value.to(dtype) if name in names else value, what)
-        weight, delta = value.float(), adapter.delta(name).view_as(value)
-        result = finite((weight + delta).to(dtype), what)
+            return finite(value.to(target), what)
+        weight = value.float()
+        delta = adapter.delta(name).view_as(value)
+        result = finite((weight + delta).to(target), what)
         share.add(result.float() - weight, delta)
         return result
 
-    made = {
-        name: Lazy(one.shape, dtype if name in names else one.dtype, partial(make, name))
-        for name, one in tower.items()
-    }
-    return Weights(made, tower.path, tower.metadata)
+    merged = {}
+    for name, tensor in tower.items():
+        target = dtype if name in names else tensor.dtype
+        merged[name] = Lazy(tensor.shape, target, partial(make, name, target))
+    return Weights(merged, tower.path, tower.metadata)
 
 
 class Written(NamedTuple):
@@ -106,21 +113,33 @@ class Written(NamedTuple):
 
 def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict[str, Any]]:
     """(name, arguments) by which `timm.create_model` makes the model that has all tensors of a tower."""
+    arguments: dict[str, Any] = {"num_classes": 0}
+    classifiers = ["head"] if isinstance(backbone, EvaViT) else backbone.classifier_names
+    for name in classifiers:
+        if f"{name}.weight" in tower:
+            arguments["num_classes"] = tower[f"{name}.weight"].shape[0]
+            break
     if not isinstance(backbone, EvaViT):
-        shapes = [tower[f"{n}.weight"].shape[0] for n in backbone.classifier_names if f"{n}.weight" in tower]
-        return backbone.name, {"num_classes": shapes[0] if shapes else 0, **backbone.options}
+        return backbone.name, arguments | backbone.options
     config = backbone.config
-    arguments: dict[str, Any] = {
-        "num_classes": tower["head.weight"].shape[0] if "head.weight" in tower else 0
+    arguments |= {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "mlp_ratio": config.mlp_ratio,
     }
-    arguments |= {"img_size": config.image_size, "patch_size": config.patch_size, "embed_dim": config.width}
-    arguments |= {"depth": config.depth, "num_heads": config.num_heads, "mlp_ratio": config.mlp_ratio}
-    if (
-        "cls_token" not in tower
-    ):  # ours norms every patch; timm would pool by the class token, or norm what it pooled
-        arguments |= {"class_token": False, "global_pool": "avg", "use_fc_norm": False}
-        arguments |= {"use_post_transformer_norm": True}
-    return "eva02_enormous_patch14_clip_224" if config.post_norm else "eva_giant_patch14_clip_224", arguments
+    if "cls_token" not in tower:
+        # Ours norms every patch; timm would pool by the class token, or norm what it pooled.
+        arguments |= {
+            "class_token": False,
+            "global_pool": "avg",
+            "use_fc_norm": False,
+            "use_post_transformer_norm": True,
+        }
+    name = "eva02_enormous_patch14_clip_224" if config.post_norm else "eva_giant_patch14_clip_224"
+    return name, arguments
 
 
 def _lacking(model: nn.Module, tower: Mapping[str, Lazy]) -> list[str]:
@@ -132,7 +151,7 @@ def _lacking(model: nn.Module, tower: Mapping[str, Lazy]) -> list[str]:
 
 def _blocks_in(tower: Mapping[str, Lazy]) -> int:
     """Number of blocks that a plain ViT's tensors are of."""
-    numbers = [int(match[1]) for name in tower if (match := re.match(r"blocks\.(\d+)\.", name))]
+    numbers = [int(name.split(".")[1]) for name in tower if name.startswith("blocks.")]
     return 1 + max(numbers, default=-1)
 
 
@@ -141,9 +160,12 @@ def _shorter(model: nn.Module, tower: Mapping[str, Lazy]) -> dict[str, Any]:
     from timm.models.eva import Eva
 
     arguments: dict[str, Any] = {"depth": _blocks_in(tower)}
-    if hasattr(model, "attn_pool") and not any(name.startswith("attn_pool.") for name in tower):
+    has_pooling = any(name.startswith("attn_pool.") for name in tower)
+    if hasattr(model, "attn_pool") and not has_pooling:
+        arguments["global_pool"] = "avg"
         # The last norm stays where it is, in front of the pooling.
-        arguments |= {"global_pool": "avg", "use_fc_norm" if isinstance(model, Eva) else "fc_norm": False}
+        norm_behind = "use_fc_norm" if isinstance(model, Eva) else "fc_norm"
+        arguments[norm_behind] = False
     return arguments
 
 
@@ -165,35 +187,40 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
         if _lacking(model, tower) and (isinstance(backbone, EvaViT) or backbone.patch is not None):
             arguments |= _shorter(model, tower)
             model = create_model(name, **arguments)
+    tensors = dict(tower)
     if isinstance(backbone, EvaViT) and "cls_token" not in tower:  # timm has no position for it then
-        one, shape = tower["pos_embed"], tuple(model.pos_embed.shape)
-        tower = Weights(
-            {**tower, "pos_embed": Lazy(shape, one.dtype, lambda: one.read()[:, -shape[1] :])}, tower.path
-        )
-    lacking = _lacking(model, tower)
+        positions = tower["pos_embed"]
+        shape = tuple(model.pos_embed.shape)
+        tensors["pos_embed"] = Lazy(shape, positions.dtype, lambda: positions.read()[:, -shape[1] :])
+    lacking = _lacking(model, tensors)
     if lacking:
         raise ValueError(
-            f"{file.path} lacks {examples(lacking)}, which timm would fill with random numbers: give --base with the "
-            "whole network, or --format onnx, which ends where the training read"
+            f"{file.path} lacks {examples(lacking)}, which timm would fill with random numbers: "
+            "give --base with the whole network, or --format onnx, which ends where the training read"
         )
     names = model.state_dict().keys()
-    if names - tower.keys():
+    if names - tensors.keys():
         with torch.random.fork_rng(devices=[]):
-            start = create_model(name, **arguments).state_dict()
-        tower = Weights({**{key: Lazy.of(value) for key, value in start.items()}, **tower}, tower.path)
-    tower = Weights({key: tower[key] for key in names}, tower.path)
-    known = model.pretrained_cfg
-    kept = {key: known[key] for key in _SETTINGS if known.get(key) is not None}
-    if "img_size" in arguments:
-        kept["input_size"] = [3, arguments["img_size"], arguments["img_size"]]
+            initial = create_model(name, **arguments).state_dict()
+        tensors = {key: Lazy.of(value) for key, value in initial.items()} | tensors
+    num_classes = arguments.pop("num_classes")
     config = {
-        "architecture": known["architecture"],
-        "num_classes": arguments["num_classes"],
+        "architecture": model.pretrained_cfg["architecture"],
+        "num_classes": num_classes,
         "num_features": model.num_features,
-        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
-        "pretrained_cfg": kept | {"num_classes": arguments["num_classes"]},
+        "model_args": arguments,
+        "pretrained_cfg": _pretrained_settings(model, arguments) | {"num_classes": num_classes},
     }
-    return Written(tower, {"config.json": config})
+    return Written(Weights({key: tensors[key] for key in names}, tower.path), {"config.json": config})
+
+
+def _pretrained_settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm knows of the pretrained weights of a model, and holds for trained ones, too."""
+    known = {key: model.pretrained_cfg.get(key) for key in _SETTINGS}
+    settings = {key: value for key, value in known.items() if value is not None}
+    if "img_size" in arguments:
+        settings["input_size"] = [3, arguments["img_size"], arguments["img_size"]]
+    return settings
 
 
 def _check_whole(tower: Weights, file: Weights, backbone: Backbone) -> None:
@@ -201,8 +228,8 @@ def _check_whole(tower: Weights, file: Weights, backbone: Backbone) -> None:
     blocks = _blocks_in(tower)
     if isinstance(backbone, EvaViT) and blocks < backbone.config.depth:
         raise ValueError(
-            f"{file.path} has {blocks} of {backbone.config.depth} blocks, and the rest would be random: give --base "
-            "with the whole tower, or --format timm, which writes a shorter one"
+            f"{file.path} has {blocks} of {backbone.config.depth} blocks, and the rest would be random: give "
+            "--base with the whole tower, or --format timm, which writes a shorter one"
         )
 
 
@@ -211,47 +238,44 @@ def _whole_clip(prefix: str, text: str, tower: Weights, file: Weights, backbone:
     name.
     """
     _check_whole(tower, file, backbone)
-    mine = layouts.prefix_of(file) if isinstance(backbone, EvaViT) else ""
-    beside = {key: one for key, one in file.items() if not key.startswith(mine)} if mine else {}
+    of_tower = layouts.prefix_of(file) if isinstance(backbone, EvaViT) else ""
+    beside: dict[str, Lazy] = {}
+    if of_tower:
+        beside = {name: tensor for name, tensor in file.items() if not name.startswith(of_tower)}
     if text not in beside or not {"cls_token", "head.weight"} <= tower.keys():
         raise ValueError(
-            f"{file.path} has no class token, CLIP projection and text tower, which whole CLIPs of EVA have: give "
-            "EVA-CLIP's or open_clip's file as the base"
+            f"{file.path} has no class token, CLIP projection and text tower, which whole CLIPs of EVA have: "
+            "give EVA-CLIP's or open_clip's file as the base"
         )
-    return Written(Weights({**{prefix + key: one for key, one in tower.items()}, **beside}, file.path), {})
+    tensors = {prefix + name: tensor for name, tensor in tower.items()}
+    return Written(Weights(tensors | beside, file.path), {})
 
 
-def _open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
-    """The same with the configuration that open_clip has of EVA's two models."""
+def eva_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
+    """A whole model of EVA-CLIP."""
+    return _whole_clip("visual.", "logit_scale", tower, file, backbone)
+
+
+def open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
+    """A whole model of open_clip, with the configuration that it has of EVA's two."""
     from open_clip import constants, get_model_config
 
     written = _whole_clip("visual.trunk.", "text.positional_embedding", tower, file, backbone)
     assert isinstance(backbone, EvaViT)
-    config = get_model_config("EVA02-E-14-plus" if backbone.post_norm else "EVA01-g-14-plus") | {
-        "custom_text": True
-    }
-    config["vision_cfg"]["image_size"] = backbone.image_size
+    model = get_model_config("EVA02-E-14-plus" if backbone.post_norm else "EVA01-g-14-plus")
+    model["custom_text"] = True
+    model["vision_cfg"]["image_size"] = backbone.image_size
     images = {"mean": constants.OPENAI_DATASET_MEAN, "std": constants.OPENAI_DATASET_STD}
-    return Written(
-        written.tensors, {"open_clip_config.json": {"model_cfg": config, "preprocess_cfg": images}}
-    )
+    config = {"model_cfg": model, "preprocess_cfg": images}
+    return Written(written.tensors, {"open_clip_config.json": config})
 
 
-def _lavis(tower: Weights, file: Weights, backbone: Backbone) -> Written:
+def lavis(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """LAVIS' eva_vit_g.pth; LAVIS reads the first 39 blocks of a pre-norm tower and passes over the rest."""
     if not isinstance(backbone, EvaViT) or backbone.post_norm or "cls_token" not in tower:
         raise ValueError(f"{file.path}: LAVIS has the pre-norm giant of EVA with a class token only")
     _check_whole(tower, file, backbone)
     return Written(tower, {})
-
-
-#: Format -> what it consists of, by the tower, the whole base file and the backbone.
-FORMATS: dict[str, Callable[[Weights, Weights, Backbone], Written]] = {
-    "timm": timm,
-    "eva_clip": partial(_whole_clip, "visual.", "logit_scale"),
-    "open_clip": _open_clip,
-    "lavis": _lavis,
-}
 
 
 def write_onnx(backbone: Backbone, path: Path) -> None:
@@ -260,8 +284,11 @@ def write_onnx(backbone: Backbone, path: Path) -> None:
 
     torch's own exporter writes it (torch.export, `dynamo=True`). Raises ValueError where it cannot.
     """
-    names = [f"map_{number}" for number in backbone.layers_read] if len(backbone.shapes) > 1 else ["features"]
-    side, size = backbone.image_size, sum(value.nbytes for value in backbone.parameters())
+    names = ["features"]
+    if len(backbone.shapes) > 1:
+        names = [f"map_{number}" for number in backbone.layers_read]
+    side = backbone.image_size
+    size = sum(value.nbytes for value in backbone.parameters())
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each constant that it does not fold
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -293,19 +320,25 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor]
     if form == "onnx":
         import onnxruntime
 
-        session: Any = onnxruntime.InferenceSession(
-            next(folder.glob("*.onnx")), providers=["CPUExecutionProvider"]
-        )
-        return lambda images: [torch.from_numpy(one) for one in session.run(None, {"images": images.numpy()})]
+        graph = next(folder.glob("*.onnx"))
+        session: Any = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+
+        def run(images: Tensor) -> list[Tensor]:
+            return [torch.from_numpy(array) for array in session.run(None, {"images": images.numpy()})]
+
+        return run
     if form == "transformers":
         from transformers import AutoModel
 
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
         # CLIP's last hidden state is in front of its last norm, which others have behind them.
         norm = model.post_layernorm if model.config.model_type == "clip_vision_model" else nn.Identity()
-        return lambda images: [
-            _map(norm(model.eval()(pixel_values=images).last_hidden_state), images, backbone)
-        ]
+
+        def last_map(images: Tensor) -> list[Tensor]:
+            tokens = norm(model(pixel_values=images).last_hidden_state)
+            return [_map(tokens, images, backbone)]
+
+        return last_map
     if form == "open_clip":
         import open_clip
 
@@ -328,7 +361,7 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor]
 def difference(
     form: str, folder: Path, base: Path, model: Mapping[str, Any], adapter: Adapter | None
 ) -> float:
-    """|got - wanted| / |wanted| on two images of seeded noise, the largest one of the maps that there are.
+    """|computed - ours| / |ours| on two images of seeded noise, the largest one of the maps that there are.
 
     Only one of the two models is in memory at a time.
     """
@@ -336,14 +369,17 @@ def difference(
     images = torch.randn(2, 3, tower.image_size, tower.image_size, generator=torch.Generator().manual_seed(0))
     if adapter is not None:
         adapter.install(tower)
-    wanted = tower(images)
+    expected = tower(images)
     tower = layouts.built(model, "meta")
-    found = by_library(form, folder, tower)(images)
-    pairs = zip(found, wanted[-len(found) :], strict=True)
-    return max(float((one.float() - want).norm() / want.norm()) for one, want in pairs)
+    maps = by_library(form, folder, tower)(images)
+    differences = []
+    for computed, ours in zip(maps, expected[-len(maps) :], strict=True):
+        differences.append(float((computed.float() - ours).norm() / ours.norm()))
+    return max(differences)
 
 
 def _map(tokens: Tensor, images: Tensor, backbone: Backbone) -> Tensor:
     """(B, N, D) -> (B, D, h, w), without what stands in front of the patches."""
-    grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
-    return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+    height, width = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
+    patches = tokens[:, -height * width :]
+    return patches.transpose(1, 2).unflatten(2, (height, width))

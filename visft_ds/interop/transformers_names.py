@@ -55,37 +55,42 @@ _FAMILIES: Mapping[str, tuple[str, str, str, Mapping[str, str]]] = {
 
 
 def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
-    """Content in transformers' form, as `export.FORMATS` want it. Raises ValueError for a model of no such
+    """Content in transformers' form, see `Format.content`. Raises ValueError for a model of no such
     class.
     """
     name = backbone.name.partition(".")[0] if isinstance(backbone, TimmBackbone) else ""
-    known = next((found for pattern, found in _FAMILIES.items() if re.fullmatch(pattern, name)), None)
-    if known is None:
+    families = [family for pattern, family in _FAMILIES.items() if re.fullmatch(pattern, name)]
+    if not families:
         raise ValueError(
             f"transformers has no class for {backbone.describe()}, only of DINOv3, CLIP and SigLIP: give "
             "--format timm, whose folder AutoModel loads"
         )
-    kind, model_type, processor, rules = known
+    kind, model_type, processor, rules = families[0]
     model: Any = backbone
     pooled = "attn_pool.latent" in tower and not backbone.layers_read
-    kept = dict(backbone.named_parameters()).keys() | {
-        n for n in tower if pooled and n.startswith("attn_pool.")
-    }
+    names = set(dict(backbone.named_parameters()))
+    if pooled:
+        names |= {name for name in tower if name.startswith("attn_pool.")}
     tensors: dict[str, Lazy] = {}
-    for name in (name for name in tower if name in kept):
-        for theirs, one in _parts(name, tower, flat=model_type != "dinov3_vit"):
-            pattern = next((pattern for pattern in rules if re.match(pattern, theirs)), "")
-            tensors[re.sub(f"^{pattern}", rules[pattern], theirs) if pattern else theirs] = one
+    for name in tower:
+        if name in names:
+            for part, tensor in _parts(name, tower, flat=model_type != "dinov3_vit"):
+                tensors[_renamed(part, rules)] = tensor
     dtype = tower["patch_embed.proj.weight"].dtype
-    side, block = backbone.image_size, model.blocks[0]
+    side = backbone.image_size
+    block = model.blocks[0]
     config = {
         "architectures": [kind],
         "model_type": model_type,
-        **{"hidden_size": backbone.width, "intermediate_size": block.mlp.fc2.in_features},
-        **{"num_hidden_layers": len(model.blocks), "num_attention_heads": block.attn.num_heads},
-        **{"image_size": side, "patch_size": backbone.patch_size},
+        "hidden_size": backbone.width,
+        "intermediate_size": block.mlp.fc2.in_features,
+        "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "image_size": side,
+        "patch_size": backbone.patch_size,
         "hidden_act": _ACTIVATIONS[type(block.mlp.act).__name__],
-        **{"layer_norm_eps": block.norm1.eps, "attention_dropout": 0.0},
+        "layer_norm_eps": block.norm1.eps,
+        "attention_dropout": 0.0,
         "dtype": str(dtype).removeprefix("torch."),
     }
     if model_type == "dinov3_vit":
@@ -94,37 +99,54 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
         config |= {
             "num_register_tokens": model.reg_token.shape[1],
             "use_gated_mlp": hasattr(block.mlp, "fc1_g"),
+            "query_bias": block.attn.q_bias is not None,
+            "key_bias": False,
+            "value_bias": block.attn.v_bias is not None,
+            "rope_theta": 100.0,
         }
-        config |= {"query_bias": block.attn.q_bias is not None, "value_bias": block.attn.v_bias is not None}
-        config |= {"key_bias": False, "rope_theta": 100.0}
     if model_type == "siglip_vision_model":
         config["vision_use_head"] = pooled
     square = {"height": side, "width": side}
-    images: dict[str, Any] = {"image_processor_type": processor, "size": square}
-    images |= {"do_resize": True, "do_rescale": True, "do_normalize": True}
-    images |= {"image_mean": list(backbone.pixel_mean), "image_std": list(backbone.pixel_std)}
+    images: dict[str, Any] = {
+        "image_processor_type": processor,
+        "size": square,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(backbone.pixel_mean),
+        "image_std": list(backbone.pixel_std),
+    }
     if kind == "CLIPVisionModel":
         images |= {"size": {"shortest_edge": side}, "crop_size": square, "do_center_crop": True}
     files = {"config.json": config, "preprocessor_config.json": images}
     return Written(Weights(tensors, tower.path), files)
 
 
+def _renamed(name: str, rules: Mapping[str, str]) -> str:
+    """The name by the first rule whose pattern it begins with."""
+    for pattern, theirs in rules.items():
+        if re.match(pattern, name):
+            return re.sub(f"^{pattern}", theirs, name)
+    return name
+
+
 def _parts(name: str, tower: Weights, *, flat: bool) -> Iterator[tuple[str, Lazy]]:
     """(name, tensor) of what transformers makes of a tensor: thirds of a qkv, joined parts of a pooling, or
     it.
     """
-    one = tower[name]
+    tensor = tower[name]
     if match := re.fullmatch(r"(.+\.attn\.)qkv\.(weight|bias)", name):
-        shape = (one.shape[0] // 3, *one.shape[1:])
-        for index, part in enumerate("qkv"):
-            third = partial(lambda index: one.read().chunk(3)[index], index)
-            yield f"{match[1]}{part}_proj.{match[2]}", Lazy(shape, one.dtype, third)
+        shape = (tensor.shape[0] // 3, *tensor.shape[1:])
+        for index, letter in enumerate("qkv"):
+            third = partial(lambda index: tensor.read().chunk(3)[index], index)
+            yield f"{match[1]}{letter}_proj.{match[2]}", Lazy(shape, tensor.dtype, third)
     elif match := re.fullmatch(r"attn_pool\.q\.(weight|bias)", name):
-        both, shape = (one, tower[f"attn_pool.kv.{match[1]}"]), (3 * one.shape[0], *one.shape[1:])
-        joined = Lazy(shape, one.dtype, lambda: torch.cat([part.read() for part in both]))
+        of_kv = tower[f"attn_pool.kv.{match[1]}"]
+        shape = (3 * tensor.shape[0], *tensor.shape[1:])
+        joined = Lazy(shape, tensor.dtype, lambda: torch.cat([tensor.read(), of_kv.read()]))
         yield f"vision_model.head.attention.in_proj_{match[1]}", joined
     elif flat and name in ("pos_embed", "cls_token"):  # without the axes of the batch
-        shape = one.shape[-2:] if name == "pos_embed" else one.shape[-1:]
-        yield name, Lazy(shape, one.dtype, lambda: one.read().reshape(shape))
+        shape = tensor.shape[-2:] if name == "pos_embed" else tensor.shape[-1:]
+        yield name, Lazy(shape, tensor.dtype, lambda: tensor.read().reshape(shape))
     elif not name.startswith("attn_pool.kv."):
-        yield name, one
+        yield name, tensor

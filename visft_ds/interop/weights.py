@@ -8,6 +8,7 @@ run.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import struct
 import zipfile
@@ -32,8 +33,15 @@ _NESTS = ("model", "state_dict", "module")
 _MOST_PICKLED = 1 << 26
 # https://github.com/huggingface/safetensors#format
 _DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -60,17 +68,22 @@ class Weights(dict[str, Lazy]):
         self, tensors: Mapping[str, Lazy], path: Path, metadata: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(tensors)
-        self.path, self.metadata = path, dict(metadata or {})
+        self.path = path
+        self.metadata = dict(metadata or {})
 
     def under(self, prefix: str) -> Weights:
         """The tensors whose names begin so, without that beginning."""
-        found = {name[len(prefix) :]: one for name, one in self.items() if name.startswith(prefix)}
-        return Weights(found, self.path, self.metadata)
+        inside = {}
+        for name, tensor in self.items():
+            if name.startswith(prefix):
+                inside[name.removeprefix(prefix)] = tensor
+        return Weights(inside, self.path, self.metadata)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor in memory of its own, cast. Raises ValueError for values that are not finite then."""
         value = self[name].read()
-        result = value.to(dtype or value.dtype, copy=True, memory_format=torch.contiguous_format)
+        dtype = dtype or value.dtype
+        result = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
         return finite(result, f"{self.path}: {name}")
 
 
@@ -88,8 +101,10 @@ def finite(value: Tensor, what: str) -> Tensor:
 def examples(names: Iterable[str], limit: int = 4) -> str:
     """`a, b, c, ... (840 in all)`: a sample of many names for messages."""
     listed = [shown_name(name) for name in names]
-    more = f", ... ({len(listed)} in all)" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more if listed else "nothing"
+    if not listed:
+        return "nothing"
+    text = ", ".join(listed[:limit])
+    return f"{text}, ... ({len(listed)} in all)" if len(listed) > limit else text
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -102,22 +117,23 @@ def open_weights(path: str | Path) -> Weights:
     if path.suffix not in (".safetensors", *PICKLE_SUFFIXES) or not path.is_file():
         raise ValueError(f"{path}: no such weight file (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
     with reading(path, "a weight file"):
-        tensors, metadata = _safetensors(path) if path.suffix == ".safetensors" else (_pickled(path), {})
-        if tensors and all(name.startswith("module.") for name in tensors):  # of DistributedDataParallel
-            tensors = {name.removeprefix("module."): one for name, one in tensors.items()}
-    return Weights(tensors, path, metadata)
+        weights = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    if all(name.startswith("module.") for name in weights):  # of DistributedDataParallel
+        return weights.under("module.")
+    return weights
 
 
-def _safetensors(path: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
+def _safetensors(path: Path) -> Weights:
     file = safe_open(path, framework="pt", device="cpu")
-    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    return {
-        name: Lazy(tuple(one.get_shape()), _DTYPES[one.get_dtype()], partial(file.get_tensor, name))
-        for name, one in slices.items()
-    }, file.metadata() or {}
+    tensors = {}
+    for name in file.keys():  # noqa: SIM118 (it is no mapping)
+        entry = file.get_slice(name)
+        dtype = _DTYPES[entry.get_dtype()]
+        tensors[name] = Lazy(tuple(entry.get_shape()), dtype, partial(file.get_tensor, name))
+    return Weights(tensors, path, file.metadata())
 
 
-def _pickled(path: Path) -> dict[str, Lazy]:
+def _pickled(path: Path) -> Weights:
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         _refuse_unpacking(path)
@@ -128,9 +144,9 @@ def _pickled(path: Path) -> dict[str, Lazy]:
     except (pickle.UnpicklingError, KeyError, EOFError) as error:  # torch advises to run the code in it
         raise ValueError("it is no file of torch, or holds more than tensors") from error
     for _ in _NESTS:  # not for ever: a pickle can contain itself
-        inner = [
-            name for name in _NESTS if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)
-        ]
+        if not isinstance(content, Mapping):
+            break
+        inner = [name for name in _NESTS if isinstance(content.get(name), Mapping)]
         if not inner:
             break
         content = content[inner[0]]
@@ -139,7 +155,7 @@ def _pickled(path: Path) -> dict[str, Lazy]:
     foreign = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if foreign:
         raise ValueError(f"it holds more than tensors: {examples(foreign)}")
-    return {name: Lazy.of(value.detach()) for name, value in content.items()}
+    return Weights({name: Lazy.of(value.detach()) for name, value in content.items()}, path)
 
 
 def _refuse_unpacking(path: Path) -> None:
@@ -150,8 +166,8 @@ def _refuse_unpacking(path: Path) -> None:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
                 raise ValueError(
-                    f"{member.filename} in it is compressed, {member.file_size:,} bytes unpacked, which torch.save "
-                    "never does: load and save it with torch where you trust it"
+                    f"{member.filename} in it is compressed, {member.file_size:,} bytes unpacked, which "
+                    "torch.save never does: load and save it with torch where you trust it"
                 )
             if member.filename.endswith("/data.pkl") and member.file_size > _MOST_PICKLED:
                 raise ValueError(
@@ -182,16 +198,24 @@ def safetensors_pieces(
     aligned.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    order, end = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    end = 0
     for name in order:
-        one, start = tensors[name], end
-        end += torch.Size(one.shape).numel() * one.dtype.itemsize
-        header[name] = {"dtype": _NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [start, end]}
+        tensor = tensors[name]
+        start = end
+        end += math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    yield struct.pack("<Q", len(text))
+    yield text
     for name in order:
         value = tensors[name].read().detach().cpu().contiguous()
-        assert (tuple(value.shape), value.dtype) == (tensors[name].shape, tensors[name].dtype), name
+        assert tuple(value.shape) == tensors[name].shape, name
+        assert value.dtype == tensors[name].dtype, name
         # One element that was expanded counts as contiguous with any stride; a view as bytes needs 1.
         yield value.as_strided((value.numel(),), (1,)).view(torch.uint8).numpy().data

@@ -1,5 +1,5 @@
-"""`visft merge`: adapters into base weights, out of them, and weights in the formats of other libraries.
+"""`visft merge`: adapters into base weights, or weights in the form of another library.
 
-cli: the flags. command: what they ask for. source: the adapter and the base weights that a path names. Formats and
-names of other libraries are `visft_ds.interop`'s; nothing imports this room but the command line.
+cli: the flags. command: the steps. source: the adapter and the base weights that a path names. The forms
+themselves are `visft_ds.interop.formats`. Nothing imports this room but the command line.
 """

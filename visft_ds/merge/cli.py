@@ -10,7 +10,7 @@ from visft_ds import program
 from visft_ds.config.flags import DOWNLOAD_HELP
 from visft_ds.errors import tell
 from visft_ds.flags import Parser
-from visft_ds.interop import FORMATS
+from visft_ds.interop.formats import FORMATS
 
 USAGE = """Merge LoRA adapters into base weights, or write an adapter in another format.
 
@@ -18,9 +18,9 @@ visft merge --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapter runs/stage2-
     --out merged.safetensors --format timm --verify
 
 Base: .safetensors, .pt; any known layout; for a run it may be left out.
-Adapter: a run, a checkpoint, an adapter folder, or a LoRA file as ViSFT published them; several are averaged; without
-any, the base is converted to the format. An --out without suffix is a folder: weights, the configuration of
-the library that reads them, and a model card.
+Adapter: a run, a checkpoint, an adapter folder, or a LoRA file as ViSFT published them; several are averaged;
+without any, the base is converted to the format. An --out without suffix is a folder: weights, the
+configuration of the library that reads them, and a model card.
 
 Exit status: 0 written, 1 --verify found different outputs (nothing is kept), 2 wrong usage or input.
 """

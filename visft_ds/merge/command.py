@@ -7,10 +7,11 @@ import json
 import math
 import os
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,11 +20,13 @@ from visft_ds.config.record import read_run, recorded_config
 from visft_ds.evals.records import MAIN
 from visft_ds.files import write_text, writing
 from visft_ds.flags import check_extra
-from visft_ds.interop import FORMATS, export, layouts, transformers_names
+from visft_ds.interop import export, layouts
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.card import README, card, repository_of
-from visft_ds.interop.weights import write_safetensors
+from visft_ds.interop.formats import FORMATS
+from visft_ds.interop.weights import Weights, write_safetensors
 from visft_ds.merge.source import adapter_at, base_of
+from visft_ds.models import Backbone
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.ops import DTYPES
 from visft_ds.pretrained import TIMM
@@ -33,7 +36,18 @@ from visft_ds.tasks import config_class
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-_MAKE = {**export.FORMATS, "transformers": transformers_names.written}
+
+@dataclass(frozen=True)
+class Base:
+    """The weights that are converted, or that an adapter comes on top of."""
+
+    path: Path
+    file: Weights
+    model: dict[str, Any]  #: description of the backbone, see `layouts.model_of`
+    backbone: Backbone  #: on the meta device
+    fingerprint: str
+    repository: str | None  #: on the hub
+    run: Path | None  #: that the adapter is of
 
 
 def merge_files(given: argparse.Namespace) -> int:
@@ -43,99 +57,135 @@ def merge_files(given: argparse.Namespace) -> int:
     """
     _check(given)
     adapter = _read_adapter(given)
-    chosen = None if given.base is None else named(given.base, download=given.download)
-    place = base_of(given.adapter[0]) if chosen is None else chosen.file(download=given.download)
-    run = run_around(given.adapter[0]) if given.adapter else None
-    repository = repository_of(
-        given.base if given.base or run is None else recorded_config(run).visft.model.weights
-    )
-    file = layouts.open_model(place)
-    told = (
-        adapter.model
-        if adapter and adapter.model["preset"].startswith(TIMM)
-        else chosen and chosen.description
-    )
-    model = dict(told) if told and layouts.MODEL not in file.metadata else layouts.model_in(file)
-    if adapter is not None and "layers" in adapter.model:
-        model["layers"] = adapter.model["layers"]
-    model = model if given.format == "onnx" else layouts.whole(model, file)
-    backbone = layouts.built(model, "meta")
-    own = layouts.fingerprint_of(backbone, place)
+    base = _open_base(given, adapter)
     if adapter is not None:
-        if layouts.MERGED in file.metadata:
-            raise ValueError(
-                f"{place} has an adapter merged in already, and this one would come on top: give the base"
-            )
-        adapter.install(backbone)  # on the meta device: a check of shapes
-        if problem := layouts.other_base(
-            "the adapter", adapter.base, {own, file.metadata.get(layouts.BASE, own)}
-        ):
-            print(f"warning: {problem}", file=sys.stderr)
-    print(f"base     {place}")
+        _check_fit(adapter, base)
+    print(f"base     {base.path}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=given.out.parent, prefix=f".{given.out.name}.tmp-") as folder:
-        stage, facts, share = Path(folder) / "out", dict[str, str](), export.Share()
+        stage = Path(folder) / "out"
         stage.mkdir()
-        weights = stage / (given.out.name if given.out.suffix else FORMATS[given.format])
-        dtype, names = DTYPES[given.dtype], layouts.base_parameters(backbone)
-        if given.format == "peft":
-            assert adapter is not None
-            adapter.save(stage, repository)
-        elif given.format == "onnx":
-            merged = layouts.built(model)
-            layouts.fill(
-                merged, export.merge(layouts.open_backbone(merged, place), adapter, dtype, names, share)
-            )
-            export.write_onnx(merged, weights)
-        else:
-            made_of = {
-                name: file.metadata[name] for name in (layouts.BASE, layouts.MERGED) if name in file.metadata
-            }
-            if adapter is not None:
-                settings = {"rank": adapter.rank, "alpha": adapter.alpha, "sha256": adapter.fingerprint()}
-                made_of = {layouts.BASE: own, layouts.MERGED: json.dumps(settings)}
-            tower = export.merge(layouts.tower_in(file, model), adapter, dtype, names, share)
-            written = _MAKE[given.format](tower, file, backbone)
-            if weights.suffix == ".safetensors":
-                write_safetensors(weights, written.tensors, {layouts.MODEL: json.dumps(model), **made_of})
-            else:  # of programs that read by torch.load alone
-                tensors = {name: one.read().contiguous() for name, one in written.tensors.items()}
-                with writing(weights) as target:
-                    torch.save(tensors, target)
-            for name, content in written.files.items():
-                write_text(stage / name, json.dumps(content, indent=2) + "\n")
+        share = _write(given, base, adapter, stage)
+        facts = dict[str, str]()
         if share.wanted:
-            facts["share of the change that is in the file"] = (
-                f"{share.retained:.2%}, error {share.error:.2g}"
-            )
-            print(f"merged   {share.retained:.1%} of the change is in the file, error {share.error:.2g}")
-            if share.retained < 0.9 or share.error > 0.5:
-                print(
-                    f"warning: {given.dtype} cannot hold this change: write --dtype fp32, or fp16 where it fits"
-                )
-        if given.verify:
-            # 8 half-steps of the weights (0.4 to 3 were measured); in fp32 the order of B(Ax) or (BA)x costs
-            # 1e-5.
-            library, allowed = export.LIBRARIES[given.format], max(1e-5, 4 * torch.finfo(dtype).eps)
-            found = export.difference(given.format, stage, place, model, adapter)
-            print(f"verify   relative difference {found:.3g} by {library}, allowed {allowed:.2g}")
-            if found > allowed:
-                print(
-                    "merge: the result does not compute what base + adapter does: not written",
-                    file=sys.stderr,
-                )
-                return 1
+            _describe_share(share, given.dtype, facts)
+        if given.verify and not _is_verified(given, base, adapter, stage):
+            return 1
         if given.out.suffix:
             for path in stage.glob(f"{given.out.name}*"):  # weights of a large graph lie beside it
                 os.replace(path, given.out.with_name(path.name))
         else:
-            measured = _describe_run(run, given, facts)
-            text = card(given.out.name, given.format, backbone, adapter, repository, facts, measured)
+            measured = _describe_run(base.run, given, facts)
+            text = card(
+                given.out.name, given.format, base.backbone, adapter, base.repository, facts, measured
+            )
             write_text(stage / README, text)
             os.replace(stage, given.out)
     more = "" if given.out.suffix else "; README.md: how to load it"
     print(f"out      {given.out} ({given.format}, {given.dtype}){more}")
     return 0
+
+
+def _open_base(given: argparse.Namespace, adapter: Adapter | None) -> Base:
+    """The base weights of `--base`, or those of the run that the first adapter is of."""
+    run = run_around(given.adapter[0]) if given.adapter else None
+    chosen = None
+    if given.base is not None:
+        chosen = named(given.base, download=given.download)
+        path = chosen.file(download=given.download)
+        weights = given.base
+    else:
+        path = base_of(given.adapter[0])
+        weights = None if run is None else recorded_config(run).visft.model.weights
+    file = layouts.open_model(path)
+    model = layouts.model_in(file) if layouts.MODEL in file.metadata else None
+    if model is None and adapter is not None and adapter.model["preset"].startswith(TIMM):
+        model = dict(adapter.model)
+    elif model is None and chosen is not None and chosen.description:
+        model = dict(chosen.description)
+    elif model is None:
+        model = layouts.model_in(file)
+    if adapter is not None and "layers" in adapter.model:
+        model["layers"] = adapter.model["layers"]
+    if given.format != "onnx":
+        model = layouts.whole(model, file)
+    backbone = layouts.built(model, "meta")
+    fingerprint = layouts.fingerprint_of(backbone, path)
+    return Base(path, file, model, backbone, fingerprint, repository_of(weights), run)
+
+
+def _check_fit(adapter: Adapter, base: Base) -> None:
+    """Refuse an adapter of another model, and warn of one that was trained on other base weights."""
+    if layouts.MERGED in base.file.metadata:
+        raise ValueError(
+            f"{base.path} already contains a merged adapter: give the original weights with --base"
+        )
+    adapter.install(base.backbone)  # on the meta device: a check of shapes
+    known = {base.fingerprint, base.file.metadata.get(layouts.BASE, base.fingerprint)}
+    problem = layouts.other_base("the adapter", adapter.base, known)
+    if problem:
+        print(f"warning: {problem}", file=sys.stderr)
+
+
+def _write(given: argparse.Namespace, base: Base, adapter: Adapter | None, stage: Path) -> export.Share:
+    """Write the weights, and the configuration that their library reads, into a folder.
+
+    Returns how much of the adapter's change is in them; nothing is counted for an adapter alone.
+    """
+    share = export.Share()
+    form = FORMATS[given.format]
+    path = stage / (given.out.name if given.out.suffix else form.file)
+    dtype = DTYPES[given.dtype]
+    names = layouts.base_parameters(base.backbone)
+    if given.format == "peft":
+        assert adapter is not None
+        adapter.save(stage, base.repository)
+        return share
+    if given.format == "onnx":
+        merged = layouts.built(base.model)
+        weights = layouts.open_backbone(merged, base.path)
+        layouts.fill(merged, export.merge(weights, adapter, dtype, names, share))
+        export.write_onnx(merged, path)
+        return share
+    origin = {}
+    for name in (layouts.BASE, layouts.MERGED):
+        if name in base.file.metadata:
+            origin[name] = base.file.metadata[name]
+    if adapter is not None:
+        settings = {"rank": adapter.rank, "alpha": adapter.alpha, "sha256": adapter.fingerprint()}
+        origin = {layouts.BASE: base.fingerprint, layouts.MERGED: json.dumps(settings)}
+    tower = export.merge(layouts.tower_in(base.file, base.model), adapter, dtype, names, share)
+    content = form.content(tower, base.file, base.backbone)
+    if path.suffix == ".safetensors":
+        write_safetensors(path, content.tensors, {layouts.MODEL: json.dumps(base.model), **origin})
+    else:  # of programs that read by torch.load alone
+        tensors = {name: tensor.read().contiguous() for name, tensor in content.tensors.items()}
+        with writing(path) as target:
+            torch.save(tensors, target)
+    for name, values in content.files.items():
+        write_text(stage / name, json.dumps(values, indent=2) + "\n")
+    return share
+
+
+def _describe_share(share: export.Share, dtype: str, facts: dict[str, str]) -> None:
+    """Print how much of the change is in the file, and add it to `facts`."""
+    facts["share of the change that is in the file"] = f"{share.retained:.2%}, error {share.error:.2g}"
+    print(f"merged   {share.retained:.1%} of the change is in the file, error {share.error:.2g}")
+    if share.retained < 0.9 or share.error > 0.5:
+        print(f"warning: {dtype} cannot hold this change: write --dtype fp32, or fp16 where it fits")
+
+
+def _is_verified(given: argparse.Namespace, base: Base, adapter: Adapter | None, stage: Path) -> bool:
+    """Compare what the library makes of the result with base + adapter, and print it."""
+    # 8 half-steps of the weights (0.4 to 3 were measured); in fp32 the order of B(Ax) or (BA)x costs 1e-5.
+    limit = max(1e-5, 4 * torch.finfo(DTYPES[given.dtype]).eps)
+    difference = export.difference(given.format, stage, base.path, base.model, adapter)
+    library = FORMATS[given.format].library
+    print(f"verify   relative difference {difference:.3g} by {library}, allowed {limit:.2g}")
+    if difference > limit:
+        text = f"output differs by {difference:.3g} (limit {limit:.2g}); nothing was written"
+        print(f"merge: verification failed: {text}", file=sys.stderr)
+    return difference <= limit
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -146,17 +196,19 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError("--adapter PATH is needed, or --base FILE to write in another --format or --dtype")
     if not abs(given.scale) <= 1e9:
         raise ValueError(f"--scale {given.scale:g} is not allowed: give a number from -1e9 to 1e9")
-    if given.out.suffix not in ("", Path(FORMATS[given.format]).suffix):
+    suffix = Path(FORMATS[given.format].file).suffix
+    if given.out.suffix not in ("", suffix):
+        file = f"NAME{suffix}, or " if suffix else ""
         raise ValueError(
-            f"{given.out}: not a suffix of --format {given.format}; a name without a dot is a folder"
+            f"--out {given.out}: --format {given.format} writes {file}a folder NAME, which has no dot"
         )
     if given.format in ("peft", "onnx") and given.dtype != "fp32":
         raise ValueError(f"--dtype is of full weights; --format {given.format} is written in fp32")
     if given.format == "onnx":
         check_extra("--format onnx", "onnx", ("onnx", "onnxscript", "onnxruntime"))
-    library = export.LIBRARIES.get(given.format)
-    if given.verify and (library is None or find_spec(library) is None):
-        allowed = ", ".join(f"{form} ({name})" for form, name in export.LIBRARIES.items())
+    library = FORMATS[given.format].library
+    if given.verify and (not library or find_spec(library) is None):
+        allowed = ", ".join(f"{name} ({form.library})" for name, form in FORMATS.items() if form.library)
         raise ValueError(
             f"--verify: no library that is installed here loads --format {given.format}; {allowed} can be"
         )
@@ -166,11 +218,15 @@ def _read_adapter(given: argparse.Namespace) -> Adapter | None:
     """The mean of the adapters, with the effect that was asked for; None where the base is written as it
     is.
     """
-    found = [adapter_at(path) for path in given.adapter]
-    for path, one in zip(given.adapter, found, strict=True):
-        print(f"adapter  {path}: {one.describe() if one else 'none, the run trained its backbone itself'}")
-    adapters = [one for one in found if one is not None]
-    if len(adapters) < len(found) and (len(found) > 1 or given.scale != 1 or given.format == "peft"):
+    adapters = []
+    for path in given.adapter:
+        adapter = adapter_at(path)
+        if adapter is not None:
+            adapters.append(adapter)
+        text = adapter.describe() if adapter else "none, the run trained its backbone itself"
+        print(f"adapter  {path}: {text}")
+    needed = len(given.adapter) > 1 or given.scale != 1 or given.format == "peft"
+    if needed and len(adapters) < len(given.adapter):
         raise ValueError(
             "a run that trained its backbone itself has no adapter to average, scale or write alone"
         )
@@ -191,32 +247,39 @@ def _describe_run(run: Path | None, given: argparse.Namespace, facts: dict[str, 
         return []
     config = recorded_config(run)
     settings = config.visft
-    facts |= {
-        "tasks": ", ".join(settings.tasks.enabled()),
-        "steps": str(config.scheduler.params.total_num_steps),
-    }
-    facts |= {name: said for name, said in read_run(run).identity.items() if name == "masks"}
-    file = next((one for folder in (run, run.parent) if (one := folder / METRICS_FILE).is_file()), None)
-    complete = (
-        given.scale == 1 and settings.run.eval_limit is None and not given.adapter[0].name.startswith("step_")
-    )
-    if file is None or not complete:
+    facts["tasks"] = ", ".join(settings.tasks.enabled())
+    facts["steps"] = str(config.scheduler.params.total_num_steps)
+    identity = read_run(run).identity
+    if "masks" in identity:
+        facts["masks"] = identity["masks"]
+    files = [folder / METRICS_FILE for folder in (run, run.parent) if (folder / METRICS_FILE).is_file()]
+    is_step = given.adapter[0].name.startswith("step_")
+    if not files or given.scale != 1 or settings.run.eval_limit is not None or is_step:
         return []
-    records = list(read_metrics(file))
+    records = list(read_metrics(files[0]))
     step = max((record["step"] for record in records), default=0)
     if settings.run.keep_best is not None:
         from visft_ds.checkpoint.saver import best_step, recorded_scores  # imports deepspeed: costs seconds
 
-        step = best_step(recorded_scores(file, settings.run.keep_best)) or step
-    kinds = {name.partition("/")[0]: config_class(task).hub_task for task, name in MAIN.items()}
-    where = f"evaluation of the run, step {step}"
-    return [
-        EvalResult(
-            kind, "custom", where, name.removeprefix("val/"), float(value), dataset_split=settings.data.val
-        )
-        for record in records
-        for name, value in record.items()
-        if record["step"] == step and name.startswith("val/") and name.count("/") == 2
-        if (kind := kinds.get(name.split("/")[1]))
-        if 0 <= float(value) < math.inf  # -1 is COCO's mark for "nothing of this kind to find"
-    ]
+        step = best_step(recorded_scores(files[0], settings.run.keep_best)) or step
+    hub_tasks = {name.partition("/")[0]: config_class(task).hub_task for task, name in MAIN.items()}
+    source = f"evaluation of the run, step {step}"
+    results = []
+    for record in records:
+        for name, value in record.items():
+            _, *parts = name.split("/")  # "val/box/AP50"
+            if record["step"] != step or not name.startswith("val/") or len(parts) != 2:
+                continue
+            if parts[0] not in hub_tasks or not 0 <= float(value) < math.inf:
+                continue  # -1 is COCO's mark for "nothing of this kind to find"
+            results.append(
+                EvalResult(
+                    task_type=hub_tasks[parts[0]],
+                    dataset_type="custom",
+                    dataset_name=source,
+                    dataset_split=settings.data.val,
+                    metric_type="/".join(parts),
+                    metric_value=float(value),
+                )
+            )
+    return results

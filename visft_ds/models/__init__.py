@@ -1,4 +1,13 @@
-"""Backbones (image -> feature maps) and the adapters that go into them."""
+"""Backbones (image -> feature maps) and the adapters that go into them.
+
+* `eva_vit`: EVA-CLIP's towers, the paper's backbones, with images of different sizes packed in one row.
+* `timm_backbone`: any model of timm whose map follows the size of its image, given the same interface.
+* `lora`: adapters in place of layers of either. The product itself is `ops.lora`.
+
+To add a backbone, give it the attributes that `Backbone` lists. May be touched: how features are computed, as
+long as tests/models and the golden losses hold. May not: names and shapes of parameters, which stand in every
+file; and a parameter is used in the forward of the module that owns it alone, where ZeRO-3 gathers it.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +21,11 @@ from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.pretrained import TIMM
 
-#: Both give (B, 3, H, W) -> a map (B, D, h, w) for each of `shapes`, (D, pixels to a cell), and with
-#: `prefixes` also the tokens that a plain ViT has in front of its patches. They normalise images by
-#: `pixel_mean` and `pixel_std`, recompute as `recompute` says, and read the blocks `layers_read` (none: the
-#: last); `width` and `patch_size` are of the last map. With the sizes of images that differ (`frames`),
-#: features are those of each image alone.
+#: Called with images (B, 3, H, W), a backbone gives a map (B, D, h, w) for each of its `shapes`, (D, pixels
+#: to a cell); with `prefixes` then the tokens that a plain ViT has in front of its patches; with `frames`,
+#: the sizes of images that differ, features are those of each image alone. `pixel_mean` and `pixel_std` normalise
+#: images, `recompute` says what the backward pass computes again, `layers_read` which blocks are read (none:
+#: the last); `width` and `patch_size` are of the last map.
 Backbone = EvaViT | TimmBackbone
 
 
@@ -32,10 +41,10 @@ def build_empty(
         return build_timm(preset.removeprefix(TIMM), device=device, dtype=dtype, **options)
     if preset not in PRESETS:
         raise ValueError(f"unknown backbone {preset!r}; known: {', '.join(PRESETS)}")
-    sizes = dict(options)
-    layers = sizes.pop("layers", ())
+    fields = dict(options)
+    layers = fields.pop("layers", ())
     with torch.device("meta"):
-        backbone = EvaViT(replace(PRESETS[preset], **sizes)).to(dtype)
+        backbone = EvaViT(replace(PRESETS[preset], **fields)).to(dtype)
     if layers:
         backbone.read_after(layers)
     return backbone.to_empty(device=device)

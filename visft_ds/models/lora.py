@@ -171,7 +171,8 @@ def _rows_of(layers: Mapping[str, Any], target: str) -> dict[str, tuple[int, int
         roles = ", ".join(TARGETS)
         names = ", ".join([*layers][:8])
         raise ValueError(
-            f"visft.lora.targets: no layer for {target!r}; there are {roles} of blocks, and layers such as {names}"
+            f"visft.lora.targets: no layer for {target!r}; there are {roles} of blocks, and layers such as "
+            f"{names}"
         )
     for name in rows:
         if getattr(layers[name], "groups", 1) > 1:

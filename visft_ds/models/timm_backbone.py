@@ -265,8 +265,8 @@ def _measured(backbone: TimmBackbone) -> tuple[tuple[tuple[int, int], ...], list
         shapes = tuple(_shape_of(map_, backbone.patch) for map_ in maps)
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"timm's {backbone.name} gives no map that follows the size of its image, which heads need ({error}); "
-            "plain ViTs and convolutional networks do"
+            f"timm's {backbone.name} gives no map that follows the size of its image, which heads need "
+            f"({error}); plain ViTs and convolutional networks do"
         ) from error
     used = set()
     for name, gradient in zip(parameters, gradients, strict=True):

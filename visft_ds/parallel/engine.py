@@ -100,9 +100,7 @@ def start_process_group() -> None:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
     if distributed.local_device().type == "cuda":
         torch.cuda.set_device(distributed.local_device())
-    if distributed.world_size() == 1 and not dist.is_initialized():
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(accelerator.communication_backend_name(), store=store, rank=0, world_size=1)
+    _join_alone_or_again(accelerator.communication_backend_name())
     try:
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
     except dist.DistNetworkError as error:
@@ -112,6 +110,26 @@ def start_process_group() -> None:
         raise ValueError(
             f"port {port}, on which the processes meet, is in use: deepspeed --master_port N"
         ) from error
+
+
+def _join_alone_or_again(backend: str) -> None:
+    """Join the process group where DeepSpeed would go wrong: in one process, and after a restart by torchrun."""
+    if dist.is_initialized():
+        return
+    store: Any
+    rank, world_size = distributed.rank(), distributed.world_size()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if world_size == 1:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+    elif attempt != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun 2.15 keeps the store of the attempt before, with the addresses of ranks that are dead.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        reused = dist.TCPStore(address, port, world_size, is_master=False)  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"attempt {attempt}", reused)  # type: ignore[attr-defined]
+    else:
+        return
+    timeout = deepspeed.constants.default_pg_timeout
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
 
 @contextlib.contextmanager
@@ -289,7 +307,7 @@ def build_engine(
     bounds: Sequence[int] | None = None,
     compile: str = "none",
 ) -> Engine:
-    """The engine of a prepared model: a pipeline where its stages have bounds, else ZeRO over the whole model.
+    """The engine of a prepared model: a pipeline where stages have bounds, else ZeRO over the whole model.
 
     Args:
         config: from `deepspeed_dict`.
@@ -299,8 +317,13 @@ def build_engine(
     """
     module = prepared.module
     groups = [
-        {"params": list(one.parameters), "lr": one.lr, "weight_decay": one.weight_decay, "name": one.name}
-        for one in prepared.groups
+        {
+            "name": group.name,
+            "params": list(group.parameters),
+            "lr": group.lr,
+            "weight_decay": group.weight_decay,
+        }
+        for group in prepared.groups
     ]
     common: dict[str, Any] = {
         "build_optimizer": lambda groups: torch.optim.AdamW(groups, **optimizer.model_dump()),

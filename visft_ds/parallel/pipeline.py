@@ -144,8 +144,8 @@ class PipelineEngine(Engine):
             # The host waits for the device.
             if compares and (ours := int(sample_checksum(batch))) != (theirs := int(received)):
                 raise RuntimeError(
-                    f"step {step}: the last pipeline stage has labels of other samples (checksum {ours:08x}, of the "
-                    f"pixels {theirs:08x}): the stages do not follow the same plan"
+                    f"step {step}: the last pipeline stage has labels of other samples (checksum "
+                    f"{ours:08x}, of the pixels {theirs:08x}): the stages do not follow the same plan"
                 )
             self._add(losses)
 

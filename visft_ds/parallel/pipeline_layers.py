@@ -42,11 +42,9 @@ class EmbeddingLayer(Layer):
     def __init__(self, model: MultiTaskModel) -> None:
         super().__init__(model)
         _, backbone = self._whole
-        self.patch_embed, self.pos_embed, self.cls_token = (
-            backbone.patch_embed,
-            backbone.pos_embed,
-            backbone.cls_token,
-        )
+        self.patch_embed = backbone.patch_embed
+        self.pos_embed = backbone.pos_embed
+        self.cls_token = backbone.cls_token
 
     def forward(self, fed: tuple[Tensor, Tensor, Tensor]) -> Travelling:
         """(images (B, 3, H, W) uint8, sizes (B, 2), facts) -> what travels."""
@@ -90,21 +88,23 @@ class HeadsLayer(Layer):
 
     def __init__(self, model: MultiTaskModel) -> None:
         super().__init__(model)
-        self.norm, self.heads = self._whole[1].norm, model.heads
+        self.norm = self._whole[1].norm
+        self.heads = model.heads
 
     def forward(self, travelling: Travelling) -> dict[str, Any]:
         """Losses or predictions, as `MultiTaskModel.forward` returns them."""
         tokens, facts = travelling
         model, backbone = self._whole
-        batch, tokens, grids = self.batch.to(tokens.device), self.norm(tokens), grids_of(facts)
+        batch = self.batch.to(tokens.device)
+        tokens = self.norm(tokens)
+        grids = grids_of(facts)
         size = model.padded_size(batch)
         if grids is None:
             features = backbone.feature_map(tokens, size)
         else:
             features, _ = backbone.unpacked(tokens, grids)
-        output = model.outputs(
-            [Map.of(at_least_float32(features), batch.sizes, size)], batch, self.loss_denominators
-        )
+        maps = [Map.of(at_least_float32(features), batch.sizes, size)]
+        output = model.outputs(maps, batch, self.loss_denominators)
         self.on_output(output, facts[:1], self.batch)
         return output
 
@@ -115,8 +115,9 @@ def facts_of(model: MultiTaskModel, batch: Batch, checksum: Tensor) -> Tensor:
 
     The checksum alone for images that are alike, which are a batch.
     """
-    patch = model.backbone.patch_size
-    sides = [side // patch for frame in model.frames(batch) or () for side in frame]
+    sides = []
+    for height, width in model.frames(batch) or ():
+        sides += [height // model.backbone.patch_size, width // model.backbone.patch_size]
     return torch.cat((checksum, torch.tensor(sides, dtype=checksum.dtype)))
 
 

@@ -71,5 +71,6 @@ class Shards(Placement):
         if self._first is None:
             deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=self._config)
             self._first = parameter
-        else:  # as DeepSpeed itself adds parameters to a divided model; another `Init` would read the config again
+        else:
+            # As DeepSpeed itself adds parameters to a divided model; `Init` would read the config again.
             self._first.convert_to_zero_parameters(param_list=[parameter])

@@ -16,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds import distributed
@@ -58,19 +59,19 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
         keep: copies each tensor to the host.
     """
     prepare_moments(engine)
-    found: dict[str, dict[str, Tensor]] = {what: {} for what in (VALUE, *MOMENTS)}
+    values: dict[str, Tensor] = {}
+    moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
     for name, parameter in trainable(engine).items():
-        for what, named in found.items():
+        for what, by_name in {VALUE: values, **moments}.items():
             tensor = on_main(engine, name, gather_tensor(engine, parameter, what))
             if tensor is not None:  # the copies of the other ranks are dropped at once: one tensor at a time
-                named[name] = keep(f"{what}/{name}", tensor)
-    found[VALUE] |= {
-        name: keep(f"{VALUE}/{name}", value) for name, value in measured(engine.module.heads).items()
-    }
+                by_name[name] = keep(f"{what}/{name}", tensor)
+    for name, buffer in measured(engine.module.heads).items():
+        values[name] = keep(f"{VALUE}/{name}", buffer)
     if not distributed.is_main():
         return None
     scale = engine.loss_scale.state() if engine.loss_scale else {}
-    return EngineState(found.pop(VALUE), found, updates_done(engine), scale)
+    return EngineState(values, moments, updates_done(engine), scale)
 
 
 def updates_done(engine: Engine) -> int:
@@ -85,18 +86,7 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
     Raises:
         ValueError: names or shapes differ from what trains here.
     """
-    values = {**trainable(engine), **measured(engine.module.heads)}
-    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in values.items()}
-    found = {name: tuple(value.shape) for name, value in state.parameters.items()}
-    if expected != found:
-        differing = sorted(
-            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-        )
-        lines = [f"  {n}: here {expected.get(n)}, in the checkpoint {found.get(n)}" for n in differing[:8]]
-        raise ValueError(
-            f"the checkpoint trains something else: {len(differing)} tensors differ (another LoRA rank, other "
-            "targets, tasks or head sizes?)\n" + "\n".join(lines)
-        )
+    _check_shapes(engine, state)
     prepare_moments(engine, state.updates)
     for name, parameter in trainable(engine).items():
         set_tensor(engine, parameter, state.parameters[name], VALUE)
@@ -115,6 +105,22 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
     engine.deepspeed.skipped_steps = step - state.updates
     if engine.loss_scale and state.loss_scale:
         engine.loss_scale.restore(state.loss_scale)
+
+
+def _check_shapes(engine: Engine, state: EngineState) -> None:
+    """Raise ValueError if names or shapes of a state differ from what trains here."""
+    here = {}
+    for name, tensor in {**trainable(engine), **measured(engine.module.heads)}.items():
+        here[name] = tuple(getattr(tensor, "ds_shape", tensor.shape))
+    there = {name: tuple(value.shape) for name, value in state.parameters.items()}
+    differing = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
+    if differing:
+        lines = [f"\n  {n}: here {here.get(n)}, in the checkpoint {there.get(n)}" for n in differing[:8]]
+        raise ValueError(
+            "the checkpoint does not match this run's trainable parameters: "
+            f"{len(differing)} tensors differ (another LoRA rank, other targets, tasks or head sizes?)"
+            + "".join(lines)
+        )
 
 
 @contextmanager
@@ -150,13 +156,16 @@ def prepare_moments(engine: Engine, updates: int | None = None) -> None:
     Args:
         updates: forget the moments there are, and begin anew after so many updates.
     """
-    base, optimizer = base_optimizer(engine), engine.deepspeed.optimizer
+    base = base_optimizer(engine)
+    optimizer = engine.deepspeed.optimizer
     # What the optimiser really steps: flat partitions in ZeRO-3, else its parameters.
-    flat = getattr(optimizer, "fp32_partitioned_groups_flat", None)
-    for stepped in flat or [parameter for group in base.param_groups for parameter in group["params"]]:
-        state = base.state[stepped]
+    stepped = getattr(optimizer, "fp32_partitioned_groups_flat", None)
+    if not stepped:
+        stepped = [parameter for group in base.param_groups for parameter in group["params"]]
+    for tensor in stepped:
+        state = base.state[tensor]
         if updates is not None or MOMENTS[0] not in state:
-            state.update({key: torch.zeros_like(stepped.detach()) for key in MOMENTS})
+            state.update({key: torch.zeros_like(tensor.detach()) for key in MOMENTS})
             state["step"] = torch.tensor(float(updates or 0))
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         # DeepSpeed links the moments of the first group only.
@@ -171,8 +180,9 @@ def gather_tensor(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor 
     if parameter.is_meta:
         return None
     if what == VALUE:
-        trains_divided = engine.stage == 3 and parameter.requires_grad
-        return deepspeed.utils.safe_get_full_fp32_param(parameter) if trains_divided else gathered(parameter)
+        if engine.stage == 3 and parameter.requires_grad:
+            return deepspeed.utils.safe_get_full_fp32_param(parameter)
+        return gathered(parameter)
     if engine.stage:
         return deepspeed.utils.safe_get_full_optimizer_state(parameter, what)
     moment: Tensor = base_optimizer(engine).state[parameter][what]
@@ -199,8 +209,10 @@ def on_main(engine: Engine, name: str, held: Tensor | None) -> Tensor | None:
     if distributed.rank() == source != 0:
         assert held is not None
         dist.send(held.detach().contiguous(), dst=0)
-    if not distributed.is_main() or source == 0:
-        return held if distributed.is_main() else None
+    if not distributed.is_main():
+        return None
+    if source == 0:
+        return held
     like = engine.module.get_parameter(name)
     received = torch.empty(like.shape, dtype=like.dtype, device=engine.device)
     dist.recv(received, src=source)
@@ -215,12 +227,14 @@ def set_tensor(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE
     if parameter.is_meta:  # another pipeline stage holds it
         return
     if engine.stage == 0:
-        (parameter if what == VALUE else base_optimizer(engine).state[parameter][what]).copy_(tensor)
+        target = parameter if what == VALUE else base_optimizer(engine).state[parameter][what]
+        target.copy_(tensor)
     elif engine.stage == 3:  # a padded slice for every rank: the full setter hangs when sizes do not divide
         group = parameter.ds_process_group
-        size, index, count = parameter.partition_numel(), dist.get_rank(group), dist.get_world_size(group)
+        size = parameter.partition_numel()
         flat = tensor.flatten()
-        shard = torch.cat([flat, flat.new_zeros(size * count - flat.numel())]).narrow(0, size * index, size)
+        padded = F.pad(flat, (0, size * dist.get_world_size(group) - flat.numel()))
+        shard = padded.narrow(0, size * dist.get_rank(group), size)
         if what == VALUE:
             deepspeed.utils.safe_set_local_fp32_param(parameter, shard)
         else:

@@ -36,8 +36,8 @@ class Gpu:
     host: float  #: to the memory of the machine, GB/s in one direction
     network: float  #: of a machine with 8 of them as they are sold, GB/s in one direction
     half: float  #: products of matrices in 16 bit, TFLOP/s
-    tf32: float | None  #: TFLOP/s; None: the hardware has neither TF32 nor bf16
     fp32: float  #: TFLOP/s
+    tf32: float | None = None  #: TFLOP/s; None: the hardware has neither TF32 nor bf16
 
     @property
     def memory(self) -> int:
@@ -66,17 +66,9 @@ def _read_gpus(path: Path) -> dict[str, Gpu]:
     gpus: dict[str, Gpu] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            gpus[row["name"]] = Gpu(
-                name=row["name"],
-                pattern=row["pattern"],
-                bandwidth=float(row["bandwidth"]),
-                link=float(row["link"]),
-                host=float(row["host"]),
-                network=float(row["network"]),
-                half=float(row["half"]),
-                tf32=float(row["tf32"]) if row["tf32"] else None,
-                fp32=float(row["fp32"]),
-            )
+            name = row.pop("name")
+            pattern = row.pop("pattern")
+            gpus[name] = Gpu(name, pattern, **{key: float(text) for key, text in row.items() if text})
     return gpus
 
 

@@ -208,7 +208,7 @@ def _flags(settings: Sequence[str], engine: str | None = None) -> tuple[str, ...
 
 
 def policies_of(config: ResolvedConfig) -> tuple[str, ...]:
-    """Values of visft.model.activation_checkpointing, from the one that computes least to the one that keeps least."""
+    """Values of visft.model.activation_checkpointing, from what computes least to what keeps least."""
     if config.visft.stage == 1:
         return ("none",)  # a frozen backbone keeps nothing
     if config.visft.model.preset.startswith(TIMM):

@@ -4,7 +4,7 @@ loading: a model rebuilt of files (run, export, checkpoint, merged weights), for
 judge`, too. images: files, arrays and tensors to RGB pixels. model: `load`, `Model.predict`, features of the
 backbone. results: boxes, masks, caption of an image. command, cli: `visft predict`.
 
-Nothing here trains, and nothing in a folder that is read is changed. To touch: all files of a model are found
-in `loading.source_of` alone; what `load` and `Prediction` offer is the public interface (docs/reference.py). A new
-kind of input is a case in `images.opened`.
+Nothing here trains, and nothing in a folder that is read is changed. To touch: all files of a model are
+found in `loading.source_of` alone; what `load` and `Prediction` offer is the public interface
+(docs/reference.py). A new kind of input is a case in `images.opened`.
 """

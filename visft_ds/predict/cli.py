@@ -18,9 +18,9 @@ USAGE = """Find boxes, masks and captions in your own images; no annotations are
     visft predict "photos/**/*.jpg" --model merged.safetensors --heads runs/stage1/export
 
 Writes into DIR, a new or empty folder: visualizations/NAME.png and predictions.json (names and sizes of the
-images, categories, and for each task what was found, in COCO's results format). A file that is no image is named
-and skipped. Until the end, predictions.jsonl has a line for each finished image, and the same command continues
-after it.
+images, categories, and for each task what was found, in COCO's results format). A file that is no image is
+named and skipped. Until the end, predictions.jsonl has a line for each finished image, and the same command
+continues after it.
 
 Exit status: 0 something was predicted, 2 nothing was, wrong usage or unusable input, 130 interrupted.
 """

@@ -126,9 +126,10 @@ def _predictions(
             try:
                 predictions = loaded.predict_opened(list(opened.values()), threshold)
             except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
                 raise ValueError(
-                    f"{str(error).splitlines()[0]} Give a smaller --batch-size than {size}: the command continues with "
-                    "the images that are left"
+                    f"{reason} Give a smaller --batch-size than {size}: the command continues with the "
+                    "images that are left"
                 ) from error
             yield from zip(opened, predictions, strict=True)
             bar.update(len(batch))
@@ -164,7 +165,8 @@ def _continued(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, A
     if different:
         raise ValueError(
             f"{path.parent} has predictions of an interrupted command with other settings: "
-            f"{'; '.join(different)[:600]}. Give that command again, choose another --out, or remove the folder"
+            f"{'; '.join(different)[:600]}. Give that command again, choose another --out, or remove the "
+            "folder"
         )
     return done
 

@@ -1,4 +1,4 @@
-"""Images of every kind that people have -> RGB pixels: files, folders, patterns, Pillow images, arrays, tensors.
+"""Images of every kind that people have -> RGB pixels: files, folders, patterns, Pillow images, arrays.
 
 Letters: H W pixels.
 """
@@ -25,7 +25,10 @@ ImageInput = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
 #: Endings of files that are taken from a folder; HEIC and AVIF cannot be read, and are named rather than
 #: overlooked.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
-_ALLOWED = "give a path, a Pillow image, uint8 in an array (H, W, 3) or (H, W) or a tensor (3, H, W), or a list of them"
+_ALLOWED = (
+    "give a path, a Pillow image, uint8 in an array (H, W, 3) or (H, W) or a tensor (3, H, W), or a list of "
+    "them; floats from 0 to 1 become bytes by (255 * x).round()"
+)
 
 
 class OpenedImage(NamedTuple):
@@ -51,20 +54,25 @@ def find_images(inputs: Sequence[str | Path], *, outside: Path | None = None) ->
     Raises:
         ValueError: nothing there by that name, or no image in a folder or among what a pattern matches.
     """
-    files: dict[str, Path] = {}
+    files: dict[str, Path] = {}  # by absolute path: each once
     roots = []
     for path in map(Path, inputs):
         root, matches = _matches(path)
         if outside is not None:
-            excluded = outside.resolve()
-            matches = [match for match in matches if not match.resolve().is_relative_to(excluded)]
+            folder = outside.resolve()
+            matches = [match for match in matches if not match.resolve().is_relative_to(folder)]
         if not matches:
-            raise ValueError(f"{path}: no image there (files that end in {', '.join(SUFFIXES)})")
+            endings = ", ".join(SUFFIXES)
+            raise ValueError(f"{path}: no image there (files that end in {endings})")
         for match in matches:
             files[os.path.abspath(match)] = match
         roots.append(os.path.abspath(root))
     common = os.path.commonpath(roots)
-    return {printable(Path(path).relative_to(common).as_posix()): file for path, file in files.items()}
+    named = {}
+    for path_of_file, file in files.items():
+        below = Path(path_of_file).relative_to(common)
+        named[printable(below.as_posix())] = file
+    return named
 
 
 def _matches(path: Path) -> tuple[Path, list[Path]]:
@@ -120,18 +128,18 @@ def _from_memory(image: object, label: str) -> OpenedImage:
     if isinstance(image, Image.Image):
         with reading(label, "an image"):
             return OpenedImage(np.array(to_rgb(ImageOps.exif_transpose(image))), None)
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3 or image.numel() == 0:
-            raise ValueError(_refusal(label, image.shape, image.dtype))
-        return OpenedImage(np.array(image.detach().cpu().movedim(0, -1).numpy(), order="C"), None)
-    if not isinstance(image, np.ndarray):
+    if not isinstance(image, Tensor | np.ndarray):
         raise ValueError(f"{label} is of type {type(image).__name__}: {_ALLOWED}")
-    pixels = np.stack([image] * 3, axis=-1) if image.ndim == 2 else image
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
-        raise ValueError(_refusal(label, image.shape, image.dtype))
+    refusal = f"{label} is {image.dtype} of shape {tuple(image.shape)}: {_ALLOWED}"
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3:
+            raise ValueError(refusal)
+        pixels = image.detach().cpu().movedim(0, -1).numpy()
+    elif image.ndim == 2:
+        pixels = np.stack([image] * 3, axis=-1)
+    else:
+        pixels = image
+    is_rgb = pixels.ndim == 3 and pixels.shape[2] == 3
+    if pixels.dtype != np.uint8 or not is_rgb or pixels.size == 0:
+        raise ValueError(refusal)
     return OpenedImage(np.array(pixels, order="C"), None)
-
-
-def _refusal(label: str, shape: Sequence[int], dtype: object) -> str:
-    text = f"{label} is {dtype} of shape {tuple(shape)}: {_ALLOWED}"
-    return f"{text}; floats from 0 to 1 become bytes by (255 * x).round()" if "float" in str(dtype) else text

@@ -1,4 +1,4 @@
-"""A model for predictions and evaluation, rebuilt from files alone: backbone weights, heads, and an adapter or none.
+"""A model rebuilt from files alone, to predict and to be evaluated: backbone, heads, and an adapter or none.
 
 Everything that a file records about itself is checked against the others before a tensor is copied: sizes of
 the tower, width of the features, the base an adapter was trained on, the categories a head knows.
@@ -118,8 +118,8 @@ class ModelSource:
             head_widths = [width for width, _ in head.info.shapes]
             if head_widths != widths:
                 raise ValueError(
-                    f"{head.tensors.path} reads maps of width {head_widths}, and those of {backbone.describe()} "
-                    f"have {widths}"
+                    f"{head.tensors.path} reads maps of width {head_widths}, and those of "
+                    f"{backbone.describe()} have {widths}"
                 )
             if problem := read_elsewhere(head.info, backbone.layers_read):
                 raise ValueError(f"{head.tensors.path}: {problem}")
@@ -188,7 +188,8 @@ def source_of(
         streams = {task: options.stream(task, (task,), 1.0) for task, options in settings.items()}
     else:
         raise ValueError(
-            f"{place} is not an export of a run: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1"
+            f"{place} is not an export of a run: give heads=FOLDER (--heads FOLDER), such as RUN/export of "
+            "stage 1"
         )
     streams = {} if alone else _with_heads(streams, tasks, heads_folder)
     for name, stream in streams.items():
@@ -309,8 +310,8 @@ def files_of_run(
         own = _with_export(own, export)
     else:
         raise ValueError(
-            f"the run in {run} has not exported what it trains: the same training command goes on with it, and its "
-            "checkpoints, RUN/checkpoints/step_N, are models, too"
+            f"the run in {run} has not exported what it trains: the same training command goes on with it, "
+            "and its checkpoints, RUN/checkpoints/step_N, are models, too"
         )
     if adapter == NO_ADAPTER:
         own = replace(own, adapter=None)
@@ -324,8 +325,8 @@ def files_of_run(
     missing = [str(path) for path in paths if path is not None and not path.exists()]
     if missing:
         raise ValueError(
-            f"not found: {', '.join(missing)}. Files that were moved are named by --backbone FILE, --heads FOLDER and "
-            "--adapter FOLDER"
+            f"not found: {', '.join(missing)}. Name files that were moved by --backbone FILE, --heads FOLDER "
+            "and --adapter FOLDER"
         )
     return files
 

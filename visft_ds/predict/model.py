@@ -115,7 +115,8 @@ class ImageFeatures(nn.Module):
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < self.patch_size:
             raise ValueError(
-                f"images of shape {tuple(images.shape)}: give (B, 3, H, W), H and W at least {self.patch_size}"
+                f"images of shape {tuple(images.shape)}: give (B, 3, H, W), H and W at least "
+                f"{self.patch_size}"
             )
         if images.is_floating_point():
             _check_range(images)

@@ -20,7 +20,7 @@ from visft_ds.prepare.inputs import missing_inputs, render_missing
 from visft_ds.prepare.settle import settle
 
 _GIB = 2**30
-_EPILOG = """every other flag is one of visft train and means what it means there: --stage, --model, --data, ...
+_EPILOG = """every other flag is one of visft train and means the same: --stage, --model, --data, ...
 nothing is written but the files of --json and --trace.
 
 examples:
@@ -55,12 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{render_missing(missing)}\nor measure without files: --synthetic")
         from visft_ds.profiling import measure  # imports torch and deepspeed, which costs seconds
 
-        steps, warmup, synthetic = options.steps, options.warmup, options.synthetic
+        settings = {"steps": options.steps, "warmup": options.warmup, "synthetic": options.synthetic}
         if options.loader:
-            record = measure.measure_loader(config, steps, warmup, synthetic=synthetic)
+            record = measure.measure_loader(config, **settings)
             text = render_loader(record)
         else:
-            record = measure.measure(config, steps, warmup, synthetic=synthetic, trace=options.trace)
+            record = measure.measure(config, **settings, trace=options.trace)
             if not record:  # not the main process
                 return 0
             text = render(record)

@@ -45,26 +45,25 @@ class LossGuard:
         scale = report.loss_scale or LEAST_SCALE
         if report.skipped and scale <= LEAST_SCALE:
             self.collapsed = True
-            return f"{where}: the gradient overflows in fp16 at the smallest loss scale, {scale:g}: use bf16 or fp32"
+            smallest = f"the smallest loss scale, {scale:g}"
+            return f"{where}: the gradient overflows in fp16 at {smallest}: use bf16 or fp32"
         if not report.refused:
             return ""
-        what = (
-            "the gradient is not finite"
-            if report.refused == "gradient"
-            else f"the loss is {report.losses['loss']}"
-        )
-        faults = [
-            f"\n  rank {rank}: {text}" for rank, texts in report.faults.items() for text in texts[:_SHOWN]
-        ]
+        what = f"the loss is {report.losses['loss']}"
+        if report.refused == "gradient":
+            what = "the gradient is not finite"
+        faults = []
+        for rank, texts in report.faults.items():
+            faults += [f"\n  rank {rank}: {text}" for text in texts[:_SHOWN]]
         return f"{where}: {what}, no update was made on any rank{''.join(faults)}"
 
     def stop(self, message: str, saved: int) -> None:
         """End the run on every rank: raise FloatingPointError. `saved`: step of the newest checkpoint, 0 for
         none.
         """
-        after = (
-            f" after {self.allowed} skipped steps in a row (visft.run.skip_bad_steps)" if self.bad > 1 else ""
-        )
+        after = ""
+        if self.bad > 1:
+            after = f" after {self.allowed} skipped steps in a row (visft.run.skip_bad_steps)"
         good = f"the last good checkpoint is that of step {saved}" if saved else "nothing was saved yet"
         raise FloatingPointError(
             f"{message}\nstopped{after}; {good}. A smaller learning rate or a longer warm-up usually helps"
@@ -96,13 +95,12 @@ def first_non_finite(
     with watched(engine.module, found):
         engine.train_step(step, batches, loss_denominators)
     # The rows inside of a tower's block are of no one image: the block's own output names it.
-    images = [one for one in found if ", images [" in one][:1]
+    images = [text for text in found if ", images [" in text][:1]
     everyone: list[list[str]] = distributed.from_all_ranks(list(dict.fromkeys(found[:_SHOWN] + images)))
-    lines = [
-        f"\n  rank {rank}: it begins with the {'; '.join(texts)}"
-        for rank, texts in enumerate(everyone)
-        if texts
-    ]
+    lines = []
+    for rank, texts in enumerate(everyone):
+        if texts:
+            lines.append(f"\n  rank {rank}: it begins with the {'; '.join(texts)}")
     return "".join(lines[:_SHOWN]) or "\n  repeated, the step is finite: the hardware may be faulty"
 
 
@@ -111,7 +109,8 @@ def watched(module: nn.Module, found: list[str]) -> Iterator[None]:
     """Append to `found` what is not finite in passes through a module: targets, outputs, gradients, as they
     come.
     """
-    seen, batch = set[str](), list[Batch]()
+    seen = set[str]()
+    batch = list[Batch]()
 
     def note(what: str, tensor: Tensor) -> None:
         if what in seen or tensor.is_meta or not tensor.is_floating_point() or bool(tensor.isfinite().all()):
@@ -124,7 +123,7 @@ def watched(module: nn.Module, found: list[str]) -> Iterator[None]:
         found.append(f"{what}: {int(bad.sum())} of {bad.numel()} values are not finite{where}")
 
     def begin(_: nn.Module, inputs: Any) -> None:
-        batch[:] = [one for one in inputs if isinstance(one, Batch)]
+        batch[:] = [value for value in inputs if isinstance(value, Batch)]
         for task, targets in (batch[0].targets if batch else {}).items():
             for tensor in tensors_of(targets):
                 note(f"targets of {task}", tensor)

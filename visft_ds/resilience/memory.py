@@ -34,7 +34,8 @@ from visft_ds.randomness import generator
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 
-_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUP = Path("/proc/self/cgroup")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -49,11 +50,18 @@ def host_memory() -> int:
 
     In a container the own group is the root; a scheduler such as SLURM limits one in the middle of the path.
     """
-    listed = _OWN_GROUP.read_text(encoding="utf-8").splitlines() if _OWN_GROUP.is_file() else []
-    own = next((Path(line[4:]) for line in listed if line.startswith("0::/")), Path())
-    files = [_GROUPS / group / "memory.max" for group in (own, *own.parents)]
-    limits = [file.read_text(encoding="utf-8").strip() for file in files if file.is_file()]
-    return min([int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit != "max")])
+    limits = [int(psutil.virtual_memory().total)]
+    own = Path()
+    if _OWN_GROUP.is_file():
+        for line in _OWN_GROUP.read_text(encoding="utf-8").splitlines():
+            if line.startswith("0::/"):
+                own = Path(line.removeprefix("0::/"))
+    for group in (own, *own.parents):
+        file = _GROUPS / group / "memory.max"
+        limit = file.read_text(encoding="utf-8").strip() if file.is_file() else "max"
+        if limit != "max":
+            limits.append(int(limit))
+    return min(limits)
 
 
 @contextmanager
@@ -77,19 +85,21 @@ def memory_explained(
         if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
             raise
         key = "visft.shared" if stream == "shared" else f"visft.tasks.{stream}"
-        counted = {"at the peak": peak_memory(device)}
+        counts = {"at the peak": peak_memory(device)}
         if device.type == "cuda":
-            counted["allocated"] = torch.cuda.memory_allocated(device)
-            counted["reserved"] = torch.cuda.memory_reserved(device)
-            counted["on the device"] = torch.cuda.get_device_properties(device).total_memory
+            counts["allocated"] = torch.cuda.memory_allocated(device)
+            counts["reserved"] = torch.cuda.memory_reserved(device)
+            counts["on the device"] = torch.cuda.get_device_properties(device).total_memory
+        measured = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in counts.items())
+        lines = str(error).splitlines() or [type(error).__name__]
         raise RankError(
             f"out of memory in {what}: {largest_shape(batches)}\n"
-            f"  {(str(error).splitlines() or [type(error).__name__])[0]}\n"
-            f"  measured: {', '.join(f'{name} {size / 2**30:.2f} GiB' for name, size in counted.items())}\n"
-            f"  Try --set {key}.micro_batch=N with a smaller number (the same losses in fp32, without dropout), "
-            "--set visft.model.activation_checkpointing=block, or --engine zero3_offload; "
-            "`visft plan --cluster 8xA100-80GB`, with your GPUs and the same --stage, --model and --set, predicts "
-            "what each needs."
+            f"  {lines[0]}\n"
+            f"  measured: {measured}\n"
+            f"  Try --set {key}.micro_batch=N with a smaller number (in fp32 and without dropout the same "
+            "losses), --set visft.model.activation_checkpointing=block, or --engine zero3_offload; `visft plan "
+            "--cluster 8xA100-80GB`, with your GPUs and the same --stage, --model and --set, predicts what each "
+            "needs."
         ) from None
 
 
@@ -98,8 +108,10 @@ def largest_shape(batches: Sequence[Batch]) -> str:
     if not batches:
         return "nothing that this rank reads"
     largest = max(batches, key=lambda batch: len(batch.sizes) * int(batch.sizes.amax(dim=0).prod()))
+    # Without pixels, as a last pipeline stage has them, a batch still has the sizes.
     height, width = largest.sizes.amax(dim=0).tolist()
-    height, width = max(height, largest.images.shape[2]), max(width, largest.images.shape[3])
+    height = max(height, largest.images.shape[2])
+    width = max(width, largest.images.shape[3])
     text = f"{len(largest.sizes)} images of {height} x {width}"
     for target in largest.targets.values():
         if hasattr(target, "labels"):
@@ -119,31 +131,27 @@ def largest_batches(data: RunData, micro: Mapping[str, int], role: Role) -> Iter
         micro: images of a micro-batch, by stream.
         role: of this process, which makes its part of the batch.
     """
-    category = next(
-        (category.coco_id for category in data.categories), 0
-    )  # the heads know those of the first set
+    # The heads know the categories of the first set.
+    category = data.categories[0].coco_id if data.categories else 0
     for name, stream in data.streams.items():
-        count, side, caption = (
-            micro[name],
-            stream.largest_side(),
-            " ".join(["a"] * stream.image.get("max_words", 1)),
-        )
+        side = stream.largest_side()
+        caption = " ".join(["a"] * stream.image.get("max_words", 1))
+        whole = {
+            "bbox": [0, 0, side, side],
+            "category_id": category,
+            "iscrowd": 0,
+            "segmentation": [[0, 0, side, 0, side, side, 0, side]],
+        }
+        image = None if role == "labels" else np.zeros((side, side, 3), np.uint8)
         for dataset, pipeline in data.pipelines[name].items():
-            index = data.sets[dataset].manifest.index
-            objects = np.sort(np.concatenate([index["num_annotations"], np.zeros(count, np.int64)]))[::-1]
-            outline = [0, 0, side, 0, side, side, 0, side]
-            whole = {
-                "bbox": [0, 0, side, side],
-                "category_id": category,
-                "iscrowd": 0,
-                "segmentation": [outline],
-            }
-            image, samples = None if role == "labels" else np.zeros((side, side, 3), np.uint8), []
-            for number, in_image in enumerate(objects[:count].tolist()):
-                raw = RawSample(number, number, (side, side), image, [whole] * in_image, [caption])
-                sample = pipeline.transform(raw, generator(number), ops=())
+            numbers = sorted(data.sets[dataset].manifest.index["num_annotations"].tolist(), reverse=True)
+            numbers += [0] * micro[name]  # a set may have fewer images than a micro-batch
+            samples = []
+            for key, count in enumerate(numbers[: micro[name]]):
+                raw = RawSample(key, key, (side, side), image, [whole] * count, [caption])
+                sample = pipeline.transform(raw, generator(key), ops=())
                 targets = {} if role == "images" else sample.targets
-                samples.append(replace(sample, random_key=number, targets=targets))
+                samples.append(replace(sample, random_key=key, targets=targets))
             yield name, pipeline.collate(samples)
 
 
@@ -157,7 +165,8 @@ def probe_memory(
         RankError: a step does not fit into memory.
     """
     role = PipelinePosition.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
-    device, rows = engine.device, []
+    device = engine.device
+    rows = []
     with unchanged(engine):
         for name, batch in largest_batches(data, batches.micro, role or "images"):
             began = time.perf_counter()

@@ -24,8 +24,12 @@ from visft_ds.resilience.stop import SIGNALS
 _FAILED = frozenset(range(-64, NO_ANSWER_CODE + 1)) - {0}
 #: What a launcher tells each of its ranks -> what holds without one.
 _LAUNCHERS = {
-    **{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"},
-    **{"LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},  # of DeepSpeed, of torchrun
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "MASTER_PORT": "0",
+    "LOCAL_SIZE": "1",  # of DeepSpeed
+    "LOCAL_WORLD_SIZE": "1",  # of torchrun
 }
 #: Seconds that ranks have to end by themselves after one has failed.
 _GRACE = 15.0
@@ -53,14 +57,19 @@ def without_num_gpus(words: Sequence[str]) -> tuple[list[str], int | None]:
     Raises ValueError for another number, and as `check_environment`.
     """
     check_environment()
-    for place, word in enumerate(words):
+    rest: list[str] = []
+    remaining = iter(words)
+    for word in remaining:
         flag, equals, number = word.partition("=")
-        if flag == "--num_gpus":
-            number = number if equals else "".join(words[place + 1 : place + 2])
-            if not _is_count(number) or int(number) == 0:
-                raise ValueError(f"--num_gpus {number}: give the number of processes, one for each GPU")
-            return [*words[:place], *words[place + (1 if equals else 2) :]], int(number)
-    return list(words), None
+        if flag != "--num_gpus":
+            rest.append(word)
+            continue
+        if not equals:
+            number = next(remaining, "")
+        if not _is_count(number) or int(number) == 0:
+            raise ValueError(f"--num_gpus {number}: give the number of processes, one for each GPU")
+        return [*rest, *remaining], int(number)
+    return rest, None
 
 
 def start_ranks(words: Sequence[str], count: int) -> int:
@@ -111,13 +120,14 @@ def _wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen
     """Wait for the end of all ranks; returns those that were ended here, some seconds after another one had
     failed.
     """
-    failed: float | None = None
+    deadline: float | None = None
     ended: list[subprocess.Popen[bytes]] = []
     while None in [process.poll() for process in ranks]:  # each of them, or a later rank's end is never seen
-        if failed is None and any(process.returncode in _FAILED for process in ranks):
-            failed = time.monotonic()
-        if failed is not None and time.monotonic() - failed > _GRACE:
-            ended = ended or [process for process in ranks if process.returncode is None]
+        if deadline is None and any(process.returncode in _FAILED for process in ranks):
+            deadline = time.monotonic() + _GRACE
+        if deadline is not None and time.monotonic() > deadline:
+            if not ended:
+                ended = [process for process in ranks if process.returncode is None]
             for process in ended:
                 process.kill()
         time.sleep(0.1)
@@ -131,9 +141,13 @@ def _status_of(codes: Sequence[int]) -> int:
     for code in codes:
         if code < 0:
             print(f"a process was ended by signal {signal.Signals(-code).name}", file=sys.stderr, flush=True)
-    # Before the first step signals end a rank as they end any process.
-    own = [*(code for code in codes if code > 0), *(128 - code for code in codes if -code in SIGNALS)]
-    return next((code for code in own if code != LOST_CODE), LOST_CODE if any(codes) else 0)
+    for code in codes:
+        if code > 0 and code != LOST_CODE:
+            return code
+    for code in codes:
+        if -code in SIGNALS:  # before the first step these end a rank as they end any process
+            return 128 - code
+    return LOST_CODE if any(codes) else 0
 
 
 def same_code() -> dict[str, str]:
@@ -142,5 +156,7 @@ def same_code() -> dict[str, str]:
     With `python -m` it would first look into the current folder, and a checkout need not be the copy that is
     installed.
     """
-    places = [*([str(CHECKOUT)] if CHECKOUT else []), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    folders = [os.environ.get("PYTHONPATH", "")]
+    if CHECKOUT is not None:
+        folders.insert(0, str(CHECKOUT))
+    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, folders))}

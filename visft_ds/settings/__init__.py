@@ -1,4 +1,6 @@
-"""Types of settings, below every room that has some: fields with their bounds, and what every task sets.
+"""Types of settings that every room may import: fields with their bounds, and what all tasks set.
 
-The schema of a whole run is `visft_ds.config.schema`; the settings of a task stand in `tasks/<task>/config.py`.
+fields: `StrictModel`, the numbers and texts of a configuration. task_schema: the settings of a task and of
+a stream of steps. The schema of a whole run is `visft_ds.config.schema`; the settings of a task stand in
+`tasks/<task>/config.py`. Nothing here may import another room, or a tensor library.
 """

@@ -29,8 +29,8 @@ class VocabularyConfig(StrictModel):
 class DecodingConfig(StrictModel):
     """Decoding of words in evaluation."""
 
-    beam_size: Positive = 1  #: 1: greedy
-    max_length: Positive = 50  #: words
+    beam_size: Positive = 1  #: beams of the search; 1: greedy
+    max_length: Positive = 50  #: words, after which a caption ends
 
 
 @dataclass(frozen=True)
@@ -125,40 +125,39 @@ class TasksConfig(StrictModel):
 
     def with_words(self) -> tuple[str, WordsConfig] | None:
         """Name and settings of the task that works with words; None without one."""
-        found = ((name, task) for name, task in self.enabled().items() if isinstance(task, WordsConfig))
-        return next(found, None)
+        for name, task in self.enabled().items():
+            if isinstance(task, WordsConfig):
+                return name, task
+        return None
 
 
-#: Smallest and largest side of a random crop, in parts of the image's; null: none.
-Zoom = Annotated[tuple[Above, Above], Ascending] | None
+class ImageSizes(StrictModel):
+    """Sizes of whole images in pixels, by detectron2's names, and mirroring."""
 
-
-def idle_zoom(zoom: tuple[float, float] | None, fixed_size: int | None) -> Iterator[tuple[str, str]]:
-    """The contradiction of a zoom of images that are not squares, which have crops or sizes of their own."""
-    if zoom is not None and fixed_size is None:
-        yield "zoom", "is for squares: set fixed_size, their side in pixels, or leave zoom null"
-
-
-class SharedImage(StrictModel):
-    """Geometry that all tasks share, and what their targets need; sizes in pixels."""
-
+    #: short sides in training, one of which is drawn for an image (DETR has 480 to 800)
     min_size_train: Sides = (480, 512, 544, 576, 608, 640, 672)
+    #: largest long side in training (DETR 1333; ViSFT caps it for a plain ViT)
     max_size_train: Positive = 672
-    flip: Fraction = 0.5  #: probability of a horizontal flip
-    min_size_test: Positive = 800
-    max_size_test: Positive = 672
-    fixed_size: Positive | None = (
-        None  #: side of a square for training and evaluation instead of the sizes above
-    )
-    zoom: Zoom = None  #: with fixed_size: smallest and largest side of a random crop, in parts of the image's
-    caption_choice: CaptionChoice = (
-        "random"  #: caption to train on: a new "random" one each time, or the "first"
-    )
-    max_words: Positive = 50  #: longer captions are left out
+    flip: Fraction = 0.5  #: probability of a horizontal flip (DETR)
+    min_size_test: Positive = 800  #: short side in evaluation (DETR)
+    max_size_test: Positive = 672  #: largest long side in evaluation, which comes before the short one
+    #: side of a square for training and evaluation instead of the sizes above
+    fixed_size: Positive | None = None
+    #: with fixed_size: smallest and largest side of a random crop, in parts of the image's; null: none
+    zoom: Annotated[tuple[Above, Above], Ascending] | None = None
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """A zoom that nothing would read."""
-        yield from idle_zoom(self.zoom, self.fixed_size)
+        """A zoom of images that are not squares, which have crops or sizes of their own."""
+        if self.zoom is not None and self.fixed_size is None:
+            yield "zoom", "is for squares: set fixed_size, their side in pixels, or leave zoom null"
+
+
+class SharedImage(ImageSizes):
+    """Geometry that all tasks share, and what their targets need."""
+
+    #: caption to train on: a new "random" one each time, or the "first"
+    caption_choice: CaptionChoice = "random"
+    max_words: Positive = 50  #: words; longer captions are left out
 
 
 class SharedConfig(StreamConfig):

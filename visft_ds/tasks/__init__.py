@@ -1,8 +1,15 @@
 """The tasks a backbone learns from: a folder and a `Task` each. The loop names no task.
 
-Nothing of a task is imported before it is asked for: a configuration is read without the tensor library.
-Other packages add theirs by an entry point in the group `visft_ds.tasks`, scripts of one process by
-`register`.
+* `task`: what a task has to say of itself; `criterion`: what its losses are, and what they are divided by;
+  `example`: an image with labels and predictions, and its drawing. `transform`: samples and batches of tasks.
+* `detection/`, `segmentation/`, `captioning/`, `semantic/`: the tasks; `config.py` of each has its keys, and
+  `spec.py` its `Task`. `masks/` is what the two tasks of masks share.
+* `matching`, `transformer`, `vocabulary`, `average_precision`, `pictures`, `channels`, `classes`: for all.
+
+A folder of a task imports what all share, and none of another task but `masks/`. Names of parameters and of
+losses stand in files, as do keys: they may not change. Nothing of a task is imported before it is asked for:
+a configuration is read without the tensor library. Other packages add theirs by an entry point in the group
+`visft_ds.tasks`, scripts of one process by `register`.
 """
 
 from __future__ import annotations
@@ -30,34 +37,36 @@ def entries() -> dict[str, str]:
     return table
 
 
-def register(name: str, place: str) -> None:
+def register(name: str, address: str) -> None:
     """Add a task to this process: `register("classification", "my_package.my_task:SPEC")`, where SPEC is a
     `Task`.
 
     Raises:
         ValueError: the name is taken.
     """
-    _add(entries(), name, place)
+    _add(entries(), name, address)
 
 
-def _add(table: dict[str, str], name: str, place: str) -> None:
+def _add(table: dict[str, str], name: str, address: str) -> None:
     if name in table:
-        raise ValueError(f"task {name!r} of {place}: the name is taken by {table[name]}")
-    table[name] = place
+        raise ValueError(f"task {name!r} of {address}: the name is taken by {table[name]}")
+    table[name] = address
 
 
 class _Table(Mapping[str, "Task"]):
     """Name -> `Task`, each loaded when it is first asked for."""
 
     def __getitem__(self, name: str) -> Task:
-        place = entries()[name]
-        module, _, attribute = place.partition(":")
+        address = entries()[name]
+        module, _, attribute = address.partition(":")
         try:
             task: Task = getattr(import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
-            if place.startswith("visft_ds."):
+            if address.startswith("visft_ds."):
                 raise
-            raise ValueError(f"no task at {place!r}, which must be module:NAME of a Task: {error}") from error
+            raise ValueError(
+                f"no task at {address!r}, which must be module:NAME of a Task: {error}"
+            ) from error
         return task
 
     def __iter__(self) -> Iterator[str]:
@@ -86,5 +95,8 @@ def config_class(name: str) -> Any:
 
 def shown_metrics() -> tuple[str, ...]:
     """Metrics of all tasks that a short line has."""
-    kinds = [config_class(name) for name in entries()]
-    return tuple(name for kind in kinds for name in kind.shown or (kind.main,))
+    metrics: list[str] = []
+    for name in entries():
+        config = config_class(name)
+        metrics += config.shown or (config.main,)
+    return tuple(metrics)

@@ -30,9 +30,10 @@ def sine_positions(valid: Tensor, width: int, *, temperature: float = 10000.0) -
     halves = []
     for axis in (1, 2):
         count = valid.cumsum(dim=axis).float()  # as whole numbers: a GPU sums floats in any order
-        coordinate = count / (count.narrow(axis, -1, 1) + 1e-6) * (2 * math.pi)
-        angle = coordinate[..., None] / temperature**exponent
-        halves.append(torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(start_dim=-2))
+        share = count / (count.narrow(axis, -1, 1) + 1e-6)
+        angle = (share * (2 * math.pi))[..., None] / temperature**exponent
+        pairs = torch.stack((angle.sin(), angle.cos()), dim=-1)
+        halves.append(pairs.flatten(start_dim=-2))
     return torch.cat(halves, dim=-1)
 
 
@@ -44,7 +45,8 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, width: int, num_heads: int, dropout: float, *, xavier_output: bool = False) -> None:
         super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads = num_heads
+        self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -59,15 +61,20 @@ class MultiHeadAttention(nn.Module):
         `allowed` (B, Q or 1, S) bool: entries that a query may attend to, at least one, else its output is
         NaN.
         """
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        inputs = zip((query, key, value), weights, biases, strict=True)
-        q, k, v = (
-            F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, w, b in inputs
-        )
+        q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
+        q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
+        q = self._heads(F.linear(query, q_weight, q_bias))
+        k = self._heads(F.linear(key, k_weight, k_bias))
+        v = self._heads(F.linear(value, v_weight, v_bias))
         mask = None if allowed is None else allowed[:, None]  # the same for all heads
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(start_dim=2))
         return out
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """(B, S, D) -> (B, heads, S, D / heads)."""
+        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class EncoderLayer(nn.Module):
@@ -85,7 +92,8 @@ class EncoderLayer(nn.Module):
     def forward(self, entries: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
         """entries and positions (B, S, D), valid (B, S) bool -> (B, S, D)."""
         placed = entries + positions
-        entries = self.norm1(entries + self.dropout(self.self_attn(placed, placed, entries, valid[:, None])))
+        attended = self.self_attn(placed, placed, entries, valid[:, None])
+        entries = self.norm1(entries + self.dropout(attended))
         inner = self.dropout(F.relu(self.linear1(entries)))
         out: Tensor = self.norm2(entries + self.dropout(self.linear2(inner)))
         return out
@@ -101,11 +109,19 @@ class DecoderLayer(nn.Module):
     cross_attn: MultiHeadAttention
 
     def __init__(
-        self, width: int, num_heads: int, ffn_dim: int, dropout: float, *, masked: bool = False
+        self,
+        width: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        *,
+        masked: bool = False,
     ) -> None:
         super().__init__()
         self.masked = masked
-        for name in ("cross_attn", "self_attn") if masked else ("self_attn", "cross_attn"):
+        # In the order of the forward, in which their random numbers are drawn.
+        order = ["cross_attn", "self_attn"] if masked else ["self_attn", "cross_attn"]
+        for name in order:
             self.add_module(name, MultiHeadAttention(width, num_heads, dropout, xavier_output=masked))
         self.linear1 = nn.Linear(width, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, width)
@@ -113,26 +129,47 @@ class DecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
-        for linear in (self.linear1, self.linear2) if masked else ():
-            nn.init.xavier_uniform_(linear.weight)
+        if masked:
+            nn.init.xavier_uniform_(self.linear1.weight)
+            nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(
-        self, state: Tensor, query: Tensor, memory: Tensor, memory_key: Tensor, allowed: Tensor
+        self,
+        state: Tensor,
+        query: Tensor,
+        memory: Tensor,
+        memory_key: Tensor,
+        allowed: Tensor,
     ) -> Tensor:
         """Queries after the layer, (B, Q, D).
 
-        state, query (B, Q, D); memory, memory_key = memory + positions (B, S, D); allowed (B, Q or 1, S)
-        bool: entries of the memory that a query may attend to.
+        Args:
+            state: (B, Q, D).
+            query: (B, Q, D) positions of the queries, added to `state` in each attention.
+            memory: (B, S, D).
+            memory_key: memory + positions.
+            allowed: (B, Q or 1, S) bool, entries of the memory that a query may attend to.
         """
-        for norm, of_memory in ((self.norm1, self.masked), (self.norm2, not self.masked)):
-            placed = state + query
-            keys, values = (memory_key, memory) if of_memory else (placed, state)
-            attention = self.cross_attn if of_memory else self.self_attn
-            seen = attention(placed, keys, values, allowed if of_memory else None)
-            state = norm(state + self.dropout(seen))
+        if self.masked:
+            state = self.norm1(state + self._of_memory(state, query, memory, memory_key, allowed))
+            state = self.norm2(state + self._of_queries(state, query))
+        else:
+            state = self.norm1(state + self._of_queries(state, query))
+            state = self.norm2(state + self._of_memory(state, query, memory, memory_key, allowed))
         inner = self.dropout(F.relu(self.linear1(state)))
         out: Tensor = self.norm3(state + self.dropout(self.linear2(inner)))
         return out
+
+    def _of_queries(self, state: Tensor, query: Tensor) -> Tensor:
+        placed = state + query
+        seen: Tensor = self.dropout(self.self_attn(placed, placed, state))
+        return seen
+
+    def _of_memory(
+        self, state: Tensor, query: Tensor, memory: Tensor, memory_key: Tensor, allowed: Tensor
+    ) -> Tensor:
+        seen: Tensor = self.dropout(self.cross_attn(state + query, memory_key, memory, allowed))
+        return seen
 
 
 class FeedForward(nn.Module):
@@ -141,7 +178,8 @@ class FeedForward(nn.Module):
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
         super().__init__()
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        layers = [nn.Linear(before, behind) for before, behind in itertools.pairwise(widths)]
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

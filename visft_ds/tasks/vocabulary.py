@@ -11,7 +11,6 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any
 
 import orjson
@@ -21,7 +20,10 @@ TOKENIZER = "visft-words-1"
 FORMAT = "visft_ds vocabulary"
 _HEADER = {"format": FORMAT, "version": 1, "tokenizer": TOKENIZER}
 
-PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"
+PAD = "<pad>"
+UNKNOWN = "<unk>"
+START = "<start>"
+END = "<end>"
 _REMEDY = "Use the vocabulary that the head was trained with, or train a new head"
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
@@ -46,7 +48,8 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         tokens = (PAD, *self.words, UNKNOWN, START, END)
-        self.ids, self.size = {token: id_ for id_, token in enumerate(tokens)}, len(tokens)
+        self.ids = {token: id_ for id_, token in enumerate(tokens)}
+        self.size = len(tokens)
         if not self.words or len(self.ids) != self.size or "" in self.ids:
             raise ValueError(f"a vocabulary needs words, each once and none of them empty or like {PAD}")
         self.fingerprint = hashlib.sha256(orjson.dumps([TOKENIZER, self.words])).hexdigest()
@@ -54,22 +57,22 @@ class Vocabulary:
     @classmethod
     def from_word_map(cls, word_map: Mapping[str, int]) -> Vocabulary:
         """The vocabulary of a published head: word -> id, special tokens included."""
-        first, *words = sorted(word_map, key=word_map.__getitem__)
-        ids = sorted(word_map.values())
-        if ids != list(range(len(ids))) or first != PAD or words[-3:] != [UNKNOWN, START, END]:
+        tokens = sorted(word_map, key=word_map.__getitem__)
+        in_place = [tokens[:1], tokens[-3:]] == [[PAD], [UNKNOWN, START, END]]
+        if not in_place or sorted(word_map.values()) != list(range(len(tokens))):
             raise ValueError(
                 f"a word map of a captioning head goes from {PAD} at 0 to {UNKNOWN}, {START}, {END}"
             )
-        return cls(tuple(words[:-3]))
+        return cls(tuple(tokens[1:-3]))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Vocabulary:
         """The inverse of `to_dict`; raises ValueError for what this program did not write, or not in this
         form.
         """
-        given = {name: fields.get(name) for name in _HEADER}
-        if given != _HEADER:
-            raise ValueError(f"a {FORMAT} begins with {_HEADER}, not {given}")
+        header = {name: fields.get(name) for name in _HEADER}
+        if header != _HEADER:
+            raise ValueError(f"a {FORMAT} begins with {_HEADER}, not {header}")
         return cls(tuple(fields["words"]))
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,22 +82,33 @@ class Vocabulary:
     def encode(self, words: Iterable[str]) -> list[int]:
         """Ids of a caption that is cut into words, `<start>` and `<end>` included."""
         unknown = self.ids[UNKNOWN]
-        return [self.ids[START], *(self.ids.get(word, unknown) for word in words), self.ids[END]]
+        ids = [self.ids.get(word, unknown) for word in words]
+        return [self.ids[START], *ids, self.ids[END]]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The words before the first `<end>`, joined by blanks; `<start>` and `<pad>` are left out."""
         tokens = list(self.ids)
-        words = takewhile(lambda word: word != END, (tokens[id_] for id_ in ids))
-        return " ".join(word for word in words if word not in (PAD, START))
+        words = []
+        for id_ in ids:
+            token = tokens[id_]
+            if token == END:
+                break
+            if token not in (PAD, START):
+                words.append(token)
+        return " ".join(words)
 
     def check_same(
         self, other: Vocabulary, *, this: str = "the captioning head", that: str = "the shards"
     ) -> None:
         """Raise ValueError unless every id means the same word in both."""
-        if self.words != other.words:
-            different = ", ".join(map(repr, sorted(set(self.words) ^ set(other.words))[:5])) or "none"
-            sizes = f"of {self.size} and {other.size} ids; words of one of them only: {different}"
-            raise ValueError(f"{this} and {that} have different vocabularies, {sizes}. {_REMEDY}")
+        if self.words == other.words:
+            return
+        in_one = sorted(set(self.words) ^ set(other.words))
+        examples = ", ".join(map(repr, in_one[:5])) or "none"
+        raise ValueError(
+            f"{this} and {that} have different vocabularies, of {self.size} and {other.size} ids; words of one "
+            f"of them only: {examples}. {_REMEDY}"
+        )
 
     def check_size(self, vocabulary_size: int) -> None:
         """Raise ValueError unless a head with that many ids can use this vocabulary."""

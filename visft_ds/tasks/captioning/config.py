@@ -9,29 +9,29 @@ from visft_ds.settings.task_schema import CaptionChoice, WordsConfig
 class CaptioningImage(StrictModel):
     """Geometry and targets of captioning; sizes in pixels."""
 
-    size: Positive = 256  #: side of the square
-    caption_choice: CaptionChoice = (
-        "random"  #: caption to train on: a new "random" one each time, or the "first"
-    )
-    max_words: Positive = 50
+    size: Positive = 256  #: side of the square that every image is scaled to (ViSFT)
+    #: caption to train on: a new "random" one each time, or the "first"
+    caption_choice: CaptionChoice = "random"
+    max_words: Positive = 50  #: words; longer captions are left out
 
 
 class CaptioningHeadConfig(StrictModel):
     """Keyword arguments of the captioning head; its vocabulary comes with the data."""
 
-    attention_dim: Positive = 384
-    embed_dim: Positive = 384
-    decoder_dim: Positive = 384
-    #: Side of the square of cells that features are pooled to (Show, Attend and Tell, arXiv 1502.03044)
-    encoded_image_size: Positive = 14
-    dropout: Probability = 0.5
+    attention_dim: Positive = 384  #: channels in which cells and state are compared (ViSFT)
+    embed_dim: Positive = 384  #: channels of a word's embedding (ViSFT)
+    decoder_dim: Positive = 384  #: channels of the LSTM's state (ViSFT)
+    encoded_image_size: Positive = (
+        14  #: cells; side of the square that features are pooled to (arXiv 1502.03044)
+    )
+    dropout: Probability = 0.5  #: probability, in front of the word layer (arXiv 1502.03044)
 
 
 class CaptioningLoss(StrictModel):
     """Keyword arguments of the captioning criterion."""
 
-    ce: Rate = 1.0
-    attention: Rate = 1.0  #: the doubly stochastic penalty
+    ce: Rate = 1.0  #: weight of the cross-entropy of words
+    attention: Rate = 1.0  #: weight of the doubly stochastic penalty (arXiv 1502.03044, eq. 14)
 
 
 class CaptioningTask(WordsConfig):

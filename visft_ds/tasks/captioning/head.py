@@ -25,24 +25,24 @@ from visft_ds.tasks.captioning.data import CaptionTargets
 DECODING = DecodingConfig()
 _PAD = 0
 #: Ids counted from the end of the vocabulary, see `tasks.vocabulary`.
-_UNKNOWN, _START, _END = -3, -2, -1
+_UNKNOWN = -3
+_START = -2
+_END = -1
 
-#: Parameter of `CaptioningHead` -> its name in the published files, behind `visft_heads.caption_decoder.`.
-PUBLISHED_NAMES: Mapping[str, str] = {
-    **{f"encoder_att.{kind}": f"attention.encoder_att.{kind}" for kind in ("weight", "bias")},
-    **{f"recurrence.decoder_att_{kind}": f"attention.decoder_att.{kind}" for kind in ("weight", "bias")},
-    **{f"recurrence.full_att_{kind}": f"attention.full_att.{kind}" for kind in ("weight", "bias")},
-    **{f"recurrence.f_beta_{kind}": f"f_beta.{kind}" for kind in ("weight", "bias")},
-    **{
-        f"recurrence.{name}": f"decode_step.{name}"
-        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    },
-    "embedding.weight": "embedding.weight",
-    **{
-        f"{name}.{kind}": f"{name}.{kind}"
-        for name in ("init_h", "init_c", "fc")
-        for kind in ("weight", "bias")
-    },
+#: Our names -> those of the published files (`interop.published`), the first whose beginning fits.
+PUBLISHED_NAMES = {
+    "encoder_att.": "attention.encoder_att.",
+    "recurrence.decoder_att_weight": "attention.decoder_att.weight",
+    "recurrence.decoder_att_bias": "attention.decoder_att.bias",
+    "recurrence.full_att_weight": "attention.full_att.weight",
+    "recurrence.full_att_bias": "attention.full_att.bias",
+    "recurrence.f_beta_weight": "f_beta.weight",
+    "recurrence.f_beta_bias": "f_beta.bias",
+    "recurrence.": "decode_step.",
+    "embedding.": "embedding.",
+    "init_h.": "init_h.",
+    "init_c.": "init_c.",
+    "fc.": "fc.",
 }
 
 
@@ -76,13 +76,15 @@ class CaptioningHead(nn.Module):
 
     def __init__(self, in_channels: int, options: CaptioningHeadConfig, vocabulary_size: int) -> None:
         super().__init__()
-        self.vocabulary_size, self.encoded_image_size = vocabulary_size, options.encoded_image_size
-        attention_dim, embed_dim, decoder_dim = options.attention_dim, options.embed_dim, options.decoder_dim
+        attention_dim = options.attention_dim
+        decoder_dim = options.decoder_dim
+        self.vocabulary_size = vocabulary_size
+        self.encoded_image_size = options.encoded_image_size
         self.encoder_att = nn.Linear(in_channels, attention_dim)
-        self.embedding = nn.Embedding(vocabulary_size, embed_dim)
+        self.embedding = nn.Embedding(vocabulary_size, options.embed_dim)
         self.init_h = nn.Linear(in_channels, decoder_dim)
         self.init_c = nn.Linear(in_channels, decoder_dim)
-        self.recurrence = Recurrence(in_channels, attention_dim, embed_dim, decoder_dim)
+        self.recurrence = Recurrence(in_channels, attention_dim, options.embed_dim, decoder_dim)
         self.dropout = nn.Dropout(options.dropout)
         self.fc = nn.Linear(decoder_dim, vocabulary_size)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
@@ -98,76 +100,103 @@ class CaptioningHead(nn.Module):
         beam_size: int = DECODING.beam_size,
         max_length: int = DECODING.max_length,
     ) -> CaptioningOutput | GeneratedCaptions:
-        """Scores of captions, or generated ones, from the last map.
+        """Scores of captions, or the best caption of each image by beam search, from the last map.
 
-        With `captions` (B, T) int64 and `lengths` (B,), `<start>` and `<end>` included: scores of captions[:,
-        1:].
-        Without: the best caption of each image by beam search. `max_length` is the largest number of words,
-        after which `<end>` is forced. A beam's score is the plain sum of log-probabilities, without length
-        normalisation, and finished beams keep their place among the K. `<pad>`, `<start>` and `<unk>` are
-        never chosen, and there is no dropout, in training mode either. Among equal scores the choice is
-        PyTorch's.
+        A beam's score is the plain sum of log-probabilities, without length normalisation, and finished beams
+        keep their place among the K. `<pad>`, `<start>` and `<unk>` are never chosen, and there is no
+        dropout, in training mode either. Among equal scores the choice is PyTorch's.
 
-        There are always `max_length` + 1 steps: to stop as soon as all captions have ended, the host would
-        wait for the device after each step, and under ZeRO-3 ranks would gather the weights at different
-        steps.
+        The search always takes `max_length` + 1 steps: to stop as soon as all captions have ended, the host
+        would wait for the device after each step, and under ZeRO-3 ranks would gather the weights at
+        different steps.
+
+        Args:
+            captions: (B, T) int64, `<start>` and `<end>` included, whose words captions[:, 1:] are scored;
+                None: captions are generated.
+            lengths: (B,) of the captions.
+            beam_size: K.
+            max_length: the largest number of words, after which `<end>` is forced.
         """
-        features, valid = maps[-1].features, maps[-1].valid
+        features = maps[-1].features
         with autocast_to(features.device, None):  # rounded, pooling would be most of the error of captions
-            pixels = pool_valid(features, valid, self.encoded_image_size)
+            pixels = pool_valid(features, maps[-1].valid, self.encoded_image_size)
+        keys = self.encoder_att(pixels)
         mean = pixels.mean(dim=1)
-        start = pixels, self.encoder_att(pixels), self.init_h(mean), self.init_c(mean)
+        hidden = self.init_h(mean)
+        cell = self.init_c(mean)
         if captions is None:
-            return GeneratedCaptions(self._search(*start, beam_size, max_length))
+            return GeneratedCaptions(self._search(pixels, keys, hidden, cell, beam_size, max_length))
         assert lengths is not None and captions.shape[1] >= 2, (lengths, captions.shape)
-        hidden, attention, _ = self.recurrence(self.embedding(captions[:, :-1]), *start)
-        scores = at_least_float32(self.fc(self.dropout(hidden)))
-        past_end = (torch.arange(1, captions.shape[1], device=lengths.device) >= lengths[:, None]).unsqueeze(
-            -1
-        )
+        words = self.embedding(captions[:, :-1])
+        states, attention, _ = self.recurrence(words, pixels, keys, hidden, cell)
+        scores = at_least_float32(self.fc(self.dropout(states)))
+        steps = torch.arange(1, captions.shape[1], device=lengths.device)
+        past_end = (steps >= lengths[:, None]).unsqueeze(-1)
         return CaptioningOutput(scores.masked_fill(past_end, 0), attention.masked_fill(past_end, 0))
 
     @torch.no_grad()
     def _search(
-        self, pixels: Tensor, keys: Tensor, hidden: Tensor, cell: Tensor, beams: int, max_length: int
+        self,
+        pixels: Tensor,
+        keys: Tensor,
+        hidden: Tensor,
+        cell: Tensor,
+        beams: int,
+        max_length: int,
     ) -> Tensor:
         """The best caption of each image, (B, max_length + 2) ids. The tensors are as in
         `Recurrence.forward`.
         """
-        images, size, end = len(pixels), self.vocabulary_size, self.vocabulary_size + _END
+        images = len(pixels)
+        size = self.vocabulary_size
         # Row b * K + k is beam k of image b.
-        start = (pixels, keys, hidden, cell)
-        pixels, keys, hidden, cell = (values.repeat_interleave(beams, dim=0) for values in start)
-        first = torch.arange(images, device=pixels.device).unsqueeze(1) * beams  # (B, 1)
+        first_rows = torch.arange(images, device=pixels.device).unsqueeze(1) * beams  # (B, 1)
+        pixels = pixels.repeat_interleave(beams, dim=0)
+        keys = keys.repeat_interleave(beams, dim=0)
+        hidden = hidden.repeat_interleave(beams, dim=0)
+        cell = cell.repeat_interleave(beams, dim=0)
         word = torch.full((images * beams,), size + _START, device=pixels.device)
+        captions = word[:, None]  # of the beams so far
         ended = torch.zeros_like(word, dtype=torch.bool)
         # All beams begin alike, so in the first step only one of them may be continued.
         totals = at_least_float32(hidden).new_full((images, beams), -math.inf)
         totals[:, 0] = 0
-        banned = totals.new_zeros(size)  # `<pad>`, `<unk>` and `<start>` cannot follow
-        # Slices, because a list of indices would be copied to the device.
+        banned, stays, ends = self._rules(totals)
+        for step in range(max_length + 1):
+            embedded = self.embedding(word).unsqueeze(1)
+            states, _, cell = self.recurrence(embedded, pixels, keys, hidden, cell)
+            hidden = states[:, 0]
+            scores = at_least_float32(self.fc(hidden)) + banned
+            gains = scores.log_softmax(dim=-1)
+            if step == max_length:
+                gains = gains + ends
+            gains = torch.where(ended.unsqueeze(-1), stays, gains)
+            candidates = totals.unsqueeze(-1) + gains.view(images, beams, size)
+            totals, chosen = candidates.flatten(start_dim=1).topk(beams)  # (B, K), of K * V
+            totals = totals - totals[:, :1]  # relative to the best: small numbers keep their digits
+            rows = (first_rows + chosen // size).flatten()  # the beams that are continued
+            word = (chosen % size).flatten()
+            ended = ended[rows] | (word == size + _END)
+            hidden = hidden[rows]
+            cell = cell[rows]
+            captions = torch.cat((captions[rows], word[:, None]), dim=1)
+        return captions[first_rows.squeeze(1)]  # the best beam comes first
+
+    def _rules(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Terms (V,), 0 or minus infinity, of the scores of next words.
+
+        Of all beams, in which `<pad>`, `<unk>` and `<start>` cannot follow; of an ended beam, which goes on
+        with `<pad>`; and of the last step, in which nothing but `<end>` is possible. Slices, because a list
+        of indices would be copied to the device.
+        """
+        banned = like.new_zeros(self.vocabulary_size)
         banned[: _PAD + 1] = -math.inf
         banned[_UNKNOWN:_END] = -math.inf
-        stays = totals.new_full((size,), -math.inf)  # an ended beam goes on with <pad>, at no cost
+        stays = torch.full_like(banned, -math.inf)
         stays[_PAD] = 0
-        ends = totals.new_full((size,), -math.inf)  # in the last step nothing but <end> is possible
-        ends[end] = 0
-        captions = word[:, None]  # of the beams so far
-        for step in range(max_length + 1):
-            states, _, cell = self.recurrence(self.embedding(word).unsqueeze(1), pixels, keys, hidden, cell)
-            gains = (at_least_float32(self.fc(states[:, 0])) + banned).log_softmax(dim=-1)
-            gains = gains if step < max_length else gains + ends
-            gains = torch.where(ended.unsqueeze(-1), stays, gains).view(images, beams, size)
-            totals, chosen = (
-                (totals.unsqueeze(-1) + gains).flatten(start_dim=1).topk(beams)
-            )  # (B, K), of K * V
-            totals = totals - totals[:, :1]  # relative to the best: small numbers keep their digits
-            rows = (first + chosen // size).flatten()  # the beams that are continued
-            word = (chosen % size).flatten()
-            ended = ended[rows] | (word == end)
-            hidden, cell = states[rows, 0], cell[rows]
-            captions = torch.cat((captions[rows], word[:, None]), dim=1)
-        return captions[first.squeeze(1)]  # the best beam comes first
+        ends = torch.full_like(banned, -math.inf)
+        ends[_END] = 0
+        return banned, stays, ends
 
 
 class Recurrence(nn.Module):
@@ -210,25 +239,24 @@ class Recurrence(nn.Module):
         first step.
         """
         from_words = F.linear(embedded, self.weight_ih[:, : self.embed_dim], self.bias_ih)  # (B, S, 4 R)
-        from_pixels = self.weight_ih[:, self.embed_dim :]
-        weight = torch.cat((self.decoder_att_weight, self.f_beta_weight, self.weight_hh))
-        bias = torch.cat((self.decoder_att_bias, self.f_beta_bias, self.bias_hh))
-        # Autocast would round them in every step.
-        given = weight, bias, from_pixels, pixels
-        weight, bias, from_pixels, pixels = (one.to(autocast_dtype(one.device) or one.dtype) for one in given)
-        states, attention = [], []
-        for word in from_words.unbind(dim=1):
+        # Autocast would round these four in every step.
+        from_pixels = _rounded(self.weight_ih[:, self.embed_dim :])
+        weight = _rounded(torch.cat((self.decoder_att_weight, self.f_beta_weight, self.weight_hh)))
+        bias = _rounded(torch.cat((self.decoder_att_bias, self.f_beta_bias, self.bias_hh)))
+        pixels = _rounded(pixels)
+        states = []
+        attention = []
+        for from_word in from_words.unbind(dim=1):
             # Both states stay float32, whatever the products are computed in.
-            query, gate, from_state = at_least_float32(F.linear(hidden, weight, bias)).split(
-                self.splits, dim=1
-            )
-            energy = F.linear(F.relu(keys + query.unsqueeze(1)), self.full_att_weight, self.full_att_bias)
+            from_hidden = at_least_float32(F.linear(hidden, weight, bias))
+            query, gate, from_state = from_hidden.split(self.splits, dim=1)
+            matched = F.relu(keys + query.unsqueeze(1))
+            energy = F.linear(matched, self.full_att_weight, self.full_att_bias)
             weights = at_least_float32(energy.squeeze(-1)).softmax(dim=1)  # (B, P)
-            context = (
-                torch.bmm(weights.to(pixels.dtype).unsqueeze(1), pixels).squeeze(1) * gate.sigmoid()
-            )  # (B, D)
+            mean = torch.bmm(weights.to(pixels.dtype).unsqueeze(1), pixels)  # (B, 1, D)
+            context = mean.squeeze(1) * gate.sigmoid()
+            gates = from_word + from_state + F.linear(context, from_pixels)
             # In the order of nn.LSTMCell's weights.
-            gates = word + from_state + F.linear(context, from_pixels)
             input_gate, forget_gate, new, output_gate = gates.chunk(4, dim=1)
             cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * new.tanh()
             hidden = output_gate.sigmoid() * cell.tanh()
@@ -237,27 +265,42 @@ class Recurrence(nn.Module):
         return torch.stack(states, dim=1), torch.stack(attention, dim=1), cell
 
 
-def pool_valid(features: Tensor, valid: Tensor, grid: int) -> Tensor:
-    """Adaptive average pooling of the valid part of each feature map: (B, grid * grid, D).
+def _rounded(values: Tensor) -> Tensor:
+    """In autocast's dtype."""
+    return values.to(autocast_dtype(values.device) or values.dtype)
+
+
+def pool_valid(features: Tensor, valid: Tensor, side: int) -> Tensor:
+    """Adaptive average pooling of the valid part of each feature map: (B, side * side, D).
 
     features (B, D, h, w); valid (B, h, w) bool, a rectangle of at least a patch in the upper left corner.
-    Cells are those of torch.nn.AdaptiveAvgPool2d on that rectangle: cell i averages its n rows from floor(i n
-    / grid) to ceil((i + 1) n / grid). Averaging first columns and then rows is the same, as products with two
-    small matrices.
+    Cells are those of torch.nn.AdaptiveAvgPool2d on that rectangle. Averaging first columns and then rows is
+    the same, as products with two small matrices.
     """
     batch, width, height = features.shape[:3]
-    cells, averages = torch.arange(grid, device=features.device), []
-    for axis in (1, 2):
-        # Row i of a matrix (B, grid, h or w) averages the patches of cell i, among the valid ones.
-        counts = valid.any(dim=3 - axis).sum(dim=1, keepdim=True)
-        first = (cells * counts // grid).unsqueeze(-1)  # (B, grid, 1)
-        last = (((cells + 1) * counts + grid - 1) // grid).unsqueeze(-1)
-        patches = torch.arange(valid.shape[axis], device=features.device)
-        averages.append(((patches >= first) & (patches < last)).to(features.dtype) / (last - first))
-    rows, columns = averages
-    narrow = torch.bmm(features.flatten(start_dim=1, end_dim=2), columns.transpose(1, 2))  # (B, D * h, grid)
-    narrow = narrow.view(batch, width, height, grid).permute(0, 2, 3, 1)  # (B, h, grid, D)
-    return torch.bmm(rows, narrow.reshape(batch, height, grid * width)).view(batch, grid * grid, width)
+    over_rows = _averages(valid.any(dim=2), side, features.dtype)  # (B, side, h)
+    over_columns = _averages(valid.any(dim=1), side, features.dtype)  # (B, side, w)
+    rows = features.flatten(start_dim=1, end_dim=2)  # (B, D * h, w)
+    narrow = torch.bmm(rows, over_columns.transpose(1, 2))
+    narrow = narrow.view(batch, width, height, side).permute(0, 2, 3, 1)  # (B, h, side, D)
+    pooled = torch.bmm(over_rows, narrow.reshape(batch, height, side * width))
+    return pooled.view(batch, side * side, width)
+
+
+def _averages(valid: Tensor, side: int, dtype: torch.dtype) -> Tensor:
+    """Matrices (B, side, n) that average the valid ones of n patches.
+
+    v of an image's patches are `valid` (B, n); cell i averages those from floor(i v / side) to
+    ceil((i + 1) v / side).
+    """
+    counts = valid.sum(dim=1, keepdim=True)
+    cells = torch.arange(side, device=valid.device)
+    first = (cells * counts // side).unsqueeze(-1)  # (B, side, 1)
+    past_end = (cells + 1) * counts + side - 1
+    last = (past_end // side).unsqueeze(-1)
+    patches = torch.arange(valid.shape[1], device=valid.device)
+    inside = (patches >= first) & (patches < last)
+    return inside.to(dtype) / (last - first)
 
 
 class CaptioningCriterion:
@@ -279,7 +322,9 @@ class CaptioningCriterion:
 
     def count(self, batch: Batch) -> dict[str, float]:
         lengths = batch.targets["captioning"].lengths
-        return {"tokens": float((lengths - 1).sum()), "images": float((lengths > 1).sum())}
+        tokens = (lengths - 1).sum()
+        images = (lengths > 1).sum()
+        return {"tokens": float(tokens), "images": float(images)}
 
     def __call__(
         self,
@@ -288,16 +333,32 @@ class CaptioningCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        wanted = targets.tokens[:, 1:]
-        assert output.scores.shape[:2] == wanted.shape, (output.scores.shape, wanted.shape)
-        scores, attention = at_least_float32(output.scores), at_least_float32(output.attention)
-        inside = torch.arange(1, targets.tokens.shape[1], device=wanted.device) < targets.lengths[:, None]
-        terms = F.cross_entropy(scores.flatten(end_dim=1), wanted.flatten(), reduction="none").view_as(wanted)
-        uneven = (1 - attention.sum(dim=1)).square().mean(dim=1)  # (B,)
-        losses = {
-            "ce": terms.masked_fill(~inside, 0).sum() / loss_denominators["tokens"],
-            "attention": (uneven * (targets.lengths > 1)).sum() / loss_denominators["images"],
+        words = targets.tokens[:, 1:]
+        scores = at_least_float32(output.scores)
+        assert scores.shape[:2] == words.shape, (scores.shape, words.shape)
+        steps = torch.arange(1, targets.tokens.shape[1], device=words.device)
+        inside = steps < targets.lengths[:, None]  # (B, S)
+        tokens = loss_denominators["tokens"]
+        has_caption = targets.lengths > 1
+        return {
+            "ce": self.loss_words(scores, words, inside) / tokens,
+            "attention": self.loss_attention(output.attention, has_caption) / loss_denominators["images"],
+            "top5_accuracy": self.top5_accuracy(scores.detach(), words, inside) / tokens,
         }
-        scores = scores.detach()
-        better = (scores > scores.gather(2, wanted.unsqueeze(-1))).sum(dim=-1)
-        return losses | {"top5_accuracy": 100 * ((better < 5) & inside).sum() / loss_denominators["tokens"]}
+
+    def loss_words(self, scores: Tensor, words: Tensor, inside: Tensor) -> Tensor:
+        """Sum of the cross-entropies of words (B, S) that are `inside` a caption; scores (B, S, V)."""
+        terms = F.cross_entropy(scores.flatten(end_dim=1), words.flatten(), reduction="none")
+        return terms.view_as(words).masked_fill(~inside, 0).sum()
+
+    def loss_attention(self, attention: Tensor, has_caption: Tensor) -> Tensor:
+        """Sum over images of their mean penalty; attention (B, S, P), has_caption (B,) bool."""
+        over_steps = at_least_float32(attention).sum(dim=1)
+        penalty = (1 - over_steps).square().mean(dim=1)  # (B,)
+        return (penalty * has_caption).sum()
+
+    def top5_accuracy(self, scores: Tensor, words: Tensor, inside: Tensor) -> Tensor:
+        """100 times the words `inside` captions than which fewer than five have a higher score."""
+        of_words = scores.gather(2, words.unsqueeze(-1))
+        better = (scores > of_words).sum(dim=-1)
+        return 100 * ((better < 5) & inside).sum()

@@ -11,23 +11,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from operator import or_
 from typing import Any
 
 from visft_ds.tasks.captioning.tokenizer import ptb_words
 
 _ORDERS = (1, 2, 3, 4)
-#: Width, in words, of CIDEr's penalty for a length that differs from the reference's (arXiv 1411.5726, eq.
-#: 4).
-_SIGMA = 6.0
-#: Weight of recall in ROUGE-L, as in coco-caption.
-_BETA = 1.2
-#: coco-caption's guard against zeros; it shows where no 4-gram of a small corpus is right.
-_TINY, _SMALL = 1e-15, 1e-9
+_SIGMA = (
+    6.0  #: words; width of CIDEr's penalty for another length than the reference's (arXiv 1411.5726, eq. 4)
+)
+_BETA = 1.2  #: weight of recall in ROUGE-L, as in coco-caption
+#: coco-caption's guards of BLEU against zeros; they show where no 4-gram of a small corpus is right.
+_TINY = 1e-15
+_SMALL = 1e-9
 
 Words = Sequence[str]
-Counts = Counter[tuple[str, ...]]
+Gram = tuple[str, ...]
 
 
 def caption_metrics(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -38,106 +36,135 @@ def caption_metrics(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any
 
     Raises ValueError for an image without a result, and if there is no image.
     """
-    references: dict[int, list[str]] = {}
+    references: dict[int, list[Words]] = {}
     for entry in truth["annotations"]:
-        references.setdefault(entry["image_id"], []).append(entry["caption"])
+        references.setdefault(entry["image_id"], []).append(ptb_words(entry["caption"]))
     candidates = {result["image_id"]: result["caption"] for result in results}
     if not references:
         raise ValueError("no image has captions to compare with")
-    if lacking := len(references.keys() - candidates.keys()):
-        raise ValueError(f"{lacking} images have no candidate caption")
+    lacking = references.keys() - candidates.keys()
+    if lacking:
+        raise ValueError(f"{len(lacking)} images have no candidate caption")
     images = sorted(references)
-    wanted = [[ptb_words(reference) for reference in references[image]] for image in images]
+    true = [references[image] for image in images]
     generated = [ptb_words(candidates[image]) for image in images]
-    scores = {"CIDEr": _cider(wanted, generated)}
-    scores |= {f"BLEU-{order}": score for order, score in zip(_ORDERS, _bleu(wanted, generated), strict=True)}
-    scores["ROUGE-L"] = sum(map(_rouge, wanted, generated)) / len(images)
-    return {f"caption/{name}": score for name, score in scores.items()}
+    scores = {"caption/CIDEr": _cider(true, generated)}
+    for order, score in zip(_ORDERS, _bleu(true, generated), strict=True):
+        scores[f"caption/BLEU-{order}"] = score
+    scores["caption/ROUGE-L"] = sum(map(_rouge, true, generated)) / len(images)
+    return scores
 
 
-def _ngrams(words: Words) -> list[Counts]:
-    """Counts of each n-gram, for n = 1 to 4."""
-    return [Counter(zip(*(words[start:] for start in range(order)), strict=False)) for order in _ORDERS]
+def _ngrams(words: Words, order: int) -> Counter[Gram]:
+    """Counts of the n-grams of this order."""
+    return Counter(zip(*(words[start:] for start in range(order)), strict=False))
 
 
-def _cider(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> float:
+def _cider(true: Sequence[Sequence[Words]], generated: Sequence[Words]) -> float:
     """CIDEr-D without stemming: mean over images, references and orders, times 10."""
-    counted = [[_ngrams(reference) for reference in references] for references in wanted]
-    frequency: Counter[tuple[str, ...]] = Counter()
-    for references in counted:
-        frequency.update({gram for reference in references for counts in reference for gram in counts})
-    log_images = math.log(len(wanted))
+    of_orders = [_cider_of_order(true, generated, order) for order in _ORDERS]
+    return 10 * sum(of_orders) / len(_ORDERS)
 
-    def weighted(counts: Sequence[Counts]) -> list[Mapping[tuple[str, ...], float]]:
-        # tf-idf. An n-gram that no reference has weighs like one that a single image has.
-        rare = [{gram: log_images - math.log(frequency.get(gram, 1)) for gram in part} for part in counts]
-        return [
-            {gram: part[gram] * value[gram] for gram in part}
-            for part, value in zip(counts, rare, strict=True)
-        ]
+
+def _cider_of_order(true: Sequence[Sequence[Words]], generated: Sequence[Words], order: int) -> float:
+    """Mean over images and references of the clipped cosine of their n-grams, weighted by tf-idf."""
+    images: Counter[Gram] = Counter()  # with a reference that has the n-gram
+    for references in true:
+        images.update({gram for reference in references for gram in _ngrams(reference, order)})
+
+    log_images = math.log(len(true))
+
+    def weighted(words: Words) -> dict[Gram, float]:
+        weights = {}
+        for gram, count in _ngrams(words, order).items():
+            # An n-gram that no reference has weighs like one that a single image has.
+            rarity = log_images - math.log(images.get(gram, 1))
+            weights[gram] = count * rarity
+        return weights
 
     total = 0.0
-    for references, words in zip(counted, generated, strict=True):
-        counts = _ngrams(words)
-        candidate, scores = weighted(counts), []
+    for references, words in zip(true, generated, strict=True):
+        candidate = weighted(words)
+        similarities = 0.0
         for reference in references:
             # coco-caption takes the number of bigrams for the length, one less than the number of words.
-            penalty = math.exp(-((counts[1].total() - reference[1].total()) ** 2) / (2 * _SIGMA**2))
-            scores.append(penalty * sum(map(_clipped_cosine, candidate, weighted(reference))))
-        total += 10 * sum(scores) / (len(references) * len(_ORDERS))
+            bigrams = max(len(words) - 1, 0)
+            excess = bigrams - max(len(reference) - 1, 0)
+            penalty = math.exp(-(excess**2) / (2 * _SIGMA**2))
+            similarities += penalty * _clipped_cosine(candidate, weighted(reference))
+        total += similarities / len(references)
     return total / len(generated)
 
 
-def _clipped_cosine(one: Mapping[tuple[str, ...], float], two: Mapping[tuple[str, ...], float]) -> float:
+def _clipped_cosine(candidate: Mapping[Gram, float], reference: Mapping[Gram, float]) -> float:
     """Cosine of a candidate and a reference, to which a word counts no more often than the reference has
     it.
     """
-    norms = math.sqrt(
-        sum(value * value for value in one.values()) * sum(value * value for value in two.values())
-    )
-    common = sum(min(value, two[gram]) * two[gram] for gram, value in one.items() if gram in two)
-    return common / norms if norms else 0.0
+    length = math.hypot(*candidate.values())
+    reference_length = math.hypot(*reference.values())
+    if not length or not reference_length:
+        return 0.0
+    common = 0.0
+    for gram, value in candidate.items():
+        weight = reference.get(gram, 0.0)
+        common += min(value, weight) * weight
+    return common / (length * reference_length)
 
 
-def _bleu(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> list[float]:
+def _bleu(true: Sequence[Sequence[Words]], generated: Sequence[Words]) -> list[float]:
     """BLEU-1 to 4 of the corpus (Papineni et al., ACL 2002); the reference length is the closest one."""
-    right, guessed = [0] * len(_ORDERS), [0] * len(_ORDERS)
-    length = closest = 0
-    for references, words in zip(wanted, generated, strict=True):
-        length += len(words)
-        closest += min((abs(len(reference) - len(words)), len(reference)) for reference in references)[1]
-        most = [reduce(or_, parts) for parts in zip(*map(_ngrams, references), strict=True)]
-        for place, counts in enumerate(_ngrams(words)):
-            right[place] += (counts & most[place]).total()
-            guessed[place] += counts.total()
+    length = sum(len(words) for words in generated)
+    closest = sum(map(_closest_length, true, generated))
     brevity = (length + _TINY) / (closest + _SMALL)
     penalty = math.exp(1 - 1 / brevity) if brevity < 1 else 1.0
-    scores, product = [], 1.0
-    for order, correct, total in zip(_ORDERS, right, guessed, strict=True):
-        product *= (correct + _TINY) / (total + _SMALL)
+    scores = []
+    product = 1.0
+    for order in _ORDERS:
+        right = 0
+        guessed = 0
+        for references, words in zip(true, generated, strict=True):
+            most: Counter[Gram] = Counter()
+            for reference in references:
+                most |= _ngrams(reference, order)
+            counts = _ngrams(words, order)
+            right += (counts & most).total()
+            guessed += counts.total()
+        product *= (right + _TINY) / (guessed + _SMALL)
         scores.append(product ** (1 / order) * penalty)
     return scores
 
 
+def _closest_length(references: Sequence[Words], words: Words) -> int:
+    """Number of words of the reference whose length is closest; of two the shorter one."""
+    lengths = [len(reference) for reference in references]
+    return min(lengths, key=lambda length: (abs(length - len(words)), length))
+
+
 def _rouge(references: Sequence[Words], words: Words) -> float:
     """ROUGE-L of one image: best precision and best recall, each over the references (Lin, 2004)."""
-    common = [_longest_common(words, reference) for reference in references]
-    if not any(common):
+    precision = 0.0
+    recall = 0.0
+    for reference in references:
+        common = _longest_common(words, reference)
+        if common:
+            precision = max(precision, common / len(words))
+            recall = max(recall, common / len(reference))
+    if not precision:
         return 0.0
-    precision = max(common) / len(words)
-    recall = max(
-        length / len(reference) for length, reference in zip(common, references, strict=True) if reference
-    )
-    return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
+    weight = _BETA**2
+    return (1 + weight) * precision * recall / (recall + weight * precision)
 
 
-def _longest_common(one: Words, two: Words) -> int:
+def _longest_common(first: Words, second: Words) -> int:
     """Length of the longest common subsequence."""
-    lengths = [0] * (len(two) + 1)
-    for word in one:
+    lengths = [0] * (len(second) + 1)  # for each beginning of the second
+    for word in first:
         corner = 0
-        for place, other in enumerate(two, start=1):
-            above = lengths[place]
-            lengths[place] = corner + 1 if word == other else max(above, lengths[place - 1])
+        for end, other in enumerate(second, start=1):
+            above = lengths[end]
+            if word == other:
+                lengths[end] = corner + 1
+            else:
+                lengths[end] = max(above, lengths[end - 1])
             corner = above
     return lengths[-1]

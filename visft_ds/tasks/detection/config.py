@@ -9,34 +9,22 @@ from visft_ds.settings.fields import (
     Above,
     Ascending,
     Depth,
-    Fraction,
     Positive,
     Probability,
     Rate,
     Sides,
     StrictModel,
 )
-from visft_ds.settings.task_schema import TaskConfig, Zoom, idle_zoom
+from visft_ds.settings.task_schema import ImageSizes, TaskConfig
 
 
-class DetectionImage(StrictModel):
-    """Geometry of detection; sizes in pixels."""
+class DetectionImage(ImageSizes):
+    """Geometry of detection."""
 
-    min_size_train: Sides = (480, 512, 544, 576, 608, 640, 672)
-    max_size_train: Positive = 672
+    #: short sides in front of a random crop, one of which is drawn (DETR)
     crop_min_size: Sides = (400, 500, 600)
+    #: smallest and largest side of the crop, which half of the images get (DETR's RandomSizeCrop)
     crop_size: Annotated[tuple[Positive, Positive], Ascending] = (384, 600)
-    flip: Fraction = 0.5  #: probability of a horizontal flip
-    min_size_test: Positive = 800
-    max_size_test: Positive = 672
-    fixed_size: Positive | None = (
-        None  #: side of a square for training and evaluation instead of the sizes above
-    )
-    zoom: Zoom = None  #: with fixed_size: smallest and largest side of a random crop, in parts of the image's
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """A zoom that nothing would read."""
-        yield from idle_zoom(self.zoom, self.fixed_size)
 
 
 class DetectionHeadConfig(StrictModel):
@@ -45,23 +33,25 @@ class DetectionHeadConfig(StrictModel):
     #: detr: the published asymmetric DETR; dense: a box from every cell of the feature map, for few
     #: photographs
     type: Literal["detr", "dense"] = "detr"
-    num_classes: Positive = 91  #: default for ids that are not COCO's: the number of categories
-    width: Positive = 64  #: of the dense head; the keys below are the DETR's
-    num_queries: Positive = 100
-    encoder_dim: Positive = 128
-    decoder_dim: Positive = 256
-    encoder_layers: Depth = 6
-    decoder_layers: Depth = 6
-    num_heads: Positive = 8
-    ffn_dim: Positive = 1024
-    dropout: Probability = 0.1
+    #: classes (COCO's raw ids are below 91); default for ids that are not COCO's: the number of categories
+    num_classes: Positive = 91
+    #: channels of the dense head, a multiple of 32; the keys below are the DETR's, with ViSFT's values
+    width: Positive = 64
+    num_queries: Positive = 100  #: boxes that are predicted for an image
+    encoder_dim: Positive = 128  #: channels of the encoder, a multiple of num_heads and of 4
+    decoder_dim: Positive = 256  #: channels of the decoder, a multiple of num_heads
+    encoder_layers: Depth = 6  #: transformer layers
+    decoder_layers: Depth = 6  #: transformer layers, each with losses of its own
+    num_heads: Positive = 8  #: attention heads of both
+    ffn_dim: Positive = 1024  #: hidden channels of the feed-forward parts of both
+    dropout: Probability = 0.1  #: probability (DETR)
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         if self.width % 32:
             yield "width", f"{self.width} is not a multiple of 32 (norm groups)"
-        for name, width in (("encoder_dim", self.encoder_dim), ("decoder_dim", self.decoder_dim)):
-            if width % self.num_heads:
-                yield name, f"{width} is not a multiple of num_heads = {self.num_heads}"
+        for name in ("encoder_dim", "decoder_dim"):
+            if getattr(self, name) % self.num_heads:
+                yield name, f"{getattr(self, name)} is not a multiple of num_heads = {self.num_heads}"
         if self.encoder_dim % 4:
             yield (
                 "encoder_dim",
@@ -74,10 +64,10 @@ class DetectionLoss(StrictModel):
     alone.
     """
 
-    ce: Rate = 1.0
-    l1: Rate = 5.0
-    giou: Rate = 2.0
-    eos_coef: Above = 0.1  #: class weight of "no object" in the cross-entropy
+    ce: Rate = 1.0  #: weight of the class loss (DETR)
+    l1: Rate = 5.0  #: weight of the L1 distance of boxes relative to the image (DETR)
+    giou: Rate = 2.0  #: weight of 1 - generalized IoU (DETR)
+    eos_coef: Above = 0.1  #: class weight of "no object" in the cross-entropy (DETR)
 
 
 class DetectionTask(TaskConfig):

@@ -34,7 +34,7 @@ class DetectionTargets(Targets):
     """Boxes of a batch, packed: image b owns the next `counts[b]` rows."""
 
     boxes: Tensor  #: (N, 4) float32, cxcywh, relative to the unpadded image, in [0, 1]
-    labels: Tensor  #: (N,) int64, raw COCO category ids (1..90)
+    labels: Tensor  #: (N,) int64, classes: raw COCO category ids (1..90), or numbers of other categories
     counts: Tensor  #: (B,) int64, sums to N
 
 
@@ -52,19 +52,34 @@ class CropRecipe:
     crop_size: tuple[int, int]
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
+        """Operations for an image of `size`; see the class."""
         if self.sides.fixed_size is not None:
             return self.sides.draw(size, train, generator)
-        ops: list[Op] = [Flip()] if train and generator.random() < self.sides.flip else []
-        if train and generator.random() >= 0.5:
-            side = self.crop_min_size[int(generator.integers(0, len(self.crop_min_size)))]
-            first = short_side_size(size, side, None)
-            width = _between(*self.crop_size, first[1], generator)
-            height = _between(*self.crop_size, first[0], generator)
-            top = int(generator.integers(0, first[0] - height + 1))
-            left = int(generator.integers(0, first[1] - width + 1))
-            ops += [Resize(*first), Crop(top, left, height, width)]
-            size = (height, width)
+        if not train:
+            return [self.sides.scale(size, train, generator)]
+        ops: list[Op] = []
+        if generator.random() < self.sides.flip:
+            ops.append(Flip())
+        if generator.random() >= 0.5:
+            scaled, crop = self._crop(size, generator)
+            ops += [scaled, crop]
+            size = (crop.height, crop.width)
         return [*ops, self.sides.scale(size, train, generator)]
+
+    def _crop(self, size: Size, generator: np.random.Generator) -> tuple[Resize, Crop]:
+        """The rectangle that is cut out, and the scaling in front of it."""
+        choice = int(generator.integers(0, len(self.crop_min_size)))
+        scaled_height, scaled_width = short_side_size(size, self.crop_min_size[choice], None)
+        width = self._side(scaled_width, generator)
+        height = self._side(scaled_height, generator)
+        top = int(generator.integers(0, scaled_height - height + 1))
+        left = int(generator.integers(0, scaled_width - width + 1))
+        return Resize(scaled_height, scaled_width), Crop(top, left, height, width)
+
+    def _side(self, available: int, generator: np.random.Generator) -> int:
+        """A side of the rectangle, as far as the image has that many pixels."""
+        smallest, largest = self.crop_size
+        return int(generator.integers(min(smallest, available), min(largest, available) + 1))
 
 
 def detection_targets(
@@ -75,39 +90,57 @@ def detection_targets(
     `labels` maps category ids; None leaves them as they are. Crowd regions and boxes without area (before or
     after a crop) give no target.
     """
-    used = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
-    xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
-    ids = [annotation["category_id"] for annotation in used]
-    classes = np.array(ids if labels is None else [labels[id_] for id_ in ids], dtype=np.int64)
-    boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).clip(0, raw.size[::-1] * 2)
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    boxes, classes = apply_to_boxes(boxes[kept], raw.size, ops), classes[kept]
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    boxes, classes = boxes[kept], classes[kept]
+    annotations = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
+    ids = [annotation["category_id"] for annotation in annotations]
+    if labels is not None:
+        ids = [labels[id_] for id_ in ids]
+    classes = np.array(ids, dtype=np.int64)
+    xywh = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
+    corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    height, width = raw.size
+    corners = corners.clip(0, [width, height, width, height])
+    kept = _has_area(corners)
+    corners = apply_to_boxes(corners[kept], raw.size, ops)
+    classes = classes[kept]
+    kept = _has_area(corners)
+    corners = corners[kept]
+    classes = classes[kept]
     height, width = final_size(raw.size, ops)
-    centres, extents = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    relative = np.concatenate([centres, extents], axis=1) / [width, height, width, height]
+    low = corners[:, :2]
+    high = corners[:, 2:]
+    boxes = np.concatenate([(low + high) / 2, high - low], axis=1)
+    relative = boxes / [width, height, width, height]
     return {"boxes": relative.astype(np.float32), "labels": classes}
 
 
+def _has_area(corners: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """(n, 4) -> (n,)."""
+    return np.all(corners[:, 2:] > corners[:, :2], axis=1)
+
+
 def box_results(
-    batch: Batch, image: int, corners: Tensor, scores: Tensor, labels: Tensor, classes: Sequence[int] | None
+    batch: Batch,
+    image: int,
+    corners: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    classes: Sequence[int] | None,
 ) -> Results:
     """Predictions of an image of the batch in COCO's results format: image_id, category_id, bbox, score.
 
-    `corners` (n, 4) are relative to the image; bbox is (x, y, w, h) in pixels of the stored one. category_id
-    is the label, or its entry in `classes`. All is on the host.
+    Args:
+        image: its position in the batch.
+        corners: (n, 4) relative to the image; bbox is (x, y, w, h) in pixels of the stored one.
+        scores: (n,), on the host as all others.
+        labels: (n,) classes.
+        classes: raw category id of each class; None: classes are raw ids.
     """
     height, width = batch.original_sizes[image].tolist()
-    pixels = (corners.double() * torch.tensor([width, height, width, height])).tolist()
-    ids = labels.tolist() if classes is None else [classes[label] for label in labels.tolist()]
-    image_id, rows = int(batch.image_ids[image]), zip(ids, pixels, scores.tolist(), strict=True)
-    return [
-        {"image_id": image_id, "category_id": id_, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
-        for id_, (x0, y0, x1, y1), score in rows
-    ]
-
-
-def _between(low: int, high: int, available: int, generator: np.random.Generator) -> int:
-    """A side from [low, high], as far as the image has that many pixels."""
-    return int(generator.integers(min(low, available), min(high, available) + 1))
+    pixels = corners.double() * torch.tensor([width, height, width, height])
+    image_id = int(batch.image_ids[image])
+    results = []
+    for label, (x0, y0, x1, y1), score in zip(labels.tolist(), pixels.tolist(), scores.tolist(), strict=True):
+        category = label if classes is None else classes[label]
+        bbox = [x0, y0, x1 - x0, y1 - y0]
+        results.append({"image_id": image_id, "category_id": category, "bbox": bbox, "score": score})
+    return results

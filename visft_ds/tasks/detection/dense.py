@@ -15,23 +15,23 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, sigmoid_focal_loss
+from torchvision.ops import batched_nms, box_convert, sigmoid_focal_loss
 
 from visft_ds.data.samples import Batch, Map
 from visft_ds.ops import at_least_float32, to_device
 from visft_ds.tasks import Results
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
 from visft_ds.tasks.detection.data import DetectionTargets, box_results
+from visft_ds.tasks.detection.loss import generalized_box_iou
 from visft_ds.tasks.masks.norm import GROUPS, MaskedGroupNorm
-from visft_ds.tasks.matching import centers_to_corners, generalized_box_iou
 
 #: Cells whose centre is less than this many cells from that of an object, and inside its box, answer for it.
 RADIUS = 1.5
 #: Cells that answer for a large object; sums over all cells are divided by as many for each object.
 CELLS = round((2 * RADIUS) ** 2)
-#: Overlap above which the weaker of two boxes of a class is dropped, and the most boxes that are considered
-#: and kept.
-OVERLAP, CANDIDATES, KEPT = 0.5, 400, 100
+OVERLAP = 0.5  #: above it the weaker of two boxes of a class is dropped
+CANDIDATES = 400  #: most boxes of an image that are considered
+KEPT = 100  #: most boxes of an image that stay
 
 
 @dataclass(frozen=True)
@@ -58,39 +58,60 @@ class DenseHead(nn.Module):
         width = options.width
         self.input_proj = nn.Conv2d(in_channels, width, kernel_size=1)
         self.input_norm = MaskedGroupNorm(GROUPS, width)
-        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
-        self.norms = nn.ModuleList(MaskedGroupNorm(GROUPS, width) for _ in range(2))
+        self.convs = nn.ModuleList()
+        self.norms = nn.ModuleList()
+        for _ in range(2):
+            self.convs.append(nn.Conv2d(width, width, 3, padding=1, bias=False))
+            self.norms.append(MaskedGroupNorm(GROUPS, width))
         self.class_embed = nn.Conv2d(width, options.num_classes, 3, padding=1)
         self.box_embed = nn.Conv2d(width, 4, 3, padding=1)
         # At first nearly no cell sees an object, and boxes have a side of a quarter of the image.
-        for embed, bias in ((self.class_embed, -4.0), (self.box_embed, -2.0)):
-            nn.init.normal_(embed.weight, std=0.01)
-            nn.init.constant_(embed.bias, bias)  # type: ignore[arg-type]
+        self._initialise(self.class_embed, -4.0)
+        self._initialise(self.box_embed, -2.0)
+
+    def _initialise(self, layer: nn.Conv2d, bias: float) -> None:
+        assert layer.bias is not None
+        nn.init.normal_(layer.weight, std=0.01)
+        nn.init.constant_(layer.bias, bias)
 
     def forward(self, maps: Sequence[Map]) -> DenseOutput:
         """Scores and boxes from the last map."""
-        features, valid = maps[-1].features, maps[-1].valid
+        features = maps[-1].features
+        valid = maps[-1].valid
         inside = valid[:, None].to(features.dtype)
         x = self.input_norm(self.input_proj(features), valid)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(conv(x * inside), valid))
         x = x * inside
-        logits, distances = (
-            at_least_float32(embed(x)).flatten(2).transpose(1, 2)
-            for embed in (self.class_embed, self.box_embed)
-        )
+        logits = _of_cells(self.class_embed(x))
+        distances = _of_cells(self.box_embed(x)).exp()
         cells = maps[-1].cells  # the last ones of an image may show less of it than the others
         if cells is None:
-            cells = torch.stack((valid.any(2).sum(1), valid.any(1).sum(1)), dim=1)
-        pitch = to_device(1 / cells.flip(1).to(logits.dtype), valid.device)  # (B, 2)
-        y, x_ = (
-            torch.arange(side, device=valid.device, dtype=logits.dtype) + 0.5 for side in valid.shape[1:]
-        )
-        grid = torch.stack((x_.repeat(len(y)), y.repeat_interleave(len(x_))), dim=1)  # (S, 2)
-        centres = grid * pitch[:, None]
-        low, high = distances.exp().chunk(2, dim=-1)
-        boxes = torch.cat((centres - low, centres + high), dim=-1)
+            rows = valid.any(2).sum(1)
+            columns = valid.any(1).sum(1)
+            cells = torch.stack((rows, columns), dim=1)
+        width_and_height = cells.flip(1).to(logits.dtype)
+        pitch = to_device(1 / width_and_height, valid.device)  # (B, 2)
+        centres = _centres(valid, logits.dtype) * pitch[:, None]
+        low = centres - distances[..., :2]
+        high = centres + distances[..., 2:]
+        boxes = torch.cat((low, high), dim=-1)
         return DenseOutput(logits, boxes, centres, pitch, valid.flatten(1))
+
+
+def _of_cells(map_: Tensor) -> Tensor:
+    """(B, n, h, w) -> (B, S, n)."""
+    return at_least_float32(map_).flatten(2).transpose(1, 2)
+
+
+def _centres(valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """(S, 2) x and y of the centres of a grid's cells, row by row, in cells."""
+    _, height, width = valid.shape
+    y = torch.arange(height, device=valid.device, dtype=dtype) + 0.5
+    x = torch.arange(width, device=valid.device, dtype=dtype) + 0.5
+    x_of_cells = x.repeat(height)
+    y_of_cells = y.repeat_interleave(width)
+    return torch.stack((x_of_cells, y_of_cells), dim=1)
 
 
 class DenseCriterion:
@@ -103,9 +124,10 @@ class DenseCriterion:
     """
 
     def __init__(self, head: DetectionHeadConfig, loss: DetectionLoss) -> None:
-        self.weights: dict[str, float] = {"ce": loss.ce, "giou": loss.giou}
+        self.weights = {"ce": loss.ce, "giou": loss.giou}
 
     def count(self, batch: Batch) -> dict[str, float]:
+        """Objects, by which all losses are divided."""
         return {"boxes": float(batch.targets["detection"].counts.sum())}
 
     def __call__(
@@ -116,21 +138,31 @@ class DenseCriterion:
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         objects = assign(output, targets)
-        answers = (objects < len(targets.boxes)).to(output.logits.dtype)  # (B, S)
-        # One row more, for cells without an object: its label is none of the classes.
-        labels = F.pad(targets.labels, (0, 1), value=-1)[objects]
-        boxes = F.pad(centers_to_corners(targets.boxes.to(output.boxes.dtype)), (0, 0, 0, 1), value=0.5)[
-            objects
-        ]
-        wanted = (labels[..., None] == torch.arange(output.logits.shape[-1], device=labels.device)).to(
-            answers.dtype
-        )
-        focal = sigmoid_focal_loss(output.logits, wanted).sum(dim=-1) * output.valid
-        cells = torch.zeros(len(targets.boxes) + 1, dtype=answers.dtype, device=answers.device)
-        cells = cells.index_add(0, objects.flatten(), torch.ones_like(answers).flatten())  # of each object
-        missed = (1 - generalized_box_iou(output.boxes, boxes)) * answers / cells[objects]
         number = loss_denominators["boxes"]
-        return {"ce": focal.sum() / (CELLS * number), "giou": missed.sum() / number}
+        ce = self.loss_labels(output, targets, objects) / (CELLS * number)
+        giou = self.loss_boxes(output, targets, objects) / number
+        return {"ce": ce, "giou": giou}
+
+    def loss_labels(self, output: DenseOutput, targets: DetectionTargets, objects: Tensor) -> Tensor:
+        """Focal loss of the classes, summed over all cells; `objects` (B, S) of `assign`."""
+        # One label more, for cells without an object, which is none of the classes.
+        labels = F.pad(targets.labels, (0, 1), value=-1)[objects]
+        classes = torch.arange(output.logits.shape[-1], device=labels.device)
+        is_class = (labels[..., None] == classes).to(output.logits.dtype)
+        focal = sigmoid_focal_loss(output.logits, is_class).sum(dim=-1)
+        return (focal * output.valid).sum()
+
+    def loss_boxes(self, output: DenseOutput, targets: DetectionTargets, objects: Tensor) -> Tensor:
+        """1 - generalized IoU of the boxes of cells, a mean over those of an object, summed over objects."""
+        number = len(targets.boxes)
+        corners = box_convert(targets.boxes.to(output.boxes.dtype), "cxcywh", "xyxy")
+        # One box more, for cells without an object.
+        true = F.pad(corners, (0, 0, 0, 1), value=0.5)[objects]
+        answers = (objects < number).to(output.logits.dtype)  # (B, S)
+        ones = torch.ones_like(answers).flatten()
+        cells_of = answers.new_zeros(number + 1).index_add(0, objects.flatten(), ones)  # of each object
+        missed = (1 - generalized_box_iou(output.boxes, true)) * answers
+        return (missed / cells_of[objects]).sum()
 
 
 @torch.no_grad()
@@ -139,43 +171,58 @@ def assign(output: DenseOutput, targets: DetectionTargets) -> Tensor:
 
     All shapes follow from those of the inputs: the host does not wait for the device.
     """
-    number, (images, cells) = len(targets.boxes), output.valid.shape
-    numbers = torch.arange(images, device=output.valid.device)
-    image_of = torch.repeat_interleave(numbers, targets.counts, output_size=number)
-    centres, sides = targets.boxes[:, None, :2], targets.boxes[:, None, 2:]
+    number = len(targets.boxes)
+    images, cells = output.valid.shape
+    device = output.valid.device
+    rows = torch.arange(images, device=device)
+    image_of = torch.repeat_interleave(rows, targets.counts, output_size=number)
+    valid = output.valid[image_of]  # (N, S)
+    centres = targets.boxes[:, None, :2]
+    sides = targets.boxes[:, None, 2:]
     away = (output.centres[image_of] - centres).abs()  # (N, S, 2)
-    in_cells = away / output.pitch[image_of][:, None]
-    near = (in_cells < RADIUS).all(dim=-1) & (away <= sides / 2).all(dim=-1)
-    distance = in_cells.square().sum(dim=-1).masked_fill(~output.valid[image_of], torch.inf)
-    near = near & output.valid[image_of]
-    near = near | (torch.arange(cells, device=near.device) == distance.argmin(dim=1, keepdim=True))
-    # Objects by area, the smallest first: the least place wins a cell.
-    order = sides.prod(dim=-1).flatten().argsort(stable=True)
-    place = torch.empty_like(order).scatter(0, order, torch.arange(number, device=order.device))
-    found, rows = (
-        torch.full((images, cells), number, device=order.device),
-        image_of[:, None].expand(-1, cells),
-    )
-    found = found.scatter_reduce(0, rows, torch.where(near, place[:, None], number), "amin")
-    return F.pad(order, (0, 1), value=number)[found]
+    pitch = output.pitch[image_of][:, None]
+    away_in_cells = away / pitch
+    near = (away_in_cells < RADIUS).all(dim=-1)
+    inside = (away <= sides / 2).all(dim=-1)
+    distance = away_in_cells.square().sum(dim=-1)
+    nearest = distance.masked_fill(~valid, torch.inf).argmin(dim=1, keepdim=True)
+    is_nearest = torch.arange(cells, device=device) == nearest
+    answers = (near & inside & valid) | is_nearest
+    # Objects by area, the smallest first: the least rank wins a cell.
+    by_area = sides.prod(dim=-1).flatten().argsort(stable=True)
+    rank = torch.empty_like(by_area)
+    rank.scatter_(0, by_area, torch.arange(number, device=device))
+    ranks = torch.where(answers, rank[:, None], number)  # (N, S)
+    rows_of_objects = image_of[:, None].expand(-1, cells)
+    winner = torch.full((images, cells), number, device=device)
+    winner.scatter_reduce_(0, rows_of_objects, ranks, "amin")
+    return F.pad(by_area, (0, 1), value=number)[winner]
 
 
 @torch.no_grad()
 def dense_results(
-    output: DenseOutput, batch: Batch, classes: Sequence[int] | None = None, threshold: float = 0.0
+    output: DenseOutput,
+    batch: Batch,
+    classes: Sequence[int] | None = None,
+    threshold: float = 0.0,
 ) -> Results:
     """Predictions in COCO's results format, see `box_results`; boxes are cut off at the borders of the image.
 
     The best CANDIDATES pairs of cell and class go through non-maximum suppression within their class; at most
     KEPT of an image stay. Images without `batch.real` are left out.
     """
-    scores = output.logits.sigmoid().masked_fill(~output.valid[..., None], -1.0).cpu()
-    boxes, results = output.boxes.clamp(0, 1).cpu(), Results()
+    scores = output.logits.sigmoid()
+    scores = scores.masked_fill(~output.valid[..., None], -1.0).cpu()
+    boxes = output.boxes.clamp(0, 1).cpu()
+    num_classes = scores.shape[-1]
+    results = Results()
     for image in batch.real.nonzero().flatten().tolist():
-        best, places = scores[image].flatten().topk(min(CANDIDATES, scores[image].numel()))
-        places = places[best >= max(threshold, 0.0)]
-        best = best[: len(places)]
-        cells, labels = places // scores.shape[-1], places % scores.shape[-1]
-        kept = batched_nms(boxes[image, cells], best, labels, OVERLAP)[:KEPT]
-        results += box_results(batch, image, boxes[image, cells[kept]], best[kept], labels[kept], classes)
+        of_image = scores[image].flatten()
+        best, pairs = of_image.topk(min(CANDIDATES, len(of_image)))
+        pairs = pairs[best >= max(threshold, 0.0)]
+        best = best[: len(pairs)]
+        labels = pairs % num_classes
+        corners = boxes[image, pairs // num_classes]
+        kept = batched_nms(corners, best, labels, OVERLAP)[:KEPT]
+        results += box_results(batch, image, corners[kept], best[kept], labels[kept], classes)
     return results

@@ -1,30 +1,29 @@
-"""Detection: head, criterion and post-processing of the set-prediction detector (DETR, arXiv 2005.12872).
+"""Detection: head and post-processing of the set-prediction detector (DETR, arXiv 2005.12872).
 
 Letters: B images, h w patch grid, D backbone width, Q queries, C classes (raw COCO ids 0..90, or indices of
-other categories), L decoder layers, N objects of all images concatenated, M matched pairs of all layers.
+other categories), L decoder layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from visft_ds.data.samples import Batch, Map
 from visft_ds.ops import at_least_float32
 from visft_ds.tasks import Results
-from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
-from visft_ds.tasks.detection.data import DetectionTargets, box_results
-from visft_ds.tasks.matching import centers_to_corners, class_losses, generalized_box_iou, match
+from visft_ds.tasks.detection.config import DetectionHeadConfig
+from visft_ds.tasks.detection.data import box_results
 from visft_ds.tasks.transformer import DecoderLayer, EncoderLayer, FeedForward, sine_positions
 
-# Rows of the task embedding. Only row 0 is used; the published files have them all (UniT had a row for each
-# task).
+#: Rows of the task embedding. Only row 0 is used; the published files have them all (UniT had a row for each
+#: task).
 _TASK_ROWS = 256
-
 
 _DETR = "transformer.decoders.detection.detection_coco."
 #: Our names -> those of the published files (`interop.published`), the first whose beginning fits; {n} is a
@@ -67,115 +66,68 @@ class DetectionHead(nn.Module):
 
     def __init__(self, in_channels: int, options: DetectionHeadConfig) -> None:
         super().__init__()
-        narrow, wide, sizes = options.encoder_dim, options.decoder_dim, (options.num_heads, options.ffn_dim)
-        self.num_queries, self.encoder_dim = options.num_queries, narrow
-        self.input_proj = nn.Conv2d(in_channels, narrow, kernel_size=1)
-        self.task_embed = nn.Embedding(_TASK_ROWS, narrow)
-        encoder = (EncoderLayer(narrow, *sizes, options.dropout) for _ in range(options.encoder_layers))
+        encoder_dim = options.encoder_dim
+        decoder_dim = options.decoder_dim
+        layer_options = (options.num_heads, options.ffn_dim, options.dropout)
+        self.num_queries = options.num_queries
+        self.encoder_dim = encoder_dim
+        self.input_proj = nn.Conv2d(in_channels, encoder_dim, kernel_size=1)
+        self.task_embed = nn.Embedding(_TASK_ROWS, encoder_dim)
+        encoder = [EncoderLayer(encoder_dim, *layer_options) for _ in range(options.encoder_layers)]
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(encoder)})  # named as in the published files
         for parameter in self.encoder.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-        self.memory_proj = nn.Linear(narrow, wide)
-        self.position_proj = nn.Linear(narrow, wide)
-        for projection in (self.memory_proj, self.position_proj):
-            nn.init.xavier_uniform_(projection.weight)
-        decoder = (DecoderLayer(wide, *sizes, options.dropout) for _ in range(options.decoder_layers))
-        self.decoder = nn.ModuleDict({"layers": nn.ModuleList(decoder), "norm": nn.LayerNorm(wide)})
-        self.query_embed = nn.Embedding(options.num_queries, wide)
-        self.class_embed = nn.Linear(wide, options.num_classes + 1)
-        self.box_embed = FeedForward(wide, wide, 4, num_layers=3)
+        self.memory_proj = nn.Linear(encoder_dim, decoder_dim)
+        self.position_proj = nn.Linear(encoder_dim, decoder_dim)
+        nn.init.xavier_uniform_(self.memory_proj.weight)
+        nn.init.xavier_uniform_(self.position_proj.weight)
+        decoder = [DecoderLayer(decoder_dim, *layer_options) for _ in range(options.decoder_layers)]
+        norm = nn.LayerNorm(decoder_dim)
+        self.decoder = nn.ModuleDict({"layers": nn.ModuleList(decoder), "norm": norm})
+        self.query_embed = nn.Embedding(options.num_queries, decoder_dim)
+        self.class_embed = nn.Linear(decoder_dim, options.num_classes + 1)
+        self.box_embed = FeedForward(decoder_dim, decoder_dim, 4, num_layers=3)
 
     def forward(self, maps: Sequence[Map]) -> DetectionOutput:
         """Boxes and classes from the last map."""
-        features, valid = maps[-1].features, maps[-1].valid
-        # The residual stream keeps the features' precision; under autocast the projection would start it in
-        # 16 bit.
-        patches = (
-            self.input_proj(features).to(features.dtype).flatten(start_dim=2).transpose(1, 2)
-        )  # (B, h*w, encoder)
-        positions = sine_positions(valid, self.encoder_dim).to(features.dtype).flatten(start_dim=1, end_dim=2)
-        inside = valid.flatten(start_dim=1)
-        # The task token stands in front while patches are encoded; its position embedding is 0.
-        batch_size = len(features)
-        token = self.task_embed(torch.zeros(batch_size, 1, dtype=torch.int64, device=features.device))
-        entries = torch.cat((token.to(patches.dtype), patches), dim=1)
-        places, entry_valid = F.pad(positions, (0, 0, 1, 0)), F.pad(inside, (1, 0), value=True)
-        for layer in self.encoder["layers"].children():
-            entries = layer(entries, places, entry_valid)
-        memory = self.memory_proj(patches + entries[:, 1:])
+        features = maps[-1].features
+        valid = maps[-1].valid
+        positions = sine_positions(valid, self.encoder_dim).to(features.dtype).flatten(1, 2)
+        valid = valid.flatten(1)
+        projected = self.input_proj(features)
+        # The residual stream keeps the features' precision; under autocast it would start in 16 bit.
+        patches = projected.to(features.dtype).flatten(2).transpose(1, 2)  # (B, h*w, encoder)
+        encoded = self._encoded(patches, positions, valid)
+        memory = self.memory_proj(patches + encoded)
         memory_key = memory + self.position_proj(positions)
-        query = self.query_embed(torch.arange(self.num_queries, device=features.device)).expand(
-            batch_size, -1, -1
-        )
-        state = torch.zeros_like(query)  # `query`, the learnt positions, is added to it in every attention
-        layers = []
-        for layer in self.decoder["layers"].children():
-            state = layer(state, query, memory, memory_key, inside[:, None])
-            layers.append(state)
-        states = self.decoder["norm"](torch.stack(layers))  # (L, B, Q, D)
+        states = self._decoded(memory, memory_key, valid)  # (L, B, Q, decoder)
         boxes = at_least_float32(self.box_embed(states)).sigmoid()
         return DetectionOutput(at_least_float32(self.class_embed(states)), boxes)
 
+    def _encoded(self, patches: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        """Patches (B, S, D) behind the encoder; positions (B, S, D), valid (B, S) bool."""
+        # The task token stands in front while patches are encoded; its position embedding is 0.
+        task = torch.zeros(len(patches), 1, dtype=torch.int64, device=patches.device)
+        token = self.task_embed(task).to(patches.dtype)
+        entries = torch.cat((token, patches), dim=1)
+        positions = F.pad(positions, (0, 0, 1, 0))
+        valid = F.pad(valid, (1, 0), value=True)
+        for layer in self.encoder["layers"].children():
+            entries = layer(entries, positions, valid)
+        return entries[:, 1:]
 
-class DetectionCriterion:
-    """Set-prediction loss of every decoder layer: class cross-entropy, L1 and generalized IoU of the matched
-    boxes.
-
-    `ce`, `l1` and `giou` weigh the losses and the costs of the matching alike (DETR's, appendix A.4).
-
-    Calling it gives *unweighted* losses by name: `ce`, `l1`, `giou` of the last layer, `ce_0` .. `giou_{L-2}`
-    of the earlier ones; `weights` holds the factor of each. Two more entries are for the log only and not in
-    `weights`: `class_error` (percent of the objects whose matched query names another class) and
-    `cardinality_error` (mean absolute difference between the number of objects and of queries that see one).
-    """
-
-    def __init__(self, head: DetectionHeadConfig, loss: DetectionLoss) -> None:
-        self.num_queries, self.eos_coef = head.num_queries, loss.eos_coef
-        self.costs = (loss.ce, loss.l1, loss.giou)
-        self._suffixes = [*(f"_{layer}" for layer in range(head.decoder_layers - 1)), ""]
-        by_name, order = {"ce": loss.ce, "l1": loss.l1, "giou": loss.giou}, ["", *self._suffixes[:-1]]
-        self.weights: dict[str, float] = {name + s: weight for s in order for name, weight in by_name.items()}
-
-    def count(self, batch: Batch) -> dict[str, float]:
-        counts = batch.targets["detection"].counts
-        return {"boxes": float(counts.sum()), "images": float(len(counts))}
-
-    def __call__(
-        self,
-        output: DetectionOutput,
-        targets: DetectionTargets,
-        loss_denominators: Mapping[str, Tensor],
-        image_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        logits, boxes = at_least_float32(output.logits), at_least_float32(output.boxes)
-        assert (len(logits), logits.shape[2]) == (len(self._suffixes), self.num_queries), logits.shape
-        matches = match(logits, boxes, targets, self.costs, image_ids)
-        ce, wrong = class_losses(
-            logits, targets.labels, targets.counts, matches, self.eos_coef, loss_denominators
-        )
-        # Without any pair the sums are zero and still carry a (zero) gradient.
-        predicted = boxes[matches.layers, matches.images, matches.queries]  # (M, 4)
-        true, number = targets.boxes.to(boxes.dtype)[matches.objects], loss_denominators["boxes"]
-        distance = (predicted - true).abs().sum(dim=-1)
-        overlap = generalized_box_iou(centers_to_corners(predicted), centers_to_corners(true))
-        # the pairs are ordered by layer and every layer has the same number of them
-        per_layer = (len(boxes), len(predicted) // len(boxes))
-        by_name = {  # (L,) each
-            "ce": ce,
-            "l1": distance.view(per_layer).sum(dim=1) / number,
-            "giou": (1 - overlap).view(per_layer).sum(dim=1) / number,
-        }
-        seen = (logits[-1].detach().argmax(dim=-1) != logits.shape[-1] - 1).sum(dim=1)  # (B,)
-        return {
-            **{
-                name + s: one
-                for name, each in by_name.items()
-                for s, one in zip(self._suffixes, each, strict=True)
-            },
-            "class_error": wrong / number,
-            "cardinality_error": (seen - targets.counts).abs().float().mean(),
-        }
+    def _decoded(self, memory: Tensor, memory_key: Tensor, valid: Tensor) -> Tensor:
+        """Normed states (L, B, Q, D) of the queries behind each decoder layer; memory (B, S, D)."""
+        rows = torch.arange(self.num_queries, device=memory.device)
+        query = self.query_embed(rows).expand(len(memory), -1, -1)
+        state = torch.zeros_like(query)  # `query`, the learnt positions, is added to it in every attention
+        states = []
+        for layer in self.decoder["layers"].children():
+            state = layer(state, query, memory, memory_key, valid[:, None])
+            states.append(state)
+        normed: Tensor = self.decoder["norm"](torch.stack(states))
+        return normed
 
 
 @torch.no_grad()
@@ -189,10 +141,12 @@ def postprocess(
     not clipped. Images without `batch.real` are left out. The batch must have been resized without cropping,
     as evaluation transforms do.
     """
-    scores, best = (
-        values.cpu() for values in at_least_float32(output.logits[-1]).softmax(-1)[..., :-1].max(dim=-1)
-    )
-    corners, results = centers_to_corners(at_least_float32(output.boxes[-1])).cpu(), Results()
+    probability = at_least_float32(output.logits[-1]).softmax(dim=-1)
+    scores, best = probability[..., :-1].max(dim=-1)
+    scores = scores.cpu()
+    best = best.cpu()
+    corners = box_convert(at_least_float32(output.boxes[-1]), "cxcywh", "xyxy").cpu()
+    results = Results()
     for image in batch.real.nonzero().flatten().tolist():
         kept = ~(scores[image] < threshold)  # NaN is kept
         results += box_results(

@@ -18,7 +18,8 @@ from visft_ds.tasks.criterion import Criterion
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss, DetectionTask
 from visft_ds.tasks.detection.data import CropRecipe, DetectionTargets, detection_targets
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, dense_results
-from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, postprocess
+from visft_ds.tasks.detection.head import DetectionHead, postprocess
+from visft_ds.tasks.detection.loss import DetectionCriterion
 from visft_ds.tasks.example import Example
 from visft_ds.tasks.pictures import Picture
 from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Shapes, Task, Words

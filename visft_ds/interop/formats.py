@@ -1,0 +1,92 @@
+"""Formats that `visft merge` writes: the file of each, the library that loads it, and how a user loads it.
+
+Imports nothing heavy: the flags of the command name them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from visft_ds.interop.export import Written
+    from visft_ds.interop.weights import Weights
+    from visft_ds.models import Backbone
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form of weights that other programs read."""
+
+    file: str  #: of the weights, in a folder; "": an adapter, which has two
+    snippet: str  #: code that loads the folder it stands in, for the model card
+    make: str = ""  #: "module:function" of this room that makes the content; "": an adapter, a graph
+    library: str = ""  #: module that loads it, for `--verify`; "": none that can be installed
+
+    def content(self, tower: Weights, file: Weights, backbone: Backbone) -> Written:
+        """What it consists of.
+
+        Args:
+            tower: the tensors of the backbone, and what belongs to it.
+            file: the whole base file.
+
+        Raises:
+            ValueError: the library has no such model, or the base lacks a part of it.
+        """
+        module, _, function = self.make.partition(":")
+        made: Written = getattr(import_module(f"visft_ds.interop.{module}"), function)(tower, file, backbone)
+        return made
+
+
+FORMATS = {
+    "eva_clip": Format(
+        file="eva_clip.pt",
+        make="export:eva_clip",
+        snippet="# with EVA-CLIP's own code\n"
+        'model, *_ = create_model_and_transforms("EVA02-CLIP-bigE-14-plus", pretrained="eva_clip.pt")',
+    ),
+    "lavis": Format(
+        file="eva_vit_g.pth",
+        make="export:lavis",
+        snippet="# takes the place of LAVIS' own eva_vit_g.pth, "
+        "see create_eva_vit_g in lavis/models/eva_vit.py\n"
+        'weights = torch.load("eva_vit_g.pth")',
+    ),
+    "onnx": Format(
+        file="model.onnx",
+        library="onnxruntime",
+        snippet='import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")\n'
+        '# features = session.run(["features"], {"images": images})[0]',
+    ),
+    "open_clip": Format(
+        file="open_clip_model.safetensors",
+        make="export:open_clip",
+        library="open_clip",
+        snippet='import open_clip\n\nmodel = open_clip.create_model("local-dir:.")',
+    ),
+    "peft": Format(
+        file="",
+        snippet="""\
+import timm
+from peft import PeftModel
+
+model = {model}
+for module in model.modules():  # else timm's EVA passes by the layers that PEFT adapts, and nothing warns
+    if hasattr(module, "qkv_bias_separate"):
+        module.qkv_bias_separate = True
+model = PeftModel.from_pretrained(model, ".").eval()""",
+    ),
+    "timm": Format(
+        file="model.safetensors",
+        make="export:timm",
+        library="timm",
+        snippet='import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True)',
+    ),
+    "transformers": Format(
+        file="model.safetensors",
+        make="transformers_names:written",
+        library="transformers",
+        snippet='from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained(".")',
+    ),
+}
