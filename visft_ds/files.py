@@ -67,13 +67,15 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
             raise
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
-        known = isinstance(error, ValueError | Warning) or (
-            isinstance(error, OSError | SyntaxError) and str(error)
-        )
-        problem = str(error) if known else f"{type(error).__name__} {error}"
         if isinstance(error, ValidationError):
-            problem = _refused(error)
-        raise ValueError(f"{path}: cannot be read as {what}: {' '.join(problem.split())[:400]}") from error
+            cause = _refused(error)
+        elif isinstance(error, ValueError | Warning) or (
+            isinstance(error, OSError | SyntaxError) and str(error)
+        ):
+            cause = str(error)
+        else:
+            cause = f"{type(error).__name__} {error}"
+        raise ValueError(f"{path}: cannot be read as {what}: {' '.join(cause.split())[:400]}") from error
 
 
 def _refused(error: ValidationError) -> str:
@@ -182,14 +184,14 @@ def open_image(
         name: how messages call it, if not by its path.
         upright: apply the EXIF orientation.
         quiet: print no warning about what is lost (`Frame.notes`), which is otherwise printed once in a
-        process.
+            process.
 
     Returns:
         Picture of mode RGB, loaded.
 
     Raises:
         ValueError: not one of `FORMATS`, damaged or cut, of more than `MAX_PIXELS` pixels, or not a regular
-        file.
+            file.
         OSError: it is not there, or may not be read.
     """
     data = source if isinstance(source, bytes) else read_bytes(source)

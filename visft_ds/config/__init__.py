@@ -1,10 +1,13 @@
-"""Configuration of a run: three layers of JSON, one resolved and validated result. Imports neither torch nor
-deepspeed.
+"""Configuration of a run: three layers of JSON, then flags; one validated result. No tensor library.
 
-schema: the allowed settings with their contradictions. resolve: from a stage, an engine and a model to a
-`ResolvedConfig`, every error at once. batches: what follows for a number of processes. preflight: what must
-be on disk.
-cli: the flags.
+schema: every key with its default, bounds and comment, and contradictions where their keys stand; the page of
+    all keys is made of it. Keys of tasks are in visft_ds/tasks/<task>/config.py.
+resolve: layers -> `Tree` -> `Recipe` (all errors at once) -> `Draft` (decisions) -> `ResolvedConfig`.
+flags: the command line of visft train; backbones: names behind --backbone; batches: their division.
+record: the form of run.json.
+
+A new key: a field in schema.py with a "#:" comment; `NOT_IDENTITY` in resolve.py if a resume may change it.
+Ask first whether an existing one can carry it. What depends on the data is no key's default: prepare/settle.py.
 """
 
 from visft_ds.config.batches import Batches, derive_batches

@@ -41,7 +41,7 @@ _EPILOG = """examples:
   visft train --num_gpus 8 --stage 1
   visft train --num_gpus 8 --stage 2                                 through deepspeed, on this machine
   deepspeed --num_gpus 8 --module visft_ds.launch --stage 2
-  deepspeed --hostfile hostfile --module visft_ds.launch --stage 2 --batch-size 64 --lr 2.8e-5    several machines
+  deepspeed --hostfile hostfile --module visft_ds.launch --stage 2 --batch-size 64 --lr 2.8e-5
   visft train --stage 1 --backbone timm:vit_base_patch16_dinov3.lvd1689m --download
   visft train --stage 2 --model debug --engine zero2 --steps 50 --dry-run
 """
@@ -109,7 +109,8 @@ def build_parser() -> Command:
         "--resume",
         default="auto",
         choices=("auto", "must", "no"),
-        help="auto: from the newest checkpoint, if any; must: requires one; no: requires a new folder (%(default)s)",
+        help="auto: from the newest checkpoint, if any; must: requires one; no: requires a new folder "
+        "(%(default)s)",
     )
     add(
         "--dry-run",

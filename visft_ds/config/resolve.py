@@ -41,8 +41,8 @@ DEFAULT_ENGINE = "zero1"
 #: What may differ between a run and its resumption, as globs over dotted keys: where files lie, what is
 #: logged and saved, and how the work is divided. Weights, heads and data are compared by their content, in
 #: the checkpoint. DeepSpeed's own keys are left out as well: a checkpoint does not depend on the ZeRO stage.
-#: `visft.init_from` is of no account once a run has saved something; of `visft.data.shuffle` the order of samples
-#: counts.
+#: `visft.init_from` is of no account once a run has saved something; of `visft.data.shuffle` the order of
+#: samples counts.
 NOT_IDENTITY = (
     "visft.run.*",
     "visft.init_from*",
@@ -96,7 +96,7 @@ class ResolvedConfig:
     decisions: tuple[Decision, ...] = ()  #: what data, hardware and the length of the run decided
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, defaults included; given back with --deepspeed_config it resolves to the same."""
+        """Plain JSON values, defaults included; as --deepspeed_config they resolve to the same."""
         plain = copy.deepcopy(dict(self.deepspeed))
         plain["gradient_clipping"] = self.gradient_clipping
         plain["optimizer"] = self.optimizer.model_dump(mode="json")
@@ -112,7 +112,7 @@ class ResolvedConfig:
 
 
 def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`ResolvedConfig.identity` of a configuration as `to_dict` gives it, also as an earlier release gave it."""
+    """`ResolvedConfig.identity` of a configuration as `to_dict` gives it, or an earlier release gave it."""
     identity = {}
     for key, value in flatten({key: values[key] for key in OURS}):
         if not any(fnmatch.fnmatch(key, glob) for glob in NOT_IDENTITY):
@@ -181,7 +181,8 @@ def _without(value: Any, keys: Collection[str], prefix: str = "") -> Any:
     if not isinstance(value, dict | list):
         return _GONE if prefix[:-1] in keys else value
     rest = {}
-    for key, nested in value.items() if isinstance(value, dict) else enumerate(value):
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, nested in pairs:
         left = _without(nested, keys, f"{prefix}{key}.")
         if left is not _GONE:
             rest[key] = left
@@ -295,7 +296,7 @@ class Tree:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """`a.b=value` -> ("a.b", value); the value is JSON if it parses as JSON, else a text. Raises ValueError."""
+    """`a.b=value` -> ("a.b", value); the value is JSON, or a text if it is none. Raises ValueError."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ValueError(f"--set {text}: must be KEY=VALUE, such as optimizer.params.lr=1e-5")

@@ -54,7 +54,7 @@ def find_images(inputs: Sequence[str | Path], *, outside: Path | None = None) ->
     Raises:
         ValueError: nothing there by that name, or no image in a folder or among what a pattern matches.
     """
-    files: dict[str, Path] = {}
+    files: dict[str, Path] = {}  # by absolute path: each once
     roots = []
     for path in map(Path, inputs):
         root, matches = _matches(path)
@@ -62,7 +62,8 @@ def find_images(inputs: Sequence[str | Path], *, outside: Path | None = None) ->
             folder = outside.resolve()
             matches = [match for match in matches if not match.resolve().is_relative_to(folder)]
         if not matches:
-            raise ValueError(f"{path}: no image there (files that end in {', '.join(SUFFIXES)})")
+            endings = ", ".join(SUFFIXES)
+            raise ValueError(f"{path}: no image there (files that end in {endings})")
         for match in matches:
             files[os.path.abspath(match)] = match
         roots.append(os.path.abspath(root))

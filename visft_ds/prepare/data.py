@@ -56,16 +56,16 @@ class RunData:
 
     def identity(self) -> dict[str, str]:
         """Facts that must be the same on all ranks, and when a run is resumed."""
-        content = [[name, one.manifest.fingerprint] for name, one in self.sets.items()]
-        several = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        found = {
-            "data set": content[0][1] if len(content) == 1 else several,
+        content = [[name, training.manifest.fingerprint] for name, training in self.sets.items()]
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        facts = {
+            "data set": content[0][1] if len(content) == 1 else digest,
             "order of samples": self.plan.describe(),
             "vocabulary": self.vocabulary.fingerprint if self.vocabulary else "none",
         }
-        if any(one.manifest.options.get("masks_from_boxes") for one in self.sets.values()):
-            found["masks"] = "ellipses drawn into boxes, where there were none"
-        return found
+        if any(training.manifest.options.get("masks_from_boxes") for training in self.sets.values()):
+            facts["masks"] = "ellipses drawn into boxes, where there were none"
+        return facts
 
 
 def open_data(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> RunData:
@@ -108,15 +108,15 @@ def workers_of(data: DataConfig) -> int:
 
 def open_loader(config: VisftConfig, data: RunData, batches: Batches) -> StepLoader:
     """The loader of this rank's part of each global batch."""
-    place = PipelinePosition.here(batches.stages)
+    position = PipelinePosition.here(batches.stages)
     return StepLoader(
-        {name: ShardReader(one.manifest) for name, one in data.sets.items()},
+        {name: ShardReader(training.manifest) for name, training in data.sets.items()},
         data.plan,
         data.pipelines,
-        dp_rank=place.dp_rank,
-        dp_size=place.dp_size,
+        dp_rank=position.dp_rank,
+        dp_size=position.dp_size,
         accumulation=batches.accumulation,
-        role=place.role,
+        role=position.role,
         num_workers=workers_of(config.data),
         prefetch_steps=config.data.prefetch_steps,
     )
@@ -137,7 +137,8 @@ def keep_features(
     assert config.features is not None
     if prepared.module.train_backbone:
         raise ValueError(
-            "visft.features: a parameter group trains the backbone, which changes all features: set it to null"
+            "visft.features: a parameter group trains the backbone, which changes all features: set it to "
+            "null"
         )
     shape = {"preset": config.model.preset, **config.model.backbone_options()}
     streams = {stream.name: stream.image for stream in config.streams().values()}
@@ -166,7 +167,7 @@ def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocab
     task, settings = words_of[0], words_of[1].vocabulary
     if settings.file is not None:
         return read_vocabulary(Path(settings.file))
-    manifests = [one.manifest for one in sets.values() if task in one.tasks]
+    manifests = [training.manifest for training in sets.values() if task in training.tasks]
     where = ", ".join(f"{manifest.root}/{manifest.split}" for manifest in manifests)
     words: Counter[str] = Counter()
     for manifest in manifests:
@@ -175,13 +176,13 @@ def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocab
                 f"{where}: captions were tokenised by {manifest.options.get('tokenizer')}, not {TOKENIZER}"
             )
         words.update(manifest.vocabulary)
-    kept = sorted((-count, word) for word, count in words.items() if count >= settings.min_count)
-    if not kept:
+    frequent = [word for word, count in words.items() if count >= settings.min_count]
+    if not frequent:
         key = f"visft.tasks.{task}.vocabulary.min_count = {settings.min_count}"
         raise ValueError(
             f"{where}, {key}: none of {len(words)} words of the captions occurs so often: lower it"
         )
-    return Vocabulary(tuple(word for _, word in kept))
+    return Vocabulary(tuple(sorted(frequent, key=lambda word: (-words[word], word))))
 
 
 def read_vocabulary(path: Path) -> Vocabulary:

