@@ -101,7 +101,7 @@ def _changed(backbone: EvaViT, preset: str) -> dict[str, Any]:
     return options
 
 
-def described(model: Mapping[str, Any]) -> str:
+def describe_model(model: Mapping[str, Any]) -> str:
     """A model in a few words."""
     options = [f"{name}={value}" for name, value in model.items() if name != "preset"]
     return ", ".join([model["preset"], *options])
@@ -248,7 +248,7 @@ def load_backbone(
     it, and for values that are not finite.
     """
     model = model or model_in(open_model(path))
-    with reading(path, f"weights of {described(model)}"):
+    with reading(path, f"weights of {describe_model(model)}"):
         weights = open_backbone(built(model, "meta"), path)
     backbone = built(model)
     fill(backbone, weights, storage)

@@ -241,7 +241,7 @@ class Engine:
         if refused:
             bad = [f"{name} is {float(value)}" for name, value in self._sums.items() if not value.isfinite()]
             everywhere = distributed.from_all_ranks([*(self.module.faults or ()), *bad])
-            faults = {rank: found for rank, found in enumerate(everywhere) if found}
+            faults = {rank: texts for rank, texts in enumerate(everywhere) if texts}
             losses = {"loss": losses["loss"]}
         skipped = not refused and not math.isfinite(norm)
         return StepReport(losses, norm / (scale or 1.0), rates, skipped, refused, faults, scale)

@@ -164,7 +164,7 @@ def probe_memory(
     Raises:
         RankError: a step does not fit into memory.
     """
-    role = PipelinePosition.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
+    role = PipelinePosition.here(batches.stages).role
     device = engine.device
     rows = []
     with unchanged(engine):
