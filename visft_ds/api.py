@@ -40,24 +40,23 @@ def fit(
 
     Args:
         stage: 1 trains the heads, 2 the backbone's adapters; None with `data`: heads for your own
-        photographs.
+            photographs.
         model: name of a file in ds_configs/models, or path of one; default: eva_e, or what goes with the
-        backbone.
+            backbone.
         backbone: instead of the model's: "timm:NAME", "hf-hub:ORG/NAME", a file in ds_configs/models,
-        weights, or a
-            folder for timm.
+            weights, or a folder for timm.
         download: download missing weights from the Hugging Face hub.
         engine: name of a file in ds_configs/engines, or path of one.
         data: folder or URL of the shards.
         out: run folder.
         settings: dotted key -> value, applied last.
         resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a
-        new folder.
+            new folder.
         callbacks: listeners to the run.
 
     Raises:
         ValueError: what you can fix: settings, missing inputs (with the commands that make them), a folder in
-        use.
+            use.
         FloatingPointError: training diverged.
         RuntimeError: processes that differ, or another one that ended first.
     """

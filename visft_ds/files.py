@@ -184,14 +184,14 @@ def open_image(
         name: how messages call it, if not by its path.
         upright: apply the EXIF orientation.
         quiet: print no warning about what is lost (`Frame.notes`), which is otherwise printed once in a
-        process.
+            process.
 
     Returns:
         Picture of mode RGB, loaded.
 
     Raises:
         ValueError: not one of `FORMATS`, damaged or cut, of more than `MAX_PIXELS` pixels, or not a regular
-        file.
+            file.
         OSError: it is not there, or may not be read.
     """
     data = source if isinstance(source, bytes) else read_bytes(source)

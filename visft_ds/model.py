@@ -54,9 +54,11 @@ def normalise_pixels(backbone: Backbone, images: Tensor, sizes: Tensor) -> Tenso
     channels = torch.tensor([backbone.pixel_mean, backbone.pixel_std])
     mean, std = to_device(channels, device).view(2, 3, 1, 1) * 255.0
     valid = valid_region(to_device(sizes, device), (height, width), (height, width))
-    pixels = (images.float() - mean) / std * valid.unsqueeze(1)
+    normalised = (images.float() - mean) / std
     whole_height, whole_width = whole_cells((height, width), backbone.patch_size)
-    return F.pad(pixels, (0, whole_width - width, 0, whole_height - height))
+    right = whole_width - width
+    below = whole_height - height
+    return F.pad(normalised * valid.unsqueeze(1), (0, right, 0, below))
 
 
 def whole_cells(size: Sequence[int], cell: int) -> tuple[int, int]:
@@ -100,9 +102,13 @@ class MultiTaskModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.heads = nn.ModuleDict({name: task.head for name, task in tasks.items()})
-        self.criteria = {name: task.criterion for name, task in tasks.items()}
-        self.decoding = {name: task.decoding for name, task in tasks.items()}
+        self.heads = nn.ModuleDict()
+        self.criteria: dict[str, Criterion] = {}
+        self.decoding: dict[str, Mapping[str, Any]] = {}
+        for name, task in tasks.items():
+            self.heads[name] = task.head
+            self.criteria[name] = task.criterion
+            self.decoding[name] = task.decoding
         self.train_backbone = train_backbone
         self.heads_active = heads_active
         self.faults: list[str] | None = None
@@ -130,8 +136,10 @@ class MultiTaskModel(nn.Module):
         if not prefixes:
             prefixes = [None] * len(maps)
         size = self.padded_size(batch)
-        pairs = zip(maps, prefixes, strict=True)
-        return tuple(Map.of(map_, batch.sizes, size, prefix) for map_, prefix in pairs)
+        read = []
+        for map_, prefix in zip(maps, prefixes, strict=True):
+            read.append(Map.of(map_, batch.sizes, size, prefix))
+        return tuple(read)
 
     def frames(self, batch: Batch) -> Grids | None:
         """Height and width in pixels at which the backbone sees each image: whole cells, without the batch's
@@ -170,21 +178,28 @@ class MultiTaskModel(nn.Module):
             if stored is None:
                 stored = self._features_to_store(batch, position, view.frame)
                 key = int(batch.random_keys[position])
-                self.feature_cache.put(key, int(batch.indices[position]), view.frame, stored)
+                index = int(batch.indices[position])
+                self.feature_cache.put(key, index, view.frame, stored)
             images.append([tensor.float() for tensor in stored])
-        tensors = [stack_padded(of_images) for of_images in zip(*images, strict=True)]
-        return [tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor for tensor in tensors]
+        tensors = []
+        for of_images in zip(*images, strict=True):
+            tensor = stack_padded(of_images)
+            tensors.append(tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor)
+        return tensors
 
     def _features_to_store(self, batch: Batch, position: int, frame: tuple[int, int]) -> tuple[Tensor, ...]:
         """Maps (h, w, D) and tokens (P, D) of one image of a batch, bf16."""
         height, width = frame
-        image = batch.images[position : position + 1, :, :height, :width]
-        pixels = normalise_pixels(self.backbone, image, batch.sizes[position : position + 1])
+        alone = slice(position, position + 1)
+        image = batch.images[alone, :, :height, :width]
+        pixels = normalise_pixels(self.backbone, image, batch.sizes[alone])
         with torch.no_grad():
             features = self.backbone(pixels, prefixes=True)
         stored = []
         for tensor in features:
-            of_image = tensor[0].permute(1, 2, 0) if tensor.ndim == 4 else tensor[0]
+            of_image = tensor[0]
+            if of_image.ndim == 3:
+                of_image = of_image.permute(1, 2, 0)
             stored.append(of_image.bfloat16())
         return tuple(stored)
 
@@ -216,7 +231,8 @@ class MultiTaskModel(nn.Module):
         predicted = {}
         with autocast_to(device, torch.bfloat16 if in_bf16 else None):
             for task in batch.targets or self.heads:
-                output = self.heads[task](maps, **self._inputs(task, batch, loss_denominators is not None))
+                inputs = self._inputs(task, batch, loss_denominators is not None)
+                output = self.heads[task](maps, **inputs)
                 if hasattr(output, "extents"):  # where images lie in the maps of a mask head
                     output = replace(output, extents=maps[-1].shares())
                 predicted[task] = output
@@ -242,7 +258,11 @@ class MultiTaskModel(nn.Module):
         return inputs
 
     def _losses(
-        self, task: str, output: Any, batch: Batch, denominators: Mapping[str, Tensor]
+        self,
+        task: str,
+        output: Any,
+        batch: Batch,
+        denominators: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """{task: its weighted sum, "<task>/<name>": each unweighted loss}; NaN alone after a fault."""
         criterion = self.criteria[task]
@@ -256,6 +276,9 @@ class MultiTaskModel(nn.Module):
             sums = [tensor.float().sum() for tensor in tensors_of(output) if tensor.requires_grad]
             return {task: torch.stack(sums).sum() * torch.nan}
         # Names without a weight are for the log only.
-        weighted = [weight * losses[name] for name, weight in criterion.weights.items() if name in losses]
+        weighted = []
+        for name, weight in criterion.weights.items():
+            if name in losses:
+                weighted.append(weight * losses[name])
         named = {f"{task}/{name}": value for name, value in losses.items()}
         return {task: torch.stack(weighted).sum(), **named}

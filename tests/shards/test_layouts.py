@@ -158,6 +158,7 @@ def test_a_folder_that_is_nothing_says_what_was_looked_for(
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "looked for\n  COCO" in error and "found labels/, package.json" in error
+    assert "or name the files: visft shards build --images DIR --instances FILE" in error
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,7 @@ def test_a_folder_that_is_nothing_says_what_was_looked_for(
         (["{mine}", "--split", "test"], "'test'"),
         (["{mine}", "--void", "0"], "--void"),
         (["verify", "{mine}"], "no finished split"),
+        (["nosuch"], "no such folder: nosuch (commands: build, "),
     ],
 )
 def test_wrong_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], word: str) -> None:

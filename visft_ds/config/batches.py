@@ -102,32 +102,38 @@ def larger_batches(config: ResolvedConfig, processes: int) -> LargerBatches:
     DETR's authors call more than that too much (https://github.com/facebookresearch/detr/issues/48).
     """
     streams = list(config.visft.streams().values())
+    sources = config.sources
     sizes = _raised(streams, processes // config.pipeline_stages)
     raised = [stream for stream in streams if sizes[stream.key] > stream.batch_size]
-    settings = [f"{stream.key}.batch_size={sizes[stream.key]}" for stream in raised]
+    settings = list[str]()
+    flags = list[str]()
+    for stream in raised:
+        setting = f"{stream.key}.batch_size={sizes[stream.key]}"
+        settings.append(setting)
+        flags += ["--set", setting]
     # --batch-size and --lr give way to --set: where the user has set the key, the advice has to as well.
-    sources = config.sources
-    sets_batch = any(sources.get(f"{stream.key}.batch_size") == "--set" for stream in streams)
-    most = max(streams, key=lambda stream: sizes[stream.key] / stream.batch_size)
-    if len(set(sizes.values())) == 1 and not sets_batch:
-        flags = ["--batch-size", str(sizes[most.key])]
-    else:
-        flags = [word for setting in settings for word in ("--set", setting)]
+    is_set = any(sources.get(f"{stream.key}.batch_size") == "--set" for stream in streams)
+    if len(set(sizes.values())) == 1 and not is_set:
+        flags = ["--batch-size", str(sizes[streams[0].key])]
 
+    # The stream whose batch grows most.
+    stream = max(streams, key=lambda stream: sizes[stream.key] / stream.batch_size)
+    before = stream.batch_size
+    after = sizes[stream.key]
+    rule = f"for Adam the learning rate is multiplied by the square root of {after} / {before}"
     apart = _groups_apart(config, raised)
     if len(apart) < len(config.visft.param_groups):
-        growth = math.sqrt(sizes[most.key] / most.batch_size)
-        rate = _short(config.optimizer.params.lr * growth)
-        settings.append(f"optimizer.params.lr={rate}")
-        sets_rate = sources.get("optimizer.params.lr") == "--set"
-        flags += ["--set", settings[-1]] if sets_rate else ["--lr", rate]
-    root = f"the square root of {sizes[most.key]} / {most.batch_size}"
-    rule = f"for Adam the learning rate is multiplied by {root}"
+        rate = _short(config.optimizer.params.lr * math.sqrt(after / before))
+        setting = f"optimizer.params.lr={rate}"
+        settings.append(setting)
+        is_set = sources.get("optimizer.params.lr") == "--set"
+        flags += ["--set", setting] if is_set else ["--lr", rate]
     if apart:
         rule += f"; raise that of {' and '.join(apart)} in visft.param_groups by the same factor"
-    is_published = sources.get(f"{most.key}.batch_size", "").startswith(f"{CONFIG_ROOT.name}/stage")
-    origin = "published" if is_published else "configured"
-    return LargerBatches(tuple(settings), tuple(flags), f"{rule}; the {origin} batch is {most.batch_size}")
+    source = sources.get(f"{stream.key}.batch_size", "")
+    origin = "published" if source.startswith(f"{CONFIG_ROOT.name}/stage") else "configured"
+    rule += f"; the {origin} batch is {before}"
+    return LargerBatches(tuple(settings), tuple(flags), rule)
 
 
 def _raised(streams: Sequence[Stream], dp: int) -> dict[str, int]:
@@ -165,15 +171,18 @@ def _cannot_be_divided(config: ResolvedConfig, processes: int) -> str:
     """Message about batches that so many processes cannot share: what to add, and how many processes can."""
     stages = config.pipeline_stages
     dp = processes // stages
-    streams = config.visft.streams().values()
     uneven = []
-    for stream in streams:
+    sizes = []
+    for stream in config.visft.streams().values():
+        sizes.append(stream.batch_size)
         if stream.batch_size % dp:
             uneven.append(f"{stream.key}.batch_size = {stream.batch_size}")
-    among = f"{processes} processes" + (f" ({dp} pipelines)" if stages > 1 else "")
-    divisors = _divisors(math.gcd(*(stream.batch_size for stream in streams)))
-    nearest = sorted(divisors, key=lambda number: abs(number - dp))[:4]
-    counts = [str(number * stages) for number in sorted(nearest)]
+    among = f"{processes} processes"
+    if stages > 1:
+        among += f" ({dp} pipelines)"
+    divisors = _divisors(math.gcd(*sizes))
+    divisors.sort(key=lambda divisor: abs(divisor - dp))
+    counts = [str(divisor * stages) for divisor in sorted(divisors[:4])]
     choices = f"{counts[0]} process(es)"
     if len(counts) > 1:
         choices = f"{', '.join(counts[:-1])} or {counts[-1]} processes"

@@ -207,9 +207,7 @@ def _check_manifest(manifest: Manifest) -> None:
 
 
 def _check_files(manifest: Manifest, address: str) -> None:
-    """Raise ValueError unless the index fits the manifest, which lies at `address`, and shards of a folder are
-    there.
-    """
+    """Raise ValueError unless the index fits the manifest at `address`, and shards of a folder are there."""
     remedy = "run the same `visft shards build` again"
     if manifest.remote is None:
         for shard in manifest.shards:

@@ -30,7 +30,10 @@ Backbone = EvaViT | TimmBackbone
 
 
 def build_empty(
-    preset: str, dtype: torch.dtype, options: Mapping[str, Any], device: str = "meta"
+    preset: str,
+    dtype: torch.dtype,
+    options: Mapping[str, Any],
+    device: str = "meta",
 ) -> Backbone:
     """A backbone for weights that are loaded next: one of `PRESETS`, or TIMM and the name of a model of timm.
 

@@ -158,7 +158,13 @@ class Block(nn.Module):
             branch = self.norm2(branch)
         return (stream + branch).view(x.shape)
 
-    def _attended(self, x: Tensor, dtype: torch.dtype, images: int, packing: Packing | None) -> Tensor:
+    def _attended(
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        images: int,
+        packing: Packing | None,
+    ) -> Tensor:
         """What the attention makes of the residual stream, before its projection."""
         if not self.post_norm:
             x = self.norm1(x)
@@ -210,7 +216,12 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *gradients
 
 
-def recomputed(block: Block, x: Tensor, dtype: torch.dtype, packing: Packing | None) -> Tensor:
+def recomputed(
+    block: Block,
+    x: Tensor,
+    dtype: torch.dtype,
+    packing: Packing | None,
+) -> Tensor:
     """A block that is computed again in the backward pass.
 
     By torch's checkpointing under ZeRO-3, and where nothing follows the last product of the block: torch

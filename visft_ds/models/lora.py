@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.models.eva_vit import Linear
-from visft_ds.ops.lora import Slices, lora_linear, parts_of
+from visft_ds.ops.lora import Slices, lora_linear, ranges_of
 from visft_ds.randomness import generator_for
 
 #: Parameters that an adapted layer adds to those of the layer it replaces.
@@ -49,7 +49,14 @@ class AdaptedLayer(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def __init__(self, base: nn.Module, slices: Slices, *, rank: int, alpha: float) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        slices: Slices,
+        *,
+        rank: int,
+        alpha: float,
+    ) -> None:
         super().__init__()
         weight: Any = base.weight
         self.slices = slices
@@ -70,7 +77,14 @@ class AdaptedLayer(nn.Module):
 class LoRALinear(AdaptedLayer):
     """A linear layer with low-rank updates on slices of its output."""
 
-    def __init__(self, base: nn.Linear, slices: Slices, *, rank: int, alpha: float) -> None:
+    def __init__(
+        self,
+        base: nn.Linear,
+        slices: Slices,
+        *,
+        rank: int,
+        alpha: float,
+    ) -> None:
         super().__init__(base, slices, rank=rank, alpha=alpha)
         self.in_features = base.in_features
         self.out_features = base.out_features
@@ -84,7 +98,14 @@ class LoRALinear(AdaptedLayer):
 class LoRAConv2d(AdaptedLayer):
     """A convolution without groups, with a low-rank update: lora_A (r, in, k, k), lora_B (out, r)."""
 
-    def __init__(self, base: nn.Conv2d, slices: Slices, *, rank: int, alpha: float) -> None:
+    def __init__(
+        self,
+        base: nn.Conv2d,
+        slices: Slices,
+        *,
+        rank: int,
+        alpha: float,
+    ) -> None:
         super().__init__(base, slices, rank=rank, alpha=alpha)
         self.in_channels = base.in_channels
         self.out_channels = base.out_channels
@@ -103,10 +124,16 @@ class LoRAConv2d(AdaptedLayer):
         return y + self.scale * update
 
 
-def dense_update(rows: int, a: Tensor, b: Tensor, slices: Slices, scale: float) -> Tensor:
+def dense_update(
+    rows: int,
+    a: Tensor,
+    b: Tensor,
+    slices: Slices,
+    scale: float,
+) -> Tensor:
     """Dense scale * B A (rows, fan in) in the precision of the factors; zero in rows that are not adapted."""
     result = a.new_zeros(rows, a[0].numel())
-    for outputs, of_a, of_b in parts_of(slices, b.shape[1]):
+    for outputs, of_a, of_b in ranges_of(slices, b.shape[1]):
         torch.matmul(b[of_b], a[of_a].flatten(1), out=result[outputs])
     return result.mul_(scale)
 
@@ -185,13 +212,13 @@ def _rows_of(layers: Mapping[str, Any], target: str) -> dict[str, tuple[int, int
 def _rows_of_role(layers: Mapping[str, Any], role: str) -> dict[str, tuple[int, int]]:
     """Layer of a block -> its rows that have this role."""
     rows = {}
-    path, part, parts = TARGETS[role]
+    path, number, of = TARGETS[role]
     for name, layer in layers.items():
         width = len(layer.weight)
-        height = width // parts
+        height = width // of
         if name.startswith("blocks.") and name.endswith(f".{path}"):
-            rows[name] = (height * part, height * (part + 1))
-        elif parts == 3 and name.endswith(f".attn.{role}_proj"):  # EVA-02's larger models in timm
+            rows[name] = (height * number, height * (number + 1))
+        elif path == "attn.qkv" and name.endswith(f".attn.{role}_proj"):  # EVA-02's larger models in timm
             rows[name] = (0, width)
     return rows
 

@@ -207,7 +207,10 @@ def _stacked(of_images: Sequence[Tensor]) -> Tensor:
 
 
 def as_backbone(
-    model: nn.Module, name: str, options: Mapping[str, int], layers: Sequence[int] = ()
+    model: nn.Module,
+    name: str,
+    options: Mapping[str, int],
+    layers: Sequence[int] = (),
 ) -> TimmBackbone:
     """Turn a model of timm into a backbone, in place: `TimmBackbone` comes in front of its class.
 
@@ -324,7 +327,10 @@ def build_timm(
 
 
 def build_model(
-    name: str, image_size: int | None, device: str, seed: int
+    name: str,
+    image_size: int | None,
+    device: str,
+    seed: int,
 ) -> tuple[nn.Module, dict[str, int]]:
     """timm's model itself, without classifier, and its option of a size (CNNs have no positions and take
     none).

@@ -33,7 +33,12 @@ class Packing:
 
 
 @torch.compiler.disable  # lengths are numbers of Python, and every other one would be compiled anew
-def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+def attention_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of each image, (T, heads, d) each, any strides, one after another -> (T,
     heads, d).
     """
@@ -49,7 +54,12 @@ def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tenso
     return out
 
 
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+def _one_by_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+) -> Tensor:
     """The same, image by image: the specification."""
     results = []
     for q_image, k_image, v_image in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):

@@ -41,15 +41,20 @@ def deform_attn(
     assert locations.shape == (batch, queries, heads, len(shapes), points, 2), locations.shape
     # Heads are images of their own from here on, as `grid_sample` knows none.
     from_minus_1_to_1 = 2 * locations - 1
-    grids = from_minus_1_to_1.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B*M, Q, P, 2)
-    level_weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)  # (L, B*M, Q, P)
+    grids = from_minus_1_to_1.permute(3, 0, 2, 1, 4, 5)  # (L, B, M, Q, P, 2)
+    grids = grids.flatten(1, 2)
+    level_weights = weights.permute(3, 0, 2, 1, 4)  # (L, B, M, Q, P)
+    level_weights = level_weights.flatten(1, 2)
     levels = value.split(areas, dim=1)
     total = value.new_zeros(batch * heads, channels, queries)
     # Summed level by level, so that the samples of one level only are held besides the graph.
-    for level, (height, width), grid, weight in zip(levels, shapes, grids, level_weights, strict=True):
+    for number, (height, width) in enumerate(shapes):
+        level = levels[number]
         of_heads = level.permute(0, 2, 3, 1)
         maps = of_heads.reshape(batch * heads, channels, height, width)
-        samples = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        weighted = samples * weight.unsqueeze(1)
+        samples = F.grid_sample(
+            maps, grids[number], mode="bilinear", padding_mode="zeros", align_corners=False
+        )
+        weighted = samples * level_weights[number].unsqueeze(1)
         total = total + weighted.sum(dim=-1)
     return total.view(batch, heads * channels, queries).transpose(1, 2)

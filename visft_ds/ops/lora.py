@@ -92,7 +92,7 @@ def use_kernels(name: str, device: torch.device) -> None:
     _on_gpus = "triton"
 
 
-def parts_of(slices: Slices, rank: int) -> Iterator[tuple[slice, slice, slice]]:
+def ranges_of(slices: Slices, rank: int) -> Iterator[tuple[slice, slice, slice]]:
     """For every slice: its range of outputs, its columns of u (which are rows of A), its rows of B."""
     first_row = 0
     for index, (lo, hi) in enumerate(slices):
@@ -159,7 +159,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     grad_x = grad_weight = grad_bias = grad_a = grad_b = None
     dy = grad.reshape(-1, grad.shape[-1])  # (M, F)
-    parts = list(parts_of(ctx.slices, lora_b.shape[1]))
+    ranges = list(ranges_of(ctx.slices, lora_b.shape[1]))
     # Sums over tokens below: on CPUs it is faster to leave the wider tensor as it lies, and to transpose the
     # small result.
     x_t: Any = None
@@ -168,7 +168,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_x or need_a:
         b = lora_b.to(dy.dtype)
         of_slices = []
-        for outputs, _, rows in parts:
+        for outputs, _, rows in ranges:
             of_slices.append(_product(dy[:, outputs], b[rows], ctx.scale))
         du = torch.cat(of_slices, dim=1)  # (M, G*r)
     if need_x:
@@ -185,7 +185,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_a = (x_t @ du).t().to(lora_a.dtype).contiguous()
     if need_b:
         of_slices = []
-        for outputs, columns, _ in parts:
+        for outputs, columns, _ in ranges:
             transposed = u[:, columns].t() @ dy[:, outputs]
             of_slices.append(transposed.t())
         grad_b = torch.cat(of_slices).to(lora_b.dtype)
@@ -197,18 +197,30 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _small_products_first(
-    x: Tensor, u: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, slices: Slices
+    x: Tensor,
+    u: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    b: Tensor,
+    slices: Slices,
 ) -> Tensor:
     """Small products into their slices, then the wide one added: an update that was rounded together with the
     bias alone survives.
     """
     y = x.new_zeros(len(x), len(w)) if bias is None else bias.expand(len(x), -1).clone()
-    for outputs, columns, rows in parts_of(slices, b.shape[1]):
+    for outputs, columns, rows in ranges_of(slices, b.shape[1]):
         y[:, outputs].addmm_(u[:, columns], b[rows].t())
     return y.addmm_(x, w.t())
 
 
-def _one_product(x: Tensor, u: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, slices: Slices) -> Tensor:
+def _one_product(
+    x: Tensor,
+    u: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    b: Tensor,
+    slices: Slices,
+) -> Tensor:
     """[x | u] [W | B]^T: every number is rounded once."""
     wide = torch.cat([w, spread(b, slices, len(w))], dim=1)  # (F, K + G*r)
     rows = torch.cat([x, u], dim=1)
@@ -221,7 +233,7 @@ def spread(b: Tensor, slices: Slices, outputs: int) -> Tensor:
     """B as (F, G*r): the rows of each slice in its own columns, zero elsewhere."""
     rank = b.shape[1]
     result = b.new_zeros(outputs, len(slices) * rank)
-    for outputs_of_slice, columns, rows in parts_of(slices, rank):
+    for outputs_of_slice, columns, rows in ranges_of(slices, rank):
         result[outputs_of_slice, columns] = b[rows]
     return result
 

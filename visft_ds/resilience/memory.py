@@ -113,9 +113,9 @@ def largest_shape(batches: Sequence[Batch]) -> str:
     height = max(height, largest.images.shape[2])
     width = max(width, largest.images.shape[3])
     text = f"{len(largest.sizes)} images of {height} x {width}"
-    for target in largest.targets.values():
+    for task, target in largest.targets.items():
         if hasattr(target, "labels"):
-            text += f", {len(target.labels)} objects"
+            text += f", {len(target.labels)} objects ({task})"
         if hasattr(target, "tokens"):
             text += f", {target.tokens.shape[1]} tokens per caption"
     return text

@@ -54,7 +54,7 @@ from visft_ds.files import (
     wrong_name,
 )
 from visft_ds.shards.coco import CocoSource, SourceImage, read_coco
-from visft_ds.shards.common import CocoFile, Exif, Findings, Json
+from visft_ds.shards.common import CocoFile, Exif, Findings, Json, is_split_name
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
 
 _MAX_IMAGE_BYTES = 1 << 30
@@ -91,7 +91,7 @@ class Options:
             raise ValueError(f"--out {address}: {remedy}")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file: name a folder")
-        if not self.split or not all(sign.isalnum() or sign in "-_" for sign in self.split):
+        if not is_split_name(self.split):
             raise ValueError(f"split name {self.split!r}: only letters, digits, '-' and '_' are allowed")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit {self.limit}: at least one image is needed")

@@ -61,6 +61,11 @@ class FolderSplit:
     findings: Findings = field(default_factory=Findings)  #: about the layout
 
 
+def is_split_name(name: str) -> bool:
+    """Return True for a name of letters, digits, "-" and "_"."""
+    return bool(name) and all(sign.isalnum() or sign in "-_" for sign in name)
+
+
 def listed_image(folder: Path, name: str, number: int, exif: Exif) -> Json:
     """An image as COCO lists it; one that cannot be read, which a build leaves out, is of 1 x 1 pixels."""
     try:

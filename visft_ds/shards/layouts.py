@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 
 from visft_ds.files import checked_name, read_bytes, reading
-from visft_ds.shards.common import SPLITS, Exif, FolderSplit, Json, listed_image
+from visft_ds.shards.common import SPLITS, Exif, FolderSplit, Json, is_split_name, listed_image
 from visft_ds.shards.maps import map_layouts, read_maps
 from visft_ds.shards.yolo import read_yolo
 
@@ -107,8 +107,7 @@ def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
 def _split_of(name: str) -> str:
     """Name among the shards of a split that is called `name` in a folder; "" if no split may have it."""
     name = _YEAR.sub(r"\1", name)
-    allowed = all(sign.isalnum() or sign in "-_" for sign in name)
-    return SPLITS.get(name, name if allowed else "")
+    return SPLITS.get(name, name if is_split_name(name) else "")
 
 
 @dataclass(frozen=True)

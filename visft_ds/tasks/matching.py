@@ -76,7 +76,12 @@ def class_losses(
     return losses, 100 * wrong
 
 
-def solve(cost: Tensor, counts: Tensor, pairs: int, image_ids: Tensor | None) -> Matches:
+def solve(
+    cost: Tensor,
+    counts: Tensor,
+    pairs: int,
+    image_ids: Tensor | None,
+) -> Matches:
     """Assign objects of each layer and image to queries at the least cost.
 
     Args:

@@ -63,7 +63,13 @@ class Task(ABC):
         """Flips, crops and sizes of images that train this task alone; `options` are `config.image`'s."""
 
     @abstractmethod
-    def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
+    def targets(
+        self,
+        train: bool,
+        options: Options,
+        words: Words,
+        classes: Classes,
+    ) -> ImageTargets:
         """Function that makes the targets of one image; worker processes call it, so it has to pickle.
 
         Args:
@@ -83,7 +89,13 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def blank(self, images: int, size: Size, content: Content, options: Options) -> Targets:
+    def blank(
+        self,
+        images: int,
+        size: Size,
+        content: Content,
+        options: Options,
+    ) -> Targets:
         """Targets without content, as large as stated, from which the planner learns memory and time.
 
         Args:
@@ -95,7 +107,12 @@ class Task(ABC):
 
     @abstractmethod
     def results(
-        self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
+        self,
+        output: Any,
+        batch: Batch,
+        words: Words,
+        classes: Classes = None,
+        threshold: float = 0.0,
     ) -> Results:
         """Predictions for the images of a batch that are `batch.real`, in COCO's results format.
 

@@ -52,12 +52,12 @@ class ImageTransform:
 
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:
     """Transform and collate of a stream, with the sizes of its configuration."""
-    classes = stream.classes
-    made = {
-        task: TASKS[task].targets(train, stream.image, vocabulary, classes.get(task)) for task in stream.tasks
-    }
+    targets = {}
+    for task in stream.tasks:
+        classes = stream.classes.get(task)
+        targets[task] = TASKS[task].targets(train, stream.image, vocabulary, classes)
     collate = partial(collate_joint, mixed=not stream.alike(train=train))
-    return SamplePipeline(ImageTransform(train, geometry_of(stream), made), collate)
+    return SamplePipeline(ImageTransform(train, geometry_of(stream), targets), collate)
 
 
 def geometry_of(stream: Stream) -> Geometry:

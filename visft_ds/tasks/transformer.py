@@ -43,7 +43,14 @@ class MultiHeadAttention(nn.Module):
     Initialisation as there too: of the output projection that of `nn.Linear`, or Xavier with `xavier_output`.
     """
 
-    def __init__(self, width: int, num_heads: int, dropout: float, *, xavier_output: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        dropout: float,
+        *,
+        xavier_output: bool = False,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
@@ -55,7 +62,13 @@ class MultiHeadAttention(nn.Module):
             nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        allowed: Tensor | None = None,
+    ) -> Tensor:
         """query (B, Q, D), key and value (B, S, D) -> (B, Q, D).
 
         `allowed` (B, Q or 1, S) bool: entries that a query may attend to, at least one, else its output is
@@ -80,7 +93,13 @@ class MultiHeadAttention(nn.Module):
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward, each followed by dropout, residual and norm."""
 
-    def __init__(self, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
         self.self_attn = MultiHeadAttention(width, num_heads, dropout)
         self.linear1 = nn.Linear(width, ffn_dim)
@@ -166,7 +185,12 @@ class DecoderLayer(nn.Module):
         return seen
 
     def _of_memory(
-        self, state: Tensor, query: Tensor, memory: Tensor, memory_key: Tensor, allowed: Tensor
+        self,
+        state: Tensor,
+        query: Tensor,
+        memory: Tensor,
+        memory_key: Tensor,
+        allowed: Tensor,
     ) -> Tensor:
         seen: Tensor = self.dropout(self.cross_attn(state + query, memory_key, memory, allowed))
         return seen
@@ -175,7 +199,13 @@ class DecoderLayer(nn.Module):
 class FeedForward(nn.Module):
     """`num_layers` linear layers with ReLU between them."""
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_dim: int,
+        out_dim: int,
+        num_layers: int,
+    ) -> None:
         super().__init__()
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
         layers = [nn.Linear(before, behind) for before, behind in itertools.pairwise(widths)]

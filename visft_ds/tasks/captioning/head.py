@@ -132,7 +132,9 @@ class CaptioningHead(nn.Module):
         scores = at_least_float32(self.fc(self.dropout(states)))
         steps = torch.arange(1, captions.shape[1], device=lengths.device)
         past_end = (steps >= lengths[:, None]).unsqueeze(-1)
-        return CaptioningOutput(scores.masked_fill(past_end, 0), attention.masked_fill(past_end, 0))
+        scores = scores.masked_fill(past_end, 0)
+        attention = attention.masked_fill(past_end, 0)
+        return CaptioningOutput(scores, attention)
 
     @torch.no_grad()
     def _search(
@@ -174,7 +176,8 @@ class CaptioningHead(nn.Module):
             candidates = totals.unsqueeze(-1) + gains.view(images, beams, size)
             totals, chosen = candidates.flatten(start_dim=1).topk(beams)  # (B, K), of K * V
             totals = totals - totals[:, :1]  # relative to the best: small numbers keep their digits
-            rows = (first_rows + chosen // size).flatten()  # the beams that are continued
+            beam = chosen // size
+            rows = (first_rows + beam).flatten()  # of the beams that are continued
             word = (chosen % size).flatten()
             ended = ended[rows] | (word == size + _END)
             hidden = hidden[rows]
@@ -211,7 +214,13 @@ class Recurrence(nn.Module):
     on the attended features (arXiv 1502.03044, section 4.2.1; here one value for each channel).
     """
 
-    def __init__(self, in_channels: int, attention_dim: int, embed_dim: int, decoder_dim: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        attention_dim: int,
+        embed_dim: int,
+        decoder_dim: int,
+    ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
         self.splits = (attention_dim, in_channels, 4 * decoder_dim)
@@ -231,7 +240,12 @@ class Recurrence(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(
-        self, embedded: Tensor, pixels: Tensor, keys: Tensor, hidden: Tensor, cell: Tensor
+        self,
+        embedded: Tensor,
+        pixels: Tensor,
+        keys: Tensor,
+        hidden: Tensor,
+        cell: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states (B, S, R), attention (B, S, P) and the last cell state (B, R).
 

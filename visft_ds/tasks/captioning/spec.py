@@ -40,27 +40,45 @@ class Captioning(Task):
     def geometry(self, options: Options) -> Geometry:
         return Square(options["size"])
 
-    def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
+    def targets(
+        self,
+        train: bool,
+        options: Options,
+        words: Words,
+        classes: Classes,
+    ) -> ImageTargets:
         random = train and options["caption_choice"] == "random"  # evaluation draws nothing
         assert words is not None
         return partial(caption_targets, words, random, options["max_words"])
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> CaptionTargets:
-        parts = [sample.targets[self.name] for sample in samples]
-        lengths = [len(part["tokens"]) for part in parts]
+        targets = [sample.targets[self.name] for sample in samples]
+        lengths = [len(of_image["tokens"]) for of_image in targets]
         # At least one step for the head: without any, its parameters would take no part in the loss.
-        tokens = torch.zeros((len(parts), max(2, *lengths)), dtype=torch.int64)
-        for row, part in zip(tokens, parts, strict=True):
-            row[: len(part["tokens"])] = torch.from_numpy(part["tokens"])
-        references = tuple(tuple(part["references"].tolist()) for part in parts)
-        return CaptionTargets(tokens, torch.tensor(lengths), references)
+        tokens = torch.zeros((len(samples), max(2, *lengths)), dtype=torch.int64)
+        references = []
+        for row, of_image, length in zip(tokens, targets, lengths, strict=True):
+            row[:length] = torch.from_numpy(of_image["tokens"])
+            references.append(tuple(of_image["references"].tolist()))
+        return CaptionTargets(tokens, torch.tensor(lengths), tuple(references))
 
-    def blank(self, images: int, size: Size, content: Content, options: Options) -> CaptionTargets:
+    def blank(
+        self,
+        images: int,
+        size: Size,
+        content: Content,
+        options: Options,
+    ) -> CaptionTargets:
         tokens = torch.zeros(images, content.caption_ids, dtype=torch.int64)
         return CaptionTargets(tokens, torch.full((images,), content.caption_ids), ((),) * images)
 
     def results(
-        self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
+        self,
+        output: Any,
+        batch: Batch,
+        words: Words,
+        classes: Classes = None,
+        threshold: float = 0.0,
     ) -> Results:
         assert words is not None
         rows = zip(batch.image_ids.tolist(), batch.real.tolist(), output.tokens.tolist(), strict=True)
@@ -70,11 +88,12 @@ class Captioning(Task):
         return caption_metrics(truth, results)
 
     def picture(self, example: Example) -> Picture:
-        image, references = example.pixels(), example.raw.captions
-        said = [result["caption"] or "(no words)" for result in example.results]
+        image = example.pixels()
+        references = example.raw.captions
+        captions = [result["caption"] or "(no words)" for result in example.results]
         return side_by_side(
             (with_text(image, references[:5]), f"ground truth: {len(references)} captions"),
-            (with_text(image, said), "predicted caption"),
+            (with_text(image, captions), "predicted caption"),
         )
 
 

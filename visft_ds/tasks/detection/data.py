@@ -83,7 +83,10 @@ class CropRecipe:
 
 
 def detection_targets(
-    labels: Mapping[int, int] | None, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
+    labels: Mapping[int, int] | None,
+    raw: RawSample,
+    ops: Sequence[Op],
+    generator: np.random.Generator,
 ) -> Mapping[str, npt.NDArray[Any]]:
     """Boxes (n, 4) float32 cxcywh relative to the image after `ops`, labels (n,) int64.
 

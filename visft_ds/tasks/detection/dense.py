@@ -81,7 +81,8 @@ class DenseHead(nn.Module):
         inside = valid[:, None].to(features.dtype)
         x = self.input_norm(self.input_proj(features), valid)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.relu(norm(conv(x * inside), valid))
+            x = conv(x * inside)
+            x = F.relu(norm(x, valid))
         x = x * inside
         logits = _of_cells(self.class_embed(x))
         distances = _of_cells(self.box_embed(x)).exp()
@@ -90,9 +91,10 @@ class DenseHead(nn.Module):
             rows = valid.any(2).sum(1)
             columns = valid.any(1).sum(1)
             cells = torch.stack((rows, columns), dim=1)
-        width_and_height = cells.flip(1).to(logits.dtype)
-        pitch = to_device(1 / width_and_height, valid.device)  # (B, 2)
-        centres = _centres(valid, logits.dtype) * pitch[:, None]
+        columns_and_rows = cells.flip(1).to(logits.dtype)
+        pitch = to_device(1 / columns_and_rows, valid.device)  # (B, 2)
+        grid = _centres(valid, logits.dtype)
+        centres = grid * pitch[:, None]
         low = centres - distances[..., :2]
         high = centres + distances[..., 2:]
         boxes = torch.cat((low, high), dim=-1)
@@ -147,20 +149,23 @@ class DenseCriterion:
         """Focal loss of the classes, summed over all cells; `objects` (B, S) of `assign`."""
         # One label more, for cells without an object, which is none of the classes.
         labels = F.pad(targets.labels, (0, 1), value=-1)[objects]
-        classes = torch.arange(output.logits.shape[-1], device=labels.device)
-        is_class = (labels[..., None] == classes).to(output.logits.dtype)
-        focal = sigmoid_focal_loss(output.logits, is_class).sum(dim=-1)
+        logits = output.logits
+        classes = torch.arange(logits.shape[-1], device=labels.device)
+        is_class = labels[..., None] == classes
+        focal = sigmoid_focal_loss(logits, is_class.to(logits.dtype)).sum(dim=-1)
         return (focal * output.valid).sum()
 
     def loss_boxes(self, output: DenseOutput, targets: DetectionTargets, objects: Tensor) -> Tensor:
         """1 - generalized IoU of the boxes of cells, a mean over those of an object, summed over objects."""
         number = len(targets.boxes)
-        corners = box_convert(targets.boxes.to(output.boxes.dtype), "cxcywh", "xyxy")
+        boxes = targets.boxes.to(output.boxes.dtype)
+        corners = box_convert(boxes, "cxcywh", "xyxy")
         # One box more, for cells without an object.
         true = F.pad(corners, (0, 0, 0, 1), value=0.5)[objects]
         answers = (objects < number).to(output.logits.dtype)  # (B, S)
         ones = torch.ones_like(answers).flatten()
-        cells_of = answers.new_zeros(number + 1).index_add(0, objects.flatten(), ones)  # of each object
+        cells_of = answers.new_zeros(number + 1)  # of each object
+        cells_of.index_add_(0, objects.flatten(), ones)
         missed = (1 - generalized_box_iou(output.boxes, true)) * answers
         return (missed / cells_of[objects]).sum()
 
@@ -185,11 +190,13 @@ def assign(output: DenseOutput, targets: DetectionTargets) -> Tensor:
     near = (away_in_cells < RADIUS).all(dim=-1)
     inside = (away <= sides / 2).all(dim=-1)
     distance = away_in_cells.square().sum(dim=-1)
-    nearest = distance.masked_fill(~valid, torch.inf).argmin(dim=1, keepdim=True)
+    distance = distance.masked_fill(~valid, torch.inf)
+    nearest = distance.argmin(dim=1, keepdim=True)
     is_nearest = torch.arange(cells, device=device) == nearest
     answers = (near & inside & valid) | is_nearest
     # Objects by area, the smallest first: the least rank wins a cell.
-    by_area = sides.prod(dim=-1).flatten().argsort(stable=True)
+    areas = sides.prod(dim=-1).flatten()
+    by_area = areas.argsort(stable=True)
     rank = torch.empty_like(by_area)
     rank.scatter_(0, by_area, torch.arange(number, device=device))
     ranks = torch.where(answers, rank[:, None], number)  # (N, S)
@@ -221,8 +228,9 @@ def dense_results(
         best, pairs = of_image.topk(min(CANDIDATES, len(of_image)))
         pairs = pairs[best >= max(threshold, 0.0)]
         best = best[: len(pairs)]
+        cells = pairs // num_classes
         labels = pairs % num_classes
-        corners = boxes[image, pairs // num_classes]
+        corners = boxes[image, cells]
         kept = batched_nms(corners, best, labels, OVERLAP)[:KEPT]
         results += box_results(batch, image, corners[kept], best[kept], labels[kept], classes)
     return results

@@ -132,7 +132,10 @@ class DetectionHead(nn.Module):
 
 @torch.no_grad()
 def postprocess(
-    output: DetectionOutput, batch: Batch, classes: Sequence[int] | None = None, threshold: float = 0.0
+    output: DetectionOutput,
+    batch: Batch,
+    classes: Sequence[int] | None = None,
+    threshold: float = 0.0,
 ) -> Results:
     """Predictions in COCO's results format, see `box_results`.
 

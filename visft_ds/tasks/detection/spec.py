@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -35,18 +36,35 @@ class Detection(Task):
     def geometry(self, options: Options) -> Geometry:
         return CropRecipe(of_options(ShortSides, options), options["crop_min_size"], options["crop_size"])
 
-    def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
-        labels = None if classes is None else {category: place for place, category in enumerate(classes)}
+    def targets(
+        self,
+        train: bool,
+        options: Options,
+        words: Words,
+        classes: Classes,
+    ) -> ImageTargets:
+        labels = None
+        if classes is not None:
+            labels = {category: label for label, category in enumerate(classes)}
         return partial(detection_targets, labels)
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> DetectionTargets:
-        parts = [sample.targets[self.name] for sample in samples]
-        boxes, labels = (
-            torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in ("boxes", "labels")
+        boxes = [sample.targets[self.name]["boxes"] for sample in samples]
+        labels = [sample.targets[self.name]["labels"] for sample in samples]
+        counts = [len(of_image) for of_image in labels]
+        return DetectionTargets(
+            torch.from_numpy(np.concatenate(boxes)),
+            torch.from_numpy(np.concatenate(labels)),
+            torch.tensor(counts),
         )
-        return DetectionTargets(boxes, labels, counts=torch.tensor([len(part["labels"]) for part in parts]))
 
-    def blank(self, images: int, size: Size, content: Content, options: Options) -> DetectionTargets:
+    def blank(
+        self,
+        images: int,
+        size: Size,
+        content: Content,
+        options: Options,
+    ) -> DetectionTargets:
         objects = images * content.objects
         labels = torch.zeros(objects, dtype=torch.int64)
         return DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
@@ -58,7 +76,12 @@ class Detection(Task):
         return (DenseCriterion if head.type == "dense" else DetectionCriterion)(head, loss)
 
     def results(
-        self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
+        self,
+        output: Any,
+        batch: Batch,
+        words: Words,
+        classes: Classes = None,
+        threshold: float = 0.0,
     ) -> Results:
         results_of = dense_results if isinstance(output, DenseOutput) else postprocess
         return results_of(output, batch, classes, threshold)
@@ -67,7 +90,7 @@ class Detection(Task):
         return coco_average_precision(truth, results, per_category=per_category)
 
     def picture(self, example: Example) -> Picture:
-        return example.draw(example.objects(), boxes=lambda one: one["bbox"])
+        return example.draw(example.objects(), boxes=itemgetter("bbox"))
 
 
 SPEC = Detection()
