@@ -97,9 +97,9 @@ def memory_explained(
             f"  {lines[0]}\n"
             f"  measured: {measured}\n"
             f"  Try --set {key}.micro_batch=N with a smaller number (in fp32 and without dropout the same "
-            "losses), --set visft.model.activation_checkpointing=block, or --engine zero3_offload; `visft plan "
-            "--cluster 8xA100-80GB`, with your GPUs and the same --stage, --model and --set, predicts what each "
-            "needs."
+            "losses), --set visft.model.activation_checkpointing=block, or --engine zero3_offload; "
+            "`visft plan --cluster 8xA100-80GB`, with your GPUs and the same --stage, --model and --set, "
+            "predicts what each needs."
         ) from None
 
 
@@ -164,7 +164,7 @@ def probe_memory(
     Raises:
         RankError: a step does not fit into memory.
     """
-    role = PipelinePosition.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
+    role = PipelinePosition.here(batches.stages).role
     device = engine.device
     rows = []
     with unchanged(engine):
