@@ -54,6 +54,11 @@ class PipelinePosition:
             role = "labels"
         return cls(stage, stages, dp_rank, dp_size, role)
 
+    @classmethod
+    def here(cls, stages: int) -> PipelinePosition:
+        """Position of this process."""
+        return cls.of_rank(rank(), world_size(), stages)
+
 
 def rank() -> int:
     """Global rank; known from the launcher's environment before the process group exists."""
@@ -80,13 +85,13 @@ def local_device() -> torch.device:
 
     Raises ValueError if DS_ACCELERATOR asks for another one.
     """
-    sees = torch.cuda.is_available()
-    wanted = os.environ.get("DS_ACCELERATOR", "cuda" if sees else "cpu")
-    if wanted not in ("cpu", "cuda") or (wanted == "cuda" and not sees):
+    has_gpu = torch.cuda.is_available()
+    accelerator = os.environ.get("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
+    if accelerator not in ("cpu", "cuda") or (accelerator == "cuda" and not has_gpu):
         raise ValueError(
-            f"DS_ACCELERATOR={wanted}: torch sees no such device here; unset it, or set it to cpu"
+            f"DS_ACCELERATOR={accelerator}: torch sees no such device here; unset it, or set it to cpu"
         )
-    if wanted == "cpu":
+    if accelerator == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 

@@ -34,6 +34,7 @@ from visft_ds.run.machine import check_machine, divide_layers, rank_facts, settl
 from visft_ds.run.report import print_start
 from visft_ds.run.start import measure_heads, open_start
 from visft_ds.run.state import RunState
+from visft_ds.run_files import EXPORT
 from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 
 
@@ -53,7 +54,7 @@ class FitResult:
         """Folder of what a finished run has trained: heads after stage 1, an adapter or a backbone after
         stage 2.
         """
-        return self.out / "export"
+        return self.out / EXPORT
 
 
 def train(

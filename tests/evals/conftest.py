@@ -12,15 +12,21 @@ import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 import torch
+from PIL import Image
 
+from tests.clip_case import make_clip, save_clip
 from tests.coco_tree import Tree, write_tree
 from tests.random_tower import adapter_of, merge, save_adapter, save_backbone
 from tests.tiny import THREE, TINY
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.shards import Category, Manifest, ShardReader
+from visft_ds.evals.judge.model_text import parse_model
+from visft_ds.evals.judge.models import load_encoder
 from visft_ds.evaluation import collect
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
+from visft_ds.interop.layouts import fingerprint_of
+from visft_ds.models.lora import inject_lora
 from visft_ds.predict.loading import LoadedModel, ModelSource, files_of_run
 from visft_ds.prepare.data import vocabulary_of
 from visft_ds.prepare.datasets import TrainingSet
@@ -205,3 +211,58 @@ def _caption(content: dict[str, Any], captions: Results) -> None:
         words = result["caption"].split()
         for text in (" ".join([*words[:3], *words[4:], "here"]), f"a number {place} of some"):
             entries.append({"id": len(entries), "image_id": result["image_id"], "caption": text})
+
+
+CLASSES = ("circle", "square")  # of the drawings that a small CLIP looks at
+
+
+@pytest.fixture(scope="session")
+def clip_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP file, an adapter for it, merged weights, a folder of classes and a COCO tree with captions and
+    boxes; nobody may change them.
+    """
+    root = tmp_path_factory.mktemp("world")
+    base = save_clip(make_clip(), root / "clip.safetensors")
+    encoder = load_encoder(parse_model(str(base)), "fp32")
+    backbone: Any = encoder.module.backbone
+    inject_lora(backbone, rank=4, alpha=4, targets=("q", "v"))
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=1.0)
+    adapter = adapter_of(backbone, fingerprint_of(backbone, base))
+    save_adapter(adapter, root / "adapter")
+    merge(base, adapter, root / "merged.safetensors", "--format", "open_clip")
+    _draw_shapes(root)
+    return root
+
+
+def _draw_shapes(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    coco: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
+    captions: list[dict[str, Any]] = []
+    for number, name in enumerate(CLASSES):
+        coco["categories"].append({"id": number, "name": name})
+        for place in range(6):
+            # each its own colour: towers of random weights tell little else apart
+            pixels = (rng.integers(0, 180, 3) + rng.integers(0, 75, (40, 52, 3))).astype(np.uint8)
+            file = f"{number}-{place}.png"
+            for path in (
+                root / "shapes" / name / file,
+                root / "coco/val2017" / file,
+                root / "coco/train2017" / file,
+            ):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+            image = len(coco["images"])
+            coco["images"].append({"id": image, "file_name": file, "height": 40, "width": 52})
+            box = {"bbox": [2, 3, 20, 30], "iscrowd": 0, "category_id": number, "image_id": image}
+            coco["annotations"].append({"id": image, **box})
+            captions += [
+                {"image_id": image, "caption": f"{name} {place}, {word}"} for word in ("seen", "drawn")
+            ]
+    (root / "coco/annotations").mkdir()
+    for part in ("train", "val"):
+        (root / f"coco/annotations/instances_{part}2017.json").write_text(json.dumps(coco))
+    told = {"images": coco["images"], "annotations": captions}
+    (root / "coco/annotations/captions_val2017.json").write_text(json.dumps(told))

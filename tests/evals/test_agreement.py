@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.evals.test_judge import _record, _run
+from tests.golden.judge import record_in, run
 from tests.random_tower import adapter_of, header_of, merge, save_adapter
 from visft_ds.evals.judge.agreement import load_classifier
 from visft_ds.evals.judge.model_text import parse_model
@@ -71,7 +71,7 @@ def test_predictions_are_those_of_timms_own_models(net: Path, tmp_path: Path) ->
         f"none={base}+{net}/adapter@0",
     ]
     primary = "agreement/pictures predictions"
-    status, _, errors = _run(
+    status, _, errors = run(
         *command,
         "--on",
         f"agreement={net}/pictures",
@@ -92,7 +92,7 @@ def test_predictions_are_those_of_timms_own_models(net: Path, tmp_path: Path) ->
             said.append(model(torch.stack([prepare(image) for image in images])).argmax(dim=1))
     kept = float((said[0] == said[1]).double().mean())
     assert 0 < kept < 1
-    (row,) = _record(tmp_path)["rows"]
+    (row,) = record_in(tmp_path)["rows"]
     assert row["name"] == primary and row["items"] == 24
     found = row["values"]
     assert found == {"base": 1, "own": kept, "merged": kept, "bare": kept, "none": 1, "less": found["less"]}

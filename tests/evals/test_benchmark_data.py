@@ -89,10 +89,8 @@ def test_built_in_digits_are_real() -> None:
 def test_trees_with_splits(tmp_path: Path) -> None:
     _folders(tmp_path / "train", ["hot_dog", "cat"], each=3)
     _folders(tmp_path / "val", ["hot_dog", "cat"])
-    (tmp_path / "templates.txt").write_text("a {} on a plate\n")
     train, test = classes.read_train_and_test(str(tmp_path))
     assert (len(train.images), len(test.images)) == (6, 4) and test.classes == ("cat", "hot dog")
-    assert test.templates == ("a {} on a plate",)
     (tmp_path / "classnames.txt").write_text("feline\nfrankfurter\n")
     assert read_classes(str(tmp_path), "train").classes == ("feline", "frankfurter")
     (tmp_path / "classnames.txt").unlink()

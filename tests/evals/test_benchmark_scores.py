@@ -82,7 +82,7 @@ def test_regression_ignores_the_scale_of_features_and_finds_what_is_there() -> N
     assert (logistic_regression("linear", *scaled).values == score.values).all()
     noise = replace(known, features=torch.from_numpy(rng.normal(size=(100, 5)).astype(np.float32)))
     assert 0.2 < logistic_regression("linear", noise, asked).value < 0.8
-    one = logistic_regression("linear", known.part(torch.arange(1)), asked)  # one class is all it knows
+    one = logistic_regression("linear", known.subset(torch.arange(1)), asked)  # one class is all it knows
     assert (one.values == (truth == 0)).all()
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.clip_case import SIDE, make_clip, save_clip
+from tests.clip_case import SIDE, make_clip
 from tests.evals.conftest import SETTINGS
-from tests.golden.judge import run
-from tests.random_tower import adapter_of, build_backbone, merge, save_adapter, save_backbone
+from tests.golden.judge import record_in, run
+from tests.random_tower import build_backbone, save_backbone
 from visft_ds.config import resolve
 from visft_ds.errors import RankError
 from visft_ds.evals.judge import variants
@@ -30,80 +30,19 @@ from visft_ds.evals.judge.layers import blocks_of
 from visft_ds.evals.judge.model_text import ModelSpec, parse_model, parse_variants
 from visft_ds.evals.judge.models import load_encoder
 from visft_ds.evals.judge.scoring import remembered, shared
-from visft_ds.interop.layouts import fingerprint_of
-from visft_ds.models.lora import inject_lora
 from visft_ds.run.record import write_run
 from visft_ds.run_files import BACKBONE_FILE
 
-CLASSES = ("circle", "square")
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP file, an adapter for it, merged weights, a folder of classes and a COCO tree with captions and
-    boxes.
-    """
-    root = tmp_path_factory.mktemp("world")
-    base = save_clip(make_clip(), root / "clip.safetensors")
-    encoder = load_encoder(parse_model(str(base)), "fp32")
-    backbone: Any = encoder.module.backbone
-    inject_lora(backbone, rank=4, alpha=4, targets=("q", "v"))
-    with torch.no_grad():
-        for name, parameter in backbone.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.normal_(std=1.0)
-    adapter = adapter_of(backbone, fingerprint_of(backbone, base))
-    save_adapter(adapter, root / "adapter")
-    merge(base, adapter, root / "merged.safetensors", "--format", "open_clip")
-    _draw(root)
-    return root
-
-
-def _draw(root: Path) -> None:
-    rng = np.random.default_rng(0)
-    coco: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
-    captions: list[dict[str, Any]] = []
-    for number, name in enumerate(CLASSES):
-        coco["categories"].append({"id": number, "name": name})
-        for place in range(6):
-            # each its own colour: towers of random weights tell little else apart
-            pixels = (rng.integers(0, 180, 3) + rng.integers(0, 75, (40, 52, 3))).astype(np.uint8)
-            file = f"{number}-{place}.png"
-            for path in (
-                root / "shapes" / name / file,
-                root / "coco/val2017" / file,
-                root / "coco/train2017" / file,
-            ):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(path)
-            image = len(coco["images"])
-            coco["images"].append({"id": image, "file_name": file, "height": 40, "width": 52})
-            box = {"bbox": [2, 3, 20, 30], "iscrowd": 0, "category_id": number, "image_id": image}
-            coco["annotations"].append({"id": image, **box})
-            captions += [
-                {"image_id": image, "caption": f"{name} {place}, {word}"} for word in ("seen", "drawn")
-            ]
-    (root / "coco/annotations").mkdir()
-    for part in ("train", "val"):
-        (root / f"coco/annotations/instances_{part}2017.json").write_text(json.dumps(coco))
-    told = {"images": coco["images"], "annotations": captions}
-    (root / "coco/annotations/captions_val2017.json").write_text(json.dumps(told))
-
-
-def _run(*arguments: Any) -> tuple[int, str, str]:
-    return run(arguments)
-
-
-def _record(out: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((out / "judge.json").read_text())
-    return record
-
-
-def _all(world: Path) -> list[str]:
-    base = world / "clip.safetensors"
-    models = (f"base={base}", f"visft={base}+{world}/adapter@0.5", f"merged={world}/merged.safetensors")
-    kinds = [f"{kind}={world}/shapes" for kind in ("zero_shot", "classification")]
-    kinds += [f"{kind}={world}/coco" for kind in ("retrieval", "objects")]
+def _all(clip_world: Path) -> list[str]:
+    base = clip_world / "clip.safetensors"
+    models = (
+        f"base={base}",
+        f"visft={base}+{clip_world}/adapter@0.5",
+        f"merged={clip_world}/merged.safetensors",
+    )
+    kinds = [f"{kind}={clip_world}/shapes" for kind in ("zero_shot", "classification")]
+    kinds += [f"{kind}={clip_world}/coco" for kind in ("retrieval", "objects")]
     return [
         *models,
         *(word for kind in kinds for word in ("--on", kind)),
@@ -112,15 +51,15 @@ def _all(world: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(world: Path) -> Path:
+def finished(clip_world: Path) -> Path:
     """Three models on data of four kinds; nothing to complain about."""
-    status, _, errors = _run(*_all(world), "--out", world / "out")
+    status, _, errors = run(*_all(clip_world), "--out", clip_world / "out")
     assert (status, errors) == (0, "")
-    return world / "out"
+    return clip_world / "out"
 
 
-def test_one_table_of_all_models(world: Path, finished: Path) -> None:
-    record = _record(finished)
+def test_one_table_of_all_models(clip_world: Path, finished: Path) -> None:
+    record = record_in(finished)
     rows = {row["name"]: row for row in record["rows"]}
     wanted = ["top1", "kNN", "linear", "image to text R@1", "text to image R@10", "text top1"]
     assert all(any(name.endswith(end) for name in rows) for end in wanted)
@@ -137,14 +76,14 @@ def test_one_table_of_all_models(world: Path, finished: Path) -> None:
     )
 
 
-def test_numbers_are_those_of_plain_loops(world: Path, finished: Path) -> None:
+def test_numbers_are_those_of_plain_loops(clip_world: Path, finished: Path) -> None:
     """Zero-shot and retrieval again, image by image, from open_clip's model."""
-    clip, rows = make_clip(), {row["name"]: row for row in _record(finished)["rows"]}
-    encoder = load_encoder(parse_model(str(world / "clip.safetensors")), "fp32")
+    clip, rows = make_clip(), {row["name"]: row for row in record_in(finished)["rows"]}
+    encoder = load_encoder(parse_model(str(clip_world / "clip.safetensors")), "fp32")
     assert encoder.text is not None
-    data = read_classes(str(world / "shapes"))
+    data = read_classes(str(clip_world / "shapes"))
     classes = encoder.text.encode([f"a photo of a {name}." for name in data.classes], torch.device("cpu"))
-    captions = json.loads((world / "coco/annotations/captions_val2017.json").read_text())["annotations"]
+    captions = json.loads((clip_world / "coco/annotations/captions_val2017.json").read_text())["annotations"]
     texts = encoder.text.encode([caption["caption"] for caption in captions], torch.device("cpu"))
     right, found = [], []
     for place, label in enumerate(data.labels):
@@ -157,9 +96,9 @@ def test_numbers_are_those_of_plain_loops(world: Path, finished: Path) -> None:
 
 
 def test_the_same_command_again_computes_nothing(
-    world: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+    clip_world: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = _record(finished)["rows"]
+    before = record_in(finished)["rows"]
 
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("computed again")
@@ -169,20 +108,20 @@ def test_the_same_command_again_computes_nothing(
         patched.setattr(
             "visft_ds.interop.layouts.fingerprint", refuse
         )  # a base of 10 GB is known without being read
-        assert _run(*_all(world), "--out", finished)[0] == 0
-    assert _record(finished)["rows"] == before
+        assert run(*_all(clip_world), "--out", finished)[0] == 0
+    assert record_in(finished)["rows"] == before
     next((finished / "scores").iterdir()).unlink()  # that score alone is computed again
-    assert _run(*_all(world), "--out", finished)[0] == 0 and _record(finished)["rows"] == before
+    assert run(*_all(clip_world), "--out", finished)[0] == 0 and record_in(finished)["rows"] == before
 
 
-def test_scale_of_an_adapter(world: Path) -> None:
+def test_scale_of_an_adapter(clip_world: Path) -> None:
     """Times one it is the merged weights, times nothing the base, and each of them is another entry of the
     cache.
     """
-    base, image = world / "clip.safetensors", torch.randn(2, 3, SIDE, SIDE)
-    texts = [f"{base}+{world}/adapter{end}" for end in ("@0", "", "@0.5", "@-1")]
+    base, image = clip_world / "clip.safetensors", torch.randn(2, 3, SIDE, SIDE)
+    texts = [f"{base}+{clip_world}/adapter{end}" for end in ("@0", "", "@0.5", "@-1")]
     loaded = [load_encoder(parse_model(text), "fp32").module for text in (str(base), *texts)]
-    merged = load_encoder(parse_model(f"{world}/merged.safetensors"), "fp32").module
+    merged = load_encoder(parse_model(f"{clip_world}/merged.safetensors"), "fp32").module
     with torch.no_grad():
         plain, nothing, whole, half, back = (module(image, ["pooled"])["pooled"] for module in loaded)
         wanted = merged(image, ["pooled"])["pooled"]
@@ -278,8 +217,8 @@ def test_a_base_goes_on_behind_the_block_that_its_training_read(tmp_path: Path) 
         assert ends(parse_variants([f"base={text}"])["base"][0]) == ["blocks.0"]
 
 
-def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
-    base, shapes = world / "clip.safetensors", f"zero_shot={world}/shapes"
+def test_wrong_usage_is_named(clip_world: Path, tmp_path: Path) -> None:
+    base, shapes = clip_world / "clip.safetensors", f"zero_shot={clip_world}/shapes"
     primary = ("--primary", "zero_shot/shapes top1")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.txt").write_text("")
@@ -290,17 +229,17 @@ def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
         ([f"{base},{base}", f"tuned={base}"], primary, "out", "BASE must be one unscaled model"),
         ([f"{base}@0.5", f"tuned={base}"], primary, "out", "BASE must be one unscaled model"),
     ):
-        status, _, errors = _run(*models, *words, "--on", shapes, "--out", tmp_path / out)
+        status, _, errors = run(*models, *words, "--on", shapes, "--out", tmp_path / out)
         assert status == 2 and message in errors
-    status, _, errors = _run(base, f"tuned={base}", *primary, "--on", shapes, "--numbers", "top2")
+    status, _, errors = run(base, f"tuned={base}", *primary, "--on", shapes, "--numbers", "top2")
     assert status == 2 and "--numbers top2: no such number; did you mean top1?" in errors
-    words = ("--on", f"objects={world}/coco", "--primary", "objects/coco text top1", "--layers", "last")
-    status, _, errors = _run(base, f"cut={base}#0", *words, "--quick", "--out", tmp_path / "silent")
+    words = ("--on", f"objects={clip_world}/coco", "--primary", "objects/coco text top1", "--layers", "last")
+    status, _, errors = run(base, f"cut={base}#0", *words, "--quick", "--out", tmp_path / "silent")
     assert status == 2 and "cut has no such number" in errors
 
 
 def test_what_a_model_lacks_is_told_before_anything_is_encoded(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A text side for zero-shot, a classifier for kept predictions: known when the models are open."""
 
@@ -309,35 +248,35 @@ def test_what_a_model_lacks_is_told_before_anything_is_encoded(
 
     monkeypatch.setattr("visft_ds.evals.judge.encoding.encode_images", refuse)
     monkeypatch.setattr("visft_ds.evals.judge.layers.encode_images", refuse)
-    base, cut = world / "clip.safetensors", f"cut={world}/clip.safetensors#0"
+    base, cut = clip_world / "clip.safetensors", f"cut={clip_world}/clip.safetensors#0"
     for kind, models, said in (
         ("zero_shot", (base, cut), "zero_shot/shapes needs clip, which cut does not have"),
         ("agreement", (base, f"tuned={base}"), "clip is not a model of timm"),
     ):
-        on = ("--on", f"classification={world}/shapes", "--on", f"{kind}={world}/shapes")
+        on = ("--on", f"classification={clip_world}/shapes", "--on", f"{kind}={clip_world}/shapes")
         primary = ("--primary", "classification/shapes kNN")
-        status, _, errors = _run(*models, *on, *primary, "--quick", "--out", tmp_path / kind)
+        status, _, errors = run(*models, *on, *primary, "--quick", "--out", tmp_path / kind)
         assert status == 2 and said in errors
 
 
 def test_a_rehearsal_tells_models_data_and_time_and_writes_nothing(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [
         "--on",
-        f"classification={world}/shapes",
+        f"classification={clip_world}/shapes",
         "--primary",
         "classification/shapes kNN",
         "--numbers",
         "kNN",
     ]
-    models = [f"base={world}/clip.safetensors", f"cut={world}/clip.safetensors#0"]
+    models = [f"base={clip_world}/clip.safetensors", f"cut={clip_world}/clip.safetensors#0"]
     words += ["--quick", "--dry-run", "--out", str(tmp_path / "out")]
-    status, said, errors = _run(*models, *words)
+    status, said, errors = run(*models, *words)
     assert (status, errors) == (0, "") and not (tmp_path / "out").exists()
     text = " ".join(said.split())
-    assert f"base best of blocks.0 to blocks.1 {world}/clip.safetensors" in text
-    assert f"cut blocks.0 {world}/clip.safetensors after block 0" in text
+    assert f"base best of blocks.0 to blocks.1 {clip_world}/clip.safetensors" in text
+    assert f"cut blocks.0 {clip_world}/clip.safetensors after block 0" in text
     assert "classification/shapes 6 train, 6 test kNN" in text
     # layers of base and cut, 6 each; scores of base, cut, noise and half, 12 each; base and six measurements
     # of 6 images
@@ -346,12 +285,12 @@ def test_a_rehearsal_tells_models_data_and_time_and_writes_nothing(
     # models; an image of the tower's 28 x 28 pixels takes 3.6 s here.
     monkeypatch.setattr("visft_ds.evals.judge.rehearsal.seconds_of", lambda *_: 3.6)
     published = [word for word in words if word not in ("--quick", "--numbers", "kNN")]
-    _, said, _ = _run(*models, *published)
+    _, said, _ = run(*models, *published)
     hours = (224 / SIDE) ** 2 * (12_800_000 + 2 * 12) * 4 * 3.6 / 3600
     assert f"published heads 4 models {hours:,.2g} hours" in " ".join(said.split())
     monkeypatch.setattr("visft_ds.distributed.rank", lambda: 1)
     monkeypatch.setattr("visft_ds.evals.judge.scoring._present", lambda path: pytest.fail("waited for ever"))
-    assert _run(*models, *words) == (0, "", "")
+    assert run(*models, *words) == (0, "", "")
 
 
 def test_weights_of_timm_are_fetched_with_download_only(
@@ -405,12 +344,17 @@ def test_weights_of_open_clip_are_downloaded_only_if_told(
     assert parse_model("open_clip:ViT-B-32:laion2b_s34b_b79k").open_clip == "ViT-B-32"
 
 
-def test_images_of_a_group_are_one_piece_of_evidence(world: Path, tmp_path: Path) -> None:
+def test_images_of_a_group_are_one_piece_of_evidence(clip_world: Path, tmp_path: Path) -> None:
     """Twelve images of two patients: fewer than six units can show nothing."""
-    models = [f"base={world}/clip.safetensors", f"tuned={world}/merged.safetensors", "--layers", "last"]
+    models = [
+        f"base={clip_world}/clip.safetensors",
+        f"tuned={clip_world}/merged.safetensors",
+        "--layers",
+        "last",
+    ]
     words = ["--primary", "zero_shot/shapes top1", "--out", tmp_path / "out"]
-    status, _, errors = _run(*models, "--on", f"zero_shot={world}/shapes,groups=-([0-4])", *words)
+    status, _, errors = run(*models, "--on", f"zero_shot={clip_world}/shapes,groups=-([0-4])", *words)
     assert status == 2 and "gives no group for circle/0-5.png" in errors
-    status, said, _ = _run(*models, "--on", rf"zero_shot={world}/shapes,groups=^\w+", *words)
+    status, said, _ = run(*models, "--on", rf"zero_shot={clip_world}/shapes,groups=^\w+", *words)
     assert status == 0 and "fewer than six items can show nothing" in " ".join(said.split())
-    assert _record(tmp_path / "out")["rows"][0]["differences"]["tuned"]["detectable"] is None
+    assert record_in(tmp_path / "out")["rows"][0]["differences"]["tuned"]["detectable"] is None

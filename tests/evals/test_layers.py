@@ -180,9 +180,9 @@ def test_published_protocols_need_a_gpu_or_a_word(data: Path, tmp_path: Path) ->
     architecture.
     """
     names = [f"base={data}/middle.pt", f"tuned={data}/copied.pt", "--on", f"segmentation={data}/two"]
-    status, _, errors = run([*names, "--out", tmp_path / "out"])
+    status, _, errors = run(*names, "--out", tmp_path / "out")
     assert status == 2 and "hours without a GPU" in errors and not (tmp_path / "out").exists()
     status, _, errors = run(
-        [*names, "--quick", "--control", f"other={data}/wide.pt", "--out", tmp_path / "out"]
+        *names, "--quick", "--control", f"other={data}/wide.pt", "--out", tmp_path / "out"
     )
     assert status == 2 and "do not have the same architecture" in errors

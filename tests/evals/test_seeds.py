@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.evals.test_judge import _record, _run, world
+from tests.golden.judge import record_in, run
 from visft_ds.evals.judge.model_text import parse_variants
-
-__all__ = ["world"]  # the fixture
 
 
 def test_arms_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,25 +26,25 @@ def test_arms_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         parse_variants(["c.pt", "a=a.pt,b.pt", "b=a.pt,b.pt,c.pt"])
 
 
-def test_the_command_compares_seeds_and_keeps_what_was_named(world: Path, tmp_path: Path) -> None:
+def test_the_command_compares_seeds_and_keeps_what_was_named(clip_world: Path, tmp_path: Path) -> None:
     """An arm of three models; the record says which number was to decide, and no other is taken later."""
-    base = world / "clip.safetensors"
-    seeds = ",".join(f"{base}+{world}/adapter@{scale}" for scale in (0.8, 1, 1.2))
+    base = clip_world / "clip.safetensors"
+    seeds = ",".join(f"{base}+{clip_world}/adapter@{scale}" for scale in (0.8, 1, 1.2))
     command = [
         f"base={base}",
         f"seeds={seeds}",
         "--on",
-        f"retrieval={world}/coco",
+        f"retrieval={clip_world}/coco",
         "--out",
         str(tmp_path / "out"),
     ]
     command += ["--layers", "last"]
     first, other = (f"retrieval/coco text to image R@{count}" for count in (1, 5))
-    status, said, errors = _run(*command, "--primary", first)
+    status, said, errors = run(*command, "--primary", first)
     assert status == 0, errors
     assert f"in {first}" in said
-    record = _record(tmp_path / "out")
+    record = record_in(tmp_path / "out")
     assert record["primary"] == first and record["variants"]["seeds"] == ["seeds 1", "seeds 2", "seeds 3"]
     (row,) = (row for row in record["rows"] if row["name"] == first)
     assert row["differences"].keys() == {"seeds"} and len(row["differences"]["seeds"]["each"]) == 3
-    assert f"was judged by {first}" in _run(*command, "--primary", other)[2]
+    assert f"was judged by {first}" in run(*command, "--primary", other)[2]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tests.clip_case import SIDE
-from tests.evals.test_judge import _record, _run, world
+from tests.golden.judge import record_in, run
 from tests.random_tower import relative, save_adapter
 from visft_ds.evals.judge import shift as shift_of
 from visft_ds.evals.judge import variants
@@ -27,8 +27,6 @@ from visft_ds.evals.judge.models import Mixture, load_encoder
 from visft_ds.evals.judge.shift import WITHIN, ShiftMeter, scale_for
 from visft_ds.interop.adapter import Adapter
 from visft_ds.settings.fields import Precision
-
-__all__ = ["world"]  # the fixture
 
 
 @pytest.mark.parametrize(
@@ -111,23 +109,23 @@ def test_the_shift_is_of_directions_over_all_training_images(monkeypatch: pytest
 
 
 def test_controls_are_brought_to_the_shift_of_what_they_control(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A control that is named, noise that comes by itself, and half, which keeps its own shift. Where models
     run in 16 bit, shifts are those of fp32, and weights that are mixed stay in it."""
-    base, adapter = world / "clip.safetensors", Adapter.load(world / "adapter")
+    base, adapter = clip_world / "clip.safetensors", Adapter.load(clip_world / "adapter")
     generator = torch.Generator().manual_seed(0)
     other = {name: torch.randn(value.shape, generator=generator) for name, value in adapter.tensors.items()}
     save_adapter(replace(adapter, tensors=other), tmp_path / "other")
     words = [
         f"base={base}",
-        f"tuned={world}/merged.safetensors",
+        f"tuned={clip_world}/merged.safetensors",
         "--control",
         f"equal={base}+{tmp_path}/other",
     ]
     words += [
         "--on",
-        f"zero_shot={world}/shapes",
+        f"zero_shot={clip_world}/shapes",
         "--primary",
         "zero_shot/shapes top1",
         "--out",
@@ -140,7 +138,7 @@ def test_controls_are_brought_to_the_shift_of_what_they_control(
         return load_encoder(spec, precision)
 
     monkeypatch.setattr(variants, "load_encoder", load)
-    status, _, errors = _run(*words, "--precision", "bf16")
+    status, _, errors = run(*words, "--precision", "bf16")
     assert (status, errors) == (0, "")
     assert loaded == {
         ("base", "bf16"),
@@ -149,22 +147,23 @@ def test_controls_are_brought_to_the_shift_of_what_they_control(
         ("half", "fp32"),
         ("equal", "bf16"),
     }
-    record = _record(tmp_path / "out")
+    record = record_in(tmp_path / "out")
     shifts, (trial,) = record["shifts"], record["trials"]
     assert (trial["variant"], trial["controls"], trial["half"]) == ("tuned", ["noise", "equal"], "half")
     assert trial["shift"] == shifts["tuned"] and not trial["missed"] and not trial["compared"]
     assert [shifts["noise"], shifts["equal"]] == pytest.approx([shifts["tuned"]] * 2, rel=WITHIN)
     assert shifts["half"] < 0.9 * shifts["tuned"] and record["scales"]["half"] == 0.5
     assert record["rows"][0]["controls"]["tuned"].keys() == {"noise", "equal"}
-    assert shifts["tuned"] == pytest.approx(_plain_shift(world), rel=1e-4)
+    assert shifts["tuned"] == pytest.approx(_plain_shift(clip_world), rel=1e-4)
 
 
-def _plain_shift(world: Path) -> float:
+def _plain_shift(clip_world: Path) -> float:
     """Root mean square over images and sentences, by plain loops in fp32."""
     models = [
-        load_encoder(parse_model(str(world / f"{name}.safetensors")), "fp32") for name in ("clip", "merged")
+        load_encoder(parse_model(str(clip_world / f"{name}.safetensors")), "fp32")
+        for name in ("clip", "merged")
     ]
-    data = read_classes(str(world / "shapes"))
+    data = read_classes(str(clip_world / "shapes"))
     images = torch.stack([models[0].preprocess(data.images.read(place)) for place in range(len(data.labels))])
     with torch.no_grad():
         before, after = (model.module(images, ["clip"])["clip"] for model in models)
@@ -172,16 +171,20 @@ def _plain_shift(world: Path) -> float:
     return math.sqrt(sum(squares) / (len(squares) + len(data.classes)))  # texts have not moved
 
 
-def test_what_is_mixed_of_merged_weights_is_what_the_adapter_gives_at_that_scale(world: Path) -> None:
-    base, image = world / "clip.safetensors", torch.randn(2, 3, SIDE, SIDE)
-    arms = parse_variants([f"{base}", f"a={base}+{world}/adapter@0.3", f"b={world}/merged.safetensors@0.3"])
+def test_what_is_mixed_of_merged_weights_is_what_the_adapter_gives_at_that_scale(clip_world: Path) -> None:
+    base, image = clip_world / "clip.safetensors", torch.randn(2, 3, SIDE, SIDE)
+    arms = parse_variants(
+        [f"{base}", f"a={base}+{clip_world}/adapter@0.3", f"b={clip_world}/merged.safetensors@0.3"]
+    )
     own, merged = (load_encoder(arms[label][0], "fp32").module for label in "ab")
     with torch.no_grad():
         assert relative(merged(image, ["pooled"])["pooled"], own(image, ["pooled"])["pooled"]) < 1e-6
 
 
-def test_noise_is_as_large_as_what_was_learnt_and_where_it_was(world: Path) -> None:
-    (tuned,) = parse_variants([str(world / "clip.safetensors"), f"t={world}/merged.safetensors"])["t"]
+def test_noise_is_as_large_as_what_was_learnt_and_where_it_was(clip_world: Path) -> None:
+    (tuned,) = parse_variants([str(clip_world / "clip.safetensors"), f"t={clip_world}/merged.safetensors"])[
+        "t"
+    ]
     learnt, noise = (Mixture(replace(tuned, noise=seed), "fp32").changes for seed in (None, 1))
     assert learnt.keys() == noise.keys() == {f"blocks.{number}.attn.qkv.weight" for number in (0, 1)}
     for name, change in learnt.items():

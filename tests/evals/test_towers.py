@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.evals.test_judge import _record, _run
+from tests.golden.judge import record_in, run
 from visft_ds.pretrained import lite0_of_pip
 from visft_ds.toy.coco import main as toy
 from visft_ds.toy.scenes import draw_scene
@@ -43,7 +43,7 @@ def test_a_tower_beside_itself_noise_and_another_one(tmp_path: Path) -> None:
     assert not toy([*drawn, "--out", str(tmp_path / "drawn")])
     models = (f"base={path}", f"copy={tmp_path}/copy/{path.name}", f"noisy={tmp_path}/noisy/{path.name}")
     models += (f"lite2=timm:tf_efficientnet_lite2:{tmp_path}/lite2.safetensors",)
-    status, _, errors = _run(
+    status, _, errors = run(
         *models,
         "--on",
         f"segmentation={tmp_path}/drawn",
@@ -54,7 +54,7 @@ def test_a_tower_beside_itself_noise_and_another_one(tmp_path: Path) -> None:
         tmp_path / "out",
     )
     assert status == 0, errors
-    record = _record(tmp_path / "out")
+    record = record_in(tmp_path / "out")
     words = {one["variant"]: one["word"] for one in record["verdicts"]}
     assert words["copy"] == "the same"
     assert words["noisy"] in ("lost", "not shown")
@@ -98,9 +98,9 @@ def test_a_planted_tower_gains_and_its_twin_of_shuffled_labels_does_not(tmp_path
     models = [f"{name}={file}" for name, file in files.items()]
     judged = ("--on", f"segmentation={tmp_path}/drawn", "--numbers", "in-context mIoU", "--quick")
     twin = ("--control", f"twin={files['shuffled']}")
-    status, _, errors = _run(*models, *twin, *judged, "--out", tmp_path / "out")
+    status, _, errors = run(*models, *twin, *judged, "--out", tmp_path / "out")
     assert status == 0, errors
-    record = _record(tmp_path / "out")
+    record = record_in(tmp_path / "out")
     words = {one["variant"]: one["word"] for one in record["verdicts"]}
     assert words["planted"] == "gained"
     assert words["shuffled"] in ("lost", "not shown")

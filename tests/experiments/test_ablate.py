@@ -1,4 +1,4 @@
-"""The experiment: what its arms train on and are compared with, its verdict, and the whole of it in very
+"""The experiment: what its variants train on and are compared with, its verdict, and the whole of it in very
 small.
 """
 
@@ -17,8 +17,8 @@ from visft_ds.evals.judge.benchmark import Score
 from visft_ds.evals.judge.table import Trial, rows_of
 from visft_ds.experiments import ablate
 from visft_ds.experiments.ablate import Experiment, _parser, main
-from visft_ds.experiments.arms import FIRST, PERMUTED
 from visft_ds.experiments.results import BASE, EQUAL, over_styles, report, verdict
+from visft_ds.experiments.variants import FIRST, PERMUTED
 from visft_ds.steps import Step
 
 WORDS = ["--model", "debug", "--seeds", "2", "--out", "out"]
@@ -26,8 +26,8 @@ WORDS = ["--model", "debug", "--seeds", "2", "--out", "out"]
 
 @pytest.fixture(scope="module")
 def steps() -> dict[str, Step]:
-    arms = ["--arms", f"{PERMUTED},soup,one stage", "--arm", "rank 4: visft.lora.rank=4"]
-    return Experiment(_parser().parse_args([*WORDS, *arms])).steps.steps
+    variants = ["--variants", f"{PERMUTED},soup,one stage", "--variant", "rank 4: visft.lora.rank=4"]
+    return Experiment(_parser().parse_args([*WORDS, *variants])).steps.steps
 
 
 def _value(step: Step, flag: str) -> str:
@@ -70,7 +70,7 @@ def test_drawn_styles_are_judged_together_and_are_the_sample(tmp_path: Path) -> 
     """Expected: scipy.stats.ttest_1samp([1, 2, 4, 1], 0).confidence_interval() by hand, 2.0 +- 3.182 *
     sqrt(2) / 2.
     """
-    words = [*WORDS[:-1], str(tmp_path), "--arms", PERMUTED, "--styles", "4"]
+    words = [*WORDS[:-1], str(tmp_path), "--variants", PERMUTED, "--styles", "4"]
     experiment = Experiment(_parser().parse_args(words))
     judged, runs = (
         experiment.steps.steps["styles"],
@@ -128,7 +128,7 @@ def test_the_claim_needs_both_intervals(
 def test_the_table_holds_gain_and_price_at_equal_feature_shift(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of each arm once, whatever other numbers a data set gives."""
+    """Of each variant once, whatever other numbers a data set gives."""
     equal, drawn = f"boxes {EQUAL}", np.random.default_rng(0).random(400)
     numbers = ("segmentation/x in-context mIoU", "agreement/x predictions", "segmentation/x linear mIoU")
     # Shares of items that are right.
@@ -139,29 +139,34 @@ def test_the_table_holds_gain_and_price_at_equal_feature_shift(
         equal: (0.5, 0.8, 0.1),
     }
     folders = []
-    for arms in ([BASE, FIRST], [BASE, "boxes"], [BASE, FIRST, equal]):
+    for variants in ([BASE, FIRST], [BASE, "boxes"], [BASE, FIRST, equal]):
         results = {
-            arm: {
+            variant: {
                 name: Score(name, (drawn < share).astype(np.float64))
-                for name, share in zip(numbers, right[arm], strict=True)
+                for name, share in zip(numbers, right[variant], strict=True)
             }
-            for arm in arms
+            for variant in variants
         }
-        rows = rows_of(results, {arm: [arm] for arm in arms}, [Trial(arms[1], tuple(arms[2:]))], numbers[0])
+        rows = rows_of(
+            results,
+            {variant: [variant] for variant in variants},
+            [Trial(variants[1], tuple(variants[2:]))],
+            numbers[0],
+        )
         record = {
             "primary": numbers[0],
-            "variants": {arm: [arm] for arm in arms},
-            "shifts": dict.fromkeys(arms, 0.2),
+            "variants": {variant: [variant] for variant in variants},
+            "shifts": dict.fromkeys(variants, 0.2),
             "rows": [asdict(row) for row in rows],
         }
-        folders.append(tmp_path / arms[-1])
+        folders.append(tmp_path / variants[-1])
         folders[-1].mkdir()
         (folders[-1] / "judge.json").write_text(json.dumps(record))
     report(tmp_path, folders, None, {}, 5)
     assert "was not judged" in " ".join(capsys.readouterr().out.split())
-    rows_by_arm = {row["arm"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    rows_by_arm = {row["variant"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
     assert list(rows_by_arm) == [FIRST, "boxes", equal]
-    assert rows_by_arm[FIRST].keys() == {"arm", "feature shift", "minus base", "agreement/x predictions"}
+    assert rows_by_arm[FIRST].keys() == {"variant", "feature shift", "minus base", "agreement/x predictions"}
     row = rows_by_arm[equal]
     assert row["two stages minus it"]["value"] == 0
     assert row["two stages minus it, agreement/x predictions"]["value"] == pytest.approx(0.6 - 0.8, abs=0.05)
@@ -174,14 +179,14 @@ def test_the_table_holds_gain_and_price_at_equal_feature_shift(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--arms", "noisy"], "--arms"),
-        (["--arm", "rank 4"], "--arm"),
-        (["--arm", "rank 4: visft.lora.rannk=4"], "did you mean rank"),
+        (["--variants", "noisy"], "--variants"),
+        (["--variant", "rank 4"], "--variant"),
+        (["--variant", "rank 4: visft.lora.rannk=4"], "did you mean rank"),
         (["--data", "x", "--on", "digits"], "segmentation="),
         (["--data", "x", "--on", "segmentation=y"], "x/train.manifest.json"),
         (["--on", "segmentation=y"], "y has no pixel labels"),
         (["--base", "z.pt"], "--base z.pt"),
-        (["--arms", ""], "no such arm"),
+        (["--variants", ""], "no such variant"),
         (["--seeds", "1"], "--seeds"),
         (["--styles", "1"], "at least 2"),
         (["--data", "x", "--styles", "4"], "without --data"),
@@ -201,7 +206,7 @@ def test_from_drawings_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name, value in small.items():
         monkeypatch.setattr(ablate, name, value)
     lengths = {"scheduler.params.warmup_num_steps": 0, "scheduler.params.total_num_steps": 2}
-    words = [*WORDS[:-1], str(tmp_path / "out"), "--jobs", "2", "--arms", f"{PERMUTED},soup"]
+    words = [*WORDS[:-1], str(tmp_path / "out"), "--jobs", "2", "--variants", f"{PERMUTED},soup"]
     words += ["--styles", "2"]
     words += [
         part for key, value in {**TINY, **lengths}.items() for part in ("--set", f"{key}={json.dumps(value)}")
@@ -210,7 +215,7 @@ def test_from_drawings_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "The claim" in capfd.readouterr().out
     table = json.loads((tmp_path / "out/table.json").read_text())
     assert set(table["styles"]) == {"minus base", "minus noise", f"minus {PERMUTED} {EQUAL}"}
-    rows = {row["arm"]: row for row in table["rows"]}
+    rows = {row["variant"]: row for row in table["rows"]}
     assert list(rows)[:5] == [FIRST, "noise", "half", PERMUTED, f"{PERMUTED} {EQUAL}"] and not table["failed"]
     assert rows[f"{PERMUTED} {EQUAL}"]["feature shift"] == pytest.approx(
         rows[FIRST]["feature shift"], rel=0.2

@@ -11,7 +11,7 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def toy_towers() -> Iterator[None]:
         yield
 
 
-def run(words: Sequence[object]) -> tuple[int, str, str]:
+def run(*words: object) -> tuple[int, str, str]:
     """(exit status, output, errors) of a command line of visft judge."""
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
@@ -176,8 +176,13 @@ def judged(case: str, data: Path, out: Path) -> dict[str, Any]:
     words = [_placed(word, data) for word in CASES[case]]
     if "--on" not in words:
         words += ["--on", f"segmentation={data}/two"]
-    status, _, errors = run([*words, "--quick", "--out", out, "--cache", data / "cache"])
+    status, _, errors = run(*words, "--quick", "--out", out, "--cache", data / "cache")
     assert status == 0, errors
+    return record_in(out)
+
+
+def record_in(out: Path) -> dict[str, Any]:
+    """The record that visft judge left in a folder."""
     record: dict[str, Any] = json.loads((out / "judge.json").read_text())
     return record
 

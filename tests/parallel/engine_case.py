@@ -316,11 +316,8 @@ def fed(
     """What this rank has read of a step (in pipelines pixels, labels or nothing), and what losses are divided
     by.
     """
-    from visft_ds import distributed
 
-    place = getattr(engine, "position", None) or PipelinePosition.of_rank(
-        distributed.rank(), distributed.world_size(), 1
-    )
+    place = getattr(engine, "position", None) or PipelinePosition.here(1)
     if place.role is None:
         return [], {}
     micro = GLOBAL_BATCH // (place.dp_size * engine.accumulation)

@@ -39,7 +39,9 @@ def test_the_pictures_with_most_objects_come_together(shards: Path) -> None:
     masks = found["segmentation"].targets["segmentation"]
     assert found["detection"].targets["detection"].counts.tolist() == masks.counts.tolist() == most[:8]
     assert masks.masks.shape[1:] == (28, 28) and bool((masks.masks == 255).all())
-    assert largest_shape([found["detection"]]) == f"8 images of 112 x 112, {sum(most[:8])} objects"
+    assert (
+        largest_shape([found["detection"]]) == f"8 images of 112 x 112, {sum(most[:8])} objects (detection)"
+    )
     assert largest_shape([found["captioning"]]) == "8 images of 112 x 112, 52 tokens per caption"
 
 

@@ -157,7 +157,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are complete, and a line for each newer one that was skipped."""
     skipped: list[str] = []
     # step_8.old comes after step_8, the one that took its place.
-    for _, name in sorted(_checkpoints_in(folder), key=lambda found: (-found[0], found[1])):
+    for _, name in sorted(_checkpoints_in(folder), key=lambda entry: (-entry[0], entry[1])):
         try:
             return open_checkpoint(folder / name), skipped
         except (ValueError, OSError) as error:

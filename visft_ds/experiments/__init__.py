@@ -2,10 +2,10 @@
 judges them.
 
     ablate.py    the command: its flags, and the steps of an experiment in their order
-    arms.py      what is trained: the recipe, its controls and its variants
-    results.py   one table of all arms, and the sentence whether the claim holds
+    variants.py      what is trained: the recipe, its controls and its variants
+    results.py   one table of all variants, and the sentence whether the claim holds
 
-An arm is a row of `ARMS` and of docs/evaluation.md. The words of steps may change: a step runs again when
-its command is another one. The claim may not: with CLAIM_SEEDS seeds both intervals of the first arm exclude
-zero, in the primary number of `visft judge`. Nothing in the package imports this room.
+A variant is a row of `VARIANTS` and of docs/evaluation.md. The words of steps may change: a step runs again
+when its command is another one. The claim may not: with CLAIM_SEEDS seeds both intervals of the first variant
+exclude zero, in the primary number of `visft judge`. Nothing in the package imports this room.
 """

@@ -1,14 +1,14 @@
 """Test of stage 2: its gain out of domain compared with controls, and its cost.
 
     visft ablate --seeds 5 --jobs 2 --out gain        EfficientNet-Lite0 and drawings; hours on two cores
-    visft ablate --arms "permuted labels" --arm "rank 4: visft.lora.rank=4"
-    visft ablate --seeds 5 --arms "permuted labels" --styles 10        ten more styles of drawings
+    visft ablate --variants "permuted labels" --variant "rank 4: visft.lora.rank=4"
+    visft ablate --seeds 5 --variants "permuted labels" --styles 10        ten more styles of drawings
     visft ablate --model eva_e --processes 8 --data SHARDS --on segmentation=SOURCE
 
-Every arm (variant of training) is trained with every seed and compared with the untouched base, over items
-and seeds together. Then it is a control of the first arm, scaled to equal feature shift. The claim holds if
-the first arm beats the base, and labels of other images at equal feature shift. The same command continues an
-interrupted experiment. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
+Every variant of the recipe is trained with every seed and compared with the untouched base, over items and
+seeds together. Then it is a control of the first variant, scaled to equal feature shift. The claim holds if
+the first variant beats the base, and labels of other images at equal feature shift. The same command
+continues an interrupted experiment. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from visft_ds import program
 from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL
 from visft_ds.errors import tell
-from visft_ds.experiments.arms import ARMS, FIRST, PERMUTED, chosen_arms
 from visft_ds.experiments.results import BASE, EQUAL, IN_CONTEXT, report
+from visft_ds.experiments.variants import FIRST, PERMUTED, VARIANTS, chosen_variants
 from visft_ds.flags import EVAL, Parser, check_extra, check_least
 from visft_ds.steps import Steps
 
@@ -54,20 +54,24 @@ def _parser() -> argparse.ArgumentParser:
         prog=program("ablate"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--arms", metavar="A,B", help=f"arms besides {FIRST!r} (default: all of {', '.join(ARMS)})")
     add(
-        "--arm",
+        "--variants",
+        metavar="A,B",
+        help=f"variants besides {FIRST!r} (default: all of {', '.join(VARIANTS)})",
+    )
+    add(
+        "--variant",
         action="append",
         default=[],
         metavar='"NAME: KEY=VALUE ..."',
-        help="another arm: settings of stage 2",
+        help="another variant: settings of stage 2",
     )
     add(
         "--seeds",
         type=int,
         default=3,
         metavar="N",
-        help="seeds of every arm (default %(default)s)",
+        help="seeds of every variant (default %(default)s)",
     )
     add("--out", type=Path, default=Path("ablation"), metavar="DIR", help="results folder (%(default)s)")
     add(
@@ -113,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class Experiment:
-    """Steps of an experiment: data, trainings of every arm and seed, comparisons.
+    """Steps of an experiment: data, trainings of every variant and seed, comparisons.
 
     A mistake of the command line is a ValueError here, not after hours.
     """
@@ -130,9 +134,9 @@ class Experiment:
             "stage1_mode": stage1.visft.mode,
             "hundredth_of_stage2_lr": f"{stage2.optimizer.params.lr / 100:g}",
         }
-        self.arms = chosen_arms(flags.arms, flags.arm, recipe)
-        for arm in self.arms.values():
-            resolve(stage=2, model=flags.model, settings=[*flags.set, *arm.settings])
+        self.variants = chosen_variants(flags.variants, flags.variant, recipe)
+        for variant in self.variants.values():
+            resolve(stage=2, model=flags.model, settings=[*flags.set, *variant.settings])
         self.configured_base = stage2.visft.model.weights
         self.base: str | None = flags.base
         self.data: str | None = flags.data
@@ -147,7 +151,7 @@ class Experiment:
             raise ValueError("the gain is judged by patches and objects: give --on segmentation=SOURCE")
         self._check_inputs()
         self.comparisons: list[Path] = []
-        for name in self.arms:
+        for name in self.variants:
             self.comparisons += self._compare(name)
         self.styles = self._compare_in_styles() if flags.styles else None
 
@@ -202,12 +206,12 @@ class Experiment:
         return self._train(name, 1, seed, permuted, f"visft.features.cache={self.flags.out}/features")
 
     def _stage2(self, name: str, seed: int) -> Path:
-        arm = self.arms[name]
-        settings = list(arm.settings)
-        if arm.heads_from_stage1:
-            stage1 = self._stage1(seed, permuted=arm.permuted)
+        variant = self.variants[name]
+        settings = list(variant.settings)
+        if variant.heads_from_stage1:
+            stage1 = self._stage1(seed, permuted=variant.permuted)
             settings.insert(0, f"visft.heads.path={stage1}/export")
-        return self._train(_slug(name), 2, seed, arm.permuted, *settings)
+        return self._train(_slug(name), 2, seed, variant.permuted, *settings)
 
     def _train(self, name: str, stage: int, seed: int, permuted: bool, *settings: str) -> Path:
         words = ["train"]
@@ -223,8 +227,8 @@ class Experiment:
         return self.steps.add(f"{name}-seed{seed}", *words, resumes=True)
 
     def _models(self, name: str) -> str:
-        """An arm as `visft judge` takes it: the runs of all seeds, or their averaged adapter."""
-        if self.arms[name].averaged:
+        """A variant as `visft judge` takes it: the runs of all seeds, or their averaged adapter."""
+        if self.variants[name].averaged:
             return self._soup()
         return ",".join(str(self._stage2(name, seed)) for seed in range(self.flags.seeds))
 
@@ -243,7 +247,7 @@ class Experiment:
     # comparisons
 
     def _compare(self, name: str) -> list[Path]:
-        """Comparisons of an arm with the base, and of the first arm with it at equal feature shift."""
+        """Comparisons of a variant with the base, and of the first variant with it at equal feature shift."""
         models = self._models(name)
         folders = [self._judge(f"{_slug(name)}-table", f"{name}={models}", on=self.judged_on)]
         if name != FIRST:
@@ -253,9 +257,9 @@ class Experiment:
         return folders
 
     def _compare_in_styles(self) -> Path:
-        """Comparison of the first arm with the base, noise and permuted labels in drawn styles."""
+        """Comparison of the first variant with the base, noise and permuted labels in drawn styles."""
         words = [f"{FIRST}={self._models(FIRST)}"]
-        if PERMUTED in self.arms:
+        if PERMUTED in self.variants:
             words += ["--control", f"{PERMUTED} {EQUAL}={self._models(PERMUTED)}"]
         styles = []
         for style in range(1, self.flags.styles + 1):

@@ -1,4 +1,4 @@
-"""Results of an experiment: one table of all arms, and whether the claim holds."""
+"""Results of an experiment: one table of all variants, and whether the claim holds."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from visft_ds.experiments.arms import FIRST, PERMUTED
+from visft_ds.experiments.variants import FIRST, PERMUTED
 from visft_ds.monitor.console import Section, print_plan
 
 BASE = "base"
 IN_CONTEXT = "in-context mIoU"  #: that drawn styles are judged by
-EQUAL = "at equal feature shift"  #: end of the name of an arm that is a control of the first one
+EQUAL = "at equal feature shift"  #: end of the name of a variant that is a control of the first one
 MINUS_BASE = f"minus {BASE}"
 FIRST_MINUS_IT = f"{FIRST} minus it"
 CLAIM_SEEDS = 5  #: that the claim asks for
 
 Record = Mapping[str, Any]  #: content of a `judge.json`
-Row = dict[str, Any]  #: column -> cell of an arm
+Row = dict[str, Any]  #: column -> cell of a variant
 Interval = Mapping[str, float]  #: {"value", "low", "high"} of a difference, in shares of 1
 
 
 def report(
     out: Path, comparisons: Sequence[Path], styles: Path | None, failed: Mapping[str, str], seeds: int
 ) -> None:
-    """Print the verdict and the table of all arms; write them as `table.json`.
+    """Print the verdict and the table of all variants; write them as `table.json`.
 
     Args:
-        comparisons: folders of `visft judge`; of an arm that is in several of them the first one counts.
+        comparisons: folders of `visft judge`; of a variant that is in several of them the first one counts.
         styles: folder of the comparison over drawn styles, if one was asked for.
         failed: name -> reason of the steps that have no result.
     """
@@ -40,8 +40,8 @@ def report(
             continue
         record = _read(folder)
         content["primary"] = record["primary"]
-        for row in arm_rows(record):
-            rows.setdefault(row["arm"], row)
+        for row in variant_rows(record):
+            rows.setdefault(row["variant"], row)
     content["verdict"] = verdict(rows, seeds)
     content["rows"] = list(rows.values())
     content["failed"] = failed
@@ -67,29 +67,29 @@ def _read(folder: Path) -> Record:
     return record
 
 
-def arm_rows(record: Record) -> Iterator[Row]:
-    """For each arm of a comparison but the base: its feature shift, its gain in the primary number, and the
-    predictions that it keeps. Of a control of the first arm also what the first arm has more."""
+def variant_rows(record: Record) -> Iterator[Row]:
+    """For each variant of a comparison but the base: its feature shift, its gain in the primary number, and
+    the agreement of its predictions. Of a control of the first variant also what the first one has more."""
     columns = {record["primary"]: (MINUS_BASE, FIRST_MINUS_IT)}
     for number in record["rows"]:
         name = number["name"]
         if name.startswith("agreement/"):
             columns[name] = (name, f"{FIRST_MINUS_IT}, {name}")
-    for arm in list(record["variants"])[1:]:
-        row = {"arm": arm, "feature shift": round(record["shifts"][arm], 3)}
+    for variant in list(record["variants"])[1:]:
+        row = {"variant": variant, "feature shift": round(record["shifts"][variant], 3)}
         for number in record["rows"]:
             if number["name"] not in columns:
                 continue
-            over_base, first_over_arm = columns[number["name"]]
-            row[over_base] = number["differences"].get(arm)
+            over_base, first_over_variant = columns[number["name"]]
+            row[over_base] = number["differences"].get(variant)
             controls_of_first = number["controls"].get(FIRST, {})
-            if arm in controls_of_first:
-                row[first_over_arm] = controls_of_first[arm]
+            if variant in controls_of_first:
+                row[first_over_variant] = controls_of_first[variant]
         yield row
 
 
 def over_styles(rows: Sequence[Record]) -> dict[str, Interval]:
-    """The first arm's mean difference from the base and from each control, by name; one value of a style.
+    """The first variant's mean difference from the base and from each control, by name; one value of a style.
 
     Intervals are Student's t over the styles, of which there are at least two: images and seeds are part of
     each value.
@@ -113,7 +113,7 @@ def _mean(sample: Sequence[float]) -> Interval:
 
 
 def verdict(rows: Mapping[str, Row], seeds: int) -> str:
-    """Sentence on whether the claim holds, by the rows of the arms."""
+    """Sentence on whether the claim holds, by the rows of the variants."""
     gain = rows.get(FIRST, {}).get(MINUS_BASE)
     over_control = rows.get(f"{PERMUTED} {EQUAL}", {}).get(FIRST_MINUS_IT)
     if gain is None or over_control is None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from visft_ds.config.schema import LoraConfig
 from visft_ds.files import reading, write_text
-from visft_ds.interop.layouts import StoredModel, described, fitted, model_of
+from visft_ds.interop.layouts import StoredModel, describe_model, fitted, model_of
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights, save_tensors
 from visft_ds.models import Backbone
 from visft_ds.models.lora import KINDS, dense_update, inject_lora, lora_layers, lora_parameters
@@ -127,12 +127,12 @@ class Adapter:
 
     def install(self, backbone: Backbone) -> None:
         """Put it into a backbone without adapters. Raises ValueError if it does not fit."""
-        where = self.path or Path(f"the adapter of {described(self.model)}")
+        where = self.path or Path(f"the adapter of {describe_model(self.model)}")
         with reading(where, f"an adapter of {backbone.describe()}"):
             if tuple(self.model.get("layers", ())) != backbone.layers_read:
                 block = ", ".join(map(str, backbone.layers_read)) or "the last"
                 raise ValueError(
-                    f"it is of {described(self.model)}, and this model is read after block {block}"
+                    f"it is of {describe_model(self.model)}, and this model is read after block {block}"
                 )
             inject_lora(backbone, rank=self.rank, alpha=self.alpha, targets=self.targets)
             parameters = lora_parameters(backbone)
@@ -259,7 +259,7 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
     for other in others:
         if (other.model, other.layers) != (first.model, first.layers):
             raise ValueError(
-                f"adapters of {described(first.model)} and {described(other.model)} cannot be averaged"
+                f"adapters of {describe_model(first.model)} and {describe_model(other.model)} cannot be averaged"
             )
         if other.base != first.base:
             raise ValueError("adapters of different base weights cannot be averaged: give those of one base")

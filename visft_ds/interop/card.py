@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.formats import FORMATS
-from visft_ds.interop.layouts import described, model_of
+from visft_ds.interop.layouts import describe_model, model_of
 from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.pretrained import HubFile, on_hub
@@ -83,7 +83,7 @@ def card(
     if base is not None:
         front.base_model_relation = "adapter" if form == "peft" else "finetune"
     rows = {
-        "model": described(model_of(backbone)),
+        "model": describe_model(model_of(backbone)),
         "base weights": base or "a file that has no name on a hub",
     }
     if adapter is not None:

@@ -54,24 +54,24 @@ class Share:
     """
 
     along: float = 0.0
-    wanted: float = 0.0
+    change: float = 0.0
     missed: float = 0.0
 
     def add(self, effective: Tensor, delta: Tensor) -> None:
         """Count a weight in."""
         self.along += (effective * delta).sum().item()
-        self.wanted += delta.square().sum().item()
+        self.change += delta.square().sum().item()
         self.missed += (effective - delta).square().sum().item()
 
     @property
     def retained(self) -> float:
         """Along D; 1: all of it."""
-        return self.along / self.wanted
+        return self.along / self.change
 
     @property
     def error(self) -> float:
         """Norm of what is missing over that of the change; 0: exact."""
-        return math.sqrt(self.missed / self.wanted)
+        return math.sqrt(self.missed / self.change)
 
 
 def merge(

@@ -112,21 +112,21 @@ def save_head(path: Path, info: HeadInfo, tensors: Mapping[str, Tensor]) -> Path
     return path
 
 
-def described(heads: Mapping[str, HeadInfo]) -> dict[str, str]:
+def head_metadata(heads: Mapping[str, HeadInfo]) -> dict[str, str]:
     """Header of a checkpoint that holds heads among other tensors, by which they are read like head files."""
     return {f"{_KEY}.{task}": json.dumps(asdict(info)) for task, info in heads.items()}
 
 
-def open_head(place: str | Path, task: str) -> HeadFile:
+def open_head(source: str | Path, task: str) -> HeadFile:
     """Open the head of a task in a folder or file: ours, in a checkpoint of ours, or a published one.
 
     Raises ValueError without one, for published ones of both backbones, and for the published file of another
     head.
     """
-    paths = head_files(Path(place), task)
+    paths = head_files(Path(source), task)
     if len(paths) != 1:
         raise ValueError(
-            f"{place} holds {len(paths) or 'no'} {task} heads; stage 1 writes them into RUN/export"
+            f"{source} holds {len(paths) or 'no'} {task} heads; stage 1 writes them into RUN/export"
         )
     path = paths[0]
     published = re.fullmatch(r"(eva_[eg])_(\w+)_heads\.ckpt", path.name)

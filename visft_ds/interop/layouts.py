@@ -101,7 +101,7 @@ def _changed(backbone: EvaViT, preset: str) -> dict[str, Any]:
     return options
 
 
-def described(model: Mapping[str, Any]) -> str:
+def describe_model(model: Mapping[str, Any]) -> str:
     """A model in a few words."""
     options = [f"{name}={value}" for name, value in model.items() if name != "preset"]
     return ", ".join([model["preset"], *options])
@@ -248,7 +248,7 @@ def load_backbone(
     it, and for values that are not finite.
     """
     model = model or model_in(open_model(path))
-    with reading(path, f"weights of {described(model)}"):
+    with reading(path, f"weights of {describe_model(model)}"):
         weights = open_backbone(built(model, "meta"), path)
     backbone = built(model)
     fill(backbone, weights, storage)
@@ -299,13 +299,15 @@ def fingerprint_of(backbone: Backbone, path: str | Path) -> str:
     `open_backbone`.
     """
     weights = open_backbone(backbone, path)
-    return fingerprint({name: weights[name] for name in base_parameters(backbone)})
+    names = base_parameters(backbone)
+    return fingerprint({name: weights[name] for name in names})
 
 
 def bases_of(backbone: Backbone, path: str | Path) -> set[str]:
     """Fingerprints of the base weights that a file holds, or that training or merging made it of."""
     own = fingerprint_of(backbone, path)
-    return {own, open_weights(path).metadata.get(BASE, own)}
+    header = open_weights(path).metadata
+    return {own, header.get(BASE, own)}
 
 
 def other_base(what: str, trained_on: str | None, bases: set[str]) -> str | None:
@@ -314,5 +316,6 @@ def other_base(what: str, trained_on: str | None, bases: set[str]) -> str | None
     """
     if trained_on is None or trained_on in bases:
         return None
+    theirs = trained_on[:12]
     here = ", ".join(fingerprint[:12] for fingerprint in bases)
-    return f"{what} was trained on other base weights ({trained_on[:12]}) than these ({here})"
+    return f"{what} was trained on other base weights ({theirs}) than these ({here})"

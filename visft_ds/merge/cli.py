@@ -28,11 +28,11 @@ Exit status: 0 written, 1 --verify found different outputs (nothing is kept), 2 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    given = _parser().parse_args(arguments)
+    flags = _parser().parse_args(arguments)
     from visft_ds.merge.command import merge_files
 
     try:
-        return merge_files(given)
+        return merge_files(flags)
     except (ValueError, OSError) as error:
         return tell(error, "merge")
 

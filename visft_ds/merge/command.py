@@ -50,52 +50,52 @@ class Base:
     run: Path | None  #: that the adapter is of
 
 
-def merge_files(given: argparse.Namespace) -> int:
+def merge_files(flags: argparse.Namespace) -> int:
     """Write what the flags of `visft_ds.merge.cli` ask for; returns the exit status.
 
     Raises ValueError for files or flags that do not fit each other.
     """
-    _check(given)
-    adapter = _read_adapter(given)
-    base = _open_base(given, adapter)
+    _check(flags)
+    adapter = _read_adapter(flags)
+    base = _open_base(flags, adapter)
     if adapter is not None:
         _check_fit(adapter, base)
     print(f"base     {base.path}")
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=given.out.parent, prefix=f".{given.out.name}.tmp-") as folder:
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=flags.out.parent, prefix=f".{flags.out.name}.tmp-") as folder:
         stage = Path(folder) / "out"
         stage.mkdir()
-        share = _write(given, base, adapter, stage)
+        share = _write(flags, base, adapter, stage)
         facts = dict[str, str]()
-        if share.wanted:
-            _describe_share(share, given.dtype, facts)
-        if given.verify and not _is_verified(given, base, adapter, stage):
+        if share.change:
+            _describe_share(share, flags.dtype, facts)
+        if flags.verify and not _is_verified(flags, base, adapter, stage):
             return 1
-        if given.out.suffix:
-            for path in stage.glob(f"{given.out.name}*"):  # weights of a large graph lie beside it
-                os.replace(path, given.out.with_name(path.name))
+        if flags.out.suffix:
+            for path in stage.glob(f"{flags.out.name}*"):  # weights of a large graph lie beside it
+                os.replace(path, flags.out.with_name(path.name))
         else:
-            measured = _describe_run(base.run, given, facts)
+            measured = _describe_run(base.run, flags, facts)
             text = card(
-                given.out.name, given.format, base.backbone, adapter, base.repository, facts, measured
+                flags.out.name, flags.format, base.backbone, adapter, base.repository, facts, measured
             )
             write_text(stage / README, text)
-            os.replace(stage, given.out)
-    more = "" if given.out.suffix else "; README.md: how to load it"
-    print(f"out      {given.out} ({given.format}, {given.dtype}){more}")
+            os.replace(stage, flags.out)
+    more = "" if flags.out.suffix else "; README.md: how to load it"
+    print(f"out      {flags.out} ({flags.format}, {flags.dtype}){more}")
     return 0
 
 
-def _open_base(given: argparse.Namespace, adapter: Adapter | None) -> Base:
+def _open_base(flags: argparse.Namespace, adapter: Adapter | None) -> Base:
     """The base weights of `--base`, or those of the run that the first adapter is of."""
-    run = run_around(given.adapter[0]) if given.adapter else None
+    run = run_around(flags.adapter[0]) if flags.adapter else None
     chosen = None
-    if given.base is not None:
-        chosen = named(given.base, download=given.download)
-        path = chosen.file(download=given.download)
-        weights = given.base
+    if flags.base is not None:
+        chosen = named(flags.base, download=flags.download)
+        path = chosen.file(download=flags.download)
+        weights = flags.base
     else:
-        path = base_of(given.adapter[0])
+        path = base_of(flags.adapter[0])
         weights = None if run is None else recorded_config(run).visft.model.weights
     file = layouts.open_model(path)
     model = layouts.model_in(file) if layouts.MODEL in file.metadata else None
@@ -107,7 +107,7 @@ def _open_base(given: argparse.Namespace, adapter: Adapter | None) -> Base:
         model = layouts.model_in(file)
     if adapter is not None and "layers" in adapter.model:
         model["layers"] = adapter.model["layers"]
-    if given.format != "onnx":
+    if flags.format != "onnx":
         model = layouts.whole(model, file)
     backbone = layouts.built(model, "meta")
     fingerprint = layouts.fingerprint_of(backbone, path)
@@ -127,21 +127,21 @@ def _check_fit(adapter: Adapter, base: Base) -> None:
         print(f"warning: {problem}", file=sys.stderr)
 
 
-def _write(given: argparse.Namespace, base: Base, adapter: Adapter | None, stage: Path) -> export.Share:
+def _write(flags: argparse.Namespace, base: Base, adapter: Adapter | None, stage: Path) -> export.Share:
     """Write the weights, and the configuration that their library reads, into a folder.
 
     Returns how much of the adapter's change is in them; nothing is counted for an adapter alone.
     """
     share = export.Share()
-    form = FORMATS[given.format]
-    path = stage / (given.out.name if given.out.suffix else form.file)
-    dtype = DTYPES[given.dtype]
+    form = FORMATS[flags.format]
+    path = stage / (flags.out.name if flags.out.suffix else form.file)
+    dtype = DTYPES[flags.dtype]
     names = layouts.base_parameters(base.backbone)
-    if given.format == "peft":
+    if flags.format == "peft":
         assert adapter is not None
         adapter.save(stage, base.repository)
         return share
-    if given.format == "onnx":
+    if flags.format == "onnx":
         merged = layouts.built(base.model)
         weights = layouts.open_backbone(merged, base.path)
         layouts.fill(merged, export.merge(weights, adapter, dtype, names, share))
@@ -175,12 +175,12 @@ def _describe_share(share: export.Share, dtype: str, facts: dict[str, str]) -> N
         print(f"warning: {dtype} cannot hold this change: write --dtype fp32, or fp16 where it fits")
 
 
-def _is_verified(given: argparse.Namespace, base: Base, adapter: Adapter | None, stage: Path) -> bool:
+def _is_verified(flags: argparse.Namespace, base: Base, adapter: Adapter | None, stage: Path) -> bool:
     """Compare what the library makes of the result with base + adapter, and print it."""
     # 8 half-steps of the weights (0.4 to 3 were measured); in fp32 the order of B(Ax) or (BA)x costs 1e-5.
-    limit = max(1e-5, 4 * torch.finfo(DTYPES[given.dtype]).eps)
-    difference = export.difference(given.format, stage, base.path, base.model, adapter)
-    library = FORMATS[given.format].library
+    limit = max(1e-5, 4 * torch.finfo(DTYPES[flags.dtype]).eps)
+    difference = export.difference(flags.format, stage, base.path, base.model, adapter)
+    library = FORMATS[flags.format].library
     print(f"verify   relative difference {difference:.3g} by {library}, allowed {limit:.2g}")
     if difference > limit:
         text = f"output differs by {difference:.3g} (limit {limit:.2g}); nothing was written"
@@ -188,52 +188,52 @@ def _is_verified(given: argparse.Namespace, base: Base, adapter: Adapter | None,
     return difference <= limit
 
 
-def _check(given: argparse.Namespace) -> None:
+def _check(flags: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, before any file is read."""
-    if given.out.exists():
-        raise ValueError(f"{given.out} exists and is not overwritten: choose another --out")
-    if not given.adapter and (given.base is None or given.scale != 1 or given.format == "peft"):
+    if flags.out.exists():
+        raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
+    if not flags.adapter and (flags.base is None or flags.scale != 1 or flags.format == "peft"):
         raise ValueError("--adapter PATH is needed, or --base FILE to write in another --format or --dtype")
-    if not abs(given.scale) <= 1e9:
-        raise ValueError(f"--scale {given.scale:g} is not allowed: give a number from -1e9 to 1e9")
-    suffix = Path(FORMATS[given.format].file).suffix
-    if given.out.suffix not in ("", suffix):
+    if not abs(flags.scale) <= 1e9:
+        raise ValueError(f"--scale {flags.scale:g} is not allowed: give a number from -1e9 to 1e9")
+    suffix = Path(FORMATS[flags.format].file).suffix
+    if flags.out.suffix not in ("", suffix):
         file = f"NAME{suffix}, or " if suffix else ""
         raise ValueError(
-            f"--out {given.out}: --format {given.format} writes {file}a folder NAME, which has no dot"
+            f"--out {flags.out}: --format {flags.format} writes {file}a folder NAME, which has no dot"
         )
-    if given.format in ("peft", "onnx") and given.dtype != "fp32":
-        raise ValueError(f"--dtype is of full weights; --format {given.format} is written in fp32")
-    if given.format == "onnx":
+    if flags.format in ("peft", "onnx") and flags.dtype != "fp32":
+        raise ValueError(f"--dtype is of full weights; --format {flags.format} is written in fp32")
+    if flags.format == "onnx":
         check_extra("--format onnx", "onnx", ("onnx", "onnxscript", "onnxruntime"))
-    library = FORMATS[given.format].library
-    if given.verify and (not library or find_spec(library) is None):
+    library = FORMATS[flags.format].library
+    if flags.verify and (not library or find_spec(library) is None):
         allowed = ", ".join(f"{name} ({form.library})" for name, form in FORMATS.items() if form.library)
         raise ValueError(
-            f"--verify: no library that is installed here loads --format {given.format}; {allowed} can be"
+            f"--verify: no library that is installed here loads --format {flags.format}; {allowed} can be"
         )
 
 
-def _read_adapter(given: argparse.Namespace) -> Adapter | None:
+def _read_adapter(flags: argparse.Namespace) -> Adapter | None:
     """The mean of the adapters, with the effect that was asked for; None where the base is written as it
     is.
     """
     adapters = []
-    for path in given.adapter:
+    for path in flags.adapter:
         adapter = adapter_at(path)
         if adapter is not None:
             adapters.append(adapter)
         text = adapter.describe() if adapter else "none, the run trained its backbone itself"
         print(f"adapter  {path}: {text}")
-    needed = len(given.adapter) > 1 or given.scale != 1 or given.format == "peft"
-    if needed and len(adapters) < len(given.adapter):
+    needed = len(flags.adapter) > 1 or flags.scale != 1 or flags.format == "peft"
+    if needed and len(adapters) < len(flags.adapter):
         raise ValueError(
             "a run that trained its backbone itself has no adapter to average, scale or write alone"
         )
-    return average(adapters).scaled(given.scale) if adapters else None
+    return average(adapters).scaled(flags.scale) if adapters else None
 
 
-def _describe_run(run: Path | None, given: argparse.Namespace, facts: dict[str, str]) -> list[EvalResult]:
+def _describe_run(run: Path | None, flags: argparse.Namespace, facts: dict[str, str]) -> list[EvalResult]:
     """Numbers of the run that an adapter is of, for the card; what else is to be said of it is added to
     `facts`.
 
@@ -241,9 +241,9 @@ def _describe_run(run: Path | None, given: argparse.Namespace, facts: dict[str, 
     """
     from huggingface_hub import EvalResult
 
-    if given.scale != 1:
-        facts["scale of the adapter"] = f"{given.scale:g}"
-    if run is None or len(given.adapter) > 1:
+    if flags.scale != 1:
+        facts["scale of the adapter"] = f"{flags.scale:g}"
+    if run is None or len(flags.adapter) > 1:
         return []
     config = recorded_config(run)
     settings = config.visft
@@ -253,8 +253,8 @@ def _describe_run(run: Path | None, given: argparse.Namespace, facts: dict[str, 
     if "masks" in identity:
         facts["masks"] = identity["masks"]
     files = [folder / METRICS_FILE for folder in (run, run.parent) if (folder / METRICS_FILE).is_file()]
-    is_step = given.adapter[0].name.startswith("step_")
-    if not files or given.scale != 1 or settings.run.eval_limit is not None or is_step:
+    is_step = flags.adapter[0].name.startswith("step_")
+    if not files or flags.scale != 1 or settings.run.eval_limit is not None or is_step:
         return []
     records = list(read_metrics(files[0]))
     step = max((record["step"] for record in records), default=0)

@@ -13,6 +13,7 @@ from visft_ds.run_files import (
     BACKBONE_FILE,
     EXPORT_RECORD_FILE,
     RECORD_FILE,
+    STATE_FILE,
     TRAINED_BACKBONE_FILE,
     export_of,
     run_around,
@@ -33,7 +34,7 @@ def adapter_at(path: Path) -> Adapter | None:
         if not (export / TRAINED_BACKBONE_FILE).is_file():
             raise ValueError(f"{path}: the run trained no part of its backbone")
         return None
-    if (path / RECORD_FILE).is_file() or (path / "state.json").is_file():
+    if (path / RECORD_FILE).is_file() or (path / STATE_FILE).is_file():
         from visft_ds.checkpoint.export import adapter_of_checkpoint  # imports deepspeed: costs seconds
 
         return adapter_of_checkpoint(path)

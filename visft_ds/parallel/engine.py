@@ -113,7 +113,7 @@ def start_process_group() -> None:
 
 
 def _join_alone_or_again(backend: str) -> None:
-    """Join the process group where DeepSpeed would go wrong: in one process, and after a restart by torchrun."""
+    """Join the process group where DeepSpeed goes wrong: in one process, and after a restart by torchrun."""
     if dist.is_initialized():
         return
     store: Any
@@ -241,7 +241,7 @@ class Engine:
         if refused:
             bad = [f"{name} is {float(value)}" for name, value in self._sums.items() if not value.isfinite()]
             everywhere = distributed.from_all_ranks([*(self.module.faults or ()), *bad])
-            faults = {rank: found for rank, found in enumerate(everywhere) if found}
+            faults = {rank: texts for rank, texts in enumerate(everywhere) if texts}
             losses = {"loss": losses["loss"]}
         skipped = not refused and not math.isfinite(norm)
         return StepReport(losses, norm / (scale or 1.0), rates, skipped, refused, faults, scale)

@@ -105,9 +105,7 @@ class PipelineEngine(Engine):
         bounds: Sequence[int],
         **others: Any,
     ) -> None:
-        self.position = PipelinePosition.of_rank(
-            distributed.rank(), distributed.world_size(), len(bounds) - 1
-        )
+        self.position = PipelinePosition.here(len(bounds) - 1)
         stage_of = owners(module, bounds)
         #: The first stage with something to train: no gradient flows into it or into those before.
         first_trained = min(

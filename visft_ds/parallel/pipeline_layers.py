@@ -144,12 +144,12 @@ def pipeline_layers(model: MultiTaskModel) -> list[nn.Module]:
 def owners(module: MultiTaskModel, bounds: Sequence[int]) -> dict[str, int]:
     """Parameter -> the stage that holds it."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    found = {}
+    stages = {}
     for index, layer in enumerate(pipeline_layers(module)):
         stage = sum(index >= start for start in bounds[1:-1])
-        found.update({names[id(parameter)]: stage for parameter in layer.parameters()})
-    assert found.keys() == set(names.values()), set(names.values()) - found.keys()
-    return found
+        stages.update({names[id(parameter)]: stage for parameter in layer.parameters()})
+    assert stages.keys() == set(names.values()), set(names.values()) - stages.keys()
+    return stages
 
 
 def release(layer: nn.Module) -> None:

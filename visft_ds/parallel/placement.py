@@ -46,9 +46,7 @@ class OwnLayers(OnDevice):
         """Names in the layers of the stage."""
         from visft_ds.parallel.pipeline_layers import owners
 
-        stage = PipelinePosition.of_rank(
-            distributed.rank(), distributed.world_size(), len(self.bounds) - 1
-        ).stage
+        stage = PipelinePosition.here(len(self.bounds) - 1).stage
         return {name for name, owner in owners(module, self.bounds).items() if owner == stage}
 
 

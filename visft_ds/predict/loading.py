@@ -362,7 +362,7 @@ def _load_backbone(
     model = _described_model(files, adapter, infos)
     backbone: Backbone = layouts.load_backbone(files.backbone, model, storage)
 
-    facts = {"backbone": f"{files.backbone}: {layouts.described(layouts.model_of(backbone))}"}
+    facts = {"backbone": f"{files.backbone}: {layouts.describe_model(layouts.model_of(backbone))}"}
     facts["adapter"] = "merged into the weights" if layouts.MERGED in metadata else "none"
     trained_on = {f"the {task} head": info.extra.get("base_weights") for task, info in infos.items()}
     if adapter is not None:

@@ -108,7 +108,7 @@ def workers_of(data: DataConfig) -> int:
 
 def open_loader(config: VisftConfig, data: RunData, batches: Batches) -> StepLoader:
     """The loader of this rank's part of each global batch."""
-    position = PipelinePosition.of_rank(distributed.rank(), distributed.world_size(), batches.stages)
+    position = PipelinePosition.here(batches.stages)
     return StepLoader(
         {name: ShardReader(training.manifest) for name, training in data.sets.items()},
         data.plan,

@@ -88,15 +88,15 @@ def first_non_finite(
     what it saw. The run has to stop afterwards: the engine's counters are not right any more. Returns the
     first modules, parameters and images of each rank, the same on every rank.
     """
-    found: list[str] = []
+    findings: list[str] = []
     engine.should_update = lambda loss: False
     if engine.loss_scale and report.loss_scale is not None:
         engine.loss_scale.restore({**engine.loss_scale.state(), "scale": report.loss_scale})
-    with watched(engine.module, found):
+    with watched(engine.module, findings):
         engine.train_step(step, batches, loss_denominators)
     # The rows inside of a tower's block are of no one image: the block's own output names it.
-    images = [text for text in found if ", images [" in text][:1]
-    everyone: list[list[str]] = distributed.from_all_ranks(list(dict.fromkeys(found[:_SHOWN] + images)))
+    images = [text for text in findings if ", images [" in text][:1]
+    everyone: list[list[str]] = distributed.from_all_ranks(list(dict.fromkeys(findings[:_SHOWN] + images)))
     lines = []
     for rank, texts in enumerate(everyone):
         if texts:
@@ -105,9 +105,9 @@ def first_non_finite(
 
 
 @contextlib.contextmanager
-def watched(module: nn.Module, found: list[str]) -> Iterator[None]:
-    """Append to `found` what is not finite in passes through a module: targets, outputs, gradients, as they
-    come.
+def watched(module: nn.Module, findings: list[str]) -> Iterator[None]:
+    """Append to `findings` what is not finite in passes through a module: targets, outputs and gradients, in
+    the order in which they come.
     """
     seen = set[str]()
     batch = list[Batch]()
@@ -120,7 +120,7 @@ def watched(module: nn.Module, found: list[str]) -> Iterator[None]:
         where = ""
         if batch and tensor.ndim > 1 and tensor.shape[0] == len(batch[0].image_ids):
             where = f", images {batch[0].image_ids[bad.flatten(1).any(1).cpu()].tolist()}"
-        found.append(f"{what}: {int(bad.sum())} of {bad.numel()} values are not finite{where}")
+        findings.append(f"{what}: {int(bad.sum())} of {bad.numel()} values are not finite{where}")
 
     def begin(_: nn.Module, inputs: Any) -> None:
         batch[:] = [value for value in inputs if isinstance(value, Batch)]

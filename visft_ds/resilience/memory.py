@@ -97,9 +97,9 @@ def memory_explained(
             f"  {lines[0]}\n"
             f"  measured: {measured}\n"
             f"  Try --set {key}.micro_batch=N with a smaller number (in fp32 and without dropout the same "
-            "losses), --set visft.model.activation_checkpointing=block, or --engine zero3_offload; `visft plan "
-            "--cluster 8xA100-80GB`, with your GPUs and the same --stage, --model and --set, predicts what each "
-            "needs."
+            "losses), --set visft.model.activation_checkpointing=block, or --engine zero3_offload; "
+            "`visft plan --cluster 8xA100-80GB`, with your GPUs and the same --stage, --model and --set, "
+            "predicts what each needs."
         ) from None
 
 
@@ -113,9 +113,9 @@ def largest_shape(batches: Sequence[Batch]) -> str:
     height = max(height, largest.images.shape[2])
     width = max(width, largest.images.shape[3])
     text = f"{len(largest.sizes)} images of {height} x {width}"
-    for target in largest.targets.values():
+    for task, target in largest.targets.items():
         if hasattr(target, "labels"):
-            text += f", {len(target.labels)} objects"
+            text += f", {len(target.labels)} objects ({task})"
         if hasattr(target, "tokens"):
             text += f", {target.tokens.shape[1]} tokens per caption"
     return text
@@ -164,7 +164,7 @@ def probe_memory(
     Raises:
         RankError: a step does not fit into memory.
     """
-    role = PipelinePosition.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
+    role = PipelinePosition.here(batches.stages).role
     device = engine.device
     rows = []
     with unchanged(engine):

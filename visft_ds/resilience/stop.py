@@ -120,5 +120,9 @@ class StopFlag:
     def _alone(self) -> bool:
         """Return True if a process above has ended, collected or not."""
         with contextlib.suppress(psutil.Error):
-            return any(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in self._above)
+            return any(_is_gone(process) for process in self._above)
         return True
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE

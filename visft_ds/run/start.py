@@ -14,7 +14,7 @@ from visft_ds.config.record import recorded_config
 from visft_ds.config.schema import LoraConfig, VisftConfig
 from visft_ds.data.loader import StepLoader
 from visft_ds.interop.heads import check_heads, open_head
-from visft_ds.interop.layouts import described, model_of
+from visft_ds.interop.layouts import describe_model, model_of
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models import build_empty
@@ -98,7 +98,7 @@ def _start_from_adapter(config: VisftConfig, path: Path) -> Start:
     backbone = build_empty(config.model.preset, torch.float32, config.model.backbone_options())
     if adapter.model != model_of(backbone):
         raise ValueError(
-            f"visft.init_from: the adapter in {path} is for {described(adapter.model)}, not for this model"
+            f"visft.init_from: the adapter in {path} is for {describe_model(adapter.model)}, not for this model"
         )
     there = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
     _check_lora(path, there, config.lora)

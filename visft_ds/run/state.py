@@ -20,7 +20,7 @@ from visft_ds.checkpoint.format import (
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
 from visft_ds.files import remove_unfinished, write_text
-from visft_ds.interop.heads import HeadInfo, described
+from visft_ds.interop.heads import HeadInfo, head_metadata
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData
@@ -129,7 +129,7 @@ class RunState:
         """Take a snapshot, written while training continues. Collective. Raises OSError if the one before
         failed.
         """
-        self.saver.save(step, partial(gather_state, self._engine), described(self._heads(step)))
+        self.saver.save(step, partial(gather_state, self._engine), head_metadata(self._heads(step)))
 
     def report_saves(self, log: RunLog, *, wait: bool = False) -> None:
         """Record the saves that are on disk by now; with `wait`, all of them. Raises OSError if one

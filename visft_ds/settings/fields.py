@@ -30,9 +30,10 @@ class StrictModel(BaseModel):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        if found := list(self.contradictions()):
-            text = "; ".join(f"{key}: {problem}" for key, problem in found)
-            raise PydanticCustomError("contradictions", "{text}", {"text": text, "found": found})
+        problems = list(self.contradictions())
+        if problems:
+            text = "; ".join(f"{key}: {problem}" for key, problem in problems)
+            raise PydanticCustomError("contradictions", "{text}", {"text": text, "found": problems})
         return self
 
 

@@ -48,7 +48,7 @@ class ClassSet:
     classes: tuple[str, ...]  #: as they are called in a sentence
     templates: tuple[str, ...] = PLAIN  #: sentences with {} for a class
 
-    def part(self, places: IntArray) -> ClassSet:
+    def subset(self, places: IntArray) -> ClassSet:
         """Some of the images, with all classes."""
         return replace(self, images=chosen(self.images, places.tolist()), labels=self.labels[places])
 
@@ -78,7 +78,6 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
         folder = _first_folder(root, [split] if split else PARTS)
         names, templates = _names(folder)
     classes = _lines(root, folder, "classnames.txt") or list(names.values())
-    templates = tuple(_lines(root, folder, "templates.txt")) or templates
     files = {class_folder.name: image_files(class_folder) for class_folder in names}
     _check(folder, classes, templates, files)
     labels: list[int] = []
@@ -132,9 +131,6 @@ def _check(
     twice = [name for name in classes if classes.count(name) > 1]
     if twice and templates != imagenet_templates():  # ImageNet has some, and is scored as it is
         raise ValueError(f"{folder}: two classes are called {twice[0]!r}: no text can tell them apart")
-    wrong = [text for text in templates if "{}" not in text]
-    if wrong:
-        raise ValueError(f"{folder}: a template without {{}} for the class: {wrong[0]!r}")
 
 
 def _first_folder(root: Path, names: Sequence[str]) -> Path:
@@ -174,7 +170,7 @@ def _halves(data: ClassSet, source: str) -> tuple[ClassSet, ClassSet]:
                 f"{source}: {name} has {len(places)} image(s); a probe needs two, to train and test"
             )
         is_second[places[1::2]] = True
-    return data.part(np.flatnonzero(~is_second)), data.part(np.flatnonzero(is_second))
+    return data.subset(np.flatnonzero(~is_second)), data.subset(np.flatnonzero(is_second))
 
 
 @cache

@@ -1,5 +1,5 @@
-"""Classification of images by frozen features, as facebookresearch/dinov2 measures it on ImageNet: kNN (`knn`)
-and a linear classifier (`linear_classification`). Images are resized to 256 pixels and cut to 224.
+"""Classification of images by frozen features, as facebookresearch/dinov2 measures it on ImageNet: kNN
+(`knn`) and a linear classifier (`linear_classification`). Images are resized to 256 pixels and cut to 224.
 
 Differs from dinov2/eval/knn.py in: pixels are normalised as the model was trained; where a model has no class
 token the mean patch stands for it; equal votes count as wrong.
@@ -44,12 +44,12 @@ KNN = Number(
 LINEAR = Number(
     "linear",
     how="A linear classifier of class token and mean patch.",
-    published="Those of the class token, and of it beside the mean patch, each by SGD at 13 rates, learn for 12,500 "
-    "steps of 1,024 crops of 224 pixels.",
+    published="Those of the class token, and of it beside the mean patch, each by SGD at 13 rates, learn for "
+    "12,500 steps of 1,024 crops of 224 pixels.",
     quick=f"Logistic regression, its strength chosen on a fifth of the training images. {CLASSIFIED_SIZES}",
     source="https://github.com/facebookresearch/dinov2, eval/linear.py",
-    differs=f"{NORMALISED}; tokens of one block (there also of the last four); a fiftieth of the training images "
-    "chooses the classifier and teaches none (there the test images choose)",
+    differs=f"{NORMALISED}; tokens of one block (there also of the last four); a fiftieth of the training "
+    "images chooses the classifier and teaches none (there the test images choose)",
     chooses_layer=True,
     trained=True,
     side=SIDE,
@@ -67,8 +67,8 @@ def classification(
     test = _at_most(test, protocol.classified["test"])
     choosing = _at_most(train, QUICK.classified["train"])
 
-    def scores(features: Features, numbers: Collection[str]) -> Iterator[Score]:
-        for number in numbers:
+    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
+        for number in names:
             taught = _taught(number, features["train"], train)
             judged = _rows(number, features["test"], test)
             yield _QUICK_PROBES[number](number, taught, judged)
@@ -83,16 +83,16 @@ def classification(
             raise ValueError(
                 f"{label} has no {units}, a fifth of which would choose the layer: give --layers last"
             )
-        return _QUICK_PROBES[number](number, rows.part(~chooses), rows.part(chooses), draws=0).value
+        return _QUICK_PROBES[number](number, rows.subset(~chooses), rows.subset(chooses), draws=0).value
 
-    def published(encoder: Encoder, settings: Settings, numbers: Collection[str]) -> Iterator[Score]:
+    def published(encoder: Encoder, settings: Settings, names: Collection[str]) -> Iterator[Score]:
         viewed = published_view(encoder)
         of_test = encode_images(viewed, test.images, KINDS, settings, f"{label} test")
-        if KNN.name in numbers:
+        if KNN.name in names:
             of_train = encode_images(viewed, train.images, ("pooled",), settings, f"{label} train")
             taught = _taught(KNN.name, brought_near(of_train, settings), train)
             yield knn(KNN.name, taught, _rows(KNN.name, brought_near(of_test, settings), test))
-        if LINEAR.name in numbers:
+        if LINEAR.name in names:
             judged = _rows(LINEAR.name, of_test, test)
             yield linear_accuracy(LINEAR.name, viewed, train, judged, recipe, settings)
 
@@ -124,7 +124,7 @@ def _at_most(data: ClassSet, count: int) -> ClassSet:
     """The images, or of more than `count` every k-th."""
     if len(data.labels) <= count:
         return data
-    return data.part(np.array(every(len(data.labels), count)))
+    return data.subset(np.array(every(len(data.labels), count)))
 
 
 def _rows(number: str, features: Mapping[str, Tensor], data: ClassSet) -> Rows:

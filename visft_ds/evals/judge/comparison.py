@@ -302,6 +302,31 @@ class Comparison:
 
     def score(self) -> Scores:
         """Scores of all models. Raises ValueError if one has no primary number."""
+        plan = self._plan()
+        calls = [partial(self._scores, work) for work in plan.values()]
+        made = dict(zip(plan, shared(calls, "scores"), strict=True))
+        self._count_agreement(made)
+
+        results: dict[str, dict[str, Score]] = {}
+        for variant in self.variants:
+            for spec in variant.models:
+                results[spec.label] = self._of_model(spec, variant, made)
+
+        def primary_of(spec: ModelSpec, block: str) -> dict[str, Score]:
+            scores = made[spec.label, self._deciding.label][block]
+            return {self.primary: scores[self.primary]}
+
+        last: dict[str, dict[str, Score]] = {}
+        for variant in [self.base, *self.tuned]:
+            for spec in variant.models:
+                last[spec.label] = primary_of(spec, variant.last)
+        of_cuts: dict[str, dict[str, Score]] = {}
+        for name, cut in self._cuts.items():
+            of_cuts[name] = primary_of(self.origin, cut.block(self.primary))
+        return Scores(results, last, of_cuts)
+
+    def _plan(self) -> dict[tuple[str, str], _Work]:
+        """(label of a model, label of a data set) -> what is to be scored there, encoded together."""
         plan: dict[tuple[str, str], _Work] = {}
 
         def ask(spec: ModelSpec, variant: Variant, benchmark: Benchmark, number: Number, block: str) -> None:
@@ -320,27 +345,7 @@ class Comparison:
                 ask(spec, variant, self._deciding, self._number, variant.last)
         for cut in self._cuts.values():
             ask(self.origin, self.base, self._deciding, self._number, cut.block(self.primary))
-
-        calls = [partial(self._scores, work) for work in plan.values()]
-        made = dict(zip(plan, shared(calls, "scores"), strict=True))
-        self._count_agreement(made)
-
-        def primary_of(spec: ModelSpec, block: str) -> dict[str, Score]:
-            scores = made[spec.label, self._deciding.label][block]
-            return {self.primary: scores[self.primary]}
-
-        results: dict[str, dict[str, Score]] = {}
-        for variant in self.variants:
-            for spec in variant.models:
-                results[spec.label] = self._of_model(spec, variant, made)
-        last: dict[str, dict[str, Score]] = {}
-        for variant in [self.base, *self.tuned]:
-            for spec in variant.models:
-                last[spec.label] = primary_of(spec, variant.last)
-        of_cuts: dict[str, dict[str, Score]] = {}
-        for name, cut in self._cuts.items():
-            of_cuts[name] = primary_of(self.origin, cut.block(self.primary))
-        return Scores(results, last, of_cuts)
+        return plan
 
     def _of_model(self, spec: ModelSpec, variant: Variant, made: _Made) -> dict[str, Score]:
         """Full name -> score of a model at the blocks that were chosen; without numbers that it lacks."""

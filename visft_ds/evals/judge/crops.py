@@ -1,20 +1,23 @@
-"""Crops of images that published protocols teach with: what all of them share. Random numbers are torch's global
-ones.
+"""Crops of images that published protocols teach with: what all of them share. Random numbers are torch's
+global ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, RandomSampler, default_collate
 from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.dense_sets import DenseSet
+from visft_ds.evals.judge.encoding import Settings
 
 NO_CLASS = -1  #: number of a pixel without a class, in labels as tensors
 
@@ -54,14 +57,51 @@ def short_side(size: Sequence[int], side: int) -> tuple[int, int]:
     return side, int(side * width / height + 0.5)
 
 
+def rounds(images: int, count: int) -> Tensor:
+    """(count,) numbers of images, in rounds over all of them, each in another order."""
+    generator = torch.Generator().manual_seed(0)
+    sampler = RandomSampler(range(images), num_samples=count, generator=generator)
+    return torch.from_numpy(np.fromiter(sampler, dtype=np.int64, count=count))
+
+
+def random_crops(
+    order: Tensor, size: int, crop: Callable[[int], tuple[Any, ...]], settings: Settings
+) -> Iterable[Any]:
+    """Batches (numbers of images, *crops) that worker processes make, ahead; the n-th crop is the same for
+    every model.
+
+    Args:
+        order: (n,) numbers of images.
+        crop: number of an image -> a random crop and what belongs to it.
+    """
+
+    def batch(turns: Sequence[int]) -> Any:
+        crops = []
+        for turn in turns:
+            number = int(order[turn])
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(turn)
+                crops.append((number, *crop(number)))
+        return default_collate(crops)
+
+    workers = settings.threads  # are forked: readers of images are closures, which no pipe takes
+    return DataLoader(
+        range(len(order)),  # type: ignore[arg-type]  # whatever has a length and numbered items
+        size,
+        num_workers=workers,
+        collate_fn=batch,
+        multiprocessing_context="fork" if workers else None,
+    )
+
+
 def coin() -> bool:
     """Return True in half of the cases."""
     return bool(torch.rand(()) < 0.5)
 
 
-def random_part(size: Sequence[int], part: Sequence[int]) -> tuple[slice, slice]:
+def random_part(size: Sequence[int], crop_size: Sequence[int]) -> tuple[slice, slice]:
     """Rows and columns of a random part (height, width) of an image, or all of those that are fewer."""
-    height, width = part
+    height, width = crop_size
     spare_rows = max(size[0] - height, 0)
     spare_columns = max(size[1] - width, 0)
     top = int(torch.randint(spare_rows + 1, ()))

@@ -6,18 +6,16 @@ published protocols see them); probes of `segmentation` and `depth` are written 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, RandomSampler, default_collate
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, LayerChoice, Number, Score, fifth
-from visft_ds.evals.judge.crops import View, label_of, short_side
+from visft_ds.evals.judge.crops import View, label_of, random_crops, rounds, short_side
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import Settings, forward, pictures
@@ -120,18 +118,10 @@ class LiveFeatures:
     def examples(self, order: Tensor, crop: Crop, size: int = BATCH) -> Iterator[Batch]:
         """Batches of random crops; the n-th crop is the same for every model."""
 
-        def crops(turns: Sequence[int]) -> Any:
-            batch = []
-            for turn in turns:
-                number = int(order[turn])
-                image = self.train.images.read(number)
-                label = label_of(self.train, number)
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(turn)
-                    batch.append((number, *crop(image, label, self._view)))
-            return default_collate(batch)
+        def example(number: int) -> tuple[Tensor, Tensor]:
+            return crop(self.train.images.read(number), label_of(self.train, number), self._view)
 
-        for numbers, pixels, labels in loaded(len(order), size, crops, self.settings):
+        for numbers, pixels, labels in random_crops(order, size, example, self.settings):
             yield numbers, self._forward(pixels), labels.to(self.settings.device)
 
     def whole(self, data: DenseSet) -> Iterator[Tensor]:
@@ -170,10 +160,11 @@ class LiveFeatures:
         patches.
         """
         unit = next(unit for unit in _UNITS if self.encoder.side % unit == 0)
-        height, width = (-length % unit for length in pixels.shape[-2:])  # that are missing
-        left = width // 2
-        top = height // 2
-        padded = F.pad(pixels, (left, width - left, top, height - top))
+        missing_rows = -pixels.shape[-2] % unit
+        missing_columns = -pixels.shape[-1] % unit
+        left = missing_columns // 2
+        top = missing_rows // 2
+        padded = F.pad(pixels, (left, missing_columns - left, top, missing_rows - top))
         self.encoder.module.to(self.settings.device)
         maps = forward(self.encoder, padded, ("patches",), self.settings)["patches"]
         if not torch.isfinite(maps.sum()):
@@ -187,34 +178,16 @@ Source = CachedFeatures | LiveFeatures
 Scores = Callable[[Source, Collection[str]], Iterator[Score]]  #: of the numbers with these names
 
 
-def loaded(count: int, size: int, make: Callable[[Sequence[int]], Any], settings: Settings) -> Iterable[Any]:
-    """Batches that worker processes make, ahead, of the numbers from 0 to `count`."""
-    workers = settings.threads  # are forked: readers of images are closures, which no pipe takes
-    context = "fork" if workers else None
-    numbers: Any = range(count)
-    return DataLoader(numbers, size, num_workers=workers, collate_fn=make, multiprocessing_context=context)
-
-
 def trained(
     source: Source, outputs: int, loss: Loss, recipe: Recipe, crop: Crop, schedule: Schedule
 ) -> Heads:
     """Heads that learnt the labels of the training images, in rounds over all of them."""
     images = source.train.images
-    order = RandomSampler(
-        images, num_samples=recipe.steps * BATCH, generator=torch.Generator().manual_seed(0)
-    )
-    examples = source.examples(torch.tensor(list(order)), crop)
+    examples = source.examples(rounds(len(images), recipe.steps * BATCH), crop)
     first = next(source.whole(source.train))
     resamples = RESAMPLES if source.protocol.resampled else 0
     heads = Heads(1 + resamples, first.shape[1], outputs).to(first.device)
     return fit(heads, len(images), examples, loss, recipe, schedule, images.groups)
-
-
-def at_labels(seen: Iterable[Tensor], test: DenseSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """(what is seen in it (..., h, w), enlarged, its label (H, W)) of each test image."""
-    for number, outputs in enumerate(seen):
-        label = label_of(test, number).to(outputs.device)
-        yield enlarged(outputs, label.shape), label
 
 
 def probe(
@@ -227,7 +200,8 @@ def probe(
     score: Scores,
 ) -> Benchmark:
     """The benchmark of a probe of feature maps."""
-    few = train.subset(every(len(train.images), QUICK.images["train"]))
+    most = QUICK.images["train"]
+    few = train.subset(every(len(train.images), most))
 
     def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
         taught = features["train"]["patches"]
@@ -246,11 +220,11 @@ def probe(
 
     return Benchmark(
         label,
-        {"train": train.images, "test": test.images},
-        ("patches",),
-        numbers,
-        {"benchmark": version, "protocol": asdict(protocol), "classes": test.classes},
-        scores,
+        sets={"train": train.images, "test": test.images},
+        kinds=("patches",),
+        numbers=numbers,
+        settings={"benchmark": version, "protocol": asdict(protocol), "classes": test.classes},
+        scores=scores,
         layer_choice=LayerChoice(few.images, held_out),
         published=published if protocol.published else None,
     )

@@ -125,15 +125,16 @@ def read_train_and_test(
     for name, split in splits.items():
         if not split.classes:  # label maps do not name them
             splits[name] = replace(split, classes=tuple(map(str, range(largest + 1))))
-    return _with_equal_classes(splits, source)
+    learnt, held_out = splits.values()
+    return learnt, held_out
 
 
 def read_objects(
     most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
 ) -> tuple[DenseSet, DenseSet]:
     """As `read_train_and_test`, for objects whose boxes are enough."""
-    splits = _two_splits(_splits(Path(source)), most, source, train, test)
-    return _with_equal_classes(splits, source)
+    learnt, held_out = _two_splits(_splits(Path(source)), most, source, train, test).values()
+    return learnt, held_out
 
 
 def read_depth(
@@ -142,8 +143,8 @@ def read_depth(
     """(images to train heads on, images to judge them on), whose labels are metres. Raises ValueError without
     any.
     """
-    splits = _two_splits(_beside(Path(source), "depth", _metres), most, source, train, test)
-    learnt, held_out = splits.values()
+    splits = _beside(Path(source), "depth", _metres)
+    learnt, held_out = _two_splits(splits, most, source, train, test).values()
     return learnt, held_out
 
 
@@ -160,17 +161,15 @@ def _two_splits(
             f"{source}: probes cannot learn from {train} and be judged on {test}: name two splits; "
             f"it has {', '.join(splits) or 'no splits'}"
         )
-    return {train: splits[train](most["train"]), test: splits[test](most["test"])}
-
-
-def _with_equal_classes(splits: Mapping[str, DenseSet], source: str) -> tuple[DenseSet, DenseSet]:
-    """Both splits. Raises ValueError if they have other classes, or in another order."""
-    learnt, held_out = splits.values()
+    learnt = splits[train](most["train"])
+    held_out = splits[test](most["test"])
     if learnt.classes != held_out.classes:
         lone = sorted(set(learnt.classes) ^ set(held_out.classes))
-        differ = f"differ in their categories or the order of these: {', '.join(lone[:5])}"
-        raise ValueError(f"{source}: {' and '.join(splits)} {differ}")
-    return learnt, held_out
+        raise ValueError(
+            f"{source}: {train} and {test} differ in their categories or the order of these: "
+            f"{', '.join(lone[:5])}"
+        )
+    return {train: learnt, test: held_out}
 
 
 def _masked(split: DenseSet, name: str, source: str) -> DenseSet:

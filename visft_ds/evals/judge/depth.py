@@ -25,21 +25,21 @@ from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.benchmark import Benchmark, Number, Score
-from visft_ds.evals.judge.crops import View, coin, filled_up, random_part
-from visft_ds.evals.judge.dense_probes import Source, at_labels, probe, trained
+from visft_ds.evals.judge.crops import View, coin, filled_up, label_of, random_part
+from visft_ds.evals.judge.dense_probes import Source, probe, trained
 from visft_ds.evals.judge.dense_sets import DenseSet
-from visft_ds.evals.judge.heads import BATCH, Recipe, half_cosine, sampled
+from visft_ds.evals.judge.heads import BATCH, Recipe, enlarged, half_cosine, sampled
 from visft_ds.evals.judge.protocol import NORMALISED, PUBLISHED, QUICK, SIZES, Protocol
 
 RMSE = Number(
     "RMSE",
-    how="Batch normalisation and a linear layer on patches give 256 bins of depth, by AdamW at 3e-4. Metres, on "
-    "Eigen's crop, mean over images.",
+    how="Batch normalisation and a linear layer on patches give 256 bins of depth, by AdamW at 3e-4. Metres, "
+    "on Eigen's crop, mean over images.",
     published="38,400 steps of 16 crops of 416 x 544 pixels; flips are averaged.",
     quick=f"{QUICK.depth.steps:,} steps of {BATCH} images. {SIZES}",
     source="https://github.com/facebookresearch/dinov3, eval/depth",
-    differs=f"{NORMALISED}; images smaller than a crop are filled up (there refused); Eigen's crop is cut out of "
-    "maps of 480 x 640 alone",
+    differs=f"{NORMALISED}; images smaller than a crop are filled up (there refused); Eigen's crop is cut "
+    "out of maps of 480 x 640 alone",
     lower=True,
     chooses_layer=True,
     trained=True,
@@ -105,10 +105,10 @@ def _restricted(data: DenseSet, part: tuple[slice, slice], counts: Callable[[_Me
     return replace(data, label=label)
 
 
-def _scores(source: Source, numbers: Collection[str]) -> Iterator[Score]:
+def _scores(source: Source, names: Collection[str]) -> Iterator[Score]:
     heads = trained(source, BINS, silog, source.protocol.depth, crop, schedule)
     outputs = source.flipped(lambda maps: metres(heads(maps)))
-    return _measured(numbers, outputs, source.test)
+    return _measured(names, outputs, source.test)
 
 
 def crop(image: Image.Image, truth: Tensor, view: View) -> tuple[Tensor, Tensor]:
@@ -167,9 +167,9 @@ def silog(
     outputs: Tensor, truth: Tensor, weights: Tensor, generator: torch.Generator, stride: int, step: int
 ) -> Tensor:
     """sqrt(var g + 0.15 mean(g)^2) of g, the logarithms' difference, over the pixels whose depth is known."""
-    predicted, known = sampled(metres(outputs), truth.unsqueeze(1), stride, generator)
-    error = (predicted + _EPSILON).log() - (known + _EPSILON).log()
-    share = (known > 0) * weights.T[:, :, None, None]
+    predicted, metres_there = sampled(metres(outputs), truth.unsqueeze(1), stride, generator)
+    error = (predicted + _EPSILON).log() - (metres_there + _EPSILON).log()
+    share = (metres_there > 0) * weights.T[:, :, None, None]
     pixels = (0, 2, 3)  # of all images, by heads
     total = share.sum(dim=pixels)
     mean = (share * error).sum(dim=pixels) / total.clamp(min=1)
@@ -181,20 +181,23 @@ def silog(
     return loss.clamp(min=1e-12).sqrt().sum()
 
 
-def _measured(numbers: Collection[str], outputs: Iterable[Tensor], test: DenseSet) -> Iterator[Score]:
+def _measured(names: Collection[str], outputs: Iterable[Tensor], test: DenseSet) -> Iterator[Score]:
     """Scores of metres (heads, h, w) for each test image."""
     rmse = []
     delta1 = []
-    for large, truth in at_labels(outputs, test):
-        known = truth > 0
-        predicted = large[:, known].clamp(NEAREST, FARTHEST).double()
-        error = predicted - truth[known]
-        ratio = predicted / truth[known]
+    for number, maps in enumerate(outputs):
+        truth = label_of(test, number).to(maps.device)
+        does_count = truth > 0
+        large = enlarged(maps, truth.shape)
+        predicted = large[:, does_count].clamp(NEAREST, FARTHEST).double()
+        actual = truth[does_count]
+        error = predicted - actual
+        ratio = predicted / actual
         within = torch.maximum(ratio, 1 / ratio) < 1.25
         rmse.append((error**2).mean(dim=1).sqrt().cpu())
         delta1.append(within.double().mean(dim=1).cpu())
     for name, values in ((RMSE.name, rmse), (DELTA1.name, delta1)):
-        if name in numbers:
+        if name in names:
             of_heads = torch.stack(values, dim=1).numpy()  # (heads, images)
             retrained = of_heads[1:].mean(axis=1)
             yield Score(name, of_heads[0], retrained=retrained)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from PIL import Image
@@ -42,20 +41,14 @@ class Settings:
     threads: int
 
 
-class HasKinds(Protocol):
-    """A model, or what is known of it."""
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of features that it can compute."""
-
-
-def kinds_of(model: HasKinds, benchmark: Benchmark) -> list[str]:
-    """The kinds of features that a benchmark reads of a model, with those that come out of its patches."""
-    kinds = set(model.kinds)
-    if "patches" in kinds:
-        kinds |= _DERIVED.keys()
-    return [kind for kind in benchmark.kinds if kind in kinds]
+def kinds_read(benchmark: Benchmark, of_model: Collection[str]) -> list[str]:
+    """The kinds of features that a benchmark reads of a model that computes some; others come out of its
+    patches.
+    """
+    known = set(of_model)
+    if "patches" in known:
+        known |= _DERIVED.keys()
+    return [kind for kind in benchmark.kinds if kind in known]
 
 
 def groups(sizes: Mapping[str, int], images: int) -> Iterator[list[str]]:
@@ -82,7 +75,7 @@ def encode(
     """
     features: dict[str, dict[str, dict[str, Tensor]]] = {block: {} for block in blocks}
     for name, images in benchmark.sets.items():
-        kinds = kinds_of(encoder, benchmark)
+        kinds = kinds_read(benchmark, encoder.kinds)
         if name == "train" and "clip" in kinds:
             kinds.remove("clip")  # texts are compared with what is judged alone
         of_set = encode_images(encoder, images, kinds, settings, f"{what} {name}")

@@ -96,15 +96,18 @@ def fit(
     weights = torch.from_numpy(copies).float()
     drop_generator = torch.Generator().manual_seed(1)
     pixel_generator = torch.Generator().manual_seed(2)
-    optimizer = torch.optim.AdamW(heads.parameters(), recipe.rate, recipe.betas, weight_decay=recipe.decay)
+    optimizer = torch.optim.AdamW(
+        heads.parameters(), lr=recipe.rate, betas=recipe.betas, weight_decay=recipe.decay
+    )
     shown = gauge("linear head", recipe.steps, "steps", examples)
     for step, (drawn, maps, truth) in enumerate(shown):
         rate, beta1 = schedule(recipe, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
             group["betas"] = (beta1, recipe.betas[1])
-        is_kept = torch.rand(maps.shape[:2], generator=drop_generator) >= recipe.dropout
-        factors = (is_kept / (1 - recipe.dropout)).to(maps)
+        random = torch.rand(maps.shape[:2], generator=drop_generator)
+        remains = random >= recipe.dropout
+        factors = (remains / (1 - recipe.dropout)).to(maps)
         outputs = heads(maps * factors[:, :, None, None])
         weights_of_images = weights[:, drawn].to(maps)
         loss = loss_of(outputs, truth, weights_of_images, pixel_generator, recipe.stride, step)
@@ -122,19 +125,21 @@ def _clip(heads: Heads, most: float) -> None:
     gradients = [parameter.grad for parameter in heads.parameters() if parameter.grad is not None]
     lengths = [gradient.flatten(1).norm(dim=1) for gradient in gradients]
     length = torch.stack(lengths).norm(dim=0)
-    factors = (most / length.clamp(min=1e-12)).clamp(max=1)
+    factors = most / length.clamp(min=1e-12)
     for gradient in gradients:
-        gradient.copy_(torch.einsum("h...,h->h...", gradient, factors))
+        gradient.copy_(torch.einsum("h...,h->h...", gradient, factors.clamp(max=1)))
 
 
 def enlarged(maps: Tensor, size: Sequence[int], stride: int = 1, first: Sequence[int] = (0, 0)) -> Tensor:
     """(..., h, w) at every `stride`-th pixel, from `first` on, of its bilinear enlargement to a size."""
+    old_height, old_width = maps.shape[-2:]
     height, width = size
     row, column = first
-    rows = _interpolation(maps.shape[-2], height)[:, row::stride].to(maps)
-    columns = _interpolation(maps.shape[-1], width)[:, column::stride].to(maps)
+    rows = _interpolation(old_height, height)[:, row::stride].to(maps)
+    columns = _interpolation(old_width, width)[:, column::stride].to(maps)
     # Two products of large matrices: a batch of small ones takes three times as long on a CPU.
-    return (maps.mT.contiguous() @ rows).mT.contiguous() @ columns
+    taller = (maps.mT.contiguous() @ rows).mT
+    return taller.contiguous() @ columns
 
 
 def _interpolation(old: int, new: int) -> Tensor:
@@ -149,6 +154,7 @@ def sampled(maps: Tensor, truth: Tensor, stride: int, generator: torch.Generator
     """
     size = truth.shape[-2:]
     step = min(stride, *size)
-    row, column = torch.randint(step, (2,), generator=generator).tolist()
+    first = torch.randint(step, (2,), generator=generator)
+    row, column = first.tolist()
     maps = enlarged(maps, size, step, (row, column))
     return maps, truth[..., row::step, column::step]

@@ -114,14 +114,14 @@ def remember(images: Iterable[LabelledMap], classes: int, most: int, each: int) 
                 owners=patches.new_empty(rows, dtype=torch.int64),
             )
         chosen = _rare_patches(shares, each, np.random.default_rng([0, number]))
-        place = slice(count, count + len(chosen))
+        rows_of_image = slice(count, count + len(chosen))
         features = patches.flatten(1).T[chosen.to(patches.device)]
-        memory.features[place] = F.normalize(features, dim=1)
-        memory.labels[place] = torch.from_numpy(shares[chosen]).to(memory.labels)
-        memory.owners[place] = number
+        memory.features[rows_of_image] = F.normalize(features, dim=1)
+        memory.labels[rows_of_image] = torch.from_numpy(shares[chosen]).to(memory.labels)
+        memory.owners[rows_of_image] = number
         count += len(chosen)
     assert memory is not None
-    return memory.part(slice(count))
+    return memory.subset(slice(count))
 
 
 def _rare_patches(shares: FloatArray, most: int, rng: np.random.Generator) -> Tensor:
@@ -144,8 +144,8 @@ def shares_of(label: Tensor, grid: Sequence[int], classes: int) -> FloatArray:
     columns = _cells(numbers.shape[1], width)
     patch_of_pixel = rows[:, None] * width + columns
     pixels = np.bincount(patch_of_pixel.ravel(), minlength=height * width)
-    known = (numbers >= 0) & (numbers < classes)
-    pairs = patch_of_pixel[known] * classes + numbers[known]
+    has_class = (numbers >= 0) & (numbers < classes)
+    pairs = patch_of_pixel[has_class] * classes + numbers[has_class]
     counts = np.bincount(pairs, minlength=height * width * classes)
     shares: FloatArray = counts.reshape(-1, classes) / np.maximum(pixels, 1)[:, None]
     return shares

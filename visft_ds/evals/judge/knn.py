@@ -28,23 +28,26 @@ _SEARCHED = 4  # times as many neighbours: so many remain when some images are n
 
 def knn(name: str, train: Rows, test: Rows, draws: int = RESAMPLES) -> Score:
     """Share of rows whose neighbours vote for their class, and for no other as much."""
-    memory = replace(train, features=F.normalize(train.features, dim=1))
-    classes = 1 + max(int(train.labels.max()), int(test.labels.max()))
+    directions = F.normalize(train.features, dim=1)
+    memory = replace(train, features=directions)
+    labels = torch.cat([train.labels, test.labels])
+    classes = int(labels.max()) + 1
     correct = []
     for batch in test.batches(QUERIES):
         votes = vote(memory, batch.features, NEIGHBOURS, TEMPERATURE, draws)
         votes = F.pad(votes, (0, classes - votes.shape[2]))  # a class that nothing teaches
         labels = batch.labels.repeat(len(votes))
         ranks = rank_of(votes.flatten(0, 1), labels).cpu()
-        correct.append(hits(ranks, 1).reshape(len(votes), -1))
+        is_first = hits(ranks, 1)
+        correct.append(is_first.reshape(len(votes), -1))
     return accuracy(name, np.concatenate(correct, axis=1), test)
 
 
 def vote(
     memory: Rows, queries: Tensor, neighbours: int, temperature: float, draws: int = RESAMPLES
 ) -> Tensor:
-    """(1 + draws, n, C): mean labels of the rows nearest to queries (n, D), each by exp(cosine / temperature),
-    and the same by bootstraps of the training images.
+    """(1 + draws, n, C): mean labels of the rows nearest to queries (n, D), each by exp(cosine /
+    temperature), and the same by bootstraps of the training images.
 
     Args:
         memory: rows of length 1.
@@ -55,11 +58,13 @@ def vote(
     copies = memory.copies(draws)[:, memory.owners[rows]]  # (1 + draws, n, searched)
     # Copies of a row are equally near: as many count as there is room for.
     counted = copies.cumsum(dim=2).clamp(max=neighbours)
-    places = counted - F.pad(counted[..., :-1], (1, 0))
-    closeness = ((similarity - similarity[:, :1]) / temperature).exp()
-    weights = places * closeness
+    counted_before = F.pad(counted[..., :-1], (1, 0))
+    places = counted - counted_before
+    exponent = (similarity - similarity[:, :1]) / temperature
+    weights = places * exponent.exp()
+    total = weights.sum(dim=2, keepdim=True)
     tiny = torch.finfo(weights.dtype).tiny
-    weights = weights / weights.sum(dim=2, keepdim=True).clamp(min=tiny)
+    weights = weights / total.clamp(min=tiny)
     labels = memory.labels[rows]
     if labels.ndim == 3:
         return torch.einsum("rnk,nkc->rnc", weights, labels)
@@ -69,7 +74,8 @@ def vote(
 
 
 def _nearest(features: Tensor, directions: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(cosines, numbers) of the rows that are nearest to each direction, both (n, count), the nearest first."""
+    """(cosines, numbers) of the rows that are nearest to each direction (n, D), both (n, count), the nearest
+    first."""
     similarities = []
     numbers = []
     for start in range(0, len(features), _BANK):

@@ -28,7 +28,7 @@ from visft_ds.evals.judge.encoding import (
     encode_images,
     forward,
     groups,
-    kinds_of,
+    kinds_read,
 )
 
 #: Name of what the whole model gives, if that is not what its last block gives.
@@ -123,7 +123,7 @@ def levels_of(
     """
     choice = benchmark.layer_choice
     assert choice is not None
-    kinds = kinds_of(encoder, benchmark)
+    kinds = kinds_read(benchmark, encoder.kinds)
     levels: dict[str, dict[str, float]] = {number.name: {} for number in numbers}
     read_before: dict[str, dict[str, Tensor]] = {}  # block -> its features, where those of all blocks fit
 

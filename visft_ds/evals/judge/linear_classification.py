@@ -10,22 +10,19 @@ fiftieth of the training images chooses the classifier and teaches none (there t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import RandomSampler, default_collate
 from torchvision.transforms import v2 as transforms
 
 from visft_ds.evals.judge.benchmark import FloatArray, Score, resamples, units
 from visft_ds.evals.judge.classes import ClassSet
-from visft_ds.evals.judge.crops import View
-from visft_ds.evals.judge.dense_probes import loaded
+from visft_ds.evals.judge.crops import View, random_crops, rounds
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import Settings, encode_images, forward
 from visft_ds.evals.judge.knn import QUERIES
@@ -105,11 +102,11 @@ def _held_out(train: ClassSet) -> tuple[ClassSet, ClassSet]:
     owners = torch.from_numpy(units(len(labels), train.images.groups))
     chooses = held_out(labels, owners, _NTH).numpy()
     if not chooses.any():
+        first = train.images.names[0]
         raise ValueError(
-            f"no class has five training images ({train.images.names[0]}, ...), a fifth of which would choose "
-            "the rate"
+            f"no class has five training images ({first}, ...), a fifth of which would choose the rate"
         )
-    return train.part(np.flatnonzero(chooses)), train.part(np.flatnonzero(~chooses))
+    return train.subset(np.flatnonzero(chooses)), train.subset(np.flatnonzero(~chooses))
 
 
 class Classifiers(nn.Module):
@@ -173,23 +170,12 @@ def _crops(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches of numbers, features and labels of random crops; the n-th crop is the same for every model."""
     view = View(encoder.side, *encoder.normalisation)
-    count = recipe.steps * recipe.batch
-    sampler = RandomSampler(
-        range(len(train.labels)), num_samples=count, generator=torch.Generator().manual_seed(0)
-    )
-    order = np.fromiter(sampler, dtype=np.int64, count=count)
 
-    def make(numbers: Sequence[int]) -> Any:
-        crops = []
-        for number in numbers:
-            place = int(order[number])
-            image = train.images.read(place)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(number)
-                crops.append((place, crop(image, view), int(train.labels[place])))
-        return default_collate(crops)
+    def example(number: int) -> tuple[Tensor, int]:
+        return crop(train.images.read(number), view), int(train.labels[number])
 
-    batches = loaded(count, recipe.batch, make, settings)
+    order = rounds(len(train.labels), recipe.steps * recipe.batch)
+    batches = random_crops(order, recipe.batch, example, settings)
     encoder.module.to(settings.device)
     for drawn, pixels, labels in gauge("linear classifier", recipe.steps, "steps", batches):
         features = forward(encoder, pixels, KINDS, settings)

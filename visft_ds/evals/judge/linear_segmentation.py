@@ -30,7 +30,7 @@ _START = 1e-6  # of the rate, at the first step
 _SPARSE = 8  # least stride of the loss of resamples
 _RATIO = (0.5, 2.0)  # of the shorter side of a training image, in sides
 _MOST_OF_ONE = 0.75  # of the pixels of a crop that have a class
-_REDRAWN = 10  # times
+_DRAWS = 11  # at most
 _DELTA = 32  # of brightness, of 255
 _RANGE = (0.5, 1.5)  # of contrast and saturation
 _HUE = (-0.5, 0.5)
@@ -61,13 +61,12 @@ def crop(image: Image.Image, label: Tensor, view: View) -> tuple[Tensor, Tensor]
 
 def _square(numbers: Tensor, side: int) -> tuple[slice, slice]:
     """Rows and columns of a random square, drawn again while one class has too much of it."""
-    square = random_part(numbers.shape, (side, side))
-    for _ in range(_REDRAWN):
+    for _ in range(_DRAWS):
+        square = random_part(numbers.shape, (side, side))
         inside = numbers[square]
         pixels = inside[inside != NO_CLASS].unique(return_counts=True)[1]
-        if len(pixels) > 1 and pixels.max() / pixels.sum() < _MOST_OF_ONE:
+        if len(pixels) > 1 and pixels.max() < _MOST_OF_ONE * pixels.sum():
             break
-        square = random_part(numbers.shape, (side, side))
     return square
 
 
@@ -105,8 +104,8 @@ def schedule(recipe: Recipe, step: int) -> tuple[float, float]:
     """
     late = max(step - 1, 0)
     if late < recipe.warm_up:
-        begun = 1 - (1 - late / recipe.warm_up) * (1 - _START)
-        factor = begun * (1 - late / recipe.steps)
+        missing = (1 - late / recipe.warm_up) * (1 - _START)
+        factor = (1 - missing) * (1 - late / recipe.steps)
     else:
         factor = half_cosine((late + 1) / recipe.steps)
     return recipe.rate * factor, recipe.betas[0]
@@ -127,11 +126,12 @@ def _cross_entropy(
     outputs: Tensor, truth: Tensor, weights: Tensor, generator: torch.Generator, stride: int
 ) -> Tensor:
     logits, numbers = sampled(outputs, truth, stride, generator)  # (B, heads, C, h, w), (B, h, w)
-    losses = []
+    total = outputs.new_zeros(())
     for head, weights_of_images in enumerate(weights):
-        of_pixels = F.cross_entropy(logits[:, head], numbers.long(), ignore_index=NO_CLASS, reduction="none")
-        losses.append((of_pixels.mean(dim=(1, 2)) * weights_of_images).mean())
-    return torch.stack(losses).sum()
+        losses = F.cross_entropy(logits[:, head], numbers.long(), ignore_index=NO_CLASS, reduction="none")
+        of_images = losses.mean(dim=(1, 2))
+        total = total + (of_images * weights_of_images).mean()
+    return total
 
 
 def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int) -> Tensor:
@@ -146,16 +146,19 @@ def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int) -> Tensor
     total: Tensor | None = None
     times = torch.zeros(height, width)
     for top, left in product(_starts(height, side), _starts(width, side)):
-        square = ..., slice(top, top + side), slice(left, left + side)
-        outputs = see(image[square][None])[0]
+        rows = slice(top, top + side)
+        columns = slice(left, left + side)
+        outputs = see(image[None, :, rows, columns])[0]
         if total is None:
             total = outputs.new_zeros(*outputs.shape[:-2], height, width)
-        total[square] += outputs  # in place: with all classes of all heads this is more than a gigabyte
-        times[square] += 1
+        # In place: with all classes of all heads this is more than a gigabyte.
+        total[..., rows, columns] += outputs
+        times[rows, columns] += 1
     assert total is not None
     return total.div_(times.to(total))
 
 
 def _starts(size: int, side: int) -> list[int]:
     """Where windows begin; the last one ends with the image."""
-    return [*range(0, size - side, side * 2 // 3), size - side]
+    step = side * 2 // 3
+    return [*range(0, size - side, step), size - side]

@@ -42,8 +42,8 @@ def _best_strength(train: Rows) -> float:
     is_held_out = held_out(train.labels, train.owners)
     if not is_held_out.any():
         return _PLAIN_STRENGTH
-    taught = train.part(~is_held_out)
-    judged = train.part(is_held_out)
+    taught = train.subset(~is_held_out)
+    judged = train.subset(is_held_out)
     classifier = _Classifier(taught)
     even = torch.ones(len(taught.labels), device=taught.labels.device)
     levels = []

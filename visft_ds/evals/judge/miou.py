@@ -1,8 +1,8 @@
 """Mean intersection over union of maps that are smaller than the labels.
 
-mIoU is the mean over classes of intersection over union, both summed over the images, at the labels' own size;
-pixels without a class count nowhere. Resamples of the training images are judged on every _STRIDE-th pixel of
-every _STRIDE-th row: only their spread is asked for.
+mIoU is the mean over classes of intersection over union, both summed over the images, at the labels' own
+size; pixels without a class count nowhere. Resamples of the training images are judged on every _STRIDE-th
+pixel of every _STRIDE-th row: only their spread is asked for.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ def _intersection_and_union(counts: Tensor) -> Tensor:
 
 def confusion(answers: Tensor, truth: Tensor, classes: int) -> Tensor:
     """(heads, answers, classes) pixels, of answers (heads, H, W); those without a class are left out."""
-    known = truth != NO_CLASS
+    has_class = truth != NO_CLASS
     counts = []
     for of_head in answers:
-        pairs = of_head[known] * classes + truth[known]
+        pairs = of_head[has_class] * classes + truth[has_class]
         counts.append(pairs.bincount(minlength=classes**2).view(classes, classes))
     return torch.stack(counts)
 

@@ -29,6 +29,7 @@ from visft_ds.evals.judge.encoders import check_open_clip_is_here
 from visft_ds.evals.judge.images import stamp
 from visft_ds.predict.loading import files_of_run
 from visft_ds.pretrained import HUB, TIMM
+from visft_ds.run_files import RECORD_FILE
 
 #: Labels of the variants that come by themselves.
 NOISE = "noise"
@@ -234,7 +235,7 @@ def _of_files(text: str) -> ModelSpec:
         if path is not None and not path.exists():
             raise ValueError(f"{path} does not exist; --help tells the forms of models")
     label = f"{base.stem}+{adapter.stem}" if adapter else base.stem
-    if (base / "run.json").is_file():
+    if (base / RECORD_FILE).is_file():
         files = files_of_run(base, recorded_config(base).visft, (), adapter=adapter)
         return ModelSpec(label, str(files.backbone), adapter=files.adapter, model=files.model)
     if base.is_dir():

@@ -35,9 +35,9 @@ def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
     """Accuracy of naming the object in a box."""
     train_crops, train_objects = _crops(train)
     test_crops, test_objects = _crops(test)
-    names = [name for name in test.classes if name]
+    categories = [name for name in test.classes if name]
 
-    def scores(features: Features, numbers: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
         of_test = features["test"]
         taught = rows_of_objects(features["train"]["pooled"], train_objects).in_groups(train.images.groups)
         judged = rows_of_objects(of_test["pooled"], test_objects).in_groups(test.images.groups)
@@ -52,9 +52,9 @@ def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
         sets={"train": train_crops, "test": test_crops},
         kinds=("clip", "pooled"),
         numbers=NUMBERS,
-        settings={"benchmark": "objects 4", "names": names},
+        settings={"benchmark": "objects 4", "names": categories},
         scores=scores,
-        texts=sentences(names, PLAIN),
+        texts=sentences(categories, PLAIN),
     )
 
 

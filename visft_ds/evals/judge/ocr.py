@@ -45,7 +45,7 @@ def ocr(label: str, train: WordSet, test: WordSet) -> Benchmark:
     train_images, train_words = train
     test_images, test_words = test
 
-    def scores(features: Features, numbers: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
         words = read(features["train"]["columns"], train_words, features["test"]["columns"], UPDATES)
         correct = [float(word == right) for word, right in zip(words, test_words, strict=True)]
         yield Score(WORDS.name, np.array(correct))
@@ -64,19 +64,20 @@ def ocr(label: str, train: WordSet, test: WordSet) -> Benchmark:
     )
 
 
-def read(known: Tensor, words: Sequence[str], asked: Tensor, updates: int) -> list[str]:
-    """Words that columns (n, C, w) say, by a reader that learns from known ones. A word that has more
-    characters than steps teaches nothing; equal neighbours need a blank between them.
+def read(train: Tensor, words: Sequence[str], test: Tensor, updates: int) -> list[str]:
+    """Words that columns (n, C, w) show, by a reader that learns those of training images.
+
+    A word that has more characters than steps teaches nothing; equal neighbours need a blank between them.
     """
-    if known.shape[2] * STEPS_PER_COLUMN < min(map(len, words)):
-        raise ValueError(f"features of {known.shape[2]} columns are too few for any word")
+    if train.shape[2] * STEPS_PER_COLUMN < min(map(len, words)):
+        raise ValueError(f"features of {train.shape[2]} columns are too few for any word")
     alphabet = sorted(set("".join(words)))  # a blank comes after it
     # One number for all channels: some hardly vary, and would be blown up to noise.
-    mean = known.mean(dim=(0, 2))
-    scale = known.std().clamp_min(1e-6)
+    mean = train.mean(dim=(0, 2))
+    scale = train.std().clamp_min(1e-6)
     with torch.random.fork_rng(devices=[]):  # the same for the same input, whatever was drawn before
         torch.manual_seed(0)
-        narrow = nn.Linear(known.shape[1], WIDTH)
+        narrow = nn.Linear(train.shape[1], WIDTH)
         lstm = nn.LSTM(WIDTH, WIDTH // 2, bidirectional=True, batch_first=True)
         classify = nn.Linear(WIDTH, STEPS_PER_COLUMN * (len(alphabet) + 1))
         reader = nn.ModuleList([narrow, lstm, classify])
@@ -97,7 +98,7 @@ def read(known: Tensor, words: Sequence[str], asked: Tensor, updates: int) -> li
             batch = torch.randint(len(words), (BATCH,))
             drawn = [words[place] for place in batch.tolist()]
             targets = torch.tensor([alphabet.index(character) for character in "".join(drawn)])
-            steps = log_probabilities(known[batch])
+            steps = log_probabilities(train[batch])
             lengths = torch.tensor([len(word) for word in drawn])
             loss = criterion(steps, targets, torch.full((BATCH,), len(steps)), lengths)
             optimizer.zero_grad()
@@ -107,8 +108,8 @@ def read(known: Tensor, words: Sequence[str], asked: Tensor, updates: int) -> li
             schedule.step()
     paths: list[list[int]] = []
     with torch.no_grad():
-        for part in asked.split(256):
-            paths += log_probabilities(part).argmax(dim=2).T.tolist()
+        for columns in test.split(256):
+            paths += log_probabilities(columns).argmax(dim=2).T.tolist()
     # Of the most likely path repeats are one character, blanks none.
     return ["".join(alphabet[step] for step, _ in groupby(path) if step < len(alphabet)) for path in paths]
 

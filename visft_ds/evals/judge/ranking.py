@@ -33,7 +33,10 @@ def hits(ranks: Tensor, k: int) -> FloatArray:
 
 def sentences(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Every class in every template, as `class_embeddings` expects them."""
-    return [template.replace("{}", name) for name in classes for template in templates]
+    texts: list[str] = []
+    for name in classes:
+        texts += [template.replace("{}", name) for template in templates]
+    return texts
 
 
 def class_embeddings(texts: Tensor, templates: int) -> Tensor:

@@ -47,7 +47,7 @@ def retrieval(label: str, images: ImageSet, captions: Sequence[str], owners: Int
         owners: (captions,) numbers of their images.
     """
 
-    def scores(features: Features, numbers: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
         pictures = features["images"]["clip"]
         texts = features["texts"]["clip"]
         own = torch.arange(len(pictures))

@@ -20,14 +20,18 @@ class Rows:
     labels: Tensor  #: (n,), numbers of classes; or (n, C), shares of them
     owners: Tensor  #: (n,), numbers of the images that they are of, or of the groups of these
 
-    def part(self, chosen: Tensor | slice) -> Rows:
+    def subset(self, chosen: Tensor | slice) -> Rows:
         """Some of them, by number or by a mask."""
-        return Rows(self.features[chosen], self.labels[chosen], self.owners[chosen])
+        return Rows(
+            features=self.features[chosen],
+            labels=self.labels[chosen],
+            owners=self.owners[chosen],
+        )
 
     def batches(self, size: int) -> Iterator[Rows]:
         """All of them in order, at most so many at once."""
         for start in range(0, len(self.labels), size):
-            yield self.part(slice(start, start + size))
+            yield self.subset(slice(start, start + size))
 
     def copies(self, draws: int) -> Tensor:
         """(1 + draws, owners), how often an owner's rows count: once, and as often as a bootstrap drew it."""

@@ -32,11 +32,11 @@ from visft_ds.evals.judge.sheet import segmentation_sheet
 
 IN_CONTEXT = Number(
     "in-context mIoU",
-    how="Nothing is trained: a patch takes the classes of the 30 training patches nearest by cosine, weighted by "
-    "softmax(similarity / 0.02).",
-    published="Two augmented passes at 512 pixels (504 for patches of 14) fill a memory of at most 10,240,000 "
-    "patches, in which pixels without a class are class 0. Judged at 512 pixels, after a one-to-one matching of "
-    "answers and classes; a class that does not occur counts as 0.",
+    how="Nothing is trained: a patch takes the classes of the 30 training patches nearest by cosine, "
+    "weighted by softmax(similarity / 0.02).",
+    published="Two augmented passes at 512 pixels (504 for patches of 14) fill a memory of at most "
+    "10,240,000 patches, in which pixels without a class are class 0. Judged at 512 pixels, after a "
+    "one-to-one matching of answers and classes; a class that does not occur counts as 0.",
     quick=f"Memory holds at most {QUICK.memory:,} patches. {SIZES}",
     source="https://github.com/vpariza/open-hummingbird-eval",
     differs=f"{NORMALISED}; search is exact (there quantised); all images take part (there not the last "
@@ -46,12 +46,12 @@ IN_CONTEXT = Number(
 LINEAR = Number(
     "linear mIoU",
     how="Batch normalisation and a linear layer on patches, by AdamW at 1e-3.",
-    published="40,000 steps of 16 augmented crops of 512 pixels; judged in windows of 512 pixels, 341 apart, at "
-    "the label's size.",
+    published="40,000 steps of 16 augmented crops of 512 pixels; judged in windows of 512 pixels, 341 apart, "
+    "at the label's size.",
     quick=f"{QUICK.segmentation.steps:,} steps of {BATCH} images. {SIZES}",
     source="https://github.com/facebookresearch/dinov3, eval/segmentation",
-    differs=f"{NORMALISED}; 504 pixels and windows 336 apart for patches of 14; the last iterate is judged (there "
-    "the best of eight evaluations on the test images)",
+    differs=f"{NORMALISED}; 504 pixels and windows 336 apart for patches of 14; the last iterate is judged "
+    "(there the best of eight evaluations on the test images)",
     chooses_layer=True,
     trained=True,
     crops=linear_segmentation.RECIPE.steps * BATCH,
@@ -67,12 +67,12 @@ def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol
     return replace(benchmark, sheet=partial(segmentation_sheet, test))
 
 
-def _scores(source: Source, numbers: Collection[str]) -> Iterator[Score]:
-    if IN_CONTEXT.name in numbers:
+def _scores(source: Source, names: Collection[str]) -> Iterator[Score]:
+    if IN_CONTEXT.name in names:
         yield in_context_miou(IN_CONTEXT.name, source)
-    if LINEAR.name in numbers:
+    if LINEAR.name in names:
         yield _linear_miou(source)
-    if OBJECTS.name in numbers:
+    if OBJECTS.name in names:
         taught = _objects(source, source.train).in_groups(source.train.images.groups)
         yield knn(OBJECTS.name, taught, _objects(source, source.test))
 

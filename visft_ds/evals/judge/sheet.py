@@ -28,15 +28,16 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
     overlaps = {model: _overlaps(test, score) for model, score in scores.items()}
     first, *_, last = overlaps.values()
     rows = []
-    for place in typical(last - first, count):
-        image = np.asarray(test.images.read(place))
+    for number in typical(last - first, count):
+        image = np.asarray(test.images.read(number))
         plain = draw_objects(image, [], [], {}, side=SIDE)
-        truth = _drawn(image, test.label(place), test.classes)
+        truth = _drawn(image, test.label(number), test.classes)
         panels = [(plain, "picture"), (truth, "what is there")]
         for model, score in scores.items():
             assert score.maps is not None, model
-            drawn = _drawn(image, score.maps[place], test.classes)
-            panels.append((drawn, f"{model}: {100 * overlaps[model][place]:.0f}"))
+            drawn = _drawn(image, score.maps[number], test.classes)
+            percent = 100 * overlaps[model][number]
+            panels.append((drawn, f"{model}: {percent:.0f}"))
         rows.append(side_by_side(*panels))
     return grid(rows)
 
@@ -73,6 +74,7 @@ def typical(changes: FloatArray, count: int) -> list[int]:
     """
     order = np.argsort(changes, kind="stable")
     count = min(count, len(order))
-    ranks = (np.arange(count) + 0.5) * len(order) / count
+    middles = np.arange(count) + 0.5
+    ranks = middles * len(order) / count
     places: list[int] = order[ranks.astype(int)].tolist()
     return places

@@ -10,7 +10,7 @@ from typing import Any
 from visft_ds.evals.judge.agreement import check_classifier, load_classifier
 from visft_ds.evals.judge.benchmark import PUBLISHED_SIDE, Benchmark
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.encoding import Settings, kinds_of
+from visft_ds.evals.judge.encoding import Settings, kinds_read
 from visft_ds.evals.judge.layers import blocks_of, read_after
 from visft_ds.evals.judge.model_text import ModelSpec
 from visft_ds.evals.judge.models import alike, load_encoder, weights_of
@@ -118,7 +118,7 @@ def check_needs(variants: Sequence[Variant], benchmarks: Sequence[Benchmark]) ->
                     raise ValueError(
                         f"{benchmark.label}: {variant.name} cannot feed the classifier of {base.name}"
                     )
-            elif not kinds_of(variant, benchmark):
+            elif not kinds_read(benchmark, variant.kinds):
                 kinds = " or ".join(benchmark.kinds)
                 raise ValueError(f"{benchmark.label} needs {kinds}, which {variant.name} does not have")
             elif benchmark.needs_text and not variant.has_text:

@@ -1,5 +1,5 @@
-"""Zero-shot classification, as in CLIP (https://arxiv.org/abs/2103.00020) and EVA-CLIP: an image has the class
-whose text is most similar. A class is the mean of its sentences, each of length 1.
+"""Zero-shot classification, as in CLIP (https://arxiv.org/abs/2103.00020) and EVA-CLIP: an image has the
+class whose text is most similar. A class is the mean of its sentences, each of length 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def zero_shot(label: str, data: ClassSet) -> Benchmark:
     """Top-1 and, with more than five classes, top-5 accuracy."""
     numbers = NUMBERS if len(data.classes) > 5 else (TOP1,)
 
-    def scores(features: Features, asked: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
         images = features["test"]["clip"]
         texts = features["texts"]["clip"]
         ranks = rank_by_text(images, texts, len(data.templates), data.labels)
