@@ -19,11 +19,13 @@ Exif = Literal["apply", "ignore"] | None
 #: Name of a split in a data set -> its name among the shards.
 SPLITS: Mapping[str, str] = {
     "train": "train",
+    "default": "train",  # CVAT's name of the only one
     "val": "val",
     "valid": "val",
     "validation": "val",
     "test": "test",
 }
+CLASSES = "classes.txt"  #: a list of names, one a line
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 _EXAMPLES = 3
 
