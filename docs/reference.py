@@ -1,5 +1,5 @@
-"""Pages that `make docs` writes from the code: configuration.md (the schema and its comments), numbers.md (what
-`visft judge` measures), api.md (autodoc).
+"""Pages that `make docs` writes from the code: configuration.md (the schema and its comments), numbers.md
+(what `visft judge` measures), api.md (autodoc).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from visft_ds.evals.judge.kinds import KINDS
 
 HEAD = """# Configuration keys
 
-Every key that a settings file or `--set KEY=VALUE` accepts. `N` is an index in a list. *Required* keys have no default;
-the shipped files set them.
+Every key that a settings file or `--set KEY=VALUE` accepts. `N` is an index in a list. *Required* keys have
+no default; the shipped files set them.
 """
 NUMBERS_HEAD = """# Numbers of visft judge
 

@@ -7,7 +7,8 @@ flags: the command line of visft train; backbones: names behind --backbone; batc
 record: the form of run.json.
 
 A new key: a field in schema.py with a "#:" comment; `NOT_IDENTITY` in resolve.py if a resume may change it.
-Ask first whether an existing one can carry it. What depends on the data is no key's default: prepare/settle.py.
+Ask first whether an existing one can carry it. What depends on the data is no key's default but decided in
+prepare/settle.py.
 """
 
 from visft_ds.config.batches import Batches, derive_batches

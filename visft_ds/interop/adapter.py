@@ -259,7 +259,8 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
     for other in others:
         if (other.model, other.layers) != (first.model, first.layers):
             raise ValueError(
-                f"adapters of {describe_model(first.model)} and {describe_model(other.model)} cannot be averaged"
+                f"adapters of {describe_model(first.model)} and {describe_model(other.model)} "
+                "cannot be averaged"
             )
         if other.base != first.base:
             raise ValueError("adapters of different base weights cannot be averaged: give those of one base")

@@ -299,13 +299,15 @@ def fingerprint_of(backbone: Backbone, path: str | Path) -> str:
     `open_backbone`.
     """
     weights = open_backbone(backbone, path)
-    return fingerprint({name: weights[name] for name in base_parameters(backbone)})
+    names = base_parameters(backbone)
+    return fingerprint({name: weights[name] for name in names})
 
 
 def bases_of(backbone: Backbone, path: str | Path) -> set[str]:
     """Fingerprints of the base weights that a file holds, or that training or merging made it of."""
     own = fingerprint_of(backbone, path)
-    return {own, open_weights(path).metadata.get(BASE, own)}
+    header = open_weights(path).metadata
+    return {own, header.get(BASE, own)}
 
 
 def other_base(what: str, trained_on: str | None, bases: set[str]) -> str | None:
@@ -314,5 +316,6 @@ def other_base(what: str, trained_on: str | None, bases: set[str]) -> str | None
     """
     if trained_on is None or trained_on in bases:
         return None
+    theirs = trained_on[:12]
     here = ", ".join(fingerprint[:12] for fingerprint in bases)
-    return f"{what} was trained on other base weights ({trained_on[:12]}) than these ({here})"
+    return f"{what} was trained on other base weights ({theirs}) than these ({here})"

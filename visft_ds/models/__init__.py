@@ -23,9 +23,9 @@ from visft_ds.pretrained import TIMM
 
 #: Called with images (B, 3, H, W), a backbone gives a map (B, D, h, w) for each of its `shapes`, (D, pixels
 #: to a cell); with `prefixes` then the tokens that a plain ViT has in front of its patches; with `frames`,
-#: the sizes of images that differ, features are those of each image alone. `pixel_mean` and `pixel_std` normalise
-#: images, `recompute` says what the backward pass computes again, `layers_read` which blocks are read (none:
-#: the last); `width` and `patch_size` are of the last map.
+#: the sizes of images that differ, features are those of each image alone. `pixel_mean` and `pixel_std`
+#: normalise images, `recompute` says what the backward pass computes again, `layers_read` which blocks are
+#: read (none: the last); `width` and `patch_size` are of the last map.
 Backbone = EvaViT | TimmBackbone
 
 

@@ -148,7 +148,11 @@ class Block(nn.Module):
         """(B, N, D) -> (B, N, D), in the dtype of the residual stream, its branches in `dtype`, without
         autocast; with a packing (1, T, D)."""
         stream = x.flatten(0, 1)  # rows cost the host less than a batch of them
-        attended = self._attended(stream, dtype, len(x), packing)
+        # Not in a method of its own: torch.compile would make one graph more of it.
+        branch = stream if self.post_norm else self.norm1(stream)
+        branch = branch.to(dtype)
+        attended = self.attn(branch, len(x), packing)
+        del branch  # the MLP needs most memory of all
         if recompute_mlp:
             stream, branch = _checkpoint(self._projected_and_mlp, stream, attended)
         else:
@@ -157,20 +161,6 @@ class Block(nn.Module):
         if self.post_norm:
             branch = self.norm2(branch)
         return (stream + branch).view(x.shape)
-
-    def _attended(
-        self,
-        x: Tensor,
-        dtype: torch.dtype,
-        images: int,
-        packing: Packing | None,
-    ) -> Tensor:
-        """What the attention makes of the residual stream, before its projection."""
-        if not self.post_norm:
-            x = self.norm1(x)
-        x = x.to(dtype)
-        attended: Tensor = self.attn(x, images, packing)
-        return attended
 
     def _projected_and_mlp(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream after the first branch, and the result of the second branch,

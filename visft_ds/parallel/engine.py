@@ -113,7 +113,7 @@ def start_process_group() -> None:
 
 
 def _join_alone_or_again(backend: str) -> None:
-    """Join the process group where DeepSpeed would go wrong: in one process, and after a restart by torchrun."""
+    """Join the process group where DeepSpeed goes wrong: in one process, and after a restart by torchrun."""
     if dist.is_initialized():
         return
     store: Any

@@ -41,14 +41,18 @@ class Partition:
 
     def rows(self, micro_batches: int) -> list[tuple[str, str]]:
         """Rows for the stages, and for the idle share of the time."""
-        names = ["embedding", *(f"blocks.{index}" for index in range(len(self.costs) - 2)), "heads"]
+        blocks = [f"blocks.{index}" for index in range(len(self.costs) - 2)]
+        names = ["embedding", *blocks, "heads"]
         total = sum(self.costs)
+        bounds = pairwise(self.bounds)
         rows = []
-        for stage, (start, stop) in enumerate(pairwise(self.bounds)):
-            first, last = names[start], names[stop - 1]
-            span = first if first == last else f"{first} to {last}"
-            share = sum(self.costs[start:stop]) / total
-            rows.append((f"stage {stage}", f"{span} ({stop - start} layers), {share:.1%} of the operations"))
+        for stage, cost in enumerate(self.stage_costs()):
+            start, stop = next(bounds)
+            span = names[start]
+            if stop - start > 1:
+                span += f" to {names[stop - 1]}"
+            share = f"{cost / total:.1%} of the operations"
+            rows.append((f"stage {stage}", f"{span} ({stop - start} layers), {share}"))
         idle = f"{self.bubble(micro_batches):.0%} of the time, predicted for {micro_batches} micro-batches"
         return [*rows, ("bubble", f"{idle} per step; a smaller micro_batch shrinks it")]
 
@@ -63,10 +67,17 @@ def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
             cost = sum(costs[start:])
             return cost, cost**2, (start, len(costs))
         options = []
-        for stop in range(start + 1, len(costs) - runs + 2):
+        last_stop = len(costs) - runs + 1  # a layer for each run behind
+        for stop in range(start + 1, last_stop + 1):
             cost = sum(costs[start:stop])
             most, squares, bounds = best(stop, runs - 1)
-            options.append((max(cost, most), cost**2 + squares, (start, *bounds)))
+            options.append(
+                (
+                    max(cost, most),
+                    cost**2 + squares,
+                    (start, *bounds),
+                )
+            )
         return min(options)
 
     return best(0, stages)[2]

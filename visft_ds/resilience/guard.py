@@ -106,8 +106,8 @@ def first_non_finite(
 
 @contextlib.contextmanager
 def watched(module: nn.Module, findings: list[str]) -> Iterator[None]:
-    """Append to `findings` what is not finite in passes through a module: targets, outputs, gradients, as they
-    come.
+    """Append to `findings` what is not finite in passes through a module: targets, outputs and gradients, in
+    the order in which they come.
     """
     seen = set[str]()
     batch = list[Batch]()

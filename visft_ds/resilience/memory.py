@@ -97,9 +97,9 @@ def memory_explained(
             f"  {lines[0]}\n"
             f"  measured: {measured}\n"
             f"  Try --set {key}.micro_batch=N with a smaller number (in fp32 and without dropout the same "
-            "losses), --set visft.model.activation_checkpointing=block, or --engine zero3_offload; `visft plan "
-            "--cluster 8xA100-80GB`, with your GPUs and the same --stage, --model and --set, predicts what each "
-            "needs."
+            "losses), --set visft.model.activation_checkpointing=block, or --engine zero3_offload; "
+            "`visft plan --cluster 8xA100-80GB`, with your GPUs and the same --stage, --model and --set, "
+            "predicts what each needs."
         ) from None
 
 

@@ -98,7 +98,8 @@ def _start_from_adapter(config: VisftConfig, path: Path) -> Start:
     backbone = build_empty(config.model.preset, torch.float32, config.model.backbone_options())
     if adapter.model != model_of(backbone):
         raise ValueError(
-            f"visft.init_from: the adapter in {path} is for {describe_model(adapter.model)}, not for this model"
+            f"visft.init_from: the adapter in {path} is for {describe_model(adapter.model)}, "
+            "not for this model"
         )
     there = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
     _check_lora(path, there, config.lora)

@@ -106,8 +106,8 @@ class Vocabulary:
         in_one = sorted(set(self.words) ^ set(other.words))
         examples = ", ".join(map(repr, in_one[:5])) or "none"
         raise ValueError(
-            f"{this} and {that} have different vocabularies, of {self.size} and {other.size} ids; words of one "
-            f"of them only: {examples}. {_REMEDY}"
+            f"{this} and {that} have different vocabularies, of {self.size} and {other.size} ids; words of "
+            f"one of them only: {examples}. {_REMEDY}"
         )
 
     def check_size(self, vocabulary_size: int) -> None:
