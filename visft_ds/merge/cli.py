@@ -18,9 +18,9 @@ visft merge --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --run runs/stage2-eva_
     --out merged.safetensors --format timm --verify
 
 Base: .safetensors, .pt; any known layout; for a run it may be left out.
---run takes a run or a checkpoint, --adapter an adapter folder, also of PEFT, or a LoRA file as ViSFT published
-them. Several are averaged; without any, the base is converted to the format. An --out without suffix is a folder: weights, the
-configuration of the library that reads them, and a model card.
+--run takes a run or a checkpoint, --adapter an adapter folder, also of PEFT, or a LoRA file as ViSFT
+published them. Several are averaged; without any, the base is converted to the format. An --out without
+suffix is a folder: weights, the configuration of the library that reads them, and a model card.
 
 Exit status: 0 written, 1 --verify found different outputs (nothing is kept), 2 wrong usage or input.
 """

@@ -193,7 +193,9 @@ def _check(flags: argparse.Namespace) -> None:
     if flags.out.exists():
         raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
     if not flags.adapters and (flags.base is None or flags.scale != 1 or flags.format == "peft"):
-        raise ValueError("--run RUN or --adapter PATH is needed, or --base FILE to write in another --format or --dtype")
+        raise ValueError(
+            "give --run RUN or --adapter PATH, or --base FILE to write it in another --format or --dtype"
+        )
     if not abs(flags.scale) <= 1e9:
         raise ValueError(f"--scale {flags.scale:g} is not allowed: give a number from -1e9 to 1e9")
     suffix = Path(FORMATS[flags.format].file).suffix
