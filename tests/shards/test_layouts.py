@@ -129,6 +129,7 @@ def test_captioned_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (manifest.counts["images"], manifest.counts["captions"]) == (12, 14)
     assert list(manifest.left_out) == [["gone.jpg", "no such file in the images folder"]]
     assert manifest.labels == {"captions"} and manifest.vocabulary["dog"] == 2
+    assert f"to split it off: visft shards {tmp_path}/mine --val 0.2 --replace" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -200,3 +201,66 @@ def test_names_that_would_move_a_terminal_are_shown_as_escapes(
     assert main(["build", *tree.arguments(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
     assert "1 x name not allowed" in told and "\x1b" not in told and r"a\n\x1b[2Jb.jpg" in told
+
+
+def _exported(folder: Path, file: str, prefix: str = "", images: str = "images") -> Path:
+    """A COCO data set in the form of a tool: its annotation file, and what its image names begin with."""
+    tree = write_tree(folder, 6)
+    tree.captions.unlink()
+    for image in list(tree.images.iterdir()):
+        (folder / images).mkdir(parents=True, exist_ok=True)
+        image.rename(folder / images / image.name)
+    tree.edit(
+        lambda content: [image.update(file_name=prefix + image["file_name"]) for image in content["images"]]
+    )
+    (folder / file).parent.mkdir(exist_ok=True)
+    tree.instances.rename(folder / file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "prefix", "images"),
+    [
+        ("annotations/instances_default.json", "", "images/default"),  # CVAT, COCO 1.0
+        ("annotations/instances_Train.json", "", "images/Train"),  # CVAT, a subset
+        ("annotations/person_keypoints_default.json", "", "images/default"),  # CVAT, COCO Keypoints 1.0
+        ("annotations/person_keypoints_train2017.json", "", "train2017"),
+        ("result.json", "images/", "images"),  # Label Studio
+        ("annotations.json", "", "images"),
+        ("annotations/annotations.json", "", "images"),
+        ("annotations.json", "", "."),
+    ],
+)
+def test_coco_files_of_tools(tmp_path: Path, file: str, prefix: str, images: str) -> None:
+    folder = _exported(tmp_path / "mine", file, prefix, images)
+    assert main([str(folder), "--val", "0.4"]) == 0
+    counts = [Manifest.load(tmp_path / "mine-shards", split).counts for split in ("train", "val")]
+    assert [count["images"] for count in counts] == [4, 2]
+    assert [count["left_out"] for count in counts] == [0, 0]
+
+
+def test_a_file_of_a_common_name_makes_no_second_layout(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "annotations.json").write_text("not json")
+    assert recognise(tmp_path)[0] == "YOLO"
+    (tmp_path / "data.yaml").unlink()
+    with pytest.raises(ValueError, match=r"annotations\.json: cannot be read as a COCO file"):
+        recognise(tmp_path)
+
+
+def test_label_studios_yolo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mine"
+    write_yolo(folder)
+    (folder / "data.yaml").unlink()
+    for name in ("images", "labels"):
+        (folder / "train" / name).rename(folder / name)
+    (folder / "classes.txt").write_text("cat\nyes\r\ndog\n")
+    assert main([str(folder), "--val", "0.4"]) == 0
+    manifest = Manifest.load(tmp_path / "mine-shards", "train")
+    assert [category.name for category in manifest.categories] == ["cat", "yes", "dog"]
+    assert manifest.counts["images"] == 3
+    (folder / "classes.txt").write_text("")
+    capsys.readouterr()
+    assert main([str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "classes.txt: cannot be read as a list of classes" in error and error.count("\n") == 1

@@ -55,6 +55,7 @@ from visft_ds.files import (
 )
 from visft_ds.shards.coco import CocoSource, SourceImage, read_coco
 from visft_ds.shards.common import CocoFile, Exif, Findings, Json, is_split_name
+from visft_ds.shards.division import Division
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
 
 _MAX_IMAGE_BYTES = 1 << 30
@@ -83,6 +84,7 @@ class Options:
     exif: Exif = None
     masks_from_boxes: bool = False  #: an object without a mask gets the ellipse in its box
     maps: CocoFile | None = None  #: label maps instead of instances
+    division: Division | None = None  #: only the images of one side of it
 
     def __post_init__(self) -> None:
         if _ADDRESS.match(str(self.out)):
@@ -104,7 +106,7 @@ class Options:
 
     def content(self) -> Json:
         """Settings that determine the bytes beside the files, for the manifest."""
-        return {
+        content: Json = {
             "max_size": self.max_size,
             "limit": self.limit,
             "seed": self.seed,
@@ -112,6 +114,10 @@ class Options:
             "masks_from_boxes": self.masks_from_boxes,
             "tokenizer": TOKENIZER,
         }
+        if self.division is not None:  # its seed is the one above
+            content["val"] = self.division.share
+            content["group"] = self.division.group
+        return content
 
     @property
     def state(self) -> Path:
@@ -160,7 +166,12 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
 
 def _plan(options: Options) -> _Plan:
     source = read_coco(
-        options.instances, options.captions, options.ids, options.masks_from_boxes, options.maps
+        options.instances,
+        options.captions,
+        options.ids,
+        options.masks_from_boxes,
+        options.maps,
+        options.division,
     )
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
     order = np.argsort(np.random.Philox(key=key).random_raw(len(source.images)), kind="stable")
@@ -233,7 +244,7 @@ def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[M
         root=options.out,
         split=options.split,
         categories=source.categories,
-        counts={**_counts(images, options.maps is not None), "left_out": len(plan.left_out)},
+        counts={**_counts(images, options), "left_out": len(plan.left_out)},
         having_category={str(category.coco_id): having[category.coco_id] for category in source.categories},
         object_sides={} if options.maps is not None else _quantiles([image.sides for image in images]),
         shards=tuple(shards),
@@ -250,10 +261,12 @@ def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[M
     return manifest, file.getvalue()
 
 
-def _counts(images: Sequence[SourceImage], of_maps: bool) -> dict[str, int]:
+def _counts(images: Sequence[SourceImage], options: Options) -> dict[str, int]:
     counts = {"images": len(images)}
+    if options.division is not None and options.division.group is not None:
+        counts["groups"] = len({options.division.group_of(image.file_name) for image in images})
     trainable = sum(image.trainable for image in images)
-    if of_maps:  # no objects, which other tasks learn
+    if options.maps is not None:  # no objects, which other tasks learn
         counts["regions"] = trainable
     else:
         counts["annotations"] = sum(image.objects for image in images)

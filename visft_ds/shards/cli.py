@@ -12,15 +12,17 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.data.shards import Manifest, splits_in, verify
+from visft_ds.data.shards import Manifest, manifest_path, splits_in, verify
 from visft_ds.errors import tell
 from visft_ds.files import shown_name
 from visft_ds.flags import Parser, check_least, parse_size
 from visft_ds.shards.build import Options, build, reasons
-from visft_ds.shards.common import FolderSplit, lines_of
+from visft_ds.shards.common import Findings, FolderSplit, lines_of
+from visft_ds.shards.division import Division
 from visft_ds.shards.layouts import recognise
 
 _SHOWN = 40  #: classes that are listed
@@ -64,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Make shards, index and manifest of a data set. A folder is recognised by its files: COCO, "
-        "Roboflow's COCO export, YOLO (data.yaml), images with captions (jsonl), or with label maps "
-        "(ADE20k, Cityscapes, your own)."
+        "Make shards, index and manifest of a data set. A folder is recognised by its files: COCO (also of "
+        "CVAT, Label Studio and Roboflow), YOLO (data.yaml or classes.txt), images with captions (jsonl), "
+        "or with label maps (ADE20k, Cityscapes, your own)."
     )
     add = parser.add_argument
     add(
@@ -81,6 +83,18 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     add("--captions", type=Path, metavar="FILE", help="captions_*.json of COCO; this, --instances or both")
     add("--out", type=Path, metavar="DIR", help="folder for the shards (default of FOLDER: FOLDER-shards)")
     add("--split", metavar="NAME", help="name of the split and of its files (of a FOLDER: only this split)")
+    add(
+        "--val",
+        type=float,
+        metavar="SHARE",
+        help="split off validation: this share of the images becomes `val`, the others `train`, e.g. 0.2",
+    )
+    add(
+        "--group",
+        metavar="PATTERN",
+        help="with --val: images with the same match of this regular expression in their file names, or the "
+        "same text in its first parenthesis, stay together, e.g. '^[^_]+' for VIDEO_FRAME.jpg",
+    )
     add("--ids", type=Path, metavar="FILE", help="only these images: one image id or file name per line")
     add(
         "--masks-from-boxes",
@@ -95,7 +109,13 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     )
     add("--limit", type=int, metavar="N", help="only the first N images of the random order")
     add("--max-size", default="256MB", metavar="SIZE", help="largest size of a shard (default %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the order of samples (default %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the order of samples and of --val (default %(default)s)",
+    )
     add(
         "--exif",
         choices=("apply", "ignore"),
@@ -128,7 +148,8 @@ def _build(arguments: argparse.Namespace) -> None:
     if missing:
         raise ValueError(f"{', '.join(missing)}: missing; give these, or a FOLDER that is recognised")
     files = {name: getattr(arguments, name) for name in _FILES}
-    _build_split(arguments, arguments.out, FolderSplit(arguments.split, **files))
+    for split in _divided(arguments, [FolderSplit(arguments.split, **files)]):
+        _build_split(arguments, arguments.out, split)
 
 
 def _build_folder(arguments: argparse.Namespace) -> None:
@@ -138,6 +159,7 @@ def _build_folder(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.folder} is a data set: leave out {', '.join(doubled)}, or the folder")
     source = Path(os.path.abspath(arguments.folder))
     layout, splits, unread = recognise(source, arguments.split, arguments.exif, arguments.void)
+    splits = _divided(arguments, splits)
     folder = source.parent if source.is_file() else source
     out = arguments.out or Path(f"{folder}-shards")
     print(f"{arguments.folder}: {layout}, {', '.join(split.name for split in splits)}")
@@ -147,9 +169,39 @@ def _build_folder(arguments: argparse.Namespace) -> None:
         _build_split(arguments, out, split)
     if not arguments.dry_run:
         command = ["visft", "train", "--data", str(out)]
-        if "train" not in splits_in(out):
+        finished = splits_in(out)
+        if "val" not in finished:
+            words = ["visft", "shards", str(arguments.folder), "--val", "0.2", "--replace"]
+            print(f"no validation split; to split it off: {shlex.join(words)}")
+        if "train" not in finished:
             command += ["--set", f"visft.data.train={splits[0].name}"]
         print(f"train on it: {shlex.join(command)}")
+
+
+def _divided(arguments: argparse.Namespace, splits: list[FolderSplit]) -> list[FolderSplit]:
+    """The splits, of which `train`, or the only one, is divided into itself and `val` if `--val` says so.
+
+    Raises ValueError if there is a `val` already, or no split that is meant.
+    """
+    if arguments.val is None:
+        if arguments.group is not None:
+            raise ValueError("--group needs --val, e.g. --val 0.2")
+        return splits
+    division = Division(arguments.val, arguments.seed, arguments.group)
+    names = [split.name for split in splits]
+    if "val" in names:
+        raise ValueError("--val: the data set has a split 'val' already; leave out --val")
+    if "train" not in names and len(names) > 1:
+        raise ValueError(f"--val: there is no split 'train', only {', '.join(names)}; name one by --split")
+    result = list[FolderSplit]()
+    for split in splits:
+        if split.name == "train" or len(splits) == 1:
+            validation = replace(division, of_validation=True)
+            result.append(replace(split, division=division))
+            result.append(replace(split, name="val", division=validation, findings=Findings()))
+        else:
+            result.append(split)
+    return result
 
 
 def _build_split(arguments: argparse.Namespace, out: Path, split: FolderSplit) -> None:
@@ -157,6 +209,7 @@ def _build_split(arguments: argparse.Namespace, out: Path, split: FolderSplit) -
         raise ValueError("--void: this data set has no label maps")
     if split.maps is not None and arguments.masks_from_boxes:
         raise ValueError("--masks-from-boxes: this data set has label maps, no boxes")
+    _check_division(arguments, out, split)
     options = Options(
         images=split.images,
         instances=split.instances,
@@ -169,10 +222,14 @@ def _build_split(arguments: argparse.Namespace, out: Path, split: FolderSplit) -
         limit=arguments.limit,
         seed=arguments.seed,
         exif=arguments.exif,
+        division=split.division,
         masks_from_boxes=arguments.masks_from_boxes,
     )
     dry_run = arguments.dry_run
     manifest = build(options, workers=arguments.workers, dry_run=dry_run, replace=arguments.replace)
+    if split.division is not None and split.division.of_validation:
+        by = "image" if arguments.group is None else f"groups {arguments.group!r}"
+        print(f"val: split off, {arguments.val:g} of the images, by {by}, seed {arguments.seed}")
     print(f"{split.name}: {'would build' if dry_run else 'built'} {_size(manifest)}, in {out}")
     _print_classes(manifest)
     for findings in (split.findings, manifest.findings, reasons(manifest.left_out)):
@@ -180,6 +237,20 @@ def _build_split(arguments: argparse.Namespace, out: Path, split: FolderSplit) -
             print(line)
     if not dry_run:
         print(f"  fingerprint {manifest.fingerprint}")
+
+
+def _check_division(arguments: argparse.Namespace, out: Path, split: FolderSplit) -> None:
+    """Keep a `train` and a `val` of different divisions apart, as images would be in both.
+
+    Raises ValueError for a split that is no longer divided, while its other half is there.
+    """
+    if split.division is None and split.name in splits_in(out):
+        if "val" in Manifest.load(out, split.name).options:
+            raise ValueError(
+                f"{out}: 'val' was split off from its {split.name!r}: give the same --val, or another --out"
+            )
+    elif split.division is not None and arguments.replace and not arguments.dry_run:
+        manifest_path(out, "val").unlink(missing_ok=True)  # it is made again, and is none until then
 
 
 def _print_classes(manifest: Manifest) -> None:

@@ -17,6 +17,7 @@ from visft_ds.data.labels import is_box, is_near, is_polygon, is_run_length_code
 from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
 from visft_ds.shards.common import CocoFile, Findings, Json
+from visft_ds.shards.division import Division
 
 _ANOTHER_FORM = "mask given as [x, y, ...], as [[x, y], ...] or as text (read as polygons)"
 _NO_POLYGON = "polygon of fewer than three points, or not of numbers (left out of its mask)"
@@ -93,15 +94,16 @@ def read_coco(
     ids: Path | None = None,
     ellipses: bool = False,
     maps: CocoFile | None = None,
+    division: Division | None = None,
 ) -> CocoSource:
     """Read COCO JSON files; without instances, the images are those of the captions file.
 
     `ids` is a text file of image ids or file names, one a line: only these images. With `ellipses`, an object
-    without a mask gets the ellipse in its box.
+    without a mask gets the ellipse in its box. Of a `division`, only the images of its side.
 
     Raises:
         ValueError: no COCO file; two images or categories of one id; more than a tenth of the images or
-            annotations is unusable; nothing to learn.
+            annotations is unusable; too few images to divide; nothing to learn.
     """
     findings = Findings()
     files = Files()
@@ -117,6 +119,10 @@ def read_coco(
             entries = content["annotations"]
             if not images:
                 images = _read_images(content["images"], where, findings, selection)
+                if selection is not None:
+                    _check_selection(selection, images.values(), ids)
+                if division is not None:
+                    _divide(images.values(), division)
             if role == "captions":
                 # The captions of all of COCO are often given for a part of it.
                 unusable = _add_captions(entries, images, findings, of_other_images=instances is not None)
@@ -127,8 +133,6 @@ def read_coco(
             unusable.refuse_above_a_tenth(len(entries), where, "annotations")
             findings.update(unusable)
     chosen = [images[number] for number in sorted(images) if images[number].selected]
-    if selection is not None:
-        _check_selection(selection, chosen, ids)
     # 1 x 1 stands for a file that cannot be read, which is the better reason
     if not any(image.trainable or image.captions or image.width == image.height == 1 for image in chosen):
         raise ValueError(
@@ -158,7 +162,7 @@ def _read_selection(path: Path, files: Files) -> set[str]:
     return {line.strip() for line in text.splitlines()} - {""}
 
 
-def _check_selection(selection: Collection[str], images: Sequence[SourceImage], ids: Path | None) -> None:
+def _check_selection(selection: Collection[str], images: Collection[SourceImage], ids: Path | None) -> None:
     """Raise ValueError unless each line of the file `ids` names one of the images."""
     names = {image.file_name for image in images}
     numbers = {str(image.image_id) for image in images}
@@ -167,6 +171,13 @@ def _check_selection(selection: Collection[str], images: Sequence[SourceImage], 
         raise ValueError(
             f"--ids {ids}: {len(missing)} of {len(selection)} entries match no image: {missing[:3]}"
         )
+
+
+def _divide(images: Collection[SourceImage], division: Division) -> None:
+    """Leave only those images selected that are on this side of the division."""
+    names = division.chosen({image.file_name for image in images if image.selected})
+    for image in images:
+        image.selected = image.selected and image.file_name in names
 
 
 def _read_images(

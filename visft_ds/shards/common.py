@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from visft_ds.files import image_frame, shown_name
+from visft_ds.shards.division import Division
 
 Json = dict[str, Any]  # an object of a JSON file
 #: A COCO file, or its content where it was made of another format.
@@ -18,11 +19,13 @@ Exif = Literal["apply", "ignore"] | None
 #: Name of a split in a data set -> its name among the shards.
 SPLITS: Mapping[str, str] = {
     "train": "train",
+    "default": "train",  # CVAT's name of the only one
     "val": "val",
     "valid": "val",
     "validation": "val",
     "test": "test",
 }
+CLASSES = "classes.txt"  #: a list of names, one a line
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 _EXAMPLES = 3
 
@@ -59,6 +62,7 @@ class FolderSplit:
     captions: CocoFile | None = None
     maps: CocoFile | None = None  #: label maps, as instances of which no two of an image overlap
     findings: Findings = field(default_factory=Findings)  #: about the layout
+    division: Division | None = None  #: only one side of it
 
 
 def is_split_name(name: str) -> bool:

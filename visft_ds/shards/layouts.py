@@ -14,20 +14,24 @@ from pathlib import Path
 import orjson
 
 from visft_ds.files import checked_name, read_bytes, reading
-from visft_ds.shards.common import SPLITS, Exif, FolderSplit, Json, is_split_name, listed_image
+from visft_ds.shards.common import CLASSES, SPLITS, Exif, FolderSplit, Json, is_split_name, listed_image
 from visft_ds.shards.maps import map_layouts, read_maps
 from visft_ds.shards.yolo import read_yolo
 
 _YEAR = re.compile(r"^(train|val|test)\d{4}$")
 _COCO_FILE = re.compile(r"(?:(instances|maps|captions)_)?(.+)\.json")
+_KEYPOINTS_FILE = re.compile(r"person_keypoints_(.+)\.json")
+#: COCO files that no split has given its name: of Label Studio, and of many converters.
+_NAMELESS_COCO = ("result.json", "annotations.json")
 #: Names of files beside the images of a split, or in its folder.
 _ROBOFLOW = ("_annotations.coco.json",)
 _CAPTIONS = ("metadata.jsonl", "captions.jsonl")
 _LOOKED_FOR = """looked for
-  COCO      instances_SPLIT.json, captions_SPLIT.json or SPLIT.json, here or in annotations/;
-            images in SPLIT/ or images/
+  COCO      instances_SPLIT.json, person_keypoints_SPLIT.json, captions_SPLIT.json or SPLIT.json, here
+            or in annotations/, images in SPLIT/ or images/; result.json or annotations.json with images/
   Roboflow  SPLIT/_annotations.coco.json beside the images
-  YOLO      data.yaml (names, train, val), images/ and labels/; give the path of one of another name
+  YOLO      data.yaml (names, train, val), images/ and labels/; give the path of one of another name;
+            or classes.txt, images/ and labels/*.txt, as Label Studio writes them
   captions  metadata.jsonl or captions.jsonl (file_name, text) beside the images, here or in SPLIT/
   maps      classes.txt, images/SPLIT, labels/SPLIT; ADE20k's and Cityscapes' own folders
 or name the files: visft shards build --images DIR --instances FILE --out OUT --split train"""
@@ -47,7 +51,8 @@ def recognise(
             wrong.
     """
     if source.is_dir():
-        layouts = dict(_layouts(source))
+        # a file of a common name makes no second layout of a folder that is known without it
+        layouts = dict(_layouts(source)) or dict(_layouts_of_tools(source))
     elif source.is_file() and source.suffix in (".yaml", ".yml"):
         layouts = {"YOLO": [source]}
     else:
@@ -104,10 +109,19 @@ def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     yield from map_layouts(folder)
 
 
+def _layouts_of_tools(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    """The same of data sets as annotation tools export them."""
+    coco = [file.path for file in _coco_files_of_tools(folder)]
+    if coco:
+        yield "COCO", coco
+    if (folder / CLASSES).is_file() and (folder / "images").is_dir() and any(folder.glob("labels/**/*.txt")):
+        yield "YOLO", [folder / CLASSES]
+
+
 def _split_of(name: str) -> str:
     """Name among the shards of a split that is called `name` in a folder; "" if no split may have it."""
     name = _YEAR.sub(r"\1", name)
-    return SPLITS.get(name, name if is_split_name(name) else "")
+    return SPLITS.get(name.lower(), name if is_split_name(name) else "")
 
 
 @dataclass(frozen=True)
@@ -128,21 +142,48 @@ def _coco_files(folder: Path) -> Iterator[_CocoFile]:
             continue
         role, name = match.groups()
         split = _split_of(name)
-        candidates = [name, f"images/{name}", f"{name}/images"]
-        if split:
-            candidates += [split, f"images/{split}", f"{split}/images"]
-        folders = [folder / each for each in (*candidates, "images") if (folder / each).is_dir()]
-        images = folders[0] if folders else None
+        images = _images_of(folder, name, split)
         if role:
             yield _CocoFile(path, role, split, images)
         elif name in SPLITS and images:
             yield _CocoFile(path, "instances", split, images)
 
 
+def _images_of(folder: Path, name: str, split: str) -> Path | None:
+    """The folder of the images of a split that is called `name`."""
+    candidates = [name, f"images/{name}", f"{name}/images"]
+    if split:
+        candidates += [split, f"images/{split}", f"{split}/images"]
+    folders = [folder / each for each in (*candidates, "images") if (folder / each).is_dir()]
+    return folders[0] if folders else None
+
+
+def _coco_files_of_tools(folder: Path) -> Iterator[_CocoFile]:
+    """COCO files of names that only count where nothing else is recognised."""
+    for path in sorted((*folder.glob("*.json"), *folder.glob("annotations/*.json"))):
+        match = _KEYPOINTS_FILE.fullmatch(path.name)
+        if match is not None:
+            split = _split_of(match[1])
+            yield _CocoFile(path, "instances", split, _images_of(folder, match[1], split))
+        elif path.name in _NAMELESS_COCO:
+            yield _CocoFile(path, "instances", "train", _images_of_names(folder, path))
+
+
+def _images_of_names(folder: Path, path: Path) -> Path:
+    """The folder in which the first image of a COCO file is; `images` if it is nowhere."""
+    with reading(path, "a COCO file of instances"):
+        names = [str(image["file_name"]) for image in orjson.loads(read_bytes(path))["images"][:_SHOWN]]
+    for candidate in (folder / "images", folder / "JPEGImages", folder):
+        if any((candidate / name).is_file() for name in names):
+            return candidate
+    return folder / "images"
+
+
 def _coco(folder: Path, only: str | None) -> list[FolderSplit]:
     """The splits of a folder of COCO."""
     splits = dict[str, dict[str, Path]]()
-    for file in _coco_files(folder):
+    files = list(_coco_files(folder)) or list(_coco_files_of_tools(folder))
+    for file in files:
         if only not in (None, file.split):
             continue
         if not file.split or file.images is None:

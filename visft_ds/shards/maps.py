@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
-from visft_ds.shards.common import IMAGE_SUFFIXES, SPLITS, Findings, FolderSplit, Json
+from visft_ds.shards.common import CLASSES, IMAGE_SUFFIXES, SPLITS, Findings, FolderSplit, Json
 from visft_ds.tasks.classes import VOID
 
 #: The numbers that Cityscapes is judged by (https://github.com/mcordts/cityscapesScripts, labels.py).
@@ -64,7 +64,6 @@ _FOLDERS = {
 #: Layout -> what the names of images and of maps end with, before the suffix.
 _ENDINGS = {"Cityscapes": ("_leftImg8bit", "_gtFine_labelIds")}
 OWN = "label maps"  #: the layout for maps of one's own
-CLASSES = "classes.txt"  #: its list of names
 
 Numbers = npt.NDArray[np.uint8]
 

@@ -19,6 +19,7 @@ import yaml
 
 from visft_ds.files import checked_name, read_bytes, reading
 from visft_ds.shards.common import (
+    CLASSES,
     IMAGE_SUFFIXES,
     SPLITS,
     Exif,
@@ -69,14 +70,19 @@ class _NotThereError(ValueError):
 
 
 def read_yolo(path: Path, only: str | None = None, exif: Exif = None) -> list[FolderSplit]:
-    """The splits in a data.yaml, or `only` the one of this name; findings are labels without an image.
+    """The splits of a data.yaml, or of a classes.txt beside images/ and labels/, or `only` the one of this
+    name; findings are labels without an image.
 
     Raises:
         ValueError: no data.yaml; images that are missing, or outside its folder; no label for any image of a
             split; a wrong line in a label; more than a tenth of labels without an image.
     """
-    with reading(path, "a data.yaml of YOLO"):
-        data = _read_description(path, only)
+    if path.name == CLASSES:
+        with reading(path, "a list of classes, one name per line"):
+            data = _read_classes(path, only)
+    else:
+        with reading(path, "a data.yaml of YOLO"):
+            data = _read_description(path, only)
     splits = [_read_split(data, split, exif) for split in data.images]
     if splits:
         splits[0].findings.update(data.missing)
@@ -124,6 +130,23 @@ def _read_description(path: Path, only: str | None) -> _DataSet:
     )
 
 
+def _read_classes(path: Path, only: str | None) -> _DataSet:
+    """A data set without a data.yaml, as Label Studio exports it: each line names a class."""
+    names = read_bytes(path, _MAX_YAML_BYTES).decode("utf-8-sig").strip().splitlines()
+    folder = path.parent / "images"
+    images = {split: [folder / name] for name, split in SPLITS.items() if (folder / name).is_dir()}
+    if not images:
+        images = {"train": [folder]}
+    return _DataSet(
+        path=path,
+        roots=[path.parent],
+        names=_names({"names": [name.strip() for name in names]}),
+        keypoint_values=0,
+        images={split: folders for split, folders in images.items() if only in (None, split)},
+        missing=Findings(),
+    )
+
+
 def _read_split(data: _DataSet, split: str, exif: Exif) -> FolderSplit:
     where = f"{data.path}: {split}"
     sources = data.images[split]
@@ -168,7 +191,7 @@ def _find_unused(labels: set[Path], findings: Findings, where: str) -> None:
             unused.update(folder.glob("*.txt"))
     unused -= labels
     for label in sorted(unused):
-        if label.name != "classes.txt":  # annotation tools leave it
+        if label.name != CLASSES:  # annotation tools leave it
             findings.add("label without image", label)
     findings.refuse_above_a_tenth(len(unused) + len(labels), where, "labels")
 

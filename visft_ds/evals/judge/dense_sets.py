@@ -50,9 +50,9 @@ from visft_ds.evals.judge.images import (
 from visft_ds.files import checked_name, image_frame, open_image, read_bytes, reading
 from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import read_coco
-from visft_ds.shards.common import FolderSplit
+from visft_ds.shards.common import CLASSES, FolderSplit
 from visft_ds.shards.layouts import recognise
-from visft_ds.shards.maps import CLASSES, OWN, classes_of_maps, read_map
+from visft_ds.shards.maps import OWN, classes_of_maps, read_map
 from visft_ds.tasks.classes import VOID
 
 NOTHING = 65_535  #: number of a pixel of outlines that has no class; of label maps it is 255
