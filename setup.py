@@ -12,12 +12,13 @@ CONFIGURATIONS = {
     "visft_ds.ds_configs.engines": "ds_configs/engines",
     "visft_ds.ds_configs.models": "ds_configs/models",
 }
-#: An editable installation reads them where they are; setuptools would warn of the mapping.
-INSTALLED = {} if "editable_wheel" in sys.argv else CONFIGURATIONS
+#: An editable installation is the folder itself: configurations are read where they are.
+EDITABLE = "editable_wheel" in sys.argv
+INSTALLED = {} if EDITABLE else CONFIGURATIONS
 
 setup(
     packages=[*find_packages(include=["visft_ds", "visft_ds.*"]), *INSTALLED],
-    package_dir=INSTALLED,
+    package_dir={"": "."} if EDITABLE else INSTALLED,
     package_data={
         "": ["*.j2", "*.csv"],
         "visft_ds": ["py.typed"],

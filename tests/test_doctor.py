@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from visft_ds import doctor
+from visft_ds import doctor, flags
 from visft_ds.config.resolve import available
 from visft_ds.doctor import OK, PROBLEM, WARNING, Finding, main
 
@@ -64,3 +66,15 @@ def test_the_exit_code_says_whether_there_is_a_problem(
     assert main([]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-3:]] == [PROBLEM, WARNING, OK]  # the worst first
+
+
+def test_the_command_that_installs_names_where_the_package_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is on no index; a name that is free there could be anybody's."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert flags.install_command("eval") == "pip install -e '.[eval]'"
+    monkeypatch.chdir("/")
+    assert flags.install_command() == f"pip install -e {Path(__file__).parents[1]}"
+    origin = SimpleNamespace(read_text=lambda _: '{"url": "file:///a%20b/visft_ds-0.2.0-py3-none-any.whl"}')
+    monkeypatch.setattr(flags, "CHECKOUT", None)
+    monkeypatch.setattr(flags, "distribution", lambda _: origin)
+    assert flags.install_command("onnx") == "pip install '/a b/visft_ds-0.2.0-py3-none-any.whl[onnx]'"

@@ -128,4 +128,10 @@ def _run(words: list[str]) -> int:
     if count is not None and "RANK" not in os.environ:
         return start_ranks(words, count)
     command = COMMANDS[name]
-    return int(getattr(import_module(command.module), command.function)(words[1:]))
+    # A Ctrl-C waits for the end of the imports: in the middle of them pydantic makes an error of it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        function = getattr(import_module(command.module), command.function)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    return int(function(words[1:]))

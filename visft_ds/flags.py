@@ -6,11 +6,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 import re
+import shlex
 from collections.abc import Sequence
+from importlib.metadata import distribution
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
+from urllib.parse import unquote, urlsplit
 
 from visft_ds import CHECKOUT, program
 
@@ -88,10 +93,19 @@ def parse_size(text: str) -> int:
 
 
 def install_command(extra: str = "") -> str:
-    """Command that installs this package where it came from, with an extra."""
+    """Command that installs this package from where it came, a checkout or a wheel, with an extra."""
     command = "pip install -e" if CHECKOUT else "pip install"
-    source = "." if CHECKOUT else "visft_ds"
-    return f"{command} '{source}[{extra}]'" if extra else f"{command} {source}"
+    source = shlex.quote(f"{_source()}[{extra}]" if extra else _source())
+    return f"{command} {source}"
+
+
+def _source() -> str:
+    """The folder or wheel that this package was installed from, which is on no index."""
+    if CHECKOUT:
+        return "." if Path.cwd() == CHECKOUT else str(CHECKOUT)
+    origin = json.loads(distribution("visft_ds").read_text("direct_url.json") or "{}")
+    path = unquote(urlsplit(origin.get("url", "")).path)
+    return path or "visft_ds"
 
 
 def check_extra(what: str, extra: str, packages: Sequence[str]) -> None:

@@ -49,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         assert sets is not None  # nothing is missing
         command = [*program("train").split(), *words]
         result = train(config, sets, resume=options.resume, command=command, stop=stop)
+        if result.finished and os.environ.get("RANK", "0") == "0":
+            from visft_ds.run.advice import next_commands
+
+            print("\n".join(next_commands(config.visft)), flush=True)
         return result.stopped.status(config.visft.run.requeue_code)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         return tell(error)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
+from tests.test_printed_commands import failures, of_output
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.flags import SMALL_DATA
 from visft_ds.prepare import settle as recipe
+from visft_ds.prepare.inputs import missing_inputs
 from visft_ds.prepare.settle import settle
 from visft_ds.run import report
+from visft_ds.run.advice import next_commands
+from visft_ds.run.record import write_run
 
 
 def _resolved(shards: Path, *flags: str) -> ResolvedConfig:
@@ -83,3 +88,75 @@ def test_the_demos_recipe_reads_the_weights_that_pip_brought(
     assert settle(words).config.visft.model.weights.endswith(".pth")
     stated = settle([*words, "--set", "visft.model.weights=mine.safetensors"]).config
     assert stated.visft.model.weights == "mine.safetensors"
+
+
+def _first_stage(*flags: str, finished: bool = True) -> ResolvedConfig:
+    """A run of stage 1 as it lies in a folder after its command: its record, and what it exported."""
+    config = settle(["--data", "mine-shards", *flags]).config
+    run = Path(config.visft.run.out or "")
+    values = config.to_dict()
+    values["visft"]["data"]["root"] = str(Path("mine-shards").absolute())
+    record = write_run(run, values, 1, ["visft", "train", "--data", "mine-shards", *flags])
+    if finished:
+        (run / "export").mkdir()
+        (run / "export/export.json").write_bytes(record.read_bytes())
+        for task in config.visft.tasks.enabled():
+            (run / "export" / f"{task}.safetensors").touch()
+    return config
+
+
+@pytest.fixture
+def mine(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine-shards").symlink_to(shards)
+    Path("mine").mkdir()
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    ("flags", "targets"),
+    [
+        ((), ("blocks.[34].*.conv_pw", "blocks.[34].*.conv_pwl")),
+        (("--backbone", "timm:vit_small_patch14_dinov2"), ("q", "v")),
+    ],
+)
+def test_stage_2_follows_the_finished_stage_1_of_its_data(
+    flags: tuple[str, ...], targets: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that stage 1 prints, and the shortest that a user types."""
+    others = ("--set=visft.model.weights=null", "--tasks=detection,segmentation")
+    first = _first_stage(*flags, *others, "--set=visft.tasks.segmentation.head.num_queries=7").visft
+    printed = of_output("\n".join(next_commands(first)))
+    assert failures("the end of a run", printed, monkeypatch) == []
+    assert [line.split()[1] for line in printed] == ["predict", "report", "train"]
+    for line in (printed[-1], "visft train --stage 2 --data mine-shards"):
+        config = settle(shlex.split(line)[2:]).config
+        second = config.visft
+        assert (second.stage, second.model, list(second.tasks.enabled())) == (
+            2,
+            first.model,
+            ["detection", "segmentation"],
+        )
+        head = second.tasks.enabled()["segmentation"].head
+        assert head == first.tasks.enabled()["segmentation"].head and head.model_dump()["num_queries"] == 7
+        assert second.heads.path == f"{first.run.out}/export" and missing_inputs(config) == []
+        assert second.lora is not None and second.lora.targets == targets
+        reasons = {key: why for key, _, why in config.decisions}
+        assert reasons["visft.model.name"] == f"stage 1 of this data, {first.run.out}"
+    stated = settle(["--stage", "2", "--data", "mine-shards", "--model", "debug"]).config.visft
+    assert (stated.model.name, stated.heads.path) == ("debug", "runs/stage1-debug/export")
+
+
+@pytest.mark.usefixtures("mine")
+def test_stage_2_names_what_there_is_besides_one_finished_stage_1() -> None:
+    words = ["--stage", "2", "--data", "mine-shards"]
+    assert settle(words).config.visft.model.name == "eva_e", "nobody trained on this data"
+    _first_stage("--out", "runs/b c", finished=False)
+    (*_, heads) = missing_inputs(settle(words).config)
+    assert heads.command == "visft train --data mine-shards --out 'runs/b c'"
+    _first_stage("--out", "runs/a")
+    assert settle(words).config.visft.heads.path == "runs/a/export"
+    _first_stage("--out", "runs/d", "--steps", "30")
+    with pytest.raises(ValueError, match=r"2 runs .* runs/a, runs/d; add --heads runs/a/export or --heads "):
+        settle(words)
+    assert settle([*words, "--heads", "runs/d/export"]).config.visft.model.name == SMALL_DATA

@@ -65,7 +65,7 @@ def test_remote_samples_are_the_local_ones(local: Manifest, served: Served, tmp_
 
 
 def test_an_s3_store(local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moto = pytest.importorskip("moto.server", reason="no moto: pip install 'visft_ds[dev]'")
+    moto = pytest.importorskip("moto.server", reason="no moto: pip install '.[dev]'")
     server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     try:

@@ -331,7 +331,7 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(tmp_path
     other = adapter.scaled(3.0)
     save_adapter(other, run / "export" / "adapter")
     (run / "export/export.json").write_text((run / "run.json").read_text())
-    assert _run("--base", base, "--adapter", run, "--out", tmp_path / "last", "--format", "peft") == 0
+    assert _run("--base", base, "--run", run, "--out", tmp_path / "last", "--format", "peft") == 0
     assert read_adapter(tmp_path / "last").fingerprint() == other.fingerprint()
     record = (run / "run.json").read_text()
     changed = {
@@ -339,7 +339,7 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(tmp_path
         "identity": {"masks": "drawn"},
     }
     (run / "run.json").write_text(json.dumps(changed))
-    assert _run("--base", base, "--adapter", run, "--out", tmp_path / "part", "--format", "peft") == 0
+    assert _run("--base", base, "--run", run, "--out", tmp_path / "part", "--format", "peft") == 0
     card = (tmp_path / "part/README.md").read_text()
     assert "AP50" not in card and "| masks | drawn |" in card, "numbers of a part are none of the split"
 
@@ -349,7 +349,7 @@ def test_a_checkpoint_whose_adapter_is_not_all_is_refused(
 ) -> None:
     base, adapter, _ = _case(tmp_path)
     run = _unfinished_run(tmp_path, base, adapter, "backbone.norm.weight")
-    given = ("--base", base, "--adapter", run, "--out", tmp_path / "out.safetensors")
+    given = ("--base", base, "--run", run, "--out", tmp_path / "out.safetensors")
     assert _run(*given) == 2 and "trains its backbone itself" in capsys.readouterr().err
     damaged = run / "checkpoints" / "step_00000040" / "parameters.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])

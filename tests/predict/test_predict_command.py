@@ -22,7 +22,7 @@ ALL = ("--threshold", "0", "--batch-size", "1")
 
 
 def _run(out: Path, *arguments: Any) -> int:
-    model = () if "--model" in arguments else ("--model", "runs/stage2")
+    model = () if "--run" in arguments else ("--run", "runs/stage2")
     return main([*map(str, arguments), "--out", str(out), *model])
 
 
@@ -109,7 +109,7 @@ def test_predictions_are_no_input(place: Path, tmp_path: Path, monkeypatch: pyte
         (tmp_path / name).mkdir()
         Image.fromarray(np.full((30, 40, 3), 90, np.uint8)).save(tmp_path / name / "same.png")
     model = str(place / "stage1/export")
-    options = ("--model", model, "--image-size", "56")
+    options = ("--run", model, "--image-size", "56")
     monkeypatch.chdir(tmp_path)
     assert main([".", *options]) == 0  # into the default folder, below the one that is searched
     assert [one["file_name"] for one in _results(tmp_path / "predictions")["images"]] == [

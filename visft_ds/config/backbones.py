@@ -122,6 +122,14 @@ def model_of(backbone: Named, model: str | None) -> tuple[str | None, Flags]:
     return model, {f"visft.model.{key}": (value, source) for key, value in values.items()}
 
 
+def lora_targets(preset: str) -> Any:
+    """Layers that get LoRA in the shipped recipe whose backbone is called most like this one."""
+    shipped = {name: _model_file(name) for name in available("models")}
+    values = load_json(CONFIG_ROOT / "models" / f"{_nearest_model(preset, shipped)}.json")
+    targets = values.get("override", {}).get("stage2", {}).get("visft.lora.targets")
+    return targets or load_json(CONFIG_ROOT / "stage2.json")["visft"]["lora"]["targets"]
+
+
 def _nearest_model(preset: str, shipped: Mapping[str, tuple[str | None, Mapping[str, Any]]]) -> str:
     """Of the shipped models with published weights, the one whose preset is called most like this."""
     names = {}

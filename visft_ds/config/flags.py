@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 from visft_ds.config.backbones import model_of, named
-from visft_ds.config.record import read_run
+from visft_ds.config.record import RunFile, read_run
 from visft_ds.config.resolve import (
     DEFAULT_ENGINE,
     DEFAULT_MODEL,
@@ -18,9 +20,10 @@ from visft_ds.config.resolve import (
     load_json,
     merge,
 )
+from visft_ds.data.fetch import is_url
 from visft_ds.files import reading
 from visft_ds.flags import Command
-from visft_ds.run_files import RECORD_FILE, folder_of_run, run_of
+from visft_ds.run_files import EXPORT, EXPORT_RECORD_FILE, RECORD_FILE, folder_of_run, run_of
 
 #: File in ds_configs/models: the recipe for few photographs, which --data alone takes.
 SMALL_DATA = "small_data"
@@ -28,6 +31,8 @@ BACKBONE_HELP = (
     "backbone: a file, timm:NAME, hf-hub:ORG/NAME, a name in ds_configs/models, or a folder for timm"
 )
 DOWNLOAD_HELP = "download missing weights from the Hugging Face hub"
+#: Folder of the runs that no --out places elsewhere.
+RUNS = Path("runs")
 #: Flag -> the key that it is a word for.
 KEYS = {
     "data": "visft.data.root",
@@ -133,12 +138,20 @@ def build_parser() -> Command:
     return parser
 
 
+class FirstStage(NamedTuple):
+    """Run of stage 1 on whose heads a stage 2 goes on."""
+
+    run: Path
+    record: RunFile
+
+
 class Merged(NamedTuple):
     """Layers and flags of a command line, laid over each other."""
 
     tree: Tree
     model: str | None  #: file of ds_configs/models; None: one complete configuration instead
     backbone: Flags  #: what --backbone sets
+    first: FirstStage | None  #: run that decides what no flag of this stage 2 says
 
 
 def merge_arguments(options: argparse.Namespace) -> Merged:
@@ -182,9 +195,15 @@ def merge_arguments(options: argparse.Namespace) -> Merged:
             )
         stage = 1
         model = SMALL_DATA
+    backbone = options.backbone
+    first = None
+    if whole is None and stage == 2 and model is None and backbone is None:
+        first = _first_stage_of(options.data, options.heads)
+    if first is not None:
+        model, backbone = _recipe_of(first)
     of_backbone = Flags()
-    if options.backbone is not None:
-        model, of_backbone = model_of(named(options.backbone, download=options.download), model)
+    if backbone is not None:
+        model, of_backbone = model_of(named(backbone, download=options.download), model)
     if whole is None:
         model = model or DEFAULT_MODEL
         flags = {**of_backbone, **flags}
@@ -200,7 +219,68 @@ def merge_arguments(options: argparse.Namespace) -> Merged:
         settings=settings,
         batch_size=options.batch_size,
     )
-    return Merged(tree, None if whole else model, of_backbone)
+    return Merged(tree, None if whole else model, of_backbone, first)
+
+
+def _first_stage_of(data: str | None, heads: str | None) -> FirstStage | None:
+    """The run of stage 1 that `--heads` lies in; without that flag the one in `RUNS` on the same shards.
+
+    A run that has not finished counts where no other one has. None: there is none. Raises ValueError for
+    several.
+    """
+    if heads is not None:
+        run = run_of(Path(heads).parent) or run_of(Path(heads))
+        return None if run is None else _first_stage_in(run)
+    if data is None:
+        return None
+    stages = list[FirstStage]()
+    for path in sorted(RUNS.glob(f"*/{RECORD_FILE}")):
+        with suppress(ValueError):  # the record of another release is nobody's heads
+            first = _first_stage_in(path.parent)
+            if first is not None and _is_same_folder(first.record.config["visft"]["data"]["root"], data):
+                stages.append(first)
+    finished = [first for first in stages if (first.run / EXPORT / EXPORT_RECORD_FILE).is_file()]
+    stages = finished or stages
+    if len(stages) > 1:
+        runs = ", ".join(str(first.run) for first in stages)
+        flags = " or ".join(f"--heads {quote(f'{first.run}/{EXPORT}')}" for first in stages)
+        raise ValueError(f"{len(stages)} runs of stage 1 trained heads on {data}: {runs}; add {flags}")
+    return stages[0] if stages else None
+
+
+def _first_stage_in(run: Path) -> FirstStage | None:
+    """The run in a folder; None if it is not of stage 1. Raises ValueError as `read_run`."""
+    record = read_run(run)
+    with reading(run / RECORD_FILE, "the record of a run"):
+        return FirstStage(run, record) if record.config["visft"]["stage"] == 1 else None
+
+
+def _is_same_folder(recorded: str, data: str) -> bool:
+    if is_url(recorded) or is_url(data):
+        return recorded.rstrip("/") == data.rstrip("/")
+    return os.path.realpath(recorded) == os.path.realpath(data)
+
+
+def _recipe_of(first: FirstStage) -> tuple[str | None, str | None]:
+    """(--model, --backbone) of the command that started a run.
+
+    Raises ValueError where neither the command nor the name of its model says which file of settings it had.
+    """
+    words = first.record.command
+    for program in (["visft", "train"], ["launchers/train.py"]):
+        if words[: len(program)] != program:
+            continue
+        options = build_parser().parse_args(words[len(program) :])
+        if options.start is None and options.deepspeed_config is None:
+            if options.stage is None:
+                return SMALL_DATA, options.backbone
+            if options.model is None and options.backbone is None:
+                return DEFAULT_MODEL, None
+            return options.model, options.backbone
+    name = first.record.config["visft"]["model"]["name"]
+    if name not in available("models"):
+        raise ValueError(f"{first.run} does not say which --model file it had: give --model and --heads")
+    return name, None
 
 
 def _record_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:

@@ -75,8 +75,10 @@ class RemoteFolder:
         try:
             fsspec.get_filesystem_class(protocol)
         except ImportError as error:
-            needed = f"needs the package {_PACKAGES[protocol]}: pip install 'visft_ds[remote]'"
-            raise ValueError(f"{redacted(self.url)} {needed}") from error
+            package = _PACKAGES[protocol]
+            raise ValueError(
+                f"{redacted(self.url)} needs the package {package}: pip install {package}"
+            ) from error
 
     def read(self, name: str, most: int) -> bytes:
         """Content of a small file, which is not kept. Raises as `copy`."""

@@ -81,7 +81,8 @@ def judge(arguments: Sequence[str]) -> int:
     parser = _parser("judge", JUDGE)
     add = parser.add_argument
     add("base", metavar="BASE", help="model that the others are compared with")
-    add("tuned", nargs="+", metavar="TUNED", help="a model trained further, or seeds joined by commas")
+    add("tuned", nargs="*", metavar="TUNED", help="a model trained further, or seeds joined by commas")
+    add("--run", action="append", default=[], metavar="TUNED", help="the same as a flag; repeatable")
     add("--on", action="append", required=True, metavar="KIND=SOURCE", help="data to judge on; repeatable")
     add(
         "--control",
@@ -122,6 +123,9 @@ def judge(arguments: Sequence[str]) -> int:
     add("--batch-size", type=int, default=64, metavar="N", help="images per batch of a process (%(default)s)")
     add("--threads", type=int, default=4, metavar="N", help="decoding threads (%(default)s)")
     options = _parsed(parser, arguments)
+    options.tuned += options.run
+    if not options.tuned:
+        parser.error("the following arguments are required: TUNED")
     from visft_ds.evals.judge.command import run_judge
 
     return _done("judge", lambda: run_judge(options))
@@ -130,15 +134,21 @@ def judge(arguments: Sequence[str]) -> int:
 def report(arguments: Sequence[str]) -> int:
     """Run `visft report`; returns the exit status."""
     parser = _parser("report", REPORT)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of visft train")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run of visft train")
+    parser.add_argument(
+        "--run", type=Path, action="append", default=[], metavar="RUN", help="the same as a flag; repeatable"
+    )
     parser.add_argument("--judge", type=Path, metavar="DIR", help="folder that visft judge wrote")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="a .html file (default for one run: RUN/report.html)"
     )
     options = _parsed(parser, arguments)
+    runs = options.runs + options.run
+    if not runs:
+        parser.error("the following arguments are required: RUN")
     from visft_ds.evals.report import report_runs
 
-    return _done("report", lambda: print(f"wrote {report_runs(options.runs, options.judge, options.out)}"))
+    return _done("report", lambda: print(f"wrote {report_runs(runs, options.judge, options.out)}"))
 
 
 def _parser(name: str, about: str) -> Parser:

@@ -14,13 +14,13 @@ from visft_ds.interop.formats import FORMATS
 
 USAGE = """Merge LoRA adapters into base weights, or write an adapter in another format.
 
-visft merge --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapter runs/stage2-eva_e \\
+visft merge --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --run runs/stage2-eva_e \\
     --out merged.safetensors --format timm --verify
 
 Base: .safetensors, .pt; any known layout; for a run it may be left out.
-Adapter: a run, a checkpoint, an adapter folder, or a LoRA file as ViSFT published them; several are averaged;
-without any, the base is converted to the format. An --out without suffix is a folder: weights, the
-configuration of the library that reads them, and a model card.
+--run takes a run or a checkpoint, --adapter an adapter folder, also of PEFT, or a LoRA file as ViSFT
+published them. Several are averaged; without any, the base is converted to the format. An --out without
+suffix is a folder: weights, the configuration of the library that reads them, and a model card.
 
 Exit status: 0 written, 1 --verify found different outputs (nothing is kept), 2 wrong usage or input.
 """
@@ -44,10 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--base", metavar="NAME|FILE", help="base weights (default: those of the run)")
     add("--download", action="store_true", help=DOWNLOAD_HELP)
-    adapter = (
-        "run, checkpoint, adapter folder or ViSFT LoRA file; several: the mean; none: --base is converted"
-    )
-    add("--adapter", type=Path, action="append", default=[], metavar="PATH", help=adapter)
+    several = "repeatable: the mean; none: --base is converted"
+    adapters = {"dest": "adapters", "type": Path, "action": "append", "default": []}
+    add("--run", metavar="RUN", help=f"run, RUN/checkpoints/step_N or RUN/export; {several}", **adapters)
+    add("--adapter", metavar="PATH", help="adapter folder, also of PEFT, or ViSFT LoRA file", **adapters)
     add("--scale", type=float, default=1.0, help="factor of the adapter's effect (%(default)s)")
     add("--out", type=Path, required=True, metavar="PATH", help="a new file, or a new folder (no suffix)")
     form = "full weights for a library, a graph (onnx), or the adapter alone (peft); default %(default)s"

@@ -88,14 +88,14 @@ def merge_files(flags: argparse.Namespace) -> int:
 
 def _open_base(flags: argparse.Namespace, adapter: Adapter | None) -> Base:
     """The base weights of `--base`, or those of the run that the first adapter is of."""
-    run = run_around(flags.adapter[0]) if flags.adapter else None
+    run = run_around(flags.adapters[0]) if flags.adapters else None
     chosen = None
     if flags.base is not None:
         chosen = named(flags.base, download=flags.download)
         path = chosen.file(download=flags.download)
         weights = flags.base
     else:
-        path = base_of(flags.adapter[0])
+        path = base_of(flags.adapters[0])
         weights = None if run is None else recorded_config(run).visft.model.weights
     file = layouts.open_model(path)
     model = layouts.model_in(file) if layouts.MODEL in file.metadata else None
@@ -192,8 +192,10 @@ def _check(flags: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, before any file is read."""
     if flags.out.exists():
         raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
-    if not flags.adapter and (flags.base is None or flags.scale != 1 or flags.format == "peft"):
-        raise ValueError("--adapter PATH is needed, or --base FILE to write in another --format or --dtype")
+    if not flags.adapters and (flags.base is None or flags.scale != 1 or flags.format == "peft"):
+        raise ValueError(
+            "give --run RUN or --adapter PATH, or --base FILE to write it in another --format or --dtype"
+        )
     if not abs(flags.scale) <= 1e9:
         raise ValueError(f"--scale {flags.scale:g} is not allowed: give a number from -1e9 to 1e9")
     suffix = Path(FORMATS[flags.format].file).suffix
@@ -219,14 +221,14 @@ def _read_adapter(flags: argparse.Namespace) -> Adapter | None:
     is.
     """
     adapters = []
-    for path in flags.adapter:
+    for path in flags.adapters:
         adapter = adapter_at(path)
         if adapter is not None:
             adapters.append(adapter)
         text = adapter.describe() if adapter else "none, the run trained its backbone itself"
         print(f"adapter  {path}: {text}")
-    needed = len(flags.adapter) > 1 or flags.scale != 1 or flags.format == "peft"
-    if needed and len(adapters) < len(flags.adapter):
+    needed = len(flags.adapters) > 1 or flags.scale != 1 or flags.format == "peft"
+    if needed and len(adapters) < len(flags.adapters):
         raise ValueError(
             "a run that trained its backbone itself has no adapter to average, scale or write alone"
         )
@@ -243,7 +245,7 @@ def _describe_run(run: Path | None, flags: argparse.Namespace, facts: dict[str, 
 
     if flags.scale != 1:
         facts["scale of the adapter"] = f"{flags.scale:g}"
-    if run is None or len(flags.adapter) > 1:
+    if run is None or len(flags.adapters) > 1:
         return []
     config = recorded_config(run)
     settings = config.visft
@@ -253,7 +255,7 @@ def _describe_run(run: Path | None, flags: argparse.Namespace, facts: dict[str, 
     if "masks" in identity:
         facts["masks"] = identity["masks"]
     files = [folder / METRICS_FILE for folder in (run, run.parent) if (folder / METRICS_FILE).is_file()]
-    is_step = flags.adapter[0].name.startswith("step_")
+    is_step = flags.adapters[0].name.startswith("step_")
     if not files or flags.scale != 1 or settings.run.eval_limit is not None or is_step:
         return []
     records = list(read_metrics(files[0]))

@@ -13,9 +13,9 @@ from visft_ds.flags import Parser
 
 USAGE = """Find boxes, masks and captions in your own images; no annotations are needed.
 
-    visft predict dog.jpg --model runs/stage2
-    visft predict photos/ more/*.png --model runs/stage2 --threshold 0.7 --out found
-    visft predict "photos/**/*.jpg" --model merged.safetensors --heads runs/stage1/export
+    visft predict dog.jpg --run runs/stage2
+    visft predict photos/ more/*.png --run runs/stage2 --threshold 0.7 --out found
+    visft predict "photos/**/*.jpg" --run merged.safetensors --heads runs/stage1/export
 
 Writes into DIR, a new or empty folder: visualizations/NAME.png and predictions.json (names and sizes of the
 images, categories, and for each task what was found, in COCO's results format). A file that is no image is
@@ -56,8 +56,8 @@ def _parser() -> Parser:
     add = parser.add_argument
     images = "JPEG, PNG, WebP, BMP, GIF or TIFF; folders and all below them; patterns with *, ?, [...] or **"
     add("images", nargs="+", metavar="IMAGE|FOLDER|PATTERN", help=images)
-    model = "a run, RUN/checkpoints/step_N, RUN/export, or merged weights"
-    add("--model", dest="source", type=Path, required=True, metavar="RUN", help=model)
+    run = "a run, RUN/checkpoints/step_N, RUN/export, or merged weights"
+    add("--run", dest="source", type=Path, required=True, metavar="RUN", help=run)
     add_parts(parser)
     add("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 from typing import NamedTuple
 
+from visft_ds.config.record import read_run
 from visft_ds.config.resolve import CONFIG_ROOT, ResolvedConfig
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import manifest_path, splits_in
 from visft_ds.pretrained import HubFile, local, on_hub
-from visft_ds.run_files import EXPORT
+from visft_ds.run_files import EXPORT, EXPORT_RECORD_FILE, run_of
 from visft_ds.tasks.head_files import head_files
 
 #: Base weights that no hub has -> command that brings them: EVA-g's as in lavis/models/eva_vit.py of
@@ -112,7 +113,11 @@ def _missing_heads(config: ResolvedConfig) -> Iterator[Missing]:
     absent = [task for task in tasks if not head_files(Path(heads), task)]
     if not absent:
         return
-    if Path(heads, EXPORT).is_dir():  # a run
+    run = Path(heads).parent
+    is_finished = Path(heads, EXPORT_RECORD_FILE).is_file()
+    if Path(heads).name == EXPORT and run_of(run) == run and not is_finished:
+        command = join(read_run(run).command)
+    elif Path(heads, EXPORT).is_dir():  # a run
         command = f"the same command with --heads {quote(heads)}/{EXPORT}"
     else:
         # The file of the model, or the flag --backbone.

@@ -14,15 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from visft_ds.config.backbones import on_this_machine
-from visft_ds.config.flags import SMALL_DATA, Merged, build_parser, merge_arguments
-from visft_ds.config.resolve import CONFIG_ROOT, Draft, ResolvedConfig
+from visft_ds.config.backbones import lora_targets, on_this_machine
+from visft_ds.config.flags import SMALL_DATA, FirstStage, Merged, build_parser, merge_arguments
+from visft_ds.config.resolve import CONFIG_ROOT, Draft, ResolvedConfig, Tree
 from visft_ds.config.schema import DataConfig
 from visft_ds.data.fetch import Cache, is_url
 from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.prepare.datasets import TrainingSet, open_training_sets, samples_of
 from visft_ds.pretrained import TIMM, lite0_of_pip
-from visft_ds.tasks import config_class
+from visft_ds.run_files import EXPORT
+from visft_ds.tasks import config_class, entries
 from visft_ds.tasks.classes import COCO_NAMES
 
 #: File in ds_configs/models, the demo's recipe, whose weights pip may have brought.
@@ -64,6 +65,8 @@ def settle(words: Sequence[str] | None = None, processes: int = 1) -> Settled:
     merged = merge_arguments(options)
     draft = Draft(merged.tree)
     _decide_by_backbone(draft, merged)
+    if merged.first is not None:
+        _decide_by_first_stage(draft, merged.first)
     manifests = _open_splits(draft.recipe.visft.data, remote=not options.dry_run)
     images = sum(len(manifest) for manifest in manifests.values())
     if options.tasks is None and not any(text.startswith("visft.tasks=") for text in options.set):
@@ -129,6 +132,34 @@ def _decide_by_backbone(draft: Draft, merged: Merged) -> None:
                 "visft.model.out_indices": [] if block is None else [block],
             }
             draft.decide(values, f"the map of {preset}")
+            if draft.recipe.visft.stage == 2:
+                draft.decide({"visft.lora.targets": lora_targets(preset)}, f"the layers of {preset}")
+
+
+def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
+    """Heads of a stage 2, and what they were trained with: backbone, splits, tasks, sizes of images."""
+    recorded = Tree(first.record.config)
+    of_model = ("name", "preset", "out_indices", "weights", "weights_seed", "overrides")
+    keys = [f"visft.model.{name}" for name in of_model]
+    keys += [f"visft.data.{name}" for name in ("train", "val", "sets")]
+    keys.append("visft.shared.image.fixed_size")
+    for task in entries():
+        key = f"visft.tasks.{task}"
+        settings = recorded.value(key)
+        if settings is None:  # the task was off
+            keys.append(key)
+            continue
+        keys += [f"{key}.head.{option}" for option in settings["head"]]
+        keys += [f"{key}.image.{size}" for size in ("fixed_size", "size") if size in settings["image"]]
+        if "vocabulary" in settings:
+            keys.append(f"{key}.vocabulary.file")
+    now = Tree(draft.config().to_dict())
+    values = {"visft.model.name": recorded.value("visft.model.name")}
+    values["visft.heads.path"] = f"{first.run}/{EXPORT}"
+    for key in keys:
+        if recorded.value(key) != now.value(key):
+            values[key] = recorded.value(key)
+    draft.decide(values, f"stage 1 of this data, {first.run}")
 
 
 def _decide_tasks(draft: Draft, manifests: Sequence[Manifest], batch_size: int | None) -> None:

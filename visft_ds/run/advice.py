@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from visft_ds.data.shards import Manifest, manifest_path, splits_in
 from visft_ds.data.transforms import Pad, final_size
 from visft_ds.prepare.data import RunData
 from visft_ds.randomness import generator
+from visft_ds.run_files import EXPORT
 from visft_ds.settings.task_schema import Stream, TaskConfig
 from visft_ds.tasks.transform import geometry_of
 
@@ -218,3 +220,21 @@ def _meaning(value: float, scores: Sequence[float], reasons: Sequence[str]) -> s
         return f": little is learnt, and validation does not rise ({shown}){because}"
     advice = because or "; larger images, another --backbone or --lr may"
     return f": validation no longer rises ({shown}), so that more steps alone will not help{advice}"
+
+
+def next_commands(config: VisftConfig) -> list[str]:
+    """Lines with the commands that a finished run is used with, each behind a colon."""
+    assert config.run.out is not None  # filled in
+    run = quote(config.run.out)
+    images = Path(config.data.root.removesuffix("-shards"))  # as `visft shards` names what it builds
+    if not images.is_dir() or str(images) == config.data.root:
+        images = Path("IMAGES")
+    lines = [
+        f"see what it finds in images: visft predict {quote(str(images))} --run {run}",
+        f"write a page about this run: visft report {run}",
+    ]
+    if config.stage == 1:
+        heads = quote(f"{config.run.out}/{EXPORT}")
+        command = f"visft train --stage 2 --data {quote(config.data.root)} --heads {heads}"
+        lines.append(f"train the backbone through these heads: {command}")
+    return lines
