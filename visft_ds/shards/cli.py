@@ -170,9 +170,8 @@ def _build_folder(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         command = ["visft", "train", "--data", str(out)]
         finished = splits_in(out)
-        if "val" not in finished:
-            words = ["visft", "shards", str(arguments.folder), "--val", "0.2", "--replace"]
-            print(f"no validation split; to split it off: {shlex.join(words)}")
+        if arguments.split is None and "val" not in finished:
+            print("no validation split: the same command with --val 0.2 --replace splits it off")
         if "train" not in finished:
             command += ["--set", f"visft.data.train={splits[0].name}"]
         print(f"train on it: {shlex.join(command)}")
