@@ -411,7 +411,7 @@ def test_flags_and_keys_in_messages_and_pages_exist(capsys: pytest.CaptureFixtur
     """Whatever text of the package or of a page names: a flag is one of some command, a key one of the
     schema.
     """
-    known = {"--num_gpus", "--local_rank", "--version", *OTHERS_FLAGS}
+    known = {"--local_rank", "--version", *OTHERS_FLAGS}
     for words in (
         *([name, "--help"] for name in cli.COMMANDS),
         ["shards", "build", "--help"],
