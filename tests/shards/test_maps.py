@@ -17,6 +17,8 @@ from visft_ds.prepare.settle import settle
 from visft_ds.shards.cli import main
 from visft_ds.tasks.semantic.results import measure_semantic, number_map
 
+CAMVID = "sky, building, pole, road, pavement, tree, sign_symbol, fence, car, pedestrian, bicyclist"
+
 
 def _ade(folder: Path) -> Path:
     for part in ("training", "validation"):
@@ -36,12 +38,20 @@ def _cityscapes(folder: Path) -> Path:
     return folder
 
 
+def _camvid(folder: Path) -> Path:
+    for split in ("train", "val"):
+        numbers = np.array([0, 10, 11], dtype=np.uint8)  # 11 means no class
+        write_pair(folder / f"{split}/a.png", folder / f"{split}annot/a.png", bands(1), numbers)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("write", "kind", "names", "regions"),
     [
         (write_own, "label maps", ["sky", "meadow", "house"], 24),
-        (_ade, "ADE20k", [f"thing {number}" for number in range(1, 151)], 2),
+        (_ade, "ADE20k", [f"thing_{number}" for number in range(1, 151)], 2),
         (_cityscapes, "Cityscapes", None, 2),
+        (_camvid, "CamVid", CAMVID.split(", "), 2),
     ],
 )
 def test_layouts(
@@ -58,7 +68,9 @@ def test_layouts(
     manifest = Manifest.load(shards, "train")
     assert manifest.labels == {"maps"} and manifest.counts["regions"] == regions
     known = [category.name for category in manifest.categories]
-    assert known == names or (len(known) == 19 and known[0] == "road" and known[-1] == "bicycle")
+    assert [name.replace(" ", "_") for name in known] == names or (
+        len(known) == 19 and known[0] == "road" and known[-1] == "bicycle"
+    )
     assert manifest.index["num_annotations"].sum() == regions
     config = settle(["--data", str(shards)]).config  # the command that it prints
     assert (

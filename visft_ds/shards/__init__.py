@@ -1,9 +1,9 @@
 """Data sets -> shards, and what keeps shards whole: building, verifying, exchanging labels.
 
-`cli.py` is `visft shards`. `layouts.py` recognises what a folder is; `yolo.py` and `maps.py` turn the labels
-of their layouts into COCO's lists, `coco.py` checks COCO's files and makes one label per image of them, and
-`build.py` writes the tars, the index and the manifest that `data/shards.py` reads. `common.py` has what the
-layouts share, `permute.py` makes a control.
+`cli.py` is `visft shards`. `layouts.py` recognises what a folder is; `yolo.py`, `maps.py` and `tools.py`
+turn the labels of their layouts into COCO's lists, `coco.py` checks COCO's files and makes one label per
+image of them, and `build.py` writes the tars, the index and the manifest that `data/shards.py` reads.
+`division.py` splits validation off. `common.py` has what the layouts share, `permute.py` makes a control.
 
 A new layout is a function that returns a list of `common.FolderSplit`, and a line in `layouts.recognise`; it
 never touches tars. The same input gives the same bytes: whatever changes them raises `data.shards.VERSION`.

@@ -67,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Make shards, index and manifest of a data set. A folder is recognised by its files: COCO (also of "
-        "CVAT, Label Studio and Roboflow), YOLO (data.yaml or classes.txt), images with captions (jsonl), "
-        "or with label maps (ADE20k, Cityscapes, your own)."
+        "CVAT, Label Studio and Roboflow), YOLO (data.yaml or classes.txt), Pascal VOC, labelme, images with "
+        "captions (jsonl), or with label maps (ADE20k, Cityscapes, CamVid, your own)."
     )
     add = parser.add_argument
     add(

@@ -79,3 +79,34 @@ def listed_image(folder: Path, name: str, number: int, exif: Exif) -> Json:
     else:
         height, width = (frame.height, frame.width) if exif == "ignore" else frame.upright
     return {"id": number, "file_name": name, "height": height, "width": width}
+
+
+def box_object(left: float, top: float, width: float, height: float) -> Json:
+    """Box and area of an object as COCO has them, in pixels."""
+    box = [left, top, round(width, 3), round(height, 3)]
+    return {"bbox": box, "area": round(width * height, 3)}
+
+
+def polygon_object(polygons: list[list[float]]) -> Json:
+    """Box, area and segmentation of an object of polygons `[x, y, x, y, ...]`, in pixels."""
+    every_x = list[float]()
+    every_y = list[float]()
+    area = 0.0
+    for polygon in polygons:
+        xs = polygon[::2]
+        ys = polygon[1::2]
+        every_x += xs
+        every_y += ys
+        doubled = 0.0  # by the shoelace formula
+        for corner, x in enumerate(xs):
+            following = (corner + 1) % len(xs)
+            doubled += x * ys[following] - xs[following] * ys[corner]
+        area += abs(doubled) / 2
+    left = min(every_x)
+    top = min(every_y)
+    width = max(every_x) - left
+    height = max(every_y) - top
+    content = box_object(left, top, width, height)
+    content["area"] = round(area, 3)
+    content["segmentation"] = polygons
+    return content

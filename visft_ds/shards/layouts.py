@@ -16,6 +16,7 @@ import orjson
 from visft_ds.files import checked_name, read_bytes, reading
 from visft_ds.shards.common import CLASSES, SPLITS, Exif, FolderSplit, Json, is_split_name, listed_image
 from visft_ds.shards.maps import map_layouts, read_maps
+from visft_ds.shards.tools import LABELME, VOC, read_tool, tool_layouts
 from visft_ds.shards.yolo import read_yolo
 
 _YEAR = re.compile(r"^(train|val|test)\d{4}$")
@@ -33,8 +34,17 @@ _LOOKED_FOR = """looked for
   YOLO      data.yaml (names, train, val), images/ and labels/; give the path of one of another name;
             or classes.txt, images/ and labels/*.txt, as Label Studio writes them
   captions  metadata.jsonl or captions.jsonl (file_name, text) beside the images, here or in SPLIT/
-  maps      classes.txt, images/SPLIT, labels/SPLIT; ADE20k's and Cityscapes' own folders
+  maps      classes.txt, images/SPLIT, labels/SPLIT; ADE20k's, Cityscapes' and CamVid's own folders
+  tools     Pascal VOC's XML or labelme's JSON beside each image, or in annotations/ with images/
 or name the files: visft shards build --images DIR --instances FILE --out OUT --split train"""
+#: File of an export that is not read -> what it is, and the export of the same tool that is read.
+_OTHER_EXPORTS = {
+    "annotations.xml": ("CVAT's XML", "export the task as `COCO 1.0`"),
+    "obj.data": ("CVAT's YOLO 1.1", "export the task as `COCO 1.0`"),
+    "labelmap.txt": ("CVAT's segmentation masks", "export the task as `COCO 1.0`"),
+    "project-*.json": ("Label Studio's own JSON", "export the project as COCO or YOLO with images"),
+    "via_*.json": ("a project of VIA", "choose Annotation, Export Annotations (COCO format) in VIA"),
+}
 _SHOWN = 8  # names in a message
 
 
@@ -58,6 +68,9 @@ def recognise(
     else:
         raise ValueError(f"{source} is neither a folder nor a data.yaml")
     if not layouts:
+        for pattern, (export, remedy) in _OTHER_EXPORTS.items():
+            for path in source.glob(pattern):
+                raise ValueError(f"{path} is {export}, which is not read: {remedy}")
         content = sorted(f"{path.name}/" if path.is_dir() else path.name for path in source.iterdir())
         raise ValueError(
             f"{source} is not a data set of a known layout; {_LOOKED_FOR}\nfound {_few(content)}"
@@ -78,6 +91,8 @@ def recognise(
             splits = read_yolo(files[0], only, exif)
         case "Roboflow" | "captions":
             splits = _beside_images(source, layout, files, only, exif)
+        case _ if layout in (VOC, LABELME):
+            splits = read_tool(layout, source, only, exif)
         case _:
             splits = read_maps(layout, source, only, void)
     if not splits:
@@ -116,6 +131,7 @@ def _layouts_of_tools(folder: Path) -> Iterator[tuple[str, list[Path]]]:
         yield "COCO", coco
     if (folder / CLASSES).is_file() and (folder / "images").is_dir() and any(folder.glob("labels/**/*.txt")):
         yield "YOLO", [folder / CLASSES]
+    yield from tool_layouts(folder)
 
 
 def _split_of(name: str) -> str:

