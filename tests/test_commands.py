@@ -27,8 +27,10 @@ def test_help_and_version_name_everything_and_what_is_no_command_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["--help"]) == 0
-    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert lines[: len(COMMANDS)] == list(COMMANDS)
+    text = capsys.readouterr().out
+    lines = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
+    assert sorted(lines[: len(COMMANDS)]) == sorted(COMMANDS)
+    assert "\n\nprepare data:\n  shards " in text and "\n\ntrain:\n  train " in text
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"visft {visft_ds.__version__}\n"
 
     assert main(["shrads"]) == 2 and "did you mean shards?" in capsys.readouterr().err
@@ -90,11 +92,15 @@ def test_num_gpus_starts_as_many_processes(
 ) -> None:
     started: list[object] = []
     monkeypatch.setattr("visft_ds.cli.start_ranks", lambda words, count: started.append((words, count)) or 0)
-    for given in (["--num_gpus", "8"], ["--num_gpus=8"]):
+    for given in (["--num_gpus", "8"], ["--num-gpus=8"]):
         assert main(["evaluate", "--run", "r", *given]) == 0
     assert started == [(["evaluate", "--run", "r"], 8)] * 2
     for command in ("train", "evaluate"):
         assert main([command, "--num_gpus", "all"]) == 2 and "--num_gpus all" in capsys.readouterr().err
+    for command in ("train", "evaluate", "judge", "profile"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "--num_gpus N, --num-gpus N" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ HOSTFILE = ROOT / "launchers/hostfile.example"
 RANKS = (1, 8, 16, 64)
 #: Flags of other programs that texts name: pip, SLURM, torchrun, git, curl, mypy.
 OTHERS_FLAGS = (
-    *("--no-deps", "--no-index", "--no-build-isolation"),
+    *("--no-deps", "--no-index", "--index-url", "--no-build-isolation"),
     *("--nodes", "--ntasks", "--ntasks-per-node", "--gres", "--signal"),
     *("--nnodes", "--node_rank", "--nproc_per_node", "--nproc-per-node", "--master_addr", "--master_port"),
     *(
@@ -166,7 +166,7 @@ def parse(text: str) -> Command | None:
         ), text
         return None
     if "pip" in words[:3]:
-        extras = re.findall(r"\[([\w,]+)\]", text)
+        extras = [name for group in re.findall(r"\[([\w,]+)\]", text) for name in group.split(",")]
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert set(extras) <= set(known), text
         return None
@@ -411,7 +411,7 @@ def test_flags_and_keys_in_messages_and_pages_exist(capsys: pytest.CaptureFixtur
     """Whatever text of the package or of a page names: a flag is one of some command, a key one of the
     schema.
     """
-    known = {"--num_gpus", "--local_rank", "--version", *OTHERS_FLAGS}
+    known = {"--local_rank", "--version", *OTHERS_FLAGS}
     for words in (
         *([name, "--help"] for name in cli.COMMANDS),
         ["shards", "build", "--help"],

@@ -59,20 +59,32 @@ COMMANDS = {
     ),
     "doctor": Program("visft_ds.doctor", "check whether this machine is ready to train"),
 }
+#: Purpose -> its commands, as the help lists them.
+GROUPS = {
+    "prepare data": ("shards", "toy"),
+    "train": ("train", "demo"),
+    "use the result": ("predict", "evaluate", "report", "merge"),
+    "judge": ("judge", "ablate"),
+    "plan and check": ("plan", "profile", "doctor"),
+}
 #: Those that several processes do together; `visft train` looks at its configuration before it starts them.
 PARALLEL = ("evaluate", "judge", "profile")
-_USAGE = "\n".join(
-    (
-        "usage: visft COMMAND ...          visft COMMAND --help lists its flags",
-        "",
-        *(f"  {name:9}  {command.help}" for name, command in COMMANDS.items()),
+
+
+def usage() -> str:
+    """Help of `visft`: its commands by what they are for."""
+    lines = ["usage: visft COMMAND ...          visft COMMAND --help lists its flags"]
+    for purpose, names in GROUPS.items():
+        lines += ["", f"{purpose}:"]
+        lines += [f"  {name:9}  {COMMANDS[name].help}" for name in names]
+    lines += [
         "",
         f"On the GPUs of this machine: visft train --num_gpus 8 --stage 2, likewise {', '.join(PARALLEL)}.",
         "Through a launcher, also on several machines (torchrun -m takes the same modules):",
         "  deepspeed --num_gpus 8 --module visft_ds.launch --stage 2",
         "  deepspeed --num_gpus 8 --module visft_ds evaluate --run RUN",
-    )
-)
+    ]
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,11 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     if not words:
-        print(_USAGE, file=sys.stderr)
+        print(usage(), file=sys.stderr)
         return 2
     name = words[0]
     if name in ("-h", "--help"):
-        print(_USAGE)
+        print(usage())
         return 0
     if name == "--version":
         print(f"visft {__version__}")

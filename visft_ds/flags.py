@@ -70,6 +70,12 @@ class Command(Parser):
         raise ValueError(f"{self.hinted(message)}; see {self.prog} --help")
 
 
+def add_num_gpus(group: argparse._ActionsContainer) -> None:
+    """Add the flag that `resilience.processes.without_num_gpus` takes out of a command line, for its help."""
+    text = "processes on this machine, one for each GPU (default: 1)"
+    group.add_argument("--num_gpus", "--num-gpus", default=argparse.SUPPRESS, metavar="N", help=text)
+
+
 def check_least(options: object, **least: int) -> None:
     """Raise ValueError for a flag, an attribute of `options`, below its least number; None: not given."""
     for name, smallest in least.items():

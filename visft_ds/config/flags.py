@@ -22,7 +22,7 @@ from visft_ds.config.resolve import (
 )
 from visft_ds.data.fetch import is_url
 from visft_ds.files import reading
-from visft_ds.flags import Command
+from visft_ds.flags import Command, add_num_gpus
 from visft_ds.run_files import EXPORT, EXPORT_RECORD_FILE, RECORD_FILE, folder_of_run, run_of
 
 #: File in ds_configs/models: the recipe for few photographs, which --data alone takes.
@@ -64,6 +64,7 @@ def build_parser() -> Command:
         choices=(1, 2),
         help="1: heads on a frozen backbone; 2: LoRA in the backbone (with --data alone: 1)",
     )
+    add_num_gpus(parser)
     add(
         "--model",
         metavar="NAME|FILE",

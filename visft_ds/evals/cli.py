@@ -9,7 +9,7 @@ from pathlib import Path
 from visft_ds import program
 from visft_ds.config.flags import DOWNLOAD_HELP
 from visft_ds.evals.judge.kinds import kinds_help
-from visft_ds.flags import Parser
+from visft_ds.flags import Parser, add_num_gpus
 from visft_ds.predict.cli import add_parts
 
 USAGE = """Measure box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter).
@@ -68,6 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     add(
         "--batch-size", type=int, metavar="N", help="images per batch of a process (default: the run's, or 8)"
     )
+    add_num_gpus(parser)
     add("--out", type=Path, metavar="DIR", help="new or empty folder (default RUN/evaluation-SPLIT)")
     add("--visualizations", type=int, default=8, metavar="N", help="images to draw (default %(default)s)")
     options = _parsed(parser, arguments)
@@ -122,6 +123,7 @@ def judge(arguments: Sequence[str]) -> int:
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default %(default)s")
     add("--batch-size", type=int, default=64, metavar="N", help="images per batch of a process (%(default)s)")
     add("--threads", type=int, default=4, metavar="N", help="decoding threads (%(default)s)")
+    add_num_gpus(parser)
     options = _parsed(parser, arguments)
     options.tuned += options.run
     if not options.tuned:

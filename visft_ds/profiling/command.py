@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds.errors import tell
-from visft_ds.flags import Command
+from visft_ds.flags import Command, add_num_gpus
 from visft_ds.prepare.inputs import missing_inputs, render_missing
 from visft_ds.prepare.settle import settle
 
@@ -40,6 +40,7 @@ def build_parser() -> Command:
     add("--synthetic", action="store_true", help="generated images; random weights for missing files")
     add("--loader", action="store_true", help="read batches without a model: samples per second")
     add("--trace", type=Path, metavar="FOLDER", help="trace one more step of each for Perfetto, by operator")
+    add_num_gpus(parser)
     add("--json", type=Path, metavar="FILE", help="file for the numbers")
     return parser
 

@@ -52,7 +52,7 @@ def _is_count(text: str) -> bool:
 
 
 def without_num_gpus(words: Sequence[str]) -> tuple[list[str], int | None]:
-    """Words of a command without `--num_gpus N` or `--num_gpus=N`, and N; None without it.
+    """Words of a command without `--num_gpus N` or `--num-gpus=N`, and N; None without it.
 
     Raises ValueError for another number, and as `check_environment`.
     """
@@ -61,13 +61,13 @@ def without_num_gpus(words: Sequence[str]) -> tuple[list[str], int | None]:
     remaining = iter(words)
     for word in remaining:
         flag, equals, number = word.partition("=")
-        if flag != "--num_gpus":
+        if flag not in ("--num_gpus", "--num-gpus"):
             rest.append(word)
             continue
         if not equals:
             number = next(remaining, "")
         if not _is_count(number) or int(number) == 0:
-            raise ValueError(f"--num_gpus {number}: give the number of processes, one for each GPU")
+            raise ValueError(f"{flag} {number}: give the number of processes, one for each GPU")
         return [*rest, *remaining], int(number)
     return rest, None
 
