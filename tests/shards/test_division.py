@@ -126,4 +126,4 @@ def test_wrong_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: 
         )
         == 2
     )
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err == "shards: --val needs at least 2 images, there are 1\n"

@@ -325,11 +325,13 @@ def _claim(options: Options, plan: _Plan, replace: bool) -> None:
     manifest = manifest_path(options.out, options.split)
     pattern = f"{options.split}-{'[0-9]' * 6}.tar"
     shards = sorted(options.out.glob(pattern))
-    same = _record(path) == identity
+    earlier = _record(path)
+    same = earlier == identity
     unfinished = path.exists() and not manifest.exists()
     if shards and not same and not unfinished and not replace:
         there = f"{options.out} holds a split {options.split!r} of other files or options"
         raise ValueError(f"{there}: use another --out, or --replace")
+    _keep_divisions_apart(options, earlier, replace)
     manifest.unlink(missing_ok=True)  # before what it describes is half gone
     if same:
         obsolete = [shard for shard in shards if shard.name >= tar_name(options.split, len(plan.shards))]
@@ -341,6 +343,22 @@ def _claim(options: Options, plan: _Plan, replace: bool) -> None:
     remove_unfinished(options.out, pattern)
     remove_unfinished(options.state)
     write_bytes(path, orjson.dumps(identity))
+
+
+def _keep_divisions_apart(options: Options, earlier: Any, replace: bool) -> None:
+    """Let no `val` lie beside a `train` that it was not split off from, which would have its images.
+
+    Raises ValueError if this split was divided in the `earlier` build and is not any more.
+    """
+    validation = manifest_path(options.out, "val")
+    if options.split == "val" or not validation.exists():
+        return
+    if options.division is not None:
+        if replace:
+            validation.unlink()  # it is made again after this split
+    elif earlier is not None and "val" in earlier:
+        there = f"{options.out}: 'val' was split off from its {options.split!r}"
+        raise ValueError(f"{there}: give the same --val, or another --out")
 
 
 def _record(path: Path) -> Any:

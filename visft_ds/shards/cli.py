@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.data.shards import Manifest, manifest_path, splits_in, verify
+from visft_ds.data.shards import Manifest, splits_in, verify
 from visft_ds.errors import tell
 from visft_ds.files import shown_name
 from visft_ds.flags import Parser, check_least, parse_size
@@ -170,9 +170,8 @@ def _build_folder(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         command = ["visft", "train", "--data", str(out)]
         finished = splits_in(out)
-        if "val" not in finished:
-            words = ["visft", "shards", str(arguments.folder), "--val", "0.2", "--replace"]
-            print(f"no validation split; to split it off: {shlex.join(words)}")
+        if arguments.split is None and "val" not in finished:
+            print("no validation split: the same command with --val 0.2 --replace splits it off")
         if "train" not in finished:
             command += ["--set", f"visft.data.train={splits[0].name}"]
         print(f"train on it: {shlex.join(command)}")
@@ -209,7 +208,6 @@ def _build_split(arguments: argparse.Namespace, out: Path, split: FolderSplit) -
         raise ValueError("--void: this data set has no label maps")
     if split.maps is not None and arguments.masks_from_boxes:
         raise ValueError("--masks-from-boxes: this data set has label maps, no boxes")
-    _check_division(arguments, out, split)
     options = Options(
         images=split.images,
         instances=split.instances,
@@ -237,20 +235,6 @@ def _build_split(arguments: argparse.Namespace, out: Path, split: FolderSplit) -
             print(line)
     if not dry_run:
         print(f"  fingerprint {manifest.fingerprint}")
-
-
-def _check_division(arguments: argparse.Namespace, out: Path, split: FolderSplit) -> None:
-    """Keep a `train` and a `val` of different divisions apart, as images would be in both.
-
-    Raises ValueError for a split that is no longer divided, while its other half is there.
-    """
-    if split.division is None and split.name in splits_in(out):
-        if "val" in Manifest.load(out, split.name).options:
-            raise ValueError(
-                f"{out}: 'val' was split off from its {split.name!r}: give the same --val, or another --out"
-            )
-    elif split.division is not None and arguments.replace and not arguments.dry_run:
-        manifest_path(out, "val").unlink(missing_ok=True)  # it is made again, and is none until then
 
 
 def _print_classes(manifest: Manifest) -> None:

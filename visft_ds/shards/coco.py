@@ -114,15 +114,18 @@ def read_coco(
         if source is None:
             continue
         where = source if isinstance(source, Path) else f"the {role}"
-        with reading(where, f"a COCO file of {role}"):
+        what = f"a COCO file of {role}"
+        with reading(where, what):
             content = orjson.loads(_read(source, role, files).removeprefix(_BYTE_ORDER_MARK))
             entries = content["annotations"]
-            if not images:
-                images = _read_images(content["images"], where, findings, selection)
-                if selection is not None:
-                    _check_selection(selection, images.values(), ids)
-                if division is not None:
-                    _divide(images.values(), division)
+            listed_images = images or _read_images(content["images"], where, findings, selection)
+        if not images:
+            images = listed_images
+            if selection is not None:
+                _check_selection(selection, images.values(), ids)
+            if division is not None:
+                _divide(images.values(), division)
+        with reading(where, what):
             if role == "captions":
                 # The captions of all of COCO are often given for a part of it.
                 unusable = _add_captions(entries, images, findings, of_other_images=instances is not None)

@@ -62,7 +62,7 @@ class Division:
         sizes = Counter(group_of.values())
         if len(sizes) < 2:
             if self.group is None:
-                raise ValueError(f"--val: {len(sizes)} image cannot be divided, at least 2 are needed")
+                raise ValueError(f"--val needs at least 2 images, there are {len(names)}")
             raise ValueError(
                 f"--group {self.group!r} puts all {len(names)} images into one group: at least 2 are needed"
             )
