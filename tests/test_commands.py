@@ -153,3 +153,21 @@ def test_the_range_of_deepspeed_is_the_same_everywhere(monkeypatch: pytest.Monke
     monkeypatch.setattr(deepspeed, "__version__", "0.20.0")
     with pytest.raises(ValueError, match="works with"):
         engine.start_process_group()
+
+
+def test_a_run_is_named_by_one_flag_in_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a run may be an argument, too, one of the two is needed, and both count."""
+    for command in ("predict", "evaluate", "merge", "report", "judge"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "  --run " in capsys.readouterr().out
+    for words in (["report"], ["judge", "base", "--on", "x=y"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "are required: " in capsys.readouterr().err
+    judged: list[str] = []
+    monkeypatch.setattr("visft_ds.evals.judge.command.run_judge", lambda flags: judged.extend(flags.tuned))
+    assert main(["judge", "base", "a", "--run", "b,c", "--run", "d", "--on", "x=y"]) == 0
+    assert judged == ["a", "b,c", "d"]

@@ -41,8 +41,8 @@ def fit(
     Args:
         stage: 1 trains the heads, 2 the backbone's adapters; None with `data`: heads for your own
             photographs.
-        model: name of a file in ds_configs/models, or path of one; default: eva_e, or what goes with the
-            backbone.
+        model: name of a file in ds_configs/models, or path of one; default: eva_e, what goes with the
+            backbone, or in stage 2 that of the finished stage 1 on `data`.
         backbone: instead of the model's: "timm:NAME", "hf-hub:ORG/NAME", a file in ds_configs/models,
             weights, or a folder for timm.
         download: download missing weights from the Hugging Face hub.

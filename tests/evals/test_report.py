@@ -155,7 +155,7 @@ def test_what_was_judged_stands_on_the_page(tmp_path: Path, undrawn: None) -> No
     record["verdicts"] = [{"variant": "after", "word": "not shown", "sentences": ["One.", "Two."]}]
     (tmp_path / "table").mkdir()
     (tmp_path / "table/judge.json").write_text(json.dumps(record))
-    text = _page(_run(tmp_path / "run"), "--judge", tmp_path / "table", "--out", tmp_path / "r.html")
+    text = _page("--run", _run(tmp_path / "run"), "--judge", tmp_path / "table", "--out", tmp_path / "r.html")
     assert (
         '<small class="">+0.40 [-1.60, +2.40]<' in text
         and '<small class="down">-3.00 [-5.00, -1.00] *<' in text

@@ -68,7 +68,8 @@ def build_parser() -> Command:
     add(
         "--model",
         metavar="NAME|FILE",
-        help=f"model settings: {models} ({DEFAULT_MODEL}), or your own .json",
+        help=f"model settings: {models}, or your own .json (default: {SMALL_DATA} for --data alone; in "
+        f"stage 2 that of the stage 1 on --data; else {DEFAULT_MODEL})",
     )
     add("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
     add("--download", action="store_true", help=DOWNLOAD_HELP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from visft_ds import program
 from visft_ds.config.flags import DOWNLOAD_HELP
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--base", metavar="NAME|FILE", help="base weights (default: those of the run)")
     add("--download", action="store_true", help=DOWNLOAD_HELP)
     several = "repeatable: the mean; none: --base is converted"
-    adapters = {"dest": "adapters", "type": Path, "action": "append", "default": []}
+    adapters: dict[str, Any] = {"dest": "adapters", "type": Path, "action": "append", "default": []}
     add("--run", metavar="RUN", help=f"run, RUN/checkpoints/step_N or RUN/export; {several}", **adapters)
     add("--adapter", metavar="PATH", help="adapter folder, also of PEFT, or ViSFT LoRA file", **adapters)
     add("--scale", type=float, default=1.0, help="factor of the adapter's effect (%(default)s)")
