@@ -41,11 +41,13 @@ from visft_ds.resilience.processes import without_num_gpus
 from visft_ds.shards import cli as shards_cli
 
 ROOT = Path(__file__).resolve().parents[1]
+#: What `make docs` writes from the code beside the pages.
+WRITTEN = ("api.md", "configuration.md", "numbers.md")
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "ds_configs/README.md",
-    *(ROOT / "docs").glob("*.md"),
+    *(page for page in (ROOT / "docs").glob("*.md") if page.name not in WRITTEN),
 ]
 FORMS = [*(ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"), ROOT / "SECURITY.md"]
 SCRIPTS = [*(ROOT / "launchers").iterdir(), *(ROOT / "tools").iterdir()]

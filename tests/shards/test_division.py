@@ -82,6 +82,12 @@ def test_each_side_has_an_image_at_least(share: float) -> None:
     assert len(Division(share, 0, of_validation=True).chosen(["a", "b"])) == 1
 
 
+def test_the_group_is_the_first_parenthesis_that_matches() -> None:
+    assert Division(0.5, 0, "^(v[0-9])_(f[0-9])").group_of("v1_f2.jpg") == "v1"
+    assert Division(0.5, 0, "^(?:(v[0-9])|p([0-9]))_").group_of("p7_f2.jpg") == "7"
+    assert Division(0.5, 0, "^[^_]+").group_of("v1_f2.jpg") == "v1"
+
+
 def test_a_large_group_does_not_become_validation() -> None:
     names = [f"big_{number}" for number in range(90)] + [f"small_{number}" for number in range(10)]
     for seed in range(4):

@@ -214,7 +214,8 @@ def _exported(folder: Path, file: str, prefix: str = "", images: str = "images")
         lambda content: [image.update(file_name=prefix + image["file_name"]) for image in content["images"]]
     )
     (folder / file).parent.mkdir(exist_ok=True)
-    tree.instances.rename(folder / file)
+    (folder / file).write_text(tree.instances.read_text(), encoding="utf-8-sig")  # as Windows writes it
+    tree.instances.unlink()
     return folder
 
 

@@ -16,7 +16,7 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under N
 from visft_ds.data.labels import is_box, is_near, is_polygon, is_run_length_code
 from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
-from visft_ds.shards.common import CocoFile, Findings, Json
+from visft_ds.shards.common import BYTE_ORDER_MARK, CocoFile, Findings, Json
 from visft_ds.shards.division import Division
 
 _ANOTHER_FORM = "mask given as [x, y, ...], as [[x, y], ...] or as text (read as polygons)"
@@ -26,7 +26,6 @@ _NO_MASK = "mask that is neither polygons nor a run-length code of the image (it
 _ELLIPSE = "mask drawn as an ellipse into its box"
 _BEYOND = "box beyond the image or within a pixel (kept; COCO has x y width height in pixels)"
 _TWICE = "duplicate annotation: same image, category, box and mask (kept)"
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Corners = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 Files = dict[str, Mapping[str, Any]]  # role -> name, bytes, sha256
@@ -116,7 +115,7 @@ def read_coco(
         where = source if isinstance(source, Path) else f"the {role}"
         what = f"a COCO file of {role}"
         with reading(where, what):
-            content = orjson.loads(_read(source, role, files).removeprefix(_BYTE_ORDER_MARK))
+            content = orjson.loads(_read(source, role, files).removeprefix(BYTE_ORDER_MARK))
             entries = content["annotations"]
             listed_images = images or _read_images(content["images"], where, findings, selection)
         if not images:

@@ -27,6 +27,7 @@ SPLITS: Mapping[str, str] = {
 }
 CLASSES = "classes.txt"  #: a list of names, one a line
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which Windows puts before a text
 _EXAMPLES = 3
 
 

@@ -50,7 +50,10 @@ class Division:
                 f"--group {self.group!r} matches no part of the file name {shown_name(name)}: "
                 "each name must have a match"
             )
-        return match[match.lastindex or 0]
+        for text in match.groups():
+            if text is not None:
+                return str(text)
+        return match[0]
 
     def chosen(self, names: Collection[str]) -> set[str]:
         """Those of the file names that are on this side: whole groups, at least one on each side.

@@ -14,7 +14,16 @@ from pathlib import Path
 import orjson
 
 from visft_ds.files import checked_name, read_bytes, reading
-from visft_ds.shards.common import CLASSES, SPLITS, Exif, FolderSplit, Json, is_split_name, listed_image
+from visft_ds.shards.common import (
+    BYTE_ORDER_MARK,
+    CLASSES,
+    SPLITS,
+    Exif,
+    FolderSplit,
+    Json,
+    is_split_name,
+    listed_image,
+)
 from visft_ds.shards.maps import map_layouts, read_maps
 from visft_ds.shards.tools import LABELME, VOC, read_tool, tool_layouts
 from visft_ds.shards.yolo import read_yolo
@@ -186,9 +195,10 @@ def _coco_files_of_tools(folder: Path) -> Iterator[_CocoFile]:
 
 
 def _images_of_names(folder: Path, path: Path) -> Path:
-    """The folder in which the first image of a COCO file is; `images` if it is nowhere."""
+    """The folder in which the first images of a COCO file are; `images` if they are nowhere."""
     with reading(path, "a COCO file of instances"):
-        names = [str(image["file_name"]) for image in orjson.loads(read_bytes(path))["images"][:_SHOWN]]
+        content = orjson.loads(read_bytes(path).removeprefix(BYTE_ORDER_MARK))
+        names = [str(image["file_name"]) for image in content["images"][:_SHOWN]]
     for candidate in (folder / "images", folder / "JPEGImages", folder):
         if any((candidate / name).is_file() for name in names):
             return candidate
@@ -243,7 +253,7 @@ def read_captions(path: Path, exif: Exif = None) -> Json:
     numbers = dict[str, int]()
     captions = list[Json]()
     with reading(path, 'lines such as {"file_name": "a.jpg", "text": "A dog."}'):
-        for number, line in enumerate(read_bytes(path).removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        for number, line in enumerate(read_bytes(path).removeprefix(BYTE_ORDER_MARK).splitlines(), 1):
             if line.strip():
                 with reading(f"line {number}", "a caption"):
                     name, texts = _parse_caption(line)

@@ -17,6 +17,7 @@ import orjson
 
 from visft_ds.files import checked_name, read_bytes, reading
 from visft_ds.shards.common import (
+    BYTE_ORDER_MARK,
     IMAGE_SUFFIXES,
     SPLITS,
     Exif,
@@ -181,7 +182,7 @@ def _parse_voc(data: bytes, image: Path) -> _Annotated:
 
 
 def _parse_labelme(data: bytes, image: Path, findings: Findings) -> _Annotated:
-    content = orjson.loads(data)
+    content = orjson.loads(data.removeprefix(BYTE_ORDER_MARK))
     if not isinstance(content, dict) or "shapes" not in content:
         raise ValueError("it has no shapes")
     objects = list[tuple[str, Json]]()
