@@ -142,7 +142,9 @@ def test_stage_2_follows_the_finished_stage_1_of_its_data(
         assert second.heads.path == f"{first.run.out}/export" and missing_inputs(config) == []
         assert second.lora is not None and second.lora.targets == targets
         reasons = {key: why for key, _, why in config.decisions}
-        assert reasons["visft.model.name"] == f"stage 1 of this data, {first.run.out}"
+        assert reasons["visft.model.name"] == f"stage 1 of these heads, {first.run.out}"
+    anew = settle([*shlex.split(line)[2:], "--set=visft.heads.start=random"]).config.visft
+    assert (anew.model, anew.heads.path) == (first.model, None)
     stated = settle(["--stage", "2", "--data", "mine-shards", "--model", "debug"]).config.visft
     assert (stated.model.name, stated.heads.path) == ("debug", "runs/stage1-debug/export")
 

@@ -155,11 +155,12 @@ def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
             keys.append(f"{key}.vocabulary.file")
     now = Tree(draft.config().to_dict())
     values = {"visft.model.name": recorded.value("visft.model.name")}
-    values["visft.heads.path"] = f"{first.run}/{EXPORT}"
+    if draft.recipe.visft.heads.start != "random":
+        values["visft.heads.path"] = f"{first.run}/{EXPORT}"
     for key in keys:
         if recorded.value(key) != now.value(key):
             values[key] = recorded.value(key)
-    draft.decide(values, f"stage 1 of this data, {first.run}")
+    draft.decide(values, f"stage 1 of these heads, {first.run}")
 
 
 def _decide_tasks(draft: Draft, manifests: Sequence[Manifest], batch_size: int | None) -> None:
