@@ -114,7 +114,10 @@ def test_a_run_without_validation_hears_which_splits_there_are(tmp_path: Path) -
     (tmp_path / "dev.manifest.json").write_text("{}")
     config, data = opened(f"visft.data.root={tmp_path}", "visft.run.eval_every=0")
     (text,) = [text for text, names in told(config, data).items() if names == "all"]
-    assert f"no validation split {tmp_path}/val (there: dev, train" in text and "--val 0.2` splits a fifth" in text
+    assert (
+        f"no validation split {tmp_path}/val (there: dev, train" in text
+        and "--val 0.2` splits a fifth" in text
+    )
     assert "all" not in told(*opened("visft.run.eval_every=0")).values(), "who wants none knows"
 
 
