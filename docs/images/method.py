@@ -1,14 +1,11 @@
-"""Draw docs/images/method.png: what trains and what is frozen in each stage. `python docs/images/method.py`"""
+"""Draw method.png beside this file: what trains and what is frozen in each stage."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 FROZEN = ("#e8ecf1", "#51606f")
@@ -49,7 +46,8 @@ def stage(
 
 def main() -> None:
     """Write the picture beside this file."""
-    figure, axes = plt.subplots(figsize=(13, 3.3), dpi=100)
+    figure = Figure(figsize=(13, 3.3), dpi=100)
+    axes = figure.subplots()
     stage(axes, 0.0, "Stage 1: heads learn", FROZEN, TRAINED, "frozen")
     stage(axes, 5.8, "Stage 2: LoRA learns through frozen heads", TRAINED, FROZEN, "LoRA trains")
     box(axes, 11.6, 0.9, 1.9, 1.8, "merged weights\nor LoRA for\ntimm, PEFT,\ntransformers,\nopen_clip", OUT)
