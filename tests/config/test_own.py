@@ -80,12 +80,14 @@ def test_a_detr_for_few_photographs_is_warned_of(
         assert ("DETR memorises 12 photographs" in capsys.readouterr().out) == is_warned
 
 
-def test_the_demos_recipe_reads_the_weights_that_pip_brought(
+def test_recipes_of_lite0_read_the_weights_that_pip_brought(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--stage", "1", "--model", "efficientnet_lite0", "--data", "nowhere"]
     assert settle(words).config.visft.model.weights.endswith(".pth")
+    alone = settle(["--data", "nowhere"]).config  # the two commands of README, without a download
+    assert alone.visft.model.weights.endswith(".pth")
     stated = settle([*words, "--set", "visft.model.weights=mine.safetensors"]).config
     assert stated.visft.model.weights == "mine.safetensors"
 

@@ -114,7 +114,8 @@ def _decide_by_backbone(draft: Draft, merged: Merged) -> None:
     backbone.
     """
     model = draft.recipe.visft.model
-    if merged.model == DEMO and not merged.backbone and not Path(model.weights or "").exists():
+    of_lite0 = merged.model in (SMALL_DATA, DEMO) and not merged.backbone
+    if of_lite0 and not Path(model.weights or "").exists():
         weights = lite0_of_pip()
         if weights is not None:
             draft.decide({"visft.model.weights": str(weights)}, "pip's efficientnet_lite0")
