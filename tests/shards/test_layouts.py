@@ -251,9 +251,11 @@ def test_paths_of_another_machine_that_end_alike_are_refused(
 ) -> None:
     tree = write_tree(tmp_path / "tree", 6)
     names = ["C:\\2023\\picture.1.jpg", "C:\\2024\\picture.1.jpg"]
-    tree.edit(
-        lambda content: [image.update(file_name=name) for image, name in zip(content["images"][1:], names)]
-    )
+
+    def rename(content: dict[str, Any]) -> None:
+        content["images"][1]["file_name"], content["images"][2]["file_name"] = names
+
+    tree.edit(rename)
     assert main(["build", *tree.arguments(tmp_path / "out")]) == 2
     assert "2 images, one called C:\\2024\\picture.1.jpg, are the same file" in capsys.readouterr().err
 

@@ -204,7 +204,9 @@ def _name_as_here(source: CocoSource, folder: Path) -> None:
     for image in source.images:
         name = name_here(folder, image.file_name)
         if name is not None:
-            source.findings.add("image named by a path of another machine (its end was found)", image.file_name)
+            source.findings.add(
+                "image named by a path of another machine (its end was found)", image.file_name
+            )
             renamed[name] = image.file_name
             image.file_name = name
     counts = Counter(image.file_name for image in source.images)

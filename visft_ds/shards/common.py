@@ -72,7 +72,7 @@ class FolderSplit:
 
 
 def split_of(name: str) -> str:
-    """Name among the shards of a split that is called `name` in a data set: the same if it is no usual one."""
+    """Name among the shards of a split that a data set calls `name`: the same if it is no usual one."""
     return SPLITS.get(name.lower(), name)
 
 

@@ -185,7 +185,7 @@ def _coco_files(folder: Path) -> Iterator[_CocoFile]:
 
 
 def _images_of(folder: Path, name: str, split: str) -> Path | None:
-    """The folder of the images of a split that is called `name`; one of another name of the split otherwise."""
+    """The folder of the images of a split that is called `name`, or as other data sets call it."""
     names = [name]
     for path in sorted((*folder.glob("*/"), *folder.glob("images/*/"))):
         if split and _split_of(path.name) == split:
@@ -227,7 +227,9 @@ def _coco(folder: Path, only: str | None) -> list[FolderSplit]:
         if only not in (None, file.split):
             continue
         if not file.split:
-            raise ValueError(f"{file.path}: only letters, digits, - and _ are allowed in the name of its split")
+            raise ValueError(
+                f"{file.path}: only letters, digits, - and _ are allowed in the name of its split"
+            )
         if file.images is None:
             remedy = "export it with its images, or make only another split by --split NAME"
             raise ValueError(f"{file.path}: there is no folder of its images, such as images/: {remedy}")
