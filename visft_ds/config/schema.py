@@ -99,7 +99,7 @@ class ModelConfig(StrictModel):
     preset: Preset  #: eva_e, eva_g, debug, or timm:NAME
     overrides: BackboneOverrides = BackboneOverrides()
     #: numbers of the blocks whose features are read, such as [5] or [2, 5, 8, 11]; []: the last one
-    #: (docs/training.md)
+    #: (docs/backbones.md)
     out_indices: tuple[Count, ...] = ()
     #: file of base weights, or hf-hub:ORG/NAME[/FILE]; null: random weights, drawn by weights_seed
     weights: Text | None
