@@ -84,8 +84,8 @@ def measure(
     """Compare results with the labels of the first `limit` images of the split. No collective: for one
     process.
 
-    `of_record` is that of `Task.measure`. Returns the numbers of all tasks, and a line for each task that cannot be judged: it takes nothing from
-    the others.
+    `of_record` is that of `Task.measure`. Returns the numbers of all tasks, and a line for each task that
+    cannot be judged: it takes nothing from the others.
     """
     metrics = dict[str, float]()
     problems = list[str]()
