@@ -477,7 +477,7 @@ def test_the_flags_for_more_gpus_are_those_that_a_start_advises(stage: int) -> N
     """The page says for 16, 32 and 64 GPUs what a start on 64 says; the first try of a cluster runs on any of
     them.
     """
-    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
     (row,) = re.findall(r"^\| 16, 32, 64 \|(.+)\|(.+)\|$", page, re.MULTILINE)
     (flags_of_page,) = re.findall("`(.+)`", row[stage - 1])
     with pytest.raises(ValueError, match=re.escape(f": add {flags_of_page} (")):
