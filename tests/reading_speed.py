@@ -25,9 +25,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import CocoDetection
 
-from visft_ds.prepare.settle import settle
 from visft_ds.data.open_webdataset import open_split
 from visft_ds.data.shards import Manifest
+from visft_ds.prepare.settle import settle
 from visft_ds.profiling.measure import loader_of, open_run_data
 from visft_ds.run.machine import check_machine
 
