@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import sys
@@ -105,7 +106,13 @@ def test_every_kind_of_input_is_the_same_picture(model: Model, place: Path) -> N
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     frozen = pixels.copy()
     frozen.setflags(write=False)  # torch warns of such arrays
-    alone = [str(place / "dog.jpg"), Image.fromarray(pixels), pixels, frozen, tensor]
+    written = io.BytesIO()
+    Image.fromarray(pixels).save(written, "png")  # which leaves it at its end
+    data = (folder / "dog.png").read_bytes()
+    with (folder / "dog.png").open("rb") as file:
+        for source in (data, written, file):
+            np.testing.assert_array_equal(opened(source)[0][0].pixels, pixels)
+    alone = [str(place / "dog.jpg"), Image.fromarray(pixels), pixels, frozen, tensor, data]
     for one in alone:
         _same(model.predict(one, threshold=0), wanted)
     lists: list[Any] = [
@@ -117,7 +124,7 @@ def test_every_kind_of_input_is_the_same_picture(model: Model, place: Path) -> N
         f"{folder}/**",
         [folder, *alone],
     ]
-    counts = [1, 1, 5, 4, 4, 4, 9]
+    counts = [1, 1, 6, 4, 4, 4, 10]
     for many, count in zip(lists, counts, strict=True):
         predictions = model.predict(many, threshold=0, batch_size=1)
         assert len(predictions) == count
@@ -301,6 +308,10 @@ def test_what_is_no_picture_is_named(model: Model, place: Path, tmp_path: Path) 
         (array[..., :2], "shape"),
         ([array, None], "image 1"),
         (7, "int"),
+        ({"image": array}, "dict"),
+        (io.StringIO("text"), "StringIO"),
+        (b"no picture", "the image: "),
+        ("https://example.com/dog.jpg", "https://example.com/dog.jpg: URLs"),
     ):
         with pytest.raises(ValueError, match=word):
             model.predict(wrong)

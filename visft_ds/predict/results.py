@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Self, SupportsIndex, overload
+from typing import Any, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,7 @@ class Objects:
         return len(self.scores)
 
     @overload
-    def __getitem__(self, index: SupportsIndex) -> Instance: ...
+    def __getitem__(self, index: int | np.integer[Any]) -> Instance: ...
     @overload
     def __getitem__(self, index: slice | npt.NDArray[Any] | Sequence[Any]) -> Self: ...
     def __getitem__(self, index: Any) -> Instance | Self:
