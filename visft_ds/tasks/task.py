@@ -125,13 +125,14 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
+    def measure(self, truth: Mapping[str, Any], results: Results, of_record: bool) -> dict[str, float]:
         """Metrics by name ("part/metric"), at least those that `config.metrics` lists.
 
         Args:
             truth: of `truth`.
             results: of `results`, of all images.
-            per_category: with the numbers of each category, too.
+            of_record: the numbers that are published: with those of each category, and by the reference
+                implementation where a faster one measures during training.
 
         Raises:
             ValueError: the truth has nothing to compare with, or a prediction is not finite.
