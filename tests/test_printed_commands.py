@@ -141,7 +141,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in RUNS:
         (tmp_path / name).mkdir(parents=True)
         stage = int(name[-1]) if name[-1].isdigit() else 1
-        record = {"schema": RUN_SCHEMA, "config": resolve(stage=stage, model="debug").to_dict()}
+        settings = ["visft.data.root=MYFOLDER-shards"] if name == "runs/stage1" else []
+        config = resolve(stage=stage, model="debug", settings=settings).to_dict()
+        record = {"schema": RUN_SCHEMA, "config": config}
         (tmp_path / name / "run.json").write_text(json.dumps(record))
     (tmp_path / "hostfile").write_bytes((ROOT / "launchers/hostfile.example").read_bytes())
     monkeypatch.setattr(

@@ -404,7 +404,7 @@ def test_every_exception_of_the_identity_fits_a_key() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "--stage is missing"),
+        ([], "missing --stage 1"),
         (["--stage", "1", "--modle", "debug"], "did you mean --model?"),
         (["--stage", "1", "--engine", "zero4"], "did you mean zero"),
         (["--deepspeed_config", str(CONFIG_ROOT / "stage1.json"), "--model", "debug"], "leave out --model"),
