@@ -347,8 +347,13 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor]
         import timm
 
         trunk = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        if isinstance(backbone, TimmBackbone):
-            return as_backbone(trunk, backbone.name, backbone.options, backbone.layers_read).eval()
+    return _maps_of(trunk, backbone)
+
+
+def _maps_of(trunk: Any, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:
+    """(B, 3, H, W) -> maps by a model of timm that ends where training read; `backbone`: the same of ours."""
+    if isinstance(backbone, TimmBackbone):
+        return as_backbone(trunk, backbone.name, backbone.options, backbone.layers_read).eval()
     if len(backbone.layers_read) > 1:
         reading = {"indices": list(backbone.layers_read), "norm": True, "intermediates_only": True}
         return lambda images: list(trunk.forward_intermediates(images, **reading))
@@ -357,21 +362,65 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor]
     return lambda images: [_map(trunk.forward_features(images), images, backbone)]
 
 
+def _timm_of(base: Path, model: Mapping[str, Any]) -> Any:
+    """timm's own model with the weights of a base."""
+    from timm import create_model
+
+    file = layouts.open_model(base)
+    model = layouts.whole(model, file)
+    tensors, files = timm(layouts.tower_in(file, model), file, layouts.built(model, "meta"))
+    config = files["config.json"]
+    made = create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
+    made.load_state_dict({name: tensor.read() for name, tensor in tensors.items()})
+    return made.eval()
+
+
+def _by_peft(
+    folder: Path, base: Path, model: Mapping[str, Any], images: Tensor
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Maps of timm's model of a base with an adapter: merged by PEFT, in PEFT's layers, and without it."""
+    from peft import PeftModel
+
+    trunk = _timm_of(base, model)
+    maps_of = _maps_of(trunk, layouts.built(model, "meta"))
+    wrapped = PeftModel.from_pretrained(trunk, folder).eval()
+    with wrapped.disable_adapter():
+        plain = maps_of(images)
+    in_layers = maps_of(images)
+    wrapped.merge_and_unload()
+    return maps_of(images), in_layers, plain
+
+
+class Difference(NamedTuple):
+    """|computed - ours| / |ours| on two images of seeded noise, the largest one of the maps there are."""
+
+    result: float
+    in_layers: float = 0.0  #: by layers of PEFT that are not merged
+    effect: float = math.inf  #: of these on the base
+
+
 @torch.no_grad()
 def difference(
     form: str, folder: Path, base: Path, model: Mapping[str, Any], adapter: Adapter | None
-) -> float:
-    """|computed - ours| / |ours| on two images of seeded noise, the largest one of the maps that there are.
-
-    Only one of the two models is in memory at a time.
-    """
+) -> Difference:
+    """What a library computes, compared with base + adapter of ours; one model is in memory at a time."""
     tower: Backbone = layouts.load_backbone(base, model).eval()
     images = torch.randn(2, 3, tower.image_size, tower.image_size, generator=torch.Generator().manual_seed(0))
     if adapter is not None:
         adapter.install(tower)
     expected = tower(images)
+    if form == "peft":
+        del tower
+        merged, in_layers, plain = _by_peft(folder, base, model, images)
+        return Difference(
+            _largest(merged, expected), _largest(in_layers, expected), _largest(in_layers, plain)
+        )
     tower = layouts.built(model, "meta")
-    maps = by_library(form, folder, tower)(images)
+    return Difference(_largest(by_library(form, folder, tower)(images), expected))
+
+
+def _largest(maps: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative difference of maps from the last ones of those that were expected."""
     differences = []
     for computed, ours in zip(maps, expected[-len(maps) :], strict=True):
         differences.append(float((computed.float() - ours).norm() / ours.norm()))

@@ -67,15 +67,13 @@ FORMATS = {
     ),
     "peft": Format(
         file="",
+        library="peft",
         snippet="""\
 import timm
 from peft import PeftModel
 
 model = {model}
-for module in model.modules():  # else timm's EVA passes by the layers that PEFT adapts, and nothing warns
-    if hasattr(module, "qkv_bias_separate"):
-        module.qkv_bias_separate = True
-model = PeftModel.from_pretrained(model, ".").eval()""",
+model = PeftModel.from_pretrained(model, ".").merge_and_unload().eval()""",
     ),
     "timm": Format(
         file="model.safetensors",
