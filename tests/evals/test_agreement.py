@@ -64,7 +64,11 @@ def _adapter(name: str, targets: tuple[str, ...], folder: Path, spread: float = 
 def test_predictions_are_those_of_timms_own_models(net: Path, tmp_path: Path) -> None:
     """Base, adapter, merge with and without classifier; times nothing, every answer stays."""
     base = net / "base.safetensors"
-    command = [f"base=timm:{NAME}:{base}", f"own={base}+{net}/adapter", f"less={base}+{net}/adapter@0.5"]
+    command = [
+        f"base=timm:{NAME}:{base}",
+        f"own=timm:{NAME}:{base}+{net}/adapter",
+        f"less={base}+{net}/adapter@0.5",
+    ]
     command += [
         f"merged={net}/merged.safetensors",
         f"bare={net}/bare.safetensors",

@@ -14,7 +14,7 @@ import torch
 
 from tests.elsewhere import as_map, run_readme
 from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_backbone
-from tests.small_timm import adapted, random_base
+from tests.small_timm import FAMILIES, adapted, random_base
 from visft_ds.interop.card import README, card
 from visft_ds.interop.peft_folder import read_folder
 from visft_ds.models.eva_vit import EvaViT
@@ -84,6 +84,17 @@ def test_only_towers_that_need_it_are_told(
     needs_it = "qkvb" in name
     assert ("PEFT computes" in capsys.readouterr().err) == needs_it
     assert ("qkv_bias_separate" in (out / README).read_text()) == needs_it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adapter_for_transformers_has_the_names_of_its_modules(tmp_path: Path, name: str) -> None:
+    base = random_base(name, tmp_path)
+    _, adapter = adapted(name, base)
+    out = merge(base, adapter, tmp_path / "out", "--format", "peft_transformers", "--verify")
+    again = read_folder(out).on(build_timm(name))
+    assert again.layers == adapter.layers and set(again.targets) == set(adapter.targets)
+    assert all(torch.equal(value, again.tensors[key]) for key, value in adapter.tensors.items())
 
 
 VIT, CNN = "test_vit", "tf_efficientnet_lite0"

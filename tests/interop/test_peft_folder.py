@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
+import tests.small_timm  # noqa: F401 (registers models of these names)
 from tests.random_tower import adapter_of, move_adapters, random_tower, relative, save_adapter
 from visft_ds.interop.adapter import average
 from visft_ds.interop.peft_folder import read_folder
@@ -144,6 +145,44 @@ def test_names_behind_the_prefix_of_a_model_around_the_tower(tmp_path: Path, pre
     assert slices_of(random_tower(), ours.targets) == {name: ((0, 3 * WIDTH),) for name in names}
 
 
+@pytest.mark.parametrize(
+    ("model", "q", "v", "fc2"),
+    [
+        (
+            "vit_test_plus_patch8_dinov3_qkvb",
+            "model.layer.1.attention.q_proj",
+            "model.layer.1.attention.v_proj",
+            "model.layer.1.mlp.down_proj",
+        ),
+        (
+            "vit_test_patch8_siglip_32",
+            "vision_model.encoder.layers.1.self_attn.q_proj",
+            "vision_model.encoder.layers.1.self_attn.v_proj",
+            "vision_model.encoder.layers.1.mlp.fc2",
+        ),
+    ],
+)
+def test_names_of_transformers_become_rows_of_a_fused_qkv(
+    tmp_path: Path, model: str, q: str, v: str, fc2: str
+) -> None:
+    backbone = build_timm(model)
+    width = backbone.width
+    inner = backbone.get_submodule("blocks.1.mlp.fc2").weight.shape[1]
+    sizes = {"q_proj": (width, width), "v_proj": (width, width), fc2.rpartition(".")[2]: (width, inner)}
+    tensors = _factors(v, fc2, q, **sizes)
+    adapter = read_folder(_folder(tmp_path / "peft", tensors)).on(backbone)
+    assert adapter.targets == (), "no targets of a run adapt q of one block alone"
+    assert adapter.layers["blocks.1.attn.qkv"] == (3 * width, ((0, width), (2 * width, 3 * width)))
+    change = adapter.delta("blocks.1.attn.qkv.weight").chunk(3)
+    for rows, name in ((change[0], q), (change[2], v), (adapter.delta("blocks.1.mlp.fc2.weight"), fc2)):
+        a, b = (tensors[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+        assert relative(rows, 2 * b @ a) < 1e-6
+    assert not change[1].any()
+    other = _factors(q.replace("vision_model", "text_model").replace("model.layer", "decoder.layer"), **sizes)
+    with pytest.raises(ValueError, match="are none of"):
+        read_folder(_folder(tmp_path / "text", other)).install(backbone)
+
+
 QKV = "base_model.model.blocks.0.attn.qkv"
 
 
@@ -215,7 +254,7 @@ def test_a_header_that_is_wrong_is_named_with_the_file(tmp_path: Path) -> None:
     layer = "blocks.0.attn.qkv"
     for key, value, message in (
         ("version", 2, "version"),
-        ("targets", [], "targets"),
+        ("targets", [3], "targets"),
         ("model", 7, "model"),
         ("model", {"preset": "debug", "depth": 10**6}, "model.depth"),
         ("model", {**header["model"], "layers": [0]}, "read after block"),

@@ -20,6 +20,7 @@ from torch import Tensor
 from visft_ds.config.schema import LoraConfig
 from visft_ds.files import reading
 from visft_ds.interop.layouts import PREFIXES, describe_model, fitted, model_of
+from visft_ds.interop.transformers_names import layers_of
 from visft_ds.interop.weights import Lazy, Weights, examples
 from visft_ds.models import Backbone
 from visft_ds.models.lora import (
@@ -32,6 +33,9 @@ from visft_ds.models.lora import (
     targets_of,
 )
 from visft_ds.ops.lora import Slices
+
+#: What stands in front of the names of a tower's layers in models of open_clip and transformers.
+_AROUND = (*PREFIXES, "model.", "vision_model.", "vision_tower.", "vision_tower.vision_model.")
 
 
 @dataclass(frozen=True)
@@ -95,27 +99,48 @@ class Adapter:
         return replace(self, tensors=scaled)
 
     def on(self, backbone: Backbone) -> Adapter:
-        """Itself, or of a folder that names no model: under the names that the layers of this one have.
+        """Itself; or, of a folder that names no model, the same change by the names and rows of this one.
 
-        Folders of PEFT have them behind the prefix of the model around a tower. Raises ValueError for layers
-        that it does not have.
+        Raises ValueError for layers that it does not have.
         """
         if self.model is not None:
             return self
-        known = adaptable_layers(backbone)
-        fits = [prefix for prefix in PREFIXES if all(_behind(prefix, name) in known for name in self.layers)]
-        if not fits:
-            raise ValueError(
-                f"{self.path}: its layers ({examples(self.layers)}) are none of {backbone.describe()}, which "
-                f"has {examples(known)}"
-            )
-        layers = {_behind(fits[0], name): rows for name, rows in self.layers.items()}
+        parts = self._parts_of(backbone)
+        layers: dict[str, tuple[int, Slices]] = {}
+        factors: dict[str, list[Tensor]] = {}
+        for theirs in sorted(parts, key=parts.__getitem__):
+            ours, part, count = parts[theirs]
+            rows, _ = self.layers[theirs]
+            slices = layers[ours][1] if ours in layers else ()
+            layers[ours] = (rows * count, (*slices, (rows * part, rows * (part + 1))))
+            for kind in KINDS:
+                factors.setdefault(f"{ours}.{kind}", []).append(self.tensors[f"{theirs}.{kind}"])
         return replace(
             self,
             model=model_of(backbone),
             targets=targets_of(backbone, {name: slices for name, (_, slices) in layers.items()}),
             layers=layers,
-            tensors={_behind(fits[0], name): tensor for name, tensor in self.tensors.items()},
+            tensors={name: torch.cat(tensors) for name, tensors in factors.items()},
+        )
+
+    def _parts_of(self, backbone: Backbone) -> dict[str, tuple[str, int, int]]:
+        """Its layers -> (layer of the backbone, which part of its rows, of how many).
+
+        The names are timm's or those of transformers' classes, behind the name of the tower in the model
+        around it, which is the same for all.
+        """
+        known = adaptable_layers(backbone)
+        for names in ({name: (name, 0, 1) for name in known}, layers_of(backbone, known)):
+            for prefix in _AROUND:
+                parts = {}
+                for name in self.layers:
+                    if name.startswith(prefix) and name.removeprefix(prefix) in names:
+                        parts[name] = names[name.removeprefix(prefix)]
+                if len(parts) == len(self.layers):
+                    return parts
+        raise ValueError(
+            f"{self.path}: its layers ({examples(self.layers)}) are none of {backbone.describe()}, which "
+            f"has {examples(known)}"
         )
 
     def install(self, backbone: Backbone) -> None:
@@ -159,11 +184,6 @@ class Adapter:
             digest.update(name.encode())
             digest.update(self.tensors[name].contiguous().numpy().tobytes())
         return digest.hexdigest()
-
-
-def _behind(prefix: str, name: str) -> str:
-    """A name without this beginning; empty if it begins otherwise."""
-    return name.removeprefix(prefix) if name.startswith(prefix) else ""
 
 
 def names_in(layers: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.formats import FORMATS
+from visft_ds.interop.formats import ADAPTERS, FORMATS
 from visft_ds.interop.layouts import describe_model, model_of
 from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone
@@ -85,16 +85,17 @@ def card(
     """
     from huggingface_hub import ModelCardData
 
+    is_adapter = form in ADAPTERS
     front = ModelCardData(
         base_model=base,
-        library_name=form,
+        library_name="peft" if is_adapter else form,
         pipeline_tag="image-feature-extraction",
-        tags=["vision", "visft", "lora"] if form == "peft" else ["vision", "visft"],
+        tags=["vision", "visft", "lora"] if is_adapter else ["vision", "visft"],
         model_name=title if measured else None,
         eval_results=list(measured) or None,
     )
     if base is not None:
-        front.base_model_relation = "adapter" if form == "peft" else "finetune"
+        front.base_model_relation = "adapter" if is_adapter else "finetune"
     rows = {
         "model": describe_model(model_of(backbone)),
         "base weights": base or "a file that has no name on a hub",
@@ -132,7 +133,7 @@ def card(
     return _TEXT.format(
         front=front.to_yaml().strip(),
         title=title,
-        what=_ADAPTER if form == "peft" else f"Full weights for {form} from {_METHOD}.",
+        what=_ADAPTER if is_adapter else f"Full weights for {form} from {_METHOD}.",
         facts="\n".join(lines),
         load=FORMATS[form].snippet.replace("{model}", model),
         unmerged=unmerged,

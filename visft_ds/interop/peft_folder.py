@@ -66,7 +66,7 @@ class StoredAdapter(StrictModel):
 
     version: Literal[1]
     model: StoredModel
-    targets: Annotated[tuple[Text, ...], Field(min_length=1)]
+    targets: tuple[Text, ...]
     slices: Annotated[dict[str, tuple[tuple[Count, Positive], ...]], Field(min_length=1)]
     base: str | None
     step: Count | None
@@ -180,8 +180,10 @@ def _layers_in(
         raise ValueError("it has no tensors")
     if stored is not None and stored.slices.keys() != set(names):
         raise ValueError(f"it has {examples(names)}, and its header says {examples(stored.slices)}")
+    if stored is not None:
+        names = [*stored.slices]  # in the order of the model
     layers = {}
-    for layer in stored.slices if stored else names:
+    for layer in names:
         a = file.get(f"{_PREFIX}{layer}.lora_A.weight")
         b = file.get(f"{_PREFIX}{layer}.lora_B.weight")
         if a is None or b is None:
@@ -261,7 +263,8 @@ def write_folder(adapter: Adapter, folder: Path, base_model: str | None = None) 
         if len(slices) > 1:
             rank_pattern[re.escape(layer)] = adapter.rank * len(slices)
             alpha_pattern[re.escape(layer)] = adapter.alpha * len(slices)
-    save_tensors(folder / WEIGHTS, tensors, {_HEADER: json.dumps(facts)})
+    header = {} if adapter.model is None else {_HEADER: json.dumps(facts)}
+    save_tensors(folder / WEIGHTS, tensors, header)
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,

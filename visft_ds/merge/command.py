@@ -23,7 +23,7 @@ from visft_ds.flags import check_extra
 from visft_ds.interop import export, layouts
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.card import README, card, repository_of
-from visft_ds.interop.formats import FORMATS
+from visft_ds.interop.formats import ADAPTERS, FORMATS
 from visft_ds.interop.peft_folder import write_folder
 from visft_ds.interop.weights import Weights, write_safetensors
 from visft_ds.merge.source import adapter_at, base_of
@@ -143,8 +143,10 @@ def _write(flags: argparse.Namespace, base: Base, adapter: Adapter | None, stage
     path = stage / (flags.out.name if flags.out.suffix else form.file)
     dtype = DTYPES[flags.dtype]
     names = layouts.base_parameters(base.backbone)
-    if flags.format == "peft":
+    if flags.format in ADAPTERS:
         assert adapter is not None
+        if flags.format == "peft_transformers":
+            adapter = export.for_transformers(adapter, base.path, base.model)
         write_folder(adapter, stage, base.repository)
         return share
     if flags.format == "onnx":
@@ -204,7 +206,7 @@ def _check(flags: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, before any file is read."""
     if flags.out.exists():
         raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
-    if not flags.adapters and (flags.base is None or flags.scale != 1 or flags.format == "peft"):
+    if not flags.adapters and (flags.base is None or flags.scale != 1 or flags.format in ADAPTERS):
         raise ValueError(
             "give --run RUN or --adapter PATH, or --base FILE to write it in another --format or --dtype"
         )
@@ -216,7 +218,7 @@ def _check(flags: argparse.Namespace) -> None:
         raise ValueError(
             f"--out {flags.out}: --format {flags.format} writes {file}a folder NAME, which has no dot"
         )
-    if flags.format in ("peft", "onnx") and flags.dtype != "fp32":
+    if flags.format in ("onnx", *ADAPTERS) and flags.dtype != "fp32":
         raise ValueError(f"--dtype is of full weights; --format {flags.format} is written in fp32")
     if flags.format == "onnx":
         check_extra("--format onnx", "onnx", ("onnx", "onnxscript", "onnxruntime"))
@@ -239,7 +241,7 @@ def _read_adapter(flags: argparse.Namespace) -> Adapter | None:
             adapters.append(adapter)
         text = adapter.describe() if adapter else "none, the run trained its backbone itself"
         print(f"adapter  {path}: {text}")
-    needed = len(flags.adapters) > 1 or flags.scale != 1 or flags.format == "peft"
+    needed = len(flags.adapters) > 1 or flags.scale != 1 or flags.format in ADAPTERS
     if needed and len(adapters) < len(flags.adapters):
         raise ValueError(
             "a run that trained its backbone itself has no adapter to average, scale or write alone"

@@ -229,7 +229,9 @@ def _pads_same(layer: nn.Module) -> bool:
 
 
 def targets_of(backbone: nn.Module, slices: Mapping[str, Slices]) -> tuple[str, ...]:
-    """Targets that adapt just these rows of layers: roles, then globs of like names, then single names."""
+    """Targets that adapt just these rows of layers: roles, then globs of like names, then single names; empty
+    where none do, as for q of a single block.
+    """
     layers = adaptable_layers(backbone)
     missing = {(name, rows) for name, ranges in slices.items() for rows in ranges}
     targets = []
@@ -239,7 +241,7 @@ def targets_of(backbone: nn.Module, slices: Mapping[str, Slices]) -> tuple[str, 
         if rows_of and missing.issuperset(rows_of.items()):
             targets.append(target)
             missing.difference_update(rows_of.items())
-    return tuple(targets)
+    return () if missing else tuple(targets)
 
 
 def _rows_of(layers: Mapping[str, Any], target: str) -> dict[str, tuple[int, int]]:

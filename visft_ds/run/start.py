@@ -105,6 +105,11 @@ def _start_from_adapter(config: VisftConfig, path: Path) -> Start:
     slices = {name: slices for name, (_, slices) in adapter.layers.items()}
     if slices_of(backbone, config.lora.targets) == slices:
         targets = config.lora.targets  # the same layers by other words
+    if not targets:
+        raise ValueError(
+            f"visft.init_from: {path} adapts rows of some blocks alone, which no visft.lora.targets do: "
+            "merge it into the base weights, and start from these"
+        )
     there = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=targets)
     _check_lora(path, there, config.lora)
     tensors = {f"backbone.{name}": Lazy.of(value) for name, value in adapter.tensors.items()}
