@@ -101,6 +101,7 @@ VIT, CNN = "test_vit", "tf_efficientnet_lite0"
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
 @pytest.mark.parametrize(
     ("name", "settings", "reason"),
     [
@@ -124,7 +125,6 @@ VIT, CNN = "test_vit", "tf_efficientnet_lite0"
         (VIT, {"use_dora": True, "target_modules": ["qkv"]}, "use_dora"),
         (VIT, {"bias": "all", "target_modules": ["qkv"]}, "biases"),
         (VIT, {"bias": "lora_only", "target_modules": ["qkv"]}, "biases"),
-        (VIT, {"lora_bias": True, "target_modules": ["qkv"]}, "biases"),
         (VIT, {"modules_to_save": ["norm"], "target_modules": ["qkv"]}, "whole layers"),
         (VIT, {"init_lora_weights": "pissa", "target_modules": ["qkv"]}, "pissa"),
         (VIT, {"init_lora_weights": "olora", "target_modules": ["qkv"]}, "olora"),

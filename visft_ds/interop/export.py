@@ -431,7 +431,9 @@ def _by_peft(
     else:
         trunk = _timm_of(base, model)
         maps_of = _maps_of(trunk, tower)
-    wrapped = PeftModel.from_pretrained(trunk, folder).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT calls
+        wrapped = PeftModel.from_pretrained(trunk, folder).eval()
     with wrapped.disable_adapter():
         plain = maps_of(images)
     in_layers = maps_of(images)
