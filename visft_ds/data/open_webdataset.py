@@ -25,5 +25,5 @@ def open_split(manifest: Manifest, **options: Any) -> Any:
         raise RuntimeError(
             "webdataset was imported with its security off: import visft_ds.data.open_webdataset first"
         )
-    paths = [f"{manifest.root}/{shard.name}" for shard in manifest.shards]
+    paths = [manifest.address(shard.name) for shard in manifest.shards]
     return webdataset.WebDataset(paths, **{"shardshuffle": False, "empty_check": False, **options})
