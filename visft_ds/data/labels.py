@@ -70,15 +70,15 @@ def _of_others(
     """A label of ours with what other programs wrote beside an image: a text, or JSON.
 
     Captions of JSON are the texts of `captions`, or that of `caption`; empty ones are left out. Objects are
-    `annotations` as COCO lists them, of which id, iscrowd and area may be missing; they need categories.
+    `annotations` as COCO lists them, of which id, iscrowd and area may be missing; without categories they
+    are not read.
     """
     content: Any = {"caption": data.decode("utf-8-sig")} if kind == "text" else orjson.loads(data)
     if not isinstance(content, dict):
         raise ValueError("it must be an object with caption, captions or annotations")
+    listed = content.get("annotations") if has_categories else None
     annotations = []
-    for number, annotation in enumerate(content.get("annotations") or [], 1):
-        if not has_categories:
-            raise ValueError("its annotations need the names of their categories: give --categories FILE")
+    for number, annotation in enumerate(listed or [], 1):
         if not _has(annotation, ("bbox", "category_id")) or not is_numbers(annotation["bbox"], 4):
             raise ValueError(f"annotation {number} needs a bbox of four numbers and a category_id")
         _, _, width, height = annotation["bbox"]

@@ -14,6 +14,8 @@ from visft_ds.data.shards import Manifest
 os.environ["WDS_SECURE"] = "1"
 import webdataset
 
+__all__ = ["open_split", "webdataset"]
+
 
 def open_split(manifest: Manifest, **options: Any) -> Any:
     """A `webdataset.WebDataset` over the shards of a local split, in order unless `options` say otherwise.

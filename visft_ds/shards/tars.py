@@ -148,7 +148,7 @@ class _Tar:
 
     address: str
     categories: Mapping[int, str]
-    bytes: int = 0
+    size: int = 0  #: bytes
     sha256: str = ""
     rows: list[tuple[int, ...]] = field(default_factory=list)  #: as INDEX_DTYPE; the shard is 0
     left_out: list[tuple[str, str]] = field(default_factory=list)  #: (sample, reason)
@@ -171,7 +171,7 @@ class _Tar:
                 remedy = "decompress it (gunzip), as samples are read one by one"
                 raise ValueError(f"{self.address} is compressed: {remedy}")
             file.seek(0)
-            stream = _Hashing(file)
+            stream: Any = _Hashing(file)  # as much of a file as tarfile needs
             end = 0
             try:
                 with tarfile.open(fileobj=stream, mode="r|", bufsize=_BLOCK) as archive:
@@ -186,7 +186,7 @@ class _Tar:
             except tarfile.TarError:
                 stream.read_rest()
                 self.is_whole = False
-        self.bytes = stream.size
+        self.size = stream.size
         self.sha256 = stream.digest.hexdigest()
 
     def _note_repeated(self, error: Exception) -> bool:
@@ -282,7 +282,7 @@ class _Hashing:
 def _members(archive: tarfile.TarFile) -> Iterator[dict[str, Any]]:
     """The files of a tar as `group_by_keys` takes them, with their places in it."""
     for entry in archive:
-        archive.members = []  # type: ignore[misc, attr-defined]  # it would keep them all
+        archive.members = []  # type: ignore[attr-defined]  # it would keep them all
         if entry.isreg() and not entry.issparse() and not _METADATA.match(entry.name):
             content = archive.extractfile(entry)
             assert content is not None
@@ -343,7 +343,7 @@ def _write(
             rows = np.array(tar.rows, dtype=INDEX_DTYPE)
             rows["shard"] = len(shards)
             parts.append(rows)
-            shards.append(ShardFile(_stored_name(tar.address, out), len(rows), tar.bytes, tar.sha256))
+            shards.append(ShardFile(_stored_name(tar.address, out), len(rows), tar.size, tar.sha256))
         counts.update(tar.counts)
         words.update(tar.words)
         having.update(tar.having)
