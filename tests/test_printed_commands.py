@@ -71,7 +71,17 @@ OTHERS_FLAGS = (
     "--strict",
 )
 #: Programs that are not of this project; of `make` and `pip` the target and the extra are looked up.
-ELSEWHERE = ("curl", "export", "hf", "pyproject-build", "twine", "tools/gpu.sh", "tools/gpu_kit.sh")
+ELSEWHERE = (
+    "curl",
+    "export",
+    "hf",
+    "pyproject-build",
+    "twine",
+    "tools/gpu.sh",
+    "tools/gpu_kit.sh",
+    "unzip",
+    "wget",
+)
 SCRIPTED = {"launchers/train.py": "train", "tools/profile.py": "profile"}
 SCRIPTED |= {"visft_ds.launch": "train", "tools/merge_lora.py": "merge", "tools/make_shards.py": "shards"}
 #: Names that stand for something of the user's, in commands that a page prints.
@@ -141,7 +151,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in RUNS:
         (tmp_path / name).mkdir(parents=True)
         stage = int(name[-1]) if name[-1].isdigit() else 1
-        record = {"schema": RUN_SCHEMA, "config": resolve(stage=stage, model="debug").to_dict()}
+        settings = ["visft.data.root=MYFOLDER-shards"] if name == "runs/stage1" else []
+        config = resolve(stage=stage, model="debug", settings=settings).to_dict()
+        record = {"schema": RUN_SCHEMA, "config": config}
         (tmp_path / name / "run.json").write_text(json.dumps(record))
     (tmp_path / "hostfile").write_bytes((ROOT / "launchers/hostfile.example").read_bytes())
     monkeypatch.setattr(

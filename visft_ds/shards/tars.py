@@ -43,6 +43,7 @@ from visft_ds.data.shards import (
 from visft_ds.data.workers import fork_server, kill_pool, start_worker
 from visft_ds.files import image_frame, read_bytes, reading
 from visft_ds.redaction import refuse_secrets
+from visft_ds.settings.task_schema import WITHOUT_MASK
 from visft_ds.shards.build import quantiles, reasons
 from visft_ds.shards.coco import SourceImage, add_categories, share_inside
 from visft_ds.shards.common import Findings, Json, is_split_name
@@ -246,7 +247,7 @@ class _Tar:
             crowd = bool(annotation["iscrowd"])
             image.add(b"", annotation["category_id"], crowd, share)
             if not annotation.get("segmentation") and not crowd:
-                self.findings.add("instance without mask", image.file_name)
+                self.findings.add(WITHOUT_MASK, image.file_name)
         self.counts["images"] += 1
         self.counts["captions"] += len(image.captions)
         self.counts["empty"] += not annotations and not image.captions
