@@ -431,6 +431,7 @@ def test_flags_and_keys_in_messages_and_pages_exist(capsys: pytest.CaptureFixtur
         *([name, "--help"] for name in cli.COMMANDS),
         ["shards", "build", "--help"],
         ["shards", "permute", "--help"],
+        ["shards", "index", "--help"],
     ):
         with contextlib.suppress(SystemExit):
             cli.main(words)
