@@ -72,6 +72,12 @@ def test_yolo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["build", str(tmp_path / "my data/data.yaml"), "--out", str(tmp_path / "my data-shards")]) == 0
     )
+    for folder, told in (
+        (tmp_path / "my data-shards", "shards already (train, val)"),
+        (tmp_path, "folders in it are: visft shards"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            recognise(folder)
 
 
 def test_boxes_of_unreadable_pictures_do_not_hide_why(
