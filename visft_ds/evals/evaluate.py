@@ -22,7 +22,7 @@ from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.records import FORMAT, METRICS, VERSION, VISUALIZATIONS, counted
 from visft_ds.evaluation import collect, draw_examples, measure
 from visft_ds.files import write_bytes
-from visft_ds.flags import check_least
+from visft_ds.flags import check_least, speaking_python
 from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
@@ -48,6 +48,7 @@ class EvaluationResult:
     out: Path | None = None  #: folder of what was written
 
 
+@speaking_python()
 def evaluate(
     run: AnyPath | None = None,
     *,

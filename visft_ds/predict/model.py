@@ -6,6 +6,7 @@ Letters: B images, H W pixels, h w patch grid, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from visft_ds import distributed
 from visft_ds.data.samples import RawSample
+from visft_ds.flags import speaking_python
 from visft_ds.model import normalise_pixels
 from visft_ds.ops import DTYPES, at_least_float32
 from visft_ds.predict.images import ImageInMemory, ImageInput, OpenedImage, opened
@@ -26,6 +28,7 @@ from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.transform import pipeline_of
 
 
+@speaking_python()
 def load(
     source: str | Path,
     *,
@@ -72,6 +75,7 @@ def load(
     return Model(Path(source), *_build(parts, device))
 
 
+@speaking_python()
 def load_backbone(
     source: str | Path,
     *,
@@ -252,12 +256,13 @@ def _confidence(result: Mapping[str, Any]) -> float:
 
 
 def check_options(threshold: float = 0.5, **numbers: int | None) -> None:
-    """Raise ValueError for a threshold outside of [0, 1], or numbers outside of [1, 8192]."""
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold {threshold} is not allowed: give a score from 0 to 1")
+    """Raise ValueError for a threshold outside of [0, 1], or whole numbers outside of [1, 8192]."""
+    if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold {threshold!r} is not allowed: give a score from 0 to 1")
     for name, number in numbers.items():
-        if number is not None and not 1 <= number <= 8192:
-            raise ValueError(f"{name.replace('_', ' ')} {number} is not allowed: give 1 to 8192")
+        is_whole = number is None or isinstance(number, Integral)
+        if not is_whole or not 1 <= (number or 1) <= 8192:
+            raise ValueError(f"{name.replace('_', ' ')} {number!r} is not allowed: give 1 to 8192")
 
 
 def _build(parts: ModelSource, device: str | torch.device | None) -> tuple[LoadedModel, dict[str, Stream]]:
