@@ -77,7 +77,7 @@ def _shards(shards: Path, folder: Path, without: int = 0, **counts: int) -> list
     shutil.copytree(shards, folder, dirs_exist_ok=True)
     found = Manifest.load(folder, "train")
     changed = replace(
-        found, counts={**found.counts, **counts}, findings={"instance without mask": [without, []]}
+        found, counts={**found.counts, **counts}, findings={"object without a mask": [without, []]}
     )
     changed.save(Path(folder, "train" + INDEX).read_bytes())
     return ["--stage", "1", "--model", "debug", "--data", str(folder)]

@@ -470,7 +470,7 @@ class Draft:
         recipe = self.recipe
         decisions = self._decisions
         params = recipe.scheduler.params
-        total = params.total_num_steps or recipe.visft.updates()
+        total = params.total_num_steps or recipe.visft.steps()
         assert total is not None  # checked by validation
         warmup = params.warmup_num_steps
         if warmup > total:

@@ -68,7 +68,7 @@ class SchedulerParams(StrictModel):
     """Lengths of the schedule, in optimiser steps."""
 
     warmup_num_steps: Count  #: steps in which the learning rate rises linearly; 0: none
-    total_num_steps: Positive | None = None  #: length of the run in steps; null: from the tasks' `updates`
+    total_num_steps: Positive | None = None  #: length of the run in steps; null: from the tasks' `steps`
 
 
 class SchedulerConfig(StrictModel):
@@ -323,9 +323,9 @@ class VisftConfig(StrictModel):
             problem = 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
             yield "shared", problem
         for name, task in enabled.items():
-            if self.mode == "sampled" and task.updates is None:
-                problem = "missing: steps are shared out in proportion to the tasks' updates"
-                yield f"tasks.{name}.updates", problem
+            if self.mode == "sampled" and task.steps is None:
+                problem = "missing: steps are shared out in proportion to the tasks' steps"
+                yield f"tasks.{name}.steps", problem
         groups = [group.name for group in self.param_groups]
         for number, name in enumerate(groups):
             if name in groups[:number]:
@@ -370,14 +370,14 @@ class VisftConfig(StrictModel):
         if self.mode == "shared":
             assert self.shared is not None  # checked by validation
             return {SHARED: self.shared.stream(SHARED, tuple(tasks), 1.0)}
-        return {name: task.stream(name, (name,), float(task.updates or 0)) for name, task in tasks.items()}
+        return {name: task.stream(name, (name,), float(task.steps or 0)) for name, task in tasks.items()}
 
-    def updates(self) -> int | None:
-        """Optimiser steps that give every task its `updates`; None where a task states none."""
-        updates = [task.updates for task in self.tasks.enabled().values()]
-        stated = [number for number in updates if number is not None]
+    def steps(self) -> int | None:
+        """Optimiser steps that give every task its `steps`; None where a task states none."""
+        steps = [task.steps for task in self.tasks.enabled().values()]
+        stated = [number for number in steps if number is not None]
         whole = max if self.mode == "shared" else sum
-        return whole(stated) if stated and len(stated) == len(updates) else None
+        return whole(stated) if stated and len(stated) == len(steps) else None
 
 
 class Offload(StrictModel):
@@ -445,8 +445,8 @@ class Recipe(StrictModel):
         trains_backbone = visft.stage == 2
         if visft.features is not None and (trains_backbone or self.pipeline is not None or zero.stage == 3):
             yield "visft.features", "must be null in stage 2, with a pipeline and with ZeRO-3"
-        if self.scheduler.params.total_num_steps is None and visft.updates() is None:
-            problem = "missing: state it, or visft.tasks.<task>.updates of every task"
+        if self.scheduler.params.total_num_steps is None and visft.steps() is None:
+            problem = "missing: state it, or visft.tasks.<task>.steps of every task"
             yield "scheduler.params.total_num_steps", problem
 
     def _contradictions_of_pipeline(self) -> Iterator[tuple[str, str]]:

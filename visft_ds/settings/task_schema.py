@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from visft_ds.settings.fields import Above, Ascending, Fraction, Positive, Sides, StrictModel, Text
 
 Findings = Mapping[str, Sequence[Any]]  #: what was odd: kind -> (how often, examples)
+WITHOUT_MASK = "object without a mask"  #: a kind of finding
 #: An image's caption to learn from: one drawn anew each time, or always the first.
 CaptionChoice = Literal["random", "first"]
 SHARED = "shared"  #: name of the one stream of mode "shared"
@@ -97,7 +98,7 @@ class TaskConfig(StreamConfig):
 
     #: optimiser steps of this task, or its share of them if scheduler.params.total_num_steps sets the length
     #: of the run, which else is their sum, in mode "shared" the largest; null: state the length
-    updates: Positive | None = None
+    steps: Positive | None = None
     head: StrictModel
     loss: BaseModel
 

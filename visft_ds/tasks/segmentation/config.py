@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
 from visft_ds.settings.fields import Above, Ascending, Depth, Fraction, Positive, Probability, StrictModel
-from visft_ds.settings.task_schema import Findings
+from visft_ds.settings.task_schema import WITHOUT_MASK, Findings
 from visft_ds.tasks.masks.config import ClassIds, MaskLoss, MaskTaskConfig, PlainHeadConfig
 
 
@@ -87,7 +87,7 @@ class SegmentationTask(MaskTaskConfig):
         """Objects without masks are background here: a set of boxes alone would teach that nothing is
         there.
         """
-        without_mask = findings.get("instance without mask", (0,))[0]
+        without_mask = findings.get(WITHOUT_MASK, (0,))[0]
         objects = counts.get("annotations", 0)
         if 2 * without_mask <= objects:
             return None

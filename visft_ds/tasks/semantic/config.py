@@ -83,7 +83,7 @@ class SemanticTask(MaskTaskConfig):
     learns_from = "annotations"
     heads: ClassVar = {"linear": SemanticHeadConfig, "plain": SemanticPlainConfig}
 
-    updates: Positive | None = 40_000
+    steps: Positive | None = 40_000
     batch_size: Positive = 16
     micro_batch: Positive = 16
     image: SemanticImage = SemanticImage()
