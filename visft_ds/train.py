@@ -40,7 +40,13 @@ from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 
 @dataclass(frozen=True)
 class FitResult:
-    """Outcome of a run."""
+    """Outcome of a run, `heads = visft_ds.fit(...)`.
+
+    Example:
+        >>> heads.finished, heads.step, str(heads.export)
+        (True, 2, 'runs/heads/export')
+        >>> model = visft_ds.load(heads.out)
+    """
 
     out: Path  #: the run folder
     step: int  #: optimiser steps done, those of earlier starts included

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import gc
 import json
 import os
@@ -16,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed
+from PIL import Image
 from safetensors.torch import load_file
 
+import visft_ds
 from tests import finished
 from tests.ranks import REPOSITORY, finish, python, run_ranks, start_ranks
 from tests.run.test_evaluation import Here
@@ -244,14 +247,27 @@ def test_an_error_of_a_callback_is_raised_and_the_process_can_train_again(tmp_pa
     assert ended and ended[0].finished
 
 
+def test_the_example_of_each_public_name_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/stage2").symlink_to(finished.runs() / "stage2")
+    (tmp_path / "shards").symlink_to(SHARDS)
+    Image.linear_gradient("L").resize((56, 56)).convert("RGB").save(tmp_path / "dog.jpg")
+    monkeypatch.chdir(tmp_path)
+    finder = doctest.DocTestFinder(recurse=False)
+    runner = doctest.DocTestRunner(optionflags=doctest.FAIL_FAST)
+    names = {"visft_ds": visft_ds, "torch": torch, "numpy": np}
+    objects = [getattr(visft_ds, name) for name in visft_ds._PUBLIC]
+    for documented in [*objects, visft_ds.Model.predict]:
+        (example,) = finder.find(documented, documented.__qualname__, globs=names)
+        assert example.examples, f"{example.name} has no example"
+        assert not runner.run(example, clear_globs=False).failed
+        names = example.globs  # a result is an argument of another
+
+
 @pytest.mark.slow
 def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
-    text = (REPOSITORY / "docs/getting-started.md").read_text(encoding="utf-8")
-    script = (
-        text.partition("## Train and evaluate from Python\n")[2]
-        .partition("```python\n")[2]
-        .partition("```")[0]
-    )
+    text = (REPOSITORY / "docs/python.md").read_text(encoding="utf-8")
+    script = text.partition("## Train and evaluate\n")[2].partition("```python\n")[2].partition("```")[0]
     (tmp_path / "train.py").write_text(script, encoding="utf-8")
     (tmp_path / "shards").symlink_to(SHARDS)
     said = python("train.py", folder=tmp_path)

@@ -40,11 +40,17 @@ from visft_ds.tasks.pictures import grid, save_png
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Numbers of an evaluation and what they were computed from; empty but on the main process."""
+    """Numbers of an evaluation and what they were computed from; empty but on the main process.
 
-    #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1: the data has no such objects.
+    Example:
+        >>> result = visft_ds.evaluate("runs/stage2", tasks="detection", limit=2)
+        >>> list(result.results), -1 <= result.metrics["box/AP"] <= 1
+        (['detection'], True)
+    """
+
+    #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1 if the data has no such objects
     metrics: Mapping[str, float]
-    results: Mapping[str, Results]  #: task -> predictions in COCO's results format, in the order of the data
+    results: Mapping[str, Results]  #: task to predictions in COCO's results format, in the order of the data
     out: Path | None = None  #: folder of what was written
 
 
@@ -92,6 +98,10 @@ def evaluate(
     Raises:
         ValueError: missing or damaged files, parts that do not belong together, data that a task cannot be
             judged by (predictions are written all the same).
+
+    Example:
+        >>> visft_ds.evaluate("runs/stage2", limit=1, out="numbers").out
+        PosixPath('numbers')
     """
     counts = SimpleNamespace(
         limit=limit, batch_size=batch_size, beam_size=beam_size, visualizations=visualizations

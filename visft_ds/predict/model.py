@@ -59,6 +59,11 @@ def load(
 
     Raises:
         ValueError: no model there, a run that has not written what it trained yet, or parts that do not fit.
+
+    Example:
+        >>> model = visft_ds.load("runs/stage2", tasks="detection,captioning", device="cpu")
+        >>> model.tasks
+        ('detection', 'captioning')
     """
     check_options(image_size=image_size)
     parts = source_of(
@@ -87,6 +92,11 @@ def load_backbone(
 ) -> ImageFeatures:
     """Load the backbone alone, with the adapter in it, without heads; arguments and errors as those of
     `load`.
+
+    Example:
+        >>> backbone = visft_ds.load_backbone("runs/stage2", device="cpu")
+        >>> backbone(torch.zeros(1, 3, 56, 56)).shape
+        torch.Size([1, 16, 4, 4])
     """
     parts = source_of(
         Path(source), backbone=backbone, download=download, adapter=adapter, precision=precision, alone=True
@@ -96,7 +106,17 @@ def load_backbone(
 
 
 class ImageFeatures(nn.Module):
-    """Backbone with its adapter, in evaluation mode; no parameter requires a gradient until you set it."""
+    """Backbone with its adapter: images (B, 3, H, W) to features (B, D, h, w), h and w in whole patches.
+
+    Images are RGB, uint8 from 0 to 255 or float from 0 to 1, and normalised here; features are float32. It is
+    in evaluation mode, and no parameter requires a gradient until you set it.
+
+    Example:
+        >>> backbone = visft_ds.load_backbone("runs/stage2", device="cpu")
+        >>> images = torch.rand(2, 3, 56, 40)
+        >>> backbone(images).shape, backbone.patch_size
+        (torch.Size([2, 16, 4, 3]), 14)
+    """
 
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
@@ -142,21 +162,27 @@ def _check_range(images: Tensor) -> None:
 
 
 class Model:
-    """A trained model: `predict` images, or take features from its `backbone`."""
+    """A trained model: `predict` images, or take features from its `backbone`.
+
+    Example:
+        >>> model = visft_ds.load("runs/stage2", device="cpu")
+        >>> model.tasks, model.precision, model.categories[52]
+        (('detection', 'segmentation', 'captioning'), 'fp32', 'star')
+    """
 
     def __init__(self, source: Path, loaded: LoadedModel, streams: Mapping[str, Stream]) -> None:
         self._loaded = loaded
         self._streams = streams
-        self.source = source
-        self.tasks = tuple(loaded.heads)
+        self.source = source  #: what it was loaded from
+        self.tasks = tuple(loaded.heads)  #: names
         self.categories: dict[int, str] = {}  #: names by id
         for info in loaded.heads.values():
             self.categories |= info.names()
-        self.facts = loaded.facts
-        self.precision = loaded.precision
+        self.facts = loaded.facts  #: files of its parts, by name
+        self.precision = loaded.precision  #: fp32, bf16 or fp16
         self.device = loaded.device
         self.batch_size = min(stream.micro_batch for stream in streams.values())  #: by default
-        self.backbone = ImageFeatures(loaded)
+        self.backbone = ImageFeatures(loaded)  #: without heads
 
     def __repr__(self) -> str:
         categories = f"{len(self.categories)} categories"
@@ -205,7 +231,14 @@ class Model:
             every image: give thousands in parts, or to `visft predict`.
 
         Raises:
-            ValueError: a file that is not an image.
+            ValueError: a file that is not an image, or anything else that is none; its message says what is
+                allowed.
+
+        Example:
+            >>> model = visft_ds.load("runs/stage2", device="cpu")
+            >>> prediction = model.predict("dog.jpg", threshold=0.3)
+            >>> len(model.predict(["dog.jpg", numpy.zeros((60, 80, 3), "uint8")]))
+            2
         """
         check_options(threshold, batch_size=batch_size)
         every, single = opened(images)
