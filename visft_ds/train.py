@@ -60,9 +60,7 @@ class FitResult:
 
     @property
     def export(self) -> Path:
-        """Folder of what a finished run has trained: heads after stage 1, an adapter or a backbone after
-        stage 2.
-        """
+        """Folder of what a finished run has trained, heads in stage 1, an adapter or a backbone in stage 2."""
         return self.out / EXPORT
 
 

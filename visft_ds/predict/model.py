@@ -181,8 +181,10 @@ class Model:
         self.facts = loaded.facts  #: files of its parts, by name
         self.precision = loaded.precision  #: fp32, bf16 or fp16
         self.device = loaded.device
-        self.batch_size = min(stream.micro_batch for stream in streams.values())  #: by default
-        self.backbone = ImageFeatures(loaded)  #: without heads
+        self.batch_size = min(
+            stream.micro_batch for stream in streams.values()
+        )  #: images in a batch by default
+        self.backbone = ImageFeatures(loaded)  #: the backbone alone
 
     def __repr__(self) -> str:
         categories = f"{len(self.categories)} categories"

@@ -37,8 +37,8 @@ class Instance:
         ((56, 56), True)
     """
 
-    name: str  #: of its category
-    id: int  #: of its category
+    name: str  #: name of its category
+    id: int  #: category id
     score: float  #: from 0 to 1
     xyxy: Floats  #: (4,) left, top, right, bottom in pixels of the image; may extend past its border
     mask: npt.NDArray[np.bool_] | None = None  #: (H, W); None of a box without one
@@ -181,7 +181,7 @@ class Prediction:
     """
 
     image: npt.NDArray[np.uint8]  #: (H, W, 3) RGB, upright
-    path: Path | None  #: of its file
+    path: Path | None  #: its file, if it is from one
     categories: Mapping[int, str]  #: names of all categories of the model by id
     results: Mapping[str, Results]  #: task to predictions in COCO's results format, sorted by confidence
 
