@@ -60,7 +60,7 @@ class FitResult:
 
     @property
     def export(self) -> Path:
-        """Folder of what a finished run has trained, in stage 1 heads, in stage 2 an adapter or a backbone."""
+        """Folder of what a finished run has trained, heads in stage 1, an adapter or backbone in 2."""
         return self.out / EXPORT
 
 
