@@ -218,7 +218,7 @@ def test_fit_refuses_in_words_of_its_own(tmp_path: Path) -> None:
         ({"callbacks": [7]}, "callbacks has a int"),
         ({"settings": "visft.seed=1"}, "settings is of type str: give a dict"),
         ({"settings": {"visft.seed": object()}}, r"settings\['visft.seed'\] is of type object"),
-        ({"settings": {"visft.sed": 1}}, r"visft.sed \(settings\): unknown key; did you mean seed"),
+        ({"settings": {"visft.sed": 1}}, r"visft.sed \(settings\): unknown key; did you mean visft.seed"),
         ({"data": tmp_path}, "holds none.*give data=.*-shards.*visft shards"),
     ]
     for wrong, message in cases:

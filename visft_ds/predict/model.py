@@ -295,8 +295,9 @@ def check_options(threshold: float = 0.5, **numbers: int | None) -> None:
     if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold {threshold!r} is not allowed: give a score from 0 to 1")
     for name, number in numbers.items():
-        is_whole = number is None or isinstance(number, Integral)
-        if not is_whole or not 1 <= (number or 1) <= 8192:
+        if number is None:
+            continue
+        if not isinstance(number, Integral) or not 1 <= number <= 8192:
             raise ValueError(f"{name.replace('_', ' ')} {number!r} is not allowed: give 1 to 8192")
 
 
