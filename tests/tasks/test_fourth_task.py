@@ -32,9 +32,12 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[4])
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 import visft_ds, visft_ds.tasks
+from tests.tiny import Here
 from visft_ds.config import resolve
 from visft_ds.planner.memory import plan_largest, planned_run
 from visft_ds.evals.report import report_runs
+from visft_ds.run import evaluation
+evaluation.ProcessPoolExecutor = Here
 out, mode = Path(sys.argv[1]), sys.argv[2]
 settings = json.loads({json.dumps(json.dumps(SETTINGS))}) | {{"visft.mode": mode}}
 if mode == "shared":
