@@ -18,7 +18,7 @@ THREE = ("detection", "segmentation", "captioning")  #: the tasks of the recipes
 TINY: dict[str, Any] = {
     "visft.model.overrides": {"width": 32, "depth": 2, "num_heads": 2, "image_size": 56},
     "visft.run.memory_check": False,  # takes a second or two; tests of it turn it on
-    "visft.run.visualizations": 1,  # half of the time of such a run was spent on drawing and packing four
+    "visft.run.visualizations": 0,  # drawing and packing them takes half of the time of such a run
     "visft.shared.image.fixed_size": 56,
     "visft.shared.batch_size": 4,
     "visft.shared.micro_batch": 1,
