@@ -20,6 +20,7 @@ import signal
 import socket
 import struct
 import sys
+from importlib import import_module
 from types import ModuleType
 
 import deepspeed.module_inject.auto_ep
@@ -34,12 +35,12 @@ from PIL import Image
 import visft_ds.launch
 import visft_ds.parallel.pipeline
 import visft_ds.train  # noqa: F401
-from visft_ds.tasks import BUILT_IN, TASKS
+from visft_ds.tasks import BUILT_IN
 
 STATUS = struct.Struct("i")
 Image.init()
-for name in BUILT_IN:
-    TASKS[name]
+for name in BUILT_IN:  # not by `TASKS`, which would look for those of other packages once and for all
+    import_module(f"visft_ds.tasks.{name}.spec")
 
 
 def requests(server: socket.socket) -> None:

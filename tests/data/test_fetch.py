@@ -184,7 +184,7 @@ assert all(reader.read(index) for index in range(len(reader)))
 
 
 def test_processes_of_a_machine_share_one_copy(served: Served, tmp_path: Path) -> None:
-    run_ranks(["-c", _READS_ALL, served.url, str(tmp_path)], 3, fresh=True)
+    run_ranks(["-c", _READS_ALL, served.url, str(tmp_path)])
     assert set(served.shards.values()) == {1}
 
 
