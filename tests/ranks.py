@@ -197,7 +197,7 @@ def family_of(process: subprocess.Popen[str]) -> Iterator[list[psutil.Process]]:
     family: list[psutil.Process] = []
     try:
         yield family
-        assert psutil.wait_procs(family, timeout=60)[1] == []
+        assert psutil.wait_procs(family, timeout=600)[1] == []
     finally:
         for left in [
             *(one for one in family if one.is_running()),
