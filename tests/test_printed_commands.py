@@ -71,7 +71,17 @@ OTHERS_FLAGS = (
     "--strict",
 )
 #: Programs that are not of this project; of `make` and `pip` the target and the extra are looked up.
-ELSEWHERE = ("curl", "export", "hf", "pyproject-build", "twine", "tools/gpu.sh", "tools/gpu_kit.sh")
+ELSEWHERE = (
+    "curl",
+    "export",
+    "hf",
+    "pyproject-build",
+    "twine",
+    "tools/gpu.sh",
+    "tools/gpu_kit.sh",
+    "unzip",
+    "wget",
+)
 SCRIPTED = {"launchers/train.py": "train", "tools/profile.py": "profile"}
 SCRIPTED |= {"visft_ds.launch": "train", "tools/merge_lora.py": "merge", "tools/make_shards.py": "shards"}
 #: Names that stand for something of the user's, in commands that a page prints.
@@ -141,7 +151,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in RUNS:
         (tmp_path / name).mkdir(parents=True)
         stage = int(name[-1]) if name[-1].isdigit() else 1
-        record = {"schema": RUN_SCHEMA, "config": resolve(stage=stage, model="debug").to_dict()}
+        settings = ["visft.data.root=MYFOLDER-shards"] if name == "runs/stage1" else []
+        config = resolve(stage=stage, model="debug", settings=settings).to_dict()
+        record = {"schema": RUN_SCHEMA, "config": config}
         (tmp_path / name / "run.json").write_text(json.dumps(record))
     (tmp_path / "hostfile").write_bytes((ROOT / "launchers/hostfile.example").read_bytes())
     monkeypatch.setattr(
@@ -477,7 +489,7 @@ def test_the_flags_for_more_gpus_are_those_that_a_start_advises(stage: int) -> N
     """The page says for 16, 32 and 64 GPUs what a start on 64 says; the first try of a cluster runs on any of
     them.
     """
-    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
     (row,) = re.findall(r"^\| 16, 32, 64 \|(.+)\|(.+)\|$", page, re.MULTILINE)
     (flags_of_page,) = re.findall("`(.+)`", row[stage - 1])
     with pytest.raises(ValueError, match=re.escape(f": add {flags_of_page} (")):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.errors import tell
-from visft_ds.flags import EVAL, Parser, check_extra, check_least
+from visft_ds.flags import EVAL, Parser, add_num_gpus, check_extra, check_least
 from visft_ds.steps import Steps
 
 MODEL = "efficientnet_lite0"
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     out = options.out
     try:
-        check_least(options, train=8, processes=1)
+        check_least(options, train=8, num_gpus=1)
         for stage in (1, 2):  # a mistake in --set is reported now, not after minutes
             resolve(stage=stage, model=MODEL, settings=options.set)
         steps = plan(options)
@@ -64,7 +64,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--out", type=Path, default=Path("demo"), metavar="DIR", help="results folder (%(default)s)")
     add("--train", type=int, default=TRAIN, metavar="N", help="drawings to train on (%(default)s)")
-    add("--processes", type=int, default=2, metavar="N", help="processes per run (%(default)s)")
+    add_num_gpus(parser, default=2)
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of both training runs")
     return parser
 
@@ -85,7 +85,7 @@ def plan(options: argparse.Namespace) -> Steps:
 
     def train(stage: int, setting: str) -> Path:
         """The run of a stage, and its evaluation."""
-        words = ["train", "--num_gpus", str(options.processes)] if options.processes > 1 else ["train"]
+        words = ["train", "--num_gpus", str(options.num_gpus)] if options.num_gpus > 1 else ["train"]
         words += ["--stage", str(stage), "--model", MODEL, "--data", str(shards)]
         for key_and_value in (f"visft.model.weights={weights}", setting, *options.set):
             words += ["--set", key_and_value]

@@ -70,10 +70,18 @@ class Command(Parser):
         raise ValueError(f"{self.hinted(message)}; see {self.prog} --help")
 
 
-def add_num_gpus(group: argparse._ActionsContainer) -> None:
-    """Add the flag that `resilience.processes.without_num_gpus` takes out of a command line, for its help."""
-    text = "processes on this machine, one for each GPU (default: 1)"
-    group.add_argument("--num_gpus", "--num-gpus", default=argparse.SUPPRESS, metavar="N", help=text)
+def add_num_gpus(group: argparse._ActionsContainer, default: int | None = None) -> None:
+    """Add `--num_gpus`. Without a default only for the help: `resilience.processes.without_num_gpus` takes it
+    out of the command line.
+    """
+    group.add_argument(
+        "--num_gpus",
+        "--num-gpus",
+        type=int,
+        default=argparse.SUPPRESS if default is None else default,
+        metavar="N",
+        help=f"processes on this machine, one for each GPU; CPUs, too (default: {default or 1})",
+    )
 
 
 def check_least(options: object, **least: int) -> None:

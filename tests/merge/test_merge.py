@@ -300,7 +300,7 @@ def _unfinished_run(folder: Path, base: Path, adapter: Adapter, *more: str) -> P
     )
     config, run = resolve(stage=2, model="debug", settings=settings), folder / "run"
     run.mkdir()
-    (run / "run.json").write_text(json.dumps({"schema": 4, "config": config.to_dict()}), encoding="utf-8")
+    (run / "run.json").write_text(json.dumps({"schema": 5, "config": config.to_dict()}), encoding="utf-8")
     parameters = {f"backbone.{name}": value for name, value in adapter.tensors.items()}
     parameters |= {name: torch.zeros(SIZES["width"]) for name in more}
     moments = {key: {name: torch.zeros(1) for name in parameters} for key in ("exp_avg", "exp_avg_sq")}

@@ -23,8 +23,8 @@ SETTINGS: dict[str, Any] = {
     "visft.run.eval_every": 8,
     "visft.run.visualizations": 1,
     "visft.run.log_every": 1,
-    **{f"visft.tasks.{task}.updates": 1 for task in BUILT_IN[:3]},
-    "visft.tasks.classification": {"updates": 1, "batch_size": 4, "micro_batch": 2, "image": {"size": 28}},
+    **{f"visft.tasks.{task}.steps": 1 for task in BUILT_IN[:3]},
+    "visft.tasks.classification": {"steps": 1, "batch_size": 4, "micro_batch": 2, "image": {"size": 28}},
 }
 SCRIPT = f"""
 import json, os, sys

@@ -25,7 +25,8 @@ from pydantic import Field, NonNegativeInt, TypeAdapter
 from visft_ds.data.fetch import Cache, RemoteFolder, sha256_of
 from visft_ds.files import read_bytes, reading, write_bytes
 
-FORMAT, VERSION = "visft_ds shards", 4
+FORMAT = "visft_ds shards"
+VERSION = 5
 INDEX = ".index.npy"  #: ends the name of an index, behind that of its split
 #: Offsets and sizes are those of the payloads inside the shard, headers excluded.
 INDEX_DTYPE = np.dtype(

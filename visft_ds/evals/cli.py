@@ -14,8 +14,8 @@ from visft_ds.predict.cli import add_parts
 
 USAGE = """Measure box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter).
 
-    visft evaluate --run runs/stage2 --num_gpus 8
-    visft evaluate --run runs/stage2 --backbone merged.safetensors --out evaluation/merged
+    visft evaluate runs/stage2 --num_gpus 8
+    visft evaluate runs/stage2 --backbone merged.safetensors --out evaluation/merged
     visft evaluate --backbone base.safetensors --heads runs/stage1/export --data SHARDS --out evaluation/base
 
 Writes metrics.json, <task>_results.json (COCO results format) and visualizations/ into a new or empty folder.
@@ -58,7 +58,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = _parser("evaluate", USAGE)
     model = parser.add_argument_group("model: a run, and files that replace the run's")
     add = model.add_argument
-    add("--run", type=Path, metavar="RUN", help="folder of a finished run, or RUN/checkpoints/step_N")
+    run = "folder of a finished run, or RUN/checkpoints/step_N"
+    add("first", nargs="?", type=Path, metavar="RUN", help=run)
+    add("--run", type=Path, metavar="RUN", help="the same as a flag")
     add_parts(model)
     add("--beam-size", type=int, metavar="N", help="beams of captions (default: the run's, or 1: greedy)")
     add = parser.add_argument_group("data: by default the run's, and results").add_argument
@@ -72,6 +74,10 @@ def main(arguments: Sequence[str]) -> int:
     add("--out", type=Path, metavar="DIR", help="new or empty folder (default RUN/evaluation-SPLIT)")
     add("--visualizations", type=int, default=8, metavar="N", help="images to draw (default %(default)s)")
     options = _parsed(parser, arguments)
+    first = vars(options).pop("first")
+    if first is not None and options.run is not None:
+        parser.error(f"two runs: {first} and --run {options.run}; evaluate them one by one")
+    options.run = options.run or first
     from visft_ds.evals.evaluate import evaluate
 
     return _done("evaluate", lambda: evaluate(**vars(options), command=True))

@@ -145,7 +145,7 @@ def evaluate(
         if folder is not None:  # first: hours of predictions must not be lost with a number
             _write_predictions(collected, folder)
             drawn = _draw(collected, reader, visualizations, limit, folder)
-        metrics, problems = measure(collected, reader, limit=limit, per_category=True)
+        metrics, problems = measure(collected, reader, limit=limit, of_record=True)
     if folder is not None:
         record = subject.record(metrics, drawn, seconds)
         # Last: a folder without it was not finished.

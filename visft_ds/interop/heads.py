@@ -27,6 +27,7 @@ from visft_ds.tasks.head_files import head_files
 from visft_ds.tasks.vocabulary import Vocabulary
 
 _KEY = "visft_head"
+_VERSION = 1  # of a description
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,17 @@ def head_file(folder: str | Path, task: str) -> Path:
 
 def save_head(path: Path, info: HeadInfo, tensors: Mapping[str, Tensor]) -> Path:
     """Write a head and its description; returns the path."""
-    save_tensors(path, tensors, {_KEY: json.dumps(asdict(info))})
+    save_tensors(path, tensors, {_KEY: _described(info)})
     return path
 
 
 def head_metadata(heads: Mapping[str, HeadInfo]) -> dict[str, str]:
     """Header of a checkpoint that holds heads among other tensors, by which they are read like head files."""
-    return {f"{_KEY}.{task}": json.dumps(asdict(info)) for task, info in heads.items()}
+    return {f"{_KEY}.{task}": _described(info) for task, info in heads.items()}
+
+
+def _described(info: HeadInfo) -> str:
+    return json.dumps({"version": _VERSION, **asdict(info)})
 
 
 def open_head(source: str | Path, task: str) -> HeadFile:
@@ -143,8 +148,12 @@ def open_head(source: str | Path, task: str) -> HeadFile:
             extra["layers"] = list(layers)
         return HeadFile(HeadInfo(task, shapes, options, extra=extra), tensors)
     with reading(file.path, "a head of visft_ds"):
-        StoredHead.model_validate_json(description)
-        info = HeadInfo(**json.loads(description))
+        stored = json.loads(description)
+        version = stored.pop("version", None)
+        if version != _VERSION:
+            raise ValueError(f"it is of version {version}; this release reads version {_VERSION}")
+        StoredHead.model_validate_json(json.dumps(stored))
+        info = HeadInfo(**stored)
         if info.task != task:
             raise ValueError(f"it is a {info.task} head; a {task} head is wanted")
         info.names()

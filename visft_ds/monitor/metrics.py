@@ -35,6 +35,7 @@ _PACKAGES = (
     "safetensors",
     "simplejpeg",
     "faster-coco-eval",
+    "pycocotools",
 )
 
 

@@ -1,4 +1,5 @@
-"""Images of every kind that people have -> RGB pixels: files, folders, patterns, Pillow images, arrays.
+"""Images of every kind that people have -> RGB pixels: files and their bytes, folders, patterns, Pillow
+images, arrays.
 
 Letters: H W pixels.
 """
@@ -6,10 +7,11 @@ Letters: H W pixels.
 from __future__ import annotations
 
 import glob
+import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +19,23 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from visft_ds.data.fetch import is_url
 from visft_ds.files import open_image, reading, to_rgb
+from visft_ds.redaction import redacted
 
 Pixels = npt.NDArray[np.uint8]
-ImageInput = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
+#: One image in memory: decoded, or a file's bytes.
+ImageInMemory = Image.Image | Pixels | Tensor | bytes | BinaryIO
+ImageInput = str | Path | ImageInMemory
 
 #: Endings of files that are taken from a folder; HEIC and AVIF cannot be read, and are named rather than
 #: overlooked.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
 _ALLOWED = (
-    "give a path, a Pillow image, uint8 in an array (H, W, 3) or (H, W) or a tensor (3, H, W), or a list of "
-    "them; floats from 0 to 1 become bytes by (255 * x).round()"
+    "give a path, the bytes of a file, a Pillow image, uint8 in an array (H, W, 3) or (H, W) or a tensor "
+    "(3, H, W), or a list of them; floats from 0 to 1 become bytes by (255 * x).round()"
 )
+_IN_MEMORY = (Image.Image, np.ndarray, Tensor, bytes, bytearray, io.IOBase)
 
 
 class OpenedImage(NamedTuple):
@@ -52,11 +59,17 @@ def find_images(inputs: Sequence[str | Path], *, outside: Path | None = None) ->
         outside: folder whose files are left out: predictions are no input.
 
     Raises:
-        ValueError: nothing there by that name, or no image in a folder or among what a pattern matches.
+        ValueError: nothing there by that name, no image in a folder or among what a pattern matches, or a
+            URL.
     """
     files: dict[str, Path] = {}  # by absolute path: each once
     roots = []
-    for path in map(Path, inputs):
+    for path in inputs:
+        if is_url(path):
+            raise ValueError(
+                f"{redacted(path)}: URLs are not read: download the image first; in Python its bytes will do"
+            )
+        path = Path(path)
         root, matches = _matches(path)
         if outside is not None:
             folder = outside.resolve()
@@ -105,7 +118,8 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
     """
     if isinstance(images, str | Path):
         return [open_file(file) for file in find_images([images]).values()], Path(images).is_file()
-    if isinstance(images, Image.Image | np.ndarray | Tensor) or not isinstance(images, Iterable):
+    is_list = isinstance(images, Iterable) and not isinstance(images, (*_IN_MEMORY, Mapping))
+    if not is_list:
         return [_from_memory(images, "the image")], True
     every: list[OpenedImage] = []
     for index, image in enumerate(cast(Iterable[ImageInput], images)):
@@ -125,6 +139,12 @@ def open_file(path: Path) -> OpenedImage:
 
 
 def _from_memory(image: object, label: str) -> OpenedImage:
+    if isinstance(image, io.IOBase) and not isinstance(image, io.TextIOBase):
+        if image.seekable():
+            image.seek(0)  # as Pillow does: what was written last stands at the end
+        image = cast(BinaryIO, image).read()
+    if isinstance(image, bytes | bytearray):
+        return OpenedImage(np.array(open_image(bytes(image), label)), None)
     if isinstance(image, Image.Image):
         with reading(label, "an image"):
             return OpenedImage(np.array(to_rgb(ImageOps.exif_transpose(image))), None)

@@ -5,19 +5,18 @@ Letters: B images, H W pixels, h w patch grid, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from visft_ds import distributed
 from visft_ds.data.samples import RawSample
 from visft_ds.model import normalise_pixels
 from visft_ds.ops import DTYPES, at_least_float32
-from visft_ds.predict.images import ImageInput, OpenedImage, Pixels, opened
+from visft_ds.predict.images import ImageInMemory, ImageInput, OpenedImage, opened
 from visft_ds.predict.loading import LoadedModel, ModelSource, source_of
 from visft_ds.predict.results import Prediction
 from visft_ds.prepare.model import choose_precision
@@ -160,18 +159,23 @@ class Model:
         about = [", ".join(self.tasks), categories, f"{self.precision} on {self.device}"]
         return f"Model({self.source}: {'; '.join(about)})"
 
+    # mypy: an open file is an iterator, too, of its lines; it is one image.
     @overload
-    def predict(
-        self, images: Image.Image | Pixels | Tensor, *, threshold: float = ..., batch_size: int | None = ...
+    def predict(  # type: ignore[overload-overlap]
+        self, images: ImageInMemory, *, threshold: float = ..., batch_size: int | None = ...
     ) -> Prediction: ...
+    @overload
+    def predict(  # one image of a file, a list of a folder or pattern
+        self, images: str | Path, *, threshold: float = ..., batch_size: int | None = ...
+    ) -> Any: ...
     @overload
     def predict(
         self,
-        images: ImageInput | Iterable[ImageInput],
+        images: Sequence[ImageInput] | Iterator[ImageInput],
         *,
         threshold: float = ...,
         batch_size: int | None = ...,
-    ) -> Any: ...
+    ) -> list[Prediction]: ...
     def predict(
         self,
         images: ImageInput | Iterable[ImageInput],
@@ -185,8 +189,10 @@ class Model:
         not depend on other images, except for rounding.
 
         Args:
-            images: a file, a Pillow image of any mode, an array (H, W, 3) or (H, W) or a tensor (3, H, W),
-                both uint8; or several: a list of these, a folder, a pattern such as "photos/*.jpg".
+            images: a file, its bytes, or it opened for reading (such as `io.BytesIO`); a Pillow image of any
+                mode; RGB from 0 to 255 as uint8 in an array (H, W, 3) or a tensor (3, H, W), or grey in an
+                array (H, W). Or several: a list of these, a folder, a pattern such as "photos/*.jpg". URLs
+                are refused.
             threshold: least score of boxes and masks that are returned.
             batch_size: largest number of images in a batch; default: the run's.
 

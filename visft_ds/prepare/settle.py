@@ -206,9 +206,9 @@ def _decide_length(draft: Draft, epochs: int, images: int) -> None:
         raise ValueError("--epochs needs shards in a folder of this machine: give --steps")
     values: dict[str, int | None] = {"scheduler.params.total_num_steps": None}
     for stream in draft.recipe.visft.streams().values():
-        updates = math.ceil(epochs * images / min(stream.batch_size, images))
+        steps = math.ceil(epochs * images / min(stream.batch_size, images))
         for name in stream.tasks:
-            values[f"visft.tasks.{name}.updates"] = updates
+            values[f"visft.tasks.{name}.steps"] = steps
     draft.decide(values, "--epochs")
 
 
@@ -217,7 +217,7 @@ def _decide_for_few(draft: Draft, images: int) -> None:
     visft = draft.recipe.visft.filled()
     tasks = visft.tasks.enabled()
     values: dict[str, Any] = {}
-    steps = draft.recipe.scheduler.params.total_num_steps or visft.updates() or STEPS
+    steps = draft.recipe.scheduler.params.total_num_steps or visft.steps() or STEPS
     if visft.stage == 1:
         if not draft.tree.is_stated("scheduler.params.total_num_steps"):
             stream = next(iter(visft.streams().values()))

@@ -27,7 +27,7 @@ examples:
   visft profile --stage 2 --model debug --data shards
   visft profile --num_gpus 8 --stage 2 --synthetic --json profile.json
   deepspeed --num_gpus 8 tools/profile.py --stage 2 --engine pipeline --trace traces
-  visft profile --stage 2 --data shards --loader
+  visft profile --stage 2 --model dinov3_b --data shards --loader
 """
 
 

@@ -16,6 +16,7 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under N
 from visft_ds.data.labels import is_box, is_near, is_polygon, is_run_length_code
 from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
+from visft_ds.settings.task_schema import WITHOUT_MASK
 from visft_ds.shards.common import BYTE_ORDER_MARK, CocoFile, Findings, Json
 from visft_ds.shards.division import Division
 
@@ -318,7 +319,7 @@ class _AnnotationReader:
         if not inside:
             problems.append("box without area (kept; training leaves it out)")
         if not segmentation and not crowd:
-            problems.append("instance without mask")
+            problems.append(WITHOUT_MASK)
         for kind in problems:
             self.findings.add(kind, name)
         self.ids.add(entry["id"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +20,16 @@ Exif = Literal["apply", "ignore"] | None
 #: Name of a split in a data set -> its name among the shards.
 SPLITS: Mapping[str, str] = {
     "train": "train",
+    "training": "train",
     "default": "train",  # CVAT's name of the only one
     "val": "val",
     "valid": "val",
     "validation": "val",
     "test": "test",
+    "testing": "test",
 }
+#: An absolute path, or one with backslashes.
+_ELSEWHERE = re.compile(r"[A-Za-z]:|/|.*\\", re.DOTALL)
 CLASSES = "classes.txt"  #: a list of names, one a line
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which Windows puts before a text
@@ -66,9 +71,30 @@ class FolderSplit:
     division: Division | None = None  #: only one side of it
 
 
+def split_of(name: str) -> str:
+    """Name among the shards of a split that a data set calls `name`: the same if it is no usual one."""
+    return SPLITS.get(name.lower(), name)
+
+
 def is_split_name(name: str) -> bool:
     """Return True for a name of letters, digits, "-" and "_"."""
     return bool(name) and all(sign.isalnum() or sign in "-_" for sign in name)
+
+
+def name_here(folder: Path, name: str) -> str | None:
+    """The name in `folder` of what a tool on another machine called by an absolute path, or by one with
+    backslashes: the longest end of the path that is there. None for another name, and if nothing is there.
+    """
+    if not _ELSEWHERE.match(name) or not name.isprintable():
+        return None
+    parts = name.replace("\\", "/").split("/")
+    if ".." in parts:
+        parts = parts[len(parts) - parts[::-1].index("..") :]
+    for first in range(len(parts)):
+        end = "/".join(parts[first:]).lstrip("/")
+        if end and (folder / end).exists():
+            return end
+    return None
 
 
 def listed_image(folder: Path, name: str, number: int, exif: Exif) -> Json:

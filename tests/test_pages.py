@@ -1,0 +1,54 @@
+"""The pages say what the program says: keys of the configuration, messages, and no page is too long."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Words by which the description of a number says what is counted or measured.
+UNITS = (
+    *("pixels", "cells", "steps", "seconds", "bytes", "images", "epoch", "epochs", "evaluations", "status"),
+    *("channels", "layers", "blocks", "heads", "points", "words", "captions", "classes", "masks", "boxes"),
+    *("beams", "checkpoints", "processes", "ranks", "values", "indices", "times", "candidates", "units"),
+    *("probability", "share", "weight", "scale", "rate", "rates", "norm", "seed", "rank"),
+)
+
+
+def choices(annotation: Any) -> set[Any]:
+    """Values of the literals of an annotation."""
+    if get_origin(annotation) is Literal:
+        return set(get_args(annotation))
+    return set[Any]().union(*(choices(argument) for argument in get_args(annotation)))
+
+
+def problem_of(key: Any) -> str | None:
+    """What the description of a key of the configuration lacks; None: nothing."""
+    text = key.description
+    if len(text.split()) < 2 or re.match(r"\S+:", text):
+        return "must begin with a noun that says what the value is"
+    values = choices(key.info.annotation)
+    missing = [json.dumps(value) for value in values if not re.search(rf"\b{value}\b", text, re.IGNORECASE)]
+    if missing and len(values) > 1:
+        return f"does not explain {', '.join(missing)}"
+    if " or null" in key.values and "null:" not in text:
+        return "does not explain null"
+    if "integer" in key.values or "number" in key.values:
+        if not set(re.findall(r"\w+", text)) & set(UNITS):
+            return "has no unit"
+        if "≥" not in key.values and ">" not in key.values:
+            return "has no range"
+    return None
+
+
+def test_every_key_says_what_it_is_its_unit_and_its_range() -> None:
+    """As the page of keys shows them; a range comes from the type."""
+    reference = runpy.run_path(str(ROOT / "docs/reference.py"))
+    reference["complete"]()
+    keys = [*reference["leaves"](reference["Recipe"])]
+    assert len(keys) > 150
+    problems = [(key.name, problem_of(key)) for key in keys]
+    assert [f"{name} {problem}" for name, problem in problems if problem] == []
