@@ -189,6 +189,6 @@ class RunState:
             (folder / EXPORT_RECORD_FILE).unlink(missing_ok=True)
             remove_unfinished(folder)
             trained = open_checkpoint(checkpoint_path(self.saver.folder, step)).weights()
-            export_weights(trained, folder, prepared, self._config.visft, self._heads(step))
+            export_weights(trained, folder, prepared, self._config.visft, self._heads(step), step)
             write_text(folder / EXPORT_RECORD_FILE, (self._out / RECORD_FILE).read_text())
             print(f"wrote {folder}", flush=True)

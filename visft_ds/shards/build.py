@@ -270,7 +270,7 @@ def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[M
         categories=source.categories,
         counts={**_counts(images, options), "left_out": len(plan.left_out)},
         having_category={str(category.coco_id): having[category.coco_id] for category in source.categories},
-        object_sides={} if options.maps is not None else _quantiles([image.sides for image in images]),
+        object_sides={} if options.maps is not None else quantiles([image.sides for image in images]),
         shards=tuple(shards),
         vocabulary=Counter(
             word for image in images for text in image.captions for word in caption_words(text)
@@ -301,7 +301,7 @@ def _counts(images: Sequence[SourceImage], options: Options) -> dict[str, int]:
     return counts
 
 
-def _quantiles(sides: Sequence[Sequence[float]]) -> dict[str, float]:
+def quantiles(sides: Sequence[Sequence[float]]) -> dict[str, float]:
     """`Manifest.object_sides` of the sides of each image's objects."""
     every = np.concatenate([np.empty(0, np.float32), *sides])
     if not len(every):
@@ -456,7 +456,7 @@ def _write(
             key = f"{image.image_id:012d}"
             row = _add_member(file, f"{key}.{suffix}", data)
             row += _add_member(file, f"{key}.json", image.label())
-            row += [image.width, image.height, image.image_id, image.trainable, len(image.captions)]
+            row += [image.width, image.height, image.image_id, image.trainable, len(image.captions), 0]
             rows.append(row)  # the columns of INDEX_DTYPE behind the shard
         # two empty blocks end an archive, and padding as other tar programs write it
         file.write(bytes(2 * tarfile.BLOCKSIZE))
