@@ -53,8 +53,8 @@ from visft_ds.files import (
     writing,
     wrong_name,
 )
-from visft_ds.shards.coco import CocoSource, SourceImage, read_coco
-from visft_ds.shards.common import CocoFile, Exif, Findings, Json, is_split_name, name_here
+from visft_ds.shards.coco import CocoSource, SourceImage, name_as_here, read_coco
+from visft_ds.shards.common import CocoFile, Exif, Findings, Json, is_split_name
 from visft_ds.shards.division import Division
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
 
@@ -102,7 +102,8 @@ class Options:
         if self.instances is self.maps is self.captions is None:
             raise ValueError("there are no labels: give --instances, --captions or both")
         if not self.images.is_dir():
-            raise ValueError(f"the images folder {self.images} does not exist")
+            remedy = "give --images DIR, or export the data set with its images"
+            raise ValueError(f"there is no folder of images {self.images}: {remedy}")
 
     def content(self) -> Json:
         """Settings that determine the bytes beside the files, for the manifest."""
@@ -173,7 +174,7 @@ def _plan(options: Options) -> _Plan:
         options.maps,
         options.division,
     )
-    _name_as_here(source, options.images)
+    name_as_here(source, options.images)
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
     order = np.argsort(np.random.Philox(key=key).random_raw(len(source.images)), kind="stable")
     images = [source.images[position] for position in order[: options.limit].tolist()]
@@ -193,29 +194,6 @@ def _plan(options: Options) -> _Plan:
             usable.append(image)
     reasons(left_out).refuse_above_a_tenth(len(images), options.images, "images")
     return _Plan(source, images, left_out, _cut(usable, options.max_size))
-
-
-def _name_as_here(source: CocoSource, folder: Path) -> None:
-    """Call images that a path of another machine names as they are called in the folder.
-
-    Raises ValueError if such an image has the file of another one.
-    """
-    renamed = dict[str, str]()  # name here -> name in the annotations
-    for image in source.images:
-        name = name_here(folder, image.file_name)
-        if name is not None:
-            source.findings.add(
-                "image named by a path of another machine (its end was found)", image.file_name
-            )
-            renamed[name] = image.file_name
-            image.file_name = name
-    counts = Counter(image.file_name for image in source.images)
-    for name, original in renamed.items():
-        if counts[name] > 1:
-            raise ValueError(
-                f"{counts[name]} images, one called {original}, are the same file {folder / name}: "
-                "give file names below the folder of the images"
-            )
 
 
 def _cut(images: Sequence[SourceImage], max_size: int) -> list[list[SourceImage]]:
