@@ -326,7 +326,7 @@ def _raw_mode(tile: Any) -> str:
 
 
 def _notes(image: ImageFile.ImageFile) -> tuple[str, ...]:
-    """What decoding to RGB does to a picture whose header has been read."""
+    """Changes that decoding to RGB makes to a picture whose header has been read."""
     notes = list[str]()
     modes = {_raw_mode(tile) for tile in image.tile}
     if image.mode.startswith(("I", "F")) or any(map(_DEEP_COLOURS.fullmatch, modes)):

@@ -177,7 +177,7 @@ class _Subject:
 
     @property
     def images(self) -> int:
-        """How many are evaluated."""
+        """Number of images that are evaluated."""
         return min(self.limit or len(self.manifest), len(self.manifest))
 
     @property
@@ -191,7 +191,7 @@ class _Subject:
 
     @property
     def task_facts(self) -> dict[str, Any]:
-        """What else decides numbers, such as the tokenizer of captions."""
+        """Other facts that decide numbers, such as the tokenizer of captions."""
         facts: dict[str, Any] = {}
         for task in self.source.tasks:
             facts |= TASKS[task].facts

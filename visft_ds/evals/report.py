@@ -127,7 +127,7 @@ def _evaluations(run: _Run, alone: bool) -> list[Evaluation]:
 
 
 def _images_of_evaluations(run: _Run) -> str:
-    """How many images an evaluation during training has, in words."""
+    """Number of images in an evaluation during training, in words."""
     data = run.config.visft.data
     limit = run.config.visft.run.eval_limit
     total = None

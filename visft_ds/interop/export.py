@@ -215,7 +215,7 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
 
 
 def _pretrained_settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm knows of the pretrained weights of a model, and holds for trained ones, too."""
+    """Facts that timm has of a model's pretrained weights, and that hold for trained ones, too."""
     known = {key: model.pretrained_cfg.get(key) for key in _SETTINGS}
     settings = {key: value for key, value in known.items() if value is not None}
     if "img_size" in arguments:

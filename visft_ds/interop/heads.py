@@ -58,7 +58,7 @@ class HeadInfo:
 
 
 class StoredExtra(StrictModel):
-    """What others ask of `HeadInfo.extra`; a trainer may remember more."""
+    """Entries of `HeadInfo.extra` that others ask for; a trainer may remember more."""
 
     model_config = ConfigDict(extra="allow")
 

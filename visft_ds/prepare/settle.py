@@ -1,4 +1,4 @@
-"""What the data decides about a run, once and before any tensor library is imported.
+"""Decisions that the data makes about a run, once and before any tensor library is imported.
 
 `settle` reads the command line and the training splits, then goes through the decisions in order: tasks
 without labels take no part, epochs become steps, few photographs get their recipe, heads get the classes of
@@ -43,7 +43,7 @@ Manifests = Mapping[tuple[str, str], Manifest]
 
 
 class Settled(NamedTuple):
-    """What a command line comes to with its data."""
+    """A command line, settled with its data."""
 
     options: argparse.Namespace
     config: ResolvedConfig

@@ -30,7 +30,7 @@ _SILENCE = 1.0  #: seconds of waiting for the lock that need no word
 
 @dataclass(frozen=True)
 class EarlierStarts:
-    """What earlier starts of a run have left in its folder."""
+    """Remains of earlier starts of a run in its folder."""
 
     record: RunFile | None = None  #: None: they saved nothing that a start could continue
     steps: frozenset[int] = frozenset()  #: of the checkpoints that are there, by their names

@@ -1,4 +1,4 @@
-"""What the hardware decides for a run, and checks that all machines are alike."""
+"""Decisions that the hardware makes for a run, and checks that all machines are alike."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Options:
 
 @dataclass
 class _Plan:
-    """What a build is going to write."""
+    """Plan of what a build is going to write."""
 
     source: CocoSource
     images: Sequence[SourceImage]  #: of the split, in the order of their samples

@@ -1,4 +1,4 @@
-"""What the layouts of data sets share: names of splits, images as COCO lists them, problems of the data."""
+"""Shared by the layouts of data sets: names of splits, images as COCO lists them, problems of the data."""
 
 from __future__ import annotations
 
