@@ -23,7 +23,17 @@ html_copy_source = False
 root_doc = "docs/README"
 #: Left to right in the sidebar's order; a new page in docs/ has to find its place here.
 CONTENTS = (
-    *("getting-started", "own-data", "data", "training-data", "training", "backbones", "runs", "clusters"),
+    *(
+        "getting-started",
+        "own-data",
+        "data",
+        "images-and-labels",
+        "training-data",
+        "training",
+        "backbones",
+        "runs",
+        "clusters",
+    ),
     *("memory-and-speed", "export", "evaluation", "judge", "paper"),
     *("evidence", "architecture", "configuration", "numbers", "api"),
 )

@@ -71,7 +71,17 @@ OTHERS_FLAGS = (
     "--strict",
 )
 #: Programs that are not of this project; of `make` and `pip` the target and the extra are looked up.
-ELSEWHERE = ("curl", "export", "hf", "pyproject-build", "twine", "tools/gpu.sh", "tools/gpu_kit.sh")
+ELSEWHERE = (
+    "curl",
+    "export",
+    "hf",
+    "pyproject-build",
+    "twine",
+    "tools/gpu.sh",
+    "tools/gpu_kit.sh",
+    "unzip",
+    "wget",
+)
 SCRIPTED = {"launchers/train.py": "train", "tools/profile.py": "profile"}
 SCRIPTED |= {"visft_ds.launch": "train", "tools/merge_lora.py": "merge", "tools/make_shards.py": "shards"}
 #: Names that stand for something of the user's, in commands that a page prints.
