@@ -33,7 +33,8 @@ from visft_ds.ops.lora import Slices, spread
 from visft_ds.settings.fields import Count, Positive
 
 FILE = "lora.safetensors"
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 _KEY = "visft_adapter"
 
 

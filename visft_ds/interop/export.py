@@ -380,6 +380,8 @@ def difference(
 
 def _map(tokens: Tensor, images: Tensor, backbone: Backbone) -> Tensor:
     """(B, N, D) -> (B, D, h, w), without what stands in front of the patches."""
-    height, width = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
-    patches = tokens[:, -height * width :]
-    return patches.transpose(1, 2).unflatten(2, (height, width))
+    height, width = images.shape[-2:]
+    rows = height // backbone.patch_size
+    columns = width // backbone.patch_size
+    patches = tokens[:, -rows * columns :]
+    return patches.transpose(1, 2).unflatten(2, (rows, columns))

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from visft_ds.config.backbones import lora_targets, on_this_machine
 from visft_ds.config.flags import SMALL_DATA, FirstStage, Merged, build_parser, merge_arguments
-from visft_ds.config.resolve import CONFIG_ROOT, Draft, ResolvedConfig, Tree
+from visft_ds.config.resolve import CONFIG_ROOT, Draft, ResolvedConfig
 from visft_ds.config.schema import DataConfig
+from visft_ds.config.tree import Tree
 from visft_ds.data.fetch import Cache, is_url
 from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.prepare.datasets import TrainingSet, open_training_sets, samples_of

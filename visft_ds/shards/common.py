@@ -102,7 +102,8 @@ def listed_image(folder: Path, name: str, number: int, exif: Exif) -> Json:
     try:
         frame = image_frame(folder / name)
     except (ValueError, OSError):
-        height, width = 1, 1
+        height = 1
+        width = 1
     else:
         height, width = (frame.height, frame.width) if exif == "ignore" else frame.upright
     return {"id": number, "file_name": name, "height": height, "width": width}
