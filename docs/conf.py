@@ -34,7 +34,7 @@ CONTENTS = (
         "runs",
         "clusters",
     ),
-    *("memory-and-speed", "export", "evaluation", "judge", "paper"),
+    *("memory-and-speed", "export", "evaluation", "judge", "paper", "troubleshooting"),
     *("evidence", "architecture", "configuration", "numbers", "api"),
 )
 AROUND = {

@@ -52,3 +52,39 @@ def test_every_key_says_what_it_is_its_unit_and_its_range() -> None:
     assert len(keys) > 150
     problems = [(key.name, problem_of(key)) for key in keys]
     assert [f"{name} {problem}" for name, problem in problems if problem] == []
+
+
+def pages() -> dict[str, str]:
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ds_configs/*.md")]
+    return {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in files}
+
+
+def test_files_and_names_in_code_that_pages_name_exist() -> None:
+    """`data/plan.py`, below the package or the repository; in `model.py: forward` the name behind it."""
+    missing = []
+    for page, text in pages().items():
+        for name, _, inside in re.findall(r"`((?:\w+/)+\w+\.(?:py|sh|sbatch|example))(: (\w+))?`", text):
+            files = [path for path in (ROOT / name, ROOT / "visft_ds" / name) if path.is_file()]
+            defined = files and re.search(
+                rf"^ *(?:def|class) {inside}\b", files[0].read_text("utf-8"), re.MULTILINE
+            )
+            if not files or (inside and not defined):
+                missing.append(f"{page}: {name}: {inside}")
+    assert missing == []
+
+
+def test_the_hours_of_8_h100_are_told_alike_everywhere() -> None:
+    """The table of backbones; README has the sum of both stages, memory-and-speed the paper's stage 2."""
+    text = pages()
+    hours = {}
+    for row in re.findall(r"^\| `(\w+)`.*\|$", text["docs/backbones.md"], re.MULTILINE):
+        (line,) = re.findall(rf"^\| `{row}`.*\|$", text["docs/backbones.md"], re.MULTILINE)
+        last = line.strip("| ").split(" | ")[-1]
+        if re.fullmatch(r"[\d.]+ \+ [\d.]+", last):
+            hours[row] = [float(part) for part in last.split(" + ")]
+    (readme,) = re.findall(r"DINOv3-B (\d+) hours, EVA-ViT-E (\d+) \(predicted\)", text["README.md"])
+    assert [int(number) for number in readme] == [round(sum(hours[name])) for name in ("dinov3_b", "eva_e")]
+    (stage_2,) = re.findall(
+        r"^\| 8 x H100 \|.*\| ([\d.]+) \|$", text["docs/memory-and-speed.md"], re.MULTILINE
+    )
+    assert hours["eva_e"][1] == float(stage_2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import json
 import re
 import shlex
@@ -436,12 +437,10 @@ def test_flags_and_keys_in_messages_and_pages_exist(capsys: pytest.CaptureFixtur
         known |= set(re.findall(r"--[a-zA-Z][\w-]*", capsys.readouterr().out))
     keys = [*known_keys(), "visft.tasks.classification"]  # the example of a task of one's own
     unknown = list[str]()
-    texts = dict[str, str]()
+    texts = {place: "\n".join(messages) for place, messages in texts_of_package().items()}
     for page in (*PAGES, *FORMS):  # but of tools of the tests, whose flags nothing but they know
         plain = re.sub(r"python -m tests\.[^`]*", "", page.read_text(encoding="utf-8"))
         texts[str(page.relative_to(ROOT))] = plain
-    for file in (ROOT / "visft_ds").rglob("*.py"):
-        texts[str(file.relative_to(ROOT))] = "\n".join(texts_in(ast.parse(file.read_text(encoding="utf-8"))))
     for place, text in texts.items():
         unknown += [
             f"{place}: {flag}"
@@ -453,6 +452,31 @@ def test_flags_and_keys_in_messages_and_pages_exist(capsys: pytest.CaptureFixtur
             if plain not in keys and not any(other.startswith(f"{plain}.") for other in keys):
                 unknown.append(f"{place}: {key}")
     assert unknown == [], "\n".join(unknown)
+
+
+def test_messages_that_are_explained_are_printed() -> None:
+    """Each message of the page is a text of the package, with a gap for `...`."""
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    assert len(explained) > 20
+    texts = [text for messages in texts_of_package().values() for text in messages]
+    unknown = []
+    for message in explained:
+        words = [re.escape(fragment) for fragment in message.split("...")]
+        pattern = re.compile(".*".join(words), re.DOTALL)
+        if not any(pattern.search(text) for text in texts):
+            unknown.append(message)
+    assert unknown == []
+
+
+@functools.cache
+def texts_of_package() -> dict[str, list[str]]:
+    """Module -> its texts."""
+    texts = dict[str, list[str]]()
+    for file in (ROOT / "visft_ds").rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        texts[str(file.relative_to(ROOT))] = list(texts_in(tree))
+    return texts
 
 
 def texts_in(tree: ast.AST) -> Iterator[str]:

@@ -114,12 +114,14 @@ def install_command(extra: str = "") -> str:
 
 
 def _source() -> str:
-    """The folder or wheel that this package was installed from, which is on no index."""
+    """The folder or wheel that this package, which is on no index, was installed from; "." for a clone where
+    nobody knows.
+    """
     if CHECKOUT:
         return "." if Path.cwd() == CHECKOUT else str(CHECKOUT)
     origin = json.loads(distribution("visft_ds").read_text("direct_url.json") or "{}")
     path = unquote(urlsplit(origin.get("url", "")).path)
-    return path or "visft_ds"
+    return path or "."
 
 
 def check_extra(what: str, extra: str, packages: Sequence[str]) -> None:

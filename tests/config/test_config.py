@@ -93,7 +93,7 @@ def test_all_errors_at_once_with_value_source_and_nearest_key() -> None:
     )
     assert text.startswith("the configuration has 7 errors:")
     for part in (
-        "visft.tasks.detection.batchsize (--set): unknown key; did you mean batch_size?",
+        "visft.tasks.detection.batchsize (--set): unknown key; did you mean visft.tasks.detection.batch_size?",
         'optimizer.params.lr = "1e-5" (--set): ',
         "zero_optimisation (--set): unknown key; did you mean zero_optimization?",
         "train_batch_size = 8 (--set): follows from other keys; state visft.tasks.<task>.batch_size",

@@ -54,9 +54,8 @@ def test_nothing_is_missing_if_everything_is_there(tmp_path: Path) -> None:
     (missing,) = missing_inputs(
         debug(f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}", "visft.data.train=a")
     )
-    assert (
-        missing.path == str(tmp_path / "a.manifest.json") and "holds none" not in missing.what
-    )  # it holds train
+    assert missing.path == str(tmp_path / "a.manifest.json") and missing.what.endswith("has train")
+    assert "--set visft.data.train=train" in missing.command
 
 
 def test_only_heads_that_take_part_can_be_missing(tmp_path: Path) -> None:

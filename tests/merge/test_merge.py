@@ -271,7 +271,7 @@ def test_adapters_are_read_from_folder_file_and_published_form(tmp_path: Path) -
     base, adapter, _ = _case(tmp_path)
     folder = save_adapter(adapter, tmp_path / "adapter")
     save_published_lora(adapter, tmp_path / "eva_e_lora_5000.pt")
-    for path in (folder, folder / "lora.safetensors", tmp_path / "eva_e_lora_5000.pt"):
+    for path in (folder, tmp_path / "eva_e_lora_5000.pt"):
         assert _same_change(read_adapter(path), adapter)
     words = ("--base", base, "--adapter", tmp_path / "eva_e_lora_5000.pt", "--out", tmp_path / "out")
     assert _run(*words, "--format", "peft") == 0

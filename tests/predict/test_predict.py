@@ -22,7 +22,7 @@ from visft_ds.config.record import recorded_config
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evaluation import collect
-from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.published import read_adapter
 from visft_ds.predict.images import find_images, open_file, opened
 from visft_ds.predict.loading import ModelSource, files_of_run
 from visft_ds.predict.model import Model, load, load_backbone
@@ -257,7 +257,7 @@ def test_an_export_and_merged_weights_are_the_model_of_the_run(model: Model, pla
     _same(load(run / "export").predict("dog.jpg", threshold=0), wanted)
     (place / "merged").mkdir()
     merged = place / "merged/model.safetensors"
-    merge(run / "export/backbone.safetensors", Adapter.load(run / "export/adapter"), merged)
+    merge(run / "export/backbone.safetensors", read_adapter(run / "export/adapter"), merged)
     shutil.rmtree(place / "merged/model.safetensors-adapter")
     heads = place / "stage1/export"
     for source in (merged, merged.parent):

@@ -213,7 +213,8 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str], config: 
         lines = "".join(f"  {line}\n" for line in other)
         raise ValueError(
             f"{checkpoint.path} belongs to another run (the checkpoint -> this run):\n{lines}"
-            "choose another --out, or give the settings of that run (they are in its run.json)"
+            "choose another --out, give the settings of that run (they are in its run.json), or start from "
+            f"it with other ones: visft train --from {checkpoint.path}"
         )
 
 

@@ -349,11 +349,13 @@ def problems(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple[
             for name in location[:-1]:
                 if not name.isdigit():
                     section = next(models_in(section.model_fields[name].annotation))
-            yield key, f"{_UNKNOWN}{nearest(location[-1], section.model_fields)}"
+            before = key.removesuffix(location[-1])
+            yield key, f"{_UNKNOWN}{nearest(location[-1], section.model_fields, most=3, before=before)}"
         elif refusal["type"] == "missing":
             yield key, f"missing; state it in a file or with --set {key}=VALUE"
         else:
-            yield key, refusal["msg"].removeprefix("Value error, ")
+            text = refusal["msg"].removeprefix("Value error, ")
+            yield key, text.replace("Input should be", "must be", 1)
 
 
 def _line(tree: Tree, key: str, problem: str) -> str:

@@ -40,7 +40,8 @@ held-out training images. A gain must exceed the best block of the whole of BASE
 equal feature shift, and every control (such as a run on permuted labels), scaled to that shift. Writes
 judge.html, judge.json and cached scores/: another model costs only its own evaluation.
 
-models: [LABEL=]FILE[+ADAPTER], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE];
+models: [LABEL=]FILE[+ADAPTER], [LABEL=]RUN, [LABEL=]timm:NAME[:FILE][+ADAPTER],
+    [LABEL=]open_clip:NAME:WEIGHTS; an adapter is RUN/export/adapter, or a folder of PEFT;
     after a model, #BLOCK names the block to read, and @A scales what training changed by A
 
 kinds of --on (and their keys):

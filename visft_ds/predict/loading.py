@@ -394,7 +394,8 @@ def _described_model(
     model = dict(files.model or {})
     if file_says or files.model is None:
         model = dict(layouts.model_in(file))
-    if adapter is not None and "layers" in adapter.model:
+    if adapter is not None and "layers" in (adapter.model or {}):
+        assert adapter.model is not None
         model["layers"] = adapter.model["layers"]
     elif files.model is None and not file_says:
         read_by_heads = {tuple(info.extra.get("layers", ())) for info in infos.values()}

@@ -176,6 +176,12 @@ def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocab
             raise ValueError(
                 f"{where}: captions were tokenised by {manifest.options.get('tokenizer')}, not {TOKENIZER}"
             )
+        least = manifest.options.get("word_min_count", 1)
+        if settings.min_count < least:
+            raise ValueError(
+                f"{manifest.root}/{manifest.split} lists words that occur at least {least} times: "
+                f"--set visft.tasks.{task}.vocabulary.min_count={least}"
+            )
         words.update(manifest.vocabulary)
     frequent = [word for word, count in words.items() if count >= settings.min_count]
     if not frequent:

@@ -301,7 +301,8 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
             )
         problem = read_elsewhere(info, config.model.out_indices)
         if problem:
-            raise ValueError(f"{problem}: give visft.model.out_indices the value of stage 1")
+            blocks = ",".join(map(str, info.extra.get("layers", [])))
+            raise ValueError(f"{problem}: set visft.model.out_indices=[{blocks}]")
         problem = other_base(f"the {task} head", info.extra.get("base_weights"), {base.identity})
         if problem:
             notes.append(f"warning: {problem}")

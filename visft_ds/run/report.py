@@ -25,6 +25,7 @@ from visft_ds.tasks.head_files import head_files
 if TYPE_CHECKING:
     from visft_ds.planner.partition import Partition
 
+_WIDEST_VALUE = 40  #: characters
 #: Photographs that a DETR memorises.
 FEW_FOR_DETR = 100
 
@@ -207,7 +208,12 @@ def _run(config: ResolvedConfig, start: int) -> Section:
 
 def _decisions(config: ResolvedConfig) -> list[Section]:
     """Decisions of data and hardware, with reasons; no section where there are none."""
-    rows = [(f"{key} = {value}", why) for key, value, why in config.decisions]
+    rows = []
+    for key, value, why in config.decisions:
+        text = str(value)
+        if len(text) > _WIDEST_VALUE:  # a path, whose end tells most
+            text = f"...{text[-_WIDEST_VALUE:]}"
+        rows.append((f"{key} = {text}", why))
     title = "decided by data and machine (flags come before)"
     return [Section(title, rows, ("setting", "why"))] if rows else []
 

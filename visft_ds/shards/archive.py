@@ -69,7 +69,7 @@ def write_shard(
             key = f"{image.image_id:012d}"
             row = _add_member(file, f"{key}.{suffix}", data)
             row += _add_member(file, f"{key}.json", image.label())
-            row += [image.width, image.height, image.image_id, image.trainable, len(image.captions)]
+            row += [image.width, image.height, image.image_id, image.trainable, len(image.captions), 0]
             rows.append(row)  # the columns of INDEX_DTYPE behind the shard
         # two empty blocks end an archive, and padding as other tar programs write it
         file.write(bytes(2 * tarfile.BLOCKSIZE))

@@ -39,8 +39,8 @@ from visft_ds.data.shards import (
 )
 from visft_ds.files import remove_unfinished, write_bytes, wrong_name
 from visft_ds.shards.archive import sample_size, shard_size, write_shard
-from visft_ds.shards.coco import CocoSource, SourceImage, read_coco
-from visft_ds.shards.common import Findings, Json, name_here
+from visft_ds.shards.coco import CocoSource, SourceImage, name_as_here, read_coco
+from visft_ds.shards.common import Findings, Json
 from visft_ds.shards.options import Options
 from visft_ds.tasks.vocabulary import caption_words
 
@@ -95,7 +95,7 @@ def _plan(options: Options) -> _Plan:
         options.maps,
         options.division,
     )
-    _name_as_here(source, options.images)
+    name_as_here(source, options.images)
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
     order = np.argsort(np.random.Philox(key=key).random_raw(len(source.images)), kind="stable")
     images = [source.images[position] for position in order[: options.limit].tolist()]
@@ -115,29 +115,6 @@ def _plan(options: Options) -> _Plan:
             usable.append(image)
     reasons(left_out).refuse_above_a_tenth(len(images), options.images, "images")
     return _Plan(source, images, left_out, _cut(usable, options.max_size))
-
-
-def _name_as_here(source: CocoSource, folder: Path) -> None:
-    """Call images that a path of another machine names as they are called in the folder.
-
-    Raises ValueError if such an image has the file of another one.
-    """
-    renamed = dict[str, str]()  # name here -> name in the annotations
-    for image in source.images:
-        name = name_here(folder, image.file_name)
-        if name is not None:
-            source.findings.add(
-                "image named by a path of another machine (its end was found)", image.file_name
-            )
-            renamed[name] = image.file_name
-            image.file_name = name
-    counts = Counter(image.file_name for image in source.images)
-    for name, original in renamed.items():
-        if counts[name] > 1:
-            raise ValueError(
-                f"{counts[name]} images, one called {original}, are the same file {folder / name}: "
-                "give file names below the folder of the images"
-            )
 
 
 def _cut(images: Sequence[SourceImage], max_size: int) -> list[list[SourceImage]]:
@@ -182,7 +159,7 @@ def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[M
         categories=source.categories,
         counts={**_counts(images, options), "left_out": len(plan.left_out)},
         having_category={str(category.coco_id): having[category.coco_id] for category in source.categories},
-        object_sides={} if options.maps is not None else _quantiles([image.sides for image in images]),
+        object_sides={} if options.maps is not None else quantiles([image.sides for image in images]),
         shards=tuple(shards),
         vocabulary=Counter(
             word for image in images for text in image.captions for word in caption_words(text)
@@ -213,7 +190,7 @@ def _counts(images: Sequence[SourceImage], options: Options) -> dict[str, int]:
     return counts
 
 
-def _quantiles(sides: Sequence[Sequence[float]]) -> dict[str, float]:
+def quantiles(sides: Sequence[Sequence[float]]) -> dict[str, float]:
     """`Manifest.object_sides` of the sides of each image's objects."""
     every = np.concatenate([np.empty(0, np.float32), *sides])
     if not len(every):

@@ -45,6 +45,12 @@ class Findings(dict[str, tuple[int, list[str]]]):
             examples = [*examples, shown_name(f"{example!s:.120}")]
         self[kind] = (count + 1, examples)
 
+    def merge(self, others: Findings) -> None:
+        """Add those of another part of the data."""
+        for kind, (count, examples) in others.items():
+            before, earlier = self.get(kind, (0, []))
+            self[kind] = (before + count, [*earlier, *examples][:_EXAMPLES])
+
     def refuse_above_a_tenth(self, of: int, where: object, what: str) -> None:
         """Raise ValueError if there are more than a tenth of all."""
         total = sum(count for count, _ in self.values())

@@ -47,7 +47,8 @@ class Options:
         if self.instances is self.maps is self.captions is None:
             raise ValueError("there are no labels: give --instances, --captions or both")
         if not self.images.is_dir():
-            raise ValueError(f"the images folder {self.images} does not exist")
+            remedy = "give --images DIR, or export the data set with its images"
+            raise ValueError(f"there is no folder of images {self.images}: {remedy}")
 
     def content(self) -> Json:
         """Settings that determine the bytes beside the files, for the manifest."""
