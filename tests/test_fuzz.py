@@ -72,8 +72,9 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
     from visft_ds.models.timm_backbone import build_timm
     from visft_ds.monitor.metrics import read_metrics
     from visft_ds.predict.model import load
-    from visft_ds.shards.build import Options, build
+    from visft_ds.shards.build import build
     from visft_ds.shards.layouts import recognise
+    from visft_ds.shards.options import Options
 
     def copied(*files: Path) -> Callable[[Path], None]:
         def make(folder: Path) -> None:

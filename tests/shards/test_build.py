@@ -24,8 +24,9 @@ from tests.coco_tree import NO_PHOTOS, PHOTOS, Tree, make_split, write_tree
 from tests.ranks import python
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.shards import Manifest, ShardReader, verify
-from visft_ds.shards.build import Options, build
+from visft_ds.shards.build import build
 from visft_ds.shards.cli import main
+from visft_ds.shards.options import Options
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = 20_480  # bytes of a shard: a few samples
