@@ -20,6 +20,8 @@ autodoc_typehints_description_target = "documented_params"
 suppress_warnings = ["docutils"]  # of docstrings, which are plain text
 highlight_language = "bash"  #: of blocks that do not say what they are
 html_theme = "furo"
+html_static_path = ["pages.css"]
+html_css_files = ["pages.css"]
 html_copy_source = False
 root_doc = "docs/README"
 #: Left to right in the sidebar's order; a new page in docs/ has to find its place here.
