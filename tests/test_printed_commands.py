@@ -259,9 +259,9 @@ def paste(command: Command, monkeypatch: pytest.MonkeyPatch) -> ResolvedConfig |
         return None
     config = settle(words).config
     ranks = max(ranks, config.pipeline_stages)  # as a dry run on one process
-    derive_batches(config, ranks)
+    batches = derive_batches(config, ranks)
     precision = config.visft.model.precision
-    deepspeed_dict(config, ranks, "bf16" if precision == "auto" else precision)
+    deepspeed_dict(config, batches, "bf16" if precision == "auto" else precision)
     return config
 
 

@@ -95,7 +95,7 @@ def train(
 
 
 class Progress(Enum):
-    """What follows a step or an evaluation."""
+    """State of a run after a step or an evaluation."""
 
     GOES_ON = 0
     COMPLETE = 1  #: all steps are done, or early stopping

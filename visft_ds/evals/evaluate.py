@@ -137,26 +137,31 @@ def evaluate(
     if folder is not None:
         refuse_filled(folder)
     assert data is not None
-    split = split or "val"
     if not command:
         distributed.keep_open()
     precision, why = choose_precision(source.precision, distributed.local_device())
-    manifest = Manifest.load(os.fspath(data), split, cache=cache)
+    manifest = Manifest.load(os.fspath(data), split or "val", cache=cache)
     model, streams = source.build(precision, distributed.local_device())
     subject = _Subject(source, model, streams, manifest, limit)
     subject.check_data()
     if command and distributed.is_main():
         subject.print_plan(why)
+    return _evaluate(subject, folder, visualizations, command=command)
 
-    with ShardReader(manifest) as reader:
+
+def _evaluate(
+    subject: _Subject, folder: Path | None, visualizations: int, *, command: bool
+) -> EvaluationResult:
+    """Predict, measure, and write into `folder`, if there is one. Collective."""
+    with ShardReader(subject.manifest) as reader:
         collected, seconds = _predict(subject, reader)
         if collected is None:
             return EvaluationResult({}, {})
         drawn = {}
         if folder is not None:  # first: hours of predictions must not be lost with a number
             _write_predictions(collected, folder)
-            drawn = _draw(collected, reader, visualizations, limit, folder)
-        metrics, problems = measure(collected, reader, limit=limit, of_record=True)
+            drawn = _draw(collected, reader, visualizations, subject.limit, folder)
+        metrics, problems = measure(collected, reader, limit=subject.limit, of_record=True)
     if folder is not None:
         record = subject.record(metrics, drawn, seconds)
         # Last: a folder without it was not finished.
@@ -188,7 +193,7 @@ class _Subject:
 
     @property
     def images(self) -> int:
-        """How many are evaluated."""
+        """Number of images that are evaluated."""
         return min(self.limit or len(self.manifest), len(self.manifest))
 
     @property
@@ -202,7 +207,7 @@ class _Subject:
 
     @property
     def task_facts(self) -> dict[str, Any]:
-        """What else decides numbers, such as the tokenizer of captions."""
+        """Other facts that decide numbers, such as the tokenizer of captions."""
         facts: dict[str, Any] = {}
         for task in self.source.tasks:
             facts |= TASKS[task].facts

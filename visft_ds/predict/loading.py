@@ -330,7 +330,7 @@ def files_of_run(
 
 
 def _with_checkpoint(files: ModelFiles, checkpoint: Path, tasks: Sequence[str]) -> ModelFiles:
-    """What a checkpoint trained, of the backbone and of the heads, in place of the run's."""
+    """The files with what a checkpoint trained, of the backbone and of the heads, in place of the run's."""
     trained = open_weights(checkpoint / PARAMETERS_FILE)
     if any(name.startswith("backbone.") for name in trained):
         files = replace(files, adapter=checkpoint)

@@ -63,7 +63,8 @@ def open_log(
     """The log of a run that is resumed after `start` of its steps. `stop` hears when nobody reads the
     console.
     """
-    main, run = distributed.is_main(), config.visft.run
+    main = distributed.is_main()
+    run = config.visft.run
     out = Path(run.out or "")
     with ExitStack() as stack:
         if main and run.track is not None:
