@@ -54,6 +54,14 @@ def test_every_key_says_what_it_is_its_unit_and_its_range() -> None:
     assert [f"{name} {problem}" for name, problem in problems if problem] == []
 
 
+def test_no_page_is_too_long() -> None:
+    """A page that is read, not looked up, has one subject."""
+    looked_up = {"evidence", "architecture", "configuration", "numbers", "api"}
+    pages = [page for page in (ROOT / "docs").glob("*.md") if page.stem not in looked_up]
+    lengths = {page.name: len(page.read_text(encoding="utf-8").split()) for page in pages}
+    assert {name: length for name, length in lengths.items() if length > 1550} == {}
+
+
 def pages() -> dict[str, str]:
     files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ds_configs/*.md")]
     return {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in files}

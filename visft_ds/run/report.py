@@ -165,7 +165,7 @@ def _what_trains(groups: Sequence[TrainedGroup], note: str = "") -> Section:
 
 
 def _batches(config: ResolvedConfig, batches: Batches) -> Section:
-    """How each batch is divided, and how the steps are shared out."""
+    """Division of each batch, and shares of the steps."""
     zero = config.deepspeed["zero_optimization"]["stage"]
     if batches.stages > 1:
         engine = f"{batches.dp} pipeline(s) of {batches.stages} stages, ZeRO-{zero} between them"
@@ -207,7 +207,7 @@ def _run(config: ResolvedConfig, start: int) -> Section:
 
 
 def _decisions(config: ResolvedConfig) -> list[Section]:
-    """What data and hardware decided, and why; no section where they decided nothing."""
+    """Decisions of data and hardware, with reasons; no section where there are none."""
     rows = []
     for key, value, why in config.decisions:
         text = str(value)

@@ -58,7 +58,7 @@ class _Loader(yaml.BaseLoader):
 
 @dataclass(frozen=True)
 class _DataSet:
-    """What a data.yaml describes."""
+    """Content of a data.yaml."""
 
     path: Path
     roots: Sequence[Path]  #: folders that its paths are relative to; the last is its own

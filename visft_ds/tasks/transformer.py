@@ -37,6 +37,11 @@ def sine_positions(valid: Tensor, width: int, *, temperature: float = 10000.0) -
     return torch.cat(halves, dim=-1)
 
 
+def by_head(x: Tensor, num_heads: int) -> Tensor:
+    """(B, S, D) -> (B, heads, S, D / heads)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
 class MultiHeadAttention(nn.Module):
     """Multi-head attention; parameter names and shapes of `nn.MultiheadAttention`.
 
@@ -76,18 +81,14 @@ class MultiHeadAttention(nn.Module):
         """
         q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
         q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
-        q = self._heads(F.linear(query, q_weight, q_bias))
-        k = self._heads(F.linear(key, k_weight, k_bias))
-        v = self._heads(F.linear(value, v_weight, v_bias))
+        q = by_head(F.linear(query, q_weight, q_bias), self.num_heads)
+        k = by_head(F.linear(key, k_weight, k_bias), self.num_heads)
+        v = by_head(F.linear(value, v_weight, v_bias), self.num_heads)
         mask = None if allowed is None else allowed[:, None]  # the same for all heads
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(start_dim=2))
         return out
-
-    def _heads(self, projected: Tensor) -> Tensor:
-        """(B, S, D) -> (B, heads, S, D / heads)."""
-        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class EncoderLayer(nn.Module):
