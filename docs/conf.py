@@ -38,7 +38,7 @@ CONTENTS = (
         "runs",
         "clusters",
     ),
-    *("memory-and-speed", "export", "evaluation", "judge", "paper", "troubleshooting"),
+    *("memory-and-speed", "plan-and-profile", "export", "evaluation", "judge", "paper", "troubleshooting"),
     *("evidence", "architecture", "configuration", "numbers", "api"),
 )
 AROUND = {

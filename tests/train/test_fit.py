@@ -23,8 +23,7 @@ from safetensors.torch import load_file
 import visft_ds
 from tests import finished
 from tests.ranks import REPOSITORY, finish, python, run_ranks, start_ranks
-from tests.run.test_evaluation import Here
-from tests.tiny import TINY, steps_recorded
+from tests.tiny import TINY, Here, steps_recorded
 from visft_ds import FitResult, evaluate, fit
 from visft_ds.interop.heads import open_head
 from visft_ds.monitor.metrics import read_metrics
