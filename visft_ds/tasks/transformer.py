@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def sine_positions(valid: Tensor, width: int, *, temperature: float = 10000.0) -> Tensor:
+def sine_positions(valid: Tensor, width: int) -> Tensor:
     """Sine positions (B, h, w, width) float32 of a padded grid, first half for y, second half for x.
 
     `valid` (B, h, w) bool is True inside the image. A coordinate runs to 2 pi at the end of the *valid* part,
@@ -31,7 +31,7 @@ def sine_positions(valid: Tensor, width: int, *, temperature: float = 10000.0) -
     for axis in (1, 2):
         count = valid.cumsum(dim=axis).float()  # as whole numbers: a GPU sums floats in any order
         share = count / (count.narrow(axis, -1, 1) + 1e-6)
-        angle = (share * (2 * math.pi))[..., None] / temperature**exponent
+        angle = (share * (2 * math.pi))[..., None] / 10_000.0**exponent
         pairs = torch.stack((angle.sin(), angle.cos()), dim=-1)
         halves.append(pairs.flatten(start_dim=-2))
     return torch.cat(halves, dim=-1)
