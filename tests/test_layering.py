@@ -23,6 +23,7 @@ RESERVED = {
     "huggingface_hub": ("interop", "merge", "pretrained"),
     "triton": ("ops",),
     "flash_attn": ("ops",),
+    "flash_attn_interface": ("ops",),
 }
 CODE = sorted(path for folder in (PACKAGE, "tools", "launchers") for path in (ROOT / folder).rglob("*.py"))
 
