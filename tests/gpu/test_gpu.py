@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 Values = Sequence[
     dict[str, Sequence[Any]]
 ]  #: tensors and numbers under the first bound, and under the second
-UNAVAILABLE = "cannot run here|No (available kernel|viable backend)|from the 'CPU' backend|'flash_attn\w*'|model.compile ="
+UNAVAILABLE = r"cannot run here|No (available kernel|viable backend)|from the 'CPU' backend|'flash_attn\w*'|model.compile ="
 #: One operation against float64 on the same inputs. fp32: sums of up to 5,000 terms; TF32 makes 3e-4. 16 bit:
 #: factors and result are rounded once or twice, by 3e-4 and 2e-3 in the mean. A scale off by 3 % is far above
 #: all three.
