@@ -134,7 +134,7 @@ def test_numbers_of_every_evaluation_are_recorded(held: Held) -> None:
 def test_tensorboard_has_pictures_and_numbers(held: Held) -> None:
     events = EventAccumulator(str(held.out / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
     tags = events.Tags()
-    assert sorted(tag.split("/")[0] for tag in tags["images"]) == sorted(THREE)
+    assert sorted(tag.split("/")[1] for tag in tags["images"]) == sorted(THREE)
     for tag in tags["images"]:
         pictures = events.Images(tag)
         assert [picture.step for picture in pictures] == [0, 2, 4]

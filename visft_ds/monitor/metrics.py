@@ -61,7 +61,7 @@ def tag_of(name: str) -> str:
 
 class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """Appends one JSON object per step or event to OUT/metrics.jsonl, and the same numbers to
-    OUT/tensorboard/, there in groups: losses, metrics, optimizer, speed, memory.
+    OUT/tensorboard/, there in groups: losses, memory, metrics, optimizer, speed; and predictions.
 
     Args:
         out: the run folder.
@@ -148,8 +148,8 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         self._append({"kind": "event", "step": step, "event": event, **details})
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
-        """Show an image (H, W, 3) RGB in TensorBoard."""
-        self._show("add_image", tag, image, step, dataformats="HWC")
+        """Show an image (H, W, 3) RGB in TensorBoard, among the predictions."""
+        self._show("add_image", f"predictions/{tag}", image, step, dataformats="HWC")
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Records of all evaluations of the run, those of earlier starts included, in order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -74,15 +75,16 @@ _COMPARED = (
     "scheduler.params.total_num_steps",
     "scheduler.params.warmup_num_steps",
 )
+_BEGINNING = re.compile(r"(optimizer|scheduler)\.params\.|visft\.(tasks\.)?")
 
 
 def _hyperparameters(config: ResolvedConfig) -> dict[str, Any]:
-    """Settings that tell runs apart, by their dotted keys."""
-    chosen: dict[str, Any] = {"visft.model.name": config.visft.model.name}
+    """Settings that tell runs apart, by the end of their keys: TensorBoard has narrow columns."""
+    chosen: dict[str, Any] = {"model": config.visft.model.name}
     for key, value in redacted_values(config.identity()).items():
         of_flag = config.sources.get(key, "").startswith("--")
         if value is not None and (of_flag or any(fnmatch(key, glob) for glob in _COMPARED)):
-            chosen[key] = value
+            chosen[_BEGINNING.sub("", key)] = value
     return chosen
 
 
