@@ -193,6 +193,7 @@ def test_recomputing_gives_the_same_gradients() -> None:
     assert all(value is not None and value.any() for value in found[1].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
 def test_peft_computes_it(tmp_path: Path, name: str) -> None:
     peft = pytest.importorskip("peft")

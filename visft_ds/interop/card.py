@@ -103,9 +103,10 @@ def card(
     if adapter is not None:
         rows |= {
             "adapter": adapter.describe(),
-            "steps of its training": "not recorded" if adapter.step is None else str(adapter.step),
             "fingerprint of the base weights": adapter.base or "not recorded",
         }
+        if adapter.step is not None:
+            rows["steps"] = str(adapter.step)
     rows |= dict(facts or {})
     for result in measured:
         name = f"{result.metric_type} ({result.dataset_split}, {result.dataset_name})"
