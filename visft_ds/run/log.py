@@ -74,7 +74,7 @@ _COMPARED = (
     "scheduler.params.total_num_steps",
     "scheduler.params.warmup_num_steps",
 )
-_BEGINNING = re.compile(r"(optimizer|scheduler)\.params\.|visft\.(tasks\.)?")
+_BEGINNING = re.compile(r"(optimizer|scheduler)\.params\.|visft\.")
 
 
 def _hyperparameters(config: ResolvedConfig) -> dict[str, Any]:
