@@ -51,7 +51,11 @@ def write(folder: Path) -> None:
 
 def _directive(name: str, module: str) -> str:
     kind = inspect.isclass(getattr(visft_ds, name))
-    return f"autoclass:: {module}.{name}\n   :members:" if kind else f"autofunction:: {module}.{name}"
+    return (
+        f"autoclass:: {module}.{name}\n   :members:\n   :inherited-members: object, Module"
+        if kind
+        else f"autofunction:: {module}.{name}"
+    )
 
 
 def number_rows() -> Iterator[str]:

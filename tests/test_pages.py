@@ -52,3 +52,45 @@ def test_every_key_says_what_it_is_its_unit_and_its_range() -> None:
     assert len(keys) > 150
     problems = [(key.name, problem_of(key)) for key in keys]
     assert [f"{name} {problem}" for name, problem in problems if problem] == []
+
+
+def test_no_page_is_too_long() -> None:
+    """A page that is read, not looked up, has one subject."""
+    looked_up = {"evidence", "architecture", "configuration", "numbers", "api"}
+    pages = [page for page in (ROOT / "docs").glob("*.md") if page.stem not in looked_up]
+    lengths = {page.name: len(page.read_text(encoding="utf-8").split()) for page in pages}
+    assert {name: length for name, length in lengths.items() if length > 1550} == {}
+
+
+def pages() -> dict[str, str]:
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ds_configs/*.md")]
+    return {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in files}
+
+
+def test_files_and_names_in_code_that_pages_name_exist() -> None:
+    """`data/plan.py`, below the package or the repository; in `model.py: forward` the name behind it."""
+    missing = []
+    for page, text in pages().items():
+        for name, _, inside in re.findall(r"`((?:\w+/)+\w+\.(?:py|sh|sbatch|example))(: (\w+))?`", text):
+            files = [path for path in (ROOT / name, ROOT / "visft_ds" / name) if path.is_file()]
+            defined = files and re.search(
+                rf"^ *(?:def|class) {inside}\b", files[0].read_text("utf-8"), re.MULTILINE
+            )
+            if not files or (inside and not defined):
+                missing.append(f"{page}: {name}: {inside}")
+    assert missing == []
+
+
+def test_the_hours_of_8_h100_are_told_alike_everywhere() -> None:
+    """The table of backbones; README has the sum of both stages, memory-and-speed the paper's stage 2."""
+    text = pages()
+    hours = {}
+    pattern = r"^\| `(\w+)` .* ([\d.]+) \+ ([\d.]+) \|$"
+    for name, first, second in re.findall(pattern, text["docs/backbones.md"], re.MULTILINE):
+        hours[name] = [float(first), float(second)]
+    (readme,) = re.findall(r"DINOv3-B (\d+) hours, EVA-ViT-E (\d+) \(predicted\)", text["README.md"])
+    assert [int(number) for number in readme] == [round(sum(hours[name])) for name in ("dinov3_b", "eva_e")]
+    (stage_2,) = re.findall(
+        r"^\| 8 x H100 \|.*\| ([\d.]+) \|$", text["docs/memory-and-speed.md"], re.MULTILINE
+    )
+    assert hours["eva_e"][1] == float(stage_2)

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from visft_ds.api import fit as fit
     from visft_ds.evals.evaluate import EvaluationResult as EvaluationResult
     from visft_ds.evals.evaluate import evaluate as evaluate
-    from visft_ds.monitor.callbacks import Callback as Callback
     from visft_ds.predict.model import ImageFeatures as ImageFeatures
     from visft_ds.predict.model import Model as Model
     from visft_ds.predict.model import load as load
@@ -36,7 +35,6 @@ _SHELLS = {_ABOVE / folder for folder in ("tools", "launchers")}
 _MODULES = {
     "api": ("fit",),
     "evals.evaluate": ("EvaluationResult", "evaluate"),
-    "monitor.callbacks": ("Callback",),
     "predict.model": ("ImageFeatures", "Model", "load", "load_backbone"),
     "predict.results": ("Boxes", "Instance", "Masks", "Prediction"),
     "train": ("FitResult",),

@@ -16,16 +16,13 @@ from hypothesis import strategies as st
 from tests.options import known_keys
 from tests.ranks import python
 from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
+from visft_ds.config.compare import differences
 from visft_ds.config.resolve import (
     CONFIG_ROOT,
     NOT_IDENTITY,
-    Tree,
-    differences,
-    flatten,
-    load_json,
-    parse_assignment,
 )
 from visft_ds.config.schema import PRESETS, BackboneOverrides
+from visft_ds.config.tree import Tree, flatten, load_json, parse_assignment
 from visft_ds.prepare.model import deepspeed_dict
 from visft_ds.prepare.settle import settle
 from visft_ds.settings.task_schema import SHARED
@@ -262,7 +259,7 @@ def test_batches_that_do_not_divide_are_told_what_to_add(
 def test_the_dict_for_deepspeed(precision: Any, dtype: str | None) -> None:
     sizes = ["visft.tasks.detection.batch_size=24", "visft.tasks.detection.micro_batch=4"]
     config = debug("visft.model.precision=auto", "visft.tasks=detection", *sizes)
-    result = deepspeed_dict(config, 2, precision)
+    result = deepspeed_dict(config, derive_batches(config, 2), precision)
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     assert [result[key] for key in keys] == [24, 4, 3]
     assert result["gradient_clipping"] == config.gradient_clipping and result["steps_per_print"] > 10**8

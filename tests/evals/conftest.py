@@ -33,7 +33,8 @@ from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.prepare.model import prepare_model
 from visft_ds.run.record import write_run
 from visft_ds.run_files import ADAPTER_FOLDER, BACKBONE_FILE, EXPORT_RECORD_FILE
-from visft_ds.shards.build import Options, build
+from visft_ds.shards.build import build
+from visft_ds.shards.options import Options
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.vocabulary import Vocabulary

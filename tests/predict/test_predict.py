@@ -315,23 +315,27 @@ def test_what_is_no_picture_is_named(model: Model, place: Path, tmp_path: Path) 
     ):
         with pytest.raises(ValueError, match=word):
             model.predict(wrong)
+    with pytest.raises(ValueError, match=r"threshold '0\.5'"):
+        model.predict(array, threshold="0.5")  # type: ignore[call-overload]
 
 
 def test_what_is_no_model_is_refused(place: Path) -> None:
     (place / "nothing").mkdir()
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("absent", {}, "no such run"),
-        ("nothing", {}, "not an export"),
+        ("nothing", {}, "neither a run"),
         ("runs/stage2", {"tasks": "detection,depth"}, "depth"),
         ("runs/stage2", {"device": "cuda:99"}, "GPUs"),
         ("runs/stage2", {"device": "meta"}, "cpu"),
         ("runs/stage2", {"device": "cuda:x"}, "GPUs"),
         ("runs/stage2", {"image_size": 0}, "image size"),
+        ("runs/stage2", {"image_size": 56.5}, "image size"),
         ("runs/stage2", {"image_size": 10**6}, "image size"),
     ]
     for source, options, word in cases:
-        with pytest.raises(ValueError, match=word):
+        with pytest.raises(ValueError, match=word) as error:
             load(place / source, **options)
+        assert "--" not in str(error.value)
 
 
 def test_names_of_files_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,12 @@ def test_yolo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["build", str(tmp_path / "my data/data.yaml"), "--out", str(tmp_path / "my data-shards")]) == 0
     )
+    for folder, told in (
+        (tmp_path / "my data-shards", "shards already (train, val)"),
+        (tmp_path, "folders in it are: visft shards"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            recognise(folder)
 
 
 def test_boxes_of_unreadable_pictures_do_not_hide_why(
@@ -275,7 +281,7 @@ def test_yolo_of_another_machine_with_long_names_of_splits(tmp_path: Path) -> No
     ("files", "words"),
     [
         (["annotations/instances_default.json"], "no folder of its images, such as images/: export it with"),
-        (["classes.txt", "labels/a.txt", "images/note"], "none of its 0 images has a label"),
+        (["classes.txt", "labels/a.txt", "images/note"], "there is no image in"),
     ],
 )
 def test_exports_that_lack_something_name_the_one_that_works(

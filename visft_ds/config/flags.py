@@ -15,11 +15,10 @@ from visft_ds.config.resolve import (
     DEFAULT_ENGINE,
     DEFAULT_MODEL,
     Flags,
-    Tree,
     available,
-    load_json,
     merge,
 )
+from visft_ds.config.tree import Tree, load_json
 from visft_ds.data.fetch import is_url
 from visft_ds.files import reading
 from visft_ds.flags import Command, add_num_gpus

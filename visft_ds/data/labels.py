@@ -1,4 +1,4 @@
-"""What a label may hold: checked when shards are built, and again when read, as shards may come from others.
+"""Content of a label: checked when shards are built, and again when read, as shards may come from others.
 
 A label is the JSON file beside an image in a shard:
 {"image_id": 139, "file_name": "000000000139.jpg", "width": 640, "height": 426,
@@ -109,7 +109,7 @@ def _has(value: Any, names: Collection[str]) -> bool:
 
 
 def _problem(annotation: Any, height: int, width: int, categories: Collection[int]) -> str | None:
-    """What is wrong with an annotation."""
+    """The first fault of an annotation; None: it has none."""
     if not _has(annotation, _OF_ANNOTATION):
         return f"it must be an object with {', '.join(_OF_ANNOTATION)}"
     if type(annotation["id"]) is not int:

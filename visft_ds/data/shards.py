@@ -171,7 +171,7 @@ class Manifest:
 
     @property
     def remedy(self) -> str:
-        """What to do about damaged files."""
+        """Advice about damaged files."""
         if "tars" in self.options:
             return "run the same `visft shards index` again, with --replace"
         return "run the same `visft shards build` again, which keeps what is whole"

@@ -213,7 +213,7 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
 
 
 def _pretrained_settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm knows of the pretrained weights of a model, and holds for trained ones, too."""
+    """Facts that timm has of a model's pretrained weights, and that hold for trained ones, too."""
     known = {key: model.pretrained_cfg.get(key) for key in _SETTINGS}
     settings = {key: value for key, value in known.items() if value is not None}
     if "img_size" in arguments:
@@ -456,7 +456,7 @@ class Difference(NamedTuple):
 def difference(
     form: str, folder: Path, base: Path, model: Mapping[str, Any], adapter: Adapter | None
 ) -> Difference:
-    """What a library computes, compared with base + adapter of ours; one model is in memory at a time."""
+    """Outputs of a library, compared with base + adapter of ours; one model is in memory at a time."""
     tower: Backbone = layouts.load_backbone(base, model).eval()
     images = torch.randn(2, 3, tower.image_size, tower.image_size, generator=torch.Generator().manual_seed(0))
     if adapter is not None:
@@ -482,6 +482,8 @@ def _largest(maps: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 def _map(tokens: Tensor, images: Tensor, backbone: Backbone) -> Tensor:
     """(B, N, D) -> (B, D, h, w), without what stands in front of the patches."""
-    height, width = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
-    patches = tokens[:, -height * width :]
-    return patches.transpose(1, 2).unflatten(2, (height, width))
+    height, width = images.shape[-2:]
+    rows = height // backbone.patch_size
+    columns = width // backbone.patch_size
+    patches = tokens[:, -rows * columns :]
+    return patches.transpose(1, 2).unflatten(2, (rows, columns))

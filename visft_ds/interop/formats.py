@@ -32,7 +32,7 @@ class Format:
     library: str = ""  #: module that loads it, for `--verify`; "": none that can be installed
 
     def content(self, tower: Weights, file: Weights, backbone: Backbone) -> Written:
-        """What it consists of.
+        """Its files.
 
         Args:
             tower: the tensors of the backbone, and what belongs to it.

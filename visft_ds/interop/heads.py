@@ -58,7 +58,7 @@ class HeadInfo:
 
 
 class StoredExtra(StrictModel):
-    """What others ask of `HeadInfo.extra`; a trainer may remember more."""
+    """Entries of `HeadInfo.extra` that others ask for; a trainer may remember more."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -92,7 +92,8 @@ class HeadFile:
 
     def build(self) -> nn.Module:
         """The head, fp32, on the CPU, in evaluation mode. Raises ValueError as `check`."""
-        info, task = self.info, get_task(self.info.task)
+        info = self.info
+        task = get_task(info.task)
         with reading(self.tensors.path, f"a {info.task} head"), torch.device("meta"):
             settings = task.settings("head", info.options)
             head = task.build_head(info.shapes, settings, info.options.get("vocabulary_size"))
@@ -109,16 +110,16 @@ def head_file(folder: str | Path, task: str) -> Path:
 
 def save_head(path: Path, info: HeadInfo, tensors: Mapping[str, Tensor]) -> Path:
     """Write a head and its description; returns the path."""
-    save_tensors(path, tensors, {_KEY: _described(info)})
+    save_tensors(path, tensors, {_KEY: _description_of(info)})
     return path
 
 
 def head_metadata(heads: Mapping[str, HeadInfo]) -> dict[str, str]:
     """Header of a checkpoint that holds heads among other tensors, by which they are read like head files."""
-    return {f"{_KEY}.{task}": _described(info) for task, info in heads.items()}
+    return {f"{_KEY}.{task}": _description_of(info) for task, info in heads.items()}
 
 
-def _described(info: HeadInfo) -> str:
+def _description_of(info: HeadInfo) -> str:
     return json.dumps({"version": _VERSION, **asdict(info)})
 
 

@@ -62,7 +62,7 @@ _Value = TypeVar("_Value")
 
 
 class StoredAdapter(StrictModel):
-    """What PEFT does not know of an adapter: JSON in the header of its weights."""
+    """Facts of an adapter that PEFT does not know: JSON in the header of its weights."""
 
     version: Literal[1]
     model: StoredModel

@@ -51,7 +51,8 @@ def base_of(path: Path) -> Path:
     run = run_around(path)
     if run is None:
         raise ValueError(f"--base FILE is needed: {path} is not inside a run, which records its base weights")
-    weights, export = recorded_config(run).visft.model.weights, export_of(run)
+    weights = recorded_config(run).visft.model.weights
+    export = export_of(run)
     if (export / TRAINED_BACKBONE_FILE).is_file():
         return export / TRAINED_BACKBONE_FILE
     base = export / BACKBONE_FILE if weights is None else local(weights)

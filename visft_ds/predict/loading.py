@@ -188,8 +188,8 @@ def source_of(
         streams = {task: options.stream(task, (task,), 1.0) for task, options in settings.items()}
     else:
         raise ValueError(
-            f"{place} is not an export of a run: give heads=FOLDER (--heads FOLDER), such as RUN/export of "
-            "stage 1"
+            f"{place} is neither a run nor its export: give one, or for merged weights also --heads FOLDER, "
+            "such as RUN/export of stage 1"
         )
     streams = {} if alone else _with_heads(streams, tasks, heads_folder)
     for name, stream in streams.items():
@@ -258,9 +258,7 @@ def _weights_at(place: Path | None) -> Path:
         return place
     name = weights_among(path.name for path in place.iterdir())
     if name is None:
-        raise ValueError(
-            f"{place} does not have exactly one weight file: give backbone=FILE (--backbone FILE)"
-        )
+        raise ValueError(f"{place} does not have exactly one weight file: give --backbone FILE")
     return place / name
 
 
@@ -332,7 +330,7 @@ def files_of_run(
 
 
 def _with_checkpoint(files: ModelFiles, checkpoint: Path, tasks: Sequence[str]) -> ModelFiles:
-    """What a checkpoint trained, of the backbone and of the heads, in place of the run's."""
+    """The files with what a checkpoint trained, of the backbone and of the heads, in place of the run's."""
     trained = open_weights(checkpoint / PARAMETERS_FILE)
     if any(name.startswith("backbone.") for name in trained):
         files = replace(files, adapter=checkpoint)

@@ -6,6 +6,7 @@ Letters: B images, H W pixels, h w patch grid, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from visft_ds import distributed
 from visft_ds.data.samples import RawSample
+from visft_ds.flags import speaking_python
 from visft_ds.model import normalise_pixels
 from visft_ds.ops import DTYPES, at_least_float32
 from visft_ds.predict.images import ImageInMemory, ImageInput, OpenedImage, opened
@@ -26,6 +28,7 @@ from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.transform import pipeline_of
 
 
+@speaking_python()
 def load(
     source: str | Path,
     *,
@@ -56,6 +59,11 @@ def load(
 
     Raises:
         ValueError: no model there, a run that has not written what it trained yet, or parts that do not fit.
+
+    Example:
+        >>> model = visft_ds.load("runs/stage2", tasks="detection,captioning", device="cpu")
+        >>> model.tasks
+        ('detection', 'captioning')
     """
     check_options(image_size=image_size)
     parts = source_of(
@@ -72,6 +80,7 @@ def load(
     return Model(Path(source), *_build(parts, device))
 
 
+@speaking_python()
 def load_backbone(
     source: str | Path,
     *,
@@ -83,6 +92,11 @@ def load_backbone(
 ) -> ImageFeatures:
     """Load the backbone alone, with the adapter in it, without heads; arguments and errors as those of
     `load`.
+
+    Example:
+        >>> backbone = visft_ds.load_backbone("runs/stage2", device="cpu")
+        >>> backbone(torch.zeros(1, 3, 56, 56)).shape
+        torch.Size([1, 16, 4, 4])
     """
     parts = source_of(
         Path(source), backbone=backbone, download=download, adapter=adapter, precision=precision, alone=True
@@ -92,7 +106,17 @@ def load_backbone(
 
 
 class ImageFeatures(nn.Module):
-    """Backbone with its adapter, in evaluation mode; no parameter requires a gradient until you set it."""
+    """Backbone with its adapter: images (B, 3, H, W) to features (B, D, h, w), h and w in whole patches.
+
+    Images are RGB, uint8 from 0 to 255 or float from 0 to 1, and normalised here; features are float32. It is
+    in evaluation mode, and no parameter requires a gradient until you set it.
+
+    Example:
+        >>> backbone = visft_ds.load_backbone("runs/stage2", device="cpu")
+        >>> images = torch.rand(2, 3, 56, 40)
+        >>> backbone(images).shape, backbone.patch_size
+        (torch.Size([2, 16, 4, 3]), 14)
+    """
 
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
@@ -138,21 +162,29 @@ def _check_range(images: Tensor) -> None:
 
 
 class Model:
-    """A trained model: `predict` images, or take features from its `backbone`."""
+    """A trained model: `predict` images, or take features from its `backbone`.
+
+    Example:
+        >>> model = visft_ds.load("runs/stage2", device="cpu")
+        >>> model.tasks, model.precision, model.categories[52]
+        (('detection', 'segmentation', 'captioning'), 'fp32', 'star')
+    """
 
     def __init__(self, source: Path, loaded: LoadedModel, streams: Mapping[str, Stream]) -> None:
         self._loaded = loaded
         self._streams = streams
-        self.source = source
-        self.tasks = tuple(loaded.heads)
+        self.source = source  #: what it was loaded from
+        self.tasks = tuple(loaded.heads)  #: names
         self.categories: dict[int, str] = {}  #: names by id
         for info in loaded.heads.values():
             self.categories |= info.names()
-        self.facts = loaded.facts
-        self.precision = loaded.precision
+        self.facts = loaded.facts  #: files of its parts, by name
+        self.precision = loaded.precision  #: fp32, bf16 or fp16
         self.device = loaded.device
-        self.batch_size = min(stream.micro_batch for stream in streams.values())  #: by default
-        self.backbone = ImageFeatures(loaded)
+        self.batch_size = min(
+            stream.micro_batch for stream in streams.values()
+        )  #: images in a batch by default
+        self.backbone = ImageFeatures(loaded)  #: the backbone alone
 
     def __repr__(self) -> str:
         categories = f"{len(self.categories)} categories"
@@ -201,7 +233,14 @@ class Model:
             every image: give thousands in parts, or to `visft predict`.
 
         Raises:
-            ValueError: a file that is not an image.
+            ValueError: a file that is not an image, or anything else that is none; its message says what is
+                allowed.
+
+        Example:
+            >>> model = visft_ds.load("runs/stage2", device="cpu")
+            >>> prediction = model.predict("dog.jpg", threshold=0.3)
+            >>> len(model.predict(["dog.jpg", numpy.zeros((60, 80, 3), "uint8")]))
+            2
         """
         check_options(threshold, batch_size=batch_size)
         every, single = opened(images)
@@ -252,12 +291,14 @@ def _confidence(result: Mapping[str, Any]) -> float:
 
 
 def check_options(threshold: float = 0.5, **numbers: int | None) -> None:
-    """Raise ValueError for a threshold outside of [0, 1], or numbers outside of [1, 8192]."""
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold {threshold} is not allowed: give a score from 0 to 1")
+    """Raise ValueError for a threshold outside of [0, 1], or whole numbers outside of [1, 8192]."""
+    if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold {threshold!r} is not allowed: give a score from 0 to 1")
     for name, number in numbers.items():
-        if number is not None and not 1 <= number <= 8192:
-            raise ValueError(f"{name.replace('_', ' ')} {number} is not allowed: give 1 to 8192")
+        if number is None:
+            continue
+        if not isinstance(number, Integral) or not 1 <= number <= 8192:
+            raise ValueError(f"{name.replace('_', ' ')} {number!r} is not allowed: give 1 to 8192")
 
 
 def _build(parts: ModelSource, device: str | torch.device | None) -> tuple[LoadedModel, dict[str, Stream]]:

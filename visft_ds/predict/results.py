@@ -29,10 +29,16 @@ _SHOWN = ("detection", "segmentation", "captioning")  #: tasks with an attribute
 
 @dataclass(frozen=True, eq=False)
 class Instance:
-    """One object of an image."""
+    """One object of an image.
 
-    name: str  #: of its category
-    id: int  #: of its category
+    Example:
+        >>> instance = visft_ds.load("runs/stage2").predict("dog.jpg", threshold=0).masks[0]
+        >>> instance.mask.shape, 0 <= instance.score <= 1
+        ((56, 56), True)
+    """
+
+    name: str  #: name of its category
+    id: int  #: category id
     score: float  #: from 0 to 1
     xyxy: Floats  #: (4,) left, top, right, bottom in pixels of the image; may extend past its border
     mask: npt.NDArray[np.bool_] | None = None  #: (H, W); None of a box without one
@@ -138,6 +144,13 @@ class Boxes(Objects):
 
     `boxes[0]` is the first as an `Instance`, and a loop takes one after the other. `boxes[:5]`,
     `boxes[boxes.scores > 0.5]` and `boxes[boxes.names == "cat"]` choose some, as of an array.
+
+    Example:
+        >>> boxes = visft_ds.load("runs/stage2").predict("dog.jpg", threshold=0).boxes
+        >>> boxes.xyxy.shape, boxes[boxes.scores > 0.5].xyxy.shape[1], len(boxes[:2])
+        ((4, 4), 4, 2)
+        >>> [box.name for box in boxes] == list(boxes.names)
+        True
     """
 
 
@@ -146,6 +159,11 @@ class Masks(Objects):
     """Masks of an image, sorted by confidence; they may overlap.
 
     Indexed, iterated and filtered as `Boxes`; `xyxy` are the boxes around them.
+
+    Example:
+        >>> masks = visft_ds.load("runs/stage2").predict("dog.jpg", threshold=0).masks
+        >>> masks.masks.shape[1:], sorted(masks.to_coco(image_id=1)[0])
+        ((56, 56), ['bbox', 'category_id', 'image_id', 'score', 'segmentation'])
     """
 
     masks: npt.NDArray[np.bool_]  #: (n, H, W)
@@ -153,12 +171,19 @@ class Masks(Objects):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
-    """Boxes, masks and caption of one image, as far as the model has such heads."""
+    """Boxes, masks and caption of one image, as far as the model has such heads.
+
+    Example:
+        >>> prediction = visft_ds.load("runs/stage2").predict("dog.jpg", threshold=0)
+        >>> prediction.image.shape, len(prediction.boxes), type(prediction.caption)
+        ((56, 56, 3), 4, <class 'str'>)
+        >>> prediction.draw().save("out.png")
+    """
 
     image: npt.NDArray[np.uint8]  #: (H, W, 3) RGB, upright
-    path: Path | None  #: of its file
+    path: Path | None  #: its file, if it is from one
     categories: Mapping[int, str]  #: names of all categories of the model by id
-    results: Mapping[str, Results]  #: task -> predictions in COCO's results format, sorted by confidence
+    results: Mapping[str, Results]  #: task to predictions in COCO's results format, sorted by confidence
 
     @cached_property
     def boxes(self) -> Boxes | None:
@@ -255,7 +280,7 @@ class Prediction:
         return draw_objects(self.image, objects.names.tolist(), tags, palette(names), side=side, **shapes)
 
     def to_coco(self, image_id: int) -> dict[str, Results]:
-        """Task -> predictions in COCO's results format, as an evaluation writes them."""
+        """Predictions by task in COCO's results format, as an evaluation writes them."""
         return {
             task: [{**result, "image_id": image_id} for result in results]
             for task, results in self.results.items()

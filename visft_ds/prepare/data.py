@@ -164,7 +164,8 @@ def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocab
     words_of = config.tasks.with_words()
     if words_of is None:
         return None
-    task, settings = words_of[0], words_of[1].vocabulary
+    task = words_of[0]
+    settings = words_of[1].vocabulary
     if settings.file is not None:
         return read_vocabulary(Path(settings.file))
     manifests = [training.manifest for training in sets.values() if task in training.tasks]

@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(options: Namespace) -> None:
     """Refuse numbers and files before anything is measured."""
-    file, folder = options.json, options.trace
+    file = options.json
+    folder = options.trace
     if options.steps < 1 or options.warmup < 1:
         raise ValueError("--steps and --warmup: give at least 1 (the first step is never a typical one)")
     if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):

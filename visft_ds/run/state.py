@@ -138,11 +138,10 @@ class RunState:
         failed.
         """
         for save in self.saver.finished(wait=wait):
-            path = checkpoint_path(self.saver.folder, save.step)
             took = f"training paused for {save.stall_seconds:.2f} s; written in {save.write_seconds:.2f} s"
             log.message(f"saved step {save.step} in {self.saver.folder} ({took})")
             seconds = {"save/stall_seconds": save.stall_seconds, "save/write_seconds": save.write_seconds}
-            log.writer.save(save.step, seconds, path)
+            log.writer.save(save.step, seconds)
 
     def ends_early(self, step: int, log: RunLog) -> bool:
         """Return True if `visft.run.patience` evaluations in a row gave no better metric. Collective.

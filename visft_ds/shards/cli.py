@@ -22,10 +22,11 @@ from visft_ds.data.shards import Manifest, splits_in, verify
 from visft_ds.errors import tell
 from visft_ds.files import shown_name
 from visft_ds.flags import Parser, check_least, parse_size
-from visft_ds.shards.build import Options, build, reasons
+from visft_ds.shards.build import build, reasons
 from visft_ds.shards.common import Findings, FolderSplit, lines_of
 from visft_ds.shards.division import Division
 from visft_ds.shards.layouts import recognise
+from visft_ds.shards.options import Options
 
 _SHOWN = 40  #: classes that are listed
 _WIDTH = 110  #: columns

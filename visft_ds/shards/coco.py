@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from visft_ds.data.labels import is_box, is_near, is_polygon, run_length_code
 from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
 from visft_ds.settings.task_schema import WITHOUT_MASK
-from visft_ds.shards.common import BYTE_ORDER_MARK, CocoFile, Findings
+from visft_ds.shards.common import BYTE_ORDER_MARK, CocoFile, Findings, name_here
 from visft_ds.shards.division import Division
 
 _ANOTHER_FORM = "mask given as [x, y, ...], as [[x, y], ...] or as text (read as polygons)"
@@ -144,6 +145,29 @@ def read_coco(
     ordered = enumerate(sorted(categories))
     listed = tuple(Category(position, number, categories[number]) for position, number in ordered)
     return CocoSource(chosen, listed, findings, files)
+
+
+def name_as_here(source: CocoSource, folder: Path) -> None:
+    """Call images that a path of another machine names as they are called in the folder.
+
+    Raises ValueError if such an image has the file of another one.
+    """
+    renamed = dict[str, str]()  # name here -> name in the annotations
+    for image in source.images:
+        name = name_here(folder, image.file_name)
+        if name is not None:
+            source.findings.add(
+                "image named by a path of another machine (its end was found)", image.file_name
+            )
+            renamed[name] = image.file_name
+            image.file_name = name
+    counts = Counter(image.file_name for image in source.images)
+    for name, original in renamed.items():
+        if counts[name] > 1:
+            raise ValueError(
+                f"{counts[name]} images, one called {original}, are the same file {folder / name}: "
+                "give file names below the folder of the images"
+            )
 
 
 def _read(source: CocoFile, role: str, files: Files) -> bytes:

@@ -1,4 +1,4 @@
-"""What the layouts of data sets share: names of splits, images as COCO lists them, problems of the data."""
+"""Shared by the layouts of data sets: names of splits, images as COCO lists them, problems of the data."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def listed_image(folder: Path, name: str, number: int, exif: Exif) -> Json:
     try:
         frame = image_frame(folder / name)
     except (ValueError, OSError):
-        height, width = 1, 1
+        height = 1
+        width = 1
     else:
         height, width = (frame.height, frame.width) if exif == "ignore" else frame.upright
     return {"id": number, "file_name": name, "height": height, "width": width}

@@ -7,12 +7,14 @@ annotations are meant.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 
+from visft_ds.data.shards import splits_in
 from visft_ds.files import checked_name, read_bytes, reading
 from visft_ds.shards.common import (
     BYTE_ORDER_MARK,
@@ -90,7 +92,11 @@ def recognise(
         for pattern, (export, remedy) in _OTHER_EXPORTS.items():
             for path in source.glob(pattern):
                 raise ValueError(f"{path} is {export}, which is not read: {remedy}")
-        content = sorted(f"{path.name}/" if path.is_dir() else path.name for path in source.iterdir())
+        _refuse_misplaced(source)
+        content = []
+        for path in source.iterdir():
+            content.append(f"{path.name}/" if path.is_dir() else path.name)
+        content.sort()
         raise ValueError(
             f"{source} is not a data set of a known layout; {_LOOKED_FOR}\nfound {_few(content)}"
         )
@@ -118,6 +124,18 @@ def recognise(
         raise ValueError(f"{source} has no split {only!r}; it is {shown[0]}")
     unread = [path for path in source.glob("annotations/*.json") if path not in files]
     return layout, splits, sorted(unread)
+
+
+def _refuse_misplaced(folder: Path) -> None:
+    """Raise ValueError for shards, and for a folder of data sets."""
+    finished = splits_in(folder)
+    if finished:
+        command = f"visft train --data {shlex.quote(str(folder))}"
+        raise ValueError(f"{folder} holds shards already ({', '.join(finished)}); train on them: {command}")
+    inside = [path for path in sorted(folder.glob("*/")) if any(_layouts(path))]
+    if inside:
+        commands = " or ".join(f"visft shards {shlex.quote(str(path))}" for path in inside[:3])
+        raise ValueError(f"{folder} is not a data set; folders in it are: {commands}")
 
 
 def _few(names: Sequence[str]) -> str:

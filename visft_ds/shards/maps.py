@@ -157,7 +157,7 @@ def _unpaired(images: Mapping[str, Path], maps: Mapping[str, Path], folder: Path
 
 @dataclass(frozen=True)
 class MapClasses:
-    """What the numbers in label maps mean."""
+    """Meaning of the numbers in label maps."""
 
     names: Mapping[int, str]
     voids: frozenset[int]  #: numbers that mean no class
@@ -251,7 +251,7 @@ def read_map(path: Path) -> Numbers:
 
 
 def classes_of_maps(layout: str, folder: Path, void: int | None) -> MapClasses:
-    """What the numbers in the maps of a data set mean.
+    """Meaning of the numbers in the maps of a data set.
 
     Raises ValueError for a wrong list of names, and for a `void` out of range or that the layout does not
     take.

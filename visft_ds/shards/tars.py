@@ -145,7 +145,7 @@ class _Member(NamedTuple):
 
 @dataclass
 class _Tar:
-    """What one reading of a tar has found."""
+    """Content of a tar, after one reading."""
 
     address: str
     categories: Mapping[int, str]

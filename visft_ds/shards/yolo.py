@@ -58,7 +58,7 @@ class _Loader(yaml.BaseLoader):
 
 @dataclass(frozen=True)
 class _DataSet:
-    """What a data.yaml describes."""
+    """Content of a data.yaml."""
 
     path: Path
     roots: Sequence[Path]  #: folders that its paths are relative to; the last is its own
@@ -161,10 +161,13 @@ def _read_split(data: _DataSet, split: str, exif: Exif) -> FolderSplit:
         files.update(_image_files(source, data.roots))
     label_of = {file: _label_of(file) for file in files}
     labels = {label for label in label_of.values() if label.is_file()}
+    if not files:
+        listed = ", ".join(map(str, sources))
+        raise ValueError(f"{where}: there is no image in {listed}: export the data set with its images")
     if not labels:
-        looked = f" (looked for {label_of[min(files)]} and the like)" if files else ""
+        looked = f"looked for {label_of[min(files)]} and the like"
         remedy = "--split NAME makes only another split"
-        raise ValueError(f"{where}: none of its {len(files)} images has a label{looked}; {remedy}")
+        raise ValueError(f"{where}: none of its {len(files)} images has a label ({looked}); {remedy}")
     ids = _category_ids(data.names)
     categories = [{"id": ids[number], "name": data.names[number]} for number in data.names]
     folder = Path(os.path.commonpath([file.parent for file in files]))

@@ -129,7 +129,7 @@ def _ground_truth(
     names: Mapping[int, str],
     shape: str,
 ) -> dict[str, Any]:
-    """What the evaluator reads of a COCO dictionary, with these objects and categories, as new objects."""
+    """A COCO dictionary with all that the evaluator reads: these objects and categories, as new objects."""
     annotations = []
     for number, annotation in enumerate(objects, start=1):  # id 0 means "unmatched" there
         width, height = annotation["bbox"][2:]

@@ -175,7 +175,8 @@ def parse_model(text: str, *, download: bool = False) -> ModelSpec:
         ValueError: a file that is not there, an unknown name, or weights that would have to be fetched.
     """
     label, model = _labelled(text)
-    block, scale = None, None
+    block = None
+    scale = None
     match = None if Path(model).exists() else _END.fullmatch(model)
     if match:
         model, block, scale = match.groups()

@@ -147,9 +147,7 @@ class _Canvas:
         )
 
     def _edges(self, samples: slice, axis: int) -> FloatArray:
-        """Where the cells of these samples begin and end along x (axis 0) or y (1), in pixels of the
-        image.
-        """
+        """Borders of the cells of these samples along x (axis 0) or y (1), in pixels of the image."""
         edges = np.arange(samples.start, samples.stop + 1, self.samples)
         return np.asarray((edges - self.offset[axis]) / self.scale[axis])
 

@@ -1,4 +1,4 @@
-"""What segmentation and semantic segmentation have in common as tasks."""
+"""Methods that segmentation and semantic segmentation share as tasks."""
 
 from __future__ import annotations
 
