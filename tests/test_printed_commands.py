@@ -76,6 +76,7 @@ ELSEWHERE = (
     "curl",
     "export",
     "hf",
+    "tensorboard",
     "pyproject-build",
     "twine",
     "tools/gpu.sh",
