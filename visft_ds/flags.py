@@ -84,6 +84,15 @@ def check_least(options: object, **least: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least {smallest}")
 
 
+def check_options(threshold: float = 0.5, **numbers: int | None) -> None:
+    """Raise ValueError for a threshold outside of [0, 1], or numbers outside of [1, 8192]."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold {threshold} is not allowed: give a score from 0 to 1")
+    for name, number in numbers.items():
+        if number is not None and not 1 <= number <= 8192:
+            raise ValueError(f"{name.replace('_', ' ')} {number} is not allowed: give 1 to 8192")
+
+
 def parse_size(text: str) -> int:
     """Bytes of `5GB`, `200MB`, `1GiB` or `1000000`. Raises ValueError for anything else and for less than one
     byte.

@@ -9,18 +9,19 @@ import glob
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from visft_ds.files import open_image, reading, to_rgb
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Pixels = npt.NDArray[np.uint8]
-ImageInput = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
+ImageInput: TypeAlias = "str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor"
 
 #: Endings of files that are taken from a folder; HEIC and AVIF cannot be read, and are named rather than
 #: overlooked.
@@ -103,6 +104,8 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
 
     Raises ValueError for what is no image, by its path or its place in the list.
     """
+    from torch import Tensor  # `visft predict` looks for its images before that, which takes seconds
+
     if isinstance(images, str | Path):
         return [open_file(file) for file in find_images([images]).values()], Path(images).is_file()
     if isinstance(images, Image.Image | np.ndarray | Tensor) or not isinstance(images, Iterable):
@@ -125,6 +128,9 @@ def open_file(path: Path) -> OpenedImage:
 
 
 def _from_memory(image: object, label: str) -> OpenedImage:
+    import torch
+    from torch import Tensor
+
     if isinstance(image, Image.Image):
         with reading(label, "an image"):
             return OpenedImage(np.array(to_rgb(ImageOps.exif_transpose(image))), None)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from visft_ds import distributed
 from visft_ds.data.samples import RawSample
+from visft_ds.flags import check_options
 from visft_ds.model import normalise_pixels
 from visft_ds.ops import DTYPES, at_least_float32
 from visft_ds.predict.images import ImageInput, OpenedImage, Pixels, opened
@@ -243,15 +244,6 @@ class Model:
 def _confidence(result: Mapping[str, Any]) -> float:
     """Score of a box or a mask; a caption has none, and is certain."""
     return float(result.get("score", 1))
-
-
-def check_options(threshold: float = 0.5, **numbers: int | None) -> None:
-    """Raise ValueError for a threshold outside of [0, 1], or numbers outside of [1, 8192]."""
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold {threshold} is not allowed: give a score from 0 to 1")
-    for name, number in numbers.items():
-        if number is not None and not 1 <= number <= 8192:
-            raise ValueError(f"{name.replace('_', ' ')} {number} is not allowed: give 1 to 8192")
 
 
 def _build(parts: ModelSource, device: str | torch.device | None) -> tuple[LoadedModel, dict[str, Stream]]:
