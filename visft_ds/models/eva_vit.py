@@ -105,7 +105,6 @@ class Attention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = Linear(width, width)
-        self.attend_packed = attention_packed
 
     def forward(self, x: Tensor, images: int, packing: Packing | None = None) -> Tensor:
         """(B * N, D) -> (B * N, D), or packed (T, D), without `proj`, which the block applies and may
@@ -117,7 +116,7 @@ class Attention(nn.Module):
         head_width = x.shape[1] // self.num_heads
         q, k, v = qkv.view(images, -1, 3, self.num_heads, head_width).unbind(2)  # (B, N, heads, d)
         if packing is not None:
-            return self.attend_packed(q[0], k[0], v[0], packing).flatten(1)
+            return attention_packed(q[0], k[0], v[0], packing).flatten(1)
         q = q.transpose(1, 2)
         k = k.transpose(1, 2)
         v = v.transpose(1, 2)
@@ -412,12 +411,7 @@ class EvaViT(nn.Module):
         """Run the blocks through torch.compile from here on; numbers of images and tokens are symbols in
         it.
         """
-        # Lengths are numbers of Python, and every other one would be compiled anew. Not where it is defined:
-        # that imports the compiler, for seconds.
-        uncompiled = torch.compiler.disable(attention_packed)
         for block in self.blocks:
-            assert isinstance(block, Block)
-            block.attn.attend_packed = uncompiled
             block.compile(dynamic=True, backend=backend)
 
     def run_blocks(

@@ -32,6 +32,7 @@ class Packing:
         return cls(tuple(lengths), to_device(ends, device))
 
 
+@torch.compiler.disable  # lengths are numbers of Python, and every other one would be compiled anew
 def attention_packed(
     q: Tensor,
     k: Tensor,
