@@ -15,15 +15,30 @@ project = "visft_ds"
 author = copyright = "The visft_ds authors"
 version = re.findall(r'^__version__ = "(.*?)"', (ROOT / "visft_ds/__init__.py").read_text(), re.M)[0]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-autodoc_typehints = "none"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
 suppress_warnings = ["docutils"]  # of docstrings, which are plain text
 highlight_language = "bash"  #: of blocks that do not say what they are
 html_theme = "furo"
+html_static_path = ["pages.css"]
+html_css_files = ["pages.css"]
 html_copy_source = False
 root_doc = "docs/README"
 #: Left to right in the sidebar's order; a new page in docs/ has to find its place here.
 CONTENTS = (
-    *("getting-started", "own-data", "data", "training", "memory-and-speed", "export", "evaluation", "judge"),
+    *(
+        "getting-started",
+        "python",
+        "own-data",
+        "data",
+        "images-and-labels",
+        "training-data",
+        "training",
+        "backbones",
+        "runs",
+        "clusters",
+    ),
+    *("memory-and-speed", "plan-and-profile", "export", "evaluation", "judge", "paper", "troubleshooting"),
     *("evidence", "architecture", "configuration", "numbers", "api"),
 )
 AROUND = {

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -51,7 +51,11 @@ def write(folder: Path) -> None:
 
 def _directive(name: str, module: str) -> str:
     kind = inspect.isclass(getattr(visft_ds, name))
-    return f"autoclass:: {module}.{name}\n   :members:" if kind else f"autofunction:: {module}.{name}"
+    return (
+        f"autoclass:: {module}.{name}\n   :members:\n   :inherited-members: object, Module"
+        if kind
+        else f"autofunction:: {module}.{name}"
+    )
 
 
 def number_rows() -> Iterator[str]:
@@ -62,20 +66,53 @@ def number_rows() -> Iterator[str]:
             yield f"| {' | '.join([*cells, number.differs])} |\n"
 
 
-def sections(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def sections(model: type[BaseModel], prefix: str = "", title: str = "") -> Iterator[str]:
     """A table for a model, then those of the models in it."""
-    comments = comments_of(model)
     if prefix:
-        yield f"\n## {prefix.rstrip('.')}\n\n{inspect.cleandoc(model.__doc__ or '')}\n"
-    yield "\n| key | value | default | |\n|---|---|---|---|\n"
+        yield f"\n## {title}\n\n{inspect.cleandoc(model.__doc__ or '')}\n"
+    yield "\n| key | value | default | meaning |\n|---|---|---|---|\n"
+    comments = comments_of(model)
     for name, info in model.model_fields.items():
-        own = isinstance(info.default, BaseModel)
-        shown = "*required*" if info.is_required() else "" if own else f"`{json.dumps(info.default)}`"
-        kind = kind_of(info.annotation, tuple(info.metadata))
-        yield f"| `{prefix}{name}` | {kind} | {shown} | {comments.get(name, '')} |\n"
+        key = Key(f"{prefix}{name}", info, comments.get(name, ""))
+        yield f"| `{key.name}` | {key.values} | {key.default} | {key.description} |\n"
     for name, info in model.model_fields.items():
-        for inner, item in nested(info.annotation):
-            yield from sections(inner, f"{prefix}{name}.{'N.' if item else ''}")
+        models = [*nested(info.annotation)]
+        for inner, is_item in models:
+            below = f"{prefix}{name}.N" if is_item else f"{prefix}{name}"
+            kind = inner.model_fields.get("type")
+            title = f"{below} of type {kind.default}" if kind is not None and len(models) > 1 else below
+            yield from sections(inner, f"{below}.", title)
+
+
+class Key(NamedTuple):
+    """A key of the configuration, as its row shows it."""
+
+    name: str
+    info: FieldInfo
+    description: str
+
+    @property
+    def values(self) -> str:
+        """Values that it takes, with their range."""
+        return kind_of(self.info.annotation, tuple(self.info.metadata))
+
+    @property
+    def default(self) -> str:
+        """Its default as JSON; nothing for an object, whose keys have their own."""
+        if self.info.is_required():
+            return "*required*"
+        return "" if isinstance(self.info.default, BaseModel) else f"`{json.dumps(self.info.default)}`"
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
+    """Every key that holds a value, no object."""
+    comments = comments_of(model)
+    for name, info in model.model_fields.items():
+        models = [*nested(info.annotation)]
+        for inner, is_item in models:
+            yield from leaves(inner, f"{prefix}{name}.N." if is_item else f"{prefix}{name}.")
+        if not models:
+            yield Key(f"{prefix}{name}", info, comments.get(name, ""))
 
 
 def kind_of(annotation: Any, limits: tuple[Any, ...] = ()) -> str:
@@ -84,21 +121,23 @@ def kind_of(annotation: Any, limits: tuple[Any, ...] = ()) -> str:
     if origin is Annotated:
         return kind_of(inner[0], (*annotation.__metadata__, *limits))
     if origin in (Union, UnionType):
-        return " or ".join("null" if part is NoneType else kind_of(part, limits) for part in inner)
+        kinds = ["null" if kind is NoneType else kind_of(kind, limits) for kind in inner]
+        return " or ".join(dict.fromkeys(kinds))
     if origin is Literal:
         return ", ".join(f"`{json.dumps(value)}`" for value in inner)
     if origin is tuple:
         return f"list of: {kind_of(inner[0])}"
     if inspect.isclass(origin or annotation) and issubclass(origin or annotation, BaseModel):
         return "object, below"
-    flat = [one for limit in limits for one in (limit.metadata if isinstance(limit, FieldInfo) else (limit,))]
-    bounds = [
-        f"{sign} {getattr(one, name):g}"
-        for one in flat
-        for form, name, sign in BOUNDS
-        if isinstance(one, form)
-    ]
-    return " ".join(filter(None, (WORDS[origin or annotation], ", ".join(bounds))))
+    bounds = []
+    for limit in limits:
+        for constraint in limit.metadata if isinstance(limit, FieldInfo) else [limit]:
+            bounds += [
+                f"{sign} {getattr(constraint, name):g}"
+                for form, name, sign in BOUNDS
+                if isinstance(constraint, form)
+            ]
+    return f"{WORDS[origin or annotation]} {', '.join(bounds)}".rstrip()
 
 
 def nested(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
@@ -106,20 +145,22 @@ def nested(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
     inner = get_args(annotation)
     if not inner and inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         yield annotation, False
-    for part in inner:
-        yield from ((model, item or get_origin(annotation) is tuple) for model, item in nested(part))
+    for argument in inner:
+        for model, is_item in nested(argument):
+            yield model, is_item or get_origin(annotation) is tuple
 
 
 def comments_of(model: type[BaseModel]) -> dict[str, str]:
     """Field -> its comment (`#:`), beside it or above, as it stands in the source of the class or of a
     base.
     """
-    found, above = {}, ""
+    comments = dict[str, str]()
     for kind in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
+        above = ""
         for line in inspect.getsource(kind).splitlines():
-            said = line.partition("#: ")[2]
+            comment = line.partition("#: ")[2]
             field = re.match(r"    (\w+): ", line)
-            if field and not line.startswith("    #"):
-                found[field[1]] = said or above or found.get(field[1], "")
-            above = f"{above} {said}".strip() if line.startswith("    #: ") else ""
-    return found
+            if field:
+                comments[field[1]] = comment or above or comments.get(field[1], "")
+            above = f"{above} {comment}".strip() if line.startswith("    #: ") else ""
+    return comments

@@ -14,7 +14,8 @@ import simplejpeg
 from faster_coco_eval import mask as coco_mask
 
 from visft_ds.data.shards import Manifest
-from visft_ds.shards.build import Options, build
+from visft_ds.shards.build import build
+from visft_ds.shards.options import Options
 from visft_ds.toy.coco import write_toy_coco
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared/data/coco_mini"

@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import math
 import os
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.ranks import SHARED
 
 if TYPE_CHECKING:
     from visft_ds.data.shards import Manifest
@@ -39,6 +43,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     minutes = config.getoption("--minutes")
     config.stash[DEADLINE] = time.monotonic() + 60 * minutes if minutes else math.inf
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have the folder of who starts them
+        folder = tempfile.mkdtemp(prefix="visft-tests-")
+        os.environ[SHARED] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

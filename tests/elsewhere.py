@@ -20,13 +20,16 @@ def as_map(features: Tensor, like: Tensor) -> Tensor:
     return features if features.ndim == 4 else features[:, -rows * columns :].mT.unflatten(2, (rows, columns))
 
 
-def run_readme(folder: Path, monkeypatch: pytest.MonkeyPatch, *change: str, **names: Any) -> dict[str, Any]:
-    """The names after the code of a README has run in its folder; `change`: a word in it, and what to put
-    there.
+def run_readme(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *change: str, piece: int = 0, **names: Any
+) -> dict[str, Any]:
+    """The names after a piece of the code of a README has run in its folder; `change`: a word in it, and what
+    to put there.
     """
-    (code,) = re.findall(
+    pieces = re.findall(
         r"```python\n(.*?)```", (folder / README).read_text(encoding="utf-8"), flags=re.DOTALL
     )
+    code = pieces[piece]
     monkeypatch.chdir(folder)
     exec(compile(code.replace(*change) if change else code, README, "exec"), names)
     return names

@@ -1,17 +1,18 @@
-"""Finished runs of the tiny model, made once in a process: shards/ (train, val), stage1 and, on its heads,
-stage2.
+"""Finished runs of the tiny model, made once for all processes that test side by side: shards of two splits,
+stage1 and, on its heads, stage2.
 """
 
 from __future__ import annotations
 
-import atexit
 import shutil
-import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock
+
 from tests.coco_tree import draw_shards
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, shared
 from tests.tiny import command
 
 #: Smaller than what `tests.tiny` trains, so that every reader of a run can have one.
@@ -45,23 +46,33 @@ def shards() -> Path:
     """Folder of two splits of drawings, twelve and four, with boxes, masks and captions. Nobody may change
     it.
     """
-    return draw_shards(_folder(), train=12, val=4, height=56, width=56)
+    return (
+        _once("drawings", lambda folder: draw_shards(folder, train=12, val=4, height=56, width=56)) / "shards"
+    )
 
 
 @cache
 def runs() -> Path:
     """Folder with stage1 and stage2, four steps each. Nobody may change it."""
-    folder = _folder()
+    return _once("runs", _train)
+
+
+def _train(folder: Path) -> None:
     for stage, extra in (
         (1, dict[str, object]()),
         (2, {"visft.heads.path": f"{folder}/stage1/export", "visft.lora.rank": 2, "visft.lora.alpha": 2}),
     ):
         words = command(shards(), folder / f"stage{stage}", stage=stage, extra={**SMALL, **extra})
         run_ranks(["launchers/train.py", *words], world=1)
-    return folder
 
 
-def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="visft-tests-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def _once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first process that asks for it makes, while others wait."""
+    folder = shared() / name
+    made = folder.with_suffix(".made")
+    with FileLock(folder.with_suffix(".lock")):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what an attempt left that failed
+            make(folder)
+            made.touch()
     return folder

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from visft_ds.config.schema import LoraConfig
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.layouts import MODEL, base_parameters, model_of
+from visft_ds.interop.peft_folder import write_folder
 from visft_ds.interop.weights import save_tensors
 from visft_ds.merge.cli import main
 from visft_ds.models import Backbone, build_empty
@@ -102,7 +103,7 @@ def adapter_of(model: Backbone, base: str | None = None, targets: tuple[str, ...
 
 def save_adapter(adapter: Adapter, folder: Path) -> Path:
     """Write it as a run exports it; returns the folder."""
-    adapter.save(folder)
+    write_folder(adapter, folder)
     return folder
 
 

@@ -9,10 +9,12 @@ import json
 import os
 import re
 import select
+import shutil
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+#: Names the folder of `shared` to the processes that pytest starts.
+SHARED = "VISFT_TESTS_SHARED"
 #: What gloo of torch 2.10 prints to standard output of each process group.
 _GLOO = re.compile(r"^\[Gloo\] Rank .*\n", re.MULTILINE)
 
@@ -41,18 +46,36 @@ def _started(
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=alone, **pipes)
 
 
+def shared() -> Path:
+    """A folder that processes which test side by side have in common; it goes with the first of them."""
+    if SHARED not in os.environ:  # a program of tests: pytest has set it
+        folder = tempfile.mkdtemp(prefix="visft-tests-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ[SHARED] = folder
+    return Path(os.environ[SHARED])
+
+
 @cache
 def _zygote(rank: int) -> socket.socket:
-    """The connection to a `tests.zygote` that ends with this process."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.zygote", str(theirs.fileno())],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        pass_fds=[theirs.fileno()],
-    )
-    theirs.close()
-    atexit.register(process.wait)
+    """A connection to the `tests.zygote` of this rank, which ends with the last of its connections."""
+    address = str(shared() / f"zygote-{rank}")
+    ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with FileLock(f"{address}.lock"):
+        try:
+            ours.connect(address)
+        except (FileNotFoundError, ConnectionRefusedError):
+            Path(address).unlink(missing_ok=True)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as theirs:
+                theirs.bind(address)
+                theirs.listen()
+                ours.connect(address)
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "tests.zygote", str(theirs.fileno())],
+                    cwd=REPOSITORY,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+                    pass_fds=[theirs.fileno()],
+                )
+            atexit.register(process.wait)
     atexit.register(ours.close)
     return ours
 
@@ -174,7 +197,7 @@ def family_of(process: subprocess.Popen[str]) -> Iterator[list[psutil.Process]]:
     family: list[psutil.Process] = []
     try:
         yield family
-        assert psutil.wait_procs(family, timeout=60)[1] == []
+        assert psutil.wait_procs(family, timeout=600)[1] == []
     finally:
         for left in [
             *(one for one in family if one.is_running()),

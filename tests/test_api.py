@@ -11,7 +11,7 @@ before = set(sys.modules)
 import visft_ds
 dir(visft_ds)
 print(*{name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names) - {"visft_ds"})
-visft_ds.fit, visft_ds.Callback
+visft_ds.fit
 print("torch" in sys.modules)
 """
 

@@ -114,7 +114,7 @@ def test_num_gpus_starts_as_many_processes(
     assert started == [(["evaluate", "--run", "r"], 8)] * 2
     for command in ("train", "evaluate"):
         assert main([command, "--num_gpus", "all"]) == 2 and "--num_gpus all" in capsys.readouterr().err
-    for command in ("train", "evaluate", "judge", "profile"):
+    for command in ("train", "evaluate", "judge", "profile", "demo", "ablate"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "--num_gpus N, --num-gpus N" in " ".join(capsys.readouterr().out.split())
@@ -188,3 +188,16 @@ def test_a_run_is_named_by_one_flag_in_every_command(
     monkeypatch.setattr("visft_ds.evals.judge.command.run_judge", lambda flags: judged.extend(flags.tuned))
     assert main(["judge", "base", "a", "--run", "b,c", "--run", "d", "--on", "x=y"]) == 0
     assert judged == ["a", "b,c", "d"]
+    evaluated: list[object] = []
+    monkeypatch.setattr("visft_ds.evals.evaluate.evaluate", lambda **flags: evaluated.append(flags["run"]))
+    assert main(["evaluate", "a"]) == main(["evaluate", "--run", "a"]) == 0
+    assert evaluated == [Path("a"), Path("a")]
+    with pytest.raises(SystemExit):
+        main(["evaluate", "a", "--run", "b"])
+    assert "two runs: a and --run b" in capsys.readouterr().err
+    merged: list[Path] = []
+    monkeypatch.setattr(
+        "visft_ds.merge.command.merge_files", lambda flags: merged.extend(flags.adapters) or 0
+    )
+    assert main(["merge", "a", "--run", "b", "--adapter", "c", "--out", "d"]) == 0
+    assert merged == [Path("a"), Path("b"), Path("c")]

@@ -78,3 +78,5 @@ def test_the_command_that_installs_names_where_the_package_came_from(monkeypatch
     monkeypatch.setattr(flags, "CHECKOUT", None)
     monkeypatch.setattr(flags, "distribution", lambda _: origin)
     assert flags.install_command("onnx") == "pip install '/a b/visft_ds-0.2.0-py3-none-any.whl[onnx]'"
+    origin.read_text = lambda _: None
+    assert flags.install_command("onnx") == "pip install '.[onnx]'"

@@ -50,7 +50,7 @@ def test_stage_1_is_the_published_recipe() -> None:
     tasks = config.visft.tasks.enabled()
     rates = {group.params: group.lr or config.optimizer.params.lr for group in config.visft.param_groups}
     assert rates == {f"heads.{task}.*": RATES[task] for task in TASKS}
-    assert {task: settings.updates for task, settings in tasks.items()} == UPDATES
+    assert {task: settings.steps for task, settings in tasks.items()} == UPDATES
     assert {task: settings.batch_size for task, settings in tasks.items()} == BATCHES[1]
     # One GPU of eight had one image of detection and segmentation, and 32 of captioning. DeepSpeed, which
     # knows one accumulation, is told of the largest stream, so that its own equation holds.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
@@ -16,6 +17,7 @@ PACKAGE = "visft_ds"
 RESERVED = {
     "deepspeed": ("parallel",),
     "webdataset": ("data",),
+    "pycocotools": ("tasks",),
     "timm": ("interop", "pretrained", "models.timm_backbone", "evals.judge"),
     "peft": ("interop",),
     "open_clip": ("interop", "evals.judge"),
@@ -79,3 +81,12 @@ def test_reserved_packages_stay_in_their_rooms() -> None:
             if not any(inner == room or inner.startswith(f"{room}.") for room in RESERVED[package]):
                 wrong.append(f"{module_name(path)} imports {package}")
     assert wrong == []
+
+
+def test_the_page_of_a_room_names_its_modules() -> None:
+    """The first lines of its `__init__.py`, by which a reader finds where a change goes."""
+    for page in (ROOT / PACKAGE).glob("*/**/__init__.py"):
+        text = ast.get_docstring(ast.parse(page.read_text(encoding="utf-8"))) or ""
+        words = set(re.findall(r"\w+", text))
+        modules = {path.stem for path in page.parent.glob("*.py")} - {"__init__"}
+        assert not modules - words, page

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import json
 import re
 import shlex
@@ -71,7 +72,17 @@ OTHERS_FLAGS = (
     "--strict",
 )
 #: Programs that are not of this project; of `make` and `pip` the target and the extra are looked up.
-ELSEWHERE = ("curl", "export", "hf", "pyproject-build", "twine", "tools/gpu.sh", "tools/gpu_kit.sh")
+ELSEWHERE = (
+    "curl",
+    "export",
+    "hf",
+    "pyproject-build",
+    "twine",
+    "tools/gpu.sh",
+    "tools/gpu_kit.sh",
+    "unzip",
+    "wget",
+)
 SCRIPTED = {"launchers/train.py": "train", "tools/profile.py": "profile"}
 SCRIPTED |= {"visft_ds.launch": "train", "tools/merge_lora.py": "merge", "tools/make_shards.py": "shards"}
 #: Names that stand for something of the user's, in commands that a page prints.
@@ -141,7 +152,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in RUNS:
         (tmp_path / name).mkdir(parents=True)
         stage = int(name[-1]) if name[-1].isdigit() else 1
-        record = {"schema": RUN_SCHEMA, "config": resolve(stage=stage, model="debug").to_dict()}
+        settings = ["visft.data.root=MYFOLDER-shards"] if name == "runs/stage1" else []
+        config = resolve(stage=stage, model="debug", settings=settings).to_dict()
+        record = {"schema": RUN_SCHEMA, "config": config}
         (tmp_path / name / "run.json").write_text(json.dumps(record))
     (tmp_path / "hostfile").write_bytes((ROOT / "launchers/hostfile.example").read_bytes())
     monkeypatch.setattr(
@@ -246,9 +259,9 @@ def paste(command: Command, monkeypatch: pytest.MonkeyPatch) -> ResolvedConfig |
         return None
     config = settle(words).config
     ranks = max(ranks, config.pipeline_stages)  # as a dry run on one process
-    derive_batches(config, ranks)
+    batches = derive_batches(config, ranks)
     precision = config.visft.model.precision
-    deepspeed_dict(config, ranks, "bf16" if precision == "auto" else precision)
+    deepspeed_dict(config, batches, "bf16" if precision == "auto" else precision)
     return config
 
 
@@ -418,18 +431,17 @@ def test_flags_and_keys_in_messages_and_pages_exist(capsys: pytest.CaptureFixtur
         *([name, "--help"] for name in cli.COMMANDS),
         ["shards", "build", "--help"],
         ["shards", "permute", "--help"],
+        ["shards", "index", "--help"],
     ):
         with contextlib.suppress(SystemExit):
             cli.main(words)
         known |= set(re.findall(r"--[a-zA-Z][\w-]*", capsys.readouterr().out))
     keys = [*known_keys(), "visft.tasks.classification"]  # the example of a task of one's own
     unknown = list[str]()
-    texts = dict[str, str]()
+    texts = {place: "\n".join(messages) for place, messages in texts_of_package().items()}
     for page in (*PAGES, *FORMS):  # but of tools of the tests, whose flags nothing but they know
         plain = re.sub(r"python -m tests\.[^`]*", "", page.read_text(encoding="utf-8"))
         texts[str(page.relative_to(ROOT))] = plain
-    for file in (ROOT / "visft_ds").rglob("*.py"):
-        texts[str(file.relative_to(ROOT))] = "\n".join(texts_in(ast.parse(file.read_text(encoding="utf-8"))))
     for place, text in texts.items():
         unknown += [
             f"{place}: {flag}"
@@ -441,6 +453,37 @@ def test_flags_and_keys_in_messages_and_pages_exist(capsys: pytest.CaptureFixtur
             if plain not in keys and not any(other.startswith(f"{plain}.") for other in keys):
                 unknown.append(f"{place}: {key}")
     assert unknown == [], "\n".join(unknown)
+
+
+def test_messages_that_are_explained_are_printed() -> None:
+    """Each message of the page is a text of the package, with a gap for `...`."""
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    assert len(explained) > 20
+    texts = [text for messages in texts_of_package().values() for text in messages]
+    unknown = [message for message in explained if not any(prints(text, message) for text in texts)]
+    assert unknown == []
+
+
+def prints(text: str, message: str) -> bool:
+    """Return True if the words of a message stand in a text, in their order."""
+    place = 0
+    for words in message.split("..."):
+        place = text.find(words, place)
+        if place < 0:
+            return False
+        place += len(words)
+    return True
+
+
+@functools.cache
+def texts_of_package() -> dict[str, list[str]]:
+    """Module -> its texts."""
+    texts = dict[str, list[str]]()
+    for file in (ROOT / "visft_ds").rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        texts[str(file.relative_to(ROOT))] = list(texts_in(tree))
+    return texts
 
 
 def texts_in(tree: ast.AST) -> Iterator[str]:
@@ -477,7 +520,7 @@ def test_the_flags_for_more_gpus_are_those_that_a_start_advises(stage: int) -> N
     """The page says for 16, 32 and 64 GPUs what a start on 64 says; the first try of a cluster runs on any of
     them.
     """
-    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
     (row,) = re.findall(r"^\| 16, 32, 64 \|(.+)\|(.+)\|$", page, re.MULTILINE)
     (flags_of_page,) = re.findall("`(.+)`", row[stage - 1])
     with pytest.raises(ValueError, match=re.escape(f": add {flags_of_page} (")):

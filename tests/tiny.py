@@ -5,6 +5,8 @@ results.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ THREE = ("detection", "segmentation", "captioning")  #: the tasks of the recipes
 TINY: dict[str, Any] = {
     "visft.model.overrides": {"width": 32, "depth": 2, "num_heads": 2, "image_size": 56},
     "visft.run.memory_check": False,  # takes a second or two; tests of it turn it on
+    "visft.run.visualizations": 0,  # drawing and packing them takes half of the time of such a run
     "visft.shared.image.fixed_size": 56,
     "visft.shared.batch_size": 4,
     "visft.shared.micro_batch": 1,
@@ -64,6 +67,17 @@ SETTINGS = {
     "visft.run.save_every": 4,
     "visft.run.log_every": 1,
 }
+
+
+class Here(ThreadPoolExecutor):
+    """Takes the place of `visft_ds.run.evaluation.ProcessPoolExecutor`: measures in this process, since
+    another one takes seconds to start.
+    """
+
+    _processes: Mapping[int, Any] = {}
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__(1)
 
 
 def words_of(settings: dict[str, Any]) -> list[str]:

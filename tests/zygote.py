@@ -2,8 +2,9 @@
 of CPU.
 
 Started by `tests.ranks`, one for each number of a rank, so that ranks differ in the hashes of their strings
-as real ones do. A request names the arguments of `python`, environment and current folder, and brings two
-pipes: for the output of the rank, and for its process id and exit code.
+as real ones do. Processes that test side by side connect to the same ones. A request names the arguments of
+`python`, environment and current folder, and brings two pipes: for the output of the rank, and for its
+process id and exit code.
 """
 
 from __future__ import annotations
@@ -14,21 +15,32 @@ import json
 import os
 import random
 import runpy
+import select
 import signal
 import socket
 import struct
 import sys
+from importlib import import_module
 from types import ModuleType
 
+import deepspeed.module_inject.auto_ep
+import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - with torch.compile, for every engine
 import numpy as np
-import tensorboard.summary  # noqa: F401
+import scipy.optimize  # noqa: F401 - matches
+import torch.utils.tensorboard  # noqa: F401
 from deepspeed.ops import __compatible_ops__  # noqa: F401 - asks a compiler
+from PIL import Image
 
+import visft_ds.launch
 import visft_ds.parallel.pipeline
 import visft_ds.train  # noqa: F401
+from visft_ds.tasks import BUILT_IN
 
 STATUS = struct.Struct("i")
+Image.init()
+for name in BUILT_IN:  # not by `TASKS`, which would look for those of other packages once and for all
+    import_module(f"visft_ds.tasks.{name}.spec")
 
 
 def requests(server: socket.socket) -> None:
@@ -38,15 +50,24 @@ def requests(server: socket.socket) -> None:
     # Libraries that then report it as leaked are not heard.
     gc.freeze()
     atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
-    while True:
-        message, pipes, *_ = socket.recv_fds(server, 1 << 20, 2)
-        if not message:
-            os._exit(0)
-        if os.fork() == 0:
-            server.close()
-            return _begin(json.loads(message), *pipes)
-        for pipe in pipes:
-            os.close(pipe)
+    clients = [server.accept()[0]]  # who started this process has connected before
+    while clients:
+        for ready in select.select([server, *clients], [], [])[0]:
+            if ready is server:
+                clients.append(server.accept()[0])
+                continue
+            message, pipes, *_ = socket.recv_fds(ready, 1 << 20, 2)
+            if not message:
+                clients.remove(ready)
+                ready.close()
+                continue
+            if os.fork() == 0:
+                for connection in (server, *clients):
+                    connection.close()
+                return _begin(json.loads(message), *pipes)
+            for pipe in pipes:
+                os.close(pipe)
+    os._exit(0)
 
 
 def _begin(request: dict[str, object], output: int, status: int) -> None:

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from visft_ds.api import fit as fit
     from visft_ds.evals.evaluate import EvaluationResult as EvaluationResult
     from visft_ds.evals.evaluate import evaluate as evaluate
-    from visft_ds.monitor.callbacks import Callback as Callback
+    from visft_ds.predict.model import ImageFeatures as ImageFeatures
     from visft_ds.predict.model import Model as Model
     from visft_ds.predict.model import load as load
     from visft_ds.predict.model import load_backbone as load_backbone
     from visft_ds.predict.results import Boxes as Boxes
+    from visft_ds.predict.results import Instance as Instance
     from visft_ds.predict.results import Masks as Masks
     from visft_ds.predict.results import Prediction as Prediction
     from visft_ds.train import FitResult as FitResult
@@ -51,9 +52,8 @@ _SHELLS = {_ABOVE / folder for folder in ("tools", "launchers")}
 _MODULES = {
     "api": ("fit",),
     "evals.evaluate": ("EvaluationResult", "evaluate"),
-    "monitor.callbacks": ("Callback",),
-    "predict.model": ("Model", "load", "load_backbone"),
-    "predict.results": ("Boxes", "Masks", "Prediction"),
+    "predict.model": ("ImageFeatures", "Model", "load", "load_backbone"),
+    "predict.results": ("Boxes", "Instance", "Masks", "Prediction"),
     "train": ("FitResult",),
 }
 #: Public name -> the module that has it, which is imported when the name is used: torch alone takes seconds.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
+from numbers import Real
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from visft_ds.config.resolve import DEFAULT_ENGINE, AnyPath
-from visft_ds.monitor.callbacks import Callback
+from visft_ds.flags import check_least, speaking_python
+from visft_ds.monitor.metrics import Callback
 from visft_ds.prepare.inputs import missing_inputs, render_missing
 from visft_ds.prepare.settle import settle
 from visft_ds.resilience.stop import StopFlag
@@ -18,27 +20,40 @@ from visft_ds.resilience.stop import StopFlag
 if TYPE_CHECKING:
     from visft_ds.train import FitResult
 
+_RESUMES = ("auto", "must", "no")
 
+
+@speaking_python()
 def fit(
+    data: AnyPath | None = None,
     *,
     stage: int | None = None,
-    model: str | None = None,
+    model: AnyPath | None = None,
     backbone: AnyPath | None = None,
     download: bool = False,
-    engine: str = DEFAULT_ENGINE,
-    data: AnyPath | None = None,
+    engine: AnyPath = DEFAULT_ENGINE,
+    tasks: str | Sequence[str] | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    heads: AnyPath | None = None,
+    start: AnyPath | None = None,
+    reset_heads: bool = False,
     out: AnyPath | None = None,
-    settings: Mapping[str, Any] | None = None,
     resume: str = "auto",
     callbacks: Sequence[Callback] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Train one stage, as visft train does: alone in a script or notebook, or in each process of a launcher.
 
     It may be called again and again in one process. Ctrl-C, SIGTERM and SIGUSR1 stop the run after the step,
     which is saved (heard in the main thread only); a second Ctrl-C raises KeyboardInterrupt. With several
-    processes, all call it, and one that fails ends the others.
+    processes, all call it, and one that fails ends the others. Called again with the same arguments, it
+    continues a stopped run, and returns at once for a finished one.
 
     Args:
+        data: folder or URL of the shards that visft shards wrote.
         stage: 1 trains the heads, 2 the backbone's adapters; None with `data`: heads for your own
             photographs.
         model: name of a file in ds_configs/models, or path of one; default: eva_e, what goes with the
@@ -47,28 +62,71 @@ def fit(
             weights, or a folder for timm.
         download: download missing weights from the Hugging Face hub.
         engine: name of a file in ds_configs/engines, or path of one.
-        data: folder or URL of the shards.
-        out: run folder.
-        settings: dotted key -> value, applied last.
+        tasks: names, in a list or with commas; default: all that the data has labels for.
+        steps: optimiser steps of the run, at least 1.
+        epochs: passes through the training images, instead of `steps`.
+        batch_size: images per step over all processes.
+        lr: learning rate at its highest, above 0.
+        heads: stage 2: folder of trained heads, such as the `export` of a `FitResult`.
+        start: run, checkpoint or adapter whose weights (of a run also its settings) this one starts from.
+        reset_heads: with `start`: initialise its heads anew, e.g. for other categories.
+        out: run folder; default: runs/stage1-MODEL or runs/stage2-MODEL.
         resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a
             new folder.
-        callbacks: listeners to the run.
+        callbacks: functions of a step, counted from 1, and its numbers by name: `loss/loss`, those of each
+            task, `lr/...`, or those of its evaluation, `val/box/AP`, which come some steps later. One that
+            returns True ends the run after the next step: it is exported, and the same call would train on.
+            They run on the main process, which waits for them; an error in one ends the run.
+        settings: configuration key -> value, applied last, e.g. {"visft.seed": 1}.
 
     Raises:
-        ValueError: what you can fix: settings, missing inputs (with the commands that make them), a folder in
-            use.
+        ValueError: what you can fix: arguments, settings, missing inputs (with the commands that make them),
+            a folder in use.
         FloatingPointError: training diverged.
         RuntimeError: processes that differ, or another one that ended first.
+
+    Example:
+        >>> losses = {}
+        >>> def follow(step, metrics):
+        ...     losses[step] = metrics["loss/loss"]
+        ...     return losses[step] < 0.01
+        >>> heads = visft_ds.fit(
+        ...     "shards", stage=1, model="debug", tasks="detection", steps=2, batch_size=4,
+        ...     out="runs/heads", callbacks=[follow],
+        ... )
+        >>> list(losses)
+        [1, 2]
     """
     # Before torch is imported: a launcher that dies meanwhile must be missed.
     stop = StopFlag(launched="RANK" in os.environ)
-    flags = {"stage": stage, "model": model, "backbone": backbone, "engine": engine, "data": data, "out": out}
+    if stage not in (None, 1, 2):
+        raise ValueError(f"stage={stage!r}: give 1 (heads) or 2 (adapters of the backbone)")
+    if resume not in _RESUMES:
+        raise ValueError(f"resume={resume!r}: give one of {', '.join(map(repr, _RESUMES))}")
+    if steps is not None and epochs is not None:
+        raise ValueError(f"steps={steps!r} and epochs={epochs!r}: give one of them")
+    check_least(
+        SimpleNamespace(steps=steps, epochs=epochs, batch_size=batch_size), steps=1, epochs=1, batch_size=1
+    )
+    if lr is not None and not (isinstance(lr, Real) and lr > 0):
+        raise ValueError(f"lr={lr!r}: give a number above 0")
+    _check_callbacks(callbacks)
+    paths = {"model": model, "backbone": backbone, "engine": engine, "data": data, "heads": heads}
+    paths |= {"start": start, "out": out}
+    for name, path in paths.items():
+        if path is not None and not isinstance(path, str | os.PathLike):
+            raise ValueError(f"{name} is of type {type(path).__name__}: give a path or name")
+
+    flags = {**paths, "stage": stage, "steps": steps, "epochs": epochs, "batch-size": batch_size, "lr": lr}
+    flags["from"] = flags.pop("start")
+    flags["tasks"] = None if tasks is None else _joined(tasks)
     words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    for key, value in (settings or {}).items():
-        words.append(f"--set={key}={json.dumps(value, default=os.fspath)}")
+    words += [f"--set={text}" for text in _assignments(settings or {})]
     words.append(f"--resume={resume}")
     if download:
         words.append("--download")
+    if reset_heads:
+        words.append("--reset-heads")
     _, config, sets = settle(words, int(os.environ.get("WORLD_SIZE", "1")))
     missing = missing_inputs(config)
     if missing:
@@ -82,9 +140,45 @@ def fit(
     launched = "LOCAL_RANK" in os.environ
     gc.collect()  # a run that failed before may still hold its model: in a cycle, which only this breaks
     try:
-        return train(config, sets, resume=resume, command=sys.argv, stop=stop, callbacks=callbacks)
+        command = ["visft", "train", *words]
+        return train(config, sets, resume=resume, command=command, stop=stop, callbacks=callbacks)
     finally:
         if not launched:  # a program that is started later must not think that a launcher started it
             os.environ.pop("LOCAL_RANK", None)
         stop.restore()
         gc.collect()
+
+
+def _check_callbacks(callbacks: object) -> None:
+    if not isinstance(callbacks, Sequence):
+        raise ValueError(f"callbacks is of type {type(callbacks).__name__}: give a list of functions")
+    for callback in callbacks:
+        if not callable(callback):
+            raise ValueError(
+                f"callbacks has a {type(callback).__name__}: give functions of a step and its metrics"
+            )
+
+
+def _joined(tasks: str | Sequence[str]) -> str:
+    """Names of tasks with commas. Raises ValueError for anything but texts."""
+    if isinstance(tasks, str):
+        return tasks
+    if not isinstance(tasks, Sequence) or not all(isinstance(task, str) for task in tasks):
+        raise ValueError(f"tasks={tasks!r}: give names, in a list or with commas")
+    return ",".join(tasks)
+
+
+def _assignments(settings: Mapping[str, Any]) -> list[str]:
+    """KEY=VALUE of each setting. Raises ValueError for what JSON cannot hold."""
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"settings is of type {type(settings).__name__}: give a dict of keys and values")
+    assignments = []
+    for key, value in settings.items():
+        try:
+            assignments.append(f"{key}={json.dumps(value, default=os.fspath)}")
+        except (TypeError, ValueError) as error:
+            kind = type(value).__name__
+            raise ValueError(
+                f"settings[{key!r}] is of type {kind}: give numbers, texts, paths, lists or dicts"
+            ) from error
+    return assignments

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.errors import tell
-from visft_ds.flags import EVAL, Parser, check_extra, check_least
+from visft_ds.flags import EVAL, Parser, add_num_gpus, check_extra, check_least
 from visft_ds.steps import Steps
 
 MODEL = "efficientnet_lite0"
@@ -25,9 +25,6 @@ TRAIN = 1000  #: drawings
 VAL = 200
 #: Images of another style that probes learn from, and that are judged, for each one that is trained on.
 PROBED = 0.4, 0.25
-#: The number that decides whether the demo shows something; of one seed, 489 objects are too few
-#: (docs/evidence.md).
-PRIMARY = "segmentation/style-b in-context mIoU"
 DRAWN = ("--size", "224", "--colours", "even")  #: otherwise colours would be enough to tell shapes
 #: In-domain numbers of the last table.
 _SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr", "caption/BLEU-4")
@@ -41,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     out = options.out
     try:
-        check_least(options, train=8, processes=1)
+        check_least(options, train=8, num_gpus=1)
         for stage in (1, 2):  # a mistake in --set is reported now, not after minutes
             resolve(stage=stage, model=MODEL, settings=options.set)
         steps = plan(options)
@@ -64,7 +61,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--out", type=Path, default=Path("demo"), metavar="DIR", help="results folder (%(default)s)")
     add("--train", type=int, default=TRAIN, metavar="N", help="drawings to train on (%(default)s)")
-    add("--processes", type=int, default=2, metavar="N", help="processes per run (%(default)s)")
+    add_num_gpus(parser, default=2)
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of both training runs")
     return parser
 
@@ -85,7 +82,7 @@ def plan(options: argparse.Namespace) -> Steps:
 
     def train(stage: int, setting: str) -> Path:
         """The run of a stage, and its evaluation."""
-        words = ["train", "--num_gpus", str(options.processes)] if options.processes > 1 else ["train"]
+        words = ["train", "--num_gpus", str(options.num_gpus)] if options.num_gpus > 1 else ["train"]
         words += ["--stage", str(stage), "--model", MODEL, "--data", str(shards)]
         for key_and_value in (f"visft.model.weights={weights}", setting, *options.set):
             words += ["--set", key_and_value]

@@ -14,6 +14,8 @@ from visft_ds.redaction import redacted, visible
 LOST_CODE = 3
 #: Exit code of a rank whose server or disk did not answer, and may answer later.
 NO_ANSWER_CODE = 5
+#: Attribute of an error that `flags.speaking_python` has changed: its message for the command line.
+IN_FLAGS = "message_with_flags"
 #: What gloo and NCCL say to a rank whose peer is gone or hangs.
 LOST_PEER = re.compile(
     r"Connection (closed|reset|was likely closed)|remote process exited|Broken pipe|recvValue failed|"
@@ -117,5 +119,6 @@ def tell(error: Exception, name: str = "error") -> int:
     if not by_all or "0" in (rank, os.environ.get("LOCAL_RANK", rank)):
         tag = f"[rank {rank}] " if rank != "0" or isinstance(error, LostRank) else ""
         what = "stopped" if isinstance(error, LostRank) else name
-        print(f"{tag}{what}: {visible(redacted(error))}", file=sys.stderr, flush=True)
+        message = getattr(error, IN_FLAGS, error)
+        print(f"{tag}{what}: {visible(redacted(message))}", file=sys.stderr, flush=True)
     return code

@@ -79,13 +79,13 @@ def measure(
     reader: ShardReader,
     *,
     limit: int | None = None,
-    per_category: bool = False,
+    of_record: bool = False,
 ) -> tuple[dict[str, float], list[str]]:
     """Compare results with the labels of the first `limit` images of the split. No collective: for one
     process.
 
-    Returns the numbers of all tasks, and a line for each task that cannot be judged: it takes nothing from
-    the others.
+    `of_record` is that of `Task.measure`. Returns the numbers of all tasks, and a line for each task that
+    cannot be judged: it takes nothing from the others.
     """
     metrics = dict[str, float]()
     problems = list[str]()
@@ -93,7 +93,7 @@ def measure(
     for task, results in collected.items():
         try:
             truth = TASKS[task].truth(reader, indices)
-            metrics |= TASKS[task].measure(truth, results, per_category)
+            metrics |= TASKS[task].measure(truth, results, of_record)
         except ValueError as error:
             problems.append(f"{task}: {error}")
     return metrics, problems

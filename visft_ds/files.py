@@ -310,7 +310,8 @@ def _eight_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     known = values[np.isfinite(values)] if values.dtype.kind == "f" else values
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
     if low == high:
-        low, high = 0.0, 65535.0
+        low = 0.0
+        high = 65535.0
     if values.dtype.itemsize == 2:  # a table is faster than arithmetic on each value
         table = (np.arange(65536) - low) * (255 / (high - low))
         shades: npt.NDArray[np.uint8] = table.clip(0, 255).round().astype(np.uint8)
@@ -326,7 +327,7 @@ def _raw_mode(tile: Any) -> str:
 
 
 def _notes(image: ImageFile.ImageFile) -> tuple[str, ...]:
-    """What decoding to RGB does to a picture whose header has been read."""
+    """Changes that decoding to RGB makes to a picture whose header has been read."""
     notes = list[str]()
     modes = {_raw_mode(tile) for tile in image.tile}
     if image.mode.startswith(("I", "F")) or any(map(_DEEP_COLOURS.fullmatch, modes)):

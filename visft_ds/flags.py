@@ -10,18 +10,34 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import distribution
 from importlib.util import find_spec
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import unquote, urlsplit
 
 from visft_ds import CHECKOUT, program
+from visft_ds.errors import IN_FLAGS
 
 _UNKNOWN = "unrecognized arguments: "
 #: Packages of the extra `eval`, as they are imported.
 EVAL = ("open_clip", "sklearn", "matplotlib")
+#: Flag -> the argument of another name.
+_ARGUMENTS = {
+    "from": "start",
+    "set": "settings",
+    "download": "download=True",
+    "reset-heads": "reset_heads=True",
+}
+#: A whole command line, a setting, or any other flag with the word behind it.
+_FLAGS_OR_COMMAND = re.compile(
+    r"`[^`\n]*`|\b(?:visft|deepspeed|pip|hf|curl) [^\n;)]*"
+    r"|--set (?P<quote>'?)(?P<key>[\w.<>]+)=(?P<value>.*?)(?P=quote)(?=[\s,;)]|$)"
+    r"|--(?P<flag>[a-z][a-z_-]*)(?: (?!--)(?P<word>'[^']*'|[^\s,;)]+))?"
+)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -70,27 +86,84 @@ class Command(Parser):
         raise ValueError(f"{self.hinted(message)}; see {self.prog} --help")
 
 
-def add_num_gpus(group: argparse._ActionsContainer) -> None:
-    """Add the flag that `resilience.processes.without_num_gpus` takes out of a command line, for its help."""
-    text = "processes on this machine, one for each GPU (default: 1)"
-    group.add_argument("--num_gpus", "--num-gpus", default=argparse.SUPPRESS, metavar="N", help=text)
+def add_num_gpus(group: argparse._ActionsContainer, default: int | None = None) -> None:
+    """Add `--num_gpus`. Without a default only for the help: `resilience.processes.without_num_gpus` takes it
+    out of the command line.
+    """
+    group.add_argument(
+        "--num_gpus",
+        "--num-gpus",
+        type=int,
+        default=argparse.SUPPRESS if default is None else default,
+        metavar="N",
+        help=f"processes on this machine, one for each GPU; CPUs, too (default: {default or 1})",
+    )
 
 
 def check_least(options: object, **least: int) -> None:
-    """Raise ValueError for a flag, an attribute of `options`, below its least number; None: not given."""
+    """Raise ValueError for a flag, an attribute of `options`, that is no whole number or below its least;
+    None: not given.
+    """
     for name, smallest in least.items():
         value = getattr(options, name)
-        if value is not None and not smallest <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least {smallest}")
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (is_whole and value >= smallest):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {value!r} is not allowed: give a whole number of at least {smallest}")
+
+
+@contextmanager
+def speaking_python() -> Iterator[None]:
+    """Let errors name arguments of a function where they named flags, which `errors.tell` prints again."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        if len(error.args) == 1 and isinstance(error.args[0], str):
+            error.__dict__[IN_FLAGS] = error.args[0]
+            error.args = (with_arguments(error.args[0]),)
+        raise
+
+
+def with_arguments(message: str) -> str:
+    """A message with arguments of Python for its flags: `--batch-size 8` becomes batch_size=8, and
+    `--set visft.seed=1` settings={"visft.seed": 1}. Whole command lines stay.
+    """
+    return _FLAGS_OR_COMMAND.sub(_as_argument, message).replace("the same command", "the same call")
+
+
+def _as_argument(match: re.Match[str]) -> str:
+    """What stands for one match of `_FLAGS_OR_COMMAND`."""
+    if match["key"] is not None:
+        return f'settings={{"{match["key"]}": {_literal(match["value"])}}}'
+    if match["flag"] is None:
+        return match[0]
+    name = _ARGUMENTS.get(match["flag"], match["flag"].replace("-", "_"))
+    word = match["word"]
+    if word is None or (word.islower() and word.isalpha()):  # no value, but a word of the sentence
+        return name if word is None else f"{name} {word}"
+    value = word.rstrip(":.")
+    return f"{name}={_literal(value)}{word[len(value) :]}"
+
+
+def _literal(text: str) -> str:
+    """A value in Python; placeholders such as FOLDER stay."""
+    if text.isupper():
+        return text
+    try:
+        return repr(json.loads(text))
+    except ValueError:
+        return json.dumps(text.strip("'"), ensure_ascii=False)
 
 
 def check_options(threshold: float = 0.5, **numbers: int | None) -> None:
-    """Raise ValueError for a threshold outside of [0, 1], or numbers outside of [1, 8192]."""
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold {threshold} is not allowed: give a score from 0 to 1")
+    """Raise ValueError for a threshold outside of [0, 1], or whole numbers outside of [1, 8192]."""
+    if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold {threshold!r} is not allowed: give a score from 0 to 1")
     for name, number in numbers.items():
-        if number is not None and not 1 <= number <= 8192:
-            raise ValueError(f"{name.replace('_', ' ')} {number} is not allowed: give 1 to 8192")
+        if number is None:
+            continue
+        if not isinstance(number, Integral) or not 1 <= number <= 8192:
+            raise ValueError(f"{name.replace('_', ' ')} {number!r} is not allowed: give 1 to 8192")
 
 
 def parse_size(text: str) -> int:
@@ -115,12 +188,14 @@ def install_command(extra: str = "") -> str:
 
 
 def _source() -> str:
-    """The folder or wheel that this package was installed from, which is on no index."""
+    """The folder or wheel that this package, which is on no index, was installed from; "." for a clone where
+    nobody knows.
+    """
     if CHECKOUT:
         return "." if Path.cwd() == CHECKOUT else str(CHECKOUT)
     origin = json.loads(distribution("visft_ds").read_text("direct_url.json") or "{}")
     path = unquote(urlsplit(origin.get("url", "")).path)
-    return path or "visft_ds"
+    return path or "."
 
 
 def check_extra(what: str, extra: str, packages: Sequence[str]) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from visft_ds.files import reading
 
-#: What a name begins with: on the hub; of a model of timm.
-HUB, TIMM = "hf-hub:", "timm:"
+HUB = "hf-hub:"  #: beginning of a name on the hub
+TIMM = "timm:"  #: beginning of the name of a model of timm
 #: File name that a configuration gives -> the same weights on the hub, which serve where no file is at that
 #: path. Sources: the model cards of https://huggingface.co/QuanSun/EVA-CLIP and of timm.
 PUBLISHED = {

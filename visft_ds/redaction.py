@@ -57,7 +57,11 @@ def visible(text: str) -> str:
 
     Ends of lines stay: messages of several lines have them.
     """
-    return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in text)
+    signs = []
+    for sign in text:
+        is_harmless = sign.isprintable() or sign == "\n"
+        signs.append(sign if is_harmless else ascii(sign)[1:-1])
+    return "".join(signs)
 
 
 def redacted_values(value: Any) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from visft_ds import distributed
 from visft_ds.config import ResolvedConfig
-from visft_ds.monitor.callbacks import Callback
+from visft_ds.monitor.metrics import Callback
 from visft_ds.parallel.engine import Schedule, build_engine, released, start_process_group
 from visft_ds.parallel.placement import placement_for
 from visft_ds.prepare.data import keep_features, open_data, open_loader
@@ -40,20 +40,27 @@ from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 
 @dataclass(frozen=True)
 class FitResult:
-    """Outcome of a run."""
+    """Outcome of a run, `heads = visft_ds.fit(...)`.
+
+    Example:
+        >>> heads.finished, heads.step, str(heads.export)
+        (True, 2, 'runs/heads/export')
+        >>> model = visft_ds.load(heads.out)
+    """
 
     out: Path  #: the run folder
     step: int  #: optimiser steps done, those of earlier starts included
-    finished: bool  #: trained to the end or early stopping, and exported; else the same call continues
-    stopped: Stop  #: why it ended before everything was done; `Stop.NOT`: it was done
-    #: newest number of each name of a step or evaluation; empty but on the main process
+    #: trained to the end, to early stopping or until a callback ended it, and exported; if not, the same call
+    #: continues
+    finished: bool
+    stopped: Stop  #: why it ended before everything was done; `Stop.NOT` if it was done
+    #: newest number of each name of a step (`loss/loss`) or an evaluation (`val/box/AP`); empty but on the
+    #: main process
     metrics: Mapping[str, float]
 
     @property
     def export(self) -> Path:
-        """Folder of what a finished run has trained: heads after stage 1, an adapter or a backbone after
-        stage 2.
-        """
+        """Folder of what a finished run has trained, heads in stage 1, an adapter or backbone in 2."""
         return self.out / EXPORT
 
 
@@ -88,7 +95,7 @@ def train(
 
 
 class Progress(Enum):
-    """What follows a step or an evaluation."""
+    """State of a run after a step or an evaluation."""
 
     GOES_ON = 0
     COMPLETE = 1  #: all steps are done, or early stopping
@@ -184,7 +191,7 @@ class Trainer:
 
         # 9: what will not fit into memory fails now, not after hours.
         if config.visft.run.memory_check and self.start < config.total_steps:
-            probe_memory(config.visft.model, self.engine, self.data, self.batches, self.watchdog)
+            probe_memory(self.engine, self.data, self.batches, self.watchdog)
 
         # 10: the steps, what evaluates beside them, and what writes their numbers down.
         self.steps = self.loader.steps(self.start, config.total_steps)
@@ -224,7 +231,9 @@ class Trainer:
         return Progress.COMPLETE if progress is Progress.GOES_ON else progress
 
     def step(self) -> bool:
-        """Do one optimiser step. Returns True if some rank was asked to stop. Collective."""
+        """Do one optimiser step. Returns True if a rank was asked to stop, or a callback ends the run.
+        Collective.
+        """
         engine = self.engine
         began = time.perf_counter()
         with self.watchdog.phase(f"step {self.done + 1}: reading"):
@@ -237,7 +246,8 @@ class Trainer:
         with self.watchdog.phase(f"{where}: agreeing on it"):
             counts = counts_of(engine.module.criteria, batches)
             what = f"step {step_plan.step} {step_plan.task}"
-            summed, stopping = distributed.agree_on_step(what, counts, bool(self.stop), engine.device)
+            is_asked = bool(self.stop) or self.log.writer.ends_run
+            summed, stopping = distributed.agree_on_step(what, counts, is_asked, engine.device)
         denominators = loss_denominators_of(summed, self.batches.micro_batches, engine.device)
 
         with (
@@ -278,7 +288,7 @@ class Trainer:
         """Save and evaluate where it is time to. Collective.
 
         Args:
-            stopping: some rank was asked to stop.
+            stopping: some rank was asked to stop, or a callback ends the run.
         """
         is_last = self.done == self.config.total_steps
         if is_last or stopping or self.done % self.config.visft.run.save_every == 0:
@@ -290,8 +300,14 @@ class Trainer:
             progress = self.evaluate()
             if progress is Progress.STOPPED and self.saved < self.done:
                 self.save()  # a resume evaluates it
-            return progress
-        return Progress.STOPPED if stopping and not is_last else Progress.GOES_ON
+            if progress is not Progress.GOES_ON:
+                return progress
+        if is_last or not stopping:
+            return Progress.GOES_ON
+        if any(distributed.from_all_ranks(bool(self.stop))):
+            return Progress.STOPPED
+        self.log.message(f"a callback ends the run after step {self.done}")
+        return Progress.COMPLETE
 
     def save(self) -> None:
         """Take a checkpoint, which is written while training continues. Collective."""

@@ -128,6 +128,9 @@ def test_a_state_of_the_right_checksum_is_no_code(tmp_path: Path) -> None:
     (path / "state.json").write_text(json.dumps([1]))
     with pytest.raises(ValueError, match="state of a checkpoint"):
         open_checkpoint(path)
+    (path / "state.json").write_text(json.dumps({"version": 2}))
+    with pytest.raises(ValueError, match="version 2"):
+        open_checkpoint(path)
 
 
 def test_what_was_replaced_counts_until_the_new_one_is_there(tmp_path: Path) -> None:

@@ -16,16 +16,13 @@ from hypothesis import strategies as st
 from tests.options import known_keys
 from tests.ranks import python
 from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
+from visft_ds.config.compare import differences
 from visft_ds.config.resolve import (
     CONFIG_ROOT,
     NOT_IDENTITY,
-    Tree,
-    differences,
-    flatten,
-    load_json,
-    parse_assignment,
 )
 from visft_ds.config.schema import PRESETS, BackboneOverrides
+from visft_ds.config.tree import Tree, flatten, load_json, parse_assignment
 from visft_ds.prepare.model import deepspeed_dict
 from visft_ds.prepare.settle import settle
 from visft_ds.settings.task_schema import SHARED
@@ -96,7 +93,7 @@ def test_all_errors_at_once_with_value_source_and_nearest_key() -> None:
     )
     assert text.startswith("the configuration has 7 errors:")
     for part in (
-        "visft.tasks.detection.batchsize (--set): unknown key; did you mean batch_size?",
+        "visft.tasks.detection.batchsize (--set): unknown key; did you mean visft.tasks.detection.batch_size?",
         'optimizer.params.lr = "1e-5" (--set): ',
         "zero_optimisation (--set): unknown key; did you mean zero_optimization?",
         "train_batch_size = 8 (--set): follows from other keys; state visft.tasks.<task>.batch_size",
@@ -141,7 +138,7 @@ FREE = ["visft.tasks.detection.image.fixed_size=null", "visft.shared.image.fixed
         (2, ["visft.tasks.detection.head.num_heads=7"], "is not a multiple of num_heads = 7"),
         (2, ["zero_optimization.offload_param.device=cpu"], "needs zero_optimization.stage = 3"),
         (2, ["zero_optimization.offload_optimizer.device=cpu"], "zero_force_ds_cpu_optimizer: must be false"),
-        (2, ["visft.tasks.captioning.updates=null"], "captioning.updates = null (--set): missing"),
+        (2, ["visft.tasks.captioning.steps=null"], "captioning.steps = null (--set): missing"),
         (2, ["visft.mode=shared", "visft.shared=null"], 'missing: mode "shared" needs'),
         (2, ["visft.tasks=detektion"], "did you mean detection"),
         (2, ["visft.data.num_workers=100000"], "num_workers"),
@@ -262,7 +259,7 @@ def test_batches_that_do_not_divide_are_told_what_to_add(
 def test_the_dict_for_deepspeed(precision: Any, dtype: str | None) -> None:
     sizes = ["visft.tasks.detection.batch_size=24", "visft.tasks.detection.micro_batch=4"]
     config = debug("visft.model.precision=auto", "visft.tasks=detection", *sizes)
-    result = deepspeed_dict(config, 2, precision)
+    result = deepspeed_dict(config, derive_batches(config, 2), precision)
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     assert [result[key] for key in keys] == [24, 4, 3]
     assert result["gradient_clipping"] == config.gradient_clipping and result["steps_per_print"] > 10**8
@@ -322,19 +319,19 @@ def test_groups_of_heads_that_are_off_are_dropped_and_others_stay() -> None:
 
 
 def test_the_length_follows_from_the_updates() -> None:
-    updates = [
-        f"visft.tasks.{task}.updates={number}" for task, number in zip(TASKS, (3000, 2500, 4000), strict=True)
+    steps = [
+        f"visft.tasks.{task}.steps={number}" for task, number in zip(TASKS, (3000, 2500, 4000), strict=True)
     ]
-    assert recipe(*updates).total_steps == 9500
-    assert recipe(*updates, "visft.mode=shared").total_steps == 4000  # every step teaches all of them
-    assert recipe(*updates, "scheduler.params.total_num_steps=2500").total_steps == 2500
-    assert [stream.share for stream in recipe(*updates).visft.streams().values()] == [3000, 2500, 4000]
+    assert recipe(*steps).total_steps == 9500
+    assert recipe(*steps, "visft.mode=shared").total_steps == 4000  # every step teaches all of them
+    assert recipe(*steps, "scheduler.params.total_num_steps=2500").total_steps == 2500
+    assert [stream.share for stream in recipe(*steps).visft.streams().values()] == [3000, 2500, 4000]
 
 
 def test_a_warm_up_longer_than_the_run_shrinks_to_a_tenth_of_it() -> None:
-    updates = [f"visft.tasks.{task}.updates=700" for task in TASKS]
-    assert recipe(*updates).scheduler.params.warmup_num_steps == 2000  # of 2100 steps
-    config = recipe(*updates, "visft.tasks=detection,captioning", stage=1)
+    steps = [f"visft.tasks.{task}.steps=700" for task in TASKS]
+    assert recipe(*steps).scheduler.params.warmup_num_steps == 2000  # of 2100 steps
+    config = recipe(*steps, "visft.tasks=detection,captioning", stage=1)
     assert (config.total_steps, config.scheduler.params.warmup_num_steps) == (1400, 140)
     (decision,) = config.decisions
     assert (
@@ -344,7 +341,7 @@ def test_a_warm_up_longer_than_the_run_shrinks_to_a_tenth_of_it() -> None:
 
 def test_a_length_that_follows_from_nothing() -> None:
     # In mode "shared" there is nothing to share out: neither is needed beside a length.
-    bare = [f"visft.tasks.{task}.updates=null" for task in TASKS]
+    bare = [f"visft.tasks.{task}.steps=null" for task in TASKS]
     assert debug(*bare, "visft.mode=shared").total_steps == 300
     assert "missing: state it" in complaint(
         *bare, "visft.mode=shared", "scheduler.params.total_num_steps=null"
@@ -404,7 +401,7 @@ def test_every_exception_of_the_identity_fits_a_key() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "--stage is missing"),
+        ([], "missing --stage 1"),
         (["--stage", "1", "--modle", "debug"], "did you mean --model?"),
         (["--stage", "1", "--engine", "zero4"], "did you mean zero"),
         (["--deepspeed_config", str(CONFIG_ROOT / "stage1.json"), "--model", "debug"], "leave out --model"),

@@ -154,7 +154,9 @@ def test_stage_2_follows_the_finished_stage_1_of_its_data(
 @pytest.mark.usefixtures("mine")
 def test_stage_2_names_what_there_is_besides_one_finished_stage_1() -> None:
     words = ["--stage", "2", "--data", "mine-shards"]
-    assert settle(words).config.visft.model.name == "eva_e", "nobody trained on this data"
+    for stage, word in (("1", "a model"), ("2", "runs/ has none")):  # not the paper's, unsaid
+        with pytest.raises(ValueError, match=f"{word}.*--model NAME"):
+            settle(["--stage", stage, "--data", "mine-shards"])
     _first_stage("--out", "runs/b c", finished=False)
     (*_, heads) = missing_inputs(settle(words).config)
     assert heads.command == "visft train --data mine-shards --out 'runs/b c'"

@@ -54,9 +54,11 @@ def test_nothing_is_missing_if_everything_is_there(tmp_path: Path) -> None:
     (missing,) = missing_inputs(
         debug(f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}", "visft.data.train=a")
     )
-    assert (
-        missing.path == str(tmp_path / "a.manifest.json") and "holds none" not in missing.what
-    )  # it holds train
+    assert missing.path == str(tmp_path / "a.manifest.json") and missing.what.endswith("has train")
+    assert "--set visft.data.train=train" in missing.command
+    (tmp_path / "my data").mkdir()
+    mine = debug(f"visft.data.root={tmp_path}/my data-shards", f"visft.heads.path={tmp_path}")
+    assert missing_inputs(mine)[0].command == f"visft shards '{tmp_path}/my data'"
 
 
 def test_only_heads_that_take_part_can_be_missing(tmp_path: Path) -> None:
@@ -77,7 +79,7 @@ def _shards(shards: Path, folder: Path, without: int = 0, **counts: int) -> list
     shutil.copytree(shards, folder, dirs_exist_ok=True)
     found = Manifest.load(folder, "train")
     changed = replace(
-        found, counts={**found.counts, **counts}, findings={"instance without mask": [without, []]}
+        found, counts={**found.counts, **counts}, findings={"object without a mask": [without, []]}
     )
     changed.save(Path(folder, "train" + INDEX).read_bytes())
     return ["--stage", "1", "--model", "debug", "--data", str(folder)]

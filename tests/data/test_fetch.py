@@ -184,7 +184,7 @@ assert all(reader.read(index) for index in range(len(reader)))
 
 
 def test_processes_of_a_machine_share_one_copy(served: Served, tmp_path: Path) -> None:
-    run_ranks(["-c", _READS_ALL, served.url, str(tmp_path)], 3, fresh=True)
+    run_ranks(["-c", _READS_ALL, served.url, str(tmp_path)])
     assert set(served.shards.values()) == {1}
 
 
@@ -200,7 +200,7 @@ def test_a_run_fetches_each_shard_once_an_epoch_and_ahead(
     for (step, (there,)), (_, (here,)) in zip(both[0].steps(0, 20), both[1].steps(0, 20), strict=True):
         assert torch.equal(there.images, here.images) and torch.equal(there.indices, here.indices)
         if step.step == 0:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 600
             while served.shards.total() < 10 and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert served.shards.total() >= 10, "shards of later steps come while this one computes"

@@ -131,7 +131,7 @@ def _other(old: str, new: str) -> Callable[[Path], object]:
         ("toy.index.npy", lambda path: path.write_bytes(b"rubbish"), "magic"),
         ("toy.manifest.json", lambda path: path.write_text("{"), "manifest"),
         ("toy.manifest.json", _other("toy-", "../"), "shards"),
-        ("toy.manifest.json", _other('"version": 4', '"version": 2'), "version 4"),
+        ("toy.manifest.json", _other('"version": 5', '"version": 4'), "version 5"),
         ("toy.manifest.json", _other('"split": "toy"', '"split": 3'), "of the split 3"),
         ("toy.manifest.json", _other('"images": ', '"image": '), "manifest"),
         ("toy.manifest.json", _other('"images": ', '"images": [], "x": '), "manifest"),

@@ -23,9 +23,9 @@ from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.evals.judge.model_text import parse_model
 from visft_ds.evals.judge.models import load_encoder
 from visft_ds.evaluation import collect
-from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.interop.layouts import fingerprint_of
+from visft_ds.interop.published import read_adapter
 from visft_ds.models.lora import inject_lora
 from visft_ds.predict.loading import LoadedModel, ModelSource, files_of_run
 from visft_ds.prepare.data import vocabulary_of
@@ -33,7 +33,8 @@ from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.prepare.model import prepare_model
 from visft_ds.run.record import write_run
 from visft_ds.run_files import ADAPTER_FOLDER, BACKBONE_FILE, EXPORT_RECORD_FILE
-from visft_ds.shards.build import Options, build
+from visft_ds.shards.build import build
+from visft_ds.shards.options import Options
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -94,7 +95,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world.tree.edit(lambda content: _annotate(content, collected["detection"], collected["segmentation"]))
     world.tree.edit(lambda content: _caption(content, collected["captioning"]), "captions")
     pack(world.tree, world.shards)
-    merge(world.run(2) / "export" / BACKBONE_FILE, Adapter.load(world.adapter), world.merged)
+    merge(world.run(2) / "export" / BACKBONE_FILE, read_adapter(world.adapter), world.merged)
     return world
 
 

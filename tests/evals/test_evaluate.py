@@ -31,7 +31,7 @@ from visft_ds.evals.cli import main
 from visft_ds.evals.evaluate import evaluate
 from visft_ds.evals.records import Evaluation, read_evaluation
 from visft_ds.evaluation import collect
-from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.published import read_adapter
 from visft_ds.prepare.model import prepare_model
 from visft_ds.run_files import BACKBONE_FILE
 from visft_ds.tasks import TASKS, Results
@@ -110,7 +110,7 @@ def test_the_model_is_the_one_that_trains(world: World) -> None:
         config.visft, config.optimizer.params, heads_from=world.run(1) / "export", vocabulary=model.vocabulary
     ).module.eval()
     with torch.no_grad():
-        for name, value in Adapter.load(world.adapter).tensors.items():
+        for name, value in read_adapter(world.adapter).tensors.items():
             prepared.backbone.get_parameter(name).copy_(value)
     with ShardReader(Manifest.load(world.shards, "val")) as reader:
         for task, stream in config.visft.streams().items():

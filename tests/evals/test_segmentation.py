@@ -31,7 +31,8 @@ from visft_ds.evals.judge.models import load_encoder
 from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
 from visft_ds.evals.judge.segmentation import pooled, segmentation
 from visft_ds.evals.judge.sheet import typical
-from visft_ds.shards.build import Options, build
+from visft_ds.shards.build import build
+from visft_ds.shards.options import Options
 from visft_ds.tasks.classes import VOID
 
 SIDE = 112  # of the pictures here

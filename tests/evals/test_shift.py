@@ -25,7 +25,7 @@ from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.model_text import ModelSpec, parse_model, parse_variants
 from visft_ds.evals.judge.models import Mixture, load_encoder
 from visft_ds.evals.judge.shift import WITHIN, ShiftMeter, scale_for
-from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.published import read_adapter
 from visft_ds.settings.fields import Precision
 
 
@@ -113,7 +113,7 @@ def test_controls_are_brought_to_the_shift_of_what_they_control(
 ) -> None:
     """A control that is named, noise that comes by itself, and half, which keeps its own shift. Where models
     run in 16 bit, shifts are those of fp32, and weights that are mixed stay in it."""
-    base, adapter = clip_world / "clip.safetensors", Adapter.load(clip_world / "adapter")
+    base, adapter = clip_world / "clip.safetensors", read_adapter(clip_world / "adapter")
     generator = torch.Generator().manual_seed(0)
     other = {name: torch.randn(value.shape, generator=generator) for name, value in adapter.tensors.items()}
     save_adapter(replace(adapter, tensors=other), tmp_path / "other")

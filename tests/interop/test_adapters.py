@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.random_tower import adapter_of, build_backbone, change_of, save_adapter
-from visft_ds.interop.published import read_adapter, read_visft_lora
-from visft_ds.interop.weights import open_weights
+from tests.random_tower import adapter_of, build_backbone, change_of
+from visft_ds.interop.published import read_visft_lora
 from visft_ds.models.eva_vit import EvaViT
-from visft_ds.models.lora import inject_lora, lora_layers
+from visft_ds.models.lora import lora_layers
 
 WIDTH, RANK = 8, 2
 
@@ -64,45 +61,3 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         torch.save({**_published(), **changes}, tmp_path / "lora.pt")
         with pytest.raises(ValueError, match=message):
             read_visft_lora(tmp_path / "lora.pt").install(_tiny())
-
-
-def test_settings_of_an_adapter_that_are_wrong_are_named_with_the_file(tmp_path: Path) -> None:
-    model = _tiny()
-    inject_lora(model, rank=2, targets=("q", "v"))
-    folder = save_adapter(adapter_of(model), tmp_path / "adapter")
-    file = folder / "lora.safetensors"
-    tensors, told = load_file(file), json.loads(open_weights(file).metadata["visft_adapter"])
-    layer = "blocks.0.attn.qkv"
-    rows, slices = told["layers"][layer]
-    moved = {name: [rows, [[0, 8], [8, 16]]] for name in told["layers"]}
-    for key, value, message in (
-        ("rank", 0, "rank"),
-        ("rank", "2", "rank"),
-        ("rank", 10**12, "lora_A is"),
-        ("alpha", [], "alpha"),
-        ("alpha", -1, "alpha"),
-        ("targets", [3], "targets"),
-        ("targets", [], "targets"),
-        ("targets", ["nothing"], "no layer for 'nothing'"),
-        ("targets", ["q"], "lora_A is"),
-        ("model", 7, "model"),
-        ("model", {"preset": "debug", "depth": 10**6}, "model.depth"),
-        ("model", {**told["model"], "layers": [0]}, "read after block"),
-        ("layers", {}, "layers"),
-        ("layers", {"absent": told["layers"][layer]}, "absent are missing"),
-        ("layers", {**told["layers"], layer: [rows, [[0.5, 8], [16, 24]]]}, "layers"),
-        ("layers", {**told["layers"], layer: [rows, [[-8, 0], [16, 24]]]}, "layers"),
-        ("layers", {**told["layers"], layer: [rows, [[16, 24], [0, 8]]]}, "do not rise"),
-        ("layers", {**told["layers"], layer: [rows - 1, slices]}, "do not rise"),
-        ("layers", {**told["layers"], layer: [10**12, slices]}, "it is of rows"),
-        ("layers", moved, "it is of rows"),
-        ("base", 5, "base"),
-        ("more", 1, "more"),
-    ):
-        save_file(tensors, file, {"visft_adapter": json.dumps({**told, key: value})})
-        with pytest.raises(ValueError, match=message) as refused:
-            read_adapter(folder).install(_tiny())
-        assert str(refused.value).startswith(str(file)) and "\n" not in str(refused.value)
-    save_file(tensors, file, {})
-    with pytest.raises(ValueError, match="has no entry 'visft_adapter'"):
-        read_adapter(folder)

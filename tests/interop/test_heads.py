@@ -82,7 +82,7 @@ def test_one_file_is_enough_to_have_the_head_again(tmp_path: Path, task: str) ->
 
 
 def test_a_header_of_wrong_types_is_refused_with_the_file(tmp_path: Path) -> None:
-    told = {"task": "detection", "shapes": [[WIDTH, 14]], "options": OPTIONS["detection"]}
+    told = {"version": 1, "task": "detection", "shapes": [[WIDTH, 14]], "options": OPTIONS["detection"]}
     for key, value in (
         ("options", 0.5),
         ("shapes", []),
@@ -98,6 +98,10 @@ def test_a_header_of_wrong_types_is_refused_with_the_file(tmp_path: Path) -> Non
             ValueError, match=rf"detection\.safetensors: cannot be read as a head of visft_ds: {key}"
         ):
             open_head(tmp_path, "detection")
+    header = {"visft_head": json.dumps({**told, "version": 2})}
+    save_tensors(tmp_path / "detection.safetensors", {"a": torch.ones(1)}, header)
+    with pytest.raises(ValueError, match="version 2"):
+        open_head(tmp_path, "detection")
 
 
 def test_the_file_of_a_task_is_found(tmp_path: Path) -> None:

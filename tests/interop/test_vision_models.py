@@ -191,18 +191,6 @@ def test_transformers_loads_a_folder_for_timm(tmp_path: Path, name: str) -> None
     assert type(model).__name__ == "TimmWrapperModel" and relative(as_map(got, wanted), wanted) < TOLERANCE
 
 
-def test_peft_has_an_effect_on_timms_dinov3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its attention reads the fused weight past its layer: without a line of the README PEFT does nothing."""
-    name = "vit_test_plus_patch8_dinov3_qkvb"
-    base = random_base(name, tmp_path)
-    backbone, adapter = adapted(name, base)
-    out = merge(base, adapter, tmp_path / "out", "--format", "peft")
-    model = run_readme(out, monkeypatch, "BASE", str(base))["model"].base_model.model
-    with torch.no_grad():
-        wanted = backbone(_images())[0]
-        assert relative(as_map(model.forward_features(_images()), wanted), wanted) < TOLERANCE
-
-
 def test_a_base_has_a_name_where_its_weights_tell_it() -> None:
     assert repository_of("hf-hub:timm/vit_base_patch16_dinov3.lvd1689m/model.safetensors") == (
         "timm/vit_base_patch16_dinov3.lvd1689m"

@@ -271,7 +271,7 @@ def test_adapters_are_read_from_folder_file_and_published_form(tmp_path: Path) -
     base, adapter, _ = _case(tmp_path)
     folder = save_adapter(adapter, tmp_path / "adapter")
     save_published_lora(adapter, tmp_path / "eva_e_lora_5000.pt")
-    for path in (folder, folder / "lora.safetensors", tmp_path / "eva_e_lora_5000.pt"):
+    for path in (folder, tmp_path / "eva_e_lora_5000.pt"):
         assert _same_change(read_adapter(path), adapter)
     words = ("--base", base, "--adapter", tmp_path / "eva_e_lora_5000.pt", "--out", tmp_path / "out")
     assert _run(*words, "--format", "peft") == 0
@@ -300,7 +300,7 @@ def _unfinished_run(folder: Path, base: Path, adapter: Adapter, *more: str) -> P
     )
     config, run = resolve(stage=2, model="debug", settings=settings), folder / "run"
     run.mkdir()
-    (run / "run.json").write_text(json.dumps({"schema": 4, "config": config.to_dict()}), encoding="utf-8")
+    (run / "run.json").write_text(json.dumps({"schema": 5, "config": config.to_dict()}), encoding="utf-8")
     parameters = {f"backbone.{name}": value for name, value in adapter.tensors.items()}
     parameters |= {name: torch.zeros(SIZES["width"]) for name in more}
     moments = {key: {name: torch.zeros(1) for name in parameters} for key in ("exp_avg", "exp_avg_sq")}

@@ -26,10 +26,10 @@ from tests.random_tower import (
 from visft_ds.config import resolve
 from visft_ds.config.backbones import named
 from visft_ds.config.schema import OptimizerParams
-from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README
 from visft_ds.interop.heads import HeadInfo, open_head, read_elsewhere, save_head
 from visft_ds.interop.layouts import fill, load_backbone, open_backbone
+from visft_ds.interop.published import read_adapter
 from visft_ds.merge.cli import main as merge
 from visft_ds.models import Backbone
 from visft_ds.models.lora import inject_lora
@@ -156,7 +156,7 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
 
 def test_an_adapter_knows_where_its_tower_ended(tmp_path: Path) -> None:
     cut = build_backbone("debug", **SMALL, layers=(1,))
-    adapter = Adapter.load(_adapted(cut, _clip_file(tmp_path), ("q", "v"), tmp_path))
+    adapter = read_adapter(_adapted(cut, _clip_file(tmp_path), ("q", "v"), tmp_path))
     assert adapter.model["layers"] == [1] and len(adapter.layers) == 2
     with pytest.raises(ValueError, match=r"layers=\[1\]"):
         adapter.install(build_backbone("debug", **SMALL))

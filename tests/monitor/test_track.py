@@ -39,8 +39,8 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_a_run_that_goes_on_goes_on_there(sent: list[Any], tmp_path: Path) -> None:
     for start in (0, 1):
         tracker = Tracker(tmp_path, {"visft.seed": 1})
-        tracker.on_step(start + 1, {"loss/loss": 2.0})
-        tracker.on_evaluation(start + 1, {"box/AP": 0.5})
+        tracker(start + 1, {"loss/loss": 2.0})
+        tracker(start + 1, {"val/box/AP": 0.5})
         tracker.close()
     opened, *values = sent[:4]
     assert (opened["id"], sent[4]["id"], opened["config"], opened["name"]) == (
@@ -58,7 +58,7 @@ def test_an_error_of_a_tracker_ends_no_run(
 ) -> None:
     tracker = Tracker(tmp_path, {})
     for step in range(1, 6):
-        tracker.on_step(step, {"loss": 1.0})
+        tracker(step, {"loss": 1.0})
     tracker.close()
     assert [values[track.STEP] for values in sent[1:]] == [1, 2]
     said = capsys.readouterr().err

@@ -57,10 +57,6 @@ def plain() -> dict[str, dict[str, Any]]:
     # ranks do.
     for stage, precision in ((2, "bf16"), (1, "fp16")):
         runs[f"stage{stage}-{precision}"] = train_plain(stage, precision, parts=GLOBAL_BATCH)
-    with patch.object(
-        F, "linear", zero3_linear_wrap
-    ):  # DeepSpeed's, which rounds once more before it adds a bias
-        runs["stage2-bf16-zero3"] = train_plain(2, "bf16", parts=GLOBAL_BATCH)
     return runs
 
 
@@ -117,8 +113,12 @@ def test_equals_one_process_in_bf16(
     request: pytest.FixtureRequest, trained: dict[str, Any], plain: dict[str, dict[str, Any]]
 ) -> None:
     """Stage 2, whose adapters and heads compute in bf16."""
-    zero3 = "-zero3" * request.node.callspec.params["trained"].startswith("zero3")
-    check_equal(trained["stage2-bf16"], plain[f"stage2-bf16{zero3}"], norm=BF16_NORM, weights=BF16_WEIGHTS)
+    reference = plain["stage2-bf16"]
+    if request.node.callspec.params["trained"].startswith("zero3"):
+        # DeepSpeed's own, which rounds once more before it adds a bias.
+        with patch.object(F, "linear", zero3_linear_wrap):
+            reference = train_plain(2, "bf16", parts=GLOBAL_BATCH)
+    check_equal(trained["stage2-bf16"], reference, norm=BF16_NORM, weights=BF16_WEIGHTS)
 
 
 @pytest.mark.slow

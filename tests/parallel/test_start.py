@@ -24,7 +24,7 @@ import torch
 from tests.parallel.engine_case import results_of, write_results
 from tests.tiny import TINY
 from visft_ds.checkpoint.export import save_base
-from visft_ds.config import ResolvedConfig, resolve
+from visft_ds.config import ResolvedConfig, derive_batches, resolve
 from visft_ds.prepare.materialize import HOST, Placement, open_base
 from visft_ds.prepare.model import PreparedModel, deepspeed_dict, plan_model, prepare_model
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -68,7 +68,7 @@ def prepared_for_engine(config: ResolvedConfig) -> tuple[PreparedModel, Callable
     precision, world = config.visft.model.precision, distributed.world_size()
     assert precision != "auto"
     bounds = planned_run(config, world, precision, WORDS.size, None).bounds
-    for_deepspeed = deepspeed_dict(config, world, precision)
+    for_deepspeed = deepspeed_dict(config, derive_batches(config, world), precision)
     prepared = prepare(config, placement_for(for_deepspeed, bounds))
     schedule = Schedule(config.scheduler, config.total_steps)
     return prepared, partial(

@@ -99,7 +99,9 @@ def test_processes_and_images_are_divided_over_pipelines() -> None:
     config = pipeline("pipeline.stages=3", "visft.model.precision=auto")
     batches = derive_batches(config, 6)
     assert (batches.dp, batches.stages) == (2, 3)
-    assert deepspeed_dict(config, 6, "fp32")["train_batch_size"] == 24  # images, not images of each process
+    assert (
+        deepspeed_dict(config, batches, "fp32")["train_batch_size"] == 24
+    )  # images, not images of each process
     with pytest.raises(ValueError, match="processes"):
         derive_batches(config, 4)
     with pytest.raises(ValueError, match="layers"):

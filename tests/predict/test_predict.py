@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +22,11 @@ from visft_ds.config.record import recorded_config
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evaluation import collect
-from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.published import read_adapter
 from visft_ds.predict.images import find_images, open_file, opened
 from visft_ds.predict.loading import ModelSource, files_of_run
 from visft_ds.predict.model import Model, load, load_backbone
-from visft_ds.predict.results import Prediction
+from visft_ds.predict.results import Boxes, Masks, Prediction
 from visft_ds.tasks.pictures import palette
 
 TASKS = ["detection", "segmentation", "captioning"]
@@ -44,11 +47,9 @@ def _same(found: Prediction, wanted: Prediction) -> None:
     np.testing.assert_array_equal(found.boxes.xyxy, wanted.boxes.xyxy)
     np.testing.assert_array_equal(found.boxes.scores, wanted.boxes.scores)
     np.testing.assert_array_equal(found.masks.masks, wanted.masks.masks)
-    assert (found.boxes.names, found.masks.names, found.caption) == (
-        wanted.boxes.names,
-        wanted.masks.names,
-        wanted.caption,
-    )
+    assert found.boxes.names.tolist() == wanted.boxes.names.tolist()
+    assert found.masks.names.tolist() == wanted.masks.names.tolist()
+    assert found.caption == wanted.caption
 
 
 def test_predictions_are_those_of_an_evaluation(model: Model, place: Path) -> None:
@@ -86,6 +87,9 @@ def test_predictions_are_those_of_an_evaluation(model: Model, place: Path) -> No
         # run-length codes are unique: these came from a bool mask and back
         assert [one["segmentation"] for one in coco["segmentation"]] == [one["segmentation"] for one in masks]
         assert [one["bbox"] for one in coco["segmentation"]] == [one["bbox"] for one in masks]
+        assert found.masks.to_coco(image_id) == [
+            {**one, "score": pytest.approx(one["score"])} for one in coco["segmentation"]
+        ]
         assert coco["captioning"] == own["captioning"] and found.caption == own["captioning"][0]["caption"]
 
 
@@ -102,7 +106,13 @@ def test_every_kind_of_input_is_the_same_picture(model: Model, place: Path) -> N
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     frozen = pixels.copy()
     frozen.setflags(write=False)  # torch warns of such arrays
-    alone = [str(place / "dog.jpg"), Image.fromarray(pixels), pixels, frozen, tensor]
+    written = io.BytesIO()
+    Image.fromarray(pixels).save(written, "png")  # which leaves it at its end
+    data = (folder / "dog.png").read_bytes()
+    with (folder / "dog.png").open("rb") as file:
+        for source in (data, written, file):
+            np.testing.assert_array_equal(opened(source)[0][0].pixels, pixels)
+    alone = [str(place / "dog.jpg"), Image.fromarray(pixels), pixels, frozen, tensor, data]
     for one in alone:
         _same(model.predict(one, threshold=0), wanted)
     lists: list[Any] = [
@@ -114,7 +124,7 @@ def test_every_kind_of_input_is_the_same_picture(model: Model, place: Path) -> N
         f"{folder}/**",
         [folder, *alone],
     ]
-    counts = [1, 1, 5, 4, 4, 4, 9]
+    counts = [1, 1, 6, 4, 4, 4, 10]
     for many, count in zip(lists, counts, strict=True):
         predictions = model.predict(many, threshold=0, batch_size=1)
         assert len(predictions) == count
@@ -136,6 +146,54 @@ def test_an_image_does_not_depend_on_its_neighbours(place: Path) -> None:
         np.testing.assert_array_equal(found.image, image)
     assert together[0].masks is None and together[0].caption is None
     assert repr(model).startswith(f"Model({place / 'moved'}: detection; 12 categories; fp32 on ")
+
+
+THREE = {
+    "scores": np.array([0.9, 0.5, 0.25], np.float32),
+    "ids": np.array([3, 1, 3]),
+    "names": np.array(["cat", "dog", "cat"]),
+    "xyxy": np.array([[0, 0, 2, 1], [1, 0, 3, 2], [0.5, 0, 2, 2]], np.float32),
+}
+
+
+def test_objects_are_taken_out_as_of_an_array() -> None:
+    boxes = Boxes(**THREE)
+    masks = Masks(**THREE, masks=np.eye(3, dtype=bool)[:, None].repeat(2, axis=1))
+    first = boxes[0]
+    assert (first.name, first.id, first.score, first.mask) == ("cat", 3, pytest.approx(0.9), None)
+    assert first.xyxy.tolist() == [0, 0, 2, 1] and boxes[-1].score == 0.25
+    assert [mask.mask.tolist() for mask in masks] == masks.masks.tolist()  # type: ignore[union-attr]
+    sure = masks[masks.scores >= 0.5]
+    assert isinstance(sure, Masks) and sure.masks.shape == (2, 2, 3) and sure.ids.tolist() == [3, 1]
+    for chosen in (boxes[boxes.names == "cat"], boxes[[0, 2]], boxes[::2], boxes[[True, False, True]]):
+        assert isinstance(chosen, Boxes) and chosen.scores.tolist() == [pytest.approx(0.9), 0.25]
+    assert len(boxes[boxes.scores > 1]) == 0 and list(boxes[3:]) == []
+    assert repr(boxes) == "Boxes(3: cat 0.90, dog 0.50, cat 0.25)" and repr(boxes[:0]) == "Boxes(0: )"
+    for wrong in (3, True, None, "cat", [True], 0.5, (0, 0)):
+        with pytest.raises(IndexError):
+            boxes[wrong]  # type: ignore[call-overload]
+
+
+def test_objects_go_to_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = Masks(**THREE, masks=np.ones((3, 2, 3), dtype=bool))
+    assert Boxes(**THREE).to_coco(7)[1] == {
+        "image_id": 7,
+        "category_id": 1,
+        "bbox": [1, 0, 2, 2],
+        "score": 0.5,
+    }
+    stand_in = SimpleNamespace(Detections=dict, DataFrame=dict)
+    for name in ("supervision", "pandas"):
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    detections = masks.to_supervision()
+    assert detections["data"]["class_name"].tolist() == ["cat", "dog", "cat"]
+    assert detections["xyxy"] is masks.xyxy and detections["class_id"] is masks.ids
+    assert detections["mask"] is masks.masks and Boxes(**THREE).to_supervision()["mask"] is None
+    table = masks.to_pandas()
+    assert table["name"] is masks.names and table["ymax"].tolist() == [1, 2, 2] and len(table) == 7
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ValueError, match="pip install supervision"):
+        masks.to_supervision()
 
 
 def test_the_threshold_is_of_scores(model: Model, place: Path) -> None:
@@ -199,7 +257,7 @@ def test_an_export_and_merged_weights_are_the_model_of_the_run(model: Model, pla
     _same(load(run / "export").predict("dog.jpg", threshold=0), wanted)
     (place / "merged").mkdir()
     merged = place / "merged/model.safetensors"
-    merge(run / "export/backbone.safetensors", Adapter.load(run / "export/adapter"), merged)
+    merge(run / "export/backbone.safetensors", read_adapter(run / "export/adapter"), merged)
     shutil.rmtree(place / "merged/model.safetensors-adapter")
     heads = place / "stage1/export"
     for source in (merged, merged.parent):
@@ -250,26 +308,34 @@ def test_what_is_no_picture_is_named(model: Model, place: Path, tmp_path: Path) 
         (array[..., :2], "shape"),
         ([array, None], "image 1"),
         (7, "int"),
+        ({"image": array}, "dict"),
+        (io.StringIO("text"), "StringIO"),
+        (b"no picture", "the image: "),
+        ("https://example.com/dog.jpg", "https://example.com/dog.jpg: URLs"),
     ):
         with pytest.raises(ValueError, match=word):
             model.predict(wrong)
+    with pytest.raises(ValueError, match=r"threshold '0\.5'"):
+        model.predict(array, threshold="0.5")  # type: ignore[call-overload]
 
 
 def test_what_is_no_model_is_refused(place: Path) -> None:
     (place / "nothing").mkdir()
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("absent", {}, "no such run"),
-        ("nothing", {}, "not an export"),
+        ("nothing", {}, "neither a run"),
         ("runs/stage2", {"tasks": "detection,depth"}, "depth"),
         ("runs/stage2", {"device": "cuda:99"}, "GPUs"),
         ("runs/stage2", {"device": "meta"}, "cpu"),
         ("runs/stage2", {"device": "cuda:x"}, "GPUs"),
         ("runs/stage2", {"image_size": 0}, "image size"),
+        ("runs/stage2", {"image_size": 56.5}, "image size"),
         ("runs/stage2", {"image_size": 10**6}, "image size"),
     ]
     for source, options, word in cases:
-        with pytest.raises(ValueError, match=word):
+        with pytest.raises(ValueError, match=word) as error:
             load(place / source, **options)
+        assert "--" not in str(error.value)
 
 
 def test_names_of_files_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from visft_ds.resilience import processes
 
 @pytest.mark.slow
 def test_torchrun_starts_a_killed_run_again(shards: Path, tmp_path: Path) -> None:
-    """The command of docs/training.md: from its newest checkpoint the run goes on, and torchrun ends with 0."""
+    """The command of docs/runs.md: from its newest checkpoint the run goes on, and torchrun ends with 0."""
     extra: dict[str, object] = {"scheduler.params.total_num_steps": 40, "visft.run.save_every": 5}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "2"]
     words = [

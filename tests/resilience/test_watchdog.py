@@ -16,7 +16,7 @@ import time
 from visft_ds.resilience.watchdog import Watchdog
 with Watchdog(1, 0.8).watching() as dog:
     with dog.phase("evaluating", timed=False):
-        time.sleep(2)
+        time.sleep(1.2)
     with dog.phase("step 7: reading"):
         time.sleep(600)
 """

@@ -12,8 +12,6 @@ import re
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.coco_tree import write_shards
 from tests.ranks import finish, start_ranks, wait_for
-from tests.tiny import SETTINGS, THREE, command, records
+from tests.tiny import SETTINGS, THREE, Here, command, records
 from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest
@@ -180,15 +178,6 @@ def parts(shards: Path) -> Parts:
     )
     assert vocabulary is not None
     return Parts(config, Manifest.load(shards, "val"), vocabulary)
-
-
-class Here(ThreadPoolExecutor):
-    """Measures in this process, since another one takes seconds to start."""
-
-    _processes: Mapping[int, Any] = {}
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        super().__init__(1)
 
 
 class Deadly:

@@ -168,7 +168,7 @@ def test_kept_as_they_are(toy: Tree) -> None:
     assert len(third["segmentation"]) == 1 and "segmentation" not in fourth
     assert fifth["iscrowd"] == 1 and before - sum(image.trainable for image in source.images) == 2
     assert count(source, "without area") == count(source, "fewer than three points") == 1
-    assert count(source, "neither polygons") == 1 and count(source, "instance without mask") == 2
+    assert count(source, "neither polygons") == 1 and count(source, "object without a mask") == 2
 
 
 def test_run_length_codes(toy: Tree) -> None:
@@ -218,7 +218,7 @@ def test_polygons_in_another_form_are_read(toy: Tree, form: str) -> None:
     source = read(toy)
     labels = stored(source)
     assert all(one["segmentation"] == [[10, 10, 40, 10, 40, 50.5]] for one in labels)
-    assert count(source, "read as polygons") == len(labels) and not count(source, "without mask")
+    assert count(source, "read as polygons") == len(labels) and not count(source, "without a mask")
 
 
 def test_polygons_end_where_training_cuts_them_off(toy: Tree) -> None:
@@ -305,7 +305,7 @@ def test_masks_from_boxes_are_the_ellipses_in_them(toy: Tree) -> None:
     source = read_coco(toy.instances, toy.captions, ellipses=True)
     drawn = count(source, "ellipse")
     labels = stored(source)
-    assert 0 < drawn < len(labels) and not count(source, "without mask")
+    assert 0 < drawn < len(labels) and not count(source, "without a mask")
     found = 0
     for label in labels:
         (x, y, width, height), shape = label["bbox"], label.get("segmentation")

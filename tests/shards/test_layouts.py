@@ -5,6 +5,7 @@ refused.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,12 @@ def test_yolo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["build", str(tmp_path / "my data/data.yaml"), "--out", str(tmp_path / "my data-shards")]) == 0
     )
+    for folder, told in (
+        (tmp_path / "my data-shards", "shards already (train, val)"),
+        (tmp_path, "folders in it are: visft shards"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            recognise(folder)
 
 
 def test_boxes_of_unreadable_pictures_do_not_hide_why(
@@ -230,6 +237,11 @@ def _exported(folder: Path, file: str, prefix: str = "", images: str = "images")
         ("annotations.json", "", "images"),
         ("annotations/annotations.json", "", "images"),
         ("annotations.json", "", "."),
+        ("via_project_1Dec2026_9h5m_coco.json", "", "."),  # VIA 2
+        ("result.json", "D:\\images\\", "images"),
+        ("result.json", "..\\..\\media\\upload\\", "images"),
+        ("train.json", "/home/me/mine/training/", "training"),
+        ("instances_Training.json", "", "training"),
     ],
 )
 def test_coco_files_of_tools(tmp_path: Path, file: str, prefix: str, images: str) -> None:
@@ -238,6 +250,48 @@ def test_coco_files_of_tools(tmp_path: Path, file: str, prefix: str, images: str
     counts = [Manifest.load(tmp_path / "mine-shards", split).counts for split in ("train", "val")]
     assert [count["images"] for count in counts] == [4, 2]
     assert [count["left_out"] for count in counts] == [0, 0]
+
+
+def test_paths_of_another_machine_that_end_alike_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = write_tree(tmp_path / "tree", 6)
+    names = ["C:\\2023\\picture.1.jpg", "C:\\2024\\picture.1.jpg"]
+
+    def rename(content: dict[str, Any]) -> None:
+        content["images"][1]["file_name"], content["images"][2]["file_name"] = names
+
+    tree.edit(rename)
+    assert main(["build", *tree.arguments(tmp_path / "out")]) == 2
+    assert "2 images, one called C:\\2024\\picture.1.jpg, are the same file" in capsys.readouterr().err
+
+
+def test_yolo_of_another_machine_with_long_names_of_splits(tmp_path: Path) -> None:
+    path = write_yolo(tmp_path)
+    (tmp_path / "training.txt").write_text(
+        "C:\\mine\\train\\images\\0.jpg\n/home/me/train/images/1.jpg\n\ntrain\\images\\2.jpg\n"
+    )
+    path.write_text("path: C:\\mine\ntrain: C:\\mine\\training.txt\nval: valid\\images\nnames: [a, b, c]\n")
+    splits = recognise(tmp_path)[1]
+    assert [(split.name, len(split.instances["images"])) for split in splits] == [("train", 3), ("val", 5)]  # type: ignore[index, arg-type]
+    assert splits[0].images == tmp_path / "train/images"
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["annotations/instances_default.json"], "no folder of its images, such as images/: export it with"),
+        (["classes.txt", "labels/a.txt", "images/note"], "there is no image in"),
+    ],
+)
+def test_exports_that_lack_something_name_the_one_that_works(
+    tmp_path: Path, files: list[str], words: str
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("cat")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        recognise(tmp_path)
 
 
 def test_a_file_of_a_common_name_makes_no_second_layout(tmp_path: Path) -> None:

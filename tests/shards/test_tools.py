@@ -140,9 +140,10 @@ def test_rubbish(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, 
 @pytest.mark.parametrize(
     ("name", "word"),
     [
-        ("annotations.xml", "export the task as `COCO 1.0`"),
+        ("annotations.xml", "export the task as `COCO 1.0`, with `Save images`"),
         ("obj.data", "export the task as `COCO 1.0`"),
-        ("project-3-at-2026-01-01.json", "COCO or YOLO"),
+        ("project-3-at-2026-01-01.json", "`COCO with Images` or `YOLO with Images`"),
+        ("via_project_1Dec2026_9h5m.json", "Export Annotations (COCO format) in VIA"),
     ],
 )
 def test_exports_that_are_not_read_are_named(

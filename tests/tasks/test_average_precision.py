@@ -1,4 +1,4 @@
-"""Average precision: equal to pycocotools, from shards as from the JSON file, without objects that have no
+"""Average precision: by both evaluators that of pycocotools, from shards as from the JSON file, without objects that have no
 mask.
 """
 
@@ -105,16 +105,18 @@ def test_numbers_are_those_of_pycocotools(
     results = _results(truth) if iou_type == "bbox" else _as_masks(_results(truth))
     stats, precision = _oracle(truth, results, iou_type)
     before = copy.deepcopy((truth, results))
-    ours = coco_average_precision(truth, results, masks=iou_type == "segm", per_category=True)
+    fast = coco_average_precision(truth, results, masks=iou_type == "segm")
+    ours = coco_average_precision(truth, results, masks=iou_type == "segm", of_record=True)
     assert capfd.readouterr() == ("", "") and (truth, results) == before
     assert 0.05 < stats[0] < 0.9, "the case must not be trivial"
     for name, place in SUMMARY.items():
-        # float64 means of the same hundred numbers
-        assert ours[f"{prefix}/{name}"] == pytest.approx(stats[place], abs=1e-12), name
+        assert ours[f"{prefix}/{name}"] == stats[place], name
+        # float64 means of the same hundred numbers, summed in another order
+        assert fast[f"{prefix}/{name}"] == pytest.approx(stats[place], abs=1e-12), name
     for place, category in enumerate((1, 5, 7, 90)):
         wanted = precision[:, :, place, 0, -1].mean()  # all -1 for category 7, which has no object
         assert ours[f"{prefix}/AP/name {category}"] == pytest.approx(wanted, abs=1e-12)
-    assert len(ours) == len(SUMMARY) + 4
+    assert len(ours) == len(SUMMARY) + 4 and len(fast) == len(SUMMARY)
 
 
 def test_shards_and_file_give_the_same(split: Manifest) -> None:
@@ -122,8 +124,8 @@ def test_shards_and_file_give_the_same(split: Manifest) -> None:
     source = json.loads((split.root.parent / "tree/instances.json").read_text())
     results = _results(source)[:-150]
     with ShardReader(split) as reader:
-        from_shards = coco_average_precision(coco_dataset(reader), results, per_category=True)
-    assert from_shards == coco_average_precision(source, results, per_category=True)
+        from_shards = coco_average_precision(coco_dataset(reader), results, of_record=True)
+    assert from_shards == coco_average_precision(source, results, of_record=True)
     assert any(one["iscrowd"] for one in source["annotations"]) and 0 < from_shards["box/AP"] < 1
 
 
@@ -136,8 +138,9 @@ def test_results_of_categories_that_do_not_exist_are_left_out() -> None:
     strange = [{**result, "category_id": 12, "score": 1.0} for result in results]
     assert coco_average_precision(truth, results + strange) == coco_average_precision(truth, results)
     truth["annotations"] = [one for one in truth["annotations"] if one["area"] < 96**2]
-    found = coco_average_precision(truth, strange)
-    assert found["box/AP"] == 0 and found["box/APl"] == -1
+    for of_record in (False, True):
+        found = coco_average_precision(truth, strange, of_record=of_record)
+        assert found["box/AP"] == 0 and found["box/APl"] == -1
 
 
 def test_predictions_that_are_not_finite_are_refused() -> None:

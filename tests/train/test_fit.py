@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -12,15 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed
+from PIL import Image
 from safetensors.torch import load_file
 
+import visft_ds
 from tests import finished
 from tests.ranks import REPOSITORY, finish, python, run_ranks, start_ranks
-from tests.run.test_evaluation import Here
-from tests.tiny import TINY, steps_recorded
-from visft_ds import Callback, FitResult, evaluate, fit
+from tests.tiny import TINY, Here, steps_recorded
+from visft_ds import FitResult, evaluate, fit
 from visft_ds.interop.heads import open_head
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.resilience.stop import Stop
@@ -57,49 +61,43 @@ EARLY: dict[str, Any] = {
 SCRIPT = f"""
 import json, sys
 from pathlib import Path
-from visft_ds import Callback, fit
+from visft_ds import fit
 out, engines, fails = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:] == ["fails"]
 settings = json.loads({json.dumps(json.dumps(SETTINGS))})
 
-class Seen(Callback):
-    def on_step(self, step, values):
-        print("told", step, flush=True)
-        if fails and step == 2:
-            raise LookupError("mine")
+def follow(step, metrics):
+    print("told", step, flush=True)
+    if fails and step == 2:
+        raise LookupError("mine")
 
 heads = None
 for number, engine in enumerate(engines):
     more = {{"visft.heads.path": heads.export, "visft.lora.rank": 2}} if heads else {{}}
     run = fit(stage=2 if heads else 1, model="debug", engine=engine, data={str(SHARDS)!r}, out=out / str(number),
-              settings={{**settings, **more}}, callbacks=[Seen()])
+              settings={{**settings, **more}}, callbacks=[follow])
     heads = heads or run
 print("ended", run.step, run.finished)
 """
 
 
-class Told(Callback):
-    """Remembers what it was told; may do something at a step."""
+class Told:
+    """Remembers what it was told; may do something at a step, whose answer it gives."""
 
     def __init__(self, at: int = 0, does: Any = None) -> None:
         self.steps: list[int] = []
         self.evaluations: list[tuple[int, set[str]]] = []
-        self.saves: list[tuple[int, bool]] = []
         self._at, self._does = at, does
 
-    def on_step(self, step: int, values: Mapping[str, float]) -> None:
-        assert values["loss/loss"] > 0
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> object:
+        if "val/box/AP" in metrics:
+            self.evaluations.append((step, set(metrics)))
+            return None
+        assert metrics["loss/loss"] > 0
         self.steps.append(step)
-        if step == self._at:
-            self._does()
-
-    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.evaluations.append((step, set(metrics)))
-
-    def on_save(self, step: int, folder: Path) -> None:
-        self.saves.append((step, (folder / "state.json").is_file()))
+        return self._does() if step == self._at else "no answer"
 
 
-def stage1(out: Path, told: Callback | None = None, **more: Any) -> FitResult:
+def stage1(out: Path, told: Told | None = None, **more: Any) -> FitResult:
     callbacks = [told] if told else []
     return fit(stage=1, model="debug", data=SHARDS, out=out, settings=SETTINGS | more, callbacks=callbacks)
 
@@ -131,8 +129,7 @@ def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None
     environment, told, alive = dict(os.environ), Told(), models_alive()
     heads = stage1(tmp_path / "heads", told, **{"visft.run.eval_every": STEPS})
     assert heads.finished and heads.step == STEPS and (heads.export / "detection.safetensors").is_file()
-    assert told.steps == [1, 2, 3] and told.saves == [(2, True), (3, True)]
-    assert [step for step, _ in told.evaluations] == [STEPS] and "box/AP" in told.evaluations[0][1]
+    assert told.steps == [1, 2, 3] and [step for step, _ in told.evaluations] == [STEPS]
     recorded = list(read_metrics(heads.out / "metrics.jsonl"))
     losses = [record["loss/loss"] for record in recorded if "loss/loss" in record]
     assert heads.metrics["loss/loss"] == losses[-1] and "val/box/AP" in heads.metrics
@@ -166,7 +163,8 @@ def test_ctrl_c_stops_after_the_step_and_the_same_call_goes_on(
     handler = signal.getsignal(signal.SIGINT)  # not Python's own where the tests run in the background
     told = Told(at=1, does=lambda: signal.raise_signal(signal.SIGINT))
     stopped = stage1(tmp_path, told)
-    assert (stopped.finished, stopped.step) == (False, 2) and told.saves == [(2, True)]
+    assert (stopped.finished, stopped.step) == (False, 2)
+    assert (tmp_path / "checkpoints/step_00000002/state.json").is_file()
     assert signal.getsignal(signal.SIGINT) is handler
     began = json.loads((tmp_path / "run.json").read_text())["started"]
     monkeypatch.setattr("time.strftime", lambda form: "later")
@@ -185,6 +183,54 @@ def test_ctrl_c_stops_after_the_step_and_the_same_call_goes_on(
     assert {name: (tmp_path / name).stat() for name in names} == before, "nothing was left to do"
 
 
+def test_a_callback_ends_the_run_which_is_exported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told = Told(at=1, does=lambda: np.float32(0.5) < 1)
+    ended = stage1(tmp_path, told)
+    assert (ended.finished, ended.step, ended.stopped) == (True, 2, Stop.NOT) and told.steps == [1, 2]
+    assert (ended.export / "export.json").is_file()
+    assert "a callback ends the run after step 2" in capfd.readouterr().out
+    longer = stage1(tmp_path)
+    assert (longer.finished, longer.step) == (True, STEPS)
+    assert json.loads((tmp_path / "run.json").read_text())["command"][:2] == ["visft", "train"]
+
+
+def test_fit_refuses_in_words_of_its_own(tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"stage": 3}, "stage=3: give 1"),
+        ({"stage": "1"}, "stage='1'"),
+        ({"steps": 0}, "steps=0 is not allowed: give a whole number"),
+        ({"steps": "4"}, "steps=.4. is not"),
+        ({"steps": 2.5}, r"steps=2\.5 is"),
+        ({"steps": 2, "epochs": 1}, "steps=2 and epochs=1: give one of them"),
+        ({"batch_size": True}, "batch_size=.True. is"),
+        ({"lr": "fast"}, "lr='fast': give a number above 0"),
+        ({"lr": -1}, "lr=-1"),
+        ({"tasks": "detection,depth"}, "no settings of a task 'depth'"),
+        ({"tasks": [1]}, r"tasks=\[1\]: give names"),
+        ({"model": "debugg"}, "model=.debugg.: no .json file.*did you mean debug"),
+        ({"engine": "zero9"}, "engine=.zero9.: no .json"),
+        ({"heads": 5}, "heads is of type int: give a path"),
+        ({"start": tmp_path / "absent"}, "start=.*absent.: no such run"),
+        ({"reset_heads": True}, "reset_heads=True needs start=RUN"),
+        ({"resume": "yes"}, "resume='yes': give one of 'auto'"),
+        ({"callbacks": print}, "callbacks is of type builtin"),
+        ({"callbacks": [7]}, "callbacks has a int"),
+        ({"settings": "visft.seed=1"}, "settings is of type str: give a dict"),
+        ({"settings": {"visft.seed": object()}}, r"settings\['visft.seed'\] is of type object"),
+        ({"settings": {"visft.sed": 1}}, r"visft.sed \(settings\): unknown key; did you mean visft.seed"),
+        ({"data": tmp_path}, "holds none.*give data=.*-shards.*visft shards"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(ValueError, match=f"(?s){message}") as error:
+            fit(**{"data": SHARDS, "stage": 1, "model": "debug", "out": tmp_path / "out", **wrong})
+        assert not re.search("(?<!shards )--[a-z]", str(error.value).split("make them with")[0])
+    with pytest.raises(ValueError, match="missing stage=1"):
+        fit()
+    with pytest.raises(ValueError, match="without run give backbone, heads and data"):
+        evaluate()
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_error_of_a_callback_is_raised_and_the_process_can_train_again(tmp_path: Path) -> None:
     def fails() -> None:
         raise LookupError("mine")
@@ -200,14 +246,34 @@ def test_an_error_of_a_callback_is_raised_and_the_process_can_train_again(tmp_pa
     assert ended and ended[0].finished
 
 
+class _Shown(doctest.OutputChecker):
+    """What an example shows has to be right; what `fit` prints it need not show."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return not want or super().check_output(want, got, optionflags)
+
+
+def test_the_example_of_each_public_name_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/stage2").symlink_to(finished.runs() / "stage2")
+    (tmp_path / "shards").symlink_to(SHARDS)
+    Image.linear_gradient("L").resize((56, 56)).convert("RGB").save(tmp_path / "dog.jpg")
+    monkeypatch.chdir(tmp_path)
+    finder = doctest.DocTestFinder(recurse=False)
+    runner = doctest.DocTestRunner(_Shown(), optionflags=doctest.FAIL_FAST)
+    names = {"visft_ds": visft_ds, "torch": torch, "numpy": np}
+    objects = [getattr(visft_ds, name) for name in visft_ds._PUBLIC]
+    for documented in [*objects, visft_ds.Model.predict]:
+        (example,) = finder.find(documented, documented.__qualname__, globs=names)
+        assert example.examples, f"{example.name} has no example"
+        assert not runner.run(example, clear_globs=False).failed
+        names = example.globs  # a result is an argument of another
+
+
 @pytest.mark.slow
 def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
-    text = (REPOSITORY / "docs/getting-started.md").read_text(encoding="utf-8")
-    script = (
-        text.partition("## Train and evaluate from Python\n")[2]
-        .partition("```python\n")[2]
-        .partition("```")[0]
-    )
+    text = (REPOSITORY / "docs/python.md").read_text(encoding="utf-8")
+    script = text.partition("## Train and evaluate\n")[2].partition("```python\n")[2].partition("```")[0]
     (tmp_path / "train.py").write_text(script, encoding="utf-8")
     (tmp_path / "shards").symlink_to(SHARDS)
     said = python("train.py", folder=tmp_path)

@@ -78,14 +78,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     common = ("--model", "debug", "--data", folder / "first/shards", *words_of(SETTINGS))
     printed = done("--stage", 1, "--out", folder / "one", *common)
     assert "classes, segmentation  4, the categories of the data" in printed
-    more = {**LORA, "visft.heads.path": f"{folder}/one/export", "visft.run.eval_every": STEPS}
+    more = {**LORA, "visft.heads.path": f"{folder}/one/export"}
     done("--stage", 2, "--out", folder / "two", *common, *words_of(more))
     return folder
 
 
 def test_numbers_and_results_are_of_own_categories(work: Path, tmp_path: Path) -> None:
-    """Of each by its name, during training and after it; no object is of the last."""
-    assert "val/mask/AP" in (work / "two/metrics.jsonl").read_text()
+    """Of each by its name; no object is of the last."""
     assert evaluate(["--run", str(work / "two"), "--out", str(tmp_path), "--visualizations", "2"]) == 0
     found = read_evaluation("two", tmp_path)
     names = ("cat", "dog", "owl", "fox")

@@ -27,6 +27,7 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README, card, repository_of
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.interop.layouts import BASE, MODEL, fingerprint_of, is_lora, model_of
+from visft_ds.interop.peft_folder import write_folder
 from visft_ds.interop.weights import Lazy, Weights, examples, write_safetensors
 from visft_ds.models import Backbone, build_empty
 from visft_ds.models.lora import inject_lora
@@ -52,8 +53,9 @@ def export_weights(
     prepared: PreparedModel,
     config: VisftConfig,
     infos: Mapping[str, HeadInfo],
+    step: int,
 ) -> None:
-    """Write everything that trained. Main process only.
+    """Write everything that trained until a step. Main process only.
 
     Args:
         trained: values by qualified name, see `Checkpoint.weights`.
@@ -78,8 +80,8 @@ def export_weights(
             tensors = {**prepared.heads[task].tensors, **tensors}
         save_head(head_file(folder, task), info, _read(tensors))
     if config.lora is not None:
-        adapter = Adapter.of(backbone, config.lora, _read(lora), identity)
-        adapter.save(folder / ADAPTER_FOLDER, repository)
+        adapter = Adapter.of(backbone, config.lora, _read(lora), identity, step)
+        write_folder(adapter, folder / ADAPTER_FOLDER, repository)
         text = card("LoRA adapter", "peft", backbone, adapter, base=repository)
         write_text(folder / ADAPTER_FOLDER / README, text)
 
@@ -143,7 +145,8 @@ def adapter_of_checkpoint(folder: Path) -> Adapter:
         raise ValueError(
             f"{folder}: the run trains its backbone itself: let it finish, its export has whole weights"
         )
-    return Adapter.of(empty, visft.lora, tensors, checkpoint.record["identity"]["base weights"])
+    base = checkpoint.record["identity"]["base weights"]
+    return Adapter.of(empty, visft.lora, tensors, base, checkpoint.step)
 
 
 @torch.no_grad()

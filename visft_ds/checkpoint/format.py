@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.resolve import differences
+from visft_ds.config.compare import differences
 from visft_ds.data.fetch import sha256_of
 from visft_ds.errors import does_not_answer, retold
 from visft_ds.files import read_bytes, reading, sync_folder
@@ -42,6 +42,7 @@ from visft_ds.run_files import MOMENTS_FILE, PARAMETERS_FILE, STATE_FILE
 
 #: Name in an identity: the settings, by dotted key, that must be equal for a resume.
 SETTINGS = "settings"
+VERSION = 1  #: of state.json
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")
 _CHANGED = "content does not match its sha256; the file was changed or damaged"
 
@@ -103,6 +104,7 @@ def save_checkpoint(
             _tidy(folder, temporary)
             os.mkdir(temporary)
             record = {
+                "version": VERSION,
                 "step": step,
                 "updates": state.updates,
                 "loss_scale": dict(state.loss_scale),
@@ -182,6 +184,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     with reading(path / STATE_FILE, "the state of a checkpoint"):
         record = json.loads(read_bytes(path / STATE_FILE))
+        version = record.get("version")
+        if version != VERSION:
+            raise ValueError(f"it is of version {version}; this release reads version {VERSION}")
         if record.pop("sha256") != _digest(record):
             raise ValueError(_CHANGED)
     for name, sha256 in record["files"].items():
@@ -208,7 +213,8 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str], config: 
         lines = "".join(f"  {line}\n" for line in other)
         raise ValueError(
             f"{checkpoint.path} belongs to another run (the checkpoint -> this run):\n{lines}"
-            "choose another --out, or give the settings of that run (they are in its run.json)"
+            "choose another --out, give the settings of that run (they are in its run.json), or start from "
+            f"it with other ones: visft train --from {checkpoint.path}"
         )
 
 

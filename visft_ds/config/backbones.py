@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds import pretrained
-from visft_ds.config.resolve import CONFIG_ROOT, Flags, available, load_json
+from visft_ds.config.resolve import CONFIG_ROOT, Flags, available
+from visft_ds.config.tree import load_json
 from visft_ds.files import read_bytes, reading
 from visft_ds.pretrained import HUB, TIMM, HubFile, local, on_hub
 from visft_ds.settings.fields import nearest

@@ -15,11 +15,10 @@ from visft_ds.config.resolve import (
     DEFAULT_ENGINE,
     DEFAULT_MODEL,
     Flags,
-    Tree,
     available,
-    load_json,
     merge,
 )
+from visft_ds.config.tree import Tree, load_json
 from visft_ds.data.fetch import is_url
 from visft_ds.files import reading
 from visft_ds.flags import Command, add_num_gpus
@@ -69,7 +68,7 @@ def build_parser() -> Command:
         "--model",
         metavar="NAME|FILE",
         help=f"model settings: {models}, or your own .json (default: {SMALL_DATA} for --data alone; in "
-        f"stage 2 that of the stage 1 on --data; else {DEFAULT_MODEL})",
+        f"stage 2 that of the stage 1 on --data; without --data {DEFAULT_MODEL})",
     )
     add("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
     add("--download", action="store_true", help=DOWNLOAD_HELP)
@@ -193,7 +192,8 @@ def merge_arguments(options: argparse.Namespace) -> Merged:
     if whole is None and stage is None:
         if model not in (None, SMALL_DATA) or options.data is None:
             raise ValueError(
-                "--stage is missing: 1 trains heads, 2 adapters; --data FOLDER alone: heads for it"
+                "missing --stage 1 (heads) or --stage 2 (LoRA in the backbone); --data FOLDER alone takes "
+                "the recipe for few images"
             )
         stage = 1
         model = SMALL_DATA
@@ -201,6 +201,8 @@ def merge_arguments(options: argparse.Namespace) -> Merged:
     first = None
     if whole is None and stage == 2 and model is None and backbone is None:
         first = _first_stage_of(options.data, options.heads)
+    if whole is None and options.data is not None and model is None and backbone is None and first is None:
+        raise ValueError(_without_model(stage, options.data))
     if first is not None:
         model, backbone = _recipe_of(first)
     of_backbone = Flags()
@@ -222,6 +224,20 @@ def merge_arguments(options: argparse.Namespace) -> Merged:
         batch_size=options.batch_size,
     )
     return Merged(tree, None if whole else model, of_backbone, first)
+
+
+def _without_model(stage: int | None, data: str) -> str:
+    """Message for data without a model: the paper's, of 4.4 billion parameters, is hardly meant."""
+    recipe = f"visft train --data {quote(data)}"
+    models = f"--model NAME (e.g. dinov3_b, or {DEFAULT_MODEL}, the paper's)"
+    if stage == 1:
+        return (
+            f"--stage 1 with --data needs a model: add {models}, or take the recipe for few images: {recipe}"
+        )
+    return (
+        f"--stage 2 with --data goes on with a stage 1 on the same data, and {RUNS}/ has none: train it "
+        f"({recipe}), or add {models}"
+    )
 
 
 def _first_stage_of(data: str | None, heads: str | None) -> FirstStage | None:

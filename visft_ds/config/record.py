@@ -13,7 +13,7 @@ from visft_ds.files import read_bytes, reading
 from visft_ds.run_files import EXPORT_RECORD_FILE, RECORD_FILE
 from visft_ds.settings.fields import Count, Positive, StrictModel
 
-RUN_SCHEMA = 4  #: version of the record
+RUN_SCHEMA = 5  #: version of the record
 _MOST_BYTES = 1 << 26  #: of a run.json that is read
 
 

@@ -10,8 +10,8 @@ import copy
 import fnmatch
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -28,8 +28,9 @@ from visft_ds.config.schema import (
     VisftConfig,
     complete,
 )
-from visft_ds.files import read_bytes, reading
-from visft_ds.redaction import SECRET, redacted_values
+from visft_ds.config.tree import Tree, flatten, load_json, parse_assignment, shorten
+from visft_ds.files import reading
+from visft_ds.redaction import SECRET
 from visft_ds.settings.fields import nearest
 from visft_ds.tasks import entries
 
@@ -120,190 +121,9 @@ def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return identity
 
 
-def differences(there: Mapping[str, Any], config: ResolvedConfig) -> list[str]:
-    """Settings in which a run differs from one that is to continue, a line each: those of both first.
-
-    A key that the release of that run did not have yet is compared with its default.
-
-    Args:
-        there: `identity` of the run that is to continue.
-    """
-    here = config.identity()
-    lines = [
-        f"{key}: {json.dumps(there[key])} -> {json.dumps(here[key])}"
-        for key in sorted(there.keys() & here.keys())
-        if there[key] != here[key]
-    ]
-    new = here.keys() - there.keys()
-    defaults = _defaults(config, new)
-    one_sided = dict[str, str]()  # by the part that is absent, such as a whole task
-    for key in sorted(new):
-        if key not in defaults:
-            absent = _absent_part(key, there)
-            value = json.dumps(here[key]) if absent == key else "(set)"
-            one_sided[absent] = f"{absent}: (absent) -> {value}"
-        elif defaults[key] != here[key]:
-            default = json.dumps(defaults[key])
-            one_sided[key] = f"{key}: {default} (its default) -> {json.dumps(here[key])}"
-    for key in sorted(there.keys() - here.keys()):
-        if there[key] is not None:
-            absent = _absent_part(key, here)
-            value = json.dumps(there[key]) if absent == key else "(set)"
-            one_sided[absent] = f"{absent}: {value} -> (absent)"
-    return [*lines, *one_sided.values()]
-
-
-def _absent_part(key: str, other: Mapping[str, Any]) -> str:
-    """The shortest beginning of a dotted key with nothing below it in `other`, such as a task that is off."""
-    parts = key.split(".")
-    for count in range(1, len(parts)):
-        beginning = ".".join(parts[:count])
-        if not any(f"{name}.".startswith(f"{beginning}.") for name in other):
-            return beginning
-    return key
-
-
-def _defaults(config: ResolvedConfig, keys: Collection[str]) -> dict[str, Any]:
-    """Identity of the configuration where nobody states these keys; empty if one of them must be stated."""
-    if not keys:
-        return {}
-    try:
-        return resolve(whole=(_without(config.to_dict(), keys), "the configuration")).identity()
-    except ValueError:
-        return {}
-
-
-_GONE = object()
-
-
-def _without(value: Any, keys: Collection[str], prefix: str = "") -> Any:
-    """Nested values without some dotted keys, and without what became empty by that (`_GONE`)."""
-    if not isinstance(value, dict | list):
-        return _GONE if prefix[:-1] in keys else value
-    rest = {}
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, nested in pairs:
-        left = _without(nested, keys, f"{prefix}{key}.")
-        if left is not _GONE:
-            rest[key] = left
-    if value and not rest:
-        return _GONE
-    return rest if isinstance(value, dict) else list(rest.values())
-
-
-def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything that is nested in objects and lists."""
-    if isinstance(value, list):
-        value = {str(number): nested for number, nested in enumerate(value)}
-    if not isinstance(value, dict):
-        yield prefix[:-1], value
-        return
-    for key, nested in value.items():
-        yield from flatten(nested, f"{prefix}{key}.")
-
-
 def available(folder: str) -> list[str]:
     """Names that --engine ("engines") or --model ("models") accept."""
     return sorted(path.stem for path in (CONFIG_ROOT / folder).glob("*.json"))
-
-
-def load_json(path: Path, name: str | None = None) -> dict[str, Any]:
-    """The object in a configuration file. Raises ValueError, also for a key that occurs twice; OSError for no
-    file.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            raise ValueError(f"a key occurs twice in one object: {', '.join(key for key, _ in pairs)}")
-        return values
-
-    with reading(name or path, "a configuration (a JSON object)"):
-        value = json.loads(read_bytes(path), object_pairs_hook=unique)
-        if not isinstance(value, dict):
-            raise ValueError(shorten(value))
-    return value
-
-
-def shorten(value: Any, limit: int = 60) -> str:
-    """JSON of a value, cut to fit into a message."""
-    text = json.dumps(redacted_values(value))
-    return text if len(text) <= limit else text[: limit - 4] + " ..."
-
-
-@dataclass
-class Tree:
-    """Nested values, and the file or flag behind each leaf."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)
-
-    def lay(self, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
-        """Lay values over those that there are, object by object; a list is replaced as a whole."""
-        for key, value in values.items():
-            if isinstance(value, dict) and value:
-                self.lay(value, source, f"{prefix}{key}.")
-            else:
-                self.assign(f"{prefix}{key}", value, source)
-
-    def assign(self, key: str, value: Any, source: str) -> None:
-        """Set a dotted key; a number is a position in a list, that behind the last one adds an item.
-
-        Whether the key exists is checked by the schema. Raises ValueError for a key through a value without
-        keys.
-        """
-        parent, _, last = key.rpartition(".")
-        if self.value(parent) is None:  # a default, or a task that was off
-            self.assign(parent, {}, source)
-        node = self.value(parent)
-        if isinstance(node, dict):
-            node[last] = copy.deepcopy(value)
-        elif isinstance(node, list) and last.isdigit() and int(last) <= len(node):
-            node[int(last) : int(last) + 1] = [copy.deepcopy(value)]
-        else:
-            raise ValueError(f"{source} {key}: {parent} is {shorten(node)}, which has no {last}")
-        self.sources |= {inner: source for inner, _ in flatten(value, f"{key}.")}
-
-    def source(self, key: str) -> str | None:
-        """Source of a key, of the first value below it, or of what it is in; None: not set."""
-        if key in self.sources:
-            return self.sources[key]
-        for other, source in self.sources.items():
-            if other.startswith(f"{key}."):
-                return source
-        return self.source(key.rpartition(".")[0]) if key else None
-
-    def is_stated(self, key: str) -> bool:
-        """Return True if a flag of the user sets this key, a key below it, or what it is in."""
-        for other, source in self.sources.items():
-            related = f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.")
-            # What a backbone brings along gives way to what is decided about it.
-            if related and source.startswith("--") and not source.startswith("--backbone "):
-                return True
-        return False
-
-    def value(self, key: str) -> Any:
-        """The value of a dotted key; None if there is none."""
-        node: Any = self.values
-        for name in filter(None, key.split(".")):
-            if isinstance(node, dict):
-                node = node.get(name)
-            elif isinstance(node, list) and name.isdigit() and int(name) < len(node):
-                node = node[int(name)]
-            else:
-                return None
-        return node
-
-
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """`a.b=value` -> ("a.b", value); the value is JSON, or a text if it is none. Raises ValueError."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"--set {text}: must be KEY=VALUE, such as optimizer.params.lr=1e-5")
-    try:
-        return key.strip(), json.loads(value)
-    except (ValueError, RecursionError):
-        return key.strip(), value
 
 
 def resolve(
@@ -470,7 +290,7 @@ class Draft:
         recipe = self.recipe
         decisions = self._decisions
         params = recipe.scheduler.params
-        total = params.total_num_steps or recipe.visft.updates()
+        total = params.total_num_steps or recipe.visft.steps()
         assert total is not None  # checked by validation
         warmup = params.warmup_num_steps
         if warmup > total:
@@ -529,11 +349,13 @@ def problems(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple[
             for name in location[:-1]:
                 if not name.isdigit():
                     section = next(models_in(section.model_fields[name].annotation))
-            yield key, f"{_UNKNOWN}{nearest(location[-1], section.model_fields)}"
+            before = key.removesuffix(location[-1])
+            yield key, f"{_UNKNOWN}{nearest(location[-1], section.model_fields, most=3, before=before)}"
         elif refusal["type"] == "missing":
             yield key, f"missing; state it in a file or with --set {key}=VALUE"
         else:
-            yield key, refusal["msg"].removeprefix("Value error, ")
+            text = refusal["msg"].removeprefix("Value error, ")
+            yield key, text.replace("Input should be", "must be", 1)
 
 
 def _line(tree: Tree, key: str, problem: str) -> str:

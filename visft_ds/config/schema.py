@@ -47,9 +47,9 @@ class OptimizerParams(StrictModel):
     """Settings of AdamW; a parameter group may set its own lr and weight_decay."""
 
     lr: Above  #: highest learning rate, after the warm-up
-    weight_decay: Rate
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
-    eps: Above = 1e-8
+    weight_decay: Rate  #: decoupled weight decay: share of a weight that a step removes, times lr
+    betas: tuple[Probability, Probability] = (0.9, 0.999)  #: decay rates of the two moments
+    eps: Above = 1e-8  #: constant in the denominator of an update, in units of the gradient
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """A learning rate with which nothing can be learnt."""
@@ -60,61 +60,63 @@ class OptimizerParams(StrictModel):
 class OptimizerConfig(StrictModel):
     """`optimizer`, in DeepSpeed's form; torch builds it, so that nothing is compiled at start."""
 
-    type: Literal["AdamW"]
+    type: Literal["AdamW"]  #: name of the optimiser
     params: OptimizerParams
 
 
 class SchedulerParams(StrictModel):
     """Lengths of the schedule, in optimiser steps."""
 
-    warmup_num_steps: Count
-    total_num_steps: Positive | None = None  #: length of the run; null: from the tasks' `updates`
+    warmup_num_steps: Count  #: steps in which the learning rate rises linearly; 0: none
+    total_num_steps: Positive | None = None  #: length of the run in steps; null: from the tasks' `steps`
 
 
 class SchedulerConfig(StrictModel):
     """`scheduler`, with DeepSpeed's names; here the first step does not have learning rate 0."""
 
-    type: Literal["WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]  #: after warm-up: cosine, linear, constant
+    #: learning rate after the warm-up; WarmupCosineLR: cosine to 0, WarmupDecayLR: linear to 0, WarmupLR:
+    #: constant
+    type: Literal["WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
     params: SchedulerParams
 
 
 class BackboneOverrides(StrictModel):
     """Fields of the backbone preset that this model replaces."""
 
-    width: Positive | None = None
-    depth: Depth | None = None
-    num_heads: Positive | None = None
-    mlp_ratio: Above | None = None
-    patch_size: Positive | None = None
-    image_size: Positive | None = (
-        None  #: pixels, which set the grid of positions; the only key for models of timm
-    )
-    post_norm: bool | None = None
+    width: Positive | None = None  #: channels of a token; null: the preset's
+    depth: Depth | None = None  #: transformer blocks; null: the preset's
+    num_heads: Positive | None = None  #: attention heads of a block; null: the preset's
+    mlp_ratio: Above | None = None  #: channels inside an MLP, divided by `width`; null: the preset's
+    patch_size: Positive | None = None  #: side of a patch in pixels; null: the preset's
+    #: side in pixels that sets the grid of positions, the only key for models of timm; null: the preset's
+    image_size: Positive | None = None
+    post_norm: bool | None = None  #: norms after attention and MLP, not before; null: the preset's
 
 
 class ModelConfig(StrictModel):
     """`visft.model`: backbone, weights, precision, and memory and kernel options."""
 
-    name: Name  #: part of the names of run folders
-    preset: Preset  #: eva_e, eva_g, debug, or timm:NAME
+    name: Name  #: name of the model, part of the names of run folders
+    preset: Preset  #: name of the architecture: eva_e, eva_g, debug or timm:NAME
     overrides: BackboneOverrides = BackboneOverrides()
-    #: numbers of the blocks whose features are read, such as [5] or [2, 5, 8, 11]; []: the last one
-    #: (docs/training.md)
+    #: indices of the blocks whose features are read, such as [5] or [2, 5, 8, 11]; []: the last one
+    #: (docs/backbones.md)
     out_indices: tuple[Count, ...] = ()
     #: file of base weights, or hf-hub:ORG/NAME[/FILE]; null: random weights, drawn by weights_seed
     weights: Text | None
-    weights_seed: Count = 0
-    precision: Literal[
-        "auto", "fp32", "bf16", "fp16"
-    ]  #: auto: bf16 if the GPU has it, else fp16; fp32 on CPUs
-    #: activations that the backward pass recomputes; auto: the fastest choice that fits
+    weights_seed: Count = 0  #: seed of random weights
+    #: number format of activations and frozen matrices, fp32, bf16 or fp16; auto: fp32 on CPUs, bf16 on GPUs
+    #: that have it, else fp16
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    #: activations that the backward pass recomputes: none, those of each mlp, or of each block; auto: the
+    #: fastest choice that fits
     activation_checkpointing: Literal["auto", "none", "mlp", "block"] = "auto"
-    kernels: Literal["library", "triton"] = (
-        "library"  #: of LoRA; triton: a fused kernel (docs/memory-and-speed.md)
-    )
-    #: compute float32 matrix products and convolutions in TF32 on GPUs; auto: in bf16 and fp16 runs
+    #: implementation of LoRA; library: PyTorch's, triton: a fused kernel (docs/memory-and-speed.md)
+    kernels: Literal["library", "triton"] = "library"
+    #: TF32 for float32 matrix products and convolutions on GPUs, true or false; auto: in bf16 and fp16 runs
     tf32: Literal["auto", True, False] = "auto"
-    compile: Literal["none", "blocks"] = "none"  #: blocks: with torch.compile
+    #: parts of the backbone that torch.compile compiles: none, or all blocks
+    compile: Literal["none", "blocks"] = "none"
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Options of another kind of backbone, or that exclude each other."""
@@ -145,39 +147,42 @@ class ModelConfig(StrictModel):
 class LoraConfig(StrictModel):
     """`visft.lora`: low-rank adapters (LoRA) in every block; the update is scaled by alpha / rank."""
 
-    rank: Positive
-    alpha: Above
-    targets: Annotated[
-        tuple[Text, ...], Field(min_length=1)
-    ]  #: layers: q, k, v, proj, fc1, fc2; in timm also globs
+    rank: Positive  #: rank of the update, channels between A and B
+    alpha: Above  #: scale of the update, which is alpha / rank times B A
+    #: layers with an adapter: q, k, v, proj, fc1, fc2; in models of timm also globs over their names
+    targets: Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 class HeadsConfig(StrictModel):
     """`visft.heads`: the heads of stage 2, and the precision of heads."""
 
-    start: Literal["trained", "random"] = (
-        "trained"  #: random: without stage 1; heads train together with the backbone
-    )
-    path: Text | None = None  #: folder of heads; null in stage 2: runs/stage1-<visft.model.name>/export
-    precision: Literal["auto", "fp32"] = "auto"  #: auto: bf16 in bf16 runs, else fp32
+    #: first weights of the heads in stage 2; trained: those of `path`, random: new ones, which train
+    #: together with the backbone
+    start: Literal["trained", "random"] = "trained"
+    #: folder of trained heads; null: none in stage 1, in stage 2 runs/stage1-<visft.model.name>/export
+    path: Text | None = None
+    #: number format of the heads' activations, fp32; auto: bf16 in bf16 runs, else fp32
+    precision: Literal["auto", "fp32"] = "auto"
     train_mode: bool = False  #: run the frozen heads in training mode, as the published code did
 
 
 class InitConfig(StrictModel):
     """`visft.init_from`: source of a run's first weights; optimiser and schedule start anew."""
 
-    path: Text  #: a run, one of its checkpoints, an adapter folder, or the published LoRA file
-    heads: Literal["keep", "reset"] = "keep"  #: heads of that run; reset: initialise them anew
+    path: Text  #: path of a run, one of its checkpoints, an adapter folder, or the published LoRA file
+    #: heads of that run; keep: use them, reset: initialise them anew
+    heads: Literal["keep", "reset"] = "keep"
 
 
 class DataSetConfig(StrictModel):
     """Entry of `visft.data.sets`: a further data set to train on."""
 
-    name: Name
-    root: Root
-    split: Text = "train"
+    name: Name  #: name of the set, in logs and messages
+    root: Root  #: folder or URL of its shards
+    split: Text = "train"  #: name of the split to train on
     weight: Above = 1.0  #: share of a task's steps, relative to visft.data.weight
-    tasks: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None  #: null: all that it has labels for
+    #: tasks that it trains; null: all that it has labels for
+    tasks: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
 
 
 class DataConfig(StrictModel):
@@ -188,17 +193,15 @@ class DataConfig(StrictModel):
     val: Text = "val"  #: name of the validation split
     weight: Above = 1.0  #: share of a task's steps from this split, relative to `sets`
     sets: tuple[DataSetConfig, ...] = ()  #: further training sets
-    shuffle: Literal["full", "windowed"] | None = (
-        None  #: windowed: a few shards at a time; null: only for a URL
-    )
-    num_workers: Annotated[Count, Field(le=256)] | None = (
-        None  #: loader processes per rank; null: by the machine
-    )
+    #: order of the samples; full: any may follow any other, windowed: within four shards at a time; null:
+    #: windowed for a URL, else full
+    shuffle: Literal["full", "windowed"] | None = None
+    #: loader processes per rank; 0: load in the training process; null: up to 8 with a GPU, 0 on a CPU
+    num_workers: Annotated[Count, Field(le=256)] | None = None
     prefetch_steps: Count = 2  #: steps that are loaded ahead
     cache: Text | None = None  #: folder for copies of remote shards; null: ~/.cache/visft/shards
-    cache_bytes: Positive = (
-        200_000_000_000  #: size limit of that folder; the least recently read shards go first
-    )
+    #: largest size of that folder in bytes; the least recently read shards are deleted first
+    cache_bytes: Positive = 200_000_000_000
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Two sets of one name."""
@@ -220,16 +223,17 @@ class DataConfig(StrictModel):
 class FeaturesConfig(StrictModel):
     """`visft.features`: flips, crops and sizes repeat after some epochs, so that features can be cached."""
 
-    views: Positive = 1  #: number of geometries of an image, used in turn, one per epoch
+    views: Positive = 1  #: views (flip, crop and size) of an image, used in turn, one per epoch
     cache: Text | None = None  #: folder for features; null: compute them in every epoch
 
 
 class ParamGroup(StrictModel):
     """Entry of `visft.param_groups`; null takes the optimizer's value."""
 
-    name: Text
+    name: Text  #: name of the group, in logs (`lr/NAME`)
     params: Text  #: globs over qualified parameter names, separated by commas
-    lr: Rate | None = None
+    lr: Rate | None = None  #: highest learning rate, after the warm-up; null: the optimizer's
+    #: share of a weight that a step removes, times lr; null: the optimizer's
     weight_decay: Rate | None = None
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -247,33 +251,28 @@ class RunConfig(StrictModel):
     handling.
     """
 
-    out: Text | None = None  #: null: runs/stage<N>-<visft.model.name>
+    out: Text | None = None  #: folder of the run; null: runs/stage<N>-<visft.model.name>
     save_every: Positive = 500  #: steps between checkpoints
-    keep_last: Positive = 3  #: number of newest checkpoints to keep
-    keep_best: Text | None = (
-        None  #: also keep the best checkpoint by this metric, such as box/AP50; null: none
-    )
-    patience: Count = 0  #: early stopping after so many evaluations without a better keep_best; 0: off
+    keep_last: Positive = 3  #: newest checkpoints that are kept
+    #: metric by which the best checkpoint is kept as well and exported, such as box/AP50; null: none
+    keep_best: Text | None = None
+    patience: Count = 0  #: evaluations without a better keep_best after which the run stops early; 0: off
     eval_every: Count = 5000  #: steps between evaluations; 0: none during training
-    eval_limit: Positive | None = None  #: number of images to evaluate; null: all
-    visualizations: Count = (
-        4  #: validation images that TensorBoard shows at the start and at every evaluation
-    )
+    eval_limit: Positive | None = None  #: most validation images that are evaluated; null: all
+    #: validation images that TensorBoard shows, at the start and at every evaluation; 0: none
+    visualizations: Count = 4
     log_every: Positive = 20  #: steps between console lines
-    track: Literal["wandb"] | None = None  #: also send metrics and settings there (`--track`); null: no
-    deterministic: bool = (
-        False  #: on GPUs, refuse operators that are not deterministic (docs/memory-and-speed.md)
-    )
-    memory_check: bool = (
-        True  #: run the largest step of each task first, so that running out of memory shows at once
-    )
-    skip_bad_steps: Count = 0  #: steps in a row with NaN or Inf that are skipped before the run stops
-    step_timeout: Rate = (
-        1800.0  #: seconds without progress after which a rank prints its stacks and ends; 0: never
-    )
-    requeue_code: Annotated[int, Field(ge=0, lt=126)] = (
-        85  #: exit code after a stop by SIGUSR1, to queue the job again
-    )
+    #: service that metrics and settings are sent to; wandb: Weights & Biases (`--track`); null: none
+    track: Literal["wandb"] | None = None
+    #: refuse operators that are not deterministic, on GPUs (docs/memory-and-speed.md)
+    deterministic: bool = False
+    #: rehearse the largest step of each task first, so that running out of memory shows at once
+    memory_check: bool = True
+    skip_bad_steps: Count = 0  #: most steps in a row with NaN or Inf that are skipped; one more stops the run
+    #: seconds without progress after which a rank prints its stacks and ends; 0: never
+    step_timeout: Rate = 1800.0
+    #: exit status after a stop by SIGUSR1, by which a job is queued again
+    requeue_code: Annotated[int, Field(ge=0, lt=126)] = 85
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Evaluations and checkpoints that do not go together."""
@@ -290,13 +289,12 @@ class RunConfig(StrictModel):
 class VisftConfig(StrictModel):
     """`visft`: every setting that is not DeepSpeed's."""
 
-    stage: Literal[1, 2]  #: 1: train heads; 2: train the backbone
-    seed: Count = 0
+    stage: Literal[1, 2]  #: what trains; 1: heads, 2: the backbone
+    seed: Count = 0  #: seed of new weights, of the order of images, and of augmentation and dropout
     model: ModelConfig
     lora: LoraConfig | None = None  #: null: no adapters
-    mode: Literal["sampled", "shared"] = (
-        "sampled"  #: each step trains one task, or all tasks on the same images
-    )
+    #: how tasks share the steps; sampled: each step trains one task, shared: all, on the same images
+    mode: Literal["sampled", "shared"] = "sampled"
     tasks: TasksConfig
     shared: SharedConfig | None = None  #: needed in mode "shared" only
     heads: HeadsConfig = HeadsConfig()
@@ -325,9 +323,9 @@ class VisftConfig(StrictModel):
             problem = 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
             yield "shared", problem
         for name, task in enabled.items():
-            if self.mode == "sampled" and task.updates is None:
-                problem = "missing: steps are shared out in proportion to the tasks' updates"
-                yield f"tasks.{name}.updates", problem
+            if self.mode == "sampled" and task.steps is None:
+                problem = "missing: steps are shared out in proportion to the tasks' steps"
+                yield f"tasks.{name}.steps", problem
         groups = [group.name for group in self.param_groups]
         for number, name in enumerate(groups):
             if name in groups[:number]:
@@ -372,14 +370,14 @@ class VisftConfig(StrictModel):
         if self.mode == "shared":
             assert self.shared is not None  # checked by validation
             return {SHARED: self.shared.stream(SHARED, tuple(tasks), 1.0)}
-        return {name: task.stream(name, (name,), float(task.updates or 0)) for name, task in tasks.items()}
+        return {name: task.stream(name, (name,), float(task.steps or 0)) for name, task in tasks.items()}
 
-    def updates(self) -> int | None:
-        """Optimiser steps that give every task its `updates`; None where a task states none."""
-        updates = [task.updates for task in self.tasks.enabled().values()]
-        stated = [number for number in updates if number is not None]
+    def steps(self) -> int | None:
+        """Optimiser steps that give every task its `steps`; None where a task states none."""
+        steps = [task.steps for task in self.tasks.enabled().values()]
+        stated = [number for number in steps if number is not None]
         whole = max if self.mode == "shared" else sum
-        return whole(stated) if stated and len(stated) == len(updates) else None
+        return whole(stated) if stated and len(stated) == len(steps) else None
 
 
 class Offload(StrictModel):
@@ -387,7 +385,7 @@ class Offload(StrictModel):
 
     model_config = ConfigDict(extra="allow")
 
-    device: Literal["none", "cpu"] = "none"
+    device: Literal["none", "cpu"] = "none"  #: memory that holds them; none: the GPU's, cpu: the machine's
 
 
 class ZeroOptimization(StrictModel):
@@ -395,11 +393,11 @@ class ZeroOptimization(StrictModel):
 
     model_config = ConfigDict(extra="allow")
 
+    #: what ranks share out; 0: nothing, 1: optimiser states, 2: gradients as well, 3: parameters as well
     stage: Literal[0, 1, 2, 3]
-    reduce_bucket_size: (
-        Positive  #: required: DeepSpeed's 5e8 allocates gigabytes for a few million trained values
-    )
-    overlap_comm: bool | None = None
+    #: gradient values that are reduced together; DeepSpeed's 5e8 would allocate gigabytes for small models
+    reduce_bucket_size: Positive
+    overlap_comm: bool | None = None  #: reduce gradients during the backward pass; null: in stage 3 alone
     offload_param: Offload = Offload()  #: for stage 3
     offload_optimizer: Offload = Offload()  #: for stages 1 to 3
 
@@ -418,11 +416,13 @@ class Recipe(StrictModel):
 
     zero_optimization: ZeroOptimization
     pipeline: PipelineKeys | None = None  #: null: every process has all layers
+    #: let ZeRO shard an optimiser that DeepSpeed does not list; null: no, DeepSpeed's default
     zero_allow_untested_optimizer: bool | None = None
+    #: refuse to offload an optimiser other than DeepSpeed's CPU Adam; null: yes, DeepSpeed's default
     zero_force_ds_cpu_optimizer: bool | None = None
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
-    gradient_clipping: Rate  #: global L2 norm; 0: off. Required: DeepSpeed's default is 1.0
+    gradient_clipping: Rate  #: largest global L2 norm of the gradients; 0: no clipping
     visft: VisftConfig
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -445,8 +445,8 @@ class Recipe(StrictModel):
         trains_backbone = visft.stage == 2
         if visft.features is not None and (trains_backbone or self.pipeline is not None or zero.stage == 3):
             yield "visft.features", "must be null in stage 2, with a pipeline and with ZeRO-3"
-        if self.scheduler.params.total_num_steps is None and visft.updates() is None:
-            problem = "missing: state it, or visft.tasks.<task>.updates of every task"
+        if self.scheduler.params.total_num_steps is None and visft.steps() is None:
+            problem = "missing: state it, or visft.tasks.<task>.steps of every task"
             yield "scheduler.params.total_num_steps", problem
 
     def _contradictions_of_pipeline(self) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from visft_ds.data.decode import decode_image
 from visft_ds.data.labels import parse_label
 from visft_ds.data.samples import Batch, RawSample, Sample
-from visft_ds.data.shards import DamagedSample, Role, ShardReader
+from visft_ds.data.shards import LABEL_KINDS, DamagedSample, Role, ShardReader
 from visft_ds.data.transforms import Op
 from visft_ds.files import reading
 
@@ -103,4 +103,5 @@ def _label(reader: ShardReader, index: int, data: bytes) -> dict[str, Any]:
     row = reader.manifest.index[index]
     with reading(reader.describe(index), "a label"):
         size = int(row["height"]), int(row["width"])
-        return parse_label(data, int(row["image_id"]), size, reader.manifest.category_ids)
+        kind = LABEL_KINDS[row["label_kind"]]
+        return parse_label(data, int(row["image_id"]), size, reader.manifest.category_ids, kind)

@@ -11,7 +11,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,46 +48,30 @@ def is_url(place: str | Path) -> bool:
     return "://" in str(place) and not str(place).lower().startswith("file:")
 
 
+def check_protocol(url: str) -> None:
+    """Raise ValueError for a protocol that is not allowed, or whose package is not installed."""
+    protocol = url.partition("://")[0]
+    if protocol not in _PACKAGES:
+        allowed = ", ".join(f"{name}://" for name, package in _PACKAGES.items() if package)
+        raise ValueError(f"{redacted(url)}: give a folder, or a URL that begins with {allowed}")
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        package = _PACKAGES[protocol]
+        raise ValueError(f"{redacted(url)} needs the package {package}: pip install {package}") from error
+
+
 @dataclass(frozen=True)
 class Cache:
-    """Folder for copies of remote shards, shared by all processes of a machine."""
+    """Folder for copies of remote shards, shared by all processes of a machine.
+
+    Copies are named by their sha256, so that a name means one content forever.
+    """
 
     folder: Path | str | None = None  #: None: ~/.cache/visft/shards
     max_bytes: int = 200_000_000_000  #: of all copies; the least recently read ones go first
 
-
-@dataclass(frozen=True)
-class RemoteFolder:
-    """Folder of shards behind a URL. Copies are named by their sha256, so that a name means one content
-    forever.
-
-    Raises:
-        ValueError: a protocol that is not allowed, or whose package is not installed.
-    """
-
-    url: str
-    cache: Cache
-
-    def __post_init__(self) -> None:
-        protocol = self.url.partition("://")[0]
-        if protocol not in _PACKAGES:
-            allowed = ", ".join(f"{name}://" for name, package in _PACKAGES.items() if package)
-            raise ValueError(f"{redacted(self.url)}: give a folder, or a URL that begins with {allowed}")
-        try:
-            fsspec.get_filesystem_class(protocol)
-        except ImportError as error:
-            package = _PACKAGES[protocol]
-            raise ValueError(
-                f"{redacted(self.url)} needs the package {package}: pip install {package}"
-            ) from error
-
-    def read(self, name: str, most: int) -> bytes:
-        """Content of a small file, which is not kept. Raises as `copy`."""
-        with tempfile.TemporaryDirectory() as folder:
-            self._get(name, Path(folder) / "file")
-            return read_bytes(Path(folder) / "file", most)
-
-    def copy(self, name: str, size: int, sha256: str) -> Path:
+    def copy(self, url: str, size: int, sha256: str) -> Path:
         """Path of this machine's copy of a file, made now if there is none; one process of the machine makes
         it.
 
@@ -95,30 +80,30 @@ class RemoteFolder:
             TimeoutError: the server did not answer for minutes.
             OSError: this machine's disk is full.
         """
-        folder = Path(self.cache.folder or "~/.cache/visft/shards").expanduser()
-        path = folder / f"{sha256}{Path(name).suffix}"
+        folder = Path(self.folder or "~/.cache/visft/shards").expanduser()
+        path = folder / f"{sha256}{Path(url).suffix}"
         if path.exists():
             return path
-        if size > self.cache.max_bytes:
-            limit = f"visft.data.cache_bytes={self.cache.max_bytes:,}"
-            raise ValueError(f"{redacted(self.url)}/{name} has {size:,} bytes, more than {limit}")
+        if size > self.max_bytes:
+            limit = f"visft.data.cache_bytes={self.max_bytes:,}"
+            raise ValueError(f"{redacted(url)} has {size:,} bytes, more than {limit}")
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{sha256}.lock"):
             if not path.exists():
                 self._make_room(folder, size)
                 unfinished = folder / f".{sha256}.part"
                 try:
-                    self._get(name, unfinished, lambda: sha256_of(unfinished) == sha256)
+                    download(url, unfinished, lambda: sha256_of(unfinished) == sha256)
                     unfinished.replace(path)
                 finally:
                     unfinished.unlink(missing_ok=True)
         return path
 
-    def open(self, name: str, size: int, sha256: str) -> int:
+    def open(self, url: str, size: int, sha256: str) -> int:
         """Descriptor of the copy of a shard, which counts as read now; raises as `copy`."""
         while True:
             try:
-                descriptor = os.open(self.copy(name, size, sha256), os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = os.open(self.copy(url, size, sha256), os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:  # another process has just made room
                 continue
             os.utime(descriptor)
@@ -130,41 +115,67 @@ class RemoteFolder:
             status_of = {path: path.stat() for path in folder.glob("*.tar")}
             total = size + sum(status.st_size for status in status_of.values())
             for path in sorted(status_of, key=lambda path: status_of[path].st_mtime):
-                if total <= self.cache.max_bytes:
+                if total <= self.max_bytes:
                     break
                 path.unlink()
                 total -= status_of[path].st_size
 
-    def _get(self, name: str, target: Path, whole: Callable[[], bool] = lambda: True) -> None:
-        options: dict[str, Any] = {}
-        if self.url.startswith("http"):
-            import aiohttp  # its own limit is five minutes for a whole file
 
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT)
-            options = {"client_kwargs": {"timeout": timeout}}
-        where = f"{redacted(self.url)}/{name}"
-        damaged = 0
-        for attempt, pause in enumerate((*_PAUSES, 0.0), 1):
-            try:
-                filesystem, source = fsspec.url_to_fs(self.url, **options)
-                filesystem.get_file(f"{source}/{name}", str(target))
-            except Exception as error:  # noqa: BLE001  every protocol's package has errors of its own
-                answer = _temporary_failure(where, error)
-                if attempt > len(_PAUSES):
-                    raise TimeoutError(f"{where} failed {attempt} times, the last time by {answer}") from None
-                if pause >= _LONG_PAUSE:
-                    left = sum(_PAUSES[attempt - 1 :])
-                    attempts = f"trying again in {pause:.0f} s, giving up in {left:.0f} s"
-                    print(f"waiting for {where} ({answer}): {attempts}", file=sys.stderr, flush=True)
-            else:
-                if whole():
-                    return
-                damaged += 1
-                if damaged == _MAX_DAMAGED or attempt > len(_PAUSES):
-                    raise ValueError(
-                        f"{where} does not match its manifest: copy all files of the split there again"
-                    )
-            time.sleep(pause)
+def read_url(url: str, most: int) -> bytes:
+    """Content of a small file, which is not kept. Raises as `Cache.copy`."""
+    with opened(url) as path:
+        return read_bytes(path, most)
+
+
+@contextmanager
+def opened(address: str, folder: Path | None = None) -> Iterator[Path]:
+    """A path at which a file can be read: its own, or that of a copy which goes afterwards.
+
+    The copy lies in `folder`, by default in the system's one for temporary files.
+
+    Raises as `Cache.copy`.
+    """
+    if not is_url(address):
+        yield Path(address)
+        return
+    with tempfile.TemporaryDirectory(prefix=".visft-", dir=folder) as temporary:
+        path = Path(temporary, "file")
+        download(address, path)
+        yield path
+
+
+def download(url: str, target: Path, is_whole: Callable[[], bool] = lambda: True) -> None:
+    """Write the content of a URL into a file; `is_whole` looks at what arrived. Raises as `Cache.copy`."""
+    check_protocol(url)
+    options: dict[str, Any] = {}
+    if url.startswith("http"):
+        import aiohttp  # its own limit is five minutes for a whole file
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT)
+        options = {"client_kwargs": {"timeout": timeout}}
+    where = redacted(url)
+    damaged = 0
+    for attempt, pause in enumerate((*_PAUSES, 0.0), 1):
+        try:
+            filesystem, source = fsspec.url_to_fs(url, **options)
+            filesystem.get_file(source, str(target))
+        except Exception as error:  # noqa: BLE001  every protocol's package has errors of its own
+            answer = _temporary_failure(where, error)
+            if attempt > len(_PAUSES):
+                raise TimeoutError(f"{where} failed {attempt} times, the last time by {answer}") from None
+            if pause >= _LONG_PAUSE:
+                left = sum(_PAUSES[attempt - 1 :])
+                attempts = f"trying again in {pause:.0f} s, giving up in {left:.0f} s"
+                print(f"waiting for {where} ({answer}): {attempts}", file=sys.stderr, flush=True)
+        else:
+            if is_whole():
+                return
+            damaged += 1
+            if damaged == _MAX_DAMAGED or attempt > len(_PAUSES):
+                raise ValueError(
+                    f"{where} does not match its manifest: copy all files of the split there again"
+                )
+        time.sleep(pause)
 
 
 def _temporary_failure(where: str, error: Exception) -> str:

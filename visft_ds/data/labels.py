@@ -1,21 +1,23 @@
-"""What a label may hold: checked when shards are built, and again when read, as shards may come from others.
+"""Content of a label: checked when shards are built, and again when read, as shards may come from others.
 
 A label is the JSON file beside an image in a shard:
 {"image_id": 139, "file_name": "000000000139.jpg", "width": 640, "height": 426,
  "annotations": [{"id": 1, "bbox": [x, y, width, height], "category_id": 64, "iscrowd": 0, "area": 531.8,
                   "segmentation": [[x, y, x, y, ...], ...] or {"size": [height, width], "counts": ...}}, ...],
  "captions": ["A room with a table.", ...]}
+Of tars that others wrote it may also be a text, which is the caption, or JSON as `_of_others` reads it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import orjson
 
-# not among its Python names; `decode` costs thirty times as much
+# mask_api_new_cpp is not among its Python names; `decode` costs thirty times as much
+from faster_coco_eval import mask as coco_mask
 from faster_coco_eval import mask_api_new_cpp
 
 from visft_ds.files import MAX_PIXELS
@@ -25,16 +27,21 @@ _OF_ANNOTATION = ("id", "bbox", "category_id", "iscrowd", "area")
 
 
 def parse_label(
-    data: bytes, image_id: int, size: tuple[int, int], categories: Collection[int]
+    data: bytes, image_id: int, size: tuple[int, int], categories: Collection[int], kind: str = "visft"
 ) -> dict[str, Any]:
     """The label of an image of this id and `size` (height, width), whose objects are of these category ids.
+
+    `kind` is one of `shards.LABEL_KINDS`.
 
     Raises:
         ValueError: not JSON, or not as above: a key is missing or a value of another type, the label belongs
             to another image, a category is unknown, a number is not finite or far outside the image, a mask
             is malformed.
     """
-    label = orjson.loads(data)
+    if kind == "visft":
+        label = orjson.loads(data)
+    else:
+        label = _of_others(data, kind, image_id, size, bool(categories))
     if not _has(label, _NAMES):
         raise ValueError(f"it must be an object with {', '.join(_NAMES)}")
     height, width = size
@@ -57,13 +64,52 @@ def parse_label(
     return label
 
 
+def _of_others(
+    data: bytes, kind: str, image_id: int, size: tuple[int, int], has_categories: bool
+) -> dict[str, Any]:
+    """A label of ours with what other programs wrote beside an image: a text, or JSON.
+
+    Captions of JSON are the texts of `captions`, or that of `caption`; empty ones are left out. Objects are
+    `annotations` as COCO lists them, of which id, iscrowd and area may be missing; without categories they
+    are not read.
+    """
+    content: Any = {"caption": data.decode("utf-8-sig")} if kind == "text" else orjson.loads(data)
+    if not isinstance(content, dict):
+        raise ValueError("it must be an object with caption, captions or annotations")
+    listed = content.get("annotations") if has_categories else None
+    annotations = []
+    for number, annotation in enumerate(listed or [], 1):
+        if not _has(annotation, ("bbox", "category_id")) or not is_numbers(annotation["bbox"], 4):
+            raise ValueError(f"annotation {number} needs a bbox of four numbers and a category_id")
+        _, _, width, height = annotation["bbox"]
+        completed = {"id": number, "iscrowd": 0, "area": width * height, **annotation}
+        mask = annotation.get("segmentation")
+        if isinstance(mask, dict):  # COCO has codes as lists of numbers, too
+            completed["segmentation"] = run_length_code(mask, *size) or mask
+        annotations.append(completed)
+    captions = content.get("captions")
+    if captions is None:
+        captions = [content.get("caption") or ""]
+    if isinstance(captions, list):
+        captions = [text.strip() if isinstance(text, str) else text for text in captions]
+        captions = [text for text in captions if text != ""]
+    return {
+        "image_id": image_id,
+        "file_name": f"{image_id:012d}",
+        "height": size[0],
+        "width": size[1],
+        "annotations": annotations,
+        "captions": captions,
+    }
+
+
 def _has(value: Any, names: Collection[str]) -> bool:
     """Return True for an object with all these keys."""
     return isinstance(value, dict) and all(name in value for name in names)
 
 
 def _problem(annotation: Any, height: int, width: int, categories: Collection[int]) -> str | None:
-    """What is wrong with an annotation."""
+    """The first fault of an annotation; None: it has none."""
     if not _has(annotation, _OF_ANNOTATION):
         return f"it must be an object with {', '.join(_OF_ANNOTATION)}"
     if type(annotation["id"]) is not int:
@@ -91,11 +137,16 @@ def _problem(annotation: Any, height: int, width: int, categories: Collection[in
     return None
 
 
+def is_numbers(value: Any, count: int) -> bool:
+    """Return True for a list of so many numbers."""
+    if not isinstance(value, list) or len(value) != count:
+        return False
+    return all(type(number) in (int, float) for number in value)
+
+
 def is_box(box: Any, height: int, width: int) -> bool:
     """Return True for x, y, width and height of a box that is near the image."""
-    if not isinstance(box, list) or len(box) != 4:
-        return False
-    if any(type(number) not in (int, float) for number in box):
+    if not is_numbers(box, 4):
         return False
     x, y, across, down = box
     return is_near((x, y, x + across, y + down), height, width)
@@ -137,3 +188,18 @@ def is_run_length_code(code: Any, height: int, width: int) -> bool:
     except (ValueError, RuntimeError):  # what no encoder writes
         return False
     return bool(sum(runs["counts"]) == height * width)
+
+
+def run_length_code(mask: Mapping[str, Any], height: int, width: int) -> dict[str, Any] | None:
+    """A run-length code with its counts as text; None if it does not fill the image."""
+    size = [height, width]
+    if mask.get("size") != size:
+        return None
+    code = {"size": size, "counts": mask.get("counts")}
+    if isinstance(code["counts"], list):
+        if not all(type(count) is int and count >= 0 for count in code["counts"]):
+            return None
+        if sum(code["counts"]) != height * width:
+            return None
+        code["counts"] = coco_mask.frPyObjects(code, height, width)["counts"].decode()
+    return code if is_run_length_code(code, height, width) else None

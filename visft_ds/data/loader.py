@@ -98,7 +98,7 @@ class StepLoader:
         plans = (plan for step in numbers for plan in self._micro_batches(step)[:accumulation])
         maker = _BatchMaker(self.sets, self.pipelines, self.role or "both", self.features)
         batches = _load(maker, plans, self.num_workers, self.prefetch_steps * accumulation)
-        remote = any(reader.manifest.remote for reader in self.sets.values())
+        remote = any(reader.manifest.is_remote for reader in self.sets.values())
         fetching = ThreadPoolExecutor(1, "fetch") if remote and accumulation else None
         try:
             for step in numbers:

@@ -14,6 +14,8 @@ from visft_ds.data.shards import Manifest
 os.environ["WDS_SECURE"] = "1"
 import webdataset
 
+__all__ = ["open_split", "webdataset"]
+
 
 def open_split(manifest: Manifest, **options: Any) -> Any:
     """A `webdataset.WebDataset` over the shards of a local split, in order unless `options` say otherwise.
@@ -25,5 +27,5 @@ def open_split(manifest: Manifest, **options: Any) -> Any:
         raise RuntimeError(
             "webdataset was imported with its security off: import visft_ds.data.open_webdataset first"
         )
-    paths = [f"{manifest.root}/{shard.name}" for shard in manifest.shards]
+    paths = [manifest.address(shard.name) for shard in manifest.shards]
     return webdataset.WebDataset(paths, **{"shardshuffle": False, "empty_check": False, **options})

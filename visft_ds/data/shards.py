@@ -1,4 +1,4 @@
-"""A split on disk: NAME.manifest.json, NAME.index.npy and the tars, and reading of its samples.
+"""A split: NAME.manifest.json, NAME.index.npy and the tars, which may lie elsewhere; reading of its samples.
 
 The manifest lists shards, categories, counts and what was odd; the index has a row of fixed size for each
 sample, so that any sample is one read. Every read is checked by crc32, as decoders do not notice a flipped
@@ -22,10 +22,11 @@ import numpy.typing as npt
 import orjson
 from pydantic import Field, NonNegativeInt, TypeAdapter
 
-from visft_ds.data.fetch import Cache, RemoteFolder, sha256_of
-from visft_ds.files import read_bytes, reading, write_bytes
+from visft_ds.data.fetch import Cache, check_protocol, is_url, opened, read_url, sha256_of
+from visft_ds.files import read_bytes, reading, write_bytes, wrong_name
 
-FORMAT, VERSION = "visft_ds shards", 4
+FORMAT = "visft_ds shards"
+VERSION = 5
 INDEX = ".index.npy"  #: ends the name of an index, behind that of its split
 #: Offsets and sizes are those of the payloads inside the shard, headers excluded.
 INDEX_DTYPE = np.dtype(
@@ -43,8 +44,11 @@ INDEX_DTYPE = np.dtype(
         # those that training uses: neither crowd nor without area; of label maps, the classes
         ("num_annotations", "<i4"),
         ("num_captions", "<i4"),
+        ("label_kind", "u1"),  # position in LABEL_KINDS
     ]
 )
+#: What the label of a sample is: written by `visft shards build`; a caption as text; JSON of others.
+LABEL_KINDS = ("visft", "text", "json")
 #: What identifies the content of a sample; the rest of a row says where it lies.
 _CONTENT = ("image_id", "image_size", "image_crc32", "label_size", "label_crc32", "width", "height")
 #: Percentages in `Manifest.object_sides`.
@@ -68,7 +72,7 @@ class Category:
 class ShardFile:
     """Tar of a split."""
 
-    name: str
+    name: str  #: relative to the folder of the manifest, or a whole path or URL
     count: NonNegativeInt  #: samples
     bytes: int
     sha256: Sha256
@@ -88,33 +92,34 @@ class Manifest:
     #: covers: percentage, as text -> side; empty without boxes.
     object_sides: Mapping[str, float]
     shards: tuple[ShardFile, ...]
-    vocabulary: Mapping[str, int]  #: word -> how often it occurs in the captions
+    #: word -> how often it occurs in the captions, if at least `options["word_min_count"]` times
+    vocabulary: Mapping[str, int]
     left_out: Sequence[Sequence[str]]  #: (file name, reason) of each image that is not among the samples
     findings: Mapping[str, tuple[int, Sequence[str]]]  #: kind -> count, examples
     options: Mapping[str, Any]
     sources: Mapping[str, Mapping[str, Any]]  #: role -> name, bytes, sha256
     fingerprint: str  #: of the content, however it is cut into shards; checkpoints remember it
     index_sha256: Sha256
-    remote: RemoteFolder | None = None
+    cache: Cache = field(default_factory=Cache)  #: for copies of what lies behind URLs
 
     def __len__(self) -> int:
         return self.counts["images"]
 
     @classmethod
     def load(cls, root: Path | str, split: str, cache: Cache | None = None) -> Manifest:
-        """Open a split in a folder or behind a URL; of remote shards, `cache` keeps copies.
+        """Open a split in a folder or behind a URL; `cache` keeps copies of what is remote.
 
         Raises:
             ValueError: there is none of this name, it is of another version, or a file was cut or changed.
             OSError: a server failed repeatedly.
         """
         path = manifest_path(Path(root), split)
-        remote = None
         if isinstance(root, str) and "://" in root:
-            remote = RemoteFolder(root.rstrip("/"), cache or Cache())
-            address = f"{remote.url}/{path.name}"
-            content = remote.read(path.name, _MAX_MANIFEST_BYTES)
+            root = root.rstrip("/")
+            address = f"{root}/{path.name}"
+            content = read_url(address, _MAX_MANIFEST_BYTES)
         elif path.is_file():
+            root = Path(root)
             address = str(path)
             content = read_bytes(path, _MAX_MANIFEST_BYTES)
         else:
@@ -126,8 +131,7 @@ class Manifest:
                 raise ValueError(f"it is not of version {VERSION}: build the split again, with --replace")
             if values["split"] != split:
                 raise ValueError(f"it is of the split {values['split']}")
-            values["root"] = Path(root) if remote is None else remote.url
-            manifest = _SCHEMA.validate_python({**values, "remote": remote})
+            manifest = _SCHEMA.validate_python({**values, "root": root, "cache": cache or Cache()})
             _check_manifest(manifest)
         _check_files(manifest, address)
         return manifest
@@ -135,7 +139,7 @@ class Manifest:
     def save(self, index: bytes) -> None:
         """Write the index and then the manifest into `root`, when all shards are there."""
         write_bytes(Path(self.root, self.split + INDEX), index)
-        names = {field.name for field in fields(self)} - {"root", "remote"}
+        names = {field.name for field in fields(self)} - {"root", "cache"}
         values = {name: getattr(self, name) for name in names}
         values |= {"format": FORMAT, "version": VERSION}
         options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
@@ -144,16 +148,33 @@ class Manifest:
     @cached_property
     def index(self) -> npt.NDArray[Any]:
         """(samples,) INDEX_DTYPE, memory-mapped."""
-        path = Path(self.root, self.split + INDEX)
-        if self.remote is not None:
-            path = self.remote.copy(path.name, 0, self.index_sha256)
+        address = self.address(self.split + INDEX)
+        path = Path(address)
+        if is_url(address):
+            path = self.cache.copy(address, 0, self.index_sha256)
         with reading(path, "the index of a split"):
             if not path.is_file():
-                raise ValueError("it is missing: run the same `visft shards build` again")
+                raise ValueError(f"it is missing: {self.remedy}")
             rows = np.lib.format.open_memmap(path, mode="r")  # np.load's message advises to allow pickles
             if rows.dtype != INDEX_DTYPE or rows.ndim != 1:
                 raise ValueError("it has different columns: build the split again, with --replace")
         return rows.view(np.ndarray)  # reading a row of a memmap costs several times as much
+
+    def address(self, name: str) -> str:
+        """Path or URL of a file of the split."""
+        return name if is_url(name) else os.path.join(self.root, name)
+
+    @property
+    def is_remote(self) -> bool:
+        """Return True if a tar lies behind a URL."""
+        return any(is_url(self.address(shard.name)) for shard in self.shards)
+
+    @property
+    def remedy(self) -> str:
+        """Advice about damaged files."""
+        if "tars" in self.options:
+            return "run the same `visft shards index` again, with --replace"
+        return "run the same `visft shards build` again, which keeps what is whole"
 
     @cached_property
     def category_ids(self) -> frozenset[int]:
@@ -184,9 +205,10 @@ class Manifest:
 
     def fetch(self, shard: int) -> None:
         """Make this machine's copy of a remote shard, if there is none."""
-        if self.remote is not None:
-            file = self.shards[shard]
-            self.remote.copy(file.name, file.bytes, file.sha256)
+        file = self.shards[shard]
+        address = self.address(file.name)
+        if is_url(address):
+            self.cache.copy(address, file.bytes, file.sha256)
 
 
 _SCHEMA = TypeAdapter(Manifest)
@@ -199,28 +221,32 @@ def _check_manifest(manifest: Manifest) -> None:
             raise ValueError(f"its categories are not numbered from 0: {category.id}")
     if len(manifest.category_ids) < len(manifest.categories):
         raise ValueError("two of its categories have the same coco_id")
-    for number, shard in enumerate(manifest.shards):
-        if shard.name != tar_name(manifest.split, number):
-            raise ValueError(f"its shards are not {tar_name(manifest.split, 0)} and so on")
+    for shard in manifest.shards:
+        if is_url(shard.name):
+            check_protocol(shard.name)
+            continue
+        problem = wrong_name(shard.name)
+        if problem is not None and (is_url(manifest.root) or not os.path.isabs(shard.name)):
+            raise ValueError(f"its shard {shard.name!r:.80} is not allowed: {problem}")
     if sum(shard.count for shard in manifest.shards) != len(manifest):
         raise ValueError("its shards do not have as many images as it says")
 
 
 def _check_files(manifest: Manifest, address: str) -> None:
     """Raise ValueError unless the index fits the manifest at `address`, and shards of a folder are there."""
-    remedy = "run the same `visft shards build` again"
-    if manifest.remote is None:
-        for shard in manifest.shards:
-            file = Path(manifest.root, shard.name)
-            if not file.is_file() or file.stat().st_size != shard.bytes:
-                raise ValueError(f"{file} is missing or truncated: {remedy}")
+    for shard in manifest.shards:
+        file = manifest.address(shard.name)
+        if is_url(file):
+            continue
+        if not os.path.isfile(file) or os.path.getsize(file) != shard.bytes:
+            raise ValueError(f"{file} is missing or truncated: {manifest.remedy}")
     counts = [shard.count for shard in manifest.shards]
     belongs = np.array_equal(manifest.index["shard"], np.repeat(np.arange(len(counts)), counts))
-    if manifest.remote is None:
-        digest = sha256_of(Path(manifest.root, manifest.split + INDEX))
-        belongs = belongs and digest == manifest.index_sha256
+    index = manifest.address(manifest.split + INDEX)
+    if not is_url(index):
+        belongs = belongs and sha256_of(Path(index)) == manifest.index_sha256
     if not belongs:
-        raise ValueError(f"the index of {address} does not belong to it: {remedy}")
+        raise ValueError(f"the index of {address} does not belong to it: {manifest.remedy}")
 
 
 class DamagedSample(ValueError):
@@ -246,7 +272,7 @@ class ShardReader:
         """Name of a sample in messages."""
         row = self.manifest.index[index]
         shard = self.manifest.shards[row["shard"]]
-        return f"sample {row['image_id']:012d} of {self.manifest.root}/{shard.name}"
+        return f"sample {row['image_id']:012d} of {self.manifest.address(shard.name)}"
 
     def read(self, index: int, role: Role = "both") -> tuple[bytes | None, bytes | None]:
         """(image file, label) of a sample; what `role` does not ask for is not read, and None.
@@ -275,11 +301,11 @@ class ShardReader:
         file = self._files.pop(shard, None)
         if file is None:
             shard_file = self.manifest.shards[shard]
-            if self.manifest.remote is None:
-                path = Path(self.manifest.root, shard_file.name)
-                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            address = self.manifest.address(shard_file.name)
+            if is_url(address):
+                file = self.manifest.cache.open(address, shard_file.bytes, shard_file.sha256)
             else:
-                file = self.manifest.remote.open(shard_file.name, shard_file.bytes, shard_file.sha256)
+                file = os.open(address, os.O_RDONLY | os.O_CLOEXEC)
             if len(self._files) >= _MAX_OPEN:
                 least_recent = next(iter(self._files))
                 os.close(self._files.pop(least_recent))
@@ -287,8 +313,8 @@ class ShardReader:
         return file
 
     def _refuse(self, index: int, part: str, offset: int) -> NoReturn:
-        remedy = "run the same `visft shards build` again, which keeps what is whole"
-        raise DamagedSample(f"{self.describe(index)}: the {part} at offset {offset} is damaged: {remedy}")
+        where = f"{self.describe(index)}: the {part} at offset {offset}"
+        raise DamagedSample(f"{where} is damaged: {self.manifest.remedy}")
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""
@@ -318,8 +344,12 @@ def verify(manifest: Manifest) -> list[str]:
     """Read every byte. Returns the names of the files that are damaged."""
     digests = {shard.name: shard.sha256 for shard in manifest.shards}
     digests[manifest.split + INDEX] = manifest.index_sha256
-    root = Path(manifest.root)
-    return [name for name, digest in digests.items() if sha256_of(root / name) != digest]
+    damaged = []
+    for name, digest in digests.items():
+        with opened(manifest.address(name)) as path:
+            if sha256_of(path) != digest:
+                damaged.append(name)
+    return damaged
 
 
 def manifest_path(root: Path, split: str) -> Path:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 
@@ -26,6 +27,14 @@ def start_worker(number: int = 0) -> None:
 def _end_with(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)
+
+
+def kill_pool(pool: ProcessPoolExecutor) -> None:
+    """End the processes of a pool at once, whatever they are doing."""
+    for process in list((pool._processes or {}).values()):  # `kill_workers` comes with Python 3.14
+        process.kill()
+        process.join(1.0)  # the pool would write to a process that is about to end, and print a traceback
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def fork_server() -> multiprocessing.context.ForkServerContext:

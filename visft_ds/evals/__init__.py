@@ -1,4 +1,4 @@
-"""What a model is worth: `visft evaluate`, `visft judge`, `visft report`.
+"""Numbers of trained models, and their pages: `visft evaluate`, `visft judge`, `visft report`.
 
 evaluate: a run or any files on a split, with records of it. records: what these commands leave in their
 folders, read again. report, pages: HTML pages out of templates (*.html.j2). judge/: further-trained models

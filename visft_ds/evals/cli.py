@@ -15,8 +15,8 @@ from visft_ds.run_files import check_exists
 
 USAGE = """Measure box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter).
 
-    visft evaluate --run runs/stage2 --num_gpus 8
-    visft evaluate --run runs/stage2 --backbone merged.safetensors --out evaluation/merged
+    visft evaluate runs/stage2 --num_gpus 8
+    visft evaluate runs/stage2 --backbone merged.safetensors --out evaluation/merged
     visft evaluate --backbone base.safetensors --heads runs/stage1/export --data SHARDS --out evaluation/base
 
 Writes metrics.json, <task>_results.json (COCO results format) and visualizations/ into a new or empty folder.
@@ -41,7 +41,8 @@ held-out training images. A gain must exceed the best block of the whole of BASE
 equal feature shift, and every control (such as a run on permuted labels), scaled to that shift. Writes
 judge.html, judge.json and cached scores/: another model costs only its own evaluation.
 
-models: [LABEL=]FILE[+ADAPTER], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE];
+models: [LABEL=]FILE[+ADAPTER], [LABEL=]RUN, [LABEL=]timm:NAME[:FILE][+ADAPTER],
+    [LABEL=]open_clip:NAME:WEIGHTS; an adapter is RUN/export/adapter, or a folder of PEFT;
     after a model, #BLOCK names the block to read, and @A scales what training changed by A
 
 kinds of --on (and their keys):
@@ -59,7 +60,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = _parser("evaluate", USAGE)
     model = parser.add_argument_group("model: a run, and files that replace the run's")
     add = model.add_argument
-    add("--run", type=Path, metavar="RUN", help="folder of a finished run, or RUN/checkpoints/step_N")
+    run = "folder of a finished run, or RUN/checkpoints/step_N"
+    add("first", nargs="?", type=Path, metavar="RUN", help=run)
+    add("--run", type=Path, metavar="RUN", help="the same as a flag")
     add_parts(model)
     add("--beam-size", type=int, metavar="N", help="beams of captions (default: the run's, or 1: greedy)")
     add = parser.add_argument_group("data: by default the run's, and results").add_argument
@@ -79,6 +82,10 @@ def main(arguments: Sequence[str]) -> int:
         help="images to draw, 0 for none (default %(default)s)",
     )
     options = _parsed(parser, arguments)
+    first = vars(options).pop("first")
+    if first is not None and options.run is not None:
+        parser.error(f"two runs: {first} and --run {options.run}; evaluate them one by one")
+    options.run = options.run or first
 
     def work() -> None:
         check_least(options, limit=1, batch_size=1, beam_size=1, visualizations=0)

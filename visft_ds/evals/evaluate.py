@@ -23,7 +23,7 @@ from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.records import FORMAT, METRICS, VERSION, VISUALIZATIONS, counted
 from visft_ds.evaluation import collect, draw_examples, measure
 from visft_ds.files import write_bytes
-from visft_ds.flags import check_least
+from visft_ds.flags import check_least, speaking_python
 from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
@@ -41,14 +41,21 @@ from visft_ds.tasks.pictures import Picture, grid, save_picture
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Numbers of an evaluation and what they were computed from; empty but on the main process."""
+    """Numbers of an evaluation and what they were computed from; empty but on the main process.
 
-    #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1: the data has no such objects.
+    Example:
+        >>> result = visft_ds.evaluate("runs/stage2", tasks="detection", limit=2)
+        >>> list(result.results), -1 <= result.metrics["box/AP"] <= 1
+        (['detection'], True)
+    """
+
+    #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1 if the data has no such objects
     metrics: Mapping[str, float]
-    results: Mapping[str, Results]  #: task -> predictions in COCO's results format, in the order of the data
+    results: Mapping[str, Results]  #: task to predictions in COCO's results format, in the order of the data
     out: Path | None = None  #: folder of what was written
 
 
+@speaking_python()
 def evaluate(
     run: AnyPath | None = None,
     *,
@@ -92,6 +99,10 @@ def evaluate(
     Raises:
         ValueError: missing or damaged files, parts that do not belong together, data that a task cannot be
             judged by (predictions are written all the same).
+
+    Example:
+        >>> visft_ds.evaluate("runs/stage2", limit=1, out="numbers").out
+        PosixPath('numbers')
     """
     counts = SimpleNamespace(
         limit=limit, batch_size=batch_size, beam_size=beam_size, visualizations=visualizations
@@ -122,26 +133,31 @@ def evaluate(
     if folder is not None:
         refuse_filled(folder)
     assert data is not None
-    split = split or "val"
     if not command:
         distributed.keep_open()
     precision, why = choose_precision(source.precision, distributed.local_device())
-    manifest = Manifest.load(os.fspath(data), split, cache=cache)
+    manifest = Manifest.load(os.fspath(data), split or "val", cache=cache)
     model, streams = source.build(precision, distributed.local_device())
     subject = _Subject(source, model, streams, manifest, limit)
     subject.check_data()
     if command and distributed.is_main():
         subject.print_plan(why)
+    return _evaluate(subject, folder, visualizations, command=command)
 
-    with ShardReader(manifest) as reader:
+
+def _evaluate(
+    subject: _Subject, folder: Path | None, visualizations: int, *, command: bool
+) -> EvaluationResult:
+    """Predict, measure, and write into `folder`, if there is one. Collective."""
+    with ShardReader(subject.manifest) as reader:
         collected, seconds = _predict(subject, reader)
         if collected is None:
             return EvaluationResult({}, {})
         drawn = {}
         if folder is not None:  # first: hours of predictions must not be lost with a number
             _write_predictions(collected, folder)
-            drawn = _draw(collected, reader, visualizations, limit, folder)
-        metrics, problems = measure(collected, reader, limit=limit, per_category=True)
+            drawn = _draw(collected, reader, visualizations, subject.limit, folder)
+        metrics, problems = measure(collected, reader, limit=subject.limit, of_record=True)
     if folder is not None:
         record = subject.record(metrics, drawn, seconds)
         # Last: a folder without it was not finished.
@@ -173,7 +189,7 @@ class _Subject:
 
     @property
     def images(self) -> int:
-        """How many are evaluated."""
+        """Number of images that are evaluated."""
         return min(self.limit or len(self.manifest), len(self.manifest))
 
     @property
@@ -187,7 +203,7 @@ class _Subject:
 
     @property
     def task_facts(self) -> dict[str, Any]:
-        """What else decides numbers, such as the tokenizer of captions."""
+        """Other facts that decide numbers, such as the tokenizer of captions."""
         facts: dict[str, Any] = {}
         for task in self.source.tasks:
             facts |= TASKS[task].facts

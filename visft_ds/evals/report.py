@@ -18,7 +18,7 @@ from scipy.ndimage import uniform_filter1d
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.record import RunFile, read_run, recorded_config
-from visft_ds.config.resolve import flatten
+from visft_ds.config.tree import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.pages import Series, embedded, line_chart, render
@@ -127,7 +127,7 @@ def _evaluations(run: _Run, alone: bool) -> list[Evaluation]:
 
 
 def _images_of_evaluations(run: _Run) -> str:
-    """How many images an evaluation during training has, in words."""
+    """Number of images in an evaluation during training, in words."""
     data = run.config.visft.data
     limit = run.config.visft.run.eval_limit
     total = None
@@ -143,8 +143,8 @@ def _metrics_by_task(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     names = dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics)
     groups = []
     for main in MAIN.values():
-        part = main.partition("/")[0]
-        group = [name for name in names if name.startswith(f"{part}/") and name.count("/") == 1]
+        kind = main.partition("/")[0]
+        group = [name for name in names if name.startswith(f"{kind}/") and name.count("/") == 1]
         if group:
             groups.append(group)
     return groups

@@ -3,7 +3,7 @@
     visft ablate --seeds 5 --jobs 2 --out gain        EfficientNet-Lite0 and drawings; hours on two cores
     visft ablate --variants "permuted labels" --variant "rank 4: visft.lora.rank=4"
     visft ablate --seeds 5 --variants "permuted labels" --styles 10        ten more styles of drawings
-    visft ablate --model eva_e --processes 8 --data SHARDS --on segmentation=SOURCE
+    visft ablate --model eva_e --num_gpus 8 --data SHARDS --on segmentation=SOURCE
 
 Every variant of the recipe is trained with every seed and compared with the untouched base, over items and
 seeds together. Then it is a control of the first variant, scaled to equal feature shift. The claim holds if
@@ -22,7 +22,7 @@ from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL
 from visft_ds.errors import tell
 from visft_ds.experiments.results import BASE, EQUAL, IN_CONTEXT, report
 from visft_ds.experiments.variants import FIRST, PERMUTED, VARIANTS, chosen_variants
-from visft_ds.flags import EVAL, Parser, check_extra, check_least
+from visft_ds.flags import EVAL, Parser, add_num_gpus, check_extra, check_least
 from visft_ds.steps import Steps
 
 STYLE_IMAGES = 100  #: drawings of each drawn style that probes learn from, and as many that are judged
@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(arguments)
     try:
         check_extra("visft judge, which judges what is trained here,", "eval", EVAL)
-        check_least(flags, seeds=2, jobs=1, processes=1, styles=0)
-        if flags.jobs > 1 and flags.processes > 1:
+        check_least(flags, seeds=2, jobs=1, num_gpus=1, styles=0)
+        if flags.jobs > 1 and flags.num_gpus > 1:
             reason = "trainings of several processes would share their GPUs"
             raise ValueError(f"--jobs {flags.jobs}: {reason}; give 1")
         experiment = Experiment(flags)
@@ -99,13 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="also judge N drawn styles, which are then the sample (0)",
     )
-    add(
-        "--processes",
-        type=int,
-        default=1,
-        metavar="N",
-        help="processes per training run (%(default)s)",
-    )
+    add_num_gpus(parser, default=1)
     add(
         "--set",
         action="append",
@@ -215,8 +209,8 @@ class Experiment:
 
     def _train(self, name: str, stage: int, seed: int, permuted: bool, *settings: str) -> Path:
         words = ["train"]
-        if self.flags.processes > 1:
-            words += ["--num_gpus", str(self.flags.processes)]
+        if self.flags.num_gpus > 1:
+            words += ["--num_gpus", str(self.flags.num_gpus)]
         data = self._permuted(seed) if permuted else str(self.data)
         words += ["--stage", str(stage), "--model", self.flags.model, "--data", data]
         all_settings = [*self.flags.set, *settings, f"visft.seed={seed}"]

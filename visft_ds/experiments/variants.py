@@ -41,13 +41,13 @@ VARIANTS = {
 
 
 def chosen_variants(
-    names: str | None, described: Sequence[str], recipe: Mapping[str, object]
+    names: str | None, further: Sequence[str], recipe: Mapping[str, object]
 ) -> dict[str, Variant]:
     """The first variant, and all that the command line asks for.
 
     Args:
         names: of variants in VARIANTS, joined by commas; None: all of them.
-        described: further variants, "NAME: KEY=VALUE ...".
+        further: variants of one's own, "NAME: KEY=VALUE ...".
         recipe: values that settings in VARIANTS name.
     """
     asked = list(VARIANTS)
@@ -60,7 +60,7 @@ def chosen_variants(
             raise ValueError(f"--variants {name}: no such variant; there are {', '.join(VARIANTS)}")
         settings = tuple(Template(setting).substitute(recipe) for setting in variant.settings)
         variants[name] = replace(variant, settings=settings)
-    for text in described:
+    for text in further:
         name, _, settings_text = text.partition(":")
         settings = tuple(settings_text.split())
         if not settings or name.strip() in {*VARIANTS, *variants}:

@@ -1,7 +1,7 @@
 """Weights of other libraries: read, and written in their forms.
 
 weights: files, tensor by tensor, of no known meaning. layouts: which backbone a file holds, under which
-names. adapter: LoRA apart from a model, also as PEFT reads it. heads, published: files of heads, ours and
+names. adapter: LoRA apart from a model; peft_folder: its files. heads, published: files of heads, ours and
 the authors'. formats: the forms that `visft merge` writes; export, transformers_names: their content; card:
 the model card.
 

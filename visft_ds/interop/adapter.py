@@ -1,96 +1,68 @@
-"""A low-rank adapter apart from any model, as a run exports it and as everything here reads it.
+"""A low-rank adapter apart from any model, as everything here reads it; `peft_folder` reads and writes it.
 
 Letters: r rank, G adapted slices of a layer. Linear layers have `lora_A` (G*r, in) and `lora_B` (adapted
 rows, r), stacked slice by slice; convolutions `lora_A` (r, in, k, k) and `lora_B` (out, r). The change of a
 weight is alpha / r * B A.
-
-A folder holds it twice, in a file of ours and as PEFT reads it. PEFT has no LoRA on slices of a fused qkv.
-Ours becomes its plain one on the whole qkv: of G slices rank G*r, A as it is, B (3D, G*r) block by block and
-zero elsewhere, alpha G times as large. That is exact.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from visft_ds.config.schema import LoraConfig
-from visft_ds.files import reading, write_text
-from visft_ds.interop.layouts import StoredModel, describe_model, fitted, model_of
-from visft_ds.interop.weights import Lazy, Weights, examples, open_weights, save_tensors
+from visft_ds.files import reading
+from visft_ds.interop.layouts import PREFIXES, describe_model, fitted, model_of
+from visft_ds.interop.transformers_names import layers_of
+from visft_ds.interop.weights import Lazy, Weights, examples
 from visft_ds.models import Backbone
-from visft_ds.models.lora import KINDS, dense_update, inject_lora, lora_layers, lora_parameters
-from visft_ds.ops.lora import Slices, spread
-from visft_ds.settings.fields import Count, Positive
+from visft_ds.models.lora import (
+    KINDS,
+    adapt_layers,
+    adaptable_layers,
+    dense_update,
+    lora_layers,
+    lora_parameters,
+    targets_of,
+)
+from visft_ds.ops.lora import Slices
 
-FILE = "lora.safetensors"
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = "visft_adapter"
-
-
-class StoredAdapter(LoraConfig):
-    """Settings of an adapter in the header of its file; rank, alpha and targets are those of a
-    configuration.
-    """
-
-    model: StoredModel
-    layers: Annotated[dict[str, tuple[Positive, tuple[tuple[Count, Positive], ...]]], Field(min_length=1)]
-    base: str | None = None
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Layers whose slices do not rise from row to row within them."""
-        for name, (rows, slices) in self.layers.items():
-            rises = bool(slices)
-            end = 0
-            for low, high in slices:
-                rises = rises and end <= low < high
-                end = high
-            if not rises or end > rows:
-                yield "layers", f"slices of {name[:80]} do not rise from row 0 to row {rows}"
-
-    def check(self, file: Weights) -> None:
-        """Raise ValueError for tensors of other sizes; none of them is read."""
-        for name, (_, slices) in self.layers.items():
-            a = file.get(f"{name}.lora_A")
-            b = file.get(f"{name}.lora_B")
-            if a is None or b is None:
-                raise ValueError(f"the tensors of {name[:80]} are missing; it has {examples(file)}")
-            width = sum(high - low for low, high in slices)
-            a_fits = len(a.shape) in (2, 4) and a.shape[0] == len(slices) * self.rank and 0 not in a.shape
-            if not a_fits or b.shape != (width, self.rank):
-                raise ValueError(
-                    f"{name[:80]}.lora_A is {a.shape} and lora_B {b.shape}, which is not rank {self.rank} on "
-                    f"{len(slices)} slice(s) of {width} rows in all"
-                )
+#: What stands in front of the names of a tower's layers in models of open_clip and transformers.
+_AROUND = (*PREFIXES, "model.", "vision_model.", "vision_tower.", "vision_tower.vision_model.")
 
 
 @dataclass(frozen=True)
 class Adapter:
     """Settings and tensors."""
 
-    model: Mapping[str, Any]  #: preset and options of the backbone, as `layouts.model_of`
+    #: preset and options of the backbone, as `layouts.model_of`; None: a folder of PEFT does not say it
+    model: Mapping[str, Any] | None
     rank: int
     alpha: float
-    targets: tuple[str, ...]
+    targets: tuple[str, ...]  #: that adapt these layers in the model; empty if that is not known
     layers: Mapping[str, tuple[int, Slices]]  #: adapted layer -> its rows, and which of them are adapted
     tensors: Mapping[str, Tensor] = field(repr=False)  #: fp32
     base: str | None = None  #: fingerprint of the weights it was trained on
+    step: int | None = None  #: of the training
     path: Path | None = field(
         default=None, compare=False, repr=False
     )  #: the file it was read from, for messages
 
     @classmethod
     def of(
-        cls, backbone: Backbone, lora: LoraConfig, tensors: Mapping[str, Tensor], base: str | None
+        cls,
+        backbone: Backbone,
+        lora: LoraConfig,
+        tensors: Mapping[str, Tensor],
+        base: str | None,
+        step: int | None = None,
     ) -> Adapter:
         """The adapter in a backbone that `inject_lora` has seen, which may be on the meta device, with these
         values.
@@ -102,8 +74,9 @@ class Adapter:
             alpha=lora.alpha,
             targets=tuple(lora.targets),
             layers=layers,
-            tensors={name: tensors[name].float() for name in _names_in(layers)},
+            tensors={name: tensors[name].float() for name in names_in(layers)},
             base=base,
+            step=step,
         )
 
     def weights(self) -> list[str]:
@@ -125,31 +98,83 @@ class Adapter:
             scaled[f"{layer}.lora_B"] = self.tensors[f"{layer}.lora_B"] * scale
         return replace(self, tensors=scaled)
 
+    def on(self, backbone: Backbone) -> Adapter:
+        """Itself; or, of a folder that names no model, the same change by the names and rows of this one.
+
+        Raises ValueError for layers that it does not have.
+        """
+        if self.model is not None:
+            return self
+        parts = self._parts_of(backbone)
+        layers: dict[str, tuple[int, Slices]] = {}
+        factors: dict[str, list[Tensor]] = {}
+        for theirs in sorted(parts, key=parts.__getitem__):
+            ours, part, count = parts[theirs]
+            rows, _ = self.layers[theirs]
+            slices = layers[ours][1] if ours in layers else ()
+            layers[ours] = (rows * count, (*slices, (rows * part, rows * (part + 1))))
+            for kind in KINDS:
+                factors.setdefault(f"{ours}.{kind}", []).append(self.tensors[f"{theirs}.{kind}"])
+        return replace(
+            self,
+            model=model_of(backbone),
+            targets=targets_of(backbone, {name: slices for name, (_, slices) in layers.items()}),
+            layers=layers,
+            tensors={name: torch.cat(tensors) for name, tensors in factors.items()},
+        )
+
+    def _parts_of(self, backbone: Backbone) -> dict[str, tuple[str, int, int]]:
+        """Its layers -> (layer of the backbone, which part of its rows, of how many).
+
+        The names are timm's or those of transformers' classes, behind the name of the tower in the model
+        around it, which is the same for all.
+        """
+        known = adaptable_layers(backbone)
+        for names in ({name: (name, 0, 1) for name in known}, layers_of(backbone, known)):
+            for prefix in _AROUND:
+                parts = {}
+                for name in self.layers:
+                    if name.startswith(prefix) and name.removeprefix(prefix) in names:
+                        parts[name] = names[name.removeprefix(prefix)]
+                if len(parts) == len(self.layers):
+                    return parts
+        raise ValueError(
+            f"{self.path}: its layers ({examples(self.layers)}) are none of {backbone.describe()}, which "
+            f"has {examples(known)}"
+        )
+
     def install(self, backbone: Backbone) -> None:
         """Put it into a backbone without adapters. Raises ValueError if it does not fit."""
-        where = self.path or Path(f"the adapter of {describe_model(self.model)}")
+        ours = self.on(backbone)
+        assert ours.model is not None
+        where = self.path or Path(f"the adapter of {describe_model(ours.model)}")
         with reading(where, f"an adapter of {backbone.describe()}"):
-            if tuple(self.model.get("layers", ())) != backbone.layers_read:
+            if tuple(ours.model.get("layers", ())) != backbone.layers_read:
                 block = ", ".join(map(str, backbone.layers_read)) or "the last"
                 raise ValueError(
-                    f"it is of {describe_model(self.model)}, and this model is read after block {block}"
+                    f"it is of {describe_model(ours.model)}, and this model is read after block {block}"
                 )
-            inject_lora(backbone, rank=self.rank, alpha=self.alpha, targets=self.targets)
+            slices = {name: slices for name, (_, slices) in ours.layers.items()}
+            adapt_layers(backbone, slices, rank=ours.rank, alpha=ours.alpha)
+            for name, (rows, _) in _layers_of(backbone).items():
+                if rows != ours.layers[name][0]:
+                    raise ValueError(f"it is of {ours.layers[name][0]} rows of {name}, which has {rows}")
             parameters = lora_parameters(backbone)
-            values = {name: Lazy.of(value) for name, value in self.tensors.items()}
+            values = {name: Lazy.of(value) for name, value in ours.tensors.items()}
             fitted(Weights(values, where), parameters, behind=(), what=backbone.describe())
-            for layer, rows in _layers_of(backbone).items():
-                ours = self.layers[layer]
-                if ours != rows:
-                    raise ValueError(f"it is of rows {ours} of {layer}, and {self.targets} are {rows}")
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(self.tensors[name])
+                parameter.copy_(ours.tensors[name])
 
     def describe(self) -> str:
         """A few words for the console."""
-        targets = ", ".join(self.targets)
+        names = self.targets or sorted({re.sub(r"\d+", "*", layer) for layer in self.layers})
+        targets = ", ".join(names)
         return f"rank {self.rank}, alpha {self.alpha:g}, on {len(self.layers)} layers ({targets})"
+
+    def model_text(self) -> str:
+        """The model in a few words."""
+        return "a model without a name" if self.model is None else describe_model(self.model)
 
     def fingerprint(self) -> str:
         """sha256 of settings and values, whatever file they come from."""
@@ -160,78 +185,8 @@ class Adapter:
             digest.update(self.tensors[name].contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, folder: Path, base_model: str | None = None) -> None:
-        """Write our own file and PEFT's two; the configuration last, without which the folder is no adapter.
 
-        Args:
-            base_model: repository of the base weights on the hub.
-        """
-        (folder / PEFT_CONFIG).unlink(missing_ok=True)
-        names = ("model", "rank", "alpha", "targets", "layers", "base")
-        settings = json.dumps({name: getattr(self, name) for name in names})
-        save_tensors(folder / FILE, self.tensors, {_KEY: settings})
-        save_tensors(folder / PEFT_WEIGHTS, self._peft_tensors(), {})
-        rank_pattern = {}
-        alpha_pattern = {}
-        for layer, (_, slices) in self.layers.items():
-            if len(slices) > 1:
-                rank_pattern[re.escape(layer)] = self.rank * len(slices)
-                alpha_pattern[re.escape(layer)] = self.alpha * len(slices)
-        config = {
-            "peft_type": "LORA",
-            "base_model_name_or_path": base_model,
-            "inference_mode": True,
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "rank_pattern": rank_pattern,
-            "alpha_pattern": alpha_pattern,
-            # Whole names: "conv1" alone would be that of every block.
-            "target_modules": "|".join(re.escape(layer) for layer in self.layers),
-            "lora_dropout": 0.0,
-            "bias": "none",
-        }
-        write_text(folder / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-    def _peft_tensors(self) -> dict[str, Tensor]:
-        """The tensors under PEFT's names: on all rows of each layer, with the axes of a convolution."""
-        tensors: dict[str, Tensor] = {}
-        for layer, (rows, slices) in self.layers.items():
-            a = self.tensors[f"{layer}.lora_A"]
-            b = self.tensors[f"{layer}.lora_B"]
-            if slices != ((0, rows),):
-                b = spread(b, slices, rows)
-            if a.ndim == 4:
-                b = b[:, :, None, None]
-            tensors[f"base_model.model.{layer}.lora_A.weight"] = a
-            tensors[f"base_model.model.{layer}.lora_B.weight"] = b
-        return tensors
-
-    @classmethod
-    def load(cls, path: Path) -> Adapter:
-        """Read our own file, or that in a folder. Raises ValueError for another one, and for values not
-        finite.
-        """
-        path = path / FILE if path.is_dir() else path
-        file = open_weights(path)
-        with reading(path, "an adapter of visft_ds"):
-            if _KEY not in file.metadata:
-                raise ValueError(f"its header has no entry {_KEY!r}: give RUN/export/adapter, or a run")
-            stored = StoredAdapter.model_validate_json(file.metadata[_KEY])
-            stored.check(file)
-            tensors = {name: file.tensor(name, torch.float32) for name in _names_in(stored.layers)}
-        return cls(
-            model=stored.model.options(),
-            rank=stored.rank,
-            alpha=stored.alpha,
-            targets=stored.targets,
-            layers=stored.layers,
-            tensors=tensors,
-            base=stored.base,
-            path=path,
-        )
-
-
-def _names_in(layers: Iterable[str]) -> list[str]:
+def names_in(layers: Iterable[str]) -> list[str]:
     """Names of the tensors of an adapter on these layers."""
     return [f"{layer}.{kind}" for layer in layers for kind in KINDS]
 
@@ -259,8 +214,8 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
     for other in others:
         if (other.model, other.layers) != (first.model, first.layers):
             raise ValueError(
-                f"adapters of {describe_model(first.model)} and {describe_model(other.model)} "
-                "cannot be averaged"
+                f"adapters of {first.model_text()} and {other.model_text()} cannot be averaged: they are of "
+                "different models or layers"
             )
         if other.base != first.base:
             raise ValueError("adapters of different base weights cannot be averaged: give those of one base")
@@ -276,4 +231,4 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
             scaled.append(factor * adapter.tensors[f"{layer}.lora_B"])
         tensors[f"{layer}.lora_B"] = torch.cat(scaled, dim=1)
     rank = sum(adapter.rank for adapter in adapters)
-    return replace(first, rank=rank, alpha=float(rank), tensors=tensors)
+    return replace(first, rank=rank, alpha=float(rank), tensors=tensors, step=None)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.formats import FORMATS
+from visft_ds.interop.formats import ADAPTERS, FORMATS
 from visft_ds.interop.layouts import describe_model, model_of
 from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone
@@ -38,13 +38,26 @@ _TEXT = """\
 
 ```python
 {load}
-```{reading}
+```{unmerged}{reading}
 
 Give images whose sides are multiples of {cell} pixels. Pad others with 0 on the right and bottom, after
 normalisation, as in training: libraries drop pixels beyond the last whole patch.
 
 The licence is that of the base weights.
 """
+#: Of attention that calls F.linear with the weight of its fused qkv, past the layer that PEFT puts there.
+_UNMERGED = """
+
+**Without `merge_and_unload()` the adapter of the fused qkv has no effect, and nothing warns:** timm reads its
+weight past the layer that PEFT wraps. To keep the adapter apart from the weights:
+
+```python
+model = {model}
+for module in model.modules():
+    if hasattr(module, "qkv_bias_separate"):
+        module.qkv_bias_separate = True
+model = PeftModel.from_pretrained(model, ".").eval()
+```"""
 
 
 def repository_of(weights: str | None) -> str | None:
@@ -72,16 +85,17 @@ def card(
     """
     from huggingface_hub import ModelCardData
 
+    is_adapter = form in ADAPTERS
     front = ModelCardData(
         base_model=base,
-        library_name=form,
+        library_name="peft" if is_adapter else form,
         pipeline_tag="image-feature-extraction",
-        tags=["vision", "visft", "lora"] if form == "peft" else ["vision", "visft"],
+        tags=["vision", "visft", "lora"] if is_adapter else ["vision", "visft"],
         model_name=title if measured else None,
         eval_results=list(measured) or None,
     )
     if base is not None:
-        front.base_model_relation = "adapter" if form == "peft" else "finetune"
+        front.base_model_relation = "adapter" if is_adapter else "finetune"
     rows = {
         "model": describe_model(model_of(backbone)),
         "base weights": base or "a file that has no name on a hub",
@@ -91,6 +105,8 @@ def card(
             "adapter": adapter.describe(),
             "fingerprint of the base weights": adapter.base or "not recorded",
         }
+        if adapter.step is not None:
+            rows["steps"] = str(adapter.step)
     rows |= dict(facts or {})
     for result in measured:
         name = f"{result.metric_type} ({result.dataset_split}, {result.dataset_name})"
@@ -107,6 +123,10 @@ def card(
         reading = f"\n\nIt was trained on what {read} gives: `{backbone.pruning}`, `forward_features`."
     elif backbone.layers_read:
         reading = f"\n\nIt was trained on what {read} give, and only these may be read: `{backbone.pruning}`."
+    unmerged = ""
+    on_qkv = adapter is not None and any(layer.endswith(".qkv") for layer in adapter.layers)
+    if form == "peft" and on_qkv and _passes_by(backbone):
+        unmerged = _UNMERGED.replace("{model}", model)
     lines = []
     for cells in rows.items():
         name, value = (cell.replace("|", r"\|") for cell in cells)
@@ -114,9 +134,17 @@ def card(
     return _TEXT.format(
         front=front.to_yaml().strip(),
         title=title,
-        what=_ADAPTER if form == "peft" else f"Full weights for {form} from {_METHOD}.",
+        what=_ADAPTER if is_adapter else f"Full weights for {form} from {_METHOD}.",
         facts="\n".join(lines),
         load=FORMATS[form].snippet.replace("{model}", model),
+        unmerged=unmerged,
         reading=reading,
         cell=backbone.patch_size,
     )
+
+
+def _passes_by(backbone: Backbone) -> bool:
+    """Return True if timm's model reads the weight of a fused qkv past its layer, to add q_bias, v_bias."""
+    if not isinstance(backbone, TimmBackbone):
+        return True
+    return any(getattr(module, "q_bias", None) is not None for module in backbone.modules())

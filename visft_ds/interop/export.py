@@ -9,24 +9,29 @@ hardly differs from the base. So sums are fp32, and `Share` says how much of the
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from visft_ds.interop import layouts
+from visft_ds.files import write_text
+from visft_ds.interop import layouts, transformers_names
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.weights import Lazy, Weights, examples, finite
+from visft_ds.interop.formats import ADAPTERS, Written
+from visft_ds.interop.weights import Lazy, Weights, examples, finite, write_safetensors
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
+from visft_ds.ops.lora import Slices, ranges_of
 
 #: protobuf holds 2 GiB at most; above this the weights lie beside the graph, in FILE.data.
 _LARGEST_GRAPH = 1_900_000_000
@@ -102,13 +107,6 @@ def merge(
         target = dtype if name in names else tensor.dtype
         merged[name] = Lazy(tensor.shape, target, partial(make, name, target))
     return Weights(merged, tower.path, tower.metadata)
-
-
-class Written(NamedTuple):
-    """Content of a format: weights under their library's names, and files of JSON beside them."""
-
-    tensors: Weights
-    files: Mapping[str, Mapping[str, Any]]
 
 
 def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict[str, Any]]:
@@ -215,7 +213,7 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
 
 
 def _pretrained_settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm knows of the pretrained weights of a model, and holds for trained ones, too."""
+    """Facts that timm has of a model's pretrained weights, and that hold for trained ones, too."""
     known = {key: model.pretrained_cfg.get(key) for key in _SETTINGS}
     settings = {key: value for key, value in known.items() if value is not None}
     if "img_size" in arguments:
@@ -330,15 +328,7 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor]
     if form == "transformers":
         from transformers import AutoModel
 
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-        # CLIP's last hidden state is in front of its last norm, which others have behind them.
-        norm = model.post_layernorm if model.config.model_type == "clip_vision_model" else nn.Identity()
-
-        def last_map(images: Tensor) -> list[Tensor]:
-            tokens = norm(model(pixel_values=images).last_hidden_state)
-            return [_map(tokens, images, backbone)]
-
-        return last_map
+        return _last_map_of(AutoModel.from_pretrained(folder, dtype=torch.float32), backbone)
     if form == "open_clip":
         import open_clip
 
@@ -347,8 +337,26 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor]
         import timm
 
         trunk = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        if isinstance(backbone, TimmBackbone):
-            return as_backbone(trunk, backbone.name, backbone.options, backbone.layers_read).eval()
+    return _maps_of(trunk, backbone)
+
+
+def _last_map_of(model: Any, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:
+    """(B, 3, H, W) -> the last map by a model of transformers; `backbone`: the same of ours."""
+    model.eval()
+    # CLIP's last hidden state is in front of its last norm, which others have behind them.
+    norm = model.post_layernorm if model.config.model_type == "clip_vision_model" else nn.Identity()
+
+    def last_map(images: Tensor) -> list[Tensor]:
+        tokens = norm(model(pixel_values=images).last_hidden_state)
+        return [_map(tokens, images, backbone)]
+
+    return last_map
+
+
+def _maps_of(trunk: Any, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:
+    """(B, 3, H, W) -> maps by a model of timm that ends where training read; `backbone`: the same of ours."""
+    if isinstance(backbone, TimmBackbone):
+        return as_backbone(trunk, backbone.name, backbone.options, backbone.layers_read).eval()
     if len(backbone.layers_read) > 1:
         reading = {"indices": list(backbone.layers_read), "norm": True, "intermediates_only": True}
         return lambda images: list(trunk.forward_intermediates(images, **reading))
@@ -357,21 +365,112 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor]
     return lambda images: [_map(trunk.forward_features(images), images, backbone)]
 
 
+def _timm_of(base: Path, model: Mapping[str, Any]) -> Any:
+    """timm's own model with the weights of a base."""
+    from timm import create_model
+
+    file = layouts.open_model(base)
+    model = layouts.whole(model, file)
+    tensors, files = timm(layouts.tower_in(file, model), file, layouts.built(model, "meta"))
+    config = files["config.json"]
+    made = create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
+    made.load_state_dict({name: tensor.read() for name, tensor in tensors.items()})
+    return made.eval()
+
+
+def _transformers_of(base: Path, model: Mapping[str, Any]) -> Any:
+    """The model of transformers with the weights of a base."""
+    from transformers import AutoModel
+
+    file = layouts.open_model(base)
+    tensors, files = transformers_names.written(file, file, layouts.built(model, "meta"))
+    with TemporaryDirectory() as folder:  # the names in its files are not those of its modules
+        write_safetensors(Path(folder) / "model.safetensors", tensors, {})
+        write_text(Path(folder) / "config.json", json.dumps(files["config.json"]))
+        return AutoModel.from_pretrained(folder, dtype=torch.float32)
+
+
+def for_transformers(adapter: Adapter, base: Path, model: Mapping[str, Any]) -> Adapter:
+    """The adapter by the names of the modules of transformers' class, which has q, k and v apart.
+
+    Raises ValueError for a model of no such class.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    backbone = layouts.built(model, "meta")
+    file = layouts.open_model(base)
+    config = transformers_names.written(file, file, backbone).files["config.json"]
+    with torch.device("meta"):
+        modules = [name for name, _ in AutoModel.from_config(AutoConfig.for_model(**config)).named_modules()]
+    layers: dict[str, tuple[int, Slices]] = {}
+    tensors = {}
+    for name, (ours, part, parts) in transformers_names.layers_of(backbone, adapter.layers).items():
+        rows, slices = adapter.layers[ours]
+        height = rows // parts
+        first = height * part
+        for outputs, of_a, of_b in ranges_of(slices, adapter.rank):
+            if outputs.start <= first and first + height <= outputs.stop:
+                theirs = next(module for module in modules if f".{module}".endswith(f".{name}"))
+                begin = of_b.start + first - outputs.start
+                layers[theirs] = (height, ((0, height),))
+                tensors[f"{theirs}.lora_A"] = adapter.tensors[f"{ours}.lora_A"][of_a]
+                tensors[f"{theirs}.lora_B"] = adapter.tensors[f"{ours}.lora_B"][begin : begin + height]
+    return replace(adapter, model=None, targets=(), layers=layers, tensors=tensors)
+
+
+def _by_peft(
+    form: str, folder: Path, base: Path, model: Mapping[str, Any], images: Tensor
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Maps of the library's model of a base with an adapter: merged by PEFT, in PEFT's layers, without it."""
+    from peft import PeftModel
+
+    tower = layouts.built(model, "meta")
+    if form == "peft_transformers":
+        trunk = _transformers_of(base, model)
+        maps_of = _last_map_of(trunk, tower)
+    else:
+        trunk = _timm_of(base, model)
+        maps_of = _maps_of(trunk, tower)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT calls
+        wrapped = PeftModel.from_pretrained(trunk, folder).eval()
+    with wrapped.disable_adapter():
+        plain = maps_of(images)
+    in_layers = maps_of(images)
+    wrapped.merge_and_unload()
+    return maps_of(images), in_layers, plain
+
+
+class Difference(NamedTuple):
+    """|computed - ours| / |ours| on two images of seeded noise, the largest one of the maps there are."""
+
+    result: float
+    in_layers: float = 0.0  #: by layers of PEFT that are not merged
+    effect: float = math.inf  #: of these on the base
+
+
 @torch.no_grad()
 def difference(
     form: str, folder: Path, base: Path, model: Mapping[str, Any], adapter: Adapter | None
-) -> float:
-    """|computed - ours| / |ours| on two images of seeded noise, the largest one of the maps that there are.
-
-    Only one of the two models is in memory at a time.
-    """
+) -> Difference:
+    """Outputs of a library, compared with base + adapter of ours; one model is in memory at a time."""
     tower: Backbone = layouts.load_backbone(base, model).eval()
     images = torch.randn(2, 3, tower.image_size, tower.image_size, generator=torch.Generator().manual_seed(0))
     if adapter is not None:
         adapter.install(tower)
     expected = tower(images)
+    if form in ADAPTERS:
+        del tower
+        merged, in_layers, plain = _by_peft(form, folder, base, model, images)
+        return Difference(
+            _largest(merged, expected), _largest(in_layers, expected), _largest(in_layers, plain)
+        )
     tower = layouts.built(model, "meta")
-    maps = by_library(form, folder, tower)(images)
+    return Difference(_largest(by_library(form, folder, tower)(images), expected))
+
+
+def _largest(maps: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative difference of maps from the last ones of those that were expected."""
     differences = []
     for computed, ours in zip(maps, expected[-len(maps) :], strict=True):
         differences.append(float((computed.float() - ours).norm() / ours.norm()))
@@ -380,6 +479,8 @@ def difference(
 
 def _map(tokens: Tensor, images: Tensor, backbone: Backbone) -> Tensor:
     """(B, N, D) -> (B, D, h, w), without what stands in front of the patches."""
-    height, width = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
-    patches = tokens[:, -height * width :]
-    return patches.transpose(1, 2).unflatten(2, (height, width))
+    height, width = images.shape[-2:]
+    rows = height // backbone.patch_size
+    columns = width // backbone.patch_size
+    patches = tokens[:, -rows * columns :]
+    return patches.transpose(1, 2).unflatten(2, (rows, columns))

@@ -5,14 +5,21 @@ Imports nothing heavy: the flags of the command name them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from visft_ds.interop.export import Written
     from visft_ds.interop.weights import Weights
     from visft_ds.models import Backbone
+
+
+class Written(NamedTuple):
+    """Content of a format: weights under their library's names, and files of JSON beside them."""
+
+    tensors: Weights
+    files: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Format:
     library: str = ""  #: module that loads it, for `--verify`; "": none that can be installed
 
     def content(self, tower: Weights, file: Weights, backbone: Backbone) -> Written:
-        """What it consists of.
+        """Its files.
 
         Args:
             tower: the tensors of the backbone, and what belongs to it.
@@ -67,15 +74,23 @@ FORMATS = {
     ),
     "peft": Format(
         file="",
+        library="peft",
         snippet="""\
 import timm
 from peft import PeftModel
 
 model = {model}
-for module in model.modules():  # else timm's EVA passes by the layers that PEFT adapts, and nothing warns
-    if hasattr(module, "qkv_bias_separate"):
-        module.qkv_bias_separate = True
-model = PeftModel.from_pretrained(model, ".").eval()""",
+model = PeftModel.from_pretrained(model, ".").merge_and_unload().eval()""",
+    ),
+    "peft_transformers": Format(
+        file="",
+        library="peft",
+        snippet="""\
+from peft import PeftModel
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("BASE")  # visft merge --base FILE --format transformers --out BASE
+model = PeftModel.from_pretrained(model, ".").merge_and_unload().eval()""",
     ),
     "timm": Format(
         file="model.safetensors",
@@ -90,3 +105,5 @@ model = PeftModel.from_pretrained(model, ".").eval()""",
         snippet='from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained(".")',
     ),
 }
+#: Of an adapter alone, not of whole weights.
+ADAPTERS = ("peft", "peft_transformers")

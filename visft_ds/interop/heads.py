@@ -27,6 +27,7 @@ from visft_ds.tasks.head_files import head_files
 from visft_ds.tasks.vocabulary import Vocabulary
 
 _KEY = "visft_head"
+_VERSION = 1  # of a description
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class HeadInfo:
 
 
 class StoredExtra(StrictModel):
-    """What others ask of `HeadInfo.extra`; a trainer may remember more."""
+    """Entries of `HeadInfo.extra` that others ask for; a trainer may remember more."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -91,7 +92,8 @@ class HeadFile:
 
     def build(self) -> nn.Module:
         """The head, fp32, on the CPU, in evaluation mode. Raises ValueError as `check`."""
-        info, task = self.info, get_task(self.info.task)
+        info = self.info
+        task = get_task(info.task)
         with reading(self.tensors.path, f"a {info.task} head"), torch.device("meta"):
             settings = task.settings("head", info.options)
             head = task.build_head(info.shapes, settings, info.options.get("vocabulary_size"))
@@ -108,13 +110,17 @@ def head_file(folder: str | Path, task: str) -> Path:
 
 def save_head(path: Path, info: HeadInfo, tensors: Mapping[str, Tensor]) -> Path:
     """Write a head and its description; returns the path."""
-    save_tensors(path, tensors, {_KEY: json.dumps(asdict(info))})
+    save_tensors(path, tensors, {_KEY: _description_of(info)})
     return path
 
 
 def head_metadata(heads: Mapping[str, HeadInfo]) -> dict[str, str]:
     """Header of a checkpoint that holds heads among other tensors, by which they are read like head files."""
-    return {f"{_KEY}.{task}": json.dumps(asdict(info)) for task, info in heads.items()}
+    return {f"{_KEY}.{task}": _description_of(info) for task, info in heads.items()}
+
+
+def _description_of(info: HeadInfo) -> str:
+    return json.dumps({"version": _VERSION, **asdict(info)})
 
 
 def open_head(source: str | Path, task: str) -> HeadFile:
@@ -143,8 +149,12 @@ def open_head(source: str | Path, task: str) -> HeadFile:
             extra["layers"] = list(layers)
         return HeadFile(HeadInfo(task, shapes, options, extra=extra), tensors)
     with reading(file.path, "a head of visft_ds"):
-        StoredHead.model_validate_json(description)
-        info = HeadInfo(**json.loads(description))
+        stored = json.loads(description)
+        version = stored.pop("version", None)
+        if version != _VERSION:
+            raise ValueError(f"it is of version {version}; this release reads version {_VERSION}")
+        StoredHead.model_validate_json(json.dumps(stored))
+        info = HeadInfo(**stored)
         if info.task != task:
             raise ValueError(f"it is a {info.task} head; a {task} head is wanted")
         info.names()

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from visft_ds.files import reading
-from visft_ds.interop.adapter import FILE, Adapter, StoredAdapter
+from visft_ds.interop.adapter import Adapter, names_in
+from visft_ds.interop.peft_folder import CONFIG, WEIGHTS, read_folder
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.tasks import get_task
@@ -114,10 +115,12 @@ def _spread(variance: Lazy) -> Tensor:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """An adapter in a folder or file of ours, or a LoRA of ViSFT. Raises ValueError for anything else."""
+    """An adapter in a folder of PEFT, or a LoRA of ViSFT. Raises ValueError for anything else."""
     path = Path(path)
-    if path.is_dir() or path.name == FILE:
-        return Adapter.load(path)
+    if path.is_dir():
+        return read_folder(path)
+    if path.name in (CONFIG, WEIGHTS):
+        return read_folder(path.parent)
     return read_visft_lora(path)
 
 
@@ -138,21 +141,16 @@ def read_visft_lora(path: Path) -> Adapter:
         presets = [name for name, preset in PRESETS.items() if preset.width == width]
         model = {"preset": presets[0] if presets else "debug"}
         rows = (3 * width, ((0, width), (2 * width, 3 * width)))  # q and v of q, k, v
-        settings = {
-            "model": model,
-            "rank": twice_the_rank // 2,
-            "alpha": 1.0,
-            "targets": ("q", "v"),
-            "layers": {f"blocks.{index}.attn.qkv": rows for index in range(len(tensors) // 2)},
-        }
-        stored = StoredAdapter.model_validate(settings)
-        stored.check(Weights({name: Lazy.of(value) for name, value in tensors.items()}, path))
+        layers = {f"blocks.{index}.attn.qkv": rows for index in range(len(tensors) // 2)}
+        absent = [name for name in names_in(layers) if name not in tensors]
+        if absent:
+            raise ValueError(f"{examples(absent)} is missing")
     return Adapter(
         model=model,
-        rank=stored.rank,
-        alpha=stored.alpha,
-        targets=stored.targets,
-        layers=stored.layers,
+        rank=twice_the_rank // 2,
+        alpha=1.0,
+        targets=("q", "v"),
+        layers=layers,
         tensors=tensors,
         path=path,
     )

@@ -6,13 +6,13 @@ Other models need nothing: transformers loads timm's folder itself (TimmWrapperM
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
-from visft_ds.interop.export import Written
+from visft_ds.interop.formats import Written
 from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone
@@ -54,18 +54,47 @@ _FAMILIES: Mapping[str, tuple[str, str, str, Mapping[str, str]]] = {
 }
 
 
+def _family_of(backbone: Backbone) -> tuple[str, str, str, Mapping[str, str]] | None:
+    """The entry of `_FAMILIES` for a backbone; None: transformers has no such class."""
+    name = backbone.name.partition(".")[0] if isinstance(backbone, TimmBackbone) else ""
+    for pattern, family in _FAMILIES.items():
+        if re.fullmatch(pattern, name):
+            return family
+    return None
+
+
+def layers_of(backbone: Backbone, layers: Iterable[str]) -> dict[str, tuple[str, int, int]]:
+    """Layer of transformers' class -> (ours, which part of its rows, of how many); empty without a class.
+
+    The names begin where all classes have the same: a whole CLIP has `vision_model.` in front of them, others
+    have `model.`.
+    """
+    family = _family_of(backbone)
+    if family is None:
+        return {}
+    parts_of: dict[str, tuple[str, int, int]] = {}
+    for layer in layers:
+        parts = {layer: (layer, 0, 1)}
+        if layer.endswith(".qkv"):
+            stem = layer.removesuffix("qkv")
+            parts = {f"{stem}{letter}_proj": (layer, part, 3) for part, letter in enumerate("qkv")}
+        for name, part_of in parts.items():
+            theirs = _renamed(f"{name}.weight", family[3]).removesuffix(".weight")
+            parts_of[theirs.removeprefix("vision_model.")] = part_of
+    return parts_of
+
+
 def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """Content in transformers' form, see `Format.content`. Raises ValueError for a model of no such
     class.
     """
-    name = backbone.name.partition(".")[0] if isinstance(backbone, TimmBackbone) else ""
-    families = [family for pattern, family in _FAMILIES.items() if re.fullmatch(pattern, name)]
-    if not families:
+    family = _family_of(backbone)
+    if family is None:
         raise ValueError(
             f"transformers has no class for {backbone.describe()}, only of DINOv3, CLIP and SigLIP: give "
             "--format timm, whose folder AutoModel loads"
         )
-    kind, model_type, processor, rules = families[0]
+    kind, model_type, processor, rules = family
     model: Any = backbone
     pooled = "attn_pool.latent" in tower and not backbone.layers_read
     names = set(dict(backbone.named_parameters()))

@@ -16,11 +16,11 @@ from visft_ds.run_files import check_exists
 
 USAGE = """Merge LoRA adapters into base weights, or write an adapter in another format.
 
-visft merge --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --run runs/stage2-eva_e \\
-    --out merged.safetensors --format timm --verify
+    visft merge runs/stage2-dinov3_b --out merged --format timm --verify
+    visft merge runs/stage2-eva_e --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --out merged.safetensors
 
 Base: .safetensors, .pt; any known layout; for a run it may be left out.
---run takes a run or a checkpoint, --adapter an adapter folder, also of PEFT, or a LoRA file as ViSFT
+RUN is a run or a checkpoint, --adapter takes an adapter folder, also of PEFT, or a LoRA file as ViSFT
 published them. Several are averaged; without any, the base is converted to the format. An --out without
 suffix is a folder: weights, the configuration of the library that reads them, and a model card.
 
@@ -31,6 +31,7 @@ Exit status: 0 written, 1 --verify found different outputs (nothing is kept), 2 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     flags = _parser().parse_args(arguments)
+    flags.adapters = [*flags.runs, *flags.adapters]
     try:
         for adapter in flags.adapters:
             check_exists(adapter)
@@ -48,13 +49,21 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--base", metavar="NAME|FILE", help="base weights (default: those of the run)")
     add("--download", action="store_true", help=DOWNLOAD_HELP)
-    several = "repeatable: the mean; none: --base is converted"
+    several = "of several the mean; of none, --base is converted"
     adapters: dict[str, Any] = {"dest": "adapters", "type": Path, "action": "append", "default": []}
-    add("--run", metavar="RUN", help=f"run, RUN/checkpoints/step_N or RUN/export; {several}", **adapters)
+    add(
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help=f"run, RUN/checkpoints/step_N or RUN/export; {several}",
+    )
+    add("--run", metavar="RUN", help="the same as a flag; repeatable", **adapters)
     add("--adapter", metavar="PATH", help="adapter folder, also of PEFT, or ViSFT LoRA file", **adapters)
     add("--scale", type=float, default=1.0, help="factor of the adapter's effect (%(default)s)")
     add("--out", type=Path, required=True, metavar="PATH", help="a new file, or a new folder (no suffix)")
-    form = "full weights for a library, a graph (onnx), or the adapter alone (peft); default %(default)s"
+    form = "full weights for a library, a graph (onnx), or the adapter alone (peft: over timm's model; "
+    form += "peft_transformers); default %(default)s"
     add("--format", choices=FORMATS, default="timm", help=form)
     add(
         "--dtype",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from visft_ds.config.record import recorded_config
 from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.peft_folder import read_folder
 from visft_ds.interop.published import read_adapter
 from visft_ds.pretrained import local
 from visft_ds.run_files import (
@@ -30,7 +31,7 @@ def adapter_at(path: Path) -> Adapter | None:
     export = export_of(path)
     if (export / EXPORT_RECORD_FILE).is_file():
         if (export / ADAPTER_FOLDER).is_dir():
-            return Adapter.load(export / ADAPTER_FOLDER)
+            return read_folder(export / ADAPTER_FOLDER)
         if not (export / TRAINED_BACKBONE_FILE).is_file():
             raise ValueError(f"{path}: the run trained no part of its backbone")
         return None
@@ -50,7 +51,8 @@ def base_of(path: Path) -> Path:
     run = run_around(path)
     if run is None:
         raise ValueError(f"--base FILE is needed: {path} is not inside a run, which records its base weights")
-    weights, export = recorded_config(run).visft.model.weights, export_of(run)
+    weights = recorded_config(run).visft.model.weights
+    export = export_of(run)
     if (export / TRAINED_BACKBONE_FILE).is_file():
         return export / TRAINED_BACKBONE_FILE
     base = export / BACKBONE_FILE if weights is None else local(weights)

@@ -11,6 +11,7 @@ Letters: G slices of a layer, r rank, R adapted rows: the sum of the slices' wid
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -111,6 +112,7 @@ class LoRAConv2d(AdaptedLayer):
         self.out_channels = base.out_channels
         self.padding_mode = base.padding_mode
         self.sides = base._reversed_padding_repeated_twice
+        self.pads_same = _pads_same(base)
         padding = base.padding if base.padding_mode == "zeros" else 0
         self.window: tuple[Any, ...] = (base.stride, padding, base.dilation)
 
@@ -118,10 +120,20 @@ class LoRAConv2d(AdaptedLayer):
         """(B, in, H, W) -> (B, out, H', W') in the dtype that torch chooses for a convolution."""
         if self.padding_mode != "zeros":
             x = F.pad(x, self.sides, mode=self.padding_mode)
+        if self.pads_same:
+            x = F.pad(x, [*self._sides_for(x.shape[3], 1), *self._sides_for(x.shape[2], 0)])
         y = F.conv2d(x, self.weight, self.bias, *self.window)
         inner = F.conv2d(x, self.lora_A, None, *self.window)
         update = F.conv2d(inner, self.lora_B[:, :, None, None])
         return y + self.scale * update
+
+    def _sides_for(self, size: int, axis: int) -> tuple[int, int]:
+        """Pixels before and behind this many, so that an output falls on each multiple of the stride."""
+        stride, _, dilation = self.window
+        last = (size - 1) // stride[axis] * stride[axis]
+        reach = dilation[axis] * (self.shapes["lora_A"][2 + axis] - 1)
+        missing = max(last + reach + 1 - size, 0)
+        return missing // 2, missing - missing // 2
 
 
 def dense_update(
@@ -158,42 +170,83 @@ def inject_lora(
     Raises:
         ValueError: a target without a layer or with a grouped convolution, or a layer that two of them adapt.
     """
-    assert not lora_layers(backbone), "the model has adapters already"
-    layers = _adaptable(backbone)
-    plan: dict[str, list[tuple[int, int]]] = {}
+    slices = slices_of(backbone, targets)
+    adapt_layers(backbone, slices, rank=rank, alpha=alpha, seed=seed)
+
+
+def slices_of(backbone: nn.Module, targets: Iterable[str]) -> dict[str, Slices]:
+    """Layer -> its rows that `targets` adapt. Arguments and errors are those of `inject_lora`."""
+    layers = adaptable_layers(backbone)
+    rows_of: dict[str, list[tuple[int, int]]] = {}
     for target in targets:
         for name, (lo, hi) in _rows_of(layers, target).items():
-            taken = plan.setdefault(name, [])
+            taken = rows_of.setdefault(name, [])
             if any(lo < end and begin < hi for begin, end in taken):
                 raise ValueError(f"visft.lora.targets: {name} is adapted by two targets")
             taken.append((lo, hi))
-    for name, slices in plan.items():
+    return {name: tuple(sorted(ranges)) for name, ranges in rows_of.items()}
+
+
+def adapt_layers(
+    backbone: nn.Module, slices: Mapping[str, Slices], *, rank: int, alpha: float, seed: int = 0
+) -> None:
+    """`inject_lora` by names and rows of layers. Raises ValueError for a layer that cannot be adapted."""
+    layers = adaptable_layers(backbone)
+    for name, ranges in slices.items():
+        layer = layers.get(name)
+        if layer is None:
+            raise ValueError(f"{name} is no linear layer or convolution in it that takes a LoRA")
+        if getattr(layer, "groups", 1) > 1:
+            raise ValueError(f"{name} is a grouped convolution, which has no LoRA")
         parent, _, leaf = name.rpartition(".")
         owner: Any = backbone.get_submodule(parent)
-        kind = LoRAConv2d if isinstance(layers[name], nn.Conv2d) else LoRALinear
-        adapted: AdaptedLayer = kind(layers[name], tuple(sorted(slices)), rank=rank, alpha=alpha)
+        kind = LoRAConv2d if isinstance(layer, nn.Conv2d) else LoRALinear
+        adapted: AdaptedLayer = kind(layer, ranges, rank=rank, alpha=alpha)
         if hasattr(owner, "qkv_bias_separate"):
             owner.qkv_bias_separate = True  # else timm's EVA reads the weight past its layer
-        setattr(owner, leaf, adapted.train(layers[name].training))
+        setattr(owner, leaf, adapted.train(layer.training))
         if not adapted.weight.is_meta:
             adapted.lora_A.data.copy_(first_value(backbone, f"{name}.lora_A", seed))
 
 
-def _adaptable(backbone: nn.Module) -> dict[str, Any]:
-    """Linear layers and convolutions by name.
+def adaptable_layers(backbone: nn.Module) -> dict[str, Any]:
+    """Linear layers and convolutions by name, of a backbone without adapters.
 
     Only those whose forward is that of their class: subclasses may compute something else with the weight.
     """
+    assert not lora_layers(backbone), "the model has adapters already"
     kinds = (Linear, nn.Linear, nn.Conv2d)
-    return {name: layer for name, layer in backbone.named_modules() if type(layer) in kinds}
+    layers = {}
+    for name, layer in backbone.named_modules():
+        if type(layer) in kinds or _pads_same(layer):
+            layers[name] = layer
+    return layers
+
+
+def _pads_same(layer: nn.Module) -> bool:
+    """Return True for timm's convolution that pads as TensorFlow's "SAME", by the size of each image."""
+    return type(layer).__name__ == "Conv2dSame"
+
+
+def targets_of(backbone: nn.Module, slices: Mapping[str, Slices]) -> tuple[str, ...]:
+    """Targets that adapt just these rows of layers: roles, then globs of like names, then single names; empty
+    where none do, as for q of a single block.
+    """
+    layers = adaptable_layers(backbone)
+    missing = {(name, rows) for name, ranges in slices.items() for rows in ranges}
+    targets = []
+    globs = [re.sub(r"\d+", "*", name) for name in slices]
+    for target in dict.fromkeys([*TARGETS, *globs, *slices]):
+        rows_of = _matches(layers, target)
+        if rows_of and missing.issuperset(rows_of.items()):
+            targets.append(target)
+            missing.difference_update(rows_of.items())
+    return () if missing else tuple(targets)
 
 
 def _rows_of(layers: Mapping[str, Any], target: str) -> dict[str, tuple[int, int]]:
     """Layer -> its rows that a role or glob adapts. Raises ValueError: none, or a grouped convolution."""
-    if target in TARGETS:
-        rows = _rows_of_role(layers, target)
-    else:
-        rows = {name: (0, len(layer.weight)) for name, layer in layers.items() if fnmatchcase(name, target)}
+    rows = _matches(layers, target)
     if not rows:
         roles = ", ".join(TARGETS)
         names = ", ".join([*layers][:8])
@@ -207,6 +260,13 @@ def _rows_of(layers: Mapping[str, Any], target: str) -> dict[str, tuple[int, int
                 f"visft.lora.targets: {target!r} matches {name}, and grouped convolutions have no LoRA"
             )
     return rows
+
+
+def _matches(layers: Mapping[str, Any], target: str) -> dict[str, tuple[int, int]]:
+    """`_rows_of` without its errors."""
+    if target in TARGETS:
+        return _rows_of_role(layers, target)
+    return {name: (0, len(layer.weight)) for name, layer in layers.items() if fnmatchcase(name, target)}
 
 
 def _rows_of_role(layers: Mapping[str, Any], role: str) -> dict[str, tuple[int, int]]:

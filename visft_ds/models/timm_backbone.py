@@ -181,8 +181,8 @@ class TimmBackbone(nn.Module):
 
     def _note_left_out(self, whole: Mapping[str, Tensor]) -> None:
         """Add to `left_out` what it lacks of its earlier state."""
-        kept = self.state_dict().keys()
-        self.left_out |= {name: value for name, value in whole.items() if name not in kept}
+        own = self.state_dict().keys()
+        self.left_out |= {name: value for name, value in whole.items() if name not in own}
 
 
 def _is_emptied(module: nn.Module) -> bool:

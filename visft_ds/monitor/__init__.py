@@ -1,7 +1,7 @@
 """Output of a run: console (people), metrics.jsonl and TensorBoard (curves), wandb. No torch.
 
 console: tables, the line of a training step, progress bars of other work. metrics: metrics.jsonl and
-TensorBoard, written, read and cut at a resume. callbacks: listeners of `visft_ds.fit`. track: wandb, a
+TensorBoard, written, read and cut at a resume. track: wandb, a
 listener.
 
 To touch: names of numbers in metrics.jsonl are read by `visft report` and by users' scripts. A failing writer

@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from visft_ds import __version__
-from visft_ds.monitor.callbacks import Callback
 from visft_ds.run_files import METRICS_FILE
 
+#: Function of a step and of numbers by name; True ends the run.
+Callback = Callable[[int, Mapping[str, float]], object]
 CONCLUSION = "training images evaluated"  #: the last event of a run that evaluates
 _BLOCK = 1 << 20  #: bytes of it that are read at once, from its end
 #: Packages whose versions decide results: what computes, decodes pictures, and measures AP.
@@ -35,6 +36,7 @@ _PACKAGES = (
     "safetensors",
     "simplejpeg",
     "faster-coco-eval",
+    "pycocotools",
 )
 
 
@@ -46,7 +48,7 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         out: the run folder.
         resume_step: optimiser steps already done; later records of an interrupted run are removed.
         enabled: False on every process but the main one: nothing is written.
-        callbacks: called with each record after it was written.
+        callbacks: called with the numbers of each step and evaluation after they were written.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         self.last: dict[str, float] = {}
         self.evaluated: set[int] = set()  #: evaluated steps among the newest records of an interrupted run
         self.concluded = False  #: the last number of the run has been written
+        self.ends_run = False  #: a callback has returned True
         self._callbacks = callbacks if enabled else ()
         self._warned: set[str] = set()
         self._events: Any = None  # the SummaryWriter of TensorBoard
@@ -87,20 +90,14 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Record an optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1."""
         self._numbers("step", step, values)
-        for callback in self._callbacks:
-            callback.on_step(step, values)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the evaluation after `step`, e.g. {"box/AP": 0.3}, with "val/" before the names."""
         self._numbers("step", step, {f"val/{name}": value for name, value in metrics.items()})
-        for callback in self._callbacks:
-            callback.on_evaluation(step, metrics)
 
-    def save(self, step: int, seconds: Mapping[str, float], folder: Path) -> None:
-        """Record times in seconds of the checkpoint of `step`, which is in `folder`."""
+    def save(self, step: int, seconds: Mapping[str, float]) -> None:
+        """Record times in seconds of the checkpoint of `step`."""
         self._numbers("save", step, seconds)
-        for callback in self._callbacks:
-            callback.on_save(step, folder)
 
     def event(self, step: int, event: str, **details: Any) -> None:
         """Record something that happened in `step`, such as a "bad step"; details are JSON values."""
@@ -121,10 +118,14 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
 
     def _numbers(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         self._append({"kind": kind, "step": step, **values})
-        if self._enabled and kind == "step":
-            self.last.update(values)
         for tag, value in values.items():
             self._show("add_scalar", tag, value, step)
+        if self._enabled and kind == "step":
+            self.last.update(values)
+            for callback in self._callbacks:
+                answer = callback(step, values)
+                if isinstance(answer, bool | np.bool_) and answer:  # any other value may be an accident
+                    self.ends_run = True
 
     def _append(self, record: dict[str, Any]) -> None:
         if not self._enabled:

@@ -1,4 +1,4 @@
-"""Weights & Biases follows a run: a `Callback` that sends on what metrics.jsonl gets. Needs the extra
+"""Weights & Biases follows a run: a callback that sends on what metrics.jsonl gets. Needs the extra
 `wandb`.
 """
 
@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from visft_ds.monitor.callbacks import Callback
 from visft_ds.redaction import redacted
 
 STEP = "optimiser_step"  #: what wandb counts by: numbers of an evaluation come after those of later steps
 
 
-class Tracker(Callback):
+class Tracker:
     """Sends the numbers of the run in OUT, whose name there is kept in OUT/tracker-wandb, and its settings.
 
     An error of wandb is printed once, and training continues.
@@ -51,11 +50,8 @@ class Tracker(Callback):
 
         self._attempt(start)
 
-    def on_step(self, step: int, values: Mapping[str, float]) -> None:
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
         self._attempt(lambda: self._run and self._run.log({STEP: step, **values}))
-
-    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.on_step(step, {f"val/{name}": value for name, value in metrics.items()})
 
     def close(self) -> None:
         """Send what is left, and end the record."""

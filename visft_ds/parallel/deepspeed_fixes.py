@@ -32,7 +32,8 @@ class LossScale:
     """
 
     def __init__(self, engine: Any, scaler: torch.amp.GradScaler) -> None:
-        self._engine, self._scaler = engine, scaler
+        self._engine = engine
+        self._scaler = scaler
         # A scaler makes its tensors when it scales a loss; pipeline stages without one divide by it all the
         # same.
         scaler.scale(torch.zeros((), device=engine.device))

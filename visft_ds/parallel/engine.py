@@ -67,7 +67,8 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         """Factor of the update that follows `step` finished updates."""
-        kind, warmup = self.config.type, self.config.params.warmup_num_steps
+        kind = self.config.type
+        warmup = self.config.params.warmup_num_steps
         if step < warmup:
             return (step + 1) / warmup
         if kind == "WarmupLR":
@@ -117,13 +118,15 @@ def _join_alone_or_again(backend: str) -> None:
     if dist.is_initialized():
         return
     store: Any
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank = distributed.rank()
+    world_size = distributed.world_size()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if world_size == 1:
         store = dist.HashStore()  # type: ignore[attr-defined]
     elif attempt != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun 2.15 keeps the store of the attempt before, with the addresses of ranks that are dead.
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
         reused = dist.TCPStore(address, port, world_size, is_master=False)  # type: ignore[attr-defined]
         store = dist.PrefixStore(f"attempt {attempt}", reused)  # type: ignore[attr-defined]
     else:
@@ -264,7 +267,8 @@ class Engine:
             if number < len(batches):
                 self.deepspeed.step()  # only counts the micro-batch
         means = distributed.mean_losses(self._sums, self._most_losses)
-        accepted, norm = self.should_update(means["loss"]), math.inf
+        accepted = self.should_update(means["loss"])
+        norm = math.inf
         if self.stage == 0:  # which keeps no norm
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0

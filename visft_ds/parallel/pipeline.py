@@ -148,7 +148,8 @@ class PipelineEngine(Engine):
             self._add(losses)
 
         if (heads := self._stages.heads) is not None:
-            heads.loss_denominators, heads.on_output = loss_denominators, add
+            heads.loss_denominators = loss_denominators
+            heads.on_output = add
         self.deepspeed.train_batch(_inputs(self.module, batches, self.device, first=self.position.stage == 0))
         self._steps_here += 1
         norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed skipped the update

@@ -157,8 +157,8 @@ def release(layer: nn.Module) -> None:
     device.
     """
     layer.to("meta")
-    if isinstance(
-        layer, EmbeddingLayer
-    ):  # parameters of the backbone itself, which the line above does not reach
+    # Parameters of the backbone itself, which the line above does not reach.
+    if isinstance(layer, EmbeddingLayer):
         _, backbone = layer._whole
-        backbone.pos_embed, backbone.cls_token = layer.pos_embed, layer.cls_token
+        backbone.pos_embed = layer.pos_embed
+        backbone.cls_token = layer.cls_token

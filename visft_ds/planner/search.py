@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from visft_ds.config import ResolvedConfig, changed
-from visft_ds.config.resolve import flatten
+from visft_ds.config.tree import flatten
 from visft_ds.planner.hardware import Cluster
 from visft_ds.planner.memory import (
     MEMORY_SHARE,
@@ -159,7 +159,8 @@ def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str]) -> 
     ]
     if config.pipeline_stages > 1:
         accumulations = accumulations[-1:]  # a pipeline is the faster the more micro-batches there are
-    fewest, most = accumulations[0], accumulations[-1]
+    fewest = accumulations[0]
+    most = accumulations[-1]
     policies: Sequence[str] = (config.visft.model.activation_checkpointing,)
     if policies[0] == "auto":
         policies = policies_of(config)

@@ -1,4 +1,5 @@
-"""Images of every kind that people have -> RGB pixels: files, folders, patterns, Pillow images, arrays.
+"""Images of every kind that people have -> RGB pixels: files and their bytes, folders, patterns, Pillow
+images, arrays.
 
 Letters: H W pixels.
 """
@@ -6,30 +7,36 @@ Letters: H W pixels.
 from __future__ import annotations
 
 import glob
+import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from visft_ds.data.fetch import is_url
 from visft_ds.files import open_image, reading, to_rgb
+from visft_ds.redaction import redacted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Pixels = npt.NDArray[np.uint8]
-ImageInput: TypeAlias = "str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor"
+#: One image in memory: decoded, or a file's bytes.
+ImageInMemory: TypeAlias = "Image.Image | Pixels | Tensor | bytes | BinaryIO"
+ImageInput: TypeAlias = "str | Path | ImageInMemory"
 
 #: Endings of files that are taken from a folder; HEIC and AVIF cannot be read, and are named rather than
 #: overlooked.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
 _ALLOWED = (
-    "give a path, a Pillow image, uint8 in an array (H, W, 3) or (H, W) or a tensor (3, H, W), or a list of "
-    "them; floats from 0 to 1 become bytes by (255 * x).round()"
+    "give a path, the bytes of a file, a Pillow image, uint8 in an array (H, W, 3) or (H, W) or a tensor "
+    "(3, H, W), or a list of them; floats from 0 to 1 become bytes by (255 * x).round()"
 )
+_IN_MEMORY = (Image.Image, np.ndarray, bytes, bytearray, io.IOBase)  # and tensors
 
 
 class OpenedImage(NamedTuple):
@@ -53,11 +60,17 @@ def find_images(inputs: Sequence[str | Path], *, outside: Path | None = None) ->
         outside: folder whose files are left out: predictions are no input.
 
     Raises:
-        ValueError: nothing there by that name, or no image in a folder or among what a pattern matches.
+        ValueError: nothing there by that name, no image in a folder or among what a pattern matches, or a
+            URL.
     """
     files: dict[str, Path] = {}  # by absolute path: each once
     roots = []
-    for path in map(Path, inputs):
+    for path in inputs:
+        if is_url(path):
+            raise ValueError(
+                f"{redacted(path)}: URLs are not read: download the image first; in Python its bytes will do"
+            )
+        path = Path(path)
         root, matches = _matches(path)
         if outside is not None:
             folder = outside.resolve()
@@ -108,7 +121,8 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
 
     if isinstance(images, str | Path):
         return [open_file(file) for file in find_images([images]).values()], Path(images).is_file()
-    if isinstance(images, Image.Image | np.ndarray | Tensor) or not isinstance(images, Iterable):
+    is_list = isinstance(images, Iterable) and not isinstance(images, (*_IN_MEMORY, Tensor, Mapping))
+    if not is_list:
         return [_from_memory(images, "the image")], True
     every: list[OpenedImage] = []
     for index, image in enumerate(cast(Iterable[ImageInput], images)):
@@ -131,6 +145,12 @@ def _from_memory(image: object, label: str) -> OpenedImage:
     import torch
     from torch import Tensor
 
+    if isinstance(image, io.IOBase) and not isinstance(image, io.TextIOBase):
+        if image.seekable():
+            image.seek(0)  # as Pillow does: what was written last stands at the end
+        image = cast(BinaryIO, image).read()
+    if isinstance(image, bytes | bytearray):
+        return OpenedImage(np.array(open_image(bytes(image), label)), None)
     if isinstance(image, Image.Image):
         with reading(label, "an image"):
             return OpenedImage(np.array(to_rgb(ImageOps.exif_transpose(image))), None)

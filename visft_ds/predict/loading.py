@@ -189,8 +189,8 @@ def source_of(
         streams = {task: options.stream(task, (task,), 1.0) for task, options in settings.items()}
     else:
         raise ValueError(
-            f"{place} is not an export of a run: give heads=FOLDER (--heads FOLDER), such as RUN/export of "
-            "stage 1"
+            f"{place} is neither a run nor its export: give one, or for merged weights also --heads FOLDER, "
+            "such as RUN/export of stage 1"
         )
     streams = {} if alone else _with_heads(streams, tasks, heads_folder)
     for name, stream in streams.items():
@@ -259,9 +259,7 @@ def _weights_at(place: Path | None) -> Path:
         return place
     name = weights_among(path.name for path in place.iterdir())
     if name is None:
-        raise ValueError(
-            f"{place} does not have exactly one weight file: give backbone=FILE (--backbone FILE)"
-        )
+        raise ValueError(f"{place} does not have exactly one weight file: give --backbone FILE")
     return place / name
 
 
@@ -333,7 +331,7 @@ def files_of_run(
 
 
 def _with_checkpoint(files: ModelFiles, checkpoint: Path, tasks: Sequence[str]) -> ModelFiles:
-    """What a checkpoint trained, of the backbone and of the heads, in place of the run's."""
+    """The files with what a checkpoint trained, of the backbone and of the heads, in place of the run's."""
     trained = open_weights(checkpoint / PARAMETERS_FILE)
     if any(name.startswith("backbone.") for name in trained):
         files = replace(files, adapter=checkpoint)
@@ -395,7 +393,8 @@ def _described_model(
     model = dict(files.model or {})
     if file_says or files.model is None:
         model = dict(layouts.model_in(file))
-    if adapter is not None and "layers" in adapter.model:
+    if adapter is not None and "layers" in (adapter.model or {}):
+        assert adapter.model is not None
         model["layers"] = adapter.model["layers"]
     elif files.model is None and not file_says:
         read_by_heads = {tuple(info.extra.get("layers", ())) for info in infos.values()}

@@ -5,20 +5,19 @@ Letters: B images, H W pixels, h w patch grid, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from visft_ds import distributed
 from visft_ds.data.samples import RawSample
-from visft_ds.flags import check_options
+from visft_ds.flags import check_options, speaking_python
 from visft_ds.model import normalise_pixels
 from visft_ds.ops import DTYPES, at_least_float32
-from visft_ds.predict.images import ImageInput, OpenedImage, Pixels, opened
+from visft_ds.predict.images import ImageInMemory, ImageInput, OpenedImage, opened
 from visft_ds.predict.loading import LoadedModel, ModelSource, source_of
 from visft_ds.predict.results import Prediction
 from visft_ds.prepare.model import choose_precision
@@ -28,6 +27,7 @@ from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.transform import pipeline_of
 
 
+@speaking_python()
 def load(
     source: str | Path,
     *,
@@ -58,6 +58,11 @@ def load(
 
     Raises:
         ValueError: no model there, a run that has not written what it trained yet, or parts that do not fit.
+
+    Example:
+        >>> model = visft_ds.load("runs/stage2", tasks="detection,captioning", device="cpu")
+        >>> model.tasks
+        ('detection', 'captioning')
     """
     check_options(image_size=image_size)
     parts = source_of(
@@ -74,6 +79,7 @@ def load(
     return Model(Path(source), *_build(parts, device))
 
 
+@speaking_python()
 def load_backbone(
     source: str | Path,
     *,
@@ -85,6 +91,11 @@ def load_backbone(
 ) -> ImageFeatures:
     """Load the backbone alone, with the adapter in it, without heads; arguments and errors as those of
     `load`.
+
+    Example:
+        >>> backbone = visft_ds.load_backbone("runs/stage2", device="cpu")
+        >>> backbone(torch.zeros(1, 3, 56, 56)).shape
+        torch.Size([1, 16, 4, 4])
     """
     parts = source_of(
         Path(source), backbone=backbone, download=download, adapter=adapter, precision=precision, alone=True
@@ -94,7 +105,17 @@ def load_backbone(
 
 
 class ImageFeatures(nn.Module):
-    """Backbone with its adapter, in evaluation mode; no parameter requires a gradient until you set it."""
+    """Backbone with its adapter: images (B, 3, H, W) to features (B, D, h, w), h and w in whole patches.
+
+    Images are RGB, uint8 from 0 to 255 or float from 0 to 1, and normalised here; features are float32. It is
+    in evaluation mode, and no parameter requires a gradient until you set it.
+
+    Example:
+        >>> backbone = visft_ds.load_backbone("runs/stage2", device="cpu")
+        >>> images = torch.rand(2, 3, 56, 40)
+        >>> backbone(images).shape, backbone.patch_size
+        (torch.Size([2, 16, 4, 3]), 14)
+    """
 
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
@@ -140,39 +161,52 @@ def _check_range(images: Tensor) -> None:
 
 
 class Model:
-    """A trained model: `predict` images, or take features from its `backbone`."""
+    """A trained model: `predict` images, or take features from its `backbone`.
+
+    Example:
+        >>> model = visft_ds.load("runs/stage2", device="cpu")
+        >>> model.tasks, model.precision, model.categories[52]
+        (('detection', 'segmentation', 'captioning'), 'fp32', 'star')
+    """
 
     def __init__(self, source: Path, loaded: LoadedModel, streams: Mapping[str, Stream]) -> None:
         self._loaded = loaded
         self._streams = streams
-        self.source = source
-        self.tasks = tuple(loaded.heads)
+        self.source = source  #: what it was loaded from
+        self.tasks = tuple(loaded.heads)  #: names
         self.categories: dict[int, str] = {}  #: names by id
         for info in loaded.heads.values():
             self.categories |= info.names()
-        self.facts = loaded.facts
-        self.precision = loaded.precision
+        self.facts = loaded.facts  #: files of its parts, by name
+        self.precision = loaded.precision  #: fp32, bf16 or fp16
         self.device = loaded.device
-        self.batch_size = min(stream.micro_batch for stream in streams.values())  #: by default
-        self.backbone = ImageFeatures(loaded)
+        self.batch_size = min(
+            stream.micro_batch for stream in streams.values()
+        )  #: images in a batch by default
+        self.backbone = ImageFeatures(loaded)  #: the backbone alone
 
     def __repr__(self) -> str:
         categories = f"{len(self.categories)} categories"
         about = [", ".join(self.tasks), categories, f"{self.precision} on {self.device}"]
         return f"Model({self.source}: {'; '.join(about)})"
 
+    # mypy: an open file is an iterator, too, of its lines; it is one image.
     @overload
-    def predict(
-        self, images: Image.Image | Pixels | Tensor, *, threshold: float = ..., batch_size: int | None = ...
+    def predict(  # type: ignore[overload-overlap]
+        self, images: ImageInMemory, *, threshold: float = ..., batch_size: int | None = ...
     ) -> Prediction: ...
+    @overload
+    def predict(  # one image of a file, a list of a folder or pattern
+        self, images: str | Path, *, threshold: float = ..., batch_size: int | None = ...
+    ) -> Any: ...
     @overload
     def predict(
         self,
-        images: ImageInput | Iterable[ImageInput],
+        images: Sequence[ImageInput] | Iterator[ImageInput],
         *,
         threshold: float = ...,
         batch_size: int | None = ...,
-    ) -> Any: ...
+    ) -> list[Prediction]: ...
     def predict(
         self,
         images: ImageInput | Iterable[ImageInput],
@@ -186,8 +220,10 @@ class Model:
         not depend on other images, except for rounding.
 
         Args:
-            images: a file, a Pillow image of any mode, an array (H, W, 3) or (H, W) or a tensor (3, H, W),
-                both uint8; or several: a list of these, a folder, a pattern such as "photos/*.jpg".
+            images: a file, its bytes, or it opened for reading (such as `io.BytesIO`); a Pillow image of any
+                mode; RGB from 0 to 255 as uint8 in an array (H, W, 3) or a tensor (3, H, W), or grey in an
+                array (H, W). Or several: a list of these, a folder, a pattern such as "photos/*.jpg". URLs
+                are refused.
             threshold: least score of boxes and masks that are returned.
             batch_size: largest number of images in a batch; default: the run's.
 
@@ -196,7 +232,14 @@ class Model:
             every image: give thousands in parts, or to `visft predict`.
 
         Raises:
-            ValueError: a file that is not an image.
+            ValueError: a file that is not an image, or anything else that is none; its message says what is
+                allowed.
+
+        Example:
+            >>> model = visft_ds.load("runs/stage2", device="cpu")
+            >>> prediction = model.predict("dog.jpg", threshold=0.3)
+            >>> len(model.predict(["dog.jpg", numpy.zeros((60, 80, 3), "uint8")]))
+            2
         """
         check_options(threshold, batch_size=batch_size)
         every, single = opened(images)

@@ -5,11 +5,12 @@ Letters: H W pixels of the image, n objects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -22,53 +23,173 @@ from visft_ds.tasks.pictures import SIDE, draw_objects, palette, side_by_side, w
 from visft_ds.tasks.semantic.results import draw_regions, number_map
 
 Floats = npt.NDArray[np.float32]
+_SHOWN_OBJECTS = 5  #: of a repr
 _SHOWN = ("detection", "segmentation", "captioning")  #: tasks with an attribute of their own
 
 
 @dataclass(frozen=True, eq=False)
+class Instance:
+    """One object of an image.
+
+    Example:
+        >>> instance = visft_ds.load("runs/stage2").predict("dog.jpg", threshold=0).masks[0]
+        >>> instance.mask.shape, 0 <= instance.score <= 1
+        ((56, 56), True)
+    """
+
+    name: str  #: name of its category
+    id: int  #: category id
+    score: float  #: from 0 to 1
+    xyxy: Floats  #: (4,) left, top, right, bottom in pixels of the image; may extend past its border
+    mask: npt.NDArray[np.bool_] | None = None  #: (H, W); None of a box without one
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Objects:
-    """Objects found in an image, sorted by confidence."""
+    """Objects found in an image, sorted by confidence; each field has one entry per object."""
 
     scores: Floats  #: (n,) from 0 to 1
     ids: npt.NDArray[np.int64]  #: (n,) category ids
-    names: tuple[str, ...]  #: of the categories
+    names: npt.NDArray[np.str_]  #: (n,) names of the categories
+    xyxy: Floats  #: (n, 4) left, top, right, bottom in pixels of the image; may extend past its border
 
     def __len__(self) -> int:
         return len(self.scores)
 
+    @overload
+    def __getitem__(self, index: int | np.integer[Any]) -> Instance: ...
+    @overload
+    def __getitem__(self, index: slice | npt.NDArray[Any] | Sequence[Any]) -> Self: ...
+    def __getitem__(self, index: Any) -> Instance | Self:
+        """One object as an `Instance`, or those that a slice, numbers or n booleans choose, as of an array.
 
-@dataclass(frozen=True, eq=False)
+        Raises IndexError for anything else, and beyond the last object.
+        """
+        chosen = np.arange(len(self))[index]
+        if chosen.ndim > 1:
+            raise IndexError(f"index {index!r}: give a number, a slice, or an array of numbers or booleans")
+        values = {field.name: getattr(self, field.name)[chosen] for field in fields(self)}
+        if chosen.ndim == 1:
+            return type(self)(**values)
+        return Instance(
+            name=str(values["names"]),
+            id=int(values["ids"]),
+            score=float(values["scores"]),
+            xyxy=values["xyxy"],
+            mask=values.get("masks"),
+        )
+
+    def __iter__(self) -> Iterator[Instance]:
+        for index in range(len(self)):
+            yield self[index]
+
+    def __repr__(self) -> str:
+        shown = [f"{instance.name} {instance.score:.2f}" for instance in self[:_SHOWN_OBJECTS]]
+        if len(self) > _SHOWN_OBJECTS:
+            shown.append("...")
+        return f"{type(self).__name__}({len(self)}: {', '.join(shown)})"
+
+    def to_coco(self, image_id: int) -> Results:
+        """The objects in COCO's results format: boxes as left, top, width, height; masks run-length coded."""
+        results = Results()
+        for instance in self:
+            left, top, right, bottom = instance.xyxy.tolist()
+            result = {
+                "image_id": image_id,
+                "category_id": instance.id,
+                "bbox": [left, top, right - left, bottom - top],
+                "score": instance.score,
+            }
+            if instance.mask is not None:
+                code = coco_mask.encode(np.asfortranarray(instance.mask.astype(np.uint8)))
+                result["segmentation"] = {"size": code["size"], "counts": code["counts"].decode("ascii")}
+            results.append(result)
+        return results
+
+    def to_supervision(self) -> Any:
+        """`supervision.Detections` of the objects; their names are its `data["class_name"]`.
+
+        Raises ValueError if supervision is not installed.
+        """
+        supervision = _library("supervision")
+        return supervision.Detections(
+            xyxy=self.xyxy,
+            mask=getattr(self, "masks", None),
+            confidence=self.scores,
+            class_id=self.ids,
+            data={"class_name": self.names},
+        )
+
+    def to_pandas(self) -> Any:
+        """`pandas.DataFrame` with a row per object: name, id, score, and xmin, ymin, xmax, ymax in pixels.
+
+        Raises ValueError if pandas is not installed.
+        """
+        columns: dict[str, Any] = {"name": self.names, "id": self.ids, "score": self.scores}
+        for side, name in enumerate(("xmin", "ymin", "xmax", "ymax")):
+            columns[name] = self.xyxy[:, side]
+        return _library("pandas").DataFrame(columns)
+
+
+def _library(name: str) -> Any:
+    """A package that visft_ds does not bring along. Raises ValueError if it is not installed."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"to_{name}() needs {error.name}, not installed here: pip install {name}") from error
+
+
 class Boxes(Objects):
-    """Boxes of an image, sorted by confidence."""
+    """Boxes of an image, sorted by confidence.
 
-    xyxy: Floats  #: (n, 4) left, top, right, bottom in pixels of the image; may extend past its border
+    `boxes[0]` is the first as an `Instance`, and a loop takes one after the other. `boxes[:5]`,
+    `boxes[boxes.scores > 0.5]` and `boxes[boxes.names == "cat"]` choose some, as of an array.
+
+    Example:
+        >>> boxes = visft_ds.load("runs/stage2").predict("dog.jpg", threshold=0).boxes
+        >>> boxes.xyxy.shape, boxes[boxes.scores > 0.5].xyxy.shape[1], len(boxes[:2])
+        ((4, 4), 4, 2)
+        >>> [box.name for box in boxes] == list(boxes.names)
+        True
+    """
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Masks(Objects):
-    """Masks of an image, sorted by confidence; they may overlap."""
+    """Masks of an image, sorted by confidence; they may overlap.
+
+    Indexed, iterated and filtered as `Boxes`; `xyxy` are the boxes around them.
+
+    Example:
+        >>> masks = visft_ds.load("runs/stage2").predict("dog.jpg", threshold=0).masks
+        >>> masks.masks.shape[1:], sorted(masks.to_coco(image_id=1)[0])
+        ((56, 56), ['bbox', 'category_id', 'image_id', 'score', 'segmentation'])
+    """
 
     masks: npt.NDArray[np.bool_]  #: (n, H, W)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
-    """Boxes, masks and caption of one image, as far as the model has such heads."""
+    """Boxes, masks and caption of one image, as far as the model has such heads.
+
+    Example:
+        >>> prediction = visft_ds.load("runs/stage2").predict("dog.jpg", threshold=0)
+        >>> prediction.image.shape, len(prediction.boxes), type(prediction.caption)
+        ((56, 56, 3), 4, <class 'str'>)
+        >>> prediction.draw().save("out.png")
+    """
 
     image: npt.NDArray[np.uint8]  #: (H, W, 3) RGB, upright
-    path: Path | None  #: of its file
+    path: Path | None  #: its file, if it is from one
     categories: Mapping[int, str]  #: names of all categories of the model by id
-    results: Mapping[str, Results]  #: task -> predictions in COCO's results format, sorted by confidence
+    results: Mapping[str, Results]  #: task to predictions in COCO's results format, sorted by confidence
 
     @cached_property
     def boxes(self) -> Boxes | None:
         """Boxes of the detection head; None if the model has none."""
         results = self.results.get("detection")
-        if results is None:
-            return None
-        xywh = np.array([result["bbox"] for result in results], dtype=np.float64).reshape(-1, 4)
-        corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-        return Boxes(*self._labels(results), corners.astype(np.float32))
+        return None if results is None else Boxes(**self._fields(results))
 
     @cached_property
     def masks(self) -> Masks | None:
@@ -80,7 +201,7 @@ class Prediction:
         if results:
             decoded = coco_mask.decode([result["segmentation"] for result in results])  # (H, W, n)
             masks = decoded.transpose(2, 0, 1).astype(np.bool_)
-        return Masks(*self._labels(results), masks)
+        return Masks(**self._fields(results), masks=masks)
 
     @property
     def semantic(self) -> npt.NDArray[np.uint8] | None:
@@ -98,11 +219,18 @@ class Prediction:
         text: str = self.results["captioning"][0]["caption"]
         return text
 
-    def _labels(self, results: Results) -> tuple[Floats, npt.NDArray[np.int64], tuple[str, ...]]:
-        scores = np.array([result["score"] for result in results], dtype=np.float32)
+    def _fields(self, results: Results) -> dict[str, Any]:
+        """The fields of `Objects` by name."""
         ids = [result["category_id"] for result in results]
-        names = tuple(category_name(id_, self.categories) for id_ in ids)
-        return scores, np.array(ids, dtype=np.int64), names
+        names = [category_name(id_, self.categories) for id_ in ids]
+        xywh = np.array([result["bbox"] for result in results], dtype=np.float64).reshape(-1, 4)
+        corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+        return {
+            "scores": np.array([result["score"] for result in results], dtype=np.float32),
+            "ids": np.array(ids, dtype=np.int64),
+            "names": np.array(names, dtype=np.str_),
+            "xyxy": corners.astype(np.float32),
+        }
 
     def _other_tasks(self) -> list[str]:
         """A line about the image for each task without an attribute of its own."""
@@ -145,13 +273,14 @@ class Prediction:
     def _drawn(self, objects: Objects, side: int, **shapes: Any) -> npt.NDArray[np.uint8]:
         """The image with the objects' shapes, `boxes` or `masks`, in colours that all panels share."""
         names = list(self.categories.values())
-        for found in (self.boxes, self.masks):
-            names += [] if found is None else found.names
-        tags = [f"{name} {score:.2f}" for name, score in zip(objects.names, objects.scores, strict=True)]
-        return draw_objects(self.image, objects.names, tags, palette(names), side=side, **shapes)
+        for shown in (self.boxes, self.masks):
+            if shown is not None:
+                names += shown.names.tolist()
+        tags = [f"{instance.name} {instance.score:.2f}" for instance in objects]
+        return draw_objects(self.image, objects.names.tolist(), tags, palette(names), side=side, **shapes)
 
     def to_coco(self, image_id: int) -> dict[str, Results]:
-        """Task -> predictions in COCO's results format, as an evaluation writes them."""
+        """Predictions by task in COCO's results format, as an evaluation writes them."""
         return {
             task: [{**result, "image_id": image_id} for result in results]
             for task, results in self.results.items()

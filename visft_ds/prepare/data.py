@@ -164,7 +164,8 @@ def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocab
     words_of = config.tasks.with_words()
     if words_of is None:
         return None
-    task, settings = words_of[0], words_of[1].vocabulary
+    task = words_of[0]
+    settings = words_of[1].vocabulary
     if settings.file is not None:
         return read_vocabulary(Path(settings.file))
     manifests = [training.manifest for training in sets.values() if task in training.tasks]
@@ -174,6 +175,12 @@ def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocab
         if manifest.options.get("tokenizer") != TOKENIZER:
             raise ValueError(
                 f"{where}: captions were tokenised by {manifest.options.get('tokenizer')}, not {TOKENIZER}"
+            )
+        least = manifest.options.get("word_min_count", 1)
+        if settings.min_count < least:
+            raise ValueError(
+                f"{manifest.root}/{manifest.split} lists words that occur at least {least} times: "
+                f"--set visft.tasks.{task}.vocabulary.min_count={least}"
             )
         words.update(manifest.vocabulary)
     frequent = [word for word, count in words.items() if count >= settings.min_count]

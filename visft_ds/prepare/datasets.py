@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from visft_ds.config.schema import VisftConfig
-from visft_ds.data.fetch import Cache, is_url
+from visft_ds.data.fetch import Cache
 from visft_ds.data.plan import SetPlan
 from visft_ds.data.shards import Category, Manifest
 from visft_ds.settings.task_schema import Stream, WordsConfig
@@ -115,7 +115,7 @@ def samples_of(config: VisftConfig, stream: Stream, sets: Mapping[str, TrainingS
         manifest = sets[name].manifest
         samples = manifest.having(selections.pop() if len(selections) == 1 else "any")
         # Mixed within a few shards at a time, each is fetched once.
-        order = config.data.shuffle or ("windowed" if is_url(manifest.root) else "full")
+        order = config.data.shuffle or ("windowed" if manifest.is_remote else "full")
         shards = manifest.index["shard"][samples] if order == "windowed" else None
         plans[name] = SetPlan(samples, sets[name].weight, shards)
     return plans

@@ -57,9 +57,16 @@ def missing_shards(config: VisftConfig) -> Iterator[Missing]:
             continue
         what = f"shards of {split} (or give their --data)"
         command = f"visft shards FOLDER --out {quote(root)}"
+        source = root.rstrip("/").removesuffix("-shards")  # as `visft shards` names what it builds
+        if source != root.rstrip("/") and Path(source).is_dir():
+            command = f"visft shards {quote(source)}"
+        others = splits_in(Path(root))
         if (root, split) == (data.root, data.val):
             what = "shards for evaluation (or train without: --set visft.run.eval_every=0)"
-        elif Path(root).is_dir() and not splits_in(Path(root)):
+        elif (root, split) == (data.root, data.train) and others:
+            what = f"shards of {split}; {root} has {', '.join(others)}"
+            command = f"the same command with --set visft.data.train={quote(others[0])}"
+        elif Path(root).is_dir() and not others:
             folder = root.rstrip("/")
             what = f"shards: {folder} holds none; make them of the annotations in it, then give "
             what += f"--data {folder}-shards"

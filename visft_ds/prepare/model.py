@@ -18,7 +18,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import nn
 
-from visft_ds.config import ResolvedConfig, derive_batches
+from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.schema import OptimizerParams, ParamGroup, VisftConfig
 from visft_ds.data.fetch import sha256_of
 from visft_ds.data.shards import Category
@@ -259,13 +259,12 @@ def choose_precision(requested: str, device: torch.device) -> tuple[Precision, s
     return cast(Precision, requested), "as configured"
 
 
-def deepspeed_dict(config: ResolvedConfig, world_size: int, precision: Precision) -> dict[str, Any]:
+def deepspeed_dict(config: ResolvedConfig, batches: Batches, precision: Precision) -> dict[str, Any]:
     """The plain dict for `deepspeed.initialize`: engine keys plus everything that is derived.
 
-    `precision` is what visft.model.precision means on this hardware. Raises ValueError as `derive_batches`.
+    `precision` is what visft.model.precision means on this hardware.
     """
     assert config.visft.model.precision in ("auto", precision), (config.visft.model.precision, precision)
-    batches = derive_batches(config, world_size)
     # DeepSpeed knows one batch; where tasks differ it gets the largest. It only checks and reports with it.
     micro = max(batches.micro.values())
     result = {
@@ -302,7 +301,8 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
             )
         problem = read_elsewhere(info, config.model.out_indices)
         if problem:
-            raise ValueError(f"{problem}: give visft.model.out_indices the value of stage 1")
+            blocks = ",".join(map(str, info.extra.get("layers", [])))
+            raise ValueError(f"{problem}: set visft.model.out_indices=[{blocks}]")
         problem = other_base(f"the {task} head", info.extra.get("base_weights"), {base.identity})
         if problem:
             notes.append(f"warning: {problem}")

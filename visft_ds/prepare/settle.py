@@ -1,4 +1,4 @@
-"""What the data decides about a run, once and before any tensor library is imported.
+"""Decisions that the data makes about a run, once and before any tensor library is imported.
 
 `settle` reads the command line and the training splits, then goes through the decisions in order: tasks
 without labels take no part, epochs become steps, few photographs get their recipe, heads get the classes of
@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from visft_ds.config.backbones import lora_targets, on_this_machine
 from visft_ds.config.flags import SMALL_DATA, FirstStage, Merged, build_parser, merge_arguments
-from visft_ds.config.resolve import CONFIG_ROOT, Draft, ResolvedConfig, Tree
+from visft_ds.config.resolve import CONFIG_ROOT, Draft, ResolvedConfig
 from visft_ds.config.schema import DataConfig
+from visft_ds.config.tree import Tree
 from visft_ds.data.fetch import Cache, is_url
 from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.prepare.datasets import TrainingSet, open_training_sets, samples_of
@@ -43,7 +44,7 @@ Manifests = Mapping[tuple[str, str], Manifest]
 
 
 class Settled(NamedTuple):
-    """What a command line comes to with its data."""
+    """A command line, settled with its data."""
 
     options: argparse.Namespace
     config: ResolvedConfig
@@ -206,9 +207,9 @@ def _decide_length(draft: Draft, epochs: int, images: int) -> None:
         raise ValueError("--epochs needs shards in a folder of this machine: give --steps")
     values: dict[str, int | None] = {"scheduler.params.total_num_steps": None}
     for stream in draft.recipe.visft.streams().values():
-        updates = math.ceil(epochs * images / min(stream.batch_size, images))
+        steps = math.ceil(epochs * images / min(stream.batch_size, images))
         for name in stream.tasks:
-            values[f"visft.tasks.{name}.updates"] = updates
+            values[f"visft.tasks.{name}.steps"] = steps
     draft.decide(values, "--epochs")
 
 
@@ -217,7 +218,7 @@ def _decide_for_few(draft: Draft, images: int) -> None:
     visft = draft.recipe.visft.filled()
     tasks = visft.tasks.enabled()
     values: dict[str, Any] = {}
-    steps = draft.recipe.scheduler.params.total_num_steps or visft.updates() or STEPS
+    steps = draft.recipe.scheduler.params.total_num_steps or visft.steps() or STEPS
     if visft.stage == 1:
         if not draft.tree.is_stated("scheduler.params.total_num_steps"):
             stream = next(iter(visft.streams().values()))

@@ -27,7 +27,7 @@ examples:
   visft profile --stage 2 --model debug --data shards
   visft profile --num_gpus 8 --stage 2 --synthetic --json profile.json
   deepspeed --num_gpus 8 tools/profile.py --stage 2 --engine pipeline --trace traces
-  visft profile --stage 2 --data shards --loader
+  visft profile --stage 2 --model dinov3_b --data shards --loader
 """
 
 
@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(options: Namespace) -> None:
     """Refuse numbers and files before anything is measured."""
-    file, folder = options.json, options.trace
+    file = options.json
+    folder = options.trace
     if options.steps < 1 or options.warmup < 1:
         raise ValueError("--steps and --warmup: give at least 1 (the first step is never a typical one)")
     if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):

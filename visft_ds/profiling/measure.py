@@ -40,7 +40,8 @@ from visft_ds.pretrained import local
 from visft_ds.resilience.memory import memory_explained, peak_memory
 from visft_ds.run.folder import EarlierStarts
 from visft_ds.run.machine import Machine, check_machine, planned_run, settle_checkpointing
-from visft_ds.shards.build import Options, build
+from visft_ds.shards.build import build
+from visft_ds.shards.options import Options
 from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 from visft_ds.toy.coco import write_toy_coco
 

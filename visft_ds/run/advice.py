@@ -1,4 +1,4 @@
-"""What the data shows before the first step, and what the numbers at the end of a run mean, in sentences."""
+"""Sentences about a run: on its data before the first step, and on the numbers at its end."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Finding:
 
 
 def findings_of(config: VisftConfig, data: RunData, cell: int) -> list[Finding]:
-    """What the data shows before the first step.
+    """Oddities of the data that are known before the first step.
 
     Args:
         cell: side in pixels of what one feature of the backbone stands for.

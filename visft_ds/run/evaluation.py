@@ -19,7 +19,7 @@ from visft_ds import distributed
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.data.workers import fork_server, start_worker
+from visft_ds.data.workers import fork_server, kill_pool, start_worker
 from visft_ds.evaluation import collect, draw_examples, example_positions, measure
 from visft_ds.monitor.metrics import CONCLUSION
 from visft_ds.prepare.data import RunData, workers_of
@@ -215,12 +215,8 @@ class Validation:
     def close(self) -> None:
         """Cancel the evaluations that are being measured."""
         self._waiting.clear()
-        if self._pool is None:
-            return
-        for process in list((self._pool._processes or {}).values()):  # `kill_workers` comes with Python 3.14
-            process.kill()
-            process.join(1.0)  # the pool would write to a process that is about to end, and print a traceback
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._pool is not None:
+            kill_pool(self._pool)
 
 
 @dataclass

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visft_ds.config import ResolvedConfig
+from visft_ds.config.compare import differences
 from visft_ds.config.record import RunFile, read_run
-from visft_ds.config.resolve import differences, identity_of
+from visft_ds.config.resolve import identity_of
 from visft_ds.files import reading
 from visft_ds.run_files import (
     EXPORT,
@@ -30,7 +31,7 @@ _SILENCE = 1.0  #: seconds of waiting for the lock that need no word
 
 @dataclass(frozen=True)
 class EarlierStarts:
-    """What earlier starts of a run have left in its folder."""
+    """Remains of earlier starts of a run in its folder."""
 
     record: RunFile | None = None  #: None: they saved nothing that a start could continue
     steps: frozenset[int] = frozenset()  #: of the checkpoints that are there, by their names

@@ -10,9 +10,8 @@ from pathlib import Path
 from visft_ds import distributed
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.plan import StepPlan
-from visft_ds.monitor.callbacks import Callback
 from visft_ds.monitor.console import Progress
-from visft_ds.monitor.metrics import MetricsWriter
+from visft_ds.monitor.metrics import Callback, MetricsWriter
 from visft_ds.parallel.engine import StepReport
 from visft_ds.redaction import redacted_values
 from visft_ds.resilience.memory import peak_memory
@@ -64,7 +63,8 @@ def open_log(
     """The log of a run that is resumed after `start` of its steps. `stop` hears when nobody reads the
     console.
     """
-    main, run = distributed.is_main(), config.visft.run
+    main = distributed.is_main()
+    run = config.visft.run
     out = Path(run.out or "")
     with ExitStack() as stack:
         if main and run.track is not None:

@@ -1,4 +1,4 @@
-"""What the hardware decides for a run, and checks that all machines are alike."""
+"""Decisions that the hardware makes for a run, and checks that all machines are alike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 from visft_ds import distributed
 from visft_ds.config import Batches, ResolvedConfig, derive_batches
-from visft_ds.config.resolve import Draft, flatten
+from visft_ds.config.resolve import Draft
+from visft_ds.config.tree import flatten
 from visft_ds.flags import check_extra
 from visft_ds.monitor.metrics import versions
 from visft_ds.ops import use_numerics
@@ -66,7 +67,7 @@ def check_machine(config: ResolvedConfig, processes: int | None = None) -> Machi
     batches = derive_batches(config, processes)
     tf32 = model.computes_in_tf32(precision)
     use_numerics(device, tf32=tf32, deterministic=config.visft.run.deterministic)
-    return Machine(device, precision, why_precision, batches, deepspeed_dict(config, processes, precision))
+    return Machine(device, precision, why_precision, batches, deepspeed_dict(config, batches, precision))
 
 
 def planned_run(config: ResolvedConfig, machine: Machine, vocabulary: Vocabulary | None) -> PlannedRun:

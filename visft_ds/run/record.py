@@ -14,7 +14,7 @@ from visft_ds import CHECKOUT, distributed
 from visft_ds.checkpoint.format import explained
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.record import RUN_SCHEMA, Parent, RunFile
-from visft_ds.config.resolve import Tree
+from visft_ds.config.tree import Tree
 from visft_ds.files import write_text
 from visft_ds.monitor.metrics import versions
 from visft_ds.prepare.materialize import Start

@@ -25,6 +25,7 @@ from visft_ds.tasks.head_files import head_files
 if TYPE_CHECKING:
     from visft_ds.planner.partition import Partition
 
+_WIDEST_VALUE = 40  #: characters
 #: Photographs that a DETR memorises.
 FEW_FOR_DETR = 100
 
@@ -164,7 +165,7 @@ def _what_trains(groups: Sequence[TrainedGroup], note: str = "") -> Section:
 
 
 def _batches(config: ResolvedConfig, batches: Batches) -> Section:
-    """How each batch is divided, and how the steps are shared out."""
+    """Division of each batch, and shares of the steps."""
     zero = config.deepspeed["zero_optimization"]["stage"]
     if batches.stages > 1:
         engine = f"{batches.dp} pipeline(s) of {batches.stages} stages, ZeRO-{zero} between them"
@@ -206,8 +207,13 @@ def _run(config: ResolvedConfig, start: int) -> Section:
 
 
 def _decisions(config: ResolvedConfig) -> list[Section]:
-    """What data and hardware decided, and why; no section where they decided nothing."""
-    rows = [(f"{key} = {value}", why) for key, value, why in config.decisions]
+    """Decisions of data and hardware, with reasons; no section where there are none."""
+    rows = []
+    for key, value, why in config.decisions:
+        text = str(value)
+        if len(text) > _WIDEST_VALUE:  # a path, whose end tells most
+            text = f"...{text[-_WIDEST_VALUE:]}"
+        rows.append((f"{key} = {text}", why))
     title = "decided by data and machine (flags come before)"
     return [Section(title, rows, ("setting", "why"))] if rows else []
 

@@ -14,10 +14,11 @@ from visft_ds.config.record import recorded_config
 from visft_ds.config.schema import LoraConfig, VisftConfig
 from visft_ds.data.loader import StepLoader
 from visft_ds.interop.heads import check_heads, open_head
-from visft_ds.interop.layouts import describe_model, model_of
+from visft_ds.interop.layouts import model_of
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models import build_empty
+from visft_ds.models.lora import slices_of
 from visft_ds.parallel.engine import Engine
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run
@@ -94,14 +95,22 @@ def _start_from_adapter(config: VisftConfig, path: Path) -> Start:
         raise ValueError(
             f"visft.init_from: {path} is an adapter, and this run trains none: give it to stage 2"
         )
-    adapter = read_adapter(path)
     backbone = build_empty(config.model.preset, torch.float32, config.model.backbone_options())
+    adapter = read_adapter(path).on(backbone)
     if adapter.model != model_of(backbone):
         raise ValueError(
-            f"visft.init_from: the adapter in {path} is for {describe_model(adapter.model)}, "
-            "not for this model"
+            f"visft.init_from: the adapter in {path} is for {adapter.model_text()}, not for this model"
         )
-    there = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
+    targets = adapter.targets
+    slices = {name: slices for name, (_, slices) in adapter.layers.items()}
+    if slices_of(backbone, config.lora.targets) == slices:
+        targets = config.lora.targets  # the same layers by other words
+    if not targets:
+        raise ValueError(
+            f"visft.init_from: {path} adapts rows of some blocks alone, which no visft.lora.targets do: "
+            "merge it into the base weights, and start from these"
+        )
+    there = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=targets)
     _check_lora(path, there, config.lora)
     tensors = {f"backbone.{name}": Lazy.of(value) for name, value in adapter.tensors.items()}
     return Start(

@@ -104,7 +104,9 @@ class RunState:
             scores = recorded_scores(self._out / METRICS_FILE, best) if best else {}
             return checkpoint.path, scores
         if skipped:
-            raise ValueError(f"no checkpoint in {self.saver.folder} is whole: move them away to train anew")
+            raise ValueError(
+                f"all checkpoints in {self.saver.folder} are damaged: move or delete them to start over"
+            )
         if self._earlier.record is not None:
             raise ValueError(
                 f"{self._out} has an export and no checkpoint to continue from: choose another --out"
@@ -136,11 +138,10 @@ class RunState:
         failed.
         """
         for save in self.saver.finished(wait=wait):
-            path = checkpoint_path(self.saver.folder, save.step)
             took = f"training paused for {save.stall_seconds:.2f} s; written in {save.write_seconds:.2f} s"
             log.message(f"saved step {save.step} in {self.saver.folder} ({took})")
             seconds = {"save/stall_seconds": save.stall_seconds, "save/write_seconds": save.write_seconds}
-            log.writer.save(save.step, seconds, path)
+            log.writer.save(save.step, seconds)
 
     def ends_early(self, step: int, log: RunLog) -> bool:
         """Return True if `visft.run.patience` evaluations in a row gave no better metric. Collective.
@@ -187,6 +188,6 @@ class RunState:
             (folder / EXPORT_RECORD_FILE).unlink(missing_ok=True)
             remove_unfinished(folder)
             trained = open_checkpoint(checkpoint_path(self.saver.folder, step)).weights()
-            export_weights(trained, folder, prepared, self._config.visft, self._heads(step))
+            export_weights(trained, folder, prepared, self._config.visft, self._heads(step), step)
             write_text(folder / EXPORT_RECORD_FILE, (self._out / RECORD_FILE).read_text())
             print(f"wrote {folder}", flush=True)

@@ -37,11 +37,13 @@ class StrictModel(BaseModel):
         return self
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The nearest of some names, or all of them, as a clause of a message."""
+def nearest(name: str, known: Iterable[str], *, most: int = 1, before: str = "") -> str:
+    """The `most` nearest of some names, with what stands before them, or all of them, as a clause of a
+    message.
+    """
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(names)}"
+    near = [before + other for other in difflib.get_close_matches(name, names, n=most)]
+    return f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(names)}"
 
 
 def _whole(value: Any) -> Any:

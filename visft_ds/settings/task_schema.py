@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from visft_ds.settings.fields import Above, Ascending, Fraction, Positive, Sides, StrictModel, Text
 
 Findings = Mapping[str, Sequence[Any]]  #: what was odd: kind -> (how often, examples)
+WITHOUT_MASK = "object without a mask"  #: a kind of finding
 #: An image's caption to learn from: one drawn anew each time, or always the first.
 CaptionChoice = Literal["random", "first"]
 SHARED = "shared"  #: name of the one stream of mode "shared"
@@ -22,15 +23,16 @@ SHARED = "shared"  #: name of the one stream of mode "shared"
 class VocabularyConfig(StrictModel):
     """Vocabulary of a head that works with words."""
 
-    min_count: Positive = 6  #: least number of times a word occurs in the training captions
-    file: Text | None = None  #: a word map (JSON, word -> id) of a published head instead
+    min_count: Positive = 6  #: least number of times that a word occurs in the training captions
+    #: word map (JSON, word -> id) of a published head; null: words of the training captions
+    file: Text | None = None
 
 
 class DecodingConfig(StrictModel):
     """Decoding of words in evaluation."""
 
     beam_size: Positive = 1  #: beams of the search; 1: greedy
-    max_length: Positive = 50  #: words, after which a caption ends
+    max_length: Positive = 50  #: most words of a caption
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,9 @@ class TaskConfig(StreamConfig):
     learns_from: ClassVar[str] = "any"  #: which samples it can learn from, see `Manifest.selection`
     published: ClassVar[str | None] = None  #: its word in the names of the published files of heads
 
-    #: Optimiser steps of this task; a share if the length of the run is set. Otherwise a run has the sum of
-    #: all tasks' `updates`, in mode "shared" the largest.
-    updates: Positive | None = None
+    #: optimiser steps of this task, or its share of them if scheduler.params.total_num_steps sets the length
+    #: of the run, which else is their sum, in mode "shared" the largest; null: state the length
+    steps: Positive | None = None
     head: StrictModel
     loss: BaseModel
 
@@ -134,16 +136,16 @@ class TasksConfig(StrictModel):
 class ImageSizes(StrictModel):
     """Sizes of whole images in pixels, by detectron2's names, and mirroring."""
 
-    #: short sides in training, one of which is drawn for an image (DETR has 480 to 800)
+    #: short sides in training, in pixels; one is drawn for an image (DETR: 480 to 800)
     min_size_train: Sides = (480, 512, 544, 576, 608, 640, 672)
-    #: largest long side in training (DETR 1333; ViSFT caps it for a plain ViT)
+    #: largest long side in training, in pixels (DETR: 1333; ViSFT caps it for a plain ViT)
     max_size_train: Positive = 672
-    flip: Fraction = 0.5  #: probability of a horizontal flip (DETR)
-    min_size_test: Positive = 800  #: short side in evaluation (DETR)
-    max_size_test: Positive = 672  #: largest long side in evaluation, which comes before the short one
-    #: side of a square for training and evaluation instead of the sizes above
+    flip: Fraction = 0.5  #: probability of a horizontal flip (DETR: 0.5)
+    min_size_test: Positive = 800  #: short side in evaluation, in pixels (DETR: 800)
+    max_size_test: Positive = 672  #: largest long side in evaluation, in pixels, which then decides
+    #: side of a square for training and evaluation, in pixels, instead of the sizes above; null: none
     fixed_size: Positive | None = None
-    #: with fixed_size: smallest and largest side of a random crop, in parts of the image's; null: none
+    #: scale of a random crop, smallest and largest, of the image's sides, with fixed_size; null: no crop
     zoom: Annotated[tuple[Above, Above], Ascending] | None = None
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -157,7 +159,7 @@ class SharedImage(ImageSizes):
 
     #: caption to train on: a new "random" one each time, or the "first"
     caption_choice: CaptionChoice = "random"
-    max_words: Positive = 50  #: words; longer captions are left out
+    max_words: Positive = 50  #: most words of a caption; longer ones are left out
 
 
 class SharedConfig(StreamConfig):

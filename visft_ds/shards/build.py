@@ -3,8 +3,6 @@ shards.
 
 Samples are assigned to shards first, from the sizes of the image files. A shard gets its final name when it
 is whole and on disk; its record in the hidden folder `.SPLIT.build` follows, the manifest comes last.
-
-Shards hold the pixels that the labels fit: a picture that its EXIF data turns is stored upright.
 """
 
 from __future__ import annotations
@@ -12,26 +10,22 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 import sys
-import tarfile
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-from zlib import crc32
+from typing import Any
 
 import numpy as np
 import orjson
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from visft_ds.data.decode import decode_image
 from visft_ds.data.fetch import sha256_of
 from visft_ds.data.shards import (
     INDEX_DTYPE,
@@ -43,91 +37,19 @@ from visft_ds.data.shards import (
     manifest_path,
     tar_name,
 )
-from visft_ds.files import (
-    image_frame,
-    open_image,
-    read_bytes,
-    reading,
-    remove_unfinished,
-    write_bytes,
-    writing,
-    wrong_name,
-)
-from visft_ds.shards.coco import CocoSource, SourceImage, read_coco
-from visft_ds.shards.common import CocoFile, Exif, Findings, Json, is_split_name
-from visft_ds.shards.division import Division
-from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
+from visft_ds.files import remove_unfinished, write_bytes, wrong_name
+from visft_ds.shards.archive import sample_size, shard_size, write_shard
+from visft_ds.shards.coco import CocoSource, SourceImage, name_as_here, read_coco
+from visft_ds.shards.common import Findings, Json
+from visft_ds.shards.options import Options
+from visft_ds.tasks.vocabulary import caption_words
 
-_MAX_IMAGE_BYTES = 1 << 30
-#: Pillow's formats -> suffixes in a shard; of others the name is the suffix.
-_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
-_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")  # pathlib makes one slash of two
 _LOCK = "lock"  #: file in the folder of a build's state
-_TURNED = "picture stored upright, as EXIF says and its annotations fit"
-_ASSUMED = "picture stored upright by EXIF; its size cannot tell (--exif ignore: store it without rotation)"
-_AS_STORED = "EXIF rotation not applied: the annotations fit the picture as stored"
-
-
-@dataclass(frozen=True)
-class Options:
-    """Files and settings of a build."""
-
-    images: Path
-    instances: CocoFile | None
-    captions: CocoFile | None
-    out: Path
-    split: str
-    ids: Path | None = None  #: file of image ids or names, one a line: only these
-    max_size: int = 256_000_000  #: bytes of a shard
-    limit: int | None = None  #: only the first so many images of the order
-    seed: int = 0  #: of the order
-    exif: Exif = None
-    masks_from_boxes: bool = False  #: an object without a mask gets the ellipse in its box
-    maps: CocoFile | None = None  #: label maps instead of instances
-    division: Division | None = None  #: only the images of one side of it
-
-    def __post_init__(self) -> None:
-        if _ADDRESS.match(str(self.out)):
-            address = str(self.out).replace(":/", "://", 1)
-            remedy = "shards are built in a local folder; copy its files to the address afterwards"
-            raise ValueError(f"--out {address}: {remedy}")
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out {self.out} is a file: name a folder")
-        if not is_split_name(self.split):
-            raise ValueError(f"split name {self.split!r}: only letters, digits, '-' and '_' are allowed")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit {self.limit}: at least one image is needed")
-        if not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"seed {self.seed}: it must not be negative, and below 2**63")
-        if self.instances is self.maps is self.captions is None:
-            raise ValueError("there are no labels: give --instances, --captions or both")
-        if not self.images.is_dir():
-            raise ValueError(f"the images folder {self.images} does not exist")
-
-    def content(self) -> Json:
-        """Settings that determine the bytes beside the files, for the manifest."""
-        content: Json = {
-            "max_size": self.max_size,
-            "limit": self.limit,
-            "seed": self.seed,
-            "exif": self.exif,
-            "masks_from_boxes": self.masks_from_boxes,
-            "tokenizer": TOKENIZER,
-        }
-        if self.division is not None:  # its seed is the one above
-            content["val"] = self.division.share
-            content["group"] = self.division.group
-        return content
-
-    @property
-    def state(self) -> Path:
-        """Folder for the state of a build."""
-        return self.out / f".{self.split}.build"
 
 
 @dataclass
 class _Plan:
-    """What a build is going to write."""
+    """Plan of what a build is going to write."""
 
     source: CocoSource
     images: Sequence[SourceImage]  #: of the split, in the order of their samples
@@ -173,6 +95,7 @@ def _plan(options: Options) -> _Plan:
         options.maps,
         options.division,
     )
+    name_as_here(source, options.images)
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
     order = np.argsort(np.random.Philox(key=key).random_raw(len(source.images)), kind="stable")
     images = [source.images[position] for position in order[: options.limit].tolist()]
@@ -199,23 +122,13 @@ def _cut(images: Sequence[SourceImage], max_size: int) -> list[list[SourceImage]
     shards = list[list[SourceImage]]()
     used = 0
     for image in images:
-        size = _member_size(image.file_bytes) + _member_size(len(image.label()))
-        whole = _rounded_up(used + size + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)  # two blocks end it
-        if not shards or whole > max_size:
+        size = sample_size(image.file_bytes, len(image.label()))
+        if not shards or shard_size(used + size) > max_size:
             shards.append([])
             used = 0
         shards[-1].append(image)
         used += size
     return shards
-
-
-def _member_size(size: int) -> int:
-    """Bytes in a tar of a file of so many: a header and whole blocks."""
-    return tarfile.BLOCKSIZE + _rounded_up(size, tarfile.BLOCKSIZE)
-
-
-def _rounded_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[Manifest, bytes]:
@@ -246,7 +159,7 @@ def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[M
         categories=source.categories,
         counts={**_counts(images, options), "left_out": len(plan.left_out)},
         having_category={str(category.coco_id): having[category.coco_id] for category in source.categories},
-        object_sides={} if options.maps is not None else _quantiles([image.sides for image in images]),
+        object_sides={} if options.maps is not None else quantiles([image.sides for image in images]),
         shards=tuple(shards),
         vocabulary=Counter(
             word for image in images for text in image.captions for word in caption_words(text)
@@ -277,7 +190,7 @@ def _counts(images: Sequence[SourceImage], options: Options) -> dict[str, int]:
     return counts
 
 
-def _quantiles(sides: Sequence[Sequence[float]]) -> dict[str, float]:
+def quantiles(sides: Sequence[Sequence[float]]) -> dict[str, float]:
     """`Manifest.object_sides` of the sides of each image's objects."""
     every = np.concatenate([np.empty(0, np.float32), *sides])
     if not len(every):
@@ -395,7 +308,7 @@ def _write_all(options: Options, plan: _Plan, workers: int) -> list[Json]:
             or not path.is_file()
             or sha256_of(path) != record["sha256"]
         ):
-            record = {**_write(path, images, options, progress), "key": key}
+            record = {**write_shard(path, images, options, progress), "key": key}
             write_bytes(record_path, orjson.dumps(record))
         else:
             progress(len(images))
@@ -407,99 +320,3 @@ def _write_all(options: Options, plan: _Plan, workers: int) -> list[Json]:
             return list(pool.map(write, range(len(plan.shards))))
         finally:
             stopped.set()
-
-
-def _write(
-    path: Path,
-    images: Sequence[SourceImage],
-    options: Options,
-    progress: Callable[[int], None],
-) -> Json:
-    """Write a shard whole or not at all; returns its record."""
-    rows = list[list[int]]()
-    left_out = list[tuple[str, str]]()
-    odd = list[tuple[str, str]]()
-    with writing(path) as file:
-        for image in images:
-            progress(1)
-            try:
-                suffix, data, kinds = _picture(image, options)
-            except ValueError as error:
-                reason = str(error).removeprefix(f"{options.images / image.file_name}: ")
-                left_out.append((image.file_name, reason))
-                continue
-            odd += [(kind, image.file_name) for kind in kinds]
-            key = f"{image.image_id:012d}"
-            row = _add_member(file, f"{key}.{suffix}", data)
-            row += _add_member(file, f"{key}.json", image.label())
-            row += [image.width, image.height, image.image_id, image.trainable, len(image.captions)]
-            rows.append(row)  # the columns of INDEX_DTYPE behind the shard
-        # two empty blocks end an archive, and padding as other tar programs write it
-        file.write(bytes(2 * tarfile.BLOCKSIZE))
-        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
-    return {
-        "name": path.name,
-        "bytes": path.stat().st_size,
-        "sha256": sha256_of(path),
-        "rows": rows,
-        "left_out": left_out,
-        "odd": odd,
-    }
-
-
-def _add_member(tar: BinaryIO, name: str, data: bytes) -> list[int]:
-    """Append a file to a tar; returns offset, size and crc32 of its content.
-
-    `tarfile.TarFile.addfile` writes the same bytes more slowly, and copies them.
-    """
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.write(member.tobuf(tarfile.USTAR_FORMAT))
-    offset = tar.tell()
-    tar.write(data)
-    tar.write(bytes(-len(data) % tarfile.BLOCKSIZE))
-    return [offset, len(data), crc32(data)]
-
-
-def _picture(image: SourceImage, options: Options) -> tuple[str, bytes, list[str]]:
-    """(suffix, bytes in the shard, what was odd) of an image file. Raises ValueError for one that cannot be
-    used.
-    """
-    data = read_bytes(options.images / image.file_name, _MAX_IMAGE_BYTES)
-    frame = image_frame(data, "unreadable")
-    odd = list(frame.notes)
-    stored = (frame.height, frame.width)
-    labelled = (image.height, image.width)
-    turn = frame.orientation > 1 and options.exif != "ignore"
-    if turn and options.exif is None:
-        # the sizes in a COCO file tell, unless both fit; those of other layouts were read from the pictures
-        from_file = isinstance(options.instances, Path)
-        tells = options.instances is None or (from_file and stored != frame.upright)
-        turn = stored != labelled or labelled == frame.upright
-        if not turn:
-            odd.append(_AS_STORED)
-        elif tells:
-            odd.append(_TURNED)
-        else:
-            odd.append(_ASSUMED)
-    height, width = frame.upright if turn else stored
-    if (height, width) != labelled:
-        raise ValueError(
-            f"another size: {width} x {height}, the annotations say {image.width} x {image.height}"
-        )
-    if turn:
-        return *_upright(data, frame.format), odd
-    with reading("unreadable", "a picture"):
-        decode_image(data)  # as training will
-    return _SUFFIXES.get(frame.format, frame.format.lower()), data, odd
-
-
-def _upright(data: bytes, kind: str) -> tuple[str, bytes]:
-    """(suffix, bytes) of a picture turned as its EXIF data says: JPEG stays JPEG, others become PNG."""
-    file = io.BytesIO()
-    picture = open_image(data, "unreadable", quiet=True)
-    if kind in ("JPEG", "MPO"):
-        picture.save(file, "JPEG", quality=95, subsampling=0)
-        return "jpg", file.getvalue()
-    picture.save(file, "PNG")
-    return "png", file.getvalue()

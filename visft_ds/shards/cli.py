@@ -1,4 +1,5 @@
-"""`visft shards`: COCO, YOLO, captioned images or label maps -> shards that any WebDataset reader opens.
+"""`visft shards`: COCO, YOLO, captioned images or label maps -> shards that any WebDataset reader opens; and
+tars that others wrote are indexed where they lie.
 
 Exit status: 0 fine, 1 damage found, 2 wrong usage or unusable input, 130 interrupted.
 """
@@ -11,19 +12,21 @@ import shlex
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from visft_ds import program
 from visft_ds.data.shards import Manifest, splits_in, verify
 from visft_ds.errors import tell
 from visft_ds.files import shown_name
 from visft_ds.flags import Parser, check_least, parse_size
-from visft_ds.shards.build import Options, build, reasons
+from visft_ds.shards.build import build, reasons
 from visft_ds.shards.common import Findings, FolderSplit, lines_of
 from visft_ds.shards.division import Division
 from visft_ds.shards.layouts import recognise
+from visft_ds.shards.options import Options
 
 _SHOWN = 40  #: classes that are listed
 _WIDTH = 110  #: columns
@@ -40,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_build(commands.add_parser("build", help="make shards; continues after an interruption"))
+    _add_index(commands.add_parser("index", help="read WebDataset tars that others wrote, where they lie"))
     command = commands.add_parser("permute", help="make a control: the same images with exchanged labels")
     command.add_argument("folder", type=Path, metavar="DIR", help="finished shards")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for a COCO tree")
@@ -121,13 +125,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         choices=("apply", "ignore"),
         help="rotate images or not (default: unless only the stored size fits)",
     )
-    add(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="threads (default: cores)",
-    )
+    _add_workers(add, "threads")
     add(
         "--replace",
         action="store_true",
@@ -135,6 +133,52 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     )
     add("--dry-run", action="store_true", help="read the annotations and plan, write nothing")
     parser.set_defaults(run=_build)
+
+
+def _add_index(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write index and manifest for tars of pictures (jpg, png, webp) with captions (txt, or caption in "
+        "json) or COCO annotations (json, with --categories), which stay where they are."
+    )
+    add = parser.add_argument
+    add(
+        "tars",
+        nargs="+",
+        metavar="TARS",
+        help="paths or URLs, with '{00000..00331}' for numbers; of paths also '*.tar'",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for index and manifest")
+    add("--split", default="train", metavar="NAME", help="name of the split (default %(default)s)")
+    add(
+        "--categories", type=Path, metavar="FILE", help="COCO file, or list of its categories, of annotations"
+    )
+    _add_workers(add, "processes")
+    add("--replace", action="store_true", help="replace a split of this name")
+    parser.set_defaults(run=_index)
+
+
+def _add_workers(add: Callable[..., Any], what: str) -> None:
+    cores = len(os.sched_getaffinity(0))
+    add("--workers", type=int, default=cores, metavar="N", help=f"{what} (default: cores)")
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from visft_ds.shards.tars import index_tars  # brings torch, which takes seconds
+
+    check_least(arguments, workers=1)
+    manifest = index_tars(
+        arguments.tars,
+        arguments.out,
+        arguments.split,
+        categories=arguments.categories,
+        workers=arguments.workers,
+        replace=arguments.replace,
+    )
+    print(f"{manifest.split}: indexed {_size(manifest)}, in {arguments.out}")
+    _print_findings(manifest, manifest.findings)
+    least = manifest.options["word_min_count"]
+    if least > 1:
+        print(f"  vocabulary: the {len(manifest.vocabulary)} words that occur at least {least} times")
 
 
 def _build(arguments: argparse.Namespace) -> None:
@@ -229,12 +273,17 @@ def _build_split(arguments: argparse.Namespace, out: Path, split: FolderSplit) -
         by = "image" if arguments.group is None else f"groups {arguments.group!r}"
         print(f"val: split off, {arguments.val:g} of the images, by {by}, seed {arguments.seed}")
     print(f"{split.name}: {'would build' if dry_run else 'built'} {_size(manifest)}, in {out}")
-    _print_classes(manifest)
-    for findings in (split.findings, manifest.findings, reasons(manifest.left_out)):
-        for line in lines_of(findings):
-            print(line)
+    _print_findings(manifest, split.findings, manifest.findings)
     if not dry_run:
         print(f"  fingerprint {manifest.fingerprint}")
+
+
+def _print_findings(manifest: Manifest, *problems: Mapping[str, Sequence[Any]]) -> None:
+    """Print the classes of a split, its problems, and why images were left out."""
+    _print_classes(manifest)
+    for findings in (*problems, reasons(manifest.left_out)):
+        for line in lines_of(findings):
+            print(line)
 
 
 def _print_classes(manifest: Manifest) -> None:
@@ -279,8 +328,7 @@ def _verify(arguments: argparse.Namespace) -> bool:
         damaged = verify(manifest)
         if damaged:
             any_damaged = True
-            remedy = "run the same `visft shards build` again"
-            print(f"{manifest.split}: damaged: {', '.join(damaged)}; {remedy}")
+            print(f"{manifest.split}: damaged: {', '.join(damaged)}; {manifest.remedy}")
         else:
             print(f"{manifest.split}: no file is damaged")
     return any_damaged

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 import orjson
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 
-from visft_ds.data.labels import is_box, is_near, is_polygon, is_run_length_code
+from visft_ds.data.labels import is_box, is_near, is_polygon, run_length_code
 from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
-from visft_ds.shards.common import BYTE_ORDER_MARK, CocoFile, Findings, Json
+from visft_ds.settings.task_schema import WITHOUT_MASK
+from visft_ds.shards.common import BYTE_ORDER_MARK, CocoFile, Findings, name_here
 from visft_ds.shards.division import Division
 
 _ANOTHER_FORM = "mask given as [x, y, ...], as [[x, y], ...] or as text (read as polygons)"
@@ -129,7 +131,7 @@ def read_coco(
                 # The captions of all of COCO are often given for a part of it.
                 unusable = _add_captions(entries, images, findings, of_other_images=instances is not None)
             else:
-                _add_categories(content["categories"], categories)
+                add_categories(content["categories"], categories)
                 reader = _AnnotationReader(images, categories, findings, ellipses)
                 unusable = reader.read(entries)
             unusable.refuse_above_a_tenth(len(entries), where, "annotations")
@@ -143,6 +145,29 @@ def read_coco(
     ordered = enumerate(sorted(categories))
     listed = tuple(Category(position, number, categories[number]) for position, number in ordered)
     return CocoSource(chosen, listed, findings, files)
+
+
+def name_as_here(source: CocoSource, folder: Path) -> None:
+    """Call images that a path of another machine names as they are called in the folder.
+
+    Raises ValueError if such an image has the file of another one.
+    """
+    renamed = dict[str, str]()  # name here -> name in the annotations
+    for image in source.images:
+        name = name_here(folder, image.file_name)
+        if name is not None:
+            source.findings.add(
+                "image named by a path of another machine (its end was found)", image.file_name
+            )
+            renamed[name] = image.file_name
+            image.file_name = name
+    counts = Counter(image.file_name for image in source.images)
+    for name, original in renamed.items():
+        if counts[name] > 1:
+            raise ValueError(
+                f"{counts[name]} images, one called {original}, are the same file {folder / name}: "
+                "give file names below the folder of the images"
+            )
 
 
 def _read(source: CocoFile, role: str, files: Files) -> bytes:
@@ -216,7 +241,7 @@ def _read_images(
     return images
 
 
-def _add_categories(entries: Sequence[Any], categories: dict[int, str]) -> None:
+def add_categories(entries: Sequence[Any], categories: dict[int, str]) -> None:
     """Add the categories of a COCO file, id -> name; each must have both, and no id may come twice."""
     for entry in entries:
         number = entry.get("id")
@@ -305,7 +330,7 @@ class _AnnotationReader:
         box = entry["bbox"]
         corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
         crowd = bool(entry.get("iscrowd"))
-        inside = _share_inside(corners, image)
+        inside = share_inside(corners, image)
         segmentation, problems = stored_segmentation(entry.get("segmentation"), image.height, image.width)
         no_mask = _NO_MASK in problems
         if no_mask:
@@ -318,7 +343,7 @@ class _AnnotationReader:
         if not inside:
             problems.append("box without area (kept; training leaves it out)")
         if not segmentation and not crowd:
-            problems.append("instance without mask")
+            problems.append(WITHOUT_MASK)
         for kind in problems:
             self.findings.add(kind, name)
         self.ids.add(entry["id"])
@@ -341,7 +366,7 @@ class _AnnotationReader:
         self.contents.add(content)
 
 
-def _share_inside(corners: Corners, image: SourceImage) -> float:
+def share_inside(corners: Corners, image: SourceImage) -> float:
     """Share of the image that a box covers; 0 for a box without area or outside the image."""
     left, top, right, bottom = corners
     across = min(right, image.width) - max(left, 0)
@@ -385,7 +410,7 @@ def stored_segmentation(mask: Any, height: int, width: int) -> tuple[Any, list[s
     if mask is None or mask == []:
         return mask, []
     if isinstance(mask, Mapping):
-        code = _run_length_code(mask, height, width)
+        code = run_length_code(mask, height, width)
         return code, [_NO_MASK] if code is None else problems
     if not isinstance(mask, list):
         return None, [_NO_MASK]
@@ -434,21 +459,6 @@ def _cut_off(polygon: list[float], height: int, width: int) -> list[float]:
     cut[::2] = [min(max(x, -width), 2 * width) for x in polygon[::2]]
     cut[1::2] = [min(max(y, -height), 2 * height) for y in polygon[1::2]]
     return cut
-
-
-def _run_length_code(mask: Mapping[str, Any], height: int, width: int) -> Json | None:
-    """A run-length code with its counts as text; None if it does not fill the image."""
-    size = [height, width]
-    if mask.get("size") != size:
-        return None
-    code = {"size": size, "counts": mask.get("counts")}
-    if isinstance(code["counts"], list):
-        if not all(type(count) is int and count >= 0 for count in code["counts"]):
-            return None
-        if sum(code["counts"]) != height * width:
-            return None
-        code["counts"] = coco_mask.frPyObjects(code, height, width)["counts"].decode()
-    return code if is_run_length_code(code, height, width) else None
 
 
 def _ellipse(x: float, y: float, width: float, height: float) -> list[float]:

@@ -1,7 +1,8 @@
-"""What the layouts of data sets share: names of splits, images as COCO lists them, problems of the data."""
+"""Shared by the layouts of data sets: names of splits, images as COCO lists them, problems of the data."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +20,16 @@ Exif = Literal["apply", "ignore"] | None
 #: Name of a split in a data set -> its name among the shards.
 SPLITS: Mapping[str, str] = {
     "train": "train",
+    "training": "train",
     "default": "train",  # CVAT's name of the only one
     "val": "val",
     "valid": "val",
     "validation": "val",
     "test": "test",
+    "testing": "test",
 }
+#: An absolute path, or one with backslashes.
+_ELSEWHERE = re.compile(r"[A-Za-z]:|/|.*\\", re.DOTALL)
 CLASSES = "classes.txt"  #: a list of names, one a line
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which Windows puts before a text
@@ -39,6 +44,12 @@ class Findings(dict[str, tuple[int, list[str]]]):
         if count < _EXAMPLES:
             examples = [*examples, shown_name(f"{example!s:.120}")]
         self[kind] = (count + 1, examples)
+
+    def merge(self, others: Findings) -> None:
+        """Add those of another part of the data."""
+        for kind, (count, examples) in others.items():
+            before, earlier = self.get(kind, (0, []))
+            self[kind] = (before + count, [*earlier, *examples][:_EXAMPLES])
 
     def refuse_above_a_tenth(self, of: int, where: object, what: str) -> None:
         """Raise ValueError if there are more than a tenth of all."""
@@ -66,9 +77,30 @@ class FolderSplit:
     division: Division | None = None  #: only one side of it
 
 
+def split_of(name: str) -> str:
+    """Name among the shards of a split that a data set calls `name`: the same if it is no usual one."""
+    return SPLITS.get(name.lower(), name)
+
+
 def is_split_name(name: str) -> bool:
     """Return True for a name of letters, digits, "-" and "_"."""
     return bool(name) and all(sign.isalnum() or sign in "-_" for sign in name)
+
+
+def name_here(folder: Path, name: str) -> str | None:
+    """The name in `folder` of what a tool on another machine called by an absolute path, or by one with
+    backslashes: the longest end of the path that is there. None for another name, and if nothing is there.
+    """
+    if not _ELSEWHERE.match(name) or not name.isprintable():
+        return None
+    parts = name.replace("\\", "/").split("/")
+    if ".." in parts:
+        parts = parts[len(parts) - parts[::-1].index("..") :]
+    for first in range(len(parts)):
+        end = "/".join(parts[first:]).lstrip("/")
+        if end and (folder / end).exists():
+            return end
+    return None
 
 
 def listed_image(folder: Path, name: str, number: int, exif: Exif) -> Json:
@@ -76,7 +108,8 @@ def listed_image(folder: Path, name: str, number: int, exif: Exif) -> Json:
     try:
         frame = image_frame(folder / name)
     except (ValueError, OSError):
-        height, width = 1, 1
+        height = 1
+        width = 1
     else:
         height, width = (frame.height, frame.width) if exif == "ignore" else frame.upright
     return {"id": number, "file_name": name, "height": height, "width": width}

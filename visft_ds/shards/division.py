@@ -17,7 +17,7 @@ from visft_ds.files import shown_name
 
 @dataclass(frozen=True)
 class Division:
-    """How the images of a split are divided, and which side is meant.
+    """Division of the images of a split, and one side of it.
 
     `group` is a regular expression that is searched in each file name: images with the same match, or the
     same text in its first parenthesis, stay on one side.

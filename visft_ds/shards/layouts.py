@@ -7,12 +7,14 @@ annotations are meant.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 
+from visft_ds.data.shards import splits_in
 from visft_ds.files import checked_name, read_bytes, reading
 from visft_ds.shards.common import (
     BYTE_ORDER_MARK,
@@ -23,6 +25,8 @@ from visft_ds.shards.common import (
     Json,
     is_split_name,
     listed_image,
+    name_here,
+    split_of,
 )
 from visft_ds.shards.maps import map_layouts, read_maps
 from visft_ds.shards.tools import LABELME, VOC, read_tool, tool_layouts
@@ -31,14 +35,15 @@ from visft_ds.shards.yolo import read_yolo
 _YEAR = re.compile(r"^(train|val|test)\d{4}$")
 _COCO_FILE = re.compile(r"(?:(instances|maps|captions)_)?(.+)\.json")
 _KEYPOINTS_FILE = re.compile(r"person_keypoints_(.+)\.json")
-#: COCO files that no split has given its name: of Label Studio, and of many converters.
-_NAMELESS_COCO = ("result.json", "annotations.json")
+#: COCO files that no split has given its name: of Label Studio, of many converters, and of VIA.
+_NAMELESS_COCO = re.compile(r"(result|annotations|.+_coco)\.json")
 #: Names of files beside the images of a split, or in its folder.
 _ROBOFLOW = ("_annotations.coco.json",)
 _CAPTIONS = ("metadata.jsonl", "captions.jsonl")
 _LOOKED_FOR = """looked for
   COCO      instances_SPLIT.json, person_keypoints_SPLIT.json, captions_SPLIT.json or SPLIT.json, here
-            or in annotations/, images in SPLIT/ or images/; result.json or annotations.json with images/
+            or in annotations/, images in SPLIT/ or images/; result.json, annotations.json or NAME_coco.json
+            with its images in images/ or beside it
   Roboflow  SPLIT/_annotations.coco.json beside the images
   YOLO      data.yaml (names, train, val), images/ and labels/; give the path of one of another name;
             or classes.txt, images/ and labels/*.txt, as Label Studio writes them
@@ -46,13 +51,20 @@ _LOOKED_FOR = """looked for
   maps      classes.txt, images/SPLIT, labels/SPLIT; ADE20k's, Cityscapes' and CamVid's own folders
   tools     Pascal VOC's XML or labelme's JSON beside each image, or in annotations/ with images/
 or name the files: visft shards build --images DIR --instances FILE --out OUT --split train"""
+_CVAT = "export the task as `COCO 1.0`, with `Save images` on"
 #: File of an export that is not read -> what it is, and the export of the same tool that is read.
 _OTHER_EXPORTS = {
-    "annotations.xml": ("CVAT's XML", "export the task as `COCO 1.0`"),
-    "obj.data": ("CVAT's YOLO 1.1", "export the task as `COCO 1.0`"),
-    "labelmap.txt": ("CVAT's segmentation masks", "export the task as `COCO 1.0`"),
-    "project-*.json": ("Label Studio's own JSON", "export the project as COCO or YOLO with images"),
-    "via_*.json": ("a project of VIA", "choose Annotation, Export Annotations (COCO format) in VIA"),
+    "annotations.xml": ("CVAT's XML", _CVAT),
+    "obj.data": ("CVAT's YOLO 1.1", _CVAT),
+    "labelmap.txt": ("CVAT's segmentation masks", _CVAT),
+    "project-*.json": (
+        "Label Studio's own JSON",
+        "export the project as `COCO with Images` or `YOLO with Images`",
+    ),
+    "via_*.json": (
+        "a project or an export of VIA",
+        "choose Annotation, Export Annotations (COCO format) in VIA, and put the file beside the images",
+    ),
 }
 _SHOWN = 8  # names in a message
 
@@ -80,7 +92,11 @@ def recognise(
         for pattern, (export, remedy) in _OTHER_EXPORTS.items():
             for path in source.glob(pattern):
                 raise ValueError(f"{path} is {export}, which is not read: {remedy}")
-        content = sorted(f"{path.name}/" if path.is_dir() else path.name for path in source.iterdir())
+        _refuse_misplaced(source)
+        content = []
+        for path in source.iterdir():
+            content.append(f"{path.name}/" if path.is_dir() else path.name)
+        content.sort()
         raise ValueError(
             f"{source} is not a data set of a known layout; {_LOOKED_FOR}\nfound {_few(content)}"
         )
@@ -110,6 +126,18 @@ def recognise(
     return layout, splits, sorted(unread)
 
 
+def _refuse_misplaced(folder: Path) -> None:
+    """Raise ValueError for shards, and for a folder of data sets."""
+    finished = splits_in(folder)
+    if finished:
+        command = f"visft train --data {shlex.quote(str(folder))}"
+        raise ValueError(f"{folder} holds shards already ({', '.join(finished)}); train on them: {command}")
+    inside = [path for path in sorted(folder.glob("*/")) if any(_layouts(path))]
+    if inside:
+        commands = " or ".join(f"visft shards {shlex.quote(str(path))}" for path in inside[:3])
+        raise ValueError(f"{folder} is not a data set; folders in it are: {commands}")
+
+
 def _few(names: Sequence[str]) -> str:
     if not names:
         return "nothing"
@@ -122,7 +150,7 @@ def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     coco = [file.path for file in _coco_files(folder)]
     if coco:
         yield "COCO", coco
-    folders = [folder, *(folder / split for split in SPLITS)]
+    folders = [folder, *sorted(path for path in folder.glob("*/") if path.name.lower() in SPLITS)]
     for layout, names in (("Roboflow", _ROBOFLOW), ("captions", _CAPTIONS)):
         paths = [each / name for name in names for each in folders]
         files = [path for path in paths if path.is_file()]
@@ -145,8 +173,8 @@ def _layouts_of_tools(folder: Path) -> Iterator[tuple[str, list[Path]]]:
 
 def _split_of(name: str) -> str:
     """Name among the shards of a split that is called `name` in a folder; "" if no split may have it."""
-    name = _YEAR.sub(r"\1", name)
-    return SPLITS.get(name.lower(), name if is_split_name(name) else "")
+    split = split_of(_YEAR.sub(r"\1", name))
+    return split if is_split_name(split) else ""
 
 
 @dataclass(frozen=True)
@@ -170,17 +198,21 @@ def _coco_files(folder: Path) -> Iterator[_CocoFile]:
         images = _images_of(folder, name, split)
         if role:
             yield _CocoFile(path, role, split, images)
-        elif name in SPLITS and images:
+        elif name.lower() in SPLITS and images:
             yield _CocoFile(path, "instances", split, images)
 
 
 def _images_of(folder: Path, name: str, split: str) -> Path | None:
-    """The folder of the images of a split that is called `name`."""
-    candidates = [name, f"images/{name}", f"{name}/images"]
-    if split:
-        candidates += [split, f"images/{split}", f"{split}/images"]
-    folders = [folder / each for each in (*candidates, "images") if (folder / each).is_dir()]
-    return folders[0] if folders else None
+    """The folder of the images of a split that is called `name`, or as other data sets call it."""
+    names = [name]
+    for path in sorted((*folder.glob("*/"), *folder.glob("images/*/"))):
+        if split and _split_of(path.name) == split:
+            names.append(path.name)
+    for each in names:
+        for candidate in (f"{each}/images", f"images/{each}", each):
+            if (folder / candidate).is_dir():
+                return folder / candidate
+    return folder / "images" if (folder / "images").is_dir() else None
 
 
 def _coco_files_of_tools(folder: Path) -> Iterator[_CocoFile]:
@@ -190,7 +222,7 @@ def _coco_files_of_tools(folder: Path) -> Iterator[_CocoFile]:
         if match is not None:
             split = _split_of(match[1])
             yield _CocoFile(path, "instances", split, _images_of(folder, match[1], split))
-        elif path.name in _NAMELESS_COCO:
+        elif _NAMELESS_COCO.fullmatch(path.name):
             yield _CocoFile(path, "instances", "train", _images_of_names(folder, path))
 
 
@@ -200,7 +232,7 @@ def _images_of_names(folder: Path, path: Path) -> Path:
         content = orjson.loads(read_bytes(path).removeprefix(BYTE_ORDER_MARK))
         names = [str(image["file_name"]) for image in content["images"][:_SHOWN]]
     for candidate in (folder / "images", folder / "JPEGImages", folder):
-        if any((candidate / name).is_file() for name in names):
+        if any((candidate / (name_here(candidate, name) or name)).is_file() for name in names):
             return candidate
     return folder / "images"
 
@@ -212,9 +244,13 @@ def _coco(folder: Path, only: str | None) -> list[FolderSplit]:
     for file in files:
         if only not in (None, file.split):
             continue
-        if not file.split or file.images is None:
-            remedy = "--split NAME makes only another split"
-            raise ValueError(f"{file.path}: there is no folder of its images; {remedy}")
+        if not file.split:
+            raise ValueError(
+                f"{file.path}: only letters, digits, - and _ are allowed in the name of its split"
+            )
+        if file.images is None:
+            remedy = "export it with its images, or make only another split by --split NAME"
+            raise ValueError(f"{file.path}: there is no folder of its images, such as images/: {remedy}")
         files_of = splits.setdefault(file.split, {"images": file.images})
         if file.role in files_of or files_of["images"] != file.images:
             others = _few(list(map(str, files_of.values())))
@@ -257,6 +293,7 @@ def read_captions(path: Path, exif: Exif = None) -> Json:
             if line.strip():
                 with reading(f"line {number}", "a caption"):
                     name, texts = _parse_caption(line)
+                    name = name_here(path.parent, name) or name
                 image_id = numbers.setdefault(name, len(numbers) + 1)
                 captions += [{"id": number, "image_id": image_id, "caption": text} for text in texts]
         if not numbers:

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
-from visft_ds.shards.common import CLASSES, IMAGE_SUFFIXES, SPLITS, Findings, FolderSplit, Json
+from visft_ds.shards.common import CLASSES, IMAGE_SUFFIXES, Findings, FolderSplit, Json, split_of
 from visft_ds.tasks.classes import VOID
 
 #: The numbers that Cityscapes is judged by (https://github.com/mcordts/cityscapesScripts, labels.py).
@@ -101,8 +101,7 @@ def _splits(layout: str, folder: Path) -> dict[str, tuple[Path, Path]]:
         names = {}
         for maps in sorted(folder.glob("labels/*/")):
             if any(maps.rglob("*.png")):
-                split = SPLITS.get(maps.name, maps.name)
-                names[split] = (f"images/{maps.name}", f"labels/{maps.name}")
+                names[split_of(maps.name)] = (f"images/{maps.name}", f"labels/{maps.name}")
     folders = {split: (folder / images, folder / maps) for split, (images, maps) in names.items()}
     return {split: pair for split, pair in folders.items() if pair[0].is_dir() and pair[1].is_dir()}
 
@@ -158,7 +157,7 @@ def _unpaired(images: Mapping[str, Path], maps: Mapping[str, Path], folder: Path
 
 @dataclass(frozen=True)
 class MapClasses:
-    """What the numbers in label maps mean."""
+    """Meaning of the numbers in label maps."""
 
     names: Mapping[int, str]
     voids: frozenset[int]  #: numbers that mean no class
@@ -252,7 +251,7 @@ def read_map(path: Path) -> Numbers:
 
 
 def classes_of_maps(layout: str, folder: Path, void: int | None) -> MapClasses:
-    """What the numbers in the maps of a data set mean.
+    """Meaning of the numbers in the maps of a data set.
 
     Raises ValueError for a wrong list of names, and for a `void` out of range or that the layout does not
     take.

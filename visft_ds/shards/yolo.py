@@ -29,6 +29,7 @@ from visft_ds.shards.common import (
     box_object,
     lines_of,
     listed_image,
+    name_here,
     polygon_object,
 )
 from visft_ds.tasks.classes import COCO_NAMES
@@ -57,7 +58,7 @@ class _Loader(yaml.BaseLoader):
 
 @dataclass(frozen=True)
 class _DataSet:
-    """What a data.yaml describes."""
+    """Content of a data.yaml."""
 
     path: Path
     roots: Sequence[Path]  #: folders that its paths are relative to; the last is its own
@@ -136,7 +137,10 @@ def _read_classes(path: Path, only: str | None) -> _DataSet:
     """A data set without a data.yaml, as Label Studio exports it: each line names a class."""
     names = read_bytes(path, _MAX_YAML_BYTES).decode("utf-8-sig").strip().splitlines()
     folder = path.parent / "images"
-    images = {split: [folder / name] for name, split in SPLITS.items() if (folder / name).is_dir()}
+    images = dict[str, list[Path]]()
+    for name, split in SPLITS.items():
+        if (folder / name).is_dir():
+            images.setdefault(split, []).append(folder / name)
     if not images:
         images = {"train": [folder]}
     return _DataSet(
@@ -157,10 +161,13 @@ def _read_split(data: _DataSet, split: str, exif: Exif) -> FolderSplit:
         files.update(_image_files(source, data.roots))
     label_of = {file: _label_of(file) for file in files}
     labels = {label for label in label_of.values() if label.is_file()}
+    if not files:
+        listed = ", ".join(map(str, sources))
+        raise ValueError(f"{where}: there is no image in {listed}: export the data set with its images")
     if not labels:
-        looked = f" (looked for {label_of[min(files)]} and the like)" if files else ""
+        looked = f"looked for {label_of[min(files)]} and the like"
         remedy = "--split NAME makes only another split"
-        raise ValueError(f"{where}: none of its {len(files)} images has a label{looked}; {remedy}")
+        raise ValueError(f"{where}: none of its {len(files)} images has a label ({looked}); {remedy}")
     ids = _category_ids(data.names)
     categories = [{"id": ids[number], "name": data.names[number]} for number in data.names]
     folder = Path(os.path.commonpath([file.parent for file in files]))
@@ -241,6 +248,10 @@ def _find(entry: str, roots: Sequence[Path], key: str) -> Path:
     if entry.startswith("../"):  # exports of Roboflow write "../train/images" for one beside the data.yaml
         names.insert(0, entry[3:])
     candidates = [_joined(root, name) for name in names for root in roots]
+    for root in roots:
+        name = name_here(root, entry)
+        if name is not None:
+            candidates.append(root / name)
     for path in candidates:
         if path.exists():
             _check_inside(path, roots[-1], key)
@@ -262,11 +273,18 @@ def _image_files(source: Path, roots: Sequence[Path]) -> Iterator[Path]:
     else:
         for number, line in enumerate(_text_of(source).splitlines(), 1):
             name = line.strip()
+            if not name:
+                continue
+            folders = (source.parent, *roots)
             path = _joined(source.parent, name)
-            if not any(map(path.is_relative_to, (*roots, source.parent))):
+            for folder in folders:
+                named_here = name_here(folder, name)
+                if named_here is not None:
+                    path = folder / named_here
+                    break
+            if not any(map(path.is_relative_to, folders)):
                 raise ValueError(f"{source} line {number}: {name!r:.200} leaves the data set's folder")
-            if name:
-                yield path
+            yield path
 
 
 def _label_of(image: Path) -> Path:

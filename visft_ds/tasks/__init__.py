@@ -4,7 +4,8 @@
   `example`: an image with labels and predictions, and its drawing. `transform`: samples and batches of tasks.
 * `detection/`, `segmentation/`, `captioning/`, `semantic/`: the tasks; `config.py` of each has its keys, and
   `spec.py` its `Task`. `masks/` is what the two tasks of masks share.
-* `matching`, `transformer`, `vocabulary`, `average_precision`, `pictures`, `channels`, `classes`: for all.
+* `matching`, `transformer`, `vocabulary`, `average_precision`, `pictures`, `channels`, `classes`,
+  `head_files`: for all.
 
 A folder of a task imports what all share, and none of another task but `masks/`. Names of parameters and of
 losses stand in files, as do keys: they may not change. Nothing of a task is imported before it is asked for:

@@ -23,9 +23,10 @@ def head_files(folder: Path, task: str) -> list[Path]:
         with reading(values, "values of a checkpoint"), safe_open(values, framework="numpy") as file:
             return [values] if f"visft_head.{task}" in (file.metadata() or {}) else []
     word = config_class(task).published
-    ours, published = (
-        folder / f"{task}.safetensors",
-        [folder / f"eva_{tower}_{word}_heads.ckpt" for tower in "eg"],
-    )
-    published += [folder / "pytorch_model.bin"] * (task == "segmentation")  # of PMT
-    return [ours] if ours.is_file() else [path for path in published if path.is_file()]
+    ours = folder / f"{task}.safetensors"
+    if ours.is_file():
+        return [ours]
+    published = [folder / f"eva_{tower}_{word}_heads.ckpt" for tower in "eg"]
+    if task == "segmentation":
+        published.append(folder / "pytorch_model.bin")  # of PMT
+    return [path for path in published if path.is_file()]

@@ -23,7 +23,8 @@ from visft_ds.tasks.example import Example
 from visft_ds.tasks.pictures import SIDE, Picture, scaled, side_by_side, with_text
 from visft_ds.tasks.vocabulary import Vocabulary
 
-Options = Mapping[str, Any]  #: settings of images, of a head or of a loss
+Section = Literal["image", "head", "loss"]  #: of a task's settings
+Options = Mapping[str, Any]  #: of a section
 Words = Vocabulary | None  #: None for all but a task whose settings are a `WordsConfig`
 Classes = Sequence[int] | None  #: the raw ids of a head's classes; None: those of the published head
 Shapes = Sequence[tuple[int, int]]  #: (width, pixels to a cell) of each map of a backbone
@@ -125,13 +126,14 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
+    def measure(self, truth: Mapping[str, Any], results: Results, of_record: bool) -> dict[str, float]:
         """Metrics by name ("part/metric"), at least those that `config.metrics` lists.
 
         Args:
             truth: of `truth`.
             results: of `results`, of all images.
-            per_category: with the numbers of each category, too.
+            of_record: the numbers that are published: with those of each category, and by the reference
+                implementation where a faster one measures during training.
 
         Raises:
             ValueError: the truth has nothing to compare with, or a prediction is not finite.
@@ -163,18 +165,18 @@ class Task(ABC):
         """Return True if it works with words."""
         return issubclass(self.config, WordsConfig)
 
-    def schema(self, part: Literal["image", "head", "loss"], given: Options) -> type[BaseModel]:
-        """The schema of a part with these options."""
-        return type(self.config.model_fields[part].get_default(call_default_factory=True))
+    def schema(self, section: Section, options: Options) -> type[BaseModel]:
+        """The schema of a section that has these options."""
+        return type(self.config.model_fields[section].get_default(call_default_factory=True))
 
-    def options(self, part: Literal["image", "head", "loss"], given: Options) -> dict[str, Any]:
-        """Options of a part: those given, and the schema's defaults of the others."""
-        return {**self.schema(part, given)().model_dump(), **given}
+    def options(self, section: Section, options: Options) -> dict[str, Any]:
+        """These options of a section, and the schema's defaults of the others."""
+        return {**self.schema(section, options)().model_dump(), **options}
 
-    def settings(self, part: Literal["head", "loss"], given: Options) -> Any:
+    def settings(self, section: Section, options: Options) -> Any:
         """The same as an object of the schema, which knows nothing of the number of words."""
-        known = {name: value for name, value in given.items() if name != "vocabulary_size"}
-        return self.schema(part, given)(**known)
+        known = {name: value for name, value in options.items() if name != "vocabulary_size"}
+        return self.schema(section, options)(**known)
 
     def build_head(self, shapes: Shapes, head: Any, vocabulary_size: int | None) -> nn.Module:
         """A new head for maps of these shapes.

@@ -28,7 +28,7 @@ from visft_ds.ops import real_device
 _LARGE = 1 << 16
 
 
-def sine_positions(valid: Tensor, width: int, *, temperature: float = 10000.0) -> Tensor:
+def sine_positions(valid: Tensor, width: int) -> Tensor:
     """Sine positions (B, h, w, width) float32 of a padded grid, first half for y, second half for x.
 
     `valid` (B, h, w) bool is True inside the image. A coordinate runs to 2 pi at the end of the *valid* part,
@@ -39,10 +39,15 @@ def sine_positions(valid: Tensor, width: int, *, temperature: float = 10000.0) -
     for axis in (1, 2):
         count = valid.cumsum(dim=axis).float()  # as whole numbers: a GPU sums floats in any order
         share = count / (count.narrow(axis, -1, 1) + 1e-6)
-        angle = (share * (2 * math.pi))[..., None] / temperature**exponent
+        angle = (share * (2 * math.pi))[..., None] / 10_000.0**exponent
         pairs = torch.stack((angle.sin(), angle.cos()), dim=-1)
         halves.append(pairs.flatten(start_dim=-2))
     return torch.cat(halves, dim=-1)
+
+
+def by_head(x: Tensor, num_heads: int) -> Tensor:
+    """(B, S, D) -> (B, heads, S, D / heads)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 class MultiHeadAttention(nn.Module):
@@ -84,9 +89,9 @@ class MultiHeadAttention(nn.Module):
         """
         q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
         q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
-        q = self._heads(F.linear(query, q_weight, q_bias))
-        k = self._heads(F.linear(key, k_weight, k_bias))
-        v = self._heads(F.linear(value, v_weight, v_bias))
+        q = by_head(F.linear(query, q_weight, q_bias), self.num_heads)
+        k = by_head(F.linear(key, k_weight, k_bias), self.num_heads)
+        v = by_head(F.linear(value, v_weight, v_bias), self.num_heads)
         mask = None if allowed is None else allowed[:, None]  # the same for all heads
         dropout = self.dropout if self.training else 0.0
         shares = q.shape[2] * k.shape[2]
@@ -96,10 +101,6 @@ class MultiHeadAttention(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(start_dim=2))
         return out
-
-    def _heads(self, projected: Tensor) -> Tensor:
-        """(B, S, D) -> (B, heads, S, D / heads)."""
-        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class _DroppedAttention(torch.autograd.Function):

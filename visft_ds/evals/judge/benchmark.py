@@ -63,7 +63,7 @@ class Number:
     agreement: bool = False
 
     def described(self, *, quick: bool) -> dict[str, str]:
-        """How it is measured by the published protocol or by the quick one, for a page."""
+        """Its description for a page, measured by the published protocol or by the quick one."""
         text = f"{self.how} {self.quick if quick else self.published}".strip()
         return {"number": self.name, "how": text, "source": self.source, "differs": self.differs}
 
@@ -150,12 +150,12 @@ class Benchmark:
 
     @property
     def training_images(self) -> ImageSet:
-        """What probes learn from; where nothing learns, what is judged."""
+        """Images that probes learn from; where nothing learns, those that are judged."""
         return self.sets.get("train") or next(iter(self.sets.values()))
 
     @property
     def test_images(self) -> ImageSet:
-        """What is judged."""
+        """Images that are judged."""
         return self.sets.get("test") or next(iter(self.sets.values()))
 
 

@@ -126,7 +126,7 @@ def _check_folder(out: Path, primary: str) -> None:
 def _record(
     comparison: Comparison, rows: Sequence[Row], verdicts: Sequence[Verdict], flags: argparse.Namespace
 ) -> dict[str, Any]:
-    """What judge.json says of a comparison."""
+    """Content of judge.json."""
     numbers = dict.fromkeys(comparison.numbers[row.name] for row in rows)  # those of several data sets once
     shifts: dict[str, float] = {}
     scales: dict[str, float] = {}
@@ -172,7 +172,7 @@ def _sheets(comparison: Comparison, scores: Results) -> list[Picture]:
 
 
 def _sections(comparison: Comparison, record: Mapping[str, Any], table: Section, page: Path) -> list[Section]:
-    """What the console shows."""
+    """Tables for the console."""
     words = []
     for verdict in record["verdicts"]:
         words.append((verdict["variant"], verdict["word"], " ".join(verdict["sentences"])))

@@ -34,7 +34,7 @@ _Made = Mapping[tuple[str, str], Mapping[str, dict[str, Score]]]
 
 @dataclass(frozen=True)
 class Scores:
-    """What all models score."""
+    """Scores of all models."""
 
     chosen: Results  #: model -> number -> score, at the blocks that were chosen
     last: Results  #: model of BASE or a tuned variant -> the primary number at its last block
@@ -44,7 +44,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be scored of a model on a data set."""
+    """A model to score on a data set."""
 
     spec: ModelSpec
     benchmark: Benchmark

@@ -24,7 +24,7 @@ NO_CLASS = -1  #: number of a pixel without a class, in labels as tensors
 
 @dataclass(frozen=True)
 class View:
-    """What an encoder takes."""
+    """Form of the images that an encoder takes."""
 
     side: int  #: pixels of a square
     mean: Sequence[float]  #: of RGB in [0, 1]

@@ -49,7 +49,7 @@ from visft_ds.evals.judge.images import (
 )
 from visft_ds.files import checked_name, image_frame, open_image, read_bytes, reading
 from visft_ds.monitor.console import gauge
-from visft_ds.shards.coco import read_coco
+from visft_ds.shards.coco import name_as_here, read_coco
 from visft_ds.shards.common import CLASSES, FolderSplit
 from visft_ds.shards.layouts import recognise
 from visft_ds.shards.maps import OWN, classes_of_maps, read_map
@@ -312,6 +312,7 @@ def _of_maps(root: Path, files: Sequence[Path], folder: Path, read: ReadMap, mos
 def _of_folder(split: FolderSplit, most: int) -> DenseSet:
     """A split of a data set that `visft shards` reads."""
     source = read_coco(split.instances, None, maps=split.maps)
+    name_as_here(source, split.images)
     entries = [source.images[number] for number in every(len(source.images), most)]
     images = from_files([split.images / entry.file_name for entry in entries], split.images)
     labels = [orjson.loads(entry.label()) for entry in entries]

@@ -159,8 +159,8 @@ def _by_column(path: Path, column: str) -> Callable[[str], str | None]:
             raise ValueError(
                 f"it has no column {column!r} after the first; its columns: {', '.join(columns) or 'none'}"
             )
-        place = columns.index(column, 1)
-        groups = {row[0]: row[place] for row in lines if row}
+        number = columns.index(column, 1)
+        groups = {row[0]: row[number] for row in lines if row}
 
     def group_of(name: str) -> str | None:
         for key in (name, Path(name).name, Path(name).stem):

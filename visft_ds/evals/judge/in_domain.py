@@ -56,7 +56,7 @@ def _shards_of(spec: ModelSpec) -> list[tuple[str, str]]:
 
 
 def _count(images: ImageSet, known: set[tuple[int, int]]) -> int:
-    """How many of the images are known by (bytes, crc32)."""
+    """Number of the images that are known by (bytes, crc32)."""
     sizes = {size for size, _ in known}
     count = 0
     for stored in images.stored:

@@ -159,6 +159,6 @@ def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int) -> Tensor
 
 
 def _starts(size: int, side: int) -> list[int]:
-    """Where windows begin; the last one ends with the image."""
+    """Beginnings of windows; the last one ends with the image."""
     step = side * 2 // 3
     return [*range(0, size - side, step), size - side]

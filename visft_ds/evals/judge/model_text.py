@@ -4,7 +4,7 @@
 |---|---|
 | [LABEL=]FILE[+ADAPTER] | weights of a tower of ours in any known layout, with an adapter or merged |
 | [LABEL=]RUN | what a finished training leaves: its base and, after stage 2, its adapter |
-| [LABEL=]timm:NAME[:FILE] | without a file timm's own weights; also timm:hf-hub:..., timm:local-dir:... |
+| [LABEL=]timm:NAME[:FILE][+ADAPTER] | without a file timm's own; also timm:hf-hub:..., timm:local-dir:... |
 | [LABEL=]open_clip:NAME:TAG|FILE | also open_clip:hf-hub:..., open_clip:local-dir:... |
 | ...#BLOCK | any of these but open_clip's, read after a block and without what lies behind it |
 | ...@A | so many times the adapter, or BASE + A (MODEL - BASE) of whole weights |
@@ -175,7 +175,8 @@ def parse_model(text: str, *, download: bool = False) -> ModelSpec:
         ValueError: a file that is not there, an unknown name, or weights that would have to be fetched.
     """
     label, model = _labelled(text)
-    block, scale = None, None
+    block = None
+    scale = None
     match = None if Path(model).exists() else _END.fullmatch(model)
     if match:
         model, block, scale = match.groups()
@@ -211,26 +212,34 @@ def _of_open_clip(text: str, download: bool) -> ModelSpec:
 
 
 def _of_timm(text: str, download: bool) -> ModelSpec:
+    text, adapter = _without_adapter(text)
     name, file = _name_and_file(text)
+    label = f"{Path(name).name}+{adapter.stem}" if adapter else Path(name).name
     if file:
-        return ModelSpec(name, file, model={"preset": f"{TIMM}{name}"})
+        return ModelSpec(label, file, adapter=adapter, model={"preset": f"{TIMM}{name}"})
     if name.startswith((HUB, _LOCAL)):
         backbone = named(name.removeprefix(_LOCAL), download=download)
     else:
         backbone = named(f"{TIMM}{name}", download=download)
-    return ModelSpec(Path(name).name, str(backbone.file(download=download)), model=backbone.description)
+    file = str(backbone.file(download=download))
+    return ModelSpec(label, file, adapter=adapter, model=backbone.description)
+
+
+def _without_adapter(text: str) -> tuple[str, Path | None]:
+    """(base weights, adapter behind them, if there is any)."""
+    if not Path(text).exists():
+        for sign in re.finditer(r"\+", text):
+            base = text[: sign.start()]
+            adapter = Path(text[sign.end() :])
+            if Path(base).exists() or adapter.exists():
+                return base, adapter
+    return text, None
 
 
 def _of_files(text: str) -> ModelSpec:
     """A weight file, with an adapter or without, or a run."""
+    text, adapter = _without_adapter(text)
     base = Path(text)
-    adapter = None
-    if not base.exists():
-        for sign in re.finditer(r"\+", text):
-            if Path(text[: sign.start()]).exists():
-                base = Path(text[: sign.start()])
-                adapter = Path(text[sign.end() :])
-                break
     for path in (base, adapter):
         if path is not None and not path.exists():
             raise ValueError(f"{path} does not exist; --help tells the forms of models")

@@ -55,12 +55,12 @@ def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
     adapter = adapter_for(path, spec.adapter) if spec.adapter else None
     if spec.model:
         model = dict(spec.model)
-    elif adapter is not None and MODEL not in file.metadata:
+    elif adapter is not None and adapter.model is not None and MODEL not in file.metadata:
         model = dict(adapter.model)
     else:
         model = dict(model_in(file))
     read = model.get("layers", ())
-    if adapter is not None:
+    if adapter is not None and adapter.model is not None:
         model["layers"] = adapter.model.get("layers", ())
     elif spec.block is not None and spec.block > max(read, default=0):
         model["layers"] = ()  # merged weights go on behind the block that training read

@@ -1,6 +1,4 @@
-"""What a comparison would do, before it does it: its models, its data, and the time it takes, by that of one
-batch.
-"""
+"""Preview of a comparison: its models, its data, and the time it takes, by that of one batch."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ _SEARCHES = 6  # measurements until a control has its shift
 
 
 def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
-    """What the comparison consists of, and how long its encoding takes.
+    """Models and data of the comparison, and how long its encoding takes.
 
     Args:
         best: layers are chosen, and noise and half come by themselves.
@@ -61,7 +59,7 @@ def _blocks(variant: Variant, best: bool) -> str:
 
 
 def _scored_models(comparison: Comparison, *, best: bool) -> int:
-    """How many models are scored: BASE, and each training with its controls, noise and half."""
+    """Number of models that are scored: BASE, and each training with its controls, noise and half."""
     models = 1
     for variant in comparison.tuned:
         of_training = 1
@@ -72,7 +70,7 @@ def _scored_models(comparison: Comparison, *, best: bool) -> int:
 
 
 def _images(comparison: Comparison, *, best: bool) -> int:
-    """How many images are encoded as models take them: for layers, for shifts and for quick scores."""
+    """Number of images that are encoded as models take them: for layers, for shifts and for quick scores."""
     trainings = 0
     controls = 0
     for variant in comparison.tuned:

@@ -144,6 +144,6 @@ def _load(path: Path) -> list[Score]:
     arrays: dict[str, dict[str, Any]] = {}
     with np.load(path, allow_pickle=False) as file:
         for key in file.files:
-            name, _, part = key.rpartition("/")
-            arrays.setdefault(name, {})[part] = file[key]
+            name, _, field = key.rpartition("/")
+            arrays.setdefault(name, {})[field] = file[key]
     return [Score(name, **of_score) for name, of_score in arrays.items()]

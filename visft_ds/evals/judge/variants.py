@@ -69,7 +69,7 @@ class Models:
         return self._last[1]
 
     def encoder(self, spec: ModelSpec, benchmark: Benchmark, *blocks: str) -> Encoder:
-        """What a benchmark reads of a model: features after blocks, or answers of BASE's classifier."""
+        """The encoder that a benchmark reads: features after blocks, or answers of BASE's classifier."""
         if benchmark.asks_classifier:
             return load_classifier(spec, self.base)
         encoder = self.load(spec)

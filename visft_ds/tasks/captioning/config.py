@@ -9,10 +9,10 @@ from visft_ds.settings.task_schema import CaptionChoice, WordsConfig
 class CaptioningImage(StrictModel):
     """Geometry and targets of captioning; sizes in pixels."""
 
-    size: Positive = 256  #: side of the square that every image is scaled to (ViSFT)
+    size: Positive = 256  #: side of the square that every image is scaled to, in pixels (ViSFT: 256)
     #: caption to train on: a new "random" one each time, or the "first"
     caption_choice: CaptionChoice = "random"
-    max_words: Positive = 50  #: words; longer captions are left out
+    max_words: Positive = 50  #: most words of a caption; longer ones are left out
 
 
 class CaptioningHeadConfig(StrictModel):
@@ -21,10 +21,9 @@ class CaptioningHeadConfig(StrictModel):
     attention_dim: Positive = 384  #: channels in which cells and state are compared (ViSFT)
     embed_dim: Positive = 384  #: channels of a word's embedding (ViSFT)
     decoder_dim: Positive = 384  #: channels of the LSTM's state (ViSFT)
-    encoded_image_size: Positive = (
-        14  #: cells; side of the square that features are pooled to (arXiv 1502.03044)
-    )
-    dropout: Probability = 0.5  #: probability, in front of the word layer (arXiv 1502.03044)
+    #: side of the square that features are pooled to, in cells (arXiv 1502.03044: 14)
+    encoded_image_size: Positive = 14
+    dropout: Probability = 0.5  #: probability of dropout in front of the word layer (arXiv 1502.03044)
 
 
 class CaptioningLoss(StrictModel):

@@ -21,30 +21,30 @@ from visft_ds.settings.task_schema import ImageSizes, TaskConfig
 class DetectionImage(ImageSizes):
     """Geometry of detection."""
 
-    #: short sides in front of a random crop, one of which is drawn (DETR)
+    #: short sides in front of a random crop, in pixels; one is drawn (DETR: 400, 500, 600)
     crop_min_size: Sides = (400, 500, 600)
-    #: smallest and largest side of the crop, which half of the images get (DETR's RandomSizeCrop)
+    #: smallest and largest side of the crop that half of the images get, in pixels (DETR's RandomSizeCrop)
     crop_size: Annotated[tuple[Positive, Positive], Ascending] = (384, 600)
 
 
 class DetectionHeadConfig(StrictModel):
     """Options of the detection head."""
 
-    #: detr: the published asymmetric DETR; dense: a box from every cell of the feature map, for few
-    #: photographs
+    #: kind of head; detr: the published asymmetric DETR, dense: a box from every cell of the feature map, for
+    #: few images
     type: Literal["detr", "dense"] = "detr"
     #: classes (COCO's raw ids are below 91); default for ids that are not COCO's: the number of categories
     num_classes: Positive = 91
-    #: channels of the dense head, a multiple of 32; the keys below are the DETR's, with ViSFT's values
+    #: channels of the dense head, a multiple of 32; the keys below are the DETR's (values: ViSFT's)
     width: Positive = 64
     num_queries: Positive = 100  #: boxes that are predicted for an image
     encoder_dim: Positive = 128  #: channels of the encoder, a multiple of num_heads and of 4
     decoder_dim: Positive = 256  #: channels of the decoder, a multiple of num_heads
-    encoder_layers: Depth = 6  #: transformer layers
-    decoder_layers: Depth = 6  #: transformer layers, each with losses of its own
-    num_heads: Positive = 8  #: attention heads of both
-    ffn_dim: Positive = 1024  #: hidden channels of the feed-forward parts of both
-    dropout: Probability = 0.1  #: probability (DETR)
+    encoder_layers: Depth = 6  #: transformer layers of the encoder
+    decoder_layers: Depth = 6  #: transformer layers of the decoder, each with losses of its own
+    num_heads: Positive = 8  #: attention heads of encoder and decoder
+    ffn_dim: Positive = 1024  #: channels inside the MLPs of encoder and decoder
+    dropout: Probability = 0.1  #: probability of dropout (DETR: 0.1)
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         if self.width % 32:

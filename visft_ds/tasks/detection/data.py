@@ -102,12 +102,12 @@ def detection_targets(
     corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
     height, width = raw.size
     corners = corners.clip(0, [width, height, width, height])
-    kept = _has_area(corners)
-    corners = apply_to_boxes(corners[kept], raw.size, ops)
-    classes = classes[kept]
-    kept = _has_area(corners)
-    corners = corners[kept]
-    classes = classes[kept]
+    has_area = _has_area(corners)
+    corners = apply_to_boxes(corners[has_area], raw.size, ops)
+    classes = classes[has_area]
+    has_area = _has_area(corners)
+    corners = corners[has_area]
+    classes = classes[has_area]
     height, width = final_size(raw.size, ops)
     low = corners[:, :2]
     high = corners[:, 2:]

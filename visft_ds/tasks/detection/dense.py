@@ -231,6 +231,6 @@ def dense_results(
         cells = pairs // num_classes
         labels = pairs % num_classes
         corners = boxes[image, cells]
-        kept = batched_nms(corners, best, labels, OVERLAP)[:KEPT]
-        results += box_results(batch, image, corners[kept], best[kept], labels[kept], classes)
+        distinct = batched_nms(corners, best, labels, OVERLAP)[:KEPT]
+        results += box_results(batch, image, corners[distinct], best[distinct], labels[distinct], classes)
     return results

@@ -151,8 +151,8 @@ def postprocess(
     corners = box_convert(at_least_float32(output.boxes[-1]), "cxcywh", "xyxy").cpu()
     results = Results()
     for image in batch.real.nonzero().flatten().tolist():
-        kept = ~(scores[image] < threshold)  # NaN is kept
+        certain = ~(scores[image] < threshold)  # NaN is among them
         results += box_results(
-            batch, image, corners[image, kept], scores[image, kept], best[image, kept], classes
+            batch, image, corners[image, certain], scores[image, certain], best[image, certain], classes
         )
     return results

@@ -86,8 +86,8 @@ class Detection(Task):
         results_of = dense_results if isinstance(output, DenseOutput) else postprocess
         return results_of(output, batch, classes, threshold)
 
-    def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
-        return coco_average_precision(truth, results, per_category=per_category)
+    def measure(self, truth: Mapping[str, Any], results: Results, of_record: bool) -> dict[str, float]:
+        return coco_average_precision(truth, results, of_record=of_record)
 
     def picture(self, example: Example) -> Picture:
         return example.draw(example.objects(), boxes=itemgetter("bbox"))

@@ -1,4 +1,4 @@
-"""What segmentation and semantic segmentation share: everything that knows masks, but no task by its name.
+"""All that knows masks, but no task by its name: shared by segmentation and semantic segmentation.
 
 `config` options of the plain head and of the loss · `data` large-scale jitter, targets, their packing ·
 `rasters` COCO's polygons and run-length codes drawn as soft masks · `plain` the head of queries and cells,

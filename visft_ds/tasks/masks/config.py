@@ -25,17 +25,17 @@ class PlainHeadConfig(StrictModel):
 
     #: the head: mask2former (segmentation), linear (semantic) or plain
     type: Literal["plain"] = "plain"
-    #: classes, at least 1; default for ids that are not COCO's: the number of categories
+    #: classes; default for ids that are not COCO's: the number of categories
     num_classes: Positive = 80
-    #: masks that are predicted, at least 1 (EoMT on COCO: 200)
+    #: masks that are predicted (EoMT on COCO: 200)
     num_queries: Positive = 200
-    #: transformer blocks, at least 1 (PMT: 6)
+    #: transformer blocks (PMT: 6)
     blocks: Positive = 6
     #: channels of the head, a multiple of 4 num_heads; null: as many as the last map has (PMT)
     hidden_dim: Positive | None = None
-    #: attention heads, at least 1; null: one for every 64 channels (PMT)
+    #: attention heads; null: one for every 64 channels (PMT)
     num_heads: Positive | None = None
-    #: channels inside the MLPs, at least 1; null: hidden_dim
+    #: channels inside the MLPs; null: hidden_dim
     ffn_dim: Positive | None = None
     class_ids: ClassVar[ClassIds] = "contiguous"
 
@@ -50,19 +50,19 @@ class MaskLoss(StrictModel):
     which masks are compared.
     """
 
-    #: weight of the class cross-entropy, from 0 (Mask2Former: 2)
+    #: weight of the class cross-entropy (Mask2Former: 2)
     ce: Rate = 2.0
-    #: weight of the mask cross-entropy, from 0 (Mask2Former: 5)
+    #: weight of the mask cross-entropy (Mask2Former: 5)
     bce: Rate = 5.0
-    #: weight of the dice loss, from 0 (Mask2Former: 5)
+    #: weight of the dice loss (Mask2Former: 5)
     dice: Rate = 5.0
-    #: class weight of "no object" in the cross-entropy, above 0 (DETR: 0.1)
+    #: class weight of "no object" in the cross-entropy (DETR: 0.1)
     eos_coef: Above = 0.1
-    #: points of an object, at least 1 (Mask2Former: 112 x 112)
+    #: points of an object (Mask2Former: 112 x 112)
     train_num_points: Positive = 12544
     #: random candidates for the uncertain points, times train_num_points; at least 1 (PointRend: 3)
     oversample_ratio: Annotated[float, Field(ge=1)] = 3.0
-    #: share of the points that lie where the prediction is least certain, 0 to 1 (PointRend: 0.75)
+    #: share of the points that lie where the prediction is least certain (PointRend: 0.75)
     importance_sample_ratio: Fraction = 0.75
 
 

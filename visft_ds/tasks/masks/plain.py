@@ -27,6 +27,7 @@ from visft_ds.randomness import generator
 from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.masks.config import PlainHeadConfig
 from visft_ds.tasks.masks.output import MaskOutput
+from visft_ds.tasks.transformer import by_head
 
 _ROPE_BASE = 100.0
 _EPS = 1e-5  # of the norms
@@ -254,9 +255,9 @@ class Block(nn.Module):
         to all.
         """
         normed = self.norm1(x)
-        q = rotated(self._by_head(self.q(normed)), cos, sin)
-        k = rotated(self._by_head(self.k(normed)), cos, sin)
-        v = self._by_head(self.v(normed))
+        q = rotated(by_head(self.q(normed), self.num_heads), cos, sin)
+        k = rotated(by_head(self.k(normed), self.num_heads), cos, sin)
+        v = by_head(self.v(normed), self.num_heads)
         if seen is None:
             mixed = F.scaled_dot_product_attention(q, k, v, known)
         else:
@@ -269,10 +270,6 @@ class Block(nn.Module):
         x = x + self.gain1 * self.proj(mixed)
         hidden = F.gelu(self.fc1(self.norm2(x)))
         return x + self.gain2 * self.fc2(hidden)
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        """(B, N, E) -> (B, heads, N, E / heads)."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class Upscale(nn.Module):

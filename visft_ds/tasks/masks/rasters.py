@@ -101,20 +101,29 @@ class _Canvas:
         inside = [(outline - origin).ravel().tolist() for outline in outlines]
         codes = coco_mask.frPyObjects(inside, height, width)
         covered = coco_mask.decode(coco_mask.merge(codes))
-        self._fill(mask, rows, columns, covered)
+        side = self.samples
+        # The library's arrays go down columns.
+        by_cell = covered.T.reshape(width // side, side, height // side, side)
+        counts = by_cell.sum(axis=1, dtype=np.uint8)
+        counts = counts.sum(axis=2, dtype=np.uint8)
+        self._fill(mask, rows, columns, counts.T / side**2)
 
     def draw_code(self, mask: Mask, code: dict[str, Any]) -> None:
-        """Fill the cells of `mask` that a run-length code of the image covers."""
-        x, y, width, height = coco_mask.toBbox(code)
+        """Fill the cells of `mask` that a run-length code of the image covers.
+
+        A cell has the area of the code's pixels in it. Samples would move the mask: one on the border of two
+        pixels would always take the same of them.
+        """
+        x, y, width, height = map(int, coco_mask.toBbox(code))
         corners = np.array([[x, y], [x + width, y + height]])
         rows, columns = self._cells_around(corners * self.scale + self.offset)
-        if _is_empty(rows) or _is_empty(columns):
+        if _is_empty(rows) or _is_empty(columns) or not width:
             return
-        y_pixels, y_inside = self._pixels(rows, axis=1)
-        x_pixels, x_inside = self._pixels(columns, axis=0)
-        covered = coco_mask.decode(code)[np.ix_(y_pixels, x_pixels)]
-        inside = y_inside[:, None] & x_inside
-        self._fill(mask, rows, columns, covered * inside)
+        pixels = coco_mask.decode(code)[y : y + height, x : x + width]
+        by_row = _sums_between(self._edges(rows, axis=1) - y, pixels)
+        by_column = _sums_between(self._edges(columns, axis=0) - x, by_row.T)
+        pixels_per_cell = self.samples**2 / abs(self.scale.prod())
+        self._fill(mask, rows, columns, by_column.T / pixels_per_cell)
 
     def _outline(self, polygon: Sequence[float]) -> FloatArray:
         """(n, 2) corners in samples of a polygon in pixels."""
@@ -137,39 +146,32 @@ class _Canvas:
             slice(max(left, 0) * side, min(right, columns) * side),
         )
 
-    def _pixels(self, samples: slice, axis: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """The pixel of the image under the centre of each sample along x (axis 0) or y (1), and whether it is
-        one: samples beyond the image have its nearest pixel.
-        """
-        length = self.size[1 - axis]
-        centres = np.arange(samples.start, samples.stop) + 0.5
-        positions = (centres - self.offset[axis]) / self.scale[axis]
-        pixels = np.floor(positions).astype(int)
-        inside = (pixels >= 0) & (pixels < length)
-        return pixels.clip(0, length - 1), inside
+    def _edges(self, samples: slice, axis: int) -> FloatArray:
+        """Borders of the cells of these samples along x (axis 0) or y (1), in pixels of the image."""
+        edges = np.arange(samples.start, samples.stop + 1, self.samples)
+        return np.asarray((edges - self.offset[axis]) / self.scale[axis])
 
-    def _fill(
-        self,
-        mask: Mask,
-        rows: slice,
-        columns: slice,
-        covered: Mask,
-    ) -> None:
-        """Give the cells of these rows and columns of samples the part that `covered` samples have in them,
-        0 to 255.
-        """
+    def _fill(self, mask: Mask, rows: slice, columns: slice, shares: FloatArray) -> None:
+        """Give the cells of these rows and columns of samples the covered share of each, 0 to 1."""
         side = self.samples
-        height, width = covered.shape
-        # The library's arrays go down columns.
-        covered = covered.T
-        by_cell = covered.reshape(width // side, side, height // side, side)
-        counts = by_cell.sum(axis=1, dtype=np.uint8)
-        counts = counts.sum(axis=2, dtype=np.uint8)
         cells = mask[
             rows.start // side : rows.stop // side,
             columns.start // side : columns.stop // side,
         ]
-        cells[:] = np.rint(counts.T * (255 / side**2))
+        cells[:] = np.rint(shares * 255)
+
+
+def _sums_between(edges: FloatArray, values: npt.NDArray[Any]) -> FloatArray:
+    """(n, ...) sums of `values` along their first axis between n + 1 neighbouring `edges`, which may fall
+    or rise; an entry counts by its share between two of them, and beyond the ends there is nothing.
+    """
+    sums = np.zeros((len(values) + 1, *values.shape[1:]))
+    np.cumsum(values, axis=0, out=sums[1:])
+    edges = edges.clip(0, len(values))
+    entries = np.minimum(edges.astype(int), len(values) - 1)
+    shares = edges - entries
+    up_to_edges = sums[entries] + shares[:, None] * values[entries]
+    return np.asarray(abs(np.diff(up_to_edges, axis=0)))
 
 
 def _is_empty(samples: slice) -> bool:

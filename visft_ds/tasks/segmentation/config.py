@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
 from visft_ds.settings.fields import Above, Ascending, Depth, Fraction, Positive, Probability, StrictModel
-from visft_ds.settings.task_schema import Findings
+from visft_ds.settings.task_schema import WITHOUT_MASK, Findings
 from visft_ds.tasks.masks.config import ClassIds, MaskLoss, MaskTaskConfig, PlainHeadConfig
 
 
@@ -17,9 +17,9 @@ class SegmentationImage(StrictModel):
 
     #: side of the square that a training image is cropped to, pixels (ViSFT: 1024)
     size: Positive = 1024
-    #: smallest and largest scale of a training image, of the one that fits the square; above 0 (LSJ: 0.1, 2)
+    #: smallest and largest scale of a training image, of the one that fits the square (LSJ: 0.1, 2)
     scale: Annotated[tuple[Above, Above], Ascending] = (0.1, 2.0)
-    #: probability of a horizontal flip, 0 to 1 (ViSFT: 0.5)
+    #: probability of a horizontal flip (ViSFT: 0.5)
     flip: Fraction = 0.5
     #: short side of an image in evaluation, pixels (detectron2: 800)
     min_size_test: Positive = 800
@@ -34,27 +34,27 @@ class SegmentationHeadConfig(StrictModel):
 
     #: the head: mask2former, or plain, whose options are others
     type: Literal["mask2former"] = "mask2former"
-    #: classes, at least 1; default for ids that are not COCO's: the number of categories
+    #: classes; default for ids that are not COCO's: the number of categories
     num_classes: Positive = 80
-    #: masks that are predicted, at least 1 (Mask2Former: 100)
+    #: masks that are predicted (Mask2Former: 100)
     num_queries: Positive = 100
     #: channels of the head, a multiple of num_heads and of 32 (Mask2Former: 256)
     hidden_dim: Positive = 256
-    #: layers of the pixel decoder, 1 to 1000 (Mask2Former: 6)
+    #: layers of the pixel decoder (Mask2Former: 6)
     encoder_layers: Depth = 6
-    #: layers of the queries, 1 to 1000 (Mask2Former: 9)
+    #: layers of the queries (Mask2Former: 9)
     decoder_layers: Depth = 9
-    #: attention heads, at least 1 (Mask2Former: 8)
+    #: attention heads (Mask2Former: 8)
     num_heads: Positive = 8
-    #: sampling points of a head in deformable attention, at least 1 (MSDeformAttn: 4)
+    #: sampling points of a head in deformable attention (MSDeformAttn: 4)
     n_points: Positive = 4
-    #: channels inside the MLPs of the pixel decoder, at least 1 (ViSFT: 512)
+    #: channels inside the MLPs of the pixel decoder (ViSFT: 512)
     encoder_ffn_dim: Positive = 512
-    #: channels inside the MLPs of the queries, at least 1 (ViSFT: 1024)
+    #: channels inside the MLPs of the queries (ViSFT: 1024)
     decoder_ffn_dim: Positive = 1024
-    #: probability, from 0 to below 1 (Mask2Former: 0)
+    #: probability of dropout (Mask2Former: 0)
     dropout: Probability = 0.0
-    #: contiguous: classes are numbered from 0; published: from 1, as the published heads were trained
+    #: numbers of the classes; contiguous: from 0, published: from 1, as the published heads were trained
     class_ids: ClassIds = "contiguous"
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -87,7 +87,7 @@ class SegmentationTask(MaskTaskConfig):
         """Objects without masks are background here: a set of boxes alone would teach that nothing is
         there.
         """
-        without_mask = findings.get("instance without mask", (0,))[0]
+        without_mask = findings.get(WITHOUT_MASK, (0,))[0]
         objects = counts.get("annotations", 0)
         if 2 * without_mask <= objects:
             return None

@@ -22,7 +22,8 @@ from visft_ds.tasks.segmentation.config import SegmentationHeadConfig
 from visft_ds.tasks.segmentation.pixel_decoder import PixelDecoder
 from visft_ds.tasks.transformer import DecoderLayer, FeedForward, sine_positions
 
-_PIXEL, _PREDICTOR = "segment_pixel_decoder.", "segment_predictor."
+_PIXEL = "segment_pixel_decoder."
+_PREDICTOR = "segment_predictor."
 _CROSS = f"{_PREDICTOR}transformer_cross_attention_layers.{{n}}."
 _SELF = f"{_PREDICTOR}transformer_self_attention_layers.{{n}}."
 _FFN = f"{_PREDICTOR}transformer_ffn_layers.{{n}}."
@@ -83,7 +84,8 @@ class SegmentationHead(nn.Module):
 
     def forward(self, maps: Sequence[Map]) -> MaskOutput:
         """Masks and classes from the last map."""
-        features, valid = maps[-1].features, maps[-1].valid
+        features = maps[-1].features
+        valid = maps[-1].valid
         memory, mask_features = self.pixel_decoder(features, valid)
         decoder = self.decoder
         level = features.new_zeros(1, dtype=torch.int64)

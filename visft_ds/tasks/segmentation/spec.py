@@ -44,8 +44,8 @@ class Segmentation(MaskTask):
     ) -> Results:
         return instances(output, batch, self.categories if classes is None else classes, threshold)
 
-    def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
-        return coco_average_precision(truth, results, masks=True, per_category=per_category)
+    def measure(self, truth: Mapping[str, Any], results: Results, of_record: bool) -> dict[str, float]:
+        return coco_average_precision(truth, results, masks=True, of_record=of_record)
 
     def picture(self, example: Example) -> Picture:
         with_mask = [annotation for annotation in example.objects() if annotation.get("segmentation")]

@@ -20,10 +20,10 @@ class SemanticImage(StrictModel):
 
     #: side of the square that a training image is cropped to, pixels (DINOv3: 512)
     size: Positive = 512
-    #: smallest and largest scale of a training image, of the one that fits the square; above 0 (DINOv3: 0.5,
+    #: smallest and largest scale of a training image, of the one that fits the square (DINOv3: 0.5,
     #: 2)
     scale: Annotated[tuple[Above, Above], Ascending] = (0.5, 2.0)
-    #: probability of a horizontal flip, 0 to 1 (DINOv3: 0.5)
+    #: probability of a horizontal flip (DINOv3: 0.5)
     flip: Fraction = 0.5
     #: short side of an image in evaluation, pixels (DINOv3: 512)
     min_size_test: Positive = 512
@@ -46,25 +46,25 @@ class SemanticHeadConfig(StrictModel):
 
     #: the head: linear, or plain, whose options are others
     type: Literal["linear"] = "linear"
-    #: classes, at least 1; default: the number of categories
+    #: classes; default: the number of categories
     num_classes: Positive = 150
-    #: probability, from 0 to below 1, for whole channels (DINOv3: 0.1)
+    #: probability of dropout, for whole channels (DINOv3: 0.1)
     dropout: Probability = 0.1
 
 
 class SemanticPlainConfig(PlainHeadConfig):
     """Options of the plain mask head, whose masks are summed by class."""
 
-    #: classes, at least 1; default: the number of categories
+    #: classes; default: the number of categories
     num_classes: Positive = 150
-    #: masks that are predicted, at least 1 (EoMT on ADE20k: 100)
+    #: masks that are predicted (EoMT on ADE20k: 100)
     num_queries: Positive = 100
 
 
 class SemanticLoss(StrictModel):
     """Weight of the linear head's cross-entropy."""
 
-    #: weight of the cross-entropy, from 0 (the only loss: 1)
+    #: weight of the cross-entropy (the only loss: 1)
     ce: Rate = 1.0
 
 
@@ -83,7 +83,7 @@ class SemanticTask(MaskTaskConfig):
     learns_from = "annotations"
     heads: ClassVar = {"linear": SemanticHeadConfig, "plain": SemanticPlainConfig}
 
-    updates: Positive | None = 40_000
+    steps: Positive | None = 40_000
     batch_size: Positive = 16
     micro_batch: Positive = 16
     image: SemanticImage = SemanticImage()

@@ -129,8 +129,8 @@ def _scores(
     size: Sequence[int],
     frame: Sequence[int],
 ) -> tuple[Tensor, Tensor | None, Sequence[float]]:
-    """What an image of this size has in some rows of an output of padded `frame`s, which are all of it or its
-    windows.
+    """Probabilities in an image of this size, from some rows of an output of padded `frame`s: all of the
+    image, or its windows.
 
     Returns:
         probabilities of classes (n, C, h, w), or of masks (n, Q, h, w); the probabilities of their classes

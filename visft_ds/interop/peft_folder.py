@@ -1,0 +1,281 @@
+"""An adapter as a folder of PEFT, read and written without PEFT, whose import costs 3 s and 1 GB.
+
+PEFT has no LoRA on slices of a fused qkv. Ours becomes its plain one on the whole qkv: of G slices rank G*r,
+A as it is, B (3D, G*r) block by block and zero elsewhere, alpha G times as large. That is exact. What PEFT
+does not know (model, slices, base weights) stands in the header of the weights, which it passes over. A
+folder that PEFT wrote has no such header, and adapts whole layers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+from visft_ds.files import read_bytes, reading, write_text
+from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.layouts import StoredModel
+from visft_ds.interop.weights import Weights, examples, open_weights, save_tensors
+from visft_ds.ops.lora import Slices, spread
+from visft_ds.settings.fields import Above, Count, Positive, StrictModel, Text
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_HEADER = "visft_adapter"
+_MOST_BYTES = 1 << 24  #: of a configuration that is read
+_PREFIX = "base_model.model."
+_KEY = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
+_WAY_OUT = "let PEFT merge it (merge_and_unload), and give the merged weights as the base"
+#: Keys of LoraConfig (peft 0.21.2) that change no weight, whatever they say.
+_HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "target_modules",
+    "task_type",
+}
+#: Values of init_lora_weights that leave the base weights as they were.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_REASONS = {
+    "use_dora": "DoRA scales the rows of the weights, too",
+    "bias": "it has biases, too",
+    "lora_bias": "it has biases, too",
+    "modules_to_save": "it has whole layers, too",
+}
+_Value = TypeVar("_Value")
+
+
+class StoredAdapter(StrictModel):
+    """Facts of an adapter that PEFT does not know: JSON in the header of its weights."""
+
+    version: Literal[1]
+    model: StoredModel
+    targets: tuple[Text, ...]
+    slices: Annotated[dict[str, tuple[tuple[Count, Positive], ...]], Field(min_length=1)]
+    base: str | None
+    step: Count | None
+
+
+class PeftConfig(StrictModel):
+    """adapter_config.json of a LoRA that changes the weights by scale * B A and nothing else."""
+
+    model_config = ConfigDict(extra="allow")
+
+    peft_type: Literal["LORA"]
+    r: Positive
+    lora_alpha: Above
+    use_rslora: bool = False
+    rank_pattern: dict[str, Positive] | None = None  #: end of a layer's name, a regular expression -> rank
+    alpha_pattern: dict[str, float] | None = None
+    init_lora_weights: bool | str | None = True
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """The first key that makes it another change than that."""
+        if self.init_lora_weights not in _STARTS:
+            start = f"{self.init_lora_weights!r} changed the base weights when the training began"
+            yield "init_lora_weights", f"{start}; {_WAY_OUT}"
+            return
+        for key, value in (self.model_extra or {}).items():
+            if value and key not in _HARMLESS and (key, value) != ("bias", "none"):
+                reason = _REASONS.get(key, "it is no plain LoRA")
+                yield key, f"{json.dumps(value)[:40]}: {reason}; {_WAY_OUT}"
+                return
+
+    def rank_of(self, layer: str) -> int:
+        """Rank of a layer."""
+        return _by_pattern(self.rank_pattern, layer, self.r)
+
+    def scale_of(self, layer: str) -> float:
+        """Factor of B A in a layer."""
+        return self.scale(_by_pattern(self.alpha_pattern, layer, self.lora_alpha), self.rank_of(layer))
+
+    def scale(self, alpha: float, rank: int) -> float:
+        """Factor of B A; of rsLoRA (https://arxiv.org/abs/2312.03732) it falls with the root of the rank."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _by_pattern(patterns: Mapping[str, _Value] | None, layer: str, default: _Value) -> _Value:
+    """The value of the first pattern that a layer's name ends with, as peft.utils.other.get_pattern_key."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return default
+
+
+def read_folder(folder: Path) -> Adapter:
+    """The adapter in a folder. Raises ValueError for another content, and for values that are not finite."""
+    place = folder / CONFIG
+    if not place.is_file():
+        raise ValueError(f"{folder}: no adapter in it, which has {CONFIG}: give RUN/export/adapter, or a run")
+    with reading(place, "a plain LoRA of PEFT"):
+        config = PeftConfig.model_validate_json(read_bytes(place, _MOST_BYTES))
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing; adapter_model.bin is a pickle and not read: let PEFT save it again"
+        )
+    file = open_weights(path)
+    with reading(path, "the weights of a plain LoRA of PEFT"):
+        stored = None
+        if _HEADER in file.metadata:
+            stored = StoredAdapter.model_validate_json(file.metadata[_HEADER])
+        layers = _layers_in(file, config, stored)
+        ranks = [config.rank_of(layer) // len(slices) for layer, (_, slices) in layers.items()]
+        rank = max(ranks)
+        scale = config.scale(config.lora_alpha, config.r)
+        tensors = {}
+        for layer, (_, slices) in layers.items():
+            a, b = _factors(file, layer, slices)
+            factor = config.scale_of(layer) / scale
+            if not math.isclose(factor, 1, rel_tol=1e-12):
+                b *= factor
+            # Zeros in both factors stay zeros in training: nothing is added to what the layer can learn.
+            tensors[f"{layer}.lora_A"] = _with_rank(a.unflatten(0, (len(slices), -1)), rank).flatten(0, 1)
+            tensors[f"{layer}.lora_B"] = _with_rank(b, rank)
+    return Adapter(
+        model=stored.model.options() if stored else None,
+        rank=rank,
+        alpha=config.lora_alpha if rank == config.r and not config.use_rslora else scale * rank,
+        targets=stored.targets if stored else (),
+        layers=layers,
+        tensors=tensors,
+        base=stored.base if stored else None,
+        step=stored.step if stored else None,
+        path=path,
+    )
+
+
+def _layers_in(
+    file: Weights, config: PeftConfig, stored: StoredAdapter | None
+) -> dict[str, tuple[int, Slices]]:
+    """Layer -> its rows, and which are adapted; no tensor is read.
+
+    Raises ValueError for other tensors, and for sizes that contradict the configuration or the header.
+    """
+    names = []
+    for key in file:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            reason = "is no part of the LoRA of a linear layer or convolution"
+            raise ValueError(f"{examples([key])} {reason}; {_WAY_OUT}")
+        if match[1] not in names:
+            names.append(match[1])
+    if not names:
+        raise ValueError("it has no tensors")
+    if stored is not None and stored.slices.keys() != set(names):
+        raise ValueError(f"it has {examples(names)}, and its header says {examples(stored.slices)}")
+    if stored is not None:
+        names = [*stored.slices]  # in the order of the model
+    layers = {}
+    for layer in names:
+        a = file.get(f"{_PREFIX}{layer}.lora_A.weight")
+        b = file.get(f"{_PREFIX}{layer}.lora_B.weight")
+        if a is None or b is None:
+            raise ValueError(f"one of lora_A and lora_B of {examples([layer])} is missing")
+        rank = config.rank_of(layer)
+        behind = (1, 1) if len(a.shape) == 4 else ()
+        fits = len(a.shape) in (2, 4) and a.shape[0] == rank and 0 not in a.shape + b.shape
+        if not fits or b.shape[1:] != (rank, *behind):
+            raise ValueError(
+                f"lora_A of {examples([layer])} is {a.shape} and lora_B {b.shape}, which is not rank {rank} "
+                f"(as {CONFIG} says) of a linear layer or convolution"
+            )
+        rows = b.shape[0]
+        slices = stored.slices[layer] if stored else ((0, rows),)
+        if not _rise(slices, rows) or rank % len(slices):
+            raise ValueError(f"slices {slices} of {examples([layer])} are none of {rows} rows at rank {rank}")
+        layers[layer] = (rows, slices)
+    return layers
+
+
+def _rise(slices: Slices, rows: int) -> bool:
+    """Return True for slices that rise from row to row within a layer of so many."""
+    end = 0
+    for low, high in slices:
+        if not end <= low < high:
+            return False
+        end = high
+    return 0 < end <= rows
+
+
+def _factors(file: Weights, layer: str, slices: Slices) -> tuple[Tensor, Tensor]:
+    """A, and B stacked slice by slice, of a layer; in fp32. Raises ValueError for a B beyond its slices."""
+    a = file.tensor(f"{_PREFIX}{layer}.lora_A.weight", torch.float32)
+    b = file.tensor(f"{_PREFIX}{layer}.lora_B.weight", torch.float32).flatten(1)
+    columns = b.chunk(len(slices), dim=1)
+    stacked = torch.cat([part[low:high] for part, (low, high) in zip(columns, slices, strict=True)])
+    if not torch.equal(spread(stacked, slices, len(b)), b):
+        raise ValueError(
+            f"lora_B of {examples([layer])} is not 0 outside of the slices {slices} of its header"
+        )
+    return a, stacked
+
+
+def _with_rank(factor: Tensor, rank: int) -> Tensor:
+    """A (G, r, ...) or B (R, r) with zeros up to this rank."""
+    missing = rank - factor.shape[1]
+    if not missing:
+        return factor
+    return torch.cat([factor, factor.new_zeros(factor.shape[0], missing, *factor.shape[2:])], dim=1)
+
+
+def write_folder(adapter: Adapter, folder: Path, base_model: str | None = None) -> None:
+    """Write both files; the configuration last, without which the folder is no adapter.
+
+    Args:
+        base_model: repository of the base weights on the hub.
+    """
+    (folder / CONFIG).unlink(missing_ok=True)
+    facts = {
+        "version": 1,
+        "model": adapter.model,
+        "targets": adapter.targets,
+        "slices": {layer: slices for layer, (_, slices) in adapter.layers.items()},
+        "base": adapter.base,
+        "step": adapter.step,
+    }
+    tensors = {}
+    rank_pattern = {}
+    alpha_pattern = {}
+    for layer, (rows, slices) in adapter.layers.items():
+        a = adapter.tensors[f"{layer}.lora_A"]
+        b = spread(adapter.tensors[f"{layer}.lora_B"], slices, rows)
+        if a.ndim == 4:
+            b = b[:, :, None, None]
+        tensors[f"{_PREFIX}{layer}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{layer}.lora_B.weight"] = b
+        if len(slices) > 1:
+            rank_pattern[re.escape(layer)] = adapter.rank * len(slices)
+            alpha_pattern[re.escape(layer)] = adapter.alpha * len(slices)
+    header = {} if adapter.model is None else {_HEADER: json.dumps(facts)}
+    save_tensors(folder / WEIGHTS, tensors, header)
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        # Whole names: "conv1" alone would be that of every block.
+        "target_modules": "|".join(re.escape(layer) for layer in adapter.layers),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")

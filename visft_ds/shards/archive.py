@@ -1,0 +1,142 @@
+"""A shard: pictures of images and their labels in a tar.
+
+A shard holds the pixels that the labels fit: a picture that its EXIF data turns is stored upright.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+from zlib import crc32
+
+from visft_ds.data.decode import decode_image
+from visft_ds.data.fetch import sha256_of
+from visft_ds.files import image_frame, open_image, read_bytes, reading, writing
+from visft_ds.shards.coco import SourceImage
+from visft_ds.shards.common import Json
+from visft_ds.shards.options import Options
+
+_MAX_IMAGE_BYTES = 1 << 30
+#: Pillow's formats -> suffixes in a shard; of others the name is the suffix.
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
+_TURNED = "picture stored upright, as EXIF says and its annotations fit"
+_ASSUMED = "picture stored upright by EXIF; its size cannot tell (--exif ignore: store it without rotation)"
+_AS_STORED = "EXIF rotation not applied: the annotations fit the picture as stored"
+
+
+def sample_size(image_bytes: int, label_bytes: int) -> int:
+    """Bytes of a sample in a shard."""
+    return _member_size(image_bytes) + _member_size(label_bytes)
+
+
+def shard_size(samples: int) -> int:
+    """Bytes of a shard whose samples have so many."""
+    return _rounded_up(samples + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)  # two empty blocks end it
+
+
+def _member_size(size: int) -> int:
+    """Bytes in a tar of a file of so many: a header and whole blocks."""
+    return tarfile.BLOCKSIZE + _rounded_up(size, tarfile.BLOCKSIZE)
+
+
+def _rounded_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def write_shard(
+    path: Path,
+    images: Sequence[SourceImage],
+    options: Options,
+    progress: Callable[[int], None],
+) -> Json:
+    """Write a shard whole or not at all; returns its record."""
+    rows = list[list[int]]()
+    left_out = list[tuple[str, str]]()
+    odd = list[tuple[str, str]]()
+    with writing(path) as file:
+        for image in images:
+            progress(1)
+            try:
+                suffix, data, kinds = _picture(image, options)
+            except ValueError as error:
+                reason = str(error).removeprefix(f"{options.images / image.file_name}: ")
+                left_out.append((image.file_name, reason))
+                continue
+            odd += [(kind, image.file_name) for kind in kinds]
+            key = f"{image.image_id:012d}"
+            row = _add_member(file, f"{key}.{suffix}", data)
+            row += _add_member(file, f"{key}.json", image.label())
+            row += [image.width, image.height, image.image_id, image.trainable, len(image.captions), 0]
+            rows.append(row)  # the columns of INDEX_DTYPE behind the shard
+        # two empty blocks end an archive, and padding as other tar programs write it
+        file.write(bytes(2 * tarfile.BLOCKSIZE))
+        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
+    return {
+        "name": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": sha256_of(path),
+        "rows": rows,
+        "left_out": left_out,
+        "odd": odd,
+    }
+
+
+def _add_member(tar: BinaryIO, name: str, data: bytes) -> list[int]:
+    """Append a file to a tar; returns offset, size and crc32 of its content.
+
+    `tarfile.TarFile.addfile` writes the same bytes more slowly, and copies them.
+    """
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.write(member.tobuf(tarfile.USTAR_FORMAT))
+    offset = tar.tell()
+    tar.write(data)
+    tar.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+    return [offset, len(data), crc32(data)]
+
+
+def _picture(image: SourceImage, options: Options) -> tuple[str, bytes, list[str]]:
+    """(suffix, bytes in the shard, what was odd) of an image file. Raises ValueError for one that cannot be
+    used.
+    """
+    data = read_bytes(options.images / image.file_name, _MAX_IMAGE_BYTES)
+    frame = image_frame(data, "unreadable")
+    odd = list(frame.notes)
+    stored = (frame.height, frame.width)
+    labelled = (image.height, image.width)
+    turn = frame.orientation > 1 and options.exif != "ignore"
+    if turn and options.exif is None:
+        # the sizes in a COCO file tell, unless both fit; those of other layouts were read from the pictures
+        from_file = isinstance(options.instances, Path)
+        tells = options.instances is None or (from_file and stored != frame.upright)
+        turn = stored != labelled or labelled == frame.upright
+        if not turn:
+            odd.append(_AS_STORED)
+        elif tells:
+            odd.append(_TURNED)
+        else:
+            odd.append(_ASSUMED)
+    height, width = frame.upright if turn else stored
+    if (height, width) != labelled:
+        raise ValueError(
+            f"another size: {width} x {height}, the annotations say {image.width} x {image.height}"
+        )
+    if turn:
+        return *_upright(data, frame.format), odd
+    with reading("unreadable", "a picture"):
+        decode_image(data)  # as training will
+    return _SUFFIXES.get(frame.format, frame.format.lower()), data, odd
+
+
+def _upright(data: bytes, kind: str) -> tuple[str, bytes]:
+    """(suffix, bytes) of a picture turned as its EXIF data says: JPEG stays JPEG, others become PNG."""
+    file = io.BytesIO()
+    picture = open_image(data, "unreadable", quiet=True)
+    if kind in ("JPEG", "MPO"):
+        picture.save(file, "JPEG", quality=95, subsampling=0)
+        return "jpg", file.getvalue()
+    picture.save(file, "PNG")
+    return "png", file.getvalue()

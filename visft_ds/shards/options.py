@@ -1,0 +1,71 @@
+"""Files and settings of a build of shards, checked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from visft_ds.shards.common import CocoFile, Exif, Json, is_split_name
+from visft_ds.shards.division import Division
+from visft_ds.tasks.vocabulary import TOKENIZER
+
+_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")  # pathlib makes one slash of two
+
+
+@dataclass(frozen=True)
+class Options:
+    """Files and settings of a build."""
+
+    images: Path
+    instances: CocoFile | None
+    captions: CocoFile | None
+    out: Path
+    split: str
+    ids: Path | None = None  #: file of image ids or names, one a line: only these
+    max_size: int = 256_000_000  #: bytes of a shard
+    limit: int | None = None  #: only the first so many images of the order
+    seed: int = 0  #: of the order
+    exif: Exif = None
+    masks_from_boxes: bool = False  #: an object without a mask gets the ellipse in its box
+    maps: CocoFile | None = None  #: label maps instead of instances
+    division: Division | None = None  #: only the images of one side of it
+
+    def __post_init__(self) -> None:
+        if _ADDRESS.match(str(self.out)):
+            address = str(self.out).replace(":/", "://", 1)
+            remedy = "shards are built in a local folder; copy its files to the address afterwards"
+            raise ValueError(f"--out {address}: {remedy}")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out} is a file: name a folder")
+        if not is_split_name(self.split):
+            raise ValueError(f"split name {self.split!r}: only letters, digits, '-' and '_' are allowed")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit {self.limit}: at least one image is needed")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed {self.seed}: it must not be negative, and below 2**63")
+        if self.instances is self.maps is self.captions is None:
+            raise ValueError("there are no labels: give --instances, --captions or both")
+        if not self.images.is_dir():
+            remedy = "give --images DIR, or export the data set with its images"
+            raise ValueError(f"there is no folder of images {self.images}: {remedy}")
+
+    def content(self) -> Json:
+        """Settings that determine the bytes beside the files, for the manifest."""
+        content: Json = {
+            "max_size": self.max_size,
+            "limit": self.limit,
+            "seed": self.seed,
+            "exif": self.exif,
+            "masks_from_boxes": self.masks_from_boxes,
+            "tokenizer": TOKENIZER,
+        }
+        if self.division is not None:  # its seed is the one above
+            content["val"] = self.division.share
+            content["group"] = self.division.group
+        return content
+
+    @property
+    def state(self) -> Path:
+        """Folder for the state of a build."""
+        return self.out / f".{self.split}.build"
