@@ -173,9 +173,12 @@ def test_the_range_of_deepspeed_is_the_same_everywhere(monkeypatch: pytest.Monke
 
 
 def test_a_run_is_named_by_one_flag_in_every_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Where a run may be an argument, too, one of the two is needed, and both count."""
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        Path(name).mkdir()
     for command in ("predict", "evaluate", "merge", "report", "judge"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
