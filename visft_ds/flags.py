@@ -132,7 +132,7 @@ def with_arguments(message: str) -> str:
 
 
 def _as_argument(match: re.Match[str]) -> str:
-    """What stands for one match of `_FLAGS_OR_COMMAND`."""
+    """Replacement of a match of `_FLAGS_OR_COMMAND`."""
     if match["key"] is not None:
         return f'settings={{"{match["key"]}": {_literal(match["value"])}}}'
     if match["flag"] is None:

@@ -26,6 +26,12 @@ def _run(out: Path, *arguments: Any) -> int:
     return main([*map(str, arguments), "--out", str(out), *model])
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of predictions are small and empty: to draw and pack them takes most of the time."""
+    monkeypatch.setattr(Prediction, "draw", lambda prediction: Image.new("RGB", (8, 8)))
+
+
 def _results(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / command.RESULTS).read_text(encoding="utf-8"))
     return found
@@ -58,6 +64,7 @@ def test_it_writes_what_the_model_predicts(
     assert {one["category_id"] for one in whole["detection"] + whole["segmentation"]} <= known
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_command_continues_after_an_interruption(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +126,7 @@ def test_predictions_are_no_input(place: Path, tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "predictions/visualizations/b/same.png.jpg").is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_broken_file_is_named_and_skipped(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,6 +148,7 @@ def test_a_broken_file_is_named_and_skipped(
     assert _run(tmp_path / "out", tmp_path / "in") == 2 and "not empty" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_pipes_devices_links_and_what_only_calls_itself_a_picture(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
