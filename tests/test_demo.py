@@ -35,7 +35,9 @@ def test_the_whole_way_in_very_small(tmp_path: Path) -> None:
     for name, value in {"total_num_steps": 4, "warmup_num_steps": 1}.items():
         words += ["--set", f"scheduler.params.{name}={value}"]
     said = python(*words)
-    line = next(line for line in said.splitlines() if demo.PRIMARY in line and "[" in line)
+    line = next(
+        line for line in said.splitlines() if "segmentation/style-b in-context mIoU" in line and "[" in line
+    )
     page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
     assert (
         line[line.rindex("+" if "+" in line else "-") :].split("]")[0][:6] in page and "Out of domain" in page

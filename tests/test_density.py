@@ -26,10 +26,15 @@ def _lines_of_code(source: str, tree: ast.AST) -> int:
 
 
 def _is_packed(node: ast.AST) -> bool:
-    """Return True for three values assigned at once, a loop over a conditional expression, or nested ones."""
+    """Return True for values assigned at once that are no swap, a loop over a conditional expression, or nested
+    ones.
+    """
     if isinstance(node, ast.Assign):
         target = node.targets[0]
-        return isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple) and len(target.elts) > 2
+        if not isinstance(target, ast.Tuple) or not isinstance(node.value, ast.Tuple):
+            return False
+        names = {ast.unparse(name) for name in target.elts}
+        return names.isdisjoint(ast.unparse(value) for value in node.value.elts)
     if isinstance(node, ast.For | ast.comprehension):
         return isinstance(node.iter, ast.IfExp)
     return isinstance(node, ast.IfExp) and sum(isinstance(inner, ast.IfExp) for inner in ast.walk(node)) > 1

@@ -85,11 +85,9 @@ def test_the_hours_of_8_h100_are_told_alike_everywhere() -> None:
     """The table of backbones; README has the sum of both stages, memory-and-speed the paper's stage 2."""
     text = pages()
     hours = {}
-    for row in re.findall(r"^\| `(\w+)`.*\|$", text["docs/backbones.md"], re.MULTILINE):
-        (line,) = re.findall(rf"^\| `{row}`.*\|$", text["docs/backbones.md"], re.MULTILINE)
-        last = line.strip("| ").split(" | ")[-1]
-        if re.fullmatch(r"[\d.]+ \+ [\d.]+", last):
-            hours[row] = [float(part) for part in last.split(" + ")]
+    pattern = r"^\| `(\w+)` .* ([\d.]+) \+ ([\d.]+) \|$"
+    for name, first, second in re.findall(pattern, text["docs/backbones.md"], re.MULTILINE):
+        hours[name] = [float(first), float(second)]
     (readme,) = re.findall(r"DINOv3-B (\d+) hours, EVA-ViT-E (\d+) \(predicted\)", text["README.md"])
     assert [int(number) for number in readme] == [round(sum(hours[name])) for name in ("dinov3_b", "eva_e")]
     (stage_2,) = re.findall(

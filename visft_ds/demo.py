@@ -25,9 +25,6 @@ TRAIN = 1000  #: drawings
 VAL = 200
 #: Images of another style that probes learn from, and that are judged, for each one that is trained on.
 PROBED = 0.4, 0.25
-#: The number that decides whether the demo shows something; of one seed, 489 objects are too few
-#: (docs/evidence.md).
-PRIMARY = "segmentation/style-b in-context mIoU"
 DRAWN = ("--size", "224", "--colours", "even")  #: otherwise colours would be enough to tell shapes
 #: In-domain numbers of the last table.
 _SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr", "caption/BLEU-4")

@@ -191,7 +191,7 @@ class Trainer:
 
         # 9: what will not fit into memory fails now, not after hours.
         if config.visft.run.memory_check and self.start < config.total_steps:
-            probe_memory(config.visft.model, self.engine, self.data, self.batches, self.watchdog)
+            probe_memory(self.engine, self.data, self.batches, self.watchdog)
 
         # 10: the steps, what evaluates beside them, and what writes their numbers down.
         self.steps = self.loader.steps(self.start, config.total_steps)

@@ -56,6 +56,9 @@ def test_nothing_is_missing_if_everything_is_there(tmp_path: Path) -> None:
     )
     assert missing.path == str(tmp_path / "a.manifest.json") and missing.what.endswith("has train")
     assert "--set visft.data.train=train" in missing.command
+    (tmp_path / "my data").mkdir()
+    mine = debug(f"visft.data.root={tmp_path}/my data-shards", f"visft.heads.path={tmp_path}")
+    assert missing_inputs(mine)[0].command == f"visft shards '{tmp_path}/my data'"
 
 
 def test_only_heads_that_take_part_can_be_missing(tmp_path: Path) -> None:

@@ -392,3 +392,8 @@ def test_the_page_quotes_the_plan() -> None:
         assert float(memory) == pytest.approx(best.needed / 2**30, rel=0.02)
         assert float(speed) == pytest.approx(best.images_per_second, rel=0.02)
         assert float(hours) == pytest.approx(best.hours, rel=0.05)
+    page = (Path(__file__).parents[2] / "docs/backbones.md").read_text(encoding="utf-8")
+    (hours_of_stages,) = re.findall(r"^\| `dinov3_b` .* ([\d.]+) \+ ([\d.]+) \|$", page, re.MULTILINE)
+    for stage, hours in enumerate(hours_of_stages, 1):
+        best = search(resolve(stage=stage, model="dinov3_b"), parse_cluster("8xH100"))[0]
+        assert float(hours) == pytest.approx(best.hours, rel=0.05)

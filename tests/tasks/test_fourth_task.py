@@ -17,10 +17,9 @@ from visft_ds.tasks import BUILT_IN, TASKS, entries, register
 
 SETTINGS: dict[str, Any] = {
     **TINY,
-    "scheduler.params.total_num_steps": 8,
-    "scheduler.params.warmup_num_steps": 1,
-    "visft.run.save_every": 8,
-    "visft.run.eval_every": 8,
+    **finished.SMALL,
+    "visft.run.save_every": 4,
+    "visft.run.eval_every": 4,
     "visft.run.visualizations": 1,
     "visft.run.log_every": 1,
     **{f"visft.tasks.{task}.steps": 1 for task in BUILT_IN[:3]},

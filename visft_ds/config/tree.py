@@ -12,6 +12,8 @@ from typing import Any
 from visft_ds.files import read_bytes, reading
 from visft_ds.redaction import redacted_values
 
+_LONGEST = 60  #: letters of a value in a message
+
 
 @dataclass
 class Tree:
@@ -117,7 +119,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return key.strip(), value
 
 
-def shorten(value: Any, limit: int = 60) -> str:
+def shorten(value: Any) -> str:
     """JSON of a value, cut to fit into a message."""
     text = json.dumps(redacted_values(value))
-    return text if len(text) <= limit else text[: limit - 4] + " ..."
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 4] + " ..."

@@ -8,7 +8,6 @@ weight is alpha / r * B A.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from visft_ds.models.lora import (
     adapt_layers,
     adaptable_layers,
     dense_update,
+    globs_of,
     lora_layers,
     lora_parameters,
     targets_of,
@@ -168,8 +168,7 @@ class Adapter:
 
     def describe(self) -> str:
         """A few words for the console."""
-        names = self.targets or sorted({re.sub(r"\d+", "*", layer) for layer in self.layers})
-        targets = ", ".join(names)
+        targets = ", ".join(self.targets or globs_of(self.layers))
         return f"rank {self.rank}, alpha {self.alpha:g}, on {len(self.layers)} layers ({targets})"
 
     def model_text(self) -> str:

@@ -415,6 +415,9 @@ def for_transformers(adapter: Adapter, base: Path, model: Mapping[str, Any]) -> 
                 layers[theirs] = (height, ((0, height),))
                 tensors[f"{theirs}.lora_A"] = adapter.tensors[f"{ours}.lora_A"][of_a]
                 tensors[f"{theirs}.lora_B"] = adapter.tensors[f"{ours}.lora_B"][begin : begin + height]
+    taken = sum(height for height, _ in layers.values())
+    if taken != sum(high - low for _, slices in adapter.layers.values() for low, high in slices):
+        raise ValueError(f"{adapter.path}: it adapts parts of q, k or v, which transformers' class has whole")
     return replace(adapter, model=None, targets=(), layers=layers, tensors=tensors)
 
 

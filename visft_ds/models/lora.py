@@ -235,13 +235,17 @@ def targets_of(backbone: nn.Module, slices: Mapping[str, Slices]) -> tuple[str, 
     layers = adaptable_layers(backbone)
     missing = {(name, rows) for name, ranges in slices.items() for rows in ranges}
     targets = []
-    globs = [re.sub(r"\d+", "*", name) for name in slices]
-    for target in dict.fromkeys([*TARGETS, *globs, *slices]):
+    for target in dict.fromkeys([*TARGETS, *globs_of(slices), *slices]):
         rows_of = _matches(layers, target)
         if rows_of and missing.issuperset(rows_of.items()):
             targets.append(target)
             missing.difference_update(rows_of.items())
     return () if missing else tuple(targets)
+
+
+def globs_of(names: Iterable[str]) -> list[str]:
+    """Names with `*` in place of numbers between dots, each once."""
+    return list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names))
 
 
 def _rows_of(layers: Mapping[str, Any], target: str) -> dict[str, tuple[int, int]]:

@@ -57,6 +57,9 @@ def missing_shards(config: VisftConfig) -> Iterator[Missing]:
             continue
         what = f"shards of {split} (or give their --data)"
         command = f"visft shards FOLDER --out {quote(root)}"
+        source = root.rstrip("/").removesuffix("-shards")  # as `visft shards` names what it builds
+        if source != root.rstrip("/") and Path(source).is_dir():
+            command = f"visft shards {quote(source)}"
         others = splits_in(Path(root))
         if (root, split) == (data.root, data.val):
             what = "shards for evaluation (or train without: --set visft.run.eval_every=0)"

@@ -21,7 +21,6 @@ import torch
 
 from visft_ds import distributed
 from visft_ds.config import Batches
-from visft_ds.config.schema import ModelConfig
 from visft_ds.data.samples import Batch, RawSample
 from visft_ds.data.shards import Role
 from visft_ds.distributed import PipelinePosition
@@ -155,9 +154,7 @@ def largest_batches(data: RunData, micro: Mapping[str, int], role: Role) -> Iter
             yield name, pipeline.collate(samples)
 
 
-def probe_memory(
-    model: ModelConfig, engine: Engine, data: RunData, batches: Batches, watchdog: Watchdog
-) -> None:
+def probe_memory(engine: Engine, data: RunData, batches: Batches, watchdog: Watchdog) -> None:
     """Run a step of the largest micro-batches of every stream that changes nothing; print its cost.
     Collective.
 

@@ -93,7 +93,10 @@ def recognise(
             for path in source.glob(pattern):
                 raise ValueError(f"{path} is {export}, which is not read: {remedy}")
         _refuse_misplaced(source)
-        content = sorted(f"{path.name}/" if path.is_dir() else path.name for path in source.iterdir())
+        content = []
+        for path in source.iterdir():
+            content.append(f"{path.name}/" if path.is_dir() else path.name)
+        content.sort()
         raise ValueError(
             f"{source} is not a data set of a known layout; {_LOOKED_FOR}\nfound {_few(content)}"
         )

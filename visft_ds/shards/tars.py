@@ -58,6 +58,7 @@ _EXIF = b"Exif"
 _EXIF_WITHIN = 4096  # bytes from the start of a JPEG
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _BLOCK = 1 << 20
+_BUFFER = 1 << 16  #: of tarfile, which copies the rest of it at every read
 #: Distinct words that a manifest lists at most; of more, the rarest are left out.
 _MOST_WORDS = 100_000
 
@@ -175,7 +176,7 @@ class _Tar:
             stream: Any = _Hashing(file)  # as much of a file as tarfile needs
             end = 0
             try:
-                with tarfile.open(fileobj=stream, mode="r|", bufsize=_BLOCK) as archive:
+                with tarfile.open(fileobj=stream, mode="r|", bufsize=_BUFFER) as archive:
                     for sample in webdataset.tariterators.group_by_keys(
                         _members(archive), handler=self._note_repeated
                     ):

@@ -138,7 +138,9 @@ def forward(
     encoder: Encoder, pixels: Tensor, kinds: Collection[str], settings: Settings
 ) -> dict[str, Tensor]:
     """Kind -> features of a batch of images, float32 on the device."""
-    of_model = {"patches" if kind in _DERIVED else kind for kind in kinds}
+    of_model = set[str]()
+    for kind in kinds:
+        of_model.add("patches" if kind in _DERIVED else kind)
     dtype = DTYPES[settings.precision]
     with torch.autocast(settings.device.type, dtype, enabled=dtype != torch.float32):
         # Convolutions on a CPU take 60 % of the time when the channels of a pixel lie together.

@@ -178,8 +178,9 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
-def kinds_help(width: int = 110) -> str:
+def kinds_help() -> str:
     """The kinds of data with their keys, for --help."""
+    width = 110
     indent = 20
     paragraphs = []
     for name, kind in KINDS.items():
