@@ -170,9 +170,9 @@ class ShortSides:
 
     Training: mirror with probability `flip`, scale the short side to one of `min_size_train`, the long one to
     at most `max_size_train`. Evaluation: short side `min_size_test`, long side at most `max_size_test`. With
-    `fixed_size`, both scale to a square of that many pixels (`keep_shape`: to a long side of as many), and
-    training also mirrors and, five times of six, zooms: it takes a window with sides of `zoom` times those of the image, smallest to largest, up to 15
-    % wider or narrower, in or around the image.
+    `fixed_size`, both scale to a square of that many pixels, with `keep_shape` to a long side of as many, and
+    training also mirrors and, five times of six, zooms: it takes a window with sides of `zoom` times those of
+    the image, smallest to largest, up to 15 % wider or narrower, in or around the image.
     """
 
     min_size_train: Sequence[int]

@@ -363,7 +363,7 @@ def fine_maps(name: str) -> tuple[dict[int, int], int]:
     """
     backbone = build_timm(name, device="meta")
     strides = {str(info["module"]): int(info["reduction"]) for info in getattr(backbone, "feature_info", ())}
-    last = [*strides.values(), 0][-1]
+    *_, last = [0, *strides.values()]
     if 0 < last <= 16:
         return {}, 320 // last * last
     numbers = dict[int, int]()

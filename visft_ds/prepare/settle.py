@@ -1,9 +1,10 @@
 """Decisions that the data makes about a run, once and before any tensor library is imported.
 
 `settle` reads the command line and the training splits, then goes through the decisions in order: tasks
-without labels take no part, epochs become steps, few photographs get their recipe, with a size that shows
-their objects, heads get the classes of the data, and batches become no larger than the data. Each is a `Decision` (key, value, why) that gives way to
-the user's flags; the report at the start lists them. What hardware decides is added by `run/machine.py`.
+without labels take no part, epochs become steps, few photographs get their recipe and a size that shows their
+objects, heads get the classes of the data, and batches become no larger than the data. Each is a `Decision`
+(key, value, why) that gives way to the user's flags; the report at the start lists them. What hardware
+decides is added by `run/machine.py`.
 """
 
 from __future__ import annotations

@@ -48,9 +48,10 @@ class DenseOutput:
 class DenseHead(nn.Module):
     """Feature maps -> scores of the classes and a box, from every cell of the finest map.
 
-    Coarser maps are interpolated to that grid, and all are joined. A 1x1 convolution to `width`, two 3x3 convolutions, group norms, and a 3x3 convolution each for classes
-    and for the logarithms of the four distances to the sides, in cells. What valid cells predict does not depend on how
-    far their batch is padded.
+    Coarser maps are interpolated to that grid, and all are joined. A 1x1 convolution to `width`, two 3x3
+    convolutions, group norms, and a 3x3 convolution each for classes and for the logarithms of the four
+    distances to the sides, in cells. What valid cells predict does not depend on how far their batch is
+    padded.
     """
 
     def __init__(self, widths: Sequence[int], options: DetectionHeadConfig) -> None:
