@@ -92,6 +92,7 @@ ODD = {
     "0010.txt": b"",
     "long/" + "x" * 150 + "/0011.jpg": PICTURE,
     "long/" + "x" * 150 + "/0011.txt": b"a long name",
+    "0012.mp4": b"is not read",
     "noext": b"x",
 }
 LEFT_OUT = [
@@ -101,6 +102,7 @@ LEFT_OUT = [
     ("0007", "no picture"),
     ("0008", "unreadable"),
     ("0009", "unusable label: .*utf-8"),
+    ("0012", "no picture"),
 ]
 
 
@@ -140,7 +142,7 @@ def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:
         shown = read_raw(reader, 4).size
     assert captions == [["Zürich, twice"], ["in JSON"], ["one", "two"], ["12"], [], ["a long name"]]
     assert shown == (30, 40), "not turned"
-    assert manifest.counts == {"images": 66, "captions": 66, "empty": 1, "left_out": 6}
+    assert manifest.counts == {"images": 66, "captions": 66, "empty": 1, "left_out": 7}
     assert manifest.index["image_id"].tolist() == [1, 2, 3, 4, 10, 11, *range(100, 160)]
 
 
@@ -228,7 +230,9 @@ def test_words_are_cut_by_their_count(
     _write(tmp_path / "tars/0.tar", _captioned(0, 10))
     arguments = ["index", str(tmp_path / "tars/*.tar"), "--out", str(tmp_path), "--workers", "1"]
     assert main(arguments) == 0
-    assert "the 6 words that occur at least 4 times" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the 6 words that occur at least 4 times" in printed
+    assert printed.endswith(f"train on it: visft train --data {tmp_path}\n")
     manifest = Manifest.load(tmp_path, "train")
     assert manifest.vocabulary == {"a": 10, "small": 10, "picture": 10, "of": 10, "dog": 10, "0": 4}
     config = resolve(
