@@ -44,7 +44,8 @@ from visft_ds.data.workers import fork_server, kill_pool, start_worker
 from visft_ds.files import image_frame, read_bytes, reading
 from visft_ds.redaction import refuse_secrets
 from visft_ds.settings.task_schema import WITHOUT_MASK
-from visft_ds.shards.build import MAX_IMAGE_BYTES, quantiles, reasons
+from visft_ds.shards.archive import MAX_IMAGE_BYTES
+from visft_ds.shards.build import quantiles, reasons
 from visft_ds.shards.coco import SourceImage, add_categories, share_inside
 from visft_ds.shards.common import Findings, Json, is_split_name
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
