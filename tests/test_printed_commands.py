@@ -77,6 +77,7 @@ ELSEWHERE = (
     "curl",
     "export",
     "hf",
+    "tensorboard",
     "pyproject-build",
     "twine",
     "tools/gpu.sh",
