@@ -92,6 +92,7 @@ ODD = {
     "0010.txt": b"",
     "long/" + "x" * 150 + "/0011.jpg": PICTURE,
     "long/" + "x" * 150 + "/0011.txt": b"a long name",
+    "0012.mp4": b"is not read",
     "noext": b"x",
     "caf\udce9.jpg": PICTURE,  # a name in Latin-1
 }
@@ -102,6 +103,7 @@ LEFT_OUT = [
     ("0007", "no picture"),
     ("0008", "unreadable"),
     ("0009", "unusable label: .*utf-8"),
+    ("0012", "no picture"),
     (r"caf\udce9'", "no txt or json"),
 ]
 
@@ -112,12 +114,12 @@ def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:
     """
     paths = [
         str(_write(tmp_path / "odd.tar", ODD)),
-        str(_write(tmp_path / "many.tar", _captioned(100, 60))),
+        str(_write(tmp_path / "many.tar", _captioned(100, 70))),
     ]
     manifest = index_tars(paths, tmp_path / "index", "train")
     written = sorted(path.name for path in (tmp_path / "index").iterdir())
     assert written == ["train.index.npy", "train.manifest.json"]
-    assert len(Manifest.load(tmp_path / "index", "train")) == 66 and verify(manifest) == []
+    assert len(Manifest.load(tmp_path / "index", "train")) == 76 and verify(manifest) == []
     for (name, reason), (number, words) in zip(manifest.left_out, LEFT_OUT, strict=True):
         assert name.endswith(f"odd.tar/{number}") and re.match(words, reason), reason
     assert {kind.partition(" (")[0]: count for kind, (count, _) in manifest.findings.items()} == {
@@ -137,13 +139,13 @@ def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:
             label = sample["txt"] if "txt" in sample else sample["json"]
             pictures = [sample[suffix] for suffix in tars.PICTURES if suffix in sample]
             assert reader.read(index) == (pictures[0], label)
-        assert len(samples) == len(reader) == 66
+        assert len(samples) == len(reader) == 76
         captions = [read_raw(reader, index).captions for index in range(6)]
         shown = read_raw(reader, 4).size
     assert captions == [["Zürich, twice"], ["in JSON"], ["one", "two"], ["12"], [], ["a long name"]]
     assert shown == (30, 40), "not turned"
-    assert manifest.counts == {"images": 66, "captions": 66, "empty": 1, "left_out": 7}
-    assert manifest.index["image_id"].tolist() == [1, 2, 3, 4, 10, 11, *range(100, 160)]
+    assert manifest.counts == {"images": 76, "captions": 76, "empty": 1, "left_out": 8}
+    assert manifest.index["image_id"].tolist() == [1, 2, 3, 4, 10, 11, *range(100, 170)]
 
 
 def test_our_own_shards_indexed_are_what_was_built(tmp_path: Path) -> None:
@@ -230,7 +232,9 @@ def test_words_are_cut_by_their_count(
     _write(tmp_path / "tars/0.tar", _captioned(0, 10))
     arguments = ["index", str(tmp_path / "tars/*.tar"), "--out", str(tmp_path), "--workers", "1"]
     assert main(arguments) == 0
-    assert "the 6 words that occur at least 4 times" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the 6 words that occur at least 4 times" in printed
+    assert printed.endswith(f"train on it: visft train --data {tmp_path}\n")
     manifest = Manifest.load(tmp_path, "train")
     assert manifest.vocabulary == {"a": 10, "small": 10, "picture": 10, "of": 10, "dog": 10, "0": 4}
     config = resolve(

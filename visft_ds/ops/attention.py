@@ -70,14 +70,17 @@ def attention_packed(
 
 def _load(kernel: str) -> Callable[..., Any]:
     """The function of a kernel; all of them take the same first seven arguments."""
-    function: Callable[..., Any]
     if kernel == FLASH_3:
-        from flash_attn_interface import flash_attn_varlen_func as function
-    elif kernel == FLASH_2:
-        from flash_attn import flash_attn_varlen_func as function
-    else:
-        from torch.nn.attention.varlen import varlen_attn as function
-    return function
+        import flash_attn_interface
+
+        return flash_attn_interface.flash_attn_varlen_func
+    if kernel == FLASH_2:
+        import flash_attn
+
+        return flash_attn.flash_attn_varlen_func
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
 
 
 @cache  # it looks for packages, and every block asks

@@ -45,12 +45,14 @@ from visft_ds.data.workers import fork_server, kill_pool, start_worker
 from visft_ds.files import image_frame, read_bytes, reading, shown_name
 from visft_ds.redaction import refuse_secrets
 from visft_ds.settings.task_schema import WITHOUT_MASK
+from visft_ds.shards.archive import MAX_IMAGE_BYTES
 from visft_ds.shards.build import quantiles, reasons
 from visft_ds.shards.coco import SourceImage, add_categories, share_inside
 from visft_ds.shards.common import Findings, Json, is_split_name
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  #: suffixes in lower case
+_READ = (*PICTURES, "txt", "json")  #: ends of the names of files that are read; others may be large
 _TURNED = "picture that EXIF data turns (read as it is stored)"
 _TWICE = "second file of a name in a sample (not read)"
 _METADATA = re.compile("__[^/]*__($|/)")  # names that webdataset passes over
@@ -291,11 +293,14 @@ def _members(archive: tarfile.TarFile) -> Iterator[dict[str, Any]]:
     """The files of a tar as `group_by_keys` takes them, with their places in it."""
     for entry in archive:
         archive.members = []  # type: ignore[attr-defined]  # it would keep them all
-        if entry.isreg() and not entry.issparse() and not _METADATA.match(entry.name):
+        if not entry.isreg() or entry.issparse() or _METADATA.match(entry.name):
+            continue
+        data = b""
+        if entry.name.lower().endswith(_READ) and entry.size <= MAX_IMAGE_BYTES:
             content = archive.extractfile(entry)
             assert content is not None
-            member = _Member(entry.offset_data, content.read())
-            yield {"fname": entry.name, "data": member, "__url__": ""}
+            data = content.read()
+        yield {"fname": entry.name, "data": _Member(entry.offset_data, data), "__url__": ""}
 
 
 def _read_one(address: str, categories: Mapping[int, str], folder: Path) -> _Tar:
