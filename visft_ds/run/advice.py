@@ -248,4 +248,7 @@ def next_commands(config: VisftConfig) -> list[str]:
         heads = quote(f"{config.run.out}/{EXPORT}")
         command = f"visft train --stage 2 --data {quote(config.data.root)} --heads {heads}"
         lines.append(f"train the backbone through these heads: {command}")
+    else:
+        command = f"visft merge {run} --out {quote(f'{config.run.out}-merged')} --verify"
+        lines.append(f"write the trained backbone for timm: {command}")
     return lines
