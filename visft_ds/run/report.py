@@ -256,5 +256,6 @@ def _data(config: ResolvedConfig, data: RunData) -> Section:
 
 def _shown_by_data(config: ResolvedConfig, data: RunData, module: MultiTaskModel) -> list[Section]:
     """A section about what stands in the way of learning, or none."""
-    rows = list(lines_of(findings_of(config.visft, data, module.backbone.patch_size)))
+    cells = [cell for _, cell in module.backbone.shapes]
+    rows = list(lines_of(findings_of(config.visft, data, cells)))
     return [Section("what the data shows", rows)] if rows else []
