@@ -53,8 +53,9 @@ def test_copies() -> None:
 
 def test_memory_that_is_not_there() -> None:
     before = memory_before(DEVICE)
-    held = torch.ones(1 << 24, device=DEVICE)
-    assert peak_memory(DEVICE) - before >= held.nbytes and memory_of(DEVICE) > 0
+    held = torch.ones(1 << 26, device=DEVICE)
+    # A part may lie in memory that was freed before.
+    assert peak_memory(DEVICE) - before > held.nbytes / 2 and memory_of(DEVICE) > 0
     with pytest.raises(RankError, match="out of memory"), memory_explained("a step", "detection", [], DEVICE):
         torch.empty(1 << 50, device=DEVICE)
 
