@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from visft_ds.config.backbones import lora_targets, on_this_machine
 from visft_ds.config.flags import SMALL_DATA, FirstStage, Merged, build_parser, merge_arguments
 from visft_ds.config.resolve import CONFIG_ROOT, Draft, ResolvedConfig
@@ -24,6 +26,7 @@ from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.prepare.datasets import TrainingSet, open_training_sets, samples_of
 from visft_ds.pretrained import TIMM, lite0_of_pip
 from visft_ds.run_files import EXPORT
+from visft_ds.settings.task_schema import ImageSizes
 from visft_ds.tasks import config_class, entries
 from visft_ds.tasks.classes import COCO_NAMES
 
@@ -34,6 +37,14 @@ STEPS = 550
 PASSES = 30
 VIEWS = 12
 EVALUATIONS = 3
+#: Views of a photograph that is never zoomed: as it is, and mirrored.
+PLAIN_VIEWS = 2
+#: Blocks of DEMO's backbone that a head of label maps reads, of strides 8, 16 and 32.
+SCENE_BLOCKS = [2, 4, 6]
+#: Images of a step with label maps.
+SCENE_BATCH = 8
+#: Smallest and largest long side in pixels of photographs with label maps.
+SCENE_SIDES = (320, 640)
 #: Photographs whose features are kept: those of all views are 1 MB each.
 MOST_KEPT = 2000
 #: Sides of a zoom's window: a caption may name what a small one cuts off.
@@ -72,6 +83,11 @@ def settle(words: Sequence[str] | None = None, processes: int = 1) -> Settled:
     images = sum(len(manifest) for manifest in manifests.values())
     if options.tasks is None and not any(text.startswith("visft.tasks=") for text in options.set):
         _decide_tasks(draft, list(manifests.values()), options.batch_size)
+    if merged.model == SMALL_DATA and merged.first is None:
+        if manifests and list(draft.recipe.visft.tasks.enabled()) == ["semantic"]:
+            _decide_for_label_maps(draft, merged, list(manifests.values()))
+        else:
+            _decide_map(draft, merged)
     if options.epochs is not None:
         _decide_length(draft, options.epochs, images)
     if merged.model == SMALL_DATA and manifests:
@@ -111,7 +127,7 @@ def _open_splits(data: DataConfig, *, remote: bool) -> Manifests:
 
 
 def _decide_by_backbone(draft: Draft, merged: Merged) -> None:
-    """Weights that pip brought, where none were named or are here, and the map that is read of another
+    """Weights that pip brought, where none were named or are here, and the layers that get LoRA in another
     backbone.
     """
     model = draft.recipe.visft.model
@@ -120,22 +136,59 @@ def _decide_by_backbone(draft: Draft, merged: Merged) -> None:
         weights = lite0_of_pip()
         if weights is not None:
             draft.decide({"visft.model.weights": str(weights)}, "pip's efficientnet_lite0")
-    if merged.model == SMALL_DATA and "visft.model.preset" in merged.backbone:
-        preset = model.preset
-        if preset.startswith(TIMM):
-            from visft_ds.models.timm_backbone import fine_map  # imports torch and timm, which costs seconds
+    if merged.model == SMALL_DATA and draft.recipe.visft.stage == 2 and _other_model_of_timm(draft, merged):
+        draft.decide({"visft.lora.targets": lora_targets(model.preset)}, f"the layers of {model.preset}")
 
-            block, side = fine_map(preset.removeprefix(TIMM))
-            values = {
-                "visft.shared.image.fixed_size": side,
-                "visft.tasks.detection.image.fixed_size": side,
-                "visft.tasks.segmentation.image.fixed_size": side,
-                "visft.tasks.captioning.image.size": side,
-                "visft.model.out_indices": [] if block is None else [block],
-            }
-            draft.decide(values, f"the map of {preset}")
-            if draft.recipe.visft.stage == 2:
-                draft.decide({"visft.lora.targets": lora_targets(preset)}, f"the layers of {preset}")
+
+def _other_model_of_timm(draft: Draft, merged: Merged) -> str | None:
+    """Name of the model of timm that --backbone puts in place of the recipe's."""
+    preset = draft.recipe.visft.model.preset
+    if "visft.model.preset" in merged.backbone and preset.startswith(TIMM):
+        return preset.removeprefix(TIMM)
+    return None
+
+
+def _decide_map(draft: Draft, merged: Merged) -> None:
+    """The map that is read of another backbone, and images that fit it."""
+    name = _other_model_of_timm(draft, merged)
+    if name is None:
+        return
+    from visft_ds.models.timm_backbone import fine_map  # imports torch and timm, which costs seconds
+
+    block, side = fine_map(name)
+    values = {
+        "visft.shared.image.fixed_size": side,
+        "visft.tasks.detection.image.fixed_size": side,
+        "visft.tasks.segmentation.image.fixed_size": side,
+        "visft.tasks.captioning.image.size": side,
+        "visft.model.out_indices": [] if block is None else [block],
+    }
+    draft.decide(values, f"the map of {TIMM}{name}")
+
+
+def _decide_for_label_maps(draft: Draft, merged: Merged, manifests: Sequence[Manifest]) -> None:
+    """Several maps, fine and coarse, and whole photographs in their own shape and about their own size."""
+    long_sides = []
+    for manifest in manifests:
+        long_sides.append(np.maximum(manifest.index["height"], manifest.index["width"]))
+    side = round(float(np.median(np.concatenate(long_sides)).clip(*SCENE_SIDES)))
+    values: dict[str, Any] = {
+        "visft.shared.batch_size": SCENE_BATCH,
+        "visft.shared.image.fixed_size": None,
+        "visft.shared.image.zoom": None,
+        "visft.shared.image.min_size_train": [side],
+        "visft.shared.image.max_size_train": side,
+        "visft.shared.image.min_size_test": side,
+        "visft.shared.image.max_size_test": side,
+    }
+    name = _other_model_of_timm(draft, merged)
+    if name is not None:
+        from visft_ds.models.timm_backbone import scene_maps  # imports torch and timm, which costs seconds
+
+        values["visft.model.out_indices"] = scene_maps(name)
+    elif not merged.backbone:
+        values["visft.model.out_indices"] = SCENE_BLOCKS
+    draft.decide(values, "the recipe for label maps")
 
 
 def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
@@ -144,7 +197,7 @@ def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
     of_model = ("name", "preset", "out_indices", "weights", "weights_seed", "overrides")
     keys = [f"visft.model.{name}" for name in of_model]
     keys += [f"visft.data.{name}" for name in ("train", "val", "sets")]
-    keys.append("visft.shared.image.fixed_size")
+    keys += [f"visft.shared.image.{size}" for size in ImageSizes.model_fields]
     for task in entries():
         key = f"visft.tasks.{task}"
         settings = recorded.value(key)
@@ -224,7 +277,8 @@ def _decide_for_few(draft: Draft, images: int) -> None:
             stream = next(iter(visft.streams().values()))
             steps = max(STEPS, math.ceil(PASSES * images / stream.batch_size))
             values["scheduler.params.total_num_steps"] = steps
-        values["visft.features.views"] = VIEWS
+        assert visft.shared is not None  # of the recipe
+        values["visft.features.views"] = PLAIN_VIEWS if visft.shared.image.zoom is None else VIEWS
         values["visft.features.cache"] = f"{visft.run.out}/features" if images <= MOST_KEPT else None
         if "captioning" in tasks:
             values["visft.shared.image.zoom"] = ZOOM_WITH_CAPTIONS
