@@ -36,6 +36,23 @@ def test_help_and_version_name_everything_and_what_is_no_command_is_refused(
     assert main(["shrads"]) == 2 and "did you mean shards?" in capsys.readouterr().err
 
 
+def test_ranks_of_a_machine_divide_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch is imported; what the user has set stays."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    visft_ds._settle_threads()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE" and "OMP_NUM_THREADS" not in os.environ
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    visft_ds._settle_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "4"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    visft_ds._settle_threads()
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]) == ("4", "ACTIVE")
+
+
 def test_the_launchers_word_reaches_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """`deepspeed --module visft_ds evaluate` puts --local_rank before the name of the command."""
     given: list[list[str]] = []
@@ -156,9 +173,12 @@ def test_the_range_of_deepspeed_is_the_same_everywhere(monkeypatch: pytest.Monke
 
 
 def test_a_run_is_named_by_one_flag_in_every_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Where a run may be an argument, too, one of the two is needed, and both count."""
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        Path(name).mkdir()
     for command in ("predict", "evaluate", "merge", "report", "judge"):
         with pytest.raises(SystemExit):
             main([command, "--help"])

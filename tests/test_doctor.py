@@ -52,7 +52,7 @@ def test_a_driver_without_a_matching_torch_is_a_problem(monkeypatch: pytest.Monk
         doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None
     )
     found = {finding.subject: finding.status for finding in doctor.check_device()}
-    assert found == {"GPU": PROBLEM, "precision": OK}
+    assert found == {"GPU": PROBLEM, "precision": OK, "attention": OK}
 
 
 def test_the_exit_code_says_whether_there_is_a_problem(

@@ -41,6 +41,26 @@ def test_help_imports_nothing_slow_and_names_the_command_as_it_was_typed() -> No
         assert said.startswith(f"usage: {name} ") and slow == [], name
 
 
+def test_wrong_arguments_are_refused_before_anything_slow_is_imported() -> None:
+    lines = [
+        ["predict", "nothing.jpg", "--run", "nowhere"],
+        ["predict", str(ROOT / "docs/images"), "--run", "nowhere"],
+        ["predict", str(ROOT / "docs/images"), "--run", "nowhere", "--threshold", "7"],
+        ["evaluate", "--run", "nowhere"],
+        ["evaluate", "--run", "nowhere", "--limit", "0"],
+        ["evaluate"],
+        ["report", "nowhere"],
+        ["merge", "--run", "nowhere", "--out", "merged.safetensors"],
+        ["plan", "--cluster", "8xNothing"],
+        ["profile", "--stage", "1", "--model", "nothing"],
+        ["train", "--stage", "2", "--data", "nowhere"],
+        ["ablate", "--seeds", "0"],
+    ]
+    printed = python("-c", RUN, json.dumps([["visft_ds", *words] for words in lines]))
+    for words, (_, slow) in zip(lines, json.loads(printed.splitlines()[-1]), strict=True):
+        assert slow == [], words
+
+
 def test_a_misspelt_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     """Of the sub-command, too; what resembles nothing is only named."""
     parser = Parser(prog="visft shards")

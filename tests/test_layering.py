@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "visft_ds"
@@ -24,6 +26,7 @@ RESERVED = {
     "huggingface_hub": ("interop", "merge", "pretrained"),
     "triton": ("ops",),
     "flash_attn": ("ops",),
+    "flash_attn_interface": ("ops",),
 }
 CODE = sorted(path for folder in (PACKAGE, "tools", "launchers") for path in (ROOT / folder).rglob("*.py"))
 
@@ -71,6 +74,29 @@ def test_imports_point_down() -> None:
         ring = error.args[1]
         pytest.fail("\n".join(uses[upper][lower] for lower, upper in pairwise(ring)))
     assert len(order) > 20
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "target"),
+    [
+        ("torch", "model", "torch"),
+        ("deepspeed", "parallel.engine", "deepspeed"),
+        ("peft", "interop.export", "peft.PeftModel"),
+        ("webdataset", "data.open_webdataset", "webdataset"),
+        ("pycocotools", "tasks.average_precision", "pycocotools.cocoeval"),
+        ("flash-attn", "ops.attention", "flash_attn"),
+        ("tensorboard", "monitor.metrics", "torch.utils.tensorboard.SummaryWriter"),
+    ],
+)
+def test_each_package_is_imported_where_it_works(package: str, module: str, target: str) -> None:
+    """As docs/architecture.md says; it comes with the base installation, flash-attn with an extra."""
+    assert target in imports(ROOT / PACKAGE / f"{module.replace('.', '/')}.py")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = project["dependencies"]
+    if package == "flash-attn":
+        required = project["optional-dependencies"]["gpu"]
+    assert package in {Requirement(text).name for text in required}
+    assert f"| {package} |" in (ROOT / "docs/architecture.md").read_text()
 
 
 def test_reserved_packages_stay_in_their_rooms() -> None:

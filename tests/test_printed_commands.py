@@ -54,7 +54,7 @@ FORMS = [*(ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"), ROOT / "SECURITY.md"]
 SCRIPTS = [*(ROOT / "launchers").iterdir(), *(ROOT / "tools").iterdir()]
 HOSTFILE = ROOT / "launchers/hostfile.example"
 RANKS = (1, 8, 16, 64)
-#: Flags of other programs that texts name: pip, SLURM, torchrun, git, curl, mypy.
+#: Flags of other programs that texts name: pip, SLURM, torchrun, git, curl, mypy, TensorBoard.
 OTHERS_FLAGS = (
     *("--no-deps", "--no-index", "--index-url", "--no-build-isolation"),
     *("--nodes", "--ntasks", "--ntasks-per-node", "--gres", "--signal"),
@@ -70,12 +70,14 @@ OTHERS_FLAGS = (
         "--create-dirs",
     ),
     "--strict",
+    "--logdir",
 )
 #: Programs that are not of this project; of `make` and `pip` the target and the extra are looked up.
 ELSEWHERE = (
     "curl",
     "export",
     "hf",
+    "tensorboard",
     "pyproject-build",
     "twine",
     "tools/gpu.sh",

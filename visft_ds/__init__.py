@@ -3,6 +3,7 @@
 The public names are those of `_PUBLIC`; each is imported when it is first asked for.
 """
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +22,22 @@ if TYPE_CHECKING:
     from visft_ds.predict.results import Masks as Masks
     from visft_ds.predict.results import Prediction as Prediction
     from visft_ds.train import FitResult as FitResult
+
+
+def _settle_threads() -> None:
+    """Choose how OpenMP waits and, in one of several ranks, its threads; what the user has set stays.
+
+    It reads this when torch is imported. By default its threads spin at each barrier, also while another
+    process has their core.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    if ranks.isdecimal() and int(ranks) > 1:
+        cores = len(os.sched_getaffinity(0))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(ranks))))
+
+
+_settle_threads()
 
 __version__ = "0.2.0"  # pyproject.toml reads it without an import
 

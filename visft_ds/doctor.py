@@ -31,6 +31,7 @@ OK = "ok"
 _ORDER = (PROBLEM, WARNING, OK)
 _GB = 10**9
 _GIB = 2**30
+_HEAD_WIDTH = 64  #: of most ViTs
 
 
 class Finding(NamedTuple):
@@ -116,9 +117,11 @@ def _version(name: str) -> str | None:
 
 
 def check_device() -> Iterator[Finding]:
-    """Look for GPUs, and for the precision that a run would choose on them."""
+    """Look for GPUs, and for the precision and attention that a run would choose on them."""
     import torch
 
+    from visft_ds.ops import DTYPES
+    from visft_ds.ops.attention import packed_kernel
     from visft_ds.prepare.model import choose_precision
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -134,8 +137,11 @@ def check_device() -> Iterator[Finding]:
         found = f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}"
         runs = any(re.fullmatch(rf"sm_{properties.major}\d", arch) for arch in torch.cuda.get_arch_list())
         yield judged(runs, f"GPU {index}", found, f"torch {torch.__version__} has no code for it")
-    precision, why = choose_precision("auto", torch.device("cuda", 0) if count else torch.device("cpu"))
+    device = torch.device("cuda", 0) if count else torch.device("cpu")
+    precision, why = choose_precision("auto", device)
     yield Finding(OK, "precision", f"{precision} ({why})")
+    kernel, why = packed_kernel(device, DTYPES[precision], _HEAD_WIDTH)
+    yield Finding(OK, "attention", f"packed images: {kernel} ({why})")
 
 
 def check_memory(model: str | None) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import distribution
 from importlib.util import find_spec
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import unquote, urlsplit
@@ -132,7 +132,7 @@ def with_arguments(message: str) -> str:
 
 
 def _as_argument(match: re.Match[str]) -> str:
-    """What stands for one match of `_FLAGS_OR_COMMAND`."""
+    """Replacement of a match of `_FLAGS_OR_COMMAND`."""
     if match["key"] is not None:
         return f'settings={{"{match["key"]}": {_literal(match["value"])}}}'
     if match["flag"] is None:
@@ -153,6 +153,17 @@ def _literal(text: str) -> str:
         return repr(json.loads(text))
     except ValueError:
         return json.dumps(text.strip("'"), ensure_ascii=False)
+
+
+def check_options(threshold: float = 0.5, **numbers: int | None) -> None:
+    """Raise ValueError for a threshold outside of [0, 1], or whole numbers outside of [1, 8192]."""
+    if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold {threshold!r} is not allowed: give a score from 0 to 1")
+    for name, number in numbers.items():
+        if number is None:
+            continue
+        if not isinstance(number, Integral) or not 1 <= number <= 8192:
+            raise ValueError(f"{name.replace('_', ' ')} {number!r} is not allowed: give 1 to 8192")
 
 
 def parse_size(text: str) -> int:

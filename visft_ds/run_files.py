@@ -29,6 +29,12 @@ BACKBONE_FILE = "backbone.safetensors"  #: base weights, if they were random
 TRAINED_BACKBONE_FILE = "trained_backbone.safetensors"  #: a backbone that was trained itself
 
 
+def check_exists(path: Path) -> None:
+    """Raise ValueError for a model that is not there."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such run, checkpoint, export folder or weight file")
+
+
 def folder_of_run(path: Path) -> Path:
     """The folder of the run that a path is, or is a checkpoint of, there or gone."""
     return path.parent.parent if path.parent.name == CHECKPOINTS else path

@@ -154,8 +154,9 @@ class Steps:
         self._path(step.name, "command").write_text(shlex.join(step.command), encoding="utf-8")
         print(f"{step.name}\n  $ visft {shlex.join(map(redacted, step.command))}", flush=True)
         _, ranks = without_num_gpus(step.command)
-        threads = max(1, (os.cpu_count() or 1) // (jobs * (ranks or 1)))  # cores are divided among all
-        environment = {**same_code(), "OMP_NUM_THREADS": str(threads)}
+        cores = len(os.sched_getaffinity(0))
+        threads = max(1, cores // (jobs * (ranks or 1)))  # cores are divided among all
+        environment = {"OMP_NUM_THREADS": str(threads), **same_code()}  # unless the user has set it
         words = [sys.executable, "-m", "visft_ds", *step.command]
         with self._path(step.name, "log").open("wb") as log:
             # In a session of its own: `_stop` tells when to end.

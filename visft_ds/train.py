@@ -370,8 +370,8 @@ class Trainer:
         if validation is not None and not is_concluded:
             knows_all = on_training_images is not None and validation.wait_for_all(self.log, self.stop)
             if knows_all:
-                cell = self.prepared.module.backbone.patch_size
-                validation.conclude(self.done, on_training_images or {}, self.data, cell, self.log)
+                cells = [cell for _, cell in self.prepared.module.backbone.shapes]
+                validation.conclude(self.done, on_training_images or {}, self.data, cells, self.log)
             else:
                 stopped = stopped or self.stop.reason
                 validation.leave(self.log)

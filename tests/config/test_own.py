@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from tests.map_folder import bands, write_pair
 from tests.test_printed_commands import failures, of_output
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.flags import SMALL_DATA
+from visft_ds.data.shards import Manifest
 from visft_ds.prepare import settle as recipe
 from visft_ds.prepare.inputs import missing_inputs
 from visft_ds.prepare.settle import settle
@@ -59,6 +62,58 @@ def test_flags_replace_what_the_recipe_chose(shards: Path) -> None:
     assert visft.shared is not None and (visft.shared.batch_size, visft.shared.image.zoom) == (4, (0.5, 1.4))
     assert _resolved(shards, "--epochs", "4", "--set", "visft.data.val=train").visft.run.eval_every == 2
     assert _resolved(shards, "--set", "visft.features=null").visft.features is None
+
+
+def _of_objects(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, side: float, size: tuple[int, int], *flags: str
+) -> ResolvedConfig:
+    """Settled with pictures of this (height, width), of whose objects a tenth is below `side` pixels."""
+    manifest = Manifest.load(shards, "train")
+    index = manifest.index.copy()
+    index["height"], index["width"] = size
+    share = side / math.sqrt(math.prod(size))
+    changed = replace(manifest, object_sides={name: share for name in manifest.object_sides})
+    changed.__dict__["index"] = index
+    monkeypatch.setattr(recipe, "_open_splits", lambda *_, **__: {(str(shards), "train"): changed})
+    return _resolved(shards, "--tasks", "detection", *flags)
+
+
+@pytest.mark.parametrize(
+    ("objects", "size", "flags", "layers", "seen", "reason"),
+    [
+        (24.6, (1280, 1920), (), (2, 4), 640, "objects of 25 px in pictures of 1920: side 640, grid of 8"),
+        (9.0, (1280, 1920), (), (2, 4), 640, "side 640 (1728 would show nearly all), grid of 8"),
+        (9.0, (300, 400), (), (2, 4), 384, "side 384, grid of 8"),
+        (4.0, (300, 400), (), (2, 4), 416, "side 416 (800 would"),  # not enlarged
+        (9.0, (120, 160), (), (4,), None, ""),
+        (100.0, (1280, 1920), (), (4,), None, ""),
+        (9.0, (1280, 1920), ("--set=visft.shared.image.fixed_size=1728",), (2, 4), 1728, "side 1728, grid"),
+        (40.0, (1280, 1920), ("--set=visft.shared.image.fixed_size=800",), (4,), None, ""),
+        (24.6, (1280, 1920), ("--set=visft.model.out_indices=[4]",), (4,), None, ""),
+        (24.6, (1280, 1920), ("--backbone", "timm:convnext_atto"), (1, 2), 640, "grid of 8"),
+    ],
+)
+def test_objects_decide_the_size_of_pictures_and_the_grid(
+    shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    objects: float,
+    size: tuple[int, int],
+    flags: tuple[str, ...],
+    layers: tuple[int, ...],
+    seen: int | None,
+    reason: str,
+) -> None:
+    config = _of_objects(shards, monkeypatch, objects, size, *flags)
+    visft = config.visft
+    assert visft.model.out_indices == layers
+    assert visft.shared is not None and visft.features is not None
+    assert visft.shared.image.keep_shape == (seen is not None)
+    if seen is None:
+        assert (visft.shared.batch_size, visft.features.views) == (12, 12)
+        return
+    assert visft.shared.image.fixed_size == seen
+    assert (visft.shared.batch_size, visft.features.views) == (4, 6)
+    assert reason in {key: why for key, _, why in config.decisions}["visft.model.out_indices"]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +232,9 @@ def test_stage_2_follows_the_finished_stage_1_of_its_data(
         assert second.lora is not None and second.lora.targets == targets
         reasons = {key: why for key, _, why in config.decisions}
         assert reasons["visft.model.name"] == f"stage 1 of these heads, {first.run.out}"
+    last = of_output("\n".join(next_commands(second)))[-1]
+    assert last == f"visft merge {second.run.out} --out {second.run.out}-merged --verify"
+    assert failures("the end of a run", [last], monkeypatch) == []
     anew = settle([*shlex.split(line)[2:], "--set=visft.heads.start=random"]).config.visft
     assert (anew.model, anew.heads.path) == (first.model, None)
     stated = settle(["--stage", "2", "--data", "mine-shards", "--model", "debug"]).config.visft

@@ -150,6 +150,20 @@ def test_boxes_cut_away_by_a_crop_vanish() -> None:
     np.testing.assert_allclose(targets["boxes"], [[0.45, 0.2, 0.9, 0.4]], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"), [((1280, 1920), (427, 640)), ((400, 300), (640, 480)), ((9, 9000), (1, 640))]
+)
+def test_images_of_one_long_side_keep_their_shape(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    """Also the windows of zooms: a circle stays a circle."""
+    options = {"fixed_size": 640, "keep_shape": True, "zoom": (0.5, 1.4)}
+    assert final_size(size, drawn(alone("detection", False, **options), size, generator(0))) == expected
+    for key in range(20):
+        *earlier, last = drawn(alone("detection", True, **options), size, generator(key))
+        height, width = final_size(size, earlier)
+        assert isinstance(last, Resize) and max(last.height, last.width) == 640
+        assert abs(last.width * height - last.height * width) <= max(height, width)  # to half a pixel
+
+
 def test_zooms_take_a_window_in_or_around_the_image() -> None:
     """What the window shows is where targets say, and nothing but grey lies beyond the image."""
     pixels = np.random.default_rng(0).integers(0, 100, (60, 80, 3), dtype=np.uint8)

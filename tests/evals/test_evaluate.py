@@ -228,7 +228,7 @@ def test_some_of_the_tasks(world: World, whole: Evaluation, tmp_path: Path) -> N
     for task in ("captioning", "detection"):
         drawn = next(iter(evaluation.visualizations(task).values()))
         assert (
-            drawn.std() > 0 and np.asarray(Image.open(tmp_path / f"out/{task}.png")).shape[1] > drawn.shape[1]
+            drawn.std() > 0 and np.asarray(Image.open(tmp_path / f"out/{task}.jpg")).shape[1] > drawn.shape[1]
         )
     found = evaluate(world.run(2), tasks="captioning, detection", limit=2)
     assert {task: len(of) for task, of in found.results.items()} == {

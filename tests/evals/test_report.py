@@ -17,7 +17,7 @@ from visft_ds.evals.pages import Series, line_chart
 from visft_ds.evals.records import FORMAT, VERSION
 from visft_ds.monitor.metrics import MetricsWriter
 from visft_ds.run.record import write_run
-from visft_ds.tasks.pictures import save_png, side_by_side
+from visft_ds.tasks.pictures import save_picture, side_by_side
 
 METRICS = {"box/AP": 0.25, "box/AP50": 0.5, "box/APl": -1.0, "box/AP/star": 0.3, "caption/CIDEr": 1.25}
 
@@ -52,8 +52,8 @@ def _evaluate(run: Path, more: float = 0.0, images: tuple[int, ...] = (1, 2), to
     for image in images:
         pixels = np.full((20, 30, 3), 100 + image, dtype=np.uint8)
         drawn = side_by_side((pixels, "ground truth: 1"), (pixels // 2, "predicted: 1"))
-        save_png(drawn, folder / f"visualizations/detection-{image}.png")
-        drawings.append({"image_id": image, "file": f"visualizations/detection-{image}.png"})
+        save_picture(drawn, folder / f"visualizations/detection-{image}.jpg")
+        drawings.append({"image_id": image, "file": f"visualizations/detection-{image}.jpg"})
     record = {
         "format": FORMAT,
         "version": VERSION,

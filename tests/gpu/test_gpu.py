@@ -37,9 +37,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 Values = Sequence[
     dict[str, Sequence[Any]]
 ]  #: tensors and numbers under the first bound, and under the second
-UNAVAILABLE = (
-    "cannot run here|No (available kernel|viable backend)|from the 'CPU' backend|'flash_attn'|model.compile ="
-)
+UNAVAILABLE = r"cannot run here|No (available kernel|viable backend)|from the 'CPU' backend|'flash_attn\w*'|model.compile ="
 #: One operation against float64 on the same inputs. fp32: sums of up to 5,000 terms; TF32 makes 3e-4. 16 bit:
 #: factors and result are rounded once or twice, by 3e-4 and 2e-3 in the mean. A scale off by 3 % is far above
 #: all three.
@@ -56,6 +54,7 @@ RUN = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 1e-1), "fp16": (1e-2, 3e-2)}
 ENGINE = (1e-3, 1e-3)  #: two engines on one device, where only atomic sums differ; between CPUs it is 1e-7
 WIDE = (2e-2, 3e-2)  #: features and gradients of four wide blocks in bf16; a CPU makes 6e-3 and 1e-2
 FUSED = {name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ("flash", "cudnn", "efficient")}
+PACKED = (attention.FLASH_3, attention.FLASH_2, attention.VARLEN, attention.PLAIN)
 TASKS = (
     "detection",
     "segmentation",
@@ -127,17 +126,20 @@ def run(function: Callable[..., Tensor], inputs: Any, rounded: torch.dtype, used
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("name", ["chosen", *FUSED, "packed"])
+@pytest.mark.parametrize("name", ["chosen", *FUSED, *PACKED])
 @pytest.mark.parametrize("dim", [112, 88, 64])
 def test_attention(compare: Any, dim: int, name: str, dtype: str) -> None:
-    """What torch takes, and each kernel by itself, padded and packed, against plain products."""
-    if name in ("flash", "cudnn") and dtype == "fp32":
+    """What torch takes, and each kernel that is installed by itself, padded and packed, against products."""
+    if name in PACKED and name != attention.PLAIN and CPU:
+        pytest.skip("a kernel for GPUs")
+    if name in ("flash", "cudnn", *PACKED) and name != attention.PLAIN and dtype == "fp32":
         pytest.skip("a kernel for 16 bit")
     long = 33 if CPU else 1030  # ragged tiles
 
     def compute(*qkv: Tensor) -> Tensor:
-        if name == "packed":
-            return attention.attention_packed(*qkv, attention.Packing.of((long, len(qkv[0]) - long), DEVICE))
+        if name in PACKED:
+            packing = attention.Packing.of((long, len(qkv[0]) - long), DEVICE)
+            return attention.attention_packed(*qkv, packing, name)
         with sdpa_kernel(FUSED[name]) if name in FUSED else nullcontext():  # by this kernel and no other
             q, k, v = (tensor.unflatten(0, (2, -1)).transpose(1, 2) for tensor in qkv)
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -152,7 +154,7 @@ def test_attention(compare: Any, dim: int, name: str, dtype: str) -> None:
         SCORES if CPU and dtype != "fp32" else 1
     )  # kernels of CPUs round the shares to 16 bit
     inputs = [
-        (1.5, 0, 2 * long - 5 * (name == "packed"), 4, dim)
+        (1.5, 0, 2 * long - 5 * (name in PACKED), 4, dim)
     ] * 3  # with even shares a wrong scale would hide
     ways = (
         (run, compute, inputs, DTYPES[dtype], DTYPES[dtype]),

@@ -121,7 +121,7 @@ VIT, CNN = "test_vit", "tf_efficientnet_lite0"
         (VIT, {"target_modules": ["qkv"], "init_lora_weights": "orthogonal"}, ""),
         (CNN, {"target_modules": ["conv_pw", "conv_pwl"]}, ""),
         (CNN, {"target_modules": ["conv_stem"]}, ""),
-        (CNN, {"target_modules": ["blocks.0.0.conv_dw"], "r": 32}, "grouped"),
+        (CNN, {"target_modules": ["blocks.0.0.conv_dw"], "r": 32}, "without groups"),
         (VIT, {"use_dora": True, "target_modules": ["qkv"]}, "use_dora"),
         (VIT, {"bias": "all", "target_modules": ["qkv"]}, "biases"),
         (VIT, {"bias": "lora_only", "target_modules": ["qkv"]}, "biases"),

@@ -171,6 +171,27 @@ def test_checkpointing_gives_the_same_gradients(images: Tensor) -> None:
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+def test_a_recomputed_block_leaves_out_its_last_product(images: Tensor) -> None:
+    """Only the norm behind it reads it, and that has what it needs."""
+    calls: list[int] = []
+    for post_norm in (False, True):
+        backbone = _adapted().train()
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        for block in backbone.blocks:
+            block.post_norm = post_norm
+            block.mlp["fc2"].register_forward_hook(lambda *_: calls.append(1))
+        gradients = []
+        for recompute in ("none", "block"):
+            backbone.recompute = recompute
+            backbone.zero_grad()
+            calls.clear()
+            backbone(images)[0].square().mean().backward()
+            assert len(calls) == len(backbone.blocks)
+            gradients.append([p.grad for p in lora_parameters(backbone).values()])
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 class _GoesAround(nn.Module):
     """What timm's EVA attention does to an adapter: it reads the weight and never runs the layer."""
 

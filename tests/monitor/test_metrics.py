@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from visft_ds.monitor import metrics
 from visft_ds.monitor.metrics import MetricsWriter, read_metrics, truncate_metrics
@@ -48,7 +49,7 @@ def test_resuming_leaves_each_step_once(tmp_path: Path) -> None:
         (3, 30.0),
     ]
     # TensorBoard keeps both files and hides what the second run replaced.
-    assert [(point.step, point.value) for point in tensorboard(tmp_path).Scalars("loss")] == [
+    assert [(point.step, point.value) for point in tensorboard(tmp_path).Scalars("losses")] == [
         (1, 1),
         (2, 2),
         (3, 30),
@@ -56,6 +57,36 @@ def test_resuming_leaves_each_step_once(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         writer.step(1, {"loss": 7.0})
     assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(1, 7.0)]
+
+
+def test_tensorboard_shows_groups_settings_and_configuration(tmp_path: Path) -> None:
+    """Names in metrics.jsonl stay; the HParams tab has settings, and metrics that are among the curves."""
+    values = {"loss/loss": 2.0, "lr/heads": 1e-4, "grad_norm": 1.0, "images_per_second/detection": 9.0}
+    with MetricsWriter(tmp_path) as writer:
+        writer.describe(
+            '{\n  "visft": 1\n}', {"seed": 3, "visft.mode": "shared"}, ["val/box/AP", "loss/loss"]
+        )
+        writer.step(1, {**values, "memory/peak_gib": 0.5})
+        writer.evaluation(1, {"box/AP": 0.25})
+    events = tensorboard(tmp_path)
+    tags = events.Tags()
+    groups = {"losses/loss", "optimizer/lr/heads", "optimizer/grad_norm", "speed/images_per_second/detection"}
+    assert set(tags["scalars"]) == {*groups, "memory/peak_gib", "metrics/box/AP"}
+    assert records(tmp_path)[0]["grad_norm"] == 1 and records(tmp_path)[1]["val/box/AP"] == 0.25
+    (text,) = events.Tensors("configuration/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == '    {\n      "visft": 1\n    }\n'
+    found = {}
+    for tag in events.summary_metadata.values():
+        content = HParamsPluginData.FromString(tag.plugin_data.content)
+        if tag.plugin_data.plugin_name == "hparams":
+            found[content.WhichOneof("data")] = content
+    settings = found["session_start_info"].session_start_info.hparams
+    assert {name: settings[name].WhichOneof("kind") for name in settings} == {
+        "seed": "number_value",
+        "visft.mode": "string_value",
+    }
+    metric_tags = [info.name.tag for info in found["experiment"].experiment.metric_infos]
+    assert metric_tags == ["metrics/box/AP", "losses/loss"] and "session_end_info" in found
 
 
 def test_a_failing_writer_warns_once_and_recovers(

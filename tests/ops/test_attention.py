@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tomllib
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,16 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from tests.ranks import REPOSITORY
-from visft_ds.ops import use_numerics
-from visft_ds.ops.attention import Packing, attention_packed, has_packed_kernel
+from visft_ds.ops import attention, use_numerics
+from visft_ds.ops.attention import (
+    FLASH_2,
+    FLASH_3,
+    PLAIN,
+    VARLEN,
+    Packing,
+    attention_packed,
+    packed_kernel,
+)
 
 BF16 = torch.bfloat16
 
@@ -43,47 +52,72 @@ def test_packed_lengths_equal_one_image_after_the_other(lengths: list[int], head
     torch.testing.assert_close((out, *found), (exact, *wanted), rtol=0, atol=1e-12)
 
 
-def test_what_kernels_for_packed_lengths_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash-attn's function by a stand-in with its first seven arguments, torch's by the shapes it works out
+@pytest.mark.parametrize(
+    ("kernel", "package"), [(FLASH_2, "flash_attn"), (FLASH_3, "flash_attn_interface"), (VARLEN, None)]
+)
+def test_what_kernels_for_packed_lengths_are_given(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, package: str | None
+) -> None:
+    """flash-attn's functions by a stand-in with their first seven arguments, torch's by the shapes it works out
     itself.
     """
     lengths = [3, 5, 1]
     q, k, v = (torch.randn(9, 2, 8) for _ in range(3))
     packing = Packing.of(lengths, q.device)
-    wanted = attention_packed(q, k, v, packing)
-    monkeypatch.setattr("visft_ds.ops.attention.has_packed_kernel", lambda q: True)
-    asked = [tensor.to("meta", BF16) for tensor in (q, k, v)]
-    assert attention_packed(
-        asked[0], asked[1], asked[2], Packing.of(lengths, torch.device("meta"))
-    ).shape == (9, 2, 8)
+    if package is None:
+        asked = [tensor.to("meta", BF16) for tensor in (q, k, v)]
+        on_meta = Packing.of(lengths, torch.device("meta"))
+        assert attention_packed(asked[0], asked[1], asked[2], on_meta, kernel).shape == (9, 2, 8)
+        return
 
     def stand_in(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_q: int, max_k: int
-    ) -> Tensor:
+    ) -> Any:
         assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
         assert cu_seqlens_q.tolist() == [0, 3, 8, 9] and max_q == max_k == 5
         images = zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True)
         parts = [[t[low:high].transpose(0, 1) for t in (q, k, v)] for low, high in images]
-        return torch.cat([_plain(*part).transpose(0, 1) for part in parts])
+        out = torch.cat([_plain(*part).transpose(0, 1) for part in parts])
+        return (out, None) if kernel == FLASH_3 else out
 
-    module = types.ModuleType("flash_attn")
+    module = types.ModuleType(package)
     module.flash_attn_varlen_func = stand_in  # type: ignore[attr-defined]
-    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]  # what `find_spec` looks for
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    torch.testing.assert_close(attention_packed(q, k, v, packing), wanted)
+    monkeypatch.setitem(sys.modules, package, module)
+    torch.testing.assert_close(
+        attention_packed(q, k, v, packing, kernel), attention_packed(q, k, v, packing, PLAIN)
+    )
 
 
-def test_which_gpus_have_kernels_for_packed_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    def on_gpu(dtype: torch.dtype, head_dim: int) -> bool:
-        q = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(9, 2, head_dim))
-        return has_packed_kernel(q)  # type: ignore[arg-type]
+def test_which_kernel_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By GPU, precision, width of a head and what is installed."""
+    gpu = torch.device("cuda", 0)
+    installed = set[str]()
+    monkeypatch.setattr(attention, "find_spec", lambda name: name if name in installed else None)
 
-    assert not has_packed_kernel(torch.zeros(9, 2, 112, dtype=BF16))
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
-    assert on_gpu(BF16, 112) and on_gpu(torch.float16, 88)
-    assert not on_gpu(torch.float32, 112) and not on_gpu(BF16, 12) and not on_gpu(BF16, 264)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 0))
-    assert not on_gpu(torch.float16, 112)
+    def chosen(
+        capability: tuple[int, int], *packages: str, dtype: torch.dtype = BF16, width: int = 112
+    ) -> str:
+        packed_kernel.cache_clear()
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+        installed.clear()
+        installed.update(packages)
+        kernel, why = packed_kernel(gpu, dtype, width)
+        return f"{kernel}: {why}"
+
+    both = ("flash_attn", "flash_attn_interface")
+    try:
+        assert chosen((9, 0), *both).startswith(f"{FLASH_3}: installed")
+        assert chosen((8, 0), *both) == f"{FLASH_2}: installed; flash-attn 3 is not, or not for sm_80"
+        assert chosen((9, 0), "flash_attn").startswith(FLASH_2)
+        assert chosen((10, 0), "flash_attn_interface").startswith(VARLEN)
+        assert chosen((8, 0), dtype=torch.float16, width=88) == f"{VARLEN}: flash-attn is not installed"
+        assert "16 bits" in chosen((9, 0), *both, dtype=torch.float32)
+        assert "heads of 12" in chosen((9, 0), *both, width=12)
+        assert "heads of 264" in chosen((9, 0), *both, width=264)
+        assert chosen((7, 0), *both, dtype=torch.float16).endswith("this GPU is sm_70")
+        assert packed_kernel(torch.device("cpu"), BF16, 64) == (PLAIN, "no GPU")
+    finally:
+        packed_kernel.cache_clear()
 
 
 @pytest.mark.skipif(

@@ -47,7 +47,7 @@ def many(data: RunData) -> dict[str, int]:
 
 def told(config: ResolvedConfig, data: RunData) -> dict[str, str]:
     """Text -> the tasks that it concerns."""
-    return {text: names for names, text in lines_of(findings_of(config.visft, data, CELL))}
+    return {text: names for names, text in lines_of(findings_of(config.visft, data, [CELL]))}
 
 
 def test_data_that_nothing_stands_in_the_way_of_needs_no_word() -> None:

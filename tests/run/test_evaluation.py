@@ -132,17 +132,17 @@ def test_numbers_of_every_evaluation_are_recorded(held: Held) -> None:
 def test_tensorboard_has_pictures_and_numbers(held: Held) -> None:
     events = EventAccumulator(str(held.out / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
     tags = events.Tags()
-    assert sorted(tag.split("/")[0] for tag in tags["images"]) == sorted(THREE)
+    assert sorted(tag.split("/")[1] for tag in tags["images"]) == sorted(THREE)
     for tag in tags["images"]:
         pictures = events.Images(tag)
         assert [picture.step for picture in pictures] == [0, 2, 4]
         assert all(picture.width > 448 for picture in pictures)  # two panels
-    assert [event.step for event in events.Scalars("val/mask/AP50")] == [2, 4]
+    assert [event.step for event in events.Scalars("metrics/mask/AP50")] == [2, 4]
     # Numbers that come late hide nothing.
-    assert [event.step for event in events.Scalars("loss/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("losses/loss")] == [1, 2, 3, 4]
     assert all(event.value > 0 for event in events.Scalars("memory/peak_gib"))
     for task in THREE:  # which share their steps
-        assert [event.step for event in events.Scalars(f"images_per_second/{task}")] == [1, 2, 3, 4]
+        assert [event.step for event in events.Scalars(f"speed/images_per_second/{task}")] == [1, 2, 3, 4]
 
 
 def test_the_last_numbers_are_those_of_the_evaluation_tool(held: Held, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torchvision.ops import generalized_box_iou_loss
 from tests.options import criterion_of, head_of
 from tests.tasks.cases import batch_of, boxes_of
 from visft_ds.data.samples import Map
+from visft_ds.tasks import TASKS
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, assign, dense_results
 
@@ -68,14 +69,42 @@ def test_cells_answer_for_objects_as_counted_by_hand() -> None:
     assert nothing.eq(0).all() and nothing.shape == (4, 48)
 
 
-def test_padding_changes_nothing() -> None:
-    head, (features, valid) = _head(), _inputs(2)
-    padded = head([Map(features, valid)])
-    alone = head([Map(features[1:, :, :4, :5], valid[1:, :4, :5])])
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_padding_changes_nothing(is_joined: bool) -> None:
+    """Of one map, and of a fine one that is joined with a coarse one: an image ends within a coarse cell."""
+    features, valid = _inputs(2)
+    valid[1, :, 5] = valid[1, :, 4]
+    valid[1, 3] = False  # 3 x 6 cells, within 2 x 3 coarse ones
+    padded_maps = [Map(features, valid)]
+    maps_alone = [Map(features[1:, :, :4, :6], valid[1:, :4, :6])]
+    if is_joined:
+        coarse = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+        padded_maps.append(Map(coarse, valid[:, ::2, ::2]))
+        maps_alone.append(Map(coarse[1:, :, :2, :3], valid[1:, :4:2, :6:2]))
+    widths = [map_.features.shape[1] for map_ in padded_maps]
+    settings = TASKS["detection"].settings("head", {"type": "dense", "num_classes": CLASSES, "width": 32})
+    head = TASKS["detection"].build_head([(width, 8) for width in widths], settings, None).double()
+    padded = head(padded_maps)
+    alone = head(maps_alone)
+    assert padded.boxes.shape == (2, 48, 4)
     seen = padded.valid[1]
-    torch.testing.assert_close(padded.logits[1, seen], alone.logits[0])
-    torch.testing.assert_close(padded.boxes[1, seen], alone.boxes[0])
-    torch.testing.assert_close(padded.centres[1, seen], alone.centres[0])
+    inside = alone.valid[0]
+    torch.testing.assert_close(padded.logits[1, seen], alone.logits[0, inside])
+    torch.testing.assert_close(padded.boxes[1, seen], alone.boxes[0, inside])
+    torch.testing.assert_close(padded.centres[1, seen], alone.centres[0, inside])
+
+
+def test_a_box_is_measured_in_cells_whatever_the_size_of_the_image() -> None:
+    """Images of several sizes and shapes show an object of so many cells alike."""
+    head = _head()
+    features = torch.ones(1, 12, 40, 60, dtype=torch.float64)
+    sides = []
+    for rows, columns in ((40, 60), (20, 30)):
+        image = Map(features[:, :, :rows, :columns], torch.ones(1, rows, columns, dtype=torch.bool))
+        output = head([image])
+        middle = output.boxes[0, rows // 2 * columns + columns // 2]
+        sides.append((middle[2:] - middle[:2]) * torch.tensor([columns, rows]))
+    torch.testing.assert_close(sides[0], sides[1])
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])

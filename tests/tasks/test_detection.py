@@ -11,9 +11,11 @@ from torch import nn
 from tests.options import criterion_of, head_of
 from tests.tasks.cases import batch_of, denominators
 from visft_ds.data.samples import Map
+from visft_ds.tasks import transformer
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionHead, DetectionOutput, postprocess
 from visft_ds.tasks.detection.loss import generalized_box_iou, match
+from visft_ds.tasks.transformer import MultiHeadAttention
 
 SMALL = {
     "num_queries": 7,
@@ -28,6 +30,29 @@ SMALL = {
 def _small_head() -> DetectionHead:
     head: DetectionHead = head_of("detection", 12, **SMALL, encoder_layers=2, decoder_layers=3, dropout=0.0)
     return head.eval()
+
+
+@pytest.mark.parametrize("rows", [None, 1, 9])
+def test_attention_with_dropout_is_torchs(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
+    """Head by head: result, gradients, what is dropped and what is drawn afterwards."""
+    layer = MultiHeadAttention(16, 4, 0.3).train()
+    query = torch.randn(2, 9, 16)
+    memory = torch.randn(2, 11, 16)
+    allowed = None
+    if rows is not None:
+        allowed = torch.rand(2, rows, 11) < 0.7
+        allowed[..., 0] = True
+    results = []
+    for least in (1, 1 << 30):
+        monkeypatch.setattr(transformer, "_LARGE", least)
+        torch.manual_seed(1)
+        leaves = [query.clone().requires_grad_(), memory.clone().requires_grad_(), *layer.parameters()]
+        out = layer(leaves[0], leaves[1], leaves[1] * 2, allowed)
+        direction = torch.sin(torch.arange(288.0)).view(2, 9, 16)
+        results.append([out, *torch.autograd.grad(out, leaves, direction), torch.rand(3)])
+    assert torch.equal(results[0][-1], results[1][-1])
+    for by_head, of_torch in zip(*results, strict=True):
+        assert (by_head - of_torch).norm() < 1e-6 * of_torch.norm()  # fp32, sums of 11 terms
 
 
 def test_initialisation() -> None:

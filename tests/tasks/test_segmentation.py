@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.options import criterion_of, head_of
+from tests.planner.made_up import LiveBytes
 from tests.tasks.cases import CLASSES, denominators, hide_parameters, masks_of
 from visft_ds.data.samples import Map
-from visft_ds.tasks.masks.loss import MaskCriterion
+from visft_ds.tasks.masks.loss import MaskCriterion, match_masks
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.points import draw_points
 from visft_ds.tasks.segmentation.head import SegmentationHead
@@ -104,3 +105,17 @@ def test_padding_of_batch_and_masks_changes_nothing() -> None:
     for name, value in alone.items():
         # the points are float32, and so is their place on the grid
         torch.testing.assert_close(mixed[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_more_prediction_sets_need_no_more_memory_to_be_matched() -> None:
+    """Values at the points, (queries, points) of a set, are the largest tensors of a step."""
+    targets = masks_of([3])
+    peaks = []
+    for sets in (1, 10):
+        logits = torch.randn(sets, 1, 20, CLASSES + 1)
+        masks = torch.randn(sets, 1, 20, 12, 16)
+        points = torch.rand(1, sets, 2000, 2)
+        with LiveBytes() as live:
+            match_masks(logits, masks, targets, targets.labels, points, (2.0, 5.0, 5.0))
+        peaks.append(live.peak)
+    assert peaks[1] < 1.5 * peaks[0]

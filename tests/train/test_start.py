@@ -93,7 +93,7 @@ def test_numbers_and_results_are_of_own_categories(work: Path, tmp_path: Path) -
     for task in ("detection", "segmentation"):
         results = json.loads((tmp_path / f"{task}_results.json").read_text())
         assert results and {result["category_id"] for result in results} <= {0, 1, 12, 500}
-        assert (tmp_path / f"{task}.png").is_file()
+        assert (tmp_path / f"{task}.jpg").is_file()
 
 
 def learnt(run: Path, step: int) -> dict[str, torch.Tensor]:

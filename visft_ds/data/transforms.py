@@ -170,9 +170,9 @@ class ShortSides:
 
     Training: mirror with probability `flip`, scale the short side to one of `min_size_train`, the long one to
     at most `max_size_train`. Evaluation: short side `min_size_test`, long side at most `max_size_test`. With
-    `fixed_size`, both scale to a square of that many pixels, and training also mirrors and, five times of
-    six, zooms: it takes a window with sides of `zoom` times those of the image, smallest to largest, up to 15
-    % wider or narrower, in or around the image.
+    `fixed_size`, both scale to a square of that many pixels, with `keep_shape` to a long side of as many, and
+    training also mirrors and, five times of six, zooms: it takes a window with sides of `zoom` times those of
+    the image, smallest to largest, up to 15 % wider or narrower, in or around the image.
     """
 
     min_size_train: Sequence[int]
@@ -181,6 +181,7 @@ class ShortSides:
     min_size_test: int
     max_size_test: int
     fixed_size: int | None
+    keep_shape: bool = False
     zoom: tuple[float, float] | None = None
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
@@ -190,7 +191,7 @@ class ShortSides:
             if generator.random() < self.flip:
                 ops.append(Flip())
             ops += window
-        return [*ops, self.scale(size, train, generator)]
+        return [*ops, self.scale(final_size(size, ops), train, generator)]
 
     def _window(self, size: Size, generator: np.random.Generator) -> list[Op]:
         """The zoom of an image of `size`, or none."""
@@ -209,7 +210,11 @@ class ShortSides:
     def scale(self, size: Size, train: bool, generator: np.random.Generator) -> Resize:
         """The last operation of an image of `size`."""
         if self.fixed_size is not None:
-            return Resize(self.fixed_size, self.fixed_size)
+            height, width = size
+            if not self.keep_shape:
+                return Resize(self.fixed_size, self.fixed_size)
+            scale = self.fixed_size / max(size)
+            return Resize(max(1, round(scale * height)), max(1, round(scale * width)))
         if not train:
             return Resize(*short_side_size(size, self.min_size_test, self.max_size_test))
         side = self.min_size_train[int(generator.integers(0, len(self.min_size_train)))]

@@ -9,8 +9,9 @@ from pathlib import Path
 from visft_ds import program
 from visft_ds.config.flags import DOWNLOAD_HELP
 from visft_ds.evals.judge.kinds import kinds_help
-from visft_ds.flags import Parser, add_num_gpus
+from visft_ds.flags import Parser, add_num_gpus, check_least
 from visft_ds.predict.cli import add_parts
+from visft_ds.run_files import check_exists
 
 USAGE = """Measure box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter).
 
@@ -73,15 +74,31 @@ def main(arguments: Sequence[str]) -> int:
     )
     add_num_gpus(parser)
     add("--out", type=Path, metavar="DIR", help="new or empty folder (default RUN/evaluation-SPLIT)")
-    add("--visualizations", type=int, default=8, metavar="N", help="images to draw (default %(default)s)")
+    add(
+        "--visualizations",
+        type=int,
+        default=8,
+        metavar="N",
+        help="images to draw, 0 for none (default %(default)s)",
+    )
     options = _parsed(parser, arguments)
     first = vars(options).pop("first")
     if first is not None and options.run is not None:
         parser.error(f"two runs: {first} and --run {options.run}; evaluate them one by one")
     options.run = options.run or first
-    from visft_ds.evals.evaluate import evaluate
 
-    return _done("evaluate", lambda: evaluate(**vars(options), command=True))
+    def work() -> None:
+        check_least(options, limit=1, batch_size=1, beam_size=1, visualizations=0)
+        if options.run is None and None in (options.backbone, options.heads, options.data, options.out):
+            raise ValueError("without --run give --backbone, --heads, --data and --out")
+        for model in (options.run, options.heads):
+            if model is not None:
+                check_exists(model)
+        from visft_ds.evals.evaluate import evaluate
+
+        evaluate(**vars(options), command=True)
+
+    return _done("evaluate", work)
 
 
 def judge(arguments: Sequence[str]) -> int:
@@ -155,9 +172,15 @@ def report(arguments: Sequence[str]) -> int:
     runs = options.runs + options.run
     if not runs:
         parser.error("the following arguments are required: RUN")
-    from visft_ds.evals.report import report_runs
 
-    return _done("report", lambda: print(f"wrote {report_runs(runs, options.judge, options.out)}"))
+    def work() -> None:
+        for run in runs:
+            check_exists(run)
+        from visft_ds.evals.report import report_runs
+
+        print(f"wrote {report_runs(runs, options.judge, options.out)}")
+
+    return _done("report", work)
 
 
 def _parser(name: str, about: str) -> Parser:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +37,7 @@ from visft_ds.run.folder import refuse_filled
 from visft_ds.run_files import folder_of_run
 from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import TASKS, Results
-from visft_ds.tasks.pictures import grid, save_png
+from visft_ds.tasks.pictures import Picture, grid, save_picture
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,8 @@ def evaluate(
         limit=limit, batch_size=batch_size, beam_size=beam_size, visualizations=visualizations
     )
     check_least(counts, limit=1, batch_size=1, beam_size=1, visualizations=0)
-    if run is None:
-        needed = {"--backbone": backbone, "--heads": heads, "--data": data}
-        if command:
-            needed["--out"] = out
-        if None in needed.values():
-            *flags, last = needed
-            raise ValueError(f"without --run give {', '.join(flags)} and {last}")
+    if run is None and None in (backbone, heads, data):
+        raise ValueError("without --run give --backbone, --heads and --data")
     source = source_of(
         None if run is None else Path(run),
         tasks=tasks,
@@ -305,14 +301,17 @@ def _draw(
 ) -> dict[str, list[dict[str, Any]]]:
     """Write drawings of examples; returns {task: [{"image_id", "file"}, ...]}."""
     written: dict[str, list[dict[str, Any]]] = {}
+    files: dict[Path, Picture] = {}
     for task, by_image in draw_examples(collected, reader, count, limit=limit).items():
         written[task] = []
         for image_id, drawing in by_image.items():
-            name = f"{VISUALIZATIONS}/{task}-{image_id:012d}.png"
-            save_png(drawing, folder / name)
+            name = f"{VISUALIZATIONS}/{task}-{image_id:012d}.jpg"
+            files[folder / name] = drawing
             written[task].append({"image_id": image_id, "file": name})
         if by_image:
-            save_png(grid(list(by_image.values()), columns=2), folder / f"{task}.png")
+            files[folder / f"{task}.jpg"] = grid(list(by_image.values()), columns=2)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(save_picture, files.values(), files))
     return written
 
 

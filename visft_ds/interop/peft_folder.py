@@ -194,7 +194,7 @@ def _layers_in(
         if not fits or b.shape[1:] != (rank, *behind):
             raise ValueError(
                 f"lora_A of {examples([layer])} is {a.shape} and lora_B {b.shape}, which is not rank {rank} "
-                f"(as {CONFIG} says) of a linear layer or convolution"
+                f"(as {CONFIG} says) of a linear layer or a convolution without groups"
             )
         rows = b.shape[0]
         slices = stored.slices[layer] if stored else ((0, rows),)

@@ -12,6 +12,7 @@ from visft_ds.config.flags import DOWNLOAD_HELP
 from visft_ds.errors import tell
 from visft_ds.flags import Parser
 from visft_ds.interop.formats import FORMATS
+from visft_ds.run_files import check_exists
 
 USAGE = """Merge LoRA adapters into base weights, or write an adapter in another format.
 
@@ -31,9 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     flags = _parser().parse_args(arguments)
     flags.adapters = [*flags.runs, *flags.adapters]
-    from visft_ds.merge.command import merge_files
-
     try:
+        for adapter in flags.adapters:
+            check_exists(adapter)
+        from visft_ds.merge.command import merge_files
+
         return merge_files(flags)
     except (ValueError, OSError) as error:
         return tell(error, "merge")

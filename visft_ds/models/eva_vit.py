@@ -143,26 +143,45 @@ class Block(nn.Module):
         x: Tensor,
         dtype: torch.dtype,
         packing: Packing | None = None,
-        recompute_mlp: bool = False,
+        recompute: str = "none",
     ) -> Tensor:
         """(B, N, D) -> (B, N, D), in the dtype of the residual stream, its branches in `dtype`, without
         autocast; with a packing (1, T, D)."""
         stream = x.flatten(0, 1)  # rows cost the host less than a batch of them
-        # Not in a method of its own: torch.compile would make one graph more of it.
-        branch = stream if self.post_norm else self.norm1(stream)
-        branch = branch.to(dtype)
-        attended = self.attn(branch, len(x), packing)
-        del branch  # the MLP needs most memory of all
-        if recompute_mlp:
-            stream, branch = _checkpoint(self._projected_and_mlp, stream, attended)
+        if recompute == "block":
+            stream, branch = _recomputed(self, stream, dtype, len(x), packing)
         else:
-            stream, branch = self._projected_and_mlp(stream, attended)
-        del attended  # else it stays in memory until the block ends
+            stream, branch = self.branches(stream, dtype, len(x), packing, recompute_mlp=recompute == "mlp")
         if self.post_norm:
             branch = self.norm2(branch)
         return (stream + branch).view(x.shape)
 
-    def _projected_and_mlp(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    def branches(
+        self,
+        stream: Tensor,
+        dtype: torch.dtype,
+        images: int,
+        packing: Packing | None,
+        *,
+        recompute_mlp: bool = False,
+        last_product: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream (B * N, D) after the first branch, and the result of the second one, to which
+        its norm was not applied yet.
+
+        Without `last_product` that result has gradients, but no values.
+        """
+        branch = stream if self.post_norm else self.norm1(stream)
+        branch = branch.to(dtype)
+        attended = self.attn(branch, images, packing)
+        del branch  # the MLP needs most memory of all
+        if recompute_mlp:
+            return _checkpoint(self._projected_and_mlp, stream, attended)
+        return self._projected_and_mlp(stream, attended, last_product)
+
+    def _projected_and_mlp(
+        self, x: Tensor, attended: Tensor, last_product: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """The residual stream after the first branch, and the result of the second branch,
         fc2(gelu(fc1(x))).
         """
@@ -173,7 +192,24 @@ class Block(nn.Module):
         del branch  # the MLP needs most memory of all
         normed = x if self.post_norm else self.norm2(x)
         hidden = gelu(self.mlp["fc1"](normed.to(attended.dtype)))
-        return x, self.mlp["fc2"](hidden)
+        if last_product:
+            return x, self.mlp["fc2"](hidden)
+        return x, _ProductLeftOut.apply(hidden, self.mlp["fc2"].weight)
+
+
+class _ProductLeftOut(torch.autograd.Function):
+    """A linear layer that does not train and whose result nobody reads: its gradient alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x.new_empty(len(x), len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None
 
 
 class _Recomputed(torch.autograd.Function):
@@ -181,54 +217,58 @@ class _Recomputed(torch.autograd.Function):
     forward.
 
     What trains comes as an argument, so that its gradients leave the graph where they would without
-    recomputation.
+    recomputation. `again` is what the backward pass runs in place of `run`.
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor, *trained: nn.Parameter) -> Tensor:
-        ctx.run = run
+    def forward(
+        ctx: Any,
+        run: Callable[[Tensor], tuple[Tensor, Tensor]],
+        again: Callable[[Tensor], tuple[Tensor, Tensor]],
+        x: Tensor,
+        *trained: nn.Parameter,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.again = again
         ctx.trained = trained
         ctx.save_for_backward(x)
         return run(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (saved,) = ctx.saved_tensors
-        needs_x = ctx.needs_input_grad[1]
+        needs_x = ctx.needs_input_grad[2]
         x = saved.detach().requires_grad_(needs_x)
         with torch.enable_grad(), autocast_to(x.device, None):
-            out = ctx.run(x)
+            outputs = ctx.again(x)
         inputs = [x, *ctx.trained] if needs_x else ctx.trained
-        gradients = torch.autograd.grad(out, inputs, grad, allow_unused=True)
+        gradients = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
         if needs_x:
-            return None, *gradients
-        return None, None, *gradients
+            return None, None, *gradients
+        return None, None, None, *gradients
 
 
-def recomputed(
+def _recomputed(
     block: Block,
-    x: Tensor,
+    stream: Tensor,
     dtype: torch.dtype,
+    images: int,
     packing: Packing | None,
-) -> Tensor:
-    """A block that is computed again in the backward pass.
+) -> tuple[Tensor, Tensor]:
+    """`Block.branches`, computed again in the backward pass but for the last product, a third of the block,
+    which only its norm reads.
 
-    By torch's checkpointing under ZeRO-3, and where nothing follows the last product of the block: torch
-    then leaves that product out, a third of the block.
+    By torch's checkpointing, which leaves that product out by itself, under ZeRO-3 and where it is compiled.
     """
-    parameters = list(block.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    under_zero3 = hasattr(parameters[0], "ds_id")
+    under_zero3 = hasattr(block.attn.q_bias, "ds_id")
+    if under_zero3 or torch.compiler.is_compiling():
+        return _checkpoint(block.branches, stream, dtype, images, packing)
+    trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
     last_product_trains = any(parameter.requires_grad for parameter in block.mlp["fc2"].parameters())
-    if under_zero3 or not (block.post_norm or last_product_trains):
-        return _checkpoint(block, x, dtype, packing)
-
-    def run(again: Tensor) -> Tensor:
-        return block(again, dtype, packing)
-
-    out: Tensor = _Recomputed.apply(run, x, *trained)
-    return out
+    run = partial(block.branches, dtype=dtype, images=images, packing=packing)
+    again = partial(run, last_product=last_product_trains)
+    stream, branch = _Recomputed.apply(run, again, stream, *trained)
+    return stream, branch
 
 
 class EvaViT(nn.Module):
@@ -395,10 +435,7 @@ class EvaViT(nn.Module):
                 assert isinstance(block, Block)
                 # Not `qkv.weight`, which ZeRO-3 would gather.
                 dtype = autocast or next(block.attn.qkv.parameters()).dtype
-                if policy == "block":
-                    x = recomputed(block, x, dtype, packing)
-                else:
-                    x = block(x, dtype, packing, policy == "mlp")
+                x = block(x, dtype, packing, policy)
                 if number in read:
                     streams.append(x)
         return streams

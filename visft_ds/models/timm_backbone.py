@@ -358,19 +358,22 @@ def build_model(
     raise AssertionError
 
 
-def fine_map(name: str) -> tuple[int | None, int]:
-    """(number of the block whose map has a cell for 16 pixels, None: the last; side of an image of some 20
-    cells).
+def fine_maps(name: str) -> tuple[dict[int, int], int]:
+    """({8 and 16: number of the block whose map has a cell for so many pixels}; side of an image of some 20
+    cells of 16). Empty: the last block is read.
     """
     backbone = build_timm(name, device="meta")
     strides = {str(info["module"]): int(info["reduction"]) for info in getattr(backbone, "feature_info", ())}
-    fine = [block for block, stride in strides.items() if stride <= 16]
-    if not fine:
-        return None, 320
-    block = fine[-1]
-    if block == [*strides][-1]:
-        return None, 320 // strides[block] * strides[block]
-    return backbone.ends().index(block), 320
+    *_, last = [0, *strides.values()]
+    if 0 < last <= 16:
+        return {}, 320 // last * last
+    numbers = dict[int, int]()
+    ends = backbone.ends()
+    for block, stride in strides.items():
+        for cell in (8, 16):
+            if stride <= cell:
+                numbers[cell] = ends.index(block)
+    return numbers, 320
 
 
 def scene_maps(name: str) -> list[int]:

@@ -40,9 +40,29 @@ _PACKAGES = (
 )
 
 
+#: First part of a name in metrics.jsonl -> the group of TensorBoard that shows it; others are their own.
+_GROUPS = {
+    "loss": "losses",
+    "val": "metrics",
+    "lr": "optimizer/lr",
+    "grad_norm": "optimizer/grad_norm",
+    "loss_scale": "optimizer/loss_scale",
+    "skipped": "optimizer/skipped",
+    "images_per_second": "speed/images_per_second",
+    "data_wait_seconds": "speed/data_wait_seconds",
+    "save": "speed/save",
+}
+
+
+def tag_of(name: str) -> str:
+    """Name in TensorBoard, "group/...", of a number in metrics.jsonl."""
+    first, slash, rest = name.partition("/")
+    return f"{_GROUPS.get(first, first)}{slash}{rest}"
+
+
 class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """Appends one JSON object per step or event to OUT/metrics.jsonl, and the same numbers to
-    OUT/tensorboard/.
+    OUT/tensorboard/, there in groups: losses, memory, metrics, optimizer, speed; and predictions.
 
     Args:
         out: the run folder.
@@ -64,6 +84,7 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         self._callbacks = callbacks if enabled else ()
         self._warned: set[str] = set()
         self._events: Any = None  # the SummaryWriter of TensorBoard
+        self._ended: Any = None  # what tells its HParams tab that the run has ended
         if not enabled:
             return
         out.mkdir(parents=True, exist_ok=True)
@@ -87,6 +108,25 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
             if record.get("event") == CONCLUSION:
                 self.concluded = True
 
+    def describe(self, text: str, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """Show the configuration in TensorBoard: as text, and as what its HParams tab compares runs by.
+
+        Args:
+            text: of the whole configuration.
+            settings: numbers and texts by name.
+            metrics: names in metrics.jsonl of the numbers whose last values stand beside the settings.
+        """
+        indented = "".join(f"    {line}\n" for line in text.splitlines())  # code, in Markdown
+        self._show("add_text", "configuration", indented)
+        if self._events is None:
+            return
+        with self._attempt("TensorBoard"):
+            from torch.utils.tensorboard.summary import hparams
+
+            *begin, self._ended = hparams(dict(settings), {tag_of(name): 0.0 for name in metrics})
+            for summary in begin:
+                self._events.file_writer.add_summary(summary)
+
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Record an optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1."""
         self._numbers("step", step, values)
@@ -104,8 +144,8 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         self._append({"kind": "event", "step": step, "event": event, **details})
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
-        """Show an image (H, W, 3) RGB in TensorBoard."""
-        self._show("add_image", tag, image, step, dataformats="HWC")
+        """Show an image (H, W, 3) RGB in TensorBoard, among the predictions."""
+        self._show("add_image", f"predictions/{tag}", image, step, dataformats="HWC")
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Records of all evaluations of the run, those of earlier starts included, in order."""
@@ -113,13 +153,16 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
             return []
         return [record for record in read_metrics(self.path, "val/") if is_evaluation(record)]
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._ended is not None:
+            with self._attempt("TensorBoard"):
+                self._events.file_writer.add_summary(self._ended)
         self._show("close")
 
     def _numbers(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         self._append({"kind": kind, "step": step, **values})
-        for tag, value in values.items():
-            self._show("add_scalar", tag, value, step)
+        for name, value in values.items():
+            self._show("add_scalar", tag_of(name), value, step)
         if self._enabled and kind == "step":
             self.last.update(values)
             for callback in self._callbacks:

@@ -59,6 +59,12 @@ def stand_in(device: torch.device) -> Any:
     return next((mode for mode in reversed(modes) if hasattr(mode, "stands_for")), None)
 
 
+def real_device(device: torch.device) -> torch.device:
+    """The device that numbers are computed on, or, in a plan, would be."""
+    real: torch.device = getattr(stand_in(device), "stands_for", device)
+    return real
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype `torch.autocast` computes in on this device right now; None where it is off, and on meta
     alone.
@@ -124,10 +130,14 @@ def use_numerics(device: torch.device, *, tf32: bool = False, deterministic: boo
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The exact GELU, x * Phi(x), whose backward pass needs no second tensor as wide as the hidden layer of
-    an MLP: one layer alone may read the result, for its gradient is written over."""
-    if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
+    """The exact GELU, x * Phi(x), for one layer alone to read: it is written over `x` where no gradient is
+    needed, and else the gradient over that of the result, so that no second tensor as wide as the hidden
+    layer of an MLP is.
+    """
+    if torch.compiler.is_compiling():
         return F.gelu(x)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return torch.ops.aten.gelu_(x)
     out: Tensor = _Gelu.apply(x)
     return out
 

@@ -6,9 +6,11 @@ Letters: T tokens of all packed images, d width of a head.
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,26 +34,73 @@ class Packing:
         return cls(tuple(lengths), to_device(ends, device))
 
 
+#: Kernels of packed attention by their names in reports, the first ones first: the fastest on its GPUs.
+FLASH_3 = "flash-attn 3"
+FLASH_2 = "flash-attn 2"
+VARLEN = "torch's varlen_attn"
+PLAIN = "image by image"
+
+
 @torch.compiler.disable  # lengths are numbers of Python, and every other one would be compiled anew
 def attention_packed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     packing: Packing,
+    kernel: str | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of each image, (T, heads, d) each, any strides, one after another -> (T,
     heads, d).
+
+    `kernel` is one of the names above, by default that of `packed_kernel`.
     """
     assert sum(packing.lengths) == len(q), (packing.lengths, q.shape)
-    if not has_packed_kernel(q):
+    if kernel is None:
+        kernel, _ = packed_kernel(q.device, q.dtype, q.shape[-1])
+    if kernel == PLAIN:
         return _one_by_one(q, k, v, packing.lengths)
-    if importlib.util.find_spec("flash_attn"):
-        from flash_attn import flash_attn_varlen_func as kernel
-    else:
-        from torch.nn.attention.varlen import varlen_attn as kernel
+    compute = _load(kernel)
     longest = max(packing.lengths)
-    out: Tensor = kernel(q, k, v, packing.offsets, packing.offsets, longest, longest)
-    return out
+    out = compute(q, k, v, packing.offsets, packing.offsets, longest, longest)
+    if isinstance(out, tuple):  # early releases of flash-attn 3 return the logarithms of the sums, too
+        out = out[0]
+    result: Tensor = out
+    return result
+
+
+def _load(kernel: str) -> Callable[..., Any]:
+    """The function of a kernel; all of them take the same first seven arguments."""
+    if kernel == FLASH_3:
+        import flash_attn_interface
+
+        return flash_attn_interface.flash_attn_varlen_func
+    if kernel == FLASH_2:
+        import flash_attn
+
+        return flash_attn.flash_attn_varlen_func
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
+
+
+@cache  # it looks for packages, and every block asks
+def packed_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> tuple[str, str]:
+    """The kernel that computes packed attention in a process, and why."""
+    if device.type != "cuda":
+        return PLAIN, "no GPU"
+    if dtype.itemsize != 2:
+        return PLAIN, "the kernels for packed images compute in 16 bits"
+    if head_width % 8 or head_width > 256:
+        return PLAIN, f"the kernels for packed images do not take heads of {head_width} numbers"
+    major, minor = torch.cuda.get_device_capability(device)
+    gpu = f"sm_{major}{minor}"
+    if major < 8:
+        return PLAIN, f"the kernels for packed images begin at sm_80, and this GPU is {gpu}"
+    if major == 9 and find_spec("flash_attn_interface"):
+        return FLASH_3, f"installed, and this GPU is {gpu}"
+    if find_spec("flash_attn"):
+        return FLASH_2, f"installed; flash-attn 3 is not, or not for {gpu}"
+    return VARLEN, "flash-attn is not installed"
 
 
 def _one_by_one(
@@ -67,13 +116,3 @@ def _one_by_one(
         mixed = F.scaled_dot_product_attention(*heads_first)
         results.append(mixed[0].transpose(0, 1))
     return torch.cat(results)
-
-
-def has_packed_kernel(q: Tensor) -> bool:
-    """Return True if the kernels of torch and flash-attn for packed lengths take tensors like this."""
-    if q.device.type != "cuda" or q.dtype.itemsize != 2:
-        return False
-    head_width = q.shape[-1]
-    if head_width % 8 or head_width > 256:
-        return False
-    return torch.cuda.get_device_capability(q.device) >= (8, 0)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visft_ds.ops import autocast_dtype, autocast_to, stand_in
+from visft_ds.ops import autocast_dtype, autocast_to, real_device
 
 Slices = tuple[tuple[int, int], ...]  #: (lo, hi) ranges of output features, ascending and disjoint
 
@@ -71,8 +71,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
 
     On CPUs it is "eager" in 16 bit, too: updates below the resolution are rounded off there.
     """
-    real_device = getattr(stand_in(device), "stands_for", device)
-    if real_device.type == "cuda" and dtype.itemsize == 2:
+    if real_device(device).type == "cuda" and dtype.itemsize == 2:
         return _on_gpus
     return "eager"
 

@@ -204,6 +204,8 @@ class Engine:
             dist_init_required=False,
         )
         self.device = torch.device(self.deepspeed.device)
+        for buffer in module.buffers():  # under ZeRO-3 DeepSpeed leaves them on the host
+            buffer.data = buffer.data.to(self.device)
         self.accumulation: int = self.deepspeed.gradient_accumulation_steps()
         self.stage: int = self.deepspeed.zero_optimization_stage()
         if isinstance(module.backbone, TimmBackbone):

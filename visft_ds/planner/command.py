@@ -18,6 +18,7 @@ from visft_ds.config.batches import larger_batches
 from visft_ds.errors import tell
 from visft_ds.flags import Command
 from visft_ds.monitor.console import Section, print_plan
+from visft_ds.planner.hardware import parse_cluster
 
 if TYPE_CHECKING:
     from visft_ds.planner.hardware import Cluster
@@ -71,8 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fits = True
     try:
         options = build_parser().parse_args(arguments)
-        from visft_ds.planner.hardware import parse_cluster  # this imports torch, which costs seconds
-
         cluster = parse_cluster(options.cluster, options.network)
         model = options.model
         flags = None

@@ -7,10 +7,12 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from visft_ds.settings.fields import Precision
+
+if TYPE_CHECKING:
+    import torch
 
 #: Of the bandwidth in one direction, large collectives reach this much of a link between GPUs, and of a
 #: machine's network: nccl-tests as published, see tests/planner/test_published.py.
@@ -93,6 +95,8 @@ def peak_rate(device: torch.device, precision: Precision) -> float | None:
     """
     if device.type != "cuda":
         return None
+    import torch  # `visft plan` reads its cluster before that, which takes seconds
+
     gpu = find_gpu(torch.cuda.get_device_name(device))
     if gpu is None:
         return None

@@ -9,7 +9,9 @@ from pathlib import Path
 from visft_ds import program
 from visft_ds.config.flags import BACKBONE_HELP, DOWNLOAD_HELP
 from visft_ds.errors import tell
-from visft_ds.flags import Parser
+from visft_ds.flags import Parser, check_options
+from visft_ds.predict.images import find_images
+from visft_ds.run_files import check_exists
 
 USAGE = """Find boxes, masks and captions in your own images; no annotations are needed.
 
@@ -17,7 +19,7 @@ USAGE = """Find boxes, masks and captions in your own images; no annotations are
     visft predict photos/ more/*.png --run runs/stage2 --threshold 0.7 --out found
     visft predict "photos/**/*.jpg" --run merged.safetensors --heads runs/stage1/export
 
-Writes into DIR, a new or empty folder: visualizations/NAME.png and predictions.json (names and sizes of the
+Writes into DIR, a new or empty folder: visualizations/NAME.jpg and predictions.json (names and sizes of the
 images, categories, and for each task what was found, in COCO's results format). A file that is no image is
 named and skipped. Until the end, predictions.jsonl has a line for each finished image, and the same command
 continues after it.
@@ -28,11 +30,16 @@ Exit status: 0 something was predicted, 2 nothing was, wrong usage or unusable i
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = vars(_parser().parse_args(arguments))
     try:
+        check_options(
+            options["threshold"], batch_size=options["batch_size"], image_size=options["image_size"]
+        )
+        files = find_images(options.pop("images"), outside=options["out"])
+        check_exists(options["source"])
         from visft_ds.predict.command import predict
 
-        predict(**vars(options))
+        predict(files, **options)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return tell(error, "predict")
     return 0

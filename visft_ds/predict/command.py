@@ -7,6 +7,7 @@ file, and until then the same command goes on where it was interrupted.
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,39 +20,42 @@ from tqdm import tqdm
 
 from visft_ds.files import read_bytes, reading, write_bytes
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.predict.images import OpenedImage, find_images, open_file, printable
-from visft_ds.predict.model import Model, check_options, load
+from visft_ds.predict.images import OpenedImage, open_file, printable
+from visft_ds.predict.model import Model, load
 from visft_ds.predict.results import Prediction
 from visft_ds.redaction import redacted, visible
 from visft_ds.run.folder import refuse_filled
 from visft_ds.run_files import export_of
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import category_name
-from visft_ds.tasks.pictures import save_png
+from visft_ds.tasks.pictures import save_picture
 
 RESULTS = "predictions.json"
 VISUALIZATIONS = "visualizations"
 #: Settings, then a line for each image that is drawn; gone when `RESULTS` is there.
 LINES = "predictions.jsonl"
-#: Threads that decode while the model computes.
+#: Threads that decode while the model computes, and that draw.
 _THREADS = 2
+#: Images whose drawings may wait for their turn.
+_WAITING = 16
 #: Arguments of `load` that name files.
 _FILES = ("source", "backbone", "heads", "adapter", "vocabulary")
 
 
-def predict(images: list[str], out: Path, threshold: float, batch_size: int | None, **model: Any) -> None:
+def predict(
+    files: Mapping[str, Path], out: Path, threshold: float, batch_size: int | None, **model: Any
+) -> None:
     """Write drawings and results of what the flags of `visft_ds.predict.cli` ask for.
 
     Args:
+        files: name -> image, see `find_images`.
         model: what `load` takes.
 
     Raises:
         ValueError: nothing could be predicted, a batch did not fit into the GPU, or `out` has other results.
     """
-    check_options(threshold, batch_size=batch_size)
     if (out / RESULTS).exists() or not (out / LINES).exists():
         refuse_filled(out)
-    files = find_images(images, outside=out)
     loaded = load(**model)
     settings = {
         "model": dict(loaded.facts),
@@ -73,17 +77,29 @@ def predict(images: list[str], out: Path, threshold: float, batch_size: int | No
 
     out.mkdir(parents=True, exist_ok=True)
     skipped: dict[str, str] = {}
-    with (out / LINES).open("ab") as lines:
+    waiting: deque[tuple[dict[str, Any], Future[None]]] = deque()
+
+    def finish_drawing() -> None:
+        record, drawing = waiting.popleft()
+        drawing.result()
+        done[record["file_name"]] = record
+        _append(lines, record)  # the drawing is whole then
+
+    with (out / LINES).open("ab") as lines, ThreadPoolExecutor(_THREADS) as pool:
         if lines.tell() == 0:
             _append(lines, settings)
         for name, outcome in _predictions(todo, loaded, threshold, batch_size or loaded.batch_size):
             if isinstance(outcome, str):
                 skipped[name] = outcome
                 continue
-            save_png(np.asarray(outcome.draw()), out / VISUALIZATIONS / f"{name}.png")
+            drawing = pool.submit(_draw, outcome, out / VISUALIZATIONS / f"{name}.jpg")
             height, width = outcome.image.shape[:2]
-            done[name] = {"file_name": name, "width": width, "height": height, "results": outcome.results}
-            _append(lines, done[name])  # the drawing is whole then
+            record = {"file_name": name, "width": width, "height": height, "results": outcome.results}
+            waiting.append((record, drawing))
+            if len(waiting) > _WAITING:
+                finish_drawing()
+        while waiting:
+            finish_drawing()
 
     whole = _joined([done[name] for name in files if name in done], skipped, loaded)
     predicted = len(whole["images"])
@@ -97,6 +113,10 @@ def predict(images: list[str], out: Path, threshold: float, batch_size: int | No
         rows.append(("skipped", f"{len(skipped)} files, named in {RESULTS}"))
     rows.append(("written", f"{out}: {RESULTS}, {VISUALIZATIONS}/"))
     print_plan("done", [Section("results", rows)])
+
+
+def _draw(prediction: Prediction, path: Path) -> None:
+    save_picture(np.asarray(prediction.draw()), path)
 
 
 def _predictions(

@@ -11,22 +11,23 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from visft_ds.data.fetch import is_url
 from visft_ds.files import open_image, reading, to_rgb
 from visft_ds.redaction import redacted
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Pixels = npt.NDArray[np.uint8]
 #: One image in memory: decoded, or a file's bytes.
-ImageInMemory = Image.Image | Pixels | Tensor | bytes | BinaryIO
-ImageInput = str | Path | ImageInMemory
+ImageInMemory: TypeAlias = "Image.Image | Pixels | Tensor | bytes | BinaryIO"
+ImageInput: TypeAlias = "str | Path | ImageInMemory"
 
 #: Endings of files that are taken from a folder; HEIC and AVIF cannot be read, and are named rather than
 #: overlooked.
@@ -35,7 +36,7 @@ _ALLOWED = (
     "give a path, the bytes of a file, a Pillow image, uint8 in an array (H, W, 3) or (H, W) or a tensor "
     "(3, H, W), or a list of them; floats from 0 to 1 become bytes by (255 * x).round()"
 )
-_IN_MEMORY = (Image.Image, np.ndarray, Tensor, bytes, bytearray, io.IOBase)
+_IN_MEMORY = (Image.Image, np.ndarray, bytes, bytearray, io.IOBase)  # and tensors
 
 
 class OpenedImage(NamedTuple):
@@ -116,9 +117,11 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
 
     Raises ValueError for what is no image, by its path or its place in the list.
     """
+    from torch import Tensor  # `visft predict` looks for its images before that, which takes seconds
+
     if isinstance(images, str | Path):
         return [open_file(file) for file in find_images([images]).values()], Path(images).is_file()
-    is_list = isinstance(images, Iterable) and not isinstance(images, (*_IN_MEMORY, Mapping))
+    is_list = isinstance(images, Iterable) and not isinstance(images, (*_IN_MEMORY, Tensor, Mapping))
     if not is_list:
         return [_from_memory(images, "the image")], True
     every: list[OpenedImage] = []
@@ -139,6 +142,9 @@ def open_file(path: Path) -> OpenedImage:
 
 
 def _from_memory(image: object, label: str) -> OpenedImage:
+    import torch
+    from torch import Tensor
+
     if isinstance(image, io.IOBase) and not isinstance(image, io.TextIOBase):
         if image.seekable():
             image.seek(0)  # as Pillow does: what was written last stands at the end

@@ -37,6 +37,7 @@ from visft_ds.run_files import (
     PARAMETERS_FILE,
     STATE_FILE,
     TRAINED_BACKBONE_FILE,
+    check_exists,
     export_of,
     folder_of_run,
     run_of,
@@ -175,8 +176,8 @@ def source_of(
     Raises:
         ValueError: as `files_of_run`; no model there, or no heads of the tasks that were asked for.
     """
-    if place is not None and not place.exists():
-        raise ValueError(f"{place}: no such run, checkpoint, export folder or weight file")
+    if place is not None:
+        check_exists(place)
     heads_folder = None if heads is None else Path(heads)
     run = None if place is None else run_of(place)
     config = None if run is None else recorded_config(run).visft

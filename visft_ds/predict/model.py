@@ -6,7 +6,6 @@ Letters: B images, H W pixels, h w patch grid, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from visft_ds import distributed
 from visft_ds.data.samples import RawSample
-from visft_ds.flags import speaking_python
+from visft_ds.flags import check_options, speaking_python
 from visft_ds.model import normalise_pixels
 from visft_ds.ops import DTYPES, at_least_float32
 from visft_ds.predict.images import ImageInMemory, ImageInput, OpenedImage, opened
@@ -288,17 +287,6 @@ class Model:
 def _confidence(result: Mapping[str, Any]) -> float:
     """Score of a box or a mask; a caption has none, and is certain."""
     return float(result.get("score", 1))
-
-
-def check_options(threshold: float = 0.5, **numbers: int | None) -> None:
-    """Raise ValueError for a threshold outside of [0, 1], or whole numbers outside of [1, 8192]."""
-    if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
-        raise ValueError(f"threshold {threshold!r} is not allowed: give a score from 0 to 1")
-    for name, number in numbers.items():
-        if number is None:
-            continue
-        if not isinstance(number, Integral) or not 1 <= number <= 8192:
-            raise ValueError(f"{name.replace('_', ' ')} {number!r} is not allowed: give 1 to 8192")
 
 
 def _build(parts: ModelSource, device: str | torch.device | None) -> tuple[LoadedModel, dict[str, Stream]]:

@@ -1,9 +1,10 @@
 """Decisions that the data makes about a run, once and before any tensor library is imported.
 
 `settle` reads the command line and the training splits, then goes through the decisions in order: tasks
-without labels take no part, epochs become steps, few photographs get their recipe, heads get the classes of
-the data, and batches become no larger than the data. Each is a `Decision` (key, value, why) that gives way to
-the user's flags; the report at the start lists them. What hardware decides is added by `run/machine.py`.
+without labels take no part, epochs become steps, few photographs get their recipe and a size that shows their
+objects, heads get the classes of the data, and batches become no larger than the data. Each is a `Decision`
+(key, value, why) that gives way to the user's flags; the report at the start lists them. What hardware
+decides is added by `run/machine.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.prepare.datasets import TrainingSet, open_training_sets, samples_of
 from visft_ds.pretrained import TIMM, lite0_of_pip
 from visft_ds.run_files import EXPORT
-from visft_ds.settings.task_schema import ImageSizes
 from visft_ds.tasks import config_class, entries
 from visft_ds.tasks.classes import COCO_NAMES
 
@@ -37,14 +37,22 @@ STEPS = 550
 PASSES = 30
 VIEWS = 12
 EVALUATIONS = 3
-#: Views of a photograph that is never zoomed: as it is, and mirrored.
-PLAIN_VIEWS = 2
-#: Blocks of DEMO's backbone that a head of label maps reads, of strides 8, 16 and 32.
+#: Side in pixels of the recipe's squares, and of their cells: most objects of a cell or more are found.
+SIDE = 320
+CELL = 16
+#: Of pictures with smaller objects: cells of the finer map, the longest side, views and batch.
+FINE_CELL = 8
+LONGEST = 640
+FINE_VIEWS = 6
+FINE_BATCH = 4
+#: Block of lite0 whose map has cells of FINE_CELL.
+LITE0_FINE = 2
+#: Of photographs with label maps: blocks of lite0 of strides 8, 16 and 32, smallest and largest long side,
+#: views (as it is, and mirrored) and batch.
 SCENE_BLOCKS = [2, 4, 6]
-#: Images of a step with label maps.
+SCENE_SIDES = (320, LONGEST)
+SCENE_VIEWS = 2
 SCENE_BATCH = 8
-#: Smallest and largest long side in pixels of photographs with label maps.
-SCENE_SIDES = (320, 640)
 #: Photographs whose features are kept: those of all views are 1 MB each.
 MOST_KEPT = 2000
 #: Sides of a zoom's window: a caption may name what a small one cuts off.
@@ -76,21 +84,20 @@ def settle(words: Sequence[str] | None = None, processes: int = 1) -> Settled:
     options = build_parser().parse_args(words)
     merged = merge_arguments(options)
     draft = Draft(merged.tree)
-    _decide_by_backbone(draft, merged)
+    fine_block = _decide_by_backbone(draft, merged)
     if merged.first is not None:
         _decide_by_first_stage(draft, merged.first)
     manifests = _open_splits(draft.recipe.visft.data, remote=not options.dry_run)
     images = sum(len(manifest) for manifest in manifests.values())
     if options.tasks is None and not any(text.startswith("visft.tasks=") for text in options.set):
         _decide_tasks(draft, list(manifests.values()), options.batch_size)
-    if merged.model == SMALL_DATA and merged.first is None:
-        if manifests and list(draft.recipe.visft.tasks.enabled()) == ["semantic"]:
-            _decide_for_label_maps(draft, merged, list(manifests.values()))
-        else:
-            _decide_map(draft, merged)
     if options.epochs is not None:
         _decide_length(draft, options.epochs, images)
     if merged.model == SMALL_DATA and manifests:
+        if merged.first is None and list(draft.recipe.visft.tasks.enabled()) == ["semantic"]:
+            _decide_for_label_maps(draft, merged, list(manifests.values()))
+        if draft.recipe.visft.stage == 1 and fine_block is not None:
+            _decide_by_objects(draft, list(manifests.values()), fine_block)
         _decide_for_few(draft, images)
     sets = None
     if manifests:
@@ -126,9 +133,11 @@ def _open_splits(data: DataConfig, *, remote: bool) -> Manifests:
     return {(root, split): Manifest.load(root, split, cache) for root, split in places}
 
 
-def _decide_by_backbone(draft: Draft, merged: Merged) -> None:
-    """Weights that pip brought, where none were named or are here, and the layers that get LoRA in another
+def _decide_by_backbone(draft: Draft, merged: Merged) -> int | None:
+    """Weights that pip brought, where none were named or are here, and the map that is read of another
     backbone.
+
+    Returns the number of the block whose map is finer than that, None if there is none.
     """
     model = draft.recipe.visft.model
     of_lite0 = merged.model in (SMALL_DATA, DEMO) and not merged.backbone
@@ -136,34 +145,25 @@ def _decide_by_backbone(draft: Draft, merged: Merged) -> None:
         weights = lite0_of_pip()
         if weights is not None:
             draft.decide({"visft.model.weights": str(weights)}, "pip's efficientnet_lite0")
-    if merged.model == SMALL_DATA and draft.recipe.visft.stage == 2 and _other_model_of_timm(draft, merged):
-        draft.decide({"visft.lora.targets": lora_targets(model.preset)}, f"the layers of {model.preset}")
+    if "visft.model.preset" not in merged.backbone:
+        return LITE0_FINE
+    preset = model.preset
+    if merged.model != SMALL_DATA or not preset.startswith(TIMM):
+        return None
+    from visft_ds.models.timm_backbone import fine_maps  # imports torch and timm, which costs seconds
 
-
-def _other_model_of_timm(draft: Draft, merged: Merged) -> str | None:
-    """Name of the model of timm that --backbone puts in place of the recipe's."""
-    preset = draft.recipe.visft.model.preset
-    if "visft.model.preset" in merged.backbone and preset.startswith(TIMM):
-        return preset.removeprefix(TIMM)
-    return None
-
-
-def _decide_map(draft: Draft, merged: Merged) -> None:
-    """The map that is read of another backbone, and images that fit it."""
-    name = _other_model_of_timm(draft, merged)
-    if name is None:
-        return
-    from visft_ds.models.timm_backbone import fine_map  # imports torch and timm, which costs seconds
-
-    block, side = fine_map(name)
+    blocks, side = fine_maps(preset.removeprefix(TIMM))
     values = {
         "visft.shared.image.fixed_size": side,
         "visft.tasks.detection.image.fixed_size": side,
         "visft.tasks.segmentation.image.fixed_size": side,
         "visft.tasks.captioning.image.size": side,
-        "visft.model.out_indices": [] if block is None else [block],
+        "visft.model.out_indices": [blocks[CELL]] if blocks else [],
     }
-    draft.decide(values, f"the map of {TIMM}{name}")
+    draft.decide(values, f"the map of {preset}")
+    if draft.recipe.visft.stage == 2:
+        draft.decide({"visft.lora.targets": lora_targets(preset)}, f"the layers of {preset}")
+    return blocks.get(FINE_CELL)
 
 
 def _decide_for_label_maps(draft: Draft, merged: Merged, manifests: Sequence[Manifest]) -> None:
@@ -171,23 +171,20 @@ def _decide_for_label_maps(draft: Draft, merged: Merged, manifests: Sequence[Man
     long_sides = []
     for manifest in manifests:
         long_sides.append(np.maximum(manifest.index["height"], manifest.index["width"]))
-    side = round(float(np.median(np.concatenate(long_sides)).clip(*SCENE_SIDES)))
+    side = np.median(np.concatenate(long_sides)).clip(*SCENE_SIDES)
     values: dict[str, Any] = {
         "visft.shared.batch_size": SCENE_BATCH,
-        "visft.shared.image.fixed_size": None,
+        "visft.shared.image.fixed_size": round(float(side)),
+        "visft.shared.image.keep_shape": True,
         "visft.shared.image.zoom": None,
-        "visft.shared.image.min_size_train": [side],
-        "visft.shared.image.max_size_train": side,
-        "visft.shared.image.min_size_test": side,
-        "visft.shared.image.max_size_test": side,
     }
-    name = _other_model_of_timm(draft, merged)
-    if name is not None:
+    preset = draft.recipe.visft.model.preset
+    if "visft.model.preset" not in merged.backbone:
+        values["visft.model.out_indices"] = SCENE_BLOCKS
+    elif preset.startswith(TIMM):
         from visft_ds.models.timm_backbone import scene_maps  # imports torch and timm, which costs seconds
 
-        values["visft.model.out_indices"] = scene_maps(name)
-    elif not merged.backbone:
-        values["visft.model.out_indices"] = SCENE_BLOCKS
+        values["visft.model.out_indices"] = scene_maps(preset.removeprefix(TIMM))
     draft.decide(values, "the recipe for label maps")
 
 
@@ -197,7 +194,7 @@ def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
     of_model = ("name", "preset", "out_indices", "weights", "weights_seed", "overrides")
     keys = [f"visft.model.{name}" for name in of_model]
     keys += [f"visft.data.{name}" for name in ("train", "val", "sets")]
-    keys += [f"visft.shared.image.{size}" for size in ImageSizes.model_fields]
+    keys += [f"visft.shared.image.{size}" for size in ("fixed_size", "keep_shape")]
     for task in entries():
         key = f"visft.tasks.{task}"
         settings = recorded.value(key)
@@ -205,7 +202,8 @@ def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
             keys.append(key)
             continue
         keys += [f"{key}.head.{option}" for option in settings["head"]]
-        keys += [f"{key}.image.{size}" for size in ("fixed_size", "size") if size in settings["image"]]
+        sizes = ("fixed_size", "keep_shape", "size")
+        keys += [f"{key}.image.{size}" for size in sizes if size in settings["image"]]
         if "vocabulary" in settings:
             keys.append(f"{key}.vocabulary.file")
     now = Tree(draft.config().to_dict())
@@ -266,6 +264,45 @@ def _decide_length(draft: Draft, epochs: int, images: int) -> None:
     draft.decide(values, "--epochs")
 
 
+def _decide_by_objects(draft: Draft, manifests: Sequence[Manifest], fine_block: int) -> None:
+    """A larger picture and a finer grid for a dense head, where SIDE and CELL would hide a tenth of the
+    objects.
+
+    A cell for each object is what they need (docs/own-data.md).
+    """
+    visft = draft.recipe.visft.filled()
+    detection = visft.tasks.enabled().get("detection")
+    with_sides = [manifest for manifest in manifests if manifest.object_sides]
+    if detection is None or getattr(detection.head, "type", "") != "dense" or not with_sides:
+        return
+    if draft.tree.is_stated("visft.model.out_indices"):
+        return
+    manifest = min(with_sides, key=lambda other: other.object_sides["10"])
+    heights = manifest.index["height"].astype(float)
+    widths = manifest.index["width"].astype(float)
+    long_side = float(np.median(np.maximum(heights, widths)))
+    object_side = manifest.object_sides["10"] * float(np.median(np.sqrt(heights * widths)))
+    cells = long_side / object_side  # as many along the picture give such an object one
+    stream = next(stream for stream in visft.streams().values() if "detection" in stream.tasks)
+    key = f"{stream.key}.image.fixed_size"
+    side = stream.largest_side()
+    if CELL * cells <= side:
+        return
+    needed = math.ceil(FINE_CELL * cells / 32) * 32
+    if not draft.tree.is_stated(key):
+        own = math.ceil(long_side / 32) * 32
+        side = max(SIDE, min(needed, own, LONGEST))
+    limit = f" ({needed} would show nearly all)" if side < needed else ""
+    values = {
+        "visft.model.out_indices": [fine_block, *visft.model.out_indices],
+        key: side,
+        f"{stream.key}.image.keep_shape": True,
+        f"{stream.key}.batch_size": FINE_BATCH,
+    }
+    sizes = f"objects of {object_side:.0f} px in pictures of {long_side:.0f}"
+    draft.decide(values, f"{sizes}: side {side}{limit}, grid of {FINE_CELL}")
+
+
 def _decide_for_few(draft: Draft, images: int) -> None:
     """Length, zoom, kept features and evaluations in between, by number and labels of the photographs."""
     visft = draft.recipe.visft.filled()
@@ -273,12 +310,13 @@ def _decide_for_few(draft: Draft, images: int) -> None:
     values: dict[str, Any] = {}
     steps = draft.recipe.scheduler.params.total_num_steps or visft.steps() or STEPS
     if visft.stage == 1:
+        stream = next(iter(visft.streams().values()))
         if not draft.tree.is_stated("scheduler.params.total_num_steps"):
-            stream = next(iter(visft.streams().values()))
             steps = max(STEPS, math.ceil(PASSES * images / stream.batch_size))
             values["scheduler.params.total_num_steps"] = steps
-        assert visft.shared is not None  # of the recipe
-        values["visft.features.views"] = PLAIN_VIEWS if visft.shared.image.zoom is None else VIEWS
+        values["visft.features.views"] = FINE_VIEWS if stream.image.get("keep_shape") else VIEWS
+        if tasks.keys() == {"semantic"}:
+            values["visft.features.views"] = SCENE_VIEWS
         values["visft.features.cache"] = f"{visft.run.out}/features" if images <= MOST_KEPT else None
         if "captioning" in tasks:
             values["visft.shared.image.zoom"] = ZOOM_WITH_CAPTIONS

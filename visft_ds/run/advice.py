@@ -24,7 +24,7 @@ from visft_ds.tasks.transform import geometry_of
 #: Training images of a class below which little is to be expected of it.
 FEW_IMAGES = 10
 #: Part of the objects that a finding about sizes is about, at least.
-_SHARE_OF_SMALL = 25
+_SHARE_OF_SMALL = 10
 #: Largest side in pixels that is advised; memory and time grow with its square.
 _LARGEST_SIDE = 1344
 _SIDE_STEP = 32
@@ -47,11 +47,11 @@ class Finding:
     advice: str  #: goes on behind the fact
 
 
-def findings_of(config: VisftConfig, data: RunData, cell: int) -> list[Finding]:
+def findings_of(config: VisftConfig, data: RunData, cells: Sequence[int]) -> list[Finding]:
     """Oddities of the data that are known before the first step.
 
     Args:
-        cell: side in pixels of what one feature of the backbone stands for.
+        cells: side in pixels of what a feature stands for, of each map that is read.
     """
     findings = list[Finding]()
     lacking = _without_validation(config, data)
@@ -62,6 +62,7 @@ def findings_of(config: VisftConfig, data: RunData, cell: int) -> list[Finding]:
             settings = config.tasks.enabled()[task]
             if settings.labels == "captions":
                 continue
+            cell = cells[0] if _is_dense(settings) else cells[-1]
             manifests = [training.manifest for training in data.sets.values() if task in training.tasks]
             for texts in (
                 _beyond_queries(task, settings, manifests),
@@ -95,9 +96,14 @@ def _without_validation(config: VisftConfig, data: RunData) -> tuple[str, str] |
     )
 
 
+def _is_dense(settings: TaskConfig) -> bool:
+    """Return True for the head that has no queries and reads the finest map."""
+    return getattr(settings.head, "type", "") == "dense"
+
+
 def _beyond_queries(task: str, settings: TaskConfig, manifests: Sequence[Manifest]) -> tuple[str, str] | None:
     queries = getattr(settings.head, "num_queries", None)
-    if queries is None or getattr(settings.head, "type", "") == "dense":  # which has none
+    if queries is None or _is_dense(settings):
         return None
     objects = np.concatenate([manifest.index["num_annotations"] for manifest in manifests])
     beyond = (objects - queries).clip(min=0)
@@ -147,10 +153,14 @@ def _small_objects(stream: Stream, manifests: Sequence[Manifest], cell: int) -> 
 
 def _remedy(manifest: Manifest, stream: Stream, seen: float, cell: int) -> str:
     """Advice on the size of images at which nine of ten objects have a cell."""
-    side = math.ceil(cell / manifest.object_sides["10"] / _SIDE_STEP) * _SIDE_STEP
+    needed = cell / manifest.object_sides["10"]
+    fixed = stream.image.get("fixed_size")
+    if fixed and stream.image.get("keep_shape"):  # which is the long side
+        needed *= fixed / seen
+    side = math.ceil(needed / _SIDE_STEP) * _SIDE_STEP
     if side > _LARGEST_SIDE:
         return f"nine of ten would have a cell at {side} px only: cut the images into parts"
-    if stream.image.get("fixed_size"):
+    if fixed:
         return f"give larger images (--set {stream.key}.image.fixed_size={side})"
     return f"give larger images ({side} px where {seen:.0f} are seen now; {stream.key}.image)"
 
@@ -238,4 +248,7 @@ def next_commands(config: VisftConfig) -> list[str]:
         heads = quote(f"{config.run.out}/{EXPORT}")
         command = f"visft train --stage 2 --data {quote(config.data.root)} --heads {heads}"
         lines.append(f"train the backbone through these heads: {command}")
+    else:
+        command = f"visft merge {run} --out {quote(f'{config.run.out}-merged')} --verify"
+        lines.append(f"write the trained backbone for timm: {command}")
     return lines

@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -192,15 +192,15 @@ class Validation:
         return {name: value for name, value in metrics.items() if name.endswith(("/AP50", "/mIoU"))}
 
     def conclude(
-        self, step: int, training: Mapping[str, float], data: RunData, cell: int, log: RunLog
+        self, step: int, training: Mapping[str, float], data: RunData, cells: Sequence[int], log: RunLog
     ) -> None:
         """Record the metrics on training images, and say what they mean beside those of validation.
 
         Args:
-            cell: side in pixels of what one feature of the backbone stands for.
+            cells: see `findings_of`.
         """
         log.writer.event(step, CONCLUSION, **training)
-        findings = findings_of(self._config, data, cell)
+        findings = findings_of(self._config, data, cells)
         tasks = self._config.tasks.enabled()
         for line in verdicts(training, log.writer.evaluations(), tasks, findings):
             log.message(line)

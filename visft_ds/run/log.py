@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from visft_ds import distributed
 from visft_ds.config import ResolvedConfig
@@ -17,6 +21,7 @@ from visft_ds.redaction import redacted_values
 from visft_ds.resilience.memory import peak_memory
 from visft_ds.resilience.stop import StopFlag
 from visft_ds.settings.task_schema import SHARED
+from visft_ds.tasks import shown_metrics
 
 
 @dataclass
@@ -56,6 +61,41 @@ class RunLog:
         self.writer.step(plan.step + 1, values)
 
 
+#: Settings that TensorBoard compares runs by, besides those that flags set.
+_COMPARED = (
+    "visft.stage",
+    "visft.seed",
+    "visft.mode",
+    "visft.lora.rank",
+    "visft.lora.alpha",
+    "visft.*.batch_size",
+    "optimizer.params.lr",
+    "optimizer.params.weight_decay",
+    "scheduler.params.total_num_steps",
+    "scheduler.params.warmup_num_steps",
+)
+_BEGINNING = re.compile(r"(optimizer|scheduler)\.params\.|visft\.")
+
+
+def _hyperparameters(config: ResolvedConfig) -> dict[str, Any]:
+    """Settings that tell runs apart, by the end of their keys: TensorBoard has narrow columns."""
+    chosen: dict[str, Any] = {"model": config.visft.model.name}
+    for key, value in redacted_values(config.identity()).items():
+        of_flag = config.sources.get(key, "").startswith("--")
+        if value is not None and (of_flag or any(fnmatch(key, glob) for glob in _COMPARED)):
+            chosen[_BEGINNING.sub("", key)] = value
+    return chosen
+
+
+def _compared(config: ResolvedConfig) -> list[str]:
+    """Names of the numbers that TensorBoard shows beside them."""
+    names = ["loss/loss", "images_per_second"]
+    if config.visft.run.eval_every:
+        metrics = [f"val/{name}" for name in shown_metrics(config.visft.tasks.enabled())]
+        names = [*metrics, *names]
+    return names
+
+
 @contextmanager
 def open_log(
     config: ResolvedConfig, start: int, callbacks: Sequence[Callback], stop: StopFlag
@@ -78,4 +118,7 @@ def open_log(
             )
         )
         writer = stack.enter_context(MetricsWriter(out, resume_step=start, enabled=main, callbacks=callbacks))
+        if main:
+            text = json.dumps(redacted_values(config.to_dict()), indent=2)
+            writer.describe(text, _hyperparameters(config), _compared(config))
         yield RunLog(writer, progress, tuple(config.visft.tasks.enabled()))

@@ -10,7 +10,11 @@ from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.interop.heads import open_head
 from visft_ds.interop.layouts import open_backbone
 from visft_ds.model import MultiTaskModel
+from visft_ds.models import Backbone
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.monitor.console import Section, print_plan
+from visft_ds.ops import DTYPES
+from visft_ds.ops.attention import packed_kernel
 from visft_ds.prepare.data import RunData, open_data
 from visft_ds.prepare.datasets import TrainingSet, classes_of_run
 from visft_ds.prepare.inputs import missing_shards
@@ -151,9 +155,21 @@ def _model(
         ("backbone", f"{model.name}: {module.backbone.describe()}"),
         ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
         ("precision", f"{machine.precision} ({machine.why_precision})"),
+        *_attention(config, machine, module.backbone),
         ("checkpointing", f"{model.activation_checkpointing}, {machine.why_checkpointing}"),
     ]
     return Section("model", facts)
+
+
+def _attention(config: ResolvedConfig, machine: Machine, backbone: Backbone) -> list[tuple[str, str]]:
+    """What computes the attention of EVA, and why; models of timm have their own."""
+    if not isinstance(backbone, EvaViT):
+        return []
+    if all(stream.alike() for stream in config.visft.streams().values()):
+        return [("attention", "torch's scaled_dot_product_attention (images of one size)")]
+    head_width = backbone.width // backbone.config.num_heads
+    kernel, why = packed_kernel(machine.device, DTYPES[machine.precision], head_width)
+    return [("attention", f"packed images: {kernel} ({why})")]
 
 
 def _what_trains(groups: Sequence[TrainedGroup], note: str = "") -> Section:
@@ -240,5 +256,6 @@ def _data(config: ResolvedConfig, data: RunData) -> Section:
 
 def _shown_by_data(config: ResolvedConfig, data: RunData, module: MultiTaskModel) -> list[Section]:
     """A section about what stands in the way of learning, or none."""
-    rows = list(lines_of(findings_of(config.visft, data, module.backbone.patch_size)))
+    cells = [cell for _, cell in module.backbone.shapes]
+    rows = list(lines_of(findings_of(config.visft, data, cells)))
     return [Section("what the data shows", rows)] if rows else []

@@ -54,7 +54,7 @@ class Stream:
         return "visft.shared" if self.name == SHARED else f"visft.tasks.{self.name}"
 
     def largest_side(self) -> int:
-        """Side in pixels of the largest square among the training images."""
+        """Side in pixels of a square that all training images fit in."""
         return int(self.image.get("fixed_size") or self.image.get("size") or self.image["max_size_train"])
 
     def alike(self, *, train: bool = True) -> bool:
@@ -62,7 +62,7 @@ class Stream:
         crops.
         """
         if self.image.get("fixed_size") is not None:
-            return True
+            return not self.image.get("keep_shape")
         return "size" in self.image and (train or "min_size_test" not in self.image)
 
 
@@ -145,13 +145,17 @@ class ImageSizes(StrictModel):
     max_size_test: Positive = 672  #: largest long side in evaluation, in pixels, which then decides
     #: side of a square for training and evaluation, in pixels, instead of the sizes above; null: none
     fixed_size: Positive | None = None
+    #: no squares: the long side is fixed_size, the short one follows the shape of the image
+    keep_shape: bool = False
     #: scale of a random crop, smallest and largest, of the image's sides, with fixed_size; null: no crop
     zoom: Annotated[tuple[Above, Above], Ascending] | None = None
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """A zoom of images that are not squares, which have crops or sizes of their own."""
+        """Options of images of one size, where images have crops or sizes of their own."""
         if self.zoom is not None and self.fixed_size is None:
             yield "zoom", "is for squares: set fixed_size, their side in pixels, or leave zoom null"
+        if self.keep_shape and self.fixed_size is None:
+            yield "keep_shape", "is for one size: set fixed_size, the long side in pixels"
 
 
 class SharedImage(ImageSizes):

@@ -19,7 +19,7 @@ from visft_ds.shards.coco import SourceImage
 from visft_ds.shards.common import Json
 from visft_ds.shards.options import Options
 
-_MAX_IMAGE_BYTES = 1 << 30
+MAX_IMAGE_BYTES = 1 << 30  #: of a picture file
 #: Pillow's formats -> suffixes in a shard; of others the name is the suffix.
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
 _TURNED = "picture stored upright, as EXIF says and its annotations fit"
@@ -102,7 +102,7 @@ def _picture(image: SourceImage, options: Options) -> tuple[str, bytes, list[str
     """(suffix, bytes in the shard, what was odd) of an image file. Raises ValueError for one that cannot be
     used.
     """
-    data = read_bytes(options.images / image.file_name, _MAX_IMAGE_BYTES)
+    data = read_bytes(options.images / image.file_name, MAX_IMAGE_BYTES)
     frame = image_frame(data, "unreadable")
     odd = list(frame.notes)
     stored = (frame.height, frame.width)

@@ -179,6 +179,14 @@ def _index(arguments: argparse.Namespace) -> None:
     least = manifest.options["word_min_count"]
     if least > 1:
         print(f"  vocabulary: the {len(manifest.vocabulary)} words that occur at least {least} times")
+    if "val" not in splits_in(arguments.out):
+        without = "or train without: --set visft.run.eval_every=0"
+        print(f"no validation split: index other tars with --split val, {without}")
+    if arguments.split != "val":
+        command = ["visft", "train", "--data", str(arguments.out)]
+        if arguments.split != "train":
+            command += ["--set", f"visft.data.train={arguments.split}"]
+        print(f"train on it: {shlex.join(command)}")
 
 
 def _build(arguments: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from glob import glob
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, NamedTuple
 from zlib import crc32
 
@@ -41,15 +42,17 @@ from visft_ds.data.shards import (
     manifest_path,
 )
 from visft_ds.data.workers import fork_server, kill_pool, start_worker
-from visft_ds.files import image_frame, read_bytes, reading
+from visft_ds.files import image_frame, read_bytes, reading, shown_name
 from visft_ds.redaction import refuse_secrets
 from visft_ds.settings.task_schema import WITHOUT_MASK
+from visft_ds.shards.archive import MAX_IMAGE_BYTES
 from visft_ds.shards.build import quantiles, reasons
 from visft_ds.shards.coco import SourceImage, add_categories, share_inside
 from visft_ds.shards.common import Findings, Json, is_split_name
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  #: suffixes in lower case
+_READ = (*PICTURES, "txt", "json")  #: ends of the names of files that are read; others may be large
 _TURNED = "picture that EXIF data turns (read as it is stored)"
 _TWICE = "second file of a name in a sample (not read)"
 _METADATA = re.compile("__[^/]*__($|/)")  # names that webdataset passes over
@@ -58,6 +61,7 @@ _EXIF = b"Exif"
 _EXIF_WITHIN = 4096  # bytes from the start of a JPEG
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _BLOCK = 1 << 20
+_BUFFER = 1 << 16  #: of tarfile, which copies the rest of it at every read
 #: Distinct words that a manifest lists at most; of more, the rarest are left out.
 _MOST_WORDS = 100_000
 
@@ -95,8 +99,10 @@ def index_tars(
     if categories is not None:
         names, sources = _read_categories(categories)
     out.mkdir(parents=True, exist_ok=True)
-    tars = list(_read_all(addresses, names, out, workers))
-    return _write(tars, out, split, names, sources, {"tars": list(patterns)})
+    # The folder is this process's: workers that Ctrl-C ends leave nothing of a download behind.
+    with TemporaryDirectory(prefix=".index-", dir=out) as folder:
+        tars = _read_all(addresses, names, Path(folder), workers)
+        return _write(tars, out, split, names, sources, list(patterns))
 
 
 def _expanded(patterns: Iterable[str]) -> list[str]:
@@ -110,7 +116,7 @@ def _expanded(patterns: Iterable[str]) -> list[str]:
                     raise ValueError(f"{address}: of URLs write the numbers, such as {{00000..00331}}")
                 addresses.append(address)
             else:
-                paths = sorted(glob(address))
+                paths = [address] if Path(address).exists() else sorted(glob(address))
                 if not paths:
                     raise ValueError(f"no such tar: {address}")
                 addresses += paths
@@ -152,6 +158,7 @@ class _Tar:
     size: int = 0  #: bytes
     sha256: str = ""
     rows: list[tuple[int, ...]] = field(default_factory=list)  #: as INDEX_DTYPE; the shard is 0
+    index: npt.NDArray[Any] = field(default_factory=lambda: np.empty(0, INDEX_DTYPE))  #: the same, in the end
     left_out: list[tuple[str, str]] = field(default_factory=list)  #: (sample, reason)
     findings: Findings = field(default_factory=Findings)
     counts: Counter[str] = field(default_factory=Counter)
@@ -175,7 +182,7 @@ class _Tar:
             stream: Any = _Hashing(file)  # as much of a file as tarfile needs
             end = 0
             try:
-                with tarfile.open(fileobj=stream, mode="r|", bufsize=_BLOCK) as archive:
+                with tarfile.open(fileobj=stream, mode="r|", bufsize=_BUFFER) as archive:
                     for sample in webdataset.tariterators.group_by_keys(
                         _members(archive), handler=self._note_repeated
                     ):
@@ -189,6 +196,8 @@ class _Tar:
                 self.is_whole = False
         self.size = stream.size
         self.sha256 = stream.digest.hexdigest()
+        self.index = np.array(self.rows, INDEX_DTYPE)
+        self.rows.clear()  # ten times as large
 
     def _note_repeated(self, error: Exception) -> bool:
         """Note what `group_by_keys` complains of, and let it go on."""
@@ -199,7 +208,7 @@ class _Tar:
     def _add(self, sample: Mapping[str, Any]) -> None:
         """Note a sample, or the reason why it is left out."""
         key = sample["__key__"]
-        name = f"{self.name}/{key}"
+        name = shown_name(f"{self.name}/{key}")  # of any bytes
         suffix = next((suffix for suffix in PICTURES if suffix in sample), None)
         label_suffix = "json"
         if "txt" in sample and not self.categories:
@@ -284,11 +293,14 @@ def _members(archive: tarfile.TarFile) -> Iterator[dict[str, Any]]:
     """The files of a tar as `group_by_keys` takes them, with their places in it."""
     for entry in archive:
         archive.members = []  # type: ignore[attr-defined]  # it would keep them all
-        if entry.isreg() and not entry.issparse() and not _METADATA.match(entry.name):
+        if not entry.isreg() or entry.issparse() or _METADATA.match(entry.name):
+            continue
+        data = b""
+        if entry.name.lower().endswith(_READ) and entry.size <= MAX_IMAGE_BYTES:
             content = archive.extractfile(entry)
             assert content is not None
-            member = _Member(entry.offset_data, content.read())
-            yield {"fname": entry.name, "data": member, "__url__": ""}
+            data = content.read()
+        yield {"fname": entry.name, "data": _Member(entry.offset_data, data), "__url__": ""}
 
 
 def _read_one(address: str, categories: Mapping[int, str], folder: Path) -> _Tar:
@@ -319,14 +331,14 @@ def _read_all(
 
 
 def _write(
-    tars: Sequence[_Tar],
+    tars: Iterable[_Tar],
     out: Path,
     split: str,
     names: Mapping[int, str],
     sources: Mapping[str, Json],
-    options: Json,
+    patterns: Sequence[str],
 ) -> Manifest:
-    """Write the index and manifest of tars that have been read."""
+    """Write the index and manifest of tars, which are read meanwhile."""
     damaged = list[tuple[str, str]]()
     left_out = list[tuple[str, str]]()
     findings = Findings()
@@ -335,20 +347,22 @@ def _write(
     counts = Counter[str]()
     words = Counter[str]()
     having = Counter[int]()
+    sides: list[array[float]] = []
     for tar in tars:
+        sides.append(tar.sides)
         if not tar.is_whole:
             damaged.append((tar.address, "cut or damaged tar, of which the samples before that are used"))
         left_out += tar.left_out
         findings.merge(tar.findings)
-        if tar.rows:
-            rows = np.array(tar.rows, dtype=INDEX_DTYPE)
-            rows["shard"] = len(shards)
-            parts.append(rows)
-            shards.append(ShardFile(_stored_name(tar.address, out), len(rows), tar.size, tar.sha256))
+        if len(tar.index):
+            tar.index["shard"] = len(shards)
+            parts.append(tar.index)
+            name = _stored_name(tar.address, out)
+            shards.append(ShardFile(name, len(tar.index), tar.size, tar.sha256))
         counts.update(tar.counts)
         words.update(tar.words)
         having.update(tar.having)
-    reasons(damaged).refuse_above_a_tenth(len(tars), out, "tars")
+    reasons(damaged).refuse_above_a_tenth(len(sides), out, "tars")
     reasons(left_out).refuse_above_a_tenth(counts["images"] + len(left_out), out, "samples")
     if not counts["captions"] and not counts["trainable"]:
         raise ValueError(
@@ -370,12 +384,12 @@ def _write(
         categories=listed,
         counts={**counts, "left_out": len(left_out)},
         having_category={str(number): having[number] for number in sorted(names)},
-        object_sides=quantiles([tar.sides for tar in tars]),
+        object_sides=quantiles(sides),
         shards=tuple(shards),
         vocabulary=vocabulary,
         left_out=left_out,
         findings=findings,
-        options={**options, "tokenizer": TOKENIZER, "word_min_count": least},
+        options={"tars": patterns, "tokenizer": TOKENIZER, "word_min_count": least},
         sources=sources,
         fingerprint=fingerprint(listed, index),
         index_sha256=hashlib.sha256(content.getvalue()).hexdigest(),

@@ -15,7 +15,7 @@ a configuration is read without the tensor library. Other packages add theirs by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -94,10 +94,12 @@ def config_class(name: str) -> Any:
     return get_task(name).config
 
 
-def shown_metrics() -> tuple[str, ...]:
-    """Metrics of all tasks that a short line has."""
+def shown_metrics(tasks: Iterable[str] | None = None) -> tuple[str, ...]:
+    """Metrics that a short line has, of these or all tasks."""
+    if tasks is None:
+        tasks = entries()
     metrics: list[str] = []
-    for name in entries():
+    for name in tasks:
         config = config_class(name)
         metrics += config.shown or (config.main,)
     return tuple(metrics)

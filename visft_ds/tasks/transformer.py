@@ -14,10 +14,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from visft_ds.ops import real_device
+
+#: Queries times entries from which on attention with dropout is computed head by head on a CPU.
+_LARGE = 1 << 16
 
 
 def sine_positions(valid: Tensor, width: int) -> Tensor:
@@ -86,9 +94,72 @@ class MultiHeadAttention(nn.Module):
         v = by_head(F.linear(value, v_weight, v_bias), self.num_heads)
         mask = None if allowed is None else allowed[:, None]  # the same for all heads
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        shares = q.shape[2] * k.shape[2]
+        if dropout and shares >= _LARGE and q.dtype == torch.float32 and real_device(q.device).type == "cpu":
+            mixed = _DroppedAttention.apply(q, k, v, mask, dropout)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(start_dim=2))
         return out
+
+
+class _DroppedAttention(torch.autograd.Function):
+    """`F.scaled_dot_product_attention` with dropout on a CPU: the same draws, the sums in another order.
+
+    torch has no fused kernel for it there, and keeps three tensors of (B, heads, Q, S). Here one head is
+    worked on at a time, and a byte for each share of attention is kept, which says whether it was dropped.
+    Letters: H heads, d width of a head.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        allowed: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        """q (B, H, Q, d), k and v (B, H, S, d), allowed (B, 1, Q or 1, S) bool or None -> (B, H, Q, d)."""
+        is_kept = q.new_empty(*q.shape[:3], k.shape[2], dtype=torch.bool)
+        is_kept.bernoulli_(1 - dropout)
+        ctx.save_for_backward(q, k, v, allowed, is_kept)
+        ctx.factor = 1 / (1 - dropout)
+        out = torch.empty_like(q)
+        for image, head in np.ndindex(q.shape[:2]):
+            at = (image, head)
+            shares = _shares(q[at], k[at], None if allowed is None else allowed[image, 0])
+            shares *= is_kept[at].to(q.dtype)  # a product with bool takes twice as long
+            torch.mm(shares, v[at], out=out[at])
+        return out.mul_(ctx.factor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, allowed, is_kept = ctx.saved_tensors
+        grad = grad * ctx.factor
+        scale = q.shape[-1] ** -0.5
+        grad_q = torch.empty_like(q)
+        grad_k = torch.empty_like(k)
+        grad_v = torch.empty_like(v)
+        for image, head in np.ndindex(q.shape[:2]):
+            at = (image, head)
+            shares = _shares(q[at], k[at], None if allowed is None else allowed[image, 0])
+            factors = is_kept[at].to(q.dtype)
+            torch.mm((shares * factors).t(), grad[at], out=grad_v[at])
+            grad_shares = (grad[at] @ v[at].t()).mul_(factors)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_shares, shares, -1, q.dtype)
+            torch.mm(grad_scores, k[at], out=grad_q[at])
+            torch.mm(grad_scores.t(), q[at], out=grad_k[at])
+        return grad_q.mul_(scale), grad_k.mul_(scale), grad_v, None, None
+
+
+def _shares(q: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:
+    """Shares of attention (Q, S) of one head, q (Q, d) and k (S, d)."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.t()
+    if allowed is not None:
+        scores.masked_fill_(~allowed, -torch.inf)
+    return torch.softmax(scores, dim=-1)
 
 
 class EncoderLayer(nn.Module):

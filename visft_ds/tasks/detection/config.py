@@ -30,8 +30,8 @@ class DetectionImage(ImageSizes):
 class DetectionHeadConfig(StrictModel):
     """Options of the detection head."""
 
-    #: kind of head; detr: the published asymmetric DETR, dense: a box from every cell of the feature map, for
-    #: few images
+    #: kind of head; detr: the published asymmetric DETR, dense: a box from every cell of the finest map that
+    #: is read, for few images
     type: Literal["detr", "dense"] = "detr"
     #: classes (COCO's raw ids are below 91); default for ids that are not COCO's: the number of categories
     num_classes: Positive = 91

@@ -1,4 +1,4 @@
-"""Dense detection: every cell of the feature map tells classes and a box around itself (after FCOS, arXiv
+"""Dense detection: every cell of a grid of features tells classes and a box around itself (after FCOS, arXiv
 1904.01355).
 
 Boxes relative to cells are learnt from few photographs, where the queries of a DETR learn places by heart.
@@ -46,17 +46,19 @@ class DenseOutput:
 
 
 class DenseHead(nn.Module):
-    """Feature map -> scores of the classes and a box, from every cell.
+    """Feature maps -> scores of the classes and a box, from every cell of the finest map.
 
-    A 1x1 convolution to `width`, two 3x3 convolutions, group norms, and a 3x3 convolution each for classes
-    and for the logarithms of the four distances to the sides. What valid cells predict does not depend on how
-    far their batch is padded.
+    Coarser maps are interpolated to that grid, and all are joined. A 1x1 convolution to `width`, two 3x3
+    convolutions, group norms, and a 3x3 convolution each for classes and for the logarithms of the four
+    distances to the sides, in cells. What valid cells predict does not depend on how far their batch is
+    padded.
     """
 
-    def __init__(self, in_channels: int, options: DetectionHeadConfig) -> None:
+    def __init__(self, widths: Sequence[int], options: DetectionHeadConfig) -> None:
+        """A head for maps of these widths."""
         super().__init__()
         width = options.width
-        self.input_proj = nn.Conv2d(in_channels, width, kernel_size=1)
+        self.input_proj = nn.Conv2d(sum(widths), width, kernel_size=1)
         self.input_norm = MaskedGroupNorm(GROUPS, width)
         self.convs = nn.ModuleList()
         self.norms = nn.ModuleList()
@@ -65,9 +67,9 @@ class DenseHead(nn.Module):
             self.norms.append(MaskedGroupNorm(GROUPS, width))
         self.class_embed = nn.Conv2d(width, options.num_classes, 3, padding=1)
         self.box_embed = nn.Conv2d(width, 4, 3, padding=1)
-        # At first nearly no cell sees an object, and boxes have a side of a quarter of the image.
+        # At first nearly no cell sees an object, and boxes have a side of five cells.
         self._initialise(self.class_embed, -4.0)
-        self._initialise(self.box_embed, -2.0)
+        self._initialise(self.box_embed, 1.0)
 
     def _initialise(self, layer: nn.Conv2d, bias: float) -> None:
         assert layer.bias is not None
@@ -75,9 +77,11 @@ class DenseHead(nn.Module):
         nn.init.constant_(layer.bias, bias)
 
     def forward(self, maps: Sequence[Map]) -> DenseOutput:
-        """Scores and boxes from the last map."""
-        features = maps[-1].features
-        valid = maps[-1].valid
+        """Scores and boxes from the maps of a backbone, the finest first."""
+        finest, *coarser = maps
+        grid = finest.features.shape[-2:]
+        features = torch.cat([finest.features, *(map_.resized(grid) for map_ in coarser)], dim=1)
+        valid = finest.valid
         inside = valid[:, None].to(features.dtype)
         x = self.input_norm(self.input_proj(features), valid)
         for conv, norm in zip(self.convs, self.norms, strict=True):
@@ -85,16 +89,16 @@ class DenseHead(nn.Module):
             x = F.relu(norm(x, valid))
         x = x * inside
         logits = _of_cells(self.class_embed(x))
-        distances = _of_cells(self.box_embed(x)).exp()
-        cells = maps[-1].cells  # the last ones of an image may show less of it than the others
+        cells = finest.cells  # the last ones of an image may show less of it than the others
         if cells is None:
             rows = valid.any(2).sum(1)
             columns = valid.any(1).sum(1)
             cells = torch.stack((rows, columns), dim=1)
         columns_and_rows = cells.flip(1).to(logits.dtype)
         pitch = to_device(1 / columns_and_rows, valid.device)  # (B, 2)
-        grid = _centres(valid, logits.dtype)
-        centres = grid * pitch[:, None]
+        in_cells = _of_cells(self.box_embed(x)).exp()
+        distances = in_cells * pitch.repeat(1, 2)[:, None]
+        centres = _centres(valid, logits.dtype) * pitch[:, None]
         low = centres - distances[..., :2]
         high = centres + distances[..., 2:]
         boxes = torch.cat((low, high), dim=-1)

@@ -70,7 +70,9 @@ class Detection(Task):
         return DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
 
     def build_head(self, shapes: Shapes, head: DetectionHeadConfig, vocabulary_size: int | None) -> nn.Module:
-        return (DenseHead if head.type == "dense" else DetectionHead)(shapes[-1][0], head)
+        if head.type == "dense":
+            return DenseHead([width for width, _ in shapes], head)
+        return DetectionHead(shapes[-1][0], head)
 
     def losses(self, head: DetectionHeadConfig, loss: DetectionLoss) -> Criterion:
         return (DenseCriterion if head.type == "dense" else DetectionCriterion)(head, loss)

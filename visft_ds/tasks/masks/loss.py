@@ -208,35 +208,38 @@ def match_masks(
     Raises FloatingPointError where a cost is not finite.
     """
     logits = at_least_float32(logits)
+    masks = at_least_float32(masks)
     num_queries = logits.shape[2]
     cost = [logits.new_zeros(len(logits), 0, num_queries)]
     for at, image in zip(points, _images_with_objects(targets), strict=True):
         probability = logits[:, image.number].softmax(dim=-1)  # (L, Q, C + 1)
         of_class = -probability[..., labels[image.rows]].mT
-        predicted = sample(masks[:, image.number], at, image.extent)
-        predicted = at_least_float32(predicted)  # (L, Q, P) logits
-        true_masks = targets.masks[image.rows].to(predicted.dtype) / 255  # one map of n channels
-        true = sample(true_masks[None], at.reshape(1, -1, 2), image.mask_extent)[0]
-        true = true.unflatten(1, at.shape[:2]).transpose(0, 1)  # (L, n, P)
-        bce = _pairwise_cross_entropy(predicted, true)
-        dice = _pairwise_dice(predicted, true)
-        cost.append(costs[0] * of_class + costs[1] * bce + costs[2] * dice)
+        true_masks = targets.masks[image.rows].to(masks.dtype) / 255  # one map of n channels
+        bce = []
+        dice = []
+        # Set by set: of all together, the values at the points would be the largest tensors of a step.
+        for of_set, points_of_set in zip(masks[:, image.number], at, strict=True):
+            predicted = sample(of_set[None], points_of_set[None], image.extent)[0]  # (Q, P) logits
+            true = sample(true_masks[None], points_of_set[None], image.mask_extent)[0]  # (n, P)
+            bce.append(_pairwise_cross_entropy(predicted, true))
+            dice.append(_pairwise_dice(predicted, true))
+        cost.append(costs[0] * of_class + costs[1] * torch.stack(bce) + costs[2] * torch.stack(dice))
     pairs = int(targets.counts.clamp(max=num_queries).sum())
     return solve(torch.cat(cost, dim=1), targets.counts, pairs, image_ids)
 
 
 def _pairwise_cross_entropy(logits: Tensor, true: Tensor) -> Tensor:
-    """Mean cross-entropy (L, n, Q) of every object (L, n, P) and query (L, Q, P).
+    """Mean cross-entropy (n, Q) of every object (n, P) and query (Q, P).
 
     It is softplus(-x) t + softplus(x) (1 - t), which is softplus(x) - x t: one product instead of two.
     """
-    without_object = F.softplus(logits).sum(-1)[:, None]
+    without_object = F.softplus(logits).sum(-1)
     return (without_object - true @ logits.mT) / logits.shape[-1]
 
 
 def _pairwise_dice(logits: Tensor, true: Tensor) -> Tensor:
-    """Dice (L, n, Q) of every object (L, n, P) and query (L, Q, P)."""
+    """Dice (n, Q) of every object (n, P) and query (Q, P)."""
     probability = logits.sigmoid()
     overlap = true @ probability.mT
-    areas = probability.sum(-1)[:, None] + true.sum(-1)[..., None]
+    areas = probability.sum(-1) + true.sum(-1)[:, None]
     return 1 - (2 * overlap + 1) / (areas + 1)
