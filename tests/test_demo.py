@@ -25,7 +25,7 @@ def test_the_steps_and_what_they_need() -> None:
 
 def test_mistakes_are_told_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.main(["--set", "visft.seeed=1", "--out", str(tmp_path / "demo")]) == 2
-    assert "did you mean seed" in capsys.readouterr().err and not (tmp_path / "demo").exists()
+    assert "did you mean visft.seed?" in capsys.readouterr().err and not (tmp_path / "demo").exists()
 
 
 @pytest.mark.slow

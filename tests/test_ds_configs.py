@@ -28,9 +28,10 @@ def test_every_combination_resolves(stage: int, engine: str, model: str) -> None
     config = resolve(stage=stage, engine=engine, model=model)
     assert config.visft.stage == stage and config.visft.model.name == model
     assert config.visft.run.out == f"runs/stage{stage}-{model}"
-    assert derive_batches(config, 8).dp == 8 // config.pipeline_stages
+    batches = derive_batches(config, 8)
+    assert batches.dp == 8 // config.pipeline_stages
     precision = "bf16" if config.visft.model.precision == "auto" else config.visft.model.precision
-    assert not {"visft", "optimizer", "scheduler"} & deepspeed_dict(config, 8, precision).keys()
+    assert not {"visft", "optimizer", "scheduler"} & deepspeed_dict(config, batches, precision).keys()
 
 
 #: Recipes of the code published with the paper (https://github.com/TencentARC/ViSFT, projects/visft/configs
@@ -55,7 +56,8 @@ def test_stage_1_is_the_published_recipe() -> None:
     # One GPU of eight had one image of detection and segmentation, and 32 of captioning. DeepSpeed, which
     # knows one accumulation, is told of the largest stream, so that its own equation holds.
     for world, accumulation in ((1, 8), (8, 1)):
-        batches, told = derive_batches(config, world), deepspeed_dict(config, world, "bf16")
+        batches = derive_batches(config, world)
+        told = deepspeed_dict(config, batches, "bf16")
         assert dict(batches.micro) == {"detection": 1, "segmentation": 1, "captioning": 32}
         assert batches.accumulation == accumulation
         assert (told["train_batch_size"], told["train_micro_batch_size_per_gpu"]) == (256, 32)
@@ -138,9 +140,8 @@ def test_deepspeed_accepts_every_engine(engine: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config = resolve(stage=2, model="debug", engine=engine, settings=["gradient_clipping=0.25"])
-    parsed = DeepSpeedConfig(
-        deepspeed_dict(config, config.pipeline_stages, "fp32")
-    )  # one data-parallel process
+    batches = derive_batches(config, config.pipeline_stages)  # of one data-parallel process
+    parsed = DeepSpeedConfig(deepspeed_dict(config, batches, "fp32"))
     stage = 1 if engine == "pipeline" else int(engine[4])
     assert parsed.zero_optimization_stage == stage and parsed.gradient_clipping == 0.25
     assert parsed.train_batch_size == config.visft.tasks.enabled()["detection"].batch_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,3 +50,17 @@ def test_a_broken_kernel_fails_and_nothing_else_does(tmp_path: Path) -> None:
 def test_a_cpu_agrees_with_itself() -> None:
     code, words = cases(REPOSITORY)
     assert code == 0 and "is it right?" in words, words
+
+
+def test_every_path_of_a_gpu_names_a_file_and_a_case() -> None:
+    page = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = page.partition("## What only a GPU runs")[2].partition("\n## ")[0]
+    code = "".join(path.read_text() for path in (REPOSITORY / "tests/gpu").glob("test_*.py"))
+    rows = re.findall(r"^\| (?!path).+ \| (`.+`) \| (`.+`) \|$", section, re.MULTILINE)
+    assert len(rows) > 10
+    for where, cases in rows:
+        for name in re.findall(r"`(.+?)`", where):
+            package = REPOSITORY if name.startswith("ds_configs") else REPOSITORY / "visft_ds"
+            assert (package / name).exists(), name
+        for name in re.findall(r"`(.+?)`", cases):
+            assert f"def {name}(" in code, name

@@ -12,6 +12,7 @@ import pytest
 from tests.map_folder import bands, write_pair
 from tests.test_printed_commands import failures, of_output
 from visft_ds.config import ResolvedConfig
+from visft_ds.config.batches import derive_batches
 from visft_ds.config.flags import SMALL_DATA
 from visft_ds.data.shards import Manifest
 from visft_ds.prepare import settle as recipe
@@ -47,6 +48,18 @@ def test_photographs_alone_choose_the_recipe(shards: Path) -> None:
     reasons = {key: why for key, _, why in config.decisions}
     assert reasons["scheduler.params.total_num_steps"] == "the recipe for 12 photographs"
     assert "fewer than a batch of 16" in reasons["visft.shared.batch_size"]
+
+
+def test_a_smaller_batch_is_accumulated_as_often_as_the_others(shards: Path) -> None:
+    """Captions have batches of 256 in the published recipe; twelve images cannot be divided as eight can."""
+    sizes = {"detection": 8, "segmentation": 8, "captioning": 256}
+    words = ["--stage", "1", "--model", "debug", "--set", "visft.mode=sampled"]
+    for task, size in sizes.items():
+        words += ["--set", f"visft.tasks.{task}.batch_size={size}"]
+        words += ["--set", f"visft.tasks.{task}.micro_batch={1 if size == 8 else 32}"]
+    config = _resolved(shards, *words)
+    assert config.visft.streams()["captioning"].batch_size == 8
+    assert derive_batches(config, 1).accumulation == 8
 
 
 def test_flags_replace_what_the_recipe_chose(shards: Path) -> None:

@@ -104,11 +104,12 @@ def test_which_kernel_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
         kernel, why = packed_kernel(gpu, dtype, width)
         return f"{kernel}: {why}"
 
-    both = ("flash_attn", "flash_attn_interface")
+    both = ("flash_attn_2_cuda", "flash_attn_interface")
     try:
         assert chosen((9, 0), *both).startswith(f"{FLASH_3}: installed")
         assert chosen((8, 0), *both) == f"{FLASH_2}: installed; flash-attn 3 is not, or not for sm_80"
-        assert chosen((9, 0), "flash_attn").startswith(FLASH_2)
+        assert chosen((9, 0), "flash_attn_2_cuda").startswith(FLASH_2)
+        assert chosen((9, 0), "flash_attn").startswith(VARLEN), "the package of flash-attn 4"
         assert chosen((10, 0), "flash_attn_interface").startswith(VARLEN)
         assert chosen((8, 0), dtype=torch.float16, width=88) == f"{VARLEN}: flash-attn is not installed"
         assert "16 bits" in chosen((9, 0), *both, dtype=torch.float32)

@@ -290,7 +290,7 @@ def pretending() -> Iterator[Watch]:
             (distributed, "local_device", lambda: GPU),
         ):
             stack.enter_context(patch.object(owner, name, value))
-        stack.enter_context(patch.dict(sys.modules, {"flash_attn": None}))
+        stack.enter_context(patch.dict(sys.modules, {"flash_attn_2_cuda": None}))
         # Of hooks on saved tensors torch calls some with, some without the mode.
         checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
         stack.enter_context(patch.dict(checks, default=lambda tensor: tensor.shape))

@@ -27,7 +27,7 @@ def check(found: dict[str, Any], *parts: str) -> None:
     """One rank's steps of detection."""
     assert found["images"] == 2 and len(found["seconds"]) == 2 and min(found["seconds"]) > 0
     assert set(parts) <= found["parts"].keys() and all(found["parts"][part] > 0 for part in parts)
-    assert found["peak"] > sum(found["planned"].values()) > 0
+    assert 0.8 < found["peak"] / sum(found["planned"].values()) < 1.3  # both without libraries
     assert found["operations"] > 0 and found["mfu"] is None  # nobody states the peak of a CPU
 
 

@@ -198,8 +198,14 @@ def _charts(histories: Mapping[str, History]) -> list[dict[str, Any]]:
 
 def _points(history: History, name: str) -> tuple[list[float], list[float]]:
     """Steps and numbers of a name, without those that are no numbers."""
-    entries = [entry for entry in history if math.isfinite(entry.get(name, math.nan))]
-    return [entry["step"] for entry in entries], [float(entry[name]) for entry in entries]
+    steps = []
+    values = []
+    for entry in history:
+        value = float(entry.get(name, math.nan))  # infinity and NaN are recorded as texts
+        if math.isfinite(value):
+            steps.append(entry["step"])
+            values.append(value)
+    return steps, values
 
 
 def _chart(

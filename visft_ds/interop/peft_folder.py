@@ -120,11 +120,11 @@ def _by_pattern(patterns: Mapping[str, _Value] | None, layer: str, default: _Val
 
 def read_folder(folder: Path) -> Adapter:
     """The adapter in a folder. Raises ValueError for another content, and for values that are not finite."""
-    place = folder / CONFIG
-    if not place.is_file():
+    description = folder / CONFIG
+    if not description.is_file():
         raise ValueError(f"{folder}: no adapter in it, which has {CONFIG}: give RUN/export/adapter, or a run")
-    with reading(place, "a plain LoRA of PEFT"):
-        config = PeftConfig.model_validate_json(read_bytes(place, _MOST_BYTES))
+    with reading(description, "a plain LoRA of PEFT"):
+        config = PeftConfig.model_validate_json(read_bytes(description, _MOST_BYTES))
     path = folder / WEIGHTS
     if not path.is_file():
         raise ValueError(

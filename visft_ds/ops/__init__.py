@@ -129,6 +129,15 @@ def use_numerics(device: torch.device, *, tf32: bool = False, deterministic: boo
     torch.use_deterministic_algorithms(deterministic)
 
 
+def give_back_memory() -> None:
+    """Return to the system what this process has freed, which `use_numerics` keeps: what building a model
+    freed would add to the memory of its steps.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def gelu(x: Tensor) -> Tensor:
     """The exact GELU, x * Phi(x), for one layer alone to read: it is written over `x` where no gradient is
     needed, and else the gradient over that of the result, so that no second tensor as wide as the hidden

@@ -98,7 +98,7 @@ def packed_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> 
         return PLAIN, f"the kernels for packed images begin at sm_80, and this GPU is {gpu}"
     if major == 9 and find_spec("flash_attn_interface"):
         return FLASH_3, f"installed, and this GPU is {gpu}"
-    if find_spec("flash_attn"):
+    if find_spec("flash_attn_2_cuda"):  # flash-attn 4 has a package `flash_attn`, too
         return FLASH_2, f"installed; flash-attn 3 is not, or not for {gpu}"
     return VARLEN, "flash-attn is not installed"
 

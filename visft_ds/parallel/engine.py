@@ -30,6 +30,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.ops import give_back_memory
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.tasks.criterion import LossDenominators
@@ -345,4 +346,6 @@ def build_engine(
     if compile == "blocks":
         assert isinstance(module.backbone, EvaViT), "the configuration allows no other"
         module.backbone.compile_blocks()
+    if engine.device.type == "cpu":
+        give_back_memory()
     return engine

@@ -334,9 +334,15 @@ def _decide_sizes(draft: Draft, sets: Mapping[str, TrainingSet], processes: int)
     _decide_classes(draft, next(iter(sets.values())).manifest)
     visft = draft.recipe.visft
     dp = max(1, processes // (draft.recipe.pipeline.stages if draft.recipe.pipeline else 1))
-    for stream in visft.streams().values():
+    streams = visft.streams()
+    for name, stream in streams.items():
         images = min(len(plan.samples) for plan in samples_of(visft, stream, sets).values())
-        smaller = images // dp * dp
+        # All tasks are accumulated equally often, so a size that the others' does not divide would force
+        # large micro-batches on them.
+        unit = math.gcd(*(other.batch_size for key, other in streams.items() if key != name))
+        if not 0 < unit <= images:
+            unit = dp
+        smaller = images // unit * unit
         if images < stream.batch_size and smaller:
             why = f"the data has {images} images, fewer than a batch of {stream.batch_size}"
             draft.decide({f"{stream.key}.batch_size": smaller}, why, over_user=True)

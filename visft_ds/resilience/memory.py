@@ -44,6 +44,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
+def memory_before(device: torch.device) -> int:
+    """Bytes that `peak_memory` counts before this process has a model: on a CPU those of libraries."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
 def host_memory() -> int:
     """Bytes of memory of this machine, or the limit of its control group (version 2) or one around it.
 

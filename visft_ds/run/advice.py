@@ -92,7 +92,8 @@ def _without_validation(config: VisftConfig, data: RunData) -> tuple[str, str] |
     return (
         f"no validation split {root}/{split} (there: {others}; visft.data.val names it)",
         ", so nothing will show whether the run memorises: "
-        "`visft shards FOLDER --val 0.2` splits a fifth of the images off",
+        "`visft shards FOLDER --val 0.2` splits a fifth of the images off; of tars that were indexed, "
+        "index others with --split val",
     )
 
 

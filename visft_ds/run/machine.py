@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Keys of ZeRO that the schema has checked; any other is checked by DeepSpeed itself, which takes seconds.
 _CHECKED_KEYS = {"stage", "reduce_bucket_size"}
+#: Bytes that a process which trains on a CPU holds before it has a model, nearly all of it libraries.
+_PROCESS_MEMORY = 950_000_000
 _CHECKPOINTING = "visft.model.activation_checkpointing"
 
 
@@ -97,7 +99,7 @@ def memory_of(device: torch.device) -> int:
 
     if device.type == "cuda":
         return int(MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory)
-    return int(0.8 * host_memory()) // distributed.processes_here()
+    return int(0.8 * host_memory()) // distributed.processes_here() - _PROCESS_MEMORY
 
 
 def settle_checkpointing(
