@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.map_folder import bands, write_pair
 from tests.test_printed_commands import failures, of_output
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.batches import derive_batches
@@ -17,9 +18,12 @@ from visft_ds.data.shards import Manifest
 from visft_ds.prepare import settle as recipe
 from visft_ds.prepare.inputs import missing_inputs
 from visft_ds.prepare.settle import settle
+from visft_ds.randomness import generator
 from visft_ds.run import report
 from visft_ds.run.advice import next_commands
 from visft_ds.run.record import write_run
+from visft_ds.shards.cli import main as make_shards
+from visft_ds.tasks.transform import geometry_of
 
 
 def _resolved(shards: Path, *flags: str) -> ResolvedConfig:
@@ -135,6 +139,34 @@ def test_other_backbones_are_read_where_a_cell_is_16_pixels(
     visft = _resolved(shards, "--backbone", f"timm:{name}").visft
     assert visft.model.out_indices == layers
     assert visft.shared is not None and visft.shared.image.fixed_size == side
+
+
+@pytest.mark.parametrize(
+    ("size", "side"), [((480, 360), 480), ((40, 64), 320), ((1200, 1920), 640)], ids=["own", "tiny", "large"]
+)
+def test_label_maps_are_learnt_from_whole_photographs_in_their_own_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], side: int
+) -> None:
+    """And stage 2 sees them alike."""
+    monkeypatch.chdir(tmp_path)
+    width, height = size
+    for split in ("train", "val"):
+        path = f"{split}/a.png"
+        write_pair(tmp_path / "mine/images" / path, tmp_path / "mine/labels" / path, bands(0, height, width))
+    (tmp_path / "mine/classes.txt").write_text("sky\nmeadow\nhouse\n")
+    assert make_shards(["mine"]) == 0
+    first = _first_stage().visft
+    second = settle(["--stage", "2", "--data", "mine-shards"]).config.visft
+    for visft in (first, second):
+        assert visft.model.out_indices == (2, 4, 6)
+        geometry = geometry_of(visft.streams()["shared"])
+        (scaled,) = geometry.draw((height, width), False, generator(0))
+        assert (max(scaled.height, scaled.width), scaled.height / scaled.width) == (
+            side,
+            pytest.approx(height / width, abs=0.01),
+        )
+    vit = settle(["--data", "mine-shards", "--backbone", "timm:vit_small_patch14_dinov2"]).config.visft
+    assert vit.model.out_indices == (2, 5, 8, 11)
 
 
 def test_a_detr_for_few_photographs_is_warned_of(

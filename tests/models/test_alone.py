@@ -208,7 +208,9 @@ def test_windows_are_those_of_each_image_alone() -> None:
     head = TASKS["semantic"].build_head(
         backbone.shapes, TASKS["semantic"].settings("head", {"num_classes": 3}), None
     )
-    torch.nn.init.normal_(head.get_parameter("classifier.weight"), generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(
+        head.get_parameter("classifiers.0.weight"), generator=torch.Generator().manual_seed(0)
+    )
     module = model(backbone, {"semantic": head})
 
     def maps(chosen: list[Sample]) -> list[Any]:

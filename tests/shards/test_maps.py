@@ -72,10 +72,9 @@ def test_layouts(
         len(known) == 19 and known[0] == "road" and known[-1] == "bicycle"
     )
     assert manifest.index["num_annotations"].sum() == regions
-    config = settle(["--data", str(shards)]).config  # the command that it prints
-    assert (
-        list(config.visft.tasks.enabled()) == ["semantic"] and config.visft.run.keep_best == "semantic/mIoU"
-    )
+    visft = settle(["--data", str(shards)]).config.visft  # the command that it prints
+    assert list(visft.tasks.enabled()) == ["semantic"] and visft.run.keep_best == "semantic/mIoU"
+    assert visft.model.out_indices == (2, 4, 6)
 
 
 def test_nothing_of_a_map_is_lost(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from visft_ds.data.transforms import Crop, Flip, Op, Pad, Size, final_size
 from visft_ds.randomness import generator
 from visft_ds.shards.cli import main as make_shards
 from visft_ds.tasks import TASKS
+from visft_ds.tasks.channels import measure_channels
 from visft_ds.tasks.masks.data import MaskTargets, mask_targets
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.rasters import decode_mask
@@ -124,6 +125,19 @@ def test_the_head_starts_small_and_sees_a_cell_alone() -> None:
 
     whole, part = logits(fine, coarse), logits(fine[:1, :, 1:3, 2:6], same[:1, :, 1:3, 2:6])
     assert torch.allclose(whole[:1, :, 1:3, 2:6], part, atol=1e-6) and 0.02 < whole.std() < 0.1
+
+
+def test_the_head_norms_each_map_and_then_adds_their_scores() -> None:
+    """As a batch norm of DINOv3's would with the same numbers, before a convolution on the joined maps."""
+    head = LinearHead([16, 8], SemanticHeadConfig(num_classes=CLASSES)).eval()
+    torch.nn.init.normal_(head.bias)
+    maps = [3 + 2 * torch.randn(2, 16, 8, 12), 5 * torch.randn(2, 8, 4, 6) - 1]
+    read = tuple(Map(map_, torch.ones(2, *map_.shape[2:], dtype=torch.bool)) for map_ in maps)
+    measure_channels([head], head, [read], lambda value: value)
+    normed = [F.batch_norm(map_, None, None, training=True) for map_ in maps]
+    joined = torch.cat((normed[0], F.interpolate(normed[1], (8, 12), mode="bilinear")), dim=1)
+    weight = torch.cat([classifier.weight for classifier in head.classifiers], dim=1)
+    assert torch.allclose(head(read).logits, F.conv2d(joined, weight, head.bias), atol=1e-5)
 
 
 def test_results_are_the_class_that_torch_s_interpolation_makes_the_most_probable() -> None:
@@ -310,9 +324,7 @@ def test_the_whole_way(tmp_path: Path, head: dict[str, object], how: str) -> Non
 @ON_PHOTOS
 @pytest.mark.parametrize(("head", "steps", "least"), [("linear", 400, 0.48), ("plain", 300, 0.8)])
 def test_photographs_are_learnt_by_heart(tmp_path: Path, head: str, steps: int, least: float) -> None:
-    """Label maps of the objects of COCO's at 224 pixels, by a linear head on one map, or by a plain one on
-    three.
-    """
+    """Label maps of the objects of COCO's at 224 pixels, by a linear head or a plain one on three maps."""
     content = json.loads((PHOTOS / "annotations/instances_train2017.json").read_text())
     used = sorted({one["category_id"] for one in content["annotations"]})
     for image in content["images"]:
@@ -341,7 +353,6 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path, head: str, steps: int, 
     else:
         options = {"type": "plain", "num_queries": 40, "hidden_dim": 64, "num_heads": 4, "blocks": 3}
         settings |= {"visft.tasks.semantic.head": options, "visft.tasks.semantic.loss.train_num_points": 512}
-        settings |= {"visft.model.out_indices": [2, 4, 6]}
     settings |= {"visft.param_groups": [{"name": "heads", "params": "heads.*", "lr": 3e-3}]}
     fit(data=tmp_path / "data-shards", out=tmp_path / "run", settings=settings)
     assert evaluate(tmp_path / "run", split="train", visualizations=0).metrics["semantic/mIoU"] > least

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -318,11 +319,15 @@ def _print_results(
     subject: _Subject, metrics: Mapping[str, float], tasks: Iterable[str], seconds: float, folder: Path
 ) -> None:
     rows = []
+    by_category = defaultdict[str, list[str]](list)
     for name, value in metrics.items():
-        if name.count("/") > 1:  # the number of a category
-            continue
-        # -1 is COCO's mark for "there is nothing of this kind".
-        rows.append((name, "no such objects" if value < 0 else f"{value:.4f}"))
+        task, metric, *category = name.split("/", 2)
+        if not category:
+            # -1 is COCO's mark for "there is nothing of this kind".
+            rows.append((name, "no such objects" if value < 0 else f"{value:.4f}"))
+        elif value >= 0:
+            by_category[f"{task}/{metric}"].append(f"{category[0]} {value:.2f}")
+    rows += [(f"{name} by class", ", ".join(values)) for name, values in by_category.items()]
     rows += [(name.replace("_", " "), str(value)) for name, value in subject.task_facts.items()]
     files = [*(_results_file(task) for task in tasks), METRICS, f"{VISUALIZATIONS}/"]
     rows += [("images/s", f"{subject.images / seconds:.1f}"), ("written", f"{folder}: {', '.join(files)}")]

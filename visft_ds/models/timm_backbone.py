@@ -10,6 +10,7 @@ Letters: B images, H W pixels, h w feature grid, D width, P tokens in front of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -373,3 +374,15 @@ def fine_maps(name: str) -> tuple[dict[int, int], int]:
             if stride <= cell:
                 numbers[cell] = ends.index(block)
     return numbers, 320
+
+
+def scene_maps(name: str) -> list[int]:
+    """Numbers of the blocks for a head of label maps: the last ones of strides 8, 16 and 32, and of a plain
+    ViT, all of whose maps have one stride, the ends of its quarters.
+    """
+    backbone = build_timm(name, device="meta")
+    ends = backbone.ends()
+    if backbone.patch is not None:
+        return sorted({math.ceil(len(ends) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)})
+    strides = {int(info["reduction"]): str(info["module"]) for info in getattr(backbone, "feature_info", ())}
+    return [ends.index(module) for stride, module in strides.items() if 8 <= stride <= 32]

@@ -47,6 +47,12 @@ FINE_VIEWS = 6
 FINE_BATCH = 4
 #: Block of lite0 whose map has cells of FINE_CELL.
 LITE0_FINE = 2
+#: Of photographs with label maps: blocks of lite0 of strides 8, 16 and 32, smallest and largest long side,
+#: views (as it is, and mirrored) and batch.
+SCENE_BLOCKS = [2, 4, 6]
+SCENE_SIDES = (320, LONGEST)
+SCENE_VIEWS = 2
+SCENE_BATCH = 8
 #: Photographs whose features are kept: those of all views are 1 MB each.
 MOST_KEPT = 2000
 #: Sides of a zoom's window: a caption may name what a small one cuts off.
@@ -88,6 +94,8 @@ def settle(words: Sequence[str] | None = None, processes: int = 1) -> Settled:
     if options.epochs is not None:
         _decide_length(draft, options.epochs, images)
     if merged.model == SMALL_DATA and manifests:
+        if merged.first is None and list(draft.recipe.visft.tasks.enabled()) == ["semantic"]:
+            _decide_for_label_maps(draft, merged, list(manifests.values()))
         if draft.recipe.visft.stage == 1 and fine_block is not None:
             _decide_by_objects(draft, list(manifests.values()), fine_block)
         _decide_for_few(draft, images)
@@ -156,6 +164,28 @@ def _decide_by_backbone(draft: Draft, merged: Merged) -> int | None:
     if draft.recipe.visft.stage == 2:
         draft.decide({"visft.lora.targets": lora_targets(preset)}, f"the layers of {preset}")
     return blocks.get(FINE_CELL)
+
+
+def _decide_for_label_maps(draft: Draft, merged: Merged, manifests: Sequence[Manifest]) -> None:
+    """Several maps, fine and coarse, and whole photographs in their own shape and about their own size."""
+    long_sides = []
+    for manifest in manifests:
+        long_sides.append(np.maximum(manifest.index["height"], manifest.index["width"]))
+    side = np.median(np.concatenate(long_sides)).clip(*SCENE_SIDES)
+    values: dict[str, Any] = {
+        "visft.shared.batch_size": SCENE_BATCH,
+        "visft.shared.image.fixed_size": round(float(side)),
+        "visft.shared.image.keep_shape": True,
+        "visft.shared.image.zoom": None,
+    }
+    preset = draft.recipe.visft.model.preset
+    if "visft.model.preset" not in merged.backbone:
+        values["visft.model.out_indices"] = SCENE_BLOCKS
+    elif preset.startswith(TIMM):
+        from visft_ds.models.timm_backbone import scene_maps  # imports torch and timm, which costs seconds
+
+        values["visft.model.out_indices"] = scene_maps(preset.removeprefix(TIMM))
+    draft.decide(values, "the recipe for label maps")
 
 
 def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
@@ -285,6 +315,8 @@ def _decide_for_few(draft: Draft, images: int) -> None:
             steps = max(STEPS, math.ceil(PASSES * images / stream.batch_size))
             values["scheduler.params.total_num_steps"] = steps
         values["visft.features.views"] = FINE_VIEWS if stream.image.get("keep_shape") else VIEWS
+        if tasks.keys() == {"semantic"}:
+            values["visft.features.views"] = SCENE_VIEWS
         values["visft.features.cache"] = f"{visft.run.out}/features" if images <= MOST_KEPT else None
         if "captioning" in tasks:
             values["visft.shared.image.zoom"] = ZOOM_WITH_CAPTIONS

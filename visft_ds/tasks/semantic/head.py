@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,30 +33,35 @@ class SemanticOutput:
 
 
 class LinearHead(nn.Module):
-    """A linear function of each cell of all maps, which are brought to the largest grid.
+    """A linear function of each cell of all maps, on the largest grid.
 
-    DINOv3's has a batch norm in front, whose means would depend on how a batch is divided.
+    Scores of the coarser maps are interpolated, not their features: a linear function and an interpolation
+    may change places. DINOv3's head has a batch norm in front, whose means would depend on how a batch is
+    divided.
     """
 
     def __init__(self, widths: Sequence[int], options: SemanticHeadConfig) -> None:
         super().__init__()
-        self.channels = Channels(sum(widths))
+        self.channels = nn.ModuleList(Channels(width) for width in widths)
         self.dropout = nn.Dropout2d(options.dropout)
-        self.classifier = nn.Conv2d(sum(widths), options.num_classes, 1)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        self.classifier.bias = nn.Parameter(torch.zeros(options.num_classes))
+        self.classifiers = nn.ModuleList()
+        for width in widths:
+            classifier = nn.Conv2d(width, options.num_classes, 1, bias=False)
+            nn.init.normal_(classifier.weight, std=0.01)
+            self.classifiers.append(classifier)
+        self.bias = nn.Parameter(torch.zeros(options.num_classes))
 
     def forward(self, maps: Sequence[Map]) -> SemanticOutput:
         """Logits on the largest grid."""
         grid = max((level.features.shape[2:] for level in maps), key=math.prod)
-        features = []
-        for level in maps:
-            fits = level.features.shape[2:] == grid
-            features.append(level.features if fits else level.resized(grid))
-        x = torch.cat(features, dim=1)
-        x = self.channels(x.movedim(1, -1)).movedim(-1, 1)
-        logits = self.classifier(self.dropout(x))
-        return SemanticOutput(at_least_float32(logits))
+        logits = self.bias[:, None, None]
+        for level, channels, classifier in zip(maps, self.channels, self.classifiers, strict=True):
+            normed = channels(level.features.movedim(1, -1)).movedim(-1, 1)
+            scores = at_least_float32(classifier(self.dropout(normed)))
+            if scores.shape[2:] != grid:
+                scores = replace(level, features=scores).resized(grid)
+            logits = logits + scores
+        return SemanticOutput(logits)
 
 
 class SemanticCriterion:
