@@ -29,7 +29,7 @@ _SHOWN = ("detection", "segmentation", "captioning")  #: tasks with an attribute
 
 @dataclass(frozen=True, eq=False)
 class Instance:
-    """One object of an image.
+    """Object of an image.
 
     Example:
         >>> instance = visft_ds.load("runs/stage2").predict("dog.jpg", threshold=0).masks[0]
@@ -61,7 +61,7 @@ class Objects:
     @overload
     def __getitem__(self, index: slice | npt.NDArray[Any] | Sequence[Any]) -> Self: ...
     def __getitem__(self, index: Any) -> Instance | Self:
-        """One object as an `Instance`, or those that a slice, numbers or n booleans choose, as of an array.
+        """Object as an `Instance`, or those that a slice, numbers or n booleans choose, as of an array.
 
         Raises IndexError for anything else, and beyond the last object.
         """

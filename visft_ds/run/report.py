@@ -162,7 +162,7 @@ def _model(
 
 
 def _attention(config: ResolvedConfig, machine: Machine, backbone: Backbone) -> list[tuple[str, str]]:
-    """What computes the attention of EVA, and why; models of timm have their own."""
+    """Row that names what computes EVA's attention, and why; timm's models have their own."""
     if not isinstance(backbone, EvaViT):
         return []
     if all(stream.alike() for stream in config.visft.streams().values()):
