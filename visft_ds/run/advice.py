@@ -160,7 +160,7 @@ def _remedy(manifest: Manifest, stream: Stream, seen: float, cell: int) -> str:
         needed *= fixed / seen
     side = math.ceil(needed / _SIDE_STEP) * _SIDE_STEP
     if side > _LARGEST_SIDE:
-        return f"nine of ten would have a cell at {side} px only: cut the images into parts"
+        return f"nine of ten would have a cell at {side} px only: cut the images into tiles (--tile 640)"
     if fixed:
         return f"give larger images (--set {stream.key}.image.fixed_size={side})"
     return f"give larger images ({side} px where {seen:.0f} are seen now; {stream.key}.image)"
@@ -174,9 +174,13 @@ def _seen_side(manifest: Manifest, stream: Stream) -> float:
     geometry = geometry_of(stream)
     sides = list[float]()
     for size in zip(index["height"].tolist(), index["width"].tolist(), strict=True):
-        ops = geometry.draw(size, False, generator(0))
+        shown = size
+        if stream.tiles is not None:
+            _, _, *shown = stream.tiles.windows(*size)[0]
+        ops = geometry.draw(tuple(shown), False, generator(0))
         inside = [op for op in ops if not (isinstance(op, Pad) and op.outside)]
-        sides.append(math.sqrt(math.prod(final_size(size, inside))))
+        scale = math.sqrt(math.prod(final_size(tuple(shown), inside)) / math.prod(shown))
+        sides.append(scale * math.sqrt(math.prod(size)))
     return float(np.median(sides))
 
 

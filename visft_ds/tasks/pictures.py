@@ -26,6 +26,7 @@ _TITLE = 17  # size of the letters of a title, pixels
 _HEADER = _TITLE + 9  # height of a title with the space around it, pixels
 _GAP = 12  # between panels, pixels
 _OPACITY = 0.5  # of a mask
+_FINEST = 16  # pixels of an image, along a side, for one of its picture
 
 
 def palette(names: Sequence[str]) -> dict[str, Colour]:
@@ -206,8 +207,13 @@ def grid(pictures: Sequence[Picture], *, columns: int = 2) -> Picture:
 
 
 def scaled(image: Picture, side: int) -> Image.Image:
-    """The image with its longer side at `side` pixels, the shorter in proportion and at least one pixel."""
+    """The image with its longer side at `side` pixels, the shorter in proportion and at least one pixel.
+
+    Of a very large one only some pixels are looked at: a copy may not fit into the memory.
+    """
     height, width, _ = image.shape
+    step = max(1, max(height, width) // (_FINEST * side))
+    image = np.ascontiguousarray(image[::step, ::step])
     scale = side / max(height, width)
     width = max(1, round(width * scale))
     height = max(1, round(height * scale))
