@@ -70,7 +70,7 @@ def predict(
         "precision": loaded.precision,
         "threshold": threshold,
         "image size": model["image_size"],
-        "tiles": tiles,
+        "tiles": None if tiles is None else list(tiles),
         "changed last": {name: _changed_last(Path(model[name])) for name in _FILES if model[name]},
     }
     done = _continued(out / LINES, settings)

@@ -279,7 +279,10 @@ class Model:
 
         Raises ValueError for what is neither a side nor "none", and for tasks that need whole images.
         """
-        of_run = next(iter(self._streams.values())).tiles
+        of_streams = {stream.tiles for stream in self._streams.values()}
+        of_run = next((tiles for tiles in of_streams if tiles is not None), None)
+        if tile is None and len(of_streams) > 1:
+            raise ValueError("some tasks of the run were trained on tiles, some not: give some of --tasks")
         if tile is None:
             return of_run
         if tile == "none":
