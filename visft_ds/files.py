@@ -283,7 +283,7 @@ def mapped_image(path: Path, most: int) -> npt.NDArray[np.uint8] | None:
         parts = image.tile if image.format == "TIFF" and image.mode == "RGB" else []
         end = parts[0].offset if parts else -1
         for part in parts:
-            left, top, right, bottom = part.extents
+            left, top, right, bottom = part.extents or (0, 0, 0, 0)
             is_plain = part.codec_name == "raw" and _raw_mode(part) == "RGB"
             if not is_plain or (left, right, part.offset) != (0, image.width, end):
                 return None
@@ -303,7 +303,8 @@ def _opened(
     with reading(name, "a picture (JPEG, PNG, WebP, BMP, GIF or TIFF)"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about EXIF and metadata that are odd; damaged pixels are errors
         try:
-            opened = Image.open(file, formats=FORMATS)
+            with _pillow_allows(most):
+                opened = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
             file.seek(0)
             start = file.read(12)
@@ -312,6 +313,18 @@ def _opened(
             if not 0 < image.width * image.height <= most:
                 raise ValueError(f"{image.width} x {image.height} pixels; allowed are 1 to {most:,} in all")
             yield image
+
+
+@contextmanager
+def _pillow_allows(pixels: int) -> Iterator[None]:
+    """Let Pillow open pictures of so many pixels, which refuses twice 89 million."""
+    before = Image.MAX_IMAGE_PIXELS
+    if before is not None:
+        Image.MAX_IMAGE_PIXELS = max(before, pixels)
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -20,7 +20,7 @@ from visft_ds.files import MAX_PIXELS
 from visft_ds.flags import check_options, speaking_python
 from visft_ds.model import normalise_pixels
 from visft_ds.ops import DTYPES, at_least_float32
-from visft_ds.predict.images import MOST_IN_TILES, ImageInMemory, ImageInput, OpenedImage, opened
+from visft_ds.predict.images import MOST_IN_TILES, ImageInMemory, ImageInput, OpenedImage, opened, release
 from visft_ds.predict.loading import LoadedModel, ModelSource, source_of
 from visft_ds.predict.results import Prediction
 from visft_ds.prepare.model import choose_precision
@@ -322,6 +322,7 @@ class Model:
                 samples.append(sample)
             for task, results in self._results(samples, threshold).items():
                 by_task[task] += [result for result in results if _confidence(result) >= 0]
+            release(image.pixels)
         whole = {task: merged(results, windows, (height, width)) for task, results in by_task.items()}
         return Prediction(image.pixels, image.path, self.categories, whole)
 

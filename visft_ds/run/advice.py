@@ -176,11 +176,12 @@ def _seen_side(manifest: Manifest, stream: Stream) -> float:
     for size in zip(index["height"].tolist(), index["width"].tolist(), strict=True):
         shown = size
         if stream.tiles is not None:
-            _, _, *shown = stream.tiles.windows(*size)[0]
-        ops = geometry.draw(tuple(shown), False, generator(0))
+            window = stream.tiles.windows(*size)[0]
+            shown = window.height, window.width
+        ops = geometry.draw(shown, False, generator(0))
         inside = [op for op in ops if not (isinstance(op, Pad) and op.outside)]
-        scale = math.sqrt(math.prod(final_size(tuple(shown), inside)) / math.prod(shown))
-        sides.append(scale * math.sqrt(math.prod(size)))
+        pixels = math.prod(final_size(shown, inside)) * math.prod(size) / math.prod(shown)
+        sides.append(math.sqrt(pixels))
     return float(np.median(sides))
 
 

@@ -26,7 +26,7 @@ _TITLE = 17  # size of the letters of a title, pixels
 _HEADER = _TITLE + 9  # height of a title with the space around it, pixels
 _GAP = 12  # between panels, pixels
 _OPACITY = 0.5  # of a mask
-_FINEST = 16  # pixels of an image, along a side, for one of its picture
+_FINEST = 8  # pixels of an image, along a side, for one of its picture
 
 
 def palette(names: Sequence[str]) -> dict[str, Colour]:

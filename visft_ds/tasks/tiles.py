@@ -113,8 +113,7 @@ def _within(boxes: Corners, tiles: Corners, picture: Corners, margin: float) -> 
     """True for boxes that end at least a margin before each border of a tile, but those of the picture."""
     is_low = (boxes[..., :2] >= tiles[..., :2] + margin) | (tiles[..., :2] <= picture[:2])
     is_high = (boxes[..., 2:] <= tiles[..., 2:] - margin) | (tiles[..., 2:] >= picture[2:])
-    inside: npt.NDArray[np.bool_] = (is_low & is_high).all(axis=-1)
-    return inside
+    return np.asarray((is_low & is_high).all(axis=-1))
 
 
 def _intersection(first: Corners, second: Corners) -> Corners:
