@@ -8,6 +8,7 @@ such a name, a link to another disk among it, is followed. Letters: H W pixels.
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import re
 import stat
@@ -292,6 +293,15 @@ def mapped_image(path: Path, most: int) -> npt.NDArray[np.uint8] | None:
             return None
         shape = (image.height, image.width, 3)
         return np.memmap(path, np.uint8, "r", parts[0].offset, shape)
+
+
+def release(pixels: npt.NDArray[np.uint8]) -> None:
+    """Give back the memory of the file that pixels are read from; who looks at them reads them again."""
+    base: object = pixels
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager

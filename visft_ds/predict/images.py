@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import io
-import mmap
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -167,15 +166,6 @@ def _large_image(path: Path, format_name: str, most: int) -> Pixels:
         with reading(path, "a picture"):
             return decode_image(read_bytes(path), most)
     return np.asarray(open_image(path, upright=False, most=most))
-
-
-def release(pixels: Pixels) -> None:
-    """Give back the memory of the file that pixels are read from; who looks at them reads them again."""
-    base: object = pixels
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap):
-        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:

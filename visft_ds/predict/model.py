@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from visft_ds import distributed
 from visft_ds.data.samples import RawSample
-from visft_ds.files import MAX_PIXELS
+from visft_ds.files import MAX_PIXELS, release
 from visft_ds.flags import check_options, speaking_python
 from visft_ds.model import normalise_pixels
 from visft_ds.ops import DTYPES, at_least_float32
-from visft_ds.predict.images import MOST_IN_TILES, ImageInMemory, ImageInput, OpenedImage, opened, release
+from visft_ds.predict.images import MOST_IN_TILES, ImageInMemory, ImageInput, OpenedImage, opened
 from visft_ds.predict.loading import LoadedModel, ModelSource, source_of
 from visft_ds.predict.results import Prediction
 from visft_ds.prepare.model import choose_precision

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from visft_ds.files import release
+
 Picture = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Colour = tuple[int, int, int]
@@ -26,6 +28,7 @@ _TITLE = 17  # size of the letters of a title, pixels
 _HEADER = _TITLE + 9  # height of a title with the space around it, pixels
 _GAP = 12  # between panels, pixels
 _OPACITY = 0.5  # of a mask
+_ROWS = 256  # of its pixels that are looked at together
 _FINEST = 8  # pixels of an image, along a side, for one of its picture
 
 
@@ -213,7 +216,12 @@ def scaled(image: Picture, side: int) -> Image.Image:
     """
     height, width, _ = image.shape
     step = max(1, max(height, width) // (_FINEST * side))
-    image = np.ascontiguousarray(image[::step, ::step])
+    if step > 1:
+        parts = []
+        for top in range(0, height, _ROWS * step):
+            parts.append(image[top : top + _ROWS * step : step, ::step].copy())
+            release(image)
+        image = np.concatenate(parts)
     scale = side / max(height, width)
     width = max(1, round(width * scale))
     height = max(1, round(height * scale))
