@@ -13,7 +13,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -61,16 +61,13 @@ _REASONS = {
     "modules_to_save": "it has whole layers, too",
 }
 _Value = TypeVar("_Value")
-#: A pattern without repetition or choice: it is compared in no time.
-_PLAIN = re.compile(r"\^?(?:[\w.-]|\\\W)*\$?")
 #: The first pattern that a layer's name ends with, as peft.utils.other.get_pattern_key finds it.
 _FIRST = """
 import json, re, sys
 patterns, layers = json.load(sys.stdin)
-keys = {}
-for layer in layers:
-    keys[layer] = next((key for key in patterns if re.match(rf"(.*\\.)?({key})$", layer)), None)
-json.dump(keys, sys.stdout)
+ends = [(pattern, re.compile(rf"(.*\\.)?({pattern})$")) for pattern in patterns]
+first = [next((pattern for pattern, end in ends if end.match(layer)), None) for layer in layers]
+json.dump(first, sys.stdout)
 """
 _MOST_SECONDS = 20  #: that all patterns of a folder may take
 
@@ -111,54 +108,31 @@ class PeftConfig(StrictModel):
                 yield key, f"{json.dumps(value)[:40]}: {reason}; {_WAY_OUT}"
                 return
 
-    def ranks(self, layers: Iterable[str]) -> dict[str, int]:
-        """Rank of each layer. Raises ValueError as `_by_pattern`."""
-        return _by_pattern("rank_pattern", self.rank_pattern, layers, self.r)
-
-    def alphas(self, layers: Iterable[str]) -> dict[str, float]:
-        """Alpha of each layer. Raises ValueError as `_by_pattern`."""
-        return _by_pattern("alpha_pattern", self.alpha_pattern, layers, self.lora_alpha)
-
     def scale(self, alpha: float, rank: int) -> float:
         """Factor of B A; of rsLoRA (https://arxiv.org/abs/2312.03732) it falls with the root of the rank."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def _by_pattern(
-    what: str, patterns: Mapping[str, _Value] | None, layers: Iterable[str], default: _Value
-) -> dict[str, _Value]:
+    key: str, patterns: Mapping[str, _Value] | None, layers: Sequence[str], default: _Value
+) -> list[_Value]:
     """The value of each layer: that of the first pattern which its name ends with.
 
     Regular expressions of a foreign file may take forever: a process that can be ended compares them. Raises
-    ValueError for one that is no regular expression, and for some that take too long.
+    ValueError for those that take too long, or are none.
     """
-    keys = _first_patterns(what, [*(patterns or {})], [*layers])
-    values = {}
-    for layer, key in keys.items():
-        values[layer] = default if patterns is None or key is None else patterns[key]
-    return values
-
-
-def _first_patterns(what: str, patterns: Sequence[str], layers: Sequence[str]) -> dict[str, str | None]:
-    """The first pattern that the name of each layer ends with."""
-    if all(_PLAIN.fullmatch(pattern) for pattern in patterns):
-        ends = {pattern: re.compile(rf"(.*\.)?({pattern})$") for pattern in patterns}
-        keys: dict[str, str | None] = {}
-        for layer in layers:
-            keys[layer] = next((key for key, end in ends.items() if end.match(layer)), None)
-        return keys
-    command = [sys.executable, "-I", "-c", _FIRST]
-    content = json.dumps([patterns, layers])
+    if not patterns:
+        return [default] * len(layers)
+    command = [sys.executable, "-I", "-S", "-c", _FIRST]
+    content = json.dumps([list(patterns), layers])
     try:
         done = subprocess.run(command, input=content, capture_output=True, text=True, timeout=_MOST_SECONDS)
     except subprocess.TimeoutExpired as error:
-        remedy = "write names of layers there"
-        raise ValueError(f"{what}: its patterns took {_MOST_SECONDS} s; {remedy}, or {_WAY_OUT}") from error
+        remedy = f"write names of layers there, or {_WAY_OUT}"
+        raise ValueError(f"{key}: its patterns took {_MOST_SECONDS} s; {remedy}") from error
     if done.returncode:
-        problem = done.stderr.strip().rpartition("\n")[2]
-        raise ValueError(f"{what}: a pattern is no regular expression: {problem}")
-    found: dict[str, str | None] = json.loads(done.stdout)
-    return found
+        raise ValueError(f"{key}: {done.stderr.strip().splitlines()[-1]}")
+    return [default if first is None else patterns[first] for first in json.loads(done.stdout)]
 
 
 def read_folder(folder: Path) -> Adapter:
@@ -179,14 +153,14 @@ def read_folder(folder: Path) -> Adapter:
         if _HEADER in file.metadata:
             stored = StoredAdapter.model_validate_json(file.metadata[_HEADER])
         layers = _layers_in(file, config, stored)
-        ranks = config.ranks(layers)
-        alphas = config.alphas(layers)
-        rank = max(ranks[layer] // len(slices) for layer, (_, slices) in layers.items())
+        alphas = _by_pattern("alpha_pattern", config.alpha_pattern, [*layers], config.lora_alpha)
+        factors = {layer: _factors(file, layer, slices) for layer, (_, slices) in layers.items()}
+        rank = max(b.shape[1] for _, b in factors.values())
         scale = config.scale(config.lora_alpha, config.r)
         tensors = {}
-        for layer, (_, slices) in layers.items():
-            a, b = _factors(file, layer, slices)
-            factor = config.scale(alphas[layer], ranks[layer]) / scale
+        for (layer, (a, b)), alpha in zip(factors.items(), alphas, strict=True):
+            slices = layers[layer][1]
+            factor = config.scale(alpha, len(a)) / scale
             if not math.isclose(factor, 1, rel_tol=1e-12):
                 b *= factor
             # Zeros in both factors stay zeros in training: nothing is added to what the layer can learn.
@@ -227,7 +201,8 @@ def _layers_in(
     if stored is not None:
         names = [*stored.slices]  # in the order of the model
     layers = {}
-    for layer, rank in config.ranks(names).items():
+    ranks = _by_pattern("rank_pattern", config.rank_pattern, names, config.r)
+    for layer, rank in zip(names, ranks, strict=True):
         a = file.get(f"{_PREFIX}{layer}.lora_A.weight")
         b = file.get(f"{_PREFIX}{layer}.lora_B.weight")
         if a is None or b is None:
