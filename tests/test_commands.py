@@ -202,5 +202,5 @@ def test_a_run_is_named_by_one_flag_in_every_command(
     monkeypatch.setattr(
         "visft_ds.merge.command.merge_files", lambda flags: merged.extend(flags.adapters) or 0
     )
-    assert main(["merge", "a", "b", "--adapter", "c", "--out", "d"]) == 0
+    assert main(["merge", "a", "--run", "b", "--adapter", "c", "--out", "d"]) == 0
     assert merged == [Path("a"), Path("b"), Path("c")]

@@ -51,7 +51,7 @@ def test_wrong_arguments_are_refused_before_anything_slow_is_imported() -> None:
         ["evaluate", "--run", "nowhere", "--limit", "0"],
         ["evaluate"],
         ["report", "nowhere"],
-        ["merge", "nowhere", "--out", "merged.safetensors"],
+        ["merge", "--run", "nowhere", "--out", "merged.safetensors"],
         ["plan", "--cluster", "8xNothing"],
         ["profile", "--stage", "1", "--model", "nothing"],
         ["train", "--stage", "2", "--data", "nowhere"],

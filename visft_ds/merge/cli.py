@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from visft_ds import program
 from visft_ds.config.flags import DOWNLOAD_HELP
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--base", metavar="NAME|FILE", help="base weights (default: those of the run)")
     add("--download", action="store_true", help=DOWNLOAD_HELP)
     several = "of several the mean; of none, --base is converted"
+    adapters: dict[str, Any] = {"dest": "adapters", "type": Path, "action": "append", "default": []}
     add(
         "runs",
         nargs="*",
@@ -56,15 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUN",
         help=f"run, RUN/checkpoints/step_N or RUN/export; {several}",
     )
-    add(
-        "--adapter",
-        dest="adapters",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="adapter folder, also of PEFT, or ViSFT LoRA file; repeatable",
-    )
+    add("--run", metavar="RUN", help="the same as a flag; repeatable", **adapters)
+    add("--adapter", metavar="PATH", help="adapter folder, also of PEFT, or ViSFT LoRA file", **adapters)
     add("--scale", type=float, default=1.0, help="factor of the adapter's effect (%(default)s)")
     add("--out", type=Path, required=True, metavar="PATH", help="a new file, or a new folder (no suffix)")
     form = "full weights for a library, a graph (onnx), or the adapter alone (peft: over timm's model; "
