@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -103,6 +104,7 @@ def _of_pictures(results: Results, manifest: Manifest, tiles: Tiles) -> Results:
 def measure(
     collected: Mapping[str, Results],
     reader: ShardReader,
+    heads: Mapping[str, Any],
     *,
     limit: int | None = None,
     of_record: bool = False,
@@ -110,8 +112,8 @@ def measure(
     """Compare results with the labels of the first `limit` images of the split. No collective: for one
     process.
 
-    `of_record` is that of `Task.measure`. Returns the numbers of all tasks, and a line for each task that
-    cannot be judged: it takes nothing from the others.
+    `heads` are the settings of the heads by task, and `of_record` is that of `Task.measure`. Returns the
+    numbers of all tasks, and a line for each task that cannot be judged: it takes nothing from the others.
     """
     metrics = dict[str, float]()
     problems = list[str]()
@@ -119,7 +121,7 @@ def measure(
     for task, results in collected.items():
         try:
             truth = TASKS[task].truth(reader, indices)
-            metrics |= TASKS[task].measure(truth, results, of_record)
+            metrics |= TASKS[task].measure(truth, results, heads[task], of_record)
         except ValueError as error:
             problems.append(f"{task}: {error}")
     return metrics, problems
