@@ -108,7 +108,7 @@ class Tracer(TorchDispatchMode):
 
 
 class _Layout(NamedTuple):
-    """All of a tensor that the results of operators on the meta device depend on."""
+    """Layout of a tensor: all that results of operators on the meta device depend on."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -118,19 +118,18 @@ class _Layout(NamedTuple):
 
 #: Operator, structure and leaves of its arguments, tensors by their layouts -> layouts of what it makes, and
 #: their structure. Blocks of a model repeat each other, and torch takes a millisecond for a shape.
-_MADE: dict[Any, tuple[list[_Layout], TreeSpec]] = {}
+_MADE: dict[Any, tuple[list[_Layout | None], TreeSpec]] = {}
 
 
 def _result_of(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operator gives; new tensors of a call that was made before are made without it."""
+    """Result of an operator; the tensors of a call that was made before come without it."""
     leaves, structure = tree_flatten((args, kwargs))
     # The type, because 1 equals True and 1.0, of which other dtypes come.
     described = [_layout(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves]
     key = (func, repr(structure), *described)
     if key in _MADE:
         layouts, made_structure = _MADE[key]
-        made = [torch.empty_strided(one.shape, one.stride, dtype=one.dtype, device=META) for one in layouts]
-        return tree_unflatten(made, made_structure)
+        return tree_unflatten(map(_empty, layouts), made_structure)
     result = func(*args, **kwargs)
     outputs, outputs_structure = tree_flatten(result)
     if _are_new(outputs, [leaf for leaf in leaves if isinstance(leaf, Tensor)]):
@@ -138,17 +137,26 @@ def _result_of(func: Any, args: Any, kwargs: Any) -> Any:
     return result
 
 
-def _layout(tensor: Tensor) -> _Layout:
+def _layout(tensor: Tensor | None) -> _Layout | None:
+    if tensor is None:  # a gradient that nobody asked for
+        return None
     return _Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
+def _empty(layout: _Layout | None) -> Tensor | None:
+    if layout is None:
+        return None
+    return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=layout.device)
+
+
 def _are_new(outputs: list[Any], read: list[Tensor]) -> bool:
-    """Whether all outputs are tensors on the meta device, each in a storage of its own."""
-    if not read or not all(isinstance(output, Tensor) and output.is_meta for output in outputs):
+    """Whether outputs are tensors on the meta device, each in a storage of its own, or nothing."""
+    made = [output for output in outputs if output is not None]
+    if not read or not made or not all(isinstance(each, Tensor) and each.is_meta for each in made):
         return False
-    storages = {tensor.untyped_storage()._cdata for tensor in (*read, *outputs)}
     of_read = {tensor.untyped_storage()._cdata for tensor in read}
-    return len(storages) == len(of_read) + len(outputs)
+    of_all = of_read | {output.untyped_storage()._cdata for output in made}
+    return len(of_all) == len(of_read) + len(made)
 
 
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any) -> int:
