@@ -235,6 +235,7 @@ def dense_results(
         cells = pairs // num_classes
         labels = pairs % num_classes
         corners = boxes[image, cells]
-        distinct = batched_nms(corners, best, labels, OVERLAP)[:KEPT]
+        # In double: it moves boxes of each class apart, which fp32 would round.
+        distinct = batched_nms(corners.double(), best.double(), labels, OVERLAP)[:KEPT]
         results += box_results(batch, image, corners[distinct], best[distinct], labels[distinct], classes)
     return results

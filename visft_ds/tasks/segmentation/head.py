@@ -93,8 +93,8 @@ class SegmentationHead(nn.Module):
         positions = sine_positions(valid, self.width).flatten(1, 2)
         memory_key = memory + positions.to(memory.dtype)
         numbers = torch.arange(self.num_queries, device=features.device)
-        query = decoder["query_pos"](numbers).expand(len(memory), -1, -1)
-        state = decoder["query_feat"](numbers).expand(len(memory), -1, -1)
+        query = decoder["query_pos"](numbers).expand(memory.shape[0], -1, -1)
+        state = decoder["query_feat"](numbers).expand(memory.shape[0], -1, -1)
         inside = valid[:, None].flatten(2)  # (B, 1, S)
         sets = [self._predict(state, mask_features, valid)]
         for layer in decoder["layers"].children():
