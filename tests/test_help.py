@@ -43,8 +43,9 @@ def test_help_imports_nothing_slow_and_names_the_command_as_it_was_typed() -> No
 
 def test_wrong_arguments_are_refused_before_anything_slow_is_imported() -> None:
     lines = [
+        ["predict", "nowhere", "nothing.jpg"],
         ["predict", "nothing.jpg", "--run", "nowhere"],
-        ["predict", str(ROOT / "docs/images"), "--run", "nowhere"],
+        ["predict", "runs"],
         ["predict", str(ROOT / "docs/images"), "--run", "nowhere", "--threshold", "7"],
         ["evaluate", "--run", "nowhere"],
         ["evaluate", "--run", "nowhere", "--limit", "0"],

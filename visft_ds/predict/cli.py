@@ -15,9 +15,9 @@ from visft_ds.run_files import check_exists
 
 USAGE = """Find boxes, masks and captions in your own images; no annotations are needed.
 
-    visft predict dog.jpg --run runs/stage2
-    visft predict photos/ more/*.png --run runs/stage2 --threshold 0.7 --out found
-    visft predict "photos/**/*.jpg" --run merged.safetensors --heads runs/stage1/export
+    visft predict runs/stage2 dog.jpg
+    visft predict runs/stage2 photos/ more/*.png --threshold 0.7 --out found
+    visft predict merged.safetensors "photos/**/*.jpg" --heads runs/stage1/export
 
 Writes into DIR, a new or empty folder: visualizations/NAME.jpg and predictions.json (names and sizes of the
 images, categories, and for each task what was found, in COCO's results format). A file that is no image is
@@ -35,11 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_options(
             options["threshold"], batch_size=options["batch_size"], image_size=options["image_size"]
         )
-        files = find_images(options.pop("images"), outside=options["out"])
-        check_exists(options["source"])
+        run, images = options.pop("run"), options.pop("arguments")
+        if run is None:
+            run, *images = images
+            run = Path(run)
+        if not images:
+            raise ValueError(f"no image is named; type {program('predict')} RUN IMAGE")
+        check_exists(run)
+        files = find_images(images, outside=options["out"])
         from visft_ds.predict.command import predict
 
-        predict(files, **options)
+        predict(files, source=run, **options)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return tell(error, "predict")
     return 0
@@ -61,10 +67,11 @@ def _parser() -> Parser:
         prog=program("predict"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    images = "JPEG, PNG, WebP, BMP, GIF or TIFF; folders and all below them; patterns with *, ?, [...] or **"
-    add("images", nargs="+", metavar="IMAGE|FOLDER|PATTERN", help=images)
     run = "a run, RUN/checkpoints/step_N, RUN/export, or merged weights"
-    add("--run", dest="source", type=Path, required=True, metavar="RUN", help=run)
+    images = "JPEG, PNG, WebP, BMP, GIF or TIFF; folders and all below them; patterns with *, ?, [...] or **"
+    # One list: without --run its first member is the run, with it all are images.
+    add("arguments", nargs="+", metavar="RUN IMAGE|FOLDER|PATTERN", help=f"first {run}; then {images}")
+    add("--run", type=Path, metavar="RUN", help="the run as a flag; every argument is then an image")
     add_parts(parser)
     add("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")

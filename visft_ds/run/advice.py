@@ -242,7 +242,7 @@ def next_commands(config: VisftConfig) -> list[str]:
     if not images.is_dir() or str(images) == config.data.root:
         images = Path("IMAGES")
     lines = [
-        f"see what it finds in images: visft predict {quote(str(images))} --run {run}",
+        f"see what it finds in images: visft predict {run} {quote(str(images))}",
         f"write a page about this run: visft report {run}",
     ]
     if config.stage == 1:
