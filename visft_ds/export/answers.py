@@ -163,17 +163,13 @@ def _around(inside: Tensor) -> Tensor:
     return torch.stack((left, top, right, bottom), dim=-1).float()
 
 
-def class_maps(
-    output: SemanticOutput, picture: Picture, classes: int, most: int
-) -> dict[str, Tensor]:
+def class_maps(output: SemanticOutput, picture: Picture, classes: int, most: int) -> dict[str, Tensor]:
     """labels (B, H, W) uint8, logits (B, C, h, w): as `semantic.results.semantic_results`."""
     labels = _most_probable(output.logits.softmax(dim=1), picture)
     return {"labels": labels, "logits": output.logits}
 
 
-def class_maps_of_masks(
-    output: MaskOutput, picture: Picture, classes: int, most: int
-) -> dict[str, Tensor]:
+def class_maps_of_masks(output: MaskOutput, picture: Picture, classes: int, most: int) -> dict[str, Tensor]:
     """labels (B, H, W) uint8, and scores (B, C, h, w) of the classes, sums over masks."""
     height, width = picture.size
     shown = picture._replace(height=height, width=width)

@@ -12,7 +12,7 @@ from visft_ds.flags import Parser, check_extra, check_least
 from visft_ds.predict.cli import add_parts
 from visft_ds.run_files import check_exists
 
-USAGE = """Write a trained model as files that run without this package: backbone, head and decoding in one graph.
+USAGE = """Write a trained model as files that run without this package: backbone, head, decoding in one graph.
 
     visft export runs/stage1-small_data --out exported
     visft export runs/stage1-small_data --out exported --tasks detection --web
@@ -69,7 +69,7 @@ def _parser() -> Parser:
     add("--picture-size", type=picture_size, metavar="HxW", help=shape)
     most = "most objects of a picture (%(default)s); where there are fewer, scores are 0"
     add("--max-detections", type=int, default=100, metavar="N", help=most)
-    verify = "pictures whose predictions have to equal ours (%(default)s), or all, which prints metrics of both"
+    verify = "pictures that predictions must be equal on (%(default)s), or all, with metrics of both"
     add("--verify", type=pictures_to_verify, default=16, metavar="N|all", help=verify)
     images = "pictures to compare instead of the run's validation split"
     add("--images", nargs="+", metavar="IMAGE|FOLDER|PATTERN", help=images)

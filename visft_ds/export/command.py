@@ -14,7 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from visft_ds.data.dataset import read_raw
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import Op, Size
 from visft_ds.evaluation import measure
-from visft_ds.export.graph import CaptionStep, Features, Frame, Maps, modules_of
+from visft_ds.export.graph import Features, Frame, Maps, modules_of
 from visft_ds.export.page import write_page
 from visft_ds.export.readme import readme
 from visft_ds.export.verify import compare, results_of
@@ -260,9 +259,7 @@ def _write(
     path = folder / f"{name}{SUFFIXES[form]}"
     with _quiet():
         try:
-            program = torch.export.export(
-                module, (), dict(example), dynamic_shapes=shapes, strict=False
-            )
+            program = torch.export.export(module, (), dict(example), dynamic_shapes=shapes, strict=False)
             text = json.dumps(facts)
             if form == "torch":
                 torch.export.save(program, path, extra_files={FACTS_FILE: text})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -16,8 +17,6 @@ def write_page(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
         if of_file["task"] in ("detection", "segmentation") and (folder / f"{name}.onnx").exists():
             names = [category["name"] for category in of_file["categories"]]
             page = (files("visft_ds.export") / "page.html").read_text(encoding="utf-8")
-            import json
-
             filled = page.replace("MODEL_FILE", f"{name}.onnx").replace("CATEGORIES", json.dumps(names))
             write_text(folder / "index.html", filled)
             return

@@ -84,15 +84,16 @@ Written by `visft export` (visft_ds {version}): the whole model, from bytes of a
 |---|---|---|
 {files}
 
-`images` is uint8 (B, height, width, 3), RGB, upright, of any size; the pictures of a batch have one size. Inside,
-they are scaled to the size above (bilinear with antialias, rounded to bytes), then normalised with mean {mean}
-and standard deviation {std} of values from 0 to 1. Feed bytes: do not scale or normalise them yourself.
+`images` is uint8 (B, height, width, 3), RGB, upright, of any size; the pictures of a batch have one size.
+Inside, they are scaled to the size above (bilinear with antialias, rounded to bytes), then normalised with
+mean {mean} and standard deviation {std} of values from 0 to 1. Feed bytes: do not scale or normalise them
+yourself.
 
 | output | |
 |---|---|
 | `boxes` | (B, N, 4) left, top, right, bottom in pixels of the picture |
 | `scores` | (B, N) from 0 to 1, the best first; 0 where there are fewer than N objects |
-| `labels` | (B, N) place in `categories`, -1 where there is no object; of semantic segmentation (B, height, width) |
+| `labels` | (B, N) place in `categories`, -1 without an object; of class maps (B, height, width) |
 | `masks` | (B, N, height, width) bool |
 | `logits` | of semantic segmentation (B, C, h, w); of a caption's step (B, words) |
 | `caption_ids` | (B,) the next word of each caption, a place in `words` |

@@ -28,7 +28,7 @@ class Format:
 
     file: str  #: of the weights, in a folder; "": an adapter, which has two
     snippet: str  #: code that loads the folder it stands in, for the model card
-    make: str = ""  #: "module:function" of this room that makes the content; "": an adapter, a graph
+    make: str = ""  #: "module:function" of this room that makes the content; "": an adapter
     library: str = ""  #: module that loads it, for `--verify`; "": none that can be installed
 
     def content(self, tower: Weights, file: Weights, backbone: Backbone) -> Written:
@@ -59,12 +59,6 @@ FORMATS = {
         snippet="# takes the place of LAVIS' own eva_vit_g.pth, "
         "see create_eva_vit_g in lavis/models/eva_vit.py\n"
         'weights = torch.load("eva_vit_g.pth")',
-    ),
-    "onnx": Format(
-        file="model.onnx",
-        library="onnxruntime",
-        snippet='import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")\n'
-        '# features = session.run(["features"], {"images": images})[0]',
     ),
     "open_clip": Format(
         file="open_clip_model.safetensors",

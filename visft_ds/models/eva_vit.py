@@ -151,7 +151,8 @@ class Block(nn.Module):
         if recompute == "block":
             stream, branch = _recomputed(self, stream, dtype, x.shape[0], packing)
         else:
-            stream, branch = self.branches(stream, dtype, x.shape[0], packing, recompute_mlp=recompute == "mlp")
+            recompute_mlp = recompute == "mlp"
+            stream, branch = self.branches(stream, dtype, x.shape[0], packing, recompute_mlp=recompute_mlp)
         if self.post_norm:
             branch = self.norm2(branch)
         return (stream + branch).view(x.shape)

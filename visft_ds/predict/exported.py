@@ -118,7 +118,9 @@ class ExportedModel(Model):
         if task == "semantic":
             results = []
             for label in np.unique(outputs["labels"]).tolist():
-                results.append({"image_id": 0, "category_id": ids[label], **_code(outputs["labels"] == label)})
+                results.append(
+                    {"image_id": 0, "category_id": ids[label], **_code(outputs["labels"] == label)}
+                )
             return results
         results = []
         for place, (score, label) in enumerate(zip(outputs["scores"], outputs["labels"], strict=True)):

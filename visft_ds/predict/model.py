@@ -46,7 +46,8 @@ def load(
 
     Args:
         source: folder of a finished run, or RUN/checkpoints/step_N; its export folder, which may have moved;
-            a folder of `visft export`; or merged weights (a file, or the folder that merging wrote) together with `heads`.
+            a folder of `visft export`; or merged weights (a file, or the folder that merging wrote) together
+            with `heads`.
         tasks: names, in a list or with commas; default: all that have a head.
         device: "cpu", "cuda", "cuda:1"; default: a GPU if there is one.
         precision: "fp32", "bf16", "fp16" or "auto"; default: the run's.
