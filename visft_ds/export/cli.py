@@ -12,7 +12,7 @@ from visft_ds.flags import Parser, check_extra, check_least
 from visft_ds.predict.cli import add_parts
 from visft_ds.run_files import check_exists
 
-USAGE = """Write a trained model as files that run without this package: backbone, head, decoding in one graph.
+USAGE = """Write a trained model as files that run without this package: backbone, head, decoding in one.
 
     visft export runs/stage1-small_data --out exported
     visft export runs/stage1-small_data --out exported --tasks detection --web

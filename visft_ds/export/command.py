@@ -23,7 +23,7 @@ from visft_ds.data.dataset import read_raw
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import Op, Size
 from visft_ds.evaluation import measure
-from visft_ds.export.graph import Features, Frame, Maps, modules_of
+from visft_ds.export.graph import Features, Frame, Maps, merge_adapters, modules_of
 from visft_ds.export.page import write_page
 from visft_ds.export.readme import readme
 from visft_ds.export.verify import compare, results_of
@@ -178,6 +178,7 @@ def _write_files(
     """Write a file of each module; returns their facts by name."""
     loaded = model._loaded
     backbone = loaded.module.backbone
+    merge_adapters(backbone)
     licence = getattr(backbone, "pretrained_cfg", {}).get("license") or "that of the base weights"
     common = {
         "format": FORMAT,

@@ -19,7 +19,7 @@ def quantise(path: Path, pictures: Sequence[npt.NDArray[np.uint8]]) -> None:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    class Pictures(CalibrationDataReader):  # type: ignore[misc]
+    class Pictures(CalibrationDataReader):
         def __init__(self) -> None:
             self.left: Iterator[npt.NDArray[np.uint8]] = iter(pictures)
 

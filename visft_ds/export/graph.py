@@ -19,6 +19,8 @@ from visft_ds.data.transforms import Op, Pad, Resize, Size
 from visft_ds.export.answers import ANSWERS, Picture
 from visft_ds.model import whole_cells
 from visft_ds.models import Backbone
+from visft_ds.models.eva_vit import Linear
+from visft_ds.models.lora import LoRALinear, dense_update, lora_layers
 from visft_ds.ops import at_least_float32
 from visft_ds.tasks.captioning.head import CaptioningHead, pool_valid
 
@@ -164,11 +166,30 @@ class CaptionStep(nn.Module):
         self, words: Tensor, cells: Tensor, keys: Tensor, hidden: Tensor, state: Tensor
     ) -> dict[str, Tensor]:
         embedded = self.head.embedding(words).unsqueeze(1)
-        states, _, state = self.head.recurrence(embedded, cells, keys, hidden, state)
-        hidden = states[:, 0]
-        banned, _, _ = self.head._rules(hidden)
-        logits = self.head.fc(hidden) + banned
-        return {"caption_ids": logits.argmax(dim=1), "logits": logits, "hidden": hidden, "state": state}
+        states, _, next_state = self.head.recurrence(embedded, cells, keys, hidden, state)
+        next_hidden = states[:, 0]
+        banned, _, _ = self.head._rules(next_hidden)
+        logits = self.head.fc(next_hidden) + banned
+        return {
+            "caption_ids": logits.argmax(dim=1),
+            "logits": logits,
+            "next_hidden": next_hidden,
+            "next_state": next_state,
+        }
+
+
+@torch.no_grad()
+def merge_adapters(backbone: Backbone) -> None:
+    """Put the updates of adapted linear layers into their weights: a graph has one product for each."""
+    for name, layer in lora_layers(backbone).items():
+        if not isinstance(layer, LoRALinear):
+            continue
+        update = dense_update(layer.out_features, layer.lora_A, layer.lora_B, layer.slices, layer.scale)
+        merged = Linear(layer.in_features, layer.out_features, device="meta")
+        merged.weight = nn.Parameter(layer.weight + update)
+        merged.bias = layer.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(backbone.get_submodule(parent), leaf, merged)
 
 
 def resized(levels: Tensor, size: Size) -> Tensor:

@@ -151,7 +151,7 @@ class ExportedModel(Model):
             if last == end:
                 break
             caption.append(words[last])
-            states |= {"hidden": outputs["hidden"], "state": outputs["state"]}
+            states |= {"hidden": outputs["next_hidden"], "state": outputs["next_state"]}
         return " ".join(caption)
 
 
