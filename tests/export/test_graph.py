@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tvf
 
 from visft_ds.data.transforms import Crop, Pad, Resize
 from visft_ds.export.answers import Picture
 from visft_ds.export.graph import Frame, resized
 from visft_ds.export.verify import Difference
+from visft_ds.ops.deform_attn import gathered
 from visft_ds.predict.results import Prediction
 from visft_ds.tasks.masks.interpolation import interpolated
 
@@ -36,6 +38,15 @@ def test_maps_are_interpolated_as_in_an_evaluation(size: tuple[int, int], padded
     expected = interpolated(maps, shares, (61, 83))
     fine = Picture(61, 83, size, padded).fine(maps)
     torch.testing.assert_close(fine, expected, rtol=0, atol=2e-6)  # float32 beside float64 positions
+
+
+def test_points_are_gathered_as_grid_sample_takes_them() -> None:
+    """Inside, across the border and beyond it."""
+    random = torch.Generator().manual_seed(0)
+    maps = torch.randn(3, 2, 5, 7, generator=random)
+    points = 2.6 * torch.rand(3, 11, 4, 2, generator=random) - 1.3
+    expected = F.grid_sample(maps, points, mode="bilinear", padding_mode="zeros", align_corners=False)
+    torch.testing.assert_close(gathered(maps, points), expected, rtol=0, atol=2e-6)
 
 
 def test_a_frame_is_what_evaluation_makes_of_a_picture() -> None:
