@@ -188,7 +188,8 @@ def _most_probable(scores: Tensor, picture: Picture) -> Tensor:
         highest, label = fine.max(dim=1)
         label = label + first
         if best is None or labels is None:
-            best, labels = highest, label
+            best = highest
+            labels = label
             continue
         labels = torch.where(highest > best, label, labels)
         best = torch.maximum(highest, best)

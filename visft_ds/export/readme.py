@@ -56,9 +56,9 @@ import sys
 
 import torch
 
-facts = {{"visft.json": ""}}
+facts = {{"facts.json": ""}}
 program = torch.export.load("{file}", extra_files=facts)
-facts = json.loads(facts["visft.json"])
+facts = json.loads(facts["facts.json"])
 images = torch.zeros(1, 480, 640, 3, dtype=torch.uint8)  # a picture: height, width, RGB
 if len(sys.argv) > 1:
     from torchvision.io import decode_image  # or any other way to its pixels

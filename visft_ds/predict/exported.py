@@ -22,7 +22,7 @@ from visft_ds.tasks import Results
 Arrays = Mapping[str, npt.NDArray[Any]]
 FORMAT = "visft_ds export 1"  #: in the metadata of each file
 KEY = "visft"  #: of the facts of a file, as JSON, in its metadata
-FACTS_FILE = "visft.json"  #: the same in a program of torch
+FACTS_FILE = "facts.json"  #: the same in a program of torch
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}  #: of the files of a format
 
 

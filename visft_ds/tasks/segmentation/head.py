@@ -104,7 +104,7 @@ class SegmentationHead(nn.Module):
             # A query whose mask covers no cell attends to the whole image: a softmax over nothing would be
             # NaN.
             covers_some = covered.any(dim=-1, keepdim=True)
-            allowed = torch.where(covers_some, covered, inside)
+            allowed = covered | (inside & ~covers_some)
             state = layer(state, query, memory, memory_key, allowed)
             sets.append(self._predict(state, mask_features, valid))
         return MaskOutput.of_sets(sets, self.class_ids)
