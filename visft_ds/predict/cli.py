@@ -35,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_options(
             options["threshold"], batch_size=options["batch_size"], image_size=options["image_size"]
         )
-        run, images = options.pop("run"), options.pop("arguments")
+        run = options.pop("run")
+        images = options.pop("arguments")
         if run is None:
-            run, *images = images
-            run = Path(run)
+            run = Path(images.pop(0))
         if not images:
             raise ValueError(f"no image is named; type {program('predict')} RUN IMAGE")
         check_exists(run)
