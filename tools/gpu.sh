@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Is a GPU right, and how fast is it? The tests of tests/gpu, then `visft profile` of each model and stage in three
-# precisions, of compiled blocks and of ZeRO-3. `make gpu` runs it; without make, and without installing anything:
+# precisions, and of ZeRO-3. `make gpu` runs it; without make, and without installing anything:
 #   PYTHON=python3 tools/gpu.sh [ARGUMENTS OF PYTEST]
 # From the environment: DEVICE (cuda; cpu tries it out), GPUS (1), MODELS ("dinov3_b eva_e"), XML (a file for the rows).
 set -uo pipefail
@@ -33,6 +33,5 @@ for model in $models; do
         profile --model "$model" --stage "$stage" --set visft.heads.precision=fp32 --set visft.model.tf32=false
     done
 done
-profile --model "$model" --stage 2 --set visft.model.compile=blocks
 profile --model "$model" --stage 2 --engine zero3
 exit $status

@@ -75,6 +75,11 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
 
 
+def cores() -> int:
+    """Number of cores for each process on this machine, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // processes_here())
+
+
 def is_main() -> bool:
     """True on the one process that prints and writes."""
     return rank() == 0

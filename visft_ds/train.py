@@ -173,7 +173,6 @@ class Trainer:
             Schedule(config.scheduler, config.total_steps),
             seed=config.visft.seed,
             bounds=bounds,
-            compile=config.visft.model.compile,
         )
         if distributed.kept_open:  # by a script that trains more than once
             stack.enter_context(released(self.engine))

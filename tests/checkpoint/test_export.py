@@ -40,7 +40,7 @@ def test_a_part_of_a_run_is_its_whole_model(
     assert ours.metrics == theirs.metrics
     if stage == 2:
         for source, name in ((place, "ours"), (run, "theirs")):
-            assert merge(["--run", str(source), "--out", f"{name}.safetensors"]) == 0
+            assert merge([str(source), "--out", f"{name}.safetensors"]) == 0
         merged = load_file("ours.safetensors")
         assert all(
             torch.equal(merged[name], value) for name, value in load_file("theirs.safetensors").items()

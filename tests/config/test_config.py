@@ -133,7 +133,6 @@ FREE = ["visft.tasks.detection.image.fixed_size=null", "visft.shared.image.fixed
         (2, ["visft.shared.image.zoom=[0.5, 1]", *FREE], "is for squares: set fixed_size"),
         (2, ["visft.shared.image.keep_shape=true", *FREE], "set fixed_size, the long side"),
         (1, ["visft.tasks.detection.image.zoom=[1.4, 0.5]"], "must be [smallest, largest]"),
-        (2, ["visft.model.compile=blocks", "zero_optimization.stage=3"], "must be none with ZeRO-3"),
         (2, ["visft.run.keep_best=box/AP", "visft.run.eval_every=750"], "a multiple of save_every"),
         (2, ["visft.run.keep_best=box/Ap", "visft.run.eval_every=500"], "did you mean box/AP?"),
         (2, ["visft.tasks.detection.head.num_heads=7"], "is not a multiple of num_heads = 7"),

@@ -20,6 +20,7 @@ from visft_ds.evals.judge.encoders import CLIP, KINDS, square_preprocess
 from visft_ds.evals.judge.model_text import parse_model
 from visft_ds.evals.judge.models import load_encoder
 from visft_ds.evals.judge.ranking import class_embeddings, sentences
+from visft_ds.interop.layouts import MODEL
 
 CPU = torch.device("cpu")
 TEXTS = ["a photo of a cat", "two dogs on a red sofa", ""]
@@ -103,6 +104,16 @@ def test_a_model_of_timm_without_its_classifier(tmp_path: Path, name: str, grid:
     classifier = model.pretrained_cfg["classifier"]
     own = [f"{one}.weight" for one in ([classifier] if isinstance(classifier, str) else classifier)]
     assert not set(own) & {key.removeprefix("backbone.") for key in encoder.module.state_dict()}
+
+
+def test_the_size_of_a_model_of_timm_is_that_of_its_file(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", pretrained=False, num_classes=0, img_size=64)
+    header = {MODEL: json.dumps({"preset": "timm:test_vit", "image_size": 64, "layers": [0]})}
+    save_file(model.state_dict(), tmp_path / "model.safetensors", header)
+    encoder = load_encoder(parse_model(f"timm:test_vit:{tmp_path}/model.safetensors"), "fp32")
+    assert encoder.side == 64
+    features = encoder.module(torch.randn(1, 3, 64, 64), encoder.kinds)
+    assert features["patches"].shape[2:] == (4, 4), "read after its last block, as before"
 
 
 def test_a_model_of_timm_without_a_map_is_refused(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def run(*words: object) -> tuple[int, str, str]:
     """(exit status, output, errors) of a command line of visft judge."""
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        status = judge([*map(str, words), "--threads", "1"])
+        status = judge([str(word) for word in words])
     # A slow machine is told how much is left.
     said = [
         line

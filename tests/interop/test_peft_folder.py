@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import tests.small_timm  # noqa: F401 (registers models of these names)
 from tests.random_tower import adapter_of, move_adapters, random_tower, relative, save_adapter
+from visft_ds.interop import peft_folder
 from visft_ds.interop.adapter import average
 from visft_ds.interop.peft_folder import read_folder
 from visft_ds.interop.published import read_adapter
@@ -200,7 +201,7 @@ QKV = "base_model.model.blocks.0.attn.qkv"
         ({"peft_type": "IA3"}, {}, "peft_type: Input should be 'LORA', not 'IA3'"),
         ({"r": 0}, {}, "r: "),
         ({"lora_alpha": "8"}, {}, "lora_alpha: "),
-        ({"rank_pattern": {"(": 4}}, {}, "missing \\)"),
+        ({"rank_pattern": {"(": 4}}, {}, "rank_pattern: .*missing \\)"),
         ({"r": 3}, {}, r"qkv is \(4, 32\) and lora_B \(96, 4\), which is not rank 3"),
         (
             {},
@@ -224,6 +225,13 @@ def test_what_is_no_plain_lora_is_refused_with_the_reason(
     with pytest.raises(ValueError, match=message) as refused:
         read_folder(folder)
     assert str(refused.value).startswith(str(folder)) and "\n" not in str(refused.value)
+
+
+def test_patterns_that_never_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft_folder, "_MOST_SECONDS", 0.5)
+    folder = _folder(tmp_path / "peft", _factors("a" * 60), alpha_pattern={"(a+)+b": 4})
+    with pytest.raises(ValueError, match=r"alpha_pattern: its patterns took 0.5 s; write names of layers"):
+        read_folder(folder)
 
 
 def test_folders_without_a_lora_for_this_model_are_refused(tmp_path: Path) -> None:

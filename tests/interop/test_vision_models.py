@@ -178,6 +178,51 @@ def test_published_sizes_have_names_and_shapes_of_transformers(name: str) -> Non
     assert got == wanted and config.get("vision_use_head", False) == ("siglip" in name and "gap" not in name)
 
 
+def test_blip2_reads_a_tower_of_eva(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the code of the card: as many blocks as BLIP-2 has (39 of 40 in EVA-G), under a last norm of its
+    own.
+    """
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    text = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+    }
+    config = transformers.Blip2Config(
+        vision_config={**sizes, "image_size": 28},
+        qformer_config={**sizes, "vocab_size": 64, "encoder_hidden_size": 32},
+        text_config={**text, "num_attention_heads": 2, "max_position_embeddings": 64, "model_type": "opt"},
+        num_query_tokens=4,
+        image_token_index=90,
+    )
+    transformers.Blip2ForConditionalGeneration(config).save_pretrained(tmp_path / "blip2")
+    ours = random_tower(depth=3, post_norm=False)
+    save_backbone(ours, tmp_path / "base.safetensors")
+    inject_lora(ours, rank=3, alpha=1.5)
+    move_adapters(ours)
+    out = merge(
+        *(tmp_path / "base.safetensors", adapter_of(ours), tmp_path / "out"),
+        *("--format", "transformers", "--verify"),
+    )
+    tower = transformers.Blip2VisionModel.from_pretrained(out).eval()
+    images = _images(28)
+    ours.blocks = ours.blocks[:2]
+    ours.depth = 2
+    with torch.no_grad():
+        tokens = ours.tokens(images)[0]
+        assert relative(tower(pixel_values=images).last_hidden_state, tokens) > 1e-2, (
+            "the third block matters"
+        )
+    names = run_readme(out, monkeypatch, "Salesforce/blip2-opt-2.7b", str(tmp_path / "blip2"))
+    vision = names["model"].vision_model.eval()
+    with torch.no_grad():
+        assert not torch.equal(vision.post_layernorm.weight, ours.norm.weight), "BLIP-2's own"
+        vision.post_layernorm = ours.norm
+        assert relative(vision(pixel_values=images).last_hidden_state, tokens) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["vit_test_plus_patch8_dinov3_qkvb", "test_convnext"])
 def test_transformers_loads_a_folder_for_timm(tmp_path: Path, name: str) -> None:
     """By its wrapper around timm's models; a run's own base weights have no last norm of a ConvNeXt."""

@@ -91,43 +91,26 @@ def test_merged_file_equals_a_merged_model(tmp_path: Path, targets: tuple[str, .
     }
 
 
-def test_eva_clip_form_carries_everything_else_untouched(tmp_path: Path) -> None:
+def test_a_whole_clip_carries_everything_else_untouched(tmp_path: Path) -> None:
     base, adapter, model = _case(tmp_path)
-    out = merge(base, adapter, tmp_path / "out.pt", "--format", "eva_clip", "--dtype", "fp16")
-    before, after = load_file(base), torch.load(out, weights_only=True)
-    assert set(before) == set(after)
+    save_file(load_file(base) | {"text.positional_embedding": torch.randn(5).half()}, base, header_of(model))
+    out = merge(base, adapter, tmp_path / "out", "--format", "open_clip", "--dtype", "fp16")
+    before, after = load_file(base), load_file(out / "open_clip_model.safetensors")
+    assert set(after) == {name.replace("visual.", "visual.trunk.") for name in before}
     changed = {f"visual.{name}" for name in adapter.weights()}
     for name, value in before.items():
         carried = not name.startswith("visual.") or name.startswith(("visual.cls_token", "visual.head"))
-        assert after[name].dtype == (value.dtype if carried else torch.float16), name
-        assert torch.equal(after[name], value if carried else value.half()) != (name in changed), name
+        written = after[name.replace("visual.", "visual.trunk.")]
+        assert written.dtype == (value.dtype if carried else torch.float16), name
+        assert torch.equal(written, value if carried else value.half()) != (name in changed), name
     merged = merge(base, adapter, tmp_path / "merged.safetensors")
     assert other_base("", adapter.base, bases_of(model, merged)) is None, "it says what it was made of"
-
-
-def test_lavis_form_is_the_giants_tower_alone(tmp_path: Path) -> None:
-    """As LAVIS reads it, by torch.load: names without a prefix, with the class token; post-norm towers are
-    refused.
-    """
-    base, adapter, model = _case(tmp_path, post_norm=False)
-    out = merge(base, adapter, tmp_path / "out.pth", "--format", "lavis")
-    read = torch.load(out, weights_only=True)
-    assert {"cls_token", "blocks.1.mlp.fc2.bias"} <= read.keys() and not any(
-        n.startswith("visual") for n in read
-    )
-    fold_adapters(model)
-    assert all(
-        torch.allclose(read[name], p, atol=1e-6) for name, p in model.named_parameters() if "lora" not in name
-    )
-    (tmp_path / "post").mkdir()
-    base, adapter, _ = _case(tmp_path / "post")
-    assert _run("--base", base, "--out", tmp_path / "no.pth", "--format", "lavis") == 2
 
 
 def test_a_tower_that_ends_early_is_a_shorter_one_or_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a run exports a tower that trained itself up to a block; LAVIS and EVA-CLIP know one depth each."""
+    """As a run exports a tower that trained itself up to a block; open_clip knows one depth."""
     base, _, model = _case(tmp_path, post_norm=False)
     tensors = {name: value for name, value in load_file(base).items() if ".blocks.1." not in name}
     save_file(tensors, base, {MODEL: json.dumps({**model_of(model), "layers": [0]})})
@@ -136,9 +119,8 @@ def test_a_tower_that_ends_early_is_a_shorter_one_or_refused(
     assert set(load_file(out / "model.safetensors")) == {
         name.removeprefix("visual.") for name in tensors if name.startswith("visual.")
     }
-    for form, name in (("lavis", "x.pth"), ("eva_clip", "x.pt"), ("open_clip", "x")):
-        assert _run("--base", base, "--out", tmp_path / name, "--format", form) == 2
-        assert "has 1 of 2 blocks" in capsys.readouterr().err and not (tmp_path / name).exists()
+    assert _run("--base", base, "--out", tmp_path / "x", "--format", "open_clip") == 2
+    assert "has 1 of 2 blocks" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_scale_and_mean(tmp_path: Path) -> None:
@@ -331,7 +313,7 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(tmp_path
     other = adapter.scaled(3.0)
     save_adapter(other, run / "export" / "adapter")
     (run / "export/export.json").write_text((run / "run.json").read_text())
-    assert _run("--base", base, "--run", run, "--out", tmp_path / "last", "--format", "peft") == 0
+    assert _run("--base", base, run, "--out", tmp_path / "last", "--format", "peft") == 0
     assert read_adapter(tmp_path / "last").fingerprint() == other.fingerprint()
     record = (run / "run.json").read_text()
     changed = {
@@ -339,7 +321,7 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(tmp_path
         "identity": {"masks": "drawn"},
     }
     (run / "run.json").write_text(json.dumps(changed))
-    assert _run("--base", base, "--run", run, "--out", tmp_path / "part", "--format", "peft") == 0
+    assert _run("--base", base, run, "--out", tmp_path / "part", "--format", "peft") == 0
     card = (tmp_path / "part/README.md").read_text()
     assert "AP50" not in card and "| masks | drawn |" in card, "numbers of a part are none of the split"
 
@@ -349,7 +331,7 @@ def test_a_checkpoint_whose_adapter_is_not_all_is_refused(
 ) -> None:
     base, adapter, _ = _case(tmp_path)
     run = _unfinished_run(tmp_path, base, adapter, "backbone.norm.weight")
-    given = ("--base", base, "--run", run, "--out", tmp_path / "out.safetensors")
+    given = ("--base", base, run, "--out", tmp_path / "out.safetensors")
     assert _run(*given) == 2 and "trains its backbone itself" in capsys.readouterr().err
     damaged = run / "checkpoints" / "step_00000040" / "parameters.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -371,7 +353,7 @@ def _spoiled(folder: Path, base: Path, adapter: Adapter) -> dict[str, Path]:
         ({"--base": "poisoned"}, "fc2.bias holds NaN"),
         ({"--base": "merged"}, "already contains a merged adapter"),
         ({"--adapter": "base"}, "LoRA"),
-        ({"--format": "lavis"}, "writes NAME.pth"),
+        ({"--format": "onnx"}, "writes NAME.onnx"),
         ({"--format": "open_clip"}, "text tower"),
         ({"--format": "transformers"}, "transformers has no class"),
         ({"--dtype": "fp16", "--scale": "1e7"}, "float16"),

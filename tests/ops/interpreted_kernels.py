@@ -103,22 +103,3 @@ def test_lora_small_updates_survive_bf16() -> None:
         delta = (x.double() @ a.double().t()) @ b.double().t() / 64
         share[backend] = float(((changed - plain) * delta).sum() / delta.square().sum())
     assert 0.9 < share["triton"] < 1.1 and share["eager"] < 0.75
-
-
-@pytest.mark.slow
-# torch 2.13 warns of what its own compiler does.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_lora_is_kept_whole_by_compile() -> None:
-    """Forward and backward graphs hold one node for each launch, and no break."""
-    x, weight, bias, a, b = _lora(QV, (3,), 48, 96, 16, torch.float32)
-    inputs = [tensor.requires_grad_() for tensor in (x, a, b)]
-
-    def layer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return lora_linear(x, weight, bias, a, b, 0.5, QV, backend="triton")
-
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    gradient = torch.randn(3, 96)
-    assert torch.equal(compiled(*inputs), layer(*inputs))
-    found = torch.autograd.grad(compiled(*inputs), inputs, gradient)
-    wanted = torch.autograd.grad(layer(*inputs), inputs, gradient)
-    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))

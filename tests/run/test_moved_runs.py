@@ -86,7 +86,7 @@ def test_a_run_is_used_without_the_folder_it_began_in(
     assert wanted.boxes is not None and len(wanted.boxes.names) and wanted.caption is not None
 
     base.rename(tmp_path / "base.safetensors")
-    assert merge(["--run", str(moved / "export"), "--out", "again.safetensors"]) == 2
+    assert merge([str(moved / "export"), "--out", "again.safetensors"]) == 2
     assert f"{base}, the base weights of" in capsys.readouterr().err
     there = load(moved / "export", backbone="base.safetensors").predict(photo, threshold=0)
     assert there.caption == wanted.caption

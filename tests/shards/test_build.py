@@ -18,13 +18,12 @@ from typing import Any
 import pytest
 import simplejpeg
 from faster_coco_eval import mask as coco_mask
-from filelock import FileLock
 
 from tests.coco_tree import NO_PHOTOS, PHOTOS, Tree, make_split, write_tree
 from tests.ranks import python
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.shards import Manifest, ShardReader, verify
-from visft_ds.shards.build import build
+from visft_ds.shards.build import alone, build
 from visft_ds.shards.cli import main
 from visft_ds.shards.options import Options
 
@@ -203,8 +202,8 @@ def test_of_two_builds_at_once_the_second_is_refused(tree: Tree, tmp_path: Path)
     build(options)
     before = digests(options.out)
     with (
-        FileLock(options.out / ".toy.build/lock"),
-        pytest.raises(ValueError, match="another build is making 'toy'"),
+        alone(options.out, "toy"),
+        pytest.raises(ValueError, match=r"another build \(process .*\) is making 'toy'"),
     ):
         build(options)
     assert digests(options.out) == before

@@ -6,6 +6,7 @@ import gc
 import gzip
 import io
 import json
+import os
 import re
 import tarfile
 import warnings
@@ -29,6 +30,7 @@ from visft_ds.data.shards import Manifest, ShardReader, verify
 from visft_ds.prepare.data import vocabulary_of
 from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.shards import tars
+from visft_ds.shards.build import alone
 from visft_ds.shards.cli import main
 from visft_ds.shards.tars import index_tars
 
@@ -223,6 +225,19 @@ def test_remote_tars(tmp_path: Path) -> None:
         assert pairs[0][0] == PICTURE and manifest.is_remote
         assert served.shards == {"00000.tar": 2, "00001.tar": 1, "00002.tar": 2}
         assert verify(manifest) == []
+
+
+def test_of_two_at_once_the_second_is_refused(tmp_path: Path) -> None:
+    """It names the first one; nothing of either stays but index and manifest."""
+    tar = str(_write(tmp_path / "a.tar", _captioned(0, 3)))
+    out = tmp_path / "index"
+    with (
+        alone(out, "train"),
+        pytest.raises(ValueError, match=rf"another build \(process {os.getpid()} on .*\) is making 'train'"),
+    ):
+        index_tars([tar], out, "train", replace=True)
+    index_tars([tar], out, "train")
+    assert {path.name for path in out.iterdir()} == {"train.index.npy", "train.manifest.json"}
 
 
 def test_words_are_cut_by_their_count(

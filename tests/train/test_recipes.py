@@ -79,7 +79,7 @@ def test_a_recipe_trains_merges_and_loads_in_timm(
     assert evaluate(**named, data=str(shards), split="train", limit=2).metrics
 
     merged = tmp_path / "merged"
-    assert merge(["--run", str(tmp_path / "2"), "--out", str(merged), "--verify"]) == 0
+    assert merge([str(tmp_path / "2"), "--out", str(merged), "--verify"]) == 0
     whole = timm.create_model(f"local-dir:{merged}", pretrained=True).eval()
     ours, images = load_backbone(tmp_path / "2"), torch.rand(1, 3, *_size(whole))
     mean, std = (

@@ -157,6 +157,7 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, capsys: pytest.Captur
     )
     wanted = f"""has other settings: --set 'visft.lora={{"rank":2,"alpha":{adapter.alpha},"""
     assert wanted in refused(capsys, *words, *FROZEN)
+    assert wanted in refused(capsys, *words, *FROZEN, "--dry-run")
     done(*words, *words_of({"visft.lora.rank": 2, "visft.lora.alpha": adapter.alpha}), *FROZEN, *ONE_STEP)
     after = learnt(out, 1)
     assert after.keys() == {f"backbone.{name}" for name in adapter.tensors}

@@ -69,7 +69,7 @@ def test_a_tower_that_ends_after_a_block(shards: Path, tmp_path: Path) -> None:
     run = load_features(second)
     assert run.width == 48 and run.backbone.layers_read == (3,)
     out = tmp_path / "merged"
-    assert merge(["--run", str(second), "--out", str(out), "--verify"]) == 0
+    assert merge([str(second), "--out", str(out), "--verify"]) == 0
     merged = load_features(out)
     assert merged.backbone.layers_read == (3,) and torch.allclose(merged(images), run(images), atol=1e-5)
     assert torch.equal(load(second, tasks="detection").backbone(images), run(images))
@@ -98,7 +98,7 @@ def test_norms_of_a_resnet_train_and_all_else_is_as_in_the_base(shards: Path, tm
     }
     run, out = _train(shards, tmp_path / "norms", 2, **more), tmp_path / "merged.safetensors"
     trained = run / "export" / "trained_backbone.safetensors"
-    assert merge(["--run", str(run), "--out", str(out)]) == 0
+    assert merge([str(run), "--out", str(out)]) == 0
     before, after = load_file(base), load_file(trained)
     assert any(name.endswith("running_mean") for name in after)
     for values in (after, load_file(out)):

@@ -39,7 +39,6 @@ KEYS = {
     "heads": "visft.heads.path",
     "steps": "scheduler.params.total_num_steps",
     "lr": "optimizer.params.lr",
-    "track": "visft.run.track",
 }
 _EPILOG = """examples:
   visft train --num_gpus 8 --stage 1
@@ -110,7 +109,6 @@ def build_parser() -> Command:
     add("--lr", type=float, metavar="X", help="learning rate (optimizer.params.lr)")
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
-    add("--track", metavar="wandb", help="also send metrics to Weights & Biases (visft.run.track)")
     add(
         "--resume",
         default="auto",

@@ -60,7 +60,6 @@ NOT_IDENTITY = (
     "visft.model.activation_checkpointing",
     "visft.model.kernels",
     "visft.model.tf32",
-    "visft.model.compile",
     "visft.shared.micro_batch",
     "visft.tasks.*.micro_batch",
     "visft.tasks.*.decoding.*",

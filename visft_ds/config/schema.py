@@ -115,21 +115,14 @@ class ModelConfig(StrictModel):
     kernels: Literal["library", "triton"] = "library"
     #: TF32 for float32 matrix products and convolutions on GPUs, true or false; auto: in bf16 and fp16 runs
     tf32: Literal["auto", True, False] = "auto"
-    #: parts of the backbone that torch.compile compiles: none, or all blocks
-    compile: Literal["none", "blocks"] = "none"
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Options of another kind of backbone, or that exclude each other."""
-        if self.compile != "none" and self.kernels == "triton":
-            problem = "must be none with visft.model.kernels = triton: the compiler makes its own kernels"
-            yield "compile", problem
+        """Options of another kind of backbone."""
         if not self.preset.startswith(TIMM):
             return
         keys = [f"overrides.{name}" for name in self.overrides.model_dump(exclude_none=True)]
         if self.activation_checkpointing == "mlp":
             keys.append("activation_checkpointing")
-        if self.compile != "none":
-            keys.append("compile")
         for key in keys:
             if key != "overrides.image_size":
                 yield key, f"is for EVA backbones; {self.preset} does not take it"
@@ -262,8 +255,6 @@ class RunConfig(StrictModel):
     #: validation images that TensorBoard shows, at the start and at every evaluation; 0: none
     visualizations: Count = 4
     log_every: Positive = 20  #: steps between console lines
-    #: service that metrics and settings are sent to; wandb: Weights & Biases (`--track`); null: none
-    track: Literal["wandb"] | None = None
     #: refuse operators that are not deterministic, on GPUs (docs/memory-and-speed.md)
     deterministic: bool = False
     #: rehearse the largest step of each task first, so that running out of memory shows at once
@@ -334,9 +325,6 @@ class VisftConfig(StrictModel):
             idle = [task for task in data_set.tasks or () if task not in enabled]
             if idle:
                 yield f"data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
-        if self.model.compile != "none" and not self.run.memory_check:
-            problem = "must be none without visft.run.memory_check, which is when blocks are compiled"
-            yield "model.compile", problem
         best = self.run.keep_best
         measured = [metric for task in enabled.values() for metric in task.metrics]
         if best is not None and best not in measured:
@@ -439,9 +427,6 @@ class Recipe(StrictModel):
                 yield "zero_force_ds_cpu_optimizer", problem
         if self.pipeline is not None:
             yield from self._contradictions_of_pipeline()
-        if visft.model.compile != "none" and zero.stage == 3:
-            problem = "must be none with ZeRO-3, which gathers weights in Python: use --engine zero2"
-            yield "visft.model.compile", problem
         trains_backbone = visft.stage == 2
         if visft.features is not None and (trains_backbone or self.pipeline is not None or zero.stage == 3):
             yield "visft.features", "must be null in stage 2, with a pipeline and with ZeRO-3"

@@ -146,7 +146,6 @@ def judge(arguments: Sequence[str]) -> int:
     add("--device", choices=("auto", "cpu"), default="auto", help="default %(default)s")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default %(default)s")
     add("--batch-size", type=int, default=64, metavar="N", help="images per batch of a process (%(default)s)")
-    add("--threads", type=int, default=4, metavar="N", help="decoding threads (%(default)s)")
     add_num_gpus(parser)
     options = _parsed(parser, arguments)
     options.tuned += options.run

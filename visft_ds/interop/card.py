@@ -60,6 +60,20 @@ model = PeftModel.from_pretrained(model, ".").eval()
 ```"""
 
 
+#: Of EVA-G in transformers' form.
+_IN_BLIP2 = """\
+import torch
+from safetensors.torch import load_file
+from transformers import Blip2ForConditionalGeneration
+
+model = Blip2ForConditionalGeneration.from_pretrained("Salesforce/blip2-opt-2.7b")
+tower = load_file("model.safetensors")
+with torch.no_grad():
+    for name, parameter in model.vision_model.named_parameters():
+        if not name.startswith("post_layernorm"):  # BLIP-2 trained its own
+            parameter.copy_(tower[name])"""
+
+
 def repository_of(weights: str | None) -> str | None:
     """The repository on the hub of what `visft.model.weights` may be."""
     name = None if weights is None else on_hub(weights)
@@ -127,6 +141,9 @@ def card(
     on_qkv = adapter is not None and any(layer.endswith(".qkv") for layer in adapter.layers)
     if form == "peft" and on_qkv and _passes_by(backbone):
         unmerged = _UNMERGED.replace("{model}", model)
+    load = FORMATS[form].snippet.replace("{model}", model)
+    if form == "transformers" and not isinstance(backbone, TimmBackbone):
+        load = _IN_BLIP2
     lines = []
     for cells in rows.items():
         name, value = (cell.replace("|", r"\|") for cell in cells)
@@ -136,7 +153,7 @@ def card(
         title=title,
         what=_ADAPTER if is_adapter else f"Full weights for {form} from {_METHOD}.",
         facts="\n".join(lines),
-        load=FORMATS[form].snippet.replace("{model}", model),
+        load=load,
         unmerged=unmerged,
         reading=reading,
         cell=backbone.patch_size,

@@ -218,59 +218,38 @@ def _pretrained_settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, 
     return settings
 
 
-def _check_whole(tower: Weights, file: Weights, backbone: Backbone) -> None:
-    """Raise ValueError for a tower without its last blocks, for a library that knows one depth."""
-    blocks = _blocks_in(tower)
-    if isinstance(backbone, EvaViT) and blocks < backbone.config.depth:
-        raise ValueError(
-            f"{file.path} has {blocks} of {backbone.config.depth} blocks, and the rest would be random: give "
-            "--base with the whole tower, or --format timm, which writes a shorter one"
-        )
+def open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
+    """A whole model of open_clip, with its text side as it is and the configuration that it has of EVA's two.
 
-
-def _whole_clip(prefix: str, text: str, tower: Weights, file: Weights, backbone: Backbone) -> Written:
-    """EVA-CLIP's or open_clip's whole model: the tower under a prefix, the text side as it is, known by one
-    name.
+    Raises ValueError for a base that is not a whole one.
     """
-    _check_whole(tower, file, backbone)
-    of_tower = layouts.prefix_of(file) if isinstance(backbone, EvaViT) else ""
+    from open_clip import constants, get_model_config
+
     beside: dict[str, Lazy] = {}
-    if of_tower:
-        beside = {name: tensor for name, tensor in file.items() if not name.startswith(of_tower)}
-    if text not in beside or not {"cls_token", "head.weight"} <= tower.keys():
+    if isinstance(backbone, EvaViT):
+        blocks = _blocks_in(tower)
+        if blocks < backbone.config.depth:
+            raise ValueError(
+                f"{file.path} has {blocks} of {backbone.config.depth} blocks, and the rest would be random: "
+                "give --base with the whole tower, or --format timm, which writes a shorter one"
+            )
+        prefix = layouts.prefix_of(file)
+        if prefix:
+            beside = {name: tensor for name, tensor in file.items() if not name.startswith(prefix)}
+    needed = {"cls_token", "head.weight"}
+    if "text.positional_embedding" not in beside or not needed <= tower.keys():
         raise ValueError(
             f"{file.path} has no class token, CLIP projection and text tower, which whole CLIPs of EVA have: "
             "give EVA-CLIP's or open_clip's file as the base"
         )
-    tensors = {prefix + name: tensor for name, tensor in tower.items()}
-    return Written(Weights(tensors | beside, file.path), {})
-
-
-def eva_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
-    """A whole model of EVA-CLIP."""
-    return _whole_clip("visual.", "logit_scale", tower, file, backbone)
-
-
-def open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
-    """A whole model of open_clip, with the configuration that it has of EVA's two."""
-    from open_clip import constants, get_model_config
-
-    written = _whole_clip("visual.trunk.", "text.positional_embedding", tower, file, backbone)
     assert isinstance(backbone, EvaViT)
+    tensors = {f"visual.trunk.{name}": tensor for name, tensor in tower.items()}
     model = get_model_config("EVA02-E-14-plus" if backbone.post_norm else "EVA01-g-14-plus")
     model["custom_text"] = True
     model["vision_cfg"]["image_size"] = backbone.image_size
     images = {"mean": constants.OPENAI_DATASET_MEAN, "std": constants.OPENAI_DATASET_STD}
     config = {"model_cfg": model, "preprocess_cfg": images}
-    return Written(written.tensors, {"open_clip_config.json": config})
-
-
-def lavis(tower: Weights, file: Weights, backbone: Backbone) -> Written:
-    """LAVIS' eva_vit_g.pth; LAVIS reads the first 39 blocks of a pre-norm tower and passes over the rest."""
-    if not isinstance(backbone, EvaViT) or backbone.post_norm or "cls_token" not in tower:
-        raise ValueError(f"{file.path}: LAVIS has the pre-norm giant of EVA with a class token only")
-    _check_whole(tower, file, backbone)
-    return Written(tower, {})
+    return Written(Weights(tensors | beside, file.path), {"open_clip_config.json": config})
 
 
 def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:
@@ -280,9 +259,7 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor]
     transformers' classes of whole towers give the last map alone.
     """
     if form == "transformers":
-        from transformers import AutoModel
-
-        return _last_map_of(AutoModel.from_pretrained(folder, dtype=torch.float32), backbone)
+        return _last_map_of(_by_transformers(folder), backbone)
     if form == "open_clip":
         import open_clip
 
@@ -292,6 +269,15 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor]
 
         trunk = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return _maps_of(trunk, backbone)
+
+
+def _by_transformers(folder: Path) -> Any:
+    """The model of transformers in a folder, in fp32; its class of BLIP-2's tower is unknown to AutoModel."""
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = getattr(transformers, config["architectures"][0])
+    return kind.from_pretrained(folder, dtype=torch.float32)
 
 
 def _last_map_of(model: Any, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:
@@ -334,14 +320,12 @@ def _timm_of(base: Path, model: Mapping[str, Any]) -> Any:
 
 def _transformers_of(base: Path, model: Mapping[str, Any]) -> Any:
     """The model of transformers with the weights of a base."""
-    from transformers import AutoModel
-
     file = layouts.open_model(base)
     tensors, files = transformers_names.written(file, file, layouts.built(model, "meta"))
     with TemporaryDirectory() as folder:  # the names in its files are not those of its modules
         write_safetensors(Path(folder) / "model.safetensors", tensors, {})
         write_text(Path(folder) / "config.json", json.dumps(files["config.json"]))
-        return AutoModel.from_pretrained(folder, dtype=torch.float32)
+        return _by_transformers(Path(folder))
 
 
 def for_transformers(adapter: Adapter, base: Path, model: Mapping[str, Any]) -> Adapter:
@@ -352,6 +336,8 @@ def for_transformers(adapter: Adapter, base: Path, model: Mapping[str, Any]) -> 
     from transformers import AutoConfig, AutoModel
 
     backbone = layouts.built(model, "meta")
+    if isinstance(backbone, EvaViT):
+        raise ValueError("BLIP-2 has q, k and v of EVA in one layer: give --format peft or transformers")
     file = layouts.open_model(base)
     config = transformers_names.written(file, file, backbone).files["config.json"]
     with torch.device("meta"):

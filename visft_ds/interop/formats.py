@@ -28,8 +28,8 @@ class Format:
 
     file: str  #: of the weights, in a folder; "": an adapter, which has two
     snippet: str  #: code that loads the folder it stands in, for the model card
+    library: str  #: module that loads it, for `--verify`
     make: str = ""  #: "module:function" of this room that makes the content; "": an adapter
-    library: str = ""  #: module that loads it, for `--verify`; "": none that can be installed
 
     def content(self, tower: Weights, file: Weights, backbone: Backbone) -> Written:
         """Its files.
@@ -47,19 +47,6 @@ class Format:
 
 
 FORMATS = {
-    "eva_clip": Format(
-        file="eva_clip.pt",
-        make="export:eva_clip",
-        snippet="# with EVA-CLIP's own code\n"
-        'model, *_ = create_model_and_transforms("EVA02-CLIP-bigE-14-plus", pretrained="eva_clip.pt")',
-    ),
-    "lavis": Format(
-        file="eva_vit_g.pth",
-        make="export:lavis",
-        snippet="# takes the place of LAVIS' own eva_vit_g.pth, "
-        "see create_eva_vit_g in lavis/models/eva_vit.py\n"
-        'weights = torch.load("eva_vit_g.pth")',
-    ),
     "open_clip": Format(
         file="open_clip_model.safetensors",
         make="export:open_clip",

@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -59,6 +61,15 @@ _REASONS = {
     "modules_to_save": "it has whole layers, too",
 }
 _Value = TypeVar("_Value")
+#: The first pattern that a layer's name ends with, as peft.utils.other.get_pattern_key finds it.
+_FIRST = """
+import json, re, sys
+patterns, layers = json.load(sys.stdin)
+ends = [(pattern, re.compile(rf"(.*\\.)?({pattern})$")) for pattern in patterns]
+first = [next((pattern for pattern, end in ends if end.match(layer)), None) for layer in layers]
+json.dump(first, sys.stdout)
+"""
+_MOST_SECONDS = 20  #: that all patterns of a folder may take
 
 
 class StoredAdapter(StrictModel):
@@ -97,25 +108,31 @@ class PeftConfig(StrictModel):
                 yield key, f"{json.dumps(value)[:40]}: {reason}; {_WAY_OUT}"
                 return
 
-    def rank_of(self, layer: str) -> int:
-        """Rank of a layer."""
-        return _by_pattern(self.rank_pattern, layer, self.r)
-
-    def scale_of(self, layer: str) -> float:
-        """Factor of B A in a layer."""
-        return self.scale(_by_pattern(self.alpha_pattern, layer, self.lora_alpha), self.rank_of(layer))
-
     def scale(self, alpha: float, rank: int) -> float:
         """Factor of B A; of rsLoRA (https://arxiv.org/abs/2312.03732) it falls with the root of the rank."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _by_pattern(patterns: Mapping[str, _Value] | None, layer: str, default: _Value) -> _Value:
-    """The value of the first pattern that a layer's name ends with, as peft.utils.other.get_pattern_key."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value
-    return default
+def _by_pattern(
+    key: str, patterns: Mapping[str, _Value] | None, layers: Sequence[str], default: _Value
+) -> list[_Value]:
+    """The value of each layer: that of the first pattern which its name ends with.
+
+    Regular expressions of a foreign file may take forever: a process that can be ended compares them. Raises
+    ValueError for those that take too long, or are none.
+    """
+    if not patterns:
+        return [default] * len(layers)
+    command = [sys.executable, "-I", "-S", "-c", _FIRST]
+    content = json.dumps([list(patterns), layers])
+    try:
+        done = subprocess.run(command, input=content, capture_output=True, text=True, timeout=_MOST_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        remedy = f"write names of layers there, or {_WAY_OUT}"
+        raise ValueError(f"{key}: its patterns took {_MOST_SECONDS} s; {remedy}") from error
+    if done.returncode:
+        raise ValueError(f"{key}: {done.stderr.strip().splitlines()[-1]}")
+    return [default if first is None else patterns[first] for first in json.loads(done.stdout)]
 
 
 def read_folder(folder: Path) -> Adapter:
@@ -136,13 +153,14 @@ def read_folder(folder: Path) -> Adapter:
         if _HEADER in file.metadata:
             stored = StoredAdapter.model_validate_json(file.metadata[_HEADER])
         layers = _layers_in(file, config, stored)
-        ranks = [config.rank_of(layer) // len(slices) for layer, (_, slices) in layers.items()]
-        rank = max(ranks)
+        alphas = _by_pattern("alpha_pattern", config.alpha_pattern, [*layers], config.lora_alpha)
+        factors = {layer: _factors(file, layer, slices) for layer, (_, slices) in layers.items()}
+        rank = max(b.shape[1] for _, b in factors.values())
         scale = config.scale(config.lora_alpha, config.r)
         tensors = {}
-        for layer, (_, slices) in layers.items():
-            a, b = _factors(file, layer, slices)
-            factor = config.scale_of(layer) / scale
+        for (layer, (a, b)), alpha in zip(factors.items(), alphas, strict=True):
+            slices = layers[layer][1]
+            factor = config.scale(alpha, len(a)) / scale
             if not math.isclose(factor, 1, rel_tol=1e-12):
                 b *= factor
             # Zeros in both factors stay zeros in training: nothing is added to what the layer can learn.
@@ -183,12 +201,12 @@ def _layers_in(
     if stored is not None:
         names = [*stored.slices]  # in the order of the model
     layers = {}
-    for layer in names:
+    ranks = _by_pattern("rank_pattern", config.rank_pattern, names, config.r)
+    for layer, rank in zip(names, ranks, strict=True):
         a = file.get(f"{_PREFIX}{layer}.lora_A.weight")
         b = file.get(f"{_PREFIX}{layer}.lora_B.weight")
         if a is None or b is None:
             raise ValueError(f"one of lora_A and lora_B of {examples([layer])} is missing")
-        rank = config.rank_of(layer)
         behind = (1, 1) if len(a.shape) == 4 else ()
         fits = len(a.shape) in (2, 4) and a.shape[0] == rank and 0 not in a.shape + b.shape
         if not fits or b.shape[1:] != (rank, *behind):

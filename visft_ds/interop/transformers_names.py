@@ -1,4 +1,5 @@
-"""timm's DINOv3, CLIP and SigLIP as transformers' own classes: names of published files, and configuration.
+"""timm's DINOv3, CLIP and SigLIP, and the EVA-G of BLIP-2, as transformers' own classes: names of published
+files, and configuration.
 
 Other models need nothing: transformers loads timm's folder itself (TimmWrapperModel).
 """
@@ -46,6 +47,18 @@ _DINO = {
     r"reg_token$": "embeddings.register_tokens",
     r"patch_embed\.proj": "embeddings.patch_embeddings",
 }
+_BLIP2 = {
+    r"blocks\.(\d+)\.attn\.proj": r"encoder.layers.\1.self_attn.projection",
+    r"blocks\.(\d+)\.attn\.q_bias": r"encoder.layers.\1.self_attn.qkv.bias",
+    r"blocks\.(\d+)\.attn\.": r"encoder.layers.\1.self_attn.",
+    r"blocks\.(\d+)\.norm(\d)": r"encoder.layers.\1.layer_norm\2",
+    r"blocks\.(\d+)\.": r"encoder.layers.\1.",
+    r"cls_token$": "embeddings.class_embedding",
+    r"pos_embed$": "embeddings.position_embedding",
+    r"patch_embed\.proj": "embeddings.patch_embedding",
+    r"norm\b": "post_layernorm",
+}
+_EVA = ("Blip2VisionModel", "blip_2_vision_model", "BlipImageProcessor", _BLIP2)
 #: Pattern of timm's names -> class, model type, image processor, names.
 _FAMILIES: Mapping[str, tuple[str, str, str, Mapping[str, str]]] = {
     r"vit_\w+_dinov3(_qkvb)?": ("DINOv3ViTModel", "dinov3_vit", "DINOv3ViTImageProcessor", _DINO),
@@ -56,7 +69,9 @@ _FAMILIES: Mapping[str, tuple[str, str, str, Mapping[str, str]]] = {
 
 def _family_of(backbone: Backbone) -> tuple[str, str, str, Mapping[str, str]] | None:
     """The entry of `_FAMILIES` for a backbone; None: transformers has no such class."""
-    name = backbone.name.partition(".")[0] if isinstance(backbone, TimmBackbone) else ""
+    if not isinstance(backbone, TimmBackbone):
+        return None if backbone.post_norm else _EVA
+    name = backbone.name.partition(".")[0]
     for pattern, family in _FAMILIES.items():
         if re.fullmatch(pattern, name):
             return family
@@ -91,10 +106,15 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     family = _family_of(backbone)
     if family is None:
         raise ValueError(
-            f"transformers has no class for {backbone.describe()}, only of DINOv3, CLIP and SigLIP: give "
-            "--format timm, whose folder AutoModel loads"
+            f"transformers has no class for {backbone.describe()}, only of DINOv3, CLIP, SigLIP and "
+            "EVA-G: give --format timm, whose folder AutoModel loads"
         )
     kind, model_type, processor, rules = family
+    of_eva = family is _EVA
+    if of_eva and "cls_token" not in tower:
+        raise ValueError(
+            f"{file.path} has no class token, which BLIP-2 reads: give EVA-CLIP's file as the base"
+        )
     model: Any = backbone
     pooled = "attn_pool.latent" in tower and not backbone.layers_read
     names = set(dict(backbone.named_parameters()))
@@ -103,7 +123,10 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     tensors: dict[str, Lazy] = {}
     for name in tower:
         if name in names:
-            for part, tensor in _parts(name, tower, flat=model_type != "dinov3_vit"):
+            parts = _parts_of_eva(name, tower)
+            if not of_eva:
+                parts = _parts(name, tower, flat=model_type != "dinov3_vit")
+            for part, tensor in parts:
                 tensors[_renamed(part, rules)] = tensor
     dtype = tower["patch_embed.proj.weight"].dtype
     side = backbone.image_size
@@ -117,7 +140,7 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
         "num_attention_heads": block.attn.num_heads,
         "image_size": side,
         "patch_size": backbone.patch_size,
-        "hidden_act": _ACTIVATIONS[type(block.mlp.act).__name__],
+        "hidden_act": "gelu" if of_eva else _ACTIVATIONS[type(block.mlp.act).__name__],
         "layer_norm_eps": block.norm1.eps,
         "attention_dropout": 0.0,
         "dtype": str(dtype).removeprefix("torch."),
@@ -178,4 +201,19 @@ def _parts(name: str, tower: Weights, *, flat: bool) -> Iterator[tuple[str, Lazy
         shape = tensor.shape[-2:] if name == "pos_embed" else tensor.shape[-1:]
         yield name, Lazy(shape, tensor.dtype, lambda: tensor.read().reshape(shape))
     elif not name.startswith("attn_pool.kv."):
+        yield name, tensor
+
+
+def _parts_of_eva(name: str, tower: Weights) -> Iterator[tuple[str, Lazy]]:
+    """(name, tensor) of what BLIP-2 makes of a tensor: the bias of q, k (0) and v in one, or it."""
+    tensor = tower[name]
+    if name.endswith(".q_bias"):
+        of_v = tower[name.replace("q_bias", "v_bias")]
+
+        def joined() -> torch.Tensor:
+            q = tensor.read()
+            return torch.cat([q, torch.zeros_like(q), of_v.read()])
+
+        yield name, Lazy((3 * tensor.shape[0],), tensor.dtype, joined)
+    elif not name.endswith(".v_bias"):
         yield name, tensor

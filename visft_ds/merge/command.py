@@ -18,7 +18,7 @@ import torch
 from visft_ds.config.backbones import named
 from visft_ds.config.record import read_run, recorded_config
 from visft_ds.evals.records import MAIN
-from visft_ds.files import write_text, writing
+from visft_ds.files import write_text
 from visft_ds.interop import export, layouts
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.card import README, card, repository_of
@@ -155,12 +155,7 @@ def _write(flags: argparse.Namespace, base: Base, adapter: Adapter | None, stage
         origin = {layouts.BASE: base.fingerprint, layouts.MERGED: json.dumps(settings)}
     tower = export.merge(layouts.tower_in(base.file, base.model), adapter, dtype, names, share)
     content = form.content(tower, base.file, base.backbone)
-    if path.suffix == ".safetensors":
-        write_safetensors(path, content.tensors, {layouts.MODEL: json.dumps(base.model), **origin})
-    else:  # of programs that read by torch.load alone
-        tensors = {name: tensor.read().contiguous() for name, tensor in content.tensors.items()}
-        with writing(path) as target:
-            torch.save(tensors, target)
+    write_safetensors(path, content.tensors, {layouts.MODEL: json.dumps(base.model), **origin})
     for name, values in content.files.items():
         write_text(stage / name, json.dumps(values, indent=2) + "\n")
     return share
@@ -199,7 +194,7 @@ def _check(flags: argparse.Namespace) -> None:
         raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
     if not flags.adapters and (flags.base is None or flags.scale != 1 or flags.format in ADAPTERS):
         raise ValueError(
-            "give --run RUN or --adapter PATH, or --base FILE to write it in another --format or --dtype"
+            "give RUN or --adapter PATH, or --base FILE to write it in another --format or --dtype"
         )
     if not abs(flags.scale) <= 1e9:
         raise ValueError(f"--scale {flags.scale:g} is not allowed: give a number from -1e9 to 1e9")
@@ -212,11 +207,8 @@ def _check(flags: argparse.Namespace) -> None:
     if flags.format in ADAPTERS and flags.dtype != "fp32":
         raise ValueError(f"--dtype is of full weights; --format {flags.format} is written in fp32")
     library = FORMATS[flags.format].library
-    if flags.verify and (not library or find_spec(library) is None):
-        allowed = ", ".join(f"{name} ({form.library})" for name, form in FORMATS.items() if form.library)
-        raise ValueError(
-            f"--verify: no library that is installed here loads --format {flags.format}; {allowed} can be"
-        )
+    if flags.verify and find_spec(library) is None:
+        raise ValueError(f"--verify: {library}, which loads --format {flags.format}, is not installed here")
 
 
 def _read_adapter(flags: argparse.Namespace) -> Adapter | None:

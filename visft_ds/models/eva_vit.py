@@ -259,10 +259,10 @@ def _recomputed(
     """`Block.branches`, computed again in the backward pass but for the last product, a third of the block,
     which only its norm reads.
 
-    By torch's checkpointing, which leaves that product out by itself, under ZeRO-3 and where it is compiled.
+    By torch's checkpointing, which leaves that product out by itself, under ZeRO-3.
     """
     under_zero3 = hasattr(block.attn.q_bias, "ds_id")
-    if under_zero3 or torch.compiler.is_compiling():
+    if under_zero3:
         return _checkpoint(block.branches, stream, dtype, images, packing)
     trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
     last_product_trains = any(parameter.requires_grad for parameter in block.mlp["fc2"].parameters())
@@ -407,13 +407,6 @@ class EvaViT(nn.Module):
             return tokens
         first = (self.cls_token + self.pos_embed[:, :1]).to(tokens.dtype)
         return torch.cat([first.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Run the blocks through torch.compile from here on; numbers of images and tokens are symbols in
-        it.
-        """
-        for block in self.blocks:
-            block.compile(dynamic=True, backend=backend)
 
     def run_blocks(
         self,

@@ -41,7 +41,6 @@ VARLEN = "torch's varlen_attn"
 PLAIN = "image by image"
 
 
-@torch.compiler.disable  # lengths are numbers of Python, and every other one would be compiled anew
 def attention_packed(
     q: Tensor,
     k: Tensor,

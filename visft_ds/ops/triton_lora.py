@@ -94,7 +94,7 @@ def kernel(
     tl.store(tile, total.to(out.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("visft_ds::sum_of_products", mutates_args=())  # one node of torch.compile
+@torch.library.custom_op("visft_ds::sum_of_products", mutates_args=())  # one node of a traced step
 def sum_of_products(left: Tensor, right: Tensor, low: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     """left (M, K) @ right (K, N) + low (M, D) @ up (D, N) + bias (N,), of one dtype -> (M, N)."""
     if INTERPRETED and left.dtype == torch.bfloat16:

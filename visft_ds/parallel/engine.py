@@ -28,7 +28,6 @@ from visft_ds import DEEPSPEED, distributed
 from visft_ds.config.schema import OptimizerParams, SchedulerConfig
 from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel
-from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
 from visft_ds.prepare.model import PreparedModel
@@ -311,15 +310,12 @@ def build_engine(
     *,
     seed: int,
     bounds: Sequence[int] | None = None,
-    compile: str = "none",
 ) -> Engine:
     """The engine of a prepared model: a pipeline where stages have bounds, else ZeRO over the whole model.
 
     Args:
         config: from `deepspeed_dict`.
         bounds: first layer of each pipeline stage, and the number of layers.
-        compile: "blocks": those of the backbone run through torch.compile, which is done once for all of
-        them.
     """
     module = prepared.module
     groups = [
@@ -337,12 +333,7 @@ def build_engine(
         "seed": seed,
     }
     if bounds is None:
-        engine = Engine(module, groups, config, **common)
-    else:
-        from visft_ds.parallel.pipeline import PipelineEngine
+        return Engine(module, groups, config, **common)
+    from visft_ds.parallel.pipeline import PipelineEngine
 
-        engine = PipelineEngine(module, groups, config, bounds=bounds, **common)
-    if compile == "blocks":
-        assert isinstance(module.backbone, EvaViT), "the configuration allows no other"
-        module.backbone.compile_blocks()
-    return engine
+    return PipelineEngine(module, groups, config, bounds=bounds, **common)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -103,7 +102,7 @@ def workers_of(data: DataConfig) -> int:
     """Processes that read for this one. Without a GPU they would take the cores that compute."""
     if data.num_workers is not None or distributed.local_device().type == "cpu":
         return data.num_workers or 0
-    return min(8, max(1, len(os.sched_getaffinity(0)) // distributed.processes_here() - 1))
+    return min(8, max(1, distributed.cores() - 1))
 
 
 def open_loader(config: VisftConfig, data: RunData, batches: Batches) -> StepLoader:

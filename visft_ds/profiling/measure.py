@@ -137,7 +137,6 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             Schedule(config.scheduler, config.total_steps),
             seed=config.visft.seed,
             bounds=planned.bounds,
-            compile=config.visft.model.compile,
         )
         yield Session(config, data, machine, planned, engine, before)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -107,11 +107,6 @@ def open_log(
     run = config.visft.run
     out = Path(run.out or "")
     with ExitStack() as stack:
-        if main and run.track is not None:
-            from visft_ds.monitor.track import Tracker  # few runs have one
-
-            tracker = stack.enter_context(closing(Tracker(out, redacted_values(config.identity()))))
-            callbacks = [*callbacks, tracker]
         progress = stack.enter_context(
             Progress(
                 config.total_steps, start=start, log_every=run.log_every, enabled=main, gone=stop.output_gone

@@ -12,7 +12,6 @@ from visft_ds import distributed
 from visft_ds.config import Batches, ResolvedConfig, derive_batches
 from visft_ds.config.resolve import Draft
 from visft_ds.config.tree import flatten
-from visft_ds.flags import check_extra
 from visft_ds.monitor.metrics import versions
 from visft_ds.ops import use_numerics
 from visft_ds.ops.lora import use_kernels
@@ -63,9 +62,6 @@ def check_machine(config: ResolvedConfig, processes: int | None = None) -> Machi
     processes = processes or distributed.world_size()
     precision, why_precision = choose_precision(model.precision, device)
     use_kernels(model.kernels, device)
-    tracker = config.visft.run.track
-    if tracker is not None:
-        check_extra("visft.run.track", tracker, [tracker])
     batches = derive_batches(config, processes)
     tf32 = model.computes_in_tf32(precision)
     use_numerics(device, tf32=tf32, deterministic=config.visft.run.deterministic)

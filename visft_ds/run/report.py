@@ -23,6 +23,7 @@ from visft_ds.pretrained import local
 from visft_ds.run.advice import findings_of, lines_of
 from visft_ds.run.folder import look_into
 from visft_ds.run.machine import Machine, check_machine, memory_of, planned_run, settle_checkpointing
+from visft_ds.run.start import open_start
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.head_files import head_files
 
@@ -71,13 +72,14 @@ def print_dry_run(config: ResolvedConfig, sets: Mapping[str, TrainingSet] | None
     from visft_ds.planner.memory import plan_largest  # a start does without
 
     data = None
+    earlier = look_into(Path(config.visft.run.out or ""))
     if sets is not None and _has_validation(config):
         data = open_data(config.visft, sets)
+        open_start(config.visft, data, earlier)
         warn_of_detr(config, sets)
     vocabulary = None if data is None else data.vocabulary
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
     machine = check_machine(config, max(processes, config.pipeline_stages))
-    earlier = look_into(Path(config.visft.run.out or ""))
     config, machine = settle_checkpointing(config, machine, vocabulary, earlier, must_fit=False)
     run = planned_run(config, machine, vocabulary)
     module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import platform
 import sys
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,15 @@ from visft_ds.data.shards import (
     manifest_path,
     tar_name,
 )
-from visft_ds.files import remove_unfinished, write_bytes, wrong_name
+from visft_ds.files import remove_unfinished, write_bytes, write_text, wrong_name
 from visft_ds.shards.archive import sample_size, shard_size, write_shard
 from visft_ds.shards.coco import CocoSource, SourceImage, name_as_here, read_coco
 from visft_ds.shards.common import Findings, Json
-from visft_ds.shards.options import Options
+from visft_ds.shards.options import Options, state_folder
 from visft_ds.tasks.vocabulary import caption_words
 
 _LOCK = "lock"  #: file in the folder of a build's state
+_HOLDER = "lock.holder"  #: file beside it that names the process
 
 
 @dataclass
@@ -73,7 +75,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
     plan = _plan(options)
     if dry_run:
         return _manifest(options, plan, [])[0]
-    with _alone(options):
+    with alone(options.out, options.split):
         _claim(options, plan, replace)
         records = _write_all(options, plan, workers)
         for record in records:
@@ -199,22 +201,33 @@ def quantiles(sides: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 @contextmanager
-def _alone(options: Options) -> Iterator[None]:
-    """Lock a split while it is built. Raises ValueError if another build holds the lock."""
-    options.state.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(options.state / _LOCK, timeout=0)
+def alone(out: Path, split: str) -> Iterator[None]:
+    """Lock a split while it is built or indexed. Raises ValueError, which names the process that holds the
+    lock.
+    """
+    state = state_folder(out, split)
+    state.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(state / _LOCK, timeout=0)
+    holder = state / _HOLDER
     try:
         lock.acquire()
+        write_text(holder, f"process {os.getpid()} on {platform.node()}")
     except Timeout as error:
+        other = holder.read_text(encoding="utf-8") if holder.is_file() else "of another process"
         remedy = "wait until it has finished, or use another --out"
-        raise ValueError(f"another build is making {options.split!r} in {options.out}: {remedy}") from error
+        raise ValueError(f"another build ({other}) is making {split!r} in {out}: {remedy}") from error
     except NotImplementedError:
-        text = f"warning: {options.out} does not support locks: run one build at a time there"
+        text = f"warning: {out} does not support locks: run one build at a time there"
         print(text, file=sys.stderr, flush=True)
     try:
         yield
     finally:
+        # While it is held, so that nobody else's is removed.
+        for file in (holder, state / _LOCK):
+            file.unlink(missing_ok=True)
         lock.release()
+        with suppress(OSError):  # the state of a build lies in it
+            state.rmdir()
 
 
 def reasons(left_out: Sequence[Sequence[str]]) -> Findings:
@@ -251,7 +264,7 @@ def _claim(options: Options, plan: _Plan, replace: bool) -> None:
     else:
         obsolete = [*shards, *options.state.glob("*")]
     for file in obsolete:
-        if file.name != _LOCK:
+        if file.name not in (_LOCK, _HOLDER):
             file.unlink()
     remove_unfinished(options.out, pattern)
     remove_unfinished(options.state)

@@ -15,6 +15,19 @@ from dataclasses import dataclass
 from visft_ds.files import shown_name
 
 
+def group_in(name: str, pattern: str) -> str | None:
+    """The group of an image of this name: what the first parenthesis with a match has, or else all that a
+    regular expression finds in it; None: nothing.
+    """
+    match = re.search(pattern, name)
+    if match is None:
+        return None
+    for text in match.groups():
+        if text is not None:
+            return str(text)
+    return match[0]
+
+
 @dataclass(frozen=True)
 class Division:
     """Division of the images of a split, and one side of it.
@@ -44,16 +57,13 @@ class Division:
         """The group of an image of this file name. Raises ValueError for a name without a match."""
         if self.group is None:
             return name
-        match = re.search(self.group, name)
-        if match is None:
+        group = group_in(name, self.group)
+        if group is None:
             raise ValueError(
                 f"--group {self.group!r} matches no part of the file name {shown_name(name)}: "
                 "each name must have a match"
             )
-        for text in match.groups():
-            if text is not None:
-                return str(text)
-        return match[0]
+        return group
 
     def chosen(self, names: Collection[str]) -> set[str]:
         """Those of the file names that are on this side: whole groups, at least one on each side.

@@ -13,6 +13,11 @@ from visft_ds.tasks.vocabulary import TOKENIZER
 _ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")  # pathlib makes one slash of two
 
 
+def state_folder(out: Path, split: str) -> Path:
+    """Folder for the state of a build of a split."""
+    return out / f".{split}.build"
+
+
 @dataclass(frozen=True)
 class Options:
     """Files and settings of a build."""
@@ -68,4 +73,4 @@ class Options:
     @property
     def state(self) -> Path:
         """Folder for the state of a build."""
-        return self.out / f".{self.split}.build"
+        return state_folder(self.out, self.split)

@@ -46,7 +46,7 @@ from visft_ds.files import image_frame, read_bytes, reading, shown_name
 from visft_ds.redaction import refuse_secrets
 from visft_ds.settings.task_schema import WITHOUT_MASK
 from visft_ds.shards.archive import MAX_IMAGE_BYTES
-from visft_ds.shards.build import quantiles, reasons
+from visft_ds.shards.build import alone, quantiles, reasons
 from visft_ds.shards.coco import SourceImage, add_categories, share_inside
 from visft_ds.shards.common import Findings, Json, is_split_name
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
@@ -86,23 +86,23 @@ def index_tars(
 
     Raises:
         ValueError: unusable input, more than a tenth of the tars or of the samples among it; no captions and
-            no objects; another split of this name.
+            no objects; another split of this name; another process that is making it.
         OSError: a tar is not there, or a server failed repeatedly.
     """
     if not is_split_name(split):
         raise ValueError(f"split name {split!r}: only letters, digits, '-' and '_' are allowed")
-    if manifest_path(out, split).exists() and not replace:
-        raise ValueError(f"{out} holds a split {split!r}: use another --out or --split, or --replace")
     addresses = _expanded(patterns)
     names = dict[int, str]()
     sources = dict[str, Json]()
     if categories is not None:
         names, sources = _read_categories(categories)
-    out.mkdir(parents=True, exist_ok=True)
-    # The folder is this process's: workers that Ctrl-C ends leave nothing of a download behind.
-    with TemporaryDirectory(prefix=".index-", dir=out) as folder:
-        tars = _read_all(addresses, names, Path(folder), workers)
-        return _write(tars, out, split, names, sources, list(patterns))
+    with alone(out, split):
+        if manifest_path(out, split).exists() and not replace:
+            raise ValueError(f"{out} holds a split {split!r}: use another --out or --split, or --replace")
+        # The folder is this process's: workers that Ctrl-C ends leave nothing of a download behind.
+        with TemporaryDirectory(prefix=".index-", dir=out) as folder:
+            tars = _read_all(addresses, names, Path(folder), workers)
+            return _write(tars, out, split, names, sources, list(patterns))
 
 
 def _expanded(patterns: Iterable[str]) -> list[str]:

@@ -100,13 +100,14 @@ def _settings(flags: argparse.Namespace) -> Settings:
     installed.
     """
     check_extra("visft judge", "eval", EVAL)
-    check_least(flags, batch_size=1, threads=0)
+    check_least(flags, batch_size=1)
     if distributed.world_size() != distributed.processes_here():
         raise ValueError("several machines: visft judge shares its work among the processes of one")
     device = distributed.local_device() if flags.device == "auto" else torch.device(flags.device)
     precision, _ = choose_precision(flags.precision, device)
     use_numerics(device, tf32=precision != "fp32")
-    return Settings(device, precision, flags.cache or flags.out / SCORES, flags.batch_size, flags.threads)
+    cache = flags.cache or flags.out / SCORES
+    return Settings(device, precision, cache, flags.batch_size, min(8, distributed.cores()))
 
 
 def _check_folder(out: Path, primary: str) -> None:

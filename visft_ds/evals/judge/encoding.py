@@ -38,7 +38,7 @@ class Settings:
     precision: Precision
     cache: Path
     batch_size: int
-    threads: int
+    threads: int  #: that decode images
 
 
 def kinds_read(benchmark: Benchmark, of_model: Collection[str]) -> list[str]:

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from PIL import Image
 
 from visft_ds.evals.judge.benchmark import ImageSet
 from visft_ds.files import open_image, read_bytes, reading
+from visft_ds.shards.division import group_in
 
 #: The parts that models are judged on, the first one that a data set has.
 PARTS = ("val", "validation", "test")
@@ -112,16 +114,22 @@ def grouped(images: ImageSet, by: str) -> ImageSet:
     """The images with the groups that they come from, such as patients or videos.
 
     Args:
-        by: `FILE.csv:COLUMN`, whose first column has the images' names; or a regular expression that is found
-        in each
-            name, of which the first pair of parentheses, or else all that it finds, is the group.
+        by: `FILE.csv:COLUMN`, whose first column has the images' names; or a regular expression, see
+            `group_in`.
 
     Raises:
         ValueError: no such file or column, no regular expression, or an image without a group.
     """
     path, _, column = by.rpartition(":")
-    is_column = path.endswith(".csv")
-    group_of = _by_column(Path(path), column) if is_column else _by_pattern(by)
+    if path.endswith(".csv"):
+        group_of = _by_column(Path(path), column)
+    else:
+        try:
+            re.compile(by)
+        except re.error as error:
+            text = f"groups={by}: neither FILE.csv:COLUMN nor a regular expression ({error})"
+            raise ValueError(text) from error
+        group_of = partial(group_in, pattern=by)
     groups = []
     for name in images.names:
         group = group_of(name)
@@ -130,24 +138,6 @@ def grouped(images: ImageSet, by: str) -> ImageSet:
         groups.append(group)
     numbers = np.unique(groups, return_inverse=True)[1].astype(np.int64)
     return replace(images, groups=numbers, fingerprint=digest((images.fingerprint, numbers.tobytes())))
-
-
-def _by_pattern(text: str) -> Callable[[str], str | None]:
-    """Finds the group of an image in its name."""
-    try:
-        pattern = re.compile(text)
-    except re.error as error:
-        raise ValueError(
-            f"groups={text}: neither FILE.csv:COLUMN nor a regular expression ({error})"
-        ) from error
-
-    def group_of(name: str) -> str | None:
-        match = pattern.search(name)
-        if match is None:
-            return None
-        return match[1] if pattern.groups else match[0]
-
-    return group_of
 
 
 def _by_column(path: Path, column: str) -> Callable[[str], str | None]:

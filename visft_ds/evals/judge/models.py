@@ -53,12 +53,16 @@ def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
     path = Path(spec.name)
     file = open_model(path)
     adapter = adapter_for(path, spec.adapter) if spec.adapter else None
-    if spec.model:
-        model = dict(spec.model)
-    elif adapter is not None and adapter.model is not None and MODEL not in file.metadata:
-        model = dict(adapter.model)
+    of_adapter = None if adapter is None else adapter.model
+    if MODEL not in file.metadata and of_adapter is not None:
+        stored = of_adapter
+    elif spec.model and MODEL not in file.metadata:
+        stored = spec.model
     else:
-        model = dict(model_in(file))
+        stored = model_in(file)
+    model = dict(spec.model or stored)
+    if "image_size" in stored:  # which the name of a model of timm does not tell
+        model.setdefault("image_size", stored["image_size"])
     read = model.get("layers", ())
     if adapter is not None and adapter.model is not None:
         model["layers"] = adapter.model.get("layers", ())
