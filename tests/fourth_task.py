@@ -126,7 +126,9 @@ class Classification(Task):
             if real
         ]
 
-    def measure(self, truth: Mapping[str, Any], results: Results, of_record: bool) -> dict[str, float]:
+    def measure(
+        self, truth: Mapping[str, Any], results: Results, head: Any, of_record: bool
+    ) -> dict[str, float]:
         present = {(annotation["image_id"], annotation["category_id"]) for annotation in truth["annotations"]}
         return {
             "class/accuracy": float(

@@ -7,6 +7,7 @@ They are apart so that no rank has to wait in a collective while the main proces
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -77,6 +78,7 @@ def collect(
 def measure(
     collected: Mapping[str, Results],
     reader: ShardReader,
+    heads: Mapping[str, Any],
     *,
     limit: int | None = None,
     of_record: bool = False,
@@ -84,8 +86,8 @@ def measure(
     """Compare results with the labels of the first `limit` images of the split. No collective: for one
     process.
 
-    `of_record` is that of `Task.measure`. Returns the numbers of all tasks, and a line for each task that
-    cannot be judged: it takes nothing from the others.
+    `heads` are the settings of the heads by task, and `of_record` is that of `Task.measure`. Returns the
+    numbers of all tasks, and a line for each task that cannot be judged: it takes nothing from the others.
     """
     metrics = dict[str, float]()
     problems = list[str]()
@@ -93,7 +95,7 @@ def measure(
     for task, results in collected.items():
         try:
             truth = TASKS[task].truth(reader, indices)
-            metrics |= TASKS[task].measure(truth, results, of_record)
+            metrics |= TASKS[task].measure(truth, results, heads[task], of_record)
         except ValueError as error:
             problems.append(f"{task}: {error}")
     return metrics, problems

@@ -166,8 +166,10 @@ def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
     for task, spec in TASKS.items():
         words = task == "captioning"
         annotations = [caption if words else corner]
-        found = spec.measure({**truth, "annotations": annotations}, [caption] if words else [], False)
-        assert tuple(found) == spec.config.metrics and spec.config.main in found
+        head = spec.settings("head", {})
+        found = spec.measure({**truth, "annotations": annotations}, [caption] if words else [], head, False)
+        named = tuple(name for name in found if "/AR" not in name)  # which has a number in it
+        assert named == spec.config.metrics and spec.config.main in found
 
 
 # What follows from a configuration

@@ -77,6 +77,23 @@ def test_flags_replace_what_the_recipe_chose(shards: Path) -> None:
     assert _resolved(shards, "--set", "visft.features=null").visft.features is None
 
 
+def test_heads_have_room_for_the_objects_of_the_fullest_picture(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = Manifest.load(shards, "train")
+    manifest.__dict__["index"] = index = manifest.index.copy()
+    index["num_annotations"][1] = 180
+    monkeypatch.setattr(recipe, "_open_splits", lambda *_, **__: {(str(shards), "train"): manifest})
+    key = "visft.tasks.detection.head.max_detections"
+    config = _resolved(shards, "--tasks", "detection,segmentation")
+    assert {key: (value, why) for key, value, why in config.decisions}[key] == (
+        300,
+        "the data, which has up to 180 objects in an image",
+    )
+    config = _resolved(shards, "--tasks", "detection", "--set", f"{key}=120")
+    assert config.to_dict()["visft"]["tasks"]["detection"]["head"]["max_detections"] == 120
+
+
 def _of_objects(
     shards: Path, monkeypatch: pytest.MonkeyPatch, side: float, size: tuple[int, int], *flags: str
 ) -> ResolvedConfig:

@@ -75,6 +75,6 @@ def test_what_differs_from_our_predictions_is_said() -> None:
         (_prediction((1, 0.9, 3.0)), "1 objects, ours 2"),
     ):
         difference = Difference("detection")
-        difference.add(ours, theirs, 100)
+        difference.add(ours, theirs)
         text = "; ".join(difference.problems())
         assert word in text and bool(word) == bool(text), text

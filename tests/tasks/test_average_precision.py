@@ -119,6 +119,28 @@ def test_numbers_are_those_of_pycocotools(
     assert len(ours) == len(SUMMARY) + 4 and len(fast) == len(SUMMARY)
 
 
+@pytest.mark.parametrize("of_record", [False, True])
+def test_all_objects_of_a_full_picture_count(of_record: bool) -> None:
+    """Perfect results for 180 objects have AP 1, and 100 of them may not be all that is looked at."""
+    objects = []
+    for number in range(180):
+        row, column = divmod(number, 20)
+        box = [column * 24.0, row * 24.0, 20.0, 20.0]
+        objects.append(
+            {"id": number + 1, "image_id": 1, "category_id": 1, "bbox": box, "area": 400.0, "iscrowd": 0}
+        )
+    truth = {
+        "images": [{"id": 1, "width": 500, "height": 500, "file_name": "1.jpg"}],
+        "annotations": objects,
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    results = [_result(1, 1, entry["bbox"], 0.9) for entry in objects]
+    measured = coco_average_precision(truth, results, of_record=of_record, max_detections=300)
+    assert measured["box/AP"] == measured["box/AR300"] == 1
+    hundred = coco_average_precision(truth, results, of_record=of_record)
+    assert hundred["box/AR100"] == pytest.approx(100 / 180)
+
+
 def test_shards_and_file_give_the_same(split: Manifest) -> None:
     """The labels in the shards replace the annotation file, crowds included."""
     source = json.loads((split.root.parent / "tree/instances.json").read_text())

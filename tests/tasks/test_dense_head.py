@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +37,8 @@ def _targets(counts: list[int]) -> DetectionTargets:
 
 
 def _rows(output: DenseOutput, rows: slice) -> DenseOutput:
-    return DenseOutput(*(getattr(output, field.name)[rows] for field in fields(output)))
+    tensors = {name: value[rows] for name, value in vars(output).items() if isinstance(value, Tensor)}
+    return replace(output, **tensors)
 
 
 def _by_hand(output: DenseOutput, targets: DetectionTargets) -> list[list[int]]:

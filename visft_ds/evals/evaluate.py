@@ -158,7 +158,8 @@ def _evaluate(
         if folder is not None:  # first: hours of predictions must not be lost with a number
             _write_predictions(collected, folder)
             drawn = _draw(collected, reader, visualizations, subject.limit, folder)
-        metrics, problems = measure(collected, reader, limit=subject.limit, of_record=True)
+        heads = {task: info.settings() for task, info in subject.model.heads.items()}
+        metrics, problems = measure(collected, reader, heads, limit=subject.limit, of_record=True)
     if folder is not None:
         record = subject.record(metrics, drawn, seconds)
         # Last: a folder without it was not finished.

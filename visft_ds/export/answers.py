@@ -59,11 +59,12 @@ def _spread(cells: int, side: int, frame: int, pixels: int, like: Tensor) -> Ten
     return weights / (torch.full_like(weights[:1, :1], 1) * unit)
 
 
-def dense(output: DenseOutput, picture: Picture, classes: int, most: int) -> dict[str, Tensor]:
+def dense(output: DenseOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
     """boxes (B, N, 4) xyxy, scores (B, N), labels (B, N): as `detection.dense.dense_results`."""
     scores = output.logits.sigmoid().masked_fill(~output.valid[..., None], -1.0)
     num_classes = scores.shape[2]
-    number = min(CANDIDATES, scores.shape[1] * num_classes)
+    most = output.max_detections
+    number = min(CANDIDATES * most, scores.shape[1] * num_classes)
     best, pairs = scores.flatten(1).topk(number)
     cells = pairs // num_classes
     labels = pairs % num_classes
@@ -116,21 +117,21 @@ def _best(scores: Tensor, found: dict[str, Tensor], most: int) -> dict[str, Tens
     return chosen
 
 
-def queries(output: DetectionOutput, picture: Picture, classes: int, most: int) -> dict[str, Tensor]:
+def queries(output: DetectionOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
     """boxes (B, N, 4) xyxy, scores (B, N), labels (B, N): as `detection.head.postprocess`."""
     probability = output.logits[-1].softmax(dim=-1)
     scores, labels = probability[..., :-1].max(dim=-1)
     corners = box_convert(output.boxes[-1], "cxcywh", "xyxy")
-    return _best(scores, {"boxes": picture.corners(corners), "labels": labels}, most)
+    return _best(scores, {"boxes": picture.corners(corners), "labels": labels}, scores.shape[1])
 
 
-def masks(output: MaskOutput, picture: Picture, classes: int, most: int) -> dict[str, Tensor]:
+def masks(output: MaskOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
     """masks (B, N, H, W) bool, boxes around them, scores, labels: as `segmentation.results.instances`."""
     probability = output.logits[-1].softmax(dim=-1)
     is_contiguous = output.class_ids == "contiguous"
     if is_contiguous:
         pairs = probability[..., :-1][..., :classes].flatten(1)
-        scores, chosen = pairs.topk(min(100, pairs.shape[1]))
+        scores, chosen = pairs.topk(min(output.max_detections, pairs.shape[1]))
         number = min(classes, probability.shape[2] - 1)
         rows = chosen // number
         labels = chosen % number
@@ -147,7 +148,7 @@ def masks(output: MaskOutput, picture: Picture, classes: int, most: int) -> dict
         scores = scores * (logits.sigmoid() * covered).sum(dim=(2, 3)) / areas.clamp(min=1)
     scores = torch.where(areas > 0, scores, -1.0)
     found = {"boxes": _around(inside), "labels": labels, "masks": covered}
-    return _best(scores, found, most)
+    return _best(scores, found, scores.shape[1])
 
 
 def _around(inside: Tensor) -> Tensor:
@@ -163,13 +164,13 @@ def _around(inside: Tensor) -> Tensor:
     return torch.stack((left, top, right, bottom), dim=-1).float()
 
 
-def class_maps(output: SemanticOutput, picture: Picture, classes: int, most: int) -> dict[str, Tensor]:
+def class_maps(output: SemanticOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
     """labels (B, H, W) uint8, logits (B, C, h, w): as `semantic.results.semantic_results`."""
     labels = _most_probable(output.logits.softmax(dim=1), picture)
     return {"labels": labels, "logits": output.logits}
 
 
-def class_maps_of_masks(output: MaskOutput, picture: Picture, classes: int, most: int) -> dict[str, Tensor]:
+def class_maps_of_masks(output: MaskOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
     """labels (B, H, W) uint8, and scores (B, C, h, w) of the classes, sums over masks."""
     height, width = picture.size
     shown = picture._replace(height=height, width=width)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.errors import tell
-from visft_ds.flags import Parser, check_extra, check_least
+from visft_ds.flags import Parser, check_extra
 from visft_ds.predict.cli import add_parts
 from visft_ds.run_files import check_exists
 
@@ -32,7 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(arguments)
     try:
         check_exists(flags.run)
-        check_least(flags, max_detections=1)
         if flags.format == "onnx":
             check_extra("visft export", "onnx", ("onnx", "onnxscript", "onnxruntime"))
         from visft_ds.export.command import export
@@ -67,8 +66,6 @@ def _parser() -> Parser:
     add_parts(parser)
     shape = "shape of the pictures, where evaluation depends on it (default: of most validation pictures)"
     add("--picture-size", type=picture_size, metavar="HxW", help=shape)
-    most = "most objects of a picture (%(default)s); where there are fewer, scores are 0"
-    add("--max-detections", type=int, default=100, metavar="N", help=most)
     verify = "pictures that predictions must be equal on (%(default)s), or all, with metrics of both"
     add("--verify", type=pictures_to_verify, default=16, metavar="N|all", help=verify)
     images = "pictures to compare instead of the run's validation split"

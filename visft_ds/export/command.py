@@ -201,9 +201,9 @@ def _write_files(
         for task in stream.tasks:
             _check_windows(task, stream, frame)
             of_task = {**common, "task": task, "image_size": list(frame.size)}
-            of_task |= _classes(model, task, stream, flags.max_detections)
+            of_task |= _classes(model, task, stream)
             number = len(of_task.get("categories", ()))
-            modules = modules_of(task, maps, loaded.module.heads[task], number, flags.max_detections)
+            modules = modules_of(task, maps, loaded.module.heads[task], number)
             example = _example()
             for name, module in modules.items():
                 facts[name] = of_task
@@ -221,7 +221,7 @@ def _check_windows(task: str, stream: Stream, frame: Frame) -> None:
         )
 
 
-def _classes(model: Model, task: str, stream: Stream, most: int) -> dict[str, Any]:
+def _classes(model: Model, task: str, stream: Stream) -> dict[str, Any]:
     """Facts about the labels of a task: the category of each, or the word of each id."""
     info = model._loaded.heads[task]
     if TASKS[task].uses_vocabulary:
@@ -233,7 +233,7 @@ def _classes(model: Model, task: str, stream: Stream, most: int) -> dict[str, An
     if ids is None:
         ids = getattr(TASKS[task], "categories", range(info.options["num_classes"]))
     categories = [{"id": id_, "name": category_name(id_, model.categories)} for id_ in ids]
-    return {"categories": categories, "max_detections": most}
+    return {"categories": categories, "max_detections": info.options.get("max_detections")}
 
 
 def _example() -> dict[str, Tensor]:
@@ -317,7 +317,7 @@ def _verified(
     lines = []
     problems = []
     if not (flags.half or flags.int8):
-        differences = compare(model.tasks, list(ours.values()), list(theirs.values()), flags.max_detections)
+        differences = compare(model.tasks, list(ours.values()), list(theirs.values()))
         for task, difference in differences.items():
             lines.append(f"{task}: {difference.describe()} on {len(ours)} pictures")
             problems += difference.problems()

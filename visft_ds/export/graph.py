@@ -118,13 +118,12 @@ class Features(nn.Module):
 class Answer(nn.Module):
     """Pictures -> what a head says of them, by name; see the functions in `answers`."""
 
-    def __init__(self, task: str, maps: Maps, head: nn.Module, classes: int, most: int) -> None:
+    def __init__(self, task: str, maps: Maps, head: nn.Module, classes: int) -> None:
         super().__init__()
         self.task = task
         self.maps = maps
         self.head = head
         self.classes = classes  #: categories that the data has
-        self.most = most  #: objects of a picture
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         output = self.head(self.maps(images))
@@ -132,7 +131,7 @@ class Answer(nn.Module):
         answer = ANSWERS.get((self.task, type(output)))
         if answer is None:
             raise ValueError(f"the {self.task} head has no export: leave it out with --tasks")
-        return answer(output, picture, self.classes, self.most)
+        return answer(output, picture, self.classes)
 
 
 class CaptionEncoder(nn.Module):
@@ -224,8 +223,8 @@ def _scaling(pixels: int, wanted: int, device: torch.device) -> Tensor:
     return weights.float() / unit.float()
 
 
-def modules_of(task: str, maps: Maps, head: nn.Module, classes: int, most: int) -> dict[str, nn.Module]:
+def modules_of(task: str, maps: Maps, head: nn.Module, classes: int) -> dict[str, nn.Module]:
     """Name of a file -> module: one for most heads, two of captions."""
     if isinstance(head, CaptioningHead):
         return {f"{task}_encoder": CaptionEncoder(maps, head), f"{task}_step": CaptionStep(head)}
-    return {task: Answer(task, maps, head, classes, most)}
+    return {task: Answer(task, maps, head, classes)}

@@ -49,7 +49,7 @@ class Difference:
         text = f"{self.objects} objects, boxes {self.boxes:.1e} px, scores {self.scores:.1e}"
         return f"{text}, masks {self.masks:.3%} equal" if self.task == "segmentation" else text
 
-    def add(self, ours: Prediction, theirs: Prediction, most: int) -> None:
+    def add(self, ours: Prediction, theirs: Prediction) -> None:
         """Count a picture in."""
         if self.task == "captioning":
             if ours.caption != theirs.caption:
@@ -59,10 +59,10 @@ class Difference:
             self.masks = min(self.masks, float((ours.semantic == theirs.semantic).mean()))
         elif self.task == "segmentation":
             assert ours.masks is not None and theirs.masks is not None
-            self._add_objects(ours.masks[:most], theirs.masks)
+            self._add_objects(ours.masks, theirs.masks)
         else:
             assert ours.boxes is not None and theirs.boxes is not None
-            self._add_objects(ours.boxes[:most], theirs.boxes)
+            self._add_objects(ours.boxes, theirs.boxes)
 
     def _add_objects(self, ours: Objects, theirs: Objects) -> None:
         if len(ours) != len(theirs):
@@ -92,13 +92,12 @@ def compare(
     tasks: Sequence[str],
     ours: Sequence[Prediction],
     theirs: Sequence[Prediction],
-    most: int,
 ) -> dict[str, Difference]:
-    """Differences of all tasks on the same pictures; `most` objects of each."""
+    """Differences of all tasks on the same pictures."""
     differences = {task: Difference(task) for task in tasks}
     for our, their in zip(ours, theirs, strict=True):
         for difference in differences.values():
-            difference.add(our, their, most)
+            difference.add(our, their)
     return differences
 
 

@@ -52,6 +52,10 @@ class HeadInfo:
             return dict(COCO_NAMES)
         return {int(entry.get("coco_id", entry["id"])): entry["name"] for entry in self.categories}
 
+    def settings(self) -> Any:
+        """The settings of the head, an object of its task's schema."""
+        return get_task(self.task).settings("head", self.options)
+
     def vocabulary(self) -> Vocabulary | None:
         """The words that it brings along."""
         return Vocabulary.from_dict(self.extra["vocabulary"]) if "vocabulary" in self.extra else None
@@ -95,8 +99,7 @@ class HeadFile:
         info = self.info
         task = get_task(info.task)
         with reading(self.tensors.path, f"a {info.task} head"), torch.device("meta"):
-            settings = task.settings("head", info.options)
-            head = task.build_head(info.shapes, settings, info.options.get("vocabulary_size"))
+            head = task.build_head(info.shapes, info.settings(), info.options.get("vocabulary_size"))
         self.check(head)
         values = {name: self.tensors.tensor(name, torch.float32) for name in self.tensors}
         head.load_state_dict(values, assign=True)

@@ -126,7 +126,7 @@ class ModelSource:
                 raise ValueError(f"{head.tensors.path}: {problem}")
             criterion = TASKS[task].criterion(head.info.options, {})
             modules[task] = TaskModule(head.build(), criterion, self.decoding.get(task, {}))
-            facts[f"{task} head"] = str(head.tensors.path)
+            facts[f"{task} head"] = f"{head.tensors.path}{_limit(head.info)}"
 
         module = MultiTaskModel(backbone, modules, train_backbone=False, heads_active=False)
         if self.run is not None:
@@ -148,6 +148,12 @@ class ModelSource:
             )
         check_vocabulary(infos, from_file or vocabulary, "the given vocabulary")
         return vocabulary
+
+
+def _limit(head: HeadInfo) -> str:
+    """What a head can find in an image, as the end of a line; "" where no number limits it."""
+    most = getattr(head.settings(), "most_objects", None)
+    return "" if most is None else f", at most {most} objects an image"
 
 
 def source_of(

@@ -38,6 +38,8 @@ from visft_ds.tasks.vocabulary import Vocabulary
 
 #: Ids of the published captioning heads (https://huggingface.co/TencentARC/ViSFT).
 PUBLISHED_VOCABULARY = 9490
+#: Options of a head that do not decide what its weights mean.
+_NOT_OF_WEIGHTS = ("dropout", "max_detections")
 
 
 @dataclass(frozen=True)
@@ -292,7 +294,7 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
         here = config.tasks.enabled()[task].head.model_dump(mode="json")
         other = []
         for name, value in sorted(info.options.items()):
-            if name != "dropout" and name in here and value != here[name]:
+            if name not in _NOT_OF_WEIGHTS and name in here and value != here[name]:
                 other.append(f"{name} {value} (here {here[name]})")
         if other:
             raise ValueError(

@@ -332,6 +332,7 @@ def _decide_for_few(draft: Draft, images: int) -> None:
 def _decide_sizes(draft: Draft, sets: Mapping[str, TrainingSet], processes: int) -> None:
     """Classes of the heads, and batches that the images fill."""
     _decide_classes(draft, next(iter(sets.values())).manifest)
+    _decide_detections(draft, sets)
     visft = draft.recipe.visft
     dp = max(1, processes // (draft.recipe.pipeline.stages if draft.recipe.pipeline else 1))
     streams = visft.streams()
@@ -346,6 +347,19 @@ def _decide_sizes(draft: Draft, sets: Mapping[str, TrainingSet], processes: int)
         if images < stream.batch_size and smaller:
             why = f"the data has {images} images, fewer than a batch of {stream.batch_size}"
             draft.decide({f"{stream.key}.batch_size": smaller}, why, over_user=True)
+
+
+def _decide_detections(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
+    """Room for all objects of the fullest image, where it has more than heads predict, and for mistakes."""
+    for name, task in draft.recipe.visft.tasks.enabled().items():
+        numbers = [
+            taught.manifest.index["num_annotations"] for taught in sets.values() if name in taught.tasks
+        ]
+        most = max((int(number.max(initial=0)) for number in numbers), default=0)
+        if most > getattr(task.head, "max_detections", most):
+            room = math.ceil(1.5 * most / 100) * 100
+            key = f"visft.tasks.{name}.head.max_detections"
+            draft.decide({key: room}, f"the data, which has up to {most} objects in an image")
 
 
 def _decide_classes(draft: Draft, first: Manifest) -> None:

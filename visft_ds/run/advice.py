@@ -65,7 +65,7 @@ def findings_of(config: VisftConfig, data: RunData, cells: Sequence[int]) -> lis
             cell = cells[0] if _is_dense(settings) else cells[-1]
             manifests = [training.manifest for training in data.sets.values() if task in training.tasks]
             for texts in (
-                _beyond_queries(task, settings, manifests),
+                _beyond_limit(task, settings, manifests),
                 _rare_classes(manifests),
                 _small_objects(stream, manifests, cell),
             ):
@@ -102,16 +102,20 @@ def _is_dense(settings: TaskConfig) -> bool:
     return getattr(settings.head, "type", "") == "dense"
 
 
-def _beyond_queries(task: str, settings: TaskConfig, manifests: Sequence[Manifest]) -> tuple[str, str] | None:
-    queries = getattr(settings.head, "num_queries", None)
-    if queries is None or _is_dense(settings):
+def _beyond_limit(task: str, settings: TaskConfig, manifests: Sequence[Manifest]) -> tuple[str, str] | None:
+    """Objects that a head has no room for; those beyond its queries are not learnt either."""
+    most = getattr(settings.head, "most_objects", None)
+    if most is None:
         return None
     objects = np.concatenate([manifest.index["num_annotations"] for manifest in manifests])
-    beyond = (objects - queries).clip(min=0)
+    beyond = (objects - most).clip(min=0)
     if not beyond.any():
         return None
-    fuller = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {queries}"
-    key = f"visft.tasks.{task}.head.num_queries"
+    fuller = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {most}"
+    limit = "max_detections"
+    if not _is_dense(settings) and settings.head.num_queries == most:
+        limit = "num_queries"
+    key = f"visft.tasks.{task}.head.{limit}"
     return f"{beyond.sum()} of {objects.sum()} objects are ignored", f", as {fuller} ({key})"
 
 

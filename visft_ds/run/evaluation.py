@@ -66,6 +66,7 @@ class Validation:
         self._streams = streams
         self._vocabulary = vocabulary
         self._judged = judged
+        self._heads = {task: settings.head for task, settings in config.tasks.enabled().items()}
         self._reader = ShardReader(manifest)
         self._pool: ProcessPoolExecutor | None = None
         self._waiting: deque[_Queued] = deque()
@@ -103,7 +104,9 @@ class Validation:
             if self._pool is None:
                 self._pool = ProcessPoolExecutor(1, mp_context=fork_server(), initializer=_start_measuring)
             try:
-                return self._pool.submit(measure, collected, self._reader, limit=self._config.run.eval_limit)
+                return self._pool.submit(
+                    measure, collected, self._reader, self._heads, limit=self._config.run.eval_limit
+                )
             except BrokenProcessPool:  # it was killed while it had nothing to do
                 self._pool = None
         raise RuntimeError("the process that measures evaluations cannot be started: it ends at once")
@@ -188,7 +191,7 @@ class Validation:
             collected = collect(predict, reader, self._streams, self._vocabulary, limit=TRAINING_IMAGES)
         except _StoppedError:
             return None
-        metrics, _ = measure(collected or {}, reader, limit=TRAINING_IMAGES)
+        metrics, _ = measure(collected or {}, reader, self._heads, limit=TRAINING_IMAGES)
         return {name: value for name, value in metrics.items() if name.endswith(("/AP50", "/mIoU"))}
 
     def conclude(

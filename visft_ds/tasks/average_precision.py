@@ -17,9 +17,14 @@ from faster_coco_eval import COCO, COCOeval_faster
 
 from visft_ds.tasks import Results
 
-#: Measure -> its position in the evaluator's summary, the order of the COCO API
+#: Places among the IoU thresholds 0.50, 0.55, ... 0.95, and among the ranges of area, of the COCO API
 #: (https://cocodataset.org/#detection-eval).
-_SUMMARY = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
+_IOU_50 = 0
+_IOU_75 = 5
+_ALL = 0
+_SMALL = 1
+_MEDIUM = 2
+_LARGE = 3
 #: Number of objects that are left out of the measures of masks, among which it stands if it is not 0.
 WITHOUT_MASK = "mask/objects without mask"
 
@@ -30,13 +35,15 @@ def coco_average_precision(
     *,
     masks: bool = False,
     of_record: bool = False,
+    max_detections: int = 100,
 ) -> dict[str, float]:
     """Average precision and recall by name.
 
-    The names are `box/` and those of _SUMMARY. With `of_record` pycocotools measures, and there is also
-    `box/AP/<category name>`. With `masks` the names begin with `mask/`, and objects that have none are left
-    out and counted (`WITHOUT_MASK`). Values are in [0, 1]; -1 marks a measure without any ground truth (no
-    large object, say), as in the COCO API.
+    The names are `box/AP`, `AP50`, `AP75`, `APs`, `APm`, `APl` and, with `max_detections` = 100, `AR100`.
+    With `of_record` pycocotools measures, and there is also `box/AP/<category name>`. With `masks` the names
+    begin with `mask/`, and objects that have none are left out and counted (`WITHOUT_MASK`). Of each image
+    and category the `max_detections` results with the highest scores count. Values are in [0, 1]; -1 marks a
+    measure without any ground truth (no large object, say), as in the COCO API.
 
     `truth` is a COCO dictionary, `results` are in COCO's results format; neither is changed. Results of
     categories that the ground truth does not list are left out: a head with raw COCO ids has classes for ids
@@ -65,37 +72,53 @@ def coco_average_precision(
             predictions.append({key: result[key] for key in ("image_id", "category_id", "score", shape)})
     ground_truth = _ground_truth(truth, objects, names, shape)
     evaluate = _evaluate_of_record if of_record else _evaluate_fast
-    summary, precision = evaluate(ground_truth, predictions, "segm" if masks else "bbox")
-    measures = {}
-    for name, position in _SUMMARY.items():
-        measures[f"{prefix}/{name}"] = float(summary[position])
+    precision, recall = evaluate(ground_truth, predictions, "segm" if masks else "bbox", max_detections)
+    measures = {
+        f"{prefix}/AP": _mean(precision[..., _ALL]),
+        f"{prefix}/AP50": _mean(precision[_IOU_50, ..., _ALL]),
+        f"{prefix}/AP75": _mean(precision[_IOU_75, ..., _ALL]),
+        f"{prefix}/APs": _mean(precision[..., _SMALL]),
+        f"{prefix}/APm": _mean(precision[..., _MEDIUM]),
+        f"{prefix}/APl": _mean(precision[..., _LARGE]),
+        f"{prefix}/AR{max_detections}": _mean(recall[..., _ALL]),
+    }
     if len(objects) < len(annotations):
         measures[WITHOUT_MASK] = float(len(annotations) - len(objects))
     if of_record:
         for position, category in enumerate(sorted(names)):
-            of_category = precision[:, :, position]
-            values = of_category[of_category > -1]
-            measures[f"{prefix}/AP/{names[category]}"] = float(values.mean()) if values.size else -1.0
+            measures[f"{prefix}/AP/{names[category]}"] = _mean(precision[:, :, position, _ALL])
     return measures
 
 
-#: The twelve numbers of the COCO API; and precision (IoU thresholds, recall thresholds, categories in the
-#: order of their ids) of objects of any area and at most 100 predictions of an image.
-_Evaluated = tuple[Sequence[float], npt.NDArray[np.float64]]
+#: Precision (IoU thresholds, recall thresholds, categories in the order of their ids, ranges of area), and
+#: recall (IoU thresholds, categories, ranges of area); -1 where there is no object.
+_Curves = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 
-def _evaluate_fast(truth: dict[str, Any], predictions: list[dict[str, Any]], kind: str) -> _Evaluated:
+def _mean(values: npt.NDArray[np.float64]) -> float:
+    """The mean where there are objects; -1 where there is none at all."""
+    known = values[values > -1]
+    return float(known.mean()) if known.size else -1.0
+
+
+def _evaluate_fast(
+    truth: dict[str, Any], predictions: list[dict[str, Any]], kind: str, max_detections: int
+) -> _Curves:
     """Results of `kind` "bbox" or "segm" compared with the truth by faster-coco-eval."""
     coco = COCO(truth)
     evaluation = COCOeval_faster(
         coco, coco.loadRes(predictions), iouType=kind, print_function=lambda *_: None
     )
-    evaluation.run()
-    return evaluation.all_stats, np.asarray(evaluation.eval["precision"])[..., 0, -1]
+    evaluation.params.maxDets = [max_detections]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return _curves_of(evaluation)
 
 
-def _evaluate_of_record(truth: dict[str, Any], predictions: list[dict[str, Any]], kind: str) -> _Evaluated:
-    """The same by pycocotools."""
+def _evaluate_of_record(
+    truth: dict[str, Any], predictions: list[dict[str, Any]], kind: str, max_detections: int
+) -> _Curves:
+    """The same by pycocotools, whose `summarize` knows 100 results of an image only."""
     import pycocotools.coco
     import pycocotools.cocoeval
 
@@ -110,10 +133,17 @@ def _evaluate_of_record(truth: dict[str, Any], predictions: list[dict[str, Any]]
             results.dataset = {**truth, "annotations": []}
             results.createIndex()
         evaluation = pycocotools.cocoeval.COCOeval(coco, results, kind)
+        evaluation.params.maxDets = [max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation.stats, evaluation.eval["precision"][..., 0, -1]
+    return _curves_of(evaluation)
+
+
+def _curves_of(evaluation: Any) -> _Curves:
+    """Curves of an evaluator, for its one number of results of an image."""
+    precision = np.asarray(evaluation.eval["precision"])
+    recall = np.asarray(evaluation.eval["recall"])
+    return precision[..., 0], recall[..., 0]
 
 
 def _check_finite(results: Results) -> None:

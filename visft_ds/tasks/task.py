@@ -126,12 +126,15 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def measure(self, truth: Mapping[str, Any], results: Results, of_record: bool) -> dict[str, float]:
+    def measure(
+        self, truth: Mapping[str, Any], results: Results, head: Any, of_record: bool
+    ) -> dict[str, float]:
         """Metrics by name ("part/metric"), at least those that `config.metrics` lists.
 
         Args:
             truth: of `truth`.
             results: of `results`, of all images.
+            head: settings of the head, an object of its schema.
             of_record: the numbers that are published: with those of each category, and by the reference
                 implementation where a faster one measures during training.
 

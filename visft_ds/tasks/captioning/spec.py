@@ -84,7 +84,9 @@ class Captioning(Task):
         rows = zip(batch.image_ids.tolist(), batch.real.tolist(), output.tokens.tolist(), strict=True)
         return [{"image_id": image, "caption": words.decode(ids)} for image, real, ids in rows if real]
 
-    def measure(self, truth: Mapping[str, Any], results: Results, of_record: bool) -> dict[str, float]:
+    def measure(
+        self, truth: Mapping[str, Any], results: Results, head: Any, of_record: bool
+    ) -> dict[str, float]:
         return caption_metrics(truth, results)
 
     def picture(self, example: Example) -> Picture:

@@ -35,6 +35,9 @@ class DetectionHeadConfig(StrictModel):
     type: Literal["detr", "dense"] = "detr"
     #: classes (COCO's raw ids are below 91); default for ids that are not COCO's: the number of categories
     num_classes: Positive = 91
+    #: most objects that are predicted in an image, which AP and AR count as well (COCO: 100); default where
+    #: an image of the data has more: half as many again
+    max_detections: Positive = 100
     #: channels of the dense head, a multiple of 32; the keys below are the DETR's (values: ViSFT's)
     width: Positive = 64
     num_queries: Positive = 100  #: boxes that are predicted for an image
@@ -45,6 +48,13 @@ class DetectionHeadConfig(StrictModel):
     num_heads: Positive = 8  #: attention heads of encoder and decoder
     ffn_dim: Positive = 1024  #: channels inside the MLPs of encoder and decoder
     dropout: Probability = 0.1  #: probability of dropout (DETR: 0.1)
+
+    @property
+    def most_objects(self) -> int:
+        """Most objects that it finds in an image: a DETR has no more than its queries."""
+        if self.type == "detr":
+            return min(self.num_queries, self.max_detections)
+        return self.max_detections
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         if self.width % 32:
@@ -73,7 +83,8 @@ class DetectionLoss(StrictModel):
 class DetectionTask(TaskConfig):
     """`visft.tasks.detection`."""
 
-    metrics = tuple(f"box/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"))
+    #: besides AR, whose name has the number of detections
+    metrics = tuple(f"box/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
     shown = ("box/AP", "box/AP50")
     main = "box/AP50"
     hub_task = "object-detection"

@@ -30,8 +30,7 @@ RADIUS = 1.5
 #: Cells that answer for a large object; sums over all cells are divided by as many for each object.
 CELLS = round((2 * RADIUS) ** 2)
 OVERLAP = 0.5  #: above it the weaker of two boxes of a class is dropped
-CANDIDATES = 400  #: most boxes of an image that are considered
-KEPT = 100  #: most boxes of an image that stay
+CANDIDATES = 4  #: boxes of an image that are considered, for each that may stay
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class DenseOutput:
     centres: Tensor  #: (B, S, 2) x and y of the cells, in the same unit
     pitch: Tensor  #: (B, 2) width and height of a cell, in the same unit
     valid: Tensor  #: (B, S) bool: the cell shows image
+    max_detections: int = 100  #: most boxes of an image
 
 
 class DenseHead(nn.Module):
@@ -58,6 +58,7 @@ class DenseHead(nn.Module):
         """A head for maps of these widths."""
         super().__init__()
         width = options.width
+        self.max_detections = options.max_detections
         self.input_proj = nn.Conv2d(sum(widths), width, kernel_size=1)
         self.input_norm = MaskedGroupNorm(GROUPS, width)
         self.convs = nn.ModuleList()
@@ -102,7 +103,7 @@ class DenseHead(nn.Module):
         low = centres - distances[..., :2]
         high = centres + distances[..., 2:]
         boxes = torch.cat((low, high), dim=-1)
-        return DenseOutput(logits, boxes, centres, pitch, valid.flatten(1))
+        return DenseOutput(logits, boxes, centres, pitch, valid.flatten(1), self.max_detections)
 
 
 def _of_cells(map_: Tensor) -> Tensor:
@@ -219,9 +220,11 @@ def dense_results(
 ) -> Results:
     """Predictions in COCO's results format, see `box_results`; boxes are cut off at the borders of the image.
 
-    The best CANDIDATES pairs of cell and class go through non-maximum suppression within their class; at most
-    KEPT of an image stay. Images without `batch.real` are left out.
+    The best pairs of cell and class, CANDIDATES x `output.max_detections`, go through non-maximum suppression
+    within their class; at most `output.max_detections` of an image stay. Images without `batch.real` are left
+    out.
     """
+    most = output.max_detections
     scores = output.logits.sigmoid()
     scores = scores.masked_fill(~output.valid[..., None], -1.0).cpu()
     boxes = output.boxes.clamp(0, 1).cpu()
@@ -229,13 +232,12 @@ def dense_results(
     results = Results()
     for image in batch.real.nonzero().flatten().tolist():
         of_image = scores[image].flatten()
-        best, pairs = of_image.topk(min(CANDIDATES, len(of_image)))
+        best, pairs = of_image.topk(min(CANDIDATES * most, len(of_image)))
         pairs = pairs[best >= max(threshold, 0.0)]
         best = best[: len(pairs)]
         cells = pairs // num_classes
         labels = pairs % num_classes
         corners = boxes[image, cells]
-        # In double: it moves boxes of each class apart, which fp32 would round.
-        distinct = batched_nms(corners.double(), best.double(), labels, OVERLAP)[:KEPT]
+        distinct = batched_nms(corners.double(), best.double(), labels, OVERLAP)[:most]
         results += box_results(batch, image, corners[distinct], best[distinct], labels[distinct], classes)
     return results

@@ -88,8 +88,10 @@ class Detection(Task):
         results_of = dense_results if isinstance(output, DenseOutput) else postprocess
         return results_of(output, batch, classes, threshold)
 
-    def measure(self, truth: Mapping[str, Any], results: Results, of_record: bool) -> dict[str, float]:
-        return coco_average_precision(truth, results, of_record=of_record)
+    def measure(
+        self, truth: Mapping[str, Any], results: Results, head: DetectionHeadConfig, of_record: bool
+    ) -> dict[str, float]:
+        return coco_average_precision(truth, results, of_record=of_record, max_detections=head.max_detections)
 
     def picture(self, example: Example) -> Picture:
         return example.draw(example.objects(), boxes=itemgetter("bbox"))

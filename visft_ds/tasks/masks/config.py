@@ -27,6 +27,9 @@ class PlainHeadConfig(StrictModel):
     type: Literal["plain"] = "plain"
     #: classes; default for ids that are not COCO's: the number of categories
     num_classes: Positive = 80
+    #: most objects that segmentation predicts in an image, which AP and AR count as well (COCO: 100); default
+    #: where an image of the data has more: half as many again
+    max_detections: Positive = 100
     #: masks that are predicted (EoMT on COCO: 200)
     num_queries: Positive = 200
     #: transformer blocks (PMT: 6)
@@ -38,6 +41,11 @@ class PlainHeadConfig(StrictModel):
     #: channels inside the MLPs; null: hidden_dim
     ffn_dim: Positive | None = None
     class_ids: ClassVar[ClassIds] = "contiguous"
+
+    @property
+    def most_objects(self) -> int:
+        """Most objects that it finds in an image, one for each query at most."""
+        return min(self.num_queries, self.max_detections)
 
     @property
     def decoder_layers(self) -> int:

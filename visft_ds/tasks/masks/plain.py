@@ -76,6 +76,7 @@ class PlainHead(nn.Module):
                 f"a plain head: hidden_dim {width} is not a multiple of 4 * num_heads = {num_heads}"
             )
         self.num_queries = options.num_queries
+        self.max_detections = options.max_detections
         self.num_heads = num_heads
         strides = [stride for _, stride in shapes]
         distances = [abs(math.log2(stride / _STRIDE)) for stride in strides]
@@ -131,7 +132,7 @@ class PlainHead(nn.Module):
                         seen = seen & known
             x = block(x, cos, sin, seen, known)
         sets.append(self._predict(x, grid, shown))
-        return MaskOutput.of_sets(sets)
+        return MaskOutput.of_sets(sets, self.max_detections)
 
     def _tokens(self, maps: Sequence[Map]) -> Tensor:
         """(B, N, E): the queries, and the sum of all maps."""

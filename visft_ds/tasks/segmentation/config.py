@@ -36,6 +36,9 @@ class SegmentationHeadConfig(StrictModel):
     type: Literal["mask2former"] = "mask2former"
     #: classes; default for ids that are not COCO's: the number of categories
     num_classes: Positive = 80
+    #: most objects that are predicted in an image, which AP and AR count as well (COCO: 100); default where
+    #: an image of the data has more: half as many again
+    max_detections: Positive = 100
     #: masks that are predicted (Mask2Former: 100)
     num_queries: Positive = 100
     #: channels of the head, a multiple of num_heads and of 32 (Mask2Former: 256)
@@ -57,6 +60,11 @@ class SegmentationHeadConfig(StrictModel):
     #: numbers of the classes; contiguous: from 0, published: from 1, as the published heads were trained
     class_ids: ClassIds = "contiguous"
 
+    @property
+    def most_objects(self) -> int:
+        """Most objects that it finds in an image, one for each query at most."""
+        return min(self.num_queries, self.max_detections)
+
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """A width that attention heads or norm groups do not divide, and fewer classes than COCO has."""
         if self.class_ids == "published" and self.num_classes < 80:
@@ -71,7 +79,8 @@ class SegmentationHeadConfig(StrictModel):
 class SegmentationTask(MaskTaskConfig):
     """`visft.tasks.segmentation`."""
 
-    metrics = tuple(f"mask/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"))
+    #: besides AR, whose name has the number of detections
+    metrics = tuple(f"mask/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
     shown = ("mask/AP", "mask/AP50")
     main = "mask/AP50"
     hub_task = "image-segmentation"

@@ -69,6 +69,7 @@ class SegmentationHead(nn.Module):
         self.width = width
         self.class_ids = options.class_ids
         self.num_queries = options.num_queries
+        self.max_detections = options.max_detections
         self.pixel_decoder = PixelDecoder(in_channels, options)
         self.decoder = nn.ModuleDict(
             {
@@ -107,7 +108,7 @@ class SegmentationHead(nn.Module):
             allowed = covered | (inside & ~covers_some)
             state = layer(state, query, memory, memory_key, allowed)
             sets.append(self._predict(state, mask_features, valid))
-        return MaskOutput.of_sets(sets, self.class_ids)
+        return MaskOutput.of_sets(sets, self.max_detections, self.class_ids)
 
     def _predict(self, state: Tensor, mask_features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (B, Q, C + 1) and mask logits (B, Q, h, w) of queries (B, Q, E)."""

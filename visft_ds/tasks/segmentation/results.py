@@ -20,7 +20,6 @@ from visft_ds.tasks.masks.output import MaskOutput
 
 #: Values of full-size masks that are held at a time: 128 MiB of float32.
 _MASK_BUDGET = 1 << 25
-_RESULTS = 100  #: of an image, as COCO's evaluation counts them
 
 
 class _Candidate(NamedTuple):
@@ -50,12 +49,12 @@ def instances(
     segmentation is a run-length code at the size of the stored image, its counts as str; bbox is the (x, y,
     w, h) around it in pixels, category_id the entry of `categories` for the class. A mask is where its
     bilinearly interpolated logits are above 0, in one region or several: what stands in front of an object
-    divides it. Heads with contiguous classes give the 100 pairs of a query and a class with the highest
-    softmax probability, scored by that times the mean probability inside the mask (as in Mask2Former's code).
-    With published ones a query gives its best class and the probability of that, as in ViSFT's code. A query
-    without a single pixel gives nothing: it would count as a confident mistake. Images without `batch.real`
-    are left out. The batch must have been resized without cropping, as evaluation transforms do. Masks are
-    made in groups of a bounded size, and of scores from `threshold` on only.
+    divides it. Heads with contiguous classes give the `output.max_detections` pairs of a query and a
+    class with the highest softmax probability, scored by that times the mean probability inside the mask (as
+    in Mask2Former's code). With published ones a query gives its best class and the probability of that, as
+    in ViSFT's code. A query without a single pixel gives nothing: it would count as a confident mistake.
+    Images without `batch.real` are left out. The batch must have been resized without cropping, as evaluation
+    transforms do. Masks are made in groups of a bounded size, and of scores from `threshold` on only.
     """
     extents = output.extents
     if extents is None:
@@ -94,7 +93,7 @@ def _candidates(output: MaskOutput, num_categories: int) -> list[list[_Candidate
     if output.class_ids == "contiguous":
         probability = probability[..., :-1]
         probability = probability[..., :num_categories]
-        number = min(_RESULTS, probability[0].numel())
+        number = min(output.max_detections, probability[0].numel())
         scores, pairs = probability.flatten(1).topk(number)
         queries = pairs // probability.shape[2]
         labels = pairs % probability.shape[2]

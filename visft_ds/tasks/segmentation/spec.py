@@ -44,8 +44,12 @@ class Segmentation(MaskTask):
     ) -> Results:
         return instances(output, batch, self.categories if classes is None else classes, threshold)
 
-    def measure(self, truth: Mapping[str, Any], results: Results, of_record: bool) -> dict[str, float]:
-        return coco_average_precision(truth, results, masks=True, of_record=of_record)
+    def measure(
+        self, truth: Mapping[str, Any], results: Results, head: Any, of_record: bool
+    ) -> dict[str, float]:
+        return coco_average_precision(
+            truth, results, masks=True, of_record=of_record, max_detections=head.max_detections
+        )
 
     def picture(self, example: Example) -> Picture:
         with_mask = [annotation for annotation in example.objects() if annotation.get("segmentation")]

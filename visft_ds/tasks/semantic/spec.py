@@ -68,7 +68,9 @@ class Semantic(MaskTask):
     ) -> Results:
         return semantic_results(output, batch, classes)
 
-    def measure(self, truth: Mapping[str, Any], results: Results, of_record: bool) -> dict[str, float]:
+    def measure(
+        self, truth: Mapping[str, Any], results: Results, head: Any, of_record: bool
+    ) -> dict[str, float]:
         return measure_semantic(truth, results, per_category=of_record)
 
     def describe(self, results: Results, names: Mapping[int, str]) -> str:
