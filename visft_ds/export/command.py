@@ -162,13 +162,14 @@ class _Pictures:
             name: geometry_of(stream).draw(shape, False, generator(0)) for name, stream in streams.items()
         }
 
-    def metrics(self, predictions: Mapping[int, Prediction], tasks: Sequence[str]) -> dict[str, float]:
+    def metrics(self, predictions: Mapping[int, Prediction], model: Model) -> dict[str, float]:
         """Metrics of predictions of the whole split; none of pictures without labels."""
         if self.manifest is None or self.files is not None:
             return {}
-        collected = {task: results_of(predictions, task) for task in tasks}
+        collected = {task: results_of(predictions, task) for task in model.tasks}
+        heads = {task: info.settings() for task, info in model._loaded.heads.items()}
         with ShardReader(self.manifest) as reader:
-            numbers, _ = measure(collected, reader)
+            numbers, _ = measure(collected, reader, heads)
         return numbers
 
 
@@ -231,7 +232,9 @@ def _classes(model: Model, task: str, stream: Stream) -> dict[str, Any]:
         return {"words": list(vocabulary.ids), "max_length": length}
     ids = stream.classes.get(task)
     if ids is None:
-        ids = getattr(TASKS[task], "categories", range(info.options["num_classes"]))
+        raw = range(info.options["num_classes"])
+        ids = getattr(TASKS[task], "categories", tuple(raw))
+    assert ids is not None
     categories = [{"id": id_, "name": category_name(id_, model.categories)} for id_ in ids]
     return {"categories": categories, "max_detections": info.options.get("max_detections")}
 
@@ -322,8 +325,8 @@ def _verified(
             lines.append(f"{task}: {difference.describe()} on {len(ours)} pictures")
             problems += difference.problems()
     if flags.verify is None:
-        before = pictures.metrics(ours, model.tasks)
-        after = pictures.metrics(theirs, model.tasks)
+        before = pictures.metrics(ours, model)
+        after = pictures.metrics(theirs, model)
         main = {config_class(task).main for task in model.tasks}
         for name, value in before.items():
             if name in main:

@@ -62,6 +62,9 @@ class FrameMap(Map):
 class Maps(nn.Module):
     """Pictures (B, H, W, 3) uint8 -> maps of the backbone; in 16 bits its weights and products are fp16."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, backbone: Backbone, frame: Frame, *, half: bool = False) -> None:
         super().__init__()
         self.frame = frame
@@ -186,7 +189,7 @@ def merge_adapters(backbone: Backbone) -> None:
         update = dense_update(layer.out_features, layer.lora_A, layer.lora_B, layer.slices, layer.scale)
         merged = Linear(layer.in_features, layer.out_features, device="meta")
         merged.weight = nn.Parameter(layer.weight + update)
-        merged.bias = layer.bias
+        merged.register_parameter("bias", layer.bias)
         parent, _, leaf = name.rpartition(".")
         setattr(backbone.get_submodule(parent), leaf, merged)
 
@@ -211,9 +214,9 @@ def _scaling(pixels: int, wanted: int, device: torch.device) -> Tensor:
     """
     new = 2 * torch.arange(wanted, device=device)[:, None] + 1
     old = 2 * torch.arange(pixels, device=device)[None] + 1
-    reach = 2 * torch.sym_max(pixels, wanted)
     distances = (old * wanted - new * pixels).abs()
-    heights = (reach - distances).clamp(min=0)
+    reach = 2 * torch.sym_max(pixels, wanted)
+    heights = torch.clamp(reach - distances, min=0)
     sums = heights.sum(dim=1, keepdim=True)
     largest = (heights.float() / sums.float()).max()
     scales = 2 ** torch.arange(1, _MOST_DIGITS + 1, device=device)

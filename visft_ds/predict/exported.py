@@ -83,11 +83,12 @@ class ExportedModel(Model):
     def __init__(self, folder: Path) -> None:
         self._files = {path.stem: open_exported(path) for path in exported_files(folder)}
         self.source = folder
-        by_task = {}
+        by_task = dict[str, Mapping[str, Any]]()
         for file in self._files.values():
-            by_task.setdefault(file.facts["task"], file.facts)
+            if file.facts["task"] is not None:
+                by_task[file.facts["task"]] = file.facts
         self._by_task = by_task
-        self.tasks = tuple(task for task in by_task if task is not None)
+        self.tasks = tuple(by_task)
         if not self.tasks:
             raise ValueError(f"{folder} has the backbone alone, which predicts nothing: run its file")
         self.categories = {}
