@@ -216,7 +216,7 @@ def _scaling(pixels: int, wanted: int, device: torch.device) -> Tensor:
     old = 2 * torch.arange(pixels, device=device)[None] + 1
     distances = (old * wanted - new * pixels).abs()
     reach = 2 * torch.sym_max(pixels, wanted)
-    heights = torch.clamp(reach - distances, min=0)
+    heights = distances.neg().add(reach).clamp(min=0)
     sums = heights.sum(dim=1, keepdim=True)
     largest = (heights.float() / sums.float()).max()
     scales = 2 ** torch.arange(1, _MOST_DIGITS + 1, device=device)
