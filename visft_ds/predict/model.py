@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from visft_ds import distributed
 from visft_ds.data.samples import RawSample
+from visft_ds.data.transforms import Op
 from visft_ds.files import MAX_PIXELS, release
 from visft_ds.flags import check_options, speaking_python
 from visft_ds.model import normalise_pixels
@@ -52,7 +53,8 @@ def load(
 
     Args:
         source: folder of a finished run, or RUN/checkpoints/step_N; its export folder, which may have moved;
-            or merged weights (a file, or the folder that merging wrote) together with `heads`.
+            a folder of `visft export`; or merged weights (a file, or the folder that merging wrote) together
+            with `heads`.
         tasks: names, in a list or with commas; default: all that have a head.
         device: "cpu", "cuda", "cuda:1"; default: a GPU if there is one.
         precision: "fp32", "bf16", "fp16" or "auto"; default: the run's.
@@ -72,6 +74,13 @@ def load(
         ('detection', 'captioning')
     """
     check_options(image_size=image_size)
+    from visft_ds.predict.exported import ExportedModel, exported_files  # which builds on this module
+
+    if exported_files(Path(source)):
+        others = (tasks, backbone, heads, adapter, vocabulary, image_size)
+        if any(other is not None for other in others) or device not in (None, "cpu"):
+            raise ValueError(f"{source} is an export, whole and for CPUs here: leave out all but its folder")
+        return ExportedModel(Path(source))
     parts = source_of(
         Path(source),
         tasks=tasks,
@@ -191,6 +200,8 @@ class Model:
             stream.micro_batch for stream in streams.values()
         )  #: images in a batch by default
         self.backbone = ImageFeatures(loaded)  #: the backbone alone
+        #: Stream -> geometry of all its images in place of its own, as an export has it.
+        self.geometry: dict[str, Sequence[Op]] = {}
 
     def __repr__(self) -> str:
         categories = f"{len(self.categories)} categories"
@@ -353,7 +364,8 @@ class Model:
         words = self._loaded.vocabulary
         for stream in self._streams.values():
             pipeline = pipeline_of(stream, words, train=False)
-            batch = pipeline.collate([pipeline.transform(sample, generator(0)) for sample in samples])
+            ops = self.geometry.get(stream.name)
+            batch = pipeline.collate([pipeline.transform(sample, generator(0), ops) for sample in samples])
             outputs = TASKS[stream.tasks[0]].outputs(self._loaded.predict, batch, stream.image)
             for task in stream.tasks:
                 classes = stream.classes.get(task)
