@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from visft_ds import distributed
 from visft_ds.data.samples import RawSample
+from visft_ds.data.transforms import Op
 from visft_ds.flags import check_options, speaking_python
 from visft_ds.model import normalise_pixels
 from visft_ds.ops import DTYPES, at_least_float32
@@ -45,7 +46,8 @@ def load(
 
     Args:
         source: folder of a finished run, or RUN/checkpoints/step_N; its export folder, which may have moved;
-            or merged weights (a file, or the folder that merging wrote) together with `heads`.
+            a folder of `visft export`; or merged weights (a file, or the folder that merging wrote) together
+            with `heads`.
         tasks: names, in a list or with commas; default: all that have a head.
         device: "cpu", "cuda", "cuda:1"; default: a GPU if there is one.
         precision: "fp32", "bf16", "fp16" or "auto"; default: the run's.
@@ -65,6 +67,13 @@ def load(
         ('detection', 'captioning')
     """
     check_options(image_size=image_size)
+    from visft_ds.predict.exported import ExportedModel, exported_files  # which builds on this module
+
+    if exported_files(Path(source)):
+        others = (tasks, backbone, heads, adapter, vocabulary, image_size)
+        if any(other is not None for other in others) or device not in (None, "cpu"):
+            raise ValueError(f"{source} is an export, whole and for CPUs here: leave out all but its folder")
+        return ExportedModel(Path(source))
     parts = source_of(
         Path(source),
         tasks=tasks,
@@ -184,6 +193,8 @@ class Model:
             stream.micro_batch for stream in streams.values()
         )  #: images in a batch by default
         self.backbone = ImageFeatures(loaded)  #: the backbone alone
+        #: Stream -> geometry of all its images in place of its own, as an export has it.
+        self.geometry: dict[str, Sequence[Op]] = {}
 
     def __repr__(self) -> str:
         categories = f"{len(self.categories)} categories"
@@ -276,7 +287,8 @@ class Model:
         words = self._loaded.vocabulary
         for stream in self._streams.values():
             pipeline = pipeline_of(stream, words, train=False)
-            batch = pipeline.collate([pipeline.transform(sample, generator(0)) for sample in samples])
+            ops = self.geometry.get(stream.name)
+            batch = pipeline.collate([pipeline.transform(sample, generator(0), ops) for sample in samples])
             outputs = TASKS[stream.tasks[0]].outputs(self._loaded.predict, batch, stream.image)
             for task in stream.tasks:
                 classes = stream.classes.get(task)

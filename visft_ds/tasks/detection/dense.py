@@ -238,6 +238,6 @@ def dense_results(
         cells = pairs // num_classes
         labels = pairs % num_classes
         corners = boxes[image, cells]
-        distinct = batched_nms(corners, best, labels, OVERLAP)[:most]
+        distinct = batched_nms(corners.double(), best.double(), labels, OVERLAP)[:most]
         results += box_results(batch, image, corners[distinct], best[distinct], labels[distinct], classes)
     return results
