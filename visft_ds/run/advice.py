@@ -112,9 +112,8 @@ def _beyond_limit(task: str, settings: TaskConfig, manifests: Sequence[Manifest]
     if not beyond.any():
         return None
     fuller = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {most}"
-    limit = "max_detections"
-    if not _is_dense(settings) and settings.head.num_queries == most:
-        limit = "num_queries"
+    has_queries = getattr(settings.head, "num_queries", None) == most
+    limit = "num_queries" if has_queries else "max_detections"
     key = f"visft.tasks.{task}.head.{limit}"
     return f"{beyond.sum()} of {objects.sum()} objects are ignored", f", as {fuller} ({key})"
 
