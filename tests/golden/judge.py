@@ -168,7 +168,7 @@ def run(*words: object) -> tuple[int, str, str]:
     said = [
         line
         for line in errors.getvalue().splitlines(keepends=True)
-        if not re.search(r": \d+/\d+.*, eta ", line)
+        if line.strip() and not re.search(r": \d+/\d+.*, eta ", line)
     ]
     return status, out.getvalue(), "".join(said)
 
