@@ -177,6 +177,8 @@ class Model:
         self.categories: dict[int, str] = {}  #: names by id
         for info in loaded.heads.values():
             self.categories |= info.names()
+        #: The detection head gives a mask with each box.
+        self.has_instances = "detection" in loaded.heads and loaded.heads["detection"].settings().masks
         self.facts = loaded.facts  #: files of its parts, by name
         self.precision = loaded.precision  #: fp32, bf16 or fp16
         self.device = loaded.device
@@ -266,7 +268,7 @@ class Model:
             for result in sorted(scored, key=_confidence, reverse=True):
                 by_image[result["image_id"]][task].append(result)
         return [
-            Prediction(image.pixels, image.path, self.categories, results)
+            Prediction(image.pixels, image.path, self.categories, results, self.has_instances)
             for image, results in zip(images, by_image, strict=True)
         ]
 
