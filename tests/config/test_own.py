@@ -278,6 +278,15 @@ def test_stage_2_follows_the_finished_stage_1_of_its_data(
 
 
 @pytest.mark.usefixtures("mine")
+def test_stage_2_keeps_the_masks_of_boxes() -> None:
+    first = _first_stage("--set=visft.model.weights=null", "--tasks=detection,segmentation").visft
+    second = settle(["--stage", "2", "--data", "mine-shards"]).config.visft
+    for visft in (first, second):
+        (detection,) = visft.tasks.enabled().values()
+        assert detection.head.model_dump()["masks"] and visft.model.out_indices == (2, 4)
+
+
+@pytest.mark.usefixtures("mine")
 def test_stage_2_names_what_there_is_besides_one_finished_stage_1() -> None:
     words = ["--stage", "2", "--data", "mine-shards"]
     for stage, word in (("1", "a model"), ("2", "runs/ has none")):  # not the paper's, unsaid

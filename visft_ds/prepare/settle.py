@@ -308,14 +308,21 @@ def _decide_by_objects(draft: Draft, manifests: Sequence[Manifest], fine_block: 
 def _decide_masks(draft: Draft, fine_block: int | None) -> None:
     """Masks of the dense head's boxes in place of a head of their own, where boxes and masks are learnt.
 
-    They also read the finer map; boxes of large objects do not.
+    They also read the finer map; boxes of large objects do not. Who sets an option of the other head has
+    both.
     """
     visft = draft.recipe.visft
     tasks = visft.tasks.enabled()
     key = "visft.tasks.detection.head"
     if "detection" not in tasks or "segmentation" not in tasks or draft.tree.is_stated(f"{key}.masks"):
         return
-    if tasks["detection"].head.type != "dense" or any(data_set.tasks for data_set in visft.data.sets):
+    of_other = "visft.tasks.segmentation.head."
+    for stated, source in draft.tree.sources.items():
+        if stated.startswith(of_other) and source.startswith("--"):
+            return
+    if getattr(tasks["detection"].head, "type", "") != "dense" or any(
+        data_set.tasks for data_set in visft.data.sets
+    ):
         return
     why = "one mask for each box, of data with both"
     draft.decide({f"{key}.masks": True, "visft.tasks.segmentation": None}, why, over_user=True)
