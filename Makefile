@@ -39,8 +39,9 @@ lint: install
 test: install
 	@$(MAKE) --jobs 2 --no-print-directory lint fast
 
+# In the order of tests/conftest.py, not by the number of tests in a file.
 fast: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --timeout 900 --minutes $(MINUTES)

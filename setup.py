@@ -20,7 +20,7 @@ setup(
     packages=[*find_packages(include=["visft_ds", "visft_ds.*"]), *INSTALLED],
     package_dir={"": "."} if EDITABLE else INSTALLED,
     package_data={
-        "": ["*.j2", "*.csv"],
+        "": ["*.j2", "*.csv", "*.html"],
         "visft_ds": ["py.typed"],
         **{package: ["*.json"] for package in INSTALLED},
     },

@@ -57,6 +57,7 @@ RANKS = (1, 8, 16, 64)
 #: Flags of other programs that texts name: pip, SLURM, torchrun, git, curl, mypy, TensorBoard.
 OTHERS_FLAGS = (
     *("--no-deps", "--no-index", "--index-url", "--no-build-isolation"),
+    *("--onnx", "--minShapes", "--optShapes", "--maxShapes"),  # of trtexec
     *("--nodes", "--ntasks", "--ntasks-per-node", "--gres", "--signal"),
     *("--nnodes", "--node_rank", "--nproc_per_node", "--nproc-per-node", "--master_addr", "--master_port"),
     *(

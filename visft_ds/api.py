@@ -37,6 +37,7 @@ def fit(
     epochs: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
+    tile: int | str | None = None,
     heads: AnyPath | None = None,
     start: AnyPath | None = None,
     reset_heads: bool = False,
@@ -67,6 +68,8 @@ def fit(
         epochs: passes through the training images, instead of `steps`.
         batch_size: images per step over all processes.
         lr: learning rate at its highest, above 0.
+        tile: side in pixels of the squares that images are cut into, or "none"; default: none, but own
+            photographs that are large and have small objects.
         heads: stage 2: folder of trained heads, such as the `export` of a `FitResult`.
         start: run, checkpoint or adapter whose weights (of a run also its settings) this one starts from.
         reset_heads: with `start`: initialise its heads anew, e.g. for other categories.
@@ -118,6 +121,7 @@ def fit(
             raise ValueError(f"{name} is of type {type(path).__name__}: give a path or name")
 
     flags = {**paths, "stage": stage, "steps": steps, "epochs": epochs, "batch-size": batch_size, "lr": lr}
+    flags["tile"] = tile
     flags["from"] = flags.pop("start")
     flags["tasks"] = None if tasks is None else _joined(tasks)
     words = [f"--{name}={value}" for name, value in flags.items() if value is not None]

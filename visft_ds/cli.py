@@ -45,6 +45,7 @@ COMMANDS = {
         "visft_ds.predict.cli", "find boxes, masks and captions in your own images", continues=True
     ),
     "report": Program("visft_ds.evals.cli", "write a page about one run, or several side by side", "report"),
+    "export": Program("visft_ds.export.cli", "write the whole model as ONNX or a program of torch"),
     "merge": Program(
         "visft_ds.merge.cli", "merge adapters into base weights, or write them in another format"
     ),
@@ -63,7 +64,7 @@ COMMANDS = {
 GROUPS = {
     "prepare data": ("shards", "toy"),
     "train": ("train", "demo"),
-    "use the result": ("predict", "evaluate", "report", "merge"),
+    "use the result": ("predict", "evaluate", "report", "export", "merge"),
     "judge": ("judge", "ablate"),
     "plan and check": ("plan", "profile", "doctor"),
 }

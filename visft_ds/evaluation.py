@@ -6,6 +6,7 @@ They are apart so that no rank has to wait in a collective while the main proces
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,15 @@ import numpy as np
 from visft_ds import distributed
 from visft_ds.data.dataset import read_raw
 from visft_ds.data.loader import evaluation_batches
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.monitor.console import gauge
 from visft_ds.settings.task_schema import Stream
+from visft_ds.settings.tiles import Tiles
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.example import Example
 from visft_ds.tasks.pictures import Picture
 from visft_ds.tasks.task import Predict
+from visft_ds.tasks.tiles import merged
 from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -39,7 +42,7 @@ def collect(
     others None.
 
     Results are in the order of the data set, however many ranks there were: files of two models can be
-    compared.
+    compared. Tiles are put together, so that they are always those of whole images.
 
     Args:
         streams: what to evaluate, with the classes of its heads; `micro_batch` is the evaluation batch size.
@@ -53,19 +56,26 @@ def collect(
     for stream in streams.values():
         own_results: dict[str, Results] = {task: [] for task in stream.tasks}
         pipeline = pipeline_of(stream, vocabulary, train=False)
+        samples = indices
+        if stream.tiles is not None:
+            samples = stream.tiles.samples(reader.manifest.index, indices)
         batches = evaluation_batches(
-            reader, pipeline, stream.micro_batch, rank, world, indices, num_workers=num_workers
+            reader, pipeline, stream.micro_batch, rank, world, samples, num_workers=num_workers
         )
-        with gauge(f"evaluating {', '.join(stream.tasks)}", len(indices), "images") as bar:
+        unit = "images" if stream.tiles is None else "tiles"
+        with gauge(f"evaluating {', '.join(stream.tasks)}", len(samples), unit) as bar:
             for batch in batches:
                 outputs = TASKS[stream.tasks[0]].outputs(predict, batch, stream.image)
                 for task, results in own_results.items():
                     results += TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
-                bar.update(min(world * len(batch.real), len(indices) - bar.n))
+                bar.update(min(world * len(batch.real), len(samples) - bar.n))
         for task, results in own_results.items():
             of_ranks = distributed.gather_objects(results)
             if of_ranks is not None:
-                gathered[task] = [result for results_of_rank in of_ranks for result in results_of_rank]
+                results = [result for results_of_rank in of_ranks for result in results_of_rank]
+                if stream.tiles is not None:
+                    results = _of_pictures(results, reader.manifest, stream.tiles)
+                gathered[task] = results
     if not distributed.is_main():
         return None
     image_ids = reader.manifest.index["image_id"].tolist()
@@ -73,6 +83,22 @@ def collect(
     for results in gathered.values():
         results.sort(key=lambda result: order[result["image_id"]])
     return gathered
+
+
+def _of_pictures(results: Results, manifest: Manifest, tiles: Tiles) -> Results:
+    """Results of whole images, from those of tiles, whose `image_id` is the number of the tile."""
+    by_picture = defaultdict[int, Results](list)
+    for result in results:
+        tile, picture = divmod(result["image_id"], len(manifest))
+        by_picture[picture].append({**result, "image_id": tile})
+    whole = Results()
+    for picture, of_tiles in by_picture.items():
+        row = manifest.index[picture]
+        size = int(row["height"]), int(row["width"])
+        image_id = int(row["image_id"])
+        for result in merged(of_tiles, tiles.windows(*size), size):
+            whole.append({"image_id": image_id, **result})
+    return whole
 
 
 def measure(

@@ -8,6 +8,7 @@ such a name, a link to another disk among it, is followed. Letters: H W pixels.
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import re
 import stat
@@ -172,7 +173,12 @@ def read_bytes(path: Path | str, most: int = MAX_BYTES) -> bytes:
 
 
 def open_image(
-    source: Path | str | bytes, name: str | None = None, *, upright: bool = True, quiet: bool = False
+    source: Path | str | bytes,
+    name: str | None = None,
+    *,
+    upright: bool = True,
+    quiet: bool = False,
+    most: int = MAX_PIXELS,
 ) -> Image.Image:
     """Decode a picture to RGB; of several frames, the first.
 
@@ -185,17 +191,17 @@ def open_image(
         upright: apply the EXIF orientation.
         quiet: print no warning about what is lost (`Frame.notes`), which is otherwise printed once in a
             process.
+        most: pixels that are decoded.
 
     Returns:
         Picture of mode RGB, loaded.
 
     Raises:
-        ValueError: not one of `FORMATS`, damaged or cut, of more than `MAX_PIXELS` pixels, or not a regular
-            file.
+        ValueError: not one of `FORMATS`, damaged or cut, of more than `most` pixels, or not a regular file.
         OSError: it is not there, or may not be read.
     """
     data = source if isinstance(source, bytes) else read_bytes(source)
-    with _opened(io.BytesIO(data), source, name) as image:
+    with _opened(io.BytesIO(data), source, name, most) as image:
         check_scans(data)
         notes = _notes(image)
         other_bytes = _other_bytes(image)
@@ -263,31 +269,72 @@ class Frame(NamedTuple):
         return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
 
 
-def image_frame(source: Path | str | bytes, name: str | None = None) -> Frame:
+def image_frame(source: Path | str | bytes, name: str | None = None, most: int = MAX_PIXELS) -> Frame:
     """The frame of a picture; no pixel is decoded. Arguments and errors are those of `open_image`."""
     with nullcontext(io.BytesIO(source)) if isinstance(source, bytes) else open_regular(source) as file:
-        with _opened(file, source, name) as image:
+        with _opened(file, source, name, most) as image:
             return Frame(image.height, image.width, _orientation(image), image.format or "", _notes(image))
 
 
+def mapped_image(path: Path, most: int) -> npt.NDArray[np.uint8] | None:
+    """Pixels (H, W, 3) of a TIFF that the file has as they are, row by row, of which only those that are
+    looked at are read; None of any other picture. Errors are those of `open_image`.
+    """
+    with open_regular(path) as file, _opened(file, path, None, most) as image:
+        parts = image.tile if image.format == "TIFF" and image.mode == "RGB" else []
+        end = parts[0].offset if parts else -1
+        for part in parts:
+            left, top, right, bottom = part.extents or (0, 0, 0, 0)
+            is_plain = part.codec_name == "raw" and _raw_mode(part) == "RGB"
+            if not is_plain or (left, right, part.offset) != (0, image.width, end):
+                return None
+            end += (bottom - top) * (right - left) * 3
+        if not 0 < end <= os.fstat(file.fileno()).st_size:
+            return None
+        shape = (image.height, image.width, 3)
+        return np.memmap(path, np.uint8, "r", parts[0].offset, shape)
+
+
+def release(pixels: npt.NDArray[np.uint8]) -> None:
+    """Give back the memory of the file that pixels are read from; who looks at them reads them again."""
+    base: object = pixels
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
 @contextmanager
-def _opened(file: BinaryIO, source: Path | str | bytes, name: str | None) -> Iterator[ImageFile.ImageFile]:
+def _opened(
+    file: BinaryIO, source: Path | str | bytes, name: str | None, most: int
+) -> Iterator[ImageFile.ImageFile]:
     """A picture whose header has been read; what goes wrong with it here or later is one ValueError."""
     name = name or ("a picture" if isinstance(source, bytes) else str(source))
     with reading(name, "a picture (JPEG, PNG, WebP, BMP, GIF or TIFF)"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about EXIF and metadata that are odd; damaged pixels are errors
         try:
-            opened = Image.open(file, formats=FORMATS)
+            with _pillow_allows(most):
+                opened = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
             file.seek(0)
             start = file.read(12)
             raise ValueError(f"it begins with {start!r}" if start else "the file is empty") from None
         with opened as image:
-            if not 0 < image.width * image.height <= MAX_PIXELS:
-                raise ValueError(
-                    f"{image.width} x {image.height} pixels; allowed are 1 to {MAX_PIXELS:,} in all"
-                )
+            if not 0 < image.width * image.height <= most:
+                raise ValueError(f"{image.width} x {image.height} pixels; allowed are 1 to {most:,} in all")
             yield image
+
+
+@contextmanager
+def _pillow_allows(pixels: int) -> Iterator[None]:
+    """Let Pillow open pictures of so many pixels, which refuses twice 89 million."""
+    before = Image.MAX_IMAGE_PIXELS
+    if before is not None:
+        Image.MAX_IMAGE_PIXELS = max(before, pixels)
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -118,7 +118,7 @@ def _of_objects(
     ("objects", "size", "flags", "layers", "seen", "reason"),
     [
         (24.6, (1280, 1920), (), (2, 4), 640, "objects of 25 px in pictures of 1920: side 640, grid of 8"),
-        (9.0, (1280, 1920), (), (2, 4), 640, "side 640 (1728 would show nearly all), grid of 8"),
+        (9.0, (1280, 1920), ("--tile=none",), (2, 4), 640, "side 640 (1728 would show nearly all), grid"),
         (9.0, (300, 400), (), (2, 4), 384, "side 384, grid of 8"),
         (4.0, (300, 400), (), (2, 4), 416, "side 416 (800 would"),  # not enlarged
         (9.0, (120, 160), (), (4,), None, ""),
@@ -150,6 +150,52 @@ def test_objects_decide_the_size_of_pictures_and_the_grid(
     assert visft.shared.image.fixed_size == seen
     assert (visft.shared.batch_size, visft.features.views) == (4, 6)
     assert reason in {key: why for key, _, why in config.decisions}["visft.model.out_indices"]
+
+
+@pytest.mark.parametrize(
+    ("objects", "flags", "tile", "reason"),
+    [
+        (9.0, (), (320, 80), "objects of 9 px in pictures of 1920: tiles of 320, side 320, grid of 8"),
+        (18.0, (), (480, 120), "tiles of 480, side 320, grid of 8"),
+        (24.6, ("--tile=640",), (640, 160), "tiles of 640, side 320, grid of 8"),
+        (100.0, ("--tile=640",), (640, 160), ""),
+    ],
+)
+def test_pictures_too_large_for_their_objects_are_cut(
+    shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    objects: float,
+    flags: tuple[str, ...],
+    tile: tuple[int, int],
+    reason: str,
+) -> None:
+    config = _of_objects(shards, monkeypatch, objects, (1280, 1920), *flags)
+    visft = config.visft
+    assert visft.shared is not None and visft.features is not None
+    assert (visft.shared.image.tile, visft.shared.image.fixed_size) == (tile, 320)
+    # which are views of their picture themselves, and a batch of twelve, as large as the data, is one of tiles
+    assert visft.features.views == 1 and visft.shared.batch_size == 16
+    reasons = {key: why for key, _, why in config.decisions}
+    assert reason in reasons.get("visft.model.out_indices", "")
+
+
+def test_an_epoch_of_tiles_has_all_of_them(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _of_objects(shards, monkeypatch, 100.0, (1280, 1920), "--tile=640", "--epochs=2")
+    assert config.total_steps == -(-2 * 12 * 12 // 16)  # twelve tiles of twelve pictures
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("--tile=0",), "--tile 0"),
+        (("--tile=all",), "--tile all"),
+        (("--tile=40", "--tasks=detection,captioning"), "captioning"),
+        (("--set=visft.shared.image.tile=[40,30]",), "overlap"),
+    ],
+)
+def test_tiles_that_cannot_be_are_refused(shards: Path, words: tuple[str, ...], names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        _resolved(shards, *words)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from tests.elsewhere import as_map, run_readme
 from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_backbone
 from tests.small_timm import FAMILIES, adapted, random_base
-from visft_ds.interop import export, transformers_names
+from visft_ds.interop import transformers_names
 from visft_ds.interop.card import README, repository_of
-from visft_ds.interop.export import by_library
-from visft_ds.interop.layouts import MODEL, load_backbone, model_of
+from visft_ds.interop.layouts import MODEL
 from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.merge.cli import main
 from visft_ds.models.lora import inject_lora
@@ -118,7 +117,7 @@ def test_a_convolutional_base_that_ends_early_is_refused(
     said = capsys.readouterr().err
     assert (
         "lacks stages.3.downsample.1.weight" in said
-        and "--format onnx" in said
+        and "visft export" in said
         and not (tmp_path / "out").exists()
     )
 
@@ -242,65 +241,3 @@ def test_a_base_has_a_name_where_its_weights_tell_it() -> None:
     )
     assert repository_of("weights/EVA02_CLIP_E_psz14_plus_s9B.pt") == "QuanSun/EVA-CLIP"
     assert repository_of("own.safetensors") is None and repository_of(None) is None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "layers"),
-    [
-        *(("vit_test_plus_patch8_dinov3_qkvb", layers) for layers in ((), (0, 1))),
-        *((name, ()) for name in ("vit_test_patch8_siglip_32", "test_convnext")),
-    ],
-)
-def test_onnxruntime_computes_the_same_for_any_number_of_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, layers: tuple[int, ...]
-) -> None:
-    """Every map behind a block that is read, without the tokens in front of it."""
-    onnxruntime = pytest.importorskip("onnxruntime")
-    side = 160 if name == "test_convnext" else 32
-    backbone, out = _export(name, tmp_path, "onnx", layers=layers)
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "model.onnx"]
-    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
-    images = torch.randn(5, 3, side, side)
-    with torch.no_grad():
-        wanted = backbone(images)
-    for one, want in zip(session.run(None, {"images": images.numpy()}), wanted, strict=True):
-        assert relative(torch.from_numpy(one), want) < TOLERANCE
-    if layers:
-        assert [one.name for one in session.get_outputs()] == ["map_0", "map_1"]
-    else:
-        names = run_readme(out, monkeypatch, "# features", "features", images=images.numpy())
-        assert names["features"].shape == tuple(wanted[0].shape)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layers", [(), (0,), (0, 1)])
-def test_a_tower_of_ours_as_a_graph(tmp_path: Path, layers: tuple[int, ...]) -> None:
-    """It is that of `visft_ds.load_backbone`: without the class token that its base has."""
-    pytest.importorskip("onnxruntime")
-    save_backbone(random_tower(1), tmp_path / "base.safetensors")
-    more = {"layers": list(layers)} if layers else {}
-    ours = load_backbone(
-        tmp_path / "base.safetensors", {**model_of(random_tower(1, class_token=False)), **more}
-    ).eval()
-    inject_lora(ours, rank=3, alpha=1.5)
-    move_adapters(ours)
-    out = tmp_path / "tower.onnx"
-    merge(tmp_path / "base.safetensors", adapter_of(ours), out, "--format", "onnx", "--verify")
-    with torch.no_grad():
-        found = by_library("onnx", out.parent, ours)(_images(28))
-        for one, wanted in zip(found, ours(_images(28)), strict=True):
-            assert relative(one, wanted) < TOLERANCE
-
-
-@pytest.mark.slow
-def test_weights_beyond_the_bound_of_protobuf_lie_beside_the_graph(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(export, "_LARGEST_GRAPH", 1000)
-    ours = random_tower(1)
-    export.write_onnx(ours, tmp_path / "tower.onnx")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tower.onnx", "tower.onnx.data"]
-    with torch.no_grad():
-        assert relative(by_library("onnx", tmp_path, ours)(_images(28))[0], ours(_images(28))[0]) < TOLERANCE

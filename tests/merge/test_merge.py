@@ -353,7 +353,6 @@ def _spoiled(folder: Path, base: Path, adapter: Adapter) -> dict[str, Path]:
         ({"--base": "poisoned"}, "fc2.bias holds NaN"),
         ({"--base": "merged"}, "already contains a merged adapter"),
         ({"--adapter": "base"}, "LoRA"),
-        ({"--format": "onnx"}, "writes NAME.onnx"),
         ({"--format": "open_clip"}, "text tower"),
         ({"--format": "transformers"}, "transformers has no class"),
         ({"--dtype": "fp16", "--scale": "1e7"}, "float16"),

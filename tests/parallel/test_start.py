@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tests.parallel.engine_case import results_of, write_results
+from tests.parallel.engine_case import BOUNDS, results_of, write_results
 from tests.tiny import TINY
 from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
@@ -58,16 +58,26 @@ def prepare(config: ResolvedConfig, placement: Placement) -> PreparedModel:
     )
 
 
-def prepared_for_engine(config: ResolvedConfig) -> tuple[PreparedModel, Callable[[], Engine]]:
+def planned_bounds(config: ResolvedConfig) -> tuple[int, ...] | None:
+    """First layers of the stages of a pipeline, as a run divides them; it takes seconds."""
+    from visft_ds import distributed
+    from visft_ds.planner.memory import planned_run
+
+    precision = config.visft.model.precision
+    assert precision != "auto"
+    return planned_run(config, distributed.world_size(), precision, WORDS.size, None).bounds
+
+
+def prepared_for_engine(
+    config: ResolvedConfig, bounds: tuple[int, ...] | None
+) -> tuple[PreparedModel, Callable[[], Engine]]:
     """This rank's part of the model, and what makes the engine of it that a run of this configuration has."""
     from visft_ds import distributed
     from visft_ds.parallel.engine import Schedule, build_engine
     from visft_ds.parallel.placement import placement_for
-    from visft_ds.planner.memory import planned_run
 
     precision, world = config.visft.model.precision, distributed.world_size()
     assert precision != "auto"
-    bounds = planned_run(config, world, precision, WORDS.size, None).bounds
     for_deepspeed = deepspeed_dict(config, derive_batches(config, world), precision)
     prepared = prepare(config, placement_for(for_deepspeed, bounds))
     schedule = Schedule(config.scheduler, config.total_steps)
@@ -76,11 +86,12 @@ def prepared_for_engine(config: ResolvedConfig) -> tuple[PreparedModel, Callable
     )
 
 
-def differing(config: ResolvedConfig) -> list[str]:
+def differing(config: ResolvedConfig, bounds: tuple[int, ...] | None) -> list[str]:
     """Names of what is not bit for bit what one process has, or not trained as there. Collective."""
     from visft_ds.parallel.state import gathered
 
-    plain, (ours, _) = prepare(config, HOST), prepared_for_engine(config)
+    plain = prepare(config, HOST)
+    ours, _ = prepared_for_engine(config, bounds)
     found = []
     for name, expected in plain.module.named_parameters():
         parameter = ours.module.get_parameter(name)
@@ -100,9 +111,10 @@ def started(engine: str) -> dict[str, Any]:
     from visft_ds import distributed
 
     results: dict[str, Any] = {}
+    bounds = BOUNDS[distributed.world_size()] if engine == "pipeline" else None
     for stage, precision in product((1, 2), ("fp32", "bf16")):
         config = configured(engine, {"visft.model.precision": precision}, stage)
-        results[f"{stage}:{precision}"] = distributed.gather_objects(differing(config))
+        results[f"{stage}:{precision}"] = distributed.gather_objects(differing(config, bounds))
     return results
 
 
@@ -154,10 +166,13 @@ def measured(_: Path, engine: str, settings: str) -> dict[str, Any]:
     """Start twice: small, so that everything is imported and set up, then in the given size, measured."""
     from visft_ds import distributed
 
-    prepared_for_engine(configured(engine, {"visft.model.precision": "fp32"}))[1]()
+    small = configured(engine, {"visft.model.precision": "fp32"})
+    prepared_for_engine(small, planned_bounds(small))[1]()
+    config = configured(engine, json.loads(settings))
+    bounds = planned_bounds(config)
     sizes: dict[str, int] = {}
     with peak(sizes, "model"):
-        prepared, build = prepared_for_engine(configured(engine, json.loads(settings)))
+        prepared, build = prepared_for_engine(config, bounds)
     sizes["held"], sizes["whole"], sizes["largest"] = held(prepared)
     build()
     return {"ranks": distributed.gather_objects(sizes)}

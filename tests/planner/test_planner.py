@@ -397,3 +397,21 @@ def test_the_page_quotes_the_plan() -> None:
     for stage, hours in enumerate(hours_of_stages, 1):
         best = search(resolve(stage=stage, model="dinov3_b"), parse_cluster("8xH100"))[0]
         assert float(hours) == pytest.approx(best.hours, rel=0.05)
+
+
+def test_an_operator_that_is_called_again_gives_what_it_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shapes are kept: of equal numbers of other types, of views and of what is written in place too."""
+    monkeypatch.setattr("visft_ds.planner.trace._MADE", {})
+    numbers = torch.ones(2, 3, dtype=torch.int64, device="meta")
+    tracers = [Tracer(torch.device("cpu")), Tracer(torch.device("cpu"))]
+    for tracer in tracers:
+        with tracer:
+            types = [(numbers + more).dtype for more in (1, 1.0, True)]
+            assert types == [torch.int64, torch.float32, torch.int64]
+            assert numbers.t().clone().stride() == (1, 3) and numbers.clone().stride() == (3, 1)
+            assert numbers.t().untyped_storage()._cdata == numbers.untyped_storage()._cdata
+            assert numbers.add_(1) is numbers
+            values, places = numbers.float().max(dim=1)
+            assert values.dtype == torch.float32 and places.dtype == torch.int64 and places.shape == (2,)
+    first, second = tracers
+    assert first.work == second.work and first.peak == second.peak > 0

@@ -22,6 +22,7 @@ from visft_ds.config.record import recorded_config
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evaluation import collect
+from visft_ds.files import mapped_image
 from visft_ds.interop.published import read_adapter
 from visft_ds.predict.images import find_images, open_file, opened
 from visft_ds.predict.loading import ModelSource, files_of_run
@@ -130,6 +131,32 @@ def test_every_kind_of_input_is_the_same_picture(model: Model, place: Path) -> N
         assert len(predictions) == count
         for found in predictions:
             _same(found, wanted)
+
+
+def test_tiles_are_those_of_a_picture_in_pieces(place: Path, tmp_path: Path) -> None:
+    """A picture of six tiles finds what each tile finds alone; a file of raw rows is read so, too."""
+    model = load("runs/stage2", tasks="detection,segmentation", device="cpu")
+    pixels = np.asarray(Image.open("dog.jpg").resize((120, 88)))
+    Image.fromarray(pixels).save(tmp_path / "rows.tif")
+    mapped = mapped_image(tmp_path / "rows.tif", 10**6)
+    assert isinstance(mapped, np.memmap) and np.array_equal(mapped, pixels)
+    whole = model.predict(pixels, threshold=0, tile=64, batch_size=3)
+    assert whole.image.shape == (88, 120, 3) and whole.boxes is not None and whole.masks is not None
+    assert len(whole.boxes) and whole.masks.masks.shape[1:] == (88, 120)
+    expected = set()
+    for top, left in ((0, 0), (0, 28), (0, 56), (24, 0), (24, 28), (24, 56)):
+        alone = model.predict(pixels[top : top + 64, left : left + 64], threshold=0)
+        assert alone.boxes is not None
+        expected |= {round(score, 4) for score in alone.boxes.scores.tolist()}
+    assert {round(score, 4) for score in whole.boxes.scores.tolist()} <= expected
+    again = model.predict(tmp_path / "rows.tif", threshold=0, tile="64", batch_size=3)
+    assert again.results == whole.results
+    assert model.predict(pixels, tile="none").results == model.predict(pixels).results
+    for tile in (8, "big"):
+        with pytest.raises(ValueError, match="tile"):
+            model.predict(pixels, tile=tile)
+    with pytest.raises(ValueError, match="captioning"):
+        load("runs/stage2", device="cpu").predict(pixels, tile=64)
 
 
 def test_an_image_does_not_depend_on_its_neighbours(place: Path) -> None:

@@ -70,7 +70,7 @@ def test_classes_with_few_images_are_counted() -> None:
     [
         (1.0, ("75 % of the objects are below 8 px", "half a cell", "hardly ever", "fixed_size=1280")),
         (2.0, ("75 % of the objects are below 16 px", "a cell", "often", "fixed_size=640")),
-        (0.2, ("95 % of the objects are below 8 px", "hardly ever", "cut the images into parts")),
+        (0.2, ("95 % of the objects are below 8 px", "hardly ever", "cut the images into tiles")),
         (4.0, ()),
     ],
 )

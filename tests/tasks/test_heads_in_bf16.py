@@ -5,9 +5,10 @@ On a GPU autocast rounds other functions than on a CPU. Its lists are imitated h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
@@ -144,6 +145,12 @@ def learn(
     return found
 
 
+@pytest.fixture(scope="module")
+def exact(module: MultiTaskModel, targets: Mapping[str, Any]) -> Callable[[str], Found]:
+    """What the heads of a task learn in float32."""
+    return cache(lambda task: learn(module, task, targets[task]))
+
+
 def apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Relative difference of all as one vector."""
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if b is not None]
@@ -154,16 +161,20 @@ def apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
 @pytest.mark.parametrize("lists", ["cuda", "cpu"])
 @pytest.mark.parametrize("task", BOUNDS)
 def test_heads_in_bf16_learn_what_those_in_float32_do(
-    module: MultiTaskModel, targets: Mapping[str, Any], task: str, lists: str
+    module: MultiTaskModel,
+    targets: Mapping[str, Any],
+    exact: Callable[[str], Found],
+    task: str,
+    lists: str,
 ) -> None:
     modes = [torch.autocast("cpu", torch.bfloat16), *([LikeCuda()] if lists == "cuda" else [])]
-    exact = learn(module, task, targets[task])
-    ours = learn(module, task, targets[task], *modes, forced=exact.matches)
+    plain = exact(task)
+    ours = learn(module, task, targets[task], *modes, forced=plain.matches)
     outputs, gradients, regret = BOUNDS[task]
-    errors = [apart([a], [b]) for a, b in zip(ours.outputs, exact.outputs, strict=True)]
+    errors = [apart([a], [b]) for a, b in zip(ours.outputs, plain.outputs, strict=True)]
     assert all(output.dtype == torch.float32 for output in ours.outputs)
-    assert 0 < max(errors) <= outputs and apart(ours.gradients, exact.gradients) <= gradients
-    for cost, best, theirs in zip(exact.costs, exact.matches, ours.matches, strict=True):
+    assert 0 < max(errors) <= outputs and apart(ours.gradients, plain.gradients) <= gradients
+    for cost, best, theirs in zip(plain.costs, plain.matches, ours.matches, strict=True):
         paid, least = (float(cost[m.layers, m.objects, m.queries].sum()) for m in (theirs, best))
         assert paid - least <= regret * abs(least)
 
@@ -173,15 +184,15 @@ def test_heads_in_bf16_learn_what_those_in_float32_do(
 def test_heads_compute_in_float32_where_stated_and_in_fp16_runs(
     module: MultiTaskModel,
     targets: Mapping[str, Any],
+    exact: Callable[[str], Found],
     task: str,
     dtype: torch.dtype,
     stated: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "heads_in_fp32", stated)
-    plain, ours = (
-        learn(module, task, targets[task], *modes) for modes in ([], [torch.autocast("cpu", dtype)])
-    )
+    plain = exact(task)
+    ours = learn(module, task, targets[task], torch.autocast("cpu", dtype))
     assert apart(ours.outputs, plain.outputs) == 0 == apart(ours.gradients, plain.gradients)
 
 

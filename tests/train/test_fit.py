@@ -109,9 +109,16 @@ def models_alive() -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def _as_it_was() -> Any:
-    """`fit` keeps the process group for the next call; other tests of this process make their own."""
+    """`fit` keeps the process group for the next call; other tests of this process make their own.
+
+    It collects garbage twice a call, and need not look through what DeepSpeed has imported by then.
+    """
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - for every engine
+
+    import visft_ds.train  # noqa: F401
     from visft_ds import distributed
 
+    gc.freeze()
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

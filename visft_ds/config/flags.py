@@ -106,6 +106,12 @@ def build_parser() -> Command:
         metavar="N",
         help="images per step over all GPUs (visft.tasks.<task>.batch_size)",
     )
+    add(
+        "--tile",
+        metavar="PIXELS",
+        help="cut images into squares of this side, or none: take them whole (visft.<...>.image.tile; "
+        f"default: none, but {SMALL_DATA} cuts large images of small objects)",
+    )
     add("--lr", type=float, metavar="X", help="learning rate (optimizer.params.lr)")
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")

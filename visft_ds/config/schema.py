@@ -313,6 +313,14 @@ class VisftConfig(StrictModel):
         if self.mode == "shared" and self.shared is None:
             problem = 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
             yield "shared", problem
+        if self.mode == "shared" and self.shared is not None and self.shared.image.tile is not None:
+            of_whole = [name for name, task in enabled.items() if task.labels != "annotations"]
+            if of_whole:
+                problem = (
+                    f"cuts images into parts, and {', '.join(of_whole)} needs whole ones: train other tasks "
+                    "(--tasks), or set it to null (--tile none)"
+                )
+                yield "shared.image.tile", problem
         for name, task in enabled.items():
             if self.mode == "sampled" and task.steps is None:
                 problem = "missing: steps are shared out in proportion to the tasks' steps"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import LABEL_KINDS, DamagedSample, Role, ShardReader
 from visft_ds.data.transforms import Op
 from visft_ds.files import reading
+from visft_ds.settings.tiles import Tiles
 
 
 class _Transform(Protocol):
@@ -29,6 +31,20 @@ class SamplePipeline:
 
     transform: _Transform
     collate: Callable[[list[Sample]], Batch]
+    tiles: Tiles | None = None  #: samples are numbers of tiles; None: whole pictures
+
+
+def read_tile(reader: ShardReader, number: int, tiles: Tiles, role: Role = "both") -> RawSample:
+    """Read the picture that a tile is part of, as `read_raw` does; tiles in a row decode it once."""
+    tile, picture = divmod(number, len(reader))
+    raw = _last_picture(reader, picture, role)
+    window = tiles.windows(*raw.size)[tile]
+    return replace(raw, index=number, image_id=number, window=window)
+
+
+@lru_cache(maxsize=1)
+def _last_picture(reader: ShardReader, index: int, role: Role) -> RawSample:
+    return read_raw(reader, index, role)
 
 
 def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:

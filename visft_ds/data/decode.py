@@ -11,7 +11,7 @@ from visft_ds.files import MAX_PIXELS, check_scans, open_image
 _JPEG = b"\xff\xd8\xff"
 
 
-def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
+def decode_image(data: bytes, most: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """Decode a picture: JPEG by simplejpeg, any other of `files.FORMATS` by Pillow.
 
     Pictures of every kind become RGB as `open_image` says. EXIF orientation is not applied: shards hold the
@@ -21,13 +21,12 @@ def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
         (H, W, 3) uint8.
 
     Raises:
-        ValueError: no picture, damaged, of more than `files.MAX_PIXELS` pixels, or a JPEG of hundreds of
-            scans.
+        ValueError: no picture, damaged, of more than `most` pixels, or a JPEG of hundreds of scans.
     """
     if not data.startswith(_JPEG):
-        return np.array(open_image(data, upright=False, quiet=True))
+        return np.array(open_image(data, upright=False, quiet=True, most=most))
     check_scans(data)
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    if not 0 < height * width <= MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels; allowed are 1 to {MAX_PIXELS:,} in all")
+    if not 0 < height * width <= most:
+        raise ValueError(f"{width} x {height} pixels; allowed are 1 to {most:,} in all")
     return simplejpeg.decode_jpeg(data, colorspace="RGB")

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from visft_ds.data.dataset import SamplePipeline, read_raw
+from visft_ds.data.dataset import SamplePipeline, read_raw, read_tile
 from visft_ds.data.features import FeatureCache, View
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch, Sample
@@ -57,7 +57,11 @@ class _BatchMaker(Dataset[Batch | Exception]):
         """A sample of a data set under the transform that its random key draws."""
         view = None if self.features is None else self.features.get(key, index)
         role = self.role if view is None else "labels"
-        raw = read_raw(self.sets[dataset], index, role)
+        reader = self.sets[dataset]
+        if pipeline.tiles is None:
+            raw = read_raw(reader, index, role)
+        else:
+            raw = read_tile(reader, index, pipeline.tiles, role)
         sample = pipeline.transform(raw, generator(key))
         if self.features is not None and view is None:
             assert sample.image is not None
@@ -142,7 +146,8 @@ class StepLoader:
         """Copy the shards of a step. An error appears where they are read, which tries again."""
         for plan in self._micro_batches(step):
             manifest = self.sets[plan.dataset].manifest
-            shards = np.unique(manifest.index["shard"][plan.indices])
+            pictures = plan.indices % len(manifest)  # of tiles, too
+            shards = np.unique(manifest.index["shard"][pictures])
             for shard in shards.tolist():
                 manifest.fetch(shard)
 
@@ -157,8 +162,8 @@ def evaluation_batches(
     *,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """This rank's batches of the images at some positions of a split: each once over all ranks, equally many
-    batches.
+    """This rank's batches of the images at some positions of a split, or of some tiles by their numbers: each
+    once over all ranks, equally many batches.
 
     Where the images do not divide evenly, ranks repeat the last one with `Batch.real` False: collective
     operations stay in step and no result is counted twice.

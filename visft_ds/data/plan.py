@@ -40,7 +40,7 @@ _STEPS_KEPT = 64
 class SetPlan:
     """A data set in a task: its eligible samples, and its weight relative to the task's other sets."""
 
-    samples: Int64Array  #: (N,) positions in its index
+    samples: Int64Array  #: (N,) positions in its index, or numbers of tiles (`settings/tiles.py`)
     weight: float = 1.0
     #: (N,) the shard of each, for a windowed order; None: any may follow any other
     shards: Int64Array | None = None
@@ -64,7 +64,7 @@ class StepPlan:
     dataset: str  #: where all of its samples come from
     position: int  #: number of earlier steps of this task
     epoch: int  #: number of complete passes of this task through this data set before
-    indices: Int64Array  #: (G,) positions in the index of the data set
+    indices: Int64Array  #: (G,) of `SetPlan.samples`
     #: (G,) one key per sample for `generator`; differs between samples, epochs, sets, tasks and seeds
     keys: Int64Array
 

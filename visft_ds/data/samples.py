@@ -17,6 +17,7 @@ from torch import Tensor
 
 from visft_ds.data.features import View
 from visft_ds.ops import to_device
+from visft_ds.settings.tiles import Window
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,13 @@ class RawSample:
     give the same targets as with pixels, which is why the image size comes from the index.
     """
 
-    index: int  #: position in the split's index; identifies the sample everywhere
-    image_id: int  #: the COCO image id
+    index: int  #: position in the split's index, or number of a tile; identifies the sample everywhere
+    image_id: int  #: the COCO image id, or `index` of a tile
     size: tuple[int, int]  #: (height, width) in whose pixels the annotations are
     image: npt.NDArray[np.uint8] | None  #: (H, W, 3) RGB
     annotations: Sequence[Mapping[str, Any]]  #: COCO instances as stored in the shard
     captions: Sequence[str]
+    window: Window | None = None  #: a tile: the part of the picture that the sample is; None: all of it
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Sample:
 
     index: int
     image_id: int
-    original_size: tuple[int, int]  #: (height, width) before any transform
+    original_size: tuple[int, int]  #: (height, width) of the picture, or of its tile, before any transform
     size: tuple[int, int]  #: (height, width) after the transforms
     image: Tensor | None  #: (3, H, W) uint8
     random_key: int  #: key of this sample's counter-based random numbers in this step; 0 in evaluation
@@ -70,8 +72,8 @@ class Batch:
 
     images: Tensor  #: (B, 3, H, W) uint8, padded right and bottom; (B, 3, 0, 0) where no pixels are read
     sizes: Tensor  #: (B, 2) int64, height and width of the valid part of each image
-    original_sizes: Tensor  #: (B, 2) int64, height and width as stored
-    indices: Tensor  #: (B,) int64, positions in the split's index
+    original_sizes: Tensor  #: (B, 2) int64, height and width as stored, or of the tile
+    indices: Tensor  #: (B,) int64, positions in the split's index, or numbers of tiles
     image_ids: Tensor  #: (B,) int64
     #: (B,) int64, each sample's `random_key`: criteria draw from it, never from a global generator
     random_keys: Tensor

@@ -1,5 +1,4 @@
-"""Base weights + adapter -> full weights in the form that a library loads, tensor by tensor; or a graph of
-ONNX.
+"""Base weights + adapter -> full weights in the form that a library loads, tensor by tensor.
 
 For a comparison with base + adapter, `by_library` is what the library then makes of a file.
 
@@ -10,7 +9,6 @@ hardly differs from the base. So sums are fp32, and `Share` says how much of the
 from __future__ import annotations
 
 import json
-import logging
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -33,8 +31,6 @@ from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
 from visft_ds.ops.lora import Slices, ranges_of
 
-#: protobuf holds 2 GiB at most; above this the weights lie beside the graph, in FILE.data.
-_LARGEST_GRAPH = 1_900_000_000
 #: Of what timm knows of pretrained weights, what holds for trained ones too.
 _SETTINGS = (
     "input_size",
@@ -194,7 +190,8 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     if lacking:
         raise ValueError(
             f"{file.path} lacks {examples(lacking)}, which timm would fill with random numbers: "
-            "give --base with the whole network, or --format onnx, which ends where the training read"
+            "give --base with the whole network, or visft export --tasks none, which ends where the training "
+            "read"
         )
     names = model.state_dict().keys()
     if names - tensors.keys():
@@ -255,55 +252,12 @@ def open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     return Written(Weights(tensors | beside, file.path), {"open_clip_config.json": config})
 
 
-def write_onnx(backbone: Backbone, path: Path) -> None:
-    """Write a backbone (fp32, on the CPU) as a graph: normalised images of one size -> feature maps, for any
-    B.
-
-    torch's own exporter writes it (torch.export, `dynamo=True`). Raises ValueError where it cannot.
-    """
-    names = ["features"]
-    if len(backbone.shapes) > 1:
-        names = [f"map_{number}" for number in backbone.layers_read]
-    side = backbone.image_size
-    size = sum(value.nbytes for value in backbone.parameters())
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each constant that it does not fold
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of torch about its own parts
-            program = torch.onnx.export(
-                backbone.eval(),
-                (torch.zeros(2, 3, side, side),),
-                dynamo=True,
-                input_names=["images"],
-                output_names=names,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        first = str(error.__cause__ or error).split("\n")[0]
-        raise ValueError(
-            f"torch {torch.__version__} cannot write {backbone.describe()} as ONNX: {first}"
-        ) from error
-    assert program is not None
-    program.save(path, external_data=size > _LARGEST_GRAPH)
-
-
 def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:
     """(B, 3, H, W) -> maps (B, D, h, w), by the library that a format is for; `backbone`: the same model of
     ours.
 
     transformers' classes of whole towers give the last map alone.
     """
-    if form == "onnx":
-        import onnxruntime
-
-        graph = next(folder.glob("*.onnx"))
-        session: Any = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-
-        def run(images: Tensor) -> list[Tensor]:
-            return [torch.from_numpy(array) for array in session.run(None, {"images": images.numpy()})]
-
-        return run
     if form == "transformers":
         return _last_map_of(_by_transformers(folder), backbone)
     if form == "open_clip":

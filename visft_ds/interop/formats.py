@@ -29,7 +29,7 @@ class Format:
     file: str  #: of the weights, in a folder; "": an adapter, which has two
     snippet: str  #: code that loads the folder it stands in, for the model card
     library: str  #: module that loads it, for `--verify`
-    make: str = ""  #: "module:function" of this room that makes the content; "": an adapter, a graph
+    make: str = ""  #: "module:function" of this room that makes the content; "": an adapter
 
     def content(self, tower: Weights, file: Weights, backbone: Backbone) -> Written:
         """Its files.
@@ -47,12 +47,6 @@ class Format:
 
 
 FORMATS = {
-    "onnx": Format(
-        file="model.onnx",
-        library="onnxruntime",
-        snippet='import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")\n'
-        '# features = session.run(["features"], {"images": images})[0]',
-    ),
     "open_clip": Format(
         file="open_clip_model.safetensors",
         make="export:open_clip",

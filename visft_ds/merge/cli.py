@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--adapter", metavar="PATH", help="adapter folder, also of PEFT, or ViSFT LoRA file", **adapters)
     add("--scale", type=float, default=1.0, help="factor of the adapter's effect (%(default)s)")
     add("--out", type=Path, required=True, metavar="PATH", help="a new file, or a new folder (no suffix)")
-    form = "full weights for a library, a graph (onnx), or the adapter alone (peft: over timm's model; "
+    form = "full weights for a library, or the adapter alone (peft: over timm's model; "
     form += "peft_transformers); default %(default)s"
     add("--format", choices=FORMATS, default="timm", help=form)
     add(

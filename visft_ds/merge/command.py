@@ -19,7 +19,6 @@ from visft_ds.config.backbones import named
 from visft_ds.config.record import read_run, recorded_config
 from visft_ds.evals.records import MAIN
 from visft_ds.files import write_text
-from visft_ds.flags import check_extra
 from visft_ds.interop import export, layouts
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.card import README, card, repository_of
@@ -73,8 +72,7 @@ def merge_files(flags: argparse.Namespace) -> int:
         if flags.verify and not _is_verified(flags, base, adapter, stage):
             return 1
         if flags.out.suffix:
-            for path in stage.glob(f"{flags.out.name}*"):  # weights of a large graph lie beside it
-                os.replace(path, flags.out.with_name(path.name))
+            os.replace(stage / flags.out.name, flags.out)
         else:
             measured = _describe_run(base.run, flags, facts)
             text = card(
@@ -109,8 +107,7 @@ def _open_base(flags: argparse.Namespace, adapter: Adapter | None) -> Base:
         model = layouts.model_in(file)
     if "layers" in of_adapter:
         model["layers"] = of_adapter["layers"]
-    if flags.format != "onnx":
-        model = layouts.whole(model, file)
+    model = layouts.whole(model, file)
     backbone = layouts.built(model, "meta")
     fingerprint = layouts.fingerprint_of(backbone, path)
     return Base(path, file, model, backbone, fingerprint, repository_of(weights), run)
@@ -148,12 +145,6 @@ def _write(flags: argparse.Namespace, base: Base, adapter: Adapter | None, stage
         if flags.format == "peft_transformers":
             adapter = export.for_transformers(adapter, base.path, base.model)
         write_folder(adapter, stage, base.repository)
-        return share
-    if flags.format == "onnx":
-        merged = layouts.built(base.model)
-        weights = layouts.open_backbone(merged, base.path)
-        layouts.fill(merged, export.merge(weights, adapter, dtype, names, share))
-        export.write_onnx(merged, path)
         return share
     origin = {}
     for name in (layouts.BASE, layouts.MERGED):
@@ -213,10 +204,8 @@ def _check(flags: argparse.Namespace) -> None:
         raise ValueError(
             f"--out {flags.out}: --format {flags.format} writes {file}a folder NAME, which has no dot"
         )
-    if flags.format in ("onnx", *ADAPTERS) and flags.dtype != "fp32":
+    if flags.format in ADAPTERS and flags.dtype != "fp32":
         raise ValueError(f"--dtype is of full weights; --format {flags.format} is written in fp32")
-    if flags.format == "onnx":
-        check_extra("--format onnx", "onnx", ("onnx", "onnxscript", "onnxruntime"))
     library = FORMATS[flags.format].library
     if flags.verify and find_spec(library) is None:
         raise ValueError(f"--verify: {library}, which loads --format {flags.format}, is not installed here")

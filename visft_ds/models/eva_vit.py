@@ -149,9 +149,10 @@ class Block(nn.Module):
         autocast; with a packing (1, T, D)."""
         stream = x.flatten(0, 1)  # rows cost the host less than a batch of them
         if recompute == "block":
-            stream, branch = _recomputed(self, stream, dtype, len(x), packing)
+            stream, branch = _recomputed(self, stream, dtype, x.shape[0], packing)
         else:
-            stream, branch = self.branches(stream, dtype, len(x), packing, recompute_mlp=recompute == "mlp")
+            recompute_mlp = recompute == "mlp"
+            stream, branch = self.branches(stream, dtype, x.shape[0], packing, recompute_mlp=recompute_mlp)
         if self.post_norm:
             branch = self.norm2(branch)
         return (stream + branch).view(x.shape)
@@ -405,7 +406,7 @@ class EvaViT(nn.Module):
         if self.cls_token is None:
             return tokens
         first = (self.cls_token + self.pos_embed[:, :1]).to(tokens.dtype)
-        return torch.cat([first.expand(len(tokens), -1, -1), tokens], dim=1)
+        return torch.cat([first.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
     def run_blocks(
         self,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,9 +53,32 @@ def deform_attn(
         level = levels[number]
         of_heads = level.permute(0, 2, 3, 1)
         maps = of_heads.reshape(batch * heads, channels, height, width)
-        samples = F.grid_sample(
-            maps, grids[number], mode="bilinear", padding_mode="zeros", align_corners=False
-        )
+        if torch.compiler.is_exporting():  # TensorRT computes ONNX' GridSample wrong, without a word
+            samples = gathered(maps, grids[number])
+        else:
+            samples = F.grid_sample(
+                maps, grids[number], mode="bilinear", padding_mode="zeros", align_corners=False
+            )
         weighted = samples * level_weights[number].unsqueeze(1)
         total = total + weighted.sum(dim=-1)
     return total.view(batch, heads * channels, queries).transpose(1, 2)
+
+
+def gathered(maps: Tensor, grid: Tensor) -> Tensor:
+    """`F.grid_sample` of maps (N, c, h, w) at points (N, Q, P, 2) by gathers of four cells: (N, c, Q, P)."""
+    channels, height, width = maps.shape[1:]
+    cells = maps.flatten(2)
+    x = (grid[..., 0] + 1) * (width / 2) - 0.5
+    y = (grid[..., 1] + 1) * (height / 2) - 0.5
+    samples = torch.zeros_like(maps[..., :1, :1])
+    for below in (0, 1):
+        for right in (0, 1):
+            row = y.floor() + below
+            column = x.floor() + right
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            weight = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside
+            place = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+            place_of_all = place.long().flatten(1)[:, None].expand(-1, channels, -1)
+            values = cells.gather(2, place_of_all).unflatten(2, grid.shape[1:3])
+            samples = samples + values * weight[:, None]
+    return samples

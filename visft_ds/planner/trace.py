@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 from visft_ds.ops import autocast_dtype, replaced
@@ -67,7 +67,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = _result_of(func, args, kwargs)
         written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_meta]
         for tensor in written:
             self._note(tensor.untyped_storage())
@@ -105,6 +105,58 @@ class Tracer(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self._live_bytes -= self._live.pop(key, 0)
+
+
+class _Layout(NamedTuple):
+    """Layout of a tensor: all that results of operators on the meta device depend on."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+#: Operator, structure and leaves of its arguments, tensors by their layouts -> layouts of what it makes, and
+#: their structure. Blocks of a model repeat each other, and torch takes a millisecond for a shape.
+_MADE: dict[Any, tuple[list[_Layout | None], TreeSpec]] = {}
+
+
+def _result_of(func: Any, args: Any, kwargs: Any) -> Any:
+    """Result of an operator; the tensors of a call that was made before come without it."""
+    leaves, structure = tree_flatten((args, kwargs))
+    # The type, because 1 equals True and 1.0, of which other dtypes come.
+    described = [_layout(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves]
+    key = (func, repr(structure), *described)
+    if key in _MADE:
+        layouts, made_structure = _MADE[key]
+        return tree_unflatten(map(_empty, layouts), made_structure)
+    result = func(*args, **kwargs)
+    outputs, outputs_structure = tree_flatten(result)
+    if _are_new(outputs, [leaf for leaf in leaves if isinstance(leaf, Tensor)]):
+        _MADE[key] = ([_layout(output) for output in outputs], outputs_structure)
+    return result
+
+
+def _layout(tensor: Tensor | None) -> _Layout | None:
+    if tensor is None:  # a gradient that nobody asked for
+        return None
+    return _Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _empty(layout: _Layout | None) -> Tensor | None:
+    if layout is None:
+        return None
+    return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=layout.device)
+
+
+def _are_new(outputs: list[Any], read: list[Tensor]) -> bool:
+    """Whether outputs are tensors on the meta device, each in a storage of its own, or nothing."""
+    made = [output for output in outputs if output is not None]
+    if not read or not made or not all(isinstance(each, Tensor) and each.is_meta for each in made):
+        return False
+    of_read = {tensor.untyped_storage()._cdata for tensor in read}
+    of_all = of_read | {output.untyped_storage()._cdata for output in made}
+    return len(of_all) == len(of_read) + len(made)
 
 
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any) -> int:

@@ -74,6 +74,8 @@ def _parser() -> Parser:
     add("--run", type=Path, metavar="RUN", help="the run as a flag; every argument is then an image")
     add_parts(parser)
     add("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
+    tile = "cut larger images into squares of this side, or none (default: as the run)"
+    add("--tile", metavar="PIXELS", help=tile)
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: the run's, or auto")
     add("--batch-size", type=int, metavar="N", help="images per batch (default: the run's, or 8)")

@@ -10,6 +10,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,12 +21,13 @@ from tqdm import tqdm
 
 from visft_ds.files import read_bytes, reading, write_bytes
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.predict.images import OpenedImage, open_file, printable
+from visft_ds.predict.images import MOST_IN_TILES, OpenedImage, open_file, printable
 from visft_ds.predict.model import Model, load
 from visft_ds.predict.results import Prediction
 from visft_ds.redaction import redacted, visible
 from visft_ds.run.folder import refuse_filled
 from visft_ds.run_files import export_of
+from visft_ds.settings.tiles import Tiles
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.pictures import save_picture
@@ -43,7 +45,12 @@ _FILES = ("source", "backbone", "heads", "adapter", "vocabulary")
 
 
 def predict(
-    files: Mapping[str, Path], out: Path, threshold: float, batch_size: int | None, **model: Any
+    files: Mapping[str, Path],
+    out: Path,
+    threshold: float,
+    batch_size: int | None,
+    tile: str | None = None,
+    **model: Any,
 ) -> None:
     """Write drawings and results of what the flags of `visft_ds.predict.cli` ask for.
 
@@ -57,11 +64,13 @@ def predict(
     if (out / RESULTS).exists() or not (out / LINES).exists():
         refuse_filled(out)
     loaded = load(**model)
+    tiles = loaded.tiles_of(tile)
     settings = {
         "model": dict(loaded.facts),
         "precision": loaded.precision,
         "threshold": threshold,
         "image size": model["image_size"],
+        "tiles": None if tiles is None else list(tiles),
         "changed last": {name: _changed_last(Path(model[name])) for name in _FILES if model[name]},
     }
     drawings = names_of_drawings(files)
@@ -72,6 +81,8 @@ def predict(
         ("precision", f"{loaded.precision} on {loaded.device}"),
         ("images", str(len(files))),
     ]
+    if tiles is not None:
+        facts.append(("tiles", f"squares of {tiles.side} px that overlap by {tiles.overlap}"))
     if done:
         facts.append(("continues", f"{len(files) - len(todo)} of them are done"))
     print_plan("visft_ds prediction", [Section("model and data", facts)])
@@ -89,7 +100,13 @@ def predict(
     with (out / LINES).open("ab") as lines, ThreadPoolExecutor(_THREADS) as pool:
         if lines.tell() == 0:
             _append(lines, settings)
-        for name, outcome in _predictions(todo, loaded, threshold, batch_size or loaded.batch_size):
+        size = batch_size or loaded.batch_size
+        outcomes = _predictions(todo, loaded, threshold, size)
+        most_waiting = _WAITING
+        if tiles is not None:  # images that may fill the memory
+            outcomes = _predictions_by_tiles(todo, loaded, threshold, size, tiles)
+            most_waiting = 0
+        for name, outcome in outcomes:
             if isinstance(outcome, str):
                 skipped[name] = outcome
                 continue
@@ -97,7 +114,7 @@ def predict(
             height, width = outcome.image.shape[:2]
             record = {"file_name": name, "width": width, "height": height, "results": outcome.results}
             waiting.append((record, drawing))
-            if len(waiting) > _WAITING:
+            if len(waiting) > most_waiting:
                 finish_drawing()
         while waiting:
             finish_drawing()
@@ -150,19 +167,46 @@ def _predictions(
                 try:
                     opened[name] = future.result()
                 except (ValueError, OSError) as error:
-                    reason = printable(str(error))
-                    bar.write(f"skipped {visible(redacted(reason))}", file=sys.stderr)
-                    yield name, reason
-            try:
+                    yield name, _reason(error)
+            with _advising(size):
                 predictions = loaded.predict_opened(list(opened.values()), threshold)
-            except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(
-                    f"{reason} Give a smaller --batch-size than {size}: the command continues with the "
-                    "images that are left"
-                ) from error
             yield from zip(opened, predictions, strict=True)
             bar.update(len(batch))
+
+
+def _predictions_by_tiles(
+    files: Mapping[str, Path], loaded: Model, threshold: float, size: int, tiles: Tiles
+) -> Iterator[tuple[str, Prediction | str]]:
+    """As `_predictions`, one file after the other; `size` tiles go through the model together."""
+    for name, file in tqdm(files.items(), unit=" images", disable=None):
+        try:
+            image = open_file(file, MOST_IN_TILES)
+        except (ValueError, OSError) as error:
+            yield name, _reason(error)
+            continue
+        with _advising(size):
+            prediction = loaded.predict_tiles(image, tiles, threshold, size)
+        yield name, prediction
+
+
+def _reason(error: Exception) -> str:
+    """Why a file is skipped, which is also printed."""
+    reason = printable(str(error))
+    tqdm.write(f"skipped {visible(redacted(reason))}", file=sys.stderr)
+    return reason
+
+
+@contextmanager
+def _advising(size: int) -> Iterator[None]:
+    """Raise ValueError with advice where a batch of this size does not fit into the GPU."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{reason} Give a smaller --batch-size than {size}: the command continues with the images that "
+            "are left"
+        ) from error
 
 
 def _append(lines: BinaryIO, record: Mapping[str, Any]) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from visft_ds.data.decode import decode_image
 from visft_ds.data.fetch import is_url
-from visft_ds.files import open_image, reading, to_rgb
+from visft_ds.files import MAX_PIXELS, image_frame, mapped_image, open_image, read_bytes, reading, to_rgb
 from visft_ds.redaction import redacted
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ ImageInput: TypeAlias = "str | Path | ImageInMemory"
 #: Endings of files that are taken from a folder; HEIC and AVIF cannot be read, and are named rather than
 #: overlooked.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
+#: Pixels of a picture that is predicted by tiles, whose features are never held at once.
+MOST_IN_TILES = 500_000_000
+#: EXIF orientation -> quarter turns to the left, and whether the picture is mirrored after them.
+_TURNS = {1: (0, False), 2: (0, True), 3: (2, False), 4: (2, True)}
+_TURNS |= {5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
 _ALLOWED = (
     "give a path, the bytes of a file, a Pillow image, uint8 in an array (H, W, 3) or (H, W) or a tensor "
     "(3, H, W), or a list of them; floats from 0 to 1 become bytes by (255 * x).round()"
@@ -112,33 +118,61 @@ def _images_below(root: Path, pattern: str) -> list[Path]:
     return images
 
 
-def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage], bool]:
-    """All images that a user gave, and whether it was a single one rather than a list, folder or pattern.
+def opened(
+    images: ImageInput | Iterable[ImageInput], most: int = MAX_PIXELS
+) -> tuple[list[OpenedImage], bool]:
+    """All images that a user gave, and whether it was a single one rather than a list, folder or pattern;
+    files have at most so many pixels.
 
     Raises ValueError for what is no image, by its path or its place in the list.
     """
     from torch import Tensor  # `visft predict` looks for its images before that, which takes seconds
 
     if isinstance(images, str | Path):
-        return [open_file(file) for file in find_images([images]).values()], Path(images).is_file()
+        return [open_file(file, most) for file in find_images([images]).values()], Path(images).is_file()
     is_list = isinstance(images, Iterable) and not isinstance(images, (*_IN_MEMORY, Tensor, Mapping))
     if not is_list:
         return [_from_memory(images, "the image")], True
     every: list[OpenedImage] = []
     for index, image in enumerate(cast(Iterable[ImageInput], images)):
         if isinstance(image, str | Path):
-            every += [open_file(file) for file in find_images([image]).values()]
+            every += [open_file(file, most) for file in find_images([image]).values()]
         else:
             every.append(_from_memory(image, f"image {index} of the list"))
     return every, False
 
 
-def open_file(path: Path) -> OpenedImage:
+def open_file(path: Path, most: int = MAX_PIXELS) -> OpenedImage:
     """Decode a file, of several images the first, upright by its EXIF.
+
+    Above MAX_PIXELS, where `most` allows it, no more memory is taken than a format needs: TIFFs that are not
+    compressed, in strips, are read where one looks at them, and JPEGs decoded to three bytes a pixel.
 
     Raises ValueError naming a file that is no image, damaged, too large, or not a regular one.
     """
+    if most > MAX_PIXELS:
+        frame = image_frame(path, most=most)
+        if frame.height * frame.width > MAX_PIXELS:
+            return OpenedImage(_upright(_large_image(path, frame.format, most), frame.orientation), path)
     return OpenedImage(np.array(open_image(path)), path)  # torch asks for pixels that can be written to
+
+
+def _large_image(path: Path, format_name: str, most: int) -> Pixels:
+    """Pixels as they are stored."""
+    mapped = mapped_image(path, most)
+    if mapped is not None:
+        return mapped
+    if format_name == "JPEG":
+        with reading(path, "a picture"):
+            return decode_image(read_bytes(path), most)
+    return np.asarray(open_image(path, upright=False, most=most))
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    """A view of stored pixels as EXIF says that they are seen."""
+    turns, mirrored = _TURNS[orientation]
+    turned = np.rot90(pixels, turns)
+    return turned[:, ::-1] if mirrored else turned
 
 
 def _from_memory(image: object, label: str) -> OpenedImage:

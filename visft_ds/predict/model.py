@@ -6,25 +6,33 @@ Letters: B images, H W pixels, h w patch grid, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from visft_ds import distributed
 from visft_ds.data.samples import RawSample
+from visft_ds.data.transforms import Op
+from visft_ds.files import MAX_PIXELS, release
 from visft_ds.flags import check_options, speaking_python
 from visft_ds.model import normalise_pixels
 from visft_ds.ops import DTYPES, at_least_float32
-from visft_ds.predict.images import ImageInMemory, ImageInput, OpenedImage, opened
+from visft_ds.predict.images import MOST_IN_TILES, ImageInMemory, ImageInput, OpenedImage, opened
 from visft_ds.predict.loading import LoadedModel, ModelSource, source_of
 from visft_ds.predict.results import Prediction
 from visft_ds.prepare.model import choose_precision
 from visft_ds.randomness import generator
 from visft_ds.settings.task_schema import Stream
-from visft_ds.tasks import TASKS, Results
+from visft_ds.settings.tiles import Tiles, usual_overlap
+from visft_ds.tasks import TASKS, Results, config_class
+from visft_ds.tasks.tiles import merged
 from visft_ds.tasks.transform import pipeline_of
+
+_SMALLEST_TILE = 32  # pixels
 
 
 @speaking_python()
@@ -45,7 +53,8 @@ def load(
 
     Args:
         source: folder of a finished run, or RUN/checkpoints/step_N; its export folder, which may have moved;
-            or merged weights (a file, or the folder that merging wrote) together with `heads`.
+            a folder of `visft export`; or merged weights (a file, or the folder that merging wrote) together
+            with `heads`.
         tasks: names, in a list or with commas; default: all that have a head.
         device: "cpu", "cuda", "cuda:1"; default: a GPU if there is one.
         precision: "fp32", "bf16", "fp16" or "auto"; default: the run's.
@@ -65,6 +74,13 @@ def load(
         ('detection', 'captioning')
     """
     check_options(image_size=image_size)
+    from visft_ds.predict.exported import ExportedModel, exported_files  # which builds on this module
+
+    if exported_files(Path(source)):
+        others = (tasks, backbone, heads, adapter, vocabulary, image_size)
+        if any(other is not None for other in others) or device not in (None, "cpu"):
+            raise ValueError(f"{source} is an export, whole and for CPUs here: leave out all but its folder")
+        return ExportedModel(Path(source))
     parts = source_of(
         Path(source),
         tasks=tasks,
@@ -186,6 +202,8 @@ class Model:
             stream.micro_batch for stream in streams.values()
         )  #: images in a batch by default
         self.backbone = ImageFeatures(loaded)  #: the backbone alone
+        #: Stream -> geometry of all its images in place of its own, as an export has it.
+        self.geometry: dict[str, Sequence[Op]] = {}
 
     def __repr__(self) -> str:
         categories = f"{len(self.categories)} categories"
@@ -195,11 +213,21 @@ class Model:
     # mypy: an open file is an iterator, too, of its lines; it is one image.
     @overload
     def predict(  # type: ignore[overload-overlap]
-        self, images: ImageInMemory, *, threshold: float = ..., batch_size: int | None = ...
+        self,
+        images: ImageInMemory,
+        *,
+        threshold: float = ...,
+        batch_size: int | None = ...,
+        tile: int | str | None = ...,
     ) -> Prediction: ...
     @overload
     def predict(  # one image of a file, a list of a folder or pattern
-        self, images: str | Path, *, threshold: float = ..., batch_size: int | None = ...
+        self,
+        images: str | Path,
+        *,
+        threshold: float = ...,
+        batch_size: int | None = ...,
+        tile: int | str | None = ...,
     ) -> Any: ...
     @overload
     def predict(
@@ -208,6 +236,7 @@ class Model:
         *,
         threshold: float = ...,
         batch_size: int | None = ...,
+        tile: int | str | None = ...,
     ) -> list[Prediction]: ...
     def predict(
         self,
@@ -215,6 +244,7 @@ class Model:
         *,
         threshold: float = 0.5,
         batch_size: int | None = None,
+        tile: int | str | None = None,
     ) -> Any:
         """Predict boxes, masks and captions, in pixels of the original image.
 
@@ -227,7 +257,9 @@ class Model:
                 array (H, W). Or several: a list of these, a folder, a pattern such as "photos/*.jpg". URLs
                 are refused.
             threshold: least score of boxes and masks that are returned.
-            batch_size: largest number of images in a batch; default: the run's.
+            batch_size: largest number of images, or of tiles, in a batch; default: the run's.
+            tile: side in pixels of the squares that larger images are cut into; "none": take them whole;
+                default: as in the run. Boxes and masks that tiles have in common are joined.
 
         Returns:
             One `Prediction` for one image; a list of them for a list, folder or pattern, with the pixels of
@@ -235,7 +267,7 @@ class Model:
 
         Raises:
             ValueError: a file that is not an image, or anything else that is none; its message says what is
-                allowed.
+                allowed. Tiles for a caption or label map, which needs the whole image.
 
         Example:
             >>> model = visft_ds.load("runs/stage2", device="cpu")
@@ -244,15 +276,71 @@ class Model:
             2
         """
         check_options(threshold, batch_size=batch_size)
-        every, single = opened(images)
+        tiles = self.tiles_of(tile)
+        every, single = opened(images, MOST_IN_TILES if tiles else MAX_PIXELS)
         step = batch_size or self.batch_size
         predictions: list[Prediction] = []
-        for start in range(0, len(every), step):
-            predictions += self.predict_opened(every[start : start + step], threshold)
+        if tiles is not None:
+            predictions += [self.predict_tiles(image, tiles, threshold, step) for image in every]
+        else:
+            for start in range(0, len(every), step):
+                predictions += self.predict_opened(every[start : start + step], threshold)
         return predictions[0] if single else predictions
 
+    def tiles_of(self, tile: int | str | None) -> Tiles | None:
+        """How images are cut where a user says so (see `predict`), or as in the run; None: not at all.
+
+        Raises ValueError for what is neither a side nor "none", and for tasks that need whole images.
+        """
+        of_streams = {stream.tiles for stream in self._streams.values()}
+        of_run = next((tiles for tiles in of_streams if tiles is not None), None)
+        if tile is None and len(of_streams) > 1:
+            raise ValueError("some tasks of the run were trained on tiles, some not: give some of --tasks")
+        if tile is None:
+            return of_run
+        if tile == "none":
+            return None
+        side = int(tile) if isinstance(tile, str) and tile.isdecimal() else tile
+        if not isinstance(side, Integral) or not _SMALLEST_TILE <= side <= 8192:
+            raise ValueError(f"--tile {tile} is not allowed: give {_SMALLEST_TILE} to 8192 pixels, or none")
+        of_whole = [task for task in self.tasks if config_class(task).labels != "annotations"]
+        if of_whole:
+            others = [task for task in self.tasks if task not in of_whole]
+            raise ValueError(
+                f"--tile {tile} cuts images into parts, and {', '.join(of_whole)} needs whole ones: give "
+                f"--tasks {','.join(others) or 'of a model that has others'}, or --tile none"
+            )
+        side = int(side)
+        overlap = usual_overlap(side)
+        if of_run is not None:
+            overlap = min(max(of_run.overlap, overlap), side // 2)
+        return Tiles(side, overlap)
+
+    def predict_tiles(
+        self, image: OpenedImage, tiles: Tiles, threshold: float, batch_size: int
+    ) -> Prediction:
+        """Prediction for a decoded image by its tiles, `batch_size` of them at a time."""
+        height, width = image.pixels.shape[:2]
+        windows = tiles.windows(height, width)
+        by_task: dict[str, Results] = {task: [] for task in self.tasks}
+        for start in range(0, len(windows), batch_size):
+            samples = []
+            for number, window in enumerate(windows[start : start + batch_size], start):
+                top, left, tile_height, tile_width = window
+                pixels = np.array(image.pixels[top : top + tile_height, left : left + tile_width])
+                size = tile_height, tile_width
+                sample = RawSample(
+                    number, image_id=number, size=size, image=pixels, annotations=(), captions=()
+                )
+                samples.append(sample)
+            for task, results in self._results(samples, threshold).items():
+                by_task[task] += [result for result in results if _confidence(result) >= 0]
+            release(image.pixels)
+        whole = {task: merged(results, windows, (height, width)) for task, results in by_task.items()}
+        return Prediction(image.pixels, image.path, self.categories, whole, self.has_instances)
+
     def predict_opened(self, images: Sequence[OpenedImage], threshold: float) -> list[Prediction]:
-        """Predictions for decoded images, few enough for one batch; there may be none."""
+        """Predictions for decoded images as a whole, few enough for one batch; there may be none."""
         if not images:
             return []
         samples = []
@@ -278,7 +366,8 @@ class Model:
         words = self._loaded.vocabulary
         for stream in self._streams.values():
             pipeline = pipeline_of(stream, words, train=False)
-            batch = pipeline.collate([pipeline.transform(sample, generator(0)) for sample in samples])
+            ops = self.geometry.get(stream.name)
+            batch = pipeline.collate([pipeline.transform(sample, generator(0), ops) for sample in samples])
             outputs = TASKS[stream.tasks[0]].outputs(self._loaded.predict, batch, stream.image)
             for task in stream.tasks:
                 classes = stream.classes.get(task)

@@ -116,7 +116,9 @@ def samples_of(config: VisftConfig, stream: Stream, sets: Mapping[str, TrainingS
         samples = manifest.having(selections.pop() if len(selections) == 1 else "any")
         # Mixed within a few shards at a time, each is fetched once.
         order = config.data.shuffle or ("windowed" if manifest.is_remote else "full")
-        shards = manifest.index["shard"][samples] if order == "windowed" else None
+        if stream.tiles is not None:
+            samples = stream.tiles.samples(manifest.index, samples)
+        shards = manifest.index["shard"][samples % len(manifest)] if order == "windowed" else None
         plans[name] = SetPlan(samples, sets[name].weight, shards)
     return plans
 

@@ -27,6 +27,8 @@ from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.prepare.datasets import TrainingSet, open_training_sets, samples_of
 from visft_ds.pretrained import TIMM, lite0_of_pip
 from visft_ds.run_files import EXPORT
+from visft_ds.settings.task_schema import Stream
+from visft_ds.settings.tiles import Tiles, usual_overlap
 from visft_ds.tasks import config_class, entries
 from visft_ds.tasks.classes import COCO_NAMES
 
@@ -45,6 +47,10 @@ FINE_CELL = 8
 LONGEST = 640
 FINE_VIEWS = 6
 FINE_BATCH = 4
+#: Side in pixels at which the network sees most objects of pictures that are cut into tiles of SIDE, and
+#: batch: a tile has few objects.
+IN_TILES = 12
+TILE_BATCH = 16
 #: Block of lite0 whose map has cells of FINE_CELL.
 LITE0_FINE = 2
 #: Of photographs with label maps: blocks of lite0 of strides 8, 16 and 32, smallest and largest long side,
@@ -88,11 +94,10 @@ def settle(words: Sequence[str] | None = None, processes: int = 1) -> Settled:
     if merged.first is not None:
         _decide_by_first_stage(draft, merged.first)
     manifests = _open_splits(draft.recipe.visft.data, remote=not options.dry_run)
-    images = sum(len(manifest) for manifest in manifests.values())
     if options.tasks is None and not any(text.startswith("visft.tasks=") for text in options.set):
         _decide_tasks(draft, list(manifests.values()), options.batch_size)
-    if options.epochs is not None:
-        _decide_length(draft, options.epochs, images)
+    if options.tile is not None:
+        _decide_tiles(draft, options.tile, list(manifests.values()))
     if merged.model == SMALL_DATA and manifests:
         if merged.first is None and list(draft.recipe.visft.tasks.enabled()) == ["semantic"]:
             _decide_for_label_maps(draft, merged, list(manifests.values()))
@@ -100,7 +105,10 @@ def settle(words: Sequence[str] | None = None, processes: int = 1) -> Settled:
             _decide_by_objects(draft, list(manifests.values()), fine_block)
         if draft.recipe.visft.stage == 1:
             _decide_masks(draft, fine_block)
-        _decide_for_few(draft, images)
+    if options.epochs is not None:
+        _decide_length(draft, options.epochs, list(manifests.values()))
+    if merged.model == SMALL_DATA and manifests:
+        _decide_for_few(draft, list(manifests.values()))
     sets = None
     if manifests:
         sets = open_training_sets(draft.recipe.visft, manifests)
@@ -196,7 +204,7 @@ def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
     of_model = ("name", "preset", "out_indices", "weights", "weights_seed", "overrides")
     keys = [f"visft.model.{name}" for name in of_model]
     keys += [f"visft.data.{name}" for name in ("train", "val", "sets")]
-    keys += [f"visft.shared.image.{size}" for size in ("fixed_size", "keep_shape")]
+    keys += [f"visft.shared.image.{size}" for size in ("fixed_size", "keep_shape", "tile")]
     for task in entries():
         key = f"visft.tasks.{task}"
         settings = recorded.value(key)
@@ -204,7 +212,7 @@ def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
             keys.append(key)
             continue
         keys += [f"{key}.head.{option}" for option in settings["head"]]
-        sizes = ("fixed_size", "keep_shape", "size")
+        sizes = ("fixed_size", "keep_shape", "tile", "size")
         keys += [f"{key}.image.{size}" for size in sizes if size in settings["image"]]
         if "vocabulary" in settings:
             keys.append(f"{key}.vocabulary.file")
@@ -254,55 +262,117 @@ def _decide_tasks(draft: Draft, manifests: Sequence[Manifest], batch_size: int |
         draft.decide({key: None}, f"the data, which has no {lacks}", over_user=True)
 
 
-def _decide_length(draft: Draft, epochs: int, images: int) -> None:
-    """`--epochs`: so many passes of each task through the training images."""
-    if not images:
+def _decide_tiles(draft: Draft, side: str, manifests: Sequence[Manifest]) -> None:
+    """`--tile`: the side of tiles, or none."""
+    if side != "none" and not (side.isdecimal() and int(side) > 0):
+        raise ValueError(f"--tile {side} is not allowed: give the side of a tile in pixels, or none")
+    tile = None
+    if side != "none":
+        sizes = _object_sizes(manifests)
+        largest = 0.0 if sizes is None else sizes.largest
+        tile = [int(side), usual_overlap(int(side), largest)]
+    values = dict[str, Any]()
+    for name, stream in draft.recipe.visft.streams().items():
+        if "tile" in stream.image:
+            values[f"{stream.key}.image.tile"] = tile
+        elif tile is not None:
+            raise ValueError(f"--tile {side}: {name} takes whole images only: leave it out of --tasks")
+    draft.decide(values, "--tile", over_user=True)
+
+
+def _samples(stream: Stream, manifests: Sequence[Manifest]) -> int:
+    """Number of training images, or of their tiles."""
+    count = 0
+    for manifest in manifests:
+        pictures = np.arange(len(manifest))
+        count += len(pictures if stream.tiles is None else stream.tiles.samples(manifest.index, pictures))
+    return count
+
+
+def _decide_length(draft: Draft, epochs: int, manifests: Sequence[Manifest]) -> None:
+    """`--epochs`: so many passes of each task through the training images, or their tiles."""
+    if not manifests:
         raise ValueError("--epochs needs shards in a folder of this machine: give --steps")
     values: dict[str, int | None] = {"scheduler.params.total_num_steps": None}
     for stream in draft.recipe.visft.streams().values():
+        images = _samples(stream, manifests)
         steps = math.ceil(epochs * images / min(stream.batch_size, images))
         for name in stream.tasks:
             values[f"visft.tasks.{name}.steps"] = steps
     draft.decide(values, "--epochs")
 
 
+class _ObjectSizes(NamedTuple):
+    """Typical sizes in a split, in pixels."""
+
+    picture: float  #: longer side of a picture
+    small: float  #: side of an object that nine of ten exceed
+    largest: float  #: side of an object that one of twenty exceeds
+
+
+def _object_sizes(manifests: Sequence[Manifest]) -> _ObjectSizes | None:
+    """Sizes in the split with the smallest objects; None: no split has boxes."""
+    with_sides = [manifest for manifest in manifests if manifest.object_sides]
+    if not with_sides:
+        return None
+    manifest = min(with_sides, key=lambda other: other.object_sides["10"])
+    heights = manifest.index["height"].astype(float)
+    widths = manifest.index["width"].astype(float)
+    scale = float(np.median(np.sqrt(heights * widths)))
+    return _ObjectSizes(
+        picture=float(np.median(np.maximum(heights, widths))),
+        small=manifest.object_sides["10"] * scale,
+        largest=manifest.object_sides["95"] * scale,
+    )
+
+
 def _decide_by_objects(draft: Draft, manifests: Sequence[Manifest], fine_block: int) -> None:
     """A larger picture and a finer grid for a dense head, where SIDE and CELL would hide a tenth of the
-    objects.
+    objects, and tiles where LONGEST and FINE_CELL would.
 
     A cell for each object is what they need (docs/own-data.md).
     """
     visft = draft.recipe.visft.filled()
-    detection = visft.tasks.enabled().get("detection")
-    with_sides = [manifest for manifest in manifests if manifest.object_sides]
-    if detection is None or getattr(detection.head, "type", "") != "dense" or not with_sides:
+    tasks = visft.tasks.enabled()
+    detection = tasks.get("detection")
+    sizes = _object_sizes(manifests)
+    if detection is None or getattr(detection.head, "type", "") != "dense" or sizes is None:
         return
     if draft.tree.is_stated("visft.model.out_indices"):
         return
-    manifest = min(with_sides, key=lambda other: other.object_sides["10"])
-    heights = manifest.index["height"].astype(float)
-    widths = manifest.index["width"].astype(float)
-    long_side = float(np.median(np.maximum(heights, widths)))
-    object_side = manifest.object_sides["10"] * float(np.median(np.sqrt(heights * widths)))
-    cells = long_side / object_side  # as many along the picture give such an object one
     stream = next(stream for stream in visft.streams().values() if "detection" in stream.tasks)
-    key = f"{stream.key}.image.fixed_size"
+    side_key = f"{stream.key}.image.fixed_size"
+    tile_key = f"{stream.key}.image.tile"
     side = stream.largest_side()
+    has_side = draft.tree.is_stated(side_key)
+
+    tiles = stream.tiles
+    takes_tiles = all(task.labels == "annotations" for task in tasks.values())
+    would_show_all = min(FINE_CELL * sizes.picture / sizes.small, sizes.picture)
+    is_free = not has_side and not draft.tree.is_stated(tile_key)
+    if takes_tiles and is_free and would_show_all > LONGEST:
+        tile = max(SIDE, math.ceil(SIDE / IN_TILES * sizes.small / 32) * 32)
+        tiles = Tiles(tile, usual_overlap(tile, sizes.largest))
+    shown = sizes.picture if tiles is None else min(tiles.side, sizes.picture)
+    cells = shown / sizes.small  # as many along what the network sees at once give such an object one
     if CELL * cells <= side:
         return
     needed = math.ceil(FINE_CELL * cells / 32) * 32
-    if not draft.tree.is_stated(key):
-        own = math.ceil(long_side / 32) * 32
+    if not has_side:
+        own = math.ceil(shown / 32) * 32
         side = max(SIDE, min(needed, own, LONGEST))
     limit = f" ({needed} would show nearly all)" if side < needed else ""
+    cut = "" if tiles is None else f"tiles of {tiles.side}, "
     values = {
         "visft.model.out_indices": [fine_block, *visft.model.out_indices],
-        key: side,
+        side_key: side,
         f"{stream.key}.image.keep_shape": True,
-        f"{stream.key}.batch_size": FINE_BATCH,
+        f"{stream.key}.batch_size": FINE_BATCH if tiles is None else TILE_BATCH,
     }
-    sizes = f"objects of {object_side:.0f} px in pictures of {long_side:.0f}"
-    draft.decide(values, f"{sizes}: side {side}{limit}, grid of {FINE_CELL}")
+    if tiles is not None:
+        values[tile_key] = list(tiles)
+    objects = f"objects of {sizes.small:.0f} px in pictures of {sizes.picture:.0f}"
+    draft.decide(values, f"{objects}: {cut}side {side}{limit}, grid of {FINE_CELL}")
 
 
 def _decide_masks(draft: Draft, fine_block: int | None) -> None:
@@ -332,8 +402,9 @@ def _decide_masks(draft: Draft, fine_block: int | None) -> None:
         draft.decide(values, f"masks, which also read the map of stride {FINE_CELL}")
 
 
-def _decide_for_few(draft: Draft, images: int) -> None:
+def _decide_for_few(draft: Draft, manifests: Sequence[Manifest]) -> None:
     """Length, zoom, kept features and evaluations in between, by number and labels of the photographs."""
+    images = sum(len(manifest) for manifest in manifests)
     visft = draft.recipe.visft.filled()
     tasks = visft.tasks.enabled()
     values: dict[str, Any] = {}
@@ -343,7 +414,10 @@ def _decide_for_few(draft: Draft, images: int) -> None:
         if not draft.tree.is_stated("scheduler.params.total_num_steps"):
             steps = max(STEPS, math.ceil(PASSES * images / stream.batch_size))
             values["scheduler.params.total_num_steps"] = steps
-        values["visft.features.views"] = FINE_VIEWS if stream.image.get("keep_shape") else VIEWS
+        if stream.tiles is not None:  # which are views of their picture themselves
+            values["visft.features.views"] = max(1, VIEWS * images // _samples(stream, manifests))
+        else:
+            values["visft.features.views"] = FINE_VIEWS if stream.image.get("keep_shape") else VIEWS
         if tasks.keys() == {"semantic"}:
             values["visft.features.views"] = SCENE_VIEWS
         values["visft.features.cache"] = f"{visft.run.out}/features" if images <= MOST_KEPT else None

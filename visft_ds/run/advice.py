@@ -112,9 +112,8 @@ def _beyond_limit(task: str, settings: TaskConfig, manifests: Sequence[Manifest]
     if not beyond.any():
         return None
     fuller = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {most}"
-    limit = "max_detections"
-    if not _is_dense(settings) and settings.head.num_queries == most:
-        limit = "num_queries"
+    has_queries = getattr(settings.head, "num_queries", None) == most
+    limit = "num_queries" if has_queries else "max_detections"
     key = f"visft.tasks.{task}.head.{limit}"
     return f"{beyond.sum()} of {objects.sum()} objects are ignored", f", as {fuller} ({key})"
 
@@ -164,7 +163,7 @@ def _remedy(manifest: Manifest, stream: Stream, seen: float, cell: int) -> str:
         needed *= fixed / seen
     side = math.ceil(needed / _SIDE_STEP) * _SIDE_STEP
     if side > _LARGEST_SIDE:
-        return f"nine of ten would have a cell at {side} px only: cut the images into parts"
+        return f"nine of ten would have a cell at {side} px only: cut the images into tiles (--tile 640)"
     if fixed:
         return f"give larger images (--set {stream.key}.image.fixed_size={side})"
     return f"give larger images ({side} px where {seen:.0f} are seen now; {stream.key}.image)"
@@ -178,9 +177,14 @@ def _seen_side(manifest: Manifest, stream: Stream) -> float:
     geometry = geometry_of(stream)
     sides = list[float]()
     for size in zip(index["height"].tolist(), index["width"].tolist(), strict=True):
-        ops = geometry.draw(size, False, generator(0))
+        shown = size
+        if stream.tiles is not None:
+            window = stream.tiles.windows(*size)[0]
+            shown = window.height, window.width
+        ops = geometry.draw(shown, False, generator(0))
         inside = [op for op in ops if not (isinstance(op, Pad) and op.outside)]
-        sides.append(math.sqrt(math.prod(final_size(size, inside))))
+        pixels = math.prod(final_size(shown, inside)) * math.prod(size) / math.prod(shown)
+        sides.append(math.sqrt(pixels))
     return float(np.median(sides))
 
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
-from visft_ds.settings.fields import Above, Ascending, Fraction, Positive, Sides, StrictModel, Text
+from visft_ds.settings.fields import Above, Ascending, Count, Fraction, Positive, Sides, StrictModel, Text
+from visft_ds.settings.tiles import Tiles
 
 Findings = Mapping[str, Sequence[Any]]  #: what was odd: kind -> (how often, examples)
 WITHOUT_MASK = "object without a mask"  #: a kind of finding
@@ -52,6 +53,12 @@ class Stream:
     def key(self) -> str:
         """Place of its settings."""
         return "visft.shared" if self.name == SHARED else f"visft.tasks.{self.name}"
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """How images are cut; None: not at all."""
+        tile = self.image.get("tile")
+        return None if tile is None else Tiles(*tile)
 
     def largest_side(self) -> int:
         """Side in pixels of a square that all training images fit in."""
@@ -158,6 +165,9 @@ class ImageSizes(StrictModel):
     fixed_size: Positive | None = None
     #: no squares: the long side is fixed_size, the short one follows the shape of the image
     keep_shape: bool = False
+    #: side of the squares that larger images are cut into, and how much of it neighbours have in common,
+    #: both in pixels; the other sizes are then those of a tile; null: whole images
+    tile: tuple[Positive, Count] | None = None
     #: scale of a random crop, smallest and largest, of the image's sides, with fixed_size; null: no crop
     zoom: Annotated[tuple[Above, Above], Ascending] | None = None
 
@@ -167,6 +177,8 @@ class ImageSizes(StrictModel):
             yield "zoom", "is for squares: set fixed_size, their side in pixels, or leave zoom null"
         if self.keep_shape and self.fixed_size is None:
             yield "keep_shape", "is for one size: set fixed_size, the long side in pixels"
+        if self.tile is not None and 2 * self.tile[1] > self.tile[0]:
+            yield "tile", "is [side, overlap] in pixels, the overlap at most half the side"
 
 
 class SharedImage(ImageSizes):

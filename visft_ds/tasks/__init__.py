@@ -1,7 +1,8 @@
 """The tasks a backbone learns from: a folder and a `Task` each. The loop names no task.
 
 * `task`: what a task has to say of itself; `criterion`: what its losses are, and what they are divided by;
-  `example`: an image with labels and predictions, and its drawing. `transform`: samples and batches of tasks.
+  `example`: an image with labels and predictions, and its drawing. `transform`: samples and batches of
+  tasks. `tiles`: predictions of tiles joined.
 * `detection/`, `segmentation/`, `captioning/`, `semantic/`: the tasks; `config.py` of each has its keys, and
   `spec.py` its `Task`. `masks/` is what the two tasks of masks share.
 * `matching`, `transformer`, `vocabulary`, `average_precision`, `pictures`, `channels`, `classes`,

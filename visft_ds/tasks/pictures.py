@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from visft_ds.files import release
+
 Picture = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Colour = tuple[int, int, int]
@@ -28,6 +30,8 @@ _HEADER = _TITLE + 9  # height of a title with the space around it, pixels
 _GAP = 12  # between panels, pixels
 _OPACITY = 0.5  # of a mask
 _SMALL_BOX = 100 * TEXT  # pixels of a box that no tag may hide: it would cover much of what is in it
+_ROWS = 256  # of its pixels that are looked at together
+_FINEST = 8  # pixels of an image, along a side, for one of its picture
 
 
 def palette(names: Sequence[str]) -> dict[str, Colour]:
@@ -231,8 +235,18 @@ def grid(pictures: Sequence[Picture], *, columns: int = 2) -> Picture:
 
 
 def scaled(image: Picture, side: int) -> Image.Image:
-    """The image with its longer side at `side` pixels, the shorter in proportion and at least one pixel."""
+    """The image with its longer side at `side` pixels, the shorter in proportion and at least one pixel.
+
+    Of a very large one only some pixels are looked at: a copy may not fit into the memory.
+    """
     height, width, _ = image.shape
+    step = max(1, max(height, width) // (_FINEST * side))
+    if step > 1:
+        parts = []
+        for top in range(0, height, _ROWS * step):
+            parts.append(image[top : top + _ROWS * step : step, ::step].copy())
+            release(image)
+        image = np.concatenate(parts)
     scale = side / max(height, width)
     width = max(1, round(width * scale))
     height = max(1, round(height * scale))

@@ -7,7 +7,7 @@ It is drawn before anything else, the caption last: neither the pixels nor the c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -15,8 +15,18 @@ import torch
 
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.samples import Batch, RawSample, Sample
-from visft_ds.data.transforms import Geometry, Op, Pad, ShortSides, apply_to_image, final_size, of_options
+from visft_ds.data.transforms import (
+    Crop,
+    Geometry,
+    Op,
+    Pad,
+    ShortSides,
+    apply_to_image,
+    final_size,
+    of_options,
+)
 from visft_ds.settings.task_schema import SHARED, Stream
+from visft_ds.settings.tiles import is_visible
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.task import ImageTargets
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -35,13 +45,22 @@ class ImageTransform:
     ) -> Sample:
         """Transform one sample, by `ops` or those of the geometry; evaluation draws nothing from
         `generator`.
+
+        A tile is cut out first, with the objects of which it shows enough.
         """
-        ops = self.geometry.draw(raw.size, self.train, generator) if ops is None else ops
+        size = raw.size
+        cut = list[Op]()
+        if raw.window is not None:
+            size = raw.window.height, raw.window.width
+            cut.append(Crop(*raw.window))
+            visible = [object_ for object_ in raw.annotations if is_visible(object_["bbox"], raw.window)]
+            raw = replace(raw, annotations=visible)
+        ops = [*cut, *(self.geometry.draw(size, self.train, generator) if ops is None else ops)]
         inside = [op for op in ops if not (isinstance(op, Pad) and op.outside)]
         return Sample(
             index=raw.index,
             image_id=raw.image_id,
-            original_size=raw.size,
+            original_size=size,
             size=final_size(raw.size, inside),
             image=None if raw.image is None else apply_to_image(raw.image, ops),
             random_key=0,
@@ -57,7 +76,7 @@ def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -
         classes = stream.classes.get(task)
         targets[task] = TASKS[task].targets(train, stream.image, vocabulary, classes)
     collate = partial(collate_joint, mixed=not stream.alike(train=train))
-    return SamplePipeline(ImageTransform(train, geometry_of(stream), targets), collate)
+    return SamplePipeline(ImageTransform(train, geometry_of(stream), targets), collate, stream.tiles)
 
 
 def geometry_of(stream: Stream) -> Geometry:

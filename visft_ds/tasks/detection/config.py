@@ -36,8 +36,8 @@ class DetectionHeadConfig(StrictModel):
     type: Literal["detr", "dense"] = "detr"
     #: classes (COCO's raw ids are below 91); default for ids that are not COCO's: the number of categories
     num_classes: Positive = 91
-    #: most boxes of an image, which AP and AR count as well (COCO: 100); default where an image of the data has
-    #: more objects: half as many again
+    #: most boxes of an image, which AP and AR count as well (COCO: 100); default where an image of the data
+    #: has more objects: half as many again
     max_detections: Positive = 100
     #: a mask for each box of the dense head; objects without one teach boxes alone
     masks: bool = False

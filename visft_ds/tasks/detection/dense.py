@@ -288,7 +288,7 @@ def detect(output: DenseOutput) -> Detections:
     boxes = output.boxes.clamp(0, 1).gather(1, cells[..., None].expand(-1, -1, 4))
     stays = torch.zeros_like(best, dtype=torch.bool)
     for image_stays, of_image, score, label in zip(stays, boxes, best, labels, strict=True):
-        image_stays[batched_nms(of_image, score, label, OVERLAP)] = True
+        image_stays[batched_nms(of_image.double(), score.double(), label, OVERLAP)] = True
     best = best.masked_fill(~stays, -1.0)
     order = best.argsort(dim=1, descending=True, stable=True)[:, : output.max_detections]
     corners = boxes.gather(1, order[..., None].expand(-1, -1, 4))

@@ -108,7 +108,7 @@ class DetectionHead(nn.Module):
     def _encoded(self, patches: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
         """Patches (B, S, D) behind the encoder; positions (B, S, D), valid (B, S) bool."""
         # The task token stands in front while patches are encoded; its position embedding is 0.
-        task = torch.zeros(len(patches), 1, dtype=torch.int64, device=patches.device)
+        task = torch.zeros(patches.shape[0], 1, dtype=torch.int64, device=patches.device)
         token = self.task_embed(task).to(patches.dtype)
         entries = torch.cat((token, patches), dim=1)
         positions = F.pad(positions, (0, 0, 1, 0))
@@ -120,7 +120,7 @@ class DetectionHead(nn.Module):
     def _decoded(self, memory: Tensor, memory_key: Tensor, valid: Tensor) -> Tensor:
         """Normed states (L, B, Q, D) of the queries behind each decoder layer; memory (B, S, D)."""
         rows = torch.arange(self.num_queries, device=memory.device)
-        query = self.query_embed(rows).expand(len(memory), -1, -1)
+        query = self.query_embed(rows).expand(memory.shape[0], -1, -1)
         state = torch.zeros_like(query)  # `query`, the learnt positions, is added to it in every attention
         states = []
         for layer in self.decoder["layers"].children():

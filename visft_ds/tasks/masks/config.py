@@ -27,8 +27,8 @@ class PlainHeadConfig(StrictModel):
     type: Literal["plain"] = "plain"
     #: classes; default for ids that are not COCO's: the number of categories
     num_classes: Positive = 80
-    #: most masks of an image, which AP and AR count as well (COCO: 100); default where an image of the data has
-    #: more objects: half as many again
+    #: most masks of an image, which AP and AR count as well (COCO: 100); default where an image of the data
+    #: has more objects: half as many again
     max_detections: Positive = 100
     #: masks that are predicted (EoMT on COCO: 200)
     num_queries: Positive = 200

@@ -149,9 +149,27 @@ def mask_targets(
     has_area = _have_area([annotation["bbox"] for annotation in objects], raw.size, ops)
     objects = list(compress(objects, has_area))
     masks = draw_masks([annotation["segmentation"] for annotation in objects], raw.size, ops, stride)
+    _clear_beyond_cuts(masks, raw.size, ops)
     classes = np.array([labels[annotation["category_id"]] for annotation in objects], dtype=np.int64)
     covered = masks.any(axis=(1, 2))
     return {"masks": masks[covered], "labels": classes[covered]}
+
+
+def _clear_beyond_cuts(masks: npt.NDArray[np.uint8], size: Size, ops: Sequence[Op]) -> None:
+    """Empty the cells of masks (n, hm, wm) that no longer show the image, as where a zoom looks beyond its
+    tile.
+    """
+    height, width = size
+    shown = apply_to_boxes(np.array([[0.0, 0.0, width, height]]), size, ops)
+    final_height, final_width = final_size(size, ops)
+    _, rows, columns = masks.shape
+    cells = shown[0] / [final_width, final_height, final_width, final_height] * [columns, rows, columns, rows]
+    left, top = np.floor(cells[:2]).astype(int)
+    right, bottom = np.ceil(cells[2:]).astype(int)
+    masks[:, :top] = 0
+    masks[:, bottom:] = 0
+    masks[:, :, :left] = 0
+    masks[:, :, right:] = 0
 
 
 def _have_area(boxes: Sequence[Sequence[float]], size: Size, ops: Sequence[Op]) -> npt.NDArray[np.bool_]:

@@ -149,7 +149,7 @@ class PlainHead(nn.Module):
         total = sum(tokens_of_maps[1:], start=tokens_of_maps[0])
         numbers = torch.arange(self.num_queries, device=total.device)
         queries = self.queries(numbers).to(total.dtype)
-        queries = queries.expand(len(total), -1, -1)
+        queries = queries.expand(total.shape[0], -1, -1)
         return torch.cat((queries, total), dim=1)
 
     def _seen_cells(

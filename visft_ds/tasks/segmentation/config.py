@@ -36,8 +36,8 @@ class SegmentationHeadConfig(StrictModel):
     type: Literal["mask2former"] = "mask2former"
     #: classes; default for ids that are not COCO's: the number of categories
     num_classes: Positive = 80
-    #: most masks of an image, which AP and AR count as well (COCO: 100); default where an image of the data has
-    #: more objects: half as many again
+    #: most masks of an image, which AP and AR count as well (COCO: 100); default where an image of the data
+    #: has more objects: half as many again
     max_detections: Positive = 100
     #: masks that are predicted (Mask2Former: 100)
     num_queries: Positive = 100

@@ -94,8 +94,8 @@ class SegmentationHead(nn.Module):
         positions = sine_positions(valid, self.width).flatten(1, 2)
         memory_key = memory + positions.to(memory.dtype)
         numbers = torch.arange(self.num_queries, device=features.device)
-        query = decoder["query_pos"](numbers).expand(len(memory), -1, -1)
-        state = decoder["query_feat"](numbers).expand(len(memory), -1, -1)
+        query = decoder["query_pos"](numbers).expand(memory.shape[0], -1, -1)
+        state = decoder["query_feat"](numbers).expand(memory.shape[0], -1, -1)
         inside = valid[:, None].flatten(2)  # (B, 1, S)
         sets = [self._predict(state, mask_features, valid)]
         for layer in decoder["layers"].children():
@@ -105,7 +105,7 @@ class SegmentationHead(nn.Module):
             # A query whose mask covers no cell attends to the whole image: a softmax over nothing would be
             # NaN.
             covers_some = covered.any(dim=-1, keepdim=True)
-            allowed = torch.where(covers_some, covered, inside)
+            allowed = covered | (inside & ~covers_some)
             state = layer(state, query, memory, memory_key, allowed)
             sets.append(self._predict(state, mask_features, valid))
         return MaskOutput.of_sets(sets, self.max_detections, self.class_ids)

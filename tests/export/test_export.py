@@ -1,0 +1,101 @@
+"""Exports of finished runs as a user makes and reads them: every head, each beside our own predictions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import visft_ds
+from tests import finished
+from visft_ds.cli import main
+
+pytestmark = pytest.mark.slow
+
+
+def export(run: Path, out: Path, *flags: str) -> int:
+    pytest.importorskip("onnxscript")
+    return main(["export", str(run), "--out", str(out), *flags])
+
+
+def code_of(readme: Path) -> str:
+    """The program that a page shows."""
+    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    return code
+
+
+def test_onnxruntime_says_what_the_run_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DETR, Mask2Former and captions, one file each (of captions two), in batches of another size than the traced one."""
+    run = finished.runs() / "stage2"
+    assert export(run, tmp_path / "exported", "--verify", "4") == 0
+    said = capsys.readouterr().out
+    for task in ("detection", "segmentation", "captioning"):
+        assert re.search(rf"verify   {task}: .* on 4 pictures", said), said
+    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == [
+        "README.md", "captioning_encoder.onnx", "captioning_step.onnx", "detection.onnx", "segmentation.onnx",
+    ]  # fmt: skip
+    import onnxruntime
+
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 40, 70, 3)).astype(np.uint8)
+    for task in ("detection", "segmentation"):
+        path = tmp_path / "exported" / f"{task}.onnx"
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        together = dict(zip(names, session.run(None, {"images": pictures}), strict=True))
+        assert together["boxes"].shape[2] == 4 and len(together["scores"]) == 3
+        alone = dict(zip(names, session.run(None, {"images": pictures[2:]}), strict=True))
+        np.testing.assert_allclose(together["scores"][2], alone["scores"][0], atol=1e-5)
+        if task == "segmentation":
+            assert together["masks"].shape[2:] == (40, 70) and together["masks"].dtype == bool
+
+    model = visft_ds.load(tmp_path / "exported")
+    prediction = model.predict(pictures[0], threshold=0)
+    assert prediction.boxes is not None and prediction.caption is not None
+    assert len(prediction.boxes) == 4  # queries
+
+
+def test_a_program_of_torch_runs_without_this_package(tmp_path: Path) -> None:
+    out = tmp_path / "exported"
+    assert export(finished.runs() / "stage1", out, "--format", "torch", "--tasks", "detection") == 0
+    code = code_of(out / "README.md")
+    assert "visft_ds" not in code
+    (out / "run.py").write_text(code)
+    ran = subprocess.run([sys.executable, "-P", "run.py"], cwd=out, capture_output=True, text=True, env={})
+    assert ran.returncode == 0 and "boxes (1, 4, 4)" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
+    """With onnxruntime, numpy and Pillow alone."""
+    from PIL import Image
+
+    out = tmp_path / "exported"
+    assert export(finished.runs() / "stage1", out, "--tasks", "detection", "--web") == 0
+    Image.new("RGB", (90, 60), "gray").save(out / "photograph.jpg")
+    (out / "run.py").write_text(code_of(out / "README.md"))
+    command = [sys.executable, "-P", "run.py", "photograph.jpg"]
+    ran = subprocess.run(command, cwd=out, capture_output=True, text=True, env={})
+    assert ran.returncode == 0 and (out / "found.jpg").exists(), ran.stderr
+    assert "detection.onnx" in (out / "index.html").read_text()
+
+
+def test_an_export_that_differs_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from visft_ds.export import answers
+
+    right = answers.ANSWERS["detection", answers.DetectionOutput]
+
+    def wrong(*arguments: Any) -> dict[str, torch.Tensor]:
+        answer = right(*arguments)
+        return {**answer, "boxes": answer["boxes"] * 1.001}
+
+    monkeypatch.setitem(answers.ANSWERS, ("detection", answers.DetectionOutput), wrong)
+    assert export(finished.runs() / "stage1", tmp_path / "exported", "--tasks", "detection") == 2
+    assert "boxes differ by" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

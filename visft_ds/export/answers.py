@@ -1,0 +1,208 @@
+"""Answers of heads, decoded by operations that every runtime has: boxes, scores, labels, masks, classes.
+
+Each picture gets the same number of objects, the best first: where there are fewer, the score is 0 and the
+label -1. Letters: B pictures, N objects, H W their pixels, h w grid, Q queries, C classes, S cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from visft_ds.data.transforms import Size
+from visft_ds.tasks.detection.dense import CANDIDATES, OVERLAP, DenseOutput
+from visft_ds.tasks.detection.head import DetectionOutput
+from visft_ds.tasks.masks.output import MaskOutput
+from visft_ds.tasks.semantic.head import SemanticOutput
+
+_GROUP = 8  # classes whose scores are held at full size at a time
+
+
+class Picture(NamedTuple):
+    """Sizes of the pictures of a batch."""
+
+    height: int  #: H
+    width: int  #: W
+    size: Size  #: in pixels, at which the network sees them
+    padded: Size  #: of its frame
+
+    def corners(self, relative: Tensor) -> Tensor:
+        """Corners (B, N, 4) in pixels, of shares of the picture."""
+        x = relative[..., 0::2] * self.width
+        y = relative[..., 1::2] * self.height
+        return torch.stack((x, y), dim=-1).flatten(-2)
+
+    def fine(self, maps: Tensor) -> Tensor:
+        """Maps (..., h, w) of the frame, interpolated to (..., H, W)."""
+        rows = _spread(maps.shape[-2], self.size[0], self.padded[0], self.height, maps)
+        columns = _spread(maps.shape[-1], self.size[1], self.padded[1], self.width, maps)
+        return rows @ maps @ columns.T
+
+
+def _spread(cells: int, side: int, frame: int, pixels: int, like: Tensor) -> Tensor:
+    """`masks.interpolation.interpolation` of cells of which `side` of `frame` pixels show the picture.
+
+    In whole numbers up to the last quotient: no runtime needs float64.
+    """
+    centres = (2 * torch.arange(pixels, device=like.device) + 1) * (side * cells)
+    unit = 2 * pixels * frame
+    last = -(-side * cells // frame) - 1
+    positions = (centres - pixels * frame).clamp(min=0)
+    positions = torch.minimum(positions, torch.full_like(positions, 1) * (last * unit))
+    distances = (positions[:, None] - torch.arange(cells, device=like.device) * unit).abs()
+    # (unit - distance) is exact, and so small that fp32 rounds the quotient alone.
+    weights = (unit - distances).clamp(min=0).to(torch.float32)
+    return weights / (torch.full_like(weights[:1, :1], 1) * unit)
+
+
+def dense(output: DenseOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
+    """boxes (B, N, 4) xyxy, scores (B, N), labels (B, N): as `detection.dense.dense_results`."""
+    scores = output.logits.sigmoid().masked_fill(~output.valid[..., None], -1.0)
+    num_classes = scores.shape[2]
+    most = output.max_detections
+    number = min(CANDIDATES * most, scores.shape[1] * num_classes)
+    best, pairs = scores.flatten(1).topk(number)
+    cells = pairs // num_classes
+    labels = pairs % num_classes
+    corners = output.boxes.clamp(0, 1).gather(1, cells[..., None].expand(-1, -1, 4))
+    stays = _distinct(corners, labels) & (best >= 0)
+    found = {"boxes": picture.corners(corners), "labels": labels}
+    return _best(torch.where(stays, best, -1.0), found, most)
+
+
+def _distinct(corners: Tensor, labels: Tensor) -> Tensor:
+    """(B, N) bool: what non-maximum suppression within a class leaves of boxes (B, N, 4), the best first.
+
+    A box goes if a better one that stays overlaps it. This is repeated, from all boxes, until nothing
+    changes, which is what one box after another gives.
+    """
+    low = torch.maximum(corners[:, :, None, :2], corners[:, None, :, :2])
+    high = torch.minimum(corners[:, :, None, 2:], corners[:, None, :, 2:])
+    common = (high - low).clamp(min=0).prod(dim=-1)
+    areas = (corners[..., 2:] - corners[..., :2]).prod(dim=-1)
+    union = areas[:, :, None] + areas[:, None] - common
+    overlaps = common > OVERLAP * union
+    of_class = labels[:, :, None] == labels[:, None]
+    rank = torch.arange(corners.shape[1], device=corners.device)
+    is_better = rank[None] < rank[:, None]
+    suppressed_by = (overlaps & of_class & is_better).float()
+
+    def changes(stays: Tensor, before: Tensor) -> Tensor:
+        return (stays != before).any()
+
+    def again(stays: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        stronger = (suppressed_by @ stays[..., None]).squeeze(-1)
+        return (stronger == 0).float(), stays.clone()
+
+    every = torch.ones_like(areas)
+    stays, _ = torch._higher_order_ops.while_loop(changes, again, (every, torch.zeros_like(every)))
+    return stays > 0
+
+
+def _best(scores: Tensor, found: dict[str, Tensor], most: int) -> dict[str, Tensor]:
+    """The `most` objects of each picture with the highest scores; -1 marks none."""
+    best, places = scores.topk(min(most, scores.shape[1]))
+    is_object = best >= 0
+    chosen = {"boxes": found["boxes"].gather(1, places[..., None].expand(-1, -1, 4))}
+    chosen["scores"] = torch.where(is_object, best, 0.0)
+    chosen["labels"] = torch.where(is_object, found["labels"].gather(1, places), -1)
+    if "masks" in found:
+        masks = found["masks"]
+        where = places[:, :, None, None].expand(-1, -1, masks.shape[2], masks.shape[3])
+        chosen["masks"] = masks.gather(1, where).bool()
+    return chosen
+
+
+def queries(output: DetectionOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
+    """boxes (B, N, 4) xyxy, scores (B, N), labels (B, N): as `detection.head.postprocess`."""
+    probability = output.logits[-1].softmax(dim=-1)
+    scores, labels = probability[..., :-1].max(dim=-1)
+    corners = box_convert(output.boxes[-1], "cxcywh", "xyxy")
+    return _best(scores, {"boxes": picture.corners(corners), "labels": labels}, scores.shape[1])
+
+
+def masks(output: MaskOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
+    """masks (B, N, H, W) bool, boxes around them, scores, labels: as `segmentation.results.instances`."""
+    probability = output.logits[-1].softmax(dim=-1)
+    is_contiguous = output.class_ids == "contiguous"
+    if is_contiguous:
+        pairs = probability[..., :-1][..., :classes].flatten(1)
+        scores, chosen = pairs.topk(min(output.max_detections, pairs.shape[1]))
+        number = min(classes, probability.shape[2] - 1)
+        rows = chosen // number
+        labels = chosen % number
+    else:
+        scores, labels = probability[..., 1:-1][..., :classes].max(dim=-1)
+        rows = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
+    grids = output.masks[-1]
+    grids = grids.gather(1, rows[:, :, None, None].expand(-1, -1, grids.shape[2], grids.shape[3]))
+    logits = picture.fine(grids)
+    inside = logits > 0
+    covered = inside.float()
+    areas = covered.sum(dim=(2, 3))
+    if is_contiguous:
+        scores = scores * (logits.sigmoid() * covered).sum(dim=(2, 3)) / areas.clamp(min=1)
+    scores = torch.where(areas > 0, scores, -1.0)
+    found = {"boxes": _around(inside), "labels": labels, "masks": covered}
+    return _best(scores, found, scores.shape[1])
+
+
+def _around(inside: Tensor) -> Tensor:
+    """Corners (B, N, 4) of the smallest boxes around masks (B, N, H, W)."""
+    sides = []
+    for axis in (2, 3):
+        is_covered = inside.any(dim=axis)  # (B, N, W), then (B, N, H)
+        place = torch.arange(is_covered.shape[2], device=inside.device)
+        first = torch.where(is_covered, place, is_covered.shape[2]).amin(dim=2)
+        last = torch.where(is_covered, place + 1, 0).amax(dim=2)
+        sides.append((first, last))
+    (left, right), (top, bottom) = sides
+    return torch.stack((left, top, right, bottom), dim=-1).float()
+
+
+def class_maps(output: SemanticOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
+    """labels (B, H, W) uint8, logits (B, C, h, w): as `semantic.results.semantic_results`."""
+    labels = _most_probable(output.logits.softmax(dim=1), picture)
+    return {"labels": labels, "logits": output.logits}
+
+
+def class_maps_of_masks(output: MaskOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
+    """labels (B, H, W) uint8, and scores (B, C, h, w) of the classes, sums over masks."""
+    height, width = picture.size
+    shown = picture._replace(height=height, width=width)
+    probability = shown.fine(output.masks[-1]).sigmoid()
+    weights = output.logits[-1].softmax(dim=-1)[..., :-1]
+    scores = torch.einsum("bqc,bqhw->bchw", weights, probability)
+    whole = Picture(picture.height, picture.width, picture.size, picture.size)
+    return {"labels": _most_probable(scores, whole), "scores": scores}
+
+
+def _most_probable(scores: Tensor, picture: Picture) -> Tensor:
+    """(B, H, W) uint8 class of the highest score, of maps (B, C, h, w)."""
+    best = labels = None
+    for first in range(0, scores.shape[1], _GROUP):
+        fine = picture.fine(scores[:, first : first + _GROUP])
+        highest, label = fine.max(dim=1)
+        label = label + first
+        if best is None or labels is None:
+            best = highest
+            labels = label
+            continue
+        labels = torch.where(highest > best, label, labels)
+        best = torch.maximum(highest, best)
+    assert labels is not None
+    return labels.to(torch.uint8)
+
+
+#: (task, type of a head's output) -> how it is decoded.
+ANSWERS: dict[tuple[str, type[Any]], Callable[..., dict[str, Tensor]]] = {
+    ("detection", DenseOutput): dense,
+    ("detection", DetectionOutput): queries,
+    ("segmentation", MaskOutput): masks,
+    ("semantic", SemanticOutput): class_maps,
+    ("semantic", MaskOutput): class_maps_of_masks,
+}

@@ -1,0 +1,342 @@
+"""`visft export`: a run's model as files, compared with our own predictions before the folder is kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visft_ds import __version__
+from visft_ds.config.record import recorded_config
+from visft_ds.data.dataset import read_raw
+from visft_ds.data.shards import Manifest, ShardReader
+from visft_ds.data.transforms import Op, Size
+from visft_ds.evaluation import measure
+from visft_ds.export.graph import Features, Frame, Maps, merge_adapters, modules_of
+from visft_ds.export.page import write_page
+from visft_ds.export.readme import readme
+from visft_ds.export.verify import compare, results_of
+from visft_ds.files import write_text
+from visft_ds.predict.exported import FACTS_FILE, FORMAT, KEY, SUFFIXES, ExportedModel, open_exported
+from visft_ds.predict.images import OpenedImage, find_images, open_file
+from visft_ds.predict.loading import source_of
+from visft_ds.predict.model import Model
+from visft_ds.predict.results import Prediction
+from visft_ds.prepare.model import choose_precision
+from visft_ds.randomness import generator
+from visft_ds.run_files import folder_of_run, run_of
+from visft_ds.settings.task_schema import Stream
+from visft_ds.tasks import TASKS, config_class
+from visft_ds.tasks.classes import category_name
+from visft_ds.tasks.transform import geometry_of
+
+#: protobuf holds 2 GiB at most; above this the weights lie beside the graph, in FILE.data.
+_LARGEST_GRAPH = 1_900_000_000
+_NO_TASKS = "none"  #: value of --tasks that leaves the backbone alone
+_LARGEST_LOSS = 0.01  #: of a metric, by fewer bits
+_CALIBRATION = 64  #: pictures
+
+
+def export(flags: argparse.Namespace) -> None:
+    """Write what the flags of `visft_ds.export.cli` ask for.
+
+    Raises ValueError for files or flags that do not fit each other, and for an export that predicts
+    otherwise than the model.
+    """
+    if flags.out.exists():
+        raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
+    fewer_bits = flags.half or flags.int8
+    if flags.half and flags.int8:
+        raise ValueError("--half and --int8 exclude each other")
+    if flags.int8 and flags.format != "onnx":
+        raise ValueError("--int8 is of --format onnx, by the quantiser of onnxruntime")
+    alone = flags.tasks == _NO_TASKS
+    model = _load(flags, alone)
+    pictures = _Pictures(flags)
+    geometry = pictures.geometry(model._streams)
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=flags.out.parent, prefix=f".{flags.out.name}.tmp-") as temporary:
+        folder = Path(temporary) / "out"
+        folder.mkdir()
+        print(f"model    {flags.run}: {', '.join(model.tasks) or 'the backbone alone'}")
+        ours: dict[int, Prediction] = {}
+        if not alone:
+            model.geometry = geometry
+            if fewer_bits:
+                flags.verify = None
+            images = pictures.some(flags.verify)
+            for number, image in images.items():
+                (ours[number],) = model.predict_opened([image], 0.0)
+        facts = _write_files(model, geometry, flags, folder)
+        if flags.int8:
+            from visft_ds.export.eight_bits import quantise
+
+            for path in sorted(folder.glob("*.onnx")):
+                if not path.stem.endswith("_step"):
+                    quantise(path, [image.pixels for image in pictures.some(_CALIBRATION).values()])
+        lines = []
+        if not alone:
+            exported = ExportedModel(folder)
+            theirs = {}
+            for number, image in images.items():
+                (theirs[number],) = exported.predict_opened([image], 0.0)
+            lines = _verified(flags, model, ours, theirs, pictures)
+        if flags.web:
+            write_page(folder, facts)
+        write_text(folder / "README.md", readme(flags.out.name, flags.format, facts, lines))
+        os.replace(folder, flags.out)
+    print(f"out      {flags.out} ({flags.format}); README.md: how to run it")
+
+
+def _load(flags: argparse.Namespace, alone: bool) -> Model:
+    """The model of a run in fp32 on the CPU; its captions are the most probable word after each other."""
+    parts = source_of(
+        flags.run,
+        tasks=None if alone else flags.tasks,
+        backbone=flags.backbone,
+        download=flags.download,
+        heads=flags.heads,
+        adapter=flags.adapter,
+        vocabulary=flags.vocabulary,
+        beam_size=1,
+        precision="fp32",
+        alone=alone,
+    )
+    device = torch.device("cpu")
+    precision, _ = choose_precision("fp32", device)
+    loaded, streams = parts.build(precision, device)
+    return Model(flags.run, loaded, streams)
+
+
+class _Pictures:
+    """Pictures of the flags, or else of the run's validation split."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self.shape: Size | None = flags.picture_size
+        self.files = None if flags.images is None else list(find_images(flags.images).values())
+        self.manifest: Manifest | None = None
+        self.problem = f"{flags.run} is no run"
+        run = run_of(flags.run)
+        if run is not None:
+            data = recorded_config(folder_of_run(run)).visft.data
+            try:
+                self.manifest = Manifest.load(os.fspath(data.root), data.val)
+            except (ValueError, OSError) as error:
+                self.problem = str(error)
+
+    def some(self, count: int | None) -> dict[int, OpenedImage]:
+        """The first pictures, or all, by their ids. Raises ValueError if there are none."""
+        if self.files is not None:
+            return {number: open_file(path) for number, path in enumerate(self.files[:count])}
+        if self.manifest is None:
+            raise ValueError(f"no pictures to compare predictions on: give --images ({self.problem})")
+        images = {}
+        with ShardReader(self.manifest) as reader:
+            for index in range(min(count or len(reader), len(reader))):
+                raw = read_raw(reader, index, "images")
+                assert raw.image is not None
+                images[raw.image_id] = OpenedImage(raw.image, None)
+        return images
+
+    def geometry(self, streams: Mapping[str, Stream]) -> dict[str, Sequence[Op]]:
+        """Stream -> what an evaluation does to a picture, where most have the same shape."""
+        if self.shape is None and self.manifest is not None:
+            index = self.manifest.index
+            sizes = Counter(zip(index["height"].tolist(), index["width"].tolist(), strict=True))
+            self.shape = sizes.most_common(1)[0][0]
+        if self.shape is None and self.files is not None:
+            self.shape = open_file(self.files[0]).pixels.shape[:2]
+        shape = self.shape or (480, 640)
+        return {
+            name: geometry_of(stream).draw(shape, False, generator(0)) for name, stream in streams.items()
+        }
+
+    def metrics(self, predictions: Mapping[int, Prediction], model: Model) -> dict[str, float]:
+        """Metrics of predictions of the whole split; none of pictures without labels."""
+        if self.manifest is None or self.files is not None:
+            return {}
+        collected = {task: results_of(predictions, task) for task in model.tasks}
+        heads = {task: info.settings() for task, info in model._loaded.heads.items()}
+        with ShardReader(self.manifest) as reader:
+            numbers, _ = measure(collected, reader, heads)
+        return numbers
+
+
+def _write_files(
+    model: Model, geometry: Mapping[str, Sequence[Op]], flags: argparse.Namespace, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Write a file of each module; returns their facts by name."""
+    loaded = model._loaded
+    backbone = loaded.module.backbone
+    merge_adapters(backbone)
+    licence = getattr(backbone, "pretrained_cfg", {}).get("license") or "that of the base weights"
+    common = {
+        "format": FORMAT,
+        "visft_ds": __version__,
+        "license": licence,
+        "colours": "RGB",
+        "mean": list(backbone.pixel_mean),
+        "std": list(backbone.pixel_std),
+    }
+    facts = {}
+    if not model.tasks:
+        side = backbone.image_size
+        maps = Maps(backbone, Frame((side, side), (side, side)), half=flags.half)
+        facts["features"] = {**common, "task": None, "image_size": [side, side]}
+        _write(Features(maps), _example(), folder, "features", flags.format, facts["features"])
+        return facts
+    for stream in model._streams.values():
+        frame = Frame.of(geometry[stream.name], backbone.patch_size)
+        maps = Maps(backbone, frame, half=flags.half)
+        for task in stream.tasks:
+            _check_windows(task, stream, frame)
+            of_task = {**common, "task": task, "image_size": list(frame.size)}
+            of_task |= _classes(model, task, stream)
+            number = len(of_task.get("categories", ()))
+            modules = modules_of(task, maps, loaded.module.heads[task], number)
+            example = _example()
+            for name, module in modules.items():
+                facts[name] = of_task
+                outputs = _write(module.eval(), example, folder, name, flags.format, of_task)
+                example = {"words": torch.zeros(2, dtype=torch.int64), **outputs}  # of the step of captions
+    return facts
+
+
+def _check_windows(task: str, stream: Stream, frame: Frame) -> None:
+    window = stream.image.get("window")
+    if task == "semantic" and window and stream.image["fixed_size"] is None:
+        raise ValueError(
+            f"semantic segmentation looks through windows of {window} pixels here, which no export has: "
+            "train with --set visft.tasks.semantic.image.window=null, or leave it out with --tasks"
+        )
+
+
+def _classes(model: Model, task: str, stream: Stream) -> dict[str, Any]:
+    """Facts about the labels of a task: the category of each, or the word of each id."""
+    info = model._loaded.heads[task]
+    if TASKS[task].uses_vocabulary:
+        vocabulary = model._loaded.vocabulary
+        assert vocabulary is not None
+        length = model._loaded.module.decoding[task]["max_length"]
+        return {"words": list(vocabulary.ids), "max_length": length}
+    ids = stream.classes.get(task)
+    if ids is None:
+        raw = range(info.options["num_classes"])
+        ids = getattr(TASKS[task], "categories", tuple(raw))
+    assert ids is not None
+    categories = [{"id": id_, "name": category_name(id_, model.categories)} for id_ in ids]
+    return {"categories": categories, "max_detections": info.options.get("max_detections")}
+
+
+def _example() -> dict[str, Tensor]:
+    """Arguments of a module of pictures; their sizes are those of nothing else."""
+    noise = torch.randint(0, 256, (2, 61, 83, 3), generator=torch.Generator().manual_seed(0))
+    return {"images": noise.to(torch.uint8)}
+
+
+@torch.no_grad()
+def _write(
+    module: nn.Module,
+    example: Mapping[str, Tensor],
+    folder: Path,
+    name: str,
+    form: str,
+    facts: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Write a module with its facts; returns what it gives for the example, for the next one."""
+    module.requires_grad_(False)
+    batch = torch.export.Dim("batch")
+    shapes: dict[str, Any] = {key: {0: batch} for key in example}
+    if "images" in shapes:
+        shapes["images"] = {0: batch, 1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
+    path = folder / f"{name}{SUFFIXES[form]}"
+    with _quiet():
+        try:
+            program = torch.export.export(module, (), dict(example), dynamic_shapes=shapes, strict=False)
+            text = json.dumps(facts)
+            if form == "torch":
+                torch.export.save(program, path, extra_files={FACTS_FILE: text})
+            else:
+                names = _outputs(program)
+                graph = torch.onnx.export(program, dynamo=True, output_names=names, verbose=False)
+                assert graph is not None
+                graph.model.metadata_props[KEY] = text
+                size = sum(value.nbytes for value in module.state_dict().values())
+                graph.save(path, external_data=size > _LARGEST_GRAPH)
+        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
+            first = str(error.__cause__ or error).split("\n")[0]
+            raise ValueError(f"torch {torch.__version__} cannot export {name}: {first}") from error
+    print(f"written  {path.name}, {path.stat().st_size / 1e6:.1f} MB")
+    if not name.endswith("_encoder"):
+        return {}
+    inputs = {key: value.numpy() for key, value in example.items()}
+    return {key: torch.from_numpy(value) for key, value in open_exported(path).run(inputs).items()}
+
+
+def _outputs(program: torch.export.ExportedProgram) -> list[str]:
+    """Names of what a module returns, in the order of its graph."""
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    names: list[str] = spec.context
+    return names
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what torch and onnxscript say about their own parts."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _verified(
+    flags: argparse.Namespace,
+    model: Model,
+    ours: Mapping[int, Prediction],
+    theirs: Mapping[int, Prediction],
+    pictures: _Pictures,
+) -> list[str]:
+    """Lines about how the export compares with ours, which are printed.
+
+    Raises ValueError where it differs, or has lost more than a point by fewer bits.
+    """
+    lines = []
+    problems = []
+    if not (flags.half or flags.int8):
+        differences = compare(model.tasks, list(ours.values()), list(theirs.values()))
+        for task, difference in differences.items():
+            lines.append(f"{task}: {difference.describe()} on {len(ours)} pictures")
+            problems += difference.problems()
+    if flags.verify is None:
+        before = pictures.metrics(ours, model)
+        after = pictures.metrics(theirs, model)
+        main = {config_class(task).main for task in model.tasks}
+        for name, value in before.items():
+            if name in main:
+                lines.append(f"{name} {value:.4f}, of the export {after[name]:.4f}")
+                if value - after[name] > _LARGEST_LOSS and not flags.allow_loss:
+                    problems.append(f"{name} falls from {value:.4f} to {after[name]:.4f}")
+        if not before and (flags.half or flags.int8) and not flags.allow_loss:
+            problems.append("without labelled pictures nobody knows what fewer bits cost: --allow-loss")
+    for line in lines:
+        print(f"verify   {line}")
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}; nothing is kept")
+    return lines

@@ -1,0 +1,53 @@
+"""Products in 8 bits, by the quantiser of onnxruntime, with ranges measured on pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def quantise(path: Path, pictures: Sequence[npt.NDArray[np.uint8]]) -> None:
+    """Replace an ONNX file by one whose convolutions and layers compute in int8.
+
+    Products without stored weights stay as they are: attention, scaling of pictures, decoding.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Pictures(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left: Iterator[npt.NDArray[np.uint8]] = iter(pictures)
+
+        def get_next(self) -> dict[str, Any] | None:
+            picture = next(self.left, None)
+            return None if picture is None else {"images": picture[None]}
+
+    graph = onnx.load(path)
+    facts = {entry.key: entry.value for entry in graph.metadata_props}
+    weights = {tensor.name for tensor in graph.graph.initializer}
+    kinds = ["Conv", "MatMul", "Gemm"]
+    left_out = []
+    for node in graph.graph.node:
+        if node.op_type in kinds and not weights.intersection(node.input):
+            left_out.append(node.name)
+    with TemporaryDirectory(dir=path.parent) as folder:
+        result = Path(folder) / path.name
+        quantize_static(
+            path,
+            result,
+            Pictures(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=kinds,
+            nodes_to_exclude=left_out,
+        )
+        small = onnx.load(result)
+        onnx.helper.set_model_props(small, facts)
+        onnx.save(small, path)

@@ -1,0 +1,233 @@
+"""A task's whole model as a module of tensors alone: pictures of any size -> answers in their pixels.
+
+The size that the network sees is fixed in it; pictures are scaled to that inside, as training scaled them.
+Letters: B pictures, H W their pixels, h w grid of a map, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visft_ds.data.samples import Map, valid_region
+from visft_ds.data.transforms import Op, Pad, Resize, Size
+from visft_ds.export.answers import ANSWERS, Picture
+from visft_ds.model import whole_cells
+from visft_ds.models import Backbone
+from visft_ds.models.eva_vit import Linear
+from visft_ds.models.lora import LoRALinear, dense_update, lora_layers
+from visft_ds.ops import at_least_float32
+from visft_ds.tasks.captioning.head import CaptioningHead, pool_valid
+
+#: torch scales bytes with weights of 16 bits: the largest of a size has as many digits as fit, at most 22.
+_LARGEST_WEIGHT = 2**15
+_MOST_DIGITS = 22
+
+
+class Frame(NamedTuple):
+    """What the network sees of a picture."""
+
+    size: Size  #: (height, width) in pixels that a picture is scaled to
+    padded: Size  #: (height, width) of the whole cells that show it, upper left
+
+    @classmethod
+    def of(cls, ops: Sequence[Op], cell: int) -> Frame:
+        """The frame of an evaluation's operations. Raises ValueError for others than scaling and padding."""
+        size = padded = (0, 0)
+        for op in ops:
+            if isinstance(op, Resize):
+                size = padded = (op.height, op.width)
+            elif isinstance(op, Pad) and op.outside:
+                padded = (op.height, op.width)
+            else:
+                raise ValueError(f"pictures are prepared by {op}, which no export has")
+        return cls(size, whole_cells(padded, cell))
+
+
+@dataclass(frozen=True)
+class FrameMap(Map):
+    """Map of pictures that all fill the same part of a frame."""
+
+    empty: bool = False
+
+    def has_empty_cells(self) -> bool:
+        return self.empty
+
+
+class Maps(nn.Module):
+    """Pictures (B, H, W, 3) uint8 -> maps of the backbone; in 16 bits its weights and products are fp16."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: Backbone, frame: Frame, *, half: bool = False) -> None:
+        super().__init__()
+        self.frame = frame
+        self.half_precision = half
+        self.backbone = backbone.half() if half else backbone
+        self.register_buffer("mean", 255 * torch.tensor(backbone.pixel_mean).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(backbone.pixel_std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> list[FrameMap]:
+        height, width = self.frame.size
+        levels = resized(images.permute(0, 3, 1, 2).float(), self.frame.size)
+        normalised = (levels - self.mean) / self.std
+        below = self.frame.padded[0] - height
+        right = self.frame.padded[1] - width
+        pixels = F.pad(normalised, (0, right, 0, below))
+        if self.half_precision:
+            pixels = pixels.half()
+        tensors = [at_least_float32(tensor) for tensor in self.backbone(pixels, prefixes=True)]
+        features = [tensor for tensor in tensors if tensor.ndim == 4]
+        prefixes: list[Tensor | None] = list(tensors[len(features) :])
+        if not prefixes:
+            prefixes = [None] * len(features)
+        return [self._map(map_, prefix) for map_, prefix in zip(features, prefixes, strict=True)]
+
+    def _map(self, features: Tensor, prefix: Tensor | None) -> FrameMap:
+        grid = features.shape[-2:]
+        cells = []
+        empty = False
+        for side, whole, number in zip(self.frame.size, self.frame.padded, grid, strict=True):
+            cells.append(side * number / whole)
+            empty |= -(-side * number // whole) < number
+        valid = valid_region(torch.tensor([self.frame.size]), self.frame.padded, tuple(grid))
+        valid = valid.to(features.device).expand(features.shape[0], -1, -1)
+        of_each = torch.tensor([cells], dtype=torch.float64).expand(features.shape[0], -1)
+        return FrameMap(features, valid, prefix, of_each, empty)
+
+
+class Features(nn.Module):
+    """Pictures -> maps of the backbone by name, (B, D, h, w)."""
+
+    def __init__(self, maps: Maps) -> None:
+        super().__init__()
+        self.maps = maps
+        numbers = maps.backbone.layers_read
+        self.names = ["features"]
+        if len(maps.backbone.shapes) > 1:
+            self.names = [f"map_{number}" for number in numbers]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self.maps(images)
+        return {name: map_.features for name, map_ in zip(self.names, maps, strict=True)}
+
+
+class Answer(nn.Module):
+    """Pictures -> what a head says of them, by name; see the functions in `answers`."""
+
+    def __init__(self, task: str, maps: Maps, head: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.task = task
+        self.maps = maps
+        self.head = head
+        self.classes = classes  #: categories that the data has
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        output = self.head(self.maps(images))
+        picture = Picture(images.shape[1], images.shape[2], self.maps.frame.size, self.maps.frame.padded)
+        answer = ANSWERS.get((self.task, type(output)))
+        if answer is None:
+            raise ValueError(f"the {self.task} head has no export: leave it out with --tasks")
+        return answer(output, picture, self.classes)
+
+
+class CaptionEncoder(nn.Module):
+    """Pictures -> what the steps of a caption begin with: pooled cells, their keys, and two states."""
+
+    def __init__(self, maps: Maps, head: CaptioningHead) -> None:
+        super().__init__()
+        self.maps = maps
+        self.head = head
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        map_ = self.maps(images)[-1]
+        cells = pool_valid(map_.features, map_.valid, self.head.encoded_image_size)
+        mean = cells.mean(dim=1)
+        return {
+            "cells": cells,
+            "keys": self.head.encoder_att(cells),
+            "hidden": self.head.init_h(mean),
+            "state": self.head.init_c(mean),
+        }
+
+
+class CaptionStep(nn.Module):
+    """Last word ids (B,) and states -> the most probable next words `caption_ids` (B,), and their states."""
+
+    def __init__(self, head: CaptioningHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(
+        self, words: Tensor, cells: Tensor, keys: Tensor, hidden: Tensor, state: Tensor
+    ) -> dict[str, Tensor]:
+        embedded = self.head.embedding(words).unsqueeze(1)
+        states, _, next_state = self.head.recurrence(embedded, cells, keys, hidden, state)
+        next_hidden = states[:, 0]
+        banned, _, _ = self.head._rules(next_hidden)
+        logits = self.head.fc(next_hidden) + banned
+        return {
+            "caption_ids": logits.argmax(dim=1),
+            "logits": logits,
+            "next_hidden": next_hidden,
+            "next_state": next_state,
+        }
+
+
+@torch.no_grad()
+def merge_adapters(backbone: Backbone) -> None:
+    """Put the updates of adapted linear layers into their weights: a graph has one product for each."""
+    for name, layer in lora_layers(backbone).items():
+        if not isinstance(layer, LoRALinear):
+            continue
+        update = dense_update(layer.out_features, layer.lora_A, layer.lora_B, layer.slices, layer.scale)
+        merged = Linear(layer.in_features, layer.out_features, device="meta")
+        merged.weight = nn.Parameter(layer.weight + update)
+        merged.register_parameter("bias", layer.bias)
+        parent, _, leaf = name.rpartition(".")
+        setattr(backbone.get_submodule(parent), leaf, merged)
+
+
+def resized(levels: Tensor, size: Size) -> Tensor:
+    """Pictures (B, 3, H, W), whole numbers from 0 to 255, at this size, exactly as torch scales bytes.
+
+    Bilinear with antialias: first columns, then rows, each rounded to bytes. Sums of products are exact in
+    fp32 as long as a picture is at most four times as large.
+    """
+    height, width = size
+    columns = _scaling(levels.shape[3], width, levels.device)
+    rows = _scaling(levels.shape[2], height, levels.device)
+    narrow = torch.floor(levels @ columns.T + 0.5).clamp(0, 255)
+    return torch.floor(rows @ narrow + 0.5).clamp(0, 255)
+
+
+def _scaling(pixels: int, wanted: int, device: torch.device) -> Tensor:
+    """Matrix (wanted, pixels) of a triangle around each new pixel, rounded as torch rounds it.
+
+    All is computed in whole numbers, which no runtime rounds otherwise.
+    """
+    new = 2 * torch.arange(wanted, device=device)[:, None] + 1
+    old = 2 * torch.arange(pixels, device=device)[None] + 1
+    distances = (old * wanted - new * pixels).abs()
+    reach = 2 * torch.sym_max(pixels, wanted)
+    heights = distances.neg().add(reach).clamp(min=0)
+    sums = heights.sum(dim=1, keepdim=True)
+    largest = (heights.float() / sums.float()).max()
+    scales = 2 ** torch.arange(1, _MOST_DIGITS + 1, device=device)
+    fitting = torch.floor(largest * scales.float() + 0.5) < _LARGEST_WEIGHT
+    unit = torch.where(fitting, scales, 1).max()
+    weights = (2 * heights * unit + sums) // (2 * sums)
+    return weights.float() / unit.float()
+
+
+def modules_of(task: str, maps: Maps, head: nn.Module, classes: int) -> dict[str, nn.Module]:
+    """Name of a file -> module: one for most heads, two of captions."""
+    if isinstance(head, CaptioningHead):
+        return {f"{task}_encoder": CaptionEncoder(maps, head), f"{task}_step": CaptionStep(head)}
+    return {task: Answer(task, maps, head, classes)}

@@ -1,0 +1,150 @@
+"""README.md of an exported folder: what the files are, and code that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from visft_ds.tasks import config_class
+
+_PYTHON = """\
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageDraw, ImageOps
+
+picture = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
+session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
+facts = json.loads(session.get_modelmeta().custom_metadata_map["visft"])
+names = [output.name for output in session.get_outputs()]
+values = session.run(None, {{"images": np.asarray(picture)[None]}})  # (1, height, width, 3) uint8
+output = {{name: value[0] for name, value in zip(names, values)}}
+{use}"""
+_OBJECTS = """
+draw = ImageDraw.Draw(picture)
+for box, score, label in zip(output["boxes"], output["scores"], output["labels"]):
+    if score < 0.5:  # where there are fewer objects than rows, scores are 0
+        continue
+    name = facts["categories"][label]["name"]
+    print(f"{name} {score:.2f} at {box.round(1).tolist()}")
+    draw.rectangle(box.tolist(), outline="red", width=3)
+    draw.text((box[0] + 4, box[1] + 2), f"{name} {score:.2f}", fill="red")
+picture.save("found.jpg")"""
+_CLASSES = """
+for label in np.unique(output["labels"]):  # labels: (height, width), places in the list of categories
+    share = (output["labels"] == label).mean()
+    print(f"{facts['categories'][label]['name']} {share:.1%}")
+Image.fromarray(output["labels"]).save("classes.png")"""
+_CAPTION = """
+step = onnxruntime.InferenceSession("captioning_step.onnx", providers=["CPUExecutionProvider"])
+states = dict(zip(names, values))
+words = facts["words"]
+last = np.array([words.index("<start>")])
+caption = []
+while words[last[0]] != "<end>" and len(caption) <= facts["max_length"]:
+    last, _, states["hidden"], states["state"] = step.run(None, {"words": last, **states})
+    caption.append(words[last[0]])
+print(" ".join(caption[:-1]))"""
+_FEATURES = """
+for name, value in output.items():
+    print(name, value.shape)"""
+_TORCH = """\
+import json
+import sys
+
+import torch
+
+facts = {{"facts.json": ""}}
+program = torch.export.load("{file}", extra_files=facts)
+facts = json.loads(facts["facts.json"])
+images = torch.zeros(1, 480, 640, 3, dtype=torch.uint8)  # a picture: height, width, RGB
+if len(sys.argv) > 1:
+    from torchvision.io import decode_image  # or any other way to its pixels
+
+    images = decode_image(sys.argv[1], "RGB").permute(1, 2, 0)[None]
+with torch.no_grad():
+    for name, value in program.module()(images=images).items():
+        print(name, tuple(value.shape))"""
+_TEXT = """\
+---
+library_name: {library}
+pipeline_tag: {pipeline}
+tags: [vision, visft]
+license: other
+license_name: {license}
+---
+
+# {title}
+
+Written by `visft export` (visft_ds {version}): the whole model, from bytes of a picture to {answer}.
+
+| file | input the network sees | |
+|---|---|---|
+{files}
+
+`images` is uint8 (B, height, width, 3), RGB, upright, of any size; the pictures of a batch have one size.
+Inside, they are scaled to the size above (bilinear with antialias, rounded to bytes), then normalised with
+mean {mean} and standard deviation {std} of values from 0 to 1. Feed bytes: do not scale or normalise them
+yourself.
+
+| output | |
+|---|---|
+| `boxes` | (B, N, 4) left, top, right, bottom in pixels of the picture |
+| `scores` | (B, N) from 0 to 1, the best first; 0 where there are fewer than N objects |
+| `labels` | (B, N) place in `categories`, -1 without an object; of class maps (B, height, width) |
+| `masks` | (B, N, height, width) bool |
+| `logits` | of semantic segmentation (B, C, h, w); of a caption's step (B, words) |
+| `caption_ids` | (B,) the next word of each caption, a place in `words` |
+
+The metadata of each file, under `visft`, has these facts as JSON: categories or words, sizes, licence.
+
+```python
+{code}
+```
+
+{verified}
+{categories}
+"""
+
+
+def readme(title: str, form: str, facts: Mapping[str, Mapping[str, Any]], lines: Sequence[str]) -> str:
+    """The text.
+
+    Args:
+        facts: of each file by its name without ending.
+        lines: what the comparison with our own predictions said.
+    """
+    suffix = ".onnx" if form == "onnx" else ".pt2"
+    name, first = next(iter(facts.items()))
+    task = first["task"]
+    code = _TORCH.format(file=name + suffix)
+    if form == "onnx":
+        use = _FEATURES
+        if "words" in first:
+            use = _CAPTION
+        elif task == "semantic":
+            use = _CLASSES
+        elif task is not None:
+            use = _OBJECTS
+        code = _PYTHON.format(file=name + suffix, use=use)
+    rows = []
+    for file, of_file in facts.items():
+        height, width = of_file["image_size"]
+        rows.append(f"| `{file}{suffix}` | {height} x {width} pixels | {of_file['task'] or 'features'} |")
+    names = [category["name"] for category in first.get("categories", ())]
+    return _TEXT.format(
+        library="onnx" if form == "onnx" else "pytorch",
+        pipeline="image-feature-extraction" if task is None else config_class(task).hub_task,
+        license=first["license"],
+        title=title,
+        version=first["visft_ds"],
+        answer="features" if task is None else "what it shows",
+        files="\n".join(rows),
+        mean=first["mean"],
+        std=first["std"],
+        code=code,
+        verified="\n".join(f"* {line}" for line in lines),
+        categories=f"\nCategories: {', '.join(names)}." if names else "",
+    )

@@ -1,0 +1,150 @@
+"""Predictions of tiles -> those of the picture: what several tiles saw of one object becomes one object.
+
+Two tiles can agree only about what both of them show. So boxes of one class from two tiles are one object if
+in the part of the picture that both show, one box covers most of the other there: of an object that the first
+shows whole and the second in part, and of one that goes beyond the borders of both.
+
+Letters: n predictions of a picture, T tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
+
+from visft_ds.settings.tiles import Window
+from visft_ds.tasks import Results
+
+Corners = npt.NDArray[np.float64]  # (..., 4) left, top, right, bottom in pixels
+#: Part of the smaller of two boxes that the other covers, above which they are one object.
+_SAME = 0.5
+#: Part of a tile's side: a box that ends so near to a border goes on behind it.
+_NEAR = 0.02
+
+
+def merged(results: Results, windows: Sequence[Window], size: tuple[int, int]) -> Results:
+    """Predictions for a picture, from those for its tiles, by confidence.
+
+    Args:
+        results: in COCO's results format, with boxes in pixels of the tile whose number is `image_id`.
+        windows: the tiles.
+        size: (height, width) of the picture.
+
+    Returns:
+        the same with boxes and masks of the picture, and without `image_id`.
+    """
+    boxes = np.array([result["bbox"] for result in results], dtype=np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    owners = np.array([result["image_id"] for result in results], dtype=np.int64)
+    corners = np.array([(window.left, window.top) * 2 for window in windows])
+    boxes += corners[owners]
+    scores = np.array([result["score"] for result in results], dtype=np.float64)
+    labels = np.array([result["category_id"] for result in results], dtype=np.int64)
+    objects = Results()
+    for group, (left, top, right, bottom) in merge_boxes(boxes, scores, labels, owners, windows, size):
+        best = results[group[0]]
+        merged_result = {**best, "bbox": [left, top, right - left, bottom - top]}
+        del merged_result["image_id"]
+        if "segmentation" in best:
+            masks = [(results[number]["segmentation"], windows[owners[number]]) for number in group]
+            merged_result["segmentation"] = joined_masks(masks, size)
+        objects.append(merged_result)
+    return objects
+
+
+def merge_boxes(
+    boxes: Corners,
+    scores: npt.NDArray[np.float64],
+    labels: npt.NDArray[np.int64],
+    owners: npt.NDArray[np.int64],
+    windows: Sequence[Window],
+    size: tuple[int, int],
+) -> list[tuple[list[int], list[float]]]:
+    """(rows of the boxes of an object, the best first, its corners) of each object, the best first.
+
+    A box that a border of its tile cuts is left out if another tile shows all that it covers and more; else
+    it is extended by the other boxes of its object. A box that no border cuts stays as it is, and alone.
+
+    Args:
+        boxes: (n, 4) corners in pixels of the picture.
+        scores: (n,).
+        labels: (n,) classes.
+        owners: (n,) numbers of their tiles.
+        windows: (T) the tiles.
+        size: (height, width) of the picture.
+    """
+    tiles = np.array([(left, top, left + width, top + height) for top, left, height, width in windows])
+    tiles = tiles.astype(np.float64)
+    picture = np.array([0, 0, size[1], size[0]], dtype=np.float64)
+    shown = tiles[owners]
+    margin = _NEAR * max(windows[0].height, windows[0].width)
+    is_cut = ~_within(boxes, shown, picture, margin)
+    left_to_others = np.zeros(len(boxes), dtype=bool)
+    for row in np.flatnonzero(is_cut):
+        left_to_others[row] = _within(boxes[row], tiles, picture, margin).any()
+
+    objects = []
+    remaining = ~left_to_others
+    for row in np.argsort(-scores, kind="stable"):
+        if not remaining[row]:
+            continue
+        remaining[row] = False
+        rivals = np.flatnonzero(remaining & (labels == labels[row]) & (owners != owners[row]))
+        common = _intersection(shown[row], shown[rivals])
+        own = _intersection(boxes[row], common)
+        others = _intersection(boxes[rivals], common)
+        smaller = np.minimum(_areas(own), _areas(others))
+        is_same = _areas(_intersection(own, others)) > _SAME * smaller
+        same = rivals[is_same]
+        remaining[same] = False
+        group = [int(row)]
+        if is_cut[row]:
+            group += same.tolist()
+        corners = [*boxes[group, :2].min(axis=0), *boxes[group, 2:].max(axis=0)]
+        objects.append((group, [float(side) for side in corners]))
+    return objects
+
+
+def _within(boxes: Corners, tiles: Corners, picture: Corners, margin: float) -> npt.NDArray[np.bool_]:
+    """True for boxes that end at least a margin before each border of a tile, but those of the picture."""
+    is_low = (boxes[..., :2] >= tiles[..., :2] + margin) | (tiles[..., :2] <= picture[:2])
+    is_high = (boxes[..., 2:] <= tiles[..., 2:] - margin) | (tiles[..., 2:] >= picture[2:])
+    return np.asarray((is_low & is_high).all(axis=-1))
+
+
+def _intersection(first: Corners, second: Corners) -> Corners:
+    low = np.maximum(first[..., :2], second[..., :2])
+    high = np.minimum(first[..., 2:], second[..., 2:])
+    return np.concatenate([low, high], axis=-1)
+
+
+def _areas(boxes: Corners) -> npt.NDArray[np.float64]:
+    """(...,) areas; 0 of a box whose corners are the wrong way round, as of two that do not meet."""
+    areas: npt.NDArray[np.float64] = (boxes[..., 2:] - boxes[..., :2]).clip(min=0).prod(axis=-1)
+    return areas
+
+
+def joined_masks(masks: Sequence[tuple[Mapping[str, Any], Window]], size: tuple[int, int]) -> dict[str, Any]:
+    """Run-length code, in a picture of this height and width, of all that masks of some of its tiles cover.
+
+    The picture is never decoded: it may be larger than the memory.
+    """
+    height, width = size
+    covered = [np.zeros(0, dtype=np.int64)]  # pixels, counted down the columns as run-length codes do
+    for code, window in masks:
+        rows, columns = np.nonzero(coco_mask.decode(dict(code)))
+        covered.append((columns + window.left) * height + rows + window.top)
+    pixels = np.unique(np.concatenate(covered))
+    is_first = np.diff(pixels, prepend=-2) > 1
+    is_last = np.diff(pixels, append=height * width + 1) > 1
+    ends = np.zeros(2 * is_first.sum() + 2, dtype=np.int64)
+    ends[1:-1:2] = pixels[is_first]
+    ends[2:-1:2] = pixels[is_last] + 1
+    ends[-1] = height * width
+    runs = {"size": [height, width], "counts": np.diff(ends).tolist()}
+    counts = coco_mask.frPyObjects(runs, height, width)["counts"]
+    return {"size": [height, width], "counts": counts.decode("ascii")}
