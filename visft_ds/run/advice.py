@@ -62,7 +62,9 @@ def findings_of(config: VisftConfig, data: RunData, cells: Sequence[int]) -> lis
             settings = config.tasks.enabled()[task]
             if settings.labels == "captions":
                 continue
-            cell = cells[settings.head.box_map] if _is_dense(settings) else cells[-1]
+            cell = cells[-1]
+            if _is_dense(settings):
+                cell = cells[getattr(settings.head, "box_map", 0)]
             manifests = [training.manifest for training in data.sets.values() if task in training.tasks]
             for texts in (
                 _beyond_limit(task, settings, manifests),

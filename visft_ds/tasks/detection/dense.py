@@ -165,9 +165,9 @@ class DenseCriterion:
     an object.
 
     `ce` and `giou` weigh the two, `mask` the binary cross-entropy of masks, a mean over the cells of each. A
-    cell answers for an object if its centre lies inside the box and less
-    than RADIUS cells from the box's, or is the nearest to that; of several objects the smallest counts. The
-    overlap is a mean over the cells of an object; the focal loss is divided by CELLS as well.
+    cell answers for an object if its centre lies inside the box and less than RADIUS cells from the box's, or
+    is the nearest to that; of several objects the smallest counts. The overlap is a mean over the cells of an
+    object; the focal loss is divided by CELLS as well.
     """
 
     def __init__(self, head: DetectionHeadConfig, loss: DetectionLoss) -> None:
