@@ -47,6 +47,12 @@ def test_photographs_alone_choose_the_recipe(shards: Path) -> None:
     assert visft.shared is not None and visft.shared.image.zoom == recipe.ZOOM_WITH_CAPTIONS
     reasons = {key: why for key, _, why in config.decisions}
     assert reasons["scheduler.params.total_num_steps"] == "the recipe for 12 photographs"
+    assert reasons["visft.tasks.segmentation"] == "one mask for each box, of data with both"
+    head = visft.tasks.enabled()["detection"].head.model_dump()
+    assert (head["masks"], head["box_map"], visft.model.out_indices) == (True, 1, (2, 4))
+    assert list(_resolved(shards, "--tasks", "segmentation").visft.tasks.enabled()) == ["segmentation"]
+    boxes_alone = _resolved(shards, "--tasks", "detection").visft
+    assert boxes_alone.model.out_indices == (4,)
     assert "fewer than a batch of 16" in reasons["visft.shared.batch_size"]
 
 
@@ -194,9 +200,9 @@ def test_tiles_that_cannot_be_are_refused(shards: Path, words: tuple[str, ...], 
 
 @pytest.mark.parametrize(
     ("name", "layers", "side"),
-    [("convnext_atto", (2,), 320), ("resnet18", (3,), 320), ("vit_small_patch14_dinov2", (), 308)],
+    [("convnext_atto", (1, 2), 320), ("resnet18", (2, 3), 320), ("vit_small_patch14_dinov2", (), 308)],
 )
-def test_other_backbones_are_read_where_a_cell_is_16_pixels(
+def test_other_backbones_are_read_where_a_cell_is_16_pixels_and_for_masks_8(
     shards: Path, name: str, layers: tuple[int, ...], side: int
 ) -> None:
     visft = _resolved(shards, "--backbone", f"timm:{name}").visft
@@ -315,6 +321,15 @@ def test_stage_2_follows_the_finished_stage_1_of_its_data(
     assert (anew.model, anew.heads.path) == (first.model, None)
     stated = settle(["--stage", "2", "--data", "mine-shards", "--model", "debug"]).config.visft
     assert (stated.model.name, stated.heads.path) == ("debug", "runs/stage1-debug/export")
+
+
+@pytest.mark.usefixtures("mine")
+def test_stage_2_keeps_the_masks_of_boxes() -> None:
+    first = _first_stage("--set=visft.model.weights=null", "--tasks=detection,segmentation").visft
+    second = settle(["--stage", "2", "--data", "mine-shards"]).config.visft
+    for visft in (first, second):
+        (detection,) = visft.tasks.enabled().values()
+        assert detection.head.model_dump()["masks"] and visft.model.out_indices == (2, 4)
 
 
 @pytest.mark.usefixtures("mine")

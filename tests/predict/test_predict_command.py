@@ -53,7 +53,7 @@ def test_it_writes_what_the_model_predicts(
             wanted.setdefault(task, []).extend(results)
     assert {task: whole[task] for task in wanted} == wanted and len(wanted) == 3
     for file in files:
-        with Image.open(tmp_path / f"visualizations/{file.name}.jpg") as picture:
+        with Image.open(tmp_path / f"visualizations/{file.stem}.jpg") as picture:
             assert picture.width > 3 * 448
     # other programs read it
     truth = COCO()
@@ -87,7 +87,7 @@ def test_the_same_command_continues_after_an_interruption(
     assert [json.loads(line)["file_name"] for line in lines[1:]] == [file.name for file in files[:2]]
     assert len(list((out / "visualizations").iterdir())) >= 2 and not (out / "predictions.json").exists()
     (out / "predictions.jsonl").write_bytes(b"".join(lines)[:-9])  # killed in the middle of a line
-    kept = (out / f"visualizations/{files[0].name}.jpg").stat().st_mtime_ns
+    kept = (out / f"visualizations/{files[0].stem}.jpg").stat().st_mtime_ns
 
     assert _run(out, "photos", "--threshold", "0.3") == 2
     assert "other settings: threshold 0.0, now 0.3. Give that command again" in capsys.readouterr().err
@@ -98,7 +98,7 @@ def test_the_same_command_continues_after_an_interruption(
     monkeypatch.setattr(Prediction, "draw", draws)
     assert _run(out, "photos", "--threshold", "0", "--batch-size", "2") == 0
     assert "1 of them are done" in capsys.readouterr().out
-    assert (out / f"visualizations/{files[0].name}.jpg").stat().st_mtime_ns == kept
+    assert (out / f"visualizations/{files[0].stem}.jpg").stat().st_mtime_ns == kept
     assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "visualizations"]
     whole = _results(out)
     assert [(one["id"], one["file_name"]) for one in whole["images"]] == [
@@ -123,7 +123,7 @@ def test_predictions_are_no_input(place: Path, tmp_path: Path, monkeypatch: pyte
         "a/same.png",
         "b/same.png",
     ]
-    assert (tmp_path / "predictions/visualizations/b/same.png.jpg").is_file()
+    assert (tmp_path / "predictions/visualizations/b/same.jpg").is_file()
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -182,3 +182,8 @@ def test_bad_input_has_one_message_and_status_2(
         assert _run(tmp_path / "out", *arguments) == 2, arguments
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("predict: ") and word in line
+
+
+def test_drawings_have_one_ending() -> None:
+    names = command.names_of_drawings(["a.png", "a.jpg", "b/c.tif"])
+    assert names == {"a.png": "a.png.jpg", "a.jpg": "a.jpg.jpg", "b/c.tif": "b/c.jpg"}

@@ -39,6 +39,18 @@ def test_truth_is_left_and_predictions_above_the_threshold_are_right() -> None:
     assert said.shape[0] > 448 and said.shape[1] > 2 * 448
 
 
+def test_tags_hide_no_small_box() -> None:
+    """Of two small boxes one above the other, the tag of the lower one goes below it."""
+    image = np.full((400, 400, 3), 128, dtype=np.uint8)
+    boxes = [[100, 100, 14, 14], [100, 116, 14, 14]]
+    picture = draw_objects(image, ["cat", "dog"], ["cat", "dog"], COLOURS, boxes=boxes, side=400)
+    for x, y, width, height in boxes:
+        inside = picture[y + 3 : y + height - 2, x + 3 : x + width - 2]
+        assert (inside == 128).all()
+    assert (picture[133:160] == COLOURS["dog"]).all(axis=-1).sum() > 50
+    assert (picture[60:98] == COLOURS["cat"]).all(axis=-1).sum() > 50
+
+
 def test_boxes_lie_where_the_objects_are() -> None:
     """A 50 x 100 image at four times its size: the frame of (10, 20, 30, 40) runs from (40, 80) to (160,
     240).

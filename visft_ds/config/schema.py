@@ -334,7 +334,7 @@ class VisftConfig(StrictModel):
             if idle:
                 yield f"data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
         best = self.run.keep_best
-        measured = [metric for task in enabled.values() for metric in task.metrics]
+        measured = [metric for task in enabled.values() for metric in task.measured()]
         if best is not None and best not in measured:
             yield "run.keep_best", f"is not a metric of this run's tasks{nearest(best, measured)}"
 
@@ -365,8 +365,14 @@ class VisftConfig(StrictModel):
         tasks = self.tasks.enabled()
         if self.mode == "shared":
             assert self.shared is not None  # checked by validation
-            return {SHARED: self.shared.stream(SHARED, tuple(tasks), 1.0)}
-        return {name: task.stream(name, (name,), float(task.steps or 0)) for name, task in tasks.items()}
+            targets = dict[str, Any]()
+            for task in tasks.values():
+                targets |= task.target_options()
+            return {SHARED: self.shared.stream(SHARED, tuple(tasks), 1.0, targets)}
+        streams = {}
+        for name, task in tasks.items():
+            streams[name] = task.stream(name, (name,), float(task.steps or 0), task.target_options())
+        return streams
 
     def steps(self) -> int | None:
         """Optimiser steps that give every task its `steps`; None where a task states none."""

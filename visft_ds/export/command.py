@@ -63,6 +63,8 @@ def export(flags: argparse.Namespace) -> None:
         raise ValueError("--int8 is of --format onnx, by the quantiser of onnxruntime")
     alone = flags.tasks == _NO_TASKS
     model = _load(flags, alone)
+    if not alone:
+        _check_masks(model)
     pictures = _Pictures(flags)
     geometry = pictures.geometry(model._streams)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
@@ -219,6 +221,14 @@ def _check_windows(task: str, stream: Stream, frame: Frame) -> None:
         raise ValueError(
             f"semantic segmentation looks through windows of {window} pixels here, which no export has: "
             "train with --set visft.tasks.semantic.image.window=null, or leave it out with --tasks"
+        )
+
+
+def _check_masks(model: Model) -> None:
+    if model.has_instances:
+        raise ValueError(
+            "the detection head gives a mask with each box, which no export has yet: train with --tasks "
+            "detection for boxes alone, with --tasks segmentation for masks, or leave it out with --tasks"
         )
 
 

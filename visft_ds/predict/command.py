@@ -7,8 +7,8 @@ file, and until then the same command goes on where it was interrupted.
 from __future__ import annotations
 
 import sys
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +73,7 @@ def predict(
         "tiles": None if tiles is None else list(tiles),
         "changed last": {name: _changed_last(Path(model[name])) for name in _FILES if model[name]},
     }
+    drawings = names_of_drawings(files)
     done = _continued(out / LINES, settings)
     todo = {name: file for name, file in files.items() if name not in done}
     facts = [
@@ -109,7 +110,7 @@ def predict(
             if isinstance(outcome, str):
                 skipped[name] = outcome
                 continue
-            drawing = pool.submit(_draw, outcome, out / VISUALIZATIONS / f"{name}.jpg")
+            drawing = pool.submit(_draw, outcome, out / VISUALIZATIONS / drawings[name])
             height, width = outcome.image.shape[:2]
             record = {"file_name": name, "width": width, "height": height, "results": outcome.results}
             waiting.append((record, drawing))
@@ -130,6 +131,15 @@ def predict(
         rows.append(("skipped", f"{len(skipped)} files, named in {RESULTS}"))
     rows.append(("written", f"{out}: {RESULTS}, {VISUALIZATIONS}/"))
     print_plan("done", [Section("results", rows)])
+
+
+def names_of_drawings(names: Iterable[str]) -> dict[str, str]:
+    """Name of an image -> that of its drawing: a.png -> a.jpg, or a.png.jpg where there is an a.jpg as
+    well.
+    """
+    as_jpeg = {name: str(Path(name).with_suffix(".jpg")) for name in names}
+    number = Counter(as_jpeg.values())
+    return {name: drawing if number[drawing] == 1 else f"{name}.jpg" for name, drawing in as_jpeg.items()}
 
 
 def _draw(prediction: Prediction, path: Path) -> None:

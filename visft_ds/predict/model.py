@@ -193,6 +193,8 @@ class Model:
         self.categories: dict[int, str] = {}  #: names by id
         for info in loaded.heads.values():
             self.categories |= info.names()
+        #: The detection head gives a mask with each box.
+        self.has_instances = "detection" in loaded.heads and loaded.heads["detection"].settings().masks
         self.facts = loaded.facts  #: files of its parts, by name
         self.precision = loaded.precision  #: fp32, bf16 or fp16
         self.device = loaded.device
@@ -335,7 +337,7 @@ class Model:
                 by_task[task] += [result for result in results if _confidence(result) >= 0]
             release(image.pixels)
         whole = {task: merged(results, windows, (height, width)) for task, results in by_task.items()}
-        return Prediction(image.pixels, image.path, self.categories, whole)
+        return Prediction(image.pixels, image.path, self.categories, whole, self.has_instances)
 
     def predict_opened(self, images: Sequence[OpenedImage], threshold: float) -> list[Prediction]:
         """Predictions for decoded images as a whole, few enough for one batch; there may be none."""
@@ -354,7 +356,7 @@ class Model:
             for result in sorted(scored, key=_confidence, reverse=True):
                 by_image[result["image_id"]][task].append(result)
         return [
-            Prediction(image.pixels, image.path, self.categories, results)
+            Prediction(image.pixels, image.path, self.categories, results, self.has_instances)
             for image, results in zip(images, by_image, strict=True)
         ]
 

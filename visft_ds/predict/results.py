@@ -184,17 +184,30 @@ class Prediction:
     path: Path | None  #: its file, if it is from one
     categories: Mapping[int, str]  #: names of all categories of the model by id
     results: Mapping[str, Results]  #: task to predictions in COCO's results format, sorted by confidence
+    has_instances: bool = False  #: results of the detection head have masks as well
+
+    @property
+    def instances(self) -> Boxes | Masks | None:
+        """Objects of the image, each with one box, one score and, if the model has masks, one mask; None if
+        it has no such head.
+
+        Of a model with separate heads for boxes and masks, the masks: nothing says which box belongs to
+        which.
+        """
+        return self.masks if self.masks is not None else self.boxes
 
     @cached_property
     def boxes(self) -> Boxes | None:
-        """Boxes of the detection head; None if the model has none."""
+        """Boxes of the detection head; None if the model has none. Where it has masks, `masks` are of the
+        same objects, in the same order.
+        """
         results = self.results.get("detection")
         return None if results is None else Boxes(**self._fields(results))
 
     @cached_property
     def masks(self) -> Masks | None:
-        """Masks of the segmentation head; None if the model has none."""
-        results = self.results.get("segmentation")
+        """Masks of the segmentation head, or of the boxes' head if that has some; None without either."""
+        results = self.results.get("detection" if self.has_instances else "segmentation")
         if results is None:
             return None
         masks = np.zeros((0, *self.image.shape[:2]), dtype=np.bool_)
@@ -242,10 +255,13 @@ class Prediction:
 
     def __repr__(self) -> str:
         parts = [f"{self.image.shape[0]} x {self.image.shape[1]} pixels"]
-        if self.boxes is not None:
-            parts.append(f"{len(self.boxes)} boxes")
-        if self.masks is not None:
-            parts.append(f"{len(self.masks)} masks")
+        if self.has_instances and self.masks is not None:
+            parts.append(f"{len(self.masks)} objects with masks")
+        else:
+            if self.boxes is not None:
+                parts.append(f"{len(self.boxes)} boxes")
+            if self.masks is not None:
+                parts.append(f"{len(self.masks)} masks")
         if self.caption is not None:
             parts.append(repr(self.caption))
         text = ", ".join([*parts, *self._other_tasks()])
@@ -259,10 +275,13 @@ class Prediction:
         if self.caption is not None:
             lines.insert(0, self.caption or "(no words)")
         panels = [(with_text(self.image, lines, side), "image")]
-        if self.boxes is not None:
-            shapes = [result["bbox"] for result in self.results["detection"]]
-            panels.append((self._drawn(self.boxes, side, boxes=shapes), f"boxes: {len(self.boxes)}"))
-        if self.masks is not None:
+        boxes = [result["bbox"] for result in self.results.get("detection", ())]
+        if self.has_instances and self.masks is not None:
+            drawn = self._drawn(self.masks, side, boxes=boxes, masks=self.masks.masks)
+            panels.append((drawn, f"objects: {len(self.masks)}"))
+        elif self.boxes is not None:
+            panels.append((self._drawn(self.boxes, side, boxes=boxes), f"boxes: {len(self.boxes)}"))
+        if self.masks is not None and not self.has_instances:
             drawn = self._drawn(self.masks, side, masks=self.masks.masks)
             panels.append((drawn, f"masks: {len(self.masks)}"))
         regions = self.results.get("semantic")

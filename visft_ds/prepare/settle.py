@@ -103,6 +103,8 @@ def settle(words: Sequence[str] | None = None, processes: int = 1) -> Settled:
             _decide_for_label_maps(draft, merged, list(manifests.values()))
         if draft.recipe.visft.stage == 1 and fine_block is not None:
             _decide_by_objects(draft, list(manifests.values()), fine_block)
+        if draft.recipe.visft.stage == 1:
+            _decide_masks(draft, fine_block)
     if options.epochs is not None:
         _decide_length(draft, options.epochs, list(manifests.values()))
     if merged.model == SMALL_DATA and manifests:
@@ -371,6 +373,33 @@ def _decide_by_objects(draft: Draft, manifests: Sequence[Manifest], fine_block: 
         values[tile_key] = list(tiles)
     objects = f"objects of {sizes.small:.0f} px in pictures of {sizes.picture:.0f}"
     draft.decide(values, f"{objects}: {cut}side {side}{limit}, grid of {FINE_CELL}")
+
+
+def _decide_masks(draft: Draft, fine_block: int | None) -> None:
+    """Masks of the dense head's boxes in place of a head of their own, where boxes and masks are learnt.
+
+    They also read the finer map; boxes of large objects do not. Who sets an option of the other head has
+    both.
+    """
+    visft = draft.recipe.visft
+    tasks = visft.tasks.enabled()
+    key = "visft.tasks.detection.head"
+    if "detection" not in tasks or "segmentation" not in tasks or draft.tree.is_stated(f"{key}.masks"):
+        return
+    of_other = "visft.tasks.segmentation.head."
+    for stated, source in draft.tree.sources.items():
+        if stated.startswith(of_other) and source.startswith("--"):
+            return
+    if getattr(tasks["detection"].head, "type", "") != "dense" or any(
+        data_set.tasks for data_set in visft.data.sets
+    ):
+        return
+    why = "one mask for each box, of data with both"
+    draft.decide({f"{key}.masks": True, "visft.tasks.segmentation": None}, why, over_user=True)
+    is_stated = draft.tree.is_stated("visft.model.out_indices")
+    if fine_block is not None and len(visft.model.out_indices) == 1 and not is_stated:
+        values = {"visft.model.out_indices": [fine_block, *visft.model.out_indices], f"{key}.box_map": 1}
+        draft.decide(values, f"masks, which also read the map of stride {FINE_CELL}")
 
 
 def _decide_for_few(draft: Draft, manifests: Sequence[Manifest]) -> None:

@@ -62,7 +62,9 @@ def findings_of(config: VisftConfig, data: RunData, cells: Sequence[int]) -> lis
             settings = config.tasks.enabled()[task]
             if settings.labels == "captions":
                 continue
-            cell = cells[0] if _is_dense(settings) else cells[-1]
+            cell = cells[-1]
+            if _is_dense(settings):
+                cell = cells[getattr(settings.head, "box_map", 0)]
             manifests = [training.manifest for training in data.sets.values() if task in training.tasks]
             for texts in (
                 _beyond_limit(task, settings, manifests),
@@ -206,7 +208,7 @@ def verdicts(
     lines = []
     for name, value in training.items():
         scores = [metrics[f"val/{name}"] for metrics in evaluations if f"val/{name}" in metrics]
-        of_task = [task for task, settings in tasks.items() if name in settings.metrics]
+        of_task = [task for task, settings in tasks.items() if name in settings.measured()]
         reasons = [finding.fact for finding in findings if finding.task in of_task]
         beside = f"{scores[-1]:.2f}" if scores else "not known"
         meaning = _meaning(value, scores, reasons)

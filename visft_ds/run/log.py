@@ -91,7 +91,9 @@ def _compared(config: ResolvedConfig) -> list[str]:
     """Names of the numbers that TensorBoard shows beside them."""
     names = ["loss/loss", "images_per_second"]
     if config.visft.run.eval_every:
-        metrics = [f"val/{name}" for name in shown_metrics(config.visft.tasks.enabled())]
+        tasks = config.visft.tasks.enabled()
+        measured = {name for task in tasks.values() for name in task.measured()}
+        metrics = [f"val/{name}" for name in shown_metrics(tasks) if name in measured]
         names = [*metrics, *names]
     return names
 

@@ -80,9 +80,12 @@ class StreamConfig(StrictModel):
     micro_batch: Positive  #: largest number of images that a process sends through the model together
     image: BaseModel
 
-    def stream(self, name: str, tasks: tuple[str, ...], share: float) -> Stream:
-        """The stream of these settings."""
-        return Stream(name, tasks, share, self.batch_size, self.micro_batch, self.image.model_dump())
+    def stream(
+        self, name: str, tasks: tuple[str, ...], share: float, targets: Mapping[str, Any] | None = None
+    ) -> Stream:
+        """The stream of these settings; `targets` are the `target_options` of its tasks."""
+        image = {**self.image.model_dump(), **(targets or {})}
+        return Stream(name, tasks, share, self.batch_size, self.micro_batch, image)
 
 
 class TaskConfig(StreamConfig):
@@ -108,6 +111,14 @@ class TaskConfig(StreamConfig):
     steps: Positive | None = None
     head: StrictModel
     loss: BaseModel
+
+    def measured(self) -> tuple[str, ...]:
+        """`metrics` as these settings have them."""
+        return self.metrics
+
+    def target_options(self) -> dict[str, Any]:
+        """What targets need to know of the head, which are made without it; they join those of the images."""
+        return {}
 
     @classmethod
     def misleads(cls, counts: Mapping[str, int], findings: Findings) -> str | None:

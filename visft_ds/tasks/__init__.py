@@ -103,4 +103,4 @@ def shown_metrics(tasks: Iterable[str] | None = None) -> tuple[str, ...]:
     for name in tasks:
         config = config_class(name)
         metrics += config.shown or (config.main,)
-    return tuple(metrics)
+    return tuple(dict.fromkeys(metrics))

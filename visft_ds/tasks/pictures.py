@@ -20,6 +20,7 @@ Picture = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Colour = tuple[int, int, int]
 Box = Sequence[float]  #: x, y, width, height
+Corners = tuple[float, float, float, float]  #: left, top, right, bottom
 _PAPER: Colour = (250, 250, 248)
 _INK: Colour = (45, 45, 48)
 SIDE = 448  #: of the longer side of an image in a picture, pixels
@@ -28,6 +29,7 @@ _TITLE = 17  # size of the letters of a title, pixels
 _HEADER = _TITLE + 9  # height of a title with the space around it, pixels
 _GAP = 12  # between panels, pixels
 _OPACITY = 0.5  # of a mask
+_SMALL_BOX = 100 * TEXT  # pixels of a box that no tag may hide: it would cover much of what is in it
 _ROWS = 256  # of its pixels that are looked at together
 _FINEST = 8  # pixels of an image, along a side, for one of its picture
 
@@ -58,28 +60,60 @@ def draw_objects(
     masks: Sequence[Mask] | None = None,
     side: int = SIDE,
 ) -> Picture:
-    """The scaled image with boxes (n, 4), or masks (n, H, W), and a tag for each; the first ones lie on top.
+    """The scaled image with boxes (n, 4), masks (n, H, W) or both, and a tag for each; the first ones lie on
+    top.
 
-    A tag stands at the corner of its box; of masks these are the boxes around them where none are given. A
-    box without a tag is not drawn.
+    A tag stands above its box, or where it hides no small box and no other tag; without such a place it is
+    left out. Of masks without boxes these are the boxes around them, which are not drawn. A box without a tag
+    is not drawn either.
     """
     picture = scaled(image, side)
+    has_outlines = len(boxes) > 0
     if masks is not None:
         picture = _under_masks(picture, masks, [colours[name] for name in names])
-        boxes = boxes or [_box_around(mask) for mask in masks]
+        if not has_outlines:
+            boxes = [_box_around(mask) for mask in masks]
     scale = side / max(image.shape[:2])
     line = max(2, side // 180)
     draw = ImageDraw.Draw(picture)
-    objects = list(zip(boxes, names, tags, strict=True))
-    for box, name, tag in reversed(objects):
-        if not tag:
-            continue
-        corners = _corners(box, scale, picture.size)
-        if masks is None:
-            draw.rectangle(corners, outline=colours[name], width=line)
-        left, top, _, _ = corners
-        _draw_tag(draw, tag, colours[name], left + line + 1, top, picture.width)
+    corners = [_corners(box, scale, picture.size) for box in boxes]
+    tagged = [number for number, tag in enumerate(tags) if tag]
+    small = [corners[number] for number in tagged if _area(corners[number]) < _SMALL_BOX]
+    written = list[Corners]()
+    for number in tagged:
+        place = _place_of_tag(draw, tags[number], corners[number], picture.size, [*small, *written])
+        if place is not None:
+            written.append(_draw_tag(draw, tags[number], colours[names[number]], place))
+    if has_outlines:
+        for number in reversed(tagged):
+            draw.rectangle(corners[number], outline=colours[names[number]], width=line)
     return np.asarray(picture)
+
+
+def _area(corners: Corners) -> float:
+    left, top, right, bottom = corners
+    return (right - left) * (bottom - top)
+
+
+def _place_of_tag(
+    draw: ImageDraw.ImageDraw, tag: str, corners: Corners, size: tuple[int, int], others: Sequence[Corners]
+) -> tuple[float, float] | None:
+    """Left and top of a tag of this box where it covers none of the others; None: there is no such place."""
+    left, top, _, bottom = corners
+    _, _, width, height = draw.textbbox((0, 0), tag, font=letters(TEXT))
+    x = max(0.0, min(left + 2, size[0] - width - 2))
+    for y in (top - height - 3, bottom + 3, top + 3):
+        place = (x - 2, y - 1, x + width + 2, y + height + 1)
+        if y >= 0 and place[3] <= size[1] and not any(_overlap(place, other) for other in others):
+            return x, y
+    return None
+
+
+def _overlap(first: Corners, second: Corners) -> bool:
+    """Return True for two rectangles with an area in common."""
+    is_beside = first[2] <= second[0] or second[2] <= first[0]
+    is_above = first[3] <= second[1] or second[3] <= first[1]
+    return not is_beside and not is_above
 
 
 def _under_masks(picture: Image.Image, masks: Sequence[Mask], colours: Sequence[Colour]) -> Image.Image:
@@ -103,7 +137,7 @@ def _box_around(mask: Mask) -> Box:
     return left, top, right - left, bottom - top
 
 
-def _corners(box: Box, scale: float, size: tuple[int, int]) -> tuple[float, float, float, float]:
+def _corners(box: Box, scale: float, size: tuple[int, int]) -> Corners:
     """Left, top, right and bottom of a box in a scaled picture of this width and height."""
     x, y, width, height = box
     last_column = size[0] - 1
@@ -123,26 +157,17 @@ def _between(value: float, last: int) -> float:
     return min(max(value, 0), last)
 
 
-def _draw_tag(
-    draw: ImageDraw.ImageDraw,
-    tag: str,
-    colour: Colour,
-    x: float,
-    y: float,
-    width: int,
-) -> None:
-    """Write a tag on a ground of its colour; at the right border of a picture so wide it begins further
-    left.
-    """
+def _draw_tag(draw: ImageDraw.ImageDraw, tag: str, colour: Colour, place: tuple[float, float]) -> Corners:
+    """Write a tag on a ground of its colour, from this left and top; returns the ground."""
     font = letters(TEXT)
-    left, top, right, bottom = draw.textbbox((x, y), tag, font=font)
-    shift = min(0.0, width - right - 2)
-    ground = (left + shift - 2, top - 1, right + shift + 2, bottom + 1)
+    left, top, right, bottom = draw.textbbox(place, tag, font=font)
+    ground = (left - 2, top - 1, right + 2, bottom + 1)
     draw.rectangle(ground, fill=colour)
     # ITU-R BT.601 luma decides whether dark or light letters can be read on the colour.
     luma = float(np.dot(colour, (0.299, 0.587, 0.114)))
     ink = (0, 0, 0) if luma > 140 else (255, 255, 255)
-    draw.text((x + shift, y), tag, fill=ink, font=font)
+    draw.text(place, tag, fill=ink, font=font)
+    return ground
 
 
 def with_text(image: Picture, lines: Sequence[str], side: int = SIDE) -> Picture:

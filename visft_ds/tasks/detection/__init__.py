@@ -2,6 +2,7 @@
 
 * `head` and `loss`: the asymmetric DETR of the published ViSFT heads, queries matched to objects.
 * `dense`: a box from every cell of the feature map, for few photographs; head, loss and results in one file.
+  `roi`: a mask for each of its boxes.
 * `data`: targets of an image, the crops of DETR's recipe, and results in COCO's format.
 * `config`: the keys of `visft.tasks.detection`; `spec`: the `Task`.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from visft_ds.settings.fields import (
     Above,
     Ascending,
+    Count,
     Depth,
     Positive,
     Probability,
@@ -38,6 +39,11 @@ class DetectionHeadConfig(StrictModel):
     #: most boxes of an image, which AP and AR count as well (COCO: 100); default where an image of the data
     #: has more objects: half as many again
     max_detections: Positive = 100
+    #: a mask for each box of the dense head; objects without one teach boxes alone
+    masks: bool = False
+    #: map that the dense head's boxes are read from, besides coarser ones; masks are read from all: 0 is the
+    #: first of model.out_indices
+    box_map: Count = 0
     #: channels of the dense head, a multiple of 32; the keys below are the DETR's (values: ViSFT's)
     width: Positive = 64
     num_queries: Positive = 100  #: boxes that are predicted for an image
@@ -57,6 +63,8 @@ class DetectionHeadConfig(StrictModel):
         return self.max_detections
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
+        if self.type != "dense" and self.masks:
+            yield "masks", "is for the dense head: set type to dense, or train the task segmentation"
         if self.width % 32:
             yield "width", f"{self.width} is not a multiple of 32 (norm groups)"
         for name in ("encoder_dim", "decoder_dim"):
@@ -70,13 +78,14 @@ class DetectionHeadConfig(StrictModel):
 
 
 class DetectionLoss(StrictModel):
-    """Weights of the detection losses, and in the DETR's matching; the dense head has ce (focal) and giou
-    alone.
+    """Weights of the detection losses, and in the DETR's matching; the dense head has ce (focal), giou and
+    mask alone.
     """
 
     ce: Rate = 1.0  #: weight of the class loss (DETR)
     l1: Rate = 5.0  #: weight of the L1 distance of boxes relative to the image (DETR)
     giou: Rate = 2.0  #: weight of 1 - generalized IoU (DETR)
+    mask: Rate = 1.0  #: weight of the cross-entropy of masks (dense head)
     eos_coef: Above = 0.1  #: class weight of "no object" in the cross-entropy (DETR)
 
 
@@ -85,7 +94,7 @@ class DetectionTask(TaskConfig):
 
     #: besides AR, whose name has the number of detections
     metrics = tuple(f"box/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
-    shown = ("box/AP", "box/AP50")
+    shown = ("box/AP", "box/AP50", "mask/AP", "mask/AP50")
     main = "box/AP50"
     hub_task = "object-detection"
     published = "detection"
@@ -93,6 +102,15 @@ class DetectionTask(TaskConfig):
     image: DetectionImage = DetectionImage()
     head: DetectionHeadConfig = DetectionHeadConfig()
     loss: DetectionLoss = DetectionLoss()
+
+    def measured(self) -> tuple[str, ...]:
+        if not self.head.masks:
+            return self.metrics
+        of_masks = [name.replace("box/", "mask/") for name in self.metrics]
+        return (*self.metrics, *of_masks)
+
+    def target_options(self) -> dict[str, Any]:
+        return {"masks": True} if self.head.masks else {}
 
 
 CONFIG = DetectionTask

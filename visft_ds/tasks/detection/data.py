@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import compress
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,11 @@ from visft_ds.data.transforms import (
     short_side_size,
 )
 from visft_ds.tasks import Results
+from visft_ds.tasks.detection.roi import SIDE
+from visft_ds.tasks.masks.rasters import draw_in_boxes
+
+JITTER = 0.1  #: most that a side of a training box moves for its mask, of the box's width or height
+MOST_MASKS = 32  #: objects of an image whose masks are learnt, drawn anew each time
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,19 @@ class DetectionTargets(Targets):
     boxes: Tensor  #: (N, 4) float32, cxcywh, relative to the unpadded image, in [0, 1]
     labels: Tensor  #: (N,) int64, classes: raw COCO category ids (1..90), or numbers of other categories
     counts: Tensor  #: (B,) int64, sums to N
+
+
+@dataclass(frozen=True)
+class InstanceTargets(DetectionTargets):
+    """Boxes of a batch, and masks of those that have one, for a head that predicts both.
+
+    A mask lies in a region, the box of its object moved a little: boxes of a prediction are not exact either.
+    """
+
+    regions: Tensor  #: (B, K, 4) float32 corners relative to the unpadded image; zeros beyond an image's own
+    chosen: Tensor  #: (M,) int64, places of the regions with a mask among all B * K
+    masks: Tensor  #: (M, SIDE, SIDE) uint8, covered part of each cell of a region, 0 to 255
+    head_inputs: ClassVar = {"regions": "regions", "chosen": "chosen"}
 
 
 @dataclass(frozen=True)
@@ -93,27 +112,67 @@ def detection_targets(
     `labels` maps category ids; None leaves them as they are. Crowd regions and boxes without area (before or
     after a crop) give no target.
     """
-    annotations = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
-    ids = [annotation["category_id"] for annotation in annotations]
-    if labels is not None:
-        ids = [labels[id_] for id_ in ids]
-    classes = np.array(ids, dtype=np.int64)
-    xywh = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
+    objects, corners = _objects(raw, ops)
+    return _box_targets(labels, objects, corners, final_size(raw.size, ops))
+
+
+def instance_targets(
+    labels: Mapping[int, int] | None,
+    raw: RawSample,
+    ops: Sequence[Op],
+    generator: np.random.Generator,
+) -> Mapping[str, npt.NDArray[Any]]:
+    """Those of `detection_targets`, and regions (m, 4) float32 with masks (m, SIDE, SIDE) uint8, see
+    `InstanceTargets`, of at most MOST_MASKS objects that have a mask.
+    """
+    objects, corners = _objects(raw, ops)
+    height, width = size = final_size(raw.size, ops)
+    boxes = _box_targets(labels, objects, corners, size)
+    with_mask = [number for number, entry in enumerate(objects) if entry.get("segmentation")]
+    if len(with_mask) > MOST_MASKS:
+        with_mask = generator.permutation(with_mask)[:MOST_MASKS].tolist()
+    own = corners[with_mask]
+    sides = own[:, 2:] - own[:, :2]
+    moved = own + np.tile(sides, 2) * generator.uniform(-JITTER, JITTER, own.shape)
+    regions = moved.clip(0, [width, height, width, height])
+    segmentations = [objects[number]["segmentation"] for number in with_mask]
+    masks = draw_in_boxes(segmentations, regions, raw.size, ops, SIDE)
+    relative = regions / [width, height, width, height]
+    return {**boxes, "regions": relative.astype(np.float32), "masks": masks}
+
+
+def _objects(raw: RawSample, ops: Sequence[Op]) -> tuple[list[Mapping[str, Any]], npt.NDArray[np.float64]]:
+    """Objects of an image that are seen after `ops`, without crowds, and their corners (n, 4) there in
+    pixels.
+    """
+    objects = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
+    xywh = np.array([annotation["bbox"] for annotation in objects], dtype=np.float64).reshape(-1, 4)
     corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
     height, width = raw.size
     corners = corners.clip(0, [width, height, width, height])
     has_area = _has_area(corners)
+    objects = list(compress(objects, has_area))
     corners = apply_to_boxes(corners[has_area], raw.size, ops)
-    classes = classes[has_area]
     has_area = _has_area(corners)
-    corners = corners[has_area]
-    classes = classes[has_area]
-    height, width = final_size(raw.size, ops)
+    return list(compress(objects, has_area)), corners[has_area]
+
+
+def _box_targets(
+    labels: Mapping[int, int] | None,
+    objects: Sequence[Mapping[str, Any]],
+    corners: npt.NDArray[np.float64],
+    size: Size,
+) -> dict[str, npt.NDArray[Any]]:
+    """Boxes and labels of `detection_targets`, of corners in an image of this size."""
+    height, width = size
     low = corners[:, :2]
     high = corners[:, 2:]
     boxes = np.concatenate([(low + high) / 2, high - low], axis=1)
     relative = boxes / [width, height, width, height]
-    return {"boxes": relative.astype(np.float32), "labels": classes}
+    ids = [annotation["category_id"] for annotation in objects]
+    if labels is not None:
+        ids = [labels[id_] for id_ in ids]
+    return {"boxes": relative.astype(np.float32), "labels": np.array(ids, dtype=np.int64)}
 
 
 def _has_area(corners: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:

@@ -2,15 +2,16 @@
 1904.01355).
 
 Boxes relative to cells are learnt from few photographs, where the queries of a DETR learn places by heart.
+With `masks` each box that stays has one (`roi`).
 
 Letters: B images, h w grid, S = h * w cells, D backbone width, C classes, N objects of all images
-concatenated.
+concatenated, K boxes of an image that may stay, M masks of all images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,9 @@ from visft_ds.data.samples import Batch, Map
 from visft_ds.ops import at_least_float32, to_device
 from visft_ds.tasks import Results
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
-from visft_ds.tasks.detection.data import DetectionTargets, box_results
+from visft_ds.tasks.detection.data import DetectionTargets, InstanceTargets, box_results
 from visft_ds.tasks.detection.loss import generalized_box_iou
+from visft_ds.tasks.detection.roi import BoxMasks, mask_code
 from visft_ds.tasks.masks.norm import GROUPS, MaskedGroupNorm
 
 #: Cells whose centre is less than this many cells from that of an object, and inside its box, answer for it.
@@ -31,6 +33,16 @@ RADIUS = 1.5
 CELLS = round((2 * RADIUS) ** 2)
 OVERLAP = 0.5  #: above it the weaker of two boxes of a class is dropped
 CANDIDATES = 4  #: boxes of an image that are considered, for each that may stay
+LEAST_SCORE = 0.01  #: of a box that gets a mask: those of all others would take most of the time
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Boxes of each image that stay, the best first; of fewer than K, the last have the score -1."""
+
+    scores: Tensor  #: (B, K)
+    labels: Tensor  #: (B, K) int64, classes
+    boxes: Tensor  #: (B, K, 4) corners relative to the valid image, in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -43,15 +55,18 @@ class DenseOutput:
     pitch: Tensor  #: (B, 2) width and height of a cell, in the same unit
     valid: Tensor  #: (B, S) bool: the cell shows image
     max_detections: int = 100  #: most boxes of an image
+    detections: Detections | None = None  #: those that have masks, in prediction
+    chosen: Tensor | None = None  #: (M,) int64 among the B * K detections, or regions of the targets
+    masks: Tensor | None = None  #: (M, SIDE, SIDE) logits in the boxes or regions that are chosen
 
 
 class DenseHead(nn.Module):
-    """Feature maps -> scores of the classes and a box, from every cell of the finest map.
+    """Feature maps -> scores of the classes and a box, from every cell of the map `box_map`, the finest.
 
-    Coarser maps are interpolated to that grid, and all are joined. A 1x1 convolution to `width`, two 3x3
-    convolutions, group norms, and a 3x3 convolution each for classes and for the logarithms of the four
-    distances to the sides, in cells. What valid cells predict does not depend on how far their batch is
-    padded.
+    Coarser maps are interpolated to that grid, and all are joined; finer ones are for masks. A 1x1
+    convolution to `width`, two 3x3 convolutions, group norms, and a 3x3 convolution each for classes and for
+    the logarithms of the four distances to the sides, in cells. What valid cells predict does not depend on
+    how far their batch is padded.
     """
 
     def __init__(self, widths: Sequence[int], options: DetectionHeadConfig) -> None:
@@ -59,7 +74,14 @@ class DenseHead(nn.Module):
         super().__init__()
         width = options.width
         self.max_detections = options.max_detections
-        self.input_proj = nn.Conv2d(sum(widths), width, kernel_size=1)
+        if options.box_map >= len(widths):
+            raise ValueError(
+                f"visft.tasks.detection.head.box_map = {options.box_map}: the backbone is read at "
+                f"{len(widths)} maps, which are numbered from 0"
+            )
+        self.box_map = options.box_map
+        self.masks = BoxMasks(widths, width) if options.masks else None
+        self.input_proj = nn.Conv2d(sum(widths[self.box_map :]), width, kernel_size=1)
         self.input_norm = MaskedGroupNorm(GROUPS, width)
         self.convs = nn.ModuleList()
         self.norms = nn.ModuleList()
@@ -77,8 +99,25 @@ class DenseHead(nn.Module):
         nn.init.normal_(layer.weight, std=0.01)
         nn.init.constant_(layer.bias, bias)
 
-    def forward(self, maps: Sequence[Map]) -> DenseOutput:
-        """Scores and boxes from the maps of a backbone, the finest first."""
+    def forward(
+        self, maps: Sequence[Map], regions: Tensor | None = None, chosen: Tensor | None = None
+    ) -> DenseOutput:
+        """Scores, boxes and masks from the maps of a backbone, the finest first.
+
+        Args:
+            regions, chosen: of `InstanceTargets`, for losses; else there are masks of the detections.
+        """
+        output = self._boxes(maps[self.box_map :])
+        if self.masks is None:
+            return output
+        if regions is None or chosen is None:
+            detections = detect(output)
+            regions = detections.boxes
+            chosen = (detections.scores >= LEAST_SCORE).flatten().nonzero().flatten()
+            output = replace(output, detections=detections)
+        return replace(output, chosen=chosen, masks=self.masks(maps, regions, chosen))
+
+    def _boxes(self, maps: Sequence[Map]) -> DenseOutput:
         finest, *coarser = maps
         grid = finest.features.shape[-2:]
         features = torch.cat([finest.features, *(map_.resized(grid) for map_ in coarser)], dim=1)
@@ -125,17 +164,24 @@ class DenseCriterion:
     """Focal loss of the classes of all cells, and generalized IoU of the boxes of the cells that answer for
     an object.
 
-    `ce` and `giou` weigh the two. A cell answers for an object if its centre lies inside the box and less
-    than RADIUS cells from the box's, or is the nearest to that; of several objects the smallest counts. The
-    overlap is a mean over the cells of an object; the focal loss is divided by CELLS as well.
+    `ce` and `giou` weigh the two, `mask` the binary cross-entropy of masks, a mean over the cells of each. A
+    cell answers for an object if its centre lies inside the box and less than RADIUS cells from the box's, or
+    is the nearest to that; of several objects the smallest counts. The overlap is a mean over the cells of an
+    object; the focal loss is divided by CELLS as well.
     """
 
     def __init__(self, head: DetectionHeadConfig, loss: DetectionLoss) -> None:
         self.weights = {"ce": loss.ce, "giou": loss.giou}
+        if head.masks:
+            self.weights["mask"] = loss.mask
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """Objects, by which all losses are divided."""
-        return {"boxes": float(batch.targets["detection"].counts.sum())}
+        """Objects, by which losses of boxes are divided, and masks."""
+        targets = batch.targets["detection"]
+        counts = {"boxes": float(targets.counts.sum())}
+        if isinstance(targets, InstanceTargets):
+            counts["masks"] = float(len(targets.masks))
+        return counts
 
     def __call__(
         self,
@@ -148,7 +194,21 @@ class DenseCriterion:
         number = loss_denominators["boxes"]
         ce = self.loss_labels(output, targets, objects) / (CELLS * number)
         giou = self.loss_boxes(output, targets, objects) / number
-        return {"ce": ce, "giou": giou}
+        losses = {"ce": ce, "giou": giou}
+        if output.masks is not None:
+            assert isinstance(targets, InstanceTargets)
+            of_masks = self.loss_masks(output.masks, targets.masks)
+            losses["mask"] = of_masks / loss_denominators["masks"]
+        return losses
+
+    def loss_masks(self, masks: Tensor, true: Tensor) -> Tensor:
+        """Binary cross-entropy of logits (M, SIDE, SIDE), a mean over the cells of a mask, summed over masks.
+
+        `true` (M, SIDE, SIDE) uint8 is the covered part of each cell, 0 to 255: at least half is inside.
+        """
+        inside = (true > 127).to(masks.dtype)
+        of_cells = F.binary_cross_entropy_with_logits(masks, inside, reduction="none")
+        return of_cells.mean(dim=(1, 2)).sum()
 
     def loss_labels(self, output: DenseOutput, targets: DetectionTargets, objects: Tensor) -> Tensor:
         """Focal loss of the classes, summed over all cells; `objects` (B, S) of `assign`."""
@@ -212,32 +272,62 @@ def assign(output: DenseOutput, targets: DetectionTargets) -> Tensor:
 
 
 @torch.no_grad()
+def detect(output: DenseOutput) -> Detections:
+    """The boxes that stay: cut off at the borders of the image, and without doubles.
+
+    The best pairs of cell and class, CANDIDATES x `output.max_detections` of an image, go through non-maximum
+    suppression within their class. All shapes follow from those of the inputs.
+    """
+    scores = output.logits.sigmoid().masked_fill(~output.valid[..., None], -1.0)
+    classes = scores.shape[-1]
+    of_images = scores.flatten(1)  # (B, S * C)
+    number = min(CANDIDATES * output.max_detections, of_images.shape[1])
+    best, pairs = of_images.topk(number, dim=1)
+    cells = pairs // classes
+    labels = pairs % classes
+    boxes = output.boxes.clamp(0, 1).gather(1, cells[..., None].expand(-1, -1, 4))
+    stays = torch.zeros_like(best, dtype=torch.bool)
+    for image_stays, of_image, score, label in zip(stays, boxes, best, labels, strict=True):
+        image_stays[batched_nms(of_image.double(), score.double(), label, OVERLAP)] = True
+    best = best.masked_fill(~stays, -1.0)
+    order = best.argsort(dim=1, descending=True, stable=True)[:, : output.max_detections]
+    corners = boxes.gather(1, order[..., None].expand(-1, -1, 4))
+    return Detections(best.gather(1, order), labels.gather(1, order), corners)
+
+
+@torch.no_grad()
 def dense_results(
     output: DenseOutput,
     batch: Batch,
     classes: Sequence[int] | None = None,
     threshold: float = 0.0,
 ) -> Results:
-    """Predictions in COCO's results format, see `box_results`; boxes are cut off at the borders of the image.
+    """Predictions in COCO's results format, see `box_results`; with a segmentation where the head has masks.
 
-    The best pairs of cell and class, CANDIDATES x `output.max_detections`, go through non-maximum suppression
-    within their class; at most `output.max_detections` of an image stay. Images without `batch.real` are left
-    out.
+    Images without `batch.real` are left out.
     """
-    most = output.max_detections
-    scores = output.logits.sigmoid()
-    scores = scores.masked_fill(~output.valid[..., None], -1.0).cpu()
-    boxes = output.boxes.clamp(0, 1).cpu()
-    num_classes = scores.shape[-1]
+    detections = output.detections or detect(output)
+    scores = detections.scores.cpu()
+    labels = detections.labels.cpu()
+    boxes = detections.boxes.cpu()
+    masks = {}
+    if output.masks is not None and output.chosen is not None:
+        logits = output.masks.float().cpu().numpy()
+        masks = dict(zip(output.chosen.tolist(), logits, strict=True))
     results = Results()
     for image in batch.real.nonzero().flatten().tolist():
-        of_image = scores[image].flatten()
-        best, pairs = of_image.topk(min(CANDIDATES * most, len(of_image)))
-        pairs = pairs[best >= max(threshold, 0.0)]
-        best = best[: len(pairs)]
-        cells = pairs // num_classes
-        labels = pairs % num_classes
-        corners = boxes[image, cells]
-        distinct = batched_nms(corners.double(), best.double(), labels, OVERLAP)[:most]
-        results += box_results(batch, image, corners[distinct], best[distinct], labels[distinct], classes)
+        certain = (scores[image] >= max(threshold, 0.0)).nonzero().flatten()
+        if output.masks is not None:
+            certain = certain[scores[image, certain] >= LEAST_SCORE]
+        found = box_results(
+            batch, image, boxes[image, certain], scores[image, certain], labels[image, certain], classes
+        )
+        if output.masks is not None:
+            height, width = batch.original_sizes[image].tolist()
+            for place, result in zip(certain.tolist(), found, strict=True):
+                left, top, box_width, box_height = result["bbox"]
+                corners = [left, top, left + box_width, top + box_height]
+                mask = masks[image * scores.shape[1] + place]
+                result["segmentation"] = mask_code(mask, corners, (height, width))
+        results += found
     return results

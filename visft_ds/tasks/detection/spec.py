@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.transforms import Geometry, ShortSides, Size, of_options
 from visft_ds.tasks import Results
-from visft_ds.tasks.average_precision import coco_average_precision
+from visft_ds.tasks.average_precision import WITHOUT_MASK, coco_average_precision
 from visft_ds.tasks.criterion import Criterion
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss, DetectionTask
-from visft_ds.tasks.detection.data import CropRecipe, DetectionTargets, detection_targets
+from visft_ds.tasks.detection.data import (
+    CropRecipe,
+    DetectionTargets,
+    InstanceTargets,
+    detection_targets,
+    instance_targets,
+)
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, dense_results
 from visft_ds.tasks.detection.head import DetectionHead, postprocess
 from visft_ds.tasks.detection.loss import DetectionCriterion
-from visft_ds.tasks.example import Example
+from visft_ds.tasks.detection.roi import SIDE
+from visft_ds.tasks.example import Annotation, Example
+from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.pictures import Picture
 from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Shapes, Task, Words
 
@@ -46,16 +54,25 @@ class Detection(Task):
         labels = None
         if classes is not None:
             labels = {category: label for label, category in enumerate(classes)}
+        if train and options.get("masks"):
+            return partial(instance_targets, labels)
         return partial(detection_targets, labels)
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> DetectionTargets:
-        boxes = [sample.targets[self.name]["boxes"] for sample in samples]
-        labels = [sample.targets[self.name]["labels"] for sample in samples]
-        counts = [len(of_image) for of_image in labels]
-        return DetectionTargets(
-            torch.from_numpy(np.concatenate(boxes)),
-            torch.from_numpy(np.concatenate(labels)),
-            torch.tensor(counts),
+        targets = [sample.targets[self.name] for sample in samples]
+        counts = [len(target["labels"]) for target in targets]
+        packed = DetectionTargets(_joined(targets, "boxes"), _joined(targets, "labels"), torch.tensor(counts))
+        if "masks" not in targets[0]:
+            return packed
+        numbers = [len(target["masks"]) for target in targets]
+        room = max(1, *numbers)
+        regions = torch.zeros(len(targets), room, 4)
+        chosen = []
+        for image, target in enumerate(targets):
+            regions[image, : numbers[image]] = torch.from_numpy(target["regions"])
+            chosen.append(torch.arange(numbers[image]) + image * room)
+        return InstanceTargets(
+            **vars(packed), regions=regions, chosen=torch.cat(chosen), masks=_joined(targets, "masks")
         )
 
     def blank(
@@ -67,7 +84,15 @@ class Detection(Task):
     ) -> DetectionTargets:
         objects = images * content.objects
         labels = torch.zeros(objects, dtype=torch.int64)
-        return DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
+        targets = DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
+        if not options.get("masks"):
+            return targets
+        return InstanceTargets(
+            **vars(targets),
+            regions=torch.zeros(images, content.objects, 4),
+            chosen=torch.arange(objects),
+            masks=torch.zeros(objects, SIDE, SIDE, dtype=torch.uint8),
+        )
 
     def build_head(self, shapes: Shapes, head: DetectionHeadConfig, vocabulary_size: int | None) -> nn.Module:
         if head.type == "dense":
@@ -91,10 +116,32 @@ class Detection(Task):
     def measure(
         self, truth: Mapping[str, Any], results: Results, head: DetectionHeadConfig, of_record: bool
     ) -> dict[str, float]:
-        return coco_average_precision(truth, results, of_record=of_record, max_detections=head.max_detections)
+        measure = partial(
+            coco_average_precision, truth, results, of_record=of_record, max_detections=head.max_detections
+        )
+        numbers = measure()
+        objects = truth["annotations"]
+        if not head.masks:
+            return numbers
+        if objects and not any(annotation.get("segmentation") for annotation in objects):
+            return numbers | {WITHOUT_MASK: float(len(objects))}
+        return numbers | measure(masks=True)
 
     def picture(self, example: Example) -> Picture:
-        return example.draw(example.objects(), boxes=itemgetter("bbox"))
+        shapes: dict[str, Callable[[Annotation], Any]] = {"boxes": itemgetter("bbox")}
+        if any("segmentation" in result for result in example.results):
+            shapes["masks"] = partial(_mask_of, example.raw.size)
+        return example.draw(example.objects(), **shapes)
+
+
+def _mask_of(size: Size, annotation: Annotation) -> Any:
+    """Mask (H, W) of an object or a result; nothing of an object without one."""
+    return decode_mask(annotation.get("segmentation") or [[0.0] * 6], size)
+
+
+def _joined(targets: Sequence[Mapping[str, Any]], name: str) -> Tensor:
+    """An entry of the targets of all images, concatenated."""
+    return torch.from_numpy(np.concatenate([target[name] for target in targets]))
 
 
 SPEC = Detection()

@@ -67,10 +67,25 @@ def draw_masks(
     canvas = _Canvas(size, grid, samples, scale, offset)
     masks = np.zeros((len(segmentations), *grid), dtype=np.uint8)
     for mask, segmentation in zip(masks, segmentations, strict=True):
-        if isinstance(segmentation, Mapping):
-            canvas.draw_code(mask, dict(segmentation))
-        else:
-            canvas.draw_polygons(mask, segmentation)
+        canvas.draw(mask, segmentation)
+    return masks
+
+
+def draw_in_boxes(
+    segmentations: Sequence[Any], boxes: FloatArray, size: Size, ops: Sequence[Op], side: int
+) -> Mask:
+    """(n, side, side) uint8: as `draw_masks`, each mask in the cells of its own box.
+
+    `boxes` (n, 4) are left, top, right and bottom in pixels after `ops`; each has an area.
+    """
+    scale, offset = placement(size, ops)
+    masks = np.zeros((len(segmentations), side, side), dtype=np.uint8)
+    for mask, segmentation, box in zip(masks, segmentations, boxes, strict=True):
+        low = box[:2]
+        samples_per_pixel = side * _SAMPLES / (box[2:] - low)
+        origin = (offset - low) * samples_per_pixel
+        canvas = _Canvas(size, (side, side), _SAMPLES, scale * samples_per_pixel, origin)
+        canvas.draw(mask, segmentation)
     return masks
 
 
@@ -88,6 +103,13 @@ class _Canvas:
     samples: int
     scale: FloatArray  #: (x, y), from pixels to samples
     offset: FloatArray
+
+    def draw(self, mask: Mask, segmentation: Any) -> None:
+        """Fill the cells of `mask` that polygons or a run-length code of the image cover."""
+        if isinstance(segmentation, Mapping):
+            self.draw_code(mask, dict(segmentation))
+        else:
+            self.draw_polygons(mask, segmentation)
 
     def draw_polygons(self, mask: Mask, polygons: Sequence[Sequence[float]]) -> None:
         """Fill the cells of `mask` that polygons in pixels of the image cover."""
