@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import visft_ds
 from tests import finished
@@ -99,3 +101,41 @@ def test_an_export_that_differs_is_not_kept(
     assert export(finished.runs() / "stage1", tmp_path / "exported", "--tasks", "detection") == 2
     assert "boxes differ by" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bits", ["--half", "--int8"])
+def test_fewer_bits_are_kept_where_they_lose_nothing(
+    bits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished.runs() / "stage2"
+    assert export(run, tmp_path / "full", "--tasks", "detection") == 0
+    assert export(run, tmp_path / "fewer", "--tasks", "detection", bits) == 0
+    assert re.search(r"verify   box/AP50 [\d.]+, of the export [\d.]+", capsys.readouterr().out)
+    sizes = [(tmp_path / name / "detection.onnx").stat().st_size for name in ("full", "fewer")]
+    assert sizes[1] < sizes[0]  # little of the small file is weights
+
+
+def test_a_backbone_alone_gives_the_features_of_the_run(tmp_path: Path) -> None:
+    run = finished.runs() / "stage2"
+    assert export(run, tmp_path / "exported", "--tasks", "none") == 0
+    import onnxruntime
+
+    (path,) = (tmp_path / "exported").glob("*.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    model = visft_ds.load(run, device="cpu")
+    (text,) = session.get_modelmeta().custom_metadata_map.values()
+    side = json.loads(text)["image_size"][0]
+    pixels = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    features = session.run(None, {"images": pixels})[-1]
+    with torch.no_grad():
+        expected = model.backbone(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_predict_reads_an_exported_folder(tmp_path: Path) -> None:
+    run = finished.runs() / "stage2"
+    assert export(run, tmp_path / "exported", "--tasks", "detection") == 0
+    Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(tmp_path / "picture.png")
+    words = ["predict", str(tmp_path / "exported"), str(tmp_path / "picture.png"), "--threshold", "0"]
+    assert main([*words, "--out", str(tmp_path / "found")]) == 0
+    assert (tmp_path / "found/predictions.json").is_file()

@@ -86,7 +86,9 @@ def export(flags: argparse.Namespace) -> None:
 
             for path in sorted(folder.glob("*.onnx")):
                 if not path.stem.endswith("_step"):
-                    quantise(path, [image.pixels for image in pictures.some(_CALIBRATION).values()])
+                    with _quiet():
+                        quantise(path, [image.pixels for image in pictures.some(_CALIBRATION).values()])
+                    print(f"8 bits   {path.name}, {path.stat().st_size / 1e6:.1f} MB")
         lines = []
         if not alone:
             exported = ExportedModel(folder)
@@ -304,16 +306,15 @@ def _outputs(program: torch.export.ExportedProgram) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what torch and onnxscript say about their own parts."""
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep back what torch, onnxscript and onnxruntime's quantiser say about their own parts."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)
 
 
 def _verified(

@@ -88,6 +88,8 @@ class ExportedModel(Model):
             if file.facts["task"] is not None:
                 by_task[file.facts["task"]] = file.facts
         self._by_task = by_task
+        self._streams = {}  # geometry is inside of the files
+        self.has_instances = False
         self.tasks = tuple(by_task)
         if not self.tasks:
             raise ValueError(f"{folder} has the backbone alone, which predicts nothing: run its file")

@@ -198,9 +198,8 @@ class Model:
         self.facts = loaded.facts  #: files of its parts, by name
         self.precision = loaded.precision  #: fp32, bf16 or fp16
         self.device = loaded.device
-        self.batch_size = min(
-            stream.micro_batch for stream in streams.values()
-        )  #: images in a batch by default
+        micro_batches = [stream.micro_batch for stream in streams.values()]
+        self.batch_size = min(micro_batches, default=1)  #: images in a batch by default
         self.backbone = ImageFeatures(loaded)  #: the backbone alone
         #: Stream -> geometry of all its images in place of its own, as an export has it.
         self.geometry: dict[str, Sequence[Op]] = {}
