@@ -104,7 +104,7 @@ def test_an_export_that_differs_is_not_kept(
 
 
 @pytest.mark.parametrize("bits", ["--half", "--int8"])
-def test_fewer_bits_are_kept_where_they_lose_nothing(
+def test_fewer_bits_make_a_smaller_file_that_runs(
     bits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished.runs() / "stage2"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tvf
 
+from visft_ds.cli import main
 from visft_ds.data.transforms import Crop, Pad, Resize
 from visft_ds.export.answers import Picture
 from visft_ds.export.graph import Frame, resized
@@ -78,3 +81,14 @@ def test_what_differs_from_our_predictions_is_said() -> None:
         difference.add(ours, theirs)
         text = "; ".join(difference.problems())
         assert word in text and bool(word) == bool(text), text
+
+
+@pytest.mark.parametrize("bits", ["--half", "--int8"])
+def test_fewer_bits_need_a_task_whose_loss_is_measured(
+    bits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing compares the maps of a backbone alone; refused before the run is read."""
+    words = ["export", str(tmp_path), "--tasks", "none", bits, "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert f"{bits} needs a task" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

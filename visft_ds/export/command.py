@@ -62,6 +62,11 @@ def export(flags: argparse.Namespace) -> None:
     if flags.int8 and flags.format != "onnx":
         raise ValueError("--int8 is of --format onnx, by the quantiser of onnxruntime")
     alone = flags.tasks == _NO_TASKS
+    if alone and fewer_bits:
+        bits = "--half" if flags.half else "--int8"
+        raise ValueError(
+            f"{bits} needs a task, whose metrics tell what is lost: leave out --tasks {_NO_TASKS}"
+        )
     model = _load(flags, alone)
     if not alone:
         _check_masks(model)
