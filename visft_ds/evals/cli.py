@@ -31,15 +31,16 @@ It shows results (of visft evaluate, otherwise of evaluations during training), 
 evaluate, losses by task, learning rates, speed and memory, settings and environment. A run may still be
 training. Exit status: 0 fine, 2 wrong usage or unusable input.
 """
-LABELS = """Find labels of boxes that are wrong or missing: those that a trained run denies, ranked, on a page.
+LABELS = """Rank labels of boxes that a trained run denies, and objects without one, on a page to decide on.
 
     visft labels runs/stage1                                     its training and validation data
     visft labels runs/stage1 --data OTHER-SHARDS --split train
     visft shards FOLDER --corrections corrections-train.json --replace
 
-Writes SPLIT.html (picture, given and proposed label; keys keep, take, delete and skip; it needs no network) and
-proposals-SPLIT.json, the corrections if every proposal were taken. The page's button downloads
+Writes SPLIT.html (picture, given and proposed label; keys keep, take, delete and skip; it needs no network)
+and proposals-SPLIT.json, the corrections if every proposal were taken. The button of the page downloads
 corrections-SPLIT.json, which visft shards applies. A score ranks labels; it is no probability.
+
 Exit status: 0 fine, 2 wrong usage or unusable input.
 """
 JUDGE = f"""Compare further-trained models with their base, on data that neither was trained on.

@@ -139,8 +139,8 @@ def _write(
     page = render(
         "labels/page.html.j2",
         title=f"Labels of {reader.manifest.root}, {split}",
-        about=f"The {len(doubts)} most doubtful labels, by the predictions of a trained model. A score ranks them; "
-        "it is no probability.",
+        about=f"The {len(doubts)} most doubtful labels, by the predictions of a trained model. "
+        "A score ranks them; it is no probability.",
         command=shlex.join(["visft", "shards", _FOLDER, "--corrections", _corrections(split), "--replace"]),
         file=_corrections(split),
         rows=rows,
@@ -162,7 +162,7 @@ def _row(doubt: Doubt, image: Any, names: Mapping[int, str]) -> dict[str, Any]:
     left, top = np.maximum(0, np.floor(low - margin)).astype(int).tolist()
     right, bottom = np.minimum(image.shape[1::-1], np.ceil(high + margin)).astype(int).tolist()
     crop = Image.fromarray(np.ascontiguousarray(image[top:bottom, left:right]))
-    shown = {}
+    shown = dict[str, dict[str, Any] | None]()
     for name, label in (("given", doubt.given), ("proposed", doubt.proposed)):
         shown[name] = None
         if label is not None:
