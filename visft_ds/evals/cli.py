@@ -35,7 +35,7 @@ LABELS = """Rank labels of boxes that a trained run denies, and objects without 
 
     visft labels runs/stage1                                     its training and validation data
     visft labels runs/stage1 --data OTHER-SHARDS --split train
-    visft shards FOLDER --corrections corrections-train.json --replace
+    visft shards MYFOLDER --corrections corrections-train.json --replace
 
 Writes SPLIT.html (picture, given and proposed label; keys keep, take, delete and skip; it needs no network)
 and proposals-SPLIT.json, the corrections if every proposal were taken. The button of the page downloads

@@ -32,7 +32,7 @@ _LEAST_MARGIN = 24  # pixels
 _SIDE = 360  # of a picture on the page, pixels
 _PRINTED = 10  # doubts
 #: Words of a manifest's sources that stand for the command that built it.
-_FOLDER = "FOLDER"
+_FOLDER = "MYFOLDER"
 
 
 def check_labels(
