@@ -39,7 +39,16 @@ CONTENTS = (
         "runs",
         "clusters",
     ),
-    *("memory-and-speed", "plan-and-profile", "export", "onnx", "evaluation", "judge", "paper", "troubleshooting"),
+    *(
+        "memory-and-speed",
+        "plan-and-profile",
+        "export",
+        "onnx",
+        "evaluation",
+        "judge",
+        "paper",
+        "troubleshooting",
+    ),
     *("evidence", "architecture", "configuration", "numbers", "api"),
 )
 AROUND = {
