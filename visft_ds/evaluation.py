@@ -134,8 +134,11 @@ def example_positions(
     index = reader.manifest.index[:limit]
     shown = np.ones(len(index), dtype=bool)
     for task in tasks:
-        has_captions = TASKS[task].config.labels == "captions"
-        shown &= index["num_captions" if has_captions else "num_annotations"] > 0
+        labels = TASKS[task].config.labels
+        if labels == "captions":
+            shown &= index["num_captions"] > 0
+        elif labels != "depth":
+            shown &= index["num_annotations"] > 0
     positions: list[int] = np.flatnonzero(shown)[:count].tolist()
     return positions
 

@@ -451,21 +451,23 @@ class Recipe(StrictModel):
     def _contradictions_of_pipeline(self) -> Iterator[tuple[str, str]]:
         zero = self.zero_optimization
         model = self.visft.model
-        heads = {getattr(task.head, "type", "") for task in self.visft.tasks.enabled().values()}
+        tasks = self.visft.tasks.enabled()
+        heads = {name: getattr(task.head, "type", "") for name, task in tasks.items()}
         if zero.stage != 1:
             problem = "must be 1 with a pipeline: 2 and 3 are refused, 0 clips stage by stage"
             yield "zero_optimization.stage", problem
         if zero.overlap_comm:
             yield "zero_optimization.overlap_comm", "must be false with a pipeline"
-        if "plain" in heads or len(model.out_indices) > 1:
+        if "plain" in heads.values() or len(model.out_indices) > 1:
             problem = "several blocks, and plain heads, are not for a pipeline: use --engine zero3"
             yield "visft.model.out_indices", problem
-        if "linear" in heads:
-            yield (
-                "visft.tasks.semantic",
-                "its linear head, which measures the features before the first step, is not for a pipeline: "
-                "use --engine zero1 or zero3",
-            )
+        for name, head_type in heads.items():
+            if head_type == "linear":
+                yield (
+                    f"visft.tasks.{name}",
+                    "its linear head, which measures the features before the first step, is not for a "
+                    "pipeline: use --engine zero1 or zero3",
+                )
         if model.preset.startswith(TIMM):
             problem = "timm's models have no stages: use --engine zero0, zero1, zero2 or zero3"
             yield "visft.model.preset", problem

@@ -69,6 +69,7 @@ def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:
         image=image,
         annotations=label.get("annotations", ()),
         captions=label.get("captions", ()),
+        depth=label.get("depth"),
     )
 
 

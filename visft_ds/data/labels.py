@@ -5,6 +5,7 @@ A label is the JSON file beside an image in a shard:
  "annotations": [{"id": 1, "bbox": [x, y, width, height], "category_id": 64, "iscrowd": 0, "area": 531.8,
                   "segmentation": [[x, y, x, y, ...], ...] or {"size": [height, width], "counts": ...}}, ...],
  "captions": ["A room with a table.", ...]}
+and, of an image with a depth map, "depth" as `data/depth.py` says.
 Of tars that others wrote it may also be a text, which is the caption, or JSON as `_of_others` reads it.
 """
 
@@ -20,6 +21,7 @@ import orjson
 from faster_coco_eval import mask as coco_mask
 from faster_coco_eval import mask_api_new_cpp
 
+from visft_ds.data.depth import is_depth
 from visft_ds.files import MAX_PIXELS
 
 _NAMES = ("image_id", "file_name", "width", "height", "annotations", "captions")
@@ -54,6 +56,8 @@ def parse_label(
     captions = label["captions"]
     if not isinstance(captions, list) or any(type(caption) is not str for caption in captions):
         raise ValueError("captions must be a list of texts")
+    if "depth" in label and not is_depth(label["depth"]):
+        raise ValueError("depth must be a base64 text png and the metres of a number in it, or null")
     annotations = label["annotations"]
     if not isinstance(annotations, list):
         raise ValueError("annotations must be a list")

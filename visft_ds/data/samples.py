@@ -35,6 +35,7 @@ class RawSample:
     annotations: Sequence[Mapping[str, Any]]  #: COCO instances as stored in the shard
     captions: Sequence[str]
     window: Window | None = None  #: a tile: the part of the picture that the sample is; None: all of it
+    depth: Mapping[str, Any] | None = None  #: depth map, see `data/depth.py`; None: it has none
 
 
 @dataclass(frozen=True)

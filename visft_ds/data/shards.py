@@ -188,11 +188,12 @@ class Manifest:
 
     @property
     def labels(self) -> frozenset[str]:
-        """Kinds of labels that the split was made with: "annotations" (of objects) or "maps", "captions", or
-        both.
+        """Kinds of labels that the split was made with: "annotations" (of objects) or "maps", "captions",
+        "depth".
         """
         kinds = set[str]()
-        for kind, role in (("annotations", "instances"), ("maps", "maps"), ("captions", "captions")):
+        for kind in ("annotations", "maps", "captions", "depth"):
+            role = "instances" if kind == "annotations" else kind
             if role in self.sources or self.counts.get(kind):
                 kinds.add(kind)
         return frozenset(kinds)

@@ -223,6 +223,8 @@ def _write_files(
 
 
 def _check_windows(task: str, stream: Stream, frame: Frame) -> None:
+    if task == "depth":
+        raise ValueError("depth has no export yet: leave it out with --tasks")
     window = stream.image.get("window")
     if task == "semantic" and window and stream.image["fixed_size"] is None:
         raise ValueError(

@@ -19,6 +19,7 @@ import orjson
 import torch
 from tqdm import tqdm
 
+from visft_ds.data.depth import png_of
 from visft_ds.files import read_bytes, reading, write_bytes
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.predict.images import MOST_IN_TILES, OpenedImage, open_file, printable
@@ -34,6 +35,7 @@ from visft_ds.tasks.pictures import save_picture
 
 RESULTS = "predictions.json"
 VISUALIZATIONS = "visualizations"
+DEPTH = "depth"  #: folder of depth maps, 16-bit PNG files
 #: Settings, then a line for each image that is drawn; gone when `RESULTS` is there.
 LINES = "predictions.jsonl"
 #: Threads that decode while the model computes, and that draw.
@@ -112,7 +114,8 @@ def predict(
                 continue
             drawing = pool.submit(_draw, outcome, out / VISUALIZATIONS / drawings[name])
             height, width = outcome.image.shape[:2]
-            record = {"file_name": name, "width": width, "height": height, "results": outcome.results}
+            results = _with_depth_file(outcome.results, out, drawings[name])
+            record = {"file_name": name, "width": width, "height": height, "results": results}
             waiting.append((record, drawing))
             if len(waiting) > most_waiting:
                 finish_drawing()
@@ -140,6 +143,18 @@ def names_of_drawings(names: Iterable[str]) -> dict[str, str]:
     as_jpeg = {name: str(Path(name).with_suffix(".jpg")) for name in names}
     number = Counter(as_jpeg.values())
     return {name: drawing if number[drawing] == 1 else f"{name}.jpg" for name, drawing in as_jpeg.items()}
+
+
+def _with_depth_file(results: Mapping[str, Results], out: Path, drawing: str) -> Mapping[str, Results]:
+    """The results of an image, whose depth map is written to a file, named as its drawing, that they name."""
+    if DEPTH not in results:
+        return results
+    (result,) = results[DEPTH]
+    file = Path(DEPTH, drawing).with_suffix(".png")
+    (out / file).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(out / file, png_of(result["depth"]))
+    named = {"file": str(file), "metres": result["depth"]["metres"]}
+    return {**results, DEPTH: [{**result, "depth": named}]}
 
 
 def _draw(prediction: Prediction, path: Path) -> None:

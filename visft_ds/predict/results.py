@@ -17,9 +17,11 @@ import numpy.typing as npt
 from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 from PIL import Image
 
+from visft_ds.data.depth import Values, values_of
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.classes import category_name
-from visft_ds.tasks.pictures import SIDE, draw_objects, palette, side_by_side, with_text
+from visft_ds.tasks.depth.results import colour_range, coloured
+from visft_ds.tasks.pictures import SIDE, draw_objects, palette, scaled, side_by_side, with_text
 from visft_ds.tasks.semantic.results import draw_regions, number_map
 
 Floats = npt.NDArray[np.float32]
@@ -225,6 +227,12 @@ class Prediction:
         return number_map(results, self.image.shape[:2], {id_: id_ for id_ in self.categories})
 
     @property
+    def depth(self) -> Values | None:
+        """Metres (H, W) along the camera's axis; None if the model has no depth head."""
+        results = self.results.get("depth")
+        return None if results is None else values_of(results[0]["depth"])
+
+    @property
     def caption(self) -> str | None:
         """Text of the captioning head; None if the model has none."""
         if "captioning" not in self.results:
@@ -287,6 +295,10 @@ class Prediction:
         regions = self.results.get("semantic")
         if regions:
             panels.append((draw_regions(self.image, regions, self.categories, side), "classes"))
+        depth = self.depth
+        if depth is not None:
+            picture = coloured(depth, *colour_range(depth))
+            panels.append((np.asarray(scaled(picture, side)), "depth, near is bright"))
         return Image.fromarray(side_by_side(*panels))
 
     def _drawn(self, objects: Objects, side: int, **shapes: Any) -> npt.NDArray[np.uint8]:

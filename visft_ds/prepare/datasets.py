@@ -54,7 +54,7 @@ def open_training_sets(
         sets[entry.name] = TrainingSet(manifest, tasks, entry.weight)
     first, *others = sets.values()
     for training_set in others:
-        if any(enabled[task].labels != "captions" for task in training_set.tasks):
+        if any(enabled[task].has_classes for task in training_set.tasks):
             check_same_categories(training_set.manifest, first.manifest)
     taught = {task for training_set in sets.values() for task in training_set.tasks}
     check_samples([task for task in enabled if task not in taught], first.manifest)
@@ -131,7 +131,7 @@ def classes_of_run(config: VisftConfig, categories: Sequence[Category]) -> dict[
     names = {category.coco_id: category.name for category in categories}
     classes = {}
     for name, task in config.tasks.enabled().items():
-        if task.labels != "captions":
+        if task.has_classes:
             ids = classes_of(name, task.head.model_dump(), names)
             if ids is not None:
                 classes[name] = ids

@@ -53,7 +53,9 @@ IN_TILES = 12
 TILE_BATCH = 16
 #: Block of lite0 whose map has cells of FINE_CELL.
 LITE0_FINE = 2
-#: Of photographs with label maps: blocks of lite0 of strides 8, 16 and 32, smallest and largest long side,
+#: Tasks of whole scenes, every pixel of which is labelled.
+_OF_SCENES = {"semantic", "depth"}
+#: Of photographs with their labels: blocks of lite0 of strides 8, 16 and 32, smallest and largest long side,
 #: views (as it is, and mirrored) and batch.
 SCENE_BLOCKS = [2, 4, 6]
 SCENE_SIDES = (320, LONGEST)
@@ -99,8 +101,8 @@ def settle(words: Sequence[str] | None = None, processes: int = 1) -> Settled:
     if options.tile is not None:
         _decide_tiles(draft, options.tile, list(manifests.values()))
     if merged.model == SMALL_DATA and manifests:
-        if merged.first is None and list(draft.recipe.visft.tasks.enabled()) == ["semantic"]:
-            _decide_for_label_maps(draft, merged, list(manifests.values()))
+        if merged.first is None and draft.recipe.visft.tasks.enabled().keys() <= _OF_SCENES:
+            _decide_for_scenes(draft, merged, list(manifests.values()))
         if draft.recipe.visft.stage == 1 and fine_block is not None:
             _decide_by_objects(draft, list(manifests.values()), fine_block)
         if draft.recipe.visft.stage == 1:
@@ -176,7 +178,7 @@ def _decide_by_backbone(draft: Draft, merged: Merged) -> int | None:
     return blocks.get(FINE_CELL)
 
 
-def _decide_for_label_maps(draft: Draft, merged: Merged, manifests: Sequence[Manifest]) -> None:
+def _decide_for_scenes(draft: Draft, merged: Merged, manifests: Sequence[Manifest]) -> None:
     """Several maps, fine and coarse, and whole photographs in their own shape and about their own size."""
     long_sides = []
     for manifest in manifests:
@@ -195,7 +197,7 @@ def _decide_for_label_maps(draft: Draft, merged: Merged, manifests: Sequence[Man
         from visft_ds.models.timm_backbone import scene_maps  # imports torch and timm, which costs seconds
 
         values["visft.model.out_indices"] = scene_maps(preset.removeprefix(TIMM))
-    draft.decide(values, "the recipe for label maps")
+    draft.decide(values, "the recipe for label and depth maps")
 
 
 def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
@@ -227,7 +229,8 @@ def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
 
 
 def _decide_tasks(draft: Draft, manifests: Sequence[Manifest], batch_size: int | None) -> None:
-    """Turn tasks of the shipped recipe off that the shards do not teach, and that of label maps on.
+    """Turn tasks of the shipped recipe off that the shards do not teach, and those of label and depth maps
+    on.
 
     A task that the user mentions is wanted, and what it lacks is an error. Where nothing would be left,
     nothing is decided, nor where several sets may teach different tasks.
@@ -245,18 +248,21 @@ def _decide_tasks(draft: Draft, manifests: Sequence[Manifest], batch_size: int |
         by_flag = [source for source in sources if source.startswith("--") and source != "--batch-size"]
         if not is_shipped or by_flag:
             continue
-        if task.labels == "captions":
-            lacks = "" if manifest.counts.get("captions") else "captions"
+        if task.labels in ("captions", "depth"):
+            lacks = "" if manifest.counts.get(task.labels) else task.labels
         elif manifest.counts.get("trainable"):
             lacks = task.misleads(manifest.counts, manifest.findings) or ""
         else:
             lacks = "objects"
         if lacks:
             lacking[key] = lacks
-    if "maps" in manifest.labels and "semantic" not in tasks:
-        settings = {} if batch_size is None else {"batch_size": batch_size}
-        draft.decide({"visft.tasks.semantic": settings}, "the data, which has label maps")
-    elif len(lacking) == len(tasks):
+    settings = {} if batch_size is None else {"batch_size": batch_size}
+    is_added = False
+    for labels, name, what in (("maps", "semantic", "label maps"), ("depth", "depth", "depth maps")):
+        if labels in manifest.labels and name not in tasks:
+            draft.decide({f"visft.tasks.{name}": settings}, f"the data, which has {what}")
+            is_added = True
+    if not is_added and len(lacking) == len(tasks):
         return
     for key, lacks in lacking.items():
         draft.decide({key: None}, f"the data, which has no {lacks}", over_user=True)
@@ -418,7 +424,7 @@ def _decide_for_few(draft: Draft, manifests: Sequence[Manifest]) -> None:
             values["visft.features.views"] = max(1, VIEWS * images // _samples(stream, manifests))
         else:
             values["visft.features.views"] = FINE_VIEWS if stream.image.get("keep_shape") else VIEWS
-        if tasks.keys() == {"semantic"}:
+        if tasks.keys() <= _OF_SCENES:
             values["visft.features.views"] = SCENE_VIEWS
         values["visft.features.cache"] = f"{visft.run.out}/features" if images <= MOST_KEPT else None
         if "captioning" in tasks:
@@ -474,6 +480,6 @@ def _decide_classes(draft: Draft, first: Manifest) -> None:
     for name, task in draft.recipe.visft.tasks.enabled().items():
         key = f"visft.tasks.{name}.head.num_classes"
         has_published = getattr(task.head, "class_ids", "") == "published"  # which has COCO's ids only
-        if task.labels != "captions" and not has_published and key not in draft.tree.sources:
+        if task.has_classes and not has_published and key not in draft.tree.sources:
             values[key] = len(first.categories)
     draft.decide(values, f"the data, which has {len(first.categories)} categories")

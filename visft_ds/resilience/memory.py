@@ -21,6 +21,7 @@ import torch
 
 from visft_ds import distributed
 from visft_ds.config import Batches
+from visft_ds.data.depth import encoded
 from visft_ds.data.samples import Batch, RawSample
 from visft_ds.data.shards import Role
 from visft_ds.distributed import PipelinePosition
@@ -149,12 +150,13 @@ def largest_batches(data: RunData, micro: Mapping[str, int], role: Role) -> Iter
             "segmentation": [[0, 0, side, 0, side, side, 0, side]],
         }
         image = None if role == "labels" else np.zeros((side, side, 3), np.uint8)
+        depth = encoded(np.ones((side, side), np.float32)) if "depth" in stream.tasks else None
         for dataset, pipeline in data.pipelines[name].items():
             numbers = sorted(data.sets[dataset].manifest.index["num_annotations"].tolist(), reverse=True)
             numbers += [0] * micro[name]  # a set may have fewer images than a micro-batch
             samples = []
             for key, count in enumerate(numbers[: micro[name]]):
-                raw = RawSample(key, key, (side, side), image, [whole] * count, [caption])
+                raw = RawSample(key, key, (side, side), image, [whole] * count, [caption], depth=depth)
                 sample = pipeline.transform(raw, generator(key), ops=())
                 targets = {} if role == "images" else sample.targets
                 samples.append(replace(sample, random_key=key, targets=targets))

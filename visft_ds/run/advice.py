@@ -60,7 +60,7 @@ def findings_of(config: VisftConfig, data: RunData, cells: Sequence[int]) -> lis
     for stream in data.streams.values():
         for task in stream.tasks:
             settings = config.tasks.enabled()[task]
-            if settings.labels == "captions":
+            if not settings.has_classes:
                 continue
             cell = cells[-1]
             if _is_dense(settings):

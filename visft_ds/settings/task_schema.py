@@ -104,6 +104,7 @@ class TaskConfig(StreamConfig):
     hub_task: ClassVar[str] = "other"  #: its name on the Hugging Face hub, for the results in a model card
     labels: ClassVar[str] = "annotations"  #: what a data set must have to teach it, see `Manifest.labels`
     learns_from: ClassVar[str] = "any"  #: which samples it can learn from, see `Manifest.selection`
+    has_classes: ClassVar[bool] = True  #: its head has a class for each category of the data
     published: ClassVar[str | None] = None  #: its word in the names of the published files of heads
 
     #: optimiser steps of this task, or its share of them if scheduler.params.total_num_steps sets the length
@@ -131,6 +132,7 @@ class WordsConfig(TaskConfig):
 
     labels = "captions"
     learns_from = "captions"
+    has_classes = False
     vocabulary: VocabularyConfig = VocabularyConfig()
     decoding: DecodingConfig = DecodingConfig()
 

@@ -17,6 +17,7 @@ from visft_ds.data.fetch import sha256_of
 from visft_ds.files import image_frame, open_image, read_bytes, reading, writing
 from visft_ds.shards.coco import SourceImage
 from visft_ds.shards.common import Json
+from visft_ds.shards.depth import label_with_depth
 from visft_ds.shards.options import Options
 
 MAX_IMAGE_BYTES = 1 << 30  #: of a picture file
@@ -61,6 +62,7 @@ def write_shard(
             progress(1)
             try:
                 suffix, data, kinds = _picture(image, options)
+                label = label_with_depth(image, options.depth)
             except ValueError as error:
                 reason = str(error).removeprefix(f"{options.images / image.file_name}: ")
                 left_out.append((image.file_name, reason))
@@ -68,7 +70,7 @@ def write_shard(
             odd += [(kind, image.file_name) for kind in kinds]
             key = f"{image.image_id:012d}"
             row = _add_member(file, f"{key}.{suffix}", data)
-            row += _add_member(file, f"{key}.json", image.label())
+            row += _add_member(file, f"{key}.json", label)
             row += [image.width, image.height, image.image_id, image.trainable, len(image.captions), 0]
             rows.append(row)  # the columns of INDEX_DTYPE behind the shard
         # two empty blocks end an archive, and padding as other tar programs write it

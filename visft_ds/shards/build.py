@@ -42,6 +42,7 @@ from visft_ds.files import remove_unfinished, write_bytes, write_text, wrong_nam
 from visft_ds.shards.archive import sample_size, shard_size, write_shard
 from visft_ds.shards.coco import CocoSource, SourceImage, name_as_here, read_coco
 from visft_ds.shards.common import Findings, Json
+from visft_ds.shards.depth import DepthMaps, label_bytes
 from visft_ds.shards.options import Options, state_folder
 from visft_ds.tasks.vocabulary import caption_words
 
@@ -97,6 +98,7 @@ def _plan(options: Options) -> _Plan:
         options.maps,
         options.division,
         options.corrections,
+        options.depth,
     )
     name_as_here(source, options.images)
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
@@ -115,9 +117,22 @@ def _plan(options: Options) -> _Plan:
             status = path.stat()
             image.file_bytes = status.st_size
             image.modified = status.st_mtime_ns
+            if options.depth is not None:
+                _find_depth(image, options.depth, source.findings)
             usable.append(image)
     reasons(left_out).refuse_above_a_tenth(len(images), options.images, "images")
     return _Plan(source, images, left_out, _cut(usable, options.max_size))
+
+
+def _find_depth(image: SourceImage, maps: DepthMaps, findings: Findings) -> None:
+    """Note the depth map of an image; one without a map teaches other tasks only."""
+    image.depth = maps.file_of(image.file_name)
+    if image.depth is None:
+        findings.add("image without depth map (kept)", image.file_name)
+        return
+    status = image.depth.stat()
+    image.depth_bytes = status.st_size
+    image.depth_modified = status.st_mtime_ns
 
 
 def _cut(images: Sequence[SourceImage], max_size: int) -> list[list[SourceImage]]:
@@ -125,7 +140,7 @@ def _cut(images: Sequence[SourceImage], max_size: int) -> list[list[SourceImage]
     shards = list[list[SourceImage]]()
     used = 0
     for image in images:
-        size = sample_size(image.file_bytes, len(image.label()))
+        size = sample_size(image.file_bytes, len(image.label()) + label_bytes(image.depth_bytes))
         if not shards or shard_size(used + size) > max_size:
             shards.append([])
             used = 0
@@ -189,7 +204,9 @@ def _counts(images: Sequence[SourceImage], options: Options) -> dict[str, int]:
         counts["crowds"] = sum(image.crowds for image in images)
         counts["trainable"] = trainable
     counts["captions"] = sum(len(image.captions) for image in images)
-    counts["empty"] = sum(not image.objects and not image.captions for image in images)
+    if options.depth is not None:
+        counts["depth"] = sum(image.depth is not None for image in images)
+    counts["empty"] = sum(not (image.objects or image.captions or image.depth) for image in images)
     return counts
 
 
@@ -314,6 +331,8 @@ def _write_all(options: Options, plan: _Plan, workers: int) -> list[Json]:
         digest = hashlib.sha256()
         for image in images:  # the time of change stands for the pixels
             digest.update(b"%d %d %b" % (image.file_bytes, image.modified, image.label()))
+            if image.depth is not None:
+                digest.update(b"%d %d" % (image.depth_bytes, image.depth_modified))
         key = digest.hexdigest()
         record = _record(record_path)
         if (

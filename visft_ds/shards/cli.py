@@ -73,7 +73,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Make shards, index and manifest of a data set. A folder is recognised by its files: COCO (also of "
         "CVAT, Label Studio and Roboflow), YOLO (data.yaml or classes.txt), Pascal VOC, labelme, images with "
-        "captions (jsonl), or with label maps (ADE20k, Cityscapes, CamVid, your own)."
+        "captions (jsonl), with label maps (ADE20k, Cityscapes, CamVid, your own), or with depth maps."
     )
     add = parser.add_argument
     add(
@@ -284,6 +284,7 @@ def _build_split(arguments: argparse.Namespace, out: Path, split: FolderSplit) -
         exif=arguments.exif,
         division=split.division,
         corrections=split.corrections,
+        depth=split.depth,
         masks_from_boxes=arguments.masks_from_boxes,
     )
     dry_run = arguments.dry_run

@@ -20,6 +20,7 @@ from visft_ds.files import MAX_PIXELS, read_bytes, reading
 from visft_ds.settings.task_schema import WITHOUT_MASK
 from visft_ds.shards.common import BYTE_ORDER_MARK, CocoFile, Findings, name_here
 from visft_ds.shards.corrections import corrected, parse_corrections
+from visft_ds.shards.depth import DepthMaps
 from visft_ds.shards.division import Division
 
 _ANOTHER_FORM = "mask given as [x, y, ...], as [[x, y], ...] or as text (read as polygons)"
@@ -54,6 +55,9 @@ class SourceImage:
     selected: bool = True  #: it was asked for
     file_bytes: int = 0
     modified: int = -1  #: time of its file, nanoseconds; -1: there is none
+    depth: Path | None = None  #: its depth map
+    depth_bytes: int = 0
+    depth_modified: int = -1
 
     def add(self, annotation: bytes, category: int, crowd: bool, share: float) -> None:
         """Add an annotation as a label has it, whose box covers a share of the image."""
@@ -65,19 +69,20 @@ class SourceImage:
             self.classes.add(category)
             self.sides.append(math.sqrt(share))
 
-    def label(self) -> bytes:
-        """The JSON file of this sample in a shard."""
-        return orjson.dumps(
-            {
-                "image_id": self.image_id,
-                "file_name": self.file_name,
-                "width": self.width,
-                "height": self.height,
-                **self.credit,
-                "annotations": orjson.Fragment(b"[%b]" % bytes(self.annotations[:-1])),
-                "captions": self.captions,
-            }
-        )
+    def label(self, depth: Mapping[str, Any] | None = None) -> bytes:
+        """The JSON file of this sample in a shard, with a depth map if one is given."""
+        content = {
+            "image_id": self.image_id,
+            "file_name": self.file_name,
+            "width": self.width,
+            "height": self.height,
+            **self.credit,
+            "annotations": orjson.Fragment(b"[%b]" % bytes(self.annotations[:-1])),
+            "captions": self.captions,
+        }
+        if depth is not None:
+            content["depth"] = depth
+        return orjson.dumps(content)
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,10 @@ def read_coco(
     maps: CocoFile | None = None,
     division: Division | None = None,
     corrections: Path | None = None,
+    depth: DepthMaps | None = None,
 ) -> CocoSource:
-    """Read COCO JSON files; without instances, the images are those of the captions file.
+    """Read COCO JSON files; without instances, the images are those of the captions file, or those that have
+    a `depth` map.
 
     `ids` is a text file of image ids or file names, one a line: only these images. With `ellipses`, an object
     without a mask gets the ellipse in its box. Of a `division`, only the images of its side. `corrections` is
@@ -114,7 +121,9 @@ def read_coco(
     selection = None if ids is None else _read_selection(ids, files)
     images = dict[int, SourceImage]()
     categories = dict[int, str]()
-    for role, source in {"instances": instances, "maps": maps, "captions": captions}.items():
+    listing = None if depth is None else depth.listing
+    sources = {"instances": instances, "maps": maps, "captions": captions, "depth": listing}
+    for role, source in sources.items():
         if source is None:
             continue
         where = source if isinstance(source, Path) else f"the {role}"
@@ -145,7 +154,9 @@ def read_coco(
             findings.update(unusable)
     chosen = [images[number] for number in sorted(images) if images[number].selected]
     # 1 x 1 stands for a file that cannot be read, which is the better reason
-    if not any(image.trainable or image.captions or image.width == image.height == 1 for image in chosen):
+    if depth is None and not any(
+        image.trainable or image.captions or image.width == image.height == 1 for image in chosen
+    ):
         raise ValueError(
             f"{where}: none of its {len(chosen)} images has an object or a caption to learn from"
         )

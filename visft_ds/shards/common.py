@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from visft_ds.files import image_frame, shown_name
+from visft_ds.shards.depth import DepthMaps
 from visft_ds.shards.division import Division
 
 Json = dict[str, Any]  # an object of a JSON file
@@ -76,6 +77,7 @@ class FolderSplit:
     findings: Findings = field(default_factory=Findings)  #: about the layout
     division: Division | None = None  #: only one side of it
     corrections: Path | None = None  #: file of changes to its instances
+    depth: DepthMaps | None = None  #: of its images
 
 
 def split_of(name: str) -> str:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import orjson
 
+from visft_ds.data.depth import read_unit
 from visft_ds.data.shards import splits_in
 from visft_ds.files import checked_name, read_bytes, reading
 from visft_ds.shards.common import (
     BYTE_ORDER_MARK,
     CLASSES,
+    IMAGE_SUFFIXES,
     SPLITS,
     Exif,
     FolderSplit,
@@ -28,7 +30,8 @@ from visft_ds.shards.common import (
     name_here,
     split_of,
 )
-from visft_ds.shards.maps import map_layouts, read_maps
+from visft_ds.shards.depth import FOLDER, DepthMaps
+from visft_ds.shards.maps import by_name, map_layouts, read_maps, unpaired
 from visft_ds.shards.tools import LABELME, VOC, read_tool, tool_layouts
 from visft_ds.shards.yolo import read_yolo
 
@@ -49,6 +52,8 @@ _LOOKED_FOR = """looked for
             or classes.txt, images/ and labels/*.txt, as Label Studio writes them
   captions  metadata.jsonl or captions.jsonl (file_name, text) beside the images, here or in SPLIT/
   maps      classes.txt, images/SPLIT, labels/SPLIT; ADE20k's, Cityscapes' and CamVid's own folders
+  depth     images/SPLIT, depth/SPLIT (16-bit PNG; depth/unit.txt: metres of a number, else 0.001);
+            depth/SPLIT may also lie beside any of the others
   tools     Pascal VOC's XML or labelme's JSON beside each image, or in annotations/ with images/
 or name the files: visft shards build --images DIR --instances FILE --out OUT --split train"""
 _CVAT = "export the task as `COCO 1.0`, with `Save images` on"
@@ -67,6 +72,7 @@ _OTHER_EXPORTS = {
     ),
 }
 _SHOWN = 8  # names in a message
+_DEPTH = "depth maps"  # the layout of a folder that has no other labels
 
 
 def recognise(
@@ -83,7 +89,7 @@ def recognise(
     """
     if source.is_dir():
         # a file of a common name makes no second layout of a folder that is known without it
-        layouts = dict(_layouts(source)) or dict(_layouts_of_tools(source))
+        layouts = dict(_layouts(source)) or dict(_layouts_of_tools(source)) or dict(_depth_alone(source))
     elif source.is_file() and source.suffix in (".yaml", ".yml"):
         layouts = {"YOLO": [source]}
     else:
@@ -118,10 +124,13 @@ def recognise(
             splits = _beside_images(source, layout, files, only, exif)
         case _ if layout in (VOC, LABELME):
             splits = read_tool(layout, source, only, exif)
+        case _ if layout == _DEPTH:
+            splits = _read_depth(source, only, exif)
         case _:
             splits = read_maps(layout, source, only, void)
     if not splits:
         raise ValueError(f"{source} has no split {only!r}; it is {shown[0]}")
+    splits = [_with_depth(split, source) for split in splits]
     unread = [path for path in source.glob("annotations/*.json") if path not in files]
     return layout, splits, sorted(unread)
 
@@ -169,6 +178,52 @@ def _layouts_of_tools(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     if (folder / CLASSES).is_file() and (folder / "images").is_dir() and any(folder.glob("labels/**/*.txt")):
         yield "YOLO", [folder / CLASSES]
     yield from tool_layouts(folder)
+
+
+def _depth_folders(folder: Path) -> dict[str, Path]:
+    """Split -> its depth maps."""
+    folders = dict[str, Path]()
+    for path in sorted(folder.glob(f"{FOLDER}/*/")):
+        if any(path.rglob("*.png")):
+            folders[_split_of(path.name)] = path
+    return folders
+
+
+def _depth_alone(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    """The layout of a folder that has depth maps and no other labels."""
+    folders = list(_depth_folders(folder).values())
+    if folders:
+        yield _DEPTH, folders
+
+
+def _read_depth(folder: Path, only: str | None, exif: Exif) -> list[FolderSplit]:
+    """The splits of a folder with depth maps alone. Raises ValueError as `read_maps`."""
+    splits = list[FolderSplit]()
+    for split, maps in _depth_folders(folder).items():
+        if only not in (None, split):
+            continue
+        images = _images_of(folder, maps.name, split)
+        if images is None:
+            raise ValueError(f"{maps}: there is no folder of its images, such as images/{maps.name}")
+        image_of = by_name(images, IMAGE_SUFFIXES)
+        map_of = by_name(maps, (".png",))
+        findings = unpaired(image_of, map_of, maps, "depth map")
+        listed = list[Json]()
+        for number, name in enumerate(sorted(image_of.keys() & map_of.keys()), 1):
+            listed.append(listed_image(images, str(image_of[name].relative_to(images)), number, exif))
+        listing: Json = {"images": listed, "annotations": [], "categories": []}
+        depth = DepthMaps(map_of, read_unit(maps.parent), listing)
+        splits.append(FolderSplit(split, images, depth=depth, findings=findings))
+    return splits
+
+
+def _with_depth(split: FolderSplit, source: Path) -> FolderSplit:
+    """A split of any layout with the depth maps that lie beside its labels, if there are some."""
+    folder = source if source.is_dir() else source.parent
+    maps = _depth_folders(folder).get(split.name)
+    if maps is None or split.depth is not None:
+        return split
+    return replace(split, depth=DepthMaps(by_name(maps, (".png",)), read_unit(maps.parent)))
 
 
 def _split_of(name: str) -> str:

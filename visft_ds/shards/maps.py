@@ -122,9 +122,9 @@ def read_maps(
     splits = list[FolderSplit]()
     for split, (images, maps) in _splits(layout, folder).items():
         if only in (None, split):
-            image_of = _by_name(images, IMAGE_SUFFIXES, image_ending)
-            map_of = _by_name(maps, (".png",), map_ending)
-            findings = _unpaired(image_of, map_of, maps)
+            image_of = by_name(images, IMAGE_SUFFIXES, image_ending)
+            map_of = by_name(maps, (".png",), map_ending)
+            findings = unpaired(image_of, map_of, maps, "label map")
             if classes.dropped:
                 findings.add("name dropped: its number means no class (--void)", classes.dropped)
             content = _CocoLists(classes)
@@ -136,7 +136,7 @@ def read_maps(
     return splits
 
 
-def _by_name(folder: Path, suffixes: Collection[str], ending: str) -> dict[str, Path]:
+def by_name(folder: Path, suffixes: Collection[str], ending: str = "") -> dict[str, Path]:
     """Name without ending and suffix -> file, of all in a folder."""
     files = dict[str, Path]()
     for path in folder.rglob("*"):
@@ -146,12 +146,12 @@ def _by_name(folder: Path, suffixes: Collection[str], ending: str) -> dict[str, 
     return files
 
 
-def _unpaired(images: Mapping[str, Path], maps: Mapping[str, Path], folder: Path) -> Findings:
-    """Images and maps without the other. Raises ValueError if they are more than a tenth."""
+def unpaired(images: Mapping[str, Path], maps: Mapping[str, Path], folder: Path, kind: str) -> Findings:
+    """Images and maps of a kind without the other. Raises ValueError if they are more than a tenth."""
     findings = Findings()
     for name in sorted(images.keys() ^ maps.keys()):
-        findings.add("image without label map" if name in images else "label map without image", name)
-    findings.refuse_above_a_tenth(len(images.keys() | maps.keys()), folder, "images and label maps")
+        findings.add(f"image without {kind}" if name in images else f"{kind} without image", name)
+    findings.refuse_above_a_tenth(len(images.keys() | maps.keys()), folder, f"images and {kind}s")
     return findings
 
 

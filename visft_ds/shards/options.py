@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from visft_ds.data.depth import RELATIVE
 from visft_ds.shards.common import CocoFile, Exif, Json, is_split_name
+from visft_ds.shards.depth import DepthMaps
 from visft_ds.shards.division import Division
 from visft_ds.tasks.vocabulary import TOKENIZER
 
@@ -36,6 +38,7 @@ class Options:
     maps: CocoFile | None = None  #: label maps instead of instances
     division: Division | None = None  #: only the images of one side of it
     corrections: Path | None = None  #: file of changes to the instances, see `shards.corrections`
+    depth: DepthMaps | None = None  #: of the images, beside other labels or alone
 
     def __post_init__(self) -> None:
         if _ADDRESS.match(str(self.out)):
@@ -50,7 +53,7 @@ class Options:
             raise ValueError(f"limit {self.limit}: at least one image is needed")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed {self.seed}: it must not be negative, and below 2**63")
-        if self.instances is self.maps is self.captions is None:
+        if self.instances is self.maps is self.captions is self.depth is None:
             raise ValueError("there are no labels: give --instances, --captions or both")
         if not self.images.is_dir():
             remedy = "give --images DIR, or export the data set with its images"
@@ -69,6 +72,8 @@ class Options:
         if self.division is not None:  # its seed is the one above
             content["val"] = self.division.share
             content["group"] = self.division.group
+        if self.depth is not None:
+            content["depth"] = RELATIVE if self.depth.metres is None else self.depth.metres
         return content
 
     @property

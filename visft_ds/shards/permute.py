@@ -14,10 +14,12 @@ import numpy.typing as npt
 import orjson
 from PIL import Image
 
-from visft_ds.data.dataset import caption_dataset, coco_dataset
+from visft_ds.data.dataset import caption_dataset, coco_dataset, labels_of_split
+from visft_ds.data.depth import UNIT_FILE, png_of
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
-from visft_ds.files import image_frame, open_image
+from visft_ds.files import image_frame, open_image, write_text
 from visft_ds.shards.common import Json
+from visft_ds.shards.depth import FOLDER
 
 _QUALITY = 95  # of images that take the size of another
 
@@ -46,9 +48,12 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
             path = out / f"{split}2017" / image["file_name"]
             data, _ = reader.read(position, "images")
             resized += _write_image(path, data or b"", image["width"], image["height"])
+        if "depth" in manifest.labels:
+            _write_depth(out / FOLDER, split, reader)
         kind = "maps" if "maps" in manifest.labels else "instances"
-        _write_annotations(out / f"annotations/{kind}_{split}2017.json", content, objects)
-        _write_annotations(out / f"annotations/captions_{split}2017.json", content, captions)
+        if manifest.labels != {"depth"}:
+            _write_annotations(out / f"annotations/{kind}_{split}2017.json", content, objects)
+            _write_annotations(out / f"annotations/captions_{split}2017.json", content, captions)
         yield split, {"images": count, "objects": len(objects), "resized": resized}
 
 
@@ -63,6 +68,22 @@ def _write_image(path: Path, data: bytes, width: int, height: int) -> bool:
     resized = picture.resize((width, height), Image.Resampling.BICUBIC)
     resized.save(path, "JPEG", quality=_QUALITY)
     return True
+
+
+def _write_depth(folder: Path, split: str, reader: ShardReader) -> None:
+    """Write the depth maps of a split byte for byte, and their unit. Raises ValueError if two splits have
+    different ones.
+    """
+    unit = str(reader.manifest.options["depth"])
+    unit_file = folder / UNIT_FILE
+    if unit_file.is_file() and unit_file.read_text(encoding="utf-8") != unit:
+        raise ValueError(f"depth maps of {split} are of another unit than those before: {unit}")
+    (folder / f"{split}2017").mkdir(parents=True)
+    write_text(unit_file, unit)
+    for label in labels_of_split(reader):
+        if "depth" in label:
+            name = f"{label['image_id']:012d}.png"
+            (folder / f"{split}2017" / name).write_bytes(png_of(label["depth"]))
 
 
 def _write_annotations(path: Path, content: Json, annotations: Sequence[Any]) -> None:

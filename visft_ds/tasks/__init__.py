@@ -3,9 +3,9 @@
 * `task`: what a task has to say of itself; `criterion`: what its losses are, and what they are divided by;
   `example`: an image with labels and predictions, and its drawing. `transform`: samples and batches of
   tasks. `tiles`: predictions of tiles joined.
-* `detection/`, `segmentation/`, `captioning/`, `semantic/`: the tasks; `config.py` of each has its keys, and
-  `spec.py` its `Task`. `masks/` is what the two tasks of masks share.
-* `matching`, `transformer`, `vocabulary`, `average_precision`, `pictures`, `channels`, `classes`,
+* `detection/`, `segmentation/`, `captioning/`, `semantic/`, `depth/`: the tasks; `config.py` of each has its
+  keys, and `spec.py` its `Task`. `masks/` is what the two tasks of masks share.
+* `matching`, `transformer`, `vocabulary`, `average_precision`, `pictures`, `channels`, `linear`, `classes`,
   `head_files`: for all.
 
 A folder of a task imports what all share, and none of another task but `masks/`. Names of parameters and of
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Results = list[dict[str, Any]]  #: COCO results format
 #: The tasks of this package; a run's losses are summed, and its tasks listed, in this order.
-BUILT_IN = ("detection", "segmentation", "captioning", "semantic")
+BUILT_IN = ("detection", "segmentation", "captioning", "semantic", "depth")
 
 
 @cache

@@ -4,6 +4,7 @@ captions each.
     visft toy --out toy --train 2000 --val 200 --size 112
     visft toy --out toy_b --train 0 --val 200 --size 160x112 --style b --colours even
     visft toy --out toy_17 --style 17               # colours, textures and noise drawn by a number
+    visft toy --out rooms --depth --size 160x120    # ray-traced rooms, with depth/ besides
 
 Everything about image i of a split is a function of (seed, style, colours, split, size, most shapes, i): the
 number of workers changes nothing, and `train=100` gives the first hundred images of `train=1000`.
@@ -28,8 +29,10 @@ import orjson
 from PIL import Image
 
 from visft_ds import program
+from visft_ds.data.depth import encoded, png_of
 from visft_ds.errors import tell
 from visft_ds.flags import Parser
+from visft_ds.toy import rooms
 from visft_ds.toy.patterns import Array
 from visft_ds.toy.scenes import MAX_SHAPES, Scene, Shape, draw_scene
 from visft_ds.toy.shapes import CATEGORY_IDS
@@ -199,12 +202,12 @@ def _run_lengths(mask: Array) -> dict[str, Any]:
     return {"counts": runs, "size": list(mask.shape)}
 
 
-def _annotate(shape: Shape, image_id: int, crowd: bool) -> dict[str, Any]:
+def _annotate(shape: Shape, image_id: int, crowd: bool, ids: Mapping[str, int]) -> dict[str, Any]:
     """A COCO annotation without an id: polygons and their box of a shape that is whole, else the visible
     pixels and theirs.
     """
     segmentation: Any
-    if shape.is_whole() and not crowd:
+    if shape.polygons and shape.is_whole() and not crowd:
         segmentation = [polygon.ravel().tolist() for polygon in shape.polygons]
         corners = np.concatenate(shape.polygons)
         low = corners.min(axis=0)
@@ -220,34 +223,53 @@ def _annotate(shape: Shape, image_id: int, crowd: bool) -> dict[str, Any]:
         "iscrowd": int(crowd),
         "image_id": image_id,
         "bbox": np.round(np.concatenate([low, high - low]), 2).astype(float).tolist(),
-        "category_id": CATEGORY_IDS[shape.category],
+        "category_id": ids[shape.category],
     }
 
 
 def _make_image(
-    index: int, folder: Path, seeds: Sequence[int], style: Style, size: tuple[int, int], max_shapes: int
+    index: int,
+    folder: Path,
+    seeds: Sequence[int],
+    style: Style,
+    size: tuple[int, int],
+    max_shapes: int,
+    depth: bool,
 ) -> dict[str, Any]:
     """Draw and write one image; returns `image`, `instances` and `captions` as COCO has them, but for ids."""
     rng = np.random.default_rng([*seeds, index])
     height, width = size
-    scene = draw_scene(rng, style, height, width, max_shapes=max_shapes)
+    ids = CATEGORY_IDS
+    metres = None
+    if depth:
+        ids = rooms.CATEGORY_IDS
+        scene, metres = rooms.draw_room(rng, height, width)
+    else:
+        scene = draw_scene(rng, style, height, width, max_shapes=max_shapes)
     image_id = 10 * index + 3 + 4 * SPLITS.index(folder.name)  # the splits never share one, and leave holes
     name = f"{image_id:012d}.jpg"
     Image.fromarray(scene.image).save(folder / name, "JPEG", quality=JPEG_QUALITY)
-    instances = [_annotate(shape, image_id, crowd=False) for shape in scene.shapes]
+    if metres is not None:
+        path = folder.parent / "depth" / folder.name / f"{image_id:012d}.png"
+        path.write_bytes(png_of(encoded(metres)))
+    instances = [_annotate(shape, image_id, crowd=False, ids=ids) for shape in scene.shapes]
     if scene.crowd is not None:
-        instances.append(_annotate(scene.crowd, image_id, crowd=True))
+        instances.append(_annotate(scene.crowd, image_id, crowd=True, ids=ids))
     captions = [{"image_id": image_id, "caption": sentence} for sentence in describe(rng, scene)]
     image = {"license": 1, "file_name": name, "height": height, "width": width, "id": image_id}
     return {"image": image, "instances": instances, "captions": captions}
 
 
 def _write_annotations(
-    folder: Path, split: str, records: Sequence[Mapping[str, Any]], description: str
+    folder: Path,
+    split: str,
+    records: Sequence[Mapping[str, Any]],
+    description: str,
+    ids: Mapping[str, int],
 ) -> None:
     """Write instances_SPLIT.json and captions_SPLIT.json."""
     license_ = {"url": "https://creativecommons.org/publicdomain/zero/1.0/", "id": 1, "name": "CC0 1.0"}
-    categories = [{"id": number, "name": name} for name, number in CATEGORY_IDS.items()]
+    categories = [{"id": number, "name": name} for name, number in ids.items()]
     for kind in ("instances", "captions"):
         annotations = [annotation for record in records for annotation in record[kind]]
         content: dict[str, Any] = {
@@ -273,10 +295,11 @@ def write_toy_coco(
     max_shapes: int = MAX_SHAPES,
     colours: str = "usual",
     without: Sequence[str] = (),
+    depth: bool = False,
     workers: int = 1,
 ) -> dict[str, int]:
     """Write an ordinary COCO tree to `out`: `{train,val}2017/*.jpg` and
-    `annotations/{instances,captions}_*.json`.
+    `annotations/{instances,captions}_*.json`; with `depth` of ray-traced rooms, and `depth/{train,val}2017`.
 
     Returns counts (`images`, `instances`, `crowds`, `empty`). Raises ValueError for a folder that holds
     anything, sides under 28 or above 4096 pixels, an unknown style or shape, or numbers out of range.
@@ -298,6 +321,8 @@ def write_toy_coco(
     every_record = list[dict[str, Any]]()
     for split, count in zip(SPLITS, (train, val), strict=True):
         (out / split).mkdir()
+        if depth:
+            (out / "depth" / split).mkdir(parents=True)
         draw = partial(
             _make_image,
             folder=out / split,
@@ -305,14 +330,16 @@ def write_toy_coco(
             style=family,
             size=(height, width),
             max_shapes=max_shapes,
+            depth=depth,
         )
         if workers == 1:
             records = list(map(draw, range(count)))
         else:
             with _pool(workers) as pool:
                 records = pool.map(draw, range(count), chunksize=16)
-        description = f"Toy shapes, style {style}, seed {seed}"
-        _write_annotations(out / "annotations", split, records, description)
+        description = f"Toy rooms, seed {seed}" if depth else f"Toy shapes, style {style}, seed {seed}"
+        ids = rooms.CATEGORY_IDS if depth else CATEGORY_IDS
+        _write_annotations(out / "annotations", split, records, description, ids)
         every_record += records
     instances = [instance for record in every_record for instance in record["instances"]]
     return {
@@ -371,6 +398,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=MAX_SHAPES,
         metavar="N",
         help="most per image (3); 18 give COCO's mean, 7",
+    )
+    add(
+        "--depth",
+        action="store_true",
+        help="ray-traced rooms with spheres and boxes instead, and exact depth in depth/",
     )
     add("--seed", type=int, default=0, metavar="N", help="random seed (default %(default)s)")
     add(

@@ -15,13 +15,12 @@ class. Labels keep their size; images are stretched to squares. Of objects, each
 ones; what no object covers is class 0, in shards of label maps without a class. Where an object has a box and
 no mask, nobody knows what is in the box: it has no class.
 
-Depth: `images/<split>` and `depth/<split>`, 16-bit PNG files of millimetres, called as the images; 0 is not
-known.
+Depth: `images/<split>` and `depth/<split>`, 16-bit PNG files called as the images, of millimetres or what
+`depth/unit.txt` says; 0 is not known.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -35,6 +34,7 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under N
 from PIL import Image
 
 from visft_ds.data.dataset import labels_of_split
+from visft_ds.data.depth import in_metres, read_numbers, read_unit
 from visft_ds.data.shards import Category, Manifest, ShardReader, splits_in
 from visft_ds.evals.judge.benchmark import ImageSet, Label
 from visft_ds.evals.judge.images import (
@@ -143,7 +143,10 @@ def read_depth(
     """(images to train heads on, images to judge them on), whose labels are metres. Raises ValueError without
     any.
     """
-    splits = _beside(Path(source), "depth", _metres)
+    unit = read_unit(Path(source, "depth"))
+    if unit is None:
+        raise ValueError(f"{source}: its depth maps are relative, and RMSE needs metres: give others")
+    splits = _beside(Path(source), "depth", partial(_metres, unit))
     learnt, held_out = _two_splits(splits, most, source, train, test).values()
     return learnt, held_out
 
@@ -281,11 +284,9 @@ def _ade(path: Path) -> npt.NDArray[np.uint8]:
     return read_map(path) - np.uint8(1)  # 0 becomes 255
 
 
-def _metres(path: Path) -> npt.NDArray[np.float32]:
-    with reading(path, "a depth map"), Image.open(io.BytesIO(read_bytes(path)), formats=("PNG",)) as image:
-        if not image.mode.startswith("I"):
-            raise ValueError(f"it is a picture of mode {image.mode}: give millimetres as 16-bit grey PNG")
-        return np.asarray(image).astype(np.float32) / np.float32(1000)
+def _metres(unit: float, path: Path) -> npt.NDArray[np.float32]:
+    with reading(path, "a depth map"):
+        return in_metres(read_numbers(read_bytes(path)), unit)
 
 
 def _of_maps(root: Path, files: Sequence[Path], folder: Path, read: ReadMap, most: int) -> DenseSet:

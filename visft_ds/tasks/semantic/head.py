@@ -5,18 +5,16 @@ Letters: B images, C classes, h w grid of a map, hm wm cells of the labels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from visft_ds.data.samples import Batch, Map
-from visft_ds.ops import at_least_float32
-from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.classes import VOID
+from visft_ds.tasks.linear import LinearMaps
 from visft_ds.tasks.masks.data import MaskTargets, slices_of
 from visft_ds.tasks.masks.interpolation import interpolated
 from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticLoss
@@ -32,36 +30,15 @@ class SemanticOutput:
     extents: Tensor | None = None
 
 
-class LinearHead(nn.Module):
-    """A linear function of each cell of all maps, on the largest grid.
-
-    Scores of the coarser maps are interpolated, not their features: a linear function and an interpolation
-    may change places. DINOv3's head has a batch norm in front, whose means would depend on how a batch is
-    divided.
-    """
+class LinearHead(LinearMaps):
+    """Logits of the classes, a linear function of each cell of all maps."""
 
     def __init__(self, widths: Sequence[int], options: SemanticHeadConfig) -> None:
-        super().__init__()
-        self.channels = nn.ModuleList(Channels(width) for width in widths)
-        self.dropout = nn.Dropout2d(options.dropout)
-        self.classifiers = nn.ModuleList()
-        for width in widths:
-            classifier = nn.Conv2d(width, options.num_classes, 1, bias=False)
-            nn.init.normal_(classifier.weight, std=0.01)
-            self.classifiers.append(classifier)
-        self.bias = nn.Parameter(torch.zeros(options.num_classes))
+        super().__init__(widths, options.num_classes, options.dropout)
 
     def forward(self, maps: Sequence[Map]) -> SemanticOutput:
         """Logits on the largest grid."""
-        grid = max((level.features.shape[2:] for level in maps), key=math.prod)
-        logits = self.bias[:, None, None]
-        for level, channels, classifier in zip(maps, self.channels, self.classifiers, strict=True):
-            normed = channels(level.features.movedim(1, -1)).movedim(-1, 1)
-            scores = at_least_float32(classifier(self.dropout(normed)))
-            if scores.shape[2:] != grid:
-                scores = replace(level, features=scores).resized(grid)
-            logits = logits + scores
-        return SemanticOutput(logits)
+        return SemanticOutput(self.scores(maps))
 
 
 class SemanticCriterion:

@@ -1,0 +1,44 @@
+"""Heads of depth.
+
+Letters: B images, h w grid, N bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from visft_ds.data.samples import Map
+from visft_ds.tasks.depth.config import DepthHeadConfig
+from visft_ds.tasks.linear import LinearMaps
+
+_LEAST = 0.1  # weight of a bin, before all are divided by their sum (AdaBins, arXiv 2011.14141)
+
+
+@dataclass(frozen=True)
+class DepthOutput:
+    """Prediction for a batch."""
+
+    metres: Tensor  #: (B, h, w) over the padded batch, at least float32
+
+
+def metres_of(scores: Tensor, nearest: float, farthest: float) -> Tensor:
+    """Mean (B, h, w) of evenly spaced depths, weighted by scores (B, N, h, w)."""
+    weights = torch.relu(scores) + _LEAST
+    bins = torch.linspace(nearest, farthest, scores.shape[1], device=scores.device, dtype=scores.dtype)
+    return torch.einsum("bnhw,n->bhw", weights, bins) / weights.sum(dim=1)
+
+
+class LinearDepth(LinearMaps):
+    """Weights of the bins, a linear function of each cell of all maps."""
+
+    def __init__(self, widths: Sequence[int], options: DepthHeadConfig) -> None:
+        super().__init__(widths, options.bins)
+        self.options = options
+
+    def forward(self, maps: Sequence[Map]) -> DepthOutput:
+        """Metres on the largest grid."""
+        return DepthOutput(metres_of(self.scores(maps), self.options.nearest, self.options.farthest))
