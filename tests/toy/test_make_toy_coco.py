@@ -14,6 +14,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from visft_ds.toy.coco import SPLITS, describe, main, write_toy_coco
+from visft_ds.toy.rooms import draw_room
 from visft_ds.toy.scenes import draw_scene, rasterise
 from visft_ds.toy.shapes import CATEGORY_IDS, NAMES
 from visft_ds.toy.styles import STYLES, Style, style_of
@@ -196,3 +197,25 @@ def test_what_cannot_be_drawn_is_refused(
         main(["--out", str(tmp_path / "toy"), *words.split()]) == 2
         and words.split()[1] in capsys.readouterr().err
     )
+
+
+def test_rooms_have_the_depth_of_what_they_show() -> None:
+    """Rays times depth end on the floor, 1.4 m below the camera, or above it; on a sphere at its radius."""
+    for seed in range(4):
+        scene, depth = draw_room(np.random.default_rng(seed), 60, 80)
+        rows, columns = np.mgrid[:60, :80]
+        x, y = (columns + 0.5 - 40) / 72 * depth, (rows + 0.5 - 30) / 72 * depth
+        assert scene.image.shape == (60, 80, 3) and depth.dtype == np.float32
+        assert y.min() >= -1.2 - 1e-5 and y.max() <= 1.4 + 1e-5 and 1 < depth.min() < depth.max() <= 9
+        for shape in scene.shapes:
+            if shape.category == "sphere" and shape.visible.sum() > 100:
+                points = np.stack([x, y, depth], axis=-1)[shape.visible]
+                # |p|^2 = 2 p c + r^2 - |c|^2 is linear in the centre
+                unknowns, *_ = np.linalg.lstsq(
+                    np.column_stack([2 * points, np.ones(len(points))]), (points**2).sum(axis=1), rcond=None
+                )
+                radius = np.sqrt(unknowns[3] + (unknowns[:3] ** 2).sum())
+                away = np.linalg.norm(points - unknowns[:3], axis=1)
+                assert np.abs(away - radius).max() < 1e-4 and unknowns[1] + radius == pytest.approx(
+                    1.4, abs=1e-3
+                )

@@ -132,7 +132,8 @@ def predict(
     rows = [("predicted", f"{predicted} images")]
     if skipped:
         rows.append(("skipped", f"{len(skipped)} files, named in {RESULTS}"))
-    rows.append(("written", f"{out}: {RESULTS}, {VISUALIZATIONS}/"))
+    folders = f"{VISUALIZATIONS}/, {DEPTH}/" if DEPTH in loaded.tasks else f"{VISUALIZATIONS}/"
+    rows.append(("written", f"{out}: {RESULTS}, {folders}"))
     print_plan("done", [Section("results", rows)])
 
 

@@ -1,0 +1,309 @@
+"""Depth: maps under a geometry, losses, metrics by hand; the whole way, engines, photographs by heart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from tests.depth_folder import write_depth
+from tests.ranks import run_ranks
+from tests.tasks.cases import batch_of, denominators
+from tests.tiny import SETTINGS, STEPS, command, losses
+from visft_ds import evaluate, fit
+from visft_ds.config import resolve
+from visft_ds.data.depth import encoded, values_of
+from visft_ds.data.samples import RawSample, Sample
+from visft_ds.data.transforms import Crop, Flip, Op, Pad, Resize
+from visft_ds.randomness import generator
+from visft_ds.shards.cli import main as make_shards
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.depth.config import DepthHeadConfig, DepthLoss
+from visft_ds.tasks.depth.data import DepthTargets, depth_targets, moved
+from visft_ds.tasks.depth.head import DepthOutput, metres_of
+from visft_ds.tasks.depth.loss import DepthCriterion
+from visft_ds.tasks.depth.results import depth_results, judged_part, measure_depth
+from visft_ds.toy.coco import main as draw_toy
+
+OPTIONS = TASKS["depth"].options("image", {"fixed_size": 32})
+
+
+def _map(seed: int, *size: int) -> np.ndarray:
+    draw = np.random.default_rng(seed)
+    metres = draw.uniform(1, 9, size).astype(np.float32)
+    metres[draw.random(size) < 0.1] = 0
+    return metres
+
+
+def _packed(*maps: np.ndarray, frame: tuple[int, int] | None = None, relative: bool = False) -> DepthTargets:
+    samples = []
+    for place, values in enumerate(maps):
+        target = {"depth": values, "relative": np.array(relative)}
+        samples.append(Sample(place, place, values.shape, values.shape, None, 0, {"depth": target}))
+    return TASKS["depth"].pack(samples, frame or maps[0].shape)
+
+
+def test_a_map_moves_with_its_picture() -> None:
+    metres = _map(0, 12, 16)
+    ops: Sequence[Op] = [Flip(), Resize(24, 32), Crop(-2, 3, 20, 30), Pad(25, 33, 0)]
+    fine = metres[:, ::-1].repeat(2, axis=0).repeat(2, axis=1)
+    wanted = np.pad(np.pad(fine, ((2, 0), (0, 1)))[:20, 3:33], ((0, 5), (0, 3)))
+    assert np.array_equal(moved(metres, ops), wanted)
+    small = F.interpolate(torch.from_numpy(metres)[None, None], (5, 7), mode="nearest-exact")[0, 0]
+    assert np.array_equal(moved(metres, [Resize(5, 7)]), small)
+
+
+def test_what_is_zoomed_is_nearer() -> None:
+    """A quarter of a picture at its full size looks twice as large: as from half as far."""
+    stored = encoded(np.full((48, 64), 4, np.float32))
+    raw = RawSample(0, 0, (48, 64), None, (), (), depth=stored)
+    for ops, metres in (
+        ([Resize(32, 32)], 4.0),
+        ([Crop(12, 16, 24, 32), Resize(32, 32)], 2.0),
+        ([Crop(-24, -32, 96, 128), Resize(32, 32)], 8.0),
+    ):
+        target = depth_targets(OPTIONS, raw, ops, generator(0))
+        assert target["depth"].shape == (32, 32) and target["depth"].max() == pytest.approx(metres)
+    relative = depth_targets(OPTIONS, replace(raw, depth={**stored, "metres": None}), [*ops], generator(0))
+    assert relative["relative"] and relative["depth"].max() == 4000
+    without = depth_targets(OPTIONS, replace(raw, depth=None), [*ops], generator(0))
+    assert not without["depth"].any() and without["depth"].shape == (32, 32)
+
+
+def test_cells_have_a_weighted_mean_of_depths() -> None:
+    scores = torch.tensor([[-1.0, 0.9, 1.9]])[..., None, None]  # weights 0.1, 1, 2 of 1, 3 and 5 metres
+    assert metres_of(scores, 1.0, 5.0).item() == pytest.approx((0.1 + 3 + 10) / 3.1)
+
+
+def _losses(metres: torch.Tensor, *targets: DepthTargets, parts: int = 1) -> dict[str, torch.Tensor]:
+    criterion = DepthCriterion(DepthLoss())
+    divisors = denominators("depth", criterion, *targets)
+    return criterion(DepthOutput(metres), targets[0], divisors)
+
+
+def test_silog_by_hand_and_gradients_of_a_step() -> None:
+    """Errors of log are 0, 0, 1 and 1: variance 1/4, mean 1/2; the void pixel counts nowhere."""
+    truth = np.array([[1, 2, 1, 0], [1, 2, 1, 0]], np.float32)
+    metres = torch.tensor([[[1, 2, np.e, 5], [1, 2, np.e, 5]]])
+    found = _losses(metres, _packed(truth))
+    mean = 1 / 3
+    assert found["silog"].item() == pytest.approx(np.sqrt(mean - mean**2 + 0.15 * mean**2), rel=1e-5)
+    # across: 0 and 1 in each row, mean 1/2; of every second pixel 0 and 2 are neighbours: 1; then alone
+    assert found["gradient"].item() == pytest.approx(0.5 + 1.0, rel=1e-5) and found["relative"] == 0
+    assert _losses(3 * torch.from_numpy(truth)[None].clamp(min=1), _packed(truth))["gradient"] < 1e-5
+
+
+def test_the_loss_depends_on_no_division_and_no_padding() -> None:
+    maps = [_map(1, 16, 24), _map(2, 16, 24), np.zeros((16, 24), np.float32)]
+    metres = torch.rand(3, 8, 12, dtype=torch.float64) * 5 + 1
+    whole, every = _packed(*maps), [_packed(one) for one in maps]
+    wanted = _losses(metres, whole)
+    alone = [_losses(metres[n : n + 1], every[n], *every[:n], *every[n + 1 :]) for n in range(3)]
+    wider = _packed(*maps, frame=(20, 32))
+    padded = F.pad(metres, (0, 4, 0, 2), value=7.0)
+    for name, value in wanted.items():
+        assert torch.allclose(sum(one[name] for one in alone), value, rtol=1e-12)
+        assert torch.allclose(_losses(padded, wider)[name], value, rtol=1e-5)  # float32 shares
+
+
+def test_relative_maps_tell_no_scale_and_no_offset() -> None:
+    metres = torch.from_numpy(_map(3, 16, 24)).clamp(min=1)[None]
+    exact = _losses(metres, _packed((7 / metres[0] + 3).numpy(), relative=True))
+    assert exact["relative"] < 1e-5 and exact["gradient"] < 1e-4 and exact["silog"] == 0
+    inverted = _losses(metres, _packed(metres[0].numpy(), relative=True))
+    assert inverted["relative"] > 1  # what is nearer must be larger
+    gradient = metres.clone().requires_grad_()
+    _losses(gradient, _packed((9 - metres[0]).numpy(), relative=True))["relative"].backward()
+    assert gradient.grad is not None and gradient.grad.isfinite().all()
+
+
+def test_metrics_by_hand() -> None:
+    """Of 2, 4 and 5 m: 2, 5 and 10; the pixels at 0, and beyond 10 m, do not count."""
+    truth = encoded(np.array([[2, 4, 5, 0, 12]], np.float32))
+    predicted = encoded(np.array([[2, 5, 11, 1, 1]], np.float32))  # 11 is clipped
+    images = {"images": [{"id": 7, "depth": truth}, {"id": 8, "depth": None}]}
+    found = measure_depth(images, [{"image_id": 7, "depth": predicted}], DepthHeadConfig())
+    logs = np.log([1, 1.25, 2])
+    wanted = [
+        (0 + 0.25 + 1) / 3,
+        np.sqrt((0 + 1 + 25) / 3),
+        100 * np.sqrt((logs**2).mean() - logs.mean() ** 2),
+        1 / 3,  # 5 / 4 is not within 1.25
+        2 / 3,
+        2 / 3,
+    ]
+    assert list(found.values()) == pytest.approx(wanted)
+    inverse = encoded(np.array([[0.5, 0.25, 0.2, 0, 1]], np.float32)) | {"metres": None}
+    exact = encoded(np.array([[2, 4, 5, 1, 1]], np.float32))
+    found = measure_depth(
+        {"images": [{"id": 7, "depth": inverse}]}, [{"image_id": 7, "depth": exact}], DepthHeadConfig()
+    )
+    assert found["depth/AbsRel"] < 1e-6 and found["depth/delta1"] == 1
+    with pytest.raises(ValueError, match="no depth"):
+        measure_depth({"images": [{"id": 8, "depth": None}]}, [], DepthHeadConfig())
+
+
+def test_published_crops() -> None:
+    """Eigen's and Garg's, with the numbers of the published code (cleinc/bts)."""
+    eigen = np.zeros((480, 640), dtype=bool)
+    eigen[45:471, 41:601] = True
+    garg = np.zeros((375, 1242), dtype=bool)
+    garg[153:371, 44:1197] = True
+    assert np.array_equal(judged_part((480, 640)), eigen) and np.array_equal(judged_part((375, 1242)), garg)
+    assert judged_part((480, 641)).all()
+
+
+def test_results_have_the_stored_size_and_millimetres() -> None:
+    sizes, stored = torch.tensor([[16, 24], [16, 24]]), torch.tensor([[31, 47], [40, 50]])
+    batch = batch_of(2, images=torch.zeros(2, 3, 16, 24), sizes=sizes, original_sizes=stored)
+    batch = replace(batch, real=torch.tensor([True, False]))
+    metres = torch.rand(2, 8, 12) * 5 + 1
+    (result,) = depth_results(DepthOutput(metres), batch)
+    wanted = F.interpolate(metres[:1, None], (31, 47), mode="bilinear")[0, 0]
+    assert result["image_id"] == 1 and np.abs(values_of(result["depth"]) - wanted.numpy()).max() < 6e-4
+
+
+WAY = """
+import json, sys
+from pathlib import Path
+import visft_ds
+from tests.tiny import Here
+from visft_ds.cli import main
+from visft_ds.run import evaluation
+
+evaluation.ProcessPoolExecutor = Here
+root, settings, whole = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3] == "whole"
+data, shards = root / "data", root / "data-shards"
+
+
+def run(*words):
+    assert main([*map(str, words)]) == 0, words
+
+
+run("shards", data)
+given = dict(model="debug", engine="zero1", data=shards)
+visft_ds.fit(stage=1, out=root / "stage1", settings=settings, **given)
+last = root / "stage1"
+if whole:
+    last = root / "stage2"
+    adapted = {**settings, "visft.heads.path": str(root / "stage1/export"), "visft.lora.rank": 2}
+    visft_ds.fit(stage=2, out=last, settings=adapted, **given)
+    run("report", root / "stage1", last, "--out", root / "report.html")
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
+    run("plan", "--cluster=1xH100-80GB", "--stage=1", *sets, "--model=debug", "--engine=zero1")
+run("evaluate", "--run", last, "--visualizations", 1)
+run("predict", data / "images/val", "--run", last, "--out", root / "found")
+found = visft_ds.load(last).predict(data / "images/val/0val.png")
+found.draw().save(root / "drawn.png")
+exporting = ["export", str(last), "--out", str(root / "exported")]
+print(json.dumps([repr(found), found.depth.shape, float(found.depth.min()), main(exporting)]))
+"""
+
+
+@pytest.mark.parametrize("how", ["short", pytest.param("whole", marks=pytest.mark.slow)])
+def test_the_whole_way(tmp_path: Path, how: str) -> None:
+    """From a folder of maps to predictions; `whole`: with a stage 2, a report and a plan besides."""
+    write_depth(tmp_path / "data", 6, 2)
+    image = {"min_size_train": [28, 42], "max_size_train": 56, "min_size_test": 42, "max_size_test": 56}
+    settings = {
+        **{key: value for key, value in SETTINGS.items() if ".tasks." not in key},
+        "visft.mode": "sampled",
+        "visft.tasks": "depth",
+        "scheduler.params.total_num_steps": 3,
+        "visft.run.save_every": 3,
+        "visft.run.eval_every": 3,
+        "visft.tasks.depth": {"batch_size": 4, "micro_batch": 2, "image": image},
+    }
+    if how == "whole":
+        settings["visft.run.visualizations"] = 1
+        settings["visft.run.memory_check"] = True
+    (printed,) = run_ranks(["-c", WAY, str(tmp_path), json.dumps(settings), how], world=1)
+    told, size, least, exported = json.loads(printed.splitlines()[-1])
+    assert " m" in told and size == [64, 40] and 1 < least < 10 and exported == 2
+    assert "depth has no export" in printed
+    names = losses(tmp_path / "stage1")[0].keys()
+    assert {"loss/depth/silog", "loss/depth/gradient", "loss/depth/relative"} <= names
+    last = tmp_path / ("stage2" if how == "whole" else "stage1")
+    measured = json.loads((last / "evaluation-val/metrics.json").read_text())
+    assert 0 <= measured["metrics"]["depth/AbsRel"] <= 10 and list(last.glob("**/visualizations/*depth*"))
+    (first, _) = json.loads((tmp_path / "found/predictions.json").read_text())["depth"]
+    assert first["depth"] == {"file": "depth/0val.png", "metres": 0.001}
+    with Image.open(tmp_path / "found/depth/0val.png") as picture:
+        assert picture.mode.startswith("I") and picture.size == (40, 64)
+    if how == "whole":
+        assert "depth/AbsRel" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("mode", ["sampled", "shared"])
+def test_the_same_under_every_engine(tmp_path: Path, mode: str) -> None:
+    """One process, and ZeRO-3 on two, beside boxes and captions, from one forward or by turns."""
+    assert (
+        draw_toy(["--out", str(tmp_path / "rooms"), "--depth", "--train=8", "--val=2", "--size=64x56"]) == 0
+    )
+    assert make_shards([str(tmp_path / "rooms")]) == 0
+    extra: dict[str, Any] = {
+        "visft.mode": mode,
+        "visft.tasks.segmentation": None,
+        "visft.tasks.detection.head.dropout": 0.0,
+        "visft.tasks.captioning.head.dropout": 0.0,
+        "visft.tasks.depth": {
+            "steps": 50_000,
+            "batch_size": 4,
+            "micro_batch": 1,
+            "image": {"fixed_size": 56},
+        },
+        "visft.run.eval_every": 0,
+        "visft.data.val": "val",
+    }
+    for engine, world in {"zero1": 1, "zero3": 2}.items():
+        words = command(tmp_path / "rooms-shards", tmp_path / engine, extra=extra)
+        run_ranks(["launchers/train.py", f"--engine={engine}", *words], world)
+    ours, theirs = losses(tmp_path / "zero3"), losses(tmp_path / "zero1")
+    assert len(theirs) == STEPS and any("loss/depth/silog" in record for record in theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_rooms_are_learnt_by_heart(tmp_path: Path) -> None:
+    """26 of them, by a linear head on three maps of a network whose weights are real."""
+    words = ["--out", str(tmp_path / "rooms"), "--depth", "--train=26", "--val=0", "--size=224x224"]
+    assert draw_toy(words) == 0 and make_shards([str(tmp_path / "rooms"), "--split=train"]) == 0
+    settings = {
+        "visft.tasks": "depth",
+        "scheduler.params.total_num_steps": 400,
+        "visft.features.views": 1,
+        "visft.run.eval_every": 0,
+        "visft.shared.image": {"fixed_size": 224, "flip": 0.0},
+        "visft.model.out_indices": [2, 4, 6],
+        "visft.param_groups": [{"name": "heads", "params": "heads.*", "lr": 3e-3}],
+    }
+    fit(data=tmp_path / "rooms-shards", out=tmp_path / "run", settings=settings)
+    found = evaluate(tmp_path / "run", split="train", visualizations=2).metrics
+    assert found["depth/AbsRel"] < 0.08 and found["depth/delta1"] > 0.95, found
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (['visft.tasks.depth={"image": {"tile": [64, 16]}}'], "whole images"),
+        (['visft.tasks.depth={"head": {"nearest": 10.0}}'], "below farthest"),
+        (['visft.tasks.depth={"head": {"type": "plain"}}'], "linear"),
+        (["visft.tasks.depth={}", "visft.mode=shared", "visft.shared.image.tile=[64, 16]"], "whole ones"),
+        (["visft.tasks.depth={}", "pipeline.stages=2"], "visft.tasks.depth"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: list[str], message: str) -> None:
+    engine = "pipeline" if "pipeline" in settings[-1] else "zero1"
+    with pytest.raises(ValueError, match=message):
+        resolve(stage=1, engine=engine, model="debug", settings=settings)
