@@ -31,6 +31,7 @@ CONTENTS = (
         "python",
         "own-data",
         "labels",
+        "depth",
         "data",
         "images-and-labels",
         "training-data",

@@ -53,7 +53,7 @@ class Options:
             raise ValueError(f"limit {self.limit}: at least one image is needed")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed {self.seed}: it must not be negative, and below 2**63")
-        if self.instances is self.maps is self.captions is self.depth is None:
+        if self.depth is None and self.instances is self.maps is self.captions is None:
             raise ValueError("there are no labels: give --instances, --captions or both")
         if not self.images.is_dir():
             remedy = "give --images DIR, or export the data set with its images"
