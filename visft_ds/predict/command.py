@@ -190,7 +190,7 @@ def _predictions_by_tiles(
 
 
 def _reason(error: Exception) -> str:
-    """Why a file is skipped, which is also printed."""
+    """Print and return the reason why a file is skipped."""
     reason = printable(str(error))
     tqdm.write(f"skipped {visible(redacted(reason))}", file=sys.stderr)
     return reason

@@ -287,7 +287,7 @@ class Model:
         return predictions[0] if single else predictions
 
     def tiles_of(self, tile: int | str | None) -> Tiles | None:
-        """How images are cut where a user says so (see `predict`), or as in the run; None: not at all.
+        """Squares that images are cut into, as a user says (see `predict`) or as in the run; None: taken whole.
 
         Raises ValueError for what is neither a side nor "none", and for tasks that need whole images.
         """
