@@ -49,7 +49,10 @@ def test_too_little_memory_is_no_bug(error: Exception, capsys: pytest.CaptureFix
 def test_the_system_says_which_file_in_words_of_ours(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path, cause in ((tmp_path / "nosuch.json", "no such file or directory"), (tmp_path, "is a directory")):
+    for path, cause in (
+        (tmp_path / "nosuch.json", "no such file or directory"),
+        (tmp_path, "is a directory"),
+    ):
         with pytest.raises(OSError, match="Errno") as refused:
             path.read_bytes()
         assert tell(refused.value, "shards") == 2

@@ -287,7 +287,7 @@ class Model:
         return predictions[0] if single else predictions
 
     def tiles_of(self, tile: int | str | None) -> Tiles | None:
-        """Squares that images are cut into, as a user says (see `predict`) or as in the run; None: taken whole.
+        """Squares that images are cut into, as a user says (see `predict`) or as in the run; None: no cuts.
 
         Raises ValueError for what is neither a side nor "none", and for tasks that need whole images.
         """

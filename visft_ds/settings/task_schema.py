@@ -117,7 +117,7 @@ class TaskConfig(StreamConfig):
         return self.metrics
 
     def target_options(self) -> dict[str, Any]:
-        """Options of targets that depend on the head, which they are made without; they join those of images."""
+        """Options of targets that depend on the head; they join those of images."""
         return {}
 
     @classmethod
