@@ -5,6 +5,7 @@ Letters: B images, H W pixels, h w patch grid, D width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -76,13 +77,14 @@ def load(
     check_options(image_size=image_size)
     from visft_ds.predict.exported import ExportedModel, exported_files  # which builds on this module
 
-    if exported_files(Path(source)):
+    place = _path_of(source)
+    if exported_files(place):
         others = (tasks, backbone, heads, adapter, vocabulary, image_size)
         if any(other is not None for other in others) or device not in (None, "cpu"):
             raise ValueError(f"{source} is an export, whole and for CPUs here: leave out all but its folder")
-        return ExportedModel(Path(source))
+        return ExportedModel(place)
     parts = source_of(
-        Path(source),
+        place,
         tasks=tasks,
         backbone=backbone,
         download=download,
@@ -92,7 +94,14 @@ def load(
         precision=precision,
         side=image_size,
     )
-    return Model(Path(source), *_build(parts, device))
+    return Model(place, *_build(parts, device))
+
+
+def _path_of(source: object) -> Path:
+    """The path that a user gave. Raises ValueError for anything else."""
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"source is of type {type(source).__name__}: give the path of a run or of weights")
+    return Path(source)
 
 
 @speaking_python()
@@ -114,7 +123,12 @@ def load_backbone(
         torch.Size([1, 16, 4, 4])
     """
     parts = source_of(
-        Path(source), backbone=backbone, download=download, adapter=adapter, precision=precision, alone=True
+        _path_of(source),
+        backbone=backbone,
+        download=download,
+        adapter=adapter,
+        precision=precision,
+        alone=True,
     )
     loaded, _ = _build(parts, device)
     return ImageFeatures(loaded)
@@ -237,6 +251,7 @@ class Model:
         batch_size: int | None = ...,
         tile: int | str | None = ...,
     ) -> list[Prediction]: ...
+    @speaking_python()
     def predict(
         self,
         images: ImageInput | Iterable[ImageInput],
