@@ -75,7 +75,7 @@ class Vlm:
         """
         written = transformers_names.written(tower, tower, backbone)
         present = self.tower.state_dict()
-        own = _OWN
+        own: tuple[str, ...] = _OWN
         if self.model.config.model_type == _BLIP2:
             own += _OWN_OF_BLIP2
         tensors: dict[str, Lazy] = {}
