@@ -35,6 +35,7 @@ class Options:
     masks_from_boxes: bool = False  #: an object without a mask gets the ellipse in its box
     maps: CocoFile | None = None  #: label maps instead of instances
     division: Division | None = None  #: only the images of one side of it
+    corrections: Path | None = None  #: file of changes to the instances, see `shards.corrections`
 
     def __post_init__(self) -> None:
         if _ADDRESS.match(str(self.out)):

@@ -125,6 +125,15 @@ def _ocr(request: Request) -> Benchmark:
     return ocr(request.label, read_words(folder / "train"), read_words(folder / "test"))
 
 
+def _vqa(request: Request) -> Benchmark:
+    from visft_ds.evals.judge.questions import read_questions
+    from visft_ds.evals.judge.vqa import vqa
+
+    parts = read_questions(request.source, request.train, request.test)
+    train, test = (replace(part, images=request.grouped(part.images)) for part in parts)
+    return vqa(request.label, train, test)
+
+
 def _agreement(request: Request) -> Benchmark:
     from visft_ds.evals.judge.agreement import agreement, read_images
 
@@ -149,7 +158,7 @@ KINDS: Mapping[str, Kind] = {
         _classification,
         "classification",
         ("split", "train", "groups", "name"),
-        f"kNN and linear on frozen features: folders of classes, {DIGITS}",
+        f"kNN, linear and few images a class on frozen features: folders of classes, {DIGITS}",
     ),
     "zero_shot": Kind(
         _zero_shot,
@@ -164,10 +173,17 @@ KINDS: Mapping[str, Kind] = {
         _objects,
         "objects",
         ("split", "train", "groups", "name"),
-        "names of boxed objects, as segmentation; boxes are enough",
+        "names of boxed objects, in crops and in whole images with the box drawn in: data as for "
+        "segmentation; boxes are enough",
     ),
     "ocr": Kind(
         _ocr, "ocr", ("name",), "words read by a small head: train/ and test/ with gt.txt or labels.txt"
+    ),
+    "vqa": Kind(
+        _vqa,
+        "vqa",
+        ("split", "train", "groups", "name"),
+        "questions answered by a probe, without a language model: VQAv2, OK-VQA, GQA, visft toy",
     ),
     "agreement": Kind(
         _agreement,
