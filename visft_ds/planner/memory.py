@@ -36,7 +36,7 @@ FP32 = 4  #: bytes
 MEMORY_SHARE = 0.92
 
 #: Of a process on a CPU beside its tensors: buffers that libraries make when they are first used, measured.
-LIBRARIES = 32 * 2**20
+LIBRARIES = 29 * 2**20
 #: The same: freed memory that the allocator keeps, in bytes of all gradients, without ZeRO and with it, whose
 #: flat tensors fit in no gap that activations leave. Fitted to measured steps.
 KEPT = 1.4
