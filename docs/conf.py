@@ -32,6 +32,7 @@ CONTENTS = (
         "own-data",
         "data",
         "images-and-labels",
+        "bands",
         "training-data",
         "training",
         "backbones",
