@@ -30,6 +30,7 @@ CONTENTS = (
         "getting-started",
         "python",
         "own-data",
+        "labels",
         "data",
         "images-and-labels",
         "bands",
@@ -39,7 +40,16 @@ CONTENTS = (
         "runs",
         "clusters",
     ),
-    *("memory-and-speed", "plan-and-profile", "export", "evaluation", "judge", "paper", "troubleshooting"),
+    *(
+        "memory-and-speed",
+        "plan-and-profile",
+        "export",
+        "onnx",
+        "evaluation",
+        "judge",
+        "paper",
+        "troubleshooting",
+    ),
     *("evidence", "architecture", "configuration", "numbers", "api"),
 )
 AROUND = {

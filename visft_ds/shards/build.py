@@ -100,6 +100,7 @@ def _plan(options: Options) -> _Plan:
         options.masks_from_boxes,
         options.maps,
         options.division,
+        options.corrections,
     )
     name_as_here(source, options.images)
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions

@@ -25,6 +25,7 @@ from visft_ds.flags import Parser, check_least, parse_size
 from visft_ds.settings.bands import in_words
 from visft_ds.shards.build import build, reasons
 from visft_ds.shards.common import Findings, FolderSplit, lines_of
+from visft_ds.shards.corrections import with_corrections
 from visft_ds.shards.division import Division
 from visft_ds.shards.layouts import recognise
 from visft_ds.shards.options import Options
@@ -99,6 +100,14 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="with --val: images with the same match of this regular expression in their file names, or the "
         "same text in its first parenthesis, stay together, e.g. '^[^_]+' for VIDEO_FRAME.jpg",
+    )
+    add(
+        "--corrections",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="change labels as a page of visft labels says; repeatable, one for each split",
     )
     add("--ids", type=Path, metavar="FILE", help="only these images: one image id or file name per line")
     add(
@@ -212,7 +221,8 @@ def _build(arguments: argparse.Namespace) -> None:
     if missing:
         raise ValueError(f"{', '.join(missing)}: missing; give these, or a FOLDER that is recognised")
     files = {name: getattr(arguments, name) for name in _FILES}
-    _build_splits(arguments, arguments.out, _divided(arguments, [FolderSplit(arguments.split, **files)]))
+    splits = _divided(arguments, [FolderSplit(arguments.split, **files)])
+    _build_splits(arguments, arguments.out, with_corrections(splits, arguments.corrections))
 
 
 def _build_folder(arguments: argparse.Namespace) -> None:
@@ -222,7 +232,7 @@ def _build_folder(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.folder} is a data set: leave out {', '.join(doubled)}, or the folder")
     source = Path(os.path.abspath(arguments.folder))
     layout, splits, unread = recognise(source, arguments.split, arguments.exif, arguments.void)
-    splits = _divided(arguments, splits)
+    splits = with_corrections(_divided(arguments, splits), arguments.corrections)
     folder = source.parent if source.is_file() else source
     out = arguments.out or Path(f"{folder}-shards")
     print(f"{arguments.folder}: {layout}, {', '.join(split.name for split in splits)}")
@@ -312,6 +322,7 @@ def _build_split(
         seed=arguments.seed,
         exif=arguments.exif,
         division=split.division,
+        corrections=split.corrections,
         masks_from_boxes=arguments.masks_from_boxes,
         range=None if value_range is None else (value_range[0], value_range[1]),
         bands=None if bands is None else tuple(map(int, bands)),

@@ -36,6 +36,7 @@ class Options:
     masks_from_boxes: bool = False  #: an object without a mask gets the ellipse in its box
     maps: CocoFile | None = None  #: label maps instead of instances
     division: Division | None = None  #: only the images of one side of it
+    corrections: Path | None = None  #: file of changes to the instances, see `shards.corrections`
     range: Range | None = None  #: values of black and white in pictures of bands; None: found in the pictures
     bands: tuple[int, ...] | None = None  #: numbers of the bands that are read, from 1; None: all
     form: Form | None = None  #: of pictures of bands, which the build finds; None: three colours of 8 bits

@@ -74,10 +74,12 @@ def encode(
         what: is done, for the line that shows how many images are encoded.
     """
     features: dict[str, dict[str, dict[str, Tensor]]] = {block: {} for block in blocks}
-    for name, images in benchmark.sets.items():
+    for name, images in benchmark.sets_for(has_text=encoder.text is not None).items():
         kinds = kinds_read(benchmark, encoder.kinds)
         if name == "train" and "clip" in kinds:
             kinds.remove("clip")  # texts are compared with what is judged alone
+        if name in benchmark.text_sets:
+            kinds = ["clip"]
         of_set = encode_images(encoder, images, kinds, settings, f"{what} {name}")
         if benchmark.layer_choice is not None:
             of_set = brought_near(of_set, settings)

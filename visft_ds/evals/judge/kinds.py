@@ -149,7 +149,7 @@ KINDS: Mapping[str, Kind] = {
         _classification,
         "classification",
         ("split", "train", "groups", "name"),
-        f"kNN and linear on frozen features: folders of classes, {DIGITS}",
+        f"kNN, linear and few images a class on frozen features: folders of classes, {DIGITS}",
     ),
     "zero_shot": Kind(
         _zero_shot,
@@ -164,7 +164,8 @@ KINDS: Mapping[str, Kind] = {
         _objects,
         "objects",
         ("split", "train", "groups", "name"),
-        "names of boxed objects, as segmentation; boxes are enough",
+        "names of boxed objects, in crops and in whole images with the box drawn in: data as for "
+        "segmentation; boxes are enough",
     ),
     "ocr": Kind(
         _ocr, "ocr", ("name",), "words read by a small head: train/ and test/ with gt.txt or labels.txt"
