@@ -50,6 +50,7 @@ COMMANDS = {
     "merge": Program(
         "visft_ds.merge.cli", "merge adapters into base weights, or write them in another format"
     ),
+    "vlm": Program("visft_ds.merge.cli", "put a trained tower into BLIP-2 or a model like LLaVA", "vlm"),
     "plan": Program("visft_ds.planner.command", "predict memory and time of a training run on a cluster"),
     "profile": Program(
         "visft_ds.profiling.command", "measure speed, time by part and memory of a training run"
@@ -65,7 +66,7 @@ COMMANDS = {
 GROUPS = {
     "prepare data": ("shards", "labels", "toy"),
     "train": ("train", "demo"),
-    "use the result": ("predict", "evaluate", "report", "export", "merge"),
+    "use the result": ("predict", "evaluate", "report", "export", "merge", "vlm"),
     "judge": ("judge", "ablate"),
     "plan and check": ("plan", "profile", "doctor"),
 }

@@ -125,6 +125,15 @@ def _ocr(request: Request) -> Benchmark:
     return ocr(request.label, read_words(folder / "train"), read_words(folder / "test"))
 
 
+def _vqa(request: Request) -> Benchmark:
+    from visft_ds.evals.judge.questions import read_questions
+    from visft_ds.evals.judge.vqa import vqa
+
+    parts = read_questions(request.source, request.train, request.test)
+    train, test = (replace(part, images=request.grouped(part.images)) for part in parts)
+    return vqa(request.label, train, test)
+
+
 def _agreement(request: Request) -> Benchmark:
     from visft_ds.evals.judge.agreement import agreement, read_images
 
@@ -169,6 +178,12 @@ KINDS: Mapping[str, Kind] = {
     ),
     "ocr": Kind(
         _ocr, "ocr", ("name",), "words read by a small head: train/ and test/ with gt.txt or labels.txt"
+    ),
+    "vqa": Kind(
+        _vqa,
+        "vqa",
+        ("split", "train", "groups", "name"),
+        "questions answered by a probe, without a language model: VQAv2, OK-VQA, GQA, visft toy",
     ),
     "agreement": Kind(
         _agreement,

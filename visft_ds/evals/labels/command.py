@@ -32,6 +32,9 @@ _MARGIN = 0.75  # around boxes in a picture, of their longer side
 _LEAST_MARGIN = 24  # pixels
 _SIDE = 360  # of a picture on the page, pixels
 _PRINTED = 10  # doubts
+_LEARNT = (
+    0.5  # box/AP50 by the labels themselves, below which nothing was measured that would speak for doubts
+)
 #: Words of a manifest's sources that stand for the command that built it.
 _FOLDER = "MYFOLDER"
 
@@ -81,6 +84,9 @@ def _check_split(run: Path, manifest: Manifest, limit: int | None, most: int, fo
         (f"{number}. {KINDS[doubt.kind]}", _words(doubt, images, names))
         for number, doubt in _numbered(doubts)
     ]
+    average_precision = evaluation.metrics.get("box/AP50", 0.0)
+    learnt = "" if average_precision >= _LEARNT else ": a model that finds so little says little of labels"
+    rows.append(("the model", f"box/AP50 {average_precision:.2f} by these labels{learnt}"))
     counts = Counter(KINDS[doubt.kind] for doubt in doubts if doubt.score > 0.5)
     of_kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     rows.append(("above 0.5", of_kinds or "none"))
