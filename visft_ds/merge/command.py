@@ -61,8 +61,8 @@ def merge_files(flags: argparse.Namespace) -> int:
     base = open_base(flags, adapter)
     if base.backbone.bands is not None and flags.format != "timm":
         raise ValueError(
-            f"the model reads {in_words(base.backbone.bands)}, which --format {flags.format} does not describe: "
-            "give --format timm"
+            f"the model reads {in_words(base.backbone.bands)}, which --format {flags.format} does not "
+            "describe: give --format timm"
         )
     if adapter is not None:
         adapter = fitting(adapter, base)

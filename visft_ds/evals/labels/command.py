@@ -138,6 +138,7 @@ def _write(
     rows = []
     for doubt in doubts:
         image = read_raw(reader, positions[doubt.image_id], "images").image
+        assert image is not None
         file_name = images[doubt.image_id]["file_name"]
         rows.append({"file_name": file_name, **_row(doubt, as_rgb(image), names)})
     concerned = {doubt.image_id for doubt in doubts}
