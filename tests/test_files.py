@@ -185,6 +185,14 @@ def test_whatever_a_parser_raises_becomes_one_sentence(text: str) -> None:
         json.loads(text)["images"][0]
 
 
+def test_a_missing_key_is_named() -> None:
+    with (
+        pytest.raises(ValueError, match=r"^x\.json: cannot be read as a list of images: it has no 'images'$"),
+        reading("x.json", "a list of images"),
+    ):
+        {}["images"]
+
+
 def test_errors_of_the_system_and_nested_ones_pass_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), reading(tmp_path / "none", "anything"):
         read_bytes(tmp_path / "none")

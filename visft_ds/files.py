@@ -75,6 +75,8 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
             isinstance(error, OSError | SyntaxError) and str(error)
         ):
             cause = str(error)
+        elif isinstance(error, KeyError) and " " not in str(error):
+            cause = f"it has no {error}"
         else:
             cause = f"{type(error).__name__} {error}"
         raise ValueError(f"{path}: cannot be read as {what}: {' '.join(cause.split())[:400]}") from error

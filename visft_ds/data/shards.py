@@ -125,8 +125,12 @@ class Manifest:
             address = str(path)
             content = read_bytes(path, _MAX_MANIFEST_BYTES)
         else:
-            existing = ", ".join(splits_in(Path(root))) or "none"
-            raise ValueError(f"{path} does not exist; finished splits there: {existing}")
+            finished = splits_in(Path(root))
+            if not finished:
+                raise ValueError(
+                    f"{root} holds no shards ({path.name}), which `visft shards FOLDER` makes of a data set"
+                )
+            raise ValueError(f"{path} does not exist; finished splits there: {', '.join(finished)}")
         with reading(address, "a manifest of shards"):
             values = orjson.loads(content)
             if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):

@@ -110,7 +110,7 @@ def evaluate(
     )
     check_least(counts, limit=1, batch_size=1, beam_size=1, visualizations=0)
     if run is None and None in (backbone, heads, data):
-        raise ValueError("without --run give --backbone, --heads and --data")
+        raise ValueError("give --run, or --backbone, --heads and --data")
     source = source_of(
         None if run is None else Path(run),
         tasks=tasks,

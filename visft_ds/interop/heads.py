@@ -93,7 +93,17 @@ class HeadFile:
         """The file itself. Raises ValueError if names or shapes differ from the head (on any device, meta
         too).
         """
-        fitted(self.tensors, head.state_dict(), behind=(), what=f"the {self.info.task} head")
+        task = self.info.task
+        kind = self.info.options.get("type")
+        try:
+            fitted(self.tensors, head.state_dict(), behind=(), what=f"the {task} head")
+        except ValueError as error:
+            if kind is None:
+                raise
+            raise ValueError(
+                f"{error}; its head is of type {kind}: give the settings of the run that trained it, such as "
+                f"--set visft.tasks.{task}.head.type={kind}"
+            ) from error
         return self
 
     def build(self) -> nn.Module:

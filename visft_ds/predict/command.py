@@ -129,6 +129,9 @@ def predict(
     rows = [("predicted", f"{predicted} images")]
     if skipped:
         rows.append(("skipped", f"{len(skipped)} files, named in {RESULTS}"))
+    without = [task for task in loaded.tasks if not whole[task]]
+    if without:
+        rows.append((", ".join(without), f"no object scores {threshold:g} or more: lower --threshold"))
     rows.append(("written", f"{out}: {RESULTS}, {VISUALIZATIONS}/"))
     print_plan("done", [Section("results", rows)])
 
@@ -193,7 +196,7 @@ def _predictions_by_tiles(
 
 
 def _reason(error: Exception) -> str:
-    """Why a file is skipped, which is also printed."""
+    """Print and return the reason why a file is skipped."""
     reason = printable(str(error))
     tqdm.write(f"skipped {visible(redacted(reason))}", file=sys.stderr)
     return reason

@@ -151,7 +151,7 @@ class ModelSource:
 
 
 def _limit(head: HeadInfo) -> str:
-    """What a head can find in an image, as the end of a line; "" where no number limits it."""
+    """Most objects that a head can find in an image, as the end of a line; "" where no number limits it."""
     most = getattr(head.settings(), "most_objects", None)
     return "" if most is None else f", at most {most} objects an image"
 

@@ -5,6 +5,7 @@ Letters: B images, H W pixels, h w patch grid, D width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -78,13 +79,14 @@ def load(
     check_options(image_size=image_size)
     from visft_ds.predict.exported import ExportedModel, exported_files  # which builds on this module
 
-    if exported_files(Path(source)):
+    place = _path_of(source)
+    if exported_files(place):
         others = (tasks, backbone, heads, adapter, vocabulary, image_size)
         if any(other is not None for other in others) or device not in (None, "cpu"):
             raise ValueError(f"{source} is an export, whole and for CPUs here: leave out all but its folder")
-        return ExportedModel(Path(source))
+        return ExportedModel(place)
     parts = source_of(
-        Path(source),
+        place,
         tasks=tasks,
         backbone=backbone,
         download=download,
@@ -94,7 +96,14 @@ def load(
         precision=precision,
         side=image_size,
     )
-    return Model(Path(source), *_build(parts, device))
+    return Model(place, *_build(parts, device))
+
+
+def _path_of(source: object) -> Path:
+    """The path that a user gave. Raises ValueError for anything else."""
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"source is of type {type(source).__name__}: give the path of a run or of weights")
+    return Path(source)
 
 
 @speaking_python()
@@ -116,7 +125,12 @@ def load_backbone(
         torch.Size([1, 16, 4, 4])
     """
     parts = source_of(
-        Path(source), backbone=backbone, download=download, adapter=adapter, precision=precision, alone=True
+        _path_of(source),
+        backbone=backbone,
+        download=download,
+        adapter=adapter,
+        precision=precision,
+        alone=True,
     )
     loaded, _ = _build(parts, device)
     return ImageFeatures(loaded)
@@ -246,6 +260,7 @@ class Model:
         batch_size: int | None = ...,
         tile: int | str | None = ...,
     ) -> list[Prediction]: ...
+    @speaking_python()
     def predict(
         self,
         images: ImageInput | Iterable[ImageInput],
@@ -297,7 +312,7 @@ class Model:
         return predictions[0] if single else predictions
 
     def tiles_of(self, tile: int | str | None) -> Tiles | None:
-        """How images are cut where a user says so (see `predict`), or as in the run; None: not at all.
+        """Squares that images are cut into, as a user says (see `predict`) or as in the run; None: no cuts.
 
         Raises ValueError for what is neither a side nor "none", and for tasks that need whole images.
         """
