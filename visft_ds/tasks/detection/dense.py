@@ -106,7 +106,7 @@ class DenseHead(nn.Module):
         Args:
             regions, chosen: of `InstanceTargets`, for losses; else there are masks of the detections.
         """
-        output = self._boxes(maps[self.box_map :])
+        output = self.boxes(maps)
         if self.masks is None:
             return output
         if regions is None or chosen is None:
@@ -116,8 +116,9 @@ class DenseHead(nn.Module):
             output = replace(output, detections=detections)
         return replace(output, chosen=chosen, masks=self.masks(maps, regions, chosen))
 
-    def _boxes(self, maps: Sequence[Map]) -> DenseOutput:
-        finest, *coarser = maps
+    def boxes(self, maps: Sequence[Map]) -> DenseOutput:
+        """Scores and boxes of all cells, without masks, from the maps of a backbone."""
+        finest, *coarser = maps[self.box_map :]
         grid = finest.features.shape[-2:]
         features = torch.cat([finest.features, *(map_.resized(grid) for map_ in coarser)], dim=1)
         valid = finest.valid
