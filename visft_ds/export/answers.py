@@ -14,12 +14,8 @@ from torch import Tensor
 
 from visft_ds.data.samples import Map
 from visft_ds.data.transforms import Size
-<<<<<<< HEAD
 from visft_ds.tasks.detection.data import corners_of
-from visft_ds.tasks.detection.dense import CANDIDATES, OVERLAP, DenseOutput
-=======
 from visft_ds.tasks.detection.dense import CANDIDATES, LEAST_SCORE, OVERLAP, DenseHead, DenseOutput
->>>>>>> main
 from visft_ds.tasks.detection.head import DetectionOutput
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.semantic.head import SemanticOutput
