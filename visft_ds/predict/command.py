@@ -159,7 +159,10 @@ def _predictions(
     with ThreadPoolExecutor(_THREADS) as pool, tqdm(total=len(files), unit=" images", disable=None) as bar:
 
         def opening(start: int) -> list[tuple[str, Future[OpenedImage]]]:
-            return [(name, pool.submit(open_file, file)) for name, file in listed[start : start + size]]
+            futures = []
+            for name, file in listed[start : start + size]:
+                futures.append((name, pool.submit(open_file, file, bands=loaded.bands)))
+            return futures
 
         coming = opening(0)
         for start in range(0, len(listed), size):
@@ -183,7 +186,7 @@ def _predictions_by_tiles(
     """As `_predictions`, one file after the other; `size` tiles go through the model together."""
     for name, file in tqdm(files.items(), unit=" images", disable=None):
         try:
-            image = open_file(file, MOST_IN_TILES)
+            image = open_file(file, MOST_IN_TILES, loaded.bands)
         except (ValueError, OSError) as error:
             yield name, _reason(error)
             continue

@@ -15,6 +15,7 @@ from PIL import Image
 
 from visft_ds.config.record import recorded_config
 from visft_ds.data.dataset import coco_dataset, read_raw
+from visft_ds.data.decode import as_rgb
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
 from visft_ds.evals.evaluate import evaluate
@@ -137,8 +138,9 @@ def _write(
     rows = []
     for doubt in doubts:
         image = read_raw(reader, positions[doubt.image_id], "images").image
+        assert image is not None
         file_name = images[doubt.image_id]["file_name"]
-        rows.append({"file_name": file_name, **_row(doubt, np.asarray(image), names)})
+        rows.append({"file_name": file_name, **_row(doubt, as_rgb(image), names)})
     concerned = {doubt.image_id for doubt in doubts}
     listed = [image for number, image in images.items() if number in concerned]
     head = {"info": {"format": FORMAT, "version": VERSION, "split": split}, "categories": categories}
