@@ -219,7 +219,7 @@ def _scaling(pixels: int, wanted: int, device: torch.device) -> Tensor:
     new = 2 * torch.arange(wanted, device=device)[:, None] + 1
     old = 2 * torch.arange(pixels, device=device)[None] + 1
     distances = (old * wanted - new * pixels).abs()
-    reach = 2 * torch.sym_max(pixels, wanted)
+    reach: Any = 2 * torch.sym_max(pixels, wanted)  # a number, which may be that of the graph
     heights = torch.maximum(reach - distances, torch.zeros_like(distances))
     sums = heights.sum(dim=1, keepdim=True)
     largest = (heights.float() / sums.float()).max()
