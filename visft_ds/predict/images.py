@@ -19,7 +19,16 @@ from PIL import Image, ImageOps
 
 from visft_ds.data.decode import decode_image
 from visft_ds.data.fetch import is_url
-from visft_ds.files import MAX_PIXELS, image_frame, mapped_image, open_image, read_bytes, reading, to_rgb
+from visft_ds.files import (
+    MAX_PIXELS,
+    image_frame,
+    mapped_image,
+    open_image,
+    read_bytes,
+    reading,
+    spooled_image,
+    to_rgb,
+)
 from visft_ds.redaction import redacted
 
 if TYPE_CHECKING:
@@ -146,7 +155,8 @@ def open_file(path: Path, most: int = MAX_PIXELS) -> OpenedImage:
     """Decode a file, of several images the first, upright by its EXIF.
 
     Above MAX_PIXELS, where `most` allows it, no more memory is taken than a format needs: TIFFs that are not
-    compressed, in strips, are read where one looks at them, and JPEGs decoded to three bytes a pixel.
+    compressed, in strips, are read where one looks at them, JPEGs decoded to three bytes a pixel, and others
+    of 8 bits to a temporary file.
 
     Raises ValueError naming a file that is no image, damaged, too large, or not a regular one.
     """
@@ -165,6 +175,9 @@ def _large_image(path: Path, format_name: str, most: int) -> Pixels:
     if format_name == "JPEG":
         with reading(path, "a picture"):
             return decode_image(read_bytes(path), most)
+    spooled = spooled_image(path, most)
+    if spooled is not None:
+        return spooled
     return np.asarray(open_image(path, upright=False, most=most))
 
 
