@@ -141,6 +141,18 @@ def test_boxes_are_seen_as_crops() -> None:
     assert np.asarray(objects.crop(image, (200, 200, 20, 20))).min() == 128  # a box outside of its image
 
 
+def test_boxes_are_drawn_into_whole_images() -> None:
+    """Around the box, in the middle of a square; at a border of it the line is inside."""
+    image = Image.new("RGB", (200, 120), (0, 0, 0))
+    seen = np.asarray(objects.marked(image, (30, 20, 40, 50)))
+    red = (seen == (255, 0, 0)).all(axis=2)
+    assert seen.shape == (200, 200, 3) and (seen[:40] == 128).all()
+    assert (seen[60:110, 30:70] == 0).all() and red[60:110, [28, 29, 70, 71]].all()
+    assert red.sum() == 54 * 44 - 50 * 40
+    whole = (np.asarray(objects.marked(image, (0, 0, 200, 120))) == (255, 0, 0)).all(axis=2)
+    assert whole[38:162, [0, 1, 198, 199]].all() and whole[[38, 39, 160, 161]].all()
+
+
 def test_boxes_of_a_coco_tree(tmp_path: Path) -> None:
     """Small ones and crowds are left out; what a box is called does not depend on what covers nothing."""
     box = {"iscrowd": 0, "image_id": 1}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visft_ds.evals.judge import knn, retrieval
+from visft_ds.evals.judge import few_shots, knn, retrieval
 from visft_ds.evals.judge.benchmark import ImageSet, resamples
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.classification import classification
@@ -98,8 +98,8 @@ def test_classification_reads_class_token_and_mean_patch_and_chooses_by_training
         part: {"pooled": token, "mean": mean}
         for part, (token, mean) in zip(("train", "test"), drawn, strict=True)
     }
-    noise, linear = benchmark.scores(parts, benchmark.names)
-    assert [noise.name, linear.name] == benchmark.names and linear.value > 0.95 > noise.value
+    noise, linear = benchmark.scores(parts, ["kNN", "linear"])
+    assert (noise.name, linear.name) == ("kNN", "linear") and linear.value > 0.95 > noise.value
     assert benchmark.layer_choice is not None
     held_out = benchmark.layer_choice.held_out
     assert held_out(parts["train"], "linear") > 0.85 > held_out(parts["train"], "kNN")
@@ -122,3 +122,52 @@ def test_a_reader_learns_words_that_stand_in_the_columns() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert np.mean([one == other for one, other in zip(said, texts[80:], strict=True)]) > 0.9
     assert any("aa" in text for text in texts[80:])
+
+
+def _noisy(count: int, seed: int, spread: float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """(features (n, 3), labels (n,)) of three classes around corners."""
+    labels = np.arange(count) % 3
+    drawn = np.random.default_rng(seed).normal(size=(count, 3)) * spread
+    return drawn + 5 + np.eye(3)[labels], labels
+
+
+def test_few_shots_are_nearest_class_means_of_ten_draws() -> None:
+    """Against scikit-learn, on the images that are drawn; those of one shot are among those of two."""
+    from sklearn.neighbors import NearestCentroid
+
+    features, labels = _noisy(24, 0, 0.5)
+    asked, truth = _noisy(45, 1, 0.5)
+    drawn = {shots: list(few_shots._drawn(labels, np.arange(24), shots, 10)) for shots in (1, 2)}
+    assert all((one == two[:, :1]).all() for one, two in zip(drawn[1], drawn[2], strict=True))
+    expected = []
+    for images in (draw.numpy().flatten() for draw in drawn[2]):
+        assert len(set(images)) == 6 and labels[images].tolist() == [0, 0, 1, 1, 2, 2]
+        centre = features[images].mean(axis=0)
+        known, new = (
+            of / np.linalg.norm(of, axis=1)[:, None] for of in (features[images] - centre, asked - centre)
+        )
+        expected.append(NearestCentroid().fit(known, labels[images]).predict(new) == truth)
+    score = few_shots.few_shots("2-shot", _rows(features, labels), _rows(asked, truth))
+    np.testing.assert_allclose(score.values, np.mean(expected, axis=0))
+    assert 0.4 < score.value < 1 and score.retrained is not None
+    # Two of eight images: any two draws share a quarter, so the error is that of s^2 (1/10 + 1/3).
+    levels = np.mean(expected, axis=1)
+    assert score.retrained.std(ddof=1) == pytest.approx(levels.std(ddof=1) * (13 / 30) ** 0.5)
+    assert score.retrained.mean() == pytest.approx(score.value)
+
+
+def test_shots_are_those_that_the_smallest_class_allows_twice() -> None:
+    """With groups, of a class's groups; a draw takes no two images of one group."""
+    labels = np.array([0] * 8 + [1] * 20)
+    data = ClassSet(ImageSet([""] * 28, lambda _: Image.new("RGB", (2, 2)), "x"), labels, ("a", "b"))
+    benchmark = classification("c/x", data, data, QUICK)
+    assert benchmark.names == ["kNN", "linear", "1-shot", "2-shot", "4-shot"]
+    assert len(benchmark.notes) == 1 and "has 8 training images" in benchmark.notes[0]
+    groups = np.arange(28) // 2
+    of_groups = replace(data, images=replace(data.images, groups=groups))
+    assert classification("c/x", of_groups, data, QUICK).names[-1] == "2-shot"
+    for images in few_shots._drawn(labels, groups, 2, 10):
+        assert all(len(set(groups[of_class])) == 2 for of_class in images.numpy())
+    parts = {part: {"pooled": torch.randn(28, 4), "mean": torch.randn(28, 4)} for part in ("train", "test")}
+    names = [score.name for score in benchmark.scores(parts, ["1-shot", "4-shot"])]
+    assert names == ["1-shot", "4-shot"]

@@ -16,7 +16,10 @@ from PIL import Image
 
 import visft_ds
 from tests import finished
+from tests.ranks import run_ranks
+from tests.tiny import command
 from visft_ds.cli import main
+from visft_ds.predict.results import Masks
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +63,27 @@ def test_onnxruntime_says_what_the_run_says(tmp_path: Path, capsys: pytest.Captu
     prediction = model.predict(pictures[0], threshold=0)
     assert prediction.boxes is not None and prediction.caption is not None
     assert len(prediction.boxes) == 4  # queries
+
+
+def test_masks_leave_with_their_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the head that the recipe for own data trains where objects have masks; in both formats."""
+    head = {"type": "dense", "num_classes": 91, "width": 32, "masks": True, "max_detections": 5}
+    extra = {**finished.SMALL, "visft.tasks.detection.head": head, "visft.mode": "shared"}
+    extra |= {"visft.tasks.segmentation": None, "visft.tasks.captioning": None}
+    run_ranks(["launchers/train.py", *command(finished.shards(), tmp_path / "run", extra=extra)], world=1)
+    for form in ("onnx", "torch"):
+        assert export(tmp_path / "run", tmp_path / form, "--verify", "4", "--format", form) == 0
+        assert re.search(r"detection: \d\d objects, .*, masks 100.000% equal on 4", capsys.readouterr().out)
+    (tmp_path / "onnx/run.py").write_text(code_of(tmp_path / "onnx/README.md").replace(">= 0.5", ">= 0.01"))
+    Image.new("RGB", (90, 60), "gray").save(tmp_path / "onnx/photograph.jpg")
+    ran = subprocess.run(
+        [sys.executable, "-P", "-i", "run.py", "photograph.jpg"],
+        cwd=tmp_path / "onnx", input="print(len(masks), masks[0].shape, sum(mask.sum() for mask in masks))",
+        capture_output=True, text=True, env={},
+    )  # fmt: skip
+    prediction = visft_ds.load(tmp_path / "onnx").predict(tmp_path / "onnx/photograph.jpg", threshold=0.01)
+    assert isinstance(prediction.instances, Masks) and len(prediction.instances) == 5
+    assert f"5 (60, 90) {prediction.instances.masks.sum()}" in ran.stdout, ran.stdout + ran.stderr
 
 
 def test_a_program_of_torch_runs_without_this_package(tmp_path: Path) -> None:

@@ -9,14 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tvf
+from torch import nn
 
+from tests.tasks.cases import batch_of
 from visft_ds.cli import main
 from visft_ds.data.transforms import Crop, Pad, Resize
 from visft_ds.export.answers import Picture
-from visft_ds.export.graph import Frame, resized
+from visft_ds.export.graph import Answer, Frame, FrameMap, resized
 from visft_ds.export.verify import Difference
 from visft_ds.ops.deform_attn import gathered
+from visft_ds.predict.exported import results_of_outputs
 from visft_ds.predict.results import Prediction
+from visft_ds.tasks import TASKS
 from visft_ds.tasks.masks.interpolation import interpolated
 
 
@@ -92,3 +96,93 @@ def test_fewer_bits_need_a_task_whose_loss_is_measured(
     assert main(words) == 2
     assert f"{bits} needs a task" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+class FixedMaps(nn.Module):
+    """In place of a backbone: the maps of two pictures of noise, in a frame of which they fill a part."""
+
+    frame = Frame((44, 60), (48, 64))
+
+    def __init__(self) -> None:
+        super().__init__()
+        valid = torch.ones(2, 6, 8, dtype=torch.bool)
+        cells = torch.tensor([[5.5, 7.5]]).expand(2, -1)
+        features = torch.randn(2, 32, 6, 8, generator=torch.Generator().manual_seed(0))
+        self.maps = [FrameMap(features, valid, None, cells)]
+
+    def forward(self, images: torch.Tensor) -> list[FrameMap]:
+        return self.maps
+
+
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [
+        ("detection", {"type": "dense", "width": 32, "max_detections": 7}),
+        ("detection", {"type": "dense", "width": 32, "max_detections": 7, "masks": True, "box_map": 0}),
+        ("segmentation", {"type": "plain", "num_queries": 6, "blocks": 1, "hidden_dim": 32, "num_heads": 2}),
+        ("semantic", {"type": "plain", "num_queries": 6, "blocks": 1, "hidden_dim": 32, "num_heads": 2}),
+        ("semantic", {"type": "linear"}),
+    ],
+    ids=["dense", "dense with masks", "plain", "plain classes", "linear"],
+)
+def test_an_answer_is_what_the_task_makes_of_its_head(task: str, head: dict[str, object]) -> None:
+    """Where a picture fills part of a frame, decoded with and without suppressed doubles; no runtime is in it."""
+    torch.manual_seed(0)
+    spec = TASKS[task]
+    settings = spec.settings("head", spec.options("head", {"num_classes": 3, **head}))
+    built = spec.build_head([(32, 8)], settings, None).eval()
+    if task == "detection":  # all scores near 0.02 else
+        torch.nn.init.normal_(built.class_embed.weight, std=0.1)
+    maps = FixedMaps()
+    with torch.no_grad():
+        answer = Answer(task, maps, built, 3)(torch.zeros(2, 61, 83, 3, dtype=torch.uint8))
+        output = built(maps.maps)
+    sizes = torch.tensor([[44, 60]] * 2)
+    stored = torch.tensor([[61, 83]] * 2)
+    batch = batch_of(2, images=torch.zeros(2, 3, 48, 64), sizes=sizes, original_sizes=stored)
+    results = spec.results(output, batch, None, (5, 6, 9))
+    compared = Difference(task)
+    for image in range(2):
+        outputs = {name: value[image].numpy() for name, value in answer.items()}
+        theirs = results_of_outputs(task, outputs, (5, 6, 9), (61, 83), 0.0)
+        ours = [result for result in results if result["image_id"] == image + 1]
+        has_masks = "box_masks" in outputs
+        pixels = np.zeros((61, 83, 3), np.uint8)
+        predictions = [Prediction(pixels, None, {}, {task: each}, has_masks) for each in (ours, theirs)]
+        compared.add(*predictions)
+    assert compared.problems() == []
+    assert task == "semantic" or compared.objects > 4
+    assert (compared.masks is None) == (task == "detection" and not head.get("masks"))
+
+
+def test_nothing_on_either_side_is_no_proof() -> None:
+    difference = Difference("detection")
+    difference.add(_prediction(), _prediction())
+    assert difference.problems() == [] and "nothing was compared" in difference.describe()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--half", "--int8"], "exclude each other"),
+        (["--int8", "--format", "torch"], "is of --format onnx"),
+        (["--web", "--format", "torch"], "--web shows boxes"),
+        (["--web", "--tasks", "none"], "--web shows boxes"),
+        (["--out", "."], "is not overwritten"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused_at_once(
+    words: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the run is read, which is none here."""
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "out"), *words]) == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--verify", "0"], ["--verify", "-1"], ["--picture-size", "480"]])
+def test_wrong_numbers_are_refused_with_what_is_allowed(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path), "--out", str(tmp_path / "out"), *words])
+    assert "is not allowed: give" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from visft_ds import program
+from visft_ds import importing, program
 from visft_ds.config.flags import DOWNLOAD_HELP
 from visft_ds.evals.judge.kinds import kinds_help
 from visft_ds.flags import Parser, add_num_gpus, check_least
@@ -30,6 +30,18 @@ REPORT = """Write a page about one run, or about several side by side: one HTML 
 It shows results (of visft evaluate, otherwise of evaluations during training), visualizations of visft
 evaluate, losses by task, learning rates, speed and memory, settings and environment. A run may still be
 training. Exit status: 0 fine, 2 wrong usage or unusable input.
+"""
+LABELS = """Rank labels of boxes that a trained run denies, and objects without one, on a page to decide on.
+
+    visft labels runs/stage1                                     its training and validation data
+    visft labels runs/stage1 --data OTHER-SHARDS --split train
+    visft shards MYFOLDER --corrections corrections-train.json --replace
+
+Writes SPLIT.html (picture, given and proposed label; keys keep, take, delete and skip; it needs no network)
+and proposals-SPLIT.json, the corrections if every proposal were taken. The button of the page downloads
+corrections-SPLIT.json, which visft shards applies. A score ranks labels; it is no probability.
+
+Exit status: 0 fine, 2 wrong usage or unusable input.
 """
 JUDGE = f"""Compare further-trained models with their base, on data that neither was trained on.
 
@@ -90,11 +102,12 @@ def main(arguments: Sequence[str]) -> int:
     def work() -> None:
         check_least(options, limit=1, batch_size=1, beam_size=1, visualizations=0)
         if options.run is None and None in (options.backbone, options.heads, options.data, options.out):
-            raise ValueError("without --run give --backbone, --heads, --data and --out")
+            raise ValueError("give a RUN, or --backbone, --heads, --data and --out")
         for model in (options.run, options.heads):
             if model is not None:
                 check_exists(model)
-        from visft_ds.evals.evaluate import evaluate
+        with importing():
+            from visft_ds.evals.evaluate import evaluate
 
         evaluate(**vars(options), command=True)
 
@@ -151,7 +164,8 @@ def judge(arguments: Sequence[str]) -> int:
     options.tuned += options.run
     if not options.tuned:
         parser.error("the following arguments are required: TUNED")
-    from visft_ds.evals.judge.command import run_judge
+    with importing():
+        from visft_ds.evals.judge.command import run_judge
 
     return _done("judge", lambda: run_judge(options))
 
@@ -180,6 +194,38 @@ def report(arguments: Sequence[str]) -> int:
         print(f"wrote {report_runs(runs, options.judge, options.out)}")
 
     return _done("report", work)
+
+
+def labels(arguments: Sequence[str]) -> int:
+    """Run `visft labels`; returns the exit status."""
+    parser = _parser("labels", LABELS)
+    add = parser.add_argument
+    add(
+        "first",
+        nargs="?",
+        type=Path,
+        metavar="RUN",
+        help="folder of a finished run, or RUN/checkpoints/step_N",
+    )
+    add("--run", type=Path, metavar="RUN", help="the same as a flag")
+    add("--data", metavar="DIR|URL", help="shards made by visft shards (default: the run's)")
+    add("--split", metavar="NAME", help="only this split (default: the run's training and validation split)")
+    add("--limit", type=int, metavar="N", help="look at the first N images only")
+    add("--most", type=int, default=200, metavar="N", help="doubts on a page (default %(default)s)")
+    add("--out", type=Path, metavar="DIR", help="folder for the pages (default RUN/labels)")
+    options = _parsed(parser, arguments)
+    run = options.run or options.first
+    if run is None or (options.run is not None and options.first is not None):
+        parser.error("give one run: visft labels RUN")
+
+    def work() -> None:
+        check_least(options, limit=1, most=1)
+        check_exists(run)
+        from visft_ds.evals.labels.command import check_labels
+
+        check_labels(run, options.data, options.split, options.limit, options.most, options.out)
+
+    return _done("labels", work)
 
 
 def _parser(name: str, about: str) -> Parser:

@@ -19,6 +19,7 @@ from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
 from visft_ds.settings.task_schema import WITHOUT_MASK
 from visft_ds.shards.common import BYTE_ORDER_MARK, CocoFile, Findings, name_here
+from visft_ds.shards.corrections import corrected, parse_corrections
 from visft_ds.shards.division import Division
 
 _ANOTHER_FORM = "mask given as [x, y, ...], as [[x, y], ...] or as text (read as polygons)"
@@ -96,11 +97,13 @@ def read_coco(
     ellipses: bool = False,
     maps: CocoFile | None = None,
     division: Division | None = None,
+    corrections: Path | None = None,
 ) -> CocoSource:
     """Read COCO JSON files; without instances, the images are those of the captions file.
 
     `ids` is a text file of image ids or file names, one a line: only these images. With `ellipses`, an object
-    without a mask gets the ellipse in its box. Of a `division`, only the images of its side.
+    without a mask gets the ellipse in its box. Of a `division`, only the images of its side. `corrections` is
+    a file of `shards.corrections`, for the instances.
 
     Raises:
         ValueError: no COCO file; two images or categories of one id; more than a tenth of the images or
@@ -126,12 +129,16 @@ def read_coco(
                 _check_selection(selection, images.values(), ids)
             if division is not None:
                 _divide(images.values(), division)
+        if role != "captions":
+            with reading(where, what):
+                add_categories(content["categories"], categories)
+        if role == "instances" and corrections is not None:
+            entries = _corrected(entries, images, categories, corrections, findings, files)
         with reading(where, what):
             if role == "captions":
                 # The captions of all of COCO are often given for a part of it.
                 unusable = _add_captions(entries, images, findings, of_other_images=instances is not None)
             else:
-                add_categories(content["categories"], categories)
                 reader = _AnnotationReader(images, categories, findings, ellipses)
                 unusable = reader.read(entries)
             unusable.refuse_above_a_tenth(len(entries), where, "annotations")
@@ -180,6 +187,21 @@ def _read(source: CocoFile, role: str, files: Files) -> bytes:
         data = orjson.dumps(source)
     files[role] = {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     return data
+
+
+def _corrected(
+    entries: Sequence[Any],
+    images: Mapping[int, SourceImage],
+    categories: Mapping[int, str],
+    path: Path,
+    findings: Findings,
+    files: Files,
+) -> list[Any]:
+    """The annotations of a COCO file after the corrections in another."""
+    corrections = parse_corrections(_read(path, "corrections", files), path)
+    names = {image.file_name: number for number, image in images.items()}
+    with reading(path, "corrections of these labels"):
+        return corrected(entries, names, categories, corrections, findings)
 
 
 def _read_selection(path: Path, files: Files) -> set[str]:

@@ -75,6 +75,7 @@ class FolderSplit:
     maps: CocoFile | None = None  #: label maps, as instances of which no two of an image overlap
     findings: Findings = field(default_factory=Findings)  #: about the layout
     division: Division | None = None  #: only one side of it
+    corrections: Path | None = None  #: file of changes to its instances
 
 
 def split_of(name: str) -> str:

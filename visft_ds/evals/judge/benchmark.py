@@ -116,11 +116,15 @@ class Benchmark:
     left_out: Sequence[Number] = ()  #: that it could give, and that nobody asks for
     notes: Sequence[str] = ()  #: what a reader of its numbers has to know about the data
     texts: Sequence[str] = ()  #: to be encoded
+    #: Sets of images that are compared with texts alone: models without a text side do not see them.
+    text_sets: Collection[str] = ()
     #: None: it is read at the last layer. With a choice, its probes run on a GPU if features lie there.
     layer_choice: LayerChoice | None = None
     #: (encoder at the published size, `scoring.Settings`, names of numbers) -> scores by the published
     #: protocol, in place of `scores`; None: that is what `scores` does.
     published: Callable[[Any, Any, Collection[str]], Iterator[Score]] | None = None
+    #: (encoder of BASE): raises ValueError if it cannot be judged by this.
+    check_base: Callable[[Any], None] | None = None
     #: (model -> its first score, number of images) -> what each model sees in them.
     sheet: Callable[[Mapping[str, Score], int], Picture] | None = None
 
@@ -142,6 +146,10 @@ class Benchmark:
     def needs_text(self) -> bool:
         """Return True if it compares images with texts and does nothing else."""
         return set(self.kinds) == {"clip"}
+
+    def sets_for(self, *, has_text: bool) -> dict[str, ImageSet]:
+        """The sets of images that a model sees that has a text side, or none."""
+        return {name: images for name, images in self.sets.items() if has_text or name not in self.text_sets}
 
     @property
     def asks_classifier(self) -> bool:

@@ -1,5 +1,6 @@
 """Classification of images by frozen features, as facebookresearch/dinov2 measures it on ImageNet: kNN
-(`knn`) and a linear classifier (`linear_classification`). Images are resized to 256 pixels and cut to 224.
+(`knn`) and a linear classifier (`linear_classification`); and by few images a class (`few_shots`). Images are
+resized to 256 pixels and cut to 224.
 
 Differs from dinov2/eval/knn.py in: pixels are normalised as the model was trained; where a model has no class
 token the mean patch stands for it; equal votes count as wrong.
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from visft_ds.evals.judge.benchmark import Benchmark, Features, LayerChoice, Number, Score
+from visft_ds.evals.judge.benchmark import Benchmark, Features, LayerChoice, Number, Score, units
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.encoding import Settings, brought_near, encode_images
+from visft_ds.evals.judge.few_shots import NUMBERS as FEW_SHOTS
+from visft_ds.evals.judge.few_shots import allowed, few_shots, units_of_classes
 from visft_ds.evals.judge.images import every
 from visft_ds.evals.judge.knn import knn
 from visft_ds.evals.judge.linear_classification import KINDS, RECIPE, Recipe, image_rows, linear_accuracy
@@ -55,17 +58,20 @@ LINEAR = Number(
     side=SIDE,
     crops=RECIPE.steps * RECIPE.batch,
 )
-NUMBERS = (KNN, LINEAR)
+NUMBERS = (KNN, LINEAR, *FEW_SHOTS)
 _QUICK_PROBES = {KNN.name: knn, LINEAR.name: logistic_regression}
+_QUICK_PROBES |= {number.name: few_shots for number in FEW_SHOTS}
 
 
 def classification(
     label: str, train: ClassSet, test: ClassSet, protocol: Protocol, recipe: Recipe = RECIPE
 ) -> Benchmark:
-    """kNN and linear accuracy."""
+    """kNN and linear accuracy, and that of as few images a class as the data allow."""
     train = _at_most(train, protocol.classified["train"])
     test = _at_most(test, protocol.classified["test"])
     choosing = _at_most(train, QUICK.classified["train"])
+    least = int(units_of_classes(train.labels, units(len(train.labels), train.images.groups)).min())
+    of_few_shots = allowed(least)
 
     def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
         for number in names:
@@ -88,10 +94,13 @@ def classification(
     def published(encoder: Encoder, settings: Settings, names: Collection[str]) -> Iterator[Score]:
         viewed = published_view(encoder)
         of_test = encode_images(viewed, test.images, KINDS, settings, f"{label} test")
-        if KNN.name in names:
+        by_class_tokens = [name for name in names if name != LINEAR.name]
+        if by_class_tokens:
             of_train = encode_images(viewed, train.images, ("pooled",), settings, f"{label} train")
             taught = _taught(KNN.name, brought_near(of_train, settings), train)
-            yield knn(KNN.name, taught, _rows(KNN.name, brought_near(of_test, settings), test))
+            judged = _rows(KNN.name, brought_near(of_test, settings), test)
+            for name in by_class_tokens:
+                yield _QUICK_PROBES[name](name, taught, judged)
         if LINEAR.name in names:
             judged = _rows(LINEAR.name, of_test, test)
             yield linear_accuracy(LINEAR.name, viewed, train, judged, recipe, settings)
@@ -101,7 +110,7 @@ def classification(
         label,
         sets={"train": train.images, "test": test.images},
         kinds=KINDS,
-        numbers=NUMBERS,
+        numbers=(KNN, LINEAR, *of_few_shots),
         settings={
             "benchmark": "classification 3",
             "protocol": how,
@@ -109,6 +118,7 @@ def classification(
             "names": list(test.classes),
         },
         scores=scores,
+        notes=_without_shots(label, least, train),
         layer_choice=LayerChoice(choosing.images, on_held_out),
         published=published if protocol.published else None,
     )
@@ -127,9 +137,21 @@ def _at_most(data: ClassSet, count: int) -> ClassSet:
     return data.subset(np.array(every(len(data.labels), count)))
 
 
+def _without_shots(label: str, least: int, train: ClassSet) -> list[str]:
+    """What is to be said where the smallest class has too few images for some numbers of few shots."""
+    left_out = [number.name for number in FEW_SHOTS if number not in allowed(least)]
+    if not left_out:
+        return []
+    what = "training images" if train.images.groups is None else "groups of training images"
+    return [
+        f"{label}: the smallest class has {least} {what}, and draws need twice as many as they take: "
+        f"no {', '.join(left_out)}."
+    ]
+
+
 def _rows(number: str, features: Mapping[str, Tensor], data: ClassSet) -> Rows:
     """Class tokens, for the linear classifier with the mean patches beside them."""
-    if number == KNN.name:
+    if number != LINEAR.name:
         features = {"pooled": features["pooled"]}
     return image_rows(features, data)
 

@@ -22,10 +22,19 @@ from visft_ds.settings.fields import Precision
 #: Rows that a feature map is pooled to for a sequence of columns: upper and lower halves of letters stay
 #: apart.
 COLUMN_ROWS = 2
+CELLS = 14  #: rows and columns at most, that a feature map is pooled to where all of it is kept
 MOST = 8 * 2**30  #: bytes of features of several blocks that are read together
+
+
+def _cells(patches: Tensor) -> Tensor:
+    height, width = patches.shape[2:]
+    return F.adaptive_avg_pool2d(patches, (min(CELLS, height), min(CELLS, width)))
+
+
 _DERIVED: dict[str, Callable[[Tensor], Tensor]] = {  # of patches (images, D, h, w)
     "columns": lambda patches: F.adaptive_avg_pool2d(patches, (COLUMN_ROWS, None)).flatten(1, 2),
     "mean": lambda patches: patches.mean(dim=(2, 3)),
+    "cells": _cells,
 }
 _AHEAD = 3  # batches that are decoded before they are needed
 
@@ -74,10 +83,12 @@ def encode(
         what: is done, for the line that shows how many images are encoded.
     """
     features: dict[str, dict[str, dict[str, Tensor]]] = {block: {} for block in blocks}
-    for name, images in benchmark.sets.items():
+    for name, images in benchmark.sets_for(has_text=encoder.text is not None).items():
         kinds = kinds_read(benchmark, encoder.kinds)
         if name == "train" and "clip" in kinds:
             kinds.remove("clip")  # texts are compared with what is judged alone
+        if name in benchmark.text_sets:
+            kinds = ["clip"]
         of_set = encode_images(encoder, images, kinds, settings, f"{what} {name}")
         if benchmark.layer_choice is not None:
             of_set = brought_near(of_set, settings)

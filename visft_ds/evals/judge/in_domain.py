@@ -36,9 +36,10 @@ def trained_on(models: Sequence[ModelSpec], benchmarks: Sequence[Benchmark]) -> 
         return []
     in_domain = []
     for benchmark in benchmarks:
-        counts = {name: _count(images, known) for name, images in benchmark.sets.items()}
+        sets = benchmark.sets_for(has_text=False)  # others are the same images once more
+        counts = {name: _count(images, known) for name, images in sets.items()}
         if any(counts.values()):
-            parts = [f"{count} of {len(benchmark.sets[name])} of {name}" for name, count in counts.items()]
+            parts = [f"{count} of {len(sets[name])} of {name}" for name, count in counts.items()]
             in_domain.append(f"{benchmark.label} ({', '.join(parts)})")
     return in_domain
 

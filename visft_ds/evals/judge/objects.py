@@ -2,7 +2,8 @@
 
 Of an object the model sees a square around its box, the longer side times MARGIN (what lies outside of the
 image is grey), and answers by text (the category whose sentence is nearest, if it has a text side) and by
-logistic regression. The protocol of the ViSFT paper is not known to us; this one is ours.
+logistic regression. A model with a text side also answers by the whole image with the box drawn into it, as
+in figure 2 of the ViSFT paper. The paper's protocol is not known to us; this one is ours.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number, Score
 from visft_ds.evals.judge.dense_sets import DenseSet, Thing
@@ -23,18 +24,26 @@ from visft_ds.evals.judge.rows import rows_of_objects
 MARGIN = 1.2
 SMALLEST = 16.0  #: sides of a box below which nobody could recognise it, pixels
 _GREY = (128, 128, 128)
+_RED = (255, 0, 0)  # which CLIP minds (https://arxiv.org/abs/2304.06712)
+_LINE = 1 / 100  # width of a drawn box, share of the image's longer side
 
 TEXT_TOP1 = Number(
     "text top1", how="The category whose sentence is most similar to the crop of a box is the right one."
 )
+MARKED_TOP1 = Number(
+    "marked top1",
+    how="The category whose sentence is most similar to the whole image, with the box drawn in red, is the "
+    "right one.",
+)
 PROBE = Number("probe", how="Logistic regression names the crop of a box.")
-NUMBERS = (TEXT_TOP1, PROBE)
+NUMBERS = (TEXT_TOP1, MARKED_TOP1, PROBE)
+_MARKED = "marked"  # set of images
 
 
 def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
     """Accuracy of naming the object in a box."""
-    train_crops, train_objects = _crops(train)
-    test_crops, test_objects = _crops(test)
+    train_objects, train_boxes = _objects(train)
+    test_objects, test_boxes = _objects(test)
     categories = [name for name in test.classes if name]
 
     def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
@@ -43,25 +52,34 @@ def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
         judged = rows_of_objects(of_test["pooled"], test_objects).in_groups(test.images.groups)
         if "texts" in features and "clip" in of_test:
             named_classes = judged.labels.numpy() - test.classes.count("")
-            ranks = rank_by_text(of_test["clip"], features["texts"]["clip"], len(PLAIN), named_classes)
-            yield Score(TEXT_TOP1.name, hits(ranks, 1), judged.owners.numpy())
+            for number, view in ((TEXT_TOP1, of_test), (MARKED_TOP1, features[_MARKED])):
+                ranks = rank_by_text(view["clip"], features["texts"]["clip"], len(PLAIN), named_classes)
+                yield Score(number.name, hits(ranks, 1), judged.owners.numpy())
         yield logistic_regression(PROBE.name, taught, judged)
 
     return Benchmark(
         label,
-        sets={"train": train_crops, "test": test_crops},
+        sets={
+            "train": _crops(train, train_objects, train_boxes),
+            "test": _crops(test, test_objects, test_boxes),
+            _MARKED: _marked(test, test_objects, test_boxes),
+        },
         kinds=("clip", "pooled"),
         numbers=NUMBERS,
-        settings={"benchmark": "objects 4", "names": categories},
+        settings={"benchmark": "objects 5", "names": categories},
         scores=scores,
         texts=sentences(categories, PLAIN),
+        text_sets=(_MARKED,),
     )
 
 
-def _crops(data: DenseSet) -> tuple[ImageSet, Sequence[Thing]]:
-    """(boxes as images, what is in them), of those that are at least SMALLEST pixels wide and high."""
-    objects = []
-    boxes = []
+_Box = Sequence[float]  # (x, y, width, height), pixels
+
+
+def _objects(data: DenseSet) -> tuple[list[Thing], list[_Box]]:
+    """(objects, their boxes), of those that are at least SMALLEST pixels wide and high."""
+    objects: list[Thing] = []
+    boxes: list[_Box] = []
     for thing in data.things:
         box = coco_mask.toBbox(thing.code).tolist()
         if min(box[2:]) >= SMALLEST:
@@ -69,14 +87,29 @@ def _crops(data: DenseSet) -> tuple[ImageSet, Sequence[Thing]]:
             boxes.append(box)
     if not objects:
         raise ValueError(f"no object has a box of at least {SMALLEST:g} pixels ({data.images.names[0]}, ...)")
+    return objects, boxes
+
+
+def _images_of(data: DenseSet, objects: Sequence[Thing]) -> ImageSet:
+    """The image of each object."""
     # Scores are in groups by their rows' owners, as objects of an image are no independent evidence.
     images = chosen(data.images, [thing.owner for thing in objects])
-    images = replace(images, stretched=False, groups=None)
-    crops = changed(images, lambda number, image: crop(image, boxes[number]), f"crop {MARGIN} {tuple(boxes)}")
-    return crops, objects
+    return replace(images, stretched=False, groups=None)
 
 
-def crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
+def _crops(data: DenseSet, objects: Sequence[Thing], boxes: Sequence[_Box]) -> ImageSet:
+    """The boxes as images."""
+    how = f"crop {MARGIN} {tuple(boxes)}"
+    return changed(_images_of(data, objects), lambda number, image: crop(image, boxes[number]), how)
+
+
+def _marked(data: DenseSet, objects: Sequence[Thing], boxes: Sequence[_Box]) -> ImageSet:
+    """The whole image of each object, with its box drawn in."""
+    how = f"marked {_LINE} {tuple(boxes)}"
+    return changed(_images_of(data, objects), lambda number, image: marked(image, boxes[number]), how)
+
+
+def crop(image: Image.Image, box: _Box) -> Image.Image:
     """The square of MARGIN times the longer side around a box (x, y, width, height)."""
     x, y, width, height = box
     side = max(1, round(MARGIN * max(width, height)))
@@ -84,4 +117,23 @@ def crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
     top = round(y + height / 2 - side / 2)
     canvas = Image.new("RGB", (side, side), _GREY)
     canvas.paste(image, (-left, -top))
+    return canvas
+
+
+def marked(image: Image.Image, box: _Box) -> Image.Image:
+    """The image in the middle of a square, with a line around a box (x, y, width, height)."""
+    side = max(image.size)
+    x, y, width, height = box
+    left = (side - image.width) // 2
+    top = (side - image.height) // 2
+    canvas = Image.new("RGB", (side, side), _GREY)
+    canvas.paste(image, (left, top))
+    # Outside of the box, so that it hides nothing of a small object, but inside of the square.
+    line = max(1, round(_LINE * side))
+    low = (max(0, round(left + x) - line), max(0, round(top + y) - line))
+    high = (
+        min(side, round(left + x + width) + line) - 1,
+        min(side, round(top + y + height) + line) - 1,
+    )
+    ImageDraw.Draw(canvas).rectangle((*low, *high), outline=_RED, width=line)
     return canvas

@@ -33,7 +33,8 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
             models.append([spec.label, _blocks(variant, best), str(spec)])
     data = []
     for benchmark in comparison.benchmarks:
-        sizes = ", ".join(f"{len(images)} {name}" for name, images in benchmark.sets.items())
+        sets = benchmark.sets_for(has_text=comparison.base.has_text)
+        sizes = ", ".join(f"{len(images)} {name}" for name, images in sets.items())
         data.append([benchmark.label, sizes, ", ".join(benchmark.names)])
 
     images = _images(comparison, best=best)
@@ -44,12 +45,14 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
         scored = _scored_models(comparison, best=best)
         hours = published_hours(comparison.origin, published, scored, settings)
         times.append(["published heads", f"{scored} models", f"{hours:,.2g} hours on {settings.device}"])
-    return [
+    sections = [
         Section("models", models, ["", "layers", ""]),
         Section("data, images and numbers", data),
+        Section("notes", [[note] for note in comparison.notes]),
         Section("primary number, which decides", [[comparison.primary]]),
         Section("time, by one batch; probes and heads of quick numbers come on top", times),
     ]
+    return [section for section in sections if section.rows]
 
 
 def _blocks(variant: Variant, best: bool) -> str:
@@ -80,7 +83,7 @@ def _images(comparison: Comparison, *, best: bool) -> int:
     total = 0
     for benchmark in comparison.benchmarks:
         if benchmark.published is None:
-            images = sum(map(len, benchmark.sets.values()))
+            images = sum(map(len, benchmark.sets_for(has_text=comparison.base.has_text).values()))
             total += images * _scored_models(comparison, best=best)
         if best and benchmark.layer_choice:
             total += len(benchmark.layer_choice.images) * (1 + trainings)
@@ -110,7 +113,8 @@ def published_hours(
     pixels = 0
     for benchmark in benchmarks:
         images = sum(map(len, benchmark.sets.values()))
-        for number in benchmark.numbers:
-            pixels += number.side**2 * (number.crops + images)
+        # Numbers of one size that learn from no crops read the same features.
+        for side, crops in {(number.side, number.crops) for number in benchmark.numbers}:
+            pixels += side**2 * (crops + images)
     side = load_encoder(spec, settings.precision).side
     return seconds_of(spec, settings) / side**2 * pixels * models / 3600

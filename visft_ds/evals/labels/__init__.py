@@ -1,0 +1,6 @@
+"""`visft labels`: the labels of a data set that the heads of a run deny, on a page to decide on them.
+
+`doubts` ranks the labels of boxes, `command` does it for the splits of a run and writes the page
+(`page.html.j2`), whose corrections `visft shards --corrections` applies (`shards/corrections.py`). A new kind
+of doubt is a line of `doubts.KINDS` and a branch of `doubts.doubts_of_image`.
+"""

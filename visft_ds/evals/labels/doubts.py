@@ -1,0 +1,158 @@
+"""Labels of boxes that predictions deny, the most doubtful first (after ObjectLab, arXiv 2309.00832).
+
+A score ranks labels of one split. It is no probability: how many labels are wrong is not known.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from faster_coco_eval import mask as coco_mask
+
+Annotation = Mapping[str, Any]  #: of COCO: category_id, bbox, segmentation
+Kind = Literal["class", "box", "nothing", "missing", "twice"]
+#: Kind of doubt -> what it says of the label.
+KINDS: Mapping[Kind, str] = {
+    "class": "another class",
+    "box": "another box",
+    "nothing": "no object there",
+    "missing": "an object without a label",
+    "twice": "a second label of the same object",
+}
+SAME = 0.5  #: overlap from which two boxes are of one object
+DUPLICATE = 0.9  #: overlap from which two labels of a class are of one object
+FREE = 0.3  #: overlap below which a prediction is of an object that no label is of
+NEAR = 0.1  #: overlap from which a predicted box may be that of a label that lies beside its object
+LEAST_SCORE = 0.2  #: of a prediction that proposes a box
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Label that predictions deny, or object that has none."""
+
+    kind: Kind
+    score: float  #: 0 to 1, the higher the more doubtful
+    image_id: int
+    given: Annotation | None  #: label; None: it is missing
+    proposed: Annotation | None  #: what should stand in its place; None: nothing
+
+
+def doubts_of(labels: Sequence[Annotation], predictions: Sequence[Annotation]) -> list[Doubt]:
+    """A doubt for each label of a data set, and one for each object that seems to have none, the highest
+    score first.
+
+    Args:
+        labels: annotations of COCO; crowds stay out, and so does what lies in them.
+        predictions: in COCO's results format, those of low scores too.
+    """
+    labels_of_image = defaultdict[int, list[Annotation]](list)
+    for label in labels:
+        labels_of_image[label["image_id"]].append(label)
+    predictions_of_image = defaultdict[int, list[Annotation]](list)
+    for prediction in predictions:
+        predictions_of_image[prediction["image_id"]].append(prediction)
+    doubts = list[Doubt]()
+    for image_id in sorted(labels_of_image.keys() | predictions_of_image.keys()):
+        doubts += doubts_of_image(image_id, labels_of_image[image_id], predictions_of_image[image_id])
+    return sorted(doubts, key=lambda doubt: -doubt.score)
+
+
+def doubts_of_image(
+    image_id: int, labels: Sequence[Annotation], predictions: Sequence[Annotation]
+) -> list[Doubt]:
+    """The doubts about the labels of an image, as `doubts_of`."""
+    crowds = [label for label in labels if label.get("iscrowd")]
+    labels = [label for label in labels if not label.get("iscrowd")]
+    overlaps = _overlaps(predictions, labels)  # (P, L)
+    scores = np.array([prediction["score"] for prediction in predictions], dtype=np.float64)
+    classes = np.array([prediction["category_id"] for prediction in predictions], dtype=np.int64)
+    label_classes = np.array([label["category_id"] for label in labels], dtype=np.int64)
+    is_same_class = classes[:, None] == label_classes
+    support = scores[:, None] * overlaps
+    #: What a prediction is of: a label of its class that it covers.
+    is_taken = (is_same_class & (overlaps >= SAME)).any(axis=1)
+    doubts = list[Doubt]()
+    proposed = set[int]()  # predictions that correct a label are no further objects
+    twins = _twins(labels)
+    for number, label in enumerate(labels):
+        agreeing = np.where(is_same_class[:, number], support[:, number], 0.0)
+        denying = np.where(is_same_class[:, number], 0.0, support[:, number])
+        own = float(agreeing.max(initial=0.0))
+        other = float(denying.max(initial=0.0))
+        score = (1 - own + other) / 2
+        if number in twins:
+            doubts.append(Doubt("twice", (1 + twins[number]) / 2, image_id, label, None))
+            continue
+        if other > own and overlaps[denying.argmax(), number] >= SAME:
+            best = int(denying.argmax())
+            proposed.add(best)
+            correction = {**label, "category_id": predictions[best]["category_id"]}
+            doubts.append(Doubt("class", score, image_id, label, correction))
+            continue
+        may_be_its_box = is_same_class[:, number] & (overlaps[:, number] >= NEAR) & (scores >= LEAST_SCORE)
+        may_be_its_box &= ~is_taken | (overlaps[:, number] >= SAME)
+        if may_be_its_box.any():
+            best = int(np.where(may_be_its_box, support[:, number], -1.0).argmax())
+            proposed.add(best)
+            doubts.append(Doubt("box", score, image_id, label, _without_score(predictions[best])))
+        else:
+            doubts.append(Doubt("nothing", score, image_id, label, None))
+    unclaimed = [number for number in range(len(predictions)) if number not in proposed]
+    doubts += _missing(image_id, [predictions[number] for number in unclaimed], labels, crowds)
+    return doubts
+
+
+def _missing(
+    image_id: int,
+    predictions: Sequence[Annotation],
+    labels: Sequence[Annotation],
+    crowds: Sequence[Annotation],
+) -> list[Doubt]:
+    """A doubt for each certain prediction where no label is; of several of one object, the most certain."""
+    nearest = _overlaps(predictions, labels).max(axis=1, initial=0.0)
+    in_crowd = _overlaps(predictions, crowds, are_crowds=True).max(axis=1, initial=0.0)
+    between = _overlaps(predictions, predictions)
+    doubts = list[Doubt]()
+    chosen = list[int]()
+    for number in sorted(range(len(predictions)), key=lambda number: -predictions[number]["score"]):
+        prediction = predictions[number]
+        if prediction["score"] < LEAST_SCORE or nearest[number] >= FREE or in_crowd[number] >= SAME:
+            continue
+        if chosen and between[number, chosen].max() >= SAME:
+            continue
+        chosen.append(number)
+        score = (1 + prediction["score"] - float(nearest[number])) / 2
+        doubts.append(Doubt("missing", score, image_id, None, _without_score(prediction)))
+    return doubts
+
+
+def _twins(labels: Sequence[Annotation]) -> dict[int, float]:
+    """Position of each label that repeats an earlier one -> their overlap."""
+    overlaps = _overlaps(labels, labels)
+    twins = dict[int, float]()
+    for number, label in enumerate(labels):
+        for earlier in range(number):
+            is_same_class = labels[earlier]["category_id"] == label["category_id"]
+            if is_same_class and overlaps[number, earlier] >= DUPLICATE:
+                twins[number] = float(overlaps[number, earlier])
+    return twins
+
+
+def _overlaps(
+    first: Sequence[Annotation], second: Sequence[Annotation], are_crowds: bool = False
+) -> npt.NDArray[np.float64]:
+    """(n, m) intersections over unions of boxes; of crowds, over the area of the first box."""
+    if not first or not second:
+        return np.zeros((len(first), len(second)))
+    boxes = [np.array([entry["bbox"] for entry in entries], dtype=np.float64) for entries in (first, second)]
+    overlaps = coco_mask.iou(*boxes, [int(are_crowds)] * len(second))
+    return np.asarray(overlaps, dtype=np.float64).reshape(len(first), len(second))
+
+
+def _without_score(prediction: Annotation) -> Annotation:
+    return {key: prediction[key] for key in ("category_id", "bbox", "segmentation") if key in prediction}
