@@ -393,15 +393,14 @@ def mapped_image(path: Path, most: int) -> npt.NDArray[np.uint8] | None:
         return np.memmap(path, np.uint8, "r", parts[0].offset, shape)
 
 
-def spooled_image(path: Path, most: int) -> npt.NDArray[np.uint8] | None:
-    """Pixels (H, W, 3) of a picture of 8 bits as it is stored, in a temporary file without a name, so that
-    `release` gives their memory back; None of a picture of more bits. Errors are those of `open_image`.
+def spooled_image(path: Path, most: int) -> npt.NDArray[np.uint8]:
+    """Pixels (H, W, 3) of a picture as it is stored, in a temporary file without a name, so that `release`
+    gives their memory back. Errors are those of `open_image`.
 
     A TIFF that is not compressed is copied part by part, any other is decoded to Pillow's four bytes a pixel.
     """
     with open_regular(path) as file, _opened(file, path, None, most) as image:
-        if SCALED in _notes(image):  # by a range that no part of it tells
-            return None
+        refuse_beyond(image)
         shape = (image.height, image.width, 3)
         with tempfile.TemporaryFile() as spool:
             pixels = np.memmap(spool, np.uint8, "w+", shape=shape)

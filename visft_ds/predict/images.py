@@ -161,7 +161,7 @@ def open_file(path: Path, most: int = MAX_PIXELS, bands: Bands | None = None) ->
 
     Above MAX_PIXELS, where `most` allows it, no more memory is taken than a format needs: TIFFs that are not
     compressed, in strips, are read where one looks at them, JPEGs decoded to three bytes a pixel, and others
-    of 8 bits to a temporary file.
+    to a temporary file.
 
     Raises ValueError naming a file that is no image, damaged, too large, or not a regular one.
     """
@@ -182,10 +182,7 @@ def _large_image(path: Path, format_name: str, most: int) -> Pixels:
     if format_name == "JPEG":
         with reading(path, "a picture"):
             return decode_image(read_bytes(path), most)
-    spooled = spooled_image(path, most)
-    if spooled is not None:
-        return spooled
-    return np.asarray(open_image(path, upright=False, most=most))
+    return spooled_image(path, most)
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
