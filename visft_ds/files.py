@@ -511,7 +511,7 @@ def _raw_mode(tile: Any) -> str:
 
 
 def _beyond(image: Image.Image) -> str:
-    """What a picture has beyond colours of 8 bits and transparency; "" for most."""
+    """Name what a picture has beyond colours of 8 bits and transparency; "" for most."""
     modes = {_raw_mode(tile) for tile in getattr(image, "tile", ())}
     is_deep = any(map(_DEEP_VALUES.fullmatch, modes)) and image.format != "BMP"  # whose 16 bits are a pixel
     if is_deep or image.mode.startswith(("I", "F")):
