@@ -343,7 +343,7 @@ class Model:
         return Tiles(side, overlap)
 
     def tiles_of_training(self) -> Tiles | None:
-        """How the images of training were cut, of some task; None: not at all, or it is not known."""
+        """Tiles of training, of some task; None: whole images, or it is not known."""
         of_streams = (stream.tiles for stream in self._streams.values())
         return next((tiles for tiles in of_streams if tiles is not None), None)
 
@@ -354,7 +354,7 @@ class Model:
         return self.batch_size
 
     def warning_about(self, tiles: Tiles) -> str | None:
-        """What to expect of tiles that show objects larger or smaller than training did; None: nothing."""
+        """Warning of tiles that show objects larger or smaller than training did; None: as large."""
         trained = self.tiles_of_training()
         if not self._streams or (trained is not None and trained.side == tiles.side):
             return None

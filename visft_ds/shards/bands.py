@@ -99,7 +99,7 @@ def tiff_of(values: npt.NDArray[Any]) -> bytes:
 
 
 class Statistics:
-    """What the values of the pictures of a shard are like."""
+    """Range, mean and spread of the values of the pictures of a shard."""
 
     def __init__(self, form: Form) -> None:
         self.form = form

@@ -31,6 +31,7 @@ from visft_ds.shards.layouts import recognise
 from visft_ds.shards.options import Options
 
 _SHOWN = 40  #: classes that are listed
+_EMPTY = 5  #: classes without an image that are listed one by one
 _WIDTH = 110  #: columns
 _FILES = ("images", "instances", "captions")
 
@@ -214,7 +215,11 @@ def _build(arguments: argparse.Namespace) -> None:
     """Build the split of the files, or every split of a folder; all YOLO labels are read before anything is
     written.
     """
-    check_least(arguments, workers=1)
+    check_least(arguments, workers=1, limit=1)
+    try:
+        arguments.max_size = parse_size(arguments.max_size)
+    except ValueError as error:
+        raise ValueError(f"--max-size: {error}") from None
     if arguments.folder is not None:
         return _build_folder(arguments)
     missing = [f"--{name}" for name in ("images", "out", "split") if getattr(arguments, name) is None]
@@ -319,7 +324,7 @@ def _build_split(
         out=out,
         split=split.name,
         ids=arguments.ids,
-        max_size=parse_size(arguments.max_size),
+        max_size=arguments.max_size,
         limit=arguments.limit,
         seed=arguments.seed,
         exif=arguments.exif,
@@ -363,10 +368,16 @@ def _print_classes(manifest: Manifest) -> None:
     if not manifest.categories:
         return
     names = {str(category.coco_id): shown_name(category.name) for category in manifest.categories}
-    shown = [f"{names[number]} {count}" for number, count in Counter(manifest.having_category).most_common()]
+    having = Counter(manifest.having_category).most_common()
+    without = sum(count == 0 for _, count in having)
+    if without > _EMPTY:
+        having = having[:-without]
+    shown = [f"{names[number]} {count}" for number, count in having]
     if len(shown) > _SHOWN:
         shown = [*shown[: _SHOWN // 2], "...", *shown[-_SHOWN // 2 :]]
     heading = f"  images with each of {len(names)} classes: "
+    if without > _EMPTY:
+        shown.append(f"{without} others none")
     print(textwrap.fill(", ".join(shown), _WIDTH, initial_indent=heading, subsequent_indent="    "))
 
 

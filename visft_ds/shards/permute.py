@@ -5,6 +5,7 @@ Whatever a training gains from such labels it does not owe to what they say.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
     splits = splits_in(folder)
     if not splits:
         raise ValueError(f"{folder} holds no finished shards")
-    (out / "annotations").mkdir(parents=True)
+    unfinished = out.with_name(f".{out.name}.unfinished")  # of a run that was killed, too
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "annotations").mkdir(parents=True)
     for split in splits:
         manifest = Manifest.load(folder, split)
         reader = ShardReader(manifest)
@@ -45,13 +48,14 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
         for image, position in zip(content["images"], positions, strict=True):
             suffix = "jpg" if manifest.bands is None else "tif"
             image["file_name"] = f"{image['id']:012d}.{suffix}"
-            path = out / f"{split}2017" / image["file_name"]
+            path = unfinished / f"{split}2017" / image["file_name"]
             data, _ = reader.read(position, "images")
             resized += _write_image(path, data or b"", image["width"], image["height"])
         kind = "maps" if "maps" in manifest.labels else "instances"
-        _write_annotations(out / f"annotations/{kind}_{split}2017.json", content, objects)
-        _write_annotations(out / f"annotations/captions_{split}2017.json", content, captions)
+        _write_annotations(unfinished / f"annotations/{kind}_{split}2017.json", content, objects)
+        _write_annotations(unfinished / f"annotations/captions_{split}2017.json", content, captions)
         yield split, {"images": count, "objects": len(objects), "resized": resized}
+    unfinished.rename(out)
 
 
 def _write_image(path: Path, data: bytes, width: int, height: int) -> bool:
