@@ -33,6 +33,7 @@ CONTENTS = (
         "labels",
         "data",
         "images-and-labels",
+        "bands",
         "training-data",
         "training",
         "backbones",

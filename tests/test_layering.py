@@ -19,6 +19,7 @@ PACKAGE = "visft_ds"
 RESERVED = {
     "deepspeed": ("parallel",),
     "webdataset": ("data",),
+    "tifffile": ("files", "shards"),
     "pycocotools": ("tasks",),
     "timm": ("interop", "pretrained", "models.timm_backbone", "evals.judge"),
     "peft": ("interop",),
@@ -83,6 +84,7 @@ def test_imports_point_down() -> None:
         ("deepspeed", "parallel.engine", "deepspeed"),
         ("peft", "interop.export", "peft.PeftModel"),
         ("webdataset", "data.open_webdataset", "webdataset"),
+        ("tifffile", "files", "tifffile"),
         ("pycocotools", "tasks.average_precision", "pycocotools.cocoeval"),
         ("flash-attn", "ops.attention", "flash_attn"),
         ("tensorboard", "monitor.metrics", "torch.utils.tensorboard.SummaryWriter"),

@@ -24,6 +24,7 @@ class Program(NamedTuple):
     help: str
     function: str = "main"  #: (words after the command) -> exit status
     continues: bool = False  #: the same command goes on with what was interrupted
+    but_not: tuple[str, ...] = ()  #: the first words after it of those that do not
 
 
 COMMANDS = {
@@ -33,7 +34,12 @@ COMMANDS = {
         continues=True,
     ),
     "toy": Program("visft_ds.toy.coco", "draw a toy data set in COCO's own form"),
-    "shards": Program("visft_ds.shards.cli", "make, verify and describe shards", continues=True),
+    "shards": Program(
+        "visft_ds.shards.cli",
+        "make, verify and describe shards",
+        continues=True,
+        but_not=("index", "permute", "verify", "info"),
+    ),
     "train": Program("visft_ds.launch", "train a stage: 1 heads, 2 the backbone's adapters", continues=True),
     "evaluate": Program(
         "visft_ds.evals.cli", "measure box AP, mask AP and captions of a run on labelled data"
@@ -112,9 +118,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A second one ends what is still ending, without the traceback of wherever it is.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            more = "; the same command continues" if name in COMMANDS and COMMANDS[name].continues else ""
-            print(f"\n{name or 'visft'}: interrupted{more}", file=sys.stderr, flush=True)
+            print(f"\n{name or 'visft'}: interrupted{_after(words)}", file=sys.stderr, flush=True)
         return exit_code(error)
+
+
+def _after(words: Sequence[str]) -> str:
+    """Clause about what an interrupted command left behind."""
+    command = COMMANDS.get(words[0]) if words else None
+    if command is None or not command.continues:
+        return ""
+    if len(words) > 1 and words[1] in command.but_not:
+        return "; the same command begins anew"
+    return "; the same command continues"
 
 
 def _run(words: list[str]) -> int:

@@ -153,7 +153,7 @@ def test_tiles_are_those_of_a_picture_in_pieces(place: Path, tmp_path: Path) -> 
     assert again.results == whole.results
     assert model.predict(pixels, tile="none").results == model.predict(pixels).results
     for tile in (8, "big"):
-        with pytest.raises(ValueError, match="tile"):
+        with pytest.raises(ValueError, match=r"^tile"):
             model.predict(pixels, tile=tile)
     with pytest.raises(ValueError, match="captioning"):
         load("runs/stage2", device="cpu").predict(pixels, tile=64)

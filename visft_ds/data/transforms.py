@@ -80,8 +80,8 @@ def final_size(size: Size, ops: Sequence[Op]) -> Size:
     return size
 
 
-def apply_to_image(image: npt.NDArray[np.uint8], ops: Sequence[Op]) -> Tensor:
-    """(H, W, 3) uint8 -> (3, H', W') uint8.
+def apply_to_image(image: npt.NDArray[Any], ops: Sequence[Op]) -> Tensor:
+    """(H, W, 3) uint8 -> (3, H', W') uint8; (H, W, n) float32, levels of bands -> (n, H', W') float32.
 
     The channels-first tensor is a view of the decoded array: resizing that view is measurably faster than
     resizing a contiguous copy, and gives the same values.

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
     def work() -> None:
         check_least(options, limit=1, batch_size=1, beam_size=1, visualizations=0)
         if options.run is None and None in (options.backbone, options.heads, options.data, options.out):
-            raise ValueError("without --run give --backbone, --heads, --data and --out")
+            raise ValueError("give a RUN, or --backbone, --heads, --data and --out")
         for model in (options.run, options.heads):
             if model is not None:
                 check_exists(model)

@@ -30,7 +30,7 @@ from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.predict.loading import LoadedModel, ModelSource, source_of
 from visft_ds.prepare.data import workers_of
-from visft_ds.prepare.datasets import needs_vocabulary
+from visft_ds.prepare.datasets import check_bands, needs_vocabulary
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
 from visft_ds.run.folder import refuse_filled
@@ -110,7 +110,7 @@ def evaluate(
     )
     check_least(counts, limit=1, batch_size=1, beam_size=1, visualizations=0)
     if run is None and None in (backbone, heads, data):
-        raise ValueError("without --run give --backbone, --heads and --data")
+        raise ValueError("give --run, or --backbone, --heads and --data")
     source = source_of(
         None if run is None else Path(run),
         tasks=tasks,
@@ -214,6 +214,7 @@ class _Subject:
     def check_data(self) -> None:
         """Refuse data whose images a task cannot be judged by, before anything is computed."""
         manifest = self.manifest
+        check_bands(manifest, self.model.module.backbone.bands)
         remedy = "Evaluate it on data of its own categories"
         check_categories(self.model.heads, manifest.categories, str(manifest.root), remedy)
         for task in self.source.tasks:

@@ -38,6 +38,7 @@ from visft_ds.predict.results import Prediction
 from visft_ds.prepare.model import choose_precision
 from visft_ds.randomness import generator
 from visft_ds.run_files import folder_of_run, run_of
+from visft_ds.settings.bands import in_words
 from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import TASKS, config_class
 from visft_ds.tasks.classes import category_name
@@ -59,6 +60,11 @@ def export(flags: argparse.Namespace) -> None:
     _check(flags)
     alone = flags.tasks == _NO_TASKS
     model = _load(flags, alone)
+    if model.bands is not None:
+        raise ValueError(
+            f"{flags.run} reads {in_words(model.bands)}, and exports take three colours: use visft "
+            "predict, or visft merge --format timm for the backbone"
+        )
     if flags.web and not {"detection", "segmentation"}.intersection(model.tasks):
         raise ValueError(NO_BOXES)
     pictures = _Pictures(flags)

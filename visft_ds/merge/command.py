@@ -31,6 +31,7 @@ from visft_ds.monitor.metrics import read_metrics
 from visft_ds.ops import DTYPES
 from visft_ds.pretrained import TIMM
 from visft_ds.run_files import METRICS_FILE, run_around
+from visft_ds.settings.bands import in_words
 from visft_ds.tasks import config_class
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ def merge_files(flags: argparse.Namespace) -> int:
     _check(flags)
     adapter = read_adapter(flags)
     base = open_base(flags, adapter)
+    if base.backbone.bands is not None and flags.format != "timm":
+        raise ValueError(
+            f"the model reads {in_words(base.backbone.bands)}, which --format {flags.format} does not "
+            "describe: give --format timm"
+        )
     if adapter is not None:
         adapter = fitting(adapter, base)
     print(f"base     {base.path}")
@@ -105,8 +111,7 @@ def open_base(flags: argparse.Namespace, adapter: Adapter | None) -> Base:
         model = dict(chosen.description)
     elif model is None:
         model = layouts.model_in(file)
-    if "layers" in of_adapter:
-        model["layers"] = of_adapter["layers"]
+    model |= {key: of_adapter[key] for key in ("layers", "bands") if key in of_adapter}
     model = layouts.whole(model, file)
     backbone = layouts.built(model, "meta")
     fingerprint = layouts.fingerprint_of(backbone, path)
@@ -153,7 +158,8 @@ def _write(flags: argparse.Namespace, base: Base, adapter: Adapter | None, stage
     if adapter is not None:
         settings = {"rank": adapter.rank, "alpha": adapter.alpha, "sha256": adapter.fingerprint()}
         origin = {layouts.BASE: base.fingerprint, layouts.MERGED: json.dumps(settings)}
-    tower = export.merge(layouts.tower_in(base.file, base.model), adapter, dtype, names, share)
+    tower = layouts.widened(layouts.tower_in(base.file, base.model), base.backbone)
+    tower = export.merge(tower, adapter, dtype, names, share)
     content = form.content(tower, base.file, base.backbone)
     write_safetensors(path, content.tensors, {layouts.MODEL: json.dumps(base.model), **origin})
     for name, values in content.files.items():

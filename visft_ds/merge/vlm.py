@@ -16,6 +16,7 @@ from visft_ds.merge.command import Base, fitting, open_base, read_adapter
 from visft_ds.models import Backbone
 from visft_ds.ops import DTYPES
 from visft_ds.pretrained import local
+from visft_ds.settings.bands import in_words
 
 
 def put_into_vlm(flags: argparse.Namespace) -> Any:
@@ -30,6 +31,8 @@ def put_into_vlm(flags: argparse.Namespace) -> Any:
     print(f"vlm      {flags.model}: {vlm.describe()}")
     adapter = read_adapter(flags)
     base = open_base(flags, adapter)
+    if base.backbone.bands is not None:
+        raise ValueError(f"the tower reads {in_words(base.backbone.bands)}, and such models read photographs")
     if adapter is not None:
         adapter = fitting(adapter, base)
     print(f"base     {base.path}")

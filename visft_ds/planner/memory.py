@@ -213,8 +213,11 @@ def _blank_batch(run: PlannedRun, stream: Stream) -> Batch:
         targets[task] = TASKS[task].blank(images, (side, side), run.content, stream.image)
     ids = torch.arange(images)
     sizes = torch.full((images, 2), side)
+    bands = run.config.visft.model.bands
+    channels = 3 if bands is None else len(bands.numbers)
+    dtype = torch.uint8 if bands is None else torch.float32
     return Batch(
-        torch.empty(images, 3, side, side, dtype=torch.uint8, device=META),
+        torch.empty(images, channels, side, side, dtype=dtype, device=META),
         sizes,
         sizes,
         ids,

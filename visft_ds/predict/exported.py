@@ -99,6 +99,7 @@ class ExportedModel(Model):
             for category in facts.get("categories", ()):
                 self.categories[category["id"]] = category["name"]
         self.facts = {name: str(folder / name) for name in self._files}
+        self.bands = None
         self.precision = "fp32"
         self.device = torch.device("cpu")
         self.batch_size = 1

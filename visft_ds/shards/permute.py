@@ -16,7 +16,8 @@ from PIL import Image
 
 from visft_ds.data.dataset import caption_dataset, coco_dataset
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
-from visft_ds.files import image_frame, open_image
+from visft_ds.files import image_frame, open_image, read_bands
+from visft_ds.shards.bands import tiff_of
 from visft_ds.shards.common import Json
 
 _QUALITY = 95  # of images that take the size of another
@@ -42,7 +43,8 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
         positions = others(count, seed).tolist()
         resized = 0
         for image, position in zip(content["images"], positions, strict=True):
-            image["file_name"] = f"{image['id']:012d}.jpg"
+            suffix = "jpg" if manifest.bands is None else "tif"
+            image["file_name"] = f"{image['id']:012d}.{suffix}"
             path = out / f"{split}2017" / image["file_name"]
             data, _ = reader.read(position, "images")
             resized += _write_image(path, data or b"", image["width"], image["height"])
@@ -53,15 +55,36 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
 
 
 def _write_image(path: Path, data: bytes, width: int, height: int) -> bool:
-    """Write a picture as JPEG of this size. Returns True if it had another size or format."""
+    """Write a picture as JPEG, or one of bands as TIFF, of this size. Returns True if it had another size or
+    format.
+    """
     path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".tif":
+        return _write_bands(path, data, width, height)
     frame = image_frame(data)
     if frame.format == "JPEG" and (frame.width, frame.height) == (width, height):
         path.write_bytes(data)
         return False
-    picture = open_image(data, upright=False, quiet=True)
+    picture = open_image(data, upright=False)
     resized = picture.resize((width, height), Image.Resampling.BICUBIC)
     resized.save(path, "JPEG", quality=_QUALITY)
+    return True
+
+
+def _write_bands(path: Path, data: bytes, width: int, height: int) -> bool:
+    """The same of a picture of bands."""
+    values = read_bands(data)
+    if values.shape[:2] == (height, width):
+        path.write_bytes(data)
+        return False
+    resized = []
+    for number in range(values.shape[2]):
+        band = Image.fromarray(values[..., number].astype(np.float32))
+        resized.append(np.asarray(band.resize((width, height), Image.Resampling.BILINEAR)))
+    whole = np.stack(resized, axis=-1)
+    if values.dtype != np.float32:
+        whole = whole.round()
+    path.write_bytes(tiff_of(whole.astype(values.dtype)))
     return True
 
 
