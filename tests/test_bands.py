@@ -191,6 +191,7 @@ def test_a_range_is_found_over_train_and_holds_for_val(
         ([encoded(scene(0), planarconfig="contig")] * 3, ["--bands", "5,1"], "have 4 bands"),
         ([encoded(scene(0), planarconfig="contig")] * 3, ["--range", "5,1"], "lower value first"),
         ([encoded(scene(0), planarconfig="contig")] * 3, ["--range", "5"], "two numbers"),
+        ([encoded(scene(0), planarconfig="contig")] * 3, ["--bands", "1.5"], "whole numbers"),
         ([encoded(scene(0), planarconfig="contig")] * 3, ["--range", "5000,9000"], "band 1 is 5000 in all"),
         ([palette()] * 3, ["--bands", "1"], "palette"),
         (

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from visft_ds import __version__
+from visft_ds import __version__, importing
 from visft_ds.errors import exit_code, tell
 from visft_ds.resilience.processes import check_environment, start_ranks, without_num_gpus
 
@@ -161,7 +161,8 @@ def _run(words: list[str]) -> int:
     # A Ctrl-C waits for the end of the imports: in the middle of them pydantic makes an error of it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        function = getattr(import_module(command.module), command.function)
+        with importing():
+            function = getattr(import_module(command.module), command.function)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     return int(function(words[1:]))

@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import sys
+import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ MAX_BYTES = 12 * 2**30
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 #: A progressive JPEG has about ten scans; each one decodes the whole image again.
 _MAX_SCANS = 200
+#: Rows of a very large picture that are converted together.
+_BAND = 256
 
 #: First bytes of a TIFF.
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -377,18 +380,65 @@ def mapped_image(path: Path, most: int) -> npt.NDArray[np.uint8] | None:
     looked at are read; None of any other picture. Errors are those of `open_image`.
     """
     with open_regular(path) as file, _opened(file, path, None, most) as image:
-        parts = image.tile if image.format == "TIFF" and image.mode == "RGB" else []
+        parts = image.tile if image.format == "TIFF" and _is_plain(image) else []
         end = parts[0].offset if parts else -1
         for part in parts:
             left, top, right, bottom = part.extents or (0, 0, 0, 0)
-            is_plain = part.codec_name == "raw" and _raw_mode(part) == "RGB"
-            if not is_plain or (left, right, part.offset) != (0, image.width, end):
+            if (left, right, part.offset) != (0, image.width, end):
                 return None
             end += (bottom - top) * (right - left) * 3
         if not 0 < end <= os.fstat(file.fileno()).st_size:
             return None
         shape = (image.height, image.width, 3)
         return np.memmap(path, np.uint8, "r", parts[0].offset, shape)
+
+
+def spooled_image(path: Path, most: int) -> npt.NDArray[np.uint8]:
+    """Pixels (H, W, 3) of a picture as it is stored, in a temporary file without a name, so that `release`
+    gives their memory back. Errors are those of `open_image`.
+
+    A TIFF that is not compressed is copied part by part, any other is decoded to Pillow's four bytes a pixel.
+    """
+    with open_regular(path) as file, _opened(file, path, None, most) as image:
+        refuse_beyond(image)
+        shape = (image.height, image.width, 3)
+        with tempfile.TemporaryFile() as spool:
+            pixels = np.memmap(spool, np.uint8, "w+", shape=shape)
+        if image.format == "TIFF" and _is_plain(image):
+            _copy_parts(image, np.memmap(path, np.uint8, "r"), pixels)
+            return pixels
+        image.load()
+        for top in range(0, image.height, _BAND):
+            bottom = min(top + _BAND, image.height)
+            band = image.crop((0, top, image.width, bottom))
+            pixels[top:bottom] = np.asarray(to_rgb(band))
+            release(pixels)
+        return pixels
+
+
+def _is_plain(image: ImageFile.ImageFile) -> bool:
+    """Return True if the file has all pixels as they are, in RGB."""
+    if image.mode != "RGB":
+        return False
+    return all(part.codec_name == "raw" and _raw_mode(part) == "RGB" for part in image.tile)
+
+
+def _copy_parts(
+    image: ImageFile.ImageFile, stored: npt.NDArray[np.uint8], pixels: npt.NDArray[np.uint8]
+) -> None:
+    """Copy the strips or tiles of a picture from the bytes of its file to where they are seen."""
+    for part in image.tile:
+        left, top, right, bottom = part.extents or (0, 0, 0, 0)
+        arguments: Any = part.args
+        line = arguments[1] or 3 * (right - left)  # bytes from row to row
+        end = part.offset + (bottom - top) * line
+        if not 0 <= part.offset < end <= len(stored):
+            raise ValueError("the file is cut off")
+        rows = stored[part.offset : end].reshape(bottom - top, line)
+        pixels[top:bottom, left:right] = rows[:, : 3 * (right - left)].reshape(bottom - top, -1, 3)
+        if right == image.width:  # the last one of a row of tiles
+            release(stored)
+            release(pixels)
 
 
 def release(pixels: npt.NDArray[np.uint8]) -> None:
@@ -408,17 +458,19 @@ def _opened(
     name = name or ("a picture" if isinstance(source, bytes) else str(source))
     with reading(name, "a picture (JPEG, PNG, WebP, BMP, GIF or TIFF)"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about EXIF and metadata that are odd; damaged pixels are errors
-        try:
-            with _pillow_allows(most):
+        with _pillow_allows(most):
+            try:
                 opened = Image.open(file, formats=FORMATS)
-        except UnidentifiedImageError:
-            file.seek(0)
-            start = file.read(12)
-            raise ValueError(f"it begins with {start!r}" if start else "the file is empty") from None
-        with opened as image:
-            if not 0 < image.width * image.height <= most:
-                raise ValueError(f"{image.width} x {image.height} pixels; allowed are 1 to {most:,} in all")
-            yield image
+            except UnidentifiedImageError:
+                file.seek(0)
+                start = file.read(12)
+                raise ValueError(f"it begins with {start!r}" if start else "the file is empty") from None
+            with opened as image:
+                if not 0 < image.width * image.height <= most:
+                    raise ValueError(
+                        f"{image.width} x {image.height} pixels; allowed are 1 to {most:,} in all"
+                    )
+                yield image
 
 
 @contextmanager
@@ -459,7 +511,7 @@ def _raw_mode(tile: Any) -> str:
 
 
 def _beyond(image: Image.Image) -> str:
-    """What a picture has beyond colours of 8 bits and transparency; "" for most."""
+    """Name what a picture has beyond colours of 8 bits and transparency; "" for most."""
     modes = {_raw_mode(tile) for tile in getattr(image, "tile", ())}
     is_deep = any(map(_DEEP_VALUES.fullmatch, modes)) and image.format != "BMP"  # whose 16 bits are a pixel
     if is_deep or image.mode.startswith(("I", "F")):

@@ -30,14 +30,15 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 TEXT = {"vocab_size": 96, "max_position_embeddings": 64}
 
 
-def _blip2(image_size: int = 28) -> Any:
+def blip2(image_size: int = 28, image_token_index: int = 90) -> Any:
+    """A random model of two layers in each part."""
     text = {**SIZES, **TEXT, "ffn_dim": 64, "word_embed_proj_dim": 32, "model_type": "opt"}
     config = transformers.Blip2Config(
         vision_config={**SIZES, "image_size": image_size},
         qformer_config={**SIZES, "vocab_size": 64, "encoder_hidden_size": 32},
         text_config=text,
         num_query_tokens=4,
-        image_token_index=90,
+        image_token_index=image_token_index,
     )
     return transformers.Blip2ForConditionalGeneration(config).eval()
 
@@ -49,10 +50,10 @@ def test_a_tower_in_blip2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     save_backbone(ours, base)
     file = open_model(base)
     model = whole(model_in(file), file)
-    blip2 = _blip2()
-    inside = Vlm.of(blip2)
+    theirs = blip2()
+    inside = Vlm.of(theirs)
     inside.put(inside.names(tower_in(file, model), load_backbone(base, model)))
-    blip2.half().save_pretrained(tmp_path / "blip2")
+    theirs.half().save_pretrained(tmp_path / "blip2")
 
     inject_lora(ours, rank=3, alpha=1.5)
     move_adapters(ours)
@@ -66,7 +67,7 @@ def test_a_tower_in_blip2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
     swapped = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "new").float().eval()
     vision = swapped.vision_model
-    assert torch.equal(vision.post_layernorm.weight, blip2.vision_model.post_layernorm.weight.float())
+    assert torch.equal(vision.post_layernorm.weight, theirs.vision_model.post_layernorm.weight.float())
     vision.post_layernorm = ours.norm
     images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(3))
     ours.blocks = ours.blocks[:2]
@@ -75,9 +76,9 @@ def test_a_tower_in_blip2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert relative(vision(pixel_values=images).last_hidden_state, ours.tokens(images)[0]) < 3e-3
 
     with torch.no_grad():
-        blip2.vision_model.encoder.layers[0].mlp.fc1.weight[0] += 0.1
-    blip2.save_pretrained(tmp_path / "tuned")
-    _blip2(56).save_pretrained(tmp_path / "larger")
+        theirs.vision_model.encoder.layers[0].mlp.fc1.weight[0] += 0.1
+    theirs.save_pretrained(tmp_path / "tuned")
+    blip2(56).save_pretrained(tmp_path / "larger")
     (tmp_path / "empty").mkdir()
     for folder, message in (
         ("tuned", "encoder.layers.0.mlp.fc1.weight of this model's tower differs by"),

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -318,9 +318,13 @@ def _draw(
 
 
 def _print_results(
-    subject: _Subject, metrics: Mapping[str, float], tasks: Iterable[str], seconds: float, folder: Path
+    subject: _Subject,
+    metrics: Mapping[str, float],
+    results: Mapping[str, Results],
+    seconds: float,
+    folder: Path,
 ) -> None:
-    rows = []
+    rows = [(task, "found nothing: no result of any score") for task in results if not results[task]]
     by_category = defaultdict[str, list[str]](list)
     for name, value in metrics.items():
         task, metric, *category = name.split("/", 2)
@@ -331,6 +335,6 @@ def _print_results(
             by_category[f"{task}/{metric}"].append(f"{category[0]} {value:.2f}")
     rows += [(f"{name} by class", ", ".join(values)) for name, values in by_category.items()]
     rows += [(name.replace("_", " "), str(value)) for name, value in subject.task_facts.items()]
-    files = [*(_results_file(task) for task in tasks), METRICS, f"{VISUALIZATIONS}/"]
+    files = [*(_results_file(task) for task in results), METRICS, f"{VISUALIZATIONS}/"]
     rows += [("images/s", f"{subject.images / seconds:.1f}"), ("written", f"{folder}: {', '.join(files)}")]
     print_plan("results", [Section(f"on {subject.counted}", rows)])

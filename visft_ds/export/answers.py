@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 
 from visft_ds.data.samples import Map
 from visft_ds.data.transforms import Size
+from visft_ds.tasks.detection.data import corners_of
 from visft_ds.tasks.detection.dense import CANDIDATES, LEAST_SCORE, OVERLAP, DenseHead, DenseOutput
 from visft_ds.tasks.detection.head import DetectionOutput
 from visft_ds.tasks.masks.output import MaskOutput
@@ -144,7 +144,7 @@ def queries(output: DetectionOutput, picture: Picture, classes: int) -> dict[str
     """boxes (B, N, 4) xyxy, scores (B, N), labels (B, N): as `detection.head.postprocess`."""
     probability = output.logits[-1].softmax(dim=-1)
     scores, labels = probability[..., :-1].max(dim=-1)
-    corners = box_convert(output.boxes[-1], "cxcywh", "xyxy")
+    corners = corners_of(output.boxes[-1])
     return _best(scores, {"boxes": picture.corners(corners), "labels": labels}, scores.shape[1])
 
 

@@ -283,7 +283,14 @@ def _by_transformers(folder: Path) -> Any:
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = getattr(transformers, config["architectures"][0])
-    return kind.from_pretrained(folder, dtype=torch.float32)
+    messages = transformers.utils.logging
+    has_bar = messages.is_progress_bar_enabled()
+    messages.disable_progress_bar()
+    try:
+        return kind.from_pretrained(folder, dtype=torch.float32)
+    finally:
+        if has_bar:
+            messages.enable_progress_bar()
 
 
 def _last_map_of(model: Any, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:

@@ -20,6 +20,7 @@ from visft_ds.files import reading
 from visft_ds.interop.layouts import fitted
 from visft_ds.interop.published import published_head
 from visft_ds.interop.weights import Weights, examples, open_weights, save_tensors
+from visft_ds.ops import shapes_alone
 from visft_ds.settings.bands import Bands, in_words
 from visft_ds.settings.fields import Count, Positive, StrictModel
 from visft_ds.tasks import TASKS, config_class, get_task
@@ -110,7 +111,7 @@ class HeadFile:
         """The head, fp32, on the CPU, in evaluation mode. Raises ValueError as `check`."""
         info = self.info
         task = get_task(info.task)
-        with reading(self.tensors.path, f"a {info.task} head"), torch.device("meta"):
+        with reading(self.tensors.path, f"a {info.task} head"), shapes_alone():
             head = task.build_head(info.shapes, info.settings(), info.options.get("vocabulary_size"))
         self.check(head)
         values = {name: self.tensors.tensor(name, torch.float32) for name in self.tensors}

@@ -54,4 +54,4 @@ def build_empty(
         backbone = EvaViT(replace(PRESETS[preset], **fields), bands).to(dtype)
     if layers:
         backbone.read_after(layers)
-    return backbone.to_empty(device=device)
+    return backbone if device == "meta" else backbone.to_empty(device=device)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from visft_ds import importing
 from visft_ds.models.eva_vit import Grids, last_block, stack_padded
 from visft_ds.pretrained import check_timm
 from visft_ds.settings.bands import Bands
@@ -363,8 +364,9 @@ def build_model(
     none).
     """
     check_timm(name)
-    import timm
-    from timm.layers import set_reentrant_ckpt
+    with importing():
+        import timm
+        from timm.layers import set_reentrant_ckpt
 
     set_reentrant_ckpt(False)  # a reentrant checkpoint gives no gradient to adapters behind a frozen stem
     size = {} if image_size is None else {"img_size": image_size}

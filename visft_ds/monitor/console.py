@@ -148,7 +148,7 @@ class Progress(AbstractContextManager["Progress"]):
         return "  ".join(parts)
 
 
-class _Lines(tqdm):  # type: ignore[type-arg]
+class _Lines(tqdm):
     """A bar in a log: each state is a line, and nothing is wiped out at its end."""
 
     @staticmethod

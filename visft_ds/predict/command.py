@@ -83,6 +83,9 @@ def predict(
     ]
     if tiles is not None:
         facts.append(("tiles", f"squares of {tiles.side} px that overlap by {tiles.overlap}"))
+        warning = loaded.warning_about(tiles)
+        if warning is not None:
+            facts.append(("caution", warning))
     if done:
         facts.append(("continues", f"{len(files) - len(todo)} of them are done"))
     print_plan("visft_ds prediction", [Section("model and data", facts)])
@@ -100,7 +103,7 @@ def predict(
     with (out / LINES).open("ab") as lines, ThreadPoolExecutor(_THREADS) as pool:
         if lines.tell() == 0:
             _append(lines, settings)
-        size = batch_size or loaded.batch_size
+        size = batch_size or loaded.usual_batch(tiles)
         outcomes = _predictions(todo, loaded, threshold, size)
         most_waiting = _WAITING
         if tiles is not None:  # images that may fill the memory

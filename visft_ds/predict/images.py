@@ -28,6 +28,7 @@ from visft_ds.files import (
     read_bytes,
     reading,
     refuse_beyond,
+    spooled_image,
     to_rgb,
 )
 from visft_ds.redaction import redacted
@@ -159,7 +160,8 @@ def open_file(path: Path, most: int = MAX_PIXELS, bands: Bands | None = None) ->
     """Decode a file, of several images the first, upright by its EXIF; or the bands of a file.
 
     Above MAX_PIXELS, where `most` allows it, no more memory is taken than a format needs: TIFFs that are not
-    compressed, in strips, are read where one looks at them, and JPEGs decoded to three bytes a pixel.
+    compressed, in strips, are read where one looks at them, JPEGs decoded to three bytes a pixel, and others
+    to a temporary file.
 
     Raises ValueError naming a file that is no image, damaged, too large, or not a regular one.
     """
@@ -180,7 +182,7 @@ def _large_image(path: Path, format_name: str, most: int) -> Pixels:
     if format_name == "JPEG":
         with reading(path, "a picture"):
             return decode_image(read_bytes(path), most)
-    return np.asarray(open_image(path, upright=False, most=most))
+    return spooled_image(path, most)
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:

@@ -36,6 +36,7 @@ from visft_ds.tasks.tiles import merged
 from visft_ds.tasks.transform import pipeline_of
 
 _SMALLEST_TILE = 32  # pixels
+_TILES_ON_CPU = 4  # at a time: more are no faster there, and take their memory
 
 
 @speaking_python()
@@ -281,7 +282,8 @@ class Model:
                 that `bands` says. Or several: a list of these, a folder, a pattern such as "photos/*.jpg".
                 URLs are refused.
             threshold: least score of boxes and masks that are returned.
-            batch_size: largest number of images, or of tiles, in a batch; default: the run's.
+            batch_size: largest number of images, or of tiles, in a batch; default: the run's, of tiles on a
+                CPU at most 4.
             tile: side in pixels of the squares that larger images are cut into; "none": take them whole;
                 default: as in the run. Boxes and masks that tiles have in common are joined.
 
@@ -302,7 +304,7 @@ class Model:
         check_options(threshold, batch_size=batch_size)
         tiles = self.tiles_of(tile)
         every, single = opened(images, MOST_IN_TILES if tiles else MAX_PIXELS, self.bands)
-        step = batch_size or self.batch_size
+        step = batch_size or self.usual_batch(tiles)
         predictions: list[Prediction] = []
         if tiles is not None:
             predictions += [self.predict_tiles(image, tiles, threshold, step) for image in every]
@@ -317,7 +319,7 @@ class Model:
         Raises ValueError for what is neither a side nor "none", and for tasks that need whole images.
         """
         of_streams = {stream.tiles for stream in self._streams.values()}
-        of_run = next((tiles for tiles in of_streams if tiles is not None), None)
+        of_run = self.tiles_of_training()
         if tile is None and len(of_streams) > 1:
             raise ValueError("some tasks of the run were trained on tiles, some not: give some of --tasks")
         if tile is None:
@@ -340,6 +342,28 @@ class Model:
             overlap = min(max(of_run.overlap, overlap), side // 2)
         return Tiles(side, overlap)
 
+    def tiles_of_training(self) -> Tiles | None:
+        """How the images of training were cut, of some task; None: not at all, or it is not known."""
+        of_streams = (stream.tiles for stream in self._streams.values())
+        return next((tiles for tiles in of_streams if tiles is not None), None)
+
+    def usual_batch(self, tiles: Tiles | None) -> int:
+        """Number of images, or of tiles, in a batch by default."""
+        if tiles is not None and self.device.type == "cpu":
+            return min(self.batch_size, _TILES_ON_CPU)
+        return self.batch_size
+
+    def warning_about(self, tiles: Tiles) -> str | None:
+        """What to expect of tiles that show objects larger or smaller than training did; None: nothing."""
+        trained = self.tiles_of_training()
+        if not self._streams or (trained is not None and trained.side == tiles.side):
+            return None
+        size = "whole images" if trained is None else f"tiles of {trained.side} px"
+        return (
+            f"the run was trained on {size}: in tiles of {tiles.side} px objects have another size, and may "
+            f"be missed or found twice; train with --tile {tiles.side}"
+        )
+
     def predict_tiles(
         self, image: OpenedImage, tiles: Tiles, threshold: float, batch_size: int
     ) -> Prediction:
@@ -348,17 +372,13 @@ class Model:
         windows = tiles.windows(height, width)
         by_task: dict[str, Results] = {task: [] for task in self.tasks}
         for start in range(0, len(windows), batch_size):
-            samples = []
-            for number, window in enumerate(windows[start : start + batch_size], start):
-                top, left, tile_height, tile_width = window
+            parts = []
+            for top, left, tile_height, tile_width in windows[start : start + batch_size]:
                 pixels = np.array(image.pixels[top : top + tile_height, left : left + tile_width])
-                size = tile_height, tile_width
-                sample = RawSample(
-                    number, image_id=number, size=size, image=pixels, annotations=(), captions=()
-                )
-                samples.append(sample)
-            for task, results in self._results(samples, threshold).items():
-                by_task[task] += [result for result in results if _confidence(result) >= 0]
+                parts.append(OpenedImage(pixels, None))
+            for number, prediction in enumerate(self.predict_opened(parts, threshold), start):
+                for task, results in prediction.results.items():
+                    by_task[task] += [{**result, "image_id": number} for result in results]
             release(image.pixels)
         whole = {task: merged(results, windows, (height, width)) for task, results in by_task.items()}
         return Prediction(as_rgb(image.pixels), image.path, self.categories, whole, self.has_instances)

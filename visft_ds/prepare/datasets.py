@@ -104,7 +104,8 @@ def check_bands(manifest: Manifest, bands: Bands | None) -> None:
     if there == in_words(bands):
         return
     remedy = "give shards of such pictures"
-    if bands is not None and manifest.bands is not None and manifest.bands.count == bands.count:
+    have = manifest.bands
+    if bands is not None and have is not None and (have.count, have.kind) == (bands.count, bands.kind):
         low, high = bands.range
         numbers = ",".join(map(str, bands.numbers))
         remedy = f"build them with --range {low:g},{high:g} --bands {numbers}"

@@ -124,7 +124,7 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
 
 
 def _first_weights(backbone: Backbone) -> str:
-    """What became of the weights that saw three colours, see `layouts.widened`."""
+    """Tell what became of the weights that saw three colours, see `layouts.widened`."""
     channels = len(backbone.pixel_mean)
     name = backbone.first_weight
     if channels == 1:

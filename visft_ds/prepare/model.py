@@ -28,7 +28,7 @@ from visft_ds.model import PADDING, MultiTaskModel, TaskModule
 from visft_ds.models import build_empty
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora, lora_layers
-from visft_ds.ops import DTYPES
+from visft_ds.ops import DTYPES, shapes_alone
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, Start, fill_model, open_base
 from visft_ds.settings.bands import Bands
@@ -155,7 +155,7 @@ def plan_model(
             parameter.data = parameter.data.float()
     tasks = {}
     for name, task in config.tasks.enabled().items():
-        with torch.device("meta"):
+        with shapes_alone():
             head = TASKS[name].build_head(backbone.shapes, task.head, vocabulary_size)
         criterion = TASKS[name].losses(task.head, task.loss)
         decoding = task.decoding.model_dump() if isinstance(task, WordsConfig) else {}

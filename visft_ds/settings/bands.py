@@ -45,7 +45,7 @@ class Bands(StrictModel):
 
 
 def in_words(bands: Bands | None) -> str:
-    """What pictures are made of, for a message; all but statistics. None: what any photograph is."""
+    """Content of pictures, for a message; all but statistics. None: what any photograph is."""
     if bands is None:
         return "three colours of 8 bits"
     low, high = bands.range

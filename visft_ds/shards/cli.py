@@ -281,6 +281,8 @@ def _build_splits(arguments: argparse.Namespace, out: Path, splits: Sequence[Fol
     if value_range is not None and len(value_range) != 2:
         raise ValueError(f"--range {arguments.range}: give two numbers, e.g. --range 0,4095")
     bands = _numbers(arguments.bands, "--bands", "4,3,2")
+    if bands is not None and not all(number.is_integer() for number in bands):
+        raise ValueError(f"--bands {arguments.bands}: give whole numbers, e.g. --bands 4,3,2")
     for split in sorted(splits, key=lambda split: split.name != "train"):
         manifest = _build_split(arguments, out, split, value_range, bands)
         if manifest.bands is not None:

@@ -35,23 +35,27 @@ def ask(rng: np.random.Generator, scene: Scene, style: Style) -> list[Asked]:
     Which answer "is there" gets is drawn before its shape: words alone say nothing about it. Crowds of tiny
     shapes are hard to count and to name, so scenes with one are asked about colours and shapes alone.
     """
-    shapes = scene.shapes
-    crowded = set() if scene.crowd is None else {scene.crowd.category, scene.crowd.colour}
-    counts = Counter(shape.category for shape in shapes)
-    single = [shape for shape in shapes if counts[shape.category] == 1 and shape.category not in crowded]
+    crowded: set[str] = set()
+    if scene.crowd is not None:
+        crowded = {scene.crowd.category, scene.crowd.colour}
+    counts = Counter(shape.category for shape in scene.shapes)
+    single = []
+    for shape in scene.shapes:
+        if counts[shape.category] == 1 and shape.category not in crowded:
+            single.append(shape)
     asked = []
     for shape in single[:2]:
         asked.append(Asked("colour", f"What colour is the {shape.category}?", shape.colour))
-    of_colour = Counter(shape.colour for shape in shapes)
-    for shape in shapes:
-        if of_colour[shape.colour] == 1 and shape.colour not in crowded:
+    colours = Counter(shape.colour for shape in scene.shapes)
+    for shape in scene.shapes:
+        if colours[shape.colour] == 1 and shape.colour not in crowded:
             asked.append(Asked("shape", f"Which shape is {shape.colour}?", shape.category))
             break
     if scene.crowd is not None:
         return asked
-    asked.append(Asked("count", "How many shapes are there?", str(len(shapes))))
+    asked.append(Asked("count", "How many shapes are there?", str(len(scene.shapes))))
     asked.append(_is_there(rng, list(counts), style.categories))
-    asked += _beside(rng, single, shapes)
+    asked += _beside(rng, single, scene.shapes)
     return asked
 
 
@@ -68,11 +72,17 @@ def _beside(rng: np.random.Generator, single: Sequence[Shape], shapes: Sequence[
     if len(single) < 2:
         return []
     anchor = single[int(rng.integers(len(single)))]
-    side, sign = (("left", -1), ("right", 1))[int(rng.integers(2))]
-    others = [shape for shape in shapes if shape is not anchor]
-    distances = [sign * (_across(shape) - _across(anchor)) for shape in others]
-    there = [shape for shape, distance in zip(others, distances, strict=True) if distance > 0]
-    if len(there) != 1 or min(map(abs, distances)) < _APART:
+    side = ("left", "right")[int(rng.integers(2))]
+    there = []
+    for shape in shapes:
+        if shape is anchor:
+            continue
+        distance = _across(shape) - _across(anchor)
+        if abs(distance) < _APART:
+            return []  # nobody could say where it is
+        if (distance < 0) == (side == "left"):
+            there.append(shape)
+    if len(there) != 1:
         return []
     return [Asked("relation", f"What is {side} of the {anchor.category}?", there[0].category)]
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, FloatArray, Number, Score, resamples
 from visft_ds.evals.judge.questions import MOST, Question, QuestionSet, words_alone
+from visft_ds.evals.judge.vlm_answers import NUMBER as VLM_ANSWERS
 from visft_ds.evals.judge.vqa_accuracy import accuracy
 from visft_ds.monitor.console import gauge
 
@@ -51,7 +52,7 @@ def of_kind(kind: str) -> Number:
     return Number(f"answers ({kind})", how=f"The same over the questions of the kind {kind}.")
 
 
-NUMBERS = (ALL, of_kind("KIND"))
+NUMBERS = (ALL, of_kind("KIND"), VLM_ANSWERS)
 
 
 def vqa(label: str, train: QuestionSet, test: QuestionSet) -> Benchmark:

@@ -162,7 +162,7 @@ def _write(
 
 
 def _row(doubt: Doubt, image: Any, names: Mapping[int, str]) -> dict[str, Any]:
-    """What the page knows of a doubt: a picture of the place, the label given and the one proposed."""
+    """Facts of a doubt for the page: a picture of the place, the label given and the one proposed."""
     boxes = np.array([label["bbox"] for label in (doubt.given, doubt.proposed) if label is not None])
     low = boxes[:, :2].min(axis=0)
     high = (boxes[:, :2] + boxes[:, 2:]).max(axis=0)
