@@ -23,6 +23,57 @@ from visft_ds.predict.results import Masks
 
 pytestmark = pytest.mark.slow
 
+#: Operators that exports consist of and types of their tensors, as TensorRT 10.15 lists them
+#: (docs/operators.md of onnx-tensorrt).
+FLOATS = ("FLOAT", "FLOAT16")
+NUMBERS = (*FLOATS, "INT32", "INT64")
+TENSORRT: dict[tuple[str, ...], tuple[str, ...]] = {
+    FLOATS: (
+        *("AveragePool", "Ceil", "Clip", "Conv", "ConvTranspose", "Cos", "CumSum", "Einsum", "Erf", "Exp"),
+        *("Floor", "Gemm", "GlobalAveragePool", "InstanceNormalization", "LayerNormalization", "Log", "MatMul"),
+        *("NonZero", "Reciprocal", "Round", "Sigmoid", "Sin", "Softmax", "Sqrt", "Tanh"),
+    ),
+    NUMBERS: (
+        *("Abs", "Add", "ArgMax", "Div", "Equal", "Gelu", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
+        *("Max", "Min", "Mod", "Mul", "Neg", "Pad", "Pow", "Range", "ReduceMax", "ReduceMean", "ReduceMin"),
+        *("ReduceProd", "ReduceSum", "Relu", "ScatterElements", "ScatterND", "Sign", "Sub", "Sum", "TopK"),
+    ),
+    (*NUMBERS, "BOOL"): (
+        *("Concat", "Constant", "ConstantOfShape", "Expand", "Gather", "GatherElements", "GatherND", "Identity"),
+        *("Loop", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"),
+    ),
+    (*NUMBERS, "BOOL", "UINT8"): ("Cast",),
+    ("BOOL",): ("And", "Not", "Or", "Xor"),
+}  # fmt: skip
+
+
+def unlisted(path: Path) -> set[tuple[str, str]]:
+    """(operator, type of its first tensor) in an ONNX file that TensorRT does not list."""
+    import onnx
+
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    names = {number: name for name, number in onnx.TensorProto.DataType.items()}
+    allowed = {operator: types for types, operators in TENSORRT.items() for operator in operators}
+    beyond = set()
+
+    def walk(graph: Any, outer: dict[str, str]) -> None:
+        types = dict(outer)
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            types[value.name] = names[value.type.tensor_type.elem_type]
+        for tensor in graph.initializer:
+            types[tensor.name] = names[tensor.data_type]
+        for node in graph.node:
+            read = [types[name] for name in node.input if name]
+            type_ = read[node.op_type == "Where"] if read else "FLOAT"
+            if type_ not in allowed.get(node.op_type, ()):
+                beyond.add((node.op_type, type_))
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    walk(attribute.g, types)
+
+    walk(model.graph, {})
+    return beyond
+
 
 def export(run: Path, out: Path, *flags: str) -> int:
     pytest.importorskip("onnxscript")
@@ -45,6 +96,9 @@ def test_onnxruntime_says_what_the_run_says(tmp_path: Path, capsys: pytest.Captu
     assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == [
         "README.md", "captioning_encoder.onnx", "captioning_step.onnx", "detection.onnx", "segmentation.onnx",
     ]  # fmt: skip
+    for path in (tmp_path / "exported").glob("*.onnx"):
+        # TensorRT has UINT8 for inputs and outputs of a network alone; the shape of one is asked for here.
+        assert unlisted(path) <= {("Shape", "UINT8")}, path
     import onnxruntime
 
     pictures = np.random.default_rng(0).integers(0, 256, (3, 40, 70, 3)).astype(np.uint8)
@@ -74,6 +128,7 @@ def test_masks_leave_with_their_boxes(tmp_path: Path, capsys: pytest.CaptureFixt
     for form in ("onnx", "torch"):
         assert export(tmp_path / "run", tmp_path / form, "--verify", "4", "--format", form) == 0
         assert re.search(r"detection: \d\d objects, .*, masks 100.000% equal on 4", capsys.readouterr().out)
+    assert unlisted(tmp_path / "onnx/detection.onnx") == {("Shape", "UINT8")}
     (tmp_path / "onnx/run.py").write_text(code_of(tmp_path / "onnx/README.md").replace(">= 0.5", ">= 0.01"))
     Image.new("RGB", (90, 60), "gray").save(tmp_path / "onnx/photograph.jpg")
     ran = subprocess.run(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,15 +15,20 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tvf
 from torch import nn
 
+import visft_ds
 from tests.tasks.cases import batch_of
 from visft_ds.cli import main
 from visft_ds.data.transforms import Crop, Pad, Resize
+from visft_ds.export import cli, command
 from visft_ds.export.answers import Picture
 from visft_ds.export.graph import Answer, Frame, FrameMap, resized
 from visft_ds.export.verify import Difference
 from visft_ds.ops.deform_attn import gathered
+from visft_ds.predict import exported
 from visft_ds.predict.exported import results_of_outputs
+from visft_ds.predict.images import OpenedImage
 from visft_ds.predict.results import Prediction
+from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.masks.interpolation import interpolated
 
@@ -186,3 +195,91 @@ def test_wrong_numbers_are_refused_with_what_is_allowed(
     with pytest.raises(SystemExit):
         main(["export", str(tmp_path), "--out", str(tmp_path / "out"), *words])
     assert "is not allowed: give" in capsys.readouterr().err
+
+
+def _flags(run: Path, *words: str) -> argparse.Namespace:
+    """Flags of a command."""
+    return cli._parser().parse_args([str(run), "--out", str(run / "out"), *words])
+
+
+def test_pictures_to_compare_are_asked_for_where_there_are_none(tmp_path: Path) -> None:
+    """A backbone alone is compared on noise."""
+    with pytest.raises(ValueError, match="give --images"):
+        command._Pictures(_flags(tmp_path)).some(16)
+    assert len(command._Pictures(_flags(tmp_path, "--tasks", "none")).some(16)) == 1
+
+
+class Measured:
+    """In place of pictures: metrics that come one after another."""
+
+    def __init__(self, *metrics: dict[str, float]) -> None:
+        self.left = list(metrics)
+
+    def metrics(self, *_: object) -> dict[str, float]:
+        return self.left.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words", "reason"),
+    [
+        ({"box/AP50": 0.9, "mask/AP": 0.7}, {"box/AP50": 0.895, "mask/AP": 0.8}, ["--half"], None),
+        ({"box/AP50": 0.9, "mask/AP": 0.7}, {"box/AP50": 0.9, "mask/AP": 0.68}, ["--int8"], "mask/AP falls"),
+        ({"box/AP50": 0.9}, {"box/AP50": 0.5}, ["--int8", "--allow-loss"], None),
+        ({"box/APs": 0.9}, {"box/APs": 0.5}, ["--int8"], None),
+        ({}, {}, ["--half"], "nobody knows"),
+    ],
+)
+def test_more_than_a_point_is_not_lost_unasked(
+    before: dict[str, float], after: dict[str, float], words: list[str], reason: str | None, tmp_path: Path
+) -> None:
+    flags = _flags(tmp_path, *words, "--verify", "all")
+    model = SimpleNamespace(tasks=("detection",), has_instances=True)
+    expected = nullcontext() if reason is None else pytest.raises(ValueError, match=reason)
+    with expected:
+        command._verified(flags, model, {}, {}, Measured(before, after))  # type: ignore[arg-type]
+
+
+def test_windows_of_label_maps_are_refused() -> None:
+    window = {"window": 512, "fixed_size": None}
+    stream = Stream("semantic", ("semantic",), 1.0, 1, 1, window)
+    with pytest.raises(ValueError, match="windows of 512 pixels"):
+        command._check_windows("semantic", stream)
+    command._check_windows("semantic", replace(stream, image={**window, "fixed_size": 320}))
+
+
+def test_a_head_of_its_own_kind_is_refused() -> None:
+    maps = FixedMaps()
+    answer = Answer("detection", maps, nn.Identity(), 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="detection head has no export"):
+        answer(torch.zeros(2, 61, 83, 3, dtype=torch.uint8))
+
+
+def test_maps_that_differ_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = [[torch.ones(1, 2, 3, 3)]]
+    images = [OpenedImage(np.zeros((6, 6, 3), np.uint8), None)]
+    for scale, is_close in ((1.00001, True), (1.001, False)):
+        theirs = {"features": scale * np.ones((1, 2, 3, 3), np.float32)}
+        monkeypatch.setattr(
+            command, "open_exported", lambda _, out=theirs: exported.ExportedFile({}, lambda _: out)
+        )
+        with nullcontext() if is_close else pytest.raises(ValueError, match="features differ by"):
+            command._verified_maps(ours, images, tmp_path)
+
+
+def test_files_of_another_origin_are_refused(tmp_path: Path) -> None:
+    for name in ("other.onnx", "other.pt2"):
+        (tmp_path / name).write_bytes(b"no model")
+        with pytest.raises(ValueError, match=name):
+            exported.open_exported(tmp_path / name)
+    with pytest.raises(ValueError, match="this release reads"):
+        exported._facts('{"format": "visft_ds export 0"}')
+
+
+def test_a_folder_of_an_export_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "features.onnx").touch()
+    with pytest.raises(ValueError, match="leave out all but its folder"):
+        visft_ds.load(tmp_path, tasks="detection")
+    alone = exported.ExportedFile({"task": None}, dict)
+    monkeypatch.setattr(exported, "open_exported", lambda _: alone)
+    with pytest.raises(ValueError, match="backbone alone"):
+        visft_ds.load(tmp_path)

@@ -232,7 +232,7 @@ def _write_files(
         frame = Frame.of(geometry[stream.name], backbone.patch_size)
         maps = Maps(backbone, frame, half=flags.half)
         for task in stream.tasks:
-            _check_windows(task, stream, frame)
+            _check_windows(task, stream)
             of_task = {**common, "task": task, "image_size": list(frame.size)}
             of_task |= _classes(model, task, stream)
             if task == "detection" and model.has_instances:
@@ -247,7 +247,7 @@ def _write_files(
     return facts
 
 
-def _check_windows(task: str, stream: Stream, frame: Frame) -> None:
+def _check_windows(task: str, stream: Stream) -> None:
     window = stream.image.get("window")
     if task == "semantic" and window and stream.image["fixed_size"] is None:
         raise ValueError(
