@@ -34,6 +34,7 @@ CONTENTS = (
         "depth",
         "data",
         "images-and-labels",
+        "bands",
         "training-data",
         "training",
         "backbones",

@@ -84,6 +84,29 @@ def test_every_command_ends_a_ctrl_c_with_130_and_a_line(
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["shards", "build", "coco"], "the same command continues"),
+        (["shards", "coco"], "the same command continues"),
+        (["shards", "index", "a.tar", "--out", "x"], "the same command begins anew"),
+    ],
+)
+def test_a_ctrl_c_says_whether_anything_is_left(
+    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*given: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("visft_ds.shards.cli.main", interrupted)
+    try:
+        assert main(words) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().err == f"\nshards: interrupted; {told}\n"
+
+
 def test_a_ctrl_c_that_came_while_a_rank_began_is_answered(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

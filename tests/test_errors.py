@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from visft_ds.errors import LostRank, RankError, tell
@@ -42,6 +44,19 @@ def test_a_bug_keeps_its_traceback() -> None:
 )
 def test_too_little_memory_is_no_bug(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     assert tell(error) == 2 and "smaller" in capsys.readouterr().err
+
+
+def test_the_system_says_which_file_in_words_of_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, cause in (
+        (tmp_path / "nosuch.json", "no such file or directory"),
+        (tmp_path, "is a directory"),
+    ):
+        with pytest.raises(OSError, match="Errno") as refused:
+            path.read_bytes()
+        assert tell(refused.value, "shards") == 2
+        assert capsys.readouterr().err == f"shards: {path}: {cause}\n"
 
 
 def test_a_message_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

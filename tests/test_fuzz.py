@@ -51,6 +51,7 @@ class Reader:
 def readers(runs: Path, shards: Path) -> list[Reader]:
     """Readers of everything that comes from outside, which read copies of these finished runs and shards."""
     import numpy as np
+    import tifffile
     import torch
     from PIL import Image
 
@@ -65,13 +66,14 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
     from visft_ds.evals.judge.ocr import read_words
     from visft_ds.evals.judge.protocol import QUICK
     from visft_ds.evals.judge.retrieval import read_captions
-    from visft_ds.files import open_image
+    from visft_ds.files import image_frame, open_image, read_bands
     from visft_ds.interop.layouts import MODEL, built, load_backbone, model_in, model_of
     from visft_ds.interop.published import read_adapter
     from visft_ds.interop.weights import open_weights, save_tensors
     from visft_ds.models.timm_backbone import build_timm
     from visft_ds.monitor.metrics import read_metrics
     from visft_ds.predict.model import load
+    from visft_ds.shards.bands import tiff_of
     from visft_ds.shards.build import build
     from visft_ds.shards.layouts import recognise
     from visft_ds.shards.options import Options
@@ -133,6 +135,15 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
         for kind in ("jpg", "png", "webp", "bmp", "gif", "tif"):
             picture.save(folder / f"a.{kind}", exif=Image.Exif().tobytes())
 
+    def pictures_of_bands(folder: Path) -> None:
+        values = np.random.default_rng(0).integers(0, 4096, (30, 40, 5)).astype(np.uint16)
+        tifffile.imwrite(folder / "a.tif", values, photometric="minisblack", planarconfig="contig")
+        (folder / "b.tif").write_bytes(tiff_of(values))
+
+    def read_pictures_of_bands(folder: Path) -> None:
+        for path in folder.iterdir():
+            read_bands(path), image_frame(path)
+
     def write_judged(folder: Path) -> None:
         numbers, metres = bands(0), np.array([900, 2000, 4000], dtype=np.uint16)
         for part in ("train", "val"):
@@ -160,6 +171,7 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
         Reader("label maps", write_own, read_tree),
         Reader("judged data", write_judged, read_judged),
         Reader("pictures", pictures, lambda folder: [open_image(path) for path in folder.iterdir()]),
+        Reader("pictures of bands", pictures_of_bands, read_pictures_of_bands),
         Reader("pickles", write_pickles, read_pickles),
         Reader("backbones", write_backbones, read_backbones),
         Reader("adapters", copied(*(runs / "stage2/export/adapter").glob("adapter_*")), read_adapters),

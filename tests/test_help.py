@@ -70,13 +70,36 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixt
     for words, told in (
         (
             ["build", "--shard-sise", "3"],
-            "unrecognized arguments: --shard-sise; did you mean --shard-size?\n",
+            "unrecognized arguments: --shard-sise; did you mean --shard-size?",
         ),
-        (["--xyz"], "unrecognized arguments: --xyz\n"),
+        (["--xyz"], "unrecognized arguments: --xyz"),
     ):
         with pytest.raises(SystemExit):
             parser.parse_args(words)
-        assert capsys.readouterr().err.endswith(told)
+        assert capsys.readouterr().err == f"visft shards: {told}; see visft shards --help\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--val", "abc"], "--val 'abc' is not allowed: give a number"),
+        (["--limit", "2.5"], "--limit '2.5' is not allowed: give a whole number"),
+        (["--stage", "3"], "--stage 3 is not allowed: give one of 1, 2"),
+        (["--val"], "--val needs a value"),
+        (["--val", "0.2", "--limit", "2"], "--limit and --val do not go together: give one of them"),
+    ],
+)
+def test_a_wrong_value_is_answered_in_one_line(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = Parser(prog="visft")
+    parser.add_argument("--stage", type=int, choices=(1, 2))
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--val", type=float)
+    group.add_argument("--limit", type=int)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(words)
+    assert (ended.value.code, capsys.readouterr().err) == (2, f"visft: {told}; see visft --help\n")
 
 
 def test_sizes_are_understood_or_refused() -> None:

@@ -19,6 +19,7 @@ PACKAGE = "visft_ds"
 RESERVED = {
     "deepspeed": ("parallel",),
     "webdataset": ("data",),
+    "tifffile": ("files", "shards"),
     "pycocotools": ("tasks",),
     "timm": ("interop", "pretrained", "models.timm_backbone", "evals.judge"),
     "peft": ("interop",),
@@ -83,6 +84,7 @@ def test_imports_point_down() -> None:
         ("deepspeed", "parallel.engine", "deepspeed"),
         ("peft", "interop.export", "peft.PeftModel"),
         ("webdataset", "data.open_webdataset", "webdataset"),
+        ("tifffile", "files", "tifffile"),
         ("pycocotools", "tasks.average_precision", "pycocotools.cocoeval"),
         ("flash-attn", "ops.attention", "flash_attn"),
         ("tensorboard", "monitor.metrics", "torch.utils.tensorboard.SummaryWriter"),
@@ -107,6 +109,45 @@ def test_reserved_packages_stay_in_their_rooms() -> None:
             if not any(inner == room or inner.startswith(f"{room}.") for room in RESERVED[package]):
                 wrong.append(f"{module_name(path)} imports {package}")
     assert wrong == []
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """Dotted names that importing a file imports: not those inside functions, nor those for types alone."""
+    found = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif not isinstance(node, ast.FunctionDef | ast.If):
+            waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def test_predictions_import_nothing_that_takes_seconds() -> None:
+    """Of other packages; torchvision brings torch's compiler along."""
+    paths = {module_name(path): path for path in CODE}
+    waiting = ["visft_ds.predict.cli", "visft_ds.predict.command"]
+    waiting += [
+        f"visft_ds.tasks.{task}.spec" for task in ("detection", "segmentation", "captioning", "semantic")
+    ]
+    seen: set[str] = set()
+    packages: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in paths:
+            continue
+        seen.add(name)
+        for target in imported_at_once(paths[name]):
+            package = target.split(".")[0]
+            packages.add(package)
+            if package == PACKAGE:
+                waiting += [target, target.rpartition(".")[0]]
+    assert len(seen) > 50
+    slow = {"torchvision", "deepspeed", "timm", "pycocotools", "webdataset", "scipy", "peft", "tensorboard"}
+    assert not packages & slow
 
 
 def test_the_page_of_a_room_names_its_modules() -> None:

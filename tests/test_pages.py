@@ -12,7 +12,19 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Words by which the description of a number says what is counted or measured.
 UNITS = (
     *("pixels", "cells", "steps", "seconds", "bytes", "images", "epoch", "epochs", "evaluations", "status"),
-    *("channels", "layers", "blocks", "heads", "points", "words", "captions", "classes", "masks", "boxes"),
+    *(
+        "bands",
+        "channels",
+        "layers",
+        "blocks",
+        "heads",
+        "points",
+        "words",
+        "captions",
+        "classes",
+        "masks",
+        "boxes",
+    ),
     *("beams", "checkpoints", "processes", "ranks", "values", "indices", "times", "candidates", "units"),
     *("probability", "share", "weight", "scale", "rate", "rates", "norm", "seed", "rank"),
 )

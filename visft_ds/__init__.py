@@ -3,8 +3,11 @@
 The public names are those of `_PUBLIC`; each is imported when it is first asked for.
 """
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +71,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """No garbage is collected inside: imports make a million objects that stay, and looking through them is a
+    fifth of the start.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def program(command: str) -> str:

@@ -158,9 +158,8 @@ def _check_callbacks(callbacks: object) -> None:
         raise ValueError(f"callbacks is of type {type(callbacks).__name__}: give a list of functions")
     for callback in callbacks:
         if not callable(callback):
-            raise ValueError(
-                f"callbacks has a {type(callback).__name__}: give functions of a step and its metrics"
-            )
+            kind = type(callback).__name__
+            raise ValueError(f"callbacks has one of type {kind}: give functions of a step and its metrics")
 
 
 def _joined(tasks: str | Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from visft_ds import __version__
+from visft_ds import __version__, importing
 from visft_ds.errors import exit_code, tell
 from visft_ds.resilience.processes import check_environment, start_ranks, without_num_gpus
 
@@ -24,6 +24,7 @@ class Program(NamedTuple):
     help: str
     function: str = "main"  #: (words after the command) -> exit status
     continues: bool = False  #: the same command goes on with what was interrupted
+    but_not: tuple[str, ...] = ()  #: the first words after it of those that do not
 
 
 COMMANDS = {
@@ -33,7 +34,12 @@ COMMANDS = {
         continues=True,
     ),
     "toy": Program("visft_ds.toy.coco", "draw a toy data set in COCO's own form"),
-    "shards": Program("visft_ds.shards.cli", "make, verify and describe shards", continues=True),
+    "shards": Program(
+        "visft_ds.shards.cli",
+        "make, verify and describe shards",
+        continues=True,
+        but_not=("index", "permute", "verify", "info"),
+    ),
     "train": Program("visft_ds.launch", "train a stage: 1 heads, 2 the backbone's adapters", continues=True),
     "evaluate": Program(
         "visft_ds.evals.cli", "measure box AP, mask AP and captions of a run on labelled data"
@@ -50,6 +56,7 @@ COMMANDS = {
     "merge": Program(
         "visft_ds.merge.cli", "merge adapters into base weights, or write them in another format"
     ),
+    "vlm": Program("visft_ds.merge.cli", "put a trained tower into BLIP-2 or a model like LLaVA", "vlm"),
     "plan": Program("visft_ds.planner.command", "predict memory and time of a training run on a cluster"),
     "profile": Program(
         "visft_ds.profiling.command", "measure speed, time by part and memory of a training run"
@@ -65,7 +72,7 @@ COMMANDS = {
 GROUPS = {
     "prepare data": ("shards", "labels", "toy"),
     "train": ("train", "demo"),
-    "use the result": ("predict", "evaluate", "report", "export", "merge"),
+    "use the result": ("predict", "evaluate", "report", "export", "merge", "vlm"),
     "judge": ("judge", "ablate"),
     "plan and check": ("plan", "profile", "doctor"),
 }
@@ -111,9 +118,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A second one ends what is still ending, without the traceback of wherever it is.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            more = "; the same command continues" if name in COMMANDS and COMMANDS[name].continues else ""
-            print(f"\n{name or 'visft'}: interrupted{more}", file=sys.stderr, flush=True)
+            print(f"\n{name or 'visft'}: interrupted{_after(words)}", file=sys.stderr, flush=True)
         return exit_code(error)
+
+
+def _after(words: Sequence[str]) -> str:
+    """Clause about what an interrupted command left behind."""
+    command = COMMANDS.get(words[0]) if words else None
+    if command is None or not command.continues:
+        return ""
+    if len(words) > 1 and words[1] in command.but_not:
+        return "; the same command begins anew"
+    return "; the same command continues"
 
 
 def _run(words: list[str]) -> int:
@@ -145,7 +161,8 @@ def _run(words: list[str]) -> int:
     # A Ctrl-C waits for the end of the imports: in the middle of them pydantic makes an error of it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        function = getattr(import_module(command.module), command.function)
+        with importing():
+            function = getattr(import_module(command.module), command.function)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     return int(function(words[1:]))

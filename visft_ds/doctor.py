@@ -129,8 +129,8 @@ def check_device() -> Iterator[Finding]:
         found = f"a driver is installed, but torch {torch.__version__} sees no GPU. Install torch with CUDA"
         yield Finding(PROBLEM, "GPU", f"{found} (https://pytorch.org), or unset CUDA_VISIBLE_DEVICES")
     elif not count:
-        found = "none: visft train --data FOLDER and the debug model train on this CPU"
-        yield Finding(OK, "GPU", f"{found}; large models need GPUs")
+        found = "none; large models need GPUs, the debug model and few images train on this CPU"
+        yield Finding(OK, "GPU", f"{found}: visft train --data FOLDER")
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         memory = f"{properties.total_memory / _GIB:.1f} GiB"

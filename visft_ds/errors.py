@@ -119,6 +119,13 @@ def tell(error: Exception, name: str = "error") -> int:
     if not by_all or "0" in (rank, os.environ.get("LOCAL_RANK", rank)):
         tag = f"[rank {rank}] " if rank != "0" or isinstance(error, LostRank) else ""
         what = "stopped" if isinstance(error, LostRank) else name
-        message = getattr(error, IN_FLAGS, error)
+        message = getattr(error, IN_FLAGS, None) or _worded(error)
         print(f"{tag}{what}: {visible(redacted(message))}", file=sys.stderr, flush=True)
     return code
+
+
+def _worded(error: Exception) -> str:
+    """The message of an error; the system's own with the file in front, and without its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error)

@@ -8,14 +8,16 @@ such a name, a link to another disk among it, is followed. Letters: H W pixels.
 from __future__ import annotations
 
 import io
+import logging
 import mmap
 import os
 import re
 import stat
 import sys
+import tempfile
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -34,19 +36,21 @@ MAX_BYTES = 12 * 2**30
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 #: A progressive JPEG has about ten scans; each one decodes the whole image again.
 _MAX_SCANS = 200
+#: Rows of a very large picture that are converted together.
+_BAND = 256
 
-#: What `open_image` does with a picture that has more than 8 bits a value, or more than colours and
-#: transparency.
-SCALED = "picture of more than 8 bits (scaled to 8: its smallest value is 0, its largest 255)"
-UPPER_BITS = "picture of 16 bits with transparency or in CMYK (only the upper 8 bits are read)"
-MORE_BANDS = "TIFF with bands beyond colour and transparency (not read)"
+#: First bytes of a TIFF.
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 #: Colours of 16 bits as Pillow names them, by the order of the bytes of a value, of which it reads one.
 _DEEP_COLOURS = re.compile("(RGB|RGBX|RGBA);16([LBN])")
 _DEEP_VALUES = re.compile("[^;]+;(16|32)[A-Z]*")
 #: Number of colours by photometric interpretation, of those TIFFs that Pillow reads; any other has one.
 _TIFF_COLOURS = {2: 3, 5: 4, 6: 3, 8: 3}
 _TIFF_ALPHA = (1, 2)  # extra samples that mean transparency
-_said = set[str]()  # notes about pictures that this process has printed
+_BANDS_OF_MOST = 8  # of a picture with the most pixels; of smaller ones more
+_PALETTE = "its values are numbers of a palette, no bands: save it with colours (RGB) or as grey"
+#: Modes of Pillow whose values are those of the file.
+_MODES_OF_BANDS = ("L", "LA", "RGB", "RGBA", "I;16", "I;16B")
 
 
 @contextmanager
@@ -74,6 +78,8 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
             isinstance(error, OSError | SyntaxError) and str(error)
         ):
             cause = str(error)
+        elif isinstance(error, KeyError) and " " not in str(error):
+            cause = f"it has no {error}"
         else:
             cause = f"{type(error).__name__} {error}"
         raise ValueError(f"{path}: cannot be read as {what}: {' '.join(cause.split())[:400]}") from error
@@ -177,45 +183,34 @@ def open_image(
     name: str | None = None,
     *,
     upright: bool = True,
-    quiet: bool = False,
     most: int = MAX_PIXELS,
 ) -> Image.Image:
     """Decode a picture to RGB; of several frames, the first.
 
-    Grey, palette and CMYK pictures are converted, transparency is dropped; more than 8 bits are scaled from
-    the picture's own range. EXIF that cannot be read turns nothing.
+    Grey, palette and CMYK pictures are converted, transparency is dropped. EXIF that cannot be read turns
+    nothing.
 
     Args:
         source: the file, or its bytes.
         name: how messages call it, if not by its path.
         upright: apply the EXIF orientation.
-        quiet: print no warning about what is lost (`Frame.notes`), which is otherwise printed once in a
-            process.
         most: pixels that are decoded.
 
     Returns:
         Picture of mode RGB, loaded.
 
     Raises:
-        ValueError: not one of `FORMATS`, damaged or cut, of more than `most` pixels, or not a regular file.
+        ValueError: not one of `FORMATS`, damaged or cut, of more than `most` pixels, or not a regular file;
+            one with more than colours of 8 bits, which `read_bands` reads.
         OSError: it is not there, or may not be read.
     """
     data = source if isinstance(source, bytes) else read_bytes(source)
     with _opened(io.BytesIO(data), source, name, most) as image:
         check_scans(data)
-        notes = _notes(image)
-        other_bytes = _other_bytes(image)
+        refuse_beyond(image)
         image.load()
         turn = _orientation(image) if upright else 1
-        if other_bytes:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as again:
-                again.tile = other_bytes
-                again.load()
-                rgb = _deep_to_rgb(image, again)
-        else:
-            rgb = to_rgb(image)
-    if not quiet:
-        _say_once(notes, name or ("a picture" if isinstance(source, bytes) else str(source)))
+        rgb = to_rgb(image)
     if turn == 1:
         return rgb
     rgb.getexif()[ExifTags.Base.Orientation] = turn
@@ -246,14 +241,6 @@ def check_scans(data: bytes) -> None:
     raise ValueError(f"a JPEG of more than {_MAX_SCANS} scans")
 
 
-def _say_once(notes: Sequence[str], name: str) -> None:
-    """Print what was done to a picture, each note once in a process; builds of shards count them instead."""
-    for note in notes:
-        if note not in _said:
-            _said.add(note)
-            print(f"warning: {shown_name(name)}: {note}; shown once", file=sys.stderr, flush=True)
-
-
 class Frame(NamedTuple):
     """Facts in the header of a picture."""
 
@@ -261,7 +248,7 @@ class Frame(NamedTuple):
     width: int
     orientation: int  #: of EXIF, 1 to 8
     format: str  #: Pillow's name
-    notes: tuple[str, ...]  #: what decoding to RGB loses: SCALED and the like
+    beyond: str  #: what it has beyond colours of 8 bits; "" for most pictures
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -270,10 +257,122 @@ class Frame(NamedTuple):
 
 
 def image_frame(source: Path | str | bytes, name: str | None = None, most: int = MAX_PIXELS) -> Frame:
-    """The frame of a picture; no pixel is decoded. Arguments and errors are those of `open_image`."""
+    """The frame of a picture; no pixel is decoded. Arguments and errors are those of `open_image`, but
+    pictures of any bands have one.
+    """
     with nullcontext(io.BytesIO(source)) if isinstance(source, bytes) else open_regular(source) as file:
-        with _opened(file, source, name, most) as image:
-            return Frame(image.height, image.width, _orientation(image), image.format or "", _notes(image))
+        try:
+            with _opened(file, source, name, most) as image:
+                orientation = _orientation(image)
+                return Frame(image.height, image.width, orientation, image.format or "", _beyond(image))
+        except ValueError:
+            frame = _tiff_frame(file)
+            if frame is None:
+                raise
+            return frame
+
+
+def _tiff_frame(file: BinaryIO) -> Frame | None:
+    """The frame of a TIFF that Pillow does not know, of many bands; None if it is none."""
+    file.seek(0)
+    if file.read(4) not in _TIFF:
+        return None
+    file.seek(0)  # the library takes the place where it finds a file for its start
+    try:
+        with _tifffile().TiffFile(file) as tiff:
+            page = tiff.pages[0]
+            beyond = f"{page.samplesperpixel} bands of {page.dtype}"
+            return Frame(page.imagelength, page.imagewidth, 1, "TIFF", beyond)
+    except Exception:  # noqa: BLE001  it raises anything; what Pillow said of the file is raised instead
+        return None
+
+
+def _tifffile() -> Any:
+    """The library, which would write into the output what is an error here."""
+    import tifffile
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    return tifffile
+
+
+def read_bands(
+    source: Path | str | bytes, name: str | None = None, most: int = MAX_PIXELS
+) -> npt.NDArray[Any]:
+    """All bands of a picture, with the values that its file has: of a TIFF its samples, or its pages if they
+    are alike and have one sample each; transparency is a band, too.
+
+    Returns:
+        (H, W, bands) uint8 or uint16; float32 of these and of int8, int16 and float16.
+
+    Raises:
+        ValueError: as `open_image`; numbers of a palette, or CMYK; values of 32 bits that are no floats; a
+            picture that its EXIF data turns.
+        OSError: it is not there, or may not be read.
+    """
+    data = source if isinstance(source, bytes) else read_bytes(source)
+    name = name or ("a picture" if isinstance(source, bytes) else str(source))
+    if data.startswith(_TIFF):
+        with reading(name, "a TIFF"):
+            return _kept_values(_tiff_values(data, most))
+    with _opened(io.BytesIO(data), source, name, most) as image:
+        check_scans(data)
+        if _orientation(image) != 1:
+            raise ValueError("its EXIF data turns it: store it upright")
+        return _kept_values(_pillow_values(image, data))
+
+
+def _tiff_values(data: bytes, most: int) -> npt.NDArray[Any]:
+    """Values (H, W, bands) of a TIFF."""
+    library = _tifffile()
+    with library.TiffFile(io.BytesIO(data)) as tiff:
+        if not len(tiff.pages):
+            raise ValueError("it has no picture")
+        first = tiff.pages[0]
+        pages = [first]
+        if first.samplesperpixel == 1:
+            kind = (first.shape, first.dtype)
+            pages = [page for page in tiff.pages if (page.shape, page.dtype) == kind]
+        bands = len(pages) * first.samplesperpixel
+        pixels = first.imagelength * first.imagewidth
+        if not 0 < pixels * max(1, bands / _BANDS_OF_MOST) <= most:
+            shape = f"{first.imagewidth} x {first.imagelength} pixels of {bands} bands"
+            raise ValueError(f"{shape}; allowed are 1 to {most:,} pixels of up to {_BANDS_OF_MOST} bands")
+        if first.photometric == library.PHOTOMETRIC.PALETTE:
+            raise ValueError(_PALETTE)
+        if first.tags.valueof("Orientation", default=1) != 1:
+            raise ValueError("its tag Orientation turns it: store it upright")
+        values = np.stack([page.asarray() for page in pages], axis=-1)
+        is_planar = first.planarconfig == library.PLANARCONFIG.SEPARATE
+    if first.samplesperpixel == 1:
+        return values
+    return np.moveaxis(values[..., 0], 0, -1) if is_planar else values[..., 0]
+
+
+def _pillow_values(image: ImageFile.ImageFile, data: bytes) -> npt.NDArray[Any]:
+    """Values (H, W, bands) of any other picture whose header has been read."""
+    other_bytes = _other_bytes(image)
+    is_cut = any(_DEEP_VALUES.fullmatch(_raw_mode(tile)) for tile in image.tile)  # by Pillow, to upper bytes
+    if image.mode in ("P", "PA"):
+        raise ValueError(_PALETTE)
+    if image.mode not in _MODES_OF_BANDS or (is_cut and not other_bytes and not image.mode.startswith("I")):
+        raise ValueError(f"its values ({_raw_mode(image.tile[0])}) cannot be read exactly: save it as a TIFF")
+    values = np.asarray(image)
+    if other_bytes:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as again:
+            again.tile = other_bytes
+            values = values.astype(np.uint16) << 8
+            values |= np.asarray(again)
+    return np.atleast_3d(values)
+
+
+def _kept_values(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Values in a type that shards have, none of which changes."""
+    kind = values.dtype.newbyteorder("=")
+    if kind in (np.uint8, np.uint16, np.float32):
+        return values.astype(kind, copy=False)
+    if kind in (np.int8, np.int16, np.float16):
+        return values.astype(np.float32)
+    raise ValueError(f"its values are {kind}; uint8, uint16, int16 and float32 are read: convert it")
 
 
 def mapped_image(path: Path, most: int) -> npt.NDArray[np.uint8] | None:
@@ -281,18 +380,65 @@ def mapped_image(path: Path, most: int) -> npt.NDArray[np.uint8] | None:
     looked at are read; None of any other picture. Errors are those of `open_image`.
     """
     with open_regular(path) as file, _opened(file, path, None, most) as image:
-        parts = image.tile if image.format == "TIFF" and image.mode == "RGB" else []
+        parts = image.tile if image.format == "TIFF" and _is_plain(image) else []
         end = parts[0].offset if parts else -1
         for part in parts:
             left, top, right, bottom = part.extents or (0, 0, 0, 0)
-            is_plain = part.codec_name == "raw" and _raw_mode(part) == "RGB"
-            if not is_plain or (left, right, part.offset) != (0, image.width, end):
+            if (left, right, part.offset) != (0, image.width, end):
                 return None
             end += (bottom - top) * (right - left) * 3
         if not 0 < end <= os.fstat(file.fileno()).st_size:
             return None
         shape = (image.height, image.width, 3)
         return np.memmap(path, np.uint8, "r", parts[0].offset, shape)
+
+
+def spooled_image(path: Path, most: int) -> npt.NDArray[np.uint8]:
+    """Pixels (H, W, 3) of a picture as it is stored, in a temporary file without a name, so that `release`
+    gives their memory back. Errors are those of `open_image`.
+
+    A TIFF that is not compressed is copied part by part, any other is decoded to Pillow's four bytes a pixel.
+    """
+    with open_regular(path) as file, _opened(file, path, None, most) as image:
+        refuse_beyond(image)
+        shape = (image.height, image.width, 3)
+        with tempfile.TemporaryFile() as spool:
+            pixels = np.memmap(spool, np.uint8, "w+", shape=shape)
+        if image.format == "TIFF" and _is_plain(image):
+            _copy_parts(image, np.memmap(path, np.uint8, "r"), pixels)
+            return pixels
+        image.load()
+        for top in range(0, image.height, _BAND):
+            bottom = min(top + _BAND, image.height)
+            band = image.crop((0, top, image.width, bottom))
+            pixels[top:bottom] = np.asarray(to_rgb(band))
+            release(pixels)
+        return pixels
+
+
+def _is_plain(image: ImageFile.ImageFile) -> bool:
+    """Return True if the file has all pixels as they are, in RGB."""
+    if image.mode != "RGB":
+        return False
+    return all(part.codec_name == "raw" and _raw_mode(part) == "RGB" for part in image.tile)
+
+
+def _copy_parts(
+    image: ImageFile.ImageFile, stored: npt.NDArray[np.uint8], pixels: npt.NDArray[np.uint8]
+) -> None:
+    """Copy the strips or tiles of a picture from the bytes of its file to where they are seen."""
+    for part in image.tile:
+        left, top, right, bottom = part.extents or (0, 0, 0, 0)
+        arguments: Any = part.args
+        line = arguments[1] or 3 * (right - left)  # bytes from row to row
+        end = part.offset + (bottom - top) * line
+        if not 0 <= part.offset < end <= len(stored):
+            raise ValueError("the file is cut off")
+        rows = stored[part.offset : end].reshape(bottom - top, line)
+        pixels[top:bottom, left:right] = rows[:, : 3 * (right - left)].reshape(bottom - top, -1, 3)
+        if right == image.width:  # the last one of a row of tiles
+            release(stored)
+            release(pixels)
 
 
 def release(pixels: npt.NDArray[np.uint8]) -> None:
@@ -312,17 +458,19 @@ def _opened(
     name = name or ("a picture" if isinstance(source, bytes) else str(source))
     with reading(name, "a picture (JPEG, PNG, WebP, BMP, GIF or TIFF)"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about EXIF and metadata that are odd; damaged pixels are errors
-        try:
-            with _pillow_allows(most):
+        with _pillow_allows(most):
+            try:
                 opened = Image.open(file, formats=FORMATS)
-        except UnidentifiedImageError:
-            file.seek(0)
-            start = file.read(12)
-            raise ValueError(f"it begins with {start!r}" if start else "the file is empty") from None
-        with opened as image:
-            if not 0 < image.width * image.height <= most:
-                raise ValueError(f"{image.width} x {image.height} pixels; allowed are 1 to {most:,} in all")
-            yield image
+            except UnidentifiedImageError:
+                file.seek(0)
+                start = file.read(12)
+                raise ValueError(f"it begins with {start!r}" if start else "the file is empty") from None
+            with opened as image:
+                if not 0 < image.width * image.height <= most:
+                    raise ValueError(
+                        f"{image.width} x {image.height} pixels; allowed are 1 to {most:,} in all"
+                    )
+                yield image
 
 
 @contextmanager
@@ -338,33 +486,22 @@ def _pillow_allows(pixels: int) -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded picture of any mode of Pillow as RGB; transparency is dropped.
-
-    Values of more than 8 bits are scaled from their own range: files do not state how many of their bits are
-    used.
+    """A picture of any mode of Pillow as RGB; transparency is dropped. Raises ValueError for one with more
+    than colours of 8 bits.
     """
-    if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    refuse_beyond(image)
     # Through RGBA, because Pillow warns about palettes that carry transparency otherwise.
     return image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
 
 
-def _eight_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Values scaled so that the smallest finite one becomes 0 and the largest 255; NaN becomes 0.
-
-    If all are the same, they are taken for 16 bits.
-    """
-    known = values[np.isfinite(values)] if values.dtype.kind == "f" else values
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
-    if low == high:
-        low = 0.0
-        high = 65535.0
-    if values.dtype.itemsize == 2:  # a table is faster than arithmetic on each value
-        table = (np.arange(65536) - low) * (255 / (high - low))
-        shades: npt.NDArray[np.uint8] = table.clip(0, 255).round().astype(np.uint8)
-        return shades[values.astype(np.uint16)]
-    scaled = (values.astype(np.float64) - low) * (255 / (high - low))
-    return np.nan_to_num(scaled).clip(0, 255).round().astype(np.uint8)
+def refuse_beyond(image: Image.Image) -> None:
+    """Raise ValueError for a picture that is not loaded yet and has more than colours of 8 bits."""
+    beyond = _beyond(image)
+    if beyond:
+        raise ValueError(
+            f"it has {beyond}, and colours of 8 bits are read here; convert it, or train on such pictures "
+            "(docs/bands.md)"
+        )
 
 
 def _raw_mode(tile: Any) -> str:
@@ -373,21 +510,20 @@ def _raw_mode(tile: Any) -> str:
     return first if isinstance(first, str) else ""
 
 
-def _notes(image: ImageFile.ImageFile) -> tuple[str, ...]:
-    """Changes that decoding to RGB makes to a picture whose header has been read."""
-    notes = list[str]()
-    modes = {_raw_mode(tile) for tile in image.tile}
-    if image.mode.startswith(("I", "F")) or any(map(_DEEP_COLOURS.fullmatch, modes)):
-        notes.append(SCALED)
-    elif any(map(_DEEP_VALUES.fullmatch, modes)) and image.format != "BMP":  # whose 16 bits are a whole pixel
-        notes.append(UPPER_BITS)
+def _beyond(image: Image.Image) -> str:
+    """Name what a picture has beyond colours of 8 bits and transparency; "" for most."""
+    modes = {_raw_mode(tile) for tile in getattr(image, "tile", ())}
+    is_deep = any(map(_DEEP_VALUES.fullmatch, modes)) and image.format != "BMP"  # whose 16 bits are a pixel
+    if is_deep or image.mode.startswith(("I", "F")):
+        return "values of more than 8 bits"
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         tags = image.tag_v2
         colours = _TIFF_COLOURS.get(tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 0), 1)
         alpha = tags.get(TiffImagePlugin.EXTRASAMPLES, (0,))[0] in _TIFF_ALPHA
-        if tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) > colours + alpha:
-            notes.append(MORE_BANDS)
-    return tuple(notes)
+        samples = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
+        if samples > colours + alpha:
+            return f"{samples} bands"
+    return ""
 
 
 def _other_bytes(image: ImageFile.ImageFile) -> list[Any]:
@@ -408,15 +544,6 @@ def _other_bytes(image: ImageFile.ImageFile) -> list[Any]:
         arguments: Any = tile.args
         changed.append(tile._replace(args=mode if isinstance(arguments, str) else (mode, *arguments[1:])))
     return changed
-
-
-def _deep_to_rgb(upper: Image.Image, lower: Image.Image) -> Image.Image:
-    """The picture of the upper and the lower bytes of its values, scaled from their own range over all
-    colours.
-    """
-    values = np.asarray(upper)[..., :3].astype(np.uint16) << 8
-    values |= np.asarray(lower)[..., :3]
-    return Image.fromarray(_eight_bits(values))
 
 
 def _orientation(image: Image.Image) -> int:

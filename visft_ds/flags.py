@@ -23,6 +23,14 @@ from visft_ds import CHECKOUT, program
 from visft_ds.errors import IN_FLAGS
 
 _UNKNOWN = "unrecognized arguments: "
+#: Sentences of argparse, and what stands for them.
+_SENTENCES = (
+    (r"argument (\S+): invalid float value: (.*)", r"\1 \2 is not allowed: give a number"),
+    (r"argument (\S+): invalid int value: (.*)", r"\1 \2 is not allowed: give a whole number"),
+    (r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", r"\1 \2 is not allowed: give one of \3"),
+    (r"argument (\S+): expected (?:one|at least one) argument", r"\1 needs a value"),
+    (r"argument (\S+): not allowed with argument (\S+)", r"\1 and \2 do not go together: give one of them"),
+)
 #: Packages of the extra `eval`, as they are imported.
 EVAL = ("open_clip", "sklearn", "matplotlib")
 #: Flag -> the argument of another name.
@@ -42,14 +50,18 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 class Parser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` that answers a misspelt flag with the one that was probably meant."""
+    """`argparse.ArgumentParser` that answers in one line, a misspelt flag with the one that was probably
+    meant.
+    """
 
     def error(self, message: str) -> NoReturn:
-        """Print usage and the message, then end with status 2."""
-        super().error(self.hinted(message))
+        """Print the message, then end with status 2."""
+        self.exit(2, f"{self.prog}: {self.hinted(message)}; see {self.prog} --help\n")
 
     def hinted(self, message: str) -> str:
-        """The message, with the nearest flag."""
+        """The message in words of ours, with the nearest flag."""
+        for sentence, plain in _SENTENCES:
+            message = re.sub(sentence, plain, message)
         if not message.startswith(_UNKNOWN):
             return message
         words = message.removeprefix(_UNKNOWN).split()

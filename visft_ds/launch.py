@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from visft_ds import program
+from visft_ds import importing, program
 from visft_ds.config import derive_batches
 from visft_ds.errors import tell
 from visft_ds.prepare.inputs import missing_inputs, render_missing
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if count is not None and not is_rank:
             derive_batches(config, count)
             return start_ranks(["train", *words], count)
-        from visft_ds.train import train
+        with importing():
+            from visft_ds.train import train
 
         assert sets is not None  # nothing is missing
         command = [*program("train").split(), *words]

@@ -38,21 +38,21 @@ class TaskModule:
 
 
 def normalise_pixels(backbone: Backbone, images: Tensor, sizes: Tensor) -> Tensor:
-    """Input of a backbone: images normalised by channel, their sides whole cells; padding becomes 0, the mean
-    colour.
+    """Input of a backbone: images normalised by channel or band, their sides whole cells; padding becomes 0,
+    the mean.
 
     Args:
         backbone: whose mean and standard deviation of a channel are meant.
-        images: (B, 3, H, W) uint8, padded right and bottom.
+        images: (B, 3, H, W) uint8, or (B, n, H, W) float32 of bands, padded right and bottom.
         sizes: (B, 2) int64 on any device, height and width of the valid part.
 
     Returns:
-        (B, 3, H, W) float32, H and W multiples of the pixels to a cell: no pixel is lost right and below.
+        (B, n, H, W) float32, H and W multiples of the pixels to a cell: no pixel is lost right and below.
     """
     height, width = images.shape[-2:]
     device = images.device
     channels = torch.tensor([backbone.pixel_mean, backbone.pixel_std])
-    mean, std = to_device(channels, device).view(2, 3, 1, 1) * 255.0
+    mean, std = to_device(channels, device).view(2, -1, 1, 1) * 255.0
     valid = valid_region(to_device(sizes, device), (height, width), (height, width))
     normalised = (images.float() - mean) / std
     whole_height, whole_width = whole_cells((height, width), backbone.patch_size)

@@ -98,6 +98,8 @@ def test_threads_share_a_reader_that_keeps_few_files_open(
 def test_a_missing_split_names_those_that_exist(root: Path) -> None:
     with pytest.raises(ValueError, match="finished splits there: toy"):
         Manifest.load(root, "train")
+    with pytest.raises(ValueError, match=r"holds no shards .*, which `visft shards FOLDER` makes"):
+        Manifest.load(root / "elsewhere", "train")
 
 
 def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 
 from tests.options import alone, drawn
@@ -181,3 +183,11 @@ def test_zooms_take_a_window_in_or_around_the_image() -> None:
     assert np.array_equal(shown[:, box[1] : box[3], box[0] : box[2]].permute(1, 2, 0).numpy(), pixels)
     shown[:, box[1] : box[3], box[0] : box[2]] = 128
     assert shown.eq(128).all()
+
+
+@pytest.mark.parametrize("size", [(40, 52), (90, 33), (61, 77), (200, 300)])
+def test_pictures_are_scaled_as_by_torchvision(size: tuple[int, int]) -> None:
+    """Bit for bit, also of the view that a decoded picture is."""
+    pixels = generator(3).integers(0, 256, (61, 77, 3), dtype=np.uint8)
+    expected = tvf.resize(torch.from_numpy(pixels).permute(2, 0, 1), list(size), antialias=True)
+    assert torch.equal(apply_to_image(pixels, [Resize(*size)]), expected)

@@ -107,7 +107,8 @@ def test_the_bar_is_the_best_block_of_the_whole_base_and_its_last() -> None:
             and "up to blocks.5, where it ends" in verdict.sentences[0]
         )
         assert said in verdict.sentences[0]
-    assert _said(DOWN, [UP], over_cut=AROUND).word == "lost"
+    lost = _said(DOWN, [UP], over_cut=AROUND)
+    assert lost.word == "lost" and "is worse than base: -" in lost.sentences[0]
     assert _said(UP, [UP], over_cut=UP).word == "gained"
     late = _said(UP, [UP], last=UP, over_last=AROUND)
     assert (

@@ -183,7 +183,7 @@ def test_the_table_holds_gain_and_price_at_equal_feature_shift(
         (["--variant", "rank 4"], "--variant"),
         (["--variant", "rank 4: visft.lora.rannk=4"], "did you mean visft.lora.rank?"),
         (["--data", "x", "--on", "digits"], "segmentation="),
-        (["--data", "x", "--on", "segmentation=y"], "x/train.manifest.json"),
+        (["--data", "x", "--on", "segmentation=y"], "x holds no shards (train.manifest.json)"),
         (["--on", "segmentation=y"], "y has no pixel labels"),
         (["--base", "z.pt"], "--base z.pt"),
         (["--variants", ""], "no such variant"),

@@ -16,9 +16,63 @@ from PIL import Image
 
 import visft_ds
 from tests import finished
+from tests.ranks import run_ranks
+from tests.tiny import command
 from visft_ds.cli import main
+from visft_ds.predict.results import Masks
 
 pytestmark = pytest.mark.slow
+
+#: Operators that exports consist of and types of their tensors, as TensorRT 10.15 lists them
+#: (docs/operators.md of onnx-tensorrt).
+FLOATS = ("FLOAT", "FLOAT16")
+NUMBERS = (*FLOATS, "INT32", "INT64")
+TENSORRT: dict[tuple[str, ...], tuple[str, ...]] = {
+    FLOATS: (
+        *("AveragePool", "Ceil", "Clip", "Conv", "ConvTranspose", "Cos", "CumSum", "Einsum", "Erf", "Exp"),
+        *("Floor", "Gemm", "GlobalAveragePool", "InstanceNormalization", "LayerNormalization", "Log", "MatMul"),
+        *("NonZero", "Reciprocal", "Round", "Sigmoid", "Sin", "Softmax", "Sqrt", "Tanh"),
+    ),
+    NUMBERS: (
+        *("Abs", "Add", "ArgMax", "Div", "Equal", "Gelu", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
+        *("Max", "Min", "Mod", "Mul", "Neg", "Pad", "Pow", "Range", "ReduceMax", "ReduceMean", "ReduceMin"),
+        *("ReduceProd", "ReduceSum", "Relu", "ScatterElements", "ScatterND", "Sign", "Sub", "Sum", "TopK"),
+    ),
+    (*NUMBERS, "BOOL"): (
+        *("Concat", "Constant", "ConstantOfShape", "Expand", "Gather", "GatherElements", "GatherND", "Identity"),
+        *("Loop", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"),
+    ),
+    (*NUMBERS, "BOOL", "UINT8"): ("Cast",),
+    ("BOOL",): ("And", "Not", "Or", "Xor"),
+}  # fmt: skip
+
+
+def unlisted(path: Path) -> set[tuple[str, str]]:
+    """(operator, type of its first tensor) in an ONNX file that TensorRT does not list."""
+    import onnx
+
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    names = {number: name for name, number in onnx.TensorProto.DataType.items()}
+    allowed = {operator: types for types, operators in TENSORRT.items() for operator in operators}
+    beyond = set()
+
+    def walk(graph: Any, outer: dict[str, str]) -> None:
+        types = dict(outer)
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            types[value.name] = names[value.type.tensor_type.elem_type]
+        for tensor in graph.initializer:
+            types[tensor.name] = names[tensor.data_type]
+        for node in graph.node:
+            read = [types[name] for name in node.input if name]
+            type_ = read[node.op_type == "Where"] if read else "FLOAT"
+            if type_ not in allowed.get(node.op_type, ()):
+                beyond.add((node.op_type, type_))
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    walk(attribute.g, types)
+
+    walk(model.graph, {})
+    return beyond
 
 
 def export(run: Path, out: Path, *flags: str) -> int:
@@ -42,6 +96,9 @@ def test_onnxruntime_says_what_the_run_says(tmp_path: Path, capsys: pytest.Captu
     assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == [
         "README.md", "captioning_encoder.onnx", "captioning_step.onnx", "detection.onnx", "segmentation.onnx",
     ]  # fmt: skip
+    for path in (tmp_path / "exported").glob("*.onnx"):
+        # TensorRT has UINT8 for inputs and outputs of a network alone; the shape of one is asked for here.
+        assert unlisted(path) <= {("Shape", "UINT8")}, path
     import onnxruntime
 
     pictures = np.random.default_rng(0).integers(0, 256, (3, 40, 70, 3)).astype(np.uint8)
@@ -60,6 +117,28 @@ def test_onnxruntime_says_what_the_run_says(tmp_path: Path, capsys: pytest.Captu
     prediction = model.predict(pictures[0], threshold=0)
     assert prediction.boxes is not None and prediction.caption is not None
     assert len(prediction.boxes) == 4  # queries
+
+
+def test_masks_leave_with_their_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the head that the recipe for own data trains where objects have masks; in both formats."""
+    head = {"type": "dense", "num_classes": 91, "width": 32, "masks": True, "max_detections": 5}
+    extra = {**finished.SMALL, "visft.tasks.detection.head": head, "visft.mode": "shared"}
+    extra |= {"visft.tasks.segmentation": None, "visft.tasks.captioning": None}
+    run_ranks(["launchers/train.py", *command(finished.shards(), tmp_path / "run", extra=extra)], world=1)
+    for form in ("onnx", "torch"):
+        assert export(tmp_path / "run", tmp_path / form, "--verify", "4", "--format", form) == 0
+        assert re.search(r"detection: \d\d objects, .*, masks 100.000% equal on 4", capsys.readouterr().out)
+    assert unlisted(tmp_path / "onnx/detection.onnx") == {("Shape", "UINT8")}
+    (tmp_path / "onnx/run.py").write_text(code_of(tmp_path / "onnx/README.md").replace(">= 0.5", ">= 0.01"))
+    Image.new("RGB", (90, 60), "gray").save(tmp_path / "onnx/photograph.jpg")
+    ran = subprocess.run(
+        [sys.executable, "-P", "-i", "run.py", "photograph.jpg"],
+        cwd=tmp_path / "onnx", input="print(len(masks), masks[0].shape, sum(mask.sum() for mask in masks))",
+        capture_output=True, text=True, env={},
+    )  # fmt: skip
+    prediction = visft_ds.load(tmp_path / "onnx").predict(tmp_path / "onnx/photograph.jpg", threshold=0.01)
+    assert isinstance(prediction.instances, Masks) and len(prediction.instances) == 5
+    assert f"5 (60, 90) {prediction.instances.masks.sum()}" in ran.stdout, ran.stdout + ran.stderr
 
 
 def test_a_program_of_torch_runs_without_this_package(tmp_path: Path) -> None:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tvf
+from torch import nn
 
+import visft_ds
+from tests.tasks.cases import batch_of
 from visft_ds.cli import main
 from visft_ds.data.transforms import Crop, Pad, Resize
+from visft_ds.export import cli, command
 from visft_ds.export.answers import Picture
-from visft_ds.export.graph import Frame, resized
+from visft_ds.export.graph import Answer, Frame, FrameMap, resized
 from visft_ds.export.verify import Difference
 from visft_ds.ops.deform_attn import gathered
+from visft_ds.predict import exported
+from visft_ds.predict.exported import results_of_outputs
+from visft_ds.predict.images import OpenedImage
 from visft_ds.predict.results import Prediction
+from visft_ds.settings.task_schema import Stream
+from visft_ds.tasks import TASKS
 from visft_ds.tasks.masks.interpolation import interpolated
 
 
@@ -92,3 +105,181 @@ def test_fewer_bits_need_a_task_whose_loss_is_measured(
     assert main(words) == 2
     assert f"{bits} needs a task" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+class FixedMaps(nn.Module):
+    """In place of a backbone: the maps of two pictures of noise, in a frame of which they fill a part."""
+
+    frame = Frame((44, 60), (48, 64))
+
+    def __init__(self) -> None:
+        super().__init__()
+        valid = torch.ones(2, 6, 8, dtype=torch.bool)
+        cells = torch.tensor([[5.5, 7.5]]).expand(2, -1)
+        features = torch.randn(2, 32, 6, 8, generator=torch.Generator().manual_seed(0))
+        self.maps = [FrameMap(features, valid, None, cells)]
+
+    def forward(self, images: torch.Tensor) -> list[FrameMap]:
+        return self.maps
+
+
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [
+        ("detection", {"type": "dense", "width": 32, "max_detections": 7}),
+        ("detection", {"type": "dense", "width": 32, "max_detections": 7, "masks": True, "box_map": 0}),
+        ("segmentation", {"type": "plain", "num_queries": 6, "blocks": 1, "hidden_dim": 32, "num_heads": 2}),
+        ("semantic", {"type": "plain", "num_queries": 6, "blocks": 1, "hidden_dim": 32, "num_heads": 2}),
+        ("semantic", {"type": "linear"}),
+    ],
+    ids=["dense", "dense with masks", "plain", "plain classes", "linear"],
+)
+def test_an_answer_is_what_the_task_makes_of_its_head(task: str, head: dict[str, object]) -> None:
+    """Where a picture fills part of a frame, decoded with and without suppressed doubles; no runtime is in it."""
+    torch.manual_seed(0)
+    spec = TASKS[task]
+    settings = spec.settings("head", spec.options("head", {"num_classes": 3, **head}))
+    built = spec.build_head([(32, 8)], settings, None).eval()
+    if task == "detection":  # all scores near 0.02 else
+        torch.nn.init.normal_(built.class_embed.weight, std=0.1)
+    maps = FixedMaps()
+    with torch.no_grad():
+        answer = Answer(task, maps, built, 3)(torch.zeros(2, 61, 83, 3, dtype=torch.uint8))
+        output = built(maps.maps)
+    sizes = torch.tensor([[44, 60]] * 2)
+    stored = torch.tensor([[61, 83]] * 2)
+    batch = batch_of(2, images=torch.zeros(2, 3, 48, 64), sizes=sizes, original_sizes=stored)
+    results = spec.results(output, batch, None, (5, 6, 9))
+    compared = Difference(task)
+    for image in range(2):
+        outputs = {name: value[image].numpy() for name, value in answer.items()}
+        theirs = results_of_outputs(task, outputs, (5, 6, 9), (61, 83), 0.0)
+        ours = [result for result in results if result["image_id"] == image + 1]
+        has_masks = "box_masks" in outputs
+        pixels = np.zeros((61, 83, 3), np.uint8)
+        predictions = [Prediction(pixels, None, {}, {task: each}, has_masks) for each in (ours, theirs)]
+        compared.add(*predictions)
+    assert compared.problems() == []
+    assert task == "semantic" or compared.objects > 4
+    assert (compared.masks is None) == (task == "detection" and not head.get("masks"))
+
+
+def test_nothing_on_either_side_is_no_proof() -> None:
+    difference = Difference("detection")
+    difference.add(_prediction(), _prediction())
+    assert difference.problems() == [] and "nothing was compared" in difference.describe()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--half", "--int8"], "exclude each other"),
+        (["--int8", "--format", "torch"], "is of --format onnx"),
+        (["--web", "--format", "torch"], "--web shows boxes"),
+        (["--web", "--tasks", "none"], "--web shows boxes"),
+        (["--out", "."], "is not overwritten"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused_at_once(
+    words: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the run is read, which is none here."""
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "out"), *words]) == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--verify", "0"], ["--verify", "-1"], ["--picture-size", "480"]])
+def test_wrong_numbers_are_refused_with_what_is_allowed(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path), "--out", str(tmp_path / "out"), *words])
+    assert "is not allowed: give" in capsys.readouterr().err
+
+
+def _flags(run: Path, *words: str) -> argparse.Namespace:
+    """Flags of a command."""
+    return cli._parser().parse_args([str(run), "--out", str(run / "out"), *words])
+
+
+def test_pictures_to_compare_are_asked_for_where_there_are_none(tmp_path: Path) -> None:
+    """A backbone alone is compared on noise."""
+    with pytest.raises(ValueError, match="give --images"):
+        command._Pictures(_flags(tmp_path)).some(16)
+    assert len(command._Pictures(_flags(tmp_path, "--tasks", "none")).some(16)) == 1
+
+
+class Measured:
+    """In place of pictures: metrics that come one after another."""
+
+    def __init__(self, *metrics: dict[str, float]) -> None:
+        self.left = list(metrics)
+
+    def metrics(self, *_: object) -> dict[str, float]:
+        return self.left.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words", "reason"),
+    [
+        ({"box/AP50": 0.9, "mask/AP": 0.7}, {"box/AP50": 0.895, "mask/AP": 0.8}, ["--half"], None),
+        ({"box/AP50": 0.9, "mask/AP": 0.7}, {"box/AP50": 0.9, "mask/AP": 0.68}, ["--int8"], "mask/AP falls"),
+        ({"box/AP50": 0.9}, {"box/AP50": 0.5}, ["--int8", "--allow-loss"], None),
+        ({"box/APs": 0.9}, {"box/APs": 0.5}, ["--int8"], None),
+        ({}, {}, ["--half"], "nobody knows"),
+    ],
+)
+def test_more_than_a_point_is_not_lost_unasked(
+    before: dict[str, float], after: dict[str, float], words: list[str], reason: str | None, tmp_path: Path
+) -> None:
+    flags = _flags(tmp_path, *words, "--verify", "all")
+    model = SimpleNamespace(tasks=("detection",), has_instances=True)
+    expected = nullcontext() if reason is None else pytest.raises(ValueError, match=reason)
+    with expected:
+        command._verified(flags, model, {}, {}, Measured(before, after))  # type: ignore[arg-type]
+
+
+def test_windows_of_label_maps_are_refused() -> None:
+    window = {"window": 512, "fixed_size": None}
+    stream = Stream("semantic", ("semantic",), 1.0, 1, 1, window)
+    with pytest.raises(ValueError, match="windows of 512 pixels"):
+        command._check_windows("semantic", stream)
+    command._check_windows("semantic", replace(stream, image={**window, "fixed_size": 320}))
+
+
+def test_a_head_of_its_own_kind_is_refused() -> None:
+    maps = FixedMaps()
+    answer = Answer("detection", maps, nn.Identity(), 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="detection head has no export"):
+        answer(torch.zeros(2, 61, 83, 3, dtype=torch.uint8))
+
+
+def test_maps_that_differ_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = [[torch.ones(1, 2, 3, 3)]]
+    images = [OpenedImage(np.zeros((6, 6, 3), np.uint8), None)]
+    for scale, is_close in ((1.00001, True), (1.001, False)):
+        theirs = {"features": scale * np.ones((1, 2, 3, 3), np.float32)}
+        monkeypatch.setattr(
+            command, "open_exported", lambda _, out=theirs: exported.ExportedFile({}, lambda _: out)
+        )
+        with nullcontext() if is_close else pytest.raises(ValueError, match="features differ by"):
+            command._verified_maps(ours, images, tmp_path)
+
+
+def test_files_of_another_origin_are_refused(tmp_path: Path) -> None:
+    for name in ("other.onnx", "other.pt2"):
+        (tmp_path / name).write_bytes(b"no model")
+        with pytest.raises(ValueError, match=name):
+            exported.open_exported(tmp_path / name)
+    with pytest.raises(ValueError, match="this release reads"):
+        exported._facts('{"format": "visft_ds export 0"}')
+
+
+def test_a_folder_of_an_export_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "features.onnx").touch()
+    with pytest.raises(ValueError, match="leave out all but its folder"):
+        visft_ds.load(tmp_path, tasks="detection")
+    alone = exported.ExportedFile({"task": None}, dict)
+    monkeypatch.setattr(exported, "open_exported", lambda _: alone)
+    with pytest.raises(ValueError, match="backbone alone"):
+        visft_ds.load(tmp_path)

@@ -81,6 +81,18 @@ def test_one_file_is_enough_to_have_the_head_again(tmp_path: Path, task: str) ->
         open_head(path, next(name for name in HEADS if name != task))
 
 
+def test_a_head_of_another_type_says_which_it_is(tmp_path: Path) -> None:
+    options = {"type": "dense", "num_classes": 5}
+    head = TASKS["detection"].build_head([(WIDTH, 16)], TASKS["detection"].settings("head", options), None)
+    path = save_head(
+        tmp_path / "detection.safetensors", HeadInfo("detection", [(WIDTH, 16)], options), head.state_dict()
+    )
+    with pytest.raises(
+        ValueError, match=r"head is of type dense: .*--set visft.tasks.detection.head.type=dense"
+    ):
+        open_head(path, "detection").check(_head("detection"))
+
+
 def test_a_header_of_wrong_types_is_refused_with_the_file(tmp_path: Path) -> None:
     told = {"version": 1, "task": "detection", "shapes": [[WIDTH, 14]], "options": OPTIONS["detection"]}
     for key, value in (

@@ -165,11 +165,11 @@ def test_an_adapter_knows_where_its_tower_ended(tmp_path: Path) -> None:
 def test_heads_are_refused_that_learnt_to_read_another_block() -> None:
     """Width and base weights are the same, so that nothing else would show it."""
     told = HeadInfo("detection", [(32, 14)], {}, [], {"layers": [1]})
-    assert read_elsewhere(told, (1,)) is None
-    assert "was trained on block 1" in (read_elsewhere(told, ()) or "")
-    assert "block 1, 3" in (read_elsewhere(told, (1, 3)) or "")
+    assert read_elsewhere(told, (1,), None) is None
+    assert "was trained on block 1" in (read_elsewhere(told, (), None) or "")
+    assert "block 1, 3" in (read_elsewhere(told, (1, 3), None) or "")
     told = HeadInfo("detection", [(32, 14)])
-    assert "was trained on the last block" in (read_elsewhere(told, (1,)) or "")
+    assert "was trained on the last block" in (read_elsewhere(told, (1,), None) or "")
 
 
 def test_base_weights_end_where_a_name_or_all_heads_say(tmp_path: Path) -> None:

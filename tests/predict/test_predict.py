@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import re
 import shutil
+import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -22,12 +24,13 @@ from visft_ds.config.record import recorded_config
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evaluation import collect
-from visft_ds.files import mapped_image
+from visft_ds.files import mapped_image, open_image, release
 from visft_ds.interop.published import read_adapter
-from visft_ds.predict.images import find_images, open_file, opened
+from visft_ds.predict.images import MOST_IN_TILES, find_images, open_file, opened
 from visft_ds.predict.loading import ModelSource, files_of_run
 from visft_ds.predict.model import Model, load, load_backbone
 from visft_ds.predict.results import Boxes, Masks, Prediction
+from visft_ds.settings.tiles import Tiles
 from visft_ds.tasks.pictures import palette
 
 TASKS = ["detection", "segmentation", "captioning"]
@@ -149,14 +152,57 @@ def test_tiles_are_those_of_a_picture_in_pieces(place: Path, tmp_path: Path) -> 
         assert alone.boxes is not None
         expected |= {round(score, 4) for score in alone.boxes.scores.tolist()}
     assert {round(score, 4) for score in whole.boxes.scores.tolist()} <= expected
+    warning = model.warning_about(Tiles(64, 16))
+    assert warning is not None and "trained on whole images" in warning and "--tile 64" in warning
     again = model.predict(tmp_path / "rows.tif", threshold=0, tile="64", batch_size=3)
     assert again.results == whole.results
     assert model.predict(pixels, tile="none").results == model.predict(pixels).results
     for tile in (8, "big"):
-        with pytest.raises(ValueError, match="tile"):
+        with pytest.raises(ValueError, match=r"^tile"):
             model.predict(pixels, tile=tile)
     with pytest.raises(ValueError, match="captioning"):
         load("runs/stage2", device="cpu").predict(pixels, tile=64)
+
+
+def _write_tiled_tiff(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
+    """A TIFF of tiles of 16 x 16 pixels, not compressed; Pillow writes none, tifffile's are the same."""
+    height, width, _ = pixels.shape
+    rows, columns = -(-height // 16), -(-width // 16)
+    padded = np.pad(pixels, ((0, rows * 16 - height), (0, columns * 16 - width), (0, 0)))
+    tiles = padded.reshape(rows, 16, columns, 16, 3).swapaxes(1, 2).reshape(-1, 768)
+    many = len(tiles)
+    # Lists of offsets and sizes stand behind a header of 8 bytes and 11 entries of 12, then bits a colour.
+    first = 8 + 2 + 11 * 12 + 4
+    start = first + 6 + 8 * many
+    entries = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, first), (259, 3, 1, 1), (262, 3, 1, 2)]
+    entries += [(277, 3, 1, 3), (284, 3, 1, 1), (322, 3, 1, 16), (323, 3, 1, 16)]
+    entries += [(324, 4, many, first + 6), (325, 4, many, first + 6 + 4 * many)]
+    data = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    data += b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    data += struct.pack("<3H", 8, 8, 8)
+    data += struct.pack(f"<{many}I", *(start + 768 * number for number in range(many)))
+    data += struct.pack(f"<{many}I", *[768] * many)
+    path.write_bytes(data + tiles.tobytes())
+
+
+def test_large_pictures_are_decoded_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are decoded to memory, in bands of rows, whatever their mode."""
+    monkeypatch.setattr("visft_ds.predict.images.MAX_PIXELS", 100)
+    monkeypatch.setattr("visft_ds.files._BAND", 8)
+    colours = np.random.default_rng(0).integers(0, 256, (20, 39, 4), np.uint8)
+    rgba = Image.fromarray(colours)
+    palette_picture = rgba.convert("RGB").quantize(16)
+    palette_picture.info["transparency"] = 3
+    pictures = {"rgba.png": rgba, "palette.png": palette_picture}
+    pictures |= {"grey.bmp": rgba.convert("L"), "cmyk.tif": rgba.convert("CMYK")}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+    _write_tiled_tiff(tmp_path / "tiled.tif", colours[..., :3])
+    for name in (*pictures, "tiled.tif"):
+        large = open_file(tmp_path / name, MOST_IN_TILES).pixels
+        np.testing.assert_array_equal(large, np.asarray(open_image(tmp_path / name)))
+        release(large)
+        assert (large == np.asarray(open_image(tmp_path / name))).all()
 
 
 def test_an_image_does_not_depend_on_its_neighbours(place: Path) -> None:

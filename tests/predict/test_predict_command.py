@@ -111,7 +111,9 @@ def test_the_same_command_continues_after_an_interruption(
     ]
 
 
-def test_predictions_are_no_input(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_are_no_input(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         Image.fromarray(np.full((30, 40, 3), 90, np.uint8)).save(tmp_path / name / "same.png")
@@ -119,6 +121,7 @@ def test_predictions_are_no_input(place: Path, tmp_path: Path, monkeypatch: pyte
     options = ("--run", model, "--image-size", "56")
     monkeypatch.chdir(tmp_path)
     assert main([".", *options]) == 0  # into the default folder, below the one that is searched
+    assert "detection, segmentation  no object scores 0.5 or more" in capsys.readouterr().out
     assert [one["file_name"] for one in _results(tmp_path / "predictions")["images"]] == [
         "a/same.png",
         "b/same.png",

@@ -63,6 +63,9 @@ def test_classes_with_few_images_are_counted() -> None:
         "60 of 80 classes are in fewer than 10 training images each (half of all classes in 4"
     )
     assert found[1] == "detection, segmentation"
+    having = {str(number): 0 for number in range(60)} | {"60": 40}
+    (found,) = told(config, with_manifest(data, having_category=having, object_sides=LARGE)).items()
+    assert "(half of all classes in none)" in found[0]
 
 
 @pytest.mark.parametrize(

@@ -149,20 +149,6 @@ def test_every_format_is_read_as_it_is(tmp_path: Path, suffix: str) -> None:
     assert f".{suffix}".encode() in (tmp_path / "out/toy-000000.tar").read_bytes()[:100]
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_deep_pictures_are_counted_and_scaled(tmp_path: Path, turned: bool) -> None:
-    """Of a camera of 12 bits in a file of 16; upper bytes alone would be 16 shades, all nearly black."""
-    exif = Image.Exif()
-    exif[0x0112] = 3 if turned else 1
-    values = np.full((40, 60), 100, np.uint16)
-    x, y, width, height = BOX
-    values[y : y + height, x : x + width] = 4000
-    data = encoded(values[::-1, ::-1] if turned else values, "PNG", exif=exif)
-    manifest = write_coco(tmp_path, data, (40, 60)).pack(tmp_path / "out", captions=False)
-    assert white(manifest) == list(BOX)
-    assert next(count for kind, (count, _) in manifest.findings.items() if "more than 8 bits" in kind) == 12
-
-
 def test_lost_pictures_are_counted_and_above_a_tenth_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

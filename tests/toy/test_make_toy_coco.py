@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,3 +220,39 @@ def test_rooms_have_the_depth_of_what_they_show() -> None:
                 assert np.abs(away - radius).max() < 1e-4 and unknowns[1] + radius == pytest.approx(
                     1.4, abs=1e-3
                 )
+@pytest.mark.parametrize("split", SPLITS)
+def test_questions_have_true_answers(tree: Path, split: str) -> None:
+    """By the annotations alone; yes and no are about as frequent."""
+    coco = COCO(str(tree / "annotations" / f"instances_{split}.json"))
+    captions = COCO(str(tree / "annotations" / f"captions_{split}.json"))
+    asked = json.loads((tree / f"questions/OpenEnded_toy_{split}_questions.json").read_bytes())["questions"]
+    given = json.loads((tree / f"questions/toy_{split}_annotations.json").read_bytes())["annotations"]
+    counts = Counter()
+    for entry, answered in zip(asked, given, strict=True):
+        question = entry["question"]
+        answer = answered["multiple_choice_answer"]
+        assert (entry["question_id"], len(answered["answers"])) == (answered["question_id"], 10)
+        assert {one["answer"] for one in answered["answers"]} == {answer}
+        shapes = [one for one in coco.imgToAnns[entry["image_id"]] if not one["iscrowd"]]
+        names = [coco.cats[one["category_id"]]["name"] for one in shapes]
+        described = captions.imgToAnns[entry["image_id"]][0]["caption"]
+        counts[answered["answer_type"], answer if answer in ("yes", "no") else ""] += 1
+        match answered["answer_type"]:
+            case "count":
+                assert answer == str(len(shapes))
+            case "there":
+                assert (question.split()[-1][:-1] in names) == (answer == "yes")
+            case "colour":
+                assert f"{answer} {question.split()[-1][:-1]}" in described
+            case "shape":
+                assert f"{question.split()[-1][:-1]} {answer}" in described
+            case "relation":
+                _, _, side, *_, anchor = question[:-1].split()
+                middles = {
+                    name: one["bbox"][0] + one["bbox"][2] / 2 for name, one in zip(names, shapes, strict=True)
+                }
+                assert (middles[answer] < middles[anchor]) == (side == "left")
+            case kind:
+                pytest.fail(kind)
+    assert 0.2 < counts["there", "yes"] / (counts["there", "yes"] + counts["there", "no"]) < 0.8
+    assert {kind for kind, _ in counts} == {"count", "there", "colour", "shape", "relation"}

@@ -221,7 +221,7 @@ def test_fit_refuses_in_words_of_its_own(tmp_path: Path) -> None:
         ({"reset_heads": True}, "reset_heads=True needs start=RUN"),
         ({"resume": "yes"}, "resume='yes': give one of 'auto'"),
         ({"callbacks": print}, "callbacks is of type builtin"),
-        ({"callbacks": [7]}, "callbacks has a int"),
+        ({"callbacks": [7]}, "callbacks has one of type int"),
         ({"settings": "visft.seed=1"}, "settings is of type str: give a dict"),
         ({"settings": {"visft.seed": object()}}, r"settings\['visft.seed'\] is of type object"),
         ({"settings": {"visft.sed": 1}}, r"visft.sed \(settings\): unknown key; did you mean visft.seed"),
@@ -233,7 +233,7 @@ def test_fit_refuses_in_words_of_its_own(tmp_path: Path) -> None:
         assert not re.search("(?<!shards )--[a-z]", str(error.value).split("make them with")[0])
     with pytest.raises(ValueError, match="missing stage=1"):
         fit()
-    with pytest.raises(ValueError, match="without run give backbone, heads and data"):
+    with pytest.raises(ValueError, match="give run, or backbone, heads and data"):
         evaluate()
     assert not (tmp_path / "out").exists()
 

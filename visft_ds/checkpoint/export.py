@@ -181,6 +181,8 @@ def describe_heads(
         extra = dict(facts)
         if backbone.layers_read:
             extra["layers"] = list(backbone.layers_read)
+        if backbone.bands is not None:
+            extra["bands"] = backbone.bands.model_dump(mode="json")
         if TASKS[name].uses_vocabulary:  # its classes are words, not categories
             assert data.vocabulary is not None
             categories = []

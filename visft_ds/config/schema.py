@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from visft_ds.pretrained import TIMM
 from visft_ds.redaction import refuse_secrets
+from visft_ds.settings.bands import Bands
 from visft_ds.settings.fields import (
     Above,
     Count,
@@ -102,6 +103,8 @@ class ModelConfig(StrictModel):
     #: indices of the blocks whose features are read, such as [5] or [2, 5, 8, 11]; []: the last one
     #: (docs/backbones.md)
     out_indices: tuple[Count, ...] = ()
+    #: bands of the pictures, decided by the shards; null: three colours of 8 bits (docs/bands.md)
+    bands: Bands | None = None
     #: file of base weights, or hf-hub:ORG/NAME[/FILE]; null: random weights, drawn by weights_seed
     weights: Text | None
     weights_seed: Count = 0  #: seed of random weights
@@ -134,7 +137,8 @@ class ModelConfig(StrictModel):
     def backbone_options(self) -> dict[str, Any]:
         """Options of `build_empty` that differ from the preset."""
         layers = {"layers": self.out_indices} if self.out_indices else {}
-        return {**self.overrides.model_dump(exclude_none=True), **layers}
+        bands = {} if self.bands is None else {"bands": self.bands.model_dump(mode="json")}
+        return {**self.overrides.model_dump(exclude_none=True), **layers, **bands}
 
 
 class LoraConfig(StrictModel):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from visft_ds.data.decode import decode_image
+from visft_ds.data.decode import decode_bands, decode_image
 from visft_ds.data.labels import parse_label
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import LABEL_KINDS, DamagedSample, Role, ShardReader
@@ -73,10 +73,11 @@ def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:
     )
 
 
-def _decode(reader: ShardReader, index: int, data: bytes, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Pixels of a sample, which have this (height, width)."""
+def _decode(reader: ShardReader, index: int, data: bytes, size: tuple[int, int]) -> npt.NDArray[Any]:
+    """Pixels of a sample, which have this (height, width), or levels of its bands."""
+    bands = reader.manifest.bands
     try:
-        image = decode_image(data)
+        image = decode_image(data) if bands is None else decode_bands(data, bands)
     except ValueError as error:
         raise DamagedSample(f"{reader.describe(index)} cannot be decoded: {error}") from error
     if image.shape[:2] != size:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,8 @@ class RawSample:
     index: int  #: position in the split's index, or number of a tile; identifies the sample everywhere
     image_id: int  #: the COCO image id, or `index` of a tile
     size: tuple[int, int]  #: (height, width) in whose pixels the annotations are
-    image: npt.NDArray[np.uint8] | None  #: (H, W, 3) RGB
+    #: (H, W, 3) uint8, RGB; or (H, W, n) float32, levels of bands from 0 to 255
+    image: npt.NDArray[Any] | None
     annotations: Sequence[Mapping[str, Any]]  #: COCO instances as stored in the shard
     captions: Sequence[str]
     window: Window | None = None  #: a tile: the part of the picture that the sample is; None: all of it
@@ -46,7 +46,7 @@ class Sample:
     image_id: int
     original_size: tuple[int, int]  #: (height, width) of the picture, or of its tile, before any transform
     size: tuple[int, int]  #: (height, width) after the transforms
-    image: Tensor | None  #: (3, H, W) uint8
+    image: Tensor | None  #: (3, H, W) uint8, or (n, H, W) float32 of bands
     random_key: int  #: key of this sample's counter-based random numbers in this step; 0 in evaluation
     targets: Mapping[str, Mapping[str, npt.NDArray[Any]]]
     view: View | None = None  #: with a feature cache; where it has features, `image` is None
@@ -71,7 +71,9 @@ class Batch:
     A model needs images, targets and views on its device; all else stays on the host.
     """
 
-    images: Tensor  #: (B, 3, H, W) uint8, padded right and bottom; (B, 3, 0, 0) where no pixels are read
+    #: (B, 3, H, W) uint8, or (B, n, H, W) float32 of bands, padded right and bottom; (B, 3, 0, 0) where no
+    #: pixels are read
+    images: Tensor
     sizes: Tensor  #: (B, 2) int64, height and width of the valid part of each image
     original_sizes: Tensor  #: (B, 2) int64, height and width as stored, or of the tile
     indices: Tensor  #: (B,) int64, positions in the split's index, or numbers of tiles

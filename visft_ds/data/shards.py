@@ -24,6 +24,7 @@ from pydantic import Field, NonNegativeInt, TypeAdapter
 
 from visft_ds.data.fetch import Cache, check_protocol, is_url, opened, read_url, sha256_of
 from visft_ds.files import read_bytes, reading, write_bytes, wrong_name
+from visft_ds.settings.bands import Bands
 
 FORMAT = "visft_ds shards"
 VERSION = 5
@@ -100,6 +101,7 @@ class Manifest:
     sources: Mapping[str, Mapping[str, Any]]  #: role -> name, bytes, sha256
     fingerprint: str  #: of the content, however it is cut into shards; checkpoints remember it
     index_sha256: Sha256
+    bands: Bands | None = None  #: of the pictures; None: three colours of 8 bits
     cache: Cache = field(default_factory=Cache)  #: for copies of what lies behind URLs
 
     def __len__(self) -> int:
@@ -123,14 +125,19 @@ class Manifest:
             address = str(path)
             content = read_bytes(path, _MAX_MANIFEST_BYTES)
         else:
-            existing = ", ".join(splits_in(Path(root))) or "none"
-            raise ValueError(f"{path} does not exist; finished splits there: {existing}")
+            finished = splits_in(Path(root))
+            if not finished:
+                raise ValueError(
+                    f"{root} holds no shards ({path.name}), which `visft shards FOLDER` makes of a data set"
+                )
+            raise ValueError(f"{path} does not exist; finished splits there: {', '.join(finished)}")
         with reading(address, "a manifest of shards"):
             values = orjson.loads(content)
             if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
                 raise ValueError(f"it is not of version {VERSION}: build the split again, with --replace")
             if values["split"] != split:
                 raise ValueError(f"it is of the split {values['split']}")
+            values["bands"] = Bands.of(values.get("bands"))
             manifest = _SCHEMA.validate_python({**values, "root": root, "cache": cache or Cache()})
             _check_manifest(manifest)
         _check_files(manifest, address)
@@ -142,6 +149,10 @@ class Manifest:
         names = {field.name for field in fields(self)} - {"root", "cache"}
         values = {name: getattr(self, name) for name in names}
         values |= {"format": FORMAT, "version": VERSION}
+        if self.bands is None:
+            del values["bands"]
+        else:
+            values["bands"] = self.bands.model_dump(mode="json")
         options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
         write_bytes(manifest_path(Path(self.root), self.split), orjson.dumps(values, option=options))
 
@@ -332,12 +343,14 @@ class ShardReader:
         self.close()
 
 
-def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any]) -> str:
-    """Identity of a split's content and order."""
+def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any], bands: Bands | None = None) -> str:
+    """Identity of a split's content and order, and of what its values mean."""
     listed = [asdict(category) for category in categories]
     digest = hashlib.sha256(orjson.dumps(listed, option=orjson.OPT_SORT_KEYS))
     for column in _CONTENT:
         digest.update(np.ascontiguousarray(index[column]).tobytes())
+    if bands is not None:
+        digest.update(bands.model_dump_json().encode())
     return digest.hexdigest()
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as tvf
 from torch import Tensor
 
 Size = tuple[int, int]  # (height, width)
@@ -80,8 +79,8 @@ def final_size(size: Size, ops: Sequence[Op]) -> Size:
     return size
 
 
-def apply_to_image(image: npt.NDArray[np.uint8], ops: Sequence[Op]) -> Tensor:
-    """(H, W, 3) uint8 -> (3, H', W') uint8.
+def apply_to_image(image: npt.NDArray[Any], ops: Sequence[Op]) -> Tensor:
+    """(H, W, 3) uint8 -> (3, H', W') uint8; (H, W, n) float32, levels of bands -> (n, H', W') float32.
 
     The channels-first tensor is a view of the decoded array: resizing that view is measurably faster than
     resizing a contiguous copy, and gives the same values.
@@ -96,8 +95,16 @@ def apply_to_image(image: npt.NDArray[np.uint8], ops: Sequence[Op]) -> Tensor:
             _, height, width = tensor.shape
             tensor = _pad(tensor, [0, op.width - width, 0, op.height - height], op.value)
         else:
-            tensor = tvf.resize(tensor, [op.height, op.width], antialias=True)
+            tensor = _resize(tensor, op)
     return tensor.contiguous()
+
+
+def _resize(tensor: Tensor, resize: Resize) -> Tensor:
+    """As torchvision's, which is not imported: it brings torch's compiler, more than a second."""
+    size = (resize.height, resize.width)
+    if tensor.shape[1:] == size:
+        return tensor
+    return F.interpolate(tensor[None], size, mode="bilinear", antialias=True)[0]
 
 
 def _crop(tensor: Tensor, crop: Crop) -> Tensor:

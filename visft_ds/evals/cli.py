@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from visft_ds import program
+from visft_ds import importing, program
 from visft_ds.config.flags import DOWNLOAD_HELP
 from visft_ds.evals.judge.kinds import kinds_help
 from visft_ds.flags import Parser, add_num_gpus, check_least
@@ -102,11 +102,12 @@ def main(arguments: Sequence[str]) -> int:
     def work() -> None:
         check_least(options, limit=1, batch_size=1, beam_size=1, visualizations=0)
         if options.run is None and None in (options.backbone, options.heads, options.data, options.out):
-            raise ValueError("without --run give --backbone, --heads, --data and --out")
+            raise ValueError("give a RUN, or --backbone, --heads, --data and --out")
         for model in (options.run, options.heads):
             if model is not None:
                 check_exists(model)
-        from visft_ds.evals.evaluate import evaluate
+        with importing():
+            from visft_ds.evals.evaluate import evaluate
 
         evaluate(**vars(options), command=True)
 
@@ -163,7 +164,8 @@ def judge(arguments: Sequence[str]) -> int:
     options.tuned += options.run
     if not options.tuned:
         parser.error("the following arguments are required: TUNED")
-    from visft_ds.evals.judge.command import run_judge
+    with importing():
+        from visft_ds.evals.judge.command import run_judge
 
     return _done("judge", lambda: run_judge(options))
 

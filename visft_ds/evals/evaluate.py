@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.predict.loading import LoadedModel, ModelSource, source_of
 from visft_ds.prepare.data import workers_of
-from visft_ds.prepare.datasets import needs_vocabulary
+from visft_ds.prepare.datasets import check_bands, needs_vocabulary
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
 from visft_ds.run.folder import refuse_filled
@@ -110,7 +110,7 @@ def evaluate(
     )
     check_least(counts, limit=1, batch_size=1, beam_size=1, visualizations=0)
     if run is None and None in (backbone, heads, data):
-        raise ValueError("without --run give --backbone, --heads and --data")
+        raise ValueError("give --run, or --backbone, --heads and --data")
     source = source_of(
         None if run is None else Path(run),
         tasks=tasks,
@@ -214,6 +214,7 @@ class _Subject:
     def check_data(self) -> None:
         """Refuse data whose images a task cannot be judged by, before anything is computed."""
         manifest = self.manifest
+        check_bands(manifest, self.model.module.backbone.bands)
         remedy = "Evaluate it on data of its own categories"
         check_categories(self.model.heads, manifest.categories, str(manifest.root), remedy)
         for task in self.source.tasks:
@@ -317,9 +318,13 @@ def _draw(
 
 
 def _print_results(
-    subject: _Subject, metrics: Mapping[str, float], tasks: Iterable[str], seconds: float, folder: Path
+    subject: _Subject,
+    metrics: Mapping[str, float],
+    results: Mapping[str, Results],
+    seconds: float,
+    folder: Path,
 ) -> None:
-    rows = []
+    rows = [(task, "found nothing: no result of any score") for task in results if not results[task]]
     by_category = defaultdict[str, list[str]](list)
     for name, value in metrics.items():
         task, metric, *category = name.split("/", 2)
@@ -330,6 +335,6 @@ def _print_results(
             by_category[f"{task}/{metric}"].append(f"{category[0]} {value:.2f}")
     rows += [(f"{name} by class", ", ".join(values)) for name, values in by_category.items()]
     rows += [(name.replace("_", " "), str(value)) for name, value in subject.task_facts.items()]
-    files = [*(_results_file(task) for task in tasks), METRICS, f"{VISUALIZATIONS}/"]
+    files = [*(_results_file(task) for task in results), METRICS, f"{VISUALIZATIONS}/"]
     rows += [("images/s", f"{subject.images / seconds:.1f}"), ("written", f"{folder}: {', '.join(files)}")]
     print_plan("results", [Section(f"on {subject.counted}", rows)])

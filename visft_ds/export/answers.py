@@ -6,15 +6,16 @@ label -1. Letters: B pictures, N objects, H W their pixels, h w grid, Q queries,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 
+from visft_ds.data.samples import Map
 from visft_ds.data.transforms import Size
-from visft_ds.tasks.detection.dense import CANDIDATES, OVERLAP, DenseOutput
+from visft_ds.tasks.detection.data import corners_of
+from visft_ds.tasks.detection.dense import CANDIDATES, LEAST_SCORE, OVERLAP, DenseHead, DenseOutput
 from visft_ds.tasks.detection.head import DetectionOutput
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.semantic.head import SemanticOutput
@@ -51,27 +52,49 @@ def _spread(cells: int, side: int, frame: int, pixels: int, like: Tensor) -> Ten
     centres = (2 * torch.arange(pixels, device=like.device) + 1) * (side * cells)
     unit = 2 * pixels * frame
     last = -(-side * cells // frame) - 1
-    positions = (centres - pixels * frame).clamp(min=0)
+    positions = centres - pixels * frame
+    positions = torch.maximum(positions, torch.zeros_like(positions))
     positions = torch.minimum(positions, torch.full_like(positions, 1) * (last * unit))
     distances = (positions[:, None] - torch.arange(cells, device=like.device) * unit).abs()
     # (unit - distance) is exact, and so small that fp32 rounds the quotient alone.
-    weights = (unit - distances).clamp(min=0).to(torch.float32)
+    weights = torch.maximum(unit - distances, torch.zeros_like(distances)).to(torch.float32)
     return weights / (torch.full_like(weights[:1, :1], 1) * unit)
+
+
+def quotient(numbers: Tensor, divisor: Tensor | int) -> Tensor:
+    """float32 of the whole quotients, below 2^20, of whole numbers: exact."""
+    multiples = numbers - numbers % divisor
+    return (multiples.float() / divisor).round()
 
 
 def dense(output: DenseOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
     """boxes (B, N, 4) xyxy, scores (B, N), labels (B, N): as `detection.dense.dense_results`."""
+    found = _detections(output, 0.0)
+    return {**found, "boxes": picture.corners(found["boxes"])}
+
+
+def dense_with_masks(head: DenseHead, maps: Sequence[Map], picture: Picture) -> dict[str, Tensor]:
+    """Those of `dense`, and box_masks (B, N, SIDE, SIDE): logits in the cells of each box."""
+    assert head.masks is not None
+    found = _detections(head.boxes(maps), LEAST_SCORE)
+    corners = found["boxes"]
+    every = torch.arange(corners.shape[0] * corners.shape[1], device=corners.device)
+    box_masks = head.masks(maps, corners, every).unflatten(0, corners.shape[:2])
+    return {**found, "boxes": picture.corners(corners), "box_masks": box_masks}
+
+
+def _detections(output: DenseOutput, least: float) -> dict[str, Tensor]:
+    """boxes (B, N, 4) relative to the picture, scores, labels; those of a score below `least` are none."""
     scores = output.logits.sigmoid().masked_fill(~output.valid[..., None], -1.0)
     num_classes = scores.shape[2]
     most = output.max_detections
     number = min(CANDIDATES * most, scores.shape[1] * num_classes)
     best, pairs = scores.flatten(1).topk(number)
-    cells = pairs // num_classes
+    cells = quotient(pairs, num_classes).long()
     labels = pairs % num_classes
     corners = output.boxes.clamp(0, 1).gather(1, cells[..., None].expand(-1, -1, 4))
-    stays = _distinct(corners, labels) & (best >= 0)
-    found = {"boxes": picture.corners(corners), "labels": labels}
-    return _best(torch.where(stays, best, -1.0), found, most)
+    stays = _distinct(corners, labels) & (best >= least)
+    return _best(torch.where(stays, best, -1.0), {"boxes": corners, "labels": labels}, most)
 
 
 def _distinct(corners: Tensor, labels: Tensor) -> Tensor:
@@ -121,7 +144,7 @@ def queries(output: DetectionOutput, picture: Picture, classes: int) -> dict[str
     """boxes (B, N, 4) xyxy, scores (B, N), labels (B, N): as `detection.head.postprocess`."""
     probability = output.logits[-1].softmax(dim=-1)
     scores, labels = probability[..., :-1].max(dim=-1)
-    corners = box_convert(output.boxes[-1], "cxcywh", "xyxy")
+    corners = corners_of(output.boxes[-1])
     return _best(scores, {"boxes": picture.corners(corners), "labels": labels}, scores.shape[1])
 
 
@@ -133,7 +156,7 @@ def masks(output: MaskOutput, picture: Picture, classes: int) -> dict[str, Tenso
         pairs = probability[..., :-1][..., :classes].flatten(1)
         scores, chosen = pairs.topk(min(output.max_detections, pairs.shape[1]))
         number = min(classes, probability.shape[2] - 1)
-        rows = chosen // number
+        rows = quotient(chosen, number).long()
         labels = chosen % number
     else:
         scores, labels = probability[..., 1:-1][..., :classes].max(dim=-1)

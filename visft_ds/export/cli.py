@@ -44,15 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def picture_size(text: str) -> tuple[int, int]:
     """(height, width) of HEIGHTxWIDTH."""
-    height, width = (int(side) for side in text.split("x"))
-    if min(height, width) < 1:
-        raise ValueError(text)
-    return height, width
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: give HEIGHTxWIDTH, such as 480x640")
+    height, width = sides
+    return int(height), int(width)
 
 
 def pictures_to_verify(text: str) -> int | None:
-    """Number of pictures; None: all."""
-    return None if text == "all" else int(text)
+    """Number of pictures, at least 1; None: all."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: give a number from 1, or all")
+    return int(text)
 
 
 def _parser() -> Parser:

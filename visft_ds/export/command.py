@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torchvision.transforms.v2.functional as tvf
 from torch import Tensor, nn
 
 from visft_ds import __version__
@@ -24,10 +25,11 @@ from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import Op, Size
 from visft_ds.evaluation import measure
 from visft_ds.export.graph import Features, Frame, Maps, merge_adapters, modules_of
-from visft_ds.export.page import write_page
+from visft_ds.export.page import NO_BOXES, write_page
 from visft_ds.export.readme import readme
-from visft_ds.export.verify import compare, results_of
+from visft_ds.export.verify import FEATURES, compare, results_of
 from visft_ds.files import write_text
+from visft_ds.model import normalise_pixels
 from visft_ds.predict.exported import FACTS_FILE, FORMAT, KEY, SUFFIXES, ExportedModel, open_exported
 from visft_ds.predict.images import OpenedImage, find_images, open_file
 from visft_ds.predict.loading import source_of
@@ -36,6 +38,7 @@ from visft_ds.predict.results import Prediction
 from visft_ds.prepare.model import choose_precision
 from visft_ds.randomness import generator
 from visft_ds.run_files import folder_of_run, run_of
+from visft_ds.settings.bands import in_words
 from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import TASKS, config_class
 from visft_ds.tasks.classes import category_name
@@ -54,22 +57,16 @@ def export(flags: argparse.Namespace) -> None:
     Raises ValueError for files or flags that do not fit each other, and for an export that predicts
     otherwise than the model.
     """
-    if flags.out.exists():
-        raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
-    fewer_bits = flags.half or flags.int8
-    if flags.half and flags.int8:
-        raise ValueError("--half and --int8 exclude each other")
-    if flags.int8 and flags.format != "onnx":
-        raise ValueError("--int8 is of --format onnx, by the quantiser of onnxruntime")
+    _check(flags)
     alone = flags.tasks == _NO_TASKS
-    if alone and fewer_bits:
-        bits = "--half" if flags.half else "--int8"
-        raise ValueError(
-            f"{bits} needs a task, whose metrics tell what is lost: leave out --tasks {_NO_TASKS}"
-        )
     model = _load(flags, alone)
-    if not alone:
-        _check_masks(model)
+    if model.bands is not None:
+        raise ValueError(
+            f"{flags.run} reads {in_words(model.bands)}, and exports take three colours: use visft "
+            "predict, or visft merge --format timm for the backbone"
+        )
+    if flags.web and not {"detection", "segmentation"}.intersection(model.tasks):
+        raise ValueError(NO_BOXES)
     pictures = _Pictures(flags)
     geometry = pictures.geometry(model._streams)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,13 +74,16 @@ def export(flags: argparse.Namespace) -> None:
         folder = Path(temporary) / "out"
         folder.mkdir()
         print(f"model    {flags.run}: {', '.join(model.tasks) or 'the backbone alone'}")
+        model.geometry = geometry
+        if flags.half or flags.int8:
+            flags.verify = None
+        images = pictures.some(flags.verify)
         ours: dict[int, Prediction] = {}
-        if not alone:
-            model.geometry = geometry
-            if fewer_bits:
-                flags.verify = None
-            images = pictures.some(flags.verify)
-            for number, image in images.items():
+        our_maps = []
+        for number, image in images.items():
+            if alone:
+                our_maps.append(_maps_of(model, image))
+            else:
                 (ours[number],) = model.predict_opened([image], 0.0)
         facts = _write_files(model, geometry, flags, folder)
         if flags.int8:
@@ -94,8 +94,11 @@ def export(flags: argparse.Namespace) -> None:
                     with _quiet():
                         quantise(path, [image.pixels for image in pictures.some(_CALIBRATION).values()])
                     print(f"8 bits   {path.name}, {path.stat().st_size / 1e6:.1f} MB")
-        lines = []
-        if not alone:
+        if alone:
+            lines = _verified_maps(
+                our_maps, list(images.values()), folder / f"features{SUFFIXES[flags.format]}"
+            )
+        else:
             exported = ExportedModel(folder)
             theirs = {}
             for number, image in images.items():
@@ -106,6 +109,23 @@ def export(flags: argparse.Namespace) -> None:
         write_text(folder / "README.md", readme(flags.out.name, flags.format, facts, lines))
         os.replace(folder, flags.out)
     print(f"out      {flags.out} ({flags.format}); README.md: how to run it")
+
+
+def _check(flags: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other, before any file is read."""
+    if flags.out.exists():
+        raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
+    if flags.half and flags.int8:
+        raise ValueError("--half and --int8 exclude each other")
+    if flags.int8 and flags.format != "onnx":
+        raise ValueError("--int8 is of --format onnx, by the quantiser of onnxruntime")
+    if flags.web and (flags.format != "onnx" or flags.tasks == _NO_TASKS):
+        raise ValueError(NO_BOXES)
+    if flags.tasks == _NO_TASKS and (flags.half or flags.int8):
+        bits = "--half" if flags.half else "--int8"
+        raise ValueError(
+            f"{bits} needs a task, whose metrics tell what is lost: leave out --tasks {_NO_TASKS}"
+        )
 
 
 def _load(flags: argparse.Namespace, alone: bool) -> Model:
@@ -133,6 +153,7 @@ class _Pictures:
 
     def __init__(self, flags: argparse.Namespace) -> None:
         self.shape: Size | None = flags.picture_size
+        self.is_noise_enough = flags.tasks == _NO_TASKS  #: nothing is found in them
         self.files = None if flags.images is None else list(find_images(flags.images).values())
         self.manifest: Manifest | None = None
         self.problem = f"{flags.run} is no run"
@@ -148,6 +169,8 @@ class _Pictures:
         """The first pictures, or all, by their ids. Raises ValueError if there are none."""
         if self.files is not None:
             return {number: open_file(path) for number, path in enumerate(self.files[:count])}
+        if self.manifest is None and self.is_noise_enough:
+            return {0: OpenedImage(_example()["images"][0].numpy(), None)}
         if self.manifest is None:
             raise ValueError(f"no pictures to compare predictions on: give --images ({self.problem})")
         images = {}
@@ -209,9 +232,11 @@ def _write_files(
         frame = Frame.of(geometry[stream.name], backbone.patch_size)
         maps = Maps(backbone, frame, half=flags.half)
         for task in stream.tasks:
-            _check_windows(task, stream, frame)
+            _check_windows(task, stream)
             of_task = {**common, "task": task, "image_size": list(frame.size)}
             of_task |= _classes(model, task, stream)
+            if task == "detection" and model.has_instances:
+                of_task["box_masks"] = True
             number = len(of_task.get("categories", ()))
             modules = modules_of(task, maps, loaded.module.heads[task], number)
             example = _example()
@@ -222,7 +247,7 @@ def _write_files(
     return facts
 
 
-def _check_windows(task: str, stream: Stream, frame: Frame) -> None:
+def _check_windows(task: str, stream: Stream) -> None:
     if task == "depth":
         raise ValueError("depth has no export yet: leave it out with --tasks")
     window = stream.image.get("window")
@@ -230,14 +255,6 @@ def _check_windows(task: str, stream: Stream, frame: Frame) -> None:
         raise ValueError(
             f"semantic segmentation looks through windows of {window} pixels here, which no export has: "
             "train with --set visft.tasks.semantic.image.window=null, or leave it out with --tasks"
-        )
-
-
-def _check_masks(model: Model) -> None:
-    if model.has_instances:
-        raise ValueError(
-            "the detection head gives a mask with each box, which no export has yet: train with --tasks "
-            "detection for boxes alone, with --tasks segmentation for masks, or leave it out with --tasks"
         )
 
 
@@ -324,6 +341,44 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+@torch.no_grad()
+def _maps_of(model: Model, image: OpenedImage) -> Sequence[Tensor]:
+    """Our maps (1, D, h, w) of a picture at the size of an export of the backbone alone."""
+    backbone = model._loaded.module.backbone
+    size = [backbone.image_size, backbone.image_size]
+    pixels = torch.from_numpy(image.pixels).permute(2, 0, 1)[None]
+    scaled = tvf.resize(pixels, size, antialias=True)
+    maps: Sequence[Tensor] = backbone(normalise_pixels(backbone, scaled, torch.tensor([size])))
+    return maps
+
+
+def _verified_maps(ours: Sequence[Sequence[Tensor]], images: Sequence[OpenedImage], path: Path) -> list[str]:
+    """A line, printed, about how far the maps of an exported backbone are from ours.
+
+    Raises ValueError where that is more than FEATURES.
+    """
+    file = open_exported(path)
+    largest = 0.0
+    for our_maps, image in zip(ours, images, strict=True):
+        their_maps = file.run({"images": image.pixels[None]}).values()
+        for our_map, their_map in zip(our_maps, their_maps, strict=True):
+            difference = (torch.from_numpy(their_map) - our_map).norm() / our_map.norm()
+            largest = max(largest, float(difference))
+    if largest > FEATURES:
+        raise ValueError(f"features differ by {largest:.2g} of ours (limit {FEATURES:g}); nothing is kept")
+    line = f"features: relative difference {largest:.1e} on {len(images)} pictures"
+    print(f"verify   {line}")
+    return [line]
+
+
+def _decisive(model: Model) -> set[str]:
+    """Names of the metrics that fewer bits may not lower by a point."""
+    names = {config_class(task).main for task in model.tasks}
+    if model.has_instances:
+        names.add("mask/AP50")
+    return names | {name.replace("AP50", "AP") for name in names}
+
+
 def _verified(
     flags: argparse.Namespace,
     model: Model,
@@ -345,9 +400,9 @@ def _verified(
     if flags.verify is None:
         before = pictures.metrics(ours, model)
         after = pictures.metrics(theirs, model)
-        main = {config_class(task).main for task in model.tasks}
+        decisive = _decisive(model)
         for name, value in before.items():
-            if name in main:
+            if name in decisive:
                 lines.append(f"{name} {value:.4f}, of the export {after[name]:.4f}")
                 if value - after[name] > _LARGEST_LOSS and not flags.allow_loss:
                     problems.append(f"{name} falls from {value:.4f} to {after[name]:.4f}")

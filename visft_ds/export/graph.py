@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Map, valid_region
 from visft_ds.data.transforms import Op, Pad, Resize, Size
-from visft_ds.export.answers import ANSWERS, Picture
+from visft_ds.export.answers import ANSWERS, Picture, dense_with_masks, quotient
 from visft_ds.model import whole_cells
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import Linear
 from visft_ds.models.lora import LoRALinear, dense_update, lora_layers
 from visft_ds.ops import at_least_float32
 from visft_ds.tasks.captioning.head import CaptioningHead, pool_valid
+from visft_ds.tasks.detection.dense import DenseHead
 
 #: torch scales bytes with weights of 16 bits: the largest of a size has as many digits as fit, at most 22.
 _LARGEST_WEIGHT = 2**15
@@ -30,7 +31,7 @@ _MOST_DIGITS = 22
 
 
 class Frame(NamedTuple):
-    """What the network sees of a picture."""
+    """Part of a picture's frame that the network sees."""
 
     size: Size  #: (height, width) in pixels that a picture is scaled to
     padded: Size  #: (height, width) of the whole cells that show it, upper left
@@ -75,7 +76,7 @@ class Maps(nn.Module):
 
     def forward(self, images: Tensor) -> list[FrameMap]:
         height, width = self.frame.size
-        levels = resized(images.permute(0, 3, 1, 2).float(), self.frame.size)
+        levels = resized(images.float().permute(0, 3, 1, 2), self.frame.size)
         normalised = (levels - self.mean) / self.std
         below = self.frame.padded[0] - height
         right = self.frame.padded[1] - width
@@ -98,7 +99,7 @@ class Maps(nn.Module):
             empty |= -(-side * number // whole) < number
         valid = valid_region(torch.tensor([self.frame.size]), self.frame.padded, tuple(grid))
         valid = valid.to(features.device).expand(features.shape[0], -1, -1)
-        of_each = torch.tensor([cells], dtype=torch.float64).expand(features.shape[0], -1)
+        of_each = torch.tensor([cells]).expand(features.shape[0], -1)
         return FrameMap(features, valid, prefix, of_each, empty)
 
 
@@ -129,8 +130,11 @@ class Answer(nn.Module):
         self.classes = classes  #: categories that the data has
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        output = self.head(self.maps(images))
+        maps = self.maps(images)
         picture = Picture(images.shape[1], images.shape[2], self.maps.frame.size, self.maps.frame.padded)
+        if isinstance(self.head, DenseHead) and self.head.masks is not None:
+            return dense_with_masks(self.head, maps, picture)
+        output = self.head(maps)
         answer = ANSWERS.get((self.task, type(output)))
         if answer is None:
             raise ValueError(f"the {self.task} head has no export: leave it out with --tasks")
@@ -210,20 +214,21 @@ def resized(levels: Tensor, size: Size) -> Tensor:
 def _scaling(pixels: int, wanted: int, device: torch.device) -> Tensor:
     """Matrix (wanted, pixels) of a triangle around each new pixel, rounded as torch rounds it.
 
-    All is computed in whole numbers, which no runtime rounds otherwise.
+    All is computed in whole numbers, which no runtime rounds otherwise, up to quotients that are whole.
     """
     new = 2 * torch.arange(wanted, device=device)[:, None] + 1
     old = 2 * torch.arange(pixels, device=device)[None] + 1
     distances = (old * wanted - new * pixels).abs()
-    reach = 2 * torch.sym_max(pixels, wanted)
-    heights = distances.neg().add(reach).clamp(min=0)
+    reach: Any = 2 * torch.sym_max(pixels, wanted)  # a number, which may be that of the graph
+    heights = torch.maximum(reach - distances, torch.zeros_like(distances))
     sums = heights.sum(dim=1, keepdim=True)
     largest = (heights.float() / sums.float()).max()
     scales = 2 ** torch.arange(1, _MOST_DIGITS + 1, device=device)
     fitting = torch.floor(largest * scales.float() + 0.5) < _LARGEST_WEIGHT
     unit = torch.where(fitting, scales, 1).max()
-    weights = (2 * heights * unit + sums) // (2 * sums)
-    return weights.float() / unit.float()
+    # TensorRT has no operators for the quotient of whole numbers, nor for their clamp above.
+    weights = quotient(2 * heights * unit + sums, 2 * sums)
+    return weights / unit.float()
 
 
 def modules_of(task: str, maps: Maps, head: nn.Module, classes: int) -> dict[str, nn.Module]:

@@ -10,9 +10,11 @@ from typing import Any
 
 from visft_ds.files import write_text
 
+NO_BOXES = "--web shows boxes: export detection or segmentation with --format onnx"
+
 
 def write_page(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the page for the first file that finds boxes. Raises ValueError if there is none."""
+    """Write the page for the first file that finds boxes."""
     for name, of_file in facts.items():
         if of_file["task"] in ("detection", "segmentation") and (folder / f"{name}.onnx").exists():
             names = [category["name"] for category in of_file["categories"]]
@@ -20,4 +22,4 @@ def write_page(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
             filled = page.replace("MODEL_FILE", f"{name}.onnx").replace("CATEGORIES", json.dumps(names))
             write_text(folder / "index.html", filled)
             return
-    raise ValueError("--web shows boxes: export detection or segmentation with --format onnx")
+    raise AssertionError(facts.keys())

@@ -23,15 +23,37 @@ values = session.run(None, {{"images": np.asarray(picture)[None]}})  # (1, heigh
 output = {{name: value[0] for name, value in zip(names, values)}}
 {use}"""
 _OBJECTS = """
+certain = output["scores"] >= 0.5  # where there are fewer objects than rows, scores are 0
+boxes = output["boxes"][certain]{masks}
 draw = ImageDraw.Draw(picture)
-for box, score, label in zip(output["boxes"], output["scores"], output["labels"]):
-    if score < 0.5:  # where there are fewer objects than rows, scores are 0
-        continue
+for box, score, label in zip(boxes, output["scores"][certain], output["labels"][certain]):
     name = facts["categories"][label]["name"]
-    print(f"{name} {score:.2f} at {box.round(1).tolist()}")
+    print(f"{name} {score:.2f} at {box.round().astype(int).tolist()}")
     draw.rectangle(box.tolist(), outline="red", width=3)
     draw.text((box[0] + 4, box[1] + 2), f"{name} {score:.2f}", fill="red")
 picture.save("found.jpg")"""
+_MASKS = """
+masks = output["masks"][certain]  # (objects, height, width) bool"""
+_BOX_MASKS = """
+
+
+def weights(low, high, pixels, cells):  # of the cells of a box in the pixels of the picture, along an axis
+    centres = np.arange(pixels) + 0.5
+    places = (centres - low) / max(high - low, 1e-6) * cells - 0.5
+    distances = abs(places.clip(0, cells - 1)[:, None] - np.arange(cells))
+    return (1 - distances).clip(0) * ((low <= centres) & (centres <= high))[:, None]
+
+
+masks = []  # (height, width) bool of each object
+for (left, top, right, bottom), logits in zip(boxes, output["box_masks"][certain]):
+    rows = weights(top, bottom, picture.height, len(logits))
+    columns = weights(left, right, picture.width, len(logits))
+    masks.append(rows @ logits @ columns.T > 0)"""
+_TINT = """
+pixels = np.array(picture)
+for mask in masks:
+    pixels[mask] = pixels[mask] // 2 + np.uint8([127, 0, 0])
+picture = Image.fromarray(pixels)"""
 _CLASSES = """
 for label in np.unique(output["labels"]):  # labels: (height, width), places in the list of categories
     share = (output["labels"] == label).mean()
@@ -95,6 +117,7 @@ yourself.
 | `scores` | (B, N) from 0 to 1, the best first; 0 where there are fewer than N objects |
 | `labels` | (B, N) place in `categories`, -1 without an object; of class maps (B, height, width) |
 | `masks` | (B, N, height, width) bool |
+| `box_masks` | (B, N, 28, 28) logits in the cells of each box, for a mask inside of it: above 0 is inside |
 | `logits` | of semantic segmentation (B, C, h, w); of a caption's step (B, words) |
 | `caption_ids` | (B,) the next word of each caption, a place in `words` |
 
@@ -127,7 +150,7 @@ def readme(title: str, form: str, facts: Mapping[str, Mapping[str, Any]], lines:
         elif task == "semantic":
             use = _CLASSES
         elif task is not None:
-            use = _OBJECTS
+            use = _OBJECTS.replace("{masks}", _code_of_masks(first))
         code = _PYTHON.format(file=name + suffix, use=use)
     rows = []
     for file, of_file in facts.items():
@@ -148,3 +171,10 @@ def readme(title: str, form: str, facts: Mapping[str, Mapping[str, Any]], lines:
         verified="\n".join(f"* {line}" for line in lines),
         categories=f"\nCategories: {', '.join(names)}." if names else "",
     )
+
+
+def _code_of_masks(facts: Mapping[str, Any]) -> str:
+    """Code that draws the masks of a file; none for boxes alone."""
+    if facts["task"] == "segmentation":
+        return _MASKS + _TINT
+    return _BOX_MASKS + _TINT if facts.get("box_masks") else ""

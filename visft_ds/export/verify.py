@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
 from visft_ds.predict.results import Objects, Prediction
@@ -14,6 +16,7 @@ from visft_ds.tasks import Results
 BOXES = 1e-3  #: largest difference of a side, pixels
 SCORES = 1e-5  #: largest difference of a score
 MASKS = 0.999  #: least share of the pixels of a picture that a mask or class map has in common
+FEATURES = 1e-4  #: largest difference of a map, as a share of its norm
 
 
 @dataclass
@@ -24,17 +27,17 @@ class Difference:
     objects: int = 0  #: compared
     boxes: float = 0.0  #: pixels
     scores: float = 0.0
-    masks: float = 1.0  #: least share of equal pixels
+    masks: float | None = None  #: least share of equal pixels of a mask or class map; None: there are none
     other: str = ""  #: what cannot be compared at all, of the first such picture
 
     def problems(self) -> list[str]:
-        """What is beyond the limits."""
+        """Sentences about what is beyond the limits."""
         problems = []
         if self.boxes > BOXES:
             problems.append(f"boxes differ by {self.boxes:.3g} pixels (limit {BOXES:g})")
         if self.scores > SCORES:
             problems.append(f"scores differ by {self.scores:.3g} (limit {SCORES:g})")
-        if self.masks < MASKS:
+        if self.masks is not None and self.masks < MASKS:
             problems.append(f"{self.masks:.2%} of the pixels of a mask are equal (limit {MASKS:.1%})")
         if self.other:
             problems.append(self.other)
@@ -46,8 +49,10 @@ class Difference:
             return "captions equal"
         if self.task == "semantic":
             return f"{self.masks:.3%} of pixels equal"
+        if self.objects == 0:
+            return "no objects on either side, nothing was compared"
         text = f"{self.objects} objects, boxes {self.boxes:.1e} px, scores {self.scores:.1e}"
-        return f"{text}, masks {self.masks:.3%} equal" if self.task == "segmentation" else text
+        return text if self.masks is None else f"{text}, masks {self.masks:.3%} equal"
 
     def add(self, ours: Prediction, theirs: Prediction) -> None:
         """Count a picture in."""
@@ -56,8 +61,8 @@ class Difference:
                 self._say(f"caption {theirs.caption!r}, ours {ours.caption!r}")
         elif self.task == "semantic":
             assert ours.semantic is not None and theirs.semantic is not None
-            self.masks = min(self.masks, float((ours.semantic == theirs.semantic).mean()))
-        elif self.task == "segmentation":
+            self._add_mask(ours.semantic, theirs.semantic)
+        elif self.task == "segmentation" or ours.has_instances:
             assert ours.masks is not None and theirs.masks is not None
             self._add_objects(ours.masks, theirs.masks)
         else:
@@ -81,8 +86,11 @@ class Difference:
         self.scores = max(self.scores, float(unequal[rows, columns].max(initial=0)))
         if hasattr(ours, "masks") and hasattr(theirs, "masks"):
             for row, column in zip(rows, columns, strict=True):
-                equal = float((ours.masks[row] == theirs.masks[column]).mean())
-                self.masks = min(self.masks, equal)
+                self._add_mask(ours.masks[row], theirs.masks[column])
+
+    def _add_mask(self, ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> None:
+        equal = float((ours == theirs).mean())
+        self.masks = equal if self.masks is None else min(self.masks, equal)
 
     def _say(self, text: str) -> None:
         self.other = self.other or text
@@ -97,7 +105,7 @@ def compare(
     differences = {task: Difference(task) for task in tasks}
     for our, their in zip(ours, theirs, strict=True):
         for difference in differences.values():
-            difference.add(our, their)
+            difference.add(replace(our), replace(their))  # copies: masks they decode go with them
     return differences
 
 

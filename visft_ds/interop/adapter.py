@@ -33,6 +33,7 @@ from visft_ds.models.lora import (
     targets_of,
 )
 from visft_ds.ops.lora import Slices
+from visft_ds.settings.bands import Bands, in_words
 
 #: What stands in front of the names of a tower's layers in models of open_clip and transformers.
 _AROUND = (*PREFIXES, "model.", "vision_model.", "vision_tower.", "vision_tower.vision_model.")
@@ -153,6 +154,11 @@ class Adapter:
                 block = ", ".join(map(str, backbone.layers_read)) or "the last"
                 raise ValueError(
                     f"it is of {describe_model(ours.model)}, and this model is read after block {block}"
+                )
+            bands = Bands.of(ours.model.get("bands"))
+            if bands != backbone.bands:
+                raise ValueError(
+                    f"it is of {in_words(bands)}, and this model reads {in_words(backbone.bands)}"
                 )
             slices = {name: slices for name, (_, slices) in ours.layers.items()}
             adapt_layers(backbone, slices, rank=ours.rank, alpha=ours.alpha)

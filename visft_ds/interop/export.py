@@ -113,6 +113,8 @@ def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict
         if f"{name}.weight" in tower:
             arguments["num_classes"] = tower[f"{name}.weight"].shape[0]
             break
+    if len(backbone.pixel_mean) != 3:
+        arguments["in_chans"] = len(backbone.pixel_mean)
     if not isinstance(backbone, EvaViT):
         return backbone.name, arguments | backbone.options
     config = backbone.config
@@ -199,12 +201,16 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
             initial = create_model(name, **arguments).state_dict()
         tensors = {key: Lazy.of(value) for key, value in initial.items()} | tensors
     num_classes = arguments.pop("num_classes")
+    settings = _pretrained_settings(model, arguments)
+    if backbone.bands is not None:
+        settings |= {"mean": list(backbone.pixel_mean), "std": list(backbone.pixel_std)}
+        settings["input_size"] = [len(backbone.pixel_mean), *settings["input_size"][1:]]
     config = {
         "architecture": model.pretrained_cfg["architecture"],
         "num_classes": num_classes,
         "num_features": model.num_features,
         "model_args": arguments,
-        "pretrained_cfg": _pretrained_settings(model, arguments) | {"num_classes": num_classes},
+        "pretrained_cfg": settings | {"num_classes": num_classes},
     }
     return Written(Weights({key: tensors[key] for key in names}, tower.path), {"config.json": config})
 
@@ -277,7 +283,14 @@ def _by_transformers(folder: Path) -> Any:
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = getattr(transformers, config["architectures"][0])
-    return kind.from_pretrained(folder, dtype=torch.float32)
+    messages = transformers.utils.logging
+    has_bar = messages.is_progress_bar_enabled()
+    messages.disable_progress_bar()
+    try:
+        return kind.from_pretrained(folder, dtype=torch.float32)
+    finally:
+        if has_bar:
+            messages.enable_progress_bar()
 
 
 def _last_map_of(model: Any, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:
@@ -296,7 +309,9 @@ def _last_map_of(model: Any, backbone: Backbone) -> Callable[[Tensor], Sequence[
 def _maps_of(trunk: Any, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:
     """(B, 3, H, W) -> maps by a model of timm that ends where training read; `backbone`: the same of ours."""
     if isinstance(backbone, TimmBackbone):
-        return as_backbone(trunk, backbone.name, backbone.options, backbone.layers_read).eval()
+        return as_backbone(
+            trunk, backbone.name, backbone.options, backbone.layers_read, backbone.bands
+        ).eval()
     if len(backbone.layers_read) > 1:
         reading = {"indices": list(backbone.layers_read), "norm": True, "intermediates_only": True}
         return lambda images: list(trunk.forward_intermediates(images, **reading))
@@ -398,7 +413,9 @@ def difference(
 ) -> Difference:
     """Outputs of a library, compared with base + adapter of ours; one model is in memory at a time."""
     tower: Backbone = layouts.load_backbone(base, model).eval()
-    images = torch.randn(2, 3, tower.image_size, tower.image_size, generator=torch.Generator().manual_seed(0))
+    side = tower.image_size
+    shape = (2, len(tower.pixel_mean), side, side)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if adapter is not None:
         adapter.install(tower)
     expected = tower(images)

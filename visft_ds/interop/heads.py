@@ -20,6 +20,8 @@ from visft_ds.files import reading
 from visft_ds.interop.layouts import fitted
 from visft_ds.interop.published import published_head
 from visft_ds.interop.weights import Weights, examples, open_weights, save_tensors
+from visft_ds.ops import shapes_alone
+from visft_ds.settings.bands import Bands, in_words
 from visft_ds.settings.fields import Count, Positive, StrictModel
 from visft_ds.tasks import TASKS, config_class, get_task
 from visft_ds.tasks.classes import COCO_NAMES, check_unnamed, classes_of
@@ -68,6 +70,7 @@ class StoredExtra(StrictModel):
 
     base_weights: str | None = None
     layers: tuple[Count, ...] = ()
+    bands: Bands | None = None
 
 
 class StoredHead(StrictModel):
@@ -91,14 +94,24 @@ class HeadFile:
         """The file itself. Raises ValueError if names or shapes differ from the head (on any device, meta
         too).
         """
-        fitted(self.tensors, head.state_dict(), behind=(), what=f"the {self.info.task} head")
+        task = self.info.task
+        kind = self.info.options.get("type")
+        try:
+            fitted(self.tensors, head.state_dict(), behind=(), what=f"the {task} head")
+        except ValueError as error:
+            if kind is None:
+                raise
+            raise ValueError(
+                f"{error}; its head is of type {kind}: give the settings of the run that trained it, such as "
+                f"--set visft.tasks.{task}.head.type={kind}"
+            ) from error
         return self
 
     def build(self) -> nn.Module:
         """The head, fp32, on the CPU, in evaluation mode. Raises ValueError as `check`."""
         info = self.info
         task = get_task(info.task)
-        with reading(self.tensors.path, f"a {info.task} head"), torch.device("meta"):
+        with reading(self.tensors.path, f"a {info.task} head"), shapes_alone():
             head = task.build_head(info.shapes, info.settings(), info.options.get("vocabulary_size"))
         self.check(head)
         values = {name: self.tensors.tensor(name, torch.float32) for name in self.tensors}
@@ -165,8 +178,16 @@ def open_head(source: str | Path, task: str) -> HeadFile:
     return HeadFile(info, file if _KEY in file.metadata else file.under(f"heads.{task}."))
 
 
-def read_elsewhere(info: HeadInfo, layers: Sequence[int]) -> str | None:
-    """Reason why a head cannot read the maps of these blocks (none: the last); None if it can."""
+def read_elsewhere(info: HeadInfo, layers: Sequence[int], bands: Bands | None) -> str | None:
+    """Reason why a head cannot read the maps that these blocks (none: the last) make of these bands; None if
+    it can.
+    """
+    seen = Bands.of(info.extra.get("bands"))
+    if seen != bands:
+        here = in_words(bands)
+        if here == in_words(seen):
+            here += " with other means"
+        return f"the {info.task} head was trained on {in_words(seen)}, and the backbone reads {here}"
     trained_on = info.extra.get("layers", [])
     if trained_on == list(layers):
         return None

@@ -27,6 +27,7 @@ from visft_ds.models import Backbone, build_empty
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.pretrained import TIMM
+from visft_ds.settings.bands import Bands, in_words
 from visft_ds.settings.fields import Count, Positive
 
 #: Prefix of the tower in files of open_clip, EVA-CLIP, ViSFT and LAVIS, of our checkpoints, and of timm.
@@ -49,11 +50,12 @@ class StoredModel(BackboneOverrides):
     layers: tuple[Count, ...] = ()
     image_size: Annotated[Positive, Field(le=8192)] | None = None
     class_token: bool | None = None
+    bands: Bands | None = None
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Sizes of a model of timm, whose name says them."""
         if self.preset.startswith(TIMM):
-            for key in self.model_fields_set - {"preset", "layers", "image_size"}:
+            for key in self.model_fields_set - {"preset", "layers", "image_size", "bands"}:
                 yield key, f"is for towers of EVA; {self.preset} does not take it"
 
     def options(self) -> dict[str, Any]:
@@ -88,6 +90,8 @@ def model_of(backbone: Backbone) -> dict[str, Any]:
         model = {"preset": preset, **changed[preset]}
     if backbone.layers_read:
         model["layers"] = list(backbone.layers_read)
+    if backbone.bands is not None:
+        model["bands"] = backbone.bands.model_dump(mode="json")
     return model
 
 
@@ -103,8 +107,13 @@ def _changed(backbone: EvaViT, preset: str) -> dict[str, Any]:
 
 def describe_model(model: Mapping[str, Any]) -> str:
     """A model in a few words."""
-    options = [f"{name}={value}" for name, value in model.items() if name != "preset"]
-    return ", ".join([model["preset"], *options])
+    words = [str(model["preset"])]
+    for name, value in model.items():
+        if name == "bands":
+            words.append(in_words(Bands.of(value)))
+        elif name != "preset":
+            words.append(f"{name}={value}")
+    return ", ".join(words)
 
 
 def built(model: Mapping[str, Any], device: str = "cpu") -> Backbone:
@@ -190,7 +199,7 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
     Names and shapes are checked, values are not read. Raises ValueError as `fitted`.
     """
     file = open_model(path)
-    tower = tower_in(file, model_of(backbone))
+    tower = widened(tower_in(file, model_of(backbone)), backbone)
     expected: dict[str, Tensor] = dict(base_parameters(backbone))
     stored = backbone.state_dict().keys()
     for name, buffer in backbone.named_buffers():
@@ -203,6 +212,22 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
         classifiers = {name.partition(".")[0] for name in backbone.classifier_names}
         unused = [*backbone.left_out, *(f"{name}." for name in classifiers)]
     return fitted(tower, expected, behind=(*_BESIDE, *unused), what=backbone.describe())
+
+
+def widened(tower: Weights, backbone: Backbone) -> Weights:
+    """The tensors, with a stem for the bands of a backbone where it is one for three colours: timm's way, by
+    which weights are repeated in turn and scaled by 3 / bands (one band: summed).
+    """
+    stored = tower.get(backbone.first_weight)
+    channels = len(backbone.pixel_mean)
+    if stored is None or len(stored.shape) != 4 or stored.shape[1] != 3 or channels == 3:
+        return tower
+    from timm.models import adapt_input_conv
+
+    shape = (stored.shape[0], channels, *stored.shape[2:])
+    read = stored.read
+    stem = Lazy(shape, stored.dtype, lambda: adapt_input_conv(channels, read()))
+    return Weights({**tower, backbone.first_weight: stem}, tower.path, tower.metadata)
 
 
 def _add_class_position(tower: Weights, shape: tuple[int, ...]) -> None:

@@ -26,6 +26,7 @@ from visft_ds.interop.adapter import Adapter, names_in
 from visft_ds.interop.peft_folder import CONFIG, WEIGHTS, read_folder
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models.eva_vit import PRESETS
+from visft_ds.ops import shapes_alone
 from visft_ds.tasks import get_task
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES
 from visft_ds.tasks.channels import EPS
@@ -72,7 +73,7 @@ def published_head(
     spec = get_task(task)
     shapes: Sequence[tuple[int, int]]
     layers: tuple[int, ...] = ()
-    with reading(file.path, f"a {task} head of ViSFT or PMT"), torch.device("meta"):
+    with reading(file.path, f"a {task} head of ViSFT or PMT"), shapes_alone():
         pmt = None
         if task == "segmentation":
             pmt = options_of_pmt({name: tensor.shape for name, tensor in file.items()})

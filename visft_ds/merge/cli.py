@@ -1,4 +1,4 @@
-"""Flags of visft merge. What costs seconds to import is imported when the flags are right."""
+"""Flags of visft merge and visft vlm. What costs seconds to import is imported when the flags are right."""
 
 from __future__ import annotations
 
@@ -27,6 +27,19 @@ suffix is a folder: weights, the configuration of the library that reads them, a
 Exit status: 0 written, 1 --verify found different outputs (nothing is kept), 2 wrong usage or input.
 """
 
+VLM = """Put the tower that a run trained into a vision-language model of transformers.
+
+    hf download Salesforce/blip2-opt-2.7b --local-dir blip2
+    visft vlm blip2 runs/stage2-eva_g --out blip2-visft
+
+MODEL is a folder with BLIP-2 or a model in LLaVA's style. Its tower has to be the base of the run, as it is
+where the model was trained with a frozen tower; names, shapes and values are compared. What the model
+trained itself, such as BLIP-2's norm behind the tower, stays, and so does where it reads the tower: its
+configuration says the block and the tokens.
+
+Exit status: 0 it fits, 2 wrong usage or input.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
@@ -40,6 +53,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return merge_files(flags)
     except (ValueError, OSError) as error:
         return tell(error, "merge")
+
+
+def vlm(arguments: Sequence[str] | None = None) -> int:
+    """Run `visft vlm`; returns the exit status."""
+    parser = Parser(
+        prog=program("vlm"), description=VLM, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL", help="folder of the vision-language model")
+    add("run", type=Path, metavar="RUN", help="run, RUN/checkpoints/step_N, RUN/export or adapter folder")
+    add("--base", metavar="NAME|FILE", help="base weights (default: those of the run)")
+    add("--download", action="store_true", help=DOWNLOAD_HELP)
+    add("--scale", type=float, default=1.0, help="factor of the adapter's effect (%(default)s)")
+    add("--out", type=Path, metavar="DIR", help="a new folder for the model (default: only check)")
+    flags = parser.parse_args(arguments)
+    flags.adapters = [flags.run]
+    flags.format = "transformers"
+    try:
+        check_exists(flags.run)
+        from visft_ds.merge.vlm import put_into_vlm
+
+        put_into_vlm(flags)
+    except (ValueError, OSError) as error:
+        return tell(error, "vlm")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -31,6 +31,7 @@ from visft_ds.monitor.metrics import read_metrics
 from visft_ds.ops import DTYPES
 from visft_ds.pretrained import TIMM
 from visft_ds.run_files import METRICS_FILE, run_around
+from visft_ds.settings.bands import in_words
 from visft_ds.tasks import config_class
 
 if TYPE_CHECKING:
@@ -56,10 +57,15 @@ def merge_files(flags: argparse.Namespace) -> int:
     Raises ValueError for files or flags that do not fit each other.
     """
     _check(flags)
-    adapter = _read_adapter(flags)
-    base = _open_base(flags, adapter)
+    adapter = read_adapter(flags)
+    base = open_base(flags, adapter)
+    if base.backbone.bands is not None and flags.format != "timm":
+        raise ValueError(
+            f"the model reads {in_words(base.backbone.bands)}, which --format {flags.format} does not "
+            "describe: give --format timm"
+        )
     if adapter is not None:
-        adapter = _fitting(adapter, base)
+        adapter = fitting(adapter, base)
     print(f"base     {base.path}")
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=flags.out.parent, prefix=f".{flags.out.name}.tmp-") as folder:
@@ -85,7 +91,7 @@ def merge_files(flags: argparse.Namespace) -> int:
     return 0
 
 
-def _open_base(flags: argparse.Namespace, adapter: Adapter | None) -> Base:
+def open_base(flags: argparse.Namespace, adapter: Adapter | None) -> Base:
     """The base weights of `--base`, or those of the run that the first adapter is of."""
     run = run_around(flags.adapters[0]) if flags.adapters else None
     chosen = None
@@ -105,15 +111,14 @@ def _open_base(flags: argparse.Namespace, adapter: Adapter | None) -> Base:
         model = dict(chosen.description)
     elif model is None:
         model = layouts.model_in(file)
-    if "layers" in of_adapter:
-        model["layers"] = of_adapter["layers"]
+    model |= {key: of_adapter[key] for key in ("layers", "bands") if key in of_adapter}
     model = layouts.whole(model, file)
     backbone = layouts.built(model, "meta")
     fingerprint = layouts.fingerprint_of(backbone, path)
     return Base(path, file, model, backbone, fingerprint, repository_of(weights), run)
 
 
-def _fitting(adapter: Adapter, base: Base) -> Adapter:
+def fitting(adapter: Adapter, base: Base) -> Adapter:
     """The adapter under the names of the base; one of another model is refused, and there is a warning of one
     that was trained on other base weights.
     """
@@ -153,7 +158,8 @@ def _write(flags: argparse.Namespace, base: Base, adapter: Adapter | None, stage
     if adapter is not None:
         settings = {"rank": adapter.rank, "alpha": adapter.alpha, "sha256": adapter.fingerprint()}
         origin = {layouts.BASE: base.fingerprint, layouts.MERGED: json.dumps(settings)}
-    tower = export.merge(layouts.tower_in(base.file, base.model), adapter, dtype, names, share)
+    tower = layouts.widened(layouts.tower_in(base.file, base.model), base.backbone)
+    tower = export.merge(tower, adapter, dtype, names, share)
     content = form.content(tower, base.file, base.backbone)
     write_safetensors(path, content.tensors, {layouts.MODEL: json.dumps(base.model), **origin})
     for name, values in content.files.items():
@@ -211,7 +217,7 @@ def _check(flags: argparse.Namespace) -> None:
         raise ValueError(f"--verify: {library}, which loads --format {flags.format}, is not installed here")
 
 
-def _read_adapter(flags: argparse.Namespace) -> Adapter | None:
+def read_adapter(flags: argparse.Namespace) -> Adapter | None:
     """The mean of the adapters, with the effect that was asked for; None where the base is written as it
     is.
     """

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visft_ds.ops import autocast_dtype, autocast_to, gelu
 from visft_ds.ops.attention import Packing, attention_packed
+from visft_ds.settings.bands import Bands
 
 Grids = Sequence[tuple[int, int]]  #: (height, width) of each image of a batch, in patches or pixels
 
@@ -80,7 +81,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Patches(nn.Conv2d):
-    """Images to tokens of patches, (B, 3, H, W) -> (B, h*w, D), in the dtype of matrix products; pixels right
+    """Images to tokens of patches, (B, n, H, W) -> (B, h*w, D), in the dtype of matrix products; pixels right
     and below the last complete patch are dropped."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -281,16 +282,21 @@ class EvaViT(nn.Module):
     """
 
     #: ImageNet statistics; all three tasks of ViSFT's code use them, not CLIP's (mmf/common/constants.py).
-    pixel_mean = (0.485, 0.456, 0.406)
-    pixel_std = (0.229, 0.224, 0.225)
+    pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    first_weight = "patch_embed.proj.weight"  #: name of the weights that see pixels
     #: What the backward pass recomputes: "none"; each "block"; or the "mlp", whose hidden activations are the
     #: widest, and the attention's projection in front of it.
     recompute = "none"
     #: Images of a stream with several sizes are packed even where those of a batch are alike.
     one_by_one = False
 
-    def __init__(self, config: EvaViTConfig) -> None:
+    def __init__(self, config: EvaViTConfig, bands: Bands | None = None) -> None:
         super().__init__()
+        self.bands = bands  #: in place of three colours
+        if bands is not None:
+            self.pixel_mean = bands.mean
+            self.pixel_std = bands.std
         if config.width % config.num_heads or config.image_size % config.patch_size:
             raise ValueError(f"{config}: num_heads must divide the width, and patch_size the image_size")
         self.config = config
@@ -301,7 +307,8 @@ class EvaViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
         positions = 1 + (config.image_size // config.patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, config.width))
-        patches = Patches(3, config.width, config.patch_size, stride=config.patch_size)
+        channels = len(self.pixel_mean)
+        patches = Patches(channels, config.width, config.patch_size, stride=config.patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=patches))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = LayerNorm(config.width, eps=1e-6)

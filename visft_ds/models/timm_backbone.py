@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from visft_ds import importing
 from visft_ds.models.eva_vit import Grids, last_block, stack_padded
 from visft_ds.pretrained import check_timm
+from visft_ds.settings.bands import Bands
 
 _SIDE = 512  #: of the image that measures a model: every stride divides it
 _SMALLEST_GAIN = 1e-2  #: gains of a random model below this are taken for a start at zero
@@ -38,6 +40,8 @@ class TimmBackbone(nn.Module):
     options: dict[str, int]  #: with which timm's model was made, beyond what all are made with
     pixel_mean: tuple[float, ...]
     pixel_std: tuple[float, ...]
+    bands: Bands | None  #: in place of three colours
+    first_weight: str  #: name of the weights that see pixels
     classifier_names: tuple[str, ...]
     left_out: dict[str, Tensor]  #: names, and values if there are any, of all that was left out
     layers_read: tuple[int, ...]  #: numbers of the blocks that are read; none: the last
@@ -62,7 +66,7 @@ class TimmBackbone(nn.Module):
         plain ViT has any.
 
         Args:
-            images: (B, 3, H, W), already normalised.
+            images: (B, n, H, W), already normalised.
             frames: (height, width) of each image within the padded batch in pixels, whole cells. Features are
                 then those of each image alone: images of each size are a batch of their own, and (h, w) is
                 the largest of their maps, with 0 beyond each. A mask would not do: timm resizes positions to
@@ -212,6 +216,7 @@ def as_backbone(
     name: str,
     options: Mapping[str, int],
     layers: Sequence[int] = (),
+    bands: Bands | None = None,
 ) -> TimmBackbone:
     """Turn a model of timm into a backbone, in place: `TimmBackbone` comes in front of its class.
 
@@ -219,9 +224,10 @@ def as_backbone(
         model: what `timm.create_model` made with these options.
         name: as timm knows it, with or without tag.
         layers: see `TimmBackbone.read_after`.
+        bands: that it was made for; None: three colours.
 
     Raises:
-        ValueError: no map that follows the size of its image, or no such block.
+        ValueError: no map that follows the size of its image, or no such block; a stem that takes no bands.
     """
     from timm.layers import to_2tuple
 
@@ -236,6 +242,12 @@ def as_backbone(
     backbone.image_size = options.get("img_size", int(config["input_size"][-1]))
     backbone.pixel_mean = tuple(config["mean"])
     backbone.pixel_std = tuple(config["std"])
+    backbone.bands = bands
+    backbone.first_weight = f"{config.get('first_conv')}.weight"
+    if bands is not None:
+        _check_stem(backbone, name, len(bands.numbers))
+        backbone.pixel_mean = bands.mean
+        backbone.pixel_std = bands.std
     classifier = config.get("classifier") or ()
     backbone.classifier_names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     backbone.patch = None
@@ -247,7 +259,7 @@ def as_backbone(
     if next(backbone.parameters()).is_meta:
         backbone.shapes, unused = _measured(backbone)
     else:
-        twin = build_timm(name, image_size=options.get("img_size"), layers=layers, device="meta")
+        twin = build_timm(name, image_size=options.get("img_size"), layers=layers, device="meta", bands=bands)
         backbone.shapes = twin.shapes
         unused = [child for child, module in twin.named_children() if isinstance(module, nn.Identity)]
     backbone.width, backbone.patch_size = backbone.shapes[-1]
@@ -258,12 +270,23 @@ def as_backbone(
     return backbone
 
 
+def _check_stem(model: nn.Module, name: str, channels: int) -> None:
+    """Raise ValueError for a model of timm that does not begin with one convolution of so many channels."""
+    modules = dict(model.named_modules())
+    first = modules.get(str(model.pretrained_cfg["first_conv"]))  # type: ignore[index]
+    if not isinstance(first, nn.Conv2d) or first.in_channels != channels:
+        raise ValueError(
+            f"timm's {name} does not begin with one plain convolution, and reads three colours only: choose "
+            "another --backbone for pictures of bands, a ViT or a convolutional network"
+        )
+
+
 def _measured(backbone: TimmBackbone) -> tuple[tuple[tuple[int, int], ...], list[str]]:
     """(shapes, children whose parameters the maps do not need) of a backbone on the meta device."""
     parameters = dict(backbone.named_parameters())
     try:
         with torch.enable_grad():
-            maps = backbone(torch.empty(1, 3, _SIDE, 2 * _SIDE, device="meta"))
+            maps = backbone(torch.empty(1, len(backbone.pixel_mean), _SIDE, 2 * _SIDE, device="meta"))
             total = torch.stack([map_.sum() for map_ in maps]).sum()
             gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         shapes = tuple(_shape_of(map_, backbone.patch) for map_ in maps)
@@ -305,6 +328,7 @@ def build_timm(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    bands: Bands | None = None,
 ) -> TimmBackbone:
     """A model of timm by its name, with timm's random weights; nothing is ever downloaded.
 
@@ -316,9 +340,11 @@ def build_timm(
         image_size: side that the position embeddings belong to; None: the model's own.
         layers: see `TimmBackbone.read_after`.
         seed: decides every weight, on one version of timm.
+        bands: that it reads; None: three colours.
     """
-    model, options = build_model(name, image_size, device, seed)
-    backbone = as_backbone(model, name, options, layers)
+    channels = 3 if bands is None else len(bands.numbers)
+    model, options = build_model(name, image_size, device, seed, channels)
+    backbone = as_backbone(model, name, options, layers, bands)
     for key, parameter in backbone.named_parameters():
         is_gain = parameter.ndim == 1 and key.rpartition(".")[2] in _GAINS
         if is_gain and device != "meta" and parameter.abs().max() < _SMALLEST_GAIN:
@@ -332,22 +358,27 @@ def build_model(
     image_size: int | None,
     device: str,
     seed: int,
+    channels: int = 3,
 ) -> tuple[nn.Module, dict[str, int]]:
     """timm's model itself, without classifier, and its option of a size (CNNs have no positions and take
     none).
     """
     check_timm(name)
-    import timm
-    from timm.layers import set_reentrant_ckpt
+    with importing():
+        import timm
+        from timm.layers import set_reentrant_ckpt
 
     set_reentrant_ckpt(False)  # a reentrant checkpoint gives no gradient to adapters behind a frozen stem
     size = {} if image_size is None else {"img_size": image_size}
     choices: list[dict[str, Any]] = [{"dynamic_img_size": True, **size}, size, {}]
+    colours = {} if channels == 3 else {"in_chans": channels}
     with torch.random.fork_rng(devices=[]), torch.device(device):
         for options in choices:
             torch.manual_seed(seed)
             try:
-                model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)
+                model: nn.Module = timm.create_model(
+                    name, pretrained=False, num_classes=0, **options, **colours
+                )
             except TypeError as error:  # convolutional networks take neither
                 if not options or "unexpected keyword argument" not in str(error):
                     raise

@@ -148,12 +148,22 @@ class Progress(AbstractContextManager["Progress"]):
         return "  ".join(parts)
 
 
+class _Lines(tqdm):
+    """A bar in a log: each state is a line, and nothing is wiped out at its end."""
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], object]:
+        """Called by tqdm with the text to show."""
+        return file.write
+
+
 def gauge(what: str, total: float, unit: str = "", items: Iterable[Any] | None = None) -> tqdm[Any]:
     """A tqdm bar on stderr for any work but training, silent for five seconds; in a log a line every half
     minute.
     """
     live = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(
+    bar = tqdm if live else _Lines
+    return bar(
         items,
         desc=what,
         total=total,

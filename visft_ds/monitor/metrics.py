@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from visft_ds import __version__
+from visft_ds import __version__, importing
 from visft_ds.run_files import METRICS_FILE
 
 #: Function of a step and of numbers by name; True ends the run.
@@ -93,7 +93,8 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
                 self._take_up(truncate_metrics(self.path, resume_step))
         with self._attempt("TensorBoard"):
             # Takes a second, which readers of this module save.
-            from torch.utils.tensorboard import SummaryWriter
+            with importing():
+                from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
 

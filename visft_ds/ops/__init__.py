@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from visft_ds.settings.fields import Precision
@@ -46,6 +47,22 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
         else:  # it came from the class
             delattr(owner, name)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out normal draws, whose shapes torch finds by its compiler: more than a second of imports."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.init.normal_:
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Modules that are made inside are on the meta device."""
+    with torch.device("meta"), _Undrawn():
+        yield
 
 
 def stand_in(device: torch.device) -> Any:

@@ -14,21 +14,24 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
-from visft_ds import DEEPSPEED, distributed
+from visft_ds import DEEPSPEED, distributed, importing
 from visft_ds.config.schema import OptimizerParams, SchedulerConfig
 from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.ops import replaced
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.tasks.criterion import LossDenominators
@@ -92,6 +95,10 @@ def start_process_group() -> None:
             f"'deepspeed{DEEPSPEED}', or set VISFT_ALLOW_UNTESTED_DEEPSPEED=1 and run the test suite first"
         )
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # DeepSpeed imports an optimizer that nothing here uses, and gets it ready to be compiled: a second.
+    with importing(), replaced(compiler, "compile", lambda: compiler.dummy_decorator):
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        import_module("torch._dynamo")  # as torch's optimizers do
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() == "cpu":
         # A C++ extension that only DeepSpeed's inference kernels use; building it would need a compiler and a

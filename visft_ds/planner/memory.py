@@ -35,6 +35,13 @@ FP32 = 4  #: bytes
 #: rest.
 MEMORY_SHARE = 0.92
 
+#: Of a process on a CPU beside its tensors: buffers that libraries make when they are first used, measured.
+LIBRARIES = 29 * 2**20
+#: The same: freed memory that the allocator keeps, in bytes of all gradients, without ZeRO and with it, whose
+#: flat tensors fit in no gap that activations leave. Fitted to measured steps.
+KEPT = 1.4
+KEPT_BY_ZERO = 4.6
+
 
 @dataclass(frozen=True)
 class PlannedRun:
@@ -213,8 +220,11 @@ def _blank_batch(run: PlannedRun, stream: Stream) -> Batch:
         targets[task] = TASKS[task].blank(images, (side, side), run.content, stream.image)
     ids = torch.arange(images)
     sizes = torch.full((images, 2), side)
+    bands = run.config.visft.model.bands
+    channels = 3 if bands is None else len(bands.numbers)
+    dtype = torch.uint8 if bands is None else torch.float32
     return Batch(
-        torch.empty(images, 3, side, side, dtype=torch.uint8, device=META),
+        torch.empty(images, channels, side, side, dtype=dtype, device=META),
         sizes,
         sizes,
         ids,
@@ -244,6 +254,7 @@ class MemoryPlan:
     buckets: int
     gathered: int  #: ZeRO-3: whole weights, for as long as they are needed
     activations: int  #: kept for the backward pass, temporary results, the batch
+    kept: int  #: on a CPU: buffers of libraries, and freed memory that the allocator keeps
 
     @property
     def total(self) -> int:
@@ -298,12 +309,16 @@ def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
         live = int(zero.get("stage3_max_live_parameters", 1e9)) * DTYPES[run.precision].itemsize
         gathered = min(live, whole)
 
+    kept = 0
     batches = step.batch
     update = FP32 * step.trained // ranks_of_state // stages  # a temporary tensor of all that a rank steps
     if not on_gpu:
         # The loader puts its batches where the model computes, so the prefetched ones count, too.
         batches *= (1 + run.config.visft.data.prefetch_steps) * accumulation
         update = 0
+        # A buffer takes what is written into it, and that is no more than all gradients.
+        buckets = min(buckets, FP32 * step.with_gradient)
+        kept = LIBRARIES + int((KEPT_BY_ZERO if zero_stage else KEPT) * FP32 * step.with_gradient) // stages
 
     def in_flight(activations: int) -> int:
         """Bytes of the micro-batches that a stage keeps at the same time, and of their inputs."""
@@ -320,6 +335,7 @@ def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
         buckets=buckets,
         gathered=gathered,
         activations=max(in_flight(backward), update),
+        kept=kept,
     )
     if gradients_stay:
         return after

@@ -150,7 +150,7 @@ def _empty(layout: _Layout | None) -> Tensor | None:
 
 
 def _are_new(outputs: list[Any], read: list[Tensor]) -> bool:
-    """Whether outputs are tensors on the meta device, each in a storage of its own, or nothing."""
+    """Return True for outputs that are tensors on the meta device, each in a storage of its own, or None."""
     made = [output for output in outputs if output is not None]
     if not read or not made or not all(isinstance(each, Tensor) and each.is_meta for each in made):
         return False

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from visft_ds import program
+from visft_ds import importing, program
 from visft_ds.config.flags import BACKBONE_HELP, DOWNLOAD_HELP
 from visft_ds.errors import tell
 from visft_ds.flags import Parser, check_options
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"no image is named; type {program('predict')} RUN IMAGE")
         check_exists(run)
         files = find_images(images, outside=options["out"])
-        from visft_ds.predict.command import predict
+        with importing():
+            from visft_ds.predict.command import predict
 
         predict(files, source=run, **options)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:

@@ -85,6 +85,9 @@ def predict(
     ]
     if tiles is not None:
         facts.append(("tiles", f"squares of {tiles.side} px that overlap by {tiles.overlap}"))
+        warning = loaded.warning_about(tiles)
+        if warning is not None:
+            facts.append(("caution", warning))
     if done:
         facts.append(("continues", f"{len(files) - len(todo)} of them are done"))
     print_plan("visft_ds prediction", [Section("model and data", facts)])
@@ -102,7 +105,7 @@ def predict(
     with (out / LINES).open("ab") as lines, ThreadPoolExecutor(_THREADS) as pool:
         if lines.tell() == 0:
             _append(lines, settings)
-        size = batch_size or loaded.batch_size
+        size = batch_size or loaded.usual_batch(tiles)
         outcomes = _predictions(todo, loaded, threshold, size)
         most_waiting = _WAITING
         if tiles is not None:  # images that may fill the memory
@@ -132,6 +135,9 @@ def predict(
     rows = [("predicted", f"{predicted} images")]
     if skipped:
         rows.append(("skipped", f"{len(skipped)} files, named in {RESULTS}"))
+    without = [task for task in loaded.tasks if not whole[task]]
+    if without:
+        rows.append((", ".join(without), f"no object scores {threshold:g} or more: lower --threshold"))
     folders = f"{VISUALIZATIONS}/, {DEPTH}/" if DEPTH in loaded.tasks else f"{VISUALIZATIONS}/"
     rows.append(("written", f"{out}: {RESULTS}, {folders}"))
     print_plan("done", [Section("results", rows)])
@@ -172,7 +178,10 @@ def _predictions(
     with ThreadPoolExecutor(_THREADS) as pool, tqdm(total=len(files), unit=" images", disable=None) as bar:
 
         def opening(start: int) -> list[tuple[str, Future[OpenedImage]]]:
-            return [(name, pool.submit(open_file, file)) for name, file in listed[start : start + size]]
+            futures = []
+            for name, file in listed[start : start + size]:
+                futures.append((name, pool.submit(open_file, file, bands=loaded.bands)))
+            return futures
 
         coming = opening(0)
         for start in range(0, len(listed), size):
@@ -196,7 +205,7 @@ def _predictions_by_tiles(
     """As `_predictions`, one file after the other; `size` tiles go through the model together."""
     for name, file in tqdm(files.items(), unit=" images", disable=None):
         try:
-            image = open_file(file, MOST_IN_TILES)
+            image = open_file(file, MOST_IN_TILES, loaded.bands)
         except (ValueError, OSError) as error:
             yield name, _reason(error)
             continue
@@ -206,7 +215,7 @@ def _predictions_by_tiles(
 
 
 def _reason(error: Exception) -> str:
-    """Why a file is skipped, which is also printed."""
+    """Print and return the reason why a file is skipped."""
     reason = printable(str(error))
     tqdm.write(f"skipped {visible(redacted(reason))}", file=sys.stderr)
     return reason

@@ -18,6 +18,7 @@ from visft_ds.predict.images import OpenedImage
 from visft_ds.predict.model import Model
 from visft_ds.predict.results import Prediction
 from visft_ds.tasks import Results
+from visft_ds.tasks.detection.roi import mask_code
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 FORMAT = "visft_ds export 1"  #: in the metadata of each file
@@ -89,7 +90,7 @@ class ExportedModel(Model):
                 by_task[file.facts["task"]] = file.facts
         self._by_task = by_task
         self._streams = {}  # geometry is inside of the files
-        self.has_instances = False
+        self.has_instances = any(facts.get("box_masks") for facts in by_task.values())
         self.tasks = tuple(by_task)
         if not self.tasks:
             raise ValueError(f"{folder} has the backbone alone, which predicts nothing: run its file")
@@ -98,6 +99,7 @@ class ExportedModel(Model):
             for category in facts.get("categories", ()):
                 self.categories[category["id"]] = category["name"]
         self.facts = {name: str(folder / name) for name in self._files}
+        self.bands = None
         self.precision = "fp32"
         self.device = torch.device("cpu")
         self.batch_size = 1
@@ -108,7 +110,8 @@ class ExportedModel(Model):
             results = {}
             for task in self.tasks:
                 results[task] = self._of_task(task, image.pixels[None], threshold)
-            predictions.append(Prediction(image.pixels, image.path, self.categories, results))
+            prediction = Prediction(image.pixels, image.path, self.categories, results, self.has_instances)
+            predictions.append(prediction)
         return predictions
 
     def _of_task(self, task: str, images: npt.NDArray[np.uint8], threshold: float) -> Results:
@@ -118,28 +121,7 @@ class ExportedModel(Model):
             return [{"image_id": 0, "caption": self._caption(task, images, facts["words"])}]
         outputs = {name: values[0] for name, values in self._files[task].run({"images": images}).items()}
         ids = [category["id"] for category in facts["categories"]]
-        if task == "semantic":
-            results = []
-            for label in np.unique(outputs["labels"]).tolist():
-                results.append(
-                    {"image_id": 0, "category_id": ids[label], **_code(outputs["labels"] == label)}
-                )
-            return results
-        results = []
-        for place, (score, label) in enumerate(zip(outputs["scores"], outputs["labels"], strict=True)):
-            if label < 0 or score < threshold:
-                continue
-            left, top, right, bottom = outputs["boxes"][place].tolist()
-            result = {
-                "image_id": 0,
-                "category_id": ids[label],
-                "bbox": [left, top, right - left, bottom - top],
-                "score": float(score),
-            }
-            if "masks" in outputs:
-                result |= _code(outputs["masks"][place])
-            results.append(result)
-        return results
+        return results_of_outputs(task, outputs, ids, images.shape[1:3], threshold)
 
     def _caption(self, task: str, images: npt.NDArray[np.uint8], words: Sequence[str]) -> str:
         """The caption of a picture, the most probable word after each other, at most as many as in a run."""
@@ -156,6 +138,35 @@ class ExportedModel(Model):
             caption.append(words[last])
             states |= {"hidden": outputs["next_hidden"], "state": outputs["next_state"]}
         return " ".join(caption)
+
+
+def results_of_outputs(
+    task: str, outputs: Arrays, ids: Sequence[int], size: tuple[int, ...], threshold: float
+) -> Results:
+    """Results of the outputs for a picture of this size (H, W), in COCO's format; `ids` of its categories."""
+    results = Results()
+    if task == "semantic":
+        for label in np.unique(outputs["labels"]).tolist():
+            results.append({"image_id": 0, "category_id": ids[label], **_code(outputs["labels"] == label)})
+        return results
+    height, width = size
+    for place, (score, label) in enumerate(zip(outputs["scores"], outputs["labels"], strict=True)):
+        if label < 0 or score < threshold:
+            continue
+        corners = outputs["boxes"][place].tolist()
+        left, top, right, bottom = corners
+        result = {
+            "image_id": 0,
+            "category_id": ids[label],
+            "bbox": [left, top, right - left, bottom - top],
+            "score": float(score),
+        }
+        if "box_masks" in outputs:
+            result["segmentation"] = mask_code(outputs["box_masks"][place], corners, (height, width))
+        if "masks" in outputs:
+            result |= _code(outputs["masks"][place])
+        results.append(result)
+    return results
 
 
 def _code(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:

@@ -11,16 +11,28 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from visft_ds.data.decode import decode_image
+from visft_ds.data.decode import bands_of, decode_image
 from visft_ds.data.fetch import is_url
-from visft_ds.files import MAX_PIXELS, image_frame, mapped_image, open_image, read_bytes, reading, to_rgb
+from visft_ds.files import (
+    MAX_PIXELS,
+    image_frame,
+    mapped_image,
+    open_image,
+    read_bands,
+    read_bytes,
+    reading,
+    refuse_beyond,
+    spooled_image,
+    to_rgb,
+)
 from visft_ds.redaction import redacted
+from visft_ds.settings.bands import Bands, in_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +60,8 @@ _IN_MEMORY = (Image.Image, np.ndarray, bytes, bytearray, io.IOBase)  # and tenso
 class OpenedImage(NamedTuple):
     """Decoded image, upright."""
 
-    pixels: Pixels  #: (H, W, 3) RGB
+    #: (H, W, 3) uint8, RGB; of a model that reads bands (H, W, n) float32, levels from 0 to 255
+    pixels: npt.NDArray[Any]
     path: Path | None
 
 
@@ -119,37 +132,41 @@ def _images_below(root: Path, pattern: str) -> list[Path]:
 
 
 def opened(
-    images: ImageInput | Iterable[ImageInput], most: int = MAX_PIXELS
+    images: ImageInput | Iterable[ImageInput], most: int = MAX_PIXELS, bands: Bands | None = None
 ) -> tuple[list[OpenedImage], bool]:
     """All images that a user gave, and whether it was a single one rather than a list, folder or pattern;
-    files have at most so many pixels.
+    files have at most so many pixels. `bands` are those that the model reads.
 
     Raises ValueError for what is no image, by its path or its place in the list.
     """
     from torch import Tensor  # `visft predict` looks for its images before that, which takes seconds
 
     if isinstance(images, str | Path):
-        return [open_file(file, most) for file in find_images([images]).values()], Path(images).is_file()
+        files = find_images([images]).values()
+        return [open_file(file, most, bands) for file in files], Path(images).is_file()
     is_list = isinstance(images, Iterable) and not isinstance(images, (*_IN_MEMORY, Tensor, Mapping))
     if not is_list:
-        return [_from_memory(images, "the image")], True
+        return [_from_memory(images, "the image", bands)], True
     every: list[OpenedImage] = []
     for index, image in enumerate(cast(Iterable[ImageInput], images)):
         if isinstance(image, str | Path):
-            every += [open_file(file, most) for file in find_images([image]).values()]
+            every += [open_file(file, most, bands) for file in find_images([image]).values()]
         else:
-            every.append(_from_memory(image, f"image {index} of the list"))
+            every.append(_from_memory(image, f"image {index} of the list", bands))
     return every, False
 
 
-def open_file(path: Path, most: int = MAX_PIXELS) -> OpenedImage:
-    """Decode a file, of several images the first, upright by its EXIF.
+def open_file(path: Path, most: int = MAX_PIXELS, bands: Bands | None = None) -> OpenedImage:
+    """Decode a file, of several images the first, upright by its EXIF; or the bands of a file.
 
     Above MAX_PIXELS, where `most` allows it, no more memory is taken than a format needs: TIFFs that are not
-    compressed, in strips, are read where one looks at them, and JPEGs decoded to three bytes a pixel.
+    compressed, in strips, are read where one looks at them, JPEGs decoded to three bytes a pixel, and others
+    to a temporary file.
 
     Raises ValueError naming a file that is no image, damaged, too large, or not a regular one.
     """
+    if bands is not None:
+        return OpenedImage(bands_of(read_bands(path), bands, str(path)), path)
     if most > MAX_PIXELS:
         frame = image_frame(path, most=most)
         if frame.height * frame.width > MAX_PIXELS:
@@ -165,7 +182,7 @@ def _large_image(path: Path, format_name: str, most: int) -> Pixels:
     if format_name == "JPEG":
         with reading(path, "a picture"):
             return decode_image(read_bytes(path), most)
-    return np.asarray(open_image(path, upright=False, most=most))
+    return spooled_image(path, most)
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
@@ -175,7 +192,7 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     return turned[:, ::-1] if mirrored else turned
 
 
-def _from_memory(image: object, label: str) -> OpenedImage:
+def _from_memory(image: object, label: str, bands: Bands | None) -> OpenedImage:
     import torch
     from torch import Tensor
 
@@ -184,9 +201,14 @@ def _from_memory(image: object, label: str) -> OpenedImage:
             image.seek(0)  # as Pillow does: what was written last stands at the end
         image = cast(BinaryIO, image).read()
     if isinstance(image, bytes | bytearray):
+        if bands is not None:
+            return OpenedImage(bands_of(read_bands(bytes(image), label), bands, label), None)
         return OpenedImage(np.array(open_image(bytes(image), label)), None)
+    if bands is not None:
+        return OpenedImage(_bands_in_memory(image, bands, label), None)
     if isinstance(image, Image.Image):
         with reading(label, "an image"):
+            refuse_beyond(image)
             return OpenedImage(np.array(to_rgb(ImageOps.exif_transpose(image))), None)
     if not isinstance(image, Tensor | np.ndarray):
         raise ValueError(f"{label} is of type {type(image).__name__}: {_ALLOWED}")
@@ -203,3 +225,17 @@ def _from_memory(image: object, label: str) -> OpenedImage:
     if pixels.dtype != np.uint8 or not is_rgb or pixels.size == 0:
         raise ValueError(refusal)
     return OpenedImage(np.array(pixels, order="C"), None)
+
+
+def _bands_in_memory(image: object, bands: Bands, label: str) -> npt.NDArray[np.float32]:
+    """Levels of the bands of an array (H, W, bands) or (H, W), or of a tensor (bands, H, W)."""
+    from torch import Tensor
+
+    if isinstance(image, Tensor) and image.ndim == 3:
+        image = image.detach().cpu().movedim(0, -1).numpy()
+    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or image.size == 0:
+        raise ValueError(
+            f"{label} is no array of bands, and the model reads {in_words(bands)}: give a path, the bytes of "
+            f"a file, {bands.kind} in an array (H, W, {bands.count}) or a tensor ({bands.count}, H, W)"
+        )
+    return bands_of(np.atleast_3d(image), bands, label)

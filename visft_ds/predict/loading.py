@@ -122,7 +122,7 @@ class ModelSource:
                     f"{head.tensors.path} reads maps of width {head_widths}, and those of "
                     f"{backbone.describe()} have {widths}"
                 )
-            if problem := read_elsewhere(head.info, backbone.layers_read):
+            if problem := read_elsewhere(head.info, backbone.layers_read, backbone.bands):
                 raise ValueError(f"{head.tensors.path}: {problem}")
             criterion = TASKS[task].criterion(head.info.options, {})
             modules[task] = TaskModule(head.build(), criterion, self.decoding.get(task, {}))
@@ -151,7 +151,7 @@ class ModelSource:
 
 
 def _limit(head: HeadInfo) -> str:
-    """What a head can find in an image, as the end of a line; "" where no number limits it."""
+    """Most objects that a head can find in an image, as the end of a line; "" where no number limits it."""
     most = getattr(head.settings(), "most_objects", None)
     return "" if most is None else f", at most {most} objects an image"
 
@@ -406,6 +406,9 @@ def _described_model(
         read_by_heads = {tuple(info.extra.get("layers", ())) for info in infos.values()}
         if len(read_by_heads) == 1 and read_by_heads != {()}:
             (model["layers"],) = read_by_heads
+    for info in infos.values():
+        if "bands" in info.extra and files.model is None:
+            model.setdefault("bands", info.extra["bands"])
     return model
 
 

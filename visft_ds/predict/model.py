@@ -5,6 +5,7 @@ Letters: B images, H W pixels, h w patch grid, D width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from visft_ds import distributed
+from visft_ds.data.decode import as_rgb
 from visft_ds.data.samples import RawSample
 from visft_ds.data.transforms import Op
 from visft_ds.files import MAX_PIXELS, release
@@ -26,6 +28,7 @@ from visft_ds.predict.loading import LoadedModel, ModelSource, source_of
 from visft_ds.predict.results import Prediction
 from visft_ds.prepare.model import choose_precision
 from visft_ds.randomness import generator
+from visft_ds.settings.bands import in_words
 from visft_ds.settings.task_schema import Stream
 from visft_ds.settings.tiles import Tiles, usual_overlap
 from visft_ds.tasks import TASKS, Results, config_class
@@ -33,6 +36,7 @@ from visft_ds.tasks.tiles import merged
 from visft_ds.tasks.transform import pipeline_of
 
 _SMALLEST_TILE = 32  # pixels
+_TILES_ON_CPU = 4  # at a time: more are no faster there, and take their memory
 
 
 @speaking_python()
@@ -76,13 +80,14 @@ def load(
     check_options(image_size=image_size)
     from visft_ds.predict.exported import ExportedModel, exported_files  # which builds on this module
 
-    if exported_files(Path(source)):
+    place = _path_of(source)
+    if exported_files(place):
         others = (tasks, backbone, heads, adapter, vocabulary, image_size)
         if any(other is not None for other in others) or device not in (None, "cpu"):
             raise ValueError(f"{source} is an export, whole and for CPUs here: leave out all but its folder")
-        return ExportedModel(Path(source))
+        return ExportedModel(place)
     parts = source_of(
-        Path(source),
+        place,
         tasks=tasks,
         backbone=backbone,
         download=download,
@@ -92,7 +97,14 @@ def load(
         precision=precision,
         side=image_size,
     )
-    return Model(Path(source), *_build(parts, device))
+    return Model(place, *_build(parts, device))
+
+
+def _path_of(source: object) -> Path:
+    """The path that a user gave. Raises ValueError for anything else."""
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"source is of type {type(source).__name__}: give the path of a run or of weights")
+    return Path(source)
 
 
 @speaking_python()
@@ -114,7 +126,12 @@ def load_backbone(
         torch.Size([1, 16, 4, 4])
     """
     parts = source_of(
-        Path(source), backbone=backbone, download=download, adapter=adapter, precision=precision, alone=True
+        _path_of(source),
+        backbone=backbone,
+        download=download,
+        adapter=adapter,
+        precision=precision,
+        alone=True,
     )
     loaded, _ = _build(parts, device)
     return ImageFeatures(loaded)
@@ -145,16 +162,22 @@ class ImageFeatures(nn.Module):
         colour.
 
         Args:
-            images: (B, 3, H, W) RGB, uint8 from 0 to 255 or float from 0 to 1, H and W at least one patch.
-                They are normalised here.
+            images: (B, 3, H, W) RGB, uint8 from 0 to 255 or float from 0 to 1, H and W at least one patch;
+                of a model of bands (B, n, H, W) float, shares of its range. They are normalised here.
 
         Returns:
             (B, D, h, w) float32.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < self.patch_size:
+        channels = len(self.backbone.pixel_mean)
+        if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < self.patch_size:
             raise ValueError(
-                f"images of shape {tuple(images.shape)}: give (B, 3, H, W), H and W at least "
+                f"images of shape {tuple(images.shape)}: give (B, {channels}, H, W), H and W at least "
                 f"{self.patch_size}"
+            )
+        if self.backbone.bands is not None and not images.is_floating_point():
+            raise ValueError(
+                f"images of {images.dtype}, and the model reads {in_words(self.backbone.bands)}: give these "
+                "as floats, 0 and 1 being the ends of the range"
             )
         if images.is_floating_point():
             _check_range(images)
@@ -196,6 +219,7 @@ class Model:
         #: The detection head gives a mask with each box.
         self.has_instances = "detection" in loaded.heads and loaded.heads["detection"].settings().masks
         self.facts = loaded.facts  #: files of its parts, by name
+        self.bands = loaded.module.backbone.bands  #: that pictures must have; None: three colours of 8 bits
         self.precision = loaded.precision  #: fp32, bf16 or fp16
         self.device = loaded.device
         micro_batches = [stream.micro_batch for stream in streams.values()]
@@ -237,6 +261,7 @@ class Model:
         batch_size: int | None = ...,
         tile: int | str | None = ...,
     ) -> list[Prediction]: ...
+    @speaking_python()
     def predict(
         self,
         images: ImageInput | Iterable[ImageInput],
@@ -253,10 +278,12 @@ class Model:
         Args:
             images: a file, its bytes, or it opened for reading (such as `io.BytesIO`); a Pillow image of any
                 mode; RGB from 0 to 255 as uint8 in an array (H, W, 3) or a tensor (3, H, W), or grey in an
-                array (H, W). Or several: a list of these, a folder, a pattern such as "photos/*.jpg". URLs
-                are refused.
+                array (H, W). Of a model of bands, a file, its bytes or an array with all bands of the type
+                that `bands` says. Or several: a list of these, a folder, a pattern such as "photos/*.jpg".
+                URLs are refused.
             threshold: least score of boxes and masks that are returned.
-            batch_size: largest number of images, or of tiles, in a batch; default: the run's.
+            batch_size: largest number of images, or of tiles, in a batch; default: the run's, of tiles on a
+                CPU at most 4.
             tile: side in pixels of the squares that larger images are cut into; "none": take them whole;
                 default: as in the run. Boxes and masks that tiles have in common are joined.
 
@@ -276,8 +303,8 @@ class Model:
         """
         check_options(threshold, batch_size=batch_size)
         tiles = self.tiles_of(tile)
-        every, single = opened(images, MOST_IN_TILES if tiles else MAX_PIXELS)
-        step = batch_size or self.batch_size
+        every, single = opened(images, MOST_IN_TILES if tiles else MAX_PIXELS, self.bands)
+        step = batch_size or self.usual_batch(tiles)
         predictions: list[Prediction] = []
         if tiles is not None:
             predictions += [self.predict_tiles(image, tiles, threshold, step) for image in every]
@@ -287,12 +314,12 @@ class Model:
         return predictions[0] if single else predictions
 
     def tiles_of(self, tile: int | str | None) -> Tiles | None:
-        """How images are cut where a user says so (see `predict`), or as in the run; None: not at all.
+        """Squares that images are cut into, as a user says (see `predict`) or as in the run; None: no cuts.
 
         Raises ValueError for what is neither a side nor "none", and for tasks that need whole images.
         """
         of_streams = {stream.tiles for stream in self._streams.values()}
-        of_run = next((tiles for tiles in of_streams if tiles is not None), None)
+        of_run = self.tiles_of_training()
         if tile is None and len(of_streams) > 1:
             raise ValueError("some tasks of the run were trained on tiles, some not: give some of --tasks")
         if tile is None:
@@ -315,6 +342,28 @@ class Model:
             overlap = min(max(of_run.overlap, overlap), side // 2)
         return Tiles(side, overlap)
 
+    def tiles_of_training(self) -> Tiles | None:
+        """Tiles of training, of some task; None: whole images, or it is not known."""
+        of_streams = (stream.tiles for stream in self._streams.values())
+        return next((tiles for tiles in of_streams if tiles is not None), None)
+
+    def usual_batch(self, tiles: Tiles | None) -> int:
+        """Number of images, or of tiles, in a batch by default."""
+        if tiles is not None and self.device.type == "cpu":
+            return min(self.batch_size, _TILES_ON_CPU)
+        return self.batch_size
+
+    def warning_about(self, tiles: Tiles) -> str | None:
+        """Warning of tiles that show objects larger or smaller than training did; None: as large."""
+        trained = self.tiles_of_training()
+        if not self._streams or (trained is not None and trained.side == tiles.side):
+            return None
+        size = "whole images" if trained is None else f"tiles of {trained.side} px"
+        return (
+            f"the run was trained on {size}: in tiles of {tiles.side} px objects have another size, and may "
+            f"be missed or found twice; train with --tile {tiles.side}"
+        )
+
     def predict_tiles(
         self, image: OpenedImage, tiles: Tiles, threshold: float, batch_size: int
     ) -> Prediction:
@@ -323,20 +372,16 @@ class Model:
         windows = tiles.windows(height, width)
         by_task: dict[str, Results] = {task: [] for task in self.tasks}
         for start in range(0, len(windows), batch_size):
-            samples = []
-            for number, window in enumerate(windows[start : start + batch_size], start):
-                top, left, tile_height, tile_width = window
+            parts = []
+            for top, left, tile_height, tile_width in windows[start : start + batch_size]:
                 pixels = np.array(image.pixels[top : top + tile_height, left : left + tile_width])
-                size = tile_height, tile_width
-                sample = RawSample(
-                    number, image_id=number, size=size, image=pixels, annotations=(), captions=()
-                )
-                samples.append(sample)
-            for task, results in self._results(samples, threshold).items():
-                by_task[task] += [result for result in results if _confidence(result) >= 0]
+                parts.append(OpenedImage(pixels, None))
+            for number, prediction in enumerate(self.predict_opened(parts, threshold), start):
+                for task, results in prediction.results.items():
+                    by_task[task] += [{**result, "image_id": number} for result in results]
             release(image.pixels)
         whole = {task: merged(results, windows, (height, width)) for task, results in by_task.items()}
-        return Prediction(image.pixels, image.path, self.categories, whole, self.has_instances)
+        return Prediction(as_rgb(image.pixels), image.path, self.categories, whole, self.has_instances)
 
     def predict_opened(self, images: Sequence[OpenedImage], threshold: float) -> list[Prediction]:
         """Predictions for decoded images as a whole, few enough for one batch; there may be none."""
@@ -355,7 +400,7 @@ class Model:
             for result in sorted(scored, key=_confidence, reverse=True):
                 by_image[result["image_id"]][task].append(result)
         return [
-            Prediction(image.pixels, image.path, self.categories, results, self.has_instances)
+            Prediction(as_rgb(image.pixels), image.path, self.categories, results, self.has_instances)
             for image, results in zip(images, by_image, strict=True)
         ]
 

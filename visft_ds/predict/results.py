@@ -182,7 +182,8 @@ class Prediction:
         >>> prediction.draw().save("out.png")
     """
 
-    image: npt.NDArray[np.uint8]  #: (H, W, 3) RGB, upright
+    #: (H, W, 3) RGB, upright; of a model of bands the first three, or the first as grey, over their range
+    image: npt.NDArray[np.uint8]
     path: Path | None  #: its file, if it is from one
     categories: Mapping[int, str]  #: names of all categories of the model by id
     results: Mapping[str, Results]  #: task to predictions in COCO's results format, sorted by confidence

@@ -27,6 +27,7 @@ from visft_ds.distributed import PipelinePosition
 from visft_ds.files import read_bytes, reading
 from visft_ds.prepare.datasets import (
     TrainingSet,
+    check_bands,
     check_same_categories,
     check_samples,
     classes_of_run,
@@ -82,6 +83,7 @@ def open_data(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> RunData:
         validation = Manifest.load(config.data.root, config.data.val, cache)
         check_samples(config.tasks.enabled(), validation)
         check_same_categories(validation, first)
+        check_bands(validation, config.model.bands)
     streams = dict[str, Stream]()
     pipelines = dict[str, dict[str, SamplePipeline]]()
     plans = dict[str, TaskPlan]()

@@ -12,6 +12,7 @@ from visft_ds.config.schema import VisftConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.plan import SetPlan
 from visft_ds.data.shards import Category, Manifest
+from visft_ds.settings.bands import Bands, in_words
 from visft_ds.settings.task_schema import Stream, WordsConfig
 from visft_ds.tasks import config_class
 from visft_ds.tasks.classes import classes_of
@@ -95,6 +96,23 @@ def check_same_categories(manifest: Manifest, first: Manifest) -> None:
             f"{manifest.root}/{manifest.split}: category {category.coco_id} {category.name!r} is {there!r} "
             f"in {first.root}/{first.split} ({len(unknown)} such): make both from the same categories"
         )
+
+
+def check_bands(manifest: Manifest, bands: Bands | None) -> None:
+    """Raise ValueError for a split of other pictures than a model reads; its means may differ."""
+    there = in_words(manifest.bands)
+    if there == in_words(bands):
+        return
+    remedy = "give shards of such pictures"
+    have = manifest.bands
+    if bands is not None and have is not None and (have.count, have.kind) == (bands.count, bands.kind):
+        low, high = bands.range
+        numbers = ",".join(map(str, bands.numbers))
+        remedy = f"build them with --range {low:g},{high:g} --bands {numbers}"
+    raise ValueError(
+        f"{manifest.root}/{manifest.split} has pictures of {there}, and the model reads {in_words(bands)}: "
+        f"{remedy}"
+    )
 
 
 def streams_by_set(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Stream]:

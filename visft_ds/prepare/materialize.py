@@ -21,6 +21,7 @@ from visft_ds.config.schema import ModelConfig, VisftConfig
 from visft_ds.errors import RankError
 from visft_ds.interop.heads import HeadFile
 from visft_ds.interop.layouts import (
+    MODEL,
     base_parameters,
     buffers_in,
     fingerprint,
@@ -94,7 +95,11 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
     if isinstance(backbone, TimmBackbone) and (model.weights is None or has_buffers):
         # timm draws a model as a whole, and computes buffers that are in no file.
         drawn = build_timm(
-            backbone.name, image_size=model.overrides.image_size, layers=model.out_indices, seed=seed
+            backbone.name,
+            image_size=model.overrides.image_size,
+            layers=model.out_indices,
+            seed=seed,
+            bands=model.bands,
         )
         buffers = dict(drawn.named_buffers())
         for name, parameter in drawn.named_parameters():
@@ -112,8 +117,21 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
         buffers |= buffers_in(weights, parameters)
         count = sum(value.numel() for value in parameters.values())
         note = f"base weights: {weights.path.name}, {len(weights)} tensors, {count:,} parameters"
+        if model.bands is not None and '"bands"' not in weights.metadata.get(MODEL, ""):
+            note += f"; {_first_weights(backbone)}"
     identity = fingerprint({name: weights[name] for name in parameters})
     return BaseWeights(identity, note, model.weights is None, weights, parameters, storage, buffers)
+
+
+def _first_weights(backbone: Backbone) -> str:
+    """Tell what became of the weights that saw three colours, see `layouts.widened`."""
+    channels = len(backbone.pixel_mean)
+    name = backbone.first_weight
+    if channels == 1:
+        return f"{name}: those of three colours are summed for one band"
+    if channels == 3:
+        return f"{name}: the bands take the places of red, green and blue"
+    return f"{name}: those of three colours are repeated in turn for {channels} bands, times 3/{channels}"
 
 
 def random_weight(name: str, shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -28,9 +28,10 @@ from visft_ds.model import PADDING, MultiTaskModel, TaskModule
 from visft_ds.models import build_empty
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora, lora_layers
-from visft_ds.ops import DTYPES
+from visft_ds.ops import DTYPES, shapes_alone
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, Start, fill_model, open_base
+from visft_ds.settings.bands import Bands
 from visft_ds.settings.fields import Precision
 from visft_ds.settings.task_schema import WordsConfig
 from visft_ds.tasks import TASKS
@@ -101,7 +102,9 @@ def prepare_model(
     module, planned_groups = plan_model(config, defaults, words, storage)
     if config.lora is not None:
         side = min(module.backbone.image_size, 4 * module.backbone.patch_size)
-        check_reached(module.backbone, torch.empty(1, 3, side, side, device="meta"))
+        check_reached(
+            module.backbone, torch.empty(1, len(module.backbone.pixel_mean), side, side, device="meta")
+        )
     base = open_base(config.model, module.backbone, storage)
     notes = [base.note]
     heads: dict[str, HeadFile] = {}
@@ -152,7 +155,7 @@ def plan_model(
             parameter.data = parameter.data.float()
     tasks = {}
     for name, task in config.tasks.enabled().items():
-        with torch.device("meta"):
+        with shapes_alone():
             head = TASKS[name].build_head(backbone.shapes, task.head, vocabulary_size)
         criterion = TASKS[name].losses(task.head, task.loss)
         decoding = task.decoding.model_dump() if isinstance(task, WordsConfig) else {}
@@ -301,7 +304,9 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
                 f"the {task} head was trained with {', '.join(other)}: give visft.tasks.{task}.head the same "
                 "values"
             )
-        problem = read_elsewhere(info, config.model.out_indices)
+        problem = read_elsewhere(info, config.model.out_indices, config.model.bands)
+        if problem and Bands.of(info.extra.get("bands")) != config.model.bands:
+            raise ValueError(f"{problem}: give heads of the same pictures")
         if problem:
             blocks = ",".join(map(str, info.extra.get("layers", [])))
             raise ValueError(f"{problem}: set visft.model.out_indices=[{blocks}]")

@@ -24,9 +24,10 @@ from visft_ds.config.schema import DataConfig
 from visft_ds.config.tree import Tree
 from visft_ds.data.fetch import Cache, is_url
 from visft_ds.data.shards import Manifest, manifest_path
-from visft_ds.prepare.datasets import TrainingSet, open_training_sets, samples_of
+from visft_ds.prepare.datasets import TrainingSet, check_bands, open_training_sets, samples_of
 from visft_ds.pretrained import TIMM, lite0_of_pip
 from visft_ds.run_files import EXPORT
+from visft_ds.settings.bands import in_words
 from visft_ds.settings.task_schema import Stream
 from visft_ds.settings.tiles import Tiles, usual_overlap
 from visft_ds.tasks import config_class, entries
@@ -203,7 +204,7 @@ def _decide_for_scenes(draft: Draft, merged: Merged, manifests: Sequence[Manifes
 def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
     """Heads of a stage 2, and what they were trained with: backbone, splits, tasks, sizes of images."""
     recorded = Tree(first.record.config)
-    of_model = ("name", "preset", "out_indices", "weights", "weights_seed", "overrides")
+    of_model = ("name", "preset", "out_indices", "bands", "weights", "weights_seed", "overrides")
     keys = [f"visft.model.{name}" for name in of_model]
     keys += [f"visft.data.{name}" for name in ("train", "val", "sets")]
     keys += [f"visft.shared.image.{size}" for size in ("fixed_size", "keep_shape", "tile")]
@@ -439,7 +440,8 @@ def _decide_for_few(draft: Draft, manifests: Sequence[Manifest]) -> None:
 
 
 def _decide_sizes(draft: Draft, sets: Mapping[str, TrainingSet], processes: int) -> None:
-    """Classes of the heads, and batches that the images fill."""
+    """Bands of the backbone, classes of the heads, and batches that the images fill."""
+    _decide_bands(draft, sets)
     _decide_classes(draft, next(iter(sets.values())).manifest)
     _decide_detections(draft, sets)
     visft = draft.recipe.visft
@@ -456,6 +458,16 @@ def _decide_sizes(draft: Draft, sets: Mapping[str, TrainingSet], processes: int)
         if images < stream.batch_size and smaller:
             why = f"the data has {images} images, fewer than a batch of {stream.batch_size}"
             draft.decide({f"{stream.key}.batch_size": smaller}, why, over_user=True)
+
+
+def _decide_bands(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
+    """The bands that the pictures of the first set have; those of other sets have to be alike."""
+    bands = next(iter(sets.values())).manifest.bands
+    if bands is not None and draft.recipe.visft.model.bands is None:
+        why = f"the data, which has {in_words(bands)}"
+        draft.decide({"visft.model.bands": bands.model_dump(mode="json")}, why)
+    for training_set in sets.values():
+        check_bands(training_set.manifest, draft.recipe.visft.model.bands)
 
 
 def _decide_detections(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 
@@ -32,6 +33,7 @@ from visft_ds.parallel.state import unchanged
 from visft_ds.prepare.data import RunData
 from visft_ds.randomness import generator
 from visft_ds.resilience.watchdog import Watchdog
+from visft_ds.settings.bands import Bands
 from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 
 _GROUPS = Path("/sys/fs/cgroup")
@@ -149,9 +151,9 @@ def largest_batches(data: RunData, micro: Mapping[str, int], role: Role) -> Iter
             "iscrowd": 0,
             "segmentation": [[0, 0, side, 0, side, side, 0, side]],
         }
-        image = None if role == "labels" else np.zeros((side, side, 3), np.uint8)
         depth = encoded(np.ones((side, side), np.float32)) if "depth" in stream.tasks else None
         for dataset, pipeline in data.pipelines[name].items():
+            image = None if role == "labels" else _black(data.sets[dataset].manifest.bands, side)
             numbers = sorted(data.sets[dataset].manifest.index["num_annotations"].tolist(), reverse=True)
             numbers += [0] * micro[name]  # a set may have fewer images than a micro-batch
             samples = []
@@ -161,6 +163,13 @@ def largest_batches(data: RunData, micro: Mapping[str, int], role: Role) -> Iter
                 targets = {} if role == "images" else sample.targets
                 samples.append(replace(sample, random_key=key, targets=targets))
             yield name, pipeline.collate(samples)
+
+
+def _black(bands: Bands | None, side: int) -> npt.NDArray[np.generic]:
+    """A square as it is decoded."""
+    if bands is None:
+        return np.zeros((side, side, 3), np.uint8)
+    return np.zeros((side, side, len(bands.numbers)), np.float32)
 
 
 def probe_memory(engine: Engine, data: RunData, batches: Batches, watchdog: Watchdog) -> None:

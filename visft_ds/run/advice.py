@@ -127,11 +127,11 @@ def _rare_classes(manifests: Sequence[Manifest]) -> tuple[str, str] | None:
     rare = sum(count < FEW_IMAGES for count in images.values())
     if not rare:
         return None
-    median = f"{np.median(list(images.values())):g}"
+    median = np.median(list(images.values()))
+    half = f"{median:g} or fewer" if median else "none"
     return (
         f"{rare} of {len(images)} classes are in fewer than {FEW_IMAGES} training images each",
-        f" (half of all classes in {median} or fewer): expect little of those; add images of them, or merge "
-        "classes",
+        f" (half of all classes in {half}): expect little of those; add images of them, or merge classes",
     )
 
 

@@ -56,7 +56,7 @@ def open_start(config: VisftConfig, data: RunData, earlier: EarlierStarts) -> St
     checkpoint, skipped = newest_checkpoint(run / CHECKPOINTS)
     if checkpoint is None:
         raise ValueError(
-            f"visft.init_from: {run} has no whole checkpoint to start from {examples(skipped)}; for its "
+            f"visft.init_from: {run} has no whole checkpoint to start from ({examples(skipped)}); for its "
             f"adapter alone give {run}/export/adapter"
         )
     return _start_from_run(config, data, run, checkpoint)

@@ -56,7 +56,7 @@ class Stream:
 
     @property
     def tiles(self) -> Tiles | None:
-        """How images are cut; None: not at all."""
+        """Squares that images are cut into; None: taken whole."""
         tile = self.image.get("tile")
         return None if tile is None else Tiles(*tile)
 
@@ -118,7 +118,7 @@ class TaskConfig(StreamConfig):
         return self.metrics
 
     def target_options(self) -> dict[str, Any]:
-        """What targets need to know of the head, which are made without it; they join those of the images."""
+        """Options of targets that depend on the head; they join those of images."""
         return {}
 
     @classmethod

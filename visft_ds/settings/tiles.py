@@ -26,7 +26,7 @@ class Window(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """How pictures are cut: into squares of `side` pixels, neighbours with at least `overlap` in common.
+    """Squares of `side` pixels that pictures are cut into, neighbours with at least `overlap` in common.
 
     Along a side of a picture they are as few as cover it, evenly spaced; a tile is no larger than its
     picture.

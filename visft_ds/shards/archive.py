@@ -14,7 +14,8 @@ from zlib import crc32
 
 from visft_ds.data.decode import decode_image
 from visft_ds.data.fetch import sha256_of
-from visft_ds.files import image_frame, open_image, read_bytes, reading, writing
+from visft_ds.files import image_frame, open_image, read_bands, read_bytes, reading, writing
+from visft_ds.shards.bands import Statistics, tiff_of
 from visft_ds.shards.coco import SourceImage
 from visft_ds.shards.common import Json
 from visft_ds.shards.depth import label_with_depth
@@ -57,12 +58,16 @@ def write_shard(
     rows = list[list[int]]()
     left_out = list[tuple[str, str]]()
     odd = list[tuple[str, str]]()
+    statistics = None if options.form is None else Statistics(options.form)
     with writing(path) as file:
         for image in images:
             progress(1)
             try:
-                suffix, data, kinds = _picture(image, options)
                 label = label_with_depth(image, options.depth)
+                if statistics is None:
+                    suffix, data, kinds = _picture(image, options)
+                else:
+                    suffix, data, kinds = _bands(image, options, statistics)
             except ValueError as error:
                 reason = str(error).removeprefix(f"{options.images / image.file_name}: ")
                 left_out.append((image.file_name, reason))
@@ -83,6 +88,7 @@ def write_shard(
         "rows": rows,
         "left_out": left_out,
         "odd": odd,
+        "bands": None if statistics is None else statistics.record(),
     }
 
 
@@ -106,7 +112,9 @@ def _picture(image: SourceImage, options: Options) -> tuple[str, bytes, list[str
     """
     data = read_bytes(options.images / image.file_name, MAX_IMAGE_BYTES)
     frame = image_frame(data, "unreadable")
-    odd = list(frame.notes)
+    if frame.beyond:
+        raise ValueError(f"more than the three colours of 8 bits of most pictures: {frame.beyond}")
+    odd = list[str]()
     stored = (frame.height, frame.width)
     labelled = (image.height, image.width)
     turn = frame.orientation > 1 and options.exif != "ignore"
@@ -122,10 +130,7 @@ def _picture(image: SourceImage, options: Options) -> tuple[str, bytes, list[str
         else:
             odd.append(_ASSUMED)
     height, width = frame.upright if turn else stored
-    if (height, width) != labelled:
-        raise ValueError(
-            f"another size: {width} x {height}, the annotations say {image.width} x {image.height}"
-        )
+    _check_size(image, height, width)
     if turn:
         return *_upright(data, frame.format), odd
     with reading("unreadable", "a picture"):
@@ -133,10 +138,28 @@ def _picture(image: SourceImage, options: Options) -> tuple[str, bytes, list[str
     return _SUFFIXES.get(frame.format, frame.format.lower()), data, odd
 
 
+def _check_size(image: SourceImage, height: int, width: int) -> None:
+    """Raise ValueError for a picture of another size than its annotations say."""
+    if (height, width) != (image.height, image.width):
+        raise ValueError(
+            f"another size: {width} x {height}, the annotations say {image.width} x {image.height}"
+        )
+
+
+def _bands(image: SourceImage, options: Options, statistics: Statistics) -> tuple[str, bytes, list[str]]:
+    """The same of a picture of bands, whose values are counted."""
+    data = read_bytes(options.images / image.file_name, MAX_IMAGE_BYTES)
+    with reading("unreadable", "a picture of bands"):
+        values = read_bands(data)
+    _check_size(image, *values.shape[:2])
+    values = statistics.form.chosen(values)
+    return "tif", tiff_of(values), statistics.add(values)
+
+
 def _upright(data: bytes, kind: str) -> tuple[str, bytes]:
     """(suffix, bytes) of a picture turned as its EXIF data says: JPEG stays JPEG, others become PNG."""
     file = io.BytesIO()
-    picture = open_image(data, "unreadable", quiet=True)
+    picture = open_image(data, "unreadable")
     if kind in ("JPEG", "MPO"):
         picture.save(file, "JPEG", quality=95, subsampling=0)
         return "jpg", file.getvalue()

@@ -7,6 +7,7 @@ is whole and on disk; its record in the hidden folder `.SPLIT.build` follows, th
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -40,6 +41,7 @@ from visft_ds.data.shards import (
 )
 from visft_ds.files import remove_unfinished, write_bytes, write_text, wrong_name
 from visft_ds.shards.archive import sample_size, shard_size, write_shard
+from visft_ds.shards.bands import bands_of, form_of
 from visft_ds.shards.coco import CocoSource, SourceImage, name_as_here, read_coco
 from visft_ds.shards.common import Findings, Json
 from visft_ds.shards.depth import DepthMaps, label_bytes
@@ -74,6 +76,8 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
         OSError: writing failed; shards that are finished are kept.
     """
     plan = _plan(options)
+    paths = [options.images / image.file_name for shard in plan.shards for image in shard]
+    options = dataclasses.replace(options, form=form_of(paths, options.range, options.bands))
     if dry_run:
         return _manifest(options, plan, [])[0]
     with alone(options.out, options.split):
@@ -171,6 +175,9 @@ def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[M
     for category in source.categories:
         if not having[category.coco_id]:
             source.findings.add("class that no image has", category.name)
+    bands = None
+    if options.form is not None and records:
+        bands = bands_of(options.form, [record["bands"] for record in records])
     manifest = Manifest(
         root=options.out,
         split=options.split,
@@ -186,8 +193,9 @@ def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[M
         findings=source.findings,
         options=options.content(),
         sources=source.files,
-        fingerprint=fingerprint(source.categories, index),
+        fingerprint=fingerprint(source.categories, index, bands),
         index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
+        bands=bands,
     )
     return manifest, file.getvalue()
 

@@ -22,6 +22,7 @@ from visft_ds.data.shards import Manifest, splits_in, verify
 from visft_ds.errors import tell
 from visft_ds.files import shown_name
 from visft_ds.flags import Parser, check_least, parse_size
+from visft_ds.settings.bands import in_words
 from visft_ds.shards.build import build, reasons
 from visft_ds.shards.common import Findings, FolderSplit, lines_of
 from visft_ds.shards.corrections import with_corrections
@@ -30,6 +31,7 @@ from visft_ds.shards.layouts import recognise
 from visft_ds.shards.options import Options
 
 _SHOWN = 40  #: classes that are listed
+_EMPTY = 5  #: classes without an image that are listed one by one
 _WIDTH = 110  #: columns
 _FILES = ("images", "instances", "captions")
 
@@ -120,6 +122,17 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number that means no class in label maps, even if it has a name (default: 255; ADE20k 0)",
     )
+    add(
+        "--range",
+        metavar="LOW,HIGH",
+        help="pictures of 16 bits, floats or bands: values of black and white, e.g. 0,4095 (default of 16 "
+        "bits: the smallest and largest of the first split)",
+    )
+    add(
+        "--bands",
+        metavar="N,N",
+        help="bands that are read, counted from 1, in this order, e.g. 4,3,2 (default: all)",
+    )
     add("--limit", type=int, metavar="N", help="only the first N images of the random order")
     add("--max-size", default="256MB", metavar="SIZE", help="largest size of a shard (default %(default)s)")
     add(
@@ -202,7 +215,11 @@ def _build(arguments: argparse.Namespace) -> None:
     """Build the split of the files, or every split of a folder; all YOLO labels are read before anything is
     written.
     """
-    check_least(arguments, workers=1)
+    check_least(arguments, workers=1, limit=1)
+    try:
+        arguments.max_size = parse_size(arguments.max_size)
+    except ValueError as error:
+        raise ValueError(f"--max-size: {error}") from None
     if arguments.folder is not None:
         return _build_folder(arguments)
     missing = [f"--{name}" for name in ("images", "out", "split") if getattr(arguments, name) is None]
@@ -210,8 +227,7 @@ def _build(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{', '.join(missing)}: missing; give these, or a FOLDER that is recognised")
     files = {name: getattr(arguments, name) for name in _FILES}
     splits = _divided(arguments, [FolderSplit(arguments.split, **files)])
-    for split in with_corrections(splits, arguments.corrections):
-        _build_split(arguments, arguments.out, split)
+    _build_splits(arguments, arguments.out, with_corrections(splits, arguments.corrections))
 
 
 def _build_folder(arguments: argparse.Namespace) -> None:
@@ -227,8 +243,7 @@ def _build_folder(arguments: argparse.Namespace) -> None:
     print(f"{arguments.folder}: {layout}, {', '.join(split.name for split in splits)}")
     for path in unread:
         print(f"  not read: {path.relative_to(source)}")
-    for split in splits:
-        _build_split(arguments, out, split)
+    _build_splits(arguments, out, splits)
     if not arguments.dry_run:
         command = ["visft", "train", "--data", str(out)]
         finished = splits_in(out)
@@ -265,7 +280,38 @@ def _divided(arguments: argparse.Namespace, splits: list[FolderSplit]) -> list[F
     return result
 
 
-def _build_split(arguments: argparse.Namespace, out: Path, split: FolderSplit) -> None:
+def _build_splits(arguments: argparse.Namespace, out: Path, splits: Sequence[FolderSplit]) -> None:
+    """Build splits, `train` before the others: these get its bands and range, as one model reads them all."""
+    value_range = _numbers(arguments.range, "--range", "0,4095")
+    if value_range is not None and len(value_range) != 2:
+        raise ValueError(f"--range {arguments.range}: give two numbers, e.g. --range 0,4095")
+    bands = _numbers(arguments.bands, "--bands", "4,3,2")
+    if bands is not None and not all(number.is_integer() for number in bands):
+        raise ValueError(f"--bands {arguments.bands}: give whole numbers, e.g. --bands 4,3,2")
+    for split in sorted(splits, key=lambda split: split.name != "train"):
+        manifest = _build_split(arguments, out, split, value_range, bands)
+        if manifest.bands is not None:
+            value_range = manifest.bands.range
+            bands = manifest.bands.numbers
+
+
+def _numbers(text: str | None, flag: str, example: str) -> tuple[float, ...] | None:
+    """Numbers that a flag lists."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{flag} {text}: give numbers with commas, e.g. {flag} {example}") from error
+
+
+def _build_split(
+    arguments: argparse.Namespace,
+    out: Path,
+    split: FolderSplit,
+    value_range: tuple[float, ...] | None,
+    bands: tuple[float, ...] | None,
+) -> Manifest:
     if split.maps is None and arguments.void is not None:
         raise ValueError("--void: this data set has no label maps")
     if split.maps is not None and arguments.masks_from_boxes:
@@ -278,7 +324,7 @@ def _build_split(arguments: argparse.Namespace, out: Path, split: FolderSplit) -
         out=out,
         split=split.name,
         ids=arguments.ids,
-        max_size=parse_size(arguments.max_size),
+        max_size=arguments.max_size,
         limit=arguments.limit,
         seed=arguments.seed,
         exif=arguments.exif,
@@ -286,6 +332,8 @@ def _build_split(arguments: argparse.Namespace, out: Path, split: FolderSplit) -
         corrections=split.corrections,
         depth=split.depth,
         masks_from_boxes=arguments.masks_from_boxes,
+        range=None if value_range is None else (value_range[0], value_range[1]),
+        bands=None if bands is None else tuple(map(int, bands)),
     )
     dry_run = arguments.dry_run
     manifest = build(options, workers=arguments.workers, dry_run=dry_run, replace=arguments.replace)
@@ -293,9 +341,19 @@ def _build_split(arguments: argparse.Namespace, out: Path, split: FolderSplit) -
         by = "image" if arguments.group is None else f"groups {arguments.group!r}"
         print(f"val: split off, {arguments.val:g} of the images, by {by}, seed {arguments.seed}")
     print(f"{split.name}: {'would build' if dry_run else 'built'} {_size(manifest)}, in {out}")
+    _print_bands(manifest)
     _print_findings(manifest, split.findings, manifest.findings)
     if not dry_run:
         print(f"  fingerprint {manifest.fingerprint}")
+    return manifest
+
+
+def _print_bands(manifest: Manifest) -> None:
+    """Print what pictures are made of, if they are no usual ones."""
+    bands = manifest.bands
+    if bands is not None:
+        means = ", ".join(f"{mean:.3f} ± {std:.3f}" for mean, std in zip(bands.mean, bands.std, strict=True))
+        print(f"  pictures of {in_words(bands)}; mean and spread of each band over the range: {means}")
 
 
 def _print_findings(manifest: Manifest, *problems: Mapping[str, Sequence[Any]]) -> None:
@@ -311,10 +369,16 @@ def _print_classes(manifest: Manifest) -> None:
     if not manifest.categories:
         return
     names = {str(category.coco_id): shown_name(category.name) for category in manifest.categories}
-    shown = [f"{names[number]} {count}" for number, count in Counter(manifest.having_category).most_common()]
+    having = Counter(manifest.having_category).most_common()
+    without = sum(count == 0 for _, count in having)
+    if without > _EMPTY:
+        having = having[:-without]
+    shown = [f"{names[number]} {count}" for number, count in having]
     if len(shown) > _SHOWN:
         shown = [*shown[: _SHOWN // 2], "...", *shown[-_SHOWN // 2 :]]
     heading = f"  images with each of {len(names)} classes: "
+    if without > _EMPTY:
+        shown.append(f"{without} others none")
     print(textwrap.fill(", ".join(shown), _WIDTH, initial_indent=heading, subsequent_indent="    "))
 
 
@@ -360,6 +424,7 @@ def _info(arguments: argparse.Namespace) -> None:
         for side in ("width", "height"):
             sides = sorted(manifest.index[side].tolist())
             print(f"  {side} {sides[0]} to {sides[-1]}, median {sides[len(sides) // 2]}")
+        _print_bands(manifest)
         names = [f"{category.coco_id} {shown_name(category.name)}" for category in manifest.categories]
         print(f"  {len(names)} categories: {', '.join(names) or 'none'}")
         _print_classes(manifest)

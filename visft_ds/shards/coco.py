@@ -341,7 +341,7 @@ class _AnnotationReader:
         return self.unusable
 
     def _problem(self, entry: Any) -> tuple[str, str] | None:
-        """Why an annotation is left out: kind and example."""
+        """Reason why an annotation is left out, kind and example; None: it is usable."""
         number = entry.get("id")
         category = entry.get("category_id")
         box = entry.get("bbox")

@@ -93,7 +93,10 @@ def recognise(
     elif source.is_file() and source.suffix in (".yaml", ".yml"):
         layouts = {"YOLO": [source]}
     else:
-        raise ValueError(f"{source} is neither a folder nor a data.yaml")
+        remedy = (
+            "name the folder of the data set, or a file of COCO by --instances, with --images, --out, --split"
+        )
+        raise ValueError(f"{source} is neither a folder nor a data.yaml: {remedy}")
     if not layouts:
         for pattern, (export, remedy) in _OTHER_EXPORTS.items():
             for path in source.glob(pattern):

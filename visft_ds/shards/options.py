@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from visft_ds.data.depth import RELATIVE
+from visft_ds.shards.bands import Form, Range
 from visft_ds.shards.common import CocoFile, Exif, Json, is_split_name
 from visft_ds.shards.depth import DepthMaps
 from visft_ds.shards.division import Division
@@ -39,6 +40,9 @@ class Options:
     division: Division | None = None  #: only the images of one side of it
     corrections: Path | None = None  #: file of changes to the instances, see `shards.corrections`
     depth: DepthMaps | None = None  #: of the images, beside other labels or alone
+    range: Range | None = None  #: values of black and white in pictures of bands; None: found in the pictures
+    bands: tuple[int, ...] | None = None  #: numbers of the bands that are read, from 1; None: all
+    form: Form | None = None  #: of pictures of bands, which the build finds; None: three colours of 8 bits
 
     def __post_init__(self) -> None:
         if _ADDRESS.match(str(self.out)):
@@ -53,6 +57,10 @@ class Options:
             raise ValueError(f"limit {self.limit}: at least one image is needed")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed {self.seed}: it must not be negative, and below 2**63")
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise ValueError(f"--range {self.range[0]:g},{self.range[1]:g}: give the lower value first")
+        if self.bands is not None and (not self.bands or min(self.bands) < 1):
+            raise ValueError("--bands: numbers from 1 are allowed, e.g. --bands 4,3,2")
         if self.depth is None and self.instances is self.maps is self.captions is None:
             raise ValueError("there are no labels: give --instances, --captions or both")
         if not self.images.is_dir():
@@ -74,6 +82,8 @@ class Options:
             content["group"] = self.division.group
         if self.depth is not None:
             content["depth"] = RELATIVE if self.depth.metres is None else self.depth.metres
+        if self.form is not None:
+            content["bands"] = asdict(self.form)
         return content
 
     @property

@@ -5,6 +5,7 @@ Whatever a training gains from such labels it does not owe to what they say.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from PIL import Image
 from visft_ds.data.dataset import caption_dataset, coco_dataset, labels_of_split
 from visft_ds.data.depth import UNIT_FILE, png_of
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
-from visft_ds.files import image_frame, open_image, write_text
+from visft_ds.files import image_frame, open_image, read_bands, write_text
+from visft_ds.shards.bands import tiff_of
 from visft_ds.shards.common import Json
 from visft_ds.shards.depth import FOLDER
 
@@ -33,7 +35,9 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
     splits = splits_in(folder)
     if not splits:
         raise ValueError(f"{folder} holds no finished shards")
-    (out / "annotations").mkdir(parents=True)
+    unfinished = out.with_name(f".{out.name}.unfinished")  # of a run that was killed, too
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "annotations").mkdir(parents=True)
     for split in splits:
         manifest = Manifest.load(folder, split)
         reader = ShardReader(manifest)
@@ -44,32 +48,53 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
         positions = others(count, seed).tolist()
         resized = 0
         for image, position in zip(content["images"], positions, strict=True):
-            image["file_name"] = f"{image['id']:012d}.jpg"
-            path = out / f"{split}2017" / image["file_name"]
+            suffix = "jpg" if manifest.bands is None else "tif"
+            image["file_name"] = f"{image['id']:012d}.{suffix}"
+            path = unfinished / f"{split}2017" / image["file_name"]
             data, _ = reader.read(position, "images")
             resized += _write_image(path, data or b"", image["width"], image["height"])
         if "depth" in manifest.labels:
-            _write_depth(out / FOLDER, split, reader)
+            _write_depth(unfinished / FOLDER, split, reader)
         kind = "maps" if "maps" in manifest.labels else "instances"
         if manifest.labels != {"depth"}:
-            _write_annotations(out / f"annotations/{kind}_{split}2017.json", content, objects)
-            _write_annotations(out / f"annotations/captions_{split}2017.json", content, captions)
+            _write_annotations(unfinished / f"annotations/{kind}_{split}2017.json", content, objects)
+            _write_annotations(unfinished / f"annotations/captions_{split}2017.json", content, captions)
         yield split, {"images": count, "objects": len(objects), "resized": resized}
+    unfinished.rename(out)
 
 
 def _write_image(path: Path, data: bytes, width: int, height: int) -> bool:
-    """Write a picture as JPEG of this size. Returns True if it had another size or format."""
+    """Write a picture as JPEG, or one of bands as TIFF, of this size. Returns True if it had another size or
+    format.
+    """
     path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".tif":
+        return _write_bands(path, data, width, height)
     frame = image_frame(data)
     if frame.format == "JPEG" and (frame.width, frame.height) == (width, height):
         path.write_bytes(data)
         return False
-    picture = open_image(data, upright=False, quiet=True)
+    picture = open_image(data, upright=False)
     resized = picture.resize((width, height), Image.Resampling.BICUBIC)
     resized.save(path, "JPEG", quality=_QUALITY)
     return True
 
 
+def _write_bands(path: Path, data: bytes, width: int, height: int) -> bool:
+    """The same of a picture of bands."""
+    values = read_bands(data)
+    if values.shape[:2] == (height, width):
+        path.write_bytes(data)
+        return False
+    resized = []
+    for number in range(values.shape[2]):
+        band = Image.fromarray(values[..., number].astype(np.float32))
+        resized.append(np.asarray(band.resize((width, height), Image.Resampling.BILINEAR)))
+    whole = np.stack(resized, axis=-1)
+    if values.dtype != np.float32:
+        whole = whole.round()
+    path.write_bytes(tiff_of(whole.astype(values.dtype)))
+    return True
 def _write_depth(folder: Path, split: str, reader: ShardReader) -> None:
     """Write the depth maps of a split byte for byte, and their unit. Raises ValueError if two splits have
     different ones.

@@ -242,8 +242,6 @@ class _Tar:
             height, width, _ = decode_image(data).shape
             if not data.startswith(_PLAIN_JPEG) or _EXIF in data[:_EXIF_WITHIN]:
                 frame = image_frame(data)
-                for note in frame.notes:
-                    self.findings.add(note, name)
                 if frame.orientation > 1:
                     self.findings.add(_TURNED, name)
         return height, width

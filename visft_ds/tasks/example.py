@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from visft_ds.data.decode import as_rgb
 from visft_ds.data.samples import RawSample
 from visft_ds.tasks import Results
 from visft_ds.tasks.pictures import Picture, draw_objects, palette, side_by_side
@@ -68,4 +69,4 @@ class Example:
         """The image in the size of the original, in whose pixels labels and predictions are."""
         assert self.raw.image is not None
         height, width = self.raw.size
-        return np.asarray(Image.fromarray(self.raw.image).resize((width, height)))
+        return np.asarray(Image.fromarray(as_rgb(self.raw.image)).resize((width, height)))

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from visft_ds.ops import to_device
@@ -95,6 +94,8 @@ def solve(
     """
     if cost.is_meta:
         return Matches(*torch.empty(4, len(cost) * pairs, dtype=torch.int64, device=cost.device))
+    from scipy.optimize import linear_sum_assignment  # a quarter of a second, which predictions do not need
+
     costs, objects_of = _on_host(cost, counts)
     _check_finite(costs, objects_of, image_ids)
     ends = np.cumsum(objects_of)

@@ -99,8 +99,9 @@ def collate_joint(samples: Sequence[Sample], *, mixed: bool = True) -> Batch:
     height, width = frames.amax(dim=0).tolist()  # who reads labels only has no pixels that tell
     sizes = torch.tensor([sample.size for sample in samples])
     images = torch.zeros((len(samples), 3, 0, 0), dtype=torch.uint8)
-    if any(sample.image is not None for sample in samples):
-        images = images.new_zeros((len(samples), 3, height, width))
+    with_pixels = [sample.image for sample in samples if sample.image is not None]
+    if with_pixels:
+        images = with_pixels[0].new_zeros((len(samples), len(with_pixels[0]), height, width))
     for padded, sample in zip(images, samples, strict=True):
         if sample.image is not None:
             padded[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image

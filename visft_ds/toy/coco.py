@@ -1,5 +1,5 @@
 """`visft toy`: a toy data set in COCO's own form: images of shapes with polygons, RLE crowds and five
-captions each.
+captions each; and questions with true answers in VQAv2's form.
 
     visft toy --out toy --train 2000 --val 200 --size 112
     visft toy --out toy_b --train 0 --val 200 --size 160x112 --style b --colours even
@@ -34,6 +34,7 @@ from visft_ds.errors import tell
 from visft_ds.flags import Parser
 from visft_ds.toy import rooms
 from visft_ds.toy.patterns import Array
+from visft_ds.toy.questions import ask, entries, with_article
 from visft_ds.toy.scenes import MAX_SHAPES, Scene, Shape, draw_scene
 from visft_ds.toy.shapes import CATEGORY_IDS
 from visft_ds.toy.styles import OWN_COLOUR, STYLES, Style, style_of
@@ -54,12 +55,6 @@ def _join(words: Sequence[str]) -> str:
     if len(words) == 1:
         return words[0]
     return f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def with_article(words: str) -> str:
-    """`a star`, `an hourglass`."""
-    vowel = words[0] in "aeiou" or words.startswith("hour")
-    return f"an {words}" if vowel else f"a {words}"
 
 
 def _plural(words: str) -> str:
@@ -236,7 +231,9 @@ def _make_image(
     max_shapes: int,
     depth: bool,
 ) -> dict[str, Any]:
-    """Draw and write one image; returns `image`, `instances` and `captions` as COCO has them, but for ids."""
+    """Draw and write one image; returns `image`, `instances` and `captions` as COCO has them, but for ids,
+    and `questions` with `answers`.
+    """
     rng = np.random.default_rng([*seeds, index])
     height, width = size
     ids = CATEGORY_IDS
@@ -257,7 +254,17 @@ def _make_image(
         instances.append(_annotate(scene.crowd, image_id, crowd=True, ids=ids))
     captions = [{"image_id": image_id, "caption": sentence} for sentence in describe(rng, scene)]
     image = {"license": 1, "file_name": name, "height": height, "width": width, "id": image_id}
-    return {"image": image, "instances": instances, "captions": captions}
+    asked = []
+    if not depth:
+        asked = ask(np.random.default_rng([*seeds, index, 1]), scene, style)
+    questions, answers = entries(image_id, asked)
+    return {
+        "image": image,
+        "instances": instances,
+        "captions": captions,
+        "questions": questions,
+        "answers": answers,
+    }
 
 
 def _write_annotations(
@@ -283,6 +290,18 @@ def _write_annotations(
         (folder / f"{kind}_{split}.json").write_bytes(orjson.dumps(content))
 
 
+def _write_questions(folder: Path, split: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write OpenEnded_toy_SPLIT_questions.json and toy_SPLIT_annotations.json, as VQAv2 has them."""
+    names = {
+        "questions": f"OpenEnded_toy_{split}_questions.json",
+        "answers": f"toy_{split}_annotations.json",
+    }
+    for kind, name in names.items():
+        key = "annotations" if kind == "answers" else kind
+        content = {key: [entry for record in records for entry in record[kind]]}
+        (folder / name).write_bytes(orjson.dumps(content))
+
+
 def write_toy_coco(
     out: Path,
     *,
@@ -299,7 +318,8 @@ def write_toy_coco(
     workers: int = 1,
 ) -> dict[str, int]:
     """Write an ordinary COCO tree to `out`: `{train,val}2017/*.jpg` and
-    `annotations/{instances,captions}_*.json`; with `depth` of ray-traced rooms, and `depth/{train,val}2017`.
+    `annotations/{instances,captions}_*.json`; beside it `questions/`, or with `depth` of ray-traced rooms
+    `depth/{train,val}2017`.
 
     Returns counts (`images`, `instances`, `crowds`, `empty`). Raises ValueError for a folder that holds
     anything, sides under 28 or above 4096 pixels, an unknown style or shape, or numbers out of range.
@@ -317,7 +337,8 @@ def write_toy_coco(
     if not 0 < max_shapes < len(_NUMBERS):
         raise ValueError(f"max_shapes={max_shapes}: 1 to {len(_NUMBERS) - 1} shapes to an image are drawn")
     style_number = list(STYLES).index(style) if style in STYLES else len(STYLES) + int(style)
-    (out / "annotations").mkdir(parents=True, exist_ok=True)
+    for folder in ("annotations", "questions"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
     every_record = list[dict[str, Any]]()
     for split, count in zip(SPLITS, (train, val), strict=True):
         (out / split).mkdir()
@@ -340,6 +361,8 @@ def write_toy_coco(
         description = f"Toy rooms, seed {seed}" if depth else f"Toy shapes, style {style}, seed {seed}"
         ids = rooms.CATEGORY_IDS if depth else CATEGORY_IDS
         _write_annotations(out / "annotations", split, records, description, ids)
+        if not depth:
+            _write_questions(out / "questions", split, records)
         every_record += records
     instances = [instance for record in every_record for instance in record["instances"]]
     return {

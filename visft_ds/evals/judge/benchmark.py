@@ -123,6 +123,8 @@ class Benchmark:
     #: (encoder at the published size, `scoring.Settings`, names of numbers) -> scores by the published
     #: protocol, in place of `scores`; None: that is what `scores` does.
     published: Callable[[Any, Any, Collection[str]], Iterator[Score]] | None = None
+    #: (encoder of BASE): raises ValueError if it cannot be judged by this.
+    check_base: Callable[[Any], None] | None = None
     #: (model -> its first score, number of images) -> what each model sees in them.
     sheet: Callable[[Mapping[str, Score], int], Picture] | None = None
 

@@ -138,7 +138,7 @@ def _at_most(data: ClassSet, count: int) -> ClassSet:
 
 
 def _without_shots(label: str, least: int, train: ClassSet) -> list[str]:
-    """What is to be said where the smallest class has too few images for some numbers of few shots."""
+    """Note where the smallest class has too few images for some numbers of few shots."""
     left_out = [number.name for number in FEW_SHOTS if number not in allowed(least)]
     if not left_out:
         return []

@@ -62,7 +62,7 @@ def run_judge(flags: argparse.Namespace) -> None:
                 print_plan("visft judge --dry-run", rehearsal(comparison, best=best))
         return
     published = [benchmark for benchmark in benchmarks if benchmark.published is not None]
-    if published and settings.device.type == "cpu" and flags.device == "auto":
+    if published and not flags.quick and settings.device.type == "cpu" and flags.device == "auto":
         models = sum(map(len, variants.values()))
         if best:
             models *= 3  # noise and half come by themselves

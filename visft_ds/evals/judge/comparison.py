@@ -90,6 +90,9 @@ class Comparison:
         self.named = opened[1 + tuned :]
         check_controls(self.base, self.tuned, self.named)
         check_needs(opened, benchmarks)
+        for benchmark in benchmarks:
+            if benchmark.check_base is not None:
+                benchmark.check_base(self._models.load(self.origin))
         #: Tuned variant -> the blocks of BASE up to its end, for those that end before BASE does.
         self._cuts: dict[str, Variant] = {}
         for variant in self.tuned:

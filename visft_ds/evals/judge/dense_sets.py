@@ -49,6 +49,7 @@ from visft_ds.evals.judge.images import (
 )
 from visft_ds.files import checked_name, image_frame, open_image, read_bytes, reading
 from visft_ds.monitor.console import gauge
+from visft_ds.settings.bands import in_words
 from visft_ds.shards.coco import name_as_here, read_coco
 from visft_ds.shards.common import CLASSES, FolderSplit
 from visft_ds.shards.layouts import recognise
@@ -322,6 +323,10 @@ def _of_folder(split: FolderSplit, most: int) -> DenseSet:
 
 def _of_shards(root: Path, split: str, most: int) -> DenseSet:
     manifest = Manifest.load(root, split)
+    if manifest.bands is not None:
+        raise ValueError(
+            f"{root} has pictures of {in_words(manifest.bands)}; give photographs in three colours"
+        )
     reader = ShardReader(manifest)
     samples = every(len(reader), most)
 

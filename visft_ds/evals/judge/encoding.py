@@ -22,10 +22,19 @@ from visft_ds.settings.fields import Precision
 #: Rows that a feature map is pooled to for a sequence of columns: upper and lower halves of letters stay
 #: apart.
 COLUMN_ROWS = 2
+CELLS = 14  #: rows and columns at most, that a feature map is pooled to where all of it is kept
 MOST = 8 * 2**30  #: bytes of features of several blocks that are read together
+
+
+def _cells(patches: Tensor) -> Tensor:
+    height, width = patches.shape[2:]
+    return F.adaptive_avg_pool2d(patches, (min(CELLS, height), min(CELLS, width)))
+
+
 _DERIVED: dict[str, Callable[[Tensor], Tensor]] = {  # of patches (images, D, h, w)
     "columns": lambda patches: F.adaptive_avg_pool2d(patches, (COLUMN_ROWS, None)).flatten(1, 2),
     "mean": lambda patches: patches.mean(dim=(2, 3)),
+    "cells": _cells,
 }
 _AHEAD = 3  # batches that are decoded before they are needed
 

@@ -38,6 +38,7 @@ class Request:
     test: str | None  #: part that is judged
     groups: str | None  #: of images, see `images.grouped`
     void: int | None  #: number that means no class in label maps
+    vlm: str | None  #: folder of a vision-language model
 
     def grouped(self, images: ImageSet) -> ImageSet:
         """The images with their groups, if there are such."""
@@ -125,6 +126,18 @@ def _ocr(request: Request) -> Benchmark:
     return ocr(request.label, read_words(folder / "train"), read_words(folder / "test"))
 
 
+def _vqa(request: Request) -> Benchmark:
+    from visft_ds.evals.judge.questions import read_questions
+    from visft_ds.evals.judge.vlm_answers import vlm_answers
+    from visft_ds.evals.judge.vqa import vqa
+
+    parts = read_questions(request.source, request.train, request.test)
+    train, test = (replace(part, images=request.grouped(part.images)) for part in parts)
+    if request.vlm is not None:
+        return vlm_answers(request.label, train, test, Path(request.vlm))
+    return vqa(request.label, train, test)
+
+
 def _agreement(request: Request) -> Benchmark:
     from visft_ds.evals.judge.agreement import agreement, read_images
 
@@ -169,6 +182,13 @@ KINDS: Mapping[str, Kind] = {
     ),
     "ocr": Kind(
         _ocr, "ocr", ("name",), "words read by a small head: train/ and test/ with gt.txt or labels.txt"
+    ),
+    "vqa": Kind(
+        _vqa,
+        "vqa",
+        ("split", "train", "groups", "name", "vlm"),
+        "questions answered by a probe, or with vlm=FOLDER by BLIP-2 or a model like LLaVA with the tower in "
+        "it: VQAv2, OK-VQA, GQA, visft toy",
     ),
     "agreement": Kind(
         _agreement,
@@ -224,6 +244,7 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
             test=options.get("split"),
             groups=options.get("groups"),
             void=None if void is None else int(void),
+            vlm=options.get("vlm"),
         )
     )
 

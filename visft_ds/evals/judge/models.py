@@ -32,6 +32,7 @@ from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import KINDS, dense_update, lora_layers
 from visft_ds.ops import DTYPES
 from visft_ds.predict.loading import adapter_for
+from visft_ds.settings.bands import in_words
 from visft_ds.settings.fields import Precision
 
 
@@ -77,6 +78,11 @@ def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
             print(f"warning: {problem}", file=sys.stderr)
         # Beside the weights and not in them: a sum rounded to 16 bit loses most of a small adapter.
         adapter.scaled(spec.scale).install(backbone)
+    if backbone.bands is not None:
+        raise ValueError(
+            f"{spec.label} reads {in_words(backbone.bands)}, and benchmarks are photographs: measure "
+            "it by visft evaluate"
+        )
     if spec.block is not None:
         backbone.read_after((spec.block,))
 

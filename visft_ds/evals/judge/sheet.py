@@ -32,7 +32,7 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
         image = np.asarray(test.images.read(number))
         plain = draw_objects(image, [], [], {}, side=SIDE)
         truth = _drawn(image, test.label(number), test.classes)
-        panels = [(plain, "picture"), (truth, "what is there")]
+        panels = [(plain, "picture"), (truth, "ground truth")]
         for model, score in scores.items():
             assert score.maps is not None, model
             drawn = _drawn(image, score.maps[number], test.classes)

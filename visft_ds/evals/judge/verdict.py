@@ -119,7 +119,7 @@ def _sentence(word: str, row: Row, trial: Trial, base: str) -> str:
             return f"{better}; two architectures have no control {_EQUAL}"
         return f"{better}; no control is {_EQUAL}{_missed(trial)}"
     if word == "lost":
-        return f"{tuned} is worse than {base} by {by}"
+        return f"{tuned} is worse than {base}: {by}"
     assert word == "not shown", word
     if gain.better:
         over_last = _text(row.over_last[tuned], row)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from visft_ds.config.record import recorded_config
 from visft_ds.data.dataset import coco_dataset, read_raw
+from visft_ds.data.decode import as_rgb
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
 from visft_ds.evals.evaluate import evaluate
@@ -31,6 +32,9 @@ _MARGIN = 0.75  # around boxes in a picture, of their longer side
 _LEAST_MARGIN = 24  # pixels
 _SIDE = 360  # of a picture on the page, pixels
 _PRINTED = 10  # doubts
+_LEARNT = (
+    0.5  # box/AP50 by the labels themselves, below which nothing was measured that would speak for doubts
+)
 #: Words of a manifest's sources that stand for the command that built it.
 _FOLDER = "MYFOLDER"
 
@@ -80,6 +84,9 @@ def _check_split(run: Path, manifest: Manifest, limit: int | None, most: int, fo
         (f"{number}. {KINDS[doubt.kind]}", _words(doubt, images, names))
         for number, doubt in _numbered(doubts)
     ]
+    average_precision = evaluation.metrics.get("box/AP50", 0.0)
+    learnt = "" if average_precision >= _LEARNT else ": a model that finds so little says little of labels"
+    rows.append(("the model", f"box/AP50 {average_precision:.2f} by these labels{learnt}"))
     counts = Counter(KINDS[doubt.kind] for doubt in doubts if doubt.score > 0.5)
     of_kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     rows.append(("above 0.5", of_kinds or "none"))
@@ -131,8 +138,9 @@ def _write(
     rows = []
     for doubt in doubts:
         image = read_raw(reader, positions[doubt.image_id], "images").image
+        assert image is not None
         file_name = images[doubt.image_id]["file_name"]
-        rows.append({"file_name": file_name, **_row(doubt, np.asarray(image), names)})
+        rows.append({"file_name": file_name, **_row(doubt, as_rgb(image), names)})
     concerned = {doubt.image_id for doubt in doubts}
     listed = [image for number, image in images.items() if number in concerned]
     head = {"info": {"format": FORMAT, "version": VERSION, "split": split}, "categories": categories}
@@ -154,7 +162,7 @@ def _write(
 
 
 def _row(doubt: Doubt, image: Any, names: Mapping[int, str]) -> dict[str, Any]:
-    """What the page knows of a doubt: a picture of the place, the label given and the one proposed."""
+    """Facts of a doubt for the page: a picture of the place, the label given and the one proposed."""
     boxes = np.array([label["bbox"] for label in (doubt.given, doubt.proposed) if label is not None])
     low = boxes[:, :2].min(axis=0)
     high = (boxes[:, :2] + boxes[:, 2:]).max(axis=0)

@@ -44,6 +44,13 @@ class DetectionTargets(Targets):
     counts: Tensor  #: (B,) int64, sums to N
 
 
+def corners_of(boxes: Tensor) -> Tensor:
+    """(..., 4) cxcywh -> (..., 4) xyxy."""
+    centres = boxes[..., :2]
+    halves = 0.5 * boxes[..., 2:]
+    return torch.cat((centres - halves, centres + halves), dim=-1)
+
+
 @dataclass(frozen=True)
 class InstanceTargets(DetectionTargets):
     """Boxes of a batch, and masks of those that have one, for a head that predicts both.

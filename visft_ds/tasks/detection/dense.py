@@ -16,13 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, box_convert, sigmoid_focal_loss
 
 from visft_ds.data.samples import Batch, Map
 from visft_ds.ops import at_least_float32, to_device
 from visft_ds.tasks import Results
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
-from visft_ds.tasks.detection.data import DetectionTargets, InstanceTargets, box_results
+from visft_ds.tasks.detection.data import DetectionTargets, InstanceTargets, box_results, corners_of
 from visft_ds.tasks.detection.loss import generalized_box_iou
 from visft_ds.tasks.detection.roi import BoxMasks, mask_code
 from visft_ds.tasks.masks.norm import GROUPS, MaskedGroupNorm
@@ -107,7 +106,7 @@ class DenseHead(nn.Module):
         Args:
             regions, chosen: of `InstanceTargets`, for losses; else there are masks of the detections.
         """
-        output = self._boxes(maps[self.box_map :])
+        output = self.boxes(maps)
         if self.masks is None:
             return output
         if regions is None or chosen is None:
@@ -117,8 +116,9 @@ class DenseHead(nn.Module):
             output = replace(output, detections=detections)
         return replace(output, chosen=chosen, masks=self.masks(maps, regions, chosen))
 
-    def _boxes(self, maps: Sequence[Map]) -> DenseOutput:
-        finest, *coarser = maps
+    def boxes(self, maps: Sequence[Map]) -> DenseOutput:
+        """Scores and boxes of all cells, without masks, from the maps of a backbone."""
+        finest, *coarser = maps[self.box_map :]
         grid = finest.features.shape[-2:]
         features = torch.cat([finest.features, *(map_.resized(grid) for map_ in coarser)], dim=1)
         valid = finest.valid
@@ -212,6 +212,8 @@ class DenseCriterion:
 
     def loss_labels(self, output: DenseOutput, targets: DetectionTargets, objects: Tensor) -> Tensor:
         """Focal loss of the classes, summed over all cells; `objects` (B, S) of `assign`."""
+        from torchvision.ops import sigmoid_focal_loss  # brings torch's compiler: more than a second
+
         # One label more, for cells without an object, which is none of the classes.
         labels = F.pad(targets.labels, (0, 1), value=-1)[objects]
         logits = output.logits
@@ -224,7 +226,7 @@ class DenseCriterion:
         """1 - generalized IoU of the boxes of cells, a mean over those of an object, summed over objects."""
         number = len(targets.boxes)
         boxes = targets.boxes.to(output.boxes.dtype)
-        corners = box_convert(boxes, "cxcywh", "xyxy")
+        corners = corners_of(boxes)
         # One box more, for cells without an object.
         true = F.pad(corners, (0, 0, 0, 1), value=0.5)[objects]
         answers = (objects < number).to(output.logits.dtype)  # (B, S)
@@ -278,6 +280,8 @@ def detect(output: DenseOutput) -> Detections:
     The best pairs of cell and class, CANDIDATES x `output.max_detections` of an image, go through non-maximum
     suppression within their class. All shapes follow from those of the inputs.
     """
+    from torchvision.ops import batched_nms  # brings torch's compiler: more than a second
+
     scores = output.logits.sigmoid().masked_fill(~output.valid[..., None], -1.0)
     classes = scores.shape[-1]
     of_images = scores.flatten(1)  # (B, S * C)

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
 from visft_ds.data.samples import Batch, Map
 from visft_ds.ops import at_least_float32
 from visft_ds.tasks import Results
 from visft_ds.tasks.detection.config import DetectionHeadConfig
-from visft_ds.tasks.detection.data import box_results
+from visft_ds.tasks.detection.data import box_results, corners_of
 from visft_ds.tasks.transformer import DecoderLayer, EncoderLayer, FeedForward, sine_positions
 
 #: Rows of the task embedding. Only row 0 is used; the published files have them all (UniT had a row for each
@@ -148,7 +147,7 @@ def postprocess(
     scores, best = probability[..., :-1].max(dim=-1)
     scores = scores.cpu()
     best = best.cpu()
-    corners = box_convert(at_least_float32(output.boxes[-1]), "cxcywh", "xyxy").cpu()
+    corners = corners_of(at_least_float32(output.boxes[-1])).cpu()
     results = Results()
     for image in batch.real.nonzero().flatten().tolist():
         certain = ~(scores[image] < threshold)  # NaN is among them

@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 
 from visft_ds.data.samples import Batch
 from visft_ds.ops import at_least_float32
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
-from visft_ds.tasks.detection.data import DetectionTargets
+from visft_ds.tasks.detection.data import DetectionTargets, corners_of
 from visft_ds.tasks.detection.head import DetectionOutput
 from visft_ds.tasks.matching import Matches, class_losses, solve
 
@@ -96,7 +95,7 @@ class DetectionCriterion:
         predicted = boxes[matches.layers, matches.images, matches.queries]  # (M, 4)
         true = targets.boxes.to(boxes.dtype)[matches.objects]
         distance = (predicted - true).abs().sum(dim=-1)
-        overlap = generalized_box_iou(_corners(predicted), _corners(true))
+        overlap = generalized_box_iou(corners_of(predicted), corners_of(true))
         # The pairs are ordered by layer, and every layer has the same number of them.
         per_layer = (len(boxes), len(predicted) // len(boxes))
         l1 = distance.view(per_layer).sum(dim=1)
@@ -145,7 +144,7 @@ def match(
     # Two index vectors around a slice: torch moves their axis to the front, (N, L, Q).
     of_class = -probability[:, image_of, :, targets.labels].transpose(0, 1)
     distance = (predicted - true).abs().sum(dim=-1)
-    overlap = -generalized_box_iou(_corners(predicted), _corners(true))
+    overlap = -generalized_box_iou(corners_of(predicted), corners_of(true))
     ce, l1, giou = costs
     cost = ce * of_class + l1 * distance + giou * overlap
     return solve(cost, targets.counts, objects, image_ids)
@@ -168,7 +167,3 @@ def generalized_box_iou(first: Tensor, second: Tensor) -> Tensor:
     hull = (torch.maximum(high, other_high) - torch.minimum(low, other_low)).prod(dim=-1)
     iou = intersection / union.clamp(min=_SMALLEST_AREA)
     return iou - (hull - union) / hull.clamp(min=_SMALLEST_AREA)
-
-
-def _corners(boxes: Tensor) -> Tensor:
-    return box_convert(boxes, "cxcywh", "xyxy")

@@ -46,7 +46,10 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(width, width)
         nn.init.zeros_(self.sampling_offsets.weight)
         with torch.no_grad():
-            offsets = self._first_offsets()
+            with torch.device(
+                "cpu"
+            ):  # arithmetic on the meta device is torch's compiler, a second of imports
+                offsets = self._first_offsets()
             self.sampling_offsets.bias.copy_(offsets.flatten())
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
-from scipy import ndimage
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
@@ -277,6 +276,8 @@ def draw_regions(
     side: int = SIDE,
 ) -> Picture:
     """The image under the colours of its classes, each with its name where its region is widest."""
+    from scipy import ndimage  # a quarter of a second, which other tasks do not need
+
     scale = side / max(image.shape[:2])
     labels = []
     masks = []

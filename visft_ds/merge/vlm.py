@@ -1,0 +1,94 @@
+"""`visft vlm`: the tower that a run trained inside a vision-language model of transformers."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from visft_ds.config.record import recorded_config
+from visft_ds.interop import export, layouts
+from visft_ds.interop.vlm import Vlm, open_vlm
+from visft_ds.interop.weights import Weights
+from visft_ds.merge.command import Base, fitting, open_base, read_adapter
+from visft_ds.models import Backbone
+from visft_ds.ops import DTYPES
+from visft_ds.pretrained import local
+from visft_ds.settings.bands import in_words
+
+
+def put_into_vlm(flags: argparse.Namespace) -> Any:
+    """Put the tower of a run into the model in a folder, as the flags of `visft vlm` say; returns
+    transformers' model.
+
+    Raises ValueError for a tower that does not fit, and for a model whose own tower is not the run's base.
+    """
+    if flags.out is not None and flags.out.exists():
+        raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
+    vlm = open_vlm(flags.model)
+    print(f"vlm      {flags.model}: {vlm.describe()}")
+    adapter = read_adapter(flags)
+    base = open_base(flags, adapter)
+    if base.backbone.bands is not None:
+        raise ValueError(f"the tower reads {in_words(base.backbone.bands)}, and such models read photographs")
+    if adapter is not None:
+        adapter = fitting(adapter, base)
+    print(f"base     {base.path}")
+
+    whole = _whole(base)
+    tower = layouts.tower_in(base.file, base.model)
+    began_with = vlm.names(tower if adapter is not None else _recorded_base(base), whole)
+    print(f"tower    of the model: the base, up to {vlm.check_base(began_with):.2g}")
+    share = export.Share()
+    names = layouts.base_parameters(whole)
+    merged = export.merge(tower, adapter, DTYPES["fp32"], names, share)
+    tensors = vlm.names(merged, whole)
+    vlm.put(tensors)
+    print(f"swapped  {len(tensors)} tensors")
+    _warn_of_blocks(vlm, base.backbone)
+    if flags.out is not None:
+        _write(vlm, flags.model, flags.out)
+        print(f"out      {flags.out}")
+    return vlm.model
+
+
+def _whole(base: Base) -> Backbone:
+    """The backbone with the blocks behind those that training read, if the file has them all."""
+    entire = {name: value for name, value in base.model.items() if name != "layers"}
+    backbone = layouts.built(entire, "meta")
+    if set(layouts.base_parameters(backbone)) <= set(layouts.tower_in(base.file, entire)):
+        return backbone
+    return base.backbone
+
+
+def _recorded_base(base: Base) -> Weights:
+    """The weights that a run began with which trained its backbone itself."""
+    weights = None if base.run is None else recorded_config(base.run).visft.model.weights
+    if weights is None:
+        raise ValueError(f"{base.path}: nobody recorded which weights its training began with")
+    file = layouts.open_model(local(weights))
+    return layouts.tower_in(file, base.model)
+
+
+def _warn_of_blocks(vlm: Vlm, backbone: Backbone) -> None:
+    """Say where heads read another block in training than the model does."""
+    read = max(backbone.layers_read, default=len(backbone.ends()) - 1)
+    if read == vlm.block:
+        return
+    lost = f"what blocks {vlm.block + 1} to {read} learnt is lost" if read > vlm.block else ""
+    if read == vlm.block + 1:
+        lost = f"what block {read} learnt is lost"
+    text = f"training read block {read}, this model reads block {vlm.block}"
+    how = f"train with --set 'visft.model.out_indices=[{vlm.block}]'"
+    print(f"warning: {'; '.join(filter(None, [text, lost, how]))}", file=sys.stderr)
+
+
+def _write(vlm: Vlm, source: Path, out: Path) -> None:
+    """Write the model into a new folder, with tokenizer and image processor as they are."""
+    vlm.model.save_pretrained(out)
+    for path in source.iterdir():
+        is_weights = path.suffix in (".safetensors", ".bin", ".pt") or path.name.endswith(".index.json")
+        if path.is_file() and not is_weights and not (out / path.name).exists():
+            shutil.copyfile(path, out / path.name)
