@@ -11,7 +11,20 @@ from typing import Any, Literal, get_args, get_origin
 ROOT = Path(__file__).resolve().parents[1]
 #: Words by which the description of a number says what is counted or measured.
 UNITS = (
-    *("pixels", "cells", "steps", "seconds", "bytes", "images", "epoch", "epochs", "evaluations", "status"),
+    *(
+        "pixels",
+        "metres",
+        "depths",
+        "cells",
+        "steps",
+        "seconds",
+        "bytes",
+        "images",
+        "epoch",
+        "epochs",
+        "evaluations",
+        "status",
+    ),
     *(
         "bands",
         "channels",

@@ -89,7 +89,18 @@ ELSEWHERE = (
 SCRIPTED = {"launchers/train.py": "train", "tools/profile.py": "profile"}
 SCRIPTED |= {"visft_ds.launch": "train", "tools/merge_lora.py": "merge", "tools/make_shards.py": "shards"}
 #: Names that stand for something of the user's, in commands that a page prints.
-FOLDERS = ("MYFOLDER", "coco", "photos", "MYPHOTOS", "ADAPTER", "HEADS", "published", "shards", "data/coco")
+FOLDERS = (
+    "MYFOLDER",
+    "coco",
+    "photos",
+    "rooms",
+    "MYPHOTOS",
+    "ADAPTER",
+    "HEADS",
+    "published",
+    "shards",
+    "data/coco",
+)
 RUNS = ("RUN", "runs/stage2", "runs/stage1")
 
 

@@ -220,6 +220,8 @@ def test_rooms_have_the_depth_of_what_they_show() -> None:
                 assert np.abs(away - radius).max() < 1e-4 and unknowns[1] + radius == pytest.approx(
                     1.4, abs=1e-3
                 )
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_questions_have_true_answers(tree: Path, split: str) -> None:
     """By the annotations alone; yes and no are about as frequent."""

@@ -95,6 +95,8 @@ def _write_bands(path: Path, data: bytes, width: int, height: int) -> bool:
         whole = whole.round()
     path.write_bytes(tiff_of(whole.astype(values.dtype)))
     return True
+
+
 def _write_depth(folder: Path, split: str, reader: ShardReader) -> None:
     """Write the depth maps of a split byte for byte, and their unit. Raises ValueError if two splits have
     different ones.

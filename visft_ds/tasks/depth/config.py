@@ -39,7 +39,7 @@ class DepthHeadConfig(StrictModel):
 
     #: the head: linear
     type: Literal["linear"] = "linear"
-    #: depths, evenly spaced, of which each cell has a weighted mean (DINOv3: 256)
+    #: evenly spaced depths, of which each cell has a weighted mean (DINOv3: 256)
     bins: Positive = 256
     #: least depth, in metres (DINOv3: 0.001)
     nearest: Above = 0.001
