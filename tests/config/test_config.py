@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,6 +159,7 @@ def test_settings_that_are_refused(stage: int, settings: list[str], message: str
 
 
 def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
+    from visft_ds.data.depth import encoded
     from visft_ds.tasks import TASKS
 
     corner = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4], "segmentation": [[0, 0, 4, 0, 4, 4]]}
@@ -167,7 +169,14 @@ def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
         words = task == "captioning"
         annotations = [caption if words else corner]
         head = spec.settings("head", {})
-        found = spec.measure({**truth, "annotations": annotations}, [caption] if words else [], head, False)
+        results = [caption] if words else []
+        image = truth["images"][0]
+        if task == "depth":
+            depth = encoded(np.ones((8, 8), np.float32))
+            image = {**image, "depth": depth}
+            results = [{"image_id": 1, "depth": depth}]
+        labels = {**truth, "images": [image], "annotations": annotations}
+        found = spec.measure(labels, results, head, False)
         named = tuple(name for name in found if "/AR" not in name)  # which has a number in it
         assert named == spec.config.metrics and spec.config.main in found
 

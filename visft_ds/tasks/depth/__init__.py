@@ -1,6 +1,6 @@
-"""Depth: metres of every pixel along the camera's axis, by a linear head on the maps or by DPT's.
+"""Depth: metres of every pixel along the camera's axis, by a linear head on the maps.
 
-`config` its options · `data` depth maps under a geometry · `head` the heads · `loss` SILog, gradients, and
+`config` its options · `data` depth maps under a geometry · `head` the head · `loss` SILog, gradients, and
 relative maps · `results` depth of each pixel, metrics and drawings · `spec` the task.
 
 Metres hold for the camera and the size of the images that a head was trained on: a training image that is
