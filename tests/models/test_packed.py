@@ -70,8 +70,9 @@ def test_predictions_are_those_of_each_image_alone(task: str) -> None:
     strip.
     """
     module = model()
-    if task == "semantic":
-        settings = TASKS[task].settings("head", {"num_classes": 5})
+    options = {"semantic": {"num_classes": 5}, "depth": {}}
+    if task in options:
+        settings = TASKS[task].settings("head", options[task])
         head = TASKS[task].build_head(module.backbone.shapes, settings, None)
         module.heads[task], module.decoding[task] = head.double(), {}
     module.eval()
