@@ -37,7 +37,7 @@ from visft_ds.prepare.data import RunData, open_data, open_loader
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.settle import settle_data
 from visft_ds.pretrained import local
-from visft_ds.resilience.memory import memory_before, memory_explained, peak_memory
+from visft_ds.resilience.memory import library_pages, memory_before, memory_explained, peak_memory
 from visft_ds.run.folder import EarlierStarts
 from visft_ds.run.machine import Machine, check_machine, planned_run, settle_checkpointing
 from visft_ds.shards.build import build
@@ -58,7 +58,8 @@ class StreamProfile:
     images: int  #: of a step, over all ranks
     seconds: list[float]  #: of each whole step
     parts: dict[str, float]  #: seconds of a step by part, mean
-    peak: int  #: bytes beyond what this process held before it had a model; `planned` counts the same
+    #: bytes beyond what this process held before it had a model, without pages of library files
+    peak: int
     planned: dict[str, int]  #: bytes by part
     operations: int  #: of this rank's step, nothing computed twice
     mfu: float | None  #: share of the GPU's dense peak; None: it is not known
@@ -219,7 +220,7 @@ class Session:
             images=images,
             seconds=whole,
             parts={part: statistics.fmean(parts.get(part, 0.0) for parts in by_part) for part in by_part[0]},
-            peak=peak_memory(device) - self.memory_before,
+            peak=peak_memory(device) - library_pages(device) - self.memory_before,
             planned=asdict(plan_stream(planned, step_kind)),
             operations=operations,
             mfu=None if peak is None else operations / statistics.median(whole) / peak,

@@ -48,10 +48,20 @@ def peak_memory(device: torch.device) -> int:
 
 
 def memory_before(device: torch.device) -> int:
-    """Bytes that `peak_memory` counts before this process has a model: on a CPU those of libraries."""
+    """Bytes that this process has of its own before it has a model."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)
+
+
+def library_pages(device: torch.device) -> int:
+    """Bytes of files, such as libraries, that `peak_memory` counts: how much of a file a machine holds beside
+    what was read of it is not the model's affair.
+    """
+    if device.type == "cuda":
+        return 0
+    return int(psutil.Process().memory_info().shared)
 
 
 def host_memory() -> int:
