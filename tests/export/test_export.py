@@ -98,7 +98,10 @@ def test_onnxruntime_says_what_the_run_says(tmp_path: Path, capsys: pytest.Captu
     ]  # fmt: skip
     for path in (tmp_path / "exported").glob("*.onnx"):
         # TensorRT has UINT8 for inputs and outputs of a network alone; the shape of one is asked for here.
-        assert unlisted(path) <= {("Shape", "UINT8")}, path
+        outside = {("Shape", "UINT8")}
+        if path.stem == "segmentation":
+            outside |= {("IsNaN", "FLOAT"), ("CumSum", "INT64")}
+        assert unlisted(path) <= outside, path
     import onnxruntime
 
     pictures = np.random.default_rng(0).integers(0, 256, (3, 40, 70, 3)).astype(np.uint8)
