@@ -36,6 +36,7 @@ class RawSample:
     captions: Sequence[str]
     window: Window | None = None  #: a tile: the part of the picture that the sample is; None: all of it
     depth: Mapping[str, Any] | None = None  #: depth map, see `data/depth.py`; None: it has none
+    panoptic: Mapping[str, Any] | None = None  #: panoptic map, see `data/panoptic.py`; None: it has none
 
 
 @dataclass(frozen=True)

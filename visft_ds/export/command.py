@@ -248,8 +248,8 @@ def _write_files(
 
 
 def _check_windows(task: str, stream: Stream) -> None:
-    if task == "depth":
-        raise ValueError("depth has no export yet: leave it out with --tasks")
+    if task in ("depth", "panoptic"):
+        raise ValueError(f"{task} has no export yet: name the others by --tasks")
     window = stream.image.get("window")
     if task == "semantic" and window and stream.image["fixed_size"] is None:
         raise ValueError(
