@@ -83,7 +83,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         metavar="FOLDER",
-        help="a data set, or its data.yaml; else give the files",
+        help="a data set, its data.yaml, or nyu_depth_v2_labeled.mat; else give the files",
     )
     add("--images", type=Path, metavar="DIR", help="folder of the image files")
     add("--instances", type=Path, metavar="FILE", help="instances_*.json of COCO")

@@ -31,6 +31,7 @@ from visft_ds.shards.common import (
     split_of,
 )
 from visft_ds.shards.depth import FOLDER, DepthMaps
+from visft_ds.shards.depth_sets import extract_labelled, list_files, paired_maps, read_pairs
 from visft_ds.shards.maps import by_name, map_layouts, read_maps, unpaired
 from visft_ds.shards.panoptic import read_panoptic
 from visft_ds.shards.tools import LABELME, VOC, read_tool, tool_layouts
@@ -55,7 +56,8 @@ _LOOKED_FOR = """looked for
   captions  metadata.jsonl or captions.jsonl (file_name, text) beside the images, here or in SPLIT/
   maps      classes.txt, images/SPLIT, labels/SPLIT; ADE20k's, Cityscapes' and CamVid's own folders
   depth     images/SPLIT, depth/SPLIT (16-bit PNG; depth/unit.txt: metres of a number, else 0.001);
-            depth/SPLIT may also lie beside any of the others
+            depth/SPLIT may also lie beside any of the others; NYU's and KITTI's folders, with Eigen's lists
+            of files or without; nyu_depth_v2_labeled.mat with splits.mat
   panoptic  panoptic_SPLIT.json and the PNG files in panoptic_SPLIT/, here or in annotations/, or
             gtFine/cityscapes_panoptic_SPLIT.json; alone or beside any of the others
   tools     Pascal VOC's XML or labelme's JSON beside each image, or in annotations/ with images/
@@ -78,6 +80,7 @@ _OTHER_EXPORTS = {
 _SHOWN = 8  # names in a message
 _DEPTH = "depth maps"  # the layout of a folder that has no other labels
 _PANOPTIC = "panoptic maps"  # the same
+_PAIRS = "images with depth maps"  # NYU's and KITTI's
 
 
 def recognise(
@@ -92,6 +95,8 @@ def recognise(
         ValueError: nothing that is known, or two things; no split of the name; the files of the layout are
             wrong.
     """
+    if source.suffix == ".mat" and source.is_file():
+        source = extract_labelled(source)
     if source.is_dir():
         # a file of a common name makes no second layout of a folder that is known without it
         layouts = dict(_layouts(source)) or dict(_layouts_of_tools(source)) or dict(_maps_alone(source))
@@ -136,6 +141,8 @@ def recognise(
             splits = _read_depth(source, only, exif)
         case _ if layout == _PANOPTIC:
             splits = _read_panoptic(source, only)
+        case _ if layout == _PAIRS:
+            splits = read_pairs(source, only, exif)
         case _:
             splits = read_maps(layout, source, only, void)
     if not splits:
@@ -223,6 +230,10 @@ def _maps_alone(folder: Path) -> Iterator[tuple[str, list[Path]]]:
         yield _DEPTH, folders
     elif panoptic:
         yield _PANOPTIC, panoptic
+    else:
+        pairs = list_files(folder) or paired_maps(folder)
+        if pairs:
+            yield _PAIRS, pairs
 
 
 def _read_depth(folder: Path, only: str | None, exif: Exif) -> list[FolderSplit]:

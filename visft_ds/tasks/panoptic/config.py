@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from visft_ds.settings.fields import Above, Ascending, Fraction, Positive, StrictModel
+from visft_ds.settings.fields import Above, Ascending, Count, Fraction, Positive, StrictModel
 from visft_ds.tasks.masks.config import MaskDecoderConfig, MaskLoss, MaskTaskConfig
 
 
@@ -36,17 +36,21 @@ class PanopticHeadConfig(MaskDecoderConfig):
     #: classes; default: the number of panoptic categories
     num_classes: Positive = 133
     #: ids of the categories of stuff, whose masks of an image become one segment; default: those of the data
-    stuff: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    stuff: Annotated[tuple[Count, ...], Field(strict=False)] = ()
     #: probability of its class above which a mask is taken (EoMT, Mask2Former: 0.8)
     score: Fraction = 0.8
-    #: part of a mask that the others leave to it, above which it becomes a segment (EoMT, Mask2Former: 0.8)
+    #: share of a mask that the others leave to it, above which it becomes a segment (EoMT, Mask2Former: 0.8)
     overlap: Fraction = 0.8
 
 
 class PanopticTask(MaskTaskConfig):
     """`visft.tasks.panoptic`."""
 
-    metrics = tuple(f"panoptic/{name}" for name in ("PQ", "SQ", "RQ", "PQ_things", "PQ_stuff"))
+    metrics = (
+        *("panoptic/PQ", "panoptic/SQ", "panoptic/RQ"),
+        *("panoptic/PQ_things", "panoptic/SQ_things", "panoptic/RQ_things"),
+        *("panoptic/PQ_stuff", "panoptic/SQ_stuff", "panoptic/RQ_stuff"),
+    )
     shown = ("panoptic/PQ", "panoptic/PQ_things", "panoptic/PQ_stuff")
     main = "panoptic/PQ"
     hub_task = "image-segmentation"
