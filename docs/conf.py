@@ -50,6 +50,7 @@ CONTENTS = (
         "evaluation",
         "judge",
         "paper",
+        "questions",
         "troubleshooting",
     ),
     *("evidence", "architecture", "configuration", "numbers", "api"),
