@@ -18,10 +18,11 @@ from visft_ds.data.labels import is_box, is_near, is_polygon, run_length_code
 from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
 from visft_ds.settings.task_schema import WITHOUT_MASK
-from visft_ds.shards.common import BYTE_ORDER_MARK, CocoFile, Findings, name_here
-from visft_ds.shards.corrections import corrected, parse_corrections
+from visft_ds.shards.common import BYTE_ORDER_MARK, CocoFile, Findings, SecondPicture, name_here
+from visft_ds.shards.corrections import corrected, corrected_captions, corrected_maps, parse_corrections
 from visft_ds.shards.depth import DepthMaps
 from visft_ds.shards.division import Division
+from visft_ds.shards.panoptic import PanopticMaps
 
 _ANOTHER_FORM = "mask given as [x, y, ...], as [[x, y], ...] or as text (read as polygons)"
 _NO_POLYGON = "polygon of fewer than three points, or not of numbers (left out of its mask)"
@@ -55,9 +56,9 @@ class SourceImage:
     selected: bool = True  #: it was asked for
     file_bytes: int = 0
     modified: int = -1  #: time of its file, nanoseconds; -1: there is none
-    depth: Path | None = None  #: its depth map
-    depth_bytes: int = 0
-    depth_modified: int = -1
+    depth: SecondPicture | None = None  #: its depth map
+    panoptic: SecondPicture | None = None  #: its panoptic map
+    segments: tuple[Mapping[str, int], ...] = ()  #: of its panoptic map
 
     def add(self, annotation: bytes, category: int, crowd: bool, share: float) -> None:
         """Add an annotation as a label has it, whose box covers a share of the image."""
@@ -69,8 +70,8 @@ class SourceImage:
             self.classes.add(category)
             self.sides.append(math.sqrt(share))
 
-    def label(self, depth: Mapping[str, Any] | None = None) -> bytes:
-        """The JSON file of this sample in a shard, with a depth map if one is given."""
+    def label(self, **pictures: Mapping[str, Any]) -> bytes:
+        """The JSON file of this sample in a shard, with second pictures by their kind."""
         content = {
             "image_id": self.image_id,
             "file_name": self.file_name,
@@ -79,10 +80,13 @@ class SourceImage:
             **self.credit,
             "annotations": orjson.Fragment(b"[%b]" % bytes(self.annotations[:-1])),
             "captions": self.captions,
+            **pictures,
         }
-        if depth is not None:
-            content["depth"] = depth
         return orjson.dumps(content)
+
+    def second_pictures(self) -> list[SecondPicture]:
+        """Those that it has."""
+        return [picture for picture in (self.depth, self.panoptic) if picture is not None]
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,14 @@ def read_coco(
     division: Division | None = None,
     corrections: Path | None = None,
     depth: DepthMaps | None = None,
+    panoptic: PanopticMaps | None = None,
 ) -> CocoSource:
     """Read COCO JSON files; without instances, the images are those of the captions file, or those that have
-    a `depth` map.
+    a `depth` or `panoptic` map.
 
     `ids` is a text file of image ids or file names, one a line: only these images. With `ellipses`, an object
     without a mask gets the ellipse in its box. Of a `division`, only the images of its side. `corrections` is
-    a file of `shards.corrections`, for the instances.
+    a file of `shards.corrections`, for any of these.
 
     Raises:
         ValueError: no COCO file; two images or categories of one id; more than a tenth of the images or
@@ -121,8 +126,11 @@ def read_coco(
     selection = None if ids is None else _read_selection(ids, files)
     images = dict[int, SourceImage]()
     categories = dict[int, str]()
-    listing = None if depth is None else depth.listing
-    sources = {"instances": instances, "maps": maps, "captions": captions, "depth": listing}
+    sources = {"instances": instances, "maps": maps, "captions": captions}
+    if depth is not None:
+        sources["depth"] = depth.listing
+    if panoptic is not None and panoptic.is_alone:
+        sources["panoptic"] = panoptic.images
     for role, source in sources.items():
         if source is None:
             continue
@@ -141,8 +149,8 @@ def read_coco(
         if role != "captions":
             with reading(where, what):
                 add_categories(content["categories"], categories)
-        if role == "instances" and corrections is not None:
-            entries = _corrected(entries, images, categories, corrections, findings, files)
+        if corrections is not None:
+            entries = _corrected(role, entries, images, categories, corrections, findings, files)
         with reading(where, what):
             if role == "captions":
                 # The captions of all of COCO are often given for a part of it.
@@ -154,7 +162,10 @@ def read_coco(
             findings.update(unusable)
     chosen = [images[number] for number in sorted(images) if images[number].selected]
     # 1 x 1 stands for a file that cannot be read, which is the better reason
-    if depth is None and not any(
+    if panoptic is not None:
+        files["panoptic"] = panoptic.file
+        _check_names(categories, panoptic)
+    if depth is panoptic is None and not any(
         image.trainable or image.captions or image.width == image.height == 1 for image in chosen
     ):
         raise ValueError(
@@ -163,6 +174,17 @@ def read_coco(
     ordered = enumerate(sorted(categories))
     listed = tuple(Category(position, number, categories[number]) for position, number in ordered)
     return CocoSource(chosen, listed, findings, files)
+
+
+def _check_names(categories: Mapping[int, str], panoptic: PanopticMaps) -> None:
+    """Raise ValueError for a panoptic category whose id means another one to the other labels."""
+    for category in panoptic.categories:
+        name = categories.get(category.coco_id, category.name)
+        if name != category.name:
+            raise ValueError(
+                f"{panoptic.file['name']}: category {category.coco_id} is {category.name!r}, and {name!r} in "
+                "the other labels: give both the same categories"
+            )
 
 
 def name_as_here(source: CocoSource, folder: Path) -> None:
@@ -201,6 +223,7 @@ def _read(source: CocoFile, role: str, files: Files) -> bytes:
 
 
 def _corrected(
+    role: str,
     entries: Sequence[Any],
     images: Mapping[int, SourceImage],
     categories: Mapping[int, str],
@@ -212,7 +235,10 @@ def _corrected(
     corrections = parse_corrections(_read(path, "corrections", files), path)
     names = {image.file_name: number for number, image in images.items()}
     with reading(path, "corrections of these labels"):
-        return corrected(entries, names, categories, corrections, findings)
+        if role == "captions":
+            return corrected_captions(entries, names, corrections, findings)
+        correct = corrected_maps if role == "maps" else corrected
+        return correct(entries, names, categories, corrections, findings)
 
 
 def _read_selection(path: Path, files: Files) -> set[str]:
