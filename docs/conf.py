@@ -32,6 +32,7 @@ CONTENTS = (
         "own-data",
         "labels",
         "depth",
+        "panoptic",
         "data",
         "images-and-labels",
         "bands",

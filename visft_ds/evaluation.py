@@ -137,7 +137,7 @@ def example_positions(
         labels = TASKS[task].config.labels
         if labels == "captions":
             shown &= index["num_captions"] > 0
-        elif labels != "depth":
+        elif labels not in ("depth", "panoptic"):
             shown &= index["num_annotations"] > 0
     positions: list[int] = np.flatnonzero(shown)[:count].tolist()
     return positions
@@ -158,7 +158,7 @@ def draw_examples(
     """
     positions = example_positions(reader, list(collected), count, limit)
     samples = {sample.image_id: sample for sample in (read_raw(reader, position) for position in positions)}
-    names = {category.coco_id: category.name for category in reader.manifest.categories}
+    names = {category.coco_id: category.name for category in reader.manifest.every_category}
     drawings: dict[str, dict[int, Picture]] = {}
     for task, results in collected.items():
         by_image: dict[int, Results] = {image_id: [] for image_id in samples}

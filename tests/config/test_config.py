@@ -159,6 +159,8 @@ def test_settings_that_are_refused(stage: int, settings: list[str], message: str
 
 
 def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
+    from faster_coco_eval import mask as coco_mask
+
     from visft_ds.data.depth import encoded
     from visft_ds.tasks import TASKS
 
@@ -176,6 +178,11 @@ def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
             image = {**image, "depth": depth}
             results = [{"image_id": 1, "depth": depth}]
         labels = {**truth, "images": [image], "annotations": annotations}
+        if task == "panoptic":
+            counts = coco_mask.encode(np.asfortranarray(np.ones((8, 8), np.uint8)))
+            segment = {"image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": counts}
+            categories = [{"id": 1, "name": "cat", "isthing": 1}]
+            labels |= {"annotations": [segment], "categories": categories}
         found = spec.measure(labels, results, head, False)
         named = tuple(name for name in found if "/AR" not in name)  # which has a number in it
         assert named == spec.config.metrics and spec.config.main in found

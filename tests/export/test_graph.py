@@ -117,7 +117,7 @@ class FixedMaps(nn.Module):
         valid = torch.ones(2, 6, 8, dtype=torch.bool)
         cells = torch.tensor([[5.5, 7.5]]).expand(2, -1)
         features = torch.randn(2, 32, 6, 8, generator=torch.Generator().manual_seed(0))
-        self.maps = [FrameMap(features, valid, None, cells)]
+        self.maps = [FrameMap(features, valid, None, cells, part=(6, 8))]
 
     def forward(self, images: torch.Tensor) -> list[FrameMap]:
         return self.maps
@@ -131,14 +131,18 @@ class FixedMaps(nn.Module):
         ("segmentation", {"type": "plain", "num_queries": 6, "blocks": 1, "hidden_dim": 32, "num_heads": 2}),
         ("semantic", {"type": "plain", "num_queries": 6, "blocks": 1, "hidden_dim": 32, "num_heads": 2}),
         ("semantic", {"type": "linear"}),
+        ("depth", {"type": "linear"}),
+        ("depth", {"type": "dpt", "hidden_dim": 8}),
     ],
-    ids=["dense", "dense with masks", "plain", "plain classes", "linear"],
+    ids=["dense", "dense with masks", "plain", "plain classes", "linear", "depth", "dpt"],
 )
 def test_an_answer_is_what_the_task_makes_of_its_head(task: str, head: dict[str, object]) -> None:
     """Where a picture fills part of a frame, decoded with and without suppressed doubles; no runtime is in it."""
     torch.manual_seed(0)
     spec = TASKS[task]
-    settings = spec.settings("head", spec.options("head", {"num_classes": 3, **head}))
+    if spec.config.has_classes:
+        head = {"num_classes": 3, **head}
+    settings = spec.settings("head", spec.options("head", head))
     built = spec.build_head([(32, 8)], settings, None).eval()
     if task == "detection":  # all scores near 0.02 else
         torch.nn.init.normal_(built.class_embed.weight, std=0.1)
@@ -160,8 +164,8 @@ def test_an_answer_is_what_the_task_makes_of_its_head(task: str, head: dict[str,
         predictions = [Prediction(pixels, None, {}, {task: each}, has_masks) for each in (ours, theirs)]
         compared.add(*predictions)
     assert compared.problems() == []
-    assert task == "semantic" or compared.objects > 4
-    assert (compared.masks is None) == (task == "detection" and not head.get("masks"))
+    assert task in ("semantic", "depth") or compared.objects > 4
+    assert (compared.masks is None) == (task == "depth" or (task == "detection" and not head.get("masks")))
 
 
 def test_nothing_on_either_side_is_no_proof() -> None:
@@ -239,7 +243,9 @@ def test_more_than_a_point_is_not_lost_unasked(
         command._verified(flags, model, {}, {}, Measured(before, after))  # type: ignore[arg-type]
 
 
-def test_windows_of_label_maps_are_refused() -> None:
+def test_what_has_no_export_is_refused() -> None:
+    with pytest.raises(ValueError, match="panoptic has no export yet"):
+        command._check_windows("panoptic", Stream("panoptic", ("panoptic",), 1.0, 1, 1, {}))
     window = {"window": 512, "fixed_size": None}
     stream = Stream("semantic", ("semantic",), 1.0, 1, 1, window)
     with pytest.raises(ValueError, match="windows of 512 pixels"):

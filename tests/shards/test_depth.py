@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +98,90 @@ def test_what_is_refused(
     spoil(write_depth(tmp_path, 4, 1))
     assert main([str(tmp_path), "--out", str(tmp_path / "shards"), "--split", "train"]) == 2
     assert word in capsys.readouterr().err
+
+
+def _save(path: Path, picture: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
+
+
+def _metres_of(shards: Path, split: str) -> dict[str, np.ndarray]:
+    """Name of an image -> its depth."""
+    labels = labels_of_split(ShardReader(Manifest.load(shards, split)))
+    return {label["file_name"]: values_of(label["depth"]) for label in labels}
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_kitti_as_it_is_downloaded(tmp_path: Path, listed: bool) -> None:
+    """Drives of raw pictures, maps of some of them in folders of their own, and Eigen's lists or none."""
+    shade = np.full((40, 64, 3), 90, np.uint8)
+    numbers = np.full((40, 64), 512, np.uint16)  # two metres
+    lines = []
+    for day, split in ((1, "train"), (2, "val")):
+        drive = f"2011_09_26_drive_000{day}_sync"
+        for place in range(3):
+            image = f"2011_09_26/{drive}/image_02/data/{place:010d}.png"
+            depth = f"{drive}/proj_depth/groundtruth/image_02/{place:010d}.png"
+            _save(tmp_path / "data/raw" / image, shade)
+            if place:
+                _save(tmp_path / "data/data_depth_annotated" / split / depth, numbers)
+            lines.append(f"{image} {depth if place else None} 721.5377")
+    if listed:
+        for split in ("train", "test"):
+            path = tmp_path / f"data/eigen_{split}_files_with_gt.txt"
+            path.write_text("\n".join(lines[:3] if split == "train" else lines[3:]))
+    assert main([str(tmp_path / "data")]) == 0
+    for split in ("train", "test" if listed else "val"):
+        found = _metres_of(tmp_path / "data-shards", split)
+        assert len(found) == 2 and all((values == 2).all() for values in found.values()), split
+
+
+def test_nyu_as_bts_and_densedepth_have_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shade = np.full((40, 64, 3), 90, np.uint8)
+    for place in range(11):
+        scene = tmp_path / "bts/sync/kitchen_0028b"
+        _save(scene / f"rgb_{place:05d}.jpg", shade)
+        _save(scene / f"sync_depth_{place:05d}.png", np.full((40, 64), 3000, np.uint16))
+    (tmp_path / "bts/nyudepthv2_train_files_with_gt.txt").write_text(
+        "\n".join(
+            f"/kitchen_0028b/rgb_{n:05d}.jpg /kitchen_0028b/sync_depth_{n:05d}.png 518.8" for n in range(11)
+        )
+    )
+    (tmp_path / "bts/sync/kitchen_0028b/rgb_00004.jpg").unlink()
+    assert main([str(tmp_path / "bts")]) == 0 and "1 x image or depth map" in capsys.readouterr().out
+    found = _metres_of(tmp_path / "bts-shards", "train")
+    assert len(found) == 10 and all((values == 3).all() for values in found.values())
+    for place in range(4):
+        folder = tmp_path / "dense" / ("nyu2_test" if place % 2 else "nyu2_train/kitchen")
+        _save(folder / f"{place:05d}_colors.png", shade)
+        _save(folder / f"{place:05d}_depth.png", np.full((40, 64), 1500, np.uint16))
+    assert main([str(tmp_path / "dense")]) == 0
+    for split in ("train", "test"):
+        assert [values.max() for values in _metres_of(tmp_path / "dense-shards", split).values()] == [
+            1.5,
+            1.5,
+        ]
+
+
+def test_nyu_of_its_labelled_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "nyu_depth_v2_labeled.mat"
+    path.write_bytes(b"no HDF5")
+    h5py = pytest.importorskip("h5py") if find_spec("h5py") else None
+    if h5py is None:
+        assert main([str(path)]) == 2 and "needs h5py" in capsys.readouterr().err
+        return
+    savemat = pytest.importorskip("scipy.io").savemat
+    assert main([str(path)]) == 2 and "splits.mat is missing" in capsys.readouterr().err
+    savemat(tmp_path / "splits.mat", {"trainNdxs": [[1], [3]], "testNdxs": [[2]]})
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 255, (3, 3, 64, 48), dtype=np.uint8)
+    depths = draw.uniform(1, 9, (3, 64, 48)).astype(np.float32)
+    with h5py.File(path, "w") as file:
+        file["images"] = images
+        file["depths"] = depths
+    assert main([str(path), "--out", str(tmp_path / "shards")]) == 0
+    assert len(_metres_of(tmp_path / "shards", "train")) == 2
+    (values,) = _metres_of(tmp_path / "shards", "val").values()
+    assert np.abs(values - depths[1].T).max() < 6e-4
+    raw = read_raw(ShardReader(Manifest.load(tmp_path / "shards", "val")), 0)
+    assert np.array_equal(raw.image, images[1].transpose(2, 1, 0))

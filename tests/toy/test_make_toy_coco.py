@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+from visft_ds.data.panoptic import read_segment_numbers
 from visft_ds.toy.coco import SPLITS, describe, main, write_toy_coco
 from visft_ds.toy.rooms import draw_room
 from visft_ds.toy.scenes import draw_scene, rasterise
@@ -203,7 +204,8 @@ def test_what_cannot_be_drawn_is_refused(
 def test_rooms_have_the_depth_of_what_they_show() -> None:
     """Rays times depth end on the floor, 1.4 m below the camera, or above it; on a sphere at its radius."""
     for seed in range(4):
-        scene, depth = draw_room(np.random.default_rng(seed), 60, 80)
+        room = draw_room(np.random.default_rng(seed), 60, 80)
+        scene, depth = room.scene, room.depth
         rows, columns = np.mgrid[:60, :80]
         x, y = (columns + 0.5 - 40) / 72 * depth, (rows + 0.5 - 30) / 72 * depth
         assert scene.image.shape == (60, 80, 3) and depth.dtype == np.float32
@@ -220,6 +222,28 @@ def test_rooms_have_the_depth_of_what_they_show() -> None:
                 assert np.abs(away - radius).max() < 1e-4 and unknowns[1] + radius == pytest.approx(
                     1.4, abs=1e-3
                 )
+
+
+def test_segments_of_rooms_are_their_objects_and_the_room(tmp_path: Path) -> None:
+    counts = {"train": 3, "val": 0, "height": 60, "width": 80}
+    with pytest.raises(ValueError, match="give --depth"):
+        write_toy_coco(tmp_path / "rooms", **counts, panoptic=True)  # type: ignore[arg-type]
+    write_toy_coco(tmp_path / "rooms", **counts, depth=True, panoptic=True)  # type: ignore[arg-type]
+    folder = tmp_path / "rooms/annotations"
+    content = json.loads((folder / "panoptic_train2017.json").read_bytes())
+    coco = COCO(str(folder / "instances_train2017.json"))
+    assert [one["isthing"] for one in content["categories"]] == [1, 1, 0, 0, 0]
+    for annotation in content["annotations"]:
+        segments = {one["id"]: one for one in annotation["segments_info"]}
+        file = folder / "panoptic_train2017" / annotation["file_name"]
+        numbers = read_segment_numbers(file.read_bytes())
+        assert set(np.unique(numbers).tolist()) == set(segments)  # nothing is void
+        stuff = [one["category_id"] for one in segments.values() if one["category_id"] > 2]
+        assert sorted(stuff) == [3, 4, 5]
+        for shape in coco.imgToAnns[annotation["image_id"]]:
+            (own,) = np.unique(numbers[coco.annToMask(shape).astype(bool)]).tolist()
+            assert segments[own]["category_id"] == shape["category_id"]
+            assert segments[own]["area"] == shape["area"] == (numbers == own).sum()
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -22,6 +22,7 @@ from torch import Tensor
 from visft_ds.checkpoint.format import Checkpoint, explained, newest_checkpoint, open_checkpoint
 from visft_ds.config.record import recorded_config
 from visft_ds.config.schema import VisftConfig
+from visft_ds.data.shards import categories_for
 from visft_ds.files import write_text
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README, card, repository_of
@@ -177,7 +178,7 @@ def describe_heads(
     infos = {}
     for name, task in tasks.items():
         options = task.head.model_dump(mode="json")
-        categories = [asdict(category) for category in data.categories]
+        categories = [asdict(category) for category in categories_for(task.labels, data.categories)]
         extra = dict(facts)
         if backbone.layers_read:
             extra["layers"] = list(backbone.layers_read)

@@ -236,8 +236,8 @@ def _turn_others_off(tree: Tree, names: str | list[Any]) -> None:
     if isinstance(names, str):
         names = [name.strip() for name in names.split(",")]
     source = f"--tasks {','.join(map(str, names))}"
-    # Of label and depth maps no recipe speaks, and all their settings have defaults.
-    tasks = {"semantic": {}, "depth": {}, **(tree.value("visft.tasks") or {})}
+    # Of maps no recipe speaks, and all their settings have defaults.
+    tasks = {"semantic": {}, "depth": {}, "panoptic": {}, **(tree.value("visft.tasks") or {})}
     known = [task for task, values in tasks.items() if values is not None]
     for name in map(str, names):
         if name not in known:

@@ -70,6 +70,7 @@ def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:
         annotations=label.get("annotations", ()),
         captions=label.get("captions", ()),
         depth=label.get("depth"),
+        panoptic=label.get("panoptic"),
     )
 
 
@@ -122,4 +123,6 @@ def _label(reader: ShardReader, index: int, data: bytes) -> dict[str, Any]:
     with reading(reader.describe(index), "a label"):
         size = int(row["height"]), int(row["width"])
         kind = LABEL_KINDS[row["label_kind"]]
-        return parse_label(data, int(row["image_id"]), size, reader.manifest.category_ids, kind)
+        manifest = reader.manifest
+        image_id = int(row["image_id"])
+        return parse_label(data, image_id, size, manifest.category_ids, kind, manifest.panoptic_ids)

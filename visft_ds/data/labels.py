@@ -5,7 +5,8 @@ A label is the JSON file beside an image in a shard:
  "annotations": [{"id": 1, "bbox": [x, y, width, height], "category_id": 64, "iscrowd": 0, "area": 531.8,
                   "segmentation": [[x, y, x, y, ...], ...] or {"size": [height, width], "counts": ...}}, ...],
  "captions": ["A room with a table.", ...]}
-and, of an image with a depth map, "depth" as `data/depth.py` says.
+and, of an image with a depth map, "depth" as `data/depth.py` says; with a panoptic map, "panoptic" as
+`data/panoptic.py` does.
 Of tars that others wrote it may also be a text, which is the caption, or JSON as `_of_others` reads it.
 """
 
@@ -22,6 +23,7 @@ from faster_coco_eval import mask as coco_mask
 from faster_coco_eval import mask_api_new_cpp
 
 from visft_ds.data.depth import is_depth
+from visft_ds.data.panoptic import problem_of
 from visft_ds.files import MAX_PIXELS
 
 _NAMES = ("image_id", "file_name", "width", "height", "annotations", "captions")
@@ -29,9 +31,15 @@ _OF_ANNOTATION = ("id", "bbox", "category_id", "iscrowd", "area")
 
 
 def parse_label(
-    data: bytes, image_id: int, size: tuple[int, int], categories: Collection[int], kind: str = "visft"
+    data: bytes,
+    image_id: int,
+    size: tuple[int, int],
+    categories: Collection[int],
+    kind: str = "visft",
+    panoptic: Collection[int] = (),
 ) -> dict[str, Any]:
-    """The label of an image of this id and `size` (height, width), whose objects are of these category ids.
+    """The label of an image of this id and `size` (height, width), whose objects are of these category ids,
+    and whose segments of the `panoptic` ones.
 
     `kind` is one of `shards.LABEL_KINDS`.
 
@@ -58,6 +66,10 @@ def parse_label(
         raise ValueError("captions must be a list of texts")
     if "depth" in label and not is_depth(label["depth"]):
         raise ValueError("depth must be a base64 text png and the metres of a number in it, or null")
+    if "panoptic" in label:
+        problem = problem_of(label["panoptic"], panoptic)
+        if problem is not None:
+            raise ValueError(problem)
     annotations = label["annotations"]
     if not isinstance(annotations, list):
         raise ValueError("annotations must be a list")

@@ -36,6 +36,7 @@ class RawSample:
     captions: Sequence[str]
     window: Window | None = None  #: a tile: the part of the picture that the sample is; None: all of it
     depth: Mapping[str, Any] | None = None  #: depth map, see `data/depth.py`; None: it has none
+    panoptic: Mapping[str, Any] | None = None  #: panoptic map, see `data/panoptic.py`; None: it has none
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,19 @@ class Map:
             return not bool(self.valid.all())
         grid = torch.tensor(self.valid.shape[1:])
         return bool((self.cells.ceil() < grid).any())
+
+    def parts(self) -> list[tuple[int, int]]:
+        """Rows and columns of cells that show each image; one pair if they are alike. Without `cells` the
+        host waits for the device.
+        """
+        if self.cells is None:
+            rows = self.valid.any(dim=2).sum(dim=1)
+            columns = self.valid.any(dim=1).sum(dim=1)
+            cells = torch.stack((rows, columns), dim=1)
+        else:
+            cells = self.cells.ceil().long()
+        pairs = [(int(rows), int(columns)) for rows, columns in cells.tolist()]
+        return pairs[:1] if len(set(pairs)) == 1 else pairs
 
     def resized(self, grid: Sequence[int], *, antialias: bool = False) -> Tensor:
         """Features (B, D, *grid), interpolated bilinearly within each image: empty cells have no weight.

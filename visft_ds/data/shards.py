@@ -70,6 +70,19 @@ class Category:
 
 
 @dataclass(frozen=True)
+class PanopticCategory(Category):
+    """Class of panoptic labels."""
+
+    thing: bool  #: it is counted; of stuff an image has one segment at most
+
+
+def categories_for(labels: str, categories: Sequence[Category]) -> list[Category]:
+    """Those categories that labels of this kind name, see `Manifest.labels`."""
+    is_panoptic = labels == "panoptic"
+    return [category for category in categories if isinstance(category, PanopticCategory) == is_panoptic]
+
+
+@dataclass(frozen=True)
 class ShardFile:
     """Tar of a split."""
 
@@ -102,6 +115,7 @@ class Manifest:
     fingerprint: str  #: of the content, however it is cut into shards; checkpoints remember it
     index_sha256: Sha256
     bands: Bands | None = None  #: of the pictures; None: three colours of 8 bits
+    panoptic: tuple[PanopticCategory, ...] = ()  #: categories of panoptic labels, beside those of the others
     cache: Cache = field(default_factory=Cache)  #: for copies of what lies behind URLs
 
     def __len__(self) -> int:
@@ -192,6 +206,16 @@ class Manifest:
         """The ids of the categories in the source."""
         return frozenset(category.coco_id for category in self.categories)
 
+    @cached_property
+    def panoptic_ids(self) -> frozenset[int]:
+        """The ids of the panoptic categories."""
+        return frozenset(category.coco_id for category in self.panoptic)
+
+    @property
+    def every_category(self) -> tuple[Category, ...]:
+        """The categories of all kinds of labels, see `categories_for`."""
+        return (*self.categories, *self.panoptic)
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state.pop("index", None)  # it is opened there again
@@ -200,10 +224,10 @@ class Manifest:
     @property
     def labels(self) -> frozenset[str]:
         """Kinds of labels that the split was made with: "annotations" (of objects) or "maps", "captions",
-        "depth".
+        "depth", "panoptic".
         """
         kinds = set[str]()
-        for kind in ("annotations", "maps", "captions", "depth"):
+        for kind in ("annotations", "maps", "captions", "depth", "panoptic"):
             role = "instances" if kind == "annotations" else kind
             if role in self.sources or self.counts.get(kind):
                 kinds.add(kind)

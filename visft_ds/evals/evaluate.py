@@ -216,13 +216,14 @@ class _Subject:
         manifest = self.manifest
         check_bands(manifest, self.model.module.backbone.bands)
         remedy = "Evaluate it on data of its own categories"
-        check_categories(self.model.heads, manifest.categories, str(manifest.root), remedy)
+        check_categories(self.model.heads, manifest.every_category, str(manifest.root), remedy)
         for task in self.source.tasks:
             config = TASKS[task].config
             if lacking := config.misleads(manifest.counts, manifest.findings):
                 raise ValueError(f"{self.where} has no {lacking}")
-            if not (manifest.having(config.learns_from) < self.images).any():
-                lacking = f"no {config.learns_from} in {self.images} images of {self.where}"
+            has_some = (manifest.having(config.learns_from) < self.images).any()
+            if config.labels not in manifest.labels or not has_some:
+                lacking = f"no {config.labels} in {self.images} images of {self.where}"
                 raise ValueError(
                     f"{lacking}, which {task} is compared with: give other data or other --tasks"
                 )

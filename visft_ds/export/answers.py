@@ -14,6 +14,7 @@ from torch import Tensor
 
 from visft_ds.data.samples import Map
 from visft_ds.data.transforms import Size
+from visft_ds.tasks.depth.head import DepthOutput
 from visft_ds.tasks.detection.data import corners_of
 from visft_ds.tasks.detection.dense import CANDIDATES, LEAST_SCORE, OVERLAP, DenseHead, DenseOutput
 from visft_ds.tasks.detection.head import DetectionOutput
@@ -187,6 +188,11 @@ def _around(inside: Tensor) -> Tensor:
     return torch.stack((left, top, right, bottom), dim=-1).float()
 
 
+def depths(output: DepthOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
+    """depth (B, H, W) in metres: as `depth.results.depth_results`, not rounded."""
+    return {"depth": picture.fine(output.metres)}
+
+
 def class_maps(output: SemanticOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
     """labels (B, H, W) uint8, logits (B, C, h, w): as `semantic.results.semantic_results`."""
     labels = _most_probable(output.logits.softmax(dim=1), picture)
@@ -226,6 +232,7 @@ ANSWERS: dict[tuple[str, type[Any]], Callable[..., dict[str, Tensor]]] = {
     ("detection", DenseOutput): dense,
     ("detection", DetectionOutput): queries,
     ("segmentation", MaskOutput): masks,
+    ("depth", DepthOutput): depths,
     ("semantic", SemanticOutput): class_maps,
     ("semantic", MaskOutput): class_maps_of_masks,
 }

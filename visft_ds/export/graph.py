@@ -55,9 +55,13 @@ class FrameMap(Map):
     """Map of pictures that all fill the same part of a frame."""
 
     empty: bool = False
+    part: tuple[int, int] = (0, 0)  #: rows and columns of cells that show them
 
     def has_empty_cells(self) -> bool:
         return self.empty
+
+    def parts(self) -> list[tuple[int, int]]:
+        return [self.part]
 
 
 class Maps(nn.Module):
@@ -93,14 +97,16 @@ class Maps(nn.Module):
     def _map(self, features: Tensor, prefix: Tensor | None) -> FrameMap:
         grid = features.shape[-2:]
         cells = []
-        empty = False
+        part = []
         for side, whole, number in zip(self.frame.size, self.frame.padded, grid, strict=True):
             cells.append(side * number / whole)
-            empty |= -(-side * number // whole) < number
+            part.append(-(-side * number // whole))
+        rows, columns = part
+        empty = (rows, columns) != tuple(grid)
         valid = valid_region(torch.tensor([self.frame.size]), self.frame.padded, tuple(grid))
         valid = valid.to(features.device).expand(features.shape[0], -1, -1)
         of_each = torch.tensor([cells]).expand(features.shape[0], -1)
-        return FrameMap(features, valid, prefix, of_each, empty)
+        return FrameMap(features, valid, prefix, of_each, empty, (rows, columns))
 
 
 class Features(nn.Module):

@@ -59,6 +59,10 @@ for label in np.unique(output["labels"]):  # labels: (height, width), places in 
     share = (output["labels"] == label).mean()
     print(f"{facts['categories'][label]['name']} {share:.1%}")
 Image.fromarray(output["labels"]).save("classes.png")"""
+_DEPTH = """
+metres = output["depth"]  # (height, width)
+print(f"{metres.min():.2f} to {metres.max():.2f} m")
+Image.fromarray((1000 * metres).clip(0, 65535).astype(np.uint16)).save("depth.png")  # millimetres"""
 _CAPTION = """
 step = onnxruntime.InferenceSession("captioning_step.onnx", providers=["CPUExecutionProvider"])
 states = dict(zip(names, values))
@@ -119,6 +123,7 @@ yourself.
 | `masks` | (B, N, height, width) bool |
 | `box_masks` | (B, N, 28, 28) logits in the cells of each box, for a mask inside of it: above 0 is inside |
 | `logits` | of semantic segmentation (B, C, h, w); of a caption's step (B, words) |
+| `depth` | (B, height, width) metres along the camera's axis |
 | `caption_ids` | (B,) the next word of each caption, a place in `words` |
 
 The metadata of each file, under `visft`, has these facts as JSON: categories or words, sizes, licence.
@@ -149,6 +154,8 @@ def readme(title: str, form: str, facts: Mapping[str, Mapping[str, Any]], lines:
             use = _CAPTION
         elif task == "semantic":
             use = _CLASSES
+        elif task == "depth":
+            use = _DEPTH
         elif task is not None:
             use = _OBJECTS.replace("{masks}", _code_of_masks(first))
         code = _PYTHON.format(file=name + suffix, use=use)

@@ -16,6 +16,7 @@ from visft_ds.tasks import Results
 BOXES = 1e-3  #: largest difference of a side, pixels
 SCORES = 1e-5  #: largest difference of a score
 MASKS = 0.999  #: least share of the pixels of a picture that a mask or class map has in common
+DEPTHS = 1e-3  #: largest difference of a depth, as a share of the farthest one of its picture
 FEATURES = 1e-4  #: largest difference of a map, as a share of its norm
 
 
@@ -28,6 +29,7 @@ class Difference:
     boxes: float = 0.0  #: pixels
     scores: float = 0.0
     masks: float | None = None  #: least share of equal pixels of a mask or class map; None: there are none
+    depths: float = 0.0  #: as a share of the farthest depth of a picture
     other: str = ""  #: what cannot be compared at all, of the first such picture
 
     def problems(self) -> list[str]:
@@ -39,6 +41,8 @@ class Difference:
             problems.append(f"scores differ by {self.scores:.3g} (limit {SCORES:g})")
         if self.masks is not None and self.masks < MASKS:
             problems.append(f"{self.masks:.2%} of the pixels of a mask are equal (limit {MASKS:.1%})")
+        if self.depths > DEPTHS:
+            problems.append(f"depths differ by {self.depths:.2%} of the farthest (limit {DEPTHS:.1%})")
         if self.other:
             problems.append(self.other)
         return [f"{self.task}: {problem}" for problem in problems]
@@ -49,6 +53,8 @@ class Difference:
             return "captions equal"
         if self.task == "semantic":
             return f"{self.masks:.3%} of pixels equal"
+        if self.task == "depth":
+            return f"depths differ by {self.depths:.1e} of the farthest"
         if self.objects == 0:
             return "no objects on either side, nothing was compared"
         text = f"{self.objects} objects, boxes {self.boxes:.1e} px, scores {self.scores:.1e}"
@@ -62,6 +68,10 @@ class Difference:
         elif self.task == "semantic":
             assert ours.semantic is not None and theirs.semantic is not None
             self._add_mask(ours.semantic, theirs.semantic)
+        elif self.task == "depth":
+            assert ours.depth is not None and theirs.depth is not None
+            apart = float(np.abs(ours.depth - theirs.depth).max() / ours.depth.max())
+            self.depths = max(self.depths, apart)
         elif self.task == "segmentation" or ours.has_instances:
             assert ours.masks is not None and theirs.masks is not None
             self._add_objects(ours.masks, theirs.masks)

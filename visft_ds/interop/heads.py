@@ -15,7 +15,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from visft_ds.data.shards import Category
+from visft_ds.data.shards import Category, categories_for
 from visft_ds.files import reading
 from visft_ds.interop.layouts import fitted
 from visft_ds.interop.published import published_head
@@ -210,7 +210,7 @@ def check_categories(
     for task, info in heads.items():
         known = info.names()
         unknown = []
-        for category in categories:
+        for category in categories_for(config_class(task).labels, categories):
             if known.get(category.coco_id) != category.name:
                 unknown.append(f"{category.coco_id} {category.name!r}")
         if known and unknown:
@@ -251,7 +251,8 @@ def check_heads(
     if categories:
         for task, theirs in classes_of_heads(heads).items():
             if theirs != classes.get(task):
-                raise ValueError(_other_classes(heads[task], categories))
+                of_task = categories_for(config_class(task).labels, categories)
+                raise ValueError(_other_classes(heads[task], of_task))
     check_vocabulary(heads, vocabulary, where)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +17,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 import torch
+from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from tqdm import tqdm
 
 from visft_ds.data.depth import png_of
+from visft_ds.data.panoptic import png_of_numbers
 from visft_ds.files import read_bytes, reading, write_bytes
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.predict.images import MOST_IN_TILES, OpenedImage, open_file, printable
@@ -31,11 +33,15 @@ from visft_ds.run_files import export_of
 from visft_ds.settings.tiles import Tiles
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import category_name
+from visft_ds.tasks.masks.regions import by_image, segment_numbers
 from visft_ds.tasks.pictures import save_picture
 
 RESULTS = "predictions.json"
 VISUALIZATIONS = "visualizations"
 DEPTH = "depth"  #: folder of depth maps, 16-bit PNG files
+PANOPTIC = (
+    "panoptic"  #: folder of panoptic maps, as COCO writes them; with ".json" the file that belongs to it
+)
 #: Settings, then a line for each image that is drawn; gone when `RESULTS` is there.
 LINES = "predictions.jsonl"
 #: Threads that decode while the model computes, and that draw.
@@ -118,6 +124,9 @@ def predict(
             drawing = pool.submit(_draw, outcome, out / VISUALIZATIONS / drawings[name])
             height, width = outcome.image.shape[:2]
             results = _with_depth_file(outcome.results, out, drawings[name])
+            if PANOPTIC in results:
+                numbers = segment_numbers(results[PANOPTIC], (height, width))
+                _write_map(out, PANOPTIC, drawings[name], png_of_numbers(numbers))
             record = {"file_name": name, "width": width, "height": height, "results": results}
             waiting.append((record, drawing))
             if len(waiting) > most_waiting:
@@ -129,6 +138,8 @@ def predict(
     predicted = len(whole["images"])
     if predicted > 0:
         write_bytes(out / RESULTS, orjson.dumps(whole))
+        if PANOPTIC in loaded.tasks:
+            write_bytes(out / f"{PANOPTIC}.json", _coco_panoptic(whole, drawings, loaded.stuff))
     (out / LINES).unlink()
     if predicted == 0:
         raise ValueError(f"none of {len(files)} files could be predicted")
@@ -138,8 +149,12 @@ def predict(
     without = [task for task in loaded.tasks if not whole[task]]
     if without:
         rows.append((", ".join(without), f"no object scores {threshold:g} or more: lower --threshold"))
-    folders = f"{VISUALIZATIONS}/, {DEPTH}/" if DEPTH in loaded.tasks else f"{VISUALIZATIONS}/"
-    rows.append(("written", f"{out}: {RESULTS}, {folders}"))
+    written = [RESULTS, f"{VISUALIZATIONS}/"]
+    if DEPTH in loaded.tasks:
+        written.append(f"{DEPTH}/")
+    if PANOPTIC in loaded.tasks:
+        written += [f"{PANOPTIC}.json", f"{PANOPTIC}/"]
+    rows.append(("written", f"{out}: {', '.join(written)}"))
     print_plan("done", [Section("results", rows)])
 
 
@@ -157,11 +172,36 @@ def _with_depth_file(results: Mapping[str, Results], out: Path, drawing: str) ->
     if DEPTH not in results:
         return results
     (result,) = results[DEPTH]
-    file = Path(DEPTH, drawing).with_suffix(".png")
-    (out / file).parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(out / file, png_of(result["depth"]))
+    file = _write_map(out, DEPTH, drawing, png_of(result["depth"]))
     named = {"file": str(file), "metres": result["depth"]["metres"]}
     return {**results, DEPTH: [{**result, "depth": named}]}
+
+
+def _write_map(out: Path, kind: str, drawing: str, png: bytes) -> Path:
+    """Write a map of an image, named as its drawing; returns its path in `out`."""
+    file = Path(kind, drawing).with_suffix(".png")
+    (out / file).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(out / file, png)
+    return file
+
+
+def _coco_panoptic(whole: Mapping[str, Any], drawings: Mapping[str, str], stuff: Collection[int]) -> bytes:
+    """The panoptic predictions as COCO's file of results, to which the PNG files in `PANOPTIC` belong."""
+    segments = by_image(whole[PANOPTIC])
+    annotations = []
+    for image in whole["images"]:
+        infos = []
+        for segment in segments[image["id"]]:
+            area = int(coco_mask.area(segment["segmentation"]))
+            info = {key: segment[key] for key in ("id", "category_id", "score")}
+            infos.append({**info, "iscrowd": 0, "area": area})
+        file = str(Path(drawings[image["file_name"]]).with_suffix(".png"))
+        annotations.append({"image_id": image["id"], "file_name": file, "segments_info": infos})
+    categories = []
+    for category in whole["categories"]:
+        categories.append({**category, "isthing": int(category["id"] not in stuff)})
+    content = {"images": whole["images"], "annotations": annotations, "categories": categories}
+    return orjson.dumps(content)
 
 
 def _draw(prediction: Prediction, path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 
+from visft_ds.data.depth import encoded
 from visft_ds.files import reading
 from visft_ds.flags import check_extra
 from visft_ds.predict.images import OpenedImage
@@ -120,7 +121,7 @@ class ExportedModel(Model):
         if "words" in facts:
             return [{"image_id": 0, "caption": self._caption(task, images, facts["words"])}]
         outputs = {name: values[0] for name, values in self._files[task].run({"images": images}).items()}
-        ids = [category["id"] for category in facts["categories"]]
+        ids = [category["id"] for category in facts.get("categories", ())]
         return results_of_outputs(task, outputs, ids, images.shape[1:3], threshold)
 
     def _caption(self, task: str, images: npt.NDArray[np.uint8], words: Sequence[str]) -> str:
@@ -145,6 +146,8 @@ def results_of_outputs(
 ) -> Results:
     """Results of the outputs for a picture of this size (H, W), in COCO's format; `ids` of its categories."""
     results = Results()
+    if task == "depth":
+        return [{"image_id": 0, "depth": encoded(outputs["depth"])}]
     if task == "semantic":
         for label in np.unique(outputs["labels"]).tolist():
             results.append({"image_id": 0, "category_id": ids[label], **_code(outputs["labels"] == label)})

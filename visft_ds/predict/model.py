@@ -214,8 +214,11 @@ class Model:
         self.source = source  #: what it was loaded from
         self.tasks = tuple(loaded.heads)  #: names
         self.categories: dict[int, str] = {}  #: names by id
+        #: ids of the categories of stuff, of a panoptic head
+        self.stuff: frozenset[int] = frozenset()
         for info in loaded.heads.values():
             self.categories |= info.names()
+            self.stuff |= frozenset(info.options.get("stuff", ()))
         #: The detection head gives a mask with each box.
         self.has_instances = "detection" in loaded.heads and loaded.heads["detection"].settings().masks
         self.facts = loaded.facts  #: files of its parts, by name

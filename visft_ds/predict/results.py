@@ -21,8 +21,9 @@ from visft_ds.data.depth import Values, values_of
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.depth.results import colour_range, coloured
+from visft_ds.tasks.masks.regions import draw_regions, segment_numbers
 from visft_ds.tasks.pictures import SIDE, draw_objects, palette, scaled, side_by_side, with_text
-from visft_ds.tasks.semantic.results import draw_regions, number_map
+from visft_ds.tasks.semantic.results import number_map
 
 Floats = npt.NDArray[np.float32]
 _SHOWN_OBJECTS = 5  #: of a repr
@@ -234,6 +235,14 @@ class Prediction:
         return None if results is None else values_of(results[0]["depth"])
 
     @property
+    def panoptic(self) -> npt.NDArray[np.int32] | None:
+        """Segment (H, W) of each pixel, the `id` of an entry of `results["panoptic"]`, 0 of none; None if the
+        model has no panoptic head.
+        """
+        results = self.results.get("panoptic")
+        return None if results is None else segment_numbers(results, self.image.shape[:2])
+
+    @property
     def caption(self) -> str | None:
         """Text of the captioning head; None if the model has none."""
         if "captioning" not in self.results:
@@ -293,9 +302,10 @@ class Prediction:
         if self.masks is not None and not self.has_instances:
             drawn = self._drawn(self.masks, side, masks=self.masks.masks)
             panels.append((drawn, f"masks: {len(self.masks)}"))
-        regions = self.results.get("semantic")
-        if regions:
-            panels.append((draw_regions(self.image, regions, self.categories, side), "classes"))
+        for task, title in (("semantic", "classes"), ("panoptic", "segments")):
+            regions = self.results.get(task)
+            if regions:
+                panels.append((draw_regions(self.image, regions, self.categories, side), title))
         depth = self.depth
         if depth is not None:
             picture = coloured(depth, *colour_range(depth))

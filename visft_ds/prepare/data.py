@@ -75,7 +75,7 @@ def open_data(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> RunData:
     fit the training sets; and as `vocabulary_of`.
     """
     first = next(iter(sets.values())).manifest
-    classes = classes_of_run(config, first.categories)
+    classes = classes_of_run(config, first.every_category)
     vocabulary = vocabulary_of(config, sets)
     validation = None
     if config.run.eval_every:
@@ -97,7 +97,7 @@ def open_data(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> RunData:
         plans[name] = TaskPlan(samples_of(config, stream, sets), stream.batch_size, stream.share)
     views = None if config.features is None else config.features.views
     plan = Plan(plans, config.seed, views)
-    return RunData(sets, first.categories, streams, pipelines, plan, vocabulary, validation)
+    return RunData(sets, first.every_category, streams, pipelines, plan, vocabulary, validation)
 
 
 def workers_of(data: DataConfig) -> int:

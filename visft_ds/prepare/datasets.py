@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.plan import SetPlan
-from visft_ds.data.shards import Category, Manifest
+from visft_ds.data.shards import Category, Manifest, categories_for
 from visft_ds.settings.bands import Bands, in_words
 from visft_ds.settings.task_schema import Stream, WordsConfig
 from visft_ds.tasks import config_class
@@ -87,8 +87,10 @@ def check_samples(tasks: Iterable[str], manifest: Manifest) -> None:
 
 def check_same_categories(manifest: Manifest, first: Manifest) -> None:
     """Raise ValueError for a split with a category, by id and name, that ROOT/TRAIN (`first`) lacks."""
-    known = {category.coco_id: category.name for category in first.categories}
-    unknown = [category for category in manifest.categories if known.get(category.coco_id) != category.name]
+    # Panoptic categories that are other labels' as well have the same names there.
+    known = {category.coco_id: category.name for category in first.every_category}
+    every = manifest.every_category
+    unknown = [category for category in every if known.get(category.coco_id) != category.name]
     if unknown:
         category = unknown[0]
         there = known.get(category.coco_id, "absent")
@@ -146,10 +148,11 @@ def classes_of_run(config: VisftConfig, categories: Sequence[Category]) -> dict[
 
     Raises ValueError for heads that cannot have classes for `categories`, those of ROOT/TRAIN.
     """
-    names = {category.coco_id: category.name for category in categories}
     classes = {}
     for name, task in config.tasks.enabled().items():
         if task.has_classes:
+            of_task = categories_for(task.labels, categories)
+            names = {category.coco_id: category.name for category in of_task}
             ids = classes_of(name, task.head.model_dump(), names)
             if ids is not None:
                 classes[name] = ids

@@ -55,7 +55,7 @@ TILE_BATCH = 16
 #: Block of lite0 whose map has cells of FINE_CELL.
 LITE0_FINE = 2
 #: Tasks of whole scenes, every pixel of which is labelled.
-_OF_SCENES = {"semantic", "depth"}
+_OF_SCENES = {"semantic", "depth", "panoptic"}
 #: Of photographs with their labels: blocks of lite0 of strides 8, 16 and 32, smallest and largest long side,
 #: views (as it is, and mirrored) and batch.
 SCENE_BLOCKS = [2, 4, 6]
@@ -198,7 +198,7 @@ def _decide_for_scenes(draft: Draft, merged: Merged, manifests: Sequence[Manifes
         from visft_ds.models.timm_backbone import scene_maps  # imports torch and timm, which costs seconds
 
         values["visft.model.out_indices"] = scene_maps(preset.removeprefix(TIMM))
-    draft.decide(values, "the recipe for label and depth maps")
+    draft.decide(values, "the recipe for label, depth and panoptic maps")
 
 
 def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
@@ -230,8 +230,8 @@ def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
 
 
 def _decide_tasks(draft: Draft, manifests: Sequence[Manifest], batch_size: int | None) -> None:
-    """Turn tasks of the shipped recipe off that the shards do not teach, and those of label and depth maps
-    on.
+    """Turn tasks of the shipped recipe off that the shards do not teach, and those of label, depth and
+    panoptic maps on.
 
     A task that the user mentions is wanted, and what it lacks is an error. Where nothing would be left,
     nothing is decided, nor where several sets may teach different tasks.
@@ -249,7 +249,7 @@ def _decide_tasks(draft: Draft, manifests: Sequence[Manifest], batch_size: int |
         by_flag = [source for source in sources if source.startswith("--") and source != "--batch-size"]
         if not is_shipped or by_flag:
             continue
-        if task.labels in ("captions", "depth"):
+        if task.labels in ("captions", "depth", "panoptic"):
             lacks = "" if manifest.counts.get(task.labels) else task.labels
         elif manifest.counts.get("trainable"):
             lacks = task.misleads(manifest.counts, manifest.findings) or ""
@@ -259,8 +259,9 @@ def _decide_tasks(draft: Draft, manifests: Sequence[Manifest], batch_size: int |
             lacking[key] = lacks
     settings = {} if batch_size is None else {"batch_size": batch_size}
     is_added = False
-    for labels, name, what in (("maps", "semantic", "label maps"), ("depth", "depth", "depth maps")):
-        if labels in manifest.labels and name not in tasks:
+    maps = {"semantic": "label maps", "depth": "depth maps", "panoptic": "panoptic maps"}
+    for name, what in maps.items():
+        if config_class(name).labels in manifest.labels and name not in tasks:
             draft.decide({f"visft.tasks.{name}": settings}, f"the data, which has {what}")
             is_added = True
     if not is_added and len(lacking) == len(tasks):
@@ -484,7 +485,13 @@ def _decide_detections(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
 
 
 def _decide_classes(draft: Draft, first: Manifest) -> None:
-    """As many classes as ROOT/TRAIN (`first`) has categories, for label maps and ids that are not COCO's."""
+    """As many classes as ROOT/TRAIN (`first`) has categories, for maps and ids that are not COCO's."""
+    if first.panoptic and "panoptic" in draft.recipe.visft.tasks.enabled():
+        key = "visft.tasks.panoptic.head"
+        stuff = [category.coco_id for category in first.panoptic if not category.thing]
+        of_head = {f"{key}.num_classes": len(first.panoptic), f"{key}.stuff": stuff}
+        of_head = {name: value for name, value in of_head.items() if name not in draft.tree.sources}
+        draft.decide(of_head, f"the data, which has {len(first.panoptic)} panoptic categories")
     are_own = any(category.coco_id not in COCO_NAMES for category in first.categories)
     if "maps" not in first.labels and not are_own:
         return
@@ -492,6 +499,7 @@ def _decide_classes(draft: Draft, first: Manifest) -> None:
     for name, task in draft.recipe.visft.tasks.enabled().items():
         key = f"visft.tasks.{name}.head.num_classes"
         has_published = getattr(task.head, "class_ids", "") == "published"  # which has COCO's ids only
-        if task.has_classes and not has_published and key not in draft.tree.sources:
+        is_panoptic = task.labels == "panoptic"
+        if task.has_classes and not is_panoptic and not has_published and key not in draft.tree.sources:
             values[key] = len(first.categories)
     draft.decide(values, f"the data, which has {len(first.categories)} categories")

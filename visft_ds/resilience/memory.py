@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,9 @@ import torch
 from visft_ds import distributed
 from visft_ds.config import Batches
 from visft_ds.data.depth import encoded
+from visft_ds.data.panoptic import png_of_numbers, stored_panoptic
 from visft_ds.data.samples import Batch, RawSample
-from visft_ds.data.shards import Role
+from visft_ds.data.shards import Manifest, Role
 from visft_ds.distributed import PipelinePosition
 from visft_ds.errors import NO_MEMORY, RankError
 from visft_ds.monitor.console import Section, print_plan
@@ -163,16 +165,30 @@ def largest_batches(data: RunData, micro: Mapping[str, int], role: Role) -> Iter
         }
         depth = encoded(np.ones((side, side), np.float32)) if "depth" in stream.tasks else None
         for dataset, pipeline in data.pipelines[name].items():
+            panoptic = None
+            if "panoptic" in stream.tasks:
+                panoptic = _stripes(data.sets[dataset].manifest, side)
             image = None if role == "labels" else _black(data.sets[dataset].manifest.bands, side)
             numbers = sorted(data.sets[dataset].manifest.index["num_annotations"].tolist(), reverse=True)
             numbers += [0] * micro[name]  # a set may have fewer images than a micro-batch
             samples = []
             for key, count in enumerate(numbers[: micro[name]]):
-                raw = RawSample(key, key, (side, side), image, [whole] * count, [caption], depth=depth)
+                raw = RawSample(
+                    key, key, (side, side), image, [whole] * count, [caption], None, depth, panoptic
+                )
                 sample = pipeline.transform(raw, generator(key), ops=())
                 targets = {} if role == "images" else sample.targets
                 samples.append(replace(sample, random_key=key, targets=targets))
             yield name, pipeline.collate(samples)
+
+
+def _stripes(manifest: Manifest, side: int) -> dict[str, Any]:
+    """A panoptic map of a square, with as many segments as images of a split have at most."""
+    number = max(1, manifest.counts.get("segments_at_most", 1))
+    rows = np.arange(side)[:, None] * number // side + 1
+    category = manifest.panoptic[0].coco_id
+    segments = [{"id": id_, "category_id": category, "iscrowd": 0} for id_ in range(1, number + 1)]
+    return stored_panoptic(png_of_numbers(np.tile(rows, side)), segments)
 
 
 def _black(bands: Bands | None, side: int) -> npt.NDArray[np.generic]:

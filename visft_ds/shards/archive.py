@@ -18,8 +18,9 @@ from visft_ds.files import image_frame, open_image, read_bands, read_bytes, read
 from visft_ds.shards.bands import Statistics, tiff_of
 from visft_ds.shards.coco import SourceImage
 from visft_ds.shards.common import Json
-from visft_ds.shards.depth import label_with_depth
+from visft_ds.shards.depth import depth_of
 from visft_ds.shards.options import Options
+from visft_ds.shards.panoptic import panoptic_of
 
 MAX_IMAGE_BYTES = 1 << 30  #: of a picture file
 #: Pillow's formats -> suffixes in a shard; of others the name is the suffix.
@@ -63,7 +64,7 @@ def write_shard(
         for image in images:
             progress(1)
             try:
-                label = label_with_depth(image, options.depth)
+                label = image.label(**_maps_of(image, options))
                 if statistics is None:
                     suffix, data, kinds = _picture(image, options)
                 else:
@@ -90,6 +91,16 @@ def write_shard(
         "odd": odd,
         "bands": None if statistics is None else statistics.record(),
     }
+
+
+def _maps_of(image: SourceImage, options: Options) -> Json:
+    """The maps of an image as its label has them. Raises ValueError for one that cannot be used."""
+    maps = Json()
+    if image.depth is not None and options.depth is not None:
+        maps["depth"] = depth_of(image, options.depth)
+    if image.panoptic is not None:
+        maps["panoptic"] = panoptic_of(image)
+    return maps
 
 
 def _add_member(tar: BinaryIO, name: str, data: bytes) -> list[int]:

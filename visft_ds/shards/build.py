@@ -43,8 +43,7 @@ from visft_ds.files import remove_unfinished, write_bytes, write_text, wrong_nam
 from visft_ds.shards.archive import sample_size, shard_size, write_shard
 from visft_ds.shards.bands import bands_of, form_of
 from visft_ds.shards.coco import CocoSource, SourceImage, name_as_here, read_coco
-from visft_ds.shards.common import Findings, Json
-from visft_ds.shards.depth import DepthMaps, label_bytes
+from visft_ds.shards.common import Findings, Json, SecondPicture
 from visft_ds.shards.options import Options, state_folder
 from visft_ds.tasks.vocabulary import caption_words
 
@@ -103,6 +102,7 @@ def _plan(options: Options) -> _Plan:
         options.division,
         options.corrections,
         options.depth,
+        options.panoptic,
     )
     name_as_here(source, options.images)
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
@@ -121,22 +121,27 @@ def _plan(options: Options) -> _Plan:
             status = path.stat()
             image.file_bytes = status.st_size
             image.modified = status.st_mtime_ns
-            if options.depth is not None:
-                _find_depth(image, options.depth, source.findings)
+            _find_second_pictures(image, options, source.findings)
             usable.append(image)
     reasons(left_out).refuse_above_a_tenth(len(images), options.images, "images")
     return _Plan(source, images, left_out, _cut(usable, options.max_size))
 
 
-def _find_depth(image: SourceImage, maps: DepthMaps, findings: Findings) -> None:
-    """Note the depth map of an image; one without a map teaches other tasks only."""
-    image.depth = maps.file_of(image.file_name)
-    if image.depth is None:
-        findings.add("image without depth map (kept)", image.file_name)
-        return
-    status = image.depth.stat()
-    image.depth_bytes = status.st_size
-    image.depth_modified = status.st_mtime_ns
+def _find_second_pictures(image: SourceImage, options: Options, findings: Findings) -> None:
+    """Note the maps of an image; one without a map teaches other tasks only."""
+    if options.depth is not None:
+        path = options.depth.file_of(image.file_name)
+        if path is None:
+            findings.add("image without depth map (kept)", image.file_name)
+        else:
+            image.depth = SecondPicture.at(path)
+    if options.panoptic is not None:
+        found = options.panoptic.map_of(image.file_name)
+        if found is None:
+            findings.add("image without panoptic map (kept)", image.file_name)
+        else:
+            image.panoptic = SecondPicture.at(found.file)
+            image.segments = found.segments
 
 
 def _cut(images: Sequence[SourceImage], max_size: int) -> list[list[SourceImage]]:
@@ -144,7 +149,9 @@ def _cut(images: Sequence[SourceImage], max_size: int) -> list[list[SourceImage]
     shards = list[list[SourceImage]]()
     used = 0
     for image in images:
-        size = sample_size(image.file_bytes, len(image.label()) + label_bytes(image.depth_bytes))
+        label_bytes = len(image.label()) + len(orjson.dumps(image.segments))
+        label_bytes += sum(picture.label_bytes() for picture in image.second_pictures())
+        size = sample_size(image.file_bytes, label_bytes)
         if not shards or shard_size(used + size) > max_size:
             shards.append([])
             used = 0
@@ -175,6 +182,7 @@ def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[M
     for category in source.categories:
         if not having[category.coco_id]:
             source.findings.add("class that no image has", category.name)
+    panoptic = () if options.panoptic is None else options.panoptic.categories
     bands = None
     if options.form is not None and records:
         bands = bands_of(options.form, [record["bands"] for record in records])
@@ -193,9 +201,10 @@ def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[M
         findings=source.findings,
         options=options.content(),
         sources=source.files,
-        fingerprint=fingerprint(source.categories, index, bands),
+        fingerprint=fingerprint([*source.categories, *panoptic], index, bands),
         index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
         bands=bands,
+        panoptic=panoptic,
     )
     return manifest, file.getvalue()
 
@@ -214,7 +223,13 @@ def _counts(images: Sequence[SourceImage], options: Options) -> dict[str, int]:
     counts["captions"] = sum(len(image.captions) for image in images)
     if options.depth is not None:
         counts["depth"] = sum(image.depth is not None for image in images)
-    counts["empty"] = sum(not (image.objects or image.captions or image.depth) for image in images)
+    if options.panoptic is not None:
+        counts["panoptic"] = sum(image.panoptic is not None for image in images)
+        counts["segments"] = sum(len(image.segments) for image in images)
+        counts["segments_at_most"] = max((len(image.segments) for image in images), default=0)
+    counts["empty"] = sum(
+        not (image.objects or image.captions or image.second_pictures()) for image in images
+    )
     return counts
 
 
@@ -339,8 +354,9 @@ def _write_all(options: Options, plan: _Plan, workers: int) -> list[Json]:
         digest = hashlib.sha256()
         for image in images:  # the time of change stands for the pixels
             digest.update(b"%d %d %b" % (image.file_bytes, image.modified, image.label()))
-            if image.depth is not None:
-                digest.update(b"%d %d" % (image.depth_bytes, image.depth_modified))
+            for picture in image.second_pictures():
+                digest.update(b"%d %d" % (picture.bytes, picture.modified))
+            digest.update(orjson.dumps(image.segments))
         key = digest.hexdigest()
         record = _record(record_path)
         if (

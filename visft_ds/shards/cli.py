@@ -75,7 +75,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Make shards, index and manifest of a data set. A folder is recognised by its files: COCO (also of "
         "CVAT, Label Studio and Roboflow), YOLO (data.yaml or classes.txt), Pascal VOC, labelme, images with "
-        "captions (jsonl), with label maps (ADE20k, Cityscapes, CamVid, your own), or with depth maps."
+        "captions (jsonl), with label maps (ADE20k, Cityscapes, CamVid, your own), panoptic or depth maps."
     )
     add = parser.add_argument
     add(
@@ -83,7 +83,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         metavar="FOLDER",
-        help="a data set, or its data.yaml; else give the files",
+        help="a data set, its data.yaml, or nyu_depth_v2_labeled.mat; else give the files",
     )
     add("--images", type=Path, metavar="DIR", help="folder of the image files")
     add("--instances", type=Path, metavar="FILE", help="instances_*.json of COCO")
@@ -331,6 +331,7 @@ def _build_split(
         division=split.division,
         corrections=split.corrections,
         depth=split.depth,
+        panoptic=split.panoptic,
         masks_from_boxes=arguments.masks_from_boxes,
         range=None if value_range is None else (value_range[0], value_range[1]),
         bands=None if bands is None else tuple(map(int, bands)),
@@ -425,7 +426,9 @@ def _info(arguments: argparse.Namespace) -> None:
             sides = sorted(manifest.index[side].tolist())
             print(f"  {side} {sides[0]} to {sides[-1]}, median {sides[len(sides) // 2]}")
         _print_bands(manifest)
-        names = [f"{category.coco_id} {shown_name(category.name)}" for category in manifest.categories]
-        print(f"  {len(names)} categories: {', '.join(names) or 'none'}")
+        for what, categories in (("", manifest.categories), ("panoptic ", manifest.panoptic)):
+            names = [f"{category.coco_id} {shown_name(category.name)}" for category in categories]
+            if names or not what:
+                print(f"  {len(names)} {what}categories: {', '.join(names) or 'none'}")
         _print_classes(manifest)
         print(f"  fingerprint {manifest.fingerprint}")

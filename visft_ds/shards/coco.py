@@ -18,10 +18,11 @@ from visft_ds.data.labels import is_box, is_near, is_polygon, run_length_code
 from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
 from visft_ds.settings.task_schema import WITHOUT_MASK
-from visft_ds.shards.common import BYTE_ORDER_MARK, CocoFile, Findings, name_here
+from visft_ds.shards.common import BYTE_ORDER_MARK, CocoFile, Findings, SecondPicture, name_here
 from visft_ds.shards.corrections import corrected, corrected_captions, corrected_maps, parse_corrections
 from visft_ds.shards.depth import DepthMaps
 from visft_ds.shards.division import Division
+from visft_ds.shards.panoptic import PanopticMaps
 
 _ANOTHER_FORM = "mask given as [x, y, ...], as [[x, y], ...] or as text (read as polygons)"
 _NO_POLYGON = "polygon of fewer than three points, or not of numbers (left out of its mask)"
@@ -55,9 +56,9 @@ class SourceImage:
     selected: bool = True  #: it was asked for
     file_bytes: int = 0
     modified: int = -1  #: time of its file, nanoseconds; -1: there is none
-    depth: Path | None = None  #: its depth map
-    depth_bytes: int = 0
-    depth_modified: int = -1
+    depth: SecondPicture | None = None  #: its depth map
+    panoptic: SecondPicture | None = None  #: its panoptic map
+    segments: tuple[Mapping[str, int], ...] = ()  #: of its panoptic map
 
     def add(self, annotation: bytes, category: int, crowd: bool, share: float) -> None:
         """Add an annotation as a label has it, whose box covers a share of the image."""
@@ -69,8 +70,8 @@ class SourceImage:
             self.classes.add(category)
             self.sides.append(math.sqrt(share))
 
-    def label(self, depth: Mapping[str, Any] | None = None) -> bytes:
-        """The JSON file of this sample in a shard, with a depth map if one is given."""
+    def label(self, **pictures: Mapping[str, Any]) -> bytes:
+        """The JSON file of this sample in a shard, with second pictures by their kind."""
         content = {
             "image_id": self.image_id,
             "file_name": self.file_name,
@@ -79,10 +80,13 @@ class SourceImage:
             **self.credit,
             "annotations": orjson.Fragment(b"[%b]" % bytes(self.annotations[:-1])),
             "captions": self.captions,
+            **pictures,
         }
-        if depth is not None:
-            content["depth"] = depth
         return orjson.dumps(content)
+
+    def second_pictures(self) -> list[SecondPicture]:
+        """Those that it has."""
+        return [picture for picture in (self.depth, self.panoptic) if picture is not None]
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,10 @@ def read_coco(
     division: Division | None = None,
     corrections: Path | None = None,
     depth: DepthMaps | None = None,
+    panoptic: PanopticMaps | None = None,
 ) -> CocoSource:
     """Read COCO JSON files; without instances, the images are those of the captions file, or those that have
-    a `depth` map.
+    a `depth` or `panoptic` map.
 
     `ids` is a text file of image ids or file names, one a line: only these images. With `ellipses`, an object
     without a mask gets the ellipse in its box. Of a `division`, only the images of its side. `corrections` is
@@ -121,8 +126,11 @@ def read_coco(
     selection = None if ids is None else _read_selection(ids, files)
     images = dict[int, SourceImage]()
     categories = dict[int, str]()
-    listing = None if depth is None else depth.listing
-    sources = {"instances": instances, "maps": maps, "captions": captions, "depth": listing}
+    sources = {"instances": instances, "maps": maps, "captions": captions}
+    if depth is not None:
+        sources["depth"] = depth.listing
+    if panoptic is not None and panoptic.is_alone:
+        sources["panoptic"] = panoptic.images
     for role, source in sources.items():
         if source is None:
             continue
@@ -154,7 +162,10 @@ def read_coco(
             findings.update(unusable)
     chosen = [images[number] for number in sorted(images) if images[number].selected]
     # 1 x 1 stands for a file that cannot be read, which is the better reason
-    if depth is None and not any(
+    if panoptic is not None:
+        files["panoptic"] = panoptic.file
+        _check_names(categories, panoptic)
+    if depth is panoptic is None and not any(
         image.trainable or image.captions or image.width == image.height == 1 for image in chosen
     ):
         raise ValueError(
@@ -163,6 +174,17 @@ def read_coco(
     ordered = enumerate(sorted(categories))
     listed = tuple(Category(position, number, categories[number]) for position, number in ordered)
     return CocoSource(chosen, listed, findings, files)
+
+
+def _check_names(categories: Mapping[int, str], panoptic: PanopticMaps) -> None:
+    """Raise ValueError for a panoptic category whose id means another one to the other labels."""
+    for category in panoptic.categories:
+        name = categories.get(category.coco_id, category.name)
+        if name != category.name:
+            raise ValueError(
+                f"{panoptic.file['name']}: category {category.coco_id} is {category.name!r}, and {name!r} in "
+                "the other labels: give both the same categories"
+            )
 
 
 def name_as_here(source: CocoSource, folder: Path) -> None:

@@ -15,6 +15,7 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under N
 from visft_ds.files import image_frame, shown_name
 from visft_ds.shards.depth import DepthMaps
 from visft_ds.shards.division import Division
+from visft_ds.shards.panoptic import PanopticMaps
 
 Json = dict[str, Any]  # an object of a JSON file
 #: A COCO file, or its content where it was made of another format.
@@ -39,6 +40,7 @@ CLASSES = "classes.txt"  #: a list of names, one a line
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which Windows puts before a text
 _EXAMPLES = 3
+_AROUND = 64  # bytes of JSON around a second picture
 
 
 class Findings(dict[str, tuple[int, list[str]]]):
@@ -69,6 +71,25 @@ def lines_of(findings: Mapping[str, Sequence[Any]]) -> list[str]:
     return [f"{count:>7} x {kind}, e.g. {', '.join(shown)}" for kind, (count, shown) in findings.items()]
 
 
+@dataclass(frozen=True, slots=True)
+class SecondPicture:
+    """File of a map of an image, which goes into its label."""
+
+    path: Path
+    bytes: int
+    modified: int  #: time of its file, nanoseconds
+
+    @classmethod
+    def at(cls, path: Path) -> SecondPicture:
+        """The file at a path. Raises OSError without it."""
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+    def label_bytes(self) -> int:
+        """Most bytes that it adds to a label."""
+        return _AROUND + -(-self.bytes // 3) * 4
+
+
 @dataclass(frozen=True)
 class FolderSplit:
     """Inputs of a build that a folder has for a split."""
@@ -82,6 +103,7 @@ class FolderSplit:
     division: Division | None = None  #: only one side of it
     corrections: Path | None = None  #: file of changes to its instances
     depth: DepthMaps | None = None  #: of its images
+    panoptic: PanopticMaps | None = None  #: of its images
 
 
 def split_of(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from visft_ds.data.depth import read_numbers, stored_depth
 from visft_ds.files import read_bytes
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from visft_ds.shards.common import Json
 
 FOLDER = "depth"
-_AROUND = 64  # bytes of JSON around a map
 
 
 @dataclass(frozen=True)
@@ -31,22 +30,16 @@ class DepthMaps:
         return self.files.get(str(PurePath(image).with_suffix("")))
 
 
-def label_bytes(file_bytes: int) -> int:
-    """Most bytes that a map of so many adds to a label."""
-    return _AROUND + -(-file_bytes // 3) * 4 if file_bytes else 0
-
-
-def label_with_depth(image: SourceImage, maps: DepthMaps | None) -> bytes:
-    """The label of an image, with its depth map if it has one.
+def depth_of(image: SourceImage, maps: DepthMaps) -> dict[str, Any]:
+    """The depth map of an image as a label has it.
 
     Raises ValueError for a map that is none, or of another size.
     """
-    if image.depth is None or maps is None:
-        return image.label()
-    data = read_bytes(image.depth)
+    assert image.depth is not None
+    data = read_bytes(image.depth.path)
     height, width = read_numbers(data).shape
     if (height, width) != (image.height, image.width):
         raise ValueError(
             f"depth map of another size: {width} x {height}, the image has {image.width} x {image.height}"
         )
-    return image.label(stored_depth(data, maps.metres))
+    return stored_depth(data, maps.metres)

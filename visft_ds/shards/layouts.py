@@ -31,10 +31,13 @@ from visft_ds.shards.common import (
     split_of,
 )
 from visft_ds.shards.depth import FOLDER, DepthMaps
+from visft_ds.shards.depth_sets import extract_labelled, list_files, paired_maps, read_pairs
 from visft_ds.shards.maps import by_name, map_layouts, read_maps, unpaired
+from visft_ds.shards.panoptic import read_panoptic
 from visft_ds.shards.tools import LABELME, VOC, read_tool, tool_layouts
 from visft_ds.shards.yolo import read_yolo
 
+_PANOPTIC_FILE = re.compile(r"(?:cityscapes_)?panoptic_(.+)\.json")
 _YEAR = re.compile(r"^(train|val|test)\d{4}$")
 _COCO_FILE = re.compile(r"(?:(instances|maps|captions)_)?(.+)\.json")
 _KEYPOINTS_FILE = re.compile(r"person_keypoints_(.+)\.json")
@@ -53,7 +56,10 @@ _LOOKED_FOR = """looked for
   captions  metadata.jsonl or captions.jsonl (file_name, text) beside the images, here or in SPLIT/
   maps      classes.txt, images/SPLIT, labels/SPLIT; ADE20k's, Cityscapes' and CamVid's own folders
   depth     images/SPLIT, depth/SPLIT (16-bit PNG; depth/unit.txt: metres of a number, else 0.001);
-            depth/SPLIT may also lie beside any of the others
+            depth/SPLIT may also lie beside any of the others; NYU's and KITTI's folders, with Eigen's lists
+            of files or without; nyu_depth_v2_labeled.mat with splits.mat
+  panoptic  panoptic_SPLIT.json and the PNG files in panoptic_SPLIT/, here or in annotations/, or
+            gtFine/cityscapes_panoptic_SPLIT.json; alone or beside any of the others
   tools     Pascal VOC's XML or labelme's JSON beside each image, or in annotations/ with images/
 or name the files: visft shards build --images DIR --instances FILE --out OUT --split train"""
 _CVAT = "export the task as `COCO 1.0`, with `Save images` on"
@@ -73,6 +79,8 @@ _OTHER_EXPORTS = {
 }
 _SHOWN = 8  # names in a message
 _DEPTH = "depth maps"  # the layout of a folder that has no other labels
+_PANOPTIC = "panoptic maps"  # the same
+_PAIRS = "images with depth maps"  # NYU's and KITTI's
 
 
 def recognise(
@@ -87,9 +95,11 @@ def recognise(
         ValueError: nothing that is known, or two things; no split of the name; the files of the layout are
             wrong.
     """
+    if source.suffix == ".mat" and source.is_file():
+        source = extract_labelled(source)
     if source.is_dir():
         # a file of a common name makes no second layout of a folder that is known without it
-        layouts = dict(_layouts(source)) or dict(_layouts_of_tools(source)) or dict(_depth_alone(source))
+        layouts = dict(_layouts(source)) or dict(_layouts_of_tools(source)) or dict(_maps_alone(source))
     elif source.is_file() and source.suffix in (".yaml", ".yml"):
         layouts = {"YOLO": [source]}
     else:
@@ -129,12 +139,17 @@ def recognise(
             splits = read_tool(layout, source, only, exif)
         case _ if layout == _DEPTH:
             splits = _read_depth(source, only, exif)
+        case _ if layout == _PANOPTIC:
+            splits = _read_panoptic(source, only)
+        case _ if layout == _PAIRS:
+            splits = read_pairs(source, only, exif)
         case _:
             splits = read_maps(layout, source, only, void)
     if not splits:
         raise ValueError(f"{source} has no split {only!r}; it is {shown[0]}")
-    splits = [_with_depth(split, source) for split in splits]
-    unread = [path for path in source.glob("annotations/*.json") if path not in files]
+    splits = [_with_second_pictures(split, source) for split in splits]
+    known = [*files, *_panoptic_files(source).values()]
+    unread = [path for path in source.glob("annotations/*.json") if path not in known]
     return layout, splits, sorted(unread)
 
 
@@ -192,11 +207,33 @@ def _depth_folders(folder: Path) -> dict[str, Path]:
     return folders
 
 
-def _depth_alone(folder: Path) -> Iterator[tuple[str, list[Path]]]:
-    """The layout of a folder that has depth maps and no other labels."""
+def _panoptic_files(folder: Path) -> dict[str, Path]:
+    """Split -> the JSON file of its panoptic maps. Raises ValueError for two of one split."""
+    files = dict[str, Path]()
+    for place in (folder, folder / "annotations", folder / "gtFine"):
+        for path in sorted(place.glob("*panoptic_*.json")):
+            match = _PANOPTIC_FILE.fullmatch(path.name)
+            if match is None:
+                continue
+            split = _split_of(match[1])
+            if split in files:
+                raise ValueError(f"{folder} has two panoptic files of {split!r}: {files[split]}, {path}")
+            files[split] = path
+    return files
+
+
+def _maps_alone(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    """The layout of a folder that has depth or panoptic maps and no other labels."""
     folders = list(_depth_folders(folder).values())
+    panoptic = list(_panoptic_files(folder).values())
     if folders:
         yield _DEPTH, folders
+    elif panoptic:
+        yield _PANOPTIC, panoptic
+    else:
+        pairs = list_files(folder) or paired_maps(folder)
+        if pairs:
+            yield _PAIRS, pairs
 
 
 def _read_depth(folder: Path, only: str | None, exif: Exif) -> list[FolderSplit]:
@@ -220,13 +257,33 @@ def _read_depth(folder: Path, only: str | None, exif: Exif) -> list[FolderSplit]
     return splits
 
 
-def _with_depth(split: FolderSplit, source: Path) -> FolderSplit:
-    """A split of any layout with the depth maps that lie beside its labels, if there are some."""
+def _read_panoptic(folder: Path, only: str | None) -> list[FolderSplit]:
+    """The splits of a folder with panoptic maps alone."""
+    splits = list[FolderSplit]()
+    for split, path in _panoptic_files(folder).items():
+        if only not in (None, split):
+            continue
+        name = path.stem.partition("panoptic_")[2]
+        images = folder / "leftImg8bit" / name
+        if not images.is_dir():
+            images = _images_of(folder, name, split) or images
+        if not images.is_dir():
+            raise ValueError(f"{path}: there is no folder of its images, such as images/{name}")
+        maps = replace(read_panoptic(path, images), is_alone=True)
+        splits.append(FolderSplit(split, images, panoptic=maps))
+    return splits
+
+
+def _with_second_pictures(split: FolderSplit, source: Path) -> FolderSplit:
+    """A split of any layout with the depth and panoptic maps that lie beside its labels."""
     folder = source if source.is_dir() else source.parent
     maps = _depth_folders(folder).get(split.name)
-    if maps is None or split.depth is not None:
-        return split
-    return replace(split, depth=DepthMaps(by_name(maps, (".png",)), read_unit(maps.parent)))
+    if maps is not None and split.depth is None:
+        split = replace(split, depth=DepthMaps(by_name(maps, (".png",)), read_unit(maps.parent)))
+    path = _panoptic_files(folder).get(split.name)
+    if path is not None and split.panoptic is None:
+        split = replace(split, panoptic=read_panoptic(path, split.images))
+    return split
 
 
 def _split_of(name: str) -> str:

@@ -11,6 +11,7 @@ from visft_ds.shards.bands import Form, Range
 from visft_ds.shards.common import CocoFile, Exif, Json, is_split_name
 from visft_ds.shards.depth import DepthMaps
 from visft_ds.shards.division import Division
+from visft_ds.shards.panoptic import PanopticMaps
 from visft_ds.tasks.vocabulary import TOKENIZER
 
 _ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")  # pathlib makes one slash of two
@@ -40,6 +41,7 @@ class Options:
     division: Division | None = None  #: only the images of one side of it
     corrections: Path | None = None  #: file of changes to the instances, see `shards.corrections`
     depth: DepthMaps | None = None  #: of the images, beside other labels or alone
+    panoptic: PanopticMaps | None = None  #: of the images, beside other labels or alone
     range: Range | None = None  #: values of black and white in pictures of bands; None: found in the pictures
     bands: tuple[int, ...] | None = None  #: numbers of the bands that are read, from 1; None: all
     form: Form | None = None  #: of pictures of bands, which the build finds; None: three colours of 8 bits
@@ -61,7 +63,7 @@ class Options:
             raise ValueError(f"--range {self.range[0]:g},{self.range[1]:g}: give the lower value first")
         if self.bands is not None and (not self.bands or min(self.bands) < 1):
             raise ValueError("--bands: numbers from 1 are allowed, e.g. --bands 4,3,2")
-        if self.depth is None and self.instances is self.maps is self.captions is None:
+        if self.depth is self.panoptic is self.instances is self.maps is self.captions is None:
             raise ValueError("there are no labels: give --instances, --captions or both")
         if not self.images.is_dir():
             remedy = "give --images DIR, or export the data set with its images"

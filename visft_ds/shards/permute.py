@@ -15,6 +15,7 @@ import numpy.typing as npt
 import orjson
 from PIL import Image
 
+from visft_ds.data import panoptic
 from visft_ds.data.dataset import caption_dataset, coco_dataset, labels_of_split
 from visft_ds.data.depth import UNIT_FILE, png_of
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
@@ -55,8 +56,10 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
             resized += _write_image(path, data or b"", image["width"], image["height"])
         if "depth" in manifest.labels:
             _write_depth(unfinished / FOLDER, split, reader)
+        if "panoptic" in manifest.labels:
+            _write_panoptic(unfinished / f"annotations/panoptic_{split}2017.json", content["images"], reader)
         kind = "maps" if "maps" in manifest.labels else "instances"
-        if manifest.labels != {"depth"}:
+        if not manifest.labels <= {"depth", "panoptic"}:
             _write_annotations(unfinished / f"annotations/{kind}_{split}2017.json", content, objects)
             _write_annotations(unfinished / f"annotations/captions_{split}2017.json", content, captions)
         yield split, {"images": count, "objects": len(objects), "resized": resized}
@@ -111,6 +114,25 @@ def _write_depth(folder: Path, split: str, reader: ShardReader) -> None:
         if "depth" in label:
             name = f"{label['image_id']:012d}.png"
             (folder / f"{split}2017" / name).write_bytes(png_of(label["depth"]))
+
+
+def _write_panoptic(path: Path, images: Sequence[Json], reader: ShardReader) -> None:
+    """Write the panoptic maps of a split byte for byte, and their JSON file."""
+    folder = path.with_suffix("")
+    folder.mkdir()
+    annotations = list[Json]()
+    for label in labels_of_split(reader):
+        if "panoptic" in label:
+            name = f"{label['image_id']:012d}.png"
+            (folder / name).write_bytes(panoptic.png_of(label["panoptic"]))
+            segments = label["panoptic"]["segments"]
+            annotations.append({"image_id": label["image_id"], "file_name": name, "segments_info": segments})
+    categories = []
+    for category in reader.manifest.panoptic:
+        isthing = int(category.thing)
+        categories.append({"id": category.coco_id, "name": category.name, "isthing": isthing})
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path.write_bytes(orjson.dumps(content))
 
 
 def _write_annotations(path: Path, content: Json, annotations: Sequence[Any]) -> None:

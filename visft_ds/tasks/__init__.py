@@ -3,8 +3,8 @@
 * `task`: what a task has to say of itself; `criterion`: what its losses are, and what they are divided by;
   `example`: an image with labels and predictions, and its drawing. `transform`: samples and batches of
   tasks. `tiles`: predictions of tiles joined.
-* `detection/`, `segmentation/`, `captioning/`, `semantic/`, `depth/`: the tasks; `config.py` of each has its
-  keys, and `spec.py` its `Task`. `masks/` is what the two tasks of masks share.
+* `detection/`, `segmentation/`, `captioning/`, `semantic/`, `depth/`, `panoptic/`: the tasks; `config.py` of
+  each has its keys, and `spec.py` its `Task`. `masks/` is what the three tasks of masks share.
 * `matching`, `transformer`, `vocabulary`, `average_precision`, `pictures`, `channels`, `linear`, `classes`,
   `head_files`: for all.
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Results = list[dict[str, Any]]  #: COCO results format
 #: The tasks of this package; a run's losses are summed, and its tasks listed, in this order.
-BUILT_IN = ("detection", "segmentation", "captioning", "semantic", "depth")
+BUILT_IN = ("detection", "segmentation", "captioning", "semantic", "depth", "panoptic")
 
 
 @cache

@@ -30,6 +30,7 @@ from PIL import Image
 
 from visft_ds import program
 from visft_ds.data.depth import encoded, png_of
+from visft_ds.data.panoptic import png_of_numbers
 from visft_ds.errors import tell
 from visft_ds.flags import Parser
 from visft_ds.toy import rooms
@@ -230,25 +231,31 @@ def _make_image(
     size: tuple[int, int],
     max_shapes: int,
     depth: bool,
+    panoptic: bool,
 ) -> dict[str, Any]:
-    """Draw and write one image; returns `image`, `instances` and `captions` as COCO has them, but for ids,
-    and `questions` with `answers`.
+    """Draw and write one image; returns `image`, `instances`, `captions` and `panoptic` as COCO has them, but
+    for ids, and `questions` with `answers`.
     """
     rng = np.random.default_rng([*seeds, index])
     height, width = size
     ids = CATEGORY_IDS
-    metres = None
+    room = None
     if depth:
         ids = rooms.CATEGORY_IDS
-        scene, metres = rooms.draw_room(rng, height, width)
+        room = rooms.draw_room(rng, height, width)
+        scene = room.scene
     else:
         scene = draw_scene(rng, style, height, width, max_shapes=max_shapes)
     image_id = 10 * index + 3 + 4 * SPLITS.index(folder.name)  # the splits never share one, and leave holes
     name = f"{image_id:012d}.jpg"
     Image.fromarray(scene.image).save(folder / name, "JPEG", quality=JPEG_QUALITY)
-    if metres is not None:
+    segments = []
+    if room is not None:
         path = folder.parent / "depth" / folder.name / f"{image_id:012d}.png"
-        path.write_bytes(png_of(encoded(metres)))
+        path.write_bytes(png_of(encoded(room.depth)))
+        if panoptic:
+            path = folder.parent / "annotations" / f"panoptic_{folder.name}" / path.name
+            segments.append(_write_panoptic(path, room, image_id))
     instances = [_annotate(shape, image_id, crowd=False, ids=ids) for shape in scene.shapes]
     if scene.crowd is not None:
         instances.append(_annotate(scene.crowd, image_id, crowd=True, ids=ids))
@@ -262,9 +269,24 @@ def _make_image(
         "image": image,
         "instances": instances,
         "captions": captions,
+        "panoptic": segments,
         "questions": questions,
         "answers": answers,
     }
+
+
+def _write_panoptic(path: Path, room: rooms.Room, image_id: int) -> dict[str, Any]:
+    """Write the panoptic map of a room; returns its annotation as COCO has it. Walls are one segment."""
+    ids = {**rooms.CATEGORY_IDS, **rooms.STUFF_IDS}
+    numbers = room.numbers.copy()
+    numbers[np.isin(numbers, rooms.WALLS)] = rooms.WALLS[0]
+    path.write_bytes(png_of_numbers(numbers))
+    segments = []
+    for number in np.unique(numbers).tolist():
+        category = ids[room.categories[number - 1]]
+        area = int((numbers == number).sum())
+        segments.append({"id": number, "category_id": category, "iscrowd": 0, "area": area})
+    return {"image_id": image_id, "file_name": path.name, "segments_info": segments}
 
 
 def _write_annotations(
@@ -273,11 +295,15 @@ def _write_annotations(
     records: Sequence[Mapping[str, Any]],
     description: str,
     ids: Mapping[str, int],
+    panoptic: bool,
 ) -> None:
-    """Write instances_SPLIT.json and captions_SPLIT.json."""
+    """Write instances_SPLIT.json and captions_SPLIT.json, and panoptic_SPLIT.json if asked for."""
     license_ = {"url": "https://creativecommons.org/publicdomain/zero/1.0/", "id": 1, "name": "CC0 1.0"}
     categories = [{"id": number, "name": name} for name, number in ids.items()]
-    for kind in ("instances", "captions"):
+    kinds = ["instances", "captions"]
+    if panoptic:
+        kinds.append("panoptic")
+    for kind in kinds:
         annotations = [annotation for record in records for annotation in record[kind]]
         content: dict[str, Any] = {
             "info": {"description": description},
@@ -287,6 +313,10 @@ def _write_annotations(
         }
         if kind == "instances":
             content["categories"] = categories
+        if kind == "panoptic":
+            content["categories"] = [{**category, "isthing": 1} for category in categories]
+            for name, number in rooms.STUFF_IDS.items():
+                content["categories"].append({"id": number, "name": name, "isthing": 0})
         (folder / f"{kind}_{split}.json").write_bytes(orjson.dumps(content))
 
 
@@ -315,15 +345,19 @@ def write_toy_coco(
     colours: str = "usual",
     without: Sequence[str] = (),
     depth: bool = False,
+    panoptic: bool = False,
     workers: int = 1,
 ) -> dict[str, int]:
     """Write an ordinary COCO tree to `out`: `{train,val}2017/*.jpg` and
     `annotations/{instances,captions}_*.json`; beside it `questions/`, or with `depth` of ray-traced rooms
-    `depth/{train,val}2017`.
+    `depth/{train,val}2017`, and with `panoptic` also `annotations/panoptic_*.json`.
 
     Returns counts (`images`, `instances`, `crowds`, `empty`). Raises ValueError for a folder that holds
-    anything, sides under 28 or above 4096 pixels, an unknown style or shape, or numbers out of range.
+    anything, sides under 28 or above 4096 pixels, an unknown style or shape, numbers out of range, or
+    `panoptic` without `depth`.
     """
+    if panoptic and not depth:
+        raise ValueError("--panoptic is for rooms: give --depth as well")
     family = style_of(style, colours, without)
     if not MIN_SIDE <= min(height, width) <= max(height, width) <= MAX_SIDE:
         raise ValueError(f"size {width}x{height}: sides of {MIN_SIDE} to {MAX_SIDE} pixels are drawn")
@@ -344,6 +378,8 @@ def write_toy_coco(
         (out / split).mkdir()
         if depth:
             (out / "depth" / split).mkdir(parents=True)
+        if panoptic:
+            (out / "annotations" / f"panoptic_{split}").mkdir()
         draw = partial(
             _make_image,
             folder=out / split,
@@ -352,6 +388,7 @@ def write_toy_coco(
             size=(height, width),
             max_shapes=max_shapes,
             depth=depth,
+            panoptic=panoptic,
         )
         if workers == 1:
             records = list(map(draw, range(count)))
@@ -360,7 +397,7 @@ def write_toy_coco(
                 records = pool.map(draw, range(count), chunksize=16)
         description = f"Toy rooms, seed {seed}" if depth else f"Toy shapes, style {style}, seed {seed}"
         ids = rooms.CATEGORY_IDS if depth else CATEGORY_IDS
-        _write_annotations(out / "annotations", split, records, description, ids)
+        _write_annotations(out / "annotations", split, records, description, ids, panoptic)
         if not depth:
             _write_questions(out / "questions", split, records)
         every_record += records
@@ -426,6 +463,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--depth",
         action="store_true",
         help="ray-traced rooms with spheres and boxes instead, and exact depth in depth/",
+    )
+    add(
+        "--panoptic",
+        action="store_true",
+        help="with --depth: panoptic maps of objects, floor, ceiling and walls, as COCO has them",
     )
     add("--seed", type=int, default=0, metavar="N", help="random seed (default %(default)s)")
     add(

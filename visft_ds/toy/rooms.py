@@ -6,7 +6,7 @@ metres; a ray is (x, y, 1) times the depth. Shape letters: H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,9 @@ from visft_ds.toy.scenes import Scene, Shape
 
 #: Categories of the objects -> ids.
 CATEGORY_IDS = {"sphere": 1, "box": 2}
+#: Those of the room itself, which are stuff.
+STUFF_IDS = {"floor": 3, "ceiling": 4, "wall": 5}
+WALLS = (3, 4, 5)  #: numbers of the surfaces that are walls
 _COLOURS = {
     "red": (0.85, 0.2, 0.15),
     "green": (0.2, 0.65, 0.25),
@@ -38,12 +41,22 @@ class _Surface:
     depth: Array  #: (H, W) metres, infinite where a ray misses it
     normal: Array  #: (H, W, 3)
     colour: Array  #: (H, W, 3) in [0, 1]
-    category: str = ""
+    category: str
     name: str = ""  #: of its colour
 
 
-def draw_room(rng: np.random.Generator, height: int, width: int) -> tuple[Scene, Array]:
-    """(scene, depth (H, W) float32 in metres) of a random room with one to four objects."""
+@dataclass(frozen=True)
+class Room:
+    """A picture with all that is known of it."""
+
+    scene: Scene
+    depth: Array  #: (H, W) float32 metres
+    numbers: Array  #: (H, W) int64, number of the surface that each pixel shows, from 1
+    categories: Sequence[str]  #: of each surface; the floor, the ceiling and three walls are the first
+
+
+def draw_room(rng: np.random.Generator, height: int, width: int) -> Room:
+    """A random room with one to four objects."""
     rows, columns = np.mgrid[:height, :width]
     focal = _FOCAL * max(height, width)
     x = (columns + 0.5 - width / 2) / focal
@@ -59,12 +72,14 @@ def draw_room(rng: np.random.Generator, height: int, width: int) -> tuple[Scene,
         visible = nearest == number
         brightness = 0.35 + 0.65 * (surface.normal @ _LIGHT).clip(0)
         pixels[visible] = (surface.colour * brightness[..., None])[visible]
-        if surface.category and visible.sum() >= _LEAST:
+        if surface.category in CATEGORY_IDS and visible.sum() >= _LEAST:
             inside = int(np.isfinite(surface.depth).sum())
             shapes.append(Shape(surface.category, surface.name, "plain", (), inside, visible))
     pixels += rng.normal(0, _NOISE, pixels.shape)
     image = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
-    return Scene(image, "room", shapes, None), depth.astype(np.float32)
+    scene = Scene(image, "room", shapes, None)
+    categories = [surface.category for surface in surfaces]
+    return Room(scene, depth.astype(np.float32), nearest + 1, categories)
 
 
 def _walls(rng: np.random.Generator, rays: Array) -> Iterator[_Surface]:
@@ -87,7 +102,10 @@ def _walls(rng: np.random.Generator, rays: Array) -> Iterator[_Surface]:
             points = rays * np.where(np.isfinite(depth), depth, 0)[..., None]
             tiles = np.floor(points[..., 0] * 1.5) + np.floor(points[..., 2] * 1.5)
             colour = np.where((tiles % 2 == 0)[..., None], colour, colour * 0.6)
-        yield _Surface(depth, normal, colour)
+        category = "wall"
+        if axis == 1:
+            category = "floor" if distance == _FLOOR else "ceiling"
+        yield _Surface(depth, normal, colour, category)
 
 
 def _objects(rng: np.random.Generator, rays: Array) -> Iterator[_Surface]:

@@ -7,7 +7,9 @@ They are those of the linear probe on NYU Depth v2 that DINOv2 and DINOv3 publis
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from visft_ds.settings.fields import Above, Positive, Rate, Sides, StrictModel
 from visft_ds.settings.task_schema import ImageSizes
@@ -34,13 +36,9 @@ class DepthImage(ImageSizes):
             yield "tile", "must be null: depth is predicted for whole images"
 
 
-class DepthHeadConfig(StrictModel):
-    """Options of the linear head."""
+class DepthRange(StrictModel):
+    """Depths that a head predicts."""
 
-    #: the head: linear
-    type: Literal["linear"] = "linear"
-    #: evenly spaced depths, of which each cell has a weighted mean (DINOv3: 256)
-    bins: Positive = 256
     #: least depth, in metres (DINOv3: 0.001)
     nearest: Above = 0.001
     #: largest depth, in metres (DINOv3 on NYU: 10; on KITTI 80); deeper pixels do not count in metrics
@@ -50,6 +48,27 @@ class DepthHeadConfig(StrictModel):
         """A range without depths."""
         if self.nearest >= self.farthest:
             yield "nearest", f"must be below farthest = {self.farthest:g}"
+
+
+class DepthHeadConfig(DepthRange):
+    """Options of the linear head."""
+
+    #: the head: linear, or dpt, whose options are others
+    type: Literal["linear"] = "linear"
+    #: evenly spaced depths, of which each cell has a weighted mean (DINOv3: 256)
+    bins: Positive = 256
+
+
+class DptHeadConfig(DepthRange):
+    """Options of the DPT head, which reads all maps of the backbone (`visft.model.out_indices`): four are
+    usual.
+    """
+
+    #: the head: linear or dpt
+    type: Literal["dpt"] = "dpt"
+    #: channels of the fusion blocks; the maps are projected to one, two, four and four times as many
+    #: (DPT-Large: 256)
+    hidden_dim: Annotated[int, Field(ge=2)] = 256
 
 
 class DepthLoss(StrictModel):
@@ -79,13 +98,13 @@ class DepthTask(MaskTaskConfig):
     hub_task = "depth-estimation"
     labels = "depth"
     has_classes = False
-    heads: ClassVar = {"linear": DepthHeadConfig}
+    heads: ClassVar = {"linear": DepthHeadConfig, "dpt": DptHeadConfig}
 
     steps: Positive | None = 38_400
     batch_size: Positive = 16
     micro_batch: Positive = 16
     image: DepthImage = DepthImage()
-    head: DepthHeadConfig = DepthHeadConfig()
+    head: DepthHeadConfig | DptHeadConfig = DepthHeadConfig()
     loss: DepthLoss = DepthLoss()
 
 

@@ -16,7 +16,7 @@ from visft_ds.data.depth import Values, encoded, values_of
 from visft_ds.data.samples import Batch
 from visft_ds.data.transforms import Size
 from visft_ds.tasks import Results
-from visft_ds.tasks.depth.config import DepthHeadConfig, DepthTask
+from visft_ds.tasks.depth.config import DepthRange, DepthTask
 from visft_ds.tasks.depth.head import DepthOutput
 from visft_ds.tasks.masks.interpolation import interpolated
 from visft_ds.tasks.pictures import Picture
@@ -48,7 +48,7 @@ def depth_results(output: DepthOutput, batch: Batch) -> Results:
     return results
 
 
-def measure_depth(truth: Mapping[str, Any], results: Results, head: DepthHeadConfig) -> dict[str, float]:
+def measure_depth(truth: Mapping[str, Any], results: Results, head: DepthRange) -> dict[str, float]:
     """AbsRel, RMSE in metres, SILog (times 100) and delta1 to 3 in [0, 1], means over images.
 
     Depths between the head's `nearest` and `farthest` count, to which predictions are clipped; in maps of

@@ -18,8 +18,9 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.data.transforms import Geometry, ShortSides, Size, of_options
 from visft_ds.tasks import Results
 from visft_ds.tasks.criterion import Criterion
-from visft_ds.tasks.depth.config import DepthTask
+from visft_ds.tasks.depth.config import DepthTask, DptHeadConfig
 from visft_ds.tasks.depth.data import DepthTargets, depth_targets, packed_depth
+from visft_ds.tasks.depth.dpt import DptDepth
 from visft_ds.tasks.depth.head import LinearDepth
 from visft_ds.tasks.depth.loss import DepthCriterion
 from visft_ds.tasks.depth.results import colour_range, coloured, depth_results, measure_depth
@@ -29,7 +30,7 @@ from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Section
 
 
 class Depth(Task):
-    """Metres of every pixel, by a weighted mean of depths in each cell."""
+    """Metres of every pixel, by a linear head or by a DPT head."""
 
     name = "depth"
     config = DepthTask
@@ -59,6 +60,8 @@ class Depth(Task):
         return super().schema(section, options)
 
     def build_head(self, shapes: Shapes, head: Any, vocabulary_size: int | None) -> nn.Module:
+        if isinstance(head, DptHeadConfig):
+            return DptDepth(shapes, head)
         return LinearDepth([width for width, _ in shapes], head)
 
     def losses(self, head: Any, loss: Any) -> Criterion:

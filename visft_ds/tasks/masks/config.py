@@ -18,7 +18,7 @@ from visft_ds.settings.task_schema import TaskConfig
 ClassIds = Literal["contiguous", "published"]
 
 
-class PlainHeadConfig(StrictModel):
+class MaskDecoderConfig(StrictModel):
     """Options of the plain head, PMT's decoder, which reads all maps of the backbone
     (`visft.model.out_indices`).
     """
@@ -27,9 +27,6 @@ class PlainHeadConfig(StrictModel):
     type: Literal["plain"] = "plain"
     #: classes; default for ids that are not COCO's: the number of categories
     num_classes: Positive = 80
-    #: most masks of an image, which AP and AR count as well (COCO: 100); default where an image of the data
-    #: has more objects: half as many again
-    max_detections: Positive = 100
     #: masks that are predicted (EoMT on COCO: 200)
     num_queries: Positive = 200
     #: transformer blocks (PMT: 6)
@@ -45,12 +42,25 @@ class PlainHeadConfig(StrictModel):
     @property
     def most_objects(self) -> int:
         """Most objects that it finds in an image, one for each query at most."""
-        return min(self.num_queries, self.max_detections)
+        return self.num_queries
 
     @property
     def decoder_layers(self) -> int:
         """Prediction sets before the last."""
         return self.blocks
+
+
+class PlainHeadConfig(MaskDecoderConfig):
+    """Options of the plain head whose masks may overlap."""
+
+    #: most masks of an image, which AP and AR count as well (COCO: 100); default where an image of the data
+    #: has more objects: half as many again
+    max_detections: Positive = 100
+
+    @property
+    def most_objects(self) -> int:
+        """Most objects that it finds in an image, one for each query at most."""
+        return min(self.num_queries, self.max_detections)
 
 
 class MaskLoss(StrictModel):

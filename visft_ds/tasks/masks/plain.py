@@ -25,7 +25,7 @@ from visft_ds.data.samples import Map
 from visft_ds.ops import to_device
 from visft_ds.randomness import generator
 from visft_ds.tasks.channels import Channels
-from visft_ds.tasks.masks.config import PlainHeadConfig
+from visft_ds.tasks.masks.config import MaskDecoderConfig
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.transformer import by_head
 
@@ -62,7 +62,7 @@ class PlainHead(nn.Module):
     #: Fields of a batch with which it is called in training.
     reads = ("random_keys", "progress")
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], options: PlainHeadConfig) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, int]], options: MaskDecoderConfig) -> None:
         """A head for maps of these (width, pixels to a cell).
 
         Raises:
@@ -76,7 +76,7 @@ class PlainHead(nn.Module):
                 f"a plain head: hidden_dim {width} is not a multiple of 4 * num_heads = {num_heads}"
             )
         self.num_queries = options.num_queries
-        self.max_detections = options.max_detections
+        self.max_detections = options.most_objects
         self.num_heads = num_heads
         strides = [stride for _, stride in shapes]
         distances = [abs(math.log2(stride / _STRIDE)) for stride in strides]

@@ -7,7 +7,6 @@ w grid.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,17 +19,16 @@ from torch import Tensor
 
 from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
-from visft_ds.tasks.classes import VOID, category_name
+from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.masks.data import slices_of
 from visft_ds.tasks.masks.interpolation import interpolated, interpolation
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.rasters import decode_mask
-from visft_ds.tasks.pictures import SIDE, TEXT, Picture, draw_objects, letters, palette
+from visft_ds.tasks.masks.regions import by_image
 from visft_ds.tasks.semantic.head import SemanticOutput
 
 ClassMap = npt.NDArray[np.uint8]  #: (H, W) numbers of classes or categories, VOID where there is none
 _GROUP = 8  # classes whose scores are held at full size at a time
-_TAGGED = 0.003  # share of an image from which on a region has its name in a picture
 
 
 @dataclass(frozen=True)
@@ -246,8 +244,8 @@ def _confusion(truth: Mapping[str, Any], results: Results) -> npt.NDArray[np.int
     """
     numbers = {int(category["id"]): number for number, category in enumerate(truth["categories"])}
     count = len(numbers)
-    labelled = _by_image(truth["annotations"])
-    predicted = _by_image(results)
+    labelled = by_image(truth["annotations"])
+    predicted = by_image(results)
     confusion = np.zeros((count, count + 1), dtype=np.int64)
     for image in truth["images"]:
         size = image["height"], image["width"]
@@ -259,40 +257,3 @@ def _confusion(truth: Mapping[str, Any], results: Results) -> npt.NDArray[np.int
         pixels = np.bincount(rows * (count + 1) + columns, minlength=confusion.size)
         confusion += pixels.reshape(confusion.shape)
     return confusion
-
-
-def _by_image(entries: Sequence[Mapping[str, Any]]) -> Mapping[int, list[Mapping[str, Any]]]:
-    """Annotations or results by the id of their image; none of an image without any."""
-    images = defaultdict[int, list[Mapping[str, Any]]](list)
-    for entry in entries:
-        images[entry["image_id"]].append(entry)
-    return images
-
-
-def draw_regions(
-    image: Picture,
-    regions: Sequence[Mapping[str, Any]],
-    names: Mapping[int, str],
-    side: int = SIDE,
-) -> Picture:
-    """The image under the colours of its classes, each with its name where its region is widest."""
-    from scipy import ndimage  # a quarter of a second, which other tasks do not need
-
-    scale = side / max(image.shape[:2])
-    labels = []
-    masks = []
-    tags = []
-    corners = []
-    for region in regions:
-        name = category_name(region["category_id"], names)
-        mask = decode_mask(region["segmentation"], image.shape[:2])
-        distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-        y, x = np.unravel_index(distance.argmax(), distance.shape)
-        left = x - letters(TEXT).getlength(name) / 2 / scale
-        top = y - TEXT / 2 / scale
-        labels.append(name)
-        masks.append(mask)
-        tags.append(name if mask.mean() >= _TAGGED else "")
-        corners.append((left, top, 0, 0))
-    colours = palette([*names.values(), *labels])
-    return draw_objects(image, labels, tags, colours, boxes=corners, masks=masks, side=side)

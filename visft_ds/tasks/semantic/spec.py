@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from torch import nn
 
 from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
-from visft_ds.tasks.classes import VOID, category_name
+from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.criterion import Criterion
 from visft_ds.tasks.example import Example
+from visft_ds.tasks.masks.regions import draw_regions, shares_in_words
 from visft_ds.tasks.masks.task import MaskTask
 from visft_ds.tasks.pictures import Picture, side_by_side
 from visft_ds.tasks.semantic.config import LOSSES, SemanticHeadConfig, SemanticTask
@@ -21,7 +20,6 @@ from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion
 from visft_ds.tasks.semantic.results import (
     Windows,
     cut_windows,
-    draw_regions,
     measure_semantic,
     semantic_results,
 )
@@ -75,13 +73,7 @@ class Semantic(MaskTask):
 
     def describe(self, results: Results, names: Mapping[int, str]) -> str:
         """Shares of the image, the largest first."""
-        shares = []
-        for result in results:
-            code = result["segmentation"]
-            share = coco_mask.area(code) / math.prod(code["size"])
-            shares.append((share, category_name(result["category_id"], names)))
-        shares.sort(key=lambda entry: -entry[0])
-        return ", ".join(f"{name} {share:.0%}" for share, name in shares)
+        return shares_in_words(results, names)
 
     def picture(self, example: Example) -> Picture:
         pixels = example.pixels()
