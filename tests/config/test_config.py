@@ -133,6 +133,7 @@ FREE = ["visft.tasks.detection.image.fixed_size=null", "visft.shared.image.fixed
         (2, ["visft.tasks.detection.image.zoom=[0.5, 1]", *FREE], "is for squares: set fixed_size"),
         (2, ["visft.shared.image.zoom=[0.5, 1]", *FREE], "is for squares: set fixed_size"),
         (2, ["visft.shared.image.keep_shape=true", *FREE], "set fixed_size, the long side"),
+        (1, ["visft.mode=shared", "visft.shared.image.paste=2", *FREE], "labels of captioning know nothing"),
         (1, ["visft.tasks.detection.image.zoom=[1.4, 0.5]"], "must be [smallest, largest]"),
         (2, ["visft.run.keep_best=box/AP", "visft.run.eval_every=750"], "a multiple of save_every"),
         (2, ["visft.run.keep_best=box/Ap", "visft.run.eval_every=500"], "did you mean box/AP?"),

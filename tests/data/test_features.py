@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.timm_backbone import build_timm
+from visft_ds.tasks.paste import pasted
 from visft_ds.tasks.transform import collate_joint
 
 IDENTITY = {"base weights": "a", "data": "b"}
@@ -133,7 +135,8 @@ def test_samples_with_features_are_read_without_pixels(
         "crop_min_size": (28,),
         "crop_size": (20, 30),
     }
-    pipelines = {"detection": {"toy": SamplePipeline(alone("detection", True, **sizes), collate_joint)}}
+    pipeline = SamplePipeline(alone("detection", True, **sizes), collate_joint, paste=partial(pasted, most=3))
+    pipelines = {"detection": {"toy": pipeline}}
 
     def steps(first: int, features: FeatureCache | None) -> list[Batch]:
         loader = StepLoader({"toy": reader}, plan_of(reader, 1), pipelines)

@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from visft_ds.data.plan import Plan, SetPlan, StepPlan, TaskPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import DamagedSample, Manifest, ShardReader
 from visft_ds.errors import RankError
+from visft_ds.tasks.paste import pasted
 from visft_ds.tasks.transform import collate_joint
 
 SIZES: dict[str, Any] = {
@@ -36,6 +39,7 @@ TRAIN = SamplePipeline(alone("detection", True, **SIZES), collate_joint)
 EVALUATE = SamplePipeline(alone("detection", False, min_size_test=30, max_size_test=48), collate_joint)
 #: Of the two tasks, "other" stands for any second one.
 PIPELINES = {"detection": {"toy": TRAIN}, "other": {"toy": TRAIN}}
+PASTING = {task: {"toy": replace(TRAIN, paste=partial(pasted, most=3))} for task in PIPELINES}
 Samples = dict[tuple[int, int], list[Any]]
 
 
@@ -43,8 +47,8 @@ def one(samples: int, batch_size: int, ratio: float = 1) -> TaskPlan:
     return TaskPlan({"toy": SetPlan(np.arange(samples))}, batch_size, ratio)
 
 
-def loader_of(reader: ShardReader, plan: Plan, **options: Any) -> StepLoader:
-    return StepLoader({"toy": reader}, plan, PIPELINES, **options)
+def loader_of(reader: ShardReader, plan: Plan, pipelines: Any = PIPELINES, **options: Any) -> StepLoader:
+    return StepLoader({"toy": reader}, plan, pipelines, **options)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,8 @@ def plan(reader: ShardReader) -> Plan:
 def _collect(
     reader: ShardReader, plan: Plan, start: int, stop: int, **options: Any
 ) -> list[tuple[StepPlan, Batch]]:
-    steps = loader_of(reader, plan, **options).steps(start, stop)
+    """With objects of other pictures, unless `pipelines` are others."""
+    steps = loader_of(reader, plan, **{"pipelines": PASTING, **options}).steps(start, stop)
     return [(step_plan, batch) for step_plan, batches in steps for batch in batches]
 
 
@@ -138,6 +143,8 @@ def test_roles_see_the_same_samples(reader: ShardReader, plan: Plan) -> None:
 def test_damage_surfaces_at_its_step_and_ends_the_workers(
     reader: ShardReader, plan: Plan, reference: Samples, tmp_path: Path, workers: int
 ) -> None:
+    plain = _by_sample(_collect(reader, plan, 0, 6, pipelines=PIPELINES))
+    assert plain != reference, "nothing was pasted"
     manifest = Manifest.load(Path(shutil.copytree(reader.manifest.root, tmp_path / "copy")), "toy")
     hurt = int(plan.step(3).indices[1])
     first = next(step for step in range(9) if hurt in plan.step(step).indices)
@@ -155,7 +162,7 @@ def test_damage_surfaces_at_its_step_and_ends_the_workers(
         next(loop)
     assert "Traceback" not in str(caught.value), "the message is the same without workers"
     assert torch.equal(torch.get_rng_state(), untouched), "dropout draws from the global generator"
-    assert _by_sample(got) == {key: value for key, value in reference.items() if key[0] < first}
+    assert _by_sample(got) == {key: value for key, value in plain.items() if key[0] < first}
     _no_workers()
 
 

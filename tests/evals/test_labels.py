@@ -297,6 +297,7 @@ def test_keys_on_the_page_make_the_corrections(tmp_path: Path) -> None:
     hostile = "</script><img src=x onerror=alert(1)>"
     given = {"name": hostile, "shown": [1, 1, 5, 5], "label": {"category_id": 1, "bbox": [1, 1, 5, 5]}}
     proposed = {"name": "cat", "shown": [2, 2, 5, 5], "label": {"category_id": 2, "bbox": [2, 2, 5, 5]}}
+    caption = {"name": hostile, "shown": None, "label": {"caption": hostile}}
     same = {"kind": "another class", "score": 0.9, "file_name": hostile, "picture": "", "size": [9, 9]}
     rows = [
         {**same, "image_id": 1, "given": given, "proposed": proposed},  # taken
@@ -304,14 +305,15 @@ def test_keys_on_the_page_make_the_corrections(tmp_path: Path) -> None:
         {**same, "image_id": 3, "given": given, "proposed": None},  # taken: removed
         {**same, "image_id": 4, "given": given, "proposed": proposed},  # kept
         {**same, "image_id": 5, "given": given, "proposed": proposed},  # deleted
+        {**same, "image_id": 6, "given": caption, "proposed": None},  # taken: removed
     ]
-    images = [{"id": number, "file_name": hostile} for number in range(1, 6)]
+    images = [{"id": number, "file_name": hostile} for number in range(1, 7)]
     page = render(
         "labels/page.html.j2", title=hostile, about="", command="", file="corrections.json", rows=rows,
         images=images, head={"categories": []},
     )  # fmt: skip
     keys = """<script>
-    for (const key of ["t", "d", "t", "t", "k", "d", "ArrowUp"])
+    for (const key of ["t", "d", "t", "t", "k", "d", "t", "ArrowUp"])
       document.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
     document.title = JSON.stringify({made: corrections(), state: document.getElementById("state").textContent,
       images: document.images.length});
@@ -331,11 +333,12 @@ def test_keys_on_the_page_make_the_corrections(tmp_path: Path) -> None:
     assert title is not None
     seen = json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert seen["images"] == 0
-    assert seen["state"] == "5 of 5 decided; 2 changed or new, 2 removed"
+    assert seen["state"] == "6 of 6 decided; 2 changed or new, 3 removed"
     replaced = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}
     assert seen["made"]["annotations"] == [
         {"id": 1, "image_id": 1, "category_id": 2, "bbox": [2, 2, 5, 5], "replaces": replaced},
         {"id": 2, "image_id": 2, "category_id": 2, "bbox": [2, 2, 5, 5]},
     ]
-    assert [entry["image_id"] for entry in seen["made"]["removed"]] == [3, 5]
-    assert [image["id"] for image in seen["made"]["images"]] == [1, 2, 3, 5]
+    assert [entry["image_id"] for entry in seen["made"]["removed"]] == [3, 5, 6]
+    assert seen["made"]["removed"][2] == {"image_id": 6, "caption": hostile}
+    assert [image["id"] for image in seen["made"]["images"]] == [1, 2, 3, 5, 6]

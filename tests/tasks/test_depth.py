@@ -371,6 +371,7 @@ def test_rooms_are_learnt_by_heart(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         (['visft.tasks.depth={"image": {"tile": [64, 16]}}'], "whole images"),
+        (['visft.tasks.depth={"image": {"paste": 1}}'], "no depth"),
         (['visft.tasks.depth={"head": {"nearest": 10.0}}'], "below farthest"),
         (['visft.tasks.depth={"head": {"type": "plain"}}'], "linear or dpt"),
         (["visft.tasks.depth={}", "visft.mode=shared", "visft.shared.image.tile=[64, 16]"], "whole ones"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from visft_ds.data.transforms import Crop, Flip, Resize
 from visft_ds.randomness import generator
 from visft_ds.settings.tiles import Tiles, Window, is_visible
 from visft_ds.tasks.masks.data import mask_targets
+from visft_ds.tasks.paste import pasted
 from visft_ds.tasks.tiles import joined_masks, merged
 from visft_ds.tasks.transform import collate_joint
 
@@ -136,7 +138,8 @@ def test_a_zoom_shows_no_mask_beyond_its_tile() -> None:
 
 def _pipeline(*, train: bool) -> SamplePipeline:
     sizes = {"fixed_size": 32, "keep_shape": True, "zoom": (0.5, 1.4)}
-    return SamplePipeline(alone("detection", train, **sizes), collate_joint, Tiles(24, 8))
+    paste = partial(pasted, most=2) if train else None
+    return SamplePipeline(alone("detection", train, **sizes), collate_joint, Tiles(24, 8), paste)
 
 
 def test_tiles_are_read_out_of_the_pictures_of_a_split(tmp_path: Path) -> None:

@@ -317,14 +317,21 @@ class VisftConfig(StrictModel):
         if self.mode == "shared" and self.shared is None:
             problem = 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
             yield "shared", problem
-        if self.mode == "shared" and self.shared is not None and self.shared.image.tile is not None:
-            of_whole = [name for name, task in enabled.items() if task.labels != "annotations"]
-            if of_whole:
+        of_whole = [name for name, task in enabled.items() if task.labels != "annotations"]
+        if self.mode == "shared" and self.shared is not None and of_whole:
+            names = ", ".join(of_whole)
+            if self.shared.image.tile is not None:
                 problem = (
-                    f"cuts images into parts, and {', '.join(of_whole)} needs whole ones: train other tasks "
-                    "(--tasks), or set it to null (--tile none)"
+                    f"cuts images into parts, and {names} needs whole ones: train other tasks (--tasks), or "
+                    "set it to null (--tile none)"
                 )
                 yield "shared.image.tile", problem
+            if self.shared.image.paste:
+                problem = (
+                    f"pastes objects that the labels of {names} know nothing of: train other tasks "
+                    "(--tasks), or set it to 0"
+                )
+                yield "shared.image.paste", problem
         for name, task in enabled.items():
             if self.mode == "sampled" and task.steps is None:
                 problem = "missing: steps are shared out in proportion to the tasks' steps"

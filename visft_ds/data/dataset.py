@@ -32,6 +32,8 @@ class SamplePipeline:
     transform: _Transform
     collate: Callable[[list[Sample]], Batch]
     tiles: Tiles | None = None  #: samples are numbers of tiles; None: whole pictures
+    #: (sample, donor, random numbers) -> the sample with objects of the donor; None: nothing is pasted
+    paste: Callable[[RawSample, RawSample, np.random.Generator], RawSample] | None = None
 
 
 def read_tile(reader: ShardReader, number: int, tiles: Tiles, role: Role = "both") -> RawSample:
@@ -45,6 +47,22 @@ def read_tile(reader: ShardReader, number: int, tiles: Tiles, role: Role = "both
 @lru_cache(maxsize=1)
 def _last_picture(reader: ShardReader, index: int, role: Role) -> RawSample:
     return read_raw(reader, index, role)
+
+
+def read_donor(
+    reader: ShardReader, index: int, role: Role, generator: np.random.Generator
+) -> RawSample | None:
+    """Read another picture with objects of the shard of picture `index`, so that no other shard is needed;
+    None: there is none. Its labels are always read.
+    """
+    rows = reader.manifest.index
+    is_donor = (rows["shard"] == rows["shard"][index]) & (rows["num_annotations"] > 0)
+    is_donor[index] = False
+    donors = np.flatnonzero(is_donor)
+    if not len(donors):
+        return None
+    donor = donors[generator.integers(len(donors))]
+    return read_raw(reader, int(donor), "labels" if role == "labels" else "both")
 
 
 def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:

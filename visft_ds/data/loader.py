@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from visft_ds.data.dataset import SamplePipeline, read_raw, read_tile
+from visft_ds.data.dataset import SamplePipeline, read_donor, read_raw, read_tile
 from visft_ds.data.features import FeatureCache, View
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch, Sample
@@ -31,6 +31,8 @@ from visft_ds.randomness import generator
 
 #: Steps for which remote shards are fetched ahead.
 _FETCHED_STEPS = 32
+#: Random numbers of what is pasted: flips and zooms stay as they are without it.
+_PASTE_STREAM = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class _BatchMaker(Dataset[Batch | Exception]):
             raw = read_raw(reader, index, role)
         else:
             raw = read_tile(reader, index, pipeline.tiles, role)
+        if pipeline.paste is not None:
+            numbers = generator(key, _PASTE_STREAM)
+            donor = read_donor(reader, index % len(reader), role, numbers)
+            if donor is not None:
+                raw = pipeline.paste(raw, donor, numbers)
         sample = pipeline.transform(raw, generator(key))
         if self.features is not None and view is None:
             assert sample.image is not None

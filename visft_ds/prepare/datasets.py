@@ -13,7 +13,7 @@ from visft_ds.data.fetch import Cache
 from visft_ds.data.plan import SetPlan
 from visft_ds.data.shards import Category, Manifest, categories_for
 from visft_ds.settings.bands import Bands, in_words
-from visft_ds.settings.task_schema import Stream, WordsConfig
+from visft_ds.settings.task_schema import WITHOUT_MASK, Stream, WordsConfig
 from visft_ds.tasks import config_class
 from visft_ds.tasks.classes import classes_of
 
@@ -59,6 +59,7 @@ def open_training_sets(
             check_same_categories(training_set.manifest, first.manifest)
     taught = {task for training_set in sets.values() for task in training_set.tasks}
     check_samples([task for task in enabled if task not in taught], first.manifest)
+    check_paste(config, sets)
     return sets
 
 
@@ -83,6 +84,23 @@ def check_samples(tasks: Iterable[str], manifest: Manifest) -> None:
                 f"{manifest.root}/{manifest.split} has no sample with {labels}, which {task} needs: make the "
                 f"shards of data with {labels}, or turn the task off with --set visft.tasks.{task}=null"
             )
+
+
+def check_paste(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> None:
+    """Raise ValueError if a stream pastes objects by their masks and none of its sets has one."""
+    for stream in config.streams().values():
+        manifests = [sets[name].manifest for name in streams_by_set(stream, sets)]
+        if stream.image.get("paste") and not any(has_masks(manifest) for manifest in manifests):
+            raise ValueError(
+                f"{stream.key}.image.paste = {stream.image['paste']} pastes objects by their masks, and no "
+                "object of the data has one: set it to 0"
+            )
+
+
+def has_masks(manifest: Manifest) -> bool:
+    """Return True if an object of a split has a mask."""
+    without_mask = manifest.findings.get(WITHOUT_MASK, (0,))[0]
+    return without_mask < manifest.counts.get("trainable", 0)
 
 
 def check_same_categories(manifest: Manifest, first: Manifest) -> None:

@@ -172,6 +172,9 @@ class ImageSizes(StrictModel):
     tile: tuple[Positive, Count] | None = None
     #: scale of a random crop, smallest and largest, of the image's sides, with fixed_size; null: no crop
     zoom: Annotated[tuple[Above, Above], Ascending] | None = None
+    #: most objects of another image of the shard that are pasted into a training image by their masks, as
+    #: many as are drawn from 0 on; 0: none
+    paste: Count = 0
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Options of images of one size, where images have crops or sizes of their own."""

@@ -2,7 +2,7 @@
 
 * `task`: what a task has to say of itself; `criterion`: what its losses are, and what they are divided by;
   `example`: an image with labels and predictions, and its drawing. `transform`: samples and batches of
-  tasks. `tiles`: predictions of tiles joined.
+  tasks. `tiles`: predictions of tiles joined; `paste`: objects of another picture.
 * `detection/`, `segmentation/`, `captioning/`, `semantic/`, `depth/`, `panoptic/`: the tasks; `config.py` of
   each has its keys, and `spec.py` its `Task`. `masks/` is what the three tasks of masks share.
 * `matching`, `transformer`, `vocabulary`, `average_precision`, `pictures`, `channels`, `linear`, `classes`,

@@ -28,6 +28,7 @@ from visft_ds.data.transforms import (
 from visft_ds.settings.task_schema import SHARED, Stream
 from visft_ds.settings.tiles import is_visible
 from visft_ds.tasks import TASKS
+from visft_ds.tasks.paste import pasted
 from visft_ds.tasks.task import ImageTargets
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -76,7 +77,10 @@ def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -
         classes = stream.classes.get(task)
         targets[task] = TASKS[task].targets(train, stream.image, vocabulary, classes)
     collate = partial(collate_joint, mixed=not stream.alike(train=train))
-    return SamplePipeline(ImageTransform(train, geometry_of(stream), targets), collate, stream.tiles)
+    paste = None
+    if train and stream.image.get("paste"):
+        paste = partial(pasted, most=stream.image["paste"])
+    return SamplePipeline(ImageTransform(train, geometry_of(stream), targets), collate, stream.tiles, paste)
 
 
 def geometry_of(stream: Stream) -> Geometry:

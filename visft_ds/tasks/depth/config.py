@@ -30,10 +30,12 @@ class DepthImage(ImageSizes):
     max_size_test: Positive = 640
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Tiles, besides those of all images."""
+        """Tiles and pasted objects, besides those of all images."""
         yield from super().contradictions()
         if self.tile is not None:
             yield "tile", "must be null: depth is predicted for whole images"
+        if self.paste:
+            yield "paste", "must be 0: pasted objects have no depth"
 
 
 class DepthRange(StrictModel):

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from faster_coco_eval import mask as coco_mask
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Map
 from visft_ds.ops import at_least_float32, to_device
+from visft_ds.tasks.masks.rasters import encode_mask
 
 CELLS = 14  #: of a box along each axis, where features are read
 SIDE = 2 * CELLS  #: cells of a mask along each axis
@@ -129,13 +129,7 @@ def mask_code(
     first_row, rows = _pixels(top, bottom, height, len(logits))
     first_column, columns = _pixels(left, right, width, len(logits))
     inside = rows @ logits @ columns.T > 0
-    # Codes go down columns; only those of the box are looked at.
-    covered = np.zeros((len(columns), height), dtype=bool)
-    covered[:, first_row : first_row + len(rows)] = inside.T
-    runs = np.flatnonzero(np.diff(covered.ravel(), prepend=False, append=False)) + first_column * height
-    counts = np.diff(runs, prepend=0, append=height * width)
-    code = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
-    return {"size": [height, width], "counts": code["counts"].decode("ascii")}
+    return encode_mask(inside, first_row, first_column, size)
 
 
 def _pixels(low: float, high: float, pixels: int, cells: int) -> tuple[int, npt.NDArray[np.float32]]:
