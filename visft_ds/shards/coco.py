@@ -165,8 +165,10 @@ def read_coco(
         files["panoptic"] = panoptic.file
         _check_names(categories, panoptic)
     # 1 x 1 stands for a file that cannot be read, which is the better reason
-    if depth is None and panoptic is None and not any(
-        image.trainable or image.captions or image.width == image.height == 1 for image in chosen
+    if (
+        depth is None
+        and panoptic is None
+        and not any(image.trainable or image.captions or image.width == image.height == 1 for image in chosen)
     ):
         raise ValueError(
             f"{where}: none of its {len(chosen)} images has an object or a caption to learn from"
