@@ -36,6 +36,8 @@ def test_maps_are_stored_byte_for_byte_and_permuted_as_a_whole(
     visft = settle(["--data", str(shards)]).config.visft  # the command that it prints
     assert list(visft.tasks.enabled()) == ["depth"] and visft.run.keep_best == "depth/delta1"
     assert visft.shared is not None and visft.shared.image.keep_shape
+    unjudged = settle(["--data", str(shards), "--set", "visft.run.eval_every=0"]).config.visft
+    assert unjudged.run.keep_best is None
     assert main(["permute", str(shards), "--out", str(tmp_path / "control"), "--seed", "1"]) == 0
     assert main([str(tmp_path / "control")]) == 0
     control = ShardReader(Manifest.load(tmp_path / "control-shards", "train"))

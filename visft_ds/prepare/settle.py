@@ -434,7 +434,8 @@ def _decide_for_few(draft: Draft, manifests: Sequence[Manifest]) -> None:
     every = math.ceil(steps / EVALUATIONS)
     values["visft.run.save_every"] = every
     values["visft.run.eval_every"] = 0
-    if manifest_path(Path(visft.data.root), visft.data.val).is_file():
+    is_off = draft.tree.is_stated("visft.run.eval_every") and visft.run.eval_every == 0
+    if manifest_path(Path(visft.data.root), visft.data.val).is_file() and not is_off:
         values["visft.run.eval_every"] = every
         values["visft.run.keep_best"] = config_class(next(iter(tasks))).main
     draft.decide(values, f"the recipe for {images} photographs")

@@ -161,12 +161,14 @@ def read_coco(
             unusable.refuse_above_a_tenth(len(entries), where, "annotations")
             findings.update(unusable)
     chosen = [images[number] for number in sorted(images) if images[number].selected]
-    # 1 x 1 stands for a file that cannot be read, which is the better reason
     if panoptic is not None:
         files["panoptic"] = panoptic.file
         _check_names(categories, panoptic)
-    if depth is panoptic is None and not any(
-        image.trainable or image.captions or image.width == image.height == 1 for image in chosen
+    # 1 x 1 stands for a file that cannot be read, which is the better reason
+    if (
+        depth is None
+        and panoptic is None
+        and not any(image.trainable or image.captions or image.width == image.height == 1 for image in chosen)
     ):
         raise ValueError(
             f"{where}: none of its {len(chosen)} images has an object or a caption to learn from"

@@ -117,9 +117,9 @@ def _found(folder: Path) -> dict[str, Pairs]:
     by_split = dict[str, Pairs]()
     for path in paired_maps(folder):
         name = path.relative_to(folder).as_posix()
-        drive = _OF_DRIVE.fullmatch(name)
-        if drive is not None:
-            image = images.get(f"{drive[2]}/{drive[3]}/{path.stem}", f"image of {name}")
+        of_kitti = _OF_DRIVE.fullmatch(name)
+        if of_kitti is not None:
+            image = images.get(f"{of_kitti[2]}/{of_kitti[3]}/{path.stem}", f"image of {name}")
         else:
             image = str(Path(name).with_name(_partner(path.name)))
         by_split.setdefault(_split_in(Path(name).parts), []).append((image, name))

@@ -63,7 +63,8 @@ class Options:
             raise ValueError(f"--range {self.range[0]:g},{self.range[1]:g}: give the lower value first")
         if self.bands is not None and (not self.bands or min(self.bands) < 1):
             raise ValueError("--bands: numbers from 1 are allowed, e.g. --bands 4,3,2")
-        if self.depth is self.panoptic is self.instances is self.maps is self.captions is None:
+        labels = (self.instances, self.maps, self.captions, self.depth, self.panoptic)
+        if all(kind is None for kind in labels):
             raise ValueError("there are no labels: give --instances, --captions or both")
         if not self.images.is_dir():
             remedy = "give --images DIR, or export the data set with its images"
