@@ -37,7 +37,7 @@ class DepthImage(ImageSizes):
 class DepthHeadConfig(StrictModel):
     """Options of the linear head."""
 
-    #: the head: linear
+    #: kind of head; linear: for each cell weights of fixed depths, from all maps that are read (DINOv2)
     type: Literal["linear"] = "linear"
     #: evenly spaced depths, of which each cell has a weighted mean (DINOv3: 256)
     bins: Positive = 256

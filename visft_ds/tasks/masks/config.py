@@ -23,16 +23,16 @@ class PlainHeadConfig(StrictModel):
     (`visft.model.out_indices`).
     """
 
-    #: the head: mask2former (segmentation), linear (semantic) or plain
+    #: kind of head; plain: queries and cells in transformer blocks (PMT)
     type: Literal["plain"] = "plain"
     #: classes; default for ids that are not COCO's: the number of categories
     num_classes: Positive = 80
     #: most masks of an image, which AP and AR count as well (COCO: 100); default where an image of the data
     #: has more objects: half as many again
     max_detections: Positive = 100
-    #: masks that are predicted (EoMT on COCO: 200)
+    #: masks that are predicted for an image (EoMT on COCO: 200)
     num_queries: Positive = 200
-    #: transformer blocks (PMT: 6)
+    #: transformer blocks of the head, after the backbone's (PMT: 6)
     blocks: Positive = 6
     #: channels of the head, a multiple of 4 num_heads; null: as many as the last map has (PMT)
     hidden_dim: Positive | None = None
@@ -66,7 +66,7 @@ class MaskLoss(StrictModel):
     dice: Rate = 5.0
     #: class weight of "no object" in the cross-entropy (DETR: 0.1)
     eos_coef: Above = 0.1
-    #: points of an object (Mask2Former: 112 x 112)
+    #: points at which the losses of an object's mask are taken (Mask2Former: 112 x 112)
     train_num_points: Positive = 12544
     #: random candidates for the uncertain points, times train_num_points; at least 1 (PointRend: 3)
     oversample_ratio: Annotated[float, Field(ge=1)] = 3.0
