@@ -383,18 +383,32 @@ def test_what_makes_missing_inputs_can_be_pasted(
 
 
 @pytest.mark.parametrize(
-    ("cluster", "ranks"), [("1xA10G", 1), ("8xH100", 8), ("2x8xH100", 16), ("8x8xL40", 64)]
+    ("cluster", "ranks", "batch", "images", "rate"),
+    [
+        ("1xA10G", 1, (), 32, 2e-3),
+        ("8xH100", 8, ("--batch-size", "128"), 128, 4e-3),
+        ("2x8xH100", 16, ("--batch-size", "128", "--set", "optimizer.params.lr=3e-3"), 128, 3e-3),
+        ("8x8xL40", 64, ("--batch-size", "16"), 64, 2.8e-3),
+    ],
 )
 def test_what_plan_prints_can_be_pasted(
-    cluster: str, ranks: int, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cluster: str,
+    ranks: int,
+    batch: tuple[str, ...],
+    images: int,
+    rate: float,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With the user's own settings; the ranks are those of the launcher, whose hostfile has as many
-    machines.
+    """With the user's own settings, and the learning rate that goes with the batch; the ranks are those of
+    the launcher, whose hostfile has as many machines.
     """
     machines = max(1, ranks // 8)
     (here / "hostfile").write_text("".join(f"node-{number} slots=8\n" for number in range(machines)))
     own = ["--set", "visft.tasks=detection", "--set", "visft.model.weights=a file.pt"]
-    assert planner.main(["--cluster", cluster, "--stage", "2", "--model", "debug", *own]) == 0
+    words = ["--cluster", cluster, "--stage", "2", "--model", "debug", *own, *batch]
+    assert planner.main(words) == 0
     lines = of_output(capsys.readouterr().out)
     assert len(lines) == (2 if machines > 1 else 1)
     for line in lines:
@@ -405,7 +419,8 @@ def test_what_plan_prints_can_be_pasted(
         assert (
             set(config.visft.tasks.enabled()) == {"detection"} and config.visft.model.weights == "a file.pt"
         )
-        assert derive_batches(config, ranks).micro["detection"] * ranks == max(32, ranks)
+        assert derive_batches(config, ranks).batch_size == {"detection": images}
+        assert config.optimizer.params.lr == rate and line.count("--batch-size") <= 1
 
 
 def test_a_plan_that_does_not_fit_prints_no_command_and_says_so(

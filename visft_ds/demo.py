@@ -116,4 +116,4 @@ def print_in_domain(first: Path, second: Path) -> None:
     for name in _SHOWN:
         if name in before and name in after:
             difference = after[name] - before[name]
-            print(f"   {name:17}{before[name]:>13.3f}{after[name]:>15.3f}{difference:>+12.3f}")
+            print(f"   {name:17}{before[name]:>13.3f}{after[name]:>15.3f}{difference:>+z12.3f}")

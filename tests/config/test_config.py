@@ -91,13 +91,23 @@ def test_all_errors_at_once_with_value_source_and_nearest_key() -> None:
         "visft.model.preset=eva_ee",
         "zero_optimisation.stage=2",
         "train_batch_size=8",
+        "visft.run.evry=5",
+        "lr=1e-5",
+        "visft.save_every=5",
+        "visft.optimizer.params.lr=1e-5",
+        "visft.tasks.detection.image.max=5",
     )
-    assert text.startswith("the configuration has 7 errors:")
+    assert text.startswith("the configuration has 12 errors:")
     for part in (
         "visft.tasks.detection.batchsize (--set): unknown key; did you mean visft.tasks.detection.batch_size?",
         'optimizer.params.lr = "1e-5" (--set): ',
         "zero_optimisation (--set): unknown key; did you mean zero_optimization?",
         "train_batch_size = 8 (--set): follows from other keys; state visft.tasks.<task>.batch_size",
+        "run.evry (--set): unknown key; did you mean visft.run.save_every or visft.run.eval_every or visft.run.log_",
+        "lr (--set): unknown key; did you mean optimizer.params.lr?",
+        "visft.save_every (--set): unknown key; did you mean visft.run.save_every?",
+        "visft.optimizer (--set): unknown key; did you mean optimizer?",
+        "image.max (--set): unknown key; did you mean visft.tasks.detection.image.max_s",
     ):
         assert part in text
 

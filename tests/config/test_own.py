@@ -280,7 +280,9 @@ def _first_stage(*flags: str, finished: bool = True) -> ResolvedConfig:
 def mine(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine-shards").symlink_to(shards)
-    Path("mine").mkdir()
+    Path("mine/images/val").mkdir(parents=True)
+    Path("mine/depth/val").mkdir(parents=True)
+    Path("mine/depth/val/a.png").touch()  # an image, for all that `visft predict mine` can see
 
 
 @pytest.mark.usefixtures("mine")
@@ -300,6 +302,7 @@ def test_stage_2_follows_the_finished_stage_1_of_its_data(
     printed = of_output("\n".join(next_commands(first)))
     assert failures("the end of a run", printed, monkeypatch) == []
     assert [line.split()[1] for line in printed] == ["predict", "report", "train"]
+    assert printed[0] == f"visft predict {first.run.out} mine/images/val"
     for line in (printed[-1], "visft train --stage 2 --data mine-shards"):
         config = settle(shlex.split(line)[2:]).config
         second = config.visft

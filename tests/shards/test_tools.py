@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.yolo_folder import write_picture
+from tests.yolo_folder import write_picture, write_yolo
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.shards.cli import main
 from visft_ds.shards.layouts import recognise
@@ -45,6 +45,20 @@ def _annotations(shards: Path, split: str) -> list[Any]:
         for label in sorted(labels, key=lambda each: each["file_name"])
         for entry in label["annotations"]
     ]
+
+
+def test_a_folder_above_several_data_sets_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files of labelme up to three folders below make it one, were there no other data set beside them."""
+    write_picture(tmp_path / "mine/a.jpg")
+    _write(tmp_path / "mine/a.json", _labelme(_shape("rectangle", [[1, 1], [9, 9]])))
+    write_yolo(tmp_path / "yolo data")
+    write_picture(tmp_path / "studio/b.jpg")
+    _write(tmp_path / "studio/result.json", '{"images": [{"file_name": "b.jpg"}]}')
+    assert main([str(tmp_path)]) == 2
+    names = [f"visft shards {tmp_path}/mine", f"visft shards {tmp_path}/studio"]
+    names.append(f"visft shards '{tmp_path}/yolo data'")
+    assert f"is not a data set; folders in it are: {' or '.join(names)}\n" in capsys.readouterr().err
+    assert not Path(f"{tmp_path}-shards").exists()
 
 
 def test_pascal_voc(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,24 +116,34 @@ def larger_batches(config: ResolvedConfig, processes: int) -> LargerBatches:
     if len(set(sizes.values())) == 1 and not is_set:
         flags = ["--batch-size", str(sizes[streams[0].key])]
 
+    rate, rule = rate_for(config, sizes)
+    if rate is not None:
+        setting = f"optimizer.params.lr={rate}"
+        settings.append(setting)
+        is_set = sources.get("optimizer.params.lr") == "--set"
+        flags += ["--set", setting] if is_set else ["--lr", rate]
+    return LargerBatches(tuple(settings), tuple(flags), rule)
+
+
+def rate_for(config: ResolvedConfig, sizes: Mapping[str, int]) -> tuple[str | None, str]:
+    """(learning rate, where it comes from) of other batches, by the keys of their streams. None: every
+    parameter group has a rate of its own.
+    """
+    streams = config.visft.streams().values()
     # The stream whose batch grows most.
     stream = max(streams, key=lambda stream: sizes[stream.key] / stream.batch_size)
     before = stream.batch_size
     after = sizes[stream.key]
     rule = f"for Adam the learning rate is multiplied by the square root of {after} / {before}"
-    apart = _groups_apart(config, raised)
+    apart = _groups_apart(config, [stream for stream in streams if sizes[stream.key] > stream.batch_size])
+    rate = None
     if len(apart) < len(config.visft.param_groups):
         rate = _short(config.optimizer.params.lr * math.sqrt(after / before))
-        setting = f"optimizer.params.lr={rate}"
-        settings.append(setting)
-        is_set = sources.get("optimizer.params.lr") == "--set"
-        flags += ["--set", setting] if is_set else ["--lr", rate]
     if apart:
         rule += f"; raise that of {' and '.join(apart)} in visft.param_groups by the same factor"
-    source = sources.get(f"{stream.key}.batch_size", "")
+    source = config.sources.get(f"{stream.key}.batch_size", "")
     origin = "published" if source.startswith(f"{CONFIG_ROOT.name}/stage") else "configured"
-    rule += f"; the {origin} batch is {before}"
-    return LargerBatches(tuple(settings), tuple(flags), rule)
+    return rate, f"{rule}; the {origin} batch is {before}"
 
 
 def _raised(streams: Sequence[Stream], dp: int) -> dict[str, int]:

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from types import UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -349,7 +350,8 @@ def problems(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple[
                 if not name.isdigit():
                     section = next(models_in(section.model_fields[name].annotation))
             before = key.removesuffix(location[-1])
-            yield key, f"{_UNKNOWN}{nearest(location[-1], section.model_fields, most=3, before=before)}"
+            near = nearest(location[-1], section.model_fields, before=before, keys=_keys(schema))
+            yield key, f"{_UNKNOWN}{near}"
         elif refusal["type"] == "missing":
             yield key, f"missing; state it in a file or with --set {key}=VALUE"
         else:
@@ -367,6 +369,16 @@ def _line(tree: Tree, key: str, problem: str) -> str:
     is_secret = SECRET.fullmatch(key.rpartition(".")[2])
     value = "***" if is_secret else tree.value(key)
     return f"{key} = {shorten(value)} ({source}): {problem}"
+
+
+def _keys(schema: type[BaseModel], before: str = "") -> Iterator[str]:
+    """Dotted keys of a schema, sections and values; without items of lists, whose keys have numbers."""
+    for name, info in schema.model_fields.items():
+        yield f"{before}{name}"
+        is_union = get_origin(info.annotation) in (Union, UnionType)
+        for kind in get_args(info.annotation) if is_union else (info.annotation,):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind, f"{before}{name}.")
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -160,7 +160,9 @@ class HeadsConfig(StrictModel):
     path: Text | None = None
     #: number format of the heads' activations, fp32; auto: bf16 in bf16 runs, else fp32
     precision: Literal["auto", "fp32"] = "auto"
-    train_mode: bool = False  #: run the frozen heads in training mode, as the published code did
+    train_mode: bool = (
+        False  #: run the frozen heads in training mode, with dropout, as the published code did
+    )
 
 
 class InitConfig(StrictModel):

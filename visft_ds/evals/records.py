@@ -36,7 +36,7 @@ def counted(images: int | None, total: int | None) -> str:
 
 def number_text(value: float, percent: bool = True, sign: str = "") -> str:
     """A number as text, in percent or in its own unit; with `sign` "+" never without one."""
-    return f"{100 * value:{sign}.2f}" if percent else f"{value:{sign}.3f}"
+    return f"{100 * value:{sign}z.2f}" if percent else f"{value:{sign}z.3f}"
 
 
 @dataclass(frozen=True)

@@ -145,4 +145,4 @@ def _cell(value: Any) -> str:
     low = 100 * value["low"]
     high = 100 * value["high"]
     star = " *" if low > 0 or high < 0 else ""
-    return f"{100 * value['value']:+.1f} [{low:+.1f}, {high:+.1f}]{star}"
+    return f"{100 * value['value']:+z.1f} [{low:+z.1f}, {high:+z.1f}]{star}"

@@ -9,22 +9,25 @@ import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
 from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.config.backbones import model_of, named
-from visft_ds.config.batches import larger_batches
+from visft_ds.config.batches import larger_batches, rate_for
 from visft_ds.errors import tell
 from visft_ds.flags import Command
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.planner.hardware import parse_cluster
 
 if TYPE_CHECKING:
+    from visft_ds.config.resolve import Flags
     from visft_ds.planner.hardware import Cluster
     from visft_ds.planner.search import Forecast
 
 _GIB = 2**30
+_RATE = "optimizer.params.lr"
 _COLUMNS = ("engine", "recomputed", "accumulation", "fits", "GiB", "images/s", "hours", "MFU")
 _EPILOG = """--cluster takes COUNTxNAME[-MEMORY] (machines of 8) or MACHINESxGPUSxNAME[-MEMORY].
 
@@ -62,7 +65,7 @@ def build_parser() -> Command:
     add("--download", action="store_true", help="download config.json from the hub")
     add("--stage", type=int, choices=(1, 2), help="stage to plan (both)")
     add("--engine", metavar="NAME|FILE", help="plan this engine as configured, without a search")
-    add("--batch-size", type=int, metavar="N", help="as in visft train")
+    add("--batch-size", type=int, metavar="N", help="as in visft train; the learning rate follows (--lr)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in visft train")
     return parser
 
@@ -80,21 +83,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         models = [model] if model else ["eva_e", "eva_g"]
         stages = [options.stage] if options.stage else [1, 2]
         for model, stage in product(models, stages):
-            config = resolve(
-                stage=stage,
-                model=model,
-                engine=options.engine,
-                flags=flags,
-                settings=options.set,
-                batch_size=options.batch_size,
-            )
-            fits &= _plan(options, model, config, cluster)
+            config, of_batch = _configuration(options, stage, model, flags or {})
+            fits &= _plan(options, model, config, of_batch, cluster)
     except (ValueError, OSError) as error:
         return tell(error)
     return 0 if fits else 2
 
 
-def _plan(options: Namespace, model: str, config: ResolvedConfig, cluster: Cluster) -> bool:
+def _configuration(
+    options: Namespace, stage: int, model: str, flags: Flags
+) -> tuple[ResolvedConfig, list[str]]:
+    """(configuration, words of visft train for its batch): with --batch-size also the learning rate that goes
+    with it, unless --set states one.
+    """
+    made = partial(resolve, stage=stage, model=model, engine=options.engine, settings=options.set)
+    config = made(flags=flags)
+    if options.batch_size is None:
+        return config, []
+    words = ["--batch-size", str(options.batch_size)]
+    with_batch = made(flags=flags, batch_size=options.batch_size)
+    sizes = {stream.key: stream.batch_size for stream in with_batch.visft.streams().values()}
+    rate, _ = rate_for(config, sizes)
+    if rate is None or float(rate) == config.optimizer.params.lr or config.sources.get(_RATE) == "--set":
+        return with_batch, words
+    flags = {**flags, _RATE: (float(rate), "--lr")}
+    return made(flags=flags, batch_size=options.batch_size), [*words, "--lr", rate]
+
+
+def _plan(
+    options: Namespace, model: str, config: ResolvedConfig, of_batch: Sequence[str], cluster: Cluster
+) -> bool:
     """Plan a stage of a model and print it. Returns False if nothing fits."""
     from visft_ds.planner.search import forecast, search
 
@@ -106,7 +124,7 @@ def _plan(options: Namespace, model: str, config: ResolvedConfig, cluster: Clust
     if uneven:
         larger = larger_batches(config, dp * config.pipeline_stages)
         config = changed(config, larger.settings)
-        words += larger.flags
+        of_batch = larger.flags if larger.flags[0] == "--batch-size" else (*of_batch, *larger.flags)
         among = f"{dp} GPUs" if config.pipeline_stages == 1 else f"{dp} pipelines"
         title = f"the batch is the limit: {min(uneven)} images cannot be divided among {among}"
         sections.append(Section(title, [("planned with", f"{shlex.join(larger.flags)} ({larger.rule})")]))
@@ -125,7 +143,7 @@ def _plan(options: Namespace, model: str, config: ResolvedConfig, cluster: Clust
         print(f"nothing fits: {helps}, {smaller}", flush=True)
         return False
     for launcher in launchers(cluster):
-        print(f"{launcher} {shlex.join([*words, *forecasts[0].flags])}", flush=True)
+        print(f"{launcher} {shlex.join([*words, *of_batch, *forecasts[0].flags])}", flush=True)
     return True
 
 
@@ -137,8 +155,6 @@ def _words_of(options: Namespace, model: str, stage: int) -> list[str]:
         words += ["--model", options.model] if options.model else []
     else:
         words += ["--model", model]
-    if options.batch_size is not None:
-        words += ["--batch-size", str(options.batch_size)]
     for setting in options.set:
         words += ["--set", setting]
     return words

@@ -244,6 +244,18 @@ def _meaning(value: float, scores: Sequence[float], reasons: Sequence[str]) -> s
     return f": validation no longer rises ({shown}), so that more steps alone will not help{advice}"
 
 
+def _pictures_of(folder: Path) -> Path:
+    """The folder of photographs, of validation if it has one of its own, in a data set: maps of depth and of
+    classes are images, too. The data set itself where no such folder is in it.
+    """
+    of_validation = ("images/val*", "leftImg8bit/val", "val*/images", "val*")
+    for pattern in (*of_validation, "images", "JPEGImages", "train*"):
+        for path in sorted(folder.glob(pattern)):
+            if path.is_dir():
+                return path
+    return folder
+
+
 def next_commands(config: VisftConfig) -> list[str]:
     """Lines with the commands that a finished run is used with, each behind a colon."""
     assert config.run.out is not None  # filled in
@@ -252,7 +264,7 @@ def next_commands(config: VisftConfig) -> list[str]:
     if not images.is_dir() or str(images) == config.data.root:
         images = Path("IMAGES")
     lines = [
-        f"see what it finds in images: visft predict {run} {quote(str(images))}",
+        f"see what it finds in images: visft predict {run} {quote(str(_pictures_of(images)))}",
         f"write a page about this run: visft report {run}",
     ]
     if config.stage == 1:

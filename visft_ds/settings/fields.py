@@ -37,13 +37,30 @@ class StrictModel(BaseModel):
         return self
 
 
-def nearest(name: str, known: Iterable[str], *, most: int = 1, before: str = "") -> str:
-    """The `most` nearest of some names, with what stands before them, or all of them, as a clause of a
-    message.
+def nearest(name: str, known: Iterable[str], *, before: str = "", keys: Iterable[str] = ()) -> str:
+    """The nearest of some names, or all of them, as a clause of a message.
+
+    Args:
+        before: of keys of a configuration what stands before them; then up to three are named.
+        keys: dotted keys; where none of the names is near, those that end in `name` are meant.
     """
     names = list(known)
-    near = [before + other for other in difflib.get_close_matches(name, names, n=most)]
-    return f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(names)}"
+    likeness = {other: _likeness(name, other) for other in names}
+    best = max(likeness.values(), default=0.0)
+    likely = [other for other in names if likeness[other] > max(0.6, best - 0.15)]
+    likely.sort(key=likeness.__getitem__, reverse=True)
+    near = [before + other for other in likely[: 3 if before else 1]]
+    if not near:
+        near = [key for key in dict.fromkeys(keys) if f".{key}".endswith(f".{name}")][:3]
+    if not near:
+        return f"; known: {', '.join(names)}"
+    return f"; did you mean {' or '.join(near)}?"
+
+
+def _likeness(name: str, other: str) -> float:
+    """From 0 to 1: of a name to another one, or to the likest of its words."""
+    words = [other, *other.split("_")]
+    return max(difflib.SequenceMatcher(None, name, word).ratio() for word in words)
 
 
 def _whole(value: Any) -> Any:

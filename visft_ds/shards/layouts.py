@@ -98,8 +98,11 @@ def recognise(
     if source.suffix == ".mat" and source.is_file():
         source = extract_labelled(source)
     if source.is_dir():
-        # a file of a common name makes no second layout of a folder that is known without it
-        layouts = dict(_layouts(source)) or dict(_layouts_of_tools(source)) or dict(_maps_alone(source))
+        # A file of a common name makes no second layout of a folder that is known without it.
+        layouts = dict(_layouts(source))
+        if not layouts:
+            layouts = dict(_layouts_of_tools(source)) or dict(_maps_alone(source))
+            _refuse_folder_of_data_sets(source, is_known=bool(layouts))
     elif source.is_file() and source.suffix in (".yaml", ".yml"):
         layouts = {"YOLO": [source]}
     else:
@@ -111,7 +114,10 @@ def recognise(
         for pattern, (export, remedy) in _OTHER_EXPORTS.items():
             for path in source.glob(pattern):
                 raise ValueError(f"{path} is {export}, which is not read: {remedy}")
-        _refuse_misplaced(source)
+        finished = splits_in(source)
+        if finished:
+            remedy = f"train on them: visft train --data {shlex.quote(str(source))}"
+            raise ValueError(f"{source} holds shards already ({', '.join(finished)}); {remedy}")
         content = []
         for path in source.iterdir():
             content.append(f"{path.name}/" if path.is_dir() else path.name)
@@ -153,13 +159,14 @@ def recognise(
     return layout, splits, sorted(unread)
 
 
-def _refuse_misplaced(folder: Path) -> None:
-    """Raise ValueError for shards, and for a folder of data sets."""
-    finished = splits_in(folder)
-    if finished:
-        command = f"visft train --data {shlex.quote(str(folder))}"
-        raise ValueError(f"{folder} holds shards already ({', '.join(finished)}); train on them: {command}")
-    inside = [path for path in sorted(folder.glob("*/")) if any(_layouts(path))]
+def _refuse_folder_of_data_sets(folder: Path, is_known: bool) -> None:
+    """Raise ValueError for a folder above data sets. `is_known`: it has files of tools, which count up to
+    three folders below, so that they may be those of a data set in it.
+    """
+    folders = sorted(folder.glob("*/"))
+    inside = [path for path in folders if any(_layouts(path))]
+    if inside or not is_known:
+        inside = [path for path in folders if path in inside or any(_layouts_of_tools(path))]
     if inside:
         commands = " or ".join(f"visft shards {shlex.quote(str(path))}" for path in inside[:3])
         raise ValueError(f"{folder} is not a data set; folders in it are: {commands}")

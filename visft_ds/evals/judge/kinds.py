@@ -7,6 +7,7 @@ it opens one; what costs seconds to import is imported then.
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -299,8 +300,9 @@ def parse_benchmarks(
     if primary is None:
         of_segmentation = [name for name in names if name.startswith(f"{SEGMENTATION}/")]
         if not of_segmentation:
+            shown = ", ".join(map(shlex.quote, names))
             raise ValueError(
-                f"no --on {SEGMENTATION}=SOURCE: give one, or the --primary of {', '.join(names)}"
+                f"no --on {SEGMENTATION}=SOURCE: give one, or one of these as --primary: {shown}"
             )
         primary = of_segmentation[0]
     if primary not in names:

@@ -32,14 +32,14 @@ class SegmentationImage(StrictModel):
 class SegmentationHeadConfig(StrictModel):
     """Options of the segmentation head that was published (single-scale Mask2Former)."""
 
-    #: the head: mask2former, or plain, whose options are others
+    #: kind of head; mask2former: the published one, plain: queries and cells in transformer blocks (PMT)
     type: Literal["mask2former"] = "mask2former"
     #: classes; default for ids that are not COCO's: the number of categories
     num_classes: Positive = 80
     #: most masks of an image, which AP and AR count as well (COCO: 100); default where an image of the data
     #: has more objects: half as many again
     max_detections: Positive = 100
-    #: masks that are predicted (Mask2Former: 100)
+    #: masks that are predicted for an image (Mask2Former: 100)
     num_queries: Positive = 100
     #: channels of the head, a multiple of num_heads and of 32 (Mask2Former: 256)
     hidden_dim: Positive = 256

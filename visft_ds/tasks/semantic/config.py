@@ -44,7 +44,7 @@ class SemanticImage(StrictModel):
 class SemanticHeadConfig(StrictModel):
     """Options of the linear head."""
 
-    #: the head: linear, or plain, whose options are others
+    #: kind of head; linear: a class for each cell, plain: queries and cells in transformer blocks (PMT)
     type: Literal["linear"] = "linear"
     #: classes; default: the number of categories
     num_classes: Positive = 150
@@ -57,7 +57,7 @@ class SemanticPlainConfig(PlainHeadConfig):
 
     #: classes; default: the number of categories
     num_classes: Positive = 150
-    #: masks that are predicted (EoMT on ADE20k: 100)
+    #: masks that are predicted for an image (EoMT on ADE20k: 100)
     num_queries: Positive = 100
 
 
