@@ -119,3 +119,16 @@ def test_more_prediction_sets_need_no_more_memory_to_be_matched() -> None:
             match_masks(logits, masks, targets, targets.labels, points, (2.0, 5.0, 5.0))
         peaks.append(live.peak)
     assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_values_at_points_are_not_kept_for_the_backward_pass() -> None:
+    """Nor does a head of more prediction sets need more at a time."""
+    targets, output = masks_of([9]), _output()
+    criterion = _criterion(num_queries=9, train_num_points=12544)
+    divisors = denominators("segmentation", criterion, targets)
+    masks = torch.randn(LAYERS + 1, 1, 9, 5, 6)
+    with LiveBytes() as live:
+        output = MaskOutput(torch.randn(LAYERS + 1, 1, 9, CLASSES + 1), masks.requires_grad_())
+        losses = criterion(output, targets, divisors)
+        values = 9 * 12544 * masks.element_size()  # of a set
+        assert live.now < values * (LAYERS + 1)  # of all sets

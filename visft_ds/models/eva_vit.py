@@ -193,25 +193,26 @@ class Block(nn.Module):
         x = x + branch
         del branch  # the MLP needs most memory of all
         normed = x if self.post_norm else self.norm2(x)
-        hidden = gelu(self.mlp["fc1"](normed.to(attended.dtype)))
+        hidden = self.mlp["fc1"](normed.to(attended.dtype))
         if last_product:
-            return x, self.mlp["fc2"](hidden)
+            return x, self.mlp["fc2"](gelu(hidden))
         return x, _ProductLeftOut.apply(hidden, self.mlp["fc2"].weight)
 
 
 class _ProductLeftOut(torch.autograd.Function):
-    """A linear layer that does not train and whose result nobody reads: its gradient alone."""
+    """A GELU and a linear layer that does not train, whose result nobody reads: their gradient alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(x, weight)
         return x.new_empty(len(x), len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None
+        x, weight = ctx.saved_tensors
+        of_gelu = grad @ weight.to(grad.dtype)
+        return torch.ops.aten.gelu_backward.grad_input(of_gelu, x, grad_input=of_gelu), None
 
 
 class _Recomputed(torch.autograd.Function):

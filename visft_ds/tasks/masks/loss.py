@@ -6,13 +6,15 @@ objects of all images concatenated, n objects and m matched pairs of an image, P
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from visft_ds.data.samples import Batch
 from visft_ds.ops import at_least_float32, to_device
@@ -21,6 +23,9 @@ from visft_ds.tasks.masks.data import MaskTargets, slices_of
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.points import draw_points, sample, uncertain_points
 from visft_ds.tasks.matching import Matches, class_losses, solve
+
+#: Values of predicted masks at points that are compared at a time, 2 MiB of float32.
+_VALUES = 1 << 19
 
 
 class MaskCriterion:
@@ -121,7 +126,7 @@ class MaskCriterion:
         (A, L, U, 2) of each image that has objects.
         """
         # Without any pair the sums are zeros that still carry a (zero) gradient.
-        bce = dice = masks.flatten(1)[:, :0].sum(dim=1)
+        sums = masks.flatten(1)[:, :0].sum(dim=1).expand(2, -1)
         # The pairs are ordered by set and then by image, and every set has the same number of them.
         queries = matches.queries.view(len(masks), -1)
         objects = matches.objects.view(len(masks), -1)
@@ -133,24 +138,75 @@ class MaskCriterion:
             pairs = slice(first_pair, last_pair)
             first_pair = last_pair
             predicted = masks[every_set, image.number, queries[:, pairs]]  # (L, m, h, w)
-            points = uncertain_points(
-                predicted.detach(),
-                candidates[number],
-                uniform[number],
-                self.uncertain,
-                image.extent,
-            )
             true_masks = targets.masks[rows, None].to(masks.dtype) / 255  # stored as uint8
-            # Set by set, so that there is never a copy of the masks for every pair of every set.
-            values = []
-            for of_set, at in zip(objects[:, pairs] - rows.start, points, strict=True):
-                values.append(sample(true_masks[of_set], at, image.mask_extent).squeeze(1))
-            true = torch.stack(values)  # (L, m, P) in [0, 1]
-            logits = sample(predicted.flatten(0, 1)[:, None], points.flatten(0, 1), image.extent)
-            logits = logits.view_as(true)
-            bce = bce + mask_cross_entropy(logits, true).sum(dim=1)
-            dice = dice + dice_loss(logits, true).sum(dim=1)
+            sets_at_once = max(1, _VALUES // (predicted.shape[1] * self.points[0]))
+            of_pairs = []
+            for first_set in range(0, len(masks), sets_at_once):
+                sets = slice(first_set, first_set + sets_at_once)
+                compare = partial(
+                    self._compare,
+                    image=image,
+                    true_masks=true_masks,
+                    objects=objects[sets, pairs] - rows.start,
+                    candidates=candidates[number, sets],
+                    uniform=uniform[number, sets],
+                )
+                of_pairs.append(_WithGradient.apply(compare, predicted[sets]))
+            sums = sums + torch.cat(of_pairs, dim=1).sum(dim=2)
+        bce, dice = sums
         return bce, dice
+
+    def _compare(
+        self,
+        predicted: Tensor,
+        image: _Image,
+        true_masks: Tensor,
+        objects: Tensor,
+        candidates: Tensor,
+        uniform: Tensor,
+    ) -> Tensor:
+        """Cross-entropy and dice (2, L, m) of the pairs of some sets in one image.
+
+        `predicted` (L, m, h, w) logits, `true_masks` (n, 1, hm, wm), of which `objects` (L, m) are rows.
+        """
+        points = uncertain_points(predicted, candidates, uniform, self.uncertain, image.extent)
+        # Set by set, so that there is never a copy of the masks for every pair of every set.
+        values = []
+        for of_set, at in zip(objects, points, strict=True):
+            values.append(sample(true_masks[of_set], at, image.mask_extent).squeeze(1))
+        true = torch.stack(values)  # (L, m, P) in [0, 1]
+        logits = sample(predicted.flatten(0, 1)[:, None], points.flatten(0, 1), image.extent)
+        logits = logits.view_as(true)
+        return torch.stack((mask_cross_entropy(logits, true), dice_loss(logits, true)))
+
+
+class _WithGradient(torch.autograd.Function):
+    """`losses(masks)`, (2, L, m) for masks (L, m, h, w), each of one mask alone.
+
+    The gradient is computed with them: values at points are many times as large as the masks, and would have
+    to be kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, losses: Callable[[Tensor], Tensor], masks: Tensor) -> Tensor:
+        needs_gradient = ctx.needs_input_grad[1]
+        masks = masks.detach().requires_grad_(needs_gradient)
+        with torch.set_grad_enabled(needs_gradient):
+            values = losses(masks)
+            sums = [of_kind.sum() for of_kind in values]
+        if needs_gradient:
+            gradients = []
+            for of_kind in sums:
+                (gradient,) = torch.autograd.grad(of_kind, masks, retain_graph=True)
+                gradients.append(gradient)
+            ctx.save_for_backward(torch.stack(gradients))
+        return values.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (gradients,) = ctx.saved_tensors
+        return None, (grad[..., None, None] * gradients).sum(dim=0)
 
 
 class _Image(NamedTuple):
