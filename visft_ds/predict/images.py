@@ -22,15 +22,14 @@ from visft_ds.data.fetch import is_url
 from visft_ds.files import (
     MAX_PIXELS,
     image_frame,
-    mapped_image,
     open_image,
     read_bands,
     read_bytes,
     reading,
     refuse_beyond,
-    spooled_image,
     to_rgb,
 )
+from visft_ds.predict.large import mapped_image, spooled_image
 from visft_ds.redaction import redacted
 from visft_ds.settings.bands import Bands, in_words
 

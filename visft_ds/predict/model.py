@@ -407,10 +407,10 @@ class Model:
             for result in sorted(scored, key=_confidence, reverse=True):
                 by_image[result["image_id"]][task].append(result)
         predictions = []
-        for image, sample, results in zip(images, samples, by_image, strict=True):
+        for image, sample, of_image in zip(images, samples, by_image, strict=True):
             assert sample.image is not None
             shown = as_rgb(sample.image)
-            predictions.append(Prediction(shown, image.path, self.categories, results, self.has_instances))
+            predictions.append(Prediction(shown, image.path, self.categories, of_image, self.has_instances))
         return predictions
 
     def _results(self, samples: Sequence[RawSample], threshold: float) -> dict[str, Results]:
