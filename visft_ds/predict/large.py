@@ -8,6 +8,7 @@ are made small pictures of their own, which it decodes one after the other.
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 import sys
@@ -60,8 +61,14 @@ def spooled_image(path: Path, most: int) -> npt.NDArray[np.uint8]:
     """
     with open_regular(path) as file, opened_header(file, path, None, most) as image:
         refuse_beyond(image)
+        shape = (image.height, image.width, 3)
         with tempfile.TemporaryFile() as spool:
-            pixels = np.memmap(spool, np.uint8, "w+", shape=(image.height, image.width, 3))
+            try:
+                os.posix_fallocate(spool.fileno(), 0, math.prod(shape))
+            except OSError as error:  # a full disk; later it would kill the process
+                error.filename = tempfile.gettempdir()
+                raise
+            pixels = np.memmap(spool, np.uint8, "r+", shape=shape)
         top = 0
         for part in _parts(image, file, path):
             pixels[top : top + part.height] = np.asarray(to_rgb(part))
