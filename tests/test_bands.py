@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,10 @@ from tests.random_tower import adapter_of, header_of, move_adapters, save_adapte
 from tests.small_timm import random_base
 from tests.test_files import deep_png, tiff
 from tests.tiny import command
-from visft_ds import evaluate, fit
+from visft_ds import evaluate, fit, load
 from visft_ds.data.dataset import read_raw
 from visft_ds.data.shards import Manifest, ShardReader
+from visft_ds.export.cli import main as export
 from visft_ds.files import read_bands
 from visft_ds.interop.layouts import fingerprint_of, load_backbone, model_of
 from visft_ds.interop.published import read_adapter
@@ -233,7 +237,9 @@ def test_a_deep_picture_among_photographs_is_left_out(
 
 @pytest.mark.parametrize("preset", ["debug", "timm:test_resnet", "timm:test_vit"])
 def test_a_stem_is_widened_as_timm_does(tmp_path: Path, preset: str) -> None:
-    """Weights for three colours are repeated in turn and scaled; a file with four keeps them."""
+    """Weights for three colours are repeated in turn and scaled; a file with four keeps them. With zeros for
+    new bands the model sees what that of three colours sees.
+    """
     options: dict[str, Any] = {}
     if preset == "debug":
         options = {"width": 16, "depth": 2, "num_heads": 2, "image_size": 56}
@@ -253,6 +259,10 @@ def test_a_stem_is_widened_as_timm_does(tmp_path: Path, preset: str) -> None:
     assert torch.allclose(
         load_backbone(tmp_path / "wide.safetensors").get_parameter(wide.first_weight), expected
     )
+    zeros = FOUR.model_copy(update={"new": "zero"}).model_dump(mode="json")
+    of_zeros = load_backbone(tmp_path / "base.safetensors", {**model, "bands": zeros})
+    assert model_of(of_zeros)["bands"] == zeros and "new" not in FOUR.model_dump()
+    torch.testing.assert_close(of_zeros(images)[-1], plain(images[:, :3])[-1])
     del model["bands"]
     with pytest.raises(ValueError, match="not"):
         load_backbone(tmp_path / "wide.safetensors", model)
@@ -297,18 +307,18 @@ def test_a_model_of_colours_refuses_deep_pictures(tmp_path: Path) -> None:
             opened(picture)
 
 
-def test_a_picture_of_bands_becomes_levels() -> None:
+def test_bands_of_a_picture_are_those_that_are_read() -> None:
     for picture in (
         scene(0),
         encoded(scene(0), planarconfig="contig"),
         torch.from_numpy(np.moveaxis(scene(0), 2, 0)),
     ):
         ((image,), is_single) = opened(picture, bands=FOUR)
-        assert is_single and np.array_equal(np.rint(image.pixels / 255 * 4095), scene(0)[..., ::-1])
+        assert is_single and np.array_equal(image.pixels, scene(0)[..., ::-1])
 
 
 def test_a_run_takes_the_bands_of_its_data(tmp_path: Path) -> None:
-    """And refuses a validation split, and further data, of another range."""
+    """And refuses a validation split, and further data, of another range. New bands may begin at 0."""
     folder = write_set(tmp_path / "set", [encoded(scene(n), planarconfig="contig") for n in range(4)])
     assert main([str(folder), "--range", "0,4095"]) == 0
     words = command(tmp_path / "set-shards", tmp_path / "run", extra={**SMALL, "visft.run.eval_every": 0})
@@ -322,28 +332,49 @@ def test_a_run_takes_the_bands_of_its_data(tmp_path: Path) -> None:
         ValueError, match=r"0 to 4000\), and the model reads .*--range 0,4095 --bands 1,2,3,4"
     ):
         settle([*words, "--set", f"visft.data.sets={more}"])
+    zeros = settle([*words, "--set", "visft.model.new_bands=zero"]).config.visft.model
+    assert zeros.bands is not None and zeros.bands.new == "zero"
+    with pytest.raises(ValueError, match="more than three bands"):
+        Bands(
+            **{**FOUR.model_dump(), "numbers": (1, 2), "mean": (0.5,) * 2, "std": (0.1,) * 2, "new": "zero"}
+        )
     assert Manifest.load(tmp_path / "other", "train").fingerprint != manifest.fingerprint
     assert in_words(None) == "three colours of 8 bits"
 
 
-def test_an_adapter_over_bands_merges_for_timm_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = "vit_test_patch8_siglip_gap_32"
-    base = random_base(name, tmp_path)
-    model = load_backbone(base, {"preset": f"timm:{name}", "bands": FOUR.model_dump(mode="json")})
+def moved(name: str, folder: Path, bands: Bands) -> tuple[Any, Path, list[str]]:
+    """A model of bands with an adapter; the folder of that; flags that merge it, without a format."""
+    base = random_base(name, folder)
+    model = load_backbone(base, {"preset": f"timm:{name}", "bands": bands.model_dump(mode="json")})
     inject_lora(model, rank=2, alpha=4, targets=("q", "v"))
     move_adapters(model)
-    folder = save_adapter(adapter_of(model, fingerprint_of(model, base)), tmp_path / "adapter")
-    words = ["--adapter", str(folder), "--base", str(base), "--out", str(tmp_path / "merged")]
-    assert merge([*words, "--format", "transformers"]) == 2
-    assert "bands 4,3,2,1 of 4" in capsys.readouterr().err
-    assert merge([*words, "--format", "timm", "--verify"]) == 0
+    adapter = save_adapter(adapter_of(model, fingerprint_of(model, base)), folder / "adapter")
+    return model, adapter, ["--adapter", str(adapter), "--base", str(base), "--verify", "--format"]
+
+
+def test_an_adapter_over_bands_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For timm; not for open_clip, whose models have three colours."""
+    name = "vit_test_patch8_siglip_gap_32"
+    model, folder, words = moved(name, tmp_path, FOUR)
+    assert merge([*words, "open_clip", "--out", str(tmp_path / "other")]) == 2
+    assert "bands 4,3,2,1 of 4 (uint16, 0 to 4095), and open_clip" in capsys.readouterr().err
+    assert merge([*words, "timm", "--out", str(tmp_path / "merged")]) == 0
     merged = load_backbone(tmp_path / "merged/model.safetensors")
     images = torch.randn(1, 4, 32, 32)
     assert torch.allclose(merged(images)[0], model(images)[0], atol=1e-5) and merged.bands == FOUR
     with pytest.raises(ValueError, match="three colours of 8 bits"):
         read_adapter(folder).install(build_timm(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_test_patch8_dinov3", "vit_test_patch8_clip_quickgelu_32"])
+def test_other_libraries_read_bands(tmp_path: Path, name: str) -> None:
+    """By PEFT over a base whose new bands began at 0, too."""
+    _, _, words = moved(name, tmp_path, FOUR.model_copy(update={"new": "zero"}))
+    for form in ("transformers", "peft", "peft_transformers"):
+        assert merge([*words, form, "--out", str(tmp_path / form)]) == 0
+    assert json.loads((tmp_path / "transformers/config.json").read_text())["num_channels"] == 4
+    assert "--scale 0 --base FILE" in (tmp_path / "peft/README.md").read_text()
 
 
 def squares(folder: Path, split: str, count: int, seed: int) -> None:
@@ -370,7 +401,7 @@ def squares(folder: Path, split: str, count: int, seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
 def test_a_class_that_only_one_band_shows_is_learnt(tmp_path: Path) -> None:
-    """And without that band it is not."""
+    """And without that band it is not. The exported model says the same."""
     squares(tmp_path / "set", "train", 40, 0)
     squares(tmp_path / "set", "val", 20, 1)
     found = {}
@@ -387,3 +418,17 @@ def test_a_class_that_only_one_band_shows_is_learnt(tmp_path: Path) -> None:
         fit(stage=1, model="small_data", data=shards, out=tmp_path / f"run{bands}", settings=settings)
         found[bands] = evaluate(tmp_path / f"run{bands}", split="val").metrics["box/AP/b"]
     assert found["1,2,3,4"] > 0.4 and found["1,2,3"] < 0.15, found
+    pytest.importorskip("onnxscript")
+    for form in ("onnx", "torch"):
+        words = [str(tmp_path / "run1,2,3,4"), "--out", str(tmp_path / form), "--format", form]
+        assert export([*words, "--picture-size", "150x120"]) == 0
+    picture = tmp_path / "set/val/1.tif"
+    ours = load(tmp_path / "onnx").predict(picture, threshold=0.2).boxes
+    assert ours is not None and len(ours) > 0
+    program = re.findall(r"```python\n(.*?)```", (tmp_path / "onnx/README.md").read_text(), re.DOTALL)
+    (tmp_path / "onnx/run.py").write_text(program[0].replace(">= 0.5", ">= 0.2"))
+    ran = subprocess.run(
+        [sys.executable, "-P", "run.py", str(picture)],
+        cwd=tmp_path / "onnx", capture_output=True, text=True, env={},
+    )  # fmt: skip
+    assert ran.returncode == 0 and len(ran.stdout.splitlines()) == len(ours), ran.stderr

@@ -14,7 +14,6 @@ import os
 import re
 import stat
 import sys
-import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -36,8 +35,6 @@ MAX_BYTES = 12 * 2**30
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 #: A progressive JPEG has about ten scans; each one decodes the whole image again.
 _MAX_SCANS = 200
-#: Rows of a very large picture that are converted together.
-_BAND = 256
 
 #: First bytes of a TIFF.
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -205,7 +202,7 @@ def open_image(
         OSError: it is not there, or may not be read.
     """
     data = source if isinstance(source, bytes) else read_bytes(source)
-    with _opened(io.BytesIO(data), source, name, most) as image:
+    with opened_header(io.BytesIO(data), source, name, most) as image:
         check_scans(data)
         refuse_beyond(image)
         image.load()
@@ -262,7 +259,7 @@ def image_frame(source: Path | str | bytes, name: str | None = None, most: int =
     """
     with nullcontext(io.BytesIO(source)) if isinstance(source, bytes) else open_regular(source) as file:
         try:
-            with _opened(file, source, name, most) as image:
+            with opened_header(file, source, name, most) as image:
                 orientation = _orientation(image)
                 return Frame(image.height, image.width, orientation, image.format or "", _beyond(image))
         except ValueError:
@@ -314,7 +311,7 @@ def read_bands(
     if data.startswith(_TIFF):
         with reading(name, "a TIFF"):
             return _kept_values(_tiff_values(data, most))
-    with _opened(io.BytesIO(data), source, name, most) as image:
+    with opened_header(io.BytesIO(data), source, name, most) as image:
         check_scans(data)
         if _orientation(image) != 1:
             raise ValueError("its EXIF data turns it: store it upright")
@@ -351,11 +348,11 @@ def _tiff_values(data: bytes, most: int) -> npt.NDArray[Any]:
 def _pillow_values(image: ImageFile.ImageFile, data: bytes) -> npt.NDArray[Any]:
     """Values (H, W, bands) of any other picture whose header has been read."""
     other_bytes = _other_bytes(image)
-    is_cut = any(_DEEP_VALUES.fullmatch(_raw_mode(tile)) for tile in image.tile)  # by Pillow, to upper bytes
+    is_cut = any(_DEEP_VALUES.fullmatch(raw_mode(tile)) for tile in image.tile)  # by Pillow, to upper bytes
     if image.mode in ("P", "PA"):
         raise ValueError(_PALETTE)
     if image.mode not in _MODES_OF_BANDS or (is_cut and not other_bytes and not image.mode.startswith("I")):
-        raise ValueError(f"its values ({_raw_mode(image.tile[0])}) cannot be read exactly: save it as a TIFF")
+        raise ValueError(f"its values ({raw_mode(image.tile[0])}) cannot be read exactly: save it as a TIFF")
     values = np.asarray(image)
     if other_bytes:
         with Image.open(io.BytesIO(data), formats=FORMATS) as again:
@@ -375,73 +372,7 @@ def _kept_values(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     raise ValueError(f"its values are {kind}; uint8, uint16, int16 and float32 are read: convert it")
 
 
-def mapped_image(path: Path, most: int) -> npt.NDArray[np.uint8] | None:
-    """Pixels (H, W, 3) of a TIFF that the file has as they are, row by row, of which only those that are
-    looked at are read; None of any other picture. Errors are those of `open_image`.
-    """
-    with open_regular(path) as file, _opened(file, path, None, most) as image:
-        parts = image.tile if image.format == "TIFF" and _is_plain(image) else []
-        end = parts[0].offset if parts else -1
-        for part in parts:
-            left, top, right, bottom = part.extents or (0, 0, 0, 0)
-            if (left, right, part.offset) != (0, image.width, end):
-                return None
-            end += (bottom - top) * (right - left) * 3
-        if not 0 < end <= os.fstat(file.fileno()).st_size:
-            return None
-        shape = (image.height, image.width, 3)
-        return np.memmap(path, np.uint8, "r", parts[0].offset, shape)
-
-
-def spooled_image(path: Path, most: int) -> npt.NDArray[np.uint8]:
-    """Pixels (H, W, 3) of a picture as it is stored, in a temporary file without a name, so that `release`
-    gives their memory back. Errors are those of `open_image`.
-
-    A TIFF that is not compressed is copied part by part, any other is decoded to Pillow's four bytes a pixel.
-    """
-    with open_regular(path) as file, _opened(file, path, None, most) as image:
-        refuse_beyond(image)
-        shape = (image.height, image.width, 3)
-        with tempfile.TemporaryFile() as spool:
-            pixels = np.memmap(spool, np.uint8, "w+", shape=shape)
-        if image.format == "TIFF" and _is_plain(image):
-            _copy_parts(image, np.memmap(path, np.uint8, "r"), pixels)
-            return pixels
-        image.load()
-        for top in range(0, image.height, _BAND):
-            bottom = min(top + _BAND, image.height)
-            band = image.crop((0, top, image.width, bottom))
-            pixels[top:bottom] = np.asarray(to_rgb(band))
-            release(pixels)
-        return pixels
-
-
-def _is_plain(image: ImageFile.ImageFile) -> bool:
-    """Return True if the file has all pixels as they are, in RGB."""
-    if image.mode != "RGB":
-        return False
-    return all(part.codec_name == "raw" and _raw_mode(part) == "RGB" for part in image.tile)
-
-
-def _copy_parts(
-    image: ImageFile.ImageFile, stored: npt.NDArray[np.uint8], pixels: npt.NDArray[np.uint8]
-) -> None:
-    """Copy the strips or tiles of a picture from the bytes of its file to where they are seen."""
-    for part in image.tile:
-        left, top, right, bottom = part.extents or (0, 0, 0, 0)
-        arguments: Any = part.args
-        line = arguments[1] or 3 * (right - left)  # bytes from row to row
-        end = part.offset + (bottom - top) * line
-        if not 0 <= part.offset < end <= len(stored):
-            raise ValueError("the file is cut off")
-        rows = stored[part.offset : end].reshape(bottom - top, line)
-        pixels[top:bottom, left:right] = rows[:, : 3 * (right - left)].reshape(bottom - top, -1, 3)
-        if right == image.width:  # the last one of a row of tiles
-            release(stored)
-            release(pixels)
-
-
-def release(pixels: npt.NDArray[np.uint8]) -> None:
+def release(pixels: npt.NDArray[Any]) -> None:
     """Give back the memory of the file that pixels are read from; who looks at them reads them again."""
     base: object = pixels
     while isinstance(base, np.ndarray):
@@ -451,7 +382,7 @@ def release(pixels: npt.NDArray[np.uint8]) -> None:
 
 
 @contextmanager
-def _opened(
+def opened_header(
     file: BinaryIO, source: Path | str | bytes, name: str | None, most: int
 ) -> Iterator[ImageFile.ImageFile]:
     """A picture whose header has been read; what goes wrong with it here or later is one ValueError."""
@@ -504,7 +435,7 @@ def refuse_beyond(image: Image.Image) -> None:
         )
 
 
-def _raw_mode(tile: Any) -> str:
+def raw_mode(tile: Any) -> str:
     """Pillow's name of how values lie in a part of a file."""
     first = tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args
     return first if isinstance(first, str) else ""
@@ -512,7 +443,7 @@ def _raw_mode(tile: Any) -> str:
 
 def _beyond(image: Image.Image) -> str:
     """Name what a picture has beyond colours of 8 bits and transparency; "" for most."""
-    modes = {_raw_mode(tile) for tile in getattr(image, "tile", ())}
+    modes = {raw_mode(tile) for tile in getattr(image, "tile", ())}
     is_deep = any(map(_DEEP_VALUES.fullmatch, modes)) and image.format != "BMP"  # whose 16 bits are a pixel
     if is_deep or image.mode.startswith(("I", "F")):
         return "values of more than 8 bits"
@@ -533,7 +464,7 @@ def _other_bytes(image: ImageFile.ImageFile) -> list[Any]:
     """
     changed = []
     for tile in image.tile:
-        mode = _raw_mode(tile)
+        mode = raw_mode(tile)
         match = _DEEP_COLOURS.fullmatch(mode)
         if match is None:
             return []

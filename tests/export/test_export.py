@@ -153,14 +153,14 @@ def test_a_program_of_torch_runs_without_this_package(tmp_path: Path) -> None:
     code = code_of(out / "README.md")
     assert "visft_ds" not in code
     (out / "run.py").write_text(code)
-    ran = subprocess.run([sys.executable, "-P", "run.py"], cwd=out, capture_output=True, text=True, env={})
+    Image.new("RGB", (90, 60), "gray").save(out / "photograph.jpg")
+    command = [sys.executable, "-P", "run.py", "photograph.jpg"]
+    ran = subprocess.run(command, cwd=out, capture_output=True, text=True, env={})
     assert ran.returncode == 0 and "boxes (1, 4, 4)" in ran.stdout, ran.stdout + ran.stderr
 
 
 def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
     """With onnxruntime, numpy and Pillow alone."""
-    from PIL import Image
-
     out = tmp_path / "exported"
     assert export(finished.runs() / "stage1", out, "--tasks", "detection", "--web") == 0
     Image.new("RGB", (90, 60), "gray").save(out / "photograph.jpg")

@@ -18,16 +18,18 @@ from torch import nn
 import visft_ds
 from tests.tasks.cases import batch_of
 from visft_ds.cli import main
+from visft_ds.data.decode import levels
 from visft_ds.data.transforms import Crop, Pad, Resize
 from visft_ds.export import cli, command
 from visft_ds.export.answers import Picture
-from visft_ds.export.graph import Answer, Frame, FrameMap, resized
+from visft_ds.export.graph import Answer, Frame, FrameMap, levels_of, resized, resized_levels
 from visft_ds.export.verify import Difference
 from visft_ds.ops.deform_attn import gathered
 from visft_ds.predict import exported
 from visft_ds.predict.exported import results_of_outputs
 from visft_ds.predict.images import OpenedImage
 from visft_ds.predict.results import Prediction
+from visft_ds.settings.bands import Bands
 from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.masks.interpolation import interpolated
@@ -45,6 +47,24 @@ def test_pictures_are_scaled_exactly_as_training_scales_them(
     pictures = noise.to(torch.uint8).permute(0, 3, 1, 2)
     expected = tvf.resize(pictures, list(size), antialias=True)
     assert torch.equal(resized(pictures.float(), size).to(torch.uint8), expected)
+
+
+def test_bands_become_levels_and_are_scaled_as_in_training() -> None:
+    """Of 16 bits, beyond their range, and of floats without a number; larger and smaller."""
+    random = np.random.default_rng(0)
+    values = random.integers(0, 6000, (48, 66, 4)).astype(np.uint16)
+    unknown = np.where(values % 7 == 0, np.nan, values).astype(np.float32)
+    for pictures in (values, unknown):
+        kind = str(pictures.dtype)
+        bands = Bands(
+            count=4, numbers=(1, 2, 3, 4), kind=kind, range=(90, 4095), mean=(0.5,) * 4, std=(1,) * 4
+        )  # type: ignore[arg-type]
+        expected = torch.from_numpy(levels(pictures, bands)).permute(2, 0, 1)[None]
+        ours = levels_of(torch.from_numpy(pictures).float().permute(2, 0, 1)[None], bands)
+        torch.testing.assert_close(ours, expected)
+        for size in ((32, 40), (96, 67), (48, 66)):
+            scaled = tvf.resize(expected, list(size), antialias=True)
+            torch.testing.assert_close(resized_levels(ours, size), scaled, rtol=0, atol=2e-4)  # of 255
 
 
 @pytest.mark.parametrize(("size", "padded"), [((32, 32), (32, 32)), ((30, 41), (32, 48))])

@@ -5,17 +5,16 @@ from __future__ import annotations
 import io
 import re
 import shutil
-import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
+from tifffile import imwrite
 
 from tests import finished
 from tests.opened import open_run
@@ -24,9 +23,10 @@ from visft_ds.config.record import recorded_config
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evaluation import collect
-from visft_ds.files import mapped_image, open_image, release
+from visft_ds.files import open_image, release
 from visft_ds.interop.published import read_adapter
 from visft_ds.predict.images import MOST_IN_TILES, find_images, open_file, opened
+from visft_ds.predict.large import mapped_image
 from visft_ds.predict.loading import ModelSource, files_of_run
 from visft_ds.predict.model import Model, load, load_backbone
 from visft_ds.predict.results import Boxes, Masks, Prediction
@@ -164,45 +164,50 @@ def test_tiles_are_those_of_a_picture_in_pieces(place: Path, tmp_path: Path) -> 
         load("runs/stage2", device="cpu").predict(pixels, tile=64)
 
 
-def _write_tiled_tiff(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
-    """A TIFF of tiles of 16 x 16 pixels, not compressed; Pillow writes none, tifffile's are the same."""
-    height, width, _ = pixels.shape
-    rows, columns = -(-height // 16), -(-width // 16)
-    padded = np.pad(pixels, ((0, rows * 16 - height), (0, columns * 16 - width), (0, 0)))
-    tiles = padded.reshape(rows, 16, columns, 16, 3).swapaxes(1, 2).reshape(-1, 768)
-    many = len(tiles)
-    # Lists of offsets and sizes stand behind a header of 8 bytes and 11 entries of 12, then bits a colour.
-    first = 8 + 2 + 11 * 12 + 4
-    start = first + 6 + 8 * many
-    entries = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, first), (259, 3, 1, 1), (262, 3, 1, 2)]
-    entries += [(277, 3, 1, 3), (284, 3, 1, 1), (322, 3, 1, 16), (323, 3, 1, 16)]
-    entries += [(324, 4, many, first + 6), (325, 4, many, first + 6 + 4 * many)]
-    data = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
-    data += b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
-    data += struct.pack("<3H", 8, 8, 8)
-    data += struct.pack(f"<{many}I", *(start + 768 * number for number in range(many)))
-    data += struct.pack(f"<{many}I", *[768] * many)
-    path.write_bytes(data + tiles.tobytes())
-
-
-def test_large_pictures_are_decoded_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they are decoded to memory, in bands of rows, whatever their mode."""
+def test_large_pictures_are_decoded_to_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they are decoded to memory, some rows at a time, whatever their mode and compression."""
     monkeypatch.setattr("visft_ds.predict.images.MAX_PIXELS", 100)
-    monkeypatch.setattr("visft_ds.files._BAND", 8)
+    monkeypatch.setattr("visft_ds.predict.large._ROWS", 8)
+    monkeypatch.setattr("visft_ds.predict.large._PIECE", 100)
     colours = np.random.default_rng(0).integers(0, 256, (20, 39, 4), np.uint8)
     rgba = Image.fromarray(colours)
     palette_picture = rgba.convert("RGB").quantize(16)
     palette_picture.info["transparency"] = 3
     pictures = {"rgba.png": rgba, "palette.png": palette_picture}
     pictures |= {"grey.bmp": rgba.convert("L"), "cmyk.tif": rgba.convert("CMYK")}
+    pictures |= {"rgb.png": rgba.convert("RGB"), "la.png": rgba.convert("LA")}
     for name, picture in pictures.items():
         picture.save(tmp_path / name)
-    _write_tiled_tiff(tmp_path / "tiled.tif", colours[..., :3])
-    for name in (*pictures, "tiled.tif"):
+    for compression in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits"):
+        for mode in ("RGB", "P", "L", "CMYK"):
+            if (compression, mode) != ("jpeg", "P"):
+                pictures[f"{compression}_{mode}.tif"] = picture = rgba.convert("RGB").convert(mode)
+                strips = {TiffImagePlugin.ROWSPERSTRIP: 16 if compression == "jpeg" else 3}
+                picture.save(tmp_path / f"{compression}_{mode}.tif", compression=compression, tiffinfo=strips)
+    imwrite(tmp_path / "tiled.tif", colours[..., :3], photometric="rgb", tile=(16, 16))
+    smooth = np.cumsum(colours[..., :3].astype(np.int64), axis=1).astype(np.uint8)
+    deflated = {"compression": "zlib", "predictor": True, "tile": (16, 16)}
+    imwrite(tmp_path / "deflated.tif", smooth, photometric="rgb", **deflated)
+    imwrite(tmp_path / "big.tif", smooth, photometric="rgb", bigtiff=True, **deflated)
+    imwrite(tmp_path / "motorola.tif", smooth, photometric="rgb", byteorder=">", **deflated)
+    planes = np.moveaxis(smooth, 2, 0)
+    imwrite(tmp_path / "planes.tif", planes, photometric="rgb", compression="zlib", planarconfig="separate")
+    written = ("tiled.tif", "deflated.tif", "big.tif", "motorola.tif", "planes.tif")
+    for name in (*pictures, *written):
         large = open_file(tmp_path / name, MOST_IN_TILES).pixels
         np.testing.assert_array_equal(large, np.asarray(open_image(tmp_path / name)))
         release(large)
         assert (large == np.asarray(open_image(tmp_path / name))).all()
+        is_at_once = name in ("palette.png", "grey.bmp")
+        assert ("is decoded at once, to 0.0 GiB" in capsys.readouterr().err) == is_at_once
+    whole = (tmp_path / "rgb.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "deflated.tif").read_bytes()[:-99])
+    for name in ("cut.png", "cut.tif"):
+        with pytest.raises(ValueError, match=f"{name}.*cut off"):
+            open_file(tmp_path / name, MOST_IN_TILES)
 
 
 def test_an_image_does_not_depend_on_its_neighbours(place: Path) -> None:

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from visft_ds.pretrained import TIMM
 from visft_ds.redaction import refuse_secrets
-from visft_ds.settings.bands import Bands
+from visft_ds.settings.bands import Bands, NewBands
 from visft_ds.settings.fields import (
     Above,
     Count,
@@ -105,6 +105,9 @@ class ModelConfig(StrictModel):
     out_indices: tuple[Count, ...] = ()
     #: bands of the pictures, decided by the shards; null: three colours of 8 bits (docs/bands.md)
     bands: Bands | None = None
+    #: first weights of the first convolution for N bands; mean: those of red, green and blue, repeated in
+    #: turn, times 3/N; zero: those for the first three bands, and 0 for the others
+    new_bands: NewBands = "mean"
     #: file of base weights, or hf-hub:ORG/NAME[/FILE]; null: random weights, drawn by weights_seed
     weights: Text | None
     weights_seed: Count = 0  #: seed of random weights
@@ -120,7 +123,9 @@ class ModelConfig(StrictModel):
     tf32: Literal["auto", True, False] = "auto"
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Options of another kind of backbone."""
+        """Options of another kind of backbone, and two ways of bands."""
+        if self.bands is not None and self.bands.new != self.new_bands:
+            yield "new_bands", f"{self.new_bands} is not that of bands, {self.bands.new}"
         if not self.preset.startswith(TIMM):
             return
         keys = [f"overrides.{name}" for name in self.overrides.model_dump(exclude_none=True)]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from visft_ds.data.decode import decode_bands, decode_image
+from visft_ds.data.decode import levels, stored_pixels
 from visft_ds.data.labels import parse_label
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import LABEL_KINDS, DamagedSample, Role, ShardReader
@@ -96,13 +96,13 @@ def _decode(reader: ShardReader, index: int, data: bytes, size: tuple[int, int])
     """Pixels of a sample, which have this (height, width), or levels of its bands."""
     bands = reader.manifest.bands
     try:
-        image = decode_image(data) if bands is None else decode_bands(data, bands)
+        image = stored_pixels(data, bands)
     except ValueError as error:
         raise DamagedSample(f"{reader.describe(index)} cannot be decoded: {error}") from error
     if image.shape[:2] != size:
         name = reader.describe(index)
         raise DamagedSample(f"{name} has {image.shape[:2]} pixels, not {size} as in the index")
-    return image
+    return image if bands is None else levels(image, bands)
 
 
 def coco_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -> dict[str, Any]:

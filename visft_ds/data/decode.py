@@ -37,9 +37,9 @@ def decode_image(data: bytes, most: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     return simplejpeg.decode_jpeg(data, colorspace="RGB")
 
 
-def decode_bands(data: bytes, bands: Bands) -> npt.NDArray[np.float32]:
-    """Levels (H, W, n) from 0 to 255 of a picture in a shard, which has the bands that are read."""
-    return levels(read_bands(data), bands)
+def stored_pixels(data: bytes, bands: Bands | None) -> npt.NDArray[Any]:
+    """RGB of a picture in a shard, or the values of its bands."""
+    return decode_image(data) if bands is None else read_bands(data)
 
 
 def levels(values: npt.NDArray[Any], bands: Bands) -> npt.NDArray[np.float32]:
@@ -52,8 +52,8 @@ def levels(values: npt.NDArray[Any], bands: Bands) -> npt.NDArray[np.float32]:
     return np.nan_to_num(scaled, nan=0.0).clip(0, 255)
 
 
-def bands_of(values: npt.NDArray[Any], bands: Bands, name: str) -> npt.NDArray[np.float32]:
-    """Levels (H, W, n) of the bands that a model reads, of all values (H, W, bands) of a picture.
+def bands_of(values: npt.NDArray[Any], bands: Bands, name: str) -> npt.NDArray[Any]:
+    """The bands that a model reads (H, W, n), of all values (H, W, bands) of a picture.
 
     Raises ValueError for a picture of another number of bands, or other values.
     """
@@ -63,7 +63,7 @@ def bands_of(values: npt.NDArray[Any], bands: Bands, name: str) -> npt.NDArray[n
             f"{name}: {count} bands of {values.dtype}, and the model reads {in_words(bands)}: give pictures "
             "of that kind, or another model"
         )
-    return levels(values[..., [number - 1 for number in bands.numbers]], bands)
+    return values[..., [number - 1 for number in bands.numbers]]
 
 
 def as_rgb(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

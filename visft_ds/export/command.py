@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from visft_ds import __version__
 from visft_ds.config.record import recorded_config
-from visft_ds.data.dataset import read_raw
+from visft_ds.data.decode import stored_pixels
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import Op, Size
 from visft_ds.evaluation import measure
@@ -28,7 +28,7 @@ from visft_ds.export.graph import Features, Frame, Maps, merge_adapters, modules
 from visft_ds.export.page import NO_BOXES, write_page
 from visft_ds.export.readme import readme
 from visft_ds.export.verify import FEATURES, compare, results_of
-from visft_ds.files import write_text
+from visft_ds.files import reading, write_text
 from visft_ds.model import normalise_pixels
 from visft_ds.predict.exported import FACTS_FILE, FORMAT, KEY, SUFFIXES, ExportedModel, open_exported
 from visft_ds.predict.images import OpenedImage, find_images, open_file
@@ -38,7 +38,7 @@ from visft_ds.predict.results import Prediction
 from visft_ds.prepare.model import choose_precision
 from visft_ds.randomness import generator
 from visft_ds.run_files import folder_of_run, run_of
-from visft_ds.settings.bands import in_words
+from visft_ds.settings.bands import Bands, in_words
 from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import TASKS, config_class
 from visft_ds.tasks.classes import category_name
@@ -60,14 +60,11 @@ def export(flags: argparse.Namespace) -> None:
     _check(flags)
     alone = flags.tasks == _NO_TASKS
     model = _load(flags, alone)
-    if model.bands is not None:
-        raise ValueError(
-            f"{flags.run} reads {in_words(model.bands)}, and exports take three colours: use visft "
-            "predict, or visft merge --format timm for the backbone"
-        )
+    if flags.web and model.bands is not None:
+        raise ValueError(f"--web shows photographs, and {flags.run} reads {in_words(model.bands)}")
     if flags.web and not {"detection", "segmentation"}.intersection(model.tasks):
         raise ValueError(NO_BOXES)
-    pictures = _Pictures(flags)
+    pictures = _Pictures(flags, model.bands)
     geometry = pictures.geometry(model._streams)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=flags.out.parent, prefix=f".{flags.out.name}.tmp-") as temporary:
@@ -151,7 +148,8 @@ def _load(flags: argparse.Namespace, alone: bool) -> Model:
 class _Pictures:
     """Pictures of the flags, or else of the run's validation split."""
 
-    def __init__(self, flags: argparse.Namespace) -> None:
+    def __init__(self, flags: argparse.Namespace, bands: Bands | None = None) -> None:
+        self.bands = bands  #: that the model reads
         self.shape: Size | None = flags.picture_size
         self.is_noise_enough = flags.tasks == _NO_TASKS  #: nothing is found in them
         self.files = None if flags.images is None else list(find_images(flags.images).values())
@@ -168,17 +166,20 @@ class _Pictures:
     def some(self, count: int | None) -> dict[int, OpenedImage]:
         """The first pictures, or all, by their ids. Raises ValueError if there are none."""
         if self.files is not None:
-            return {number: open_file(path) for number, path in enumerate(self.files[:count])}
+            files = self.files[:count]
+            return {number: open_file(path, bands=self.bands) for number, path in enumerate(files)}
         if self.manifest is None and self.is_noise_enough:
-            return {0: OpenedImage(_example()["images"][0].numpy(), None)}
+            return {0: OpenedImage(_example(self.bands)["images"][0].numpy(), None)}
         if self.manifest is None:
             raise ValueError(f"no pictures to compare predictions on: give --images ({self.problem})")
         images = {}
         with ShardReader(self.manifest) as reader:
             for index in range(min(count or len(reader), len(reader))):
-                raw = read_raw(reader, index, "images")
-                assert raw.image is not None
-                images[raw.image_id] = OpenedImage(raw.image, None)
+                image_id = int(self.manifest.index[index]["image_id"])
+                data, _ = reader.read(index, "images")
+                with reading(reader.describe(index), "a picture"):
+                    pixels = stored_pixels(data or b"", self.bands)
+                images[image_id] = OpenedImage(pixels, None)
         return images
 
     def geometry(self, streams: Mapping[str, Stream]) -> dict[str, Sequence[Op]]:
@@ -188,7 +189,7 @@ class _Pictures:
             sizes = Counter(zip(index["height"].tolist(), index["width"].tolist(), strict=True))
             self.shape = sizes.most_common(1)[0][0]
         if self.shape is None and self.files is not None:
-            self.shape = open_file(self.files[0]).pixels.shape[:2]
+            self.shape = open_file(self.files[0], bands=self.bands).pixels.shape[:2]
         shape = self.shape or (480, 640)
         return {
             name: geometry_of(stream).draw(shape, False, generator(0)) for name, stream in streams.items()
@@ -213,20 +214,23 @@ def _write_files(
     backbone = loaded.module.backbone
     merge_adapters(backbone)
     licence = getattr(backbone, "pretrained_cfg", {}).get("license") or "that of the base weights"
-    common = {
+    common: dict[str, Any] = {
         "format": FORMAT,
         "visft_ds": __version__,
         "license": licence,
-        "colours": "RGB",
         "mean": list(backbone.pixel_mean),
         "std": list(backbone.pixel_std),
     }
+    if model.bands is None:
+        common["colours"] = "RGB"
+    else:
+        common["bands"] = model.bands.model_dump(mode="json")
     facts = {}
     if not model.tasks:
         side = backbone.image_size
         maps = Maps(backbone, Frame((side, side), (side, side)), half=flags.half)
         facts["features"] = {**common, "task": None, "image_size": [side, side]}
-        _write(Features(maps), _example(), folder, "features", flags.format, facts["features"])
+        _write(Features(maps), _example(model.bands), folder, "features", flags.format, facts["features"])
         return facts
     for stream in model._streams.values():
         frame = Frame.of(geometry[stream.name], backbone.patch_size)
@@ -239,7 +243,7 @@ def _write_files(
                 of_task["box_masks"] = True
             number = len(of_task.get("categories", ()))
             modules = modules_of(task, maps, loaded.module.heads[task], number)
-            example = _example()
+            example = _example(model.bands)
             for name, module in modules.items():
                 facts[name] = of_task
                 outputs = _write(module.eval(), example, folder, name, flags.format, of_task)
@@ -277,10 +281,14 @@ def _classes(model: Model, task: str, stream: Stream) -> dict[str, Any]:
     return {"categories": categories, "max_detections": info.options.get("max_detections")}
 
 
-def _example() -> dict[str, Tensor]:
+def _example(bands: Bands | None) -> dict[str, Tensor]:
     """Arguments of a module of pictures; their sizes are those of nothing else."""
-    noise = torch.randint(0, 256, (2, 61, 83, 3), generator=torch.Generator().manual_seed(0))
-    return {"images": noise.to(torch.uint8)}
+    random = torch.Generator().manual_seed(0)
+    if bands is None:
+        return {"images": torch.randint(0, 256, (2, 61, 83, 3), generator=random).to(torch.uint8)}
+    low, high = bands.range
+    noise = low + (high - low) * torch.rand(2, 61, 83, len(bands.numbers), generator=random)
+    return {"images": noise.to(getattr(torch, bands.kind))}
 
 
 @torch.no_grad()
@@ -348,7 +356,7 @@ def _maps_of(model: Model, image: OpenedImage) -> Sequence[Tensor]:
     """Our maps (1, D, h, w) of a picture at the size of an export of the backbone alone."""
     backbone = model._loaded.module.backbone
     size = [backbone.image_size, backbone.image_size]
-    pixels = torch.from_numpy(image.pixels).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(model.seen(image.pixels)).permute(2, 0, 1)[None]
     scaled = tvf.resize(pixels, size, antialias=True)
     maps: Sequence[Tensor] = backbone(normalise_pixels(backbone, scaled, torch.tensor([size])))
     return maps

@@ -22,6 +22,7 @@ from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import Linear
 from visft_ds.models.lora import LoRALinear, dense_update, lora_layers
 from visft_ds.ops import at_least_float32
+from visft_ds.settings.bands import Bands
 from visft_ds.tasks.captioning.head import CaptioningHead, pool_valid
 from visft_ds.tasks.detection.dense import DenseHead
 
@@ -65,7 +66,9 @@ class FrameMap(Map):
 
 
 class Maps(nn.Module):
-    """Pictures (B, H, W, 3) uint8 -> maps of the backbone; in 16 bits its weights and products are fp16."""
+    """Pictures (B, H, W, 3) uint8, or values (B, H, W, n) of the bands that a backbone reads, -> its maps; in
+    16 bits its weights and products are fp16.
+    """
 
     mean: Tensor
     std: Tensor
@@ -75,12 +78,16 @@ class Maps(nn.Module):
         self.frame = frame
         self.half_precision = half
         self.backbone = backbone.half() if half else backbone
-        self.register_buffer("mean", 255 * torch.tensor(backbone.pixel_mean).view(3, 1, 1))
-        self.register_buffer("std", 255 * torch.tensor(backbone.pixel_std).view(3, 1, 1))
+        self.register_buffer("mean", 255 * torch.tensor(backbone.pixel_mean).view(-1, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(backbone.pixel_std).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> list[FrameMap]:
         height, width = self.frame.size
-        levels = resized(images.float().permute(0, 3, 1, 2), self.frame.size)
+        values = images.float().permute(0, 3, 1, 2)
+        if self.backbone.bands is None:
+            levels = resized(values, self.frame.size)
+        else:
+            levels = resized_levels(levels_of(values, self.backbone.bands), self.frame.size)
         normalised = (levels - self.mean) / self.std
         below = self.frame.padded[0] - height
         right = self.frame.padded[1] - width
@@ -215,6 +222,34 @@ def resized(levels: Tensor, size: Size) -> Tensor:
     rows = _scaling(levels.shape[2], height, levels.device)
     narrow = torch.floor(levels @ columns.T + 0.5).clamp(0, 255)
     return torch.floor(rows @ narrow + 0.5).clamp(0, 255)
+
+
+def levels_of(values: Tensor, bands: Bands) -> Tensor:
+    """Values float32 -> levels, as `data.decode.levels` gives them."""
+    low, high = bands.range
+    scaled = (values - low) * (255 / (high - low))
+    if bands.kind == "float32":
+        scaled = torch.where(scaled == scaled, scaled, 0.0)  # NaN
+    return scaled.clamp(0, 255)
+
+
+def resized_levels(levels: Tensor, size: Size) -> Tensor:
+    """Levels (B, n, H, W) of bands at this size, as torch scales floats: bilinear with antialias."""
+    height, width = size
+    columns = _scaling_of_floats(levels.shape[3], width, levels)
+    rows = _scaling_of_floats(levels.shape[2], height, levels)
+    return rows @ (levels @ columns.T)
+
+
+def _scaling_of_floats(pixels: int, wanted: int, like: Tensor) -> Tensor:
+    """Matrix (wanted, pixels) of a triangle around each new pixel, with the roundings of torch."""
+    scale = torch.ones_like(like[0, 0, 0, 0]) * pixels / wanted
+    centres = (torch.arange(wanted, device=like.device)[:, None] + 0.5) * scale
+    distances = torch.arange(pixels, device=like.device)[None] - centres + 0.5
+    reach = torch.maximum(scale, torch.ones_like(scale))
+    weights = 1 - (distances / reach).abs()
+    weights = torch.maximum(weights, torch.zeros_like(weights))
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def _scaling(pixels: int, wanted: int, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from visft_ds.settings.bands import Bands
 from visft_ds.tasks import config_class
 
 _PYTHON = """\
@@ -13,15 +14,28 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageDraw, ImageOps
-
-picture = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
+{read}
 session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
 facts = json.loads(session.get_modelmeta().custom_metadata_map["visft"])
 names = [output.name for output in session.get_outputs()]
-values = session.run(None, {{"images": np.asarray(picture)[None]}})  # (1, height, width, 3) uint8
+values = session.run(None, {{"images": images[None]}})
 output = {{name: value[0] for name, value in zip(names, values)}}
 {use}"""
+_READ_COLOURS = """\
+from PIL import Image, ImageDraw, ImageOps
+
+picture = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
+images = np.asarray(picture)  # (height, width, 3) uint8"""
+_READ_BANDS = """\
+import tifffile
+from PIL import Image, ImageDraw
+
+images = np.atleast_3d(tifffile.imread(sys.argv[1]))
+if images.shape[2] != {count}:
+    images = np.moveaxis(images, 0, -1)  # (bands, height, width), as many programs write them
+images = images[..., {places}].astype("{kind}")  # (height, width, {number}): bands {numbers} of {count}
+shown = (images[..., {shown}].astype("float32") - {low:g}) / ({high:g} - {low:g})
+picture = Image.fromarray((shown.clip(0, 1) * 255).astype("uint8"))"""
 _OBJECTS = """
 certain = output["scores"] >= 0.5  # where there are fewer objects than rows, scores are 0
 boxes = output["boxes"][certain]{masks}
@@ -80,18 +94,15 @@ _TORCH = """\
 import json
 import sys
 
+import numpy as np
 import torch
+{read}
 
 facts = {{"facts.json": ""}}
 program = torch.export.load("{file}", extra_files=facts)
 facts = json.loads(facts["facts.json"])
-images = torch.zeros(1, 480, 640, 3, dtype=torch.uint8)  # a picture: height, width, RGB
-if len(sys.argv) > 1:
-    from torchvision.io import decode_image  # or any other way to its pixels
-
-    images = decode_image(sys.argv[1], "RGB").permute(1, 2, 0)[None]
 with torch.no_grad():
-    for name, value in program.module()(images=images).items():
+    for name, value in program.module()(images=torch.from_numpy(images)[None]).items():
         print(name, tuple(value.shape))"""
 _TEXT = """\
 ---
@@ -110,10 +121,7 @@ Written by `visft export` (visft_ds {version}): the whole model, from bytes of a
 |---|---|---|
 {files}
 
-`images` is uint8 (B, height, width, 3), RGB, upright, of any size; the pictures of a batch have one size.
-Inside, they are scaled to the size above (bilinear with antialias, rounded to bytes), then normalised with
-mean {mean} and standard deviation {std} of values from 0 to 1. Feed bytes: do not scale or normalise them
-yourself.
+{input}
 
 | output | |
 |---|---|
@@ -137,6 +145,18 @@ The metadata of each file, under `visft`, has these facts as JSON: categories or
 """
 
 
+_COLOURS = """\
+`images` is uint8 (B, height, width, 3), RGB, upright, of any size; the pictures of a batch have one size.
+Inside, they are scaled to the size above (bilinear with antialias, rounded to bytes), then normalised with
+mean {mean} and standard deviation {std} of values from 0 to 1. Feed bytes: do not scale or normalise them
+yourself."""
+_BANDS = """\
+`images` is {kind} (B, height, width, {number}), bands {numbers} of pictures of {count} bands, of any size;
+the pictures of a batch have one size. Inside, values from {low:g} to {high:g} become 0 to 1, those beyond
+are cut off; they are scaled to the size above (bilinear with antialias), then normalised with mean {mean}
+and standard deviation {std}. Feed the values of the files: do not scale or normalise them yourself."""
+
+
 def readme(title: str, form: str, facts: Mapping[str, Mapping[str, Any]], lines: Sequence[str]) -> str:
     """The text.
 
@@ -147,7 +167,13 @@ def readme(title: str, form: str, facts: Mapping[str, Mapping[str, Any]], lines:
     suffix = ".onnx" if form == "onnx" else ".pt2"
     name, first = next(iter(facts.items()))
     task = first["task"]
-    code = _TORCH.format(file=name + suffix)
+    read = _READ_COLOURS
+    taken = _COLOURS.format(mean=first["mean"], std=first["std"])
+    if "bands" in first:
+        bands = _words_of(Bands.model_validate(first["bands"], strict=False))
+        read = _READ_BANDS.format(**bands)
+        taken = _BANDS.format(**bands, mean=first["mean"], std=first["std"])
+    code = _TORCH.format(file=name + suffix, read=read)
     if form == "onnx":
         use = _FEATURES
         if "words" in first:
@@ -158,7 +184,7 @@ def readme(title: str, form: str, facts: Mapping[str, Mapping[str, Any]], lines:
             use = _DEPTH
         elif task is not None:
             use = _OBJECTS.replace("{masks}", _code_of_masks(first))
-        code = _PYTHON.format(file=name + suffix, use=use)
+        code = _PYTHON.format(file=name + suffix, read=read, use=use)
     rows = []
     for file, of_file in facts.items():
         height, width = of_file["image_size"]
@@ -172,12 +198,27 @@ def readme(title: str, form: str, facts: Mapping[str, Mapping[str, Any]], lines:
         version=first["visft_ds"],
         answer="features" if task is None else "what it shows",
         files="\n".join(rows),
-        mean=first["mean"],
-        std=first["std"],
+        input=taken,
         code=code,
         verified="\n".join(f"* {line}" for line in lines),
         categories=f"\nCategories: {', '.join(names)}." if names else "",
     )
+
+
+def _words_of(bands: Bands) -> dict[str, Any]:
+    """Fields of the texts about bands."""
+    low, high = bands.range
+    number = len(bands.numbers)
+    return {
+        "kind": bands.kind,
+        "count": bands.count,
+        "number": number,
+        "numbers": ", ".join(map(str, bands.numbers)),
+        "places": [band - 1 for band in bands.numbers],
+        "shown": [0, 1, 2] if number >= 3 else [0, 0, 0],
+        "low": low,
+        "high": high,
+    }
 
 
 def _code_of_masks(facts: Mapping[str, Any]) -> str:

@@ -125,9 +125,13 @@ def card(
     for result in measured:
         name = f"{result.metric_type} ({result.dataset_split}, {result.dataset_name})"
         rows[name] = f"{result.metric_value:.4f}"
+    bands = backbone.bands
+    if bands is not None:
+        rows["mean of the bands, as shares of the range"] = ", ".join(f"{mean:.4f}" for mean in bands.mean)
+        rows["standard deviation"] = ", ".join(f"{std:.4f}" for std in bands.std)
     model = 'timm.create_model("local-dir:BASE", pretrained=True)'
     model += "  # visft merge --base FILE --format timm --out BASE"
-    if isinstance(backbone, TimmBackbone):
+    if isinstance(backbone, TimmBackbone) and bands is None:
         options = "".join(f"{name}={value}, " for name, value in backbone.options.items())
         source = "pretrained=True" if base else 'checkpoint_path="BASE"'
         model = f'timm.create_model("{backbone.name}", num_classes=0, {options}{source})'
@@ -142,6 +146,8 @@ def card(
     if form == "peft" and on_qkv and _passes_by(backbone):
         unmerged = _UNMERGED.replace("{model}", model)
     load = FORMATS[form].snippet.replace("{model}", model)
+    if bands is not None:  # the base is widened as the adapter's was
+        load = load.replace("merge --base FILE", "merge --adapter . --scale 0 --base FILE")
     if form == "transformers" and not isinstance(backbone, TimmBackbone):
         load = _IN_BLIP2
     lines = []

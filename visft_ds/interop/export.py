@@ -30,6 +30,7 @@ from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
 from visft_ds.ops.lora import Slices, ranges_of
+from visft_ds.settings.bands import in_words
 
 #: Of what timm knows of pretrained weights, what holds for trained ones too.
 _SETTINGS = (
@@ -231,6 +232,11 @@ def open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """
     from open_clip import constants, get_model_config
 
+    if backbone.bands is not None:
+        raise ValueError(
+            f"the model reads {in_words(backbone.bands)}, and open_clip's configuration knows three colours "
+            "only: give --format timm"
+        )
     beside: dict[str, Lazy] = {}
     if isinstance(backbone, EvaViT):
         blocks = _blocks_in(tower)
@@ -326,7 +332,9 @@ def _timm_of(base: Path, model: Mapping[str, Any]) -> Any:
 
     file = layouts.open_model(base)
     model = layouts.whole(model, file)
-    tensors, files = timm(layouts.tower_in(file, model), file, layouts.built(model, "meta"))
+    backbone = layouts.built(model, "meta")
+    tower = layouts.widened(layouts.tower_in(file, model), backbone)
+    tensors, files = timm(tower, file, backbone)
     config = files["config.json"]
     made = create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
     made.load_state_dict({name: tensor.read() for name, tensor in tensors.items()})
@@ -336,7 +344,8 @@ def _timm_of(base: Path, model: Mapping[str, Any]) -> Any:
 def _transformers_of(base: Path, model: Mapping[str, Any]) -> Any:
     """The model of transformers with the weights of a base."""
     file = layouts.open_model(base)
-    tensors, files = transformers_names.written(file, file, layouts.built(model, "meta"))
+    backbone = layouts.built(model, "meta")
+    tensors, files = transformers_names.written(layouts.widened(file, backbone), file, backbone)
     with TemporaryDirectory() as folder:  # the names in its files are not those of its modules
         write_safetensors(Path(folder) / "model.safetensors", tensors, {})
         write_text(Path(folder) / "config.json", json.dumps(files["config.json"]))

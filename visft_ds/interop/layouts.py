@@ -215,8 +215,8 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
 
 
 def widened(tower: Weights, backbone: Backbone) -> Weights:
-    """The tensors, with a stem for the bands of a backbone where it is one for three colours: timm's way, by
-    which weights are repeated in turn and scaled by 3 / bands (one band: summed).
+    """The tensors, with a stem for the bands of a backbone where it is one for three colours, see
+    `visft.model.new_bands` (one band: summed).
     """
     stored = tower.get(backbone.first_weight)
     channels = len(backbone.pixel_mean)
@@ -226,7 +226,14 @@ def widened(tower: Weights, backbone: Backbone) -> Weights:
 
     shape = (stored.shape[0], channels, *stored.shape[2:])
     read = stored.read
-    stem = Lazy(shape, stored.dtype, lambda: adapt_input_conv(channels, read()))
+
+    def widen() -> Tensor:
+        if backbone.bands is not None and backbone.bands.new == "zero":
+            return F.pad(read(), (0, 0, 0, 0, 0, channels - 3))
+        widened_weights: Tensor = adapt_input_conv(channels, read())
+        return widened_weights
+
+    stem = Lazy(shape, stored.dtype, widen)
     return Weights({**tower, backbone.first_weight: stem}, tower.path, tower.metadata)
 
 

@@ -17,6 +17,7 @@ from visft_ds.interop.formats import Written
 from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.settings.bands import in_words
 
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
 _CLIP = {
@@ -111,6 +112,11 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
         )
     kind, model_type, processor, rules = family
     of_eva = family is _EVA
+    if of_eva and backbone.bands is not None:
+        raise ValueError(
+            f"the model reads {in_words(backbone.bands)}, and BLIP-2's tower three colours: "
+            "give --format timm"
+        )
     if of_eva and "cls_token" not in tower:
         raise ValueError(
             f"{file.path} has no class token, which BLIP-2 reads: give EVA-CLIP's file as the base"
@@ -171,6 +177,9 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     if kind == "CLIPVisionModel":
         images |= {"size": {"shortest_edge": side}, "crop_size": square, "do_center_crop": True}
     files = {"config.json": config, "preprocessor_config.json": images}
+    if backbone.bands is not None:
+        config["num_channels"] = len(backbone.pixel_mean)
+        del files["preprocessor_config.json"]  # processors of transformers know colours and grey alone
     return Written(Weights(tensors, tower.path), files)
 
 

@@ -31,7 +31,6 @@ from visft_ds.monitor.metrics import read_metrics
 from visft_ds.ops import DTYPES
 from visft_ds.pretrained import TIMM
 from visft_ds.run_files import METRICS_FILE, run_around
-from visft_ds.settings.bands import in_words
 from visft_ds.tasks import config_class
 
 if TYPE_CHECKING:
@@ -59,11 +58,6 @@ def merge_files(flags: argparse.Namespace) -> int:
     _check(flags)
     adapter = read_adapter(flags)
     base = open_base(flags, adapter)
-    if base.backbone.bands is not None and flags.format != "timm":
-        raise ValueError(
-            f"the model reads {in_words(base.backbone.bands)}, which --format {flags.format} does not "
-            "describe: give --format timm"
-        )
     if adapter is not None:
         adapter = fitting(adapter, base)
     print(f"base     {base.path}")

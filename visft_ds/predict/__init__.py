@@ -1,9 +1,9 @@
 """A trained model on images of one's own: loaded in one line, typed results, drawings; `visft predict`.
 
 loading: a model rebuilt of files (run, export, checkpoint, merged weights), for `visft evaluate` and `visft
-judge`, too. images: files, arrays and tensors to RGB pixels. model: `load`, `Model.predict`, features of the
-backbone. results: boxes, masks, caption of an image. exported:
-folders of `visft export`. command, cli: `visft predict`.
+judge`, too. images: files, arrays and tensors to pixels. large: pictures that are decoded part by part.
+model: `load`, `Model.predict`, features of the backbone. results: boxes, masks, caption of an image.
+exported: folders of `visft export`. command, cli: `visft predict`.
 
 Nothing here trains, and nothing in a folder that is read is changed. To touch: all files of a model are
 found in `loading.source_of` alone; what `load` and `Prediction` offer is the public interface

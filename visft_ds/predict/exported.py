@@ -12,12 +12,14 @@ import numpy.typing as npt
 import torch
 from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 
+from visft_ds.data.decode import as_rgb
 from visft_ds.data.depth import encoded
 from visft_ds.files import reading
 from visft_ds.flags import check_extra
 from visft_ds.predict.images import OpenedImage
 from visft_ds.predict.model import Model
 from visft_ds.predict.results import Prediction
+from visft_ds.settings.bands import Bands
 from visft_ds.tasks import Results
 from visft_ds.tasks.detection.roi import mask_code
 
@@ -100,7 +102,7 @@ class ExportedModel(Model):
             for category in facts.get("categories", ()):
                 self.categories[category["id"]] = category["name"]
         self.facts = {name: str(folder / name) for name in self._files}
-        self.bands = None
+        self.bands = next((Bands.of(facts.get("bands")) for facts in by_task.values()), None)
         self.precision = "fp32"
         self.device = torch.device("cpu")
         self.batch_size = 1
@@ -111,12 +113,12 @@ class ExportedModel(Model):
             results = {}
             for task in self.tasks:
                 results[task] = self._of_task(task, image.pixels[None], threshold)
-            prediction = Prediction(image.pixels, image.path, self.categories, results, self.has_instances)
-            predictions.append(prediction)
+            shown = as_rgb(self.seen(image.pixels))
+            predictions.append(Prediction(shown, image.path, self.categories, results, self.has_instances))
         return predictions
 
-    def _of_task(self, task: str, images: npt.NDArray[np.uint8], threshold: float) -> Results:
-        """Results of one picture (1, H, W, 3), in COCO's format, the best first."""
+    def _of_task(self, task: str, images: npt.NDArray[Any], threshold: float) -> Results:
+        """Results of one picture (1, H, W, 3 or bands), in COCO's format, the best first."""
         facts = self._by_task[task]
         if "words" in facts:
             return [{"image_id": 0, "caption": self._caption(task, images, facts["words"])}]
@@ -124,7 +126,7 @@ class ExportedModel(Model):
         ids = [category["id"] for category in facts.get("categories", ())]
         return results_of_outputs(task, outputs, ids, images.shape[1:3], threshold)
 
-    def _caption(self, task: str, images: npt.NDArray[np.uint8], words: Sequence[str]) -> str:
+    def _caption(self, task: str, images: npt.NDArray[Any], words: Sequence[str]) -> str:
         """The caption of a picture, the most probable word after each other, at most as many as in a run."""
         states = dict(self._files[f"{task}_encoder"].run({"images": images}))
         step = self._files[f"{task}_step"]

@@ -22,15 +22,14 @@ from visft_ds.data.fetch import is_url
 from visft_ds.files import (
     MAX_PIXELS,
     image_frame,
-    mapped_image,
     open_image,
     read_bands,
     read_bytes,
     reading,
     refuse_beyond,
-    spooled_image,
     to_rgb,
 )
+from visft_ds.predict.large import mapped_image, spooled_image
 from visft_ds.redaction import redacted
 from visft_ds.settings.bands import Bands, in_words
 
@@ -60,7 +59,7 @@ _IN_MEMORY = (Image.Image, np.ndarray, bytes, bytearray, io.IOBase)  # and tenso
 class OpenedImage(NamedTuple):
     """Decoded image, upright."""
 
-    #: (H, W, 3) uint8, RGB; of a model that reads bands (H, W, n) float32, levels from 0 to 255
+    #: (H, W, 3) uint8, RGB; of a model that reads bands their values (H, W, n)
     pixels: npt.NDArray[Any]
     path: Path | None
 
@@ -227,8 +226,8 @@ def _from_memory(image: object, label: str, bands: Bands | None) -> OpenedImage:
     return OpenedImage(np.array(pixels, order="C"), None)
 
 
-def _bands_in_memory(image: object, bands: Bands, label: str) -> npt.NDArray[np.float32]:
-    """Levels of the bands of an array (H, W, bands) or (H, W), or of a tensor (bands, H, W)."""
+def _bands_in_memory(image: object, bands: Bands, label: str) -> npt.NDArray[Any]:
+    """The bands that are read, of an array (H, W, bands) or (H, W), or of a tensor (bands, H, W)."""
     from torch import Tensor
 
     if isinstance(image, Tensor) and image.ndim == 3:

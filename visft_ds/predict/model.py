@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from visft_ds import distributed
-from visft_ds.data.decode import as_rgb
+from visft_ds.data.decode import as_rgb, levels
 from visft_ds.data.samples import RawSample
 from visft_ds.data.transforms import Op
 from visft_ds.files import MAX_PIXELS, release
@@ -384,7 +385,12 @@ class Model:
                     by_task[task] += [{**result, "image_id": number} for result in results]
             release(image.pixels)
         whole = {task: merged(results, windows, (height, width)) for task, results in by_task.items()}
-        return Prediction(as_rgb(image.pixels), image.path, self.categories, whole, self.has_instances)
+        shown = as_rgb(self.seen(image.pixels))
+        return Prediction(shown, image.path, self.categories, whole, self.has_instances)
+
+    def seen(self, pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """RGB as it is, or the levels of bands."""
+        return pixels if self.bands is None else levels(pixels, self.bands)
 
     def predict_opened(self, images: Sequence[OpenedImage], threshold: float) -> list[Prediction]:
         """Predictions for decoded images as a whole, few enough for one batch; there may be none."""
@@ -392,9 +398,10 @@ class Model:
             return []
         samples = []
         for index, image in enumerate(images):
-            size = image.pixels.shape[:2]
+            pixels = self.seen(image.pixels)
+            size = pixels.shape[:2]
             samples.append(
-                RawSample(index, image_id=index, size=size, image=image.pixels, annotations=(), captions=())
+                RawSample(index, image_id=index, size=size, image=pixels, annotations=(), captions=())
             )
         by_image: list[dict[str, Results]] = [{task: [] for task in self.tasks} for _ in images]
         for task, results in self._results(samples, threshold).items():
@@ -402,10 +409,12 @@ class Model:
             scored = [result for result in results if _confidence(result) >= 0]
             for result in sorted(scored, key=_confidence, reverse=True):
                 by_image[result["image_id"]][task].append(result)
-        return [
-            Prediction(as_rgb(image.pixels), image.path, self.categories, results, self.has_instances)
-            for image, results in zip(images, by_image, strict=True)
-        ]
+        predictions = []
+        for image, sample, of_image in zip(images, samples, by_image, strict=True):
+            assert sample.image is not None
+            shown = as_rgb(sample.image)
+            predictions.append(Prediction(shown, image.path, self.categories, of_image, self.has_instances))
+        return predictions
 
     def _results(self, samples: Sequence[RawSample], threshold: float) -> dict[str, Results]:
         """Task -> predictions in COCO's results format, of all samples."""

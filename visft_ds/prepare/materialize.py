@@ -92,6 +92,8 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
     buffers = dict[str, Tensor]()
     seed = model.weights_seed
     has_buffers = any(True for _ in backbone.buffers())
+    if model.weights is None and model.new_bands == "zero":
+        raise ValueError("visft.model.new_bands=zero is for weights of three colours, and these are random")
     if isinstance(backbone, TimmBackbone) and (model.weights is None or has_buffers):
         # timm draws a model as a whole, and computes buffers that are in no file.
         drawn = build_timm(
@@ -131,6 +133,11 @@ def _first_weights(backbone: Backbone) -> str:
         return f"{name}: those of three colours are summed for one band"
     if channels == 3:
         return f"{name}: the bands take the places of red, green and blue"
+    if backbone.bands is not None and backbone.bands.new == "zero":
+        return (
+            f"{name}: the first three bands take the places of red, green and blue, those of the other "
+            f"{channels - 3} begin at 0, and stay there unless {name} trains"
+        )
     return f"{name}: those of three colours are repeated in turn for {channels} bands, times 3/{channels}"
 
 

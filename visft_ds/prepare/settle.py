@@ -204,7 +204,7 @@ def _decide_for_scenes(draft: Draft, merged: Merged, manifests: Sequence[Manifes
 def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
     """Heads of a stage 2, and what they were trained with: backbone, splits, tasks, sizes of images."""
     recorded = Tree(first.record.config)
-    of_model = ("name", "preset", "out_indices", "bands", "weights", "weights_seed", "overrides")
+    of_model = ("name", "preset", "out_indices", "bands", "new_bands", "weights", "weights_seed", "overrides")
     keys = [f"visft.model.{name}" for name in of_model]
     keys += [f"visft.data.{name}" for name in ("train", "val", "sets")]
     keys += [f"visft.shared.image.{size}" for size in ("fixed_size", "keep_shape", "tile")]
@@ -465,9 +465,15 @@ def _decide_sizes(draft: Draft, sets: Mapping[str, TrainingSet], processes: int)
 def _decide_bands(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
     """The bands that the pictures of the first set have; those of other sets have to be alike."""
     bands = next(iter(sets.values())).manifest.bands
-    if bands is not None and draft.recipe.visft.model.bands is None:
+    model = draft.recipe.visft.model
+    if bands is not None and model.bands is None:
         why = f"the data, which has {in_words(bands)}"
-        draft.decide({"visft.model.bands": bands.model_dump(mode="json")}, why)
+        decided = {**bands.model_dump(mode="json"), "new": model.new_bands}
+        draft.decide({"visft.model.bands": decided}, why)
+    if bands is None and model.new_bands != "mean":
+        raise ValueError(
+            "visft.model.new_bands=zero is for pictures of more than three bands, not for colours"
+        )
     for training_set in sets.values():
         check_bands(training_set.manifest, draft.recipe.visft.model.bands)
 

@@ -12,6 +12,8 @@ from pydantic import Field
 from visft_ds.settings.fields import Above, Fraction, Positive, StrictModel
 
 Kind = Literal["uint8", "uint16", "float32"]  #: type of a value
+#: weights of the first convolution for bands that are new to a backbone of three colours
+NewBands = Literal["mean", "zero"]
 Value = Annotated[float, Field(ge=-3e38, le=3e38)]  #: of float32
 
 
@@ -28,6 +30,8 @@ class Bands(StrictModel):
     range: tuple[Value, Value]  #: values that count as black and as white
     mean: tuple[Fraction, ...]  #: mean of each band that is read, as a share of the range
     std: tuple[Above, ...]  #: standard deviation of each band that is read, as a share of the range
+    #: what visft.model.new_bands says, mean or zero: first weights for bands that are new to the backbone
+    new: NewBands = Field(default="mean", exclude_if=lambda new: new == "mean")
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Bands that are not there, statistics of others, and a range without a width."""
@@ -37,6 +41,8 @@ class Bands(StrictModel):
             yield "mean", "needs, as std, a number for each band"
         if self.range[0] >= self.range[1]:
             yield "range", "must be [lowest, highest]"
+        if self.new == "zero" and len(self.numbers) <= 3:
+            yield "new", "zero is for more than three bands, of which the first three are no new ones"
 
     @classmethod
     def of(cls, value: Any) -> Bands | None:
