@@ -49,12 +49,12 @@ def check(out: Path, *words: str) -> list[Any]:
 
 
 def test_a_step_has_one_device_and_waits_where_it_is_said(tmp_path: Path) -> None:
-    assert len(check(tmp_path / "out.json")) == 5 + 1 + 1
+    assert len(check(tmp_path / "out.json")) == 5 + 1 + 1 + 4
 
 
 @pytest.mark.slow
 def test_a_step_of_each_task_under_every_engine(tmp_path: Path) -> None:
-    assert len(check(tmp_path / "out.json", "each")) == 3 * 5
+    assert len(check(tmp_path / "out.json", "each")) == 3 * (5 + 4)
 
 
 def test_each_line_that_may_make_a_gpu_wait_is_still_there() -> None:

@@ -24,8 +24,8 @@ from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.points import draw_points, sample, uncertain_points
 from visft_ds.tasks.matching import Matches, class_losses, solve
 
-#: Values of predicted masks at points that are compared at a time, 2 MiB of float32.
-_VALUES = 1 << 19
+#: Values of predicted masks at points that are compared at a time, 1 MiB of float32.
+_VALUES = 1 << 18
 
 
 class MaskCriterion:
