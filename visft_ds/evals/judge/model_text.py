@@ -127,8 +127,8 @@ def parse_variants(texts: Sequence[str], *, download: bool = False) -> dict[str,
     base = base_models[0]
     if len(base_models) > 1 or base.mixed:
         raise ValueError(
-            f"BASE must be one model, without @SCALE; {texts[0]} names {len(base_models)}, the first at scale "
-            f"{base.scale:g}"
+            f"BASE must be one model, without @SCALE; {texts[0]} names {len(base_models)}, the first at "
+            f"scale {base.scale:g}"
         )
     # BASE is what its user has, whatever training read of it.
     base = replace(base, whole=base.block is None and base.adapter is None)
