@@ -375,8 +375,10 @@ def _keys(schema: type[BaseModel], before: str = "") -> Iterator[str]:
     """Dotted keys of a schema, sections and values; without items of lists, whose keys have numbers."""
     for name, info in schema.model_fields.items():
         yield f"{before}{name}"
-        is_union = get_origin(info.annotation) in (Union, UnionType)
-        for kind in get_args(info.annotation) if is_union else (info.annotation,):
+        kinds = [info.annotation]
+        if get_origin(info.annotation) in (Union, UnionType):
+            kinds = list(get_args(info.annotation))
+        for kind in kinds:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from _keys(kind, f"{before}{name}.")
 
