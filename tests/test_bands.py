@@ -26,7 +26,7 @@ from visft_ds.files import read_bands
 from visft_ds.interop.layouts import fingerprint_of, load_backbone, model_of
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import save_tensors
-from visft_ds.merge.cli import main as merge
+from visft_ds.export.cli import main as export
 from visft_ds.models import build_empty
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm
@@ -335,10 +335,10 @@ def test_an_adapter_over_bands_merges_for_timm_alone(
     inject_lora(model, rank=2, alpha=4, targets=("q", "v"))
     move_adapters(model)
     folder = save_adapter(adapter_of(model, fingerprint_of(model, base)), tmp_path / "adapter")
-    words = ["--adapter", str(folder), "--base", str(base), "--out", str(tmp_path / "merged")]
-    assert merge([*words, "--format", "transformers"]) == 2
+    words = ["--adapter", str(folder), "--backbone", str(base), "--out", str(tmp_path / "merged")]
+    assert export([*words, "--format", "transformers"]) == 2
     assert "bands 4,3,2,1 of 4" in capsys.readouterr().err
-    assert merge([*words, "--format", "timm", "--verify"]) == 0
+    assert export([*words, "--format", "timm"]) == 0
     merged = load_backbone(tmp_path / "merged/model.safetensors")
     images = torch.randn(1, 4, 32, 32)
     assert torch.allclose(merged(images)[0], model(images)[0], atol=1e-5) and merged.bands == FOUR

@@ -63,7 +63,7 @@ def export(flags: argparse.Namespace) -> None:
     if model.bands is not None:
         raise ValueError(
             f"{flags.run} reads {in_words(model.bands)}, and exports take three colours: use visft "
-            "predict, or visft merge --format timm for the backbone"
+            "predict, or --format timm for the backbone"
         )
     if flags.web and not {"detection", "segmentation"}.intersection(model.tasks):
         raise ValueError(NO_BOXES)

@@ -25,8 +25,8 @@ MASKS = 0.999  #: least share of the pixels of a picture that a mask or class ma
 #: rounding moves a few, a shift by half a pixel moves a quarter of them.
 BORDERS = 0.01
 FEATURES = 1e-4  #: largest difference of a map, as a share of its norm
-#: Largest logit of a cell that an export takes for covered and we do not, or the other way round, as a share of
-#: the largest one of its picture.
+#: Largest logit of a cell that one side takes for covered and the other does not, as a share of the largest one of
+#: its picture.
 CHOICES = 1e-4
 
 
@@ -34,8 +34,8 @@ class Choices:
     """Cells that the queries of an exported Mask2Former looked at, beside those that ours would.
 
     A query looks where its mask has a probability of at least one half. Rounding may move a cell to the other
-    side, and then all that follows differs by more than rounding. So our prediction is compared where it looks
-    at the same cells, and these may be others than ours only where a logit is almost 0.
+    side, and then all that follows differs by more than rounding. So our prediction looks at the export's
+    cells, and these may be others than ours only where a logit is almost 0.
     """
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 
 weights: files, tensor by tensor, of no known meaning. layouts: which backbone a file holds, under which
 names. adapter: LoRA apart from a model; peft_folder: its files. heads, published: files of heads, ours and
-the authors'. formats: the forms that `visft merge` writes; export, transformers_names: their content; vlm:
+the authors'. formats: the forms of weights that `visft export` writes; export, transformers_names: their content; vlm:
 a tower inside a vision-language model; card: the model card.
 
 A new form of weights is an entry in `formats.FORMATS` and a function that makes its content, checked

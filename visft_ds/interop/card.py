@@ -92,7 +92,7 @@ def card(
     """The text.
 
     Args:
-        form: one of the formats of `visft merge`.
+        form: one of `formats.FORMATS`.
         base: repository of the base weights on the hub, where it is known.
         facts: name -> value of what else is known of these weights.
         measured: numbers of whole splits.
@@ -126,7 +126,7 @@ def card(
         name = f"{result.metric_type} ({result.dataset_split}, {result.dataset_name})"
         rows[name] = f"{result.metric_value:.4f}"
     model = 'timm.create_model("local-dir:BASE", pretrained=True)'
-    model += "  # visft merge --base FILE --format timm --out BASE"
+    model += "  # visft export --backbone FILE --format timm --out BASE"
     if isinstance(backbone, TimmBackbone):
         options = "".join(f"{name}={value}, " for name, value in backbone.options.items())
         source = "pretrained=True" if base else 'checkpoint_path="BASE"'
