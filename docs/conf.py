@@ -49,6 +49,7 @@ CONTENTS = (
         "evaluation",
         "judge",
         "paper",
+        "questions",
         "troubleshooting",
     ),
     *("evidence", "architecture", "configuration", "numbers", "api"),

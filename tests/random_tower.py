@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visft_ds.cli import main
 from visft_ds.config.schema import LoraConfig
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.layouts import MODEL, base_parameters, model_of
 from visft_ds.interop.peft_folder import write_folder
 from visft_ds.interop.weights import save_tensors
-from visft_ds.cli import main
 from visft_ds.models import Backbone, build_empty
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import TARGETS, AdaptedLayer, dense_update, lora_layers, lora_parameters

@@ -22,11 +22,11 @@ from tests.tiny import command
 from visft_ds import evaluate, fit
 from visft_ds.data.dataset import read_raw
 from visft_ds.data.shards import Manifest, ShardReader
+from visft_ds.export.cli import main as export
 from visft_ds.files import read_bands
 from visft_ds.interop.layouts import fingerprint_of, load_backbone, model_of
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import save_tensors
-from visft_ds.export.cli import main as export
 from visft_ds.models import build_empty
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm

@@ -51,7 +51,7 @@ COMMANDS = {
         "visft_ds.predict.cli", "find boxes, masks and captions in your own images", continues=True
     ),
     "report": Program("visft_ds.evals.cli", "write a page about one run, or several side by side", "report"),
-    "labels": Program("visft_ds.evals.cli", "rank labels of boxes that a run denies, on a page", "labels"),
+    "labels": Program("visft_ds.evals.cli", "rank labels that a run denies, on a page", "labels"),
     "export": Program(
         "visft_ds.export.cli", "write the model as ONNX, or weights for timm, transformers, open_clip, PEFT"
     ),

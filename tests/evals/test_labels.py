@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -9,14 +10,24 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pycocotools.mask as coco_mask
 import pytest
+import torch
+from PIL import Image
 
+import visft_ds
 from tests import finished
 from tests.coco_tree import Tree, write_tree
+from tests.map_folder import write_own
 from visft_ds.cli import main
 from visft_ds.data.dataset import coco_dataset
+from visft_ds.data.samples import RawSample
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.evals.labels.doubts import doubts_of
+from visft_ds.evals.labels import captions
+from visft_ds.evals.labels.doubts import doubts_of, region_doubts
+from visft_ds.evals.labels.pictures import near_duplicates, picture_features
+from visft_ds.tasks.semantic.results import number_map
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -169,8 +180,113 @@ def test_a_page_of_a_run_and_what_is_no_run(tmp_path: Path, capsys: Any) -> None
     assert {path.name for path in out.iterdir()} == {"val.html", "proposals-val.json"}
     assert f"{out}/val.html" in printed
     proposals = json.loads((out / "proposals-val.json").read_text())
-    assert len(proposals["annotations"]) + len(proposals["removed"]) == 2
+    of_captions = [label for label in proposals["removed"] if "caption" in label]
+    of_boxes = len(proposals["annotations"]) + len(proposals["removed"]) - len(of_captions)
+    assert of_boxes == len(of_captions) == 2 and "captions fit their own picture" in printed
+    assert "near duplicates" not in printed  # of a split alone
     assert main(["labels", str(tmp_path)]) == 2 and "no run" in capsys.readouterr().err
+
+
+def test_a_region_of_another_class_is_told_from_right_ones() -> None:
+    """By the pixels of each connected part: the one at the left is of class 7, the one at the right is right."""
+    given = np.zeros((20, 60), dtype=bool)
+    given[5:15, 5:20] = True
+    given[5:15, 40:55] = True
+    answer = given.copy()
+    answer[:, :30] = False
+    wrong = given ^ answer
+    content = {
+        "images": [{"id": 1, "height": 20, "width": 60}],
+        "categories": [{"id": 3, "name": "ground"}, {"id": 5, "name": "cat"}, {"id": 7, "name": "dog"}],
+        "annotations": [region(5, given), region(3, ~given)],
+    }
+    ground = ~given
+    ground[0] = False  # where the head is wrong, or a label
+    sky = np.zeros_like(given)
+    sky[0] = True
+    predictions = [region(5, answer), region(7, wrong | sky), region(3, ground)]
+    first, second = region_doubts(content, predictions)
+    assert (first.kind, first.score, first.given["category_id"], first.proposed["category_id"]) == (  # type: ignore[index]
+        "region", 1.0, 5, 7,
+    )  # fmt: skip
+    assert first.given["bbox"] == [5, 5, 15, 10] and second.given["category_id"] == 3  # type: ignore[index]
+    assert second.score == pytest.approx(60 / 900)
+
+
+def region(category: int, mask: np.ndarray) -> dict[str, Any]:
+    code = coco_mask.encode(np.asfortranarray(mask).view(np.uint8))
+    segmentation = {"size": list(mask.shape), "counts": code["counts"].decode()}
+    return label(category, *coco_mask.toBbox(code).tolist(), segmentation=segmentation)
+
+
+def test_corrections_of_regions_and_captions(tmp_path: Path, tree: Tree, capsys: Any) -> None:
+    """A house of a label map becomes meadow, and a caption goes; a second time neither is there any more."""
+    folder = write_own(tmp_path / "maps")
+    path = folder / "labels/train/1train.png"
+    numbers = np.asarray(Image.open(path))
+    house = numbers == 2
+    entry = region(2, house)
+    file = tmp_path / "corrections-train.json"
+    content = {
+        "info": {"format": "visft_ds corrections", "version": 1, "split": "train"},
+        "images": [{"id": 1, "file_name": "1train.png"}],
+        "categories": [{"id": 2, "name": "house"}],
+        "annotations": [{**entry, "category_id": 1, "replaces": entry}],
+        "removed": [],
+    }
+    file.write_text(json.dumps(content))
+    out = tmp_path / "shards"
+    words = ["shards", str(folder), "--out", str(out), "--corrections", str(file), "--replace"]
+    assert main(words) == 0 and "1 x region changed by corrections" in capsys.readouterr().out
+    with ShardReader(Manifest.load(out, "train")) as reader:
+        read = coco_dataset(reader)
+    (image_id,) = [image["id"] for image in read["images"] if image["file_name"] == "1train.png"]
+    of_image = [entry for entry in read["annotations"] if entry["image_id"] == image_id]
+    now = number_map(of_image, numbers.shape, {0: 0, 1: 1, 2: 2})  # type: ignore[arg-type]
+    assert np.array_equal(now, np.where(house, 1, numbers))
+    Image.fromarray(np.where(house, 1, numbers).astype(np.uint8)).save(path)
+    assert main(words) == 2 and "has no region house" in capsys.readouterr().err
+
+    listed = json.loads(tree.captions.read_text())
+    gone = listed["annotations"][0]
+    (name,) = [image["file_name"] for image in listed["images"] if image["id"] == gone["image_id"]]
+    removed = {"image_id": gone["image_id"], "caption": gone["caption"]}
+    images = [{"id": gone["image_id"], "file_name": name}]
+    file.write_text(json.dumps(corrections(tree, images=images, removed=[removed, removed])))
+    assert build(tree, tmp_path / "after", file) == 2 and "no caption" in capsys.readouterr().err
+    file.write_text(json.dumps(corrections(tree, images=images, removed=[removed])))
+    assert build(tree, tmp_path / "after", file) == 0
+    assert "1 x caption removed by corrections" in capsys.readouterr().out
+    manifest = Manifest.load(tmp_path / "after", "toy")
+    assert manifest.counts["captions"] == len(listed["annotations"]) - 1
+
+
+def test_a_caption_is_compared_with_the_same_beside_other_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [RawSample(n, 10 + n, (8, 8), None, (), ("a cat", "..."[: 3 * n])) for n in range(3)]
+    likelihoods = torch.tensor([[0.2, 0.1, 0.3], [0.1, 0.1, 0.1], [0.1, 0.5, 0.8]], dtype=torch.float64)
+    monkeypatch.setattr(captions, "_log_likelihoods", lambda *_: likelihoods.log())
+    doubts = captions._doubts_of_pictures(None, None, samples)  # type: ignore[arg-type]
+    assert [doubt.image_id for doubt in doubts] == [10, 11, 12]
+    assert [doubt.score for doubt in doubts] == pytest.approx([0.2 / 0.4, 0.1 / 0.2, 0.3 / 1.1])
+    assert captions._doubts_of_pictures(None, None, samples[:1]) == []  # type: ignore[arg-type]
+
+
+def test_near_duplicates_are_found_and_nothing_else() -> None:
+    """A picture that is compressed, and one that is mirrored; all have much in common, as drawings have."""
+    noise = np.random.default_rng(0)
+    pictures = [np.kron(noise.integers(0, 256, (7, 7, 3)), np.ones((32, 32, 1))) for _ in range(8)]
+    photographs = [picture.astype(np.uint8) for picture in pictures]
+    buffer = io.BytesIO()
+    Image.fromarray(photographs[1]).save(buffer, "JPEG", quality=40)
+    backbone = visft_ds.load_backbone(finished.runs() / "stage1", device="cpu")
+    train = picture_features(backbone, photographs[:4])
+    validation = picture_features(backbone, [*photographs[4:], np.asarray(Image.open(buffer))])
+    assert train.shape == (4, backbone.width, 4, 4)
+    common = 10 * noise.normal(size=train.shape[1:]).astype(np.float32)
+    mirrored = np.concatenate([validation, train[2:3, ..., ::-1]]) + (common + common[..., ::-1])
+    pairs = near_duplicates(train + (common + common[..., ::-1]), mirrored)
+    assert sorted((pair.first, pair.second) for pair in pairs) == [(1, 4), (2, 5)]
+    assert near_duplicates(train, train[:0]) == []
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")

@@ -74,11 +74,13 @@ def test_the_tower_of_each_model_answers(tmp_path: Path, monkeypatch: pytest.Mon
     models = [f"base={base}", f"tuned={base}+{tmp_path}/adapter"]
     words = ["--primary", "vqa/toy VLM answers", "--layers", "last", "--quick"]
     on = f"vqa={tmp_path}/toy,vlm={tmp_path}/vlm"
-    status, _, errors = run(*models, "--on", on, *words, "--out", tmp_path / "out")
+    captions = f"caption={tmp_path}/toy,vlm={tmp_path}/vlm"
+    status, _, errors = run(*models, "--on", on, "--on", captions, *words, "--out", tmp_path / "out")
     assert status == 0, errors
     questions = json.loads((tmp_path / "toy/questions/OpenEnded_toy_val2017_questions.json").read_bytes())
     count = len(questions["questions"])
-    (row,) = record_in(tmp_path / "out")["rows"]
+    row, of_captions = record_in(tmp_path / "out")["rows"]
+    assert of_captions["name"] == "caption/toy CIDEr-D" and of_captions["items"] == 4
     assert row["items"] == count and len(said) == 2 * count and said[:count] != said[count:]
     assert all("Question" not in answer and "<" not in answer for answer in said) and any(said)
     on = on.replace("/vlm", "/other")

@@ -26,7 +26,8 @@ WORDS = ["--model", "debug", "--seeds", "2", "--out", "out"]
 
 @pytest.fixture(scope="module")
 def steps() -> dict[str, Step]:
-    variants = ["--variants", f"{PERMUTED},soup,one stage", "--variant", "rank 4: visft.lora.rank=4"]
+    names = f"{PERMUTED},soup,one stage,four times the images,last block"
+    variants = ["--variants", names, "--variant", "rank 8: visft.lora.rank=8"]
     return Experiment(_parser().parse_args([*WORDS, *variants])).steps.steps
 
 
@@ -45,7 +46,7 @@ def test_both_stages_of_the_control_have_the_labels_of_other_images(steps: dict[
 
 
 def test_arms_are_judged_beside_the_base_and_as_controls_of_the_first(steps: dict[str, Step]) -> None:
-    for name in (FIRST, PERMUTED, "rank 4"):
+    for name in (FIRST, PERMUTED, "rank 8"):
         slug = name.replace(" ", "-")
         table, runs = (
             steps[f"{slug}-table"].command,
@@ -58,12 +59,30 @@ def test_arms_are_judged_beside_the_base_and_as_controls_of_the_first(steps: dic
             assert beside.command[2].startswith(f"{FIRST}=")
             assert _value(beside, "--control") == f"{name} {EQUAL}={runs}"
     assert _value(steps["soup-beside"], "--control").endswith("soup")
-    assert "visft.lora.rank=4" in steps["rank-4-seed0"].command
+    assert "visft.lora.rank=8" in steps["rank-8-seed0"].command
     assert all("--without" in steps[name].command for name in ("drawings", "style-b"))
     joint = steps["one-stage-seed0"]
     assert "visft.mode=shared" in joint.command and not any(
         "visft.heads.path" in word for word in joint.command
     )
+
+
+def test_more_images_teach_both_stages(steps: dict[str, Step]) -> None:
+    """The first variant's drawings are the first of them: both come of one seed and style."""
+    few, many = (steps[name].command for name in ("drawings", "drawings-x4"))
+    assert 4 * int(few[few.index("--train") + 1]) == int(many[many.index("--train") + 1])
+    one, two = steps["stage1-x4-seed1"], steps["four-times-the-images-seed1"]
+    assert _value(one, "--data") == _value(two, "--data") == "out/shards-x4"
+    assert f"visft.heads.path={one.out}/export" in two.command
+    assert _value(steps["two-stages-seed1"], "--data") == "out/shards"
+    assert "visft.param_groups=backbone.blocks.1.*" in steps["last-block-seed0"].command  # of two
+
+
+def test_variants_may_be_judged_at_equal_shift_alone() -> None:
+    words = [*WORDS, "--variants", PERMUTED, "--equal-shift", "--numbers", "in-context mIoU"]
+    steps = Experiment(_parser().parse_args(words)).steps.steps
+    judged = {name: _value(step, "--numbers") for name, step in steps.items() if step.command[0] == "judge"}
+    assert judged == dict.fromkeys(("two-stages-table", "permuted-labels-beside"), "in-context mIoU")
 
 
 def test_drawn_styles_are_judged_together_and_are_the_sample(tmp_path: Path) -> None:
@@ -180,8 +199,8 @@ def test_the_table_holds_gain_and_price_at_equal_feature_shift(
     ("words", "said"),
     [
         (["--variants", "noisy"], "--variants"),
-        (["--variant", "rank 4"], "--variant"),
-        (["--variant", "rank 4: visft.lora.rannk=4"], "did you mean visft.lora.rank?"),
+        (["--variant", "rank 8"], "--variant"),
+        (["--variant", "rank 8: visft.lora.rannk=8"], "did you mean visft.lora.rank?"),
         (["--data", "x", "--on", "digits"], "segmentation="),
         (["--data", "x", "--on", "segmentation=y"], "x holds no shards (train.manifest.json)"),
         (["--on", "segmentation=y"], "y has no pixel labels"),
@@ -189,6 +208,7 @@ def test_the_table_holds_gain_and_price_at_equal_feature_shift(
         (["--variants", ""], "no such variant"),
         (["--seeds", "1"], "--seeds"),
         (["--styles", "1"], "at least 2"),
+        (["--data", "x", "--variants", "half of the images"], "needs drawings"),
         (["--data", "x", "--styles", "4"], "without --data"),
     ],
 )
@@ -202,11 +222,20 @@ def test_mistakes_are_told_before_anything_runs(
 @pytest.mark.slow
 def test_from_drawings_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     pytest.importorskip("open_clip")
-    small = {"TRAIN": 24, "VAL": 12, "PROBED": (1.0, 0.5), "DRAWN": ("--size", "56"), "STYLE_IMAGES": 12}
+    small = {"VAL": 12, "PROBED": (1.0, 0.5), "DRAWN": ("--size", "56"), "STYLE_IMAGES": 12}
     for name, value in small.items():
         monkeypatch.setattr(ablate, name, value)
     lengths = {"scheduler.params.warmup_num_steps": 0, "scheduler.params.total_num_steps": 2}
-    words = [*WORDS[:-1], str(tmp_path / "out"), "--jobs", "2", "--variants", f"{PERMUTED},soup"]
+    words = [
+        *WORDS[:-1],
+        str(tmp_path / "out"),
+        "--jobs",
+        "2",
+        "--train",
+        "24",
+        "--variants",
+        f"{PERMUTED},soup",
+    ]
     words += ["--styles", "2"]
     words += [
         part for key, value in {**TINY, **lengths}.items() for part in ("--set", f"{key}={json.dumps(value)}")

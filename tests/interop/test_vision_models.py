@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from tests.elsewhere import as_map, run_readme
 from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_backbone
 from tests.small_timm import FAMILIES, adapted, random_base
+from visft_ds.cli import main
 from visft_ds.interop import transformers_names
 from visft_ds.interop.card import README, repository_of
 from visft_ds.interop.layouts import MODEL
 from visft_ds.interop.weights import Lazy, Weights
-from visft_ds.cli import main
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm
 

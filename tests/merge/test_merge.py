@@ -31,13 +31,13 @@ from tests.random_tower import (
     save_backbone,
 )
 from visft_ds.checkpoint.format import save_checkpoint
+from visft_ds.cli import main
 from visft_ds.config import resolve
 from visft_ds.interop import export
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.layouts import MODEL, bases_of, fingerprint_of, model_of, other_base
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, open_weights, write_safetensors
-from visft_ds.cli import main
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.parallel.state import EngineState

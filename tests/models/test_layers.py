@@ -26,11 +26,11 @@ from tests.random_tower import (
 from visft_ds.config import resolve
 from visft_ds.config.backbones import named
 from visft_ds.config.schema import OptimizerParams
+from visft_ds.export.cli import main as export
 from visft_ds.interop.card import README
 from visft_ds.interop.heads import HeadInfo, open_head, read_elsewhere, save_head
 from visft_ds.interop.layouts import fill, load_backbone, open_backbone
 from visft_ds.interop.published import read_adapter
-from visft_ds.export.cli import main as export
 from visft_ds.models import Backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tests.elsewhere import as_map, run_readme
 from tests.random_tower import adapter_of, fold_adapters, header_of, move_adapters, relative, save_adapter
 from visft_ds.config.schema import ModelConfig
+from visft_ds.export.cli import main
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.layouts import load_backbone, model_of, open_backbone
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import save_tensors
-from visft_ds.export.cli import main
 from visft_ds.models.lora import inject_lora, lora_layers, lora_parameters
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.prepare.materialize import open_base

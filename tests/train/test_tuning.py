@@ -12,9 +12,9 @@ from tests.coco_tree import write_shards
 from tests.random_tower import header_of
 from tests.ranks import run_ranks
 from tests.tiny import TINY, words_of
+from visft_ds.export.cli import main as export
 from visft_ds.interop.layouts import load_backbone
 from visft_ds.interop.weights import save_tensors
-from visft_ds.export.cli import main as export
 from visft_ds.merge.cli import main as merge
 from visft_ds.models.timm_backbone import build_timm
 from visft_ds.predict.model import load

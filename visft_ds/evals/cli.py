@@ -31,7 +31,7 @@ It shows results (of visft evaluate, otherwise of evaluations during training), 
 evaluate, losses by task, learning rates, speed and memory, settings and environment. A run may still be
 training. Exit status: 0 fine, 2 wrong usage or unusable input.
 """
-LABELS = """Rank labels of boxes that a trained run denies, and objects without one, on a page to decide on.
+LABELS = """Rank labels that a trained run denies, and objects without one, on a page to decide on.
 
     visft labels runs/stage1                                     its training and validation data
     visft labels runs/stage1 --data OTHER-SHARDS --split train
@@ -39,7 +39,9 @@ LABELS = """Rank labels of boxes that a trained run denies, and objects without 
 
 Writes SPLIT.html (picture, given and proposed label; keys keep, take, delete and skip; it needs no network)
 and proposals-SPLIT.json, the corrections if every proposal were taken. The button of the page downloads
-corrections-SPLIT.json, which visft shards applies. A score ranks labels; it is no probability.
+corrections-SPLIT.json, which visft shards applies. A score ranks labels; it is no probability. Boxes, regions
+of label maps and captions are looked at, as far as the run has heads for them. Pictures of the validation
+split that are nearly one of the training split are named.
 
 Exit status: 0 fine, 2 wrong usage or unusable input.
 """
@@ -211,7 +213,13 @@ def labels(arguments: Sequence[str]) -> int:
     add("--data", metavar="DIR|URL", help="shards made by visft shards (default: the run's)")
     add("--split", metavar="NAME", help="only this split (default: the run's training and validation split)")
     add("--limit", type=int, metavar="N", help="look at the first N images only")
-    add("--most", type=int, default=200, metavar="N", help="doubts on a page (default %(default)s)")
+    add(
+        "--most",
+        type=int,
+        default=200,
+        metavar="N",
+        help="doubts of each task on a page (default %(default)s)",
+    )
     add("--out", type=Path, metavar="DIR", help="folder for the pages (default RUN/labels)")
     options = _parsed(parser, arguments)
     run = options.run or options.first

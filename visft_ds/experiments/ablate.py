@@ -1,7 +1,7 @@
 """Test of stage 2: its gain out of domain compared with controls, and its cost.
 
     visft ablate --seeds 5 --jobs 2 --out gain        EfficientNet-Lite0 and drawings; hours on two cores
-    visft ablate --variants "permuted labels" --variant "rank 4: visft.lora.rank=4"
+    visft ablate --variants "permuted labels" --variant "rank 8: visft.lora.rank=8"
     visft ablate --seeds 5 --variants "permuted labels" --styles 10        ten more styles of drawings
     visft ablate --model eva_e --num_gpus 8 --data SHARDS --on segmentation=SOURCE
 
@@ -16,14 +16,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from visft_ds import program
 from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL
 from visft_ds.errors import tell
 from visft_ds.experiments.results import BASE, EQUAL, IN_CONTEXT, report
-from visft_ds.experiments.variants import FIRST, PERMUTED, VARIANTS, chosen_variants
+from visft_ds.experiments.variants import FIRST, PERMUTED, VARIANTS, Variant, chosen_variants
 from visft_ds.flags import EVAL, Parser, add_num_gpus, check_extra, check_least
 from visft_ds.steps import Steps
+
+if TYPE_CHECKING:
+    from visft_ds.config.schema import ModelConfig
 
 STYLE_IMAGES = 100  #: drawings of each drawn style that probes learn from, and as many that are judged
 HELD_OUT = "heart,arrow"  #: shapes that no training image shows
@@ -34,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(arguments)
     try:
         check_extra("visft judge, which judges what is trained here,", "eval", EVAL)
-        check_least(flags, seeds=2, jobs=1, num_gpus=1, styles=0)
+        check_least(flags, seeds=2, jobs=1, num_gpus=1, styles=0, train=8)
         if flags.jobs > 1 and flags.num_gpus > 1:
             reason = "trainings of several processes would share their GPUs"
             raise ValueError(f"--jobs {flags.jobs}: {reason}; give 1")
@@ -85,12 +89,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=MODEL, metavar="NAME", help="file of ds_configs/models (default %(default)s)")
     add("--base", metavar="FILE", help=f"base weights (default: the configured ones; for {MODEL} the demo's)")
     add("--data", metavar="SHARDS", help="training data (default: drawings, made here)")
+    add("--train", type=int, default=TRAIN, metavar="N", help="drawings to train on (%(default)s)")
     add(
         "--on",
         action="append",
         default=[],
         metavar="KIND=SOURCE",
         help="as in visft judge; the first segmentation decides",
+    )
+    add("--numbers", metavar="A,B", help="only these, as in visft judge (default: all)")
+    add(
+        "--equal-shift",
+        action="store_true",
+        help="judge variants at the first one's feature shift alone, in half the time",
     )
     add(
         "--styles",
@@ -123,12 +134,11 @@ class Experiment:
         self.steps = Steps(flags.out)
         stage1 = resolve(stage=1, model=flags.model, settings=flags.set)
         stage2 = resolve(stage=2, model=flags.model, settings=flags.set)
-        recipe = {
-            "stage1_lr": f"{stage1.optimizer.params.lr:g}",
-            "stage1_mode": stage1.visft.mode,
-            "hundredth_of_stage2_lr": f"{stage2.optimizer.params.lr / 100:g}",
-        }
-        self.variants = chosen_variants(flags.variants, flags.variant, recipe)
+        recipe = {"stage1_mode": stage1.visft.mode, "last_block": _last_block(stage2.visft.model)}
+        for name, resolved in {"stage1_lr": stage1, "stage2_lr": stage2}.items():
+            for part, divisor in {"": 1, "_tenth": 10, "_hundredth": 100}.items():
+                recipe[f"{name}{part}"] = f"{resolved.optimizer.params.lr / divisor:g}"
+        self.variants = chosen_variants(flags.variants, flags.variant, recipe, drawn=flags.data is None)
         for variant in self.variants.values():
             resolve(stage=2, model=flags.model, settings=[*flags.set, *variant.settings])
         self.configured_base = stage2.visft.model.weights
@@ -169,10 +179,10 @@ class Experiment:
 
     def _draw(self) -> None:
         """Drawings to learn from and to judge, and for the demo's model its ImageNet weights."""
-        images = self._drawings("drawings", TRAIN, VAL)
+        train = self.flags.train
         taught, judged = PROBED
-        other_style = self._drawings("style-b", round(taught * TRAIN), round(judged * TRAIN), "--style", "b")
-        self.data = str(self.steps.add("shards", "shards", str(images), resumes=True))
+        other_style = self._drawings("style-b", round(taught * train), round(judged * train), "--style", "b")
+        self.data = self._shards()
         self.judged_on = [f"segmentation={other_style},name=style-b", *self.judged_on]
         if self.base is None and self.flags.model == MODEL:
             from visft_ds.pretrained import lite0_of_pip
@@ -187,6 +197,12 @@ class Experiment:
         words += ["--train", str(train), "--val", str(val)]
         return self.steps.add(name, "toy", *words)
 
+    def _shards(self, times: float = 1.0) -> str:
+        """Shards of so many times the drawings of the first variant."""
+        suffix = "" if times == 1 else f"-x{times:g}"
+        images = self._drawings(f"drawings{suffix}", round(times * self.flags.train), VAL)
+        return str(self.steps.add(f"shards{suffix}", "shards", str(images), resumes=True))
+
     def _permuted(self, seed: int) -> str:
         """The training data with the labels of other images."""
         tree = self.steps.add(f"permuted{seed}", "shards", "permute", str(self.data), "--seed", str(seed))
@@ -195,23 +211,30 @@ class Experiment:
     # -------------------------------------------------------------------------------------------------
     # trainings
 
-    def _stage1(self, seed: int, *, permuted: bool = False) -> Path:
-        name = "stage1-permuted" if permuted else "stage1"
-        return self._train(name, 1, seed, permuted, f"visft.features.cache={self.flags.out}/features")
+    def _stage1(self, variant: Variant, seed: int) -> Path:
+        name = "stage1"
+        if variant.permuted:
+            name = "stage1-permuted"
+        elif variant.images != 1:
+            name = f"stage1-x{variant.images:g}"
+        return self._train(name, 1, variant, seed, f"visft.features.cache={self.flags.out}/features")
 
     def _stage2(self, name: str, seed: int) -> Path:
         variant = self.variants[name]
         settings = list(variant.settings)
         if variant.heads_from_stage1:
-            stage1 = self._stage1(seed, permuted=variant.permuted)
-            settings.insert(0, f"visft.heads.path={stage1}/export")
-        return self._train(_slug(name), 2, seed, variant.permuted, *settings)
+            settings.insert(0, f"visft.heads.path={self._stage1(variant, seed)}/export")
+        return self._train(_slug(name), 2, variant, seed, *settings)
 
-    def _train(self, name: str, stage: int, seed: int, permuted: bool, *settings: str) -> Path:
+    def _train(self, name: str, stage: int, variant: Variant, seed: int, *settings: str) -> Path:
         words = ["train"]
         if self.flags.num_gpus > 1:
             words += ["--num_gpus", str(self.flags.num_gpus)]
-        data = self._permuted(seed) if permuted else str(self.data)
+        data = str(self.data)
+        if variant.permuted:
+            data = self._permuted(seed)
+        elif variant.images != 1:
+            data = self._shards(variant.images)
         words += ["--stage", str(stage), "--model", self.flags.model, "--data", data]
         all_settings = [*self.flags.set, *settings, f"visft.seed={seed}"]
         if self.base:
@@ -229,7 +252,7 @@ class Experiment:
     def _soup(self) -> str:
         from visft_ds.run_files import BACKBONE_FILE
 
-        run = self._stage1(0)
+        run = self._stage1(self.variants[FIRST], 0)
         base = self.base or self.configured_base or f"{run}/export/{BACKBONE_FILE}"
         words = ["--backbone", str(base)]
         for seed in range(self.flags.seeds):
@@ -243,7 +266,9 @@ class Experiment:
     def _compare(self, name: str) -> list[Path]:
         """Comparisons of a variant with the base, and of the first variant with it at equal feature shift."""
         models = self._models(name)
-        folders = [self._judge(f"{_slug(name)}-table", f"{name}={models}", on=self.judged_on)]
+        folders = []
+        if name == FIRST or not self.flags.equal_shift:
+            folders.append(self._judge(f"{_slug(name)}-table", f"{name}={models}", on=self.judged_on))
         if name != FIRST:
             first = f"{FIRST}={self._models(FIRST)}"
             control = ("--control", f"{name} {EQUAL}={models}")
@@ -260,15 +285,30 @@ class Experiment:
             name = f"style-{style}"
             drawings = self._drawings(name, STYLE_IMAGES, STYLE_IMAGES, "--style", str(style))
             styles.append(f"segmentation={drawings},name={name}")
-        return self._judge("styles", *words, "--numbers", IN_CONTEXT, on=styles)
+        return self._judge("styles", *words, on=styles, numbers=IN_CONTEXT)
 
-    def _judge(self, name: str, *words: str, on: Sequence[str]) -> Path:
+    def _judge(self, name: str, *words: str, on: Sequence[str], numbers: str | None = None) -> Path:
         """A comparison with the base; its primary number is that of the first segmentation."""
-        command = ["judge", f"{BASE}={self._stage1(0)}", *words]
+        numbers = numbers or self.flags.numbers
+        command = ["judge", f"{BASE}={self._stage1(self.variants[FIRST], 0)}", *words]
         for benchmark in on:
             command += ["--on", benchmark]
+        if numbers:
+            command += ["--numbers", numbers]
         command += ["--cache", f"{self.flags.out}/scores", "--quick"]
         return self.steps.add(name, *command, resumes=True)
+
+
+def _last_block(model: ModelConfig) -> str:
+    """Glob of the parameters of the last block that training reads."""
+    import torch
+
+    from visft_ds.models import build_empty
+
+    backbone = build_empty(model.preset, torch.float32, model.backbone_options())
+    ends = backbone.ends()
+    last = max(model.out_indices, default=len(ends) - 1)
+    return f"backbone.{ends[last]}.*"
 
 
 def _slug(name: str) -> str:

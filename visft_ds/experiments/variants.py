@@ -18,22 +18,50 @@ class Variant:
     heads_from_stage1: bool = True  #: otherwise there is no stage 1, and heads start at random
     permuted: bool = False  #: each image has the labels of another one, in both stages
     averaged: bool = False  #: no training: the mean of the first variant's adapters of all seeds
+    images: float = 1.0  #: times as many drawings as the first variant has; its own are among them
 
 
-_TRAINED_HEADS = 'visft.param_groups.1={"name": "heads", "params": "heads.*", "lr": $stage1_lr}'
-_FROZEN_HEADS = 'visft.param_groups.1={"name": "heads", "params": "heads.*", "lr": 0}'
+def _tasks(names: str) -> Variant:
+    return Variant((f"visft.tasks={names}",))
+
+
+def _heads(lr: str) -> str:
+    return f'visft.param_groups.1={{"name": "heads", "params": "heads.*", "lr": {lr}}}'
+
+
+def _without_lora(parameters: str, lr: str) -> Variant:
+    """The backbone's own parameters are trained, at a rate of theirs."""
+    settings = ("visft.lora=null", f"visft.param_groups={parameters}", f"optimizer.params.lr={lr}")
+    return Variant(settings)
+
+
 _RANDOM_HEADS = ("visft.heads.start=random", "visft.mode=$stage1_mode")
-#: In settings, $NAME is a value of the recipe: `stage1_lr`, `stage1_mode`, `hundredth_of_stage2_lr`.
+#: In settings, $NAME is a value of the recipe: `stage1_lr` and `stage2_lr`, with `_tenth` and `_hundredth`,
+#: `stage1_mode`, and `last_block`, the globs of the parameters of the last block that is read.
 VARIANTS = {
     FIRST: Variant(),
     PERMUTED: Variant(permuted=True),
-    "co-trained heads": Variant((_TRAINED_HEADS,)),
-    "one stage": Variant((*_RANDOM_HEADS, _TRAINED_HEADS), heads_from_stage1=False),
-    "boxes": Variant(("visft.tasks=detection",)),
-    "masks": Variant(("visft.tasks=segmentation",)),
-    "captions": Variant(("visft.tasks=captioning",)),
+    "one stage": Variant((*_RANDOM_HEADS, _heads("$stage1_lr")), heads_from_stage1=False),
+    "heads at a hundredth": Variant((_heads("$stage1_lr_hundredth"),)),
+    "heads at a tenth": Variant((_heads("$stage1_lr_tenth"),)),
+    "co-trained heads": Variant((_heads("$stage1_lr"),)),
+    "boxes": _tasks("detection"),
+    "masks": _tasks("segmentation"),
+    "captions": _tasks("captioning"),
+    "boxes and masks": _tasks("detection,segmentation"),
+    "boxes and captions": _tasks("detection,captioning"),
+    "masks and captions": _tasks("segmentation,captioning"),
+    "a quarter of the images": Variant(images=0.25),
+    "half of the images": Variant(images=0.5),
+    "four times the images": Variant(images=4.0),
+    "rank 4": Variant(("visft.lora.rank=4",)),
+    "rank 64": Variant(("visft.lora.rank=64",)),
+    "biases": _without_lora("backbone.*bias", "$stage2_lr"),
+    "norms": _without_lora("backbone.*norm*,backbone.*bn*", "$stage2_lr"),
+    "last block": _without_lora("$last_block", "$stage2_lr_tenth"),
+    "everything": _without_lora("backbone.*", "$stage2_lr_tenth"),
     "random heads": Variant(
-        (*_RANDOM_HEADS, _FROZEN_HEADS, "optimizer.params.lr=$hundredth_of_stage2_lr"),
+        (*_RANDOM_HEADS, _heads("0"), "optimizer.params.lr=$stage2_lr_hundredth"),
         heads_from_stage1=False,
     ),
     "soup": Variant(averaged=True),
@@ -41,16 +69,20 @@ VARIANTS = {
 
 
 def chosen_variants(
-    names: str | None, further: Sequence[str], recipe: Mapping[str, object]
+    names: str | None, further: Sequence[str], recipe: Mapping[str, object], *, drawn: bool
 ) -> dict[str, Variant]:
     """The first variant, and all that the command line asks for.
 
     Args:
-        names: of variants in VARIANTS, joined by commas; None: all of them.
+        names: of variants in VARIANTS, joined by commas; None: all of them that are possible.
         further: variants of one's own, "NAME: KEY=VALUE ...".
         recipe: values that settings in VARIANTS name.
+        drawn: training data are drawings, of which there may be more or fewer.
+
+    Raises:
+        ValueError: no such variant, one that is not possible, or one of one's own without settings.
     """
-    asked = list(VARIANTS)
+    asked = [name for name, variant in VARIANTS.items() if drawn or variant.images == 1]
     if names is not None:
         asked = [FIRST, *(name.strip() for name in names.split(","))]
     variants = {}
@@ -58,6 +90,8 @@ def chosen_variants(
         variant = VARIANTS.get(name)
         if variant is None:
             raise ValueError(f"--variants {name}: no such variant; there are {', '.join(VARIANTS)}")
+        if variant.images != 1 and not drawn:
+            raise ValueError(f"--variants {name}: needs drawings; --data has as many images as it has")
         settings = tuple(Template(setting).substitute(recipe) for setting in variant.settings)
         variants[name] = replace(variant, settings=settings)
     for text in further:
@@ -65,7 +99,7 @@ def chosen_variants(
         settings = tuple(settings_text.split())
         if not settings or name.strip() in {*VARIANTS, *variants}:
             raise ValueError(
-                f'--variant {text}: give a new name and settings, as in "rank 4: visft.lora.rank=4"'
+                f'--variant {text}: give a new name and settings, as in "rank 8: visft.lora.rank=8"'
             )
         variants[name.strip()] = Variant(settings)
     return variants

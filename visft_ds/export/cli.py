@@ -21,16 +21,17 @@ USAGE = """Write a trained model in a form that runs without this package.
     visft export runs/stage2-dinov3_b --out merged --format timm
     visft export --adapter ADAPTER --backbone FILE --out merged --format open_clip
 
-onnx and torch are whole models: backbone, head and decoding in one. Each task becomes a file TASK.onnx (or TASK.pt2, a program of torch): uint8 RGB pictures (B, H, W, 3) of any
-size in; boxes in their pixels, scores, labels, masks or word ids out. README.md in the folder shows how to
-run them; visft predict --run FOLDER and visft_ds.load(FOLDER) read it back.
+onnx and torch are whole models: backbone, head and decoding in one. Each task becomes a file TASK.onnx, or
+TASK.pt2, a program of torch: uint8 RGB pictures (B, H, W, 3) of any size in; boxes in their pixels, scores,
+labels, masks or word ids out. README.md in the folder shows how to run them; visft predict --run FOLDER and
+visft_ds.load(FOLDER) read it back.
 
 timm, transformers and open_clip get the weights of the backbone with the adapter merged in, peft and
 peft_transformers the adapter alone: a folder with the configuration that the library reads, and a model card.
 Without RUN the backbone is that of --backbone, alone or with an adapter: a folder, also of PEFT, or a LoRA
 file as ViSFT published them.
 
-Exit status: 0 written, 2 it computes something else than the model (nothing is kept), or wrong usage or input.
+Exit status: 0 written, 2 it computes something else than the model (nothing is kept), or wrong usage.
 """
 #: Flags that weights do not take.
 _OF_WHOLE_MODELS = (

@@ -25,8 +25,8 @@ MASKS = 0.999  #: least share of the pixels of a picture that a mask or class ma
 #: rounding moves a few, a shift by half a pixel moves a quarter of them.
 BORDERS = 0.01
 FEATURES = 1e-4  #: largest difference of a map, as a share of its norm
-#: Largest logit of a cell that one side takes for covered and the other does not, as a share of the largest one of
-#: its picture.
+#: Largest logit of a cell that one side takes for covered and the other does not, as a share of the largest
+#: one of its picture.
 CHOICES = 1e-4
 
 

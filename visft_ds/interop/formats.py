@@ -1,4 +1,4 @@
-"""Forms of weights that `visft export` writes: the file of each, the library that loads it, and how a user loads it.
+"""Forms of weights that `visft export` writes: the file of each, its library, and how a user loads it.
 
 Imports nothing heavy: the flags of the command name them.
 """

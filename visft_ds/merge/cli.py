@@ -13,11 +13,11 @@ from visft_ds.errors import tell
 from visft_ds.flags import Parser
 from visft_ds.run_files import check_exists
 
-USAGE = """Merge LoRA adapters into base weights, or with each other: scaled, and averaged if there are several.
+USAGE = """Merge LoRA adapters into base weights, or average several of them.
 
     visft merge runs/stage2-dinov3_b --out merged.safetensors
     visft merge runs/seed0 runs/seed1 --scale 0.5 --out mean
-    visft merge --adapter eva_e_lora_5000.pt --backbone EVA02_CLIP_E_psz14_plus_s9B.pt --out merged.safetensors
+    visft merge --adapter ADAPTER --backbone EVA02_CLIP_E_psz14_plus_s9B.pt --out merged.safetensors
 
 --out NAME.safetensors gets whole weights, by timm's names, that each command here takes for a backbone;
 --out NAME, a folder, the adapter alone. visft export writes either in the form of another library.

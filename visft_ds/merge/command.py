@@ -1,4 +1,4 @@
-"""An adapter into full weights, or alone, in the form that a library loads: for `visft merge` and `export`."""
+"""An adapter into full weights, or alone, in the form of a library: of `visft merge` and `visft export`."""
 
 from __future__ import annotations
 
@@ -192,7 +192,8 @@ def _verify(flags: argparse.Namespace, base: Base, adapter: Adapter | None, stag
         print(f"warning: {text}: timm passes by layers that PEFT wraps", file=sys.stderr)
     if difference.result > limit:
         raise ValueError(
-            f"verification failed: output differs by {difference.result:.3g} (limit {limit:.2g}); nothing is kept"
+            f"verification failed: output differs by {difference.result:.3g} (limit {limit:.2g}); "
+            "nothing is kept"
         )
 
 
@@ -207,8 +208,8 @@ def _check(flags: argparse.Namespace) -> None:
     library = FORMATS[flags.format].library
     if flags.verify and find_spec(library) is None:
         raise ValueError(
-            f"{library}, which loads --format {flags.format} to compare it, is not installed here: install it, or "
-            "leave the comparison out with --verify none"
+            f"{library}, which loads --format {flags.format} to compare it, is not installed here: install "
+            "it, or leave the comparison out with --verify none"
         )
 
 

@@ -19,7 +19,7 @@ from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
 from visft_ds.settings.task_schema import WITHOUT_MASK
 from visft_ds.shards.common import BYTE_ORDER_MARK, CocoFile, Findings, name_here
-from visft_ds.shards.corrections import corrected, parse_corrections
+from visft_ds.shards.corrections import corrected, corrected_captions, corrected_maps, parse_corrections
 from visft_ds.shards.depth import DepthMaps
 from visft_ds.shards.division import Division
 
@@ -110,7 +110,7 @@ def read_coco(
 
     `ids` is a text file of image ids or file names, one a line: only these images. With `ellipses`, an object
     without a mask gets the ellipse in its box. Of a `division`, only the images of its side. `corrections` is
-    a file of `shards.corrections`, for the instances.
+    a file of `shards.corrections`, for any of these.
 
     Raises:
         ValueError: no COCO file; two images or categories of one id; more than a tenth of the images or
@@ -141,8 +141,8 @@ def read_coco(
         if role != "captions":
             with reading(where, what):
                 add_categories(content["categories"], categories)
-        if role == "instances" and corrections is not None:
-            entries = _corrected(entries, images, categories, corrections, findings, files)
+        if corrections is not None:
+            entries = _corrected(role, entries, images, categories, corrections, findings, files)
         with reading(where, what):
             if role == "captions":
                 # The captions of all of COCO are often given for a part of it.
@@ -201,6 +201,7 @@ def _read(source: CocoFile, role: str, files: Files) -> bytes:
 
 
 def _corrected(
+    role: str,
     entries: Sequence[Any],
     images: Mapping[int, SourceImage],
     categories: Mapping[int, str],
@@ -212,7 +213,10 @@ def _corrected(
     corrections = parse_corrections(_read(path, "corrections", files), path)
     names = {image.file_name: number for number, image in images.items()}
     with reading(path, "corrections of these labels"):
-        return corrected(entries, names, categories, corrections, findings)
+        if role == "captions":
+            return corrected_captions(entries, names, corrections, findings)
+        correct = corrected_maps if role == "maps" else corrected
+        return correct(entries, names, categories, corrections, findings)
 
 
 def _read_selection(path: Path, files: Files) -> set[str]:

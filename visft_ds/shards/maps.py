@@ -20,12 +20,19 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from PIL import Image
 from tqdm import tqdm
 
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
-from visft_ds.shards.common import CLASSES, IMAGE_SUFFIXES, Findings, FolderSplit, Json, split_of
+from visft_ds.shards.common import (
+    CLASSES,
+    IMAGE_SUFFIXES,
+    Findings,
+    FolderSplit,
+    Json,
+    mask_object,
+    split_of,
+)
 from visft_ds.tasks.classes import VOID
 
 #: The numbers that Cityscapes is judged by (https://github.com/mcordts/cityscapesScripts, labels.py).
@@ -194,18 +201,8 @@ class _CocoLists:
         self.images.append({"id": image_id, "file_name": name, "height": height, "width": width})
         columns = np.asfortranarray(numbers)  # run-length codes go down columns
         for number in self.classes.numbers_in(numbers, path):
-            code = coco_mask.encode((columns == number).view(np.uint8))
-            self.annotations.append(
-                {
-                    "id": len(self.annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": number,
-                    "bbox": coco_mask.toBbox(code).tolist(),
-                    "area": int(coco_mask.area(code)),
-                    "iscrowd": 0,
-                    "segmentation": {"size": [height, width], "counts": code["counts"].decode("ascii")},
-                }
-            )
+            annotation = {"id": len(self.annotations) + 1, "image_id": image_id, "category_id": number}
+            self.annotations.append({**annotation, **mask_object(columns == number)})
 
     def check_used(self, findings: Findings, maps: Path) -> None:
         """Note classes without a pixel if pixels without a class exist: as in maps of 0 and 255.

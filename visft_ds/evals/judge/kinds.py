@@ -39,6 +39,7 @@ class Request:
     groups: str | None  #: of images, see `images.grouped`
     void: int | None  #: number that means no class in label maps
     vlm: str | None  #: folder of a vision-language model
+    head: str | None  #: run with a captioning head
 
     def grouped(self, images: ImageSet) -> ImageSet:
         """The images with their groups, if there are such."""
@@ -138,6 +139,21 @@ def _vqa(request: Request) -> Benchmark:
     return vqa(request.label, train, test)
 
 
+def _caption(request: Request) -> Benchmark:
+    from visft_ds.evals.judge.captions import captions_of_head, captions_of_vlm, read_captioned
+
+    if (request.vlm is None) == (request.head is None):
+        raise ValueError(
+            f"--on caption={request.source}: give vlm=FOLDER of a vision-language model, or head=RUN whose "
+            "captioning head reads each tower"
+        )
+    data = read_captioned(request.source, request.test)
+    data = replace(data, images=request.grouped(data.images))
+    if request.vlm is not None:
+        return captions_of_vlm(request.label, data, Path(request.vlm))
+    return captions_of_head(request.label, data, Path(str(request.head)))
+
+
 def _agreement(request: Request) -> Benchmark:
     from visft_ds.evals.judge.agreement import agreement, read_images
 
@@ -189,6 +205,13 @@ KINDS: Mapping[str, Kind] = {
         ("split", "train", "groups", "name", "vlm"),
         "questions answered by a probe, or with vlm=FOLDER by BLIP-2 or a model like LLaVA with the tower in "
         "it: VQAv2, OK-VQA, GQA, visft toy",
+    ),
+    "caption": Kind(
+        _caption,
+        "captions",
+        ("split", "groups", "name", "vlm", "head"),
+        "captions by vlm=FOLDER, as for vqa, or by the captioning head of head=RUN: COCO, Karpathy's JSON, "
+        "NoCaps by domain",
     ),
     "agreement": Kind(
         _agreement,
@@ -245,6 +268,7 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
             groups=options.get("groups"),
             void=None if void is None else int(void),
             vlm=options.get("vlm"),
+            head=options.get("head"),
         )
     )
 

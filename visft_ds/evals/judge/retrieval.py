@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,10 +96,7 @@ def read_captions(source: str, split: str | None = None) -> tuple[ImageSet, tupl
         ValueError: no such layout or part, an image without file, or without captions that say something.
     """
     root = Path(source)
-    karpathy = sorted(root.glob("dataset_*.json"))
-    pairs = _karpathy(karpathy[0], root, split or "test") if karpathy else _coco(root, split or "val")
-    if not pairs:
-        raise ValueError(f"{source} has no images with captions in the part to judge")
+    pairs = captioned_images(root, split)
     texts: list[str] = []
     owners: list[int] = []
     mute = []
@@ -114,15 +112,39 @@ def read_captions(source: str, split: str | None = None) -> tuple[ImageSet, tupl
     return from_files(files, root), tuple(texts), np.array(owners, dtype=np.int64)
 
 
+def captioned_images(root: Path, split: str | None) -> Pairs:
+    """The images of a part with all their captions; arguments and errors as those of `read_captions`."""
+    karpathy = sorted(root.glob("dataset_*.json"))
+    pairs = _karpathy(karpathy[0], root, split or "test") if karpathy else _coco(root, split or "val")
+    if not pairs:
+        raise ValueError(f"{root} has no images with captions in the part to judge")
+    return pairs
+
+
+def captions_by_image(content: Any) -> dict[int, list[str]]:
+    """Id of an image -> its captions, by the content of a JSON file in COCO's form."""
+    texts: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
+    for annotation in content["annotations"]:
+        texts[annotation["image_id"]].append(str(annotation["caption"]))
+    return texts
+
+
+def files_by_name(root: Path) -> dict[str, Path]:
+    """Name of a file -> the file, anywhere below a folder."""
+    file_of_name: dict[str, Path] = {}
+    for folder, _, names in os.walk(root):  # follows no links
+        for name in names:
+            file_of_name[name] = Path(folder) / name
+    return file_of_name
+
+
 def _coco(root: Path, split: str) -> Pairs:
     path = root / f"annotations/captions_{split}2017.json"
     if not path.is_file():
         raise ValueError(f"{root} has neither {path.relative_to(root)} nor Karpathy's dataset_*.json")
     with reading(path, "a COCO caption file"):
         content = read_json(path)
-        texts: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            texts[annotation["image_id"]].append(str(annotation["caption"]))
+        texts = captions_by_image(content)
         folder = root / f"{split}2017"
         return [
             (folder / checked_name(image["file_name"], path), texts[image["id"]])
@@ -131,10 +153,7 @@ def _coco(root: Path, split: str) -> Pairs:
 
 
 def _karpathy(path: Path, root: Path, split: str) -> Pairs:
-    file_of_name: dict[str, Path] = {}
-    for folder, _, names in os.walk(root):  # follows no links
-        for name in names:
-            file_of_name[name] = Path(folder) / name
+    file_of_name = files_by_name(root)
     pairs = []
     with reading(path, "Karpathy's splits"):
         for image in read_json(path)["images"]:

@@ -5,36 +5,54 @@ from __future__ import annotations
 import os
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
-from PIL import Image
 
 from visft_ds.config.record import recorded_config
-from visft_ds.data.dataset import coco_dataset, read_raw
+from visft_ds.data.dataset import coco_dataset, labels_of_split, read_raw
 from visft_ds.data.decode import as_rgb
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
 from visft_ds.evals.evaluate import evaluate
-from visft_ds.evals.labels.doubts import KINDS, Annotation, Doubt, doubts_of
+from visft_ds.evals.labels.captions import caption_doubts
+from visft_ds.evals.labels.doubts import KINDS, Annotation, Doubt, doubts_of, region_doubts
+from visft_ds.evals.labels.pictures import near_duplicates, picture_features
 from visft_ds.evals.pages import embedded, render
 from visft_ds.files import shown_name, write_bytes, write_text
-from visft_ds.monitor.console import Section, print_plan
+from visft_ds.monitor.console import Section, gauge, print_plan
+from visft_ds.predict.model import load_backbone
 from visft_ds.run_files import folder_of_run
 from visft_ds.shards.corrections import FORMAT, VERSION
 from visft_ds.tasks.classes import category_name
+from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.pictures import scaled
 
 _MARGIN = 0.75  # around boxes in a picture, of their longer side
 _LEAST_MARGIN = 24  # pixels
 _SIDE = 360  # of a picture on the page, pixels
 _PRINTED = 10  # doubts
-_LEARNT = (
-    0.5  # box/AP50 by the labels themselves, below which nothing was measured that would speak for doubts
-)
+_OUTLINE = (255, 0, 200)  # colour of the border of a region
+
+
+class _Task(NamedTuple):
+    """What a task says of labels."""
+
+    labels: str  #: kind of them, as a manifest names it
+    words: str
+    #: Metric by the labels themselves, below which nothing was measured that would speak for doubts.
+    learnt: tuple[str, float]
+
+
+#: Tasks whose heads look at labels.
+_TASKS = {
+    "detection": _Task("annotations", "boxes", ("box/AP50", 0.5)),
+    "semantic": _Task("maps", "regions", ("semantic/mIoU", 0.5)),
+    "captioning": _Task("captions", "captions", ("", 0.0)),
+}
 #: Words of a manifest's sources that stand for the command that built it.
 _FOLDER = "MYFOLDER"
 
@@ -42,63 +60,123 @@ _FOLDER = "MYFOLDER"
 def check_labels(
     run: Path, data: str | None, split: str | None, limit: int | None, most: int, out: Path | None
 ) -> None:
-    """Write a page for each split with boxes, and print the first doubts.
+    """Write a page for each split, and print the first doubts.
 
     Args:
         data: folder or URL of shards; None: those of the run.
         split: None: the training and the validation split.
         limit: look at the first images only, this many.
-        most: doubts on a page.
+        most: doubts of each task on a page.
         out: folder for pages; None: RUN/labels.
 
     Raises:
-        ValueError: the run has no detection head, or the data no boxes.
+        ValueError: the run has no head of a task of `_TASKS`, or the data no labels of one.
     """
-    of_run = recorded_config(folder_of_run(run)).visft.data
+    config = recorded_config(folder_of_run(run)).visft
+    of_run = config.data
     root = data or of_run.root
     assert root is not None
+    tasks = [task for task in _TASKS if task in config.tasks.enabled()]
+    if not tasks:
+        raise ValueError(f"{run} has no head that looks at labels: train one of {', '.join(_TASKS)}")
     splits = [split] if split is not None else [of_run.train, of_run.val]
     if split is None and not _is_url(root):
         splits = [name for name in splits if name in splits_in(Path(root))]
     folder = out or folder_of_run(run) / "labels"
-    for name in dict.fromkeys(splits):
-        manifest = Manifest.load(os.fspath(root), name, cache=Cache(of_run.cache, of_run.cache_bytes))
-        _check_split(run, manifest, limit, most, folder)
+    cache = Cache(of_run.cache, of_run.cache_bytes)
+    manifests = [Manifest.load(os.fspath(root), name, cache=cache) for name in dict.fromkeys(splits)]
+    for manifest in manifests:
+        _check_split(run, tasks, manifest, limit, most, folder)
+    if len(manifests) == 2:
+        train, validation = manifests
+        _compare_splits(run, train, validation, limit)
 
 
 def _is_url(root: str) -> bool:
     return "://" in root
 
 
-def _check_split(run: Path, manifest: Manifest, limit: int | None, most: int, folder: Path) -> None:
-    evaluation = evaluate(
-        run, data=os.fspath(manifest.root), split=manifest.split, tasks="detection", limit=limit
-    )
+def _check_split(
+    run: Path, tasks: Sequence[str], manifest: Manifest, limit: int | None, most: int, folder: Path
+) -> None:
+    looked_at = [task for task in tasks if _TASKS[task].labels in manifest.labels]
+    if not looked_at:
+        kinds = ", ".join(f"{_TASKS[task].words} of {task}" for task in tasks)
+        raise ValueError(f"{manifest.root}/{manifest.split} has no labels that the run looks at: {kinds}")
+    shown = list[Doubt]()
+    sections = list[Section]()
     with ShardReader(manifest) as reader:
-        labels = coco_dataset(reader, range(min(limit or len(manifest), len(manifest))))
-        doubts = doubts_of(labels["annotations"], evaluation.results["detection"])
-        names = {category["id"]: category["name"] for category in labels["categories"]}
-        images = {image["id"]: image for image in labels["images"]}
-        _write(folder, manifest.split, doubts[:most], images, labels["categories"], reader)
-    rows = [
-        (f"{number}. {KINDS[doubt.kind]}", _words(doubt, images, names))
-        for number, doubt in _numbered(doubts)
-    ]
-    average_precision = evaluation.metrics.get("box/AP50", 0.0)
-    learnt = "" if average_precision >= _LEARNT else ": a model that finds so little says little of labels"
-    rows.append(("the model", f"box/AP50 {average_precision:.2f} by these labels{learnt}"))
-    counts = Counter(KINDS[doubt.kind] for doubt in doubts if doubt.score > 0.5)
-    of_kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-    rows.append(("above 0.5", of_kinds or "none"))
-    rows.append(
-        ("page", f"{folder / _page(manifest.split)}: the first {min(most, len(doubts))} of {len(doubts)}")
-    )
-    title = f"{manifest.root}/{manifest.split}: {len(labels['annotations'])} labels, the most doubtful first"
+        indices = range(min(limit or len(manifest), len(manifest)))
+        content = coco_dataset(reader, indices)
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        images = {image["id"]: image for image in content["images"]}
+        for task in looked_at:
+            doubts, facts = _look(task, run, reader, content, limit)
+            rows = []
+            for number, doubt in enumerate(doubts[:_PRINTED], start=1):
+                rows.append((f"{number}. {KINDS[doubt.kind]}", _words(doubt, images, names)))
+            counts = Counter(KINDS[doubt.kind] for doubt in doubts if doubt.score > 0.5)
+            of_kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+            rows += [*facts, ("above 0.5", of_kinds or "none")]
+            rows.append(("on the page", f"the first {min(most, len(doubts))} of {len(doubts)}"))
+            title = f"{manifest.root}/{manifest.split}: {_TASKS[task].words}, the most doubtful first"
+            sections.append(Section(title, rows))
+            shown += doubts[:most]
+        _write(folder, manifest.split, shown, images, content["categories"], reader)
+    sections.append(Section("written", [("page", str(folder / _page(manifest.split)))]))
+    print_plan("visft_ds labels", sections)
+
+
+def _look(
+    task: str, run: Path, reader: ShardReader, content: Mapping[str, Any], limit: int | None
+) -> tuple[list[Doubt], list[tuple[str, str]]]:
+    """The doubts of a task about the labels of a split, and what is said of the model that has them."""
+    manifest = reader.manifest
+    if task == "captioning":
+        doubts = caption_doubts(run, reader, range(len(content["images"])))
+        own = sum(doubt.score < 0.5 for doubt in doubts)
+        return doubts, [
+            ("the model", f"{own} of {len(doubts)} captions fit their own picture better than others")
+        ]
+    evaluation = evaluate(run, data=os.fspath(manifest.root), split=manifest.split, tasks=task, limit=limit)
+    results = evaluation.results[task]
+    metric, learnt = _TASKS[task].learnt
+    value = evaluation.metrics.get(metric, 0.0)
+    caution = "" if value >= learnt else ": a model that finds so little says little of labels"
+    facts = [("the model", f"{metric} {value:.2f} by these labels{caution}")]
+    if task == "semantic":
+        return region_doubts(content, results), facts
+    return doubts_of(content["annotations"], results), facts
+
+
+def _compare_splits(run: Path, train: Manifest, validation: Manifest, limit: int | None) -> None:
+    """Print which pictures of validation are nearly one of the training's: metrics say nothing of these."""
+    backbone = load_backbone(run)
+    features = []
+    names = []
+    for manifest in (train, validation):
+        indices = range(min(limit or len(manifest), len(manifest)))
+        with ShardReader(manifest) as reader:
+            features.append(picture_features(backbone, _pictures(reader, indices)))
+            names.append([shown_name(label["file_name"]) for label in labels_of_split(reader, indices)])
+    pairs = near_duplicates(*features)
+    rows = []
+    for number, pair in enumerate(pairs[:_PRINTED], start=1):
+        first = f"{train.split}/{names[0][pair.first]}"
+        second = f"{validation.split}/{names[1][pair.second]}"
+        rows.append((f"{number}. likeness {pair.likeness:.2f}", f"{second} and {first}"))
+    counted = f"{len(pairs)} of {len(names[1])} pictures of {validation.split}"
+    if pairs:
+        counted += ": they make its metrics too good; keep them on one side, or leave them out"
+    rows.append(("in all", counted))
+    title = f"near duplicates of {train.split} in {validation.split}, by features"
     print_plan("visft_ds labels", [Section(title, rows)])
 
 
-def _numbered(doubts: Sequence[Doubt]) -> list[tuple[int, Doubt]]:
-    return list(enumerate(doubts[:_PRINTED], start=1))
+def _pictures(reader: ShardReader, indices: Sequence[int]) -> Iterator[Any]:
+    """Pixels of pictures of a split."""
+    for index in gauge(f"looking at {reader.manifest.split}", len(indices), "images", indices):
+        yield read_raw(reader, index, "images").image
 
 
 def _words(doubt: Doubt, images: Mapping[int, Any], names: Mapping[int, str]) -> str:
@@ -111,6 +189,8 @@ def _words(doubt: Doubt, images: Mapping[int, Any], names: Mapping[int, str]) ->
 def _label_in_words(label: Annotation | None, names: Mapping[int, str]) -> str:
     if label is None:
         return "nothing"
+    if "caption" in label:
+        return shown_name(label["caption"])
     x, y, width, height = label["bbox"]
     name = shown_name(category_name(label["category_id"], names))
     return f"{name} {width:.0f}x{height:.0f} at {x:.0f},{y:.0f}"
@@ -147,8 +227,8 @@ def _write(
     page = render(
         "labels/page.html.j2",
         title=f"Labels of {reader.manifest.root}, {split}",
-        about=f"The {len(doubts)} most doubtful labels, by the predictions of a trained model. "
-        "A score ranks them; it is no probability.",
+        about=f"The {len(doubts)} most doubtful labels, by a trained model. A score ranks labels of a kind; "
+        "it is no probability.",
         command=shlex.join(["visft", "shards", _FOLDER, "--corrections", _corrections(split), "--replace"]),
         file=_corrections(split),
         rows=rows,
@@ -163,36 +243,61 @@ def _write(
 
 def _row(doubt: Doubt, image: Any, names: Mapping[int, str]) -> dict[str, Any]:
     """Facts of a doubt for the page: a picture of the place, the label given and the one proposed."""
-    boxes = np.array([label["bbox"] for label in (doubt.given, doubt.proposed) if label is not None])
-    low = boxes[:, :2].min(axis=0)
-    high = (boxes[:, :2] + boxes[:, 2:]).max(axis=0)
-    margin = max(_LEAST_MARGIN, _MARGIN * float((high - low).max()))
-    left, top = np.maximum(0, np.floor(low - margin)).astype(int).tolist()
-    right, bottom = np.minimum(image.shape[1::-1], np.ceil(high + margin)).astype(int).tolist()
-    crop = Image.fromarray(np.ascontiguousarray(image[top:bottom, left:right]))
+    labels = [label for label in (doubt.given, doubt.proposed) if label is not None]
+    boxes = np.array([label["bbox"] for label in labels if "bbox" in label])
+    if doubt.kind == "region":
+        image = _outlined(image, labels[0]["segmentation"])
+    left = top = 0
+    height, width = image.shape[:2]
+    if len(boxes):
+        low = boxes[:, :2].min(axis=0)
+        high = (boxes[:, :2] + boxes[:, 2:]).max(axis=0)
+        margin = max(_LEAST_MARGIN, _MARGIN * float((high - low).max()))
+        left, top = np.maximum(0, np.floor(low - margin)).astype(int).tolist()
+        right, bottom = np.minimum([width, height], np.ceil(high + margin)).astype(int).tolist()
+        width = right - left
+        height = bottom - top
+    crop = np.ascontiguousarray(image[top : top + height, left : left + width])
     shown = dict[str, dict[str, Any] | None]()
     for name, label in (("given", doubt.given), ("proposed", doubt.proposed)):
         shown[name] = None
         if label is not None:
-            x, y, width, height = label["bbox"]
-            place = [x - left, y - top, width, height]
-            shown[name] = {
-                "name": category_name(label["category_id"], names),
-                "shown": place,
-                "label": _entry(label),
-            }
+            shown[name] = _shown(label, left, top, names)
     return {
         "kind": KINDS[doubt.kind],
         "score": doubt.score,
         "image_id": doubt.image_id,
-        "picture": embedded(np.asarray(scaled(np.asarray(crop), _SIDE))),
-        "size": [right - left, bottom - top],
+        "picture": embedded(np.asarray(scaled(crop, _SIDE))),
+        "size": [width, height],
         **shown,
     }
 
 
+def _shown(label: Annotation, left: int, top: int, names: Mapping[int, str]) -> dict[str, Any]:
+    """A label for the page: its name, its box in the picture, and what corrections say of it."""
+    if "caption" in label:
+        return {"name": label["caption"], "shown": None, "label": _entry(label)}
+    x, y, width, height = label["bbox"]
+    place = [x - left, y - top, width, height]
+    return {"name": category_name(label["category_id"], names), "shown": place, "label": _entry(label)}
+
+
+def _outlined(image: Any, segmentation: Mapping[str, Any]) -> Any:
+    """The image with the border of a region."""
+    from scipy import ndimage  # a quarter of a second, which boxes do not need
+
+    mask = decode_mask(segmentation, image.shape[:2])
+    thickness = max(1, max(image.shape) // _SIDE)
+    border = mask & ~ndimage.binary_erosion(mask, iterations=thickness)
+    outlined = image.copy()
+    outlined[border] = _OUTLINE
+    return outlined
+
+
 def _entry(label: Annotation) -> dict[str, Any]:
     """A label as corrections name it."""
+    if "caption" in label:
+        return {"caption": label["caption"]}
     x, y, width, height = label["bbox"]
     entry = {
         "category_id": label["category_id"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from visft_ds.tasks.captioning.tokenizer import ptb_words
@@ -48,7 +48,7 @@ def caption_metrics(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any
     images = sorted(references)
     true = [references[image] for image in images]
     generated = [ptb_words(candidates[image]) for image in images]
-    scores = {"caption/CIDEr": _cider(true, generated)}
+    scores = {"caption/CIDEr": sum(cider_of_images(true, generated)) / len(images)}
     for order, score in zip(_ORDERS, _bleu(true, generated), strict=True):
         scores[f"caption/BLEU-{order}"] = score
     scores["caption/ROUGE-L"] = sum(map(_rouge, true, generated)) / len(images)
@@ -60,14 +60,24 @@ def _ngrams(words: Words, order: int) -> Counter[Gram]:
     return Counter(zip(*(words[start:] for start in range(order)), strict=False))
 
 
-def _cider(true: Sequence[Sequence[Words]], generated: Sequence[Words]) -> float:
-    """CIDEr-D without stemming: mean over images, references and orders, times 10."""
-    of_orders = [_cider_of_order(true, generated, order) for order in _ORDERS]
-    return 10 * sum(of_orders) / len(_ORDERS)
+def cider_of_images(true: Sequence[Sequence[Words]], generated: Sequence[Words]) -> list[float]:
+    """CIDEr-D of each image without stemming: the mean over references and orders, times 10.
+
+    Args:
+        true: of each image its references; in how many images an n-gram is there is counted over all of them.
+        generated: of each image its caption.
+    """
+    totals = [0.0] * len(generated)
+    for order in _ORDERS:
+        for number, similarity in enumerate(_cider_of_order(true, generated, order)):
+            totals[number] += similarity
+    return [10 * total / len(_ORDERS) for total in totals]
 
 
-def _cider_of_order(true: Sequence[Sequence[Words]], generated: Sequence[Words], order: int) -> float:
-    """Mean over images and references of the clipped cosine of their n-grams, weighted by tf-idf."""
+def _cider_of_order(
+    true: Sequence[Sequence[Words]], generated: Sequence[Words], order: int
+) -> Iterator[float]:
+    """Of each image the mean over its references of the clipped cosine of n-grams, weighted by tf-idf."""
     images: Counter[Gram] = Counter()  # with a reference that has the n-gram
     for references in true:
         images.update({gram for reference in references for gram in _ngrams(reference, order)})
@@ -82,7 +92,6 @@ def _cider_of_order(true: Sequence[Sequence[Words]], generated: Sequence[Words],
             weights[gram] = count * rarity
         return weights
 
-    total = 0.0
     for references, words in zip(true, generated, strict=True):
         candidate = weighted(words)
         similarities = 0.0
@@ -92,8 +101,7 @@ def _cider_of_order(true: Sequence[Sequence[Words]], generated: Sequence[Words],
             excess = bigrams - max(len(reference) - 1, 0)
             penalty = math.exp(-(excess**2) / (2 * _SIGMA**2))
             similarities += penalty * _clipped_cosine(candidate, weighted(reference))
-        total += similarities / len(references)
-    return total / len(generated)
+        yield similarities / len(references)
 
 
 def _clipped_cosine(candidate: Mapping[Gram, float], reference: Mapping[Gram, float]) -> float:

@@ -1,0 +1,143 @@
+"""What a vision-language model says of images, with the tower of each judged model in it in turn.
+
+The model is BLIP-2 or one in LLaVA's style (`interop.vlm`), in which nothing but the tower changes; its own
+tower has to be BASE. It says the most likely words, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number, Score
+from visft_ds.evals.judge.encoders import Encoder
+from visft_ds.evals.judge.encoding import Settings
+from visft_ds.evals.judge.images import digest, stamp
+from visft_ds.evals.judge.models import weights_of
+from visft_ds.files import reading
+from visft_ds.interop.layouts import built, model_of
+from visft_ds.interop.vlm import Vlm, open_vlm
+from visft_ds.interop.weights import Lazy, Weights
+from visft_ds.models import Backbone
+from visft_ds.monitor.console import gauge
+
+
+class Request(NamedTuple):
+    """What the model is asked about an image."""
+
+    image: int  #: its number
+    prompt: str
+    chat: str  #: in place of the prompt where the model has a form of chats
+
+
+def by_vlm(
+    label: str,
+    folder: Path,
+    sets: Mapping[str, ImageSet],
+    requests: Sequence[Request],
+    longest: int,
+    numbers: Sequence[Number],
+    settings: Mapping[str, Any],
+    scores: Callable[[Sequence[str]], Iterator[Score]],
+) -> Benchmark:
+    """Benchmark of what the model in a folder says of the images of the set `test`.
+
+    Args:
+        longest: tokens of what it says, at most.
+        settings: all else that scores depend on.
+        scores: of the texts, one of each request.
+    """
+    files = [f"{path.name} {stamp(path)}" for path in sorted(folder.glob("*")) if path.is_file()]
+
+    @cache
+    def opened() -> Vlm:
+        return open_vlm(folder)
+
+    def check(base: Encoder) -> None:
+        opened().check_base(_tower(base, opened()))
+
+    def said(encoder: Encoder, settings: Settings, names: Collection[str]) -> Iterator[Score]:
+        vlm = opened()
+        vlm.put(_tower(encoder, vlm))
+        processor = _processor(folder)
+        vlm.model.to(settings.device)
+        texts = []
+        for request in gauge(label, len(requests), "texts", requests):
+            texts.append(_say(vlm.model, processor, sets["test"].read(request.image), request, longest))
+        yield from scores(texts)
+
+    benchmark = by_text(label, sets, numbers, {**settings, "vlm": digest(files)}, said)
+    return replace(benchmark, check_base=check)
+
+
+def by_text(
+    label: str,
+    sets: Mapping[str, ImageSet],
+    numbers: Sequence[Number],
+    settings: Mapping[str, Any],
+    scores: Callable[[Encoder, Settings, Collection[str]], Iterator[Score]],
+) -> Benchmark:
+    """Benchmark of texts that an encoder alone leads to, whatever its features are."""
+
+    def nothing(features: Features, names: Collection[str]) -> Iterator[Score]:
+        raise AssertionError(label)
+
+    return Benchmark(label, sets, ("pooled",), numbers, settings, scores=nothing, published=scores)
+
+
+def backbone_and_weights(encoder: Encoder, what: str) -> tuple[Backbone, dict[str, Tensor]]:
+    """(the backbone of an encoder, its weights on the CPU, an adapter merged).
+
+    Args:
+        what: needs a backbone of ours, for the error.
+
+    Raises:
+        ValueError: a model of open_clip.
+    """
+    module: Any = encoder.module
+    module = getattr(module, "module", module)  # where it is read after a block
+    backbone = getattr(module, "backbone", None)
+    if backbone is None:
+        raise ValueError(f"{what} takes towers of visft_ds and timm, not models of open_clip")
+    weights = weights_of(replace(encoder, module=module, text=None))
+    return backbone, {name: tensor.cpu() for name, tensor in weights.items()}
+
+
+def _tower(encoder: Encoder, vlm: Vlm) -> dict[str, Lazy]:
+    """The weights of an encoder's tower by the names of the model to have them."""
+    backbone, weights = backbone_and_weights(encoder, "vlm=")
+    tensors = {name: Lazy.of(tensor) for name, tensor in weights.items()}
+    return vlm.names(Weights(tensors, Path(backbone.describe())), built(model_of(backbone), "meta"))
+
+
+def _processor(folder: Path) -> Any:
+    """Tokenizer and image processor of a model in a folder."""
+    from transformers import AutoProcessor
+
+    with reading(folder, "a folder of transformers with tokenizer and image processor"):
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+
+
+@torch.no_grad()
+def _say(model: Any, processor: Any, image: Image.Image, request: Request, longest: int) -> str:
+    """The first line that a model says of an image."""
+    text = request.prompt
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": request.chat}]
+        chat = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    inputs = processor(images=image, text=text, return_tensors="pt").to(model.device)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=longest)[0]
+    prompt = inputs["input_ids"][0]
+    if tokens[: len(prompt)].tolist() == prompt.tolist():  # some models repeat it
+        tokens = tokens[len(prompt) :]
+    said = processor.decode(tokens, skip_special_tokens=True).strip()
+    return str(said.split("\n")[0])
