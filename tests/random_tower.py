@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visft_ds.cli import main
 from visft_ds.config.schema import LoraConfig
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.layouts import MODEL, base_parameters, model_of
 from visft_ds.interop.peft_folder import write_folder
 from visft_ds.interop.weights import save_tensors
-from visft_ds.merge.cli import main
 from visft_ds.models import Backbone, build_empty
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import TARGETS, AdaptedLayer, dense_update, lora_layers, lora_parameters
@@ -107,14 +107,21 @@ def save_adapter(adapter: Adapter, folder: Path) -> Path:
     return folder
 
 
-def merge(base: Path, adapter: Adapter | None, out: Path, *words: str) -> Path:
-    """Run `visft merge`, which has to succeed; returns `out`."""
-    given = (
-        []
-        if adapter is None
-        else ["--adapter", str(save_adapter(adapter, out.with_name(f"{out.name}-adapter")))]
-    )
-    assert main(["--base", str(base), *given, "--out", str(out), *words]) == 0
+def merge(base: Path, adapter: Adapter | None, out: Path, *words: str, verify: bool = False) -> Path:
+    """Run `visft merge` for a file, or `visft export` for a folder in timm's or another form, which have to
+    succeed; returns `out`.
+    """
+    flags = ["--backbone", str(base), "--out", str(out), *words]
+    if adapter is not None:
+        flags += ["--adapter", str(save_adapter(adapter, out.with_name(f"{out.name}-adapter")))]
+    if out.suffix:
+        assert not verify and main(["merge", *flags]) == 0
+        return out
+    if "--format" not in words:
+        flags += ["--format", "timm"]
+    if not verify:
+        flags += ["--verify", "none"]
+    assert main(["export", *flags]) == 0
     return out
 
 

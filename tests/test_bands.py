@@ -30,7 +30,6 @@ from visft_ds.files import read_bands
 from visft_ds.interop.layouts import fingerprint_of, load_backbone, model_of
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import save_tensors
-from visft_ds.merge.cli import main as merge
 from visft_ds.models import build_empty
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm
@@ -349,16 +348,16 @@ def moved(name: str, folder: Path, bands: Bands) -> tuple[Any, Path, list[str]]:
     inject_lora(model, rank=2, alpha=4, targets=("q", "v"))
     move_adapters(model)
     adapter = save_adapter(adapter_of(model, fingerprint_of(model, base)), folder / "adapter")
-    return model, adapter, ["--adapter", str(adapter), "--base", str(base), "--verify", "--format"]
+    return model, adapter, ["--adapter", str(adapter), "--backbone", str(base), "--format"]
 
 
 def test_an_adapter_over_bands_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """For timm; not for open_clip, whose models have three colours."""
     name = "vit_test_patch8_siglip_gap_32"
     model, folder, words = moved(name, tmp_path, FOUR)
-    assert merge([*words, "open_clip", "--out", str(tmp_path / "other")]) == 2
+    assert export([*words, "open_clip", "--out", str(tmp_path / "other")]) == 2
     assert "bands 4,3,2,1 of 4 (uint16, 0 to 4095), and open_clip" in capsys.readouterr().err
-    assert merge([*words, "timm", "--out", str(tmp_path / "merged")]) == 0
+    assert export([*words, "timm", "--out", str(tmp_path / "merged")]) == 0
     merged = load_backbone(tmp_path / "merged/model.safetensors")
     images = torch.randn(1, 4, 32, 32)
     assert torch.allclose(merged(images)[0], model(images)[0], atol=1e-5) and merged.bands == FOUR
@@ -372,7 +371,7 @@ def test_other_libraries_read_bands(tmp_path: Path, name: str) -> None:
     """By PEFT over a base whose new bands began at 0, too."""
     _, _, words = moved(name, tmp_path, FOUR.model_copy(update={"new": "zero"}))
     for form in ("transformers", "peft", "peft_transformers"):
-        assert merge([*words, form, "--out", str(tmp_path / form)]) == 0
+        assert export([*words, form, "--out", str(tmp_path / form)]) == 0
     assert json.loads((tmp_path / "transformers/config.json").read_text())["num_channels"] == 4
     assert "--scale 0 --base FILE" in (tmp_path / "peft/README.md").read_text()
 

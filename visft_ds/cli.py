@@ -52,10 +52,10 @@ COMMANDS = {
     ),
     "report": Program("visft_ds.evals.cli", "write a page about one run, or several side by side", "report"),
     "labels": Program("visft_ds.evals.cli", "rank labels that a run denies, on a page", "labels"),
-    "export": Program("visft_ds.export.cli", "write the whole model as ONNX or a program of torch"),
-    "merge": Program(
-        "visft_ds.merge.cli", "merge adapters into base weights, or write them in another format"
+    "export": Program(
+        "visft_ds.export.cli", "write the model as ONNX, or weights for timm, transformers, open_clip, PEFT"
     ),
+    "merge": Program("visft_ds.merge.cli", "merge adapters into base weights, or several into their mean"),
     "vlm": Program("visft_ds.merge.cli", "put a trained tower into BLIP-2 or a model like LLaVA", "vlm"),
     "plan": Program("visft_ds.planner.command", "predict memory and time of a training run on a cluster"),
     "profile": Program(

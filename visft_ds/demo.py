@@ -76,7 +76,7 @@ def plan(options: argparse.Namespace) -> Steps:
     images = steps.add("drawings", "toy", *DRAWN, "--train", str(options.train), "--val", str(VAL))
     taught, judged = (str(max(1, round(share * options.train))) for share in PROBED)
     other_style = steps.add("style-b", "toy", *DRAWN, "--style", "b", "--train", taught, "--val", judged)
-    words = ["--base", str(lite0_of_pip()), "--format", "timm"]
+    words = ["--backbone", str(lite0_of_pip())]
     weights = steps.add("weights", "merge", *words, out="weights.safetensors")
     shards = steps.add("shards", "shards", str(images), resumes=True)
 
@@ -101,7 +101,7 @@ def plan(options: argparse.Namespace) -> Steps:
     words += ["--on", f"segmentation={other_style},name=style-b"]
     words += ["--on", f"agreement={other_style}/val2017,name=style-b"]
     comparison = steps.add("judge", "judge", *words, resumes=True)
-    words = ["--base", str(weights), "--adapter", f"{second}/export/adapter", "--format", "timm", "--verify"]
+    words = ["--backbone", str(weights), "--adapter", f"{second}/export/adapter", "--verify"]
     steps.add("merged", "merge", *words, out="merged/backbone.safetensors")
     words = [str(first), str(second), "--judge", str(comparison)]
     steps.add("report", "report", *words, out="report.html")

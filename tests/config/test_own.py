@@ -318,7 +318,7 @@ def test_stage_2_follows_the_finished_stage_1_of_its_data(
         reasons = {key: why for key, _, why in config.decisions}
         assert reasons["visft.model.name"] == f"stage 1 of these heads, {first.run.out}"
     last = of_output("\n".join(next_commands(second)))[-1]
-    assert last == f"visft merge {second.run.out} --out {second.run.out}-merged --verify"
+    assert last == f"visft export {second.run.out} --format timm --out {second.run.out}-timm"
     assert failures("the end of a run", [last], monkeypatch) == []
     anew = settle([*shlex.split(line)[2:], "--set=visft.heads.start=random"]).config.visft
     assert (anew.model, anew.heads.path) == (first.model, None)

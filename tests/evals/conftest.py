@@ -233,7 +233,8 @@ def clip_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.normal_(std=1.0)
     adapter = adapter_of(backbone, fingerprint_of(backbone, base))
     save_adapter(adapter, root / "adapter")
-    merge(base, adapter, root / "merged.safetensors", "--format", "open_clip")
+    whole = merge(base, adapter, root / "merged", "--format", "open_clip")
+    (whole / "open_clip_model.safetensors").rename(root / "merged.safetensors")
     _draw_shapes(root)
     return root
 

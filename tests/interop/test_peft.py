@@ -33,7 +33,7 @@ def _merged(folder: Path, targets: tuple[str, ...], **kind: bool) -> tuple[EvaVi
     inject_lora(model, rank=3, alpha=1.5, targets=targets)
     move_adapters(model)
     adapter = adapter_of(model)
-    return model, merge(folder / "base.safetensors", adapter, folder / "out", "--format", "peft", "--verify")
+    return model, merge(folder / "base.safetensors", adapter, folder / "out", "--format", "peft", verify=True)
 
 
 def test_a_tower_whose_attention_passes_by_pefts_layers_is_told(
@@ -80,7 +80,7 @@ def test_only_towers_that_need_it_are_told(
 ) -> None:
     base = random_base(name, tmp_path)
     _, adapter = adapted(name, base)
-    out = merge(base, adapter, tmp_path / "out", "--format", "peft", "--verify")
+    out = merge(base, adapter, tmp_path / "out", "--format", "peft", verify=True)
     needs_it = "qkvb" in name
     assert ("PEFT computes" in capsys.readouterr().err) == needs_it
     assert ("qkv_bias_separate" in (out / README).read_text()) == needs_it
@@ -91,7 +91,7 @@ def test_only_towers_that_need_it_are_told(
 def test_an_adapter_for_transformers_has_the_names_of_its_modules(tmp_path: Path, name: str) -> None:
     base = random_base(name, tmp_path)
     _, adapter = adapted(name, base)
-    out = merge(base, adapter, tmp_path / "out", "--format", "peft_transformers", "--verify")
+    out = merge(base, adapter, tmp_path / "out", "--format", "peft_transformers", verify=True)
     again = read_folder(out).on(build_timm(name))
     assert again.layers == adapter.layers and again.targets == ("q", "v", "fc2")
     assert all(torch.equal(value, again.tensors[key]) for key, value in adapter.tensors.items())

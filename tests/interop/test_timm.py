@@ -39,7 +39,7 @@ def test_timm_loads_the_folder_as_its_card_says(
         plain = ours.tokens(images)[0]
     inject_lora(ours, rank=4, alpha=2.0, targets=("q", "v", "proj", "fc1", "fc2"))
     move_adapters(ours, spread=0.1)
-    merge(base, adapter_of(ours), out, "--verify")
+    merge(base, adapter_of(ours), out, verify=True)
     model = run_readme(out, monkeypatch)["model"].eval()
     with torch.no_grad():
         got, wanted = model.forward_features(images), ours.tokens(images)[0]

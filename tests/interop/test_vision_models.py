@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from tests.elsewhere import as_map, run_readme
 from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_backbone
 from tests.small_timm import FAMILIES, adapted, random_base
+from visft_ds.cli import main
 from visft_ds.interop import transformers_names
 from visft_ds.interop.card import README, repository_of
 from visft_ds.interop.layouts import MODEL
 from visft_ds.interop.weights import Lazy, Weights
-from visft_ds.merge.cli import main
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm
 
@@ -38,7 +38,7 @@ def _export(
     if behind:
         save_file({key: value for key, value in load_file(base).items() if not key.startswith(behind)}, base)
     backbone, adapter = adapted(name, base, layers)
-    return backbone, *(merge(base, adapter, folder / form, "--format", form, "--verify") for form in forms)
+    return backbone, *(merge(base, adapter, folder / form, "--format", form, verify=True) for form in forms)
 
 
 def _images(side: int = 32) -> torch.Tensor:
@@ -113,11 +113,11 @@ def test_a_convolutional_base_that_ends_early_is_refused(
     whole = load_file(base)
     save_file({key: value for key, value in whole.items() if not key.startswith("stages.3.")}, base)
     save_file(load_file(base), base, {MODEL: json.dumps({"preset": "timm:test_convnext", "layers": [2]})})
-    assert main(["--base", str(base), "--out", str(tmp_path / "out")]) == 2
+    assert main(["export", "--backbone", str(base), "--format", "timm", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert (
         "lacks stages.3.downsample.1.weight" in said
-        and "visft export" in said
+        and "--tasks none" in said
         and not (tmp_path / "out").exists()
     )
 
@@ -205,7 +205,8 @@ def test_blip2_reads_a_tower_of_eva(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     move_adapters(ours)
     out = merge(
         *(tmp_path / "base.safetensors", adapter_of(ours), tmp_path / "out"),
-        *("--format", "transformers", "--verify"),
+        *("--format", "transformers"),
+        verify=True,
     )
     tower = transformers.Blip2VisionModel.from_pretrained(out).eval()
     images = _images(28)

@@ -31,13 +31,13 @@ from tests.random_tower import (
     save_backbone,
 )
 from visft_ds.checkpoint.format import save_checkpoint
+from visft_ds.cli import main
 from visft_ds.config import resolve
 from visft_ds.interop import export
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.layouts import MODEL, bases_of, fingerprint_of, model_of, other_base
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, open_weights, write_safetensors
-from visft_ds.merge.cli import main
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.parallel.state import EngineState
@@ -73,7 +73,11 @@ def _same_change(first: Adapter, second: Adapter) -> bool:
 
 
 def _run(*words: object) -> int:
-    return main([str(word) for word in words])
+    return main(["merge", *map(str, words)])
+
+
+def _export(*words: object) -> int:
+    return main(["export", *map(str, words)])
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("k", "proj", "fc1", "fc2")])
@@ -114,12 +118,12 @@ def test_a_tower_that_ends_early_is_a_shorter_one_or_refused(
     base, _, model = _case(tmp_path, post_norm=False)
     tensors = {name: value for name, value in load_file(base).items() if ".blocks.1." not in name}
     save_file(tensors, base, {MODEL: json.dumps({**model_of(model), "layers": [0]})})
-    out = merge(base, None, tmp_path / "out", "--verify")
+    out = merge(base, None, tmp_path / "out", verify=True)
     assert json.loads((out / "config.json").read_text())["model_args"]["depth"] == 1
     assert set(load_file(out / "model.safetensors")) == {
         name.removeprefix("visual.") for name in tensors if name.startswith("visual.")
     }
-    assert _run("--base", base, "--out", tmp_path / "x", "--format", "open_clip") == 2
+    assert _export("--backbone", base, "--out", tmp_path / "x", "--format", "open_clip") == 2
     assert "has 1 of 2 blocks" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
@@ -129,7 +133,7 @@ def test_scale_and_mean(tmp_path: Path) -> None:
     second = replace(adapter_of(model, adapter.base), alpha=0.5)
     folders = [save_adapter(one, tmp_path / f"a{place}") for place, one in enumerate((adapter, second))]
     words = [word for folder in folders for word in ("--adapter", folder)]
-    assert _run("--base", base, *words, "--scale", -0.5, "--out", tmp_path / "out.safetensors") == 0
+    assert _run("--backbone", base, *words, "--scale", -0.5, "--out", tmp_path / "out.safetensors") == 0
     after, before = load_file(tmp_path / "out.safetensors"), load_file(base)
     for name in adapter.weights():
         wanted = -0.25 * (adapter.delta(name) + second.delta(name))
@@ -218,22 +222,17 @@ def test_verification_passes_a_right_file_and_fails_a_wrong_one(
 
     monkeypatch.setattr(export, "by_library", by_library)
     words = [
-        "--base",
-        base,
-        "--adapter",
-        save_adapter(adapter, tmp_path / "adapter"),
-        "--verify",
-        "--dtype",
-        dtype,
+        *("--backbone", base, "--adapter", save_adapter(adapter, tmp_path / "adapter")),
+        *("--format", "timm", "--dtype", dtype),
     ]
-    assert _run(*words, "--out", tmp_path / "out") == 0
+    assert _export(*words, "--out", tmp_path / "out") == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md",
         "config.json",
         "model.safetensors",
     ]
     monkeypatch.setattr(Adapter, "delta", lambda self, weight: torch.zeros(96, 32))
-    assert _run(*words, "--out", tmp_path / "wrong") == 1 and not (tmp_path / "wrong").exists()
+    assert _export(*words, "--out", tmp_path / "wrong") == 2 and not (tmp_path / "wrong").exists()
     assert "verification failed" in capsys.readouterr().err
     assert not [name for name in os.listdir(tmp_path) if "tmp-" in name]
 
@@ -245,7 +244,8 @@ def test_a_deep_tower_stays_within_the_tolerance_of_verification(tmp_path: Path)
     inject_lora(model, rank=2)
     for dtype in ("fp16", "bf16"):
         merge(
-            tmp_path / "base.safetensors", adapter_of(model), tmp_path / dtype, "--dtype", dtype, "--verify"
+            *(tmp_path / "base.safetensors", adapter_of(model), tmp_path / dtype, "--dtype", dtype),
+            verify=True,
         )
 
 
@@ -255,8 +255,8 @@ def test_adapters_are_read_from_folder_file_and_published_form(tmp_path: Path) -
     save_published_lora(adapter, tmp_path / "eva_e_lora_5000.pt")
     for path in (folder, tmp_path / "eva_e_lora_5000.pt"):
         assert _same_change(read_adapter(path), adapter)
-    words = ("--base", base, "--adapter", tmp_path / "eva_e_lora_5000.pt", "--out", tmp_path / "out")
-    assert _run(*words, "--format", "peft") == 0
+    words = ("--backbone", base, "--adapter", tmp_path / "eva_e_lora_5000.pt", "--out", tmp_path / "out")
+    assert _run(*words) == 0
     assert _same_change(read_adapter(tmp_path / "out"), adapter)
 
 
@@ -264,7 +264,7 @@ def test_without_adapter_the_base_is_written_in_another_form(tmp_path: Path) -> 
     base, _, _ = _case(tmp_path)
     before, after = (
         load_file(base),
-        load_file(merge(base, None, tmp_path / "out", "--verify") / "model.safetensors"),
+        load_file(merge(base, None, tmp_path / "out", verify=True) / "model.safetensors"),
     )
     inner = {name: name.removeprefix("visual.") for name in before if name.startswith("visual.")}
     assert set(after) == set(inner.values())
@@ -302,7 +302,7 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(tmp_path
     (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     for number, given in enumerate((run, run / "checkpoints" / "step_00000040")):
         out = tmp_path / f"out{number}"
-        assert _run("--base", base, "--adapter", given, "--out", out, "--format", "peft") == 0
+        assert _run("--backbone", base, "--adapter", given, "--out", out) == 0
         read = read_adapter(out)
         assert read.base == adapter.base and read.fingerprint() == adapter.fingerprint()
     card = (tmp_path / "out0/README.md").read_text()
@@ -313,7 +313,7 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(tmp_path
     other = adapter.scaled(3.0)
     save_adapter(other, run / "export" / "adapter")
     (run / "export/export.json").write_text((run / "run.json").read_text())
-    assert _run("--base", base, run, "--out", tmp_path / "last", "--format", "peft") == 0
+    assert _run("--backbone", base, run, "--out", tmp_path / "last") == 0
     assert read_adapter(tmp_path / "last").fingerprint() == other.fingerprint()
     record = (run / "run.json").read_text()
     changed = {
@@ -321,7 +321,7 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(tmp_path
         "identity": {"masks": "drawn"},
     }
     (run / "run.json").write_text(json.dumps(changed))
-    assert _run("--base", base, run, "--out", tmp_path / "part", "--format", "peft") == 0
+    assert _run("--backbone", base, run, "--out", tmp_path / "part") == 0
     card = (tmp_path / "part/README.md").read_text()
     assert "AP50" not in card and "| masks | drawn |" in card, "numbers of a part are none of the split"
 
@@ -331,7 +331,7 @@ def test_a_checkpoint_whose_adapter_is_not_all_is_refused(
 ) -> None:
     base, adapter, _ = _case(tmp_path)
     run = _unfinished_run(tmp_path, base, adapter, "backbone.norm.weight")
-    given = ("--base", base, run, "--out", tmp_path / "out.safetensors")
+    given = ("--backbone", base, run, "--out", tmp_path / "out.safetensors")
     assert _run(*given) == 2 and "trains its backbone itself" in capsys.readouterr().err
     damaged = run / "checkpoints" / "step_00000040" / "parameters.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -350,11 +350,15 @@ def _spoiled(folder: Path, base: Path, adapter: Adapter) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"--base": "poisoned"}, "fc2.bias holds NaN"),
-        ({"--base": "merged"}, "already contains a merged adapter"),
+        ({"--backbone": "poisoned"}, "fc2.bias holds NaN"),
+        ({"--backbone": "merged"}, "already contains a merged adapter"),
         ({"--adapter": "base"}, "LoRA"),
-        ({"--format": "open_clip"}, "text tower"),
-        ({"--format": "transformers"}, "transformers has no class"),
+        ({"--format": "open_clip", "--out": "folder"}, "text tower"),
+        ({"--format": "transformers", "--out": "folder"}, "transformers has no class"),
+        ({"--format": "timm", "--web": ""}, "--web is of whole models"),
+        ({"--format": "timm"}, "give a folder"),
+        ({"--format": "peft", "--dtype": "fp16", "--out": "folder"}, "adapters are written in fp32"),
+        ({"--out": "weights.pt"}, "give NAME.safetensors"),
         ({"--dtype": "fp16", "--scale": "1e7"}, "float16"),
         ({"--scale": "nan"}, "--scale"),
         ({"--out": "base"}, "not overwritten"),
@@ -368,12 +372,17 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(
     save_adapter(adapter, tmp_path / "adapter")
     spoiled = _spoiled(tmp_path, base, adapter)
     before = sorted(os.listdir(tmp_path))
-    flags = {"--base": "base", "--adapter": "adapter", "--out": "out.safetensors"}
-    arguments: list[str] = []
+    flags = {"--backbone": "base", "--adapter": "adapter", "--out": "out.safetensors"}
+    command = "export" if "--format" in change else "merge"
+    arguments = [command]
     for name, value in (flags | change).items():
-        arguments += [name, str(spoiled.get(value, tmp_path / value) if name in flags else value)]
+        arguments.append(name)
+        if name in flags:
+            arguments.append(str(spoiled.get(value, tmp_path / value)))
+        elif value:
+            arguments.append(value)
     capsys.readouterr()
     assert main(arguments) == 2
     said = capsys.readouterr()
-    assert word in said.err and said.err.splitlines()[-1].startswith("merge: ")
+    assert word in said.err and said.err.splitlines()[-1].startswith(f"{command}: ")
     assert sorted(os.listdir(tmp_path)) == before, "no result and no temporary file"

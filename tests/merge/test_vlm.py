@@ -58,7 +58,7 @@ def test_a_tower_in_blip2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     inject_lora(ours, rank=3, alpha=1.5)
     move_adapters(ours)
     adapter = save_adapter(adapter_of(ours, fingerprint_of(ours, base)), tmp_path / "adapter")
-    words = [str(adapter), "--base", str(base)]
+    words = [str(adapter), "--backbone", str(base)]
     assert vlm([str(tmp_path / "blip2"), *words, "--out", str(tmp_path / "new")]) == 0
     printed = capsys.readouterr()
     assert "2 blocks of vision; reads all tokens, by its own post_layernorm of block 1" in printed.out
@@ -120,7 +120,7 @@ def test_a_tower_in_llava(
     llava.model.vision_tower.load_state_dict(plain.state_dict())
     llava.save_pretrained(tmp_path / "llava")
     (tmp_path / "llava/tokenizer.json").write_text("{}")
-    words = [str(tmp_path / "llava"), f"{tmp_path}/merged-adapter", "--base", str(base)]
+    words = [str(tmp_path / "llava"), f"{tmp_path}/merged-adapter", "--backbone", str(base)]
     capsys.readouterr()
     assert vlm([*words, "--out", str(tmp_path / "new")]) == 0
     printed = capsys.readouterr()

@@ -26,11 +26,11 @@ from tests.random_tower import (
 from visft_ds.config import resolve
 from visft_ds.config.backbones import named
 from visft_ds.config.schema import OptimizerParams
+from visft_ds.export.cli import main as export
 from visft_ds.interop.card import README
 from visft_ds.interop.heads import HeadInfo, open_head, read_elsewhere, save_head
 from visft_ds.interop.layouts import fill, load_backbone, open_backbone
 from visft_ds.interop.published import read_adapter
-from visft_ds.merge.cli import main as merge
 from visft_ds.models import Backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
@@ -136,7 +136,8 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
         wanted = ours(images)[0]
     known = None if name == "eva" else {"preset": f"timm:{name}"}
     assert torch.equal(_features(ModelFiles(base, tmp_path, folder, known), images), wanted)
-    assert merge(["--base", str(base), "--adapter", str(folder), "--out", str(out), "--verify"]) == 0
+    words = ["--backbone", str(base), "--adapter", str(folder), "--out", str(out)]
+    assert export([*words, "--format", "timm"]) == 0
     merged = ModelFiles(out / "model.safetensors", out, None)
     assert relative(_features(merged, images), wanted) < TOLERANCE
     names = run_readme(out, monkeypatch)

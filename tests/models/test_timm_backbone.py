@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tests.elsewhere import as_map, run_readme
 from tests.random_tower import adapter_of, fold_adapters, header_of, move_adapters, relative, save_adapter
 from visft_ds.config.schema import ModelConfig
+from visft_ds.export.cli import main
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.layouts import load_backbone, model_of, open_backbone
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import save_tensors
-from visft_ds.merge.cli import main
 from visft_ds.models.lora import inject_lora, lora_layers, lora_parameters
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.prepare.materialize import open_base
@@ -233,7 +233,8 @@ def test_timm_loads_the_folder_by_itself(
     move_adapters(ours, spread=0.1)
     folder = save_adapter(_adapter(ours, name), tmp_path / "adapter")
     out = tmp_path / "out"
-    assert main(["--base", str(base), "--adapter", str(folder), "--out", str(out), "--verify"]) == 0
+    words = ["--backbone", str(base), "--adapter", str(folder), "--out", str(out)]
+    assert main([*words, "--format", "timm"]) == 0
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     assert loaded.num_classes == classes and tuple(loaded.pretrained_cfg["mean"]) == ours.pixel_mean
     assert loaded.state_dict().keys() == whole.state_dict().keys()

@@ -262,7 +262,7 @@ run("evaluate", "--run", root / "stage2", "--visualizations", 1)
 run("predict", data / "images/val", "--run", root / "stage2", "--out", root / "found")
 if whole:
     run("report", root / "stage1", root / "stage2", "--out", root / "report.html")
-    run("merge", root / "stage2", "--format", "timm", "--out", root / "merged")
+    run("export", root / "stage2", "--format", "timm", "--out", root / "merged")
     merged = ("--run", root / "merged", "--heads", root / "stage1/export")
     run("predict", data / "images/val", *merged, "--out", root / "m")
     sets = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]

@@ -14,7 +14,7 @@ from tests.random_tower import relative
 from tests.tiny import TINY
 from visft_ds import evaluate, fit, load_backbone
 from visft_ds.config import resolve
-from visft_ds.merge.cli import main as merge
+from visft_ds.export.cli import main as export
 from visft_ds.models.timm_backbone import build_timm
 
 pytestmark = [
@@ -79,7 +79,7 @@ def test_a_recipe_trains_merges_and_loads_in_timm(
     assert evaluate(**named, data=str(shards), split="train", limit=2).metrics
 
     merged = tmp_path / "merged"
-    assert merge([str(tmp_path / "2"), "--out", str(merged), "--verify"]) == 0
+    assert export([str(tmp_path / "2"), "--out", str(merged), "--format", "timm"]) == 0
     whole = timm.create_model(f"local-dir:{merged}", pretrained=True).eval()
     ours, images = load_backbone(tmp_path / "2"), torch.rand(1, 3, *_size(whole))
     mean, std = (

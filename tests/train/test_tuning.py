@@ -12,6 +12,7 @@ from tests.coco_tree import write_shards
 from tests.random_tower import header_of
 from tests.ranks import run_ranks
 from tests.tiny import TINY, words_of
+from visft_ds.export.cli import main as export
 from visft_ds.interop.layouts import load_backbone
 from visft_ds.interop.weights import save_tensors
 from visft_ds.merge.cli import main as merge
@@ -69,7 +70,7 @@ def test_a_tower_that_ends_after_a_block(shards: Path, tmp_path: Path) -> None:
     run = load_features(second)
     assert run.width == 48 and run.backbone.layers_read == (3,)
     out = tmp_path / "merged"
-    assert merge([str(second), "--out", str(out), "--verify"]) == 0
+    assert export([str(second), "--out", str(out), "--format", "timm"]) == 0
     merged = load_features(out)
     assert merged.backbone.layers_read == (3,) and torch.allclose(merged(images), run(images), atol=1e-5)
     assert torch.equal(load(second, tasks="detection").backbone(images), run(images))

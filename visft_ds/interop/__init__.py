@@ -2,8 +2,8 @@
 
 weights: files, tensor by tensor, of no known meaning. layouts: which backbone a file holds, under which
 names. adapter: LoRA apart from a model; peft_folder: its files. heads, published: files of heads, ours and
-the authors'. formats: the forms that `visft merge` writes; export, transformers_names: their content; vlm:
-a tower inside a vision-language model; card: the model card.
+the authors'. formats: the forms of weights that `visft export` writes; export, transformers_names: their
+content; vlm: a tower inside a vision-language model; card: the model card.
 
 A new form of weights is an entry in `formats.FORMATS` and a function that makes its content, checked
 against its library in tests/interop. Names in files are fixed by the libraries: change them only where a

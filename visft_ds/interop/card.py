@@ -92,7 +92,7 @@ def card(
     """The text.
 
     Args:
-        form: one of the formats of `visft merge`.
+        form: one of `formats.FORMATS`.
         base: repository of the base weights on the hub, where it is known.
         facts: name -> value of what else is known of these weights.
         measured: numbers of whole splits.
@@ -130,7 +130,7 @@ def card(
         rows["mean of the bands, as shares of the range"] = ", ".join(f"{mean:.4f}" for mean in bands.mean)
         rows["standard deviation"] = ", ".join(f"{std:.4f}" for std in bands.std)
     model = 'timm.create_model("local-dir:BASE", pretrained=True)'
-    model += "  # visft merge --base FILE --format timm --out BASE"
+    model += "  # visft export --backbone FILE --format timm --out BASE"
     if isinstance(backbone, TimmBackbone) and bands is None:
         options = "".join(f"{name}={value}, " for name, value in backbone.options.items())
         source = "pretrained=True" if base else 'checkpoint_path="BASE"'

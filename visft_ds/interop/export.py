@@ -193,8 +193,8 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     if lacking:
         raise ValueError(
             f"{file.path} lacks {examples(lacking)}, which timm would fill with random numbers: "
-            "give --base with the whole network, or visft export --tasks none, which ends where the training "
-            "read"
+            "give --backbone with the whole network, or --format onnx --tasks none, which ends where the "
+            "training read"
         )
     names = model.state_dict().keys()
     if names - tensors.keys():
@@ -243,7 +243,7 @@ def open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
         if blocks < backbone.config.depth:
             raise ValueError(
                 f"{file.path} has {blocks} of {backbone.config.depth} blocks, and the rest would be random: "
-                "give --base with the whole tower, or --format timm, which writes a shorter one"
+                "give --backbone with the whole tower, or --format timm, which writes a shorter one"
             )
         prefix = layouts.prefix_of(file)
         if prefix:
@@ -252,7 +252,7 @@ def open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     if "text.positional_embedding" not in beside or not needed <= tower.keys():
         raise ValueError(
             f"{file.path} has no class token, CLIP projection and text tower, which whole CLIPs of EVA have: "
-            "give EVA-CLIP's or open_clip's file as the base"
+            "give EVA-CLIP's or open_clip's file with --backbone"
         )
     assert isinstance(backbone, EvaViT)
     tensors = {f"visual.trunk.{name}": tensor for name, tensor in tower.items()}

@@ -1,4 +1,4 @@
-"""Formats that `visft merge` writes: the file of each, the library that loads it, and how a user loads it.
+"""Forms of weights that `visft export` writes: the file of each, its library, and how a user loads it.
 
 Imports nothing heavy: the flags of the command name them.
 """
@@ -28,7 +28,7 @@ class Format:
 
     file: str  #: of the weights, in a folder; "": an adapter, which has two
     snippet: str  #: code that loads the folder it stands in, for the model card
-    library: str  #: module that loads it, for `--verify`
+    library: str  #: module that loads it, and compares it
     make: str = ""  #: "module:function" of this room that makes the content; "": an adapter
 
     def content(self, tower: Weights, file: Weights, backbone: Backbone) -> Written:
@@ -70,7 +70,7 @@ model = PeftModel.from_pretrained(model, ".").merge_and_unload().eval()""",
 from peft import PeftModel
 from transformers import AutoModel
 
-model = AutoModel.from_pretrained("BASE")  # visft merge --base FILE --format transformers --out BASE
+model = AutoModel.from_pretrained("BASE")  # visft export --backbone FILE --format transformers --out BASE
 model = PeftModel.from_pretrained(model, ".").merge_and_unload().eval()""",
     ),
     "timm": Format(

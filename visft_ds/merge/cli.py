@@ -11,20 +11,21 @@ from visft_ds import program
 from visft_ds.config.flags import DOWNLOAD_HELP
 from visft_ds.errors import tell
 from visft_ds.flags import Parser
-from visft_ds.interop.formats import FORMATS
 from visft_ds.run_files import check_exists
 
-USAGE = """Merge LoRA adapters into base weights, or write an adapter in another format.
+USAGE = """Merge LoRA adapters into base weights, or average several of them.
 
-    visft merge runs/stage2-dinov3_b --out merged --format timm --verify
-    visft merge runs/stage2-eva_e --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --out merged.safetensors
+    visft merge runs/stage2-dinov3_b --out merged.safetensors
+    visft merge runs/seed0 runs/seed1 --scale 0.5 --out mean
+    visft merge --adapter ADAPTER --backbone EVA02_CLIP_E_psz14_plus_s9B.pt --out merged.safetensors
 
-Base: .safetensors, .pt; any known layout; for a run it may be left out.
+--out NAME.safetensors gets whole weights, by timm's names, that each command here takes for a backbone;
+--out NAME, a folder, the adapter alone. visft export writes either in the form of another library.
+
 RUN is a run or a checkpoint, --adapter takes an adapter folder, also of PEFT, or a LoRA file as ViSFT
-published them. Several are averaged; without any, the base is converted to the format. An --out without
-suffix is a folder: weights, the configuration of the library that reads them, and a model card.
+published them. --backbone is needed where there is no run; alone it is rewritten.
 
-Exit status: 0 written, 1 --verify found different outputs (nothing is kept), 2 wrong usage or input.
+Exit status: 0 written, 2 --verify found different outputs (nothing is kept), or wrong usage or input.
 """
 
 VLM = """Put the tower that a run trained into a vision-language model of transformers.
@@ -48,11 +49,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for adapter in flags.adapters:
             check_exists(adapter)
+        flags.in_folder = not flags.out.suffix
+        flags.format = "peft" if flags.in_folder else "timm"
+        if flags.out.suffix not in ("", ".safetensors"):
+            raise ValueError(
+                f"--out {flags.out}: give NAME.safetensors for weights, or NAME without a dot for an adapter"
+            )
+        is_base_alone = flags.backbone is not None and flags.scale == 1 and not flags.in_folder
+        if not flags.adapters and not is_base_alone:
+            raise ValueError(
+                "give RUN or --adapter PATH, or --backbone FILE with --out NAME.safetensors to rewrite it"
+            )
         from visft_ds.merge.command import merge_files
 
-        return merge_files(flags)
+        merge_files(flags)
     except (ValueError, OSError) as error:
         return tell(error, "merge")
+    return 0
 
 
 def vlm(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +76,7 @@ def vlm(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="folder of the vision-language model")
     add("run", type=Path, metavar="RUN", help="run, RUN/checkpoints/step_N, RUN/export or adapter folder")
-    add("--base", metavar="NAME|FILE", help="base weights (default: those of the run)")
+    add("--backbone", metavar="NAME|FILE", help="base weights (default: those of the run)")
     add("--download", action="store_true", help=DOWNLOAD_HELP)
     add("--scale", type=float, default=1.0, help="factor of the adapter's effect (%(default)s)")
     add("--out", type=Path, metavar="DIR", help="a new folder for the model (default: only check)")
@@ -85,9 +98,9 @@ def _parser() -> argparse.ArgumentParser:
         prog=program("merge"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--base", metavar="NAME|FILE", help="base weights (default: those of the run)")
+    add("--backbone", metavar="NAME|FILE", help="base weights (default: those of the run)")
     add("--download", action="store_true", help=DOWNLOAD_HELP)
-    several = "of several the mean; of none, --base is converted"
+    several = "of several the mean"
     adapters: dict[str, Any] = {"dest": "adapters", "type": Path, "action": "append", "default": []}
     add(
         "runs",
@@ -99,16 +112,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--run", metavar="RUN", help="the same as a flag; repeatable", **adapters)
     add("--adapter", metavar="PATH", help="adapter folder, also of PEFT, or ViSFT LoRA file", **adapters)
     add("--scale", type=float, default=1.0, help="factor of the adapter's effect (%(default)s)")
-    add("--out", type=Path, required=True, metavar="PATH", help="a new file, or a new folder (no suffix)")
-    form = "full weights for a library, or the adapter alone (peft: over timm's model; "
-    form += "peft_transformers); default %(default)s"
-    add("--format", choices=FORMATS, default="timm", help=form)
+    out = "NAME.safetensors: new weights; NAME: a new folder for the adapter alone"
+    add("--out", type=Path, required=True, metavar="PATH", help=out)
     add(
         "--dtype",
         choices=("fp32", "fp16", "bf16"),
         default="fp32",
         help="dtype of the backbone written (%(default)s)",
     )
-    verify = "load the result with its library; exit status 1 if outputs differ from base + adapter"
+    verify = "load the result with timm, or PEFT, and keep it only if outputs equal base + adapter"
     add("--verify", action="store_true", help=verify)
     return parser

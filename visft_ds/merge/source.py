@@ -50,12 +50,14 @@ def base_of(path: Path) -> Path:
     """
     run = run_around(path)
     if run is None:
-        raise ValueError(f"--base FILE is needed: {path} is not inside a run, which records its base weights")
+        raise ValueError(
+            f"--backbone FILE is needed: {path} is not inside a run, which records its base weights"
+        )
     weights = recorded_config(run).visft.model.weights
     export = export_of(run)
     if (export / TRAINED_BACKBONE_FILE).is_file():
         return export / TRAINED_BACKBONE_FILE
     base = export / BACKBONE_FILE if weights is None else local(weights)
     if not base.is_file():
-        raise ValueError(f"{base}, the base weights of {run}, are missing: give --base FILE")
+        raise ValueError(f"{base}, the base weights of {run}, are missing: give --backbone FILE")
     return base

@@ -106,6 +106,7 @@ class ExportedModel(Model):
         self.precision = "fp32"
         self.device = torch.device("cpu")
         self.batch_size = 1
+        self.outputs: dict[str, Arrays] = {}  #: of the files of tasks, for the image predicted last
 
     def predict_opened(self, images: Sequence[OpenedImage], threshold: float) -> list[Prediction]:
         predictions = []
@@ -122,7 +123,8 @@ class ExportedModel(Model):
         facts = self._by_task[task]
         if "words" in facts:
             return [{"image_id": 0, "caption": self._caption(task, images, facts["words"])}]
-        outputs = {name: values[0] for name, values in self._files[task].run({"images": images}).items()}
+        self.outputs[task] = self._files[task].run({"images": images})
+        outputs = {name: values[0] for name, values in self.outputs[task].items()}
         ids = [category["id"] for category in facts.get("categories", ())]
         return results_of_outputs(task, outputs, ids, images.shape[1:3], threshold)
 

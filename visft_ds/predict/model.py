@@ -232,6 +232,10 @@ class Model:
         #: Stream -> geometry of all its images in place of its own, as an export has it.
         self.geometry: dict[str, Sequence[Op]] = {}
 
+    def head(self, task: str) -> nn.Module:
+        """The head of a task."""
+        return self._loaded.module.heads[task]
+
     def __repr__(self) -> str:
         categories = f"{len(self.categories)} categories"
         about = [", ".join(self.tasks), categories, f"{self.precision} on {self.device}"]

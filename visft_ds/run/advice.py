@@ -272,6 +272,6 @@ def next_commands(config: VisftConfig) -> list[str]:
         command = f"visft train --stage 2 --data {quote(config.data.root)} --heads {heads}"
         lines.append(f"train the backbone through these heads: {command}")
     else:
-        command = f"visft merge {run} --out {quote(f'{config.run.out}-merged')} --verify"
+        command = f"visft export {run} --format timm --out {quote(f'{config.run.out}-timm')}"
         lines.append(f"write the trained backbone for timm: {command}")
     return lines

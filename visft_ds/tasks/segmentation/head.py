@@ -11,7 +11,8 @@ layers + 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,30 @@ PUBLISHED_NAMES = {
 }
 
 
+class CoveredCells(nn.Module):
+    """Mask logits (B, Q, h, w) -> cells (B, Q, S) bool where a mask's probability is at least one half.
+
+    A module of its own, so that `choosing` can watch it.
+    """
+
+    def forward(self, masks: Tensor) -> Tensor:
+        return masks.detach().flatten(2) >= 0
+
+
+@contextmanager
+def choosing(head: nn.Module, choose: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Replace the cells that a head's masks cover, layer by layer, by those of `choose(logits, covered)`."""
+    hooks = []
+    for module in head.modules():
+        if isinstance(module, CoveredCells):
+            hooks.append(module.register_forward_hook(lambda _, inputs, covered: choose(*inputs, covered)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class SegmentationHead(nn.Module):
     """Feature map -> a fixed set of Q masks with classes, from every decoder layer.
 
@@ -71,6 +96,7 @@ class SegmentationHead(nn.Module):
         self.num_queries = options.num_queries
         self.max_detections = options.max_detections
         self.pixel_decoder = PixelDecoder(in_channels, options)
+        self.covered_cells = CoveredCells()
         self.decoder = nn.ModuleDict(
             {
                 "query_feat": nn.Embedding(self.num_queries, width),  # initial state of the queries
@@ -100,8 +126,7 @@ class SegmentationHead(nn.Module):
         sets = [self._predict(state, mask_features, valid)]
         for layer in decoder["layers"].children():
             _, masks = sets[-1]
-            probability = masks.detach().flatten(2).sigmoid()
-            covered = (probability >= 0.5) & inside  # (B, Q, S)
+            covered = self.covered_cells(masks) & inside  # (B, Q, S)
             # A query whose mask covers no cell attends to the whole image: a softmax over nothing would be
             # NaN.
             covers_some = covered.any(dim=-1, keepdim=True)
