@@ -373,7 +373,10 @@ def test_other_libraries_read_bands(tmp_path: Path, name: str) -> None:
     for form in ("transformers", "peft", "peft_transformers"):
         assert export([*words, form, "--out", str(tmp_path / form)]) == 0
     assert json.loads((tmp_path / "transformers/config.json").read_text())["num_channels"] == 4
-    assert "--scale 0 --base FILE" in (tmp_path / "peft/README.md").read_text()
+    assert (
+        "--scale 0 --backbone FILE --out base.safetensors && visft export"
+        in (tmp_path / "peft/README.md").read_text()
+    )
 
 
 def squares(folder: Path, split: str, count: int, seed: int) -> None:

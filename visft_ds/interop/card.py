@@ -147,7 +147,10 @@ def card(
         unmerged = _UNMERGED.replace("{model}", model)
     load = FORMATS[form].snippet.replace("{model}", model)
     if bands is not None:  # the base is widened as the adapter's was
-        load = load.replace("merge --base FILE", "merge --adapter . --scale 0 --base FILE")
+        widened = "visft merge --adapter . --scale 0 --backbone FILE --out base.safetensors"
+        load = load.replace(
+            "visft export --backbone FILE", f"{widened} && visft export --backbone base.safetensors"
+        )
     if form == "transformers" and not isinstance(backbone, TimmBackbone):
         load = _IN_BLIP2
     lines = []
