@@ -151,7 +151,7 @@ def test_samples_with_features_are_read_without_pixels(
             assert view.frame == tuple(batch.sizes[place].tolist())
             cache.put(int(batch.random_keys[place]), int(batch.indices[place]), view.frame, some(place))
     expected = steps(2, None)  # the next epoch
-    monkeypatch.setattr(reading, "decode_image", lambda *_, **__: pytest.fail("pixels are read"))
+    monkeypatch.setattr(reading, "stored_pixels", lambda *_, **__: pytest.fail("pixels are read"))
     for batch, with_pixels in zip(steps(2, cache), expected, strict=True):
         assert batch.images.shape == (4, 3, 0, 0) and batch.views is not None and with_pixels.views is None
         assert [view.frame for view in batch.views] == [tuple(size) for size in batch.sizes.tolist()]

@@ -227,8 +227,8 @@ def test_wrong_usage_is_named(clip_world: Path, tmp_path: Path) -> None:
         ([base, base], primary, "out", "two models are called clip"),
         ([base, f"tuned={base}"], primary, "foreign", "is not empty"),
         ([base, f"tuned={base}"], (), "out", "segmentation"),
-        ([f"{base},{base}", f"tuned={base}"], primary, "out", "BASE must be one unscaled model"),
-        ([f"{base}@0.5", f"tuned={base}"], primary, "out", "BASE must be one unscaled model"),
+        ([f"{base},{base}", f"tuned={base}"], primary, "out", "BASE must be one model, without @SCALE"),
+        ([f"{base}@0.5", f"tuned={base}"], primary, "out", "BASE must be one model, without @SCALE"),
     ):
         status, _, errors = run(*models, *words, "--on", shapes, "--out", tmp_path / out)
         assert status == 2 and message in errors

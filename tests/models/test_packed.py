@@ -70,7 +70,15 @@ def test_predictions_are_those_of_each_image_alone(task: str) -> None:
     strip.
     """
     module = model()
-    options = {"semantic": {"num_classes": 5}, "depth": {}}
+    panoptic: dict[str, Any] = {
+        "num_classes": 5,
+        "hidden_dim": 16,
+        "num_heads": 2,
+        "blocks": 1,
+        "num_queries": 6,
+    }
+    panoptic |= {"score": 0.1, "overlap": 0.1}  # of a head that has learnt nothing
+    options = {"semantic": {"num_classes": 5}, "depth": {}, "panoptic": panoptic}
     if task in options:
         settings = TASKS[task].settings("head", options[task])
         head = TASKS[task].build_head(module.backbone.shapes, settings, None)

@@ -165,9 +165,8 @@ class HeadsConfig(StrictModel):
     path: Text | None = None
     #: number format of the heads' activations, fp32; auto: bf16 in bf16 runs, else fp32
     precision: Literal["auto", "fp32"] = "auto"
-    train_mode: bool = (
-        False  #: run the frozen heads in training mode, with dropout, as the published code did
-    )
+    #: training mode of the frozen heads, with dropout, as in the published code
+    train_mode: bool = False
 
 
 class InitConfig(StrictModel):

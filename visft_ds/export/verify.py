@@ -188,8 +188,8 @@ class Difference:
 
 def _around(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """Left, top, right and bottom of the smallest box around a mask (H, W) that is not empty."""
-    (rows,) = mask.any(axis=1).nonzero()
-    (columns,) = mask.any(axis=0).nonzero()
+    rows = np.flatnonzero(mask.any(axis=1))
+    columns = np.flatnonzero(mask.any(axis=0))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
 
 

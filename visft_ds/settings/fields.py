@@ -49,9 +49,15 @@ def nearest(name: str, known: Iterable[str], *, before: str = "", keys: Iterable
     best = max(likeness.values(), default=0.0)
     likely = [other for other in names if likeness[other] > max(0.6, best - 0.15)]
     likely.sort(key=likeness.__getitem__, reverse=True)
-    near = [before + other for other in likely[: 3 if before else 1]]
+    most = 1
+    if before:
+        most = 3
+    near = [before + other for other in likely[:most]]
     if not near:
-        near = [key for key in dict.fromkeys(keys) if f".{key}".endswith(f".{name}")][:3]
+        for key in dict.fromkeys(keys):
+            if f".{key}".endswith(f".{name}"):
+                near.append(key)
+        near = near[:3]
     if not near:
         return f"; known: {', '.join(names)}"
     return f"; did you mean {' or '.join(near)}?"

@@ -69,10 +69,14 @@ class CoveredCells(nn.Module):
 @contextmanager
 def choosing(head: nn.Module, choose: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
     """Replace the cells that a head's masks cover, layer by layer, by those of `choose(logits, covered)`."""
+
+    def replaced(_: nn.Module, inputs: tuple[Tensor], covered: Tensor) -> Tensor:
+        return choose(inputs[0], covered)
+
     hooks = []
     for module in head.modules():
         if isinstance(module, CoveredCells):
-            hooks.append(module.register_forward_hook(lambda _, inputs, covered: choose(*inputs, covered)))
+            hooks.append(module.register_forward_hook(replaced))
     try:
         yield
     finally:
