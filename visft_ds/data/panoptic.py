@@ -73,7 +73,7 @@ def png_of_numbers(numbers: npt.NDArray[Any]) -> bytes:
 
 
 def problem_of(panoptic: Any, categories: Collection[int]) -> str | None:
-    """What is wrong with a panoptic map in a label of these categories; None: nothing."""
+    """The error of a panoptic map in a label of these categories; None: nothing."""
     if not isinstance(panoptic, dict) or not isinstance(panoptic.get("png"), str):
         return "panoptic must have a base64 text png, and segments"
     if not isinstance(panoptic.get("segments"), list):
@@ -86,7 +86,7 @@ def problem_of(panoptic: Any, categories: Collection[int]) -> str | None:
 
 
 def problem_of_segment(segment: Any, categories: Collection[int]) -> str | None:
-    """What is wrong with a segment; None: nothing."""
+    """The error of a segment; None: nothing."""
     if not isinstance(segment, dict):
         return f"segment {segment!r:.40} must be an object with id, category_id and iscrowd"
     number = segment.get("id")

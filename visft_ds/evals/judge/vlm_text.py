@@ -1,4 +1,4 @@
-"""What a vision-language model says of images, with the tower of each judged model in it in turn.
+"""Words of a vision-language model about images, with the tower of each judged model in it in turn.
 
 The model is BLIP-2 or one in LLaVA's style (`interop.vlm`), in which nothing but the tower changes; its own
 tower has to be BASE. It says the most likely words, one after the other.
@@ -30,7 +30,7 @@ from visft_ds.monitor.console import gauge
 
 
 class Request(NamedTuple):
-    """What the model is asked about an image."""
+    """The question to the model about an image."""
 
     image: int  #: its number
     prompt: str

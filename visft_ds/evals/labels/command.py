@@ -39,7 +39,7 @@ _OUTLINE = (255, 0, 200)  # colour of the border of a region
 
 
 class _Task(NamedTuple):
-    """What a task says of labels."""
+    """A task's view of labels."""
 
     labels: str  #: kind of them, as a manifest names it
     words: str
