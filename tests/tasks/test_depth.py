@@ -242,6 +242,29 @@ def test_results_have_the_stored_size_and_millimetres() -> None:
     assert result["image_id"] == 1 and np.abs(values_of(result["depth"]) - wanted.numpy()).max() < 6e-4
 
 
+def test_a_backbone_may_pad_an_image_to_whole_cells() -> None:
+    """Six of eight rows of cells show the image, whose own frame has no padding; loss and results agree."""
+    size = torch.tensor([[18, 36]])
+    batch = batch_of(1, images=torch.zeros(1, 3, 18, 36), sizes=size, original_sizes=2 * size)
+    metres = torch.rand(1, 8, 12) * 5 + 1
+    output = DepthOutput(metres, torch.tensor([[0.75, 1.0]]))
+    inside = metres[:, None, :6]
+    (result,) = depth_results(output, batch)
+    wanted = F.interpolate(inside, (36, 72), mode="bilinear")[0, 0]
+    assert np.abs(values_of(result["depth"]) - wanted.numpy()).max() < 6e-4
+
+    targets = DepthTargets(
+        depth=F.interpolate(inside, (18, 36), mode="bilinear")[:, 0],
+        sizes=size,
+        extents=torch.ones(1, 2),
+        known=torch.tensor([18 * 36]),
+        relative=torch.tensor([False]),
+    )
+    divisors = {name: torch.tensor(1.0) for name in ("metric", "images", "relative")}
+    losses = DepthCriterion(DepthLoss())(output, targets, divisors)
+    assert losses["silog"] < 1e-5 and losses["gradient"] < 1e-5
+
+
 WAY = """
 import json, sys
 from pathlib import Path

@@ -166,7 +166,8 @@ def _refuse_folder_of_data_sets(folder: Path, is_known: bool) -> None:
     folders = sorted(folder.glob("*/"))
     inside = [path for path in folders if any(_layouts(path))]
     if inside or not is_known:
-        inside = [path for path in folders if path in inside or any(_layouts_of_tools(path))]
+        inside += [path for path in folders if any(_layouts_of_tools(path)) or any(_maps_alone(path))]
+        inside = sorted(set(inside))
     if inside:
         commands = " or ".join(f"visft shards {shlex.quote(str(path))}" for path in inside[:3])
         raise ValueError(f"{folder} is not a data set; folders in it are: {commands}")

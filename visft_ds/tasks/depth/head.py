@@ -23,6 +23,9 @@ class DepthOutput:
     """Prediction for a batch."""
 
     metres: Tensor  #: (B, h, w) over the padded batch, at least float32
+    #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch
+    #: in pixels.
+    extents: Tensor | None = None
 
 
 def metres_of(scores: Tensor, nearest: float, farthest: float) -> Tensor:

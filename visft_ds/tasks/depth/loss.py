@@ -47,11 +47,12 @@ class DepthCriterion:
         sums = {"silog": zero, "gradient": zero, "relative": zero}
         known = targets.known.tolist()
         relative = targets.relative.tolist()
+        extents = targets.extents if output.extents is None else output.extents
         for image, (height, width) in enumerate(targets.sizes.tolist()):
             if not known[image]:
                 continue
             truth = targets.depth[image, :height, :width]
-            metres = interpolated(output.metres[image], targets.extents[image].tolist(), (height, width))
+            metres = interpolated(output.metres[image], extents[image].tolist(), (height, width))
             is_known = truth > 0
             if relative[image]:
                 error = normalised(1 / metres, is_known) - normalised(truth, is_known)

@@ -38,11 +38,13 @@ _COLOURS = np.array([(252, 253, 191), (252, 137, 97), (183, 55, 121), (81, 18, 1
 @torch.no_grad()
 def depth_results(output: DepthOutput, batch: Batch) -> Results:
     """Results {"image_id", "depth"}: a PNG of the stored size as labels have it, rounded to millimetres."""
+    extents = output.extents
+    if extents is None:
+        extents = batch.sizes.double().cpu() / torch.tensor(batch.images.shape[-2:])
     results = Results()
-    frame = torch.tensor(batch.images.shape[-2:])
     for image in batch.real.nonzero().flatten().tolist():
-        shares = (batch.sizes[image] / frame).tolist()
-        metres = interpolated(output.metres[image], shares, batch.original_sizes[image].tolist())
+        stored = batch.original_sizes[image].tolist()
+        metres = interpolated(output.metres[image], extents[image].tolist(), stored)
         values = metres.float().cpu().numpy()
         results.append({"image_id": int(batch.image_ids[image]), "depth": encoded(values)})
     return results
