@@ -167,7 +167,7 @@ def _compare_splits(run: Path, train: Manifest, validation: Manifest, limit: int
         rows.append((f"{number}. likeness {pair.likeness:.2f}", f"{second} and {first}"))
     counted = f"{len(pairs)} of {len(names[1])} pictures of {validation.split}"
     if pairs:
-        counted += ": they make its metrics too good; keep them on one side, or leave them out"
+        counted += ": look at them; copies make its metrics too good, and belong on one side"
     rows.append(("in all", counted))
     title = f"near duplicates of {train.split} in {validation.split}, by features"
     print_plan("visft_ds labels", [Section(title, rows)])

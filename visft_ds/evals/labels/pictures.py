@@ -1,4 +1,4 @@
-"""Pictures by the features of a backbone: which are nearly the same, and which are far from all others.
+"""Pictures that are nearly the same, by the features of a backbone.
 
 Letters: N pictures, D width of the backbone.
 """
