@@ -45,7 +45,8 @@ def quantise(path: Path, pictures: Sequence[npt.NDArray[np.uint8]]) -> None:
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            op_types_to_quantize=kinds,
+            # A limit after a convolution decides the range of its output: without it, far wider.
+            op_types_to_quantize=[*kinds, "Clip", "Relu"],
             nodes_to_exclude=left_out,
         )
         small = onnx.load(result)
