@@ -158,7 +158,8 @@ def _look(
         doubts = with_probabilities(doubts)
     probabilities = [doubt.probability for doubt in doubts if doubt.probability is not None]
     if probabilities:
-        facts.append(("wrong", f"some {sum(probabilities):.0f} of {len(probabilities)} labels, a cautious estimate"))
+        wrong = f"some {sum(probabilities):.0f} of {len(probabilities)} labels, a cautious estimate"
+        facts.append(("wrong", wrong))
     return doubts, facts
 
 
