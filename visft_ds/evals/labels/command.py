@@ -241,12 +241,14 @@ def _write(
     concerned = {doubt.image_id for doubt in doubts}
     listed = [image for number, image in images.items() if number in concerned]
     head = {"info": {"format": FORMAT, "version": VERSION, "split": split}, "categories": categories}
+    probability = "it is no probability"
+    if any(doubt.probability is not None for doubt in doubts):
+        probability = "the probability that a label is wrong is a cautious estimate"
     page = render(
         "labels/page.html.j2",
         title=f"Labels of {reader.manifest.root}, {split}",
-        about=f"The {len(doubts)} most doubtful labels, by a trained model. A score ranks labels of a kind. "
-        "The probability that a label is wrong is a cautious estimate; without one there were too few "
-        "labels, or the model had learnt too little.",
+        about=f"The {len(doubts)} most doubtful labels, by a trained model. A score ranks labels of a kind; "
+        f"{probability}.",
         command=shlex.join(["visft", "shards", _FOLDER, "--corrections", _corrections(split), "--replace"]),
         file=_corrections(split),
         rows=rows,
