@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.depth_folder import write_depth
 from tests.ranks import run_ranks
@@ -154,7 +155,7 @@ def test_the_dpt_head_sees_an_image_alone(strides: tuple[int, ...]) -> None:
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
-def _losses(metres: torch.Tensor, *targets: DepthTargets, parts: int = 1) -> dict[str, torch.Tensor]:
+def _losses(metres: torch.Tensor, *targets: DepthTargets) -> dict[str, torch.Tensor]:
     criterion = DepthCriterion(DepthLoss())
     divisors = denominators("depth", criterion, *targets)
     return criterion(DepthOutput(metres), targets[0], divisors)
@@ -183,6 +184,26 @@ def test_the_loss_depends_on_no_division_and_no_padding() -> None:
     for name, value in wanted.items():
         assert torch.allclose(sum(one[name] for one in alone), value, rtol=1e-12)
         assert torch.allclose(_losses(padded, wider)[name], value, rtol=1e-5)  # float32 shares
+
+
+class _Operators(TorchDispatchMode):
+    """Counts operators."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_images_of_one_size_are_compared_together() -> None:
+    """A GPU waits for the host at some hundred small operators an image."""
+    numbers = []
+    for images in (2, 16):
+        with _Operators() as operators:
+            _losses(torch.rand(images, 8, 12) + 1, _packed(*[_map(n, 16, 24) for n in range(images)]))
+        numbers.append(operators.number)
+    assert numbers[1] < 1.2 * numbers[0]
 
 
 def test_relative_maps_tell_no_scale_and_no_offset() -> None:
