@@ -224,9 +224,13 @@ if whole:
     sets = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
     run("plan", "--cluster=1xH100-80GB", "--stage=1", *sets, "--model=debug", "--engine=zero1")
 run("evaluate", "--run", last, "--visualizations", 1)
-run("predict", data / "val2017", "--run", last, "--out", root / "found")
+run("predict", data / "val2017", "--run", last, "--out", root / "found", "--threshold", 0)
 found = visft_ds.load(last).predict(data / "val2017/000000000017.png")
 found.draw().save(root / "drawn.png")
+if whole:
+    for form in ("onnx", "torch"):
+        run("export", last, "--out", root / form, "--format", form, "--verify", "all")
+    run("predict", root / "onnx", data / "val2017", "--out", root / "found-onnx", "--threshold", 0)
 print(json.dumps([repr(found), found.panoptic.shape, int(found.panoptic.max())]))
 """
 
@@ -266,6 +270,11 @@ def test_the_whole_way(tmp_path: Path, how: str) -> None:
         assert areas == {n: int((numbers == n).sum()) for n in np.unique(numbers[numbers > 0]).tolist()}
     if how == "whole":
         assert "panoptic/PQ" in (tmp_path / "report.html").read_text(encoding="utf-8")
+        exported = orjson.loads((tmp_path / "found-onnx/panoptic.json").read_bytes())
+        assert exported["categories"] == coco["categories"]
+        for theirs, ours in zip(exported["annotations"], coco["annotations"], strict=True):
+            kinds = [Counter(info["category_id"] for info in one["segments_info"]) for one in (theirs, ours)]
+            assert kinds[0] == kinds[1]
 
 
 @pytest.mark.slow
