@@ -7,9 +7,11 @@ label -1. Letters: B pictures, N objects, H W their pixels, h w grid, Q queries,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.data.samples import Map
@@ -19,9 +21,11 @@ from visft_ds.tasks.detection.data import corners_of
 from visft_ds.tasks.detection.dense import CANDIDATES, LEAST_SCORE, OVERLAP, DenseHead, DenseOutput
 from visft_ds.tasks.detection.head import DetectionOutput
 from visft_ds.tasks.masks.output import MaskOutput
+from visft_ds.tasks.panoptic.head import PanopticOutput
+from visft_ds.tasks.panoptic.results import INSIDE
 from visft_ds.tasks.semantic.head import SemanticOutput
 
-_GROUP = 8  # classes whose scores are held at full size at a time
+_GROUP = 8  # classes, or masks, that are held at full size at a time
 
 
 class Picture(NamedTuple):
@@ -68,7 +72,7 @@ def quotient(numbers: Tensor, divisor: Tensor | int) -> Tensor:
     return (multiples.float() / divisor).round()
 
 
-def dense(output: DenseOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
+def dense(output: DenseOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
     """boxes (B, N, 4) xyxy, scores (B, N), labels (B, N): as `detection.dense.dense_results`."""
     found = _detections(output, 0.0)
     return {**found, "boxes": picture.corners(found["boxes"])}
@@ -141,7 +145,7 @@ def _best(scores: Tensor, found: dict[str, Tensor], most: int) -> dict[str, Tens
     return chosen
 
 
-def queries(output: DetectionOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
+def queries(output: DetectionOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
     """boxes (B, N, 4) xyxy, scores (B, N), labels (B, N): as `detection.head.postprocess`."""
     probability = output.logits[-1].softmax(dim=-1)
     scores, labels = probability[..., :-1].max(dim=-1)
@@ -149,18 +153,18 @@ def queries(output: DetectionOutput, picture: Picture, classes: int) -> dict[str
     return _best(scores, {"boxes": picture.corners(corners), "labels": labels}, scores.shape[1])
 
 
-def masks(output: MaskOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
+def masks(output: MaskOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
     """masks (B, N, H, W) bool, boxes around them, scores, labels: as `segmentation.results.instances`."""
     probability = output.logits[-1].softmax(dim=-1)
     is_contiguous = output.class_ids == "contiguous"
     if is_contiguous:
-        pairs = probability[..., :-1][..., :classes].flatten(1)
+        pairs = probability[..., :-1][..., : len(ids)].flatten(1)
         scores, chosen = pairs.topk(min(output.max_detections, pairs.shape[1]))
-        number = min(classes, probability.shape[2] - 1)
+        number = min(len(ids), probability.shape[2] - 1)
         rows = quotient(chosen, number).long()
         labels = chosen % number
     else:
-        scores, labels = probability[..., 1:-1][..., :classes].max(dim=-1)
+        scores, labels = probability[..., 1:-1][..., : len(ids)].max(dim=-1)
         rows = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
     grids = output.masks[-1]
     grids = grids.gather(1, rows[:, :, None, None].expand(-1, -1, grids.shape[2], grids.shape[3]))
@@ -188,26 +192,91 @@ def _around(inside: Tensor) -> Tensor:
     return torch.stack((left, top, right, bottom), dim=-1).float()
 
 
-def depths(output: DepthOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
+def depths(output: DepthOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
     """depth (B, H, W) in metres: as `depth.results.depth_results`, not rounded."""
     return {"depth": picture.fine(output.metres)}
 
 
-def class_maps(output: SemanticOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
+def class_maps(output: SemanticOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
     """labels (B, H, W) uint8, logits (B, C, h, w): as `semantic.results.semantic_results`."""
     labels = _most_probable(output.logits.softmax(dim=1), picture)
     return {"labels": labels, "logits": output.logits}
 
 
-def class_maps_of_masks(output: MaskOutput, picture: Picture, classes: int) -> dict[str, Tensor]:
+def class_maps_of_masks(output: MaskOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
     """labels (B, H, W) uint8, and scores (B, C, h, w) of the classes, sums over masks."""
+    masks, whole = _as_evaluated(output, picture)
+    weights = output.logits[-1].softmax(dim=-1)[..., :-1]
+    scores = torch.einsum("bqc,bqhw->bchw", weights, masks.sigmoid())
+    return {"labels": _most_probable(scores, whole), "scores": scores}
+
+
+def _as_evaluated(output: MaskOutput, picture: Picture) -> tuple[Tensor, Picture]:
+    """Mask logits (B, Q, h, w) at the size that the network sees, and the picture that they fill."""
     height, width = picture.size
     shown = picture._replace(height=height, width=width)
-    probability = shown.fine(output.masks[-1]).sigmoid()
-    weights = output.logits[-1].softmax(dim=-1)[..., :-1]
-    scores = torch.einsum("bqc,bqhw->bchw", weights, probability)
-    whole = Picture(picture.height, picture.width, picture.size, picture.size)
-    return {"labels": _most_probable(scores, whole), "scores": scores}
+    return shown.fine(output.masks[-1]), picture._replace(padded=picture.size)
+
+
+def segments(output: PanopticOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
+    """segments (B, H, W) int32, the place from 1 of each pixel's segment in scores and labels (B, N), 0 of
+    none: as `panoptic.results.panoptic_results`.
+    """
+    options = output.options
+    scores, labels = output.logits[-1].softmax(dim=-1).max(dim=-1)
+    is_likely = (scores > options.score) & (labels < len(ids))
+    owners, is_inside, areas = _owners(output, picture, torch.where(is_likely, scores, 0.0))
+    left = []
+    parts = []
+    queries = torch.arange(scores.shape[1], device=scores.device)
+    for numbers in queries.split(_GROUP):
+        is_own = owners[:, None] == numbers[:, None, None]
+        left.append(is_own.sum(dim=(2, 3)))
+        parts.append((is_own & is_inside[:, None]).sum(dim=(2, 3)))
+    share = Fraction(str(options.overlap))  # in whole numbers, which no runtime rounds
+    is_enough = torch.cat(left, dim=1) * share.denominator > areas * share.numerator
+    is_part = is_enough & (torch.cat(parts, dim=1) > 0)
+
+    of_stuff = torch.tensor([*(id_ in options.stuff for id_ in ids), False], device=labels.device)
+    is_stuff = of_stuff[torch.where(is_likely, labels, len(ids))]
+    is_joined = (labels[:, :, None] == labels[:, None]) & is_stuff[:, :, None] & is_part[:, None]
+    is_joined = is_joined | (queries[:, None] == queries)
+    first = is_joined.float().argmax(dim=2)  # of the queries that are one segment with each
+    best, places = torch.where(is_part & (first == queries), scores, -1.0).topk(scores.shape[1])
+    ranks = (places[:, None] == first[:, :, None]).float().argmax(dim=2) + 1
+    ranks = F.pad(torch.where(is_part, ranks, 0), (0, 1))  # the last one: of pixels without a mask
+    of_pixels = ranks.gather(1, owners.flatten(1)).unflatten(1, owners.shape[1:])
+    is_segment = best >= 0
+    return {
+        "segments": torch.where(is_inside, of_pixels, 0).to(torch.int32),
+        "scores": torch.where(is_segment, best, 0.0),
+        "labels": torch.where(is_segment, labels.gather(1, places), -1),
+    }
+
+
+def _owners(output: PanopticOutput, picture: Picture, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query (B, H, W) whose mask times its score (B, Q) is the highest at a pixel, Q of none; whether the
+    pixel is in that mask; and the pixels (B, Q) in each mask.
+    """
+    masks, whole = _as_evaluated(output, picture)
+    number = masks.shape[1]
+    pixels = (masks.shape[0], picture.height, picture.width)  # len() would fix the batch
+    best = masks.new_zeros(pixels)
+    owners = masks.new_full(pixels, number, dtype=torch.int64)
+    is_inside = masks.new_zeros(pixels, dtype=torch.bool)
+    areas = []
+    for first in range(0, number, _GROUP):
+        probability = whole.fine(masks[:, first : first + _GROUP]).sigmoid()
+        covers = probability >= INSIDE
+        areas.append(covers.sum(dim=(2, 3)))
+        weighted = probability * scores[:, first : first + _GROUP, None, None]
+        highest, owner = weighted.max(dim=1)
+        wins = highest > best
+        best = torch.where(wins, highest, best)
+        owners = torch.where(wins, owner + first, owners)
+        is_covered = covers.gather(1, owner[:, None])[:, 0]
+        is_inside = (wins & is_covered) | (~wins & is_inside)  # onnxruntime has no choice of bool
+    return owners, is_inside, torch.cat(areas, dim=1)
 
 
 def _most_probable(scores: Tensor, picture: Picture) -> Tensor:
@@ -235,4 +304,5 @@ ANSWERS: dict[tuple[str, type[Any]], Callable[..., dict[str, Tensor]]] = {
     ("depth", DepthOutput): depths,
     ("semantic", SemanticOutput): class_maps,
     ("semantic", MaskOutput): class_maps_of_masks,
+    ("panoptic", PanopticOutput): segments,
 }

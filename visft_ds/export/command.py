@@ -243,8 +243,8 @@ def _write_files(
             of_task |= _classes(model, task, stream)
             if task == "detection" and model.has_instances:
                 of_task["box_masks"] = True
-            number = len(of_task.get("categories", ()))
-            modules = modules_of(task, maps, loaded.module.heads[task], number)
+            ids = [category["id"] for category in of_task.get("categories", ())]
+            modules = modules_of(task, maps, loaded.module.heads[task], ids)
             example = _example(model.bands)
             for name, module in modules.items():
                 facts[name] = of_task
@@ -254,8 +254,6 @@ def _write_files(
 
 
 def _check_windows(task: str, stream: Stream) -> None:
-    if task == "panoptic":
-        raise ValueError("panoptic has no export yet: name the other tasks by --tasks")
     window = stream.image.get("window")
     if task == "semantic" and window and stream.image["fixed_size"] is None:
         raise ValueError(
@@ -277,9 +275,14 @@ def _classes(model: Model, task: str, stream: Stream) -> dict[str, Any]:
     ids = stream.classes.get(task)
     if ids is None:
         raw = range(info.options["num_classes"])
-        ids = getattr(TASKS[task], "categories", tuple(raw))
+        ids = getattr(TASKS[task], "categories", tuple(raw))[: len(raw)]
     assert ids is not None
-    categories = [{"id": id_, "name": category_name(id_, model.categories)} for id_ in ids]
+    categories: list[dict[str, Any]] = []
+    for id_ in ids:
+        category: dict[str, Any] = {"id": id_, "name": category_name(id_, model.categories)}
+        if task == "panoptic":
+            category["isthing"] = int(id_ not in model.stuff)
+        categories.append(category)
     return {"categories": categories, "max_detections": info.options.get("max_detections")}
 
 

@@ -138,12 +138,12 @@ class Features(nn.Module):
 class Answer(nn.Module):
     """Pictures -> what a head says of them, by name; see the functions in `answers`."""
 
-    def __init__(self, task: str, maps: Maps, head: nn.Module, classes: int) -> None:
+    def __init__(self, task: str, maps: Maps, head: nn.Module, ids: Sequence[int]) -> None:
         super().__init__()
         self.task = task
         self.maps = maps
         self.head = head
-        self.classes = classes  #: categories that the data has
+        self.ids = tuple(ids)  #: of the categories that the data has, by label
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.maps(images)
@@ -161,7 +161,7 @@ class Answer(nn.Module):
         answer = ANSWERS.get((self.task, type(output)))
         if answer is None:
             raise ValueError(f"the {self.task} head has no export: leave it out with --tasks")
-        decoded = answer(output, picture, self.classes)
+        decoded = answer(output, picture, self.ids)
         if attended:
             decoded["attended"] = torch.stack(attended, dim=1)
         return decoded
@@ -293,8 +293,8 @@ def _scaling(pixels: int, wanted: int, device: torch.device) -> Tensor:
     return weights / unit.float()
 
 
-def modules_of(task: str, maps: Maps, head: nn.Module, classes: int) -> dict[str, nn.Module]:
+def modules_of(task: str, maps: Maps, head: nn.Module, ids: Sequence[int]) -> dict[str, nn.Module]:
     """Name of a file -> module: one for most heads, two of captions."""
     if isinstance(head, CaptioningHead):
         return {f"{task}_encoder": CaptionEncoder(maps, head), f"{task}_step": CaptionStep(head)}
-    return {task: Answer(task, maps, head, classes)}
+    return {task: Answer(task, maps, head, ids)}

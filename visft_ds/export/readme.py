@@ -77,6 +77,13 @@ _DEPTH = """
 metres = output["depth"]  # (height, width)
 print(f"{metres.min():.2f} to {metres.max():.2f} m")
 Image.fromarray((1000 * metres).clip(0, 65535).astype(np.uint16)).save("depth.png")  # millimetres"""
+_SEGMENTS = """
+segments = output["segments"]  # (height, width): 1 is the first of scores and labels, 0 is none
+for number, (score, label) in enumerate(zip(output["scores"], output["labels"]), 1):
+    if label >= 0:
+        print(f"{facts['categories'][label]['name']} {score:.2f}, {(segments == number).mean():.1%}")
+colours = np.random.default_rng(0).integers(0, 256, (len(output["scores"]) + 1, 3), np.uint8)
+Image.blend(picture, Image.fromarray(colours[segments]), 0.6).save("segments.png")"""
 _CAPTION = """
 step = onnxruntime.InferenceSession("captioning_step.onnx", providers=["CPUExecutionProvider"])
 states = dict(zip(names, values))
@@ -131,6 +138,7 @@ Written by `visft export` (visft_ds {version}): the whole model, from bytes of a
 | `masks` | (B, N, height, width) bool |
 | `box_masks` | (B, N, 28, 28) logits in the cells of each box, for a mask inside of it: above 0 is inside |
 | `logits` | of semantic segmentation (B, C, h, w); of a caption's step (B, words) |
+| `segments` | (B, height, width) of each pixel, its segment's place from 1 in `scores` and `labels`, or 0 |
 | `depth` | (B, height, width) metres along the camera's axis |
 | `caption_ids` | (B,) the next word of each caption, a place in `words` |
 
@@ -182,6 +190,8 @@ def readme(title: str, form: str, facts: Mapping[str, Mapping[str, Any]], lines:
             use = _CLASSES
         elif task == "depth":
             use = _DEPTH
+        elif task == "panoptic":
+            use = _SEGMENTS
         elif task is not None:
             use = _OBJECTS.replace("{masks}", _code_of_masks(first))
         code = _PYTHON.format(file=name + suffix, read=read, use=use)

@@ -227,7 +227,7 @@ def classes_of_heads(heads: Mapping[str, HeadInfo]) -> dict[str, tuple[int, ...]
     """
     own: dict[str, tuple[int, ...]] = {}
     for task, info in heads.items():
-        if TASKS[task].uses_vocabulary:
+        if not config_class(task).has_classes:
             continue
         if not info.categories:
             check_unnamed(task, info.options)

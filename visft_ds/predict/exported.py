@@ -98,9 +98,13 @@ class ExportedModel(Model):
         if not self.tasks:
             raise ValueError(f"{folder} has the backbone alone, which predicts nothing: run its file")
         self.categories = {}
+        stuff = set()
         for facts in by_task.values():
             for category in facts.get("categories", ()):
                 self.categories[category["id"]] = category["name"]
+                if not category.get("isthing", True):
+                    stuff.add(category["id"])
+        self.stuff = frozenset(stuff)
         self.facts = {name: str(folder / name) for name in self._files}
         self.bands = next((Bands.of(facts.get("bands")) for facts in by_task.values()), None)
         self.precision = "fp32"
@@ -159,6 +163,11 @@ def results_of_outputs(
     height, width = size
     for place, (score, label) in enumerate(zip(outputs["scores"], outputs["labels"], strict=True)):
         if label < 0 or score < threshold:
+            continue
+        if task == "panoptic":
+            number = place + 1
+            segment = {"image_id": 0, "id": number, "category_id": ids[label], "score": float(score)}
+            results.append({**segment, **_code(outputs["segments"] == number)})
             continue
         corners = outputs["boxes"][place].tolist()
         left, top, right, bottom = corners

@@ -34,6 +34,12 @@ def segment_numbers(segments: Sequence[Mapping[str, Any]], size: tuple[int, int]
     return numbers
 
 
+def segment_places(segments: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> npt.NDArray[np.int32]:
+    """(H, W) place of the segment of each pixel, from 1; 0 where there is none."""
+    numbered = [{**segment, "id": place} for place, segment in enumerate(segments, 1)]
+    return segment_numbers(numbered, size)
+
+
 def shares_in_words(results: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> str:
     """Regions by their shares of the image, the largest first."""
     shares = []

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from visft_ds.data.transforms import Size
 from visft_ds.tasks import Results
-from visft_ds.tasks.masks.regions import by_image, segment_numbers
+from visft_ds.tasks.masks.regions import by_image, segment_places
 
 _SAME = 0.5  # IoU above which two segments are one
 _IGNORED = 0.5  # part of a segment in void or crowds, above which it counts nowhere
@@ -74,7 +74,7 @@ def _add(
 ) -> None:
     """Count an image in."""
     columns = len(predicted) + 1
-    pairs = _places(true, size) * columns + _places(predicted, size)
+    pairs = segment_places(true, size) * columns + segment_places(predicted, size)
     pixels = np.bincount(pairs.ravel(), minlength=(len(true) + 1) * columns).reshape(-1, columns)
     common = pixels[1:, 1:]  # (T, P)
     in_void = pixels[0, 1:]
@@ -96,9 +96,3 @@ def _add(
     for column in np.flatnonzero(~is_hit.any(axis=0) & ~is_ignored):
         if int(ids[column]) in sums:
             sums[int(ids[column])][2] += 1
-
-
-def _places(segments: Sequence[Mapping[str, Any]], size: Size) -> npt.NDArray[np.int32]:
-    """(H, W) place of the segment of each pixel, from 1; 0 where there is none."""
-    numbered = [{**segment, "id": place} for place, segment in enumerate(segments, 1)]
-    return segment_numbers(numbered, size)

@@ -20,7 +20,7 @@ from visft_ds.tasks import Results
 from visft_ds.tasks.masks.interpolation import interpolated
 from visft_ds.tasks.panoptic.head import PanopticOutput
 
-_INSIDE = 0.5  # least probability of a pixel that is in a mask
+INSIDE = 0.5  # least probability of a pixel that is in a mask
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def _parts(
     areas = []
     for number, (mask, score) in enumerate(zip(masks, scores, strict=True)):
         probability = interpolated(mask, (1.0, 1.0), size).sigmoid()
-        covers = probability >= _INSIDE
+        covers = probability >= INSIDE
         areas.append(int(covers.sum()))
         wins = probability * score > best
         best = torch.where(wins, probability * score, best)
