@@ -71,6 +71,8 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
             raise
         if isinstance(error, ValidationError):
             cause = _refused(error)
+        elif isinstance(error, UnidentifiedImageError):  # its text is the address of a buffer
+            cause = "its content is of another kind"
         elif isinstance(error, ValueError | Warning) or (
             isinstance(error, OSError | SyntaxError) and str(error)
         ):

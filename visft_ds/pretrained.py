@@ -114,7 +114,7 @@ def fetch(name: str) -> Path:
     api = HfApi()
     repository = hub_file.repository
     revision = hub_file.revision
-    with reading(name, f"weights of {api.endpoint}"):
+    with reading(name, f"weights of {api.endpoint} (--backbone FILE takes those fetched elsewhere)"):
         info = api.model_info(repository, revision=revision, files_metadata=True, timeout=30.0)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
         page = f"{api.endpoint}/{repository}"

@@ -76,7 +76,7 @@ def test_an_export_without_its_record_is_none(tmp_path: Path) -> None:
     """It is written last: a run that was interrupted has exported a part of its model."""
     shutil.copytree(finished.runs() / "stage2", tmp_path / "run")
     (tmp_path / "run/export/export.json").unlink()
-    with pytest.raises(ValueError, match="has not exported"):
+    with pytest.raises(ValueError, match="has no export yet"):
         load(tmp_path / "run")
     assert load(tmp_path / "run" / LAST).tasks == ("detection", "segmentation", "captioning")
 

@@ -236,6 +236,12 @@ def test_label_maps_are_learnt_from_whole_photographs_in_their_own_shape(
         )
     vit = settle(["--data", "mine-shards", "--backbone", "timm:vit_small_patch14_dinov2"]).config.visft
     assert vit.model.out_indices == (2, 5, 8, 11)
+    alone = settle(["--data", "mine-shards", "--set", "visft.mode=sampled"]).config
+    (stream,) = alone.visft.streams().values()  # crops, and no long side but this one in evaluation
+    sizes = ("size", "min_size_test", "max_size_test")
+    assert [stream.image[name] for name in sizes] == [side, side, side] and stream.batch_size == 1
+    reasons = {key: why for key, _, why in alone.decisions}
+    assert f"of pictures of {max(size)} px" in reasons["visft.tasks.semantic.image.size"]
 
 
 def test_a_detr_for_few_photographs_is_warned_of(

@@ -25,7 +25,7 @@ from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.samples import RawSample
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.labels import captions
-from visft_ds.evals.labels.doubts import doubts_of, region_doubts
+from visft_ds.evals.labels.doubts import Doubt, doubts_of, region_doubts, with_probabilities
 from visft_ds.evals.labels.pictures import near_duplicates, picture_features
 from visft_ds.tasks.semantic.results import number_map
 
@@ -70,6 +70,31 @@ def test_each_kind_of_wrong_label_is_told_from_right_ones() -> None:
     assert told[5] == ("nothing", None)
     assert told[None] == ("missing", {"category_id": 2, "bbox": [250, 0, 20, 20]})
     assert doubts_of([], []) == []
+
+
+def test_probabilities_of_errors_are_those_of_planted_ones() -> None:
+    """Of twenty errors among 200 labels; without errors, or with too few labels, nothing is claimed."""
+    noise = np.random.default_rng(0)
+    right = 1 / (1 + np.exp(1.2 - 0.3 * noise.normal(size=200)))
+    wrong = 1 / (1 + np.exp(-0.3 - 0.3 * noise.normal(size=20)))
+
+    def doubts(scores: Any) -> list[Doubt]:
+        made = [Doubt("nothing", float(score), 1, {"number": number}, None) for number, score in scores]
+        return with_probabilities(sorted(made, key=lambda doubt: -doubt.score))
+
+    both = doubts(enumerate([*wrong, *right]))
+    of_wrong = [doubt.probability for doubt in both if doubt.given["number"] < 20]  # type: ignore[index]
+    of_right = [doubt.probability for doubt in both if doubt.given["number"] >= 20]  # type: ignore[index]
+    assert of_wrong[9] > 0.9 and np.mean(of_wrong) > 0.8 and np.mean(of_right) < 0.05  # type: ignore[operator, arg-type]
+    assert max(doubt.probability for doubt in doubts(enumerate(right))) < 0.5  # type: ignore[type-var]
+    few = [
+        *doubts(enumerate(right[:99])),
+        Doubt("twice", 0.9, 1, {}, None),
+        Doubt("missing", 0.9, 1, None, {}),
+    ]
+    assert {doubt.probability for doubt in with_probabilities(few)} == {None}
+    same = [Doubt("nothing", 0.5, 1, {}, None)] * 100
+    assert with_probabilities(same) == same
 
 
 @pytest.fixture
@@ -299,6 +324,7 @@ def test_keys_on_the_page_make_the_corrections(tmp_path: Path) -> None:
     proposed = {"name": "cat", "shown": [2, 2, 5, 5], "label": {"category_id": 2, "bbox": [2, 2, 5, 5]}}
     caption = {"name": hostile, "shown": None, "label": {"caption": hostile}}
     same = {"kind": "another class", "score": 0.9, "file_name": hostile, "picture": "", "size": [9, 9]}
+    same["probability"] = None
     rows = [
         {**same, "image_id": 1, "given": given, "proposed": proposed},  # taken
         {**same, "image_id": 2, "given": None, "proposed": proposed},  # delete is not offered; taken
@@ -313,7 +339,7 @@ def test_keys_on_the_page_make_the_corrections(tmp_path: Path) -> None:
         images=images, head={"categories": []},
     )  # fmt: skip
     keys = """<script>
-    for (const key of ["t", "d", "t", "t", "k", "d", "t", "ArrowUp"])
+    for (const key of ["t", "d", "t", "T", "k", "D", "t", "ArrowUp"])
       document.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
     document.title = JSON.stringify({made: corrections(), state: document.getElementById("state").textContent,
       images: document.images.length});

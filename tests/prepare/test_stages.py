@@ -15,7 +15,7 @@ from tests.tiny import TINY
 from visft_ds.checkpoint.export import describe_heads, save_base
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.shards import Category
-from visft_ds.interop.heads import head_file, save_head
+from visft_ds.interop.heads import check_categories, head_file, save_head
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.model import PreparedModel, prepare_model, stage_name
 from visft_ds.tasks import BUILT_IN, TASKS, config_class
@@ -52,6 +52,14 @@ def write_own(folder: Path, model: PreparedModel, config: ResolvedConfig, words:
     for task, head in model.module.heads.items():
         save_head(head_file(folder, task), infos[task], head.state_dict())
     return folder
+
+
+def test_depth_fits_data_of_any_categories(first: PreparedModel) -> None:
+    """Its head has no classes that objects beside the depth maps could differ from."""
+    tasks = resolve(stage=1, model="debug", settings=["visft.tasks=depth"]).visft.tasks.enabled()
+    data = cast(RunData, SimpleNamespace(categories=[Category(0, 7, "emu")], vocabulary=None))
+    infos = describe_heads(first.module.backbone, tasks, {}, data)
+    check_categories(infos, [Category(0, 7, "ostrich")], "here", "Do it")
 
 
 @pytest.fixture(scope="module")

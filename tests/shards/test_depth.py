@@ -83,12 +83,23 @@ def _saved(image: Image.Image) -> Callable[[Path], object]:
     return lambda folder: [image.save(path) for path in folder.glob("depth/train/*.png")]
 
 
+def _written(content: bytes) -> Callable[[Path], object]:
+    return lambda folder: [path.write_bytes(content) for path in folder.glob("depth/train/*.png")]
+
+
+def _renamed(suffix: str) -> Callable[[Path], object]:
+    return lambda folder: [path.rename(path.with_suffix(suffix)) for path in folder.glob("depth/*/*.png")]
+
+
 @pytest.mark.parametrize(
     ("spoil", "word"),
     [
         (_saved(Image.new("RGB", (40, 64))), "16-bit grey PNG"),
         (_saved(Image.new("L", (40, 64))), "16-bit grey PNG"),
-        (_saved(Image.new("I;16", (9, 9))), "another size"),
+        (_saved(Image.new("I;16", (9, 9), 1)), "another size"),
+        (_saved(Image.new("I;16", (40, 64))), "without a depth"),
+        (_written(b"II*\0 float"), "of another kind"),
+        (_renamed(".npy"), "16-bit grey PNG of millimetres, or with the word relative"),
         (lambda folder: (folder / "depth/train/1train.png").unlink(), "without depth map"),
         (lambda folder: shutil.rmtree(folder / "images"), "no folder of its images"),
         (lambda folder: (folder / "depth/unit.txt").write_text("-1"), "above 0"),

@@ -122,6 +122,7 @@ def _saved(picture: Image.Image) -> Callable[[Path], object]:
             "not among",
         ),
         (_changed(lambda content: content["categories"][0].pop("isthing")), "isthing"),
+        (_changed(lambda content: content["annotations"][0].update(image_id=99)), "image_id 99 of 0000"),
         (
             lambda folder: (folder / "annotations/panoptic_train2017").rename(folder / "annotations/other"),
             "PNG files are missing",

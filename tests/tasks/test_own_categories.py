@@ -145,7 +145,8 @@ def _table(names: Mapping[int, str]) -> list[Category]:
 def test_heads_know_which_categories_their_classes_stand_for(task: str) -> None:
     heads = {task: _info(task, 4, OWN)}
     assert classes_of_heads(heads) == {task: (0, 1, 2, 12)}
-    assert classes_of_heads({"captioning": HeadInfo("captioning", [(8, 14)])}) == {}
+    for without_classes in ("captioning", "depth"):
+        assert classes_of_heads({without_classes: HeadInfo(without_classes, [(8, 14)])}) == {}
     check_categories(
         heads, _table({12: "rust"}), "here", "Do it"
     )  # what the data lacks does no harm in evaluation

@@ -19,9 +19,9 @@ from faster_coco_eval import mask as coco_mask
 from PIL import Image
 
 from tests.panoptic_folder import NUMBERS, places, png_of, write_panoptic
-from tests.ranks import run_ranks
 from tests.tasks.cases import batch_of
-from tests.tiny import SETTINGS, STEPS, losses, words_of
+from tests.tasks.whole_way import check_engines, of_one_task, whole_way
+from tests.tiny import STEPS, losses, words_of
 from visft_ds.data.panoptic import read_segment_numbers, stored_panoptic
 from visft_ds.data.samples import RawSample
 from visft_ds.data.transforms import Flip, Resize
@@ -195,67 +195,20 @@ def _bytes(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
-WAY = """
-import json, sys
-from pathlib import Path
-import visft_ds
-from tests.tiny import Here
-from visft_ds.cli import main
-from visft_ds.run import evaluation
-
-evaluation.ProcessPoolExecutor = Here
-root, settings, whole = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3] == "whole"
-data, shards = root / "data", root / "data-shards"
-
-
-def run(*words):
-    assert main([*map(str, words)]) == 0, words
-
-
-run("shards", data)
-given = dict(model="debug", engine="zero1", data=shards)
-visft_ds.fit(stage=1, out=root / "stage1", settings=settings, **given)
-last = root / "stage1"
-if whole:
-    last = root / "stage2"
-    adapted = {**settings, "visft.heads.path": str(root / "stage1/export"), "visft.lora.rank": 2}
-    visft_ds.fit(stage=2, out=last, settings=adapted, **given)
-    run("report", root / "stage1", last, "--out", root / "report.html")
-    sets = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
-    run("plan", "--cluster=1xH100-80GB", "--stage=1", *sets, "--model=debug", "--engine=zero1")
-run("evaluate", "--run", last, "--visualizations", 1)
-run("predict", data / "val2017", "--run", last, "--out", root / "found", "--threshold", 0)
-found = visft_ds.load(last).predict(data / "val2017/000000000017.png")
-found.draw().save(root / "drawn.png")
-if whole:
-    for form in ("onnx", "torch"):
-        run("export", last, "--out", root / form, "--format", form, "--verify", "all")
-    run("predict", root / "onnx", data / "val2017", "--out", root / "found-onnx", "--threshold", 0)
-print(json.dumps([repr(found), found.panoptic.shape, int(found.panoptic.max())]))
-"""
-
-
 @pytest.mark.parametrize("how", ["short", pytest.param("whole", marks=pytest.mark.slow)])
 def test_the_whole_way(tmp_path: Path, how: str) -> None:
-    """From COCO's files to predictions in COCO's form; `whole`: with a stage 2, a report and a plan besides."""
+    """From COCO's files to predictions in COCO's form; `whole`: with a stage 2, a report, a plan and exports
+    besides.
+    """
     write_panoptic(tmp_path / "data")
     image = {"size": 56, "min_size_test": 42, "max_size_test": 56}
     head = {"hidden_dim": 16, "num_heads": 2, "blocks": 1, "num_queries": 6, "score": 0.2, "overlap": 0.1}
-    settings = {
-        **{key: value for key, value in SETTINGS.items() if ".tasks." not in key},
-        "visft.mode": "sampled",
-        "visft.tasks": "panoptic",
-        "scheduler.params.total_num_steps": 3,
-        "visft.run.save_every": 3,
-        "visft.run.eval_every": 3,
-        "visft.tasks.panoptic": {"batch_size": 4, "micro_batch": 2, "image": image, "head": head},
-    }
+    settings = of_one_task("panoptic", 3, micro_batch=2, image=image, head=head)
     if how == "whole":
         settings["visft.run.visualizations"] = 1
         settings["visft.run.memory_check"] = True
-    (printed,) = run_ranks(["-c", WAY, str(tmp_path), json.dumps(settings), how], world=1)
-    told, size, most = json.loads(printed.splitlines()[-1])
-    assert "pixels" in told and size == [64, 40] and most >= 0
+    in_words, shape, least, _ = whole_way(tmp_path, "panoptic", "val2017", settings, whole=how == "whole")
+    assert "pixels" in in_words and shape == [64, 40] and least >= 0
     assert {"loss/panoptic/ce", "loss/panoptic/dice_0"} <= losses(tmp_path / "stage1")[0].keys()
     last = tmp_path / ("stage2" if how == "whole" else "stage1")
     measured = json.loads((last / "evaluation-val/metrics.json").read_text())["metrics"]
@@ -284,20 +237,6 @@ def test_the_same_under_every_engine(tmp_path: Path) -> None:
     assert make_shards([str(write_panoptic(tmp_path / "data", 8, 1))]) == 0
     head = {"hidden_dim": 16, "num_heads": 2, "blocks": 1, "num_queries": 6}
     loss = {"train_num_points": 64}
-    settings: dict[str, Any] = {
-        **{key: value for key, value in SETTINGS.items() if ".tasks." not in key},
-        "visft.mode": "sampled",
-        "visft.tasks": "panoptic",
-        "visft.tasks.panoptic": {
-            **{"batch_size": 4, "micro_batch": 1, "head": head, "loss": loss, "image": {"fixed_size": 56}}
-        },
-        "visft.run.eval_every": 0,
-    }
-    for engine, world in {"zero1": 1, "zero3": 2}.items():
-        words = ["--stage=1", "--model=debug", f"--data={tmp_path / 'data-shards'}", *words_of(settings)]
-        command = ["launchers/train.py", f"--engine={engine}", f"--out={tmp_path / engine}", *words]
-        run_ranks(command, world)
-    ours, theirs = losses(tmp_path / "zero3"), losses(tmp_path / "zero1")
-    assert len(theirs) == STEPS and "loss/panoptic/dice" in theirs[0]
-    for one, other in zip(ours, theirs, strict=True):
-        assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
+    settings = of_one_task("panoptic", STEPS, micro_batch=1, head=head, loss=loss, image={"fixed_size": 56})
+    words = ["--stage=1", "--model=debug", f"--data={tmp_path / 'data-shards'}", *words_of(settings)]
+    check_engines(tmp_path, [*words, "--set=visft.run.eval_every=0"], "loss/panoptic/dice")

@@ -178,15 +178,16 @@ def describe_heads(
     infos = {}
     for name, task in tasks.items():
         options = task.head.model_dump(mode="json")
-        categories = [asdict(category) for category in categories_for(task.labels, data.categories)]
+        categories = []
+        if task.has_classes:
+            categories = [asdict(category) for category in categories_for(task.labels, data.categories)]
         extra = dict(facts)
         if backbone.layers_read:
             extra["layers"] = list(backbone.layers_read)
         if backbone.bands is not None:
             extra["bands"] = backbone.bands.model_dump(mode="json")
-        if TASKS[name].uses_vocabulary:  # its classes are words, not categories
+        if TASKS[name].uses_vocabulary:
             assert data.vocabulary is not None
-            categories = []
             options["vocabulary_size"] = data.vocabulary.size
             extra["vocabulary"] = data.vocabulary.to_dict()
         infos[name] = HeadInfo(name, backbone.shapes, options, categories, extra)

@@ -48,9 +48,9 @@ class OptimizerParams(StrictModel):
     """Settings of AdamW; a parameter group may set its own lr and weight_decay."""
 
     lr: Above  #: highest learning rate, after the warm-up
-    weight_decay: Rate  #: decoupled weight decay: share of a weight that a step removes, times lr
-    betas: tuple[Probability, Probability] = (0.9, 0.999)  #: decay rates of the two moments
-    eps: Above = 1e-8  #: constant in the denominator of an update, in units of the gradient
+    weight_decay: Rate  #: decoupled weight decay: a step removes lr times this share of a weight
+    betas: tuple[Probability, Probability] = (0.9, 0.999)  #: decay rates of Adam's two moments
+    eps: Above = 1e-8  #: term added to the denominator of an update, in units of the gradient
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """A learning rate with which nothing can be learnt."""
@@ -89,9 +89,10 @@ class BackboneOverrides(StrictModel):
     num_heads: Positive | None = None  #: attention heads of a block; null: the preset's
     mlp_ratio: Above | None = None  #: channels inside an MLP, divided by `width`; null: the preset's
     patch_size: Positive | None = None  #: side of a patch in pixels; null: the preset's
-    #: side in pixels that sets the grid of positions, the only key for models of timm; null: the preset's
+    #: side of the image in pixels, which sets the grid of position embeddings; the only override for models
+    #: of timm; null: the preset's
     image_size: Positive | None = None
-    post_norm: bool | None = None  #: norms after attention and MLP, not before; null: the preset's
+    post_norm: bool | None = None  #: post-norm, norms after attention and MLP; null: the preset's
 
 
 class ModelConfig(StrictModel):
@@ -105,8 +106,8 @@ class ModelConfig(StrictModel):
     out_indices: tuple[Count, ...] = ()
     #: bands of the pictures, decided by the shards; null: three colours of 8 bits (docs/bands.md)
     bands: Bands | None = None
-    #: first weights of the first convolution for N bands; mean: those of red, green and blue, repeated in
-    #: turn, times 3/N; zero: those for the first three bands, and 0 for the others
+    #: initial weights of the patch embedding (or first convolution) for N bands; mean: those of red, green
+    #: and blue, repeated in turn, times 3/N; zero: those for the first three bands, and 0 for the others
     new_bands: NewBands = "mean"
     #: file of base weights, or hf-hub:ORG/NAME[/FILE]; null: random weights, drawn by weights_seed
     weights: Text | None
@@ -158,7 +159,7 @@ class LoraConfig(StrictModel):
 class HeadsConfig(StrictModel):
     """`visft.heads`: the heads of stage 2, and the precision of heads."""
 
-    #: first weights of the heads in stage 2; trained: those of `path`, random: new ones, which train
+    #: initial weights of the heads in stage 2; trained: those of `path`, random: new ones, which train
     #: together with the backbone
     start: Literal["trained", "random"] = "trained"
     #: folder of trained heads; null: none in stage 1, in stage 2 runs/stage1-<visft.model.name>/export
@@ -170,7 +171,7 @@ class HeadsConfig(StrictModel):
 
 
 class InitConfig(StrictModel):
-    """`visft.init_from`: source of a run's first weights; optimiser and schedule start anew."""
+    """`visft.init_from`: source of a run's initial weights; optimiser and schedule start anew."""
 
     path: Text  #: path of a run, one of its checkpoints, an adapter folder, or the published LoRA file
     #: heads of that run; keep: use them, reset: initialise them anew
@@ -196,8 +197,8 @@ class DataConfig(StrictModel):
     val: Text = "val"  #: name of the validation split
     weight: Above = 1.0  #: share of a task's steps from this split, relative to `sets`
     sets: tuple[DataSetConfig, ...] = ()  #: further training sets
-    #: order of the samples; full: any may follow any other, windowed: within four shards at a time; null:
-    #: windowed for a URL, else full
+    #: order of the samples; full: a global shuffle, windowed: within four shards at a time; null: windowed
+    #: for a URL, else full
     shuffle: Literal["full", "windowed"] | None = None
     #: loader processes per rank; 0: load in the training process; null: up to 8 with a GPU, 0 on a CPU
     num_workers: Annotated[Count, Field(le=256)] | None = None
@@ -236,7 +237,7 @@ class ParamGroup(StrictModel):
     name: Text  #: name of the group, in logs (`lr/NAME`)
     params: Text  #: globs over qualified parameter names, separated by commas
     lr: Rate | None = None  #: highest learning rate, after the warm-up; null: the optimizer's
-    #: share of a weight that a step removes, times lr; null: the optimizer's
+    #: decoupled weight decay: a step removes lr times this share of a weight; null: the optimizer's
     weight_decay: Rate | None = None
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -256,18 +257,19 @@ class RunConfig(StrictModel):
 
     out: Text | None = None  #: folder of the run; null: runs/stage<N>-<visft.model.name>
     save_every: Positive = 500  #: steps between checkpoints
-    keep_last: Positive = 3  #: newest checkpoints that are kept
+    keep_last: Positive = 3  #: number of newest checkpoints that are kept
     #: metric by which the best checkpoint is kept as well and exported, such as box/AP50; null: none
     keep_best: Text | None = None
-    patience: Count = 0  #: evaluations without a better keep_best after which the run stops early; 0: off
+    #: evaluations in a row without a better keep_best after which the run stops early; 0: off
+    patience: Count = 0
     eval_every: Count = 5000  #: steps between evaluations; 0: none during training
     eval_limit: Positive | None = None  #: most validation images that are evaluated; null: all
     #: validation images that TensorBoard shows, at the start and at every evaluation; 0: none
     visualizations: Count = 4
     log_every: Positive = 20  #: steps between console lines
-    #: refuse operators that are not deterministic, on GPUs (docs/memory-and-speed.md)
+    #: on GPUs, deterministic operators alone: others are refused (docs/memory-and-speed.md)
     deterministic: bool = False
-    #: rehearse the largest step of each task first, so that running out of memory shows at once
+    #: rehearsal of the largest step of each task before training, so that out of memory shows at once
     memory_check: bool = True
     skip_bad_steps: Count = 0  #: most steps in a row with NaN or Inf that are skipped; one more stops the run
     #: seconds without progress after which a rank prints its stacks and ends; 0: never
@@ -404,7 +406,8 @@ class Offload(StrictModel):
 
     model_config = ConfigDict(extra="allow")
 
-    device: Literal["none", "cpu"] = "none"  #: memory that holds them; none: the GPU's, cpu: the machine's
+    #: device whose memory holds the parameters, or optimiser states; none: the GPU, cpu: the host
+    device: Literal["none", "cpu"] = "none"
 
 
 class ZeroOptimization(StrictModel):
@@ -412,11 +415,14 @@ class ZeroOptimization(StrictModel):
 
     model_config = ConfigDict(extra="allow")
 
-    #: what ranks share out; 0: nothing, 1: optimiser states, 2: gradients as well, 3: parameters as well
+    #: stage of ZeRO, what is partitioned over the ranks; 0: nothing, 1: optimiser states, 2: gradients as
+    #: well, 3: parameters as well
     stage: Literal[0, 1, 2, 3]
-    #: gradient values that are reduced together; DeepSpeed's 5e8 would allocate gigabytes for small models
+    #: number of gradient values in a bucket, which are reduced together; DeepSpeed's 5e8 would allocate
+    #: gigabytes for small models
     reduce_bucket_size: Positive
-    overlap_comm: bool | None = None  #: reduce gradients during the backward pass; null: in stage 3 alone
+    #: overlap of the reduction of gradients with the backward pass; null: in ZeRO-3 alone
+    overlap_comm: bool | None = None
     offload_param: Offload = Offload()  #: for stage 3
     offload_optimizer: Offload = Offload()  #: for stages 1 to 3
 
@@ -424,7 +430,8 @@ class ZeroOptimization(StrictModel):
 class PipelineKeys(StrictModel):
     """`pipeline`: layers are divided over stages; the engine sets DeepSpeed's other keys of it."""
 
-    stages: Annotated[int, Field(ge=2)]  #: processes that hold one model; must divide the number of processes
+    #: pipeline stages, processes that hold one copy of the model; must divide the number of processes
+    stages: Annotated[int, Field(ge=2)]
 
 
 class Recipe(StrictModel):
@@ -435,9 +442,9 @@ class Recipe(StrictModel):
 
     zero_optimization: ZeroOptimization
     pipeline: PipelineKeys | None = None  #: null: every process has all layers
-    #: let ZeRO shard an optimiser that DeepSpeed does not list; null: no, DeepSpeed's default
+    #: permission for ZeRO to partition an optimiser that DeepSpeed does not list; null: no
     zero_allow_untested_optimizer: bool | None = None
-    #: refuse to offload an optimiser other than DeepSpeed's CPU Adam; null: yes, DeepSpeed's default
+    #: refusal to offload an optimiser other than DeepSpeed's CPU Adam; null: yes
     zero_force_ds_cpu_optimizer: bool | None = None
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig

@@ -39,8 +39,9 @@ LABELS = """Rank labels that a trained run denies, and objects without one, on a
 
 Writes SPLIT.html (picture, given and proposed label; keys keep, take, delete and skip; it needs no network)
 and proposals-SPLIT.json, the corrections if every proposal were taken. The button of the page downloads
-corrections-SPLIT.json, which visft shards applies. A score ranks labels; it is no probability. Boxes, regions
-of label maps and captions are looked at, as far as the run has heads for them. Pictures of the validation
+corrections-SPLIT.json, which visft shards applies. A score ranks labels; boxes have a cautious probability of
+error, too, where there are 100 and the model has learnt enough. Boxes, regions of label maps and captions are
+looked at, as far as the run has heads for them. Pictures of the validation
 split that are nearly one of the training split are named.
 
 Exit status: 0 fine, 2 wrong usage or unusable input.

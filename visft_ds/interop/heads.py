@@ -171,10 +171,13 @@ def open_head(source: str | Path, task: str) -> HeadFile:
             raise ValueError(f"it is of version {version}; this release reads version {_VERSION}")
         StoredHead.model_validate_json(json.dumps(stored))
         info = HeadInfo(**stored)
-        if info.task != task:
-            raise ValueError(f"it is a {info.task} head; a {task} head is wanted")
         info.names()
         info.vocabulary()
+    if info.task != task:
+        raise ValueError(
+            f"{file.path} holds a {info.task} head, and a {task} head is needed: give the folder of all "
+            "heads, such as RUN/export"
+        )
     return HeadFile(info, file if _KEY in file.metadata else file.under(f"heads.{task}."))
 
 
@@ -224,7 +227,7 @@ def classes_of_heads(heads: Mapping[str, HeadInfo]) -> dict[str, tuple[int, ...]
     """
     own: dict[str, tuple[int, ...]] = {}
     for task, info in heads.items():
-        if TASKS[task].uses_vocabulary:
+        if not config_class(task).has_classes:
             continue
         if not info.categories:
             check_unnamed(task, info.options)

@@ -315,8 +315,8 @@ def files_of_run(
         own = _with_export(own, export)
     else:
         raise ValueError(
-            f"the run in {run} has not exported what it trains: the same training command goes on with it, "
-            "and its checkpoints, RUN/checkpoints/step_N, are models, too"
+            f"{run} has no export yet: finish the run with the same training command, or give one of its "
+            f"checkpoints, {run}/checkpoints/step_N"
         )
     if adapter == NO_ADAPTER:
         own = replace(own, adapter=None)

@@ -309,7 +309,7 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
             raise ValueError(f"{problem}: give heads of the same pictures")
         if problem:
             blocks = ",".join(map(str, info.extra.get("layers", [])))
-            raise ValueError(f"{problem}: set visft.model.out_indices=[{blocks}]")
+            raise ValueError(f"{problem}: give --set 'visft.model.out_indices=[{blocks}]'")
         problem = other_base(f"the {task} head", info.extra.get("base_weights"), {base.identity})
         if problem:
             notes.append(f"warning: {problem}")

@@ -184,13 +184,22 @@ def _decide_for_scenes(draft: Draft, merged: Merged, manifests: Sequence[Manifes
     long_sides = []
     for manifest in manifests:
         long_sides.append(np.maximum(manifest.index["height"], manifest.index["width"]))
-    side = np.median(np.concatenate(long_sides)).clip(*SCENE_SIDES)
-    values: dict[str, Any] = {
-        "visft.shared.batch_size": SCENE_BATCH,
-        "visft.shared.image.fixed_size": round(float(side)),
-        "visft.shared.image.keep_shape": True,
-        "visft.shared.image.zoom": None,
-    }
+    picture = float(np.median(np.concatenate(long_sides)))
+    least, most = SCENE_SIDES
+    side = round(min(max(picture, least), most))
+    values: dict[str, Any] = {}
+    for stream in draft.recipe.visft.filled().streams().values():
+        values[f"{stream.key}.batch_size"] = SCENE_BATCH
+        image = f"{stream.key}.image"
+        if "size" in stream.image:  # crops of a task's own
+            for name in ("size", "min_size_test", "max_size_test"):
+                values[f"{image}.{name}"] = side
+            if "window" in stream.image:
+                values[f"{image}.window"] = None
+        else:
+            values[f"{image}.fixed_size"] = side
+            values[f"{image}.keep_shape"] = True
+            values[f"{image}.zoom"] = None
     preset = draft.recipe.visft.model.preset
     if "visft.model.preset" not in merged.backbone:
         values["visft.model.out_indices"] = SCENE_BLOCKS
@@ -198,7 +207,7 @@ def _decide_for_scenes(draft: Draft, merged: Merged, manifests: Sequence[Manifes
         from visft_ds.models.timm_backbone import scene_maps  # imports torch and timm, which costs seconds
 
         values["visft.model.out_indices"] = scene_maps(preset.removeprefix(TIMM))
-    draft.decide(values, "the recipe for label, depth and panoptic maps")
+    draft.decide(values, f"the recipe for label, depth and panoptic maps, of pictures of {picture:.0f} px")
 
 
 def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
@@ -215,7 +224,7 @@ def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
             keys.append(key)
             continue
         keys += [f"{key}.head.{option}" for option in settings["head"]]
-        sizes = ("fixed_size", "keep_shape", "tile", "size")
+        sizes = ("fixed_size", "keep_shape", "tile", "size", "min_size_test", "max_size_test", "window")
         keys += [f"{key}.image.{size}" for size in sizes if size in settings["image"]]
         if "vocabulary" in settings:
             keys.append(f"{key}.vocabulary.file")

@@ -30,7 +30,7 @@ class Bands(StrictModel):
     range: tuple[Value, Value]  #: values that count as black and as white
     mean: tuple[Fraction, ...]  #: mean of each band that is read, as a share of the range
     std: tuple[Above, ...]  #: standard deviation of each band that is read, as a share of the range
-    #: what visft.model.new_bands says, mean or zero: first weights for bands that are new to the backbone
+    #: initial weights for bands that are new to the backbone, mean or zero, as visft.model.new_bands
     new: NewBands = Field(default="mean", exclude_if=lambda new: new == "mean")
 
     def contradictions(self) -> Iterator[tuple[str, str]]:

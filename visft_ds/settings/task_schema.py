@@ -107,8 +107,8 @@ class TaskConfig(StreamConfig):
     has_classes: ClassVar[bool] = True  #: its head has a class for each category of the data
     published: ClassVar[str | None] = None  #: its word in the names of the published files of heads
 
-    #: optimiser steps of this task, or its share of them if scheduler.params.total_num_steps sets the length
-    #: of the run, which else is their sum, in mode "shared" the largest; null: state the length
+    #: optimiser steps of this task; the run takes the sum over its tasks, in mode "shared" the largest. Where
+    #: scheduler.params.total_num_steps sets the length, these are proportions; null: only with such a length
     steps: Positive | None = None
     head: StrictModel
     loss: BaseModel
@@ -162,18 +162,20 @@ class ImageSizes(StrictModel):
     max_size_train: Positive = 672
     flip: Fraction = 0.5  #: probability of a horizontal flip (DETR: 0.5)
     min_size_test: Positive = 800  #: short side in evaluation, in pixels (DETR: 800)
-    max_size_test: Positive = 672  #: largest long side in evaluation, in pixels, which then decides
+    #: largest long side in evaluation, in pixels; it takes precedence over the short side (DETR: 1333)
+    max_size_test: Positive = 672
     #: side of a square for training and evaluation, in pixels, instead of the sizes above; null: none
     fixed_size: Positive | None = None
-    #: no squares: the long side is fixed_size, the short one follows the shape of the image
+    #: aspect ratio kept: fixed_size is the long side, not that of a square
     keep_shape: bool = False
-    #: side of the squares that larger images are cut into, and how much of it neighbours have in common,
-    #: both in pixels; the other sizes are then those of a tile; null: whole images
+    #: side and overlap, in pixels, of the square tiles that larger images are cut into; the other sizes are
+    #: then those of a tile; null: whole images
     tile: tuple[Positive, Count] | None = None
-    #: scale of a random crop, smallest and largest, of the image's sides, with fixed_size; null: no crop
+    #: smallest and largest side of a random crop, as a share of the image's; above 1 it reaches beyond the
+    #: image, which is padded; needs fixed_size; null: no crop
     zoom: Annotated[tuple[Above, Above], Ascending] | None = None
-    #: most objects of another image of the shard that are pasted into a training image by their masks, as
-    #: many as are drawn from 0 on; 0: none
+    #: copy-paste, the most objects of another image of the shard that are pasted into a training image by
+    #: their masks; their number is drawn from 0 to this; 0: none
     paste: Count = 0
 
     def contradictions(self) -> Iterator[tuple[str, str]]:

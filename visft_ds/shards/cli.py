@@ -224,7 +224,10 @@ def _build(arguments: argparse.Namespace) -> None:
         return _build_folder(arguments)
     missing = [f"--{name}" for name in ("images", "out", "split") if getattr(arguments, name) is None]
     if missing:
-        raise ValueError(f"{', '.join(missing)}: missing; give these, or a FOLDER that is recognised")
+        raise ValueError(
+            f"missing {', '.join(missing)}: a split needs --images, --out and --split, and --instances or "
+            "--captions; or give a FOLDER that is recognised"
+        )
     files = {name: getattr(arguments, name) for name in _FILES}
     splits = _divided(arguments, [FolderSplit(arguments.split, **files)])
     _build_splits(arguments, arguments.out, with_corrections(splits, arguments.corrections))

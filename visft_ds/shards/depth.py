@@ -33,11 +33,14 @@ class DepthMaps:
 def depth_of(image: SourceImage, maps: DepthMaps) -> dict[str, Any]:
     """The depth map of an image as a label has it.
 
-    Raises ValueError for a map that is none, or of another size.
+    Raises ValueError for a map that is none, of another size, or without a depth.
     """
     assert image.depth is not None
     data = read_bytes(image.depth.path)
-    height, width = read_numbers(data).shape
+    numbers = read_numbers(data)
+    if not numbers.any():
+        raise ValueError("depth map without a depth, all of it is 0")
+    height, width = numbers.shape
     if (height, width) != (image.height, image.width):
         raise ValueError(
             f"depth map of another size: {width} x {height}, the image has {image.width} x {image.height}"

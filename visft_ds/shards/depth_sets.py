@@ -63,8 +63,9 @@ def read_pairs(folder: Path, only: str | None, exif: Exif) -> list[FolderSplit]:
         maps = dict[str, Path]()
         images = list[Json]()
         for number, (image, depth) in enumerate(pairs, 1):
-            if not (folder / image).is_file() or not (folder / depth).is_file():
-                findings.add("image or depth map that is missing", f"{image} {depth}")
+            missing = [name for name in (image, depth) if not (folder / name).is_file()]
+            if missing:
+                findings.add("image or depth map that is missing", missing[0])
                 continue
             maps[str(Path(image).with_suffix(""))] = folder / depth
             images.append(listed_image(folder, image, number, exif))

@@ -63,6 +63,10 @@ _LOOKED_FOR = """looked for
   tools     Pascal VOC's XML or labelme's JSON beside each image, or in annotations/ with images/
 or name the files: visft shards build --images DIR --instances FILE --out OUT --split train"""
 _CVAT = "export the task as `COCO 1.0`, with `Save images` on"
+_DEPTH_NUMBERS = (
+    "write 16-bit grey PNG of millimetres, or with the word relative in depth/unit.txt of any numbers, the "
+    "nearer the larger"
+)
 #: File of an export that is not read -> what it is, and the export of the same tool that is read.
 _OTHER_EXPORTS = {
     "annotations.xml": ("CVAT's XML", _CVAT),
@@ -76,6 +80,10 @@ _OTHER_EXPORTS = {
         "a project or an export of VIA",
         "choose Annotation, Export Annotations (COCO format) in VIA, and put the file beside the images",
     ),
+    "depth/*/*.np[yz]": ("a depth map of NumPy", _DEPTH_NUMBERS),
+    "depth/*/*.tif*": ("a depth map as TIFF", _DEPTH_NUMBERS),
+    "depth/*/*.pfm": ("a depth map as PFM", _DEPTH_NUMBERS),
+    "depth/*/*.exr": ("a depth map as OpenEXR", _DEPTH_NUMBERS),
 }
 _SHOWN = 8  # names in a message
 _DEPTH = "depth maps"  # the layout of a folder that has no other labels

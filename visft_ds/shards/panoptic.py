@@ -70,6 +70,8 @@ def read_panoptic(path: Path, images: Path) -> PanopticMaps:
         for annotation in content["annotations"]:
             name = checked_name(annotation["file_name"], "a map")
             segments = tuple(_segment(segment, name, ids) for segment in annotation["segments_info"])
+            if annotation["image_id"] not in names:
+                raise ValueError(f"image_id {annotation['image_id']!r:.40} of {name} is not among its images")
             maps[_key(names[annotation["image_id"]])] = PanopticMap(folder / name, segments)
         listed = _listed(content["images"], images)
     file = {"name": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -83,11 +83,12 @@ def classification(
         rows = _taught(number, features, choosing)
         chooses = held_out(rows.labels, rows.owners)
         if not chooses.any():
-            units = "class of five training images"
+            units = "images"
             if choosing.images.groups is not None:
-                units = "five groups of images"
+                units = "groups of images"
             raise ValueError(
-                f"{label} has no {units}, a fifth of which would choose the layer: give --layers last"
+                f"{label} has fewer than five training {units} in each class, and a fifth of them chooses "
+                "the layer: give --layers last"
             )
         return _QUICK_PROBES[number](number, rows.subset(~chooses), rows.subset(chooses), draws=0).value
 

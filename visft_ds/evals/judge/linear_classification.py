@@ -104,7 +104,8 @@ def _held_out(train: ClassSet) -> tuple[ClassSet, ClassSet]:
     if not chooses.any():
         first = train.images.names[0]
         raise ValueError(
-            f"no class has five training images ({first}, ...), a fifth of which would choose the rate"
+            f"each class has fewer than five training images ({first}, ...), and a fifth of them chooses the "
+            "learning rate: give more images, or --quick"
         )
     return train.subset(np.flatnonzero(chooses)), train.subset(np.flatnonzero(~chooses))
 

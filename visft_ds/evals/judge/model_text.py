@@ -144,7 +144,10 @@ def _check_labels(variants: Sequence[tuple[str, Sequence[ModelSpec]]]) -> None:
     for label, models in variants:
         for name in {label, *(model.label for model in models)}:
             if name in (NOISE, HALF):
-                raise ValueError(f"{name} is a reserved label: give your model another one")
+                raise ValueError(
+                    f"{name} is a reserved label, that of a model which the page adds: give yours another "
+                    "one, as in mine=RUN"
+                )
             if name in taken:
                 raise ValueError(
                     f"two models are called {name}: give one of them a label, as in LABEL={name}..."

@@ -19,7 +19,14 @@ from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
 from visft_ds.evals.evaluate import evaluate
 from visft_ds.evals.labels.captions import caption_doubts
-from visft_ds.evals.labels.doubts import KINDS, Annotation, Doubt, doubts_of, region_doubts
+from visft_ds.evals.labels.doubts import (
+    KINDS,
+    Annotation,
+    Doubt,
+    doubts_of,
+    region_doubts,
+    with_probabilities,
+)
 from visft_ds.evals.labels.pictures import near_duplicates, picture_features
 from visft_ds.evals.pages import embedded, render
 from visft_ds.files import shown_name, write_bytes, write_text
@@ -146,7 +153,14 @@ def _look(
     facts = [("the model", f"{metric} {value:.2f} by these labels{caution}")]
     if task == "semantic":
         return region_doubts(content, results), facts
-    return doubts_of(content["annotations"], results), facts
+    doubts = doubts_of(content["annotations"], results)
+    if value >= learnt:
+        doubts = with_probabilities(doubts)
+    probabilities = [doubt.probability for doubt in doubts if doubt.probability is not None]
+    if probabilities:
+        wrong = f"some {sum(probabilities):.0f} of {len(probabilities)} labels, a cautious estimate"
+        facts.append(("wrong", wrong))
+    return doubts, facts
 
 
 def _compare_splits(run: Path, train: Manifest, validation: Manifest, limit: int | None) -> None:
@@ -183,7 +197,10 @@ def _words(doubt: Doubt, images: Mapping[int, Any], names: Mapping[int, str]) ->
     file_name = shown_name(images[doubt.image_id]["file_name"])
     given = _label_in_words(doubt.given, names)
     proposed = _label_in_words(doubt.proposed, names)
-    return f"{doubt.score:.2f}  {file_name}: {given} -> {proposed}"
+    score = f"{doubt.score:.2f}"
+    if doubt.probability is not None:
+        score += f", wrong {doubt.probability:.0%}"
+    return f"{score}  {file_name}: {given} -> {proposed}"
 
 
 def _label_in_words(label: Annotation | None, names: Mapping[int, str]) -> str:
@@ -224,11 +241,14 @@ def _write(
     concerned = {doubt.image_id for doubt in doubts}
     listed = [image for number, image in images.items() if number in concerned]
     head = {"info": {"format": FORMAT, "version": VERSION, "split": split}, "categories": categories}
+    probability = "it is no probability"
+    if any(doubt.probability is not None for doubt in doubts):
+        probability = "the probability that a label is wrong is a cautious estimate"
     page = render(
         "labels/page.html.j2",
         title=f"Labels of {reader.manifest.root}, {split}",
         about=f"The {len(doubts)} most doubtful labels, by a trained model. A score ranks labels of a kind; "
-        "it is no probability.",
+        f"{probability}.",
         command=shlex.join(["visft", "shards", _FOLDER, "--corrections", _corrections(split), "--replace"]),
         file=_corrections(split),
         rows=rows,
@@ -266,6 +286,7 @@ def _row(doubt: Doubt, image: Any, names: Mapping[int, str]) -> dict[str, Any]:
     return {
         "kind": KINDS[doubt.kind],
         "score": doubt.score,
+        "probability": doubt.probability,
         "image_id": doubt.image_id,
         "picture": embedded(np.asarray(scaled(crop, _SIDE))),
         "size": [width, height],

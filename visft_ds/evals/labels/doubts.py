@@ -1,14 +1,15 @@
 """Labels of boxes and of regions that predictions deny, the most doubtful first (boxes after ObjectLab, arXiv
 2309.00832).
 
-A score ranks labels of one split. It is no probability: how many labels are wrong is not known.
+A score ranks labels of one split; `with_probabilities` says of which share of them the model is sure.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +38,9 @@ FREE = 0.3  #: overlap below which a prediction is of an object that no label is
 NEAR = 0.1  #: overlap from which a predicted box may be that of a label that lies beside its object
 LEAST_SCORE = 0.2  #: of a prediction that proposes a box
 LEAST_REGION = 0.001  #: share of a picture of a region that is looked at
+ENOUGH = 100  #: labels from which on probabilities of error are estimated
+_WINDOW = 9  # labels, next to each other by score, that the probability of the middle one is estimated from
+_ONE_SIGMA = 0.159  # share of a normal distribution that lies more than its width below its centre
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Doubt:
     image_id: int
     given: Annotation | None  #: label; None: it is missing
     proposed: Annotation | None  #: what should stand in its place; None: nothing
+    #: That the label is wrong, a cautious estimate; None: there are not enough labels to tell.
+    probability: float | None = None
 
 
 def doubts_of(labels: Sequence[Annotation], predictions: Sequence[Annotation]) -> list[Doubt]:
@@ -109,6 +115,37 @@ def doubts_of_image(
     unclaimed = [number for number in range(len(predictions)) if number not in proposed]
     doubts += _missing(image_id, [predictions[number] for number in unclaimed], labels, crowds)
     return doubts
+
+
+def with_probabilities(doubts: Sequence[Doubt]) -> list[Doubt]:
+    """The doubts of `doubts_of`, with probabilities if they are about `ENOUGH` labels.
+
+    A probability is a local false discovery rate (Efron, JASA 99, 2004): logits of the scores of right labels
+    are taken to be normal about the median of all, and as wide as the lower half of all. Labels that are more
+    than that are wrong. Wrong labels raise both the median and the width, so estimates are rather too low.
+    Second labels of an object have none: predictions do not tell which of two it is.
+    """
+    uncertain = [doubt for doubt in doubts if doubt.given is not None and doubt.kind != "twice"]
+    scores = np.clip([doubt.score for doubt in uncertain], 0.01, 0.99)
+    if len(scores) < ENOUGH:
+        return list(doubts)
+    logits = np.log(scores / (1 - scores))
+    centre = float(np.median(logits))
+    width = centre - float(np.quantile(logits, _ONE_SIGMA))
+    if width <= 0:
+        return list(doubts)
+    right = NormalDist(centre, width)
+    #: How many right labels have at least the score of the first, the second and so on.
+    expected = np.array([0.0] + [len(logits) * (1 - right.cdf(logit)) for logit in logits])
+    probabilities = dict[int, float]()
+    lowest = 1.0
+    for number, doubt in enumerate(uncertain):
+        start = max(0, number - _WINDOW // 2)
+        end = min(len(uncertain), number + _WINDOW // 2 + 1)
+        share_of_right = (expected[end] - expected[start]) / (end - start)
+        lowest = min(lowest, max(0.0, 1 - float(share_of_right)))
+        probabilities[id(doubt)] = lowest
+    return [replace(doubt, probability=probabilities.get(id(doubt))) for doubt in doubts]
 
 
 def region_doubts(content: Mapping[str, Any], predictions: Sequence[Annotation]) -> list[Doubt]:

@@ -18,12 +18,12 @@ class CaptioningImage(StrictModel):
 class CaptioningHeadConfig(StrictModel):
     """Keyword arguments of the captioning head; its vocabulary comes with the data."""
 
-    attention_dim: Positive = 384  #: channels in which cells and state are compared (ViSFT)
-    embed_dim: Positive = 384  #: channels of a word's embedding (ViSFT)
-    decoder_dim: Positive = 384  #: channels of the LSTM's state (ViSFT)
+    attention_dim: Positive = 384  #: channels of the attention over cells (ViSFT: 384)
+    embed_dim: Positive = 384  #: channels of a word's embedding (ViSFT: 384)
+    decoder_dim: Positive = 384  #: channels of the LSTM's state (ViSFT: 384)
     #: side of the square that features are pooled to, in cells (arXiv 1502.03044: 14)
     encoded_image_size: Positive = 14
-    dropout: Probability = 0.5  #: probability of dropout in front of the word layer (arXiv 1502.03044)
+    dropout: Probability = 0.5  #: probability of dropout before the word layer (arXiv 1502.03044: 0.5)
 
 
 class CaptioningLoss(StrictModel):

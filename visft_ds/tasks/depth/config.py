@@ -26,7 +26,7 @@ class DepthImage(ImageSizes):
     max_size_train: Positive = 640
     #: short side in evaluation, in pixels
     min_size_test: Positive = 480
-    #: largest long side in evaluation, in pixels, which then decides
+    #: largest long side in evaluation, in pixels; it takes precedence over the short side
     max_size_test: Positive = 640
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -41,7 +41,7 @@ class DepthImage(ImageSizes):
 class DepthRange(StrictModel):
     """Depths that a head predicts."""
 
-    #: least depth, in metres (DINOv3: 0.001)
+    #: smallest depth, in metres (DINOv3: 0.001)
     nearest: Above = 0.001
     #: largest depth, in metres (DINOv3 on NYU: 10; on KITTI 80); deeper pixels do not count in metrics
     farthest: Above = 10.0
@@ -57,7 +57,7 @@ class DepthHeadConfig(DepthRange):
 
     #: the head: linear, or dpt, whose options are others
     type: Literal["linear"] = "linear"
-    #: evenly spaced depths, of which each cell has a weighted mean (DINOv3: 256)
+    #: bins, evenly spaced depths, of which each cell predicts a weighted mean (DINOv3: 256)
     bins: Positive = 256
 
 
@@ -78,9 +78,9 @@ class DepthLoss(StrictModel):
 
     #: weight of SILog, of maps in metres (DINOv2: 1)
     silog: Rate = 1.0
-    #: weight of the gradients of the error, at four scales (DINOv2, MiDaS: 0.5)
+    #: weight of the gradient matching loss, at four scales (DINOv2, MiDaS: 0.5)
     gradient: Rate = 0.5
-    #: weight of the error after scale and offset are taken out, of relative maps (MiDaS: 1)
+    #: weight of the scale- and shift-invariant loss, of relative maps (MiDaS: 1)
     relative: Rate = 1.0
 
 

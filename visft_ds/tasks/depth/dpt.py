@@ -69,8 +69,9 @@ class DptDepth(nn.Module):
 
     def _of_part(self, features: Sequence[Tensor], part: Sequence[tuple[int, int]]) -> Tensor:
         """Metres (B, H, W) of images that fill the first rows and columns (`part`) of each of the maps."""
-        inside = [map_[..., :rows, :columns] for map_, (rows, columns) in zip(features, part, strict=True)]
-        levels = [level(map_) for level, map_ in zip(self.levels, inside, strict=True)]
+        levels = []
+        for level, map_, (rows, columns) in zip(self.levels, features, part, strict=True):
+            levels.append(level(map_[..., :rows, :columns]))
         fused = None
         for number, level in reversed(list(enumerate(levels))):
             size = [2 * side for side in level.shape[2:]]

@@ -3,10 +3,12 @@
 
 DINOv2 takes SILog over all pixels of a batch, here it is a mean over images: it depends on no division of
 the batch. MiDaS takes a median out where this takes a mean.
+Letters: N images of one size, H W pixels.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -46,21 +48,24 @@ class DepthCriterion:
         zero = output.metres.sum() * 0  # of images without depth, too, each parameter has a gradient
         sums = {"silog": zero, "gradient": zero, "relative": zero}
         known = targets.known.tolist()
-        relative = targets.relative.tolist()
-        extents = targets.extents if output.extents is None else output.extents
-        for image, (height, width) in enumerate(targets.sizes.tolist()):
-            if not known[image]:
-                continue
-            truth = targets.depth[image, :height, :width]
-            metres = interpolated(output.metres[image], extents[image].tolist(), (height, width))
+        sizes = targets.sizes.tolist()
+        extents = (targets.extents if output.extents is None else output.extents).tolist()
+        # Images that are alike go together: one by one their many small operations would keep a GPU waiting.
+        alike = defaultdict[tuple[bool, tuple[int, ...], tuple[float, ...]], list[int]](list)
+        for image, is_relative in enumerate(targets.relative.tolist()):
+            if known[image]:
+                alike[is_relative, tuple(sizes[image]), tuple(extents[image])].append(image)
+        for (is_relative, (height, width), extent), images in alike.items():
+            truth = targets.depth[images, :height, :width]
+            metres = interpolated(output.metres[images], extent, (height, width))
             is_known = truth > 0
-            if relative[image]:
+            if is_relative:
                 error = normalised(1 / metres, is_known) - normalised(truth, is_known)
-                sums["relative"] = sums["relative"] + _mean(error.abs(), is_known)
+                sums["relative"] = sums["relative"] + mean(error.abs(), is_known).sum()
             else:
                 error = metres.log() - truth.where(is_known, 1.0).log()
-                sums["silog"] = sums["silog"] + silog(error, is_known)
-            sums["gradient"] = sums["gradient"] + gradients(error, is_known)
+                sums["silog"] = sums["silog"] + silog(error, is_known).sum()
+            sums["gradient"] = sums["gradient"] + gradients(error, is_known).sum()
         return {
             "silog": sums["silog"] / loss_denominators["metric"],
             "gradient": sums["gradient"] / loss_denominators["images"],
@@ -68,32 +73,32 @@ class DepthCriterion:
         }
 
 
-def _mean(values: Tensor, is_known: Tensor) -> Tensor:
-    """Mean of the values (H, W) that are known."""
-    return values.where(is_known, 0.0).sum() / is_known.sum().clamp(min=1)
+def mean(values: Tensor, is_known: Tensor) -> Tensor:
+    """Mean (N,) of the values (N, H, W) that are known."""
+    return values.where(is_known, 0.0).sum(dim=(1, 2)) / is_known.sum(dim=(1, 2)).clamp(min=1)
 
 
 def silog(error: Tensor, is_known: Tensor) -> Tensor:
-    """sqrt(variance + 0.15 mean^2) of the error (H, W) of logarithms."""
-    mean = _mean(error, is_known)
-    variance = _mean((error - mean) ** 2, is_known)
-    return (variance + _MEAN_SHARE * mean**2).clamp(min=_TINY**2).sqrt()
+    """sqrt(variance + 0.15 mean^2) (N,) of the errors (N, H, W) of logarithms."""
+    means = mean(error, is_known)
+    variances = mean((error - means[:, None, None]) ** 2, is_known)
+    return (variances + _MEAN_SHARE * means**2).clamp(min=_TINY**2).sqrt()
 
 
 def gradients(error: Tensor, is_known: Tensor) -> Tensor:
-    """Mean difference of neighbours in an error (H, W), summed over both axes and all scales."""
-    total = error.new_zeros(())
+    """Mean difference (N,) of neighbours in errors (N, H, W), summed over both axes and all scales."""
+    total = error.new_zeros(len(error))
     for step in _STEPS:
-        coarse = error[::step, ::step]
-        inside = is_known[::step, ::step]
-        for axis in (0, 1):
+        coarse = error[:, ::step, ::step]
+        inside = is_known[:, ::step, ::step]
+        for axis in (1, 2):
             pairs = coarse.shape[axis] - 1
             both = inside.narrow(axis, 0, pairs) & inside.narrow(axis, 1, pairs)
-            total = total + _mean(coarse.diff(dim=axis).abs(), both)
+            total = total + mean(coarse.diff(dim=axis).abs(), both)
     return total
 
 
 def normalised(values: Tensor, is_known: Tensor) -> Tensor:
-    """Values (H, W) less their mean, over their mean distance from it."""
-    centred = values - _mean(values, is_known)
-    return centred / _mean(centred.abs(), is_known).clamp(min=_TINY)
+    """Values (N, H, W) less their mean, over their mean distance from it, image by image."""
+    centred = values - mean(values, is_known)[:, None, None]
+    return centred / mean(centred.abs(), is_known).clamp(min=_TINY)[:, None, None]

@@ -113,7 +113,6 @@ def aligned(predicted: npt.NDArray[np.float64], actual: npt.NDArray[np.float64])
 def judged_part(size: Size) -> npt.NDArray[np.bool_]:
     """(H, W) True for pixels that count in a map of this size."""
     height, width = size
-    part = np.ones(size, dtype=bool)
     rows = slice(None)
     columns = slice(None)
     if size == _NYU:
@@ -121,9 +120,9 @@ def judged_part(size: Size) -> npt.NDArray[np.bool_]:
     elif height in _KITTI_HEIGHTS and width in _KITTI_WIDTHS:
         rows = slice(*(int(share * height) for share in _GARG_ROWS))
         columns = slice(*(int(share * width) for share in _GARG_COLUMNS))
-    part[:] = False
-    part[rows, columns] = True
-    return part
+    does_count = np.zeros(size, dtype=bool)
+    does_count[rows, columns] = True
+    return does_count
 
 
 def coloured(values: Values, nearest: float, farthest: float) -> Picture:
@@ -131,9 +130,12 @@ def coloured(values: Values, nearest: float, farthest: float) -> Picture:
 
     Of relative maps `nearest` is the largest value.
     """
-    share = (values - nearest) / (farthest - nearest if farthest != nearest else 1.0)
-    places = np.linspace(0, 1, len(_COLOURS))
-    channels = [np.interp(share, places, _COLOURS[:, channel]) for channel in range(3)]
+    span = farthest - nearest
+    if span == 0:
+        span = 1.0
+    shares = (values - nearest) / span
+    stops = np.linspace(0, 1, len(_COLOURS))
+    channels = [np.interp(shares, stops, _COLOURS[:, channel]) for channel in range(3)]
     picture: Picture = np.stack(channels, axis=-1).round().astype(np.uint8)
     picture[values == 0] = _UNKNOWN
     return picture

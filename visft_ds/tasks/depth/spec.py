@@ -100,7 +100,7 @@ class Depth(Task):
         """
         predicted = values_of(example.results[0]["depth"])
         bounds = colour_range(predicted)
-        left = [np.asarray(scaled(example.pixels(), SIDE))]
+        above = [np.asarray(scaled(example.pixels(), SIDE))]
         title = "image"
         stored = example.raw.depth
         if stored is not None:
@@ -111,10 +111,10 @@ class Depth(Task):
             if not is_relative:
                 bounds = true_bounds
                 title = f"true: {true_bounds[0]:.2f} to {true_bounds[1]:.2f} m"
-            left.append(np.asarray(scaled(coloured(true, *true_bounds), SIDE)))
-        right = np.asarray(scaled(coloured(predicted, *bounds), SIDE))
-        told = f"predicted: {self.describe(example.results, {})}"
-        return side_by_side((np.concatenate(left), title), (right, told))
+            above.append(np.asarray(scaled(coloured(true, *true_bounds), SIDE)))
+        beside = np.asarray(scaled(coloured(predicted, *bounds), SIDE))
+        caption = f"predicted: {self.describe(example.results, {})}"
+        return side_by_side((np.concatenate(above), title), (beside, caption))
 
 
 SPEC = Depth()

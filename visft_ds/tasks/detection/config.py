@@ -22,7 +22,7 @@ from visft_ds.settings.task_schema import ImageSizes, TaskConfig
 class DetectionImage(ImageSizes):
     """Geometry of detection."""
 
-    #: short sides in front of a random crop, in pixels; one is drawn (DETR: 400, 500, 600)
+    #: short sides before a random crop, in pixels; one is drawn (DETR: 400, 500, 600)
     crop_min_size: Sides = (400, 500, 600)
     #: smallest and largest side of the crop that half of the images get, in pixels (DETR's RandomSizeCrop)
     crop_size: Annotated[tuple[Positive, Positive], Ascending] = (384, 600)
@@ -39,14 +39,14 @@ class DetectionHeadConfig(StrictModel):
     #: most boxes of an image, which AP and AR count as well (COCO: 100); default where an image of the data
     #: has more objects: half as many again
     max_detections: Positive = 100
-    #: a mask for each box of the dense head; objects without one teach boxes alone
+    #: mask head, a mask for each box of the dense head; objects without a mask train boxes alone
     masks: bool = False
     #: map that the dense head's boxes are read from, besides coarser ones; masks are read from all: 0 is the
     #: first of model.out_indices
     box_map: Count = 0
     #: channels of the dense head, a multiple of 32; the keys below are the DETR's (values: ViSFT's)
     width: Positive = 64
-    num_queries: Positive = 100  #: boxes that are predicted for an image
+    num_queries: Positive = 100  #: object queries, boxes that are predicted for an image (DETR: 100)
     encoder_dim: Positive = 128  #: channels of the encoder, a multiple of num_heads and of 4
     decoder_dim: Positive = 256  #: channels of the decoder, a multiple of num_heads
     encoder_layers: Depth = 6  #: transformer layers of the encoder
@@ -82,11 +82,11 @@ class DetectionLoss(StrictModel):
     mask alone.
     """
 
-    ce: Rate = 1.0  #: weight of the class loss (DETR)
-    l1: Rate = 5.0  #: weight of the L1 distance of boxes relative to the image (DETR)
-    giou: Rate = 2.0  #: weight of 1 - generalized IoU (DETR)
+    ce: Rate = 1.0  #: weight of the class loss (DETR: 1)
+    l1: Rate = 5.0  #: weight of the L1 distance of boxes relative to the image (DETR: 5)
+    giou: Rate = 2.0  #: weight of 1 - generalized IoU (DETR: 2)
     mask: Rate = 1.0  #: weight of the cross-entropy of masks (dense head)
-    eos_coef: Above = 0.1  #: class weight of "no object" in the cross-entropy (DETR)
+    eos_coef: Above = 0.1  #: class weight of "no object" in the cross-entropy (DETR: 0.1)
 
 
 class DetectionTask(TaskConfig):

@@ -27,11 +27,11 @@ class MaskDecoderConfig(StrictModel):
     type: Literal["plain"] = "plain"
     #: classes; default for ids that are not COCO's: the number of categories
     num_classes: Positive = 80
-    #: masks that are predicted (EoMT on COCO: 200)
+    #: object queries, masks that are predicted for an image (EoMT on COCO: 200)
     num_queries: Positive = 200
     #: transformer blocks (PMT: 6)
     blocks: Positive = 6
-    #: channels of the head, a multiple of 4 num_heads; null: as many as the last map has (PMT)
+    #: channels of the head, a multiple of 4 x num_heads; null: as many as the last map has (PMT)
     hidden_dim: Positive | None = None
     #: attention heads; null: one for every 64 channels (PMT)
     num_heads: Positive | None = None
@@ -76,11 +76,11 @@ class MaskLoss(StrictModel):
     dice: Rate = 5.0
     #: class weight of "no object" in the cross-entropy (DETR: 0.1)
     eos_coef: Above = 0.1
-    #: points of an object (Mask2Former: 112 x 112)
+    #: points of an object at which its masks are compared (Mask2Former: 112 x 112)
     train_num_points: Positive = 12544
-    #: random candidates for the uncertain points, times train_num_points; at least 1 (PointRend: 3)
+    #: random candidates for each point, of which the most uncertain are taken; at least 1 (PointRend: 3)
     oversample_ratio: Annotated[float, Field(ge=1)] = 3.0
-    #: share of the points that lie where the prediction is least certain (PointRend: 0.75)
+    #: share of the points that are taken where the prediction is least certain (PointRend: 0.75)
     importance_sample_ratio: Fraction = 0.75
 
 

@@ -18,13 +18,13 @@ class PanopticImage(StrictModel):
 
     #: side of the square that a training image is cropped to, pixels (EoMT: 640)
     size: Positive = 640
-    #: smallest and largest scale of a training image, of the one that fits the square (EoMT: 0.1, 2)
+    #: smallest and largest scale of a training image, 1 being that which fits the square (EoMT: 0.1, 2)
     scale: Annotated[tuple[Above, Above], Ascending] = (0.1, 2.0)
     #: probability of a horizontal flip (EoMT: 0.5)
     flip: Fraction = 0.5
     #: short side of an image in evaluation, pixels (EoMT: 640)
     min_size_test: Positive = 640
-    #: most pixels of its long side, which then decides (EoMT: 640)
+    #: largest long side in evaluation, pixels; it takes precedence over the short side (EoMT: 640)
     max_size_test: Positive = 640
     #: side of a square for training and evaluation, pixels, instead of the sizes above; null: none
     fixed_size: Positive | None = None
@@ -35,11 +35,11 @@ class PanopticHeadConfig(MaskDecoderConfig):
 
     #: classes; default: the number of panoptic categories
     num_classes: Positive = 133
-    #: ids of the categories of stuff, whose masks of an image become one segment; default: those of the data
+    #: ids of the stuff categories, whose masks of an image become one segment; default: those of the data
     stuff: Annotated[tuple[Count, ...], Field(strict=False)] = ()
-    #: probability of its class above which a mask is taken (EoMT, Mask2Former: 0.8)
+    #: class probability above which a mask is taken (EoMT, Mask2Former: 0.8)
     score: Fraction = 0.8
-    #: share of a mask that the others leave to it, above which it becomes a segment (EoMT, Mask2Former: 0.8)
+    #: share of a mask that no better one covers, above which it becomes a segment (EoMT, Mask2Former: 0.8)
     overlap: Fraction = 0.8
 
 

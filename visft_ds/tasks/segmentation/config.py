@@ -17,13 +17,13 @@ class SegmentationImage(StrictModel):
 
     #: side of the square that a training image is cropped to, pixels (ViSFT: 1024)
     size: Positive = 1024
-    #: smallest and largest scale of a training image, of the one that fits the square (LSJ: 0.1, 2)
+    #: smallest and largest scale of a training image, 1 being that which fits the square (LSJ: 0.1, 2)
     scale: Annotated[tuple[Above, Above], Ascending] = (0.1, 2.0)
     #: probability of a horizontal flip (ViSFT: 0.5)
     flip: Fraction = 0.5
     #: short side of an image in evaluation, pixels (detectron2: 800)
     min_size_test: Positive = 800
-    #: most pixels of its long side, which then decides (detectron2: 1333)
+    #: largest long side in evaluation, pixels; it takes precedence over the short side (detectron2: 1333)
     max_size_test: Positive = 1333
     #: side of a square for training and evaluation, pixels, instead of the sizes above; null: none
     fixed_size: Positive | None = None
@@ -39,13 +39,13 @@ class SegmentationHeadConfig(StrictModel):
     #: most masks of an image, which AP and AR count as well (COCO: 100); default where an image of the data
     #: has more objects: half as many again
     max_detections: Positive = 100
-    #: masks that are predicted for an image (Mask2Former: 100)
+    #: object queries, masks that are predicted for an image (Mask2Former: 100)
     num_queries: Positive = 100
     #: channels of the head, a multiple of num_heads and of 32 (Mask2Former: 256)
     hidden_dim: Positive = 256
-    #: layers of the pixel decoder (Mask2Former: 6)
+    #: transformer layers of the pixel decoder (Mask2Former: 6)
     encoder_layers: Depth = 6
-    #: layers of the queries (Mask2Former: 9)
+    #: transformer layers of the decoder (Mask2Former: 9)
     decoder_layers: Depth = 9
     #: attention heads (Mask2Former: 8)
     num_heads: Positive = 8
@@ -53,7 +53,7 @@ class SegmentationHeadConfig(StrictModel):
     n_points: Positive = 4
     #: channels inside the MLPs of the pixel decoder (ViSFT: 512)
     encoder_ffn_dim: Positive = 512
-    #: channels inside the MLPs of the queries (ViSFT: 1024)
+    #: channels inside the MLPs of the decoder (ViSFT: 1024)
     decoder_ffn_dim: Positive = 1024
     #: probability of dropout (Mask2Former: 0)
     dropout: Probability = 0.0

@@ -20,19 +20,18 @@ class SemanticImage(StrictModel):
 
     #: side of the square that a training image is cropped to, pixels (DINOv3: 512)
     size: Positive = 512
-    #: smallest and largest scale of a training image, of the one that fits the square (DINOv3: 0.5,
-    #: 2)
+    #: smallest and largest scale of a training image, 1 being that which fits the square (DINOv3: 0.5, 2)
     scale: Annotated[tuple[Above, Above], Ascending] = (0.5, 2.0)
     #: probability of a horizontal flip (DINOv3: 0.5)
     flip: Fraction = 0.5
     #: short side of an image in evaluation, pixels (DINOv3: 512)
     min_size_test: Positive = 512
-    #: most pixels of its long side, which then decides (DINOv3: 2048)
+    #: largest long side in evaluation, pixels; it takes precedence over the short side (DINOv3: 2048)
     max_size_test: Positive = 2048
     #: side of a square for training and evaluation, pixels, instead of the sizes above; null: none
     fixed_size: Positive | None = None
-    #: side of the overlapping squares along the longer side that evaluation uses, pixels, at least the short
-    #: side; null: whole images (EoMT: the short side)
+    #: side of the sliding windows of evaluation, pixels, at least min_size_test; null: whole images (EoMT:
+    #: the short side)
     window: Positive | None = 512
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -57,14 +56,14 @@ class SemanticPlainConfig(PlainHeadConfig):
 
     #: classes; default: the number of categories
     num_classes: Positive = 150
-    #: masks that are predicted for an image (EoMT on ADE20k: 100)
+    #: object queries, masks that are predicted for an image (EoMT on ADE20k: 100)
     num_queries: Positive = 100
 
 
 class SemanticLoss(StrictModel):
     """Weight of the linear head's cross-entropy."""
 
-    #: weight of the cross-entropy (the only loss: 1)
+    #: weight of the cross-entropy, the only loss
     ce: Rate = 1.0
 
 
