@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from tests.finished import SMALL
+from tests.golden.judge import record_in, run
 from tests.random_tower import adapter_of, header_of, move_adapters, save_adapter
 from tests.small_timm import random_base
 from tests.test_files import deep_png, tiff
@@ -25,11 +26,17 @@ from tests.tiny import command
 from visft_ds import evaluate, fit, load
 from visft_ds.data.dataset import read_raw
 from visft_ds.data.shards import Manifest, ShardReader
+from visft_ds.evals.judge.encoders import Encoder, square_preprocess
+from visft_ds.evals.judge.encoding import Settings, pictures
+from visft_ds.evals.judge.images import from_files, in_bands
+from visft_ds.evals.judge.kinds import parse_benchmark
+from visft_ds.evals.judge.protocol import QUICK
 from visft_ds.export.cli import main as export
 from visft_ds.files import read_bands
 from visft_ds.interop.layouts import fingerprint_of, load_backbone, model_of
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import save_tensors
+from visft_ds.merge.cli import main as merge
 from visft_ds.models import build_empty
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm
@@ -197,6 +204,7 @@ def test_a_range_is_found_over_train_and_holds_for_val(
         ([encoded(scene(0), planarconfig="contig")] * 3, ["--bands", "1.5"], "whole numbers"),
         ([encoded(scene(0), planarconfig="contig")] * 3, ["--range", "5000,9000"], "band 1 is 5000 in all"),
         ([palette()] * 3, ["--bands", "1"], "palette"),
+        ([encoded(DEEP[..., 0].astype(np.uint32))] * 3, [], "its values are uint32"),
         (
             [encoded(scene(0), planarconfig="contig")] * 3 + [encoded(scene(0, 3), planarconfig="contig")],
             [],
@@ -300,9 +308,7 @@ def test_a_model_of_colours_refuses_deep_pictures(tmp_path: Path) -> None:
         Image.fromarray(scene(0)[..., 0]),
         scene(0),
     ):
-        with pytest.raises(
-            ValueError, match=r"8 bits are read here|cannot be read as a picture|uint8 in an array"
-        ):
+        with pytest.raises(ValueError, match=r"8 bits are read here|uint8 in an array"):
             opened(picture)
 
 
@@ -377,6 +383,64 @@ def test_other_libraries_read_bands(tmp_path: Path, name: str) -> None:
         "--scale 0 --backbone FILE --out base.safetensors && visft export"
         in (tmp_path / "peft/README.md").read_text()
     )
+
+
+def test_judge_sees_the_bands_of_a_file_as_shares_of_their_range(tmp_path: Path) -> None:
+    """Other pictures, and kinds of data that need three colours, are refused."""
+    values = scene(0)[:32, :32]
+    (tmp_path / "1.tif").write_bytes(encoded(values, planarconfig="contig"))
+    images = in_bands(from_files([tmp_path / "1.tif"], tmp_path), FOUR)
+    normalisation = (FOUR.mean, FOUR.std)
+    encoder = Encoder(torch.nn.Identity(), (), square_preprocess(32, *normalisation), normalisation, 32, None)
+    (seen,) = pictures(encoder, images, Settings(torch.device("cpu"), "fp32", tmp_path, 1, 1))
+    expected = (torch.from_numpy(values[..., ::-1] / 4095) - torch.tensor(FOUR.mean)) / torch.tensor(FOUR.std)
+    assert torch.allclose(seen[0], expected.movedim(2, 0).float(), atol=1e-5)
+    with pytest.raises(ValueError, match="the images are of three colours"):
+        parse_benchmark("digits", QUICK, FOUR)
+    with pytest.raises(ValueError, match=r"read bands 4,3,2,1 of 4 .* zero_shot is for photographs"):
+        parse_benchmark(f"zero_shot={tmp_path}", QUICK, FOUR)
+
+
+@pytest.mark.slow
+def test_models_of_bands_are_judged_on_pictures_of_bands(tmp_path: Path) -> None:
+    """On files and on shards alike; shards of other bands and models of other bands are refused."""
+    name = "vit_test_patch8_siglip_gap_32"
+    _, adapter, _ = moved(name, tmp_path, FOUR)
+    plain = ["--backbone", str(tmp_path / "base.safetensors"), "--adapter", str(adapter), "--scale", "0"]
+    assert merge([*plain, "--out", str(tmp_path / "plain.safetensors")]) == 0
+    for number in range(12):
+        split = "train" if number < 6 else "val"
+        picture = encoded(scene(number)[:32, :48], planarconfig="contig")
+        for folder in (f"maps/images/{split}", f"classes/{split}/{number % 2}"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / f"{number}.tif").write_bytes(picture)
+        numbers = np.zeros((32, 48), np.uint8)
+        numbers[8:, : 3 * number + 8] = 1
+        (tmp_path / "maps/labels" / split).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(numbers).save(tmp_path / f"maps/labels/{split}/{number}.png")
+    (tmp_path / "maps/classes.txt").write_text("ground\nwater\n")
+    for bands in ("4,3,2,1", "1,2"):
+        shards = str(tmp_path / f"maps {bands}")
+        assert main([str(tmp_path / "maps"), "--range", "0,4095", "--bands", bands, "--out", shards]) == 0
+
+    plain_base = f"{tmp_path}/plain.safetensors"
+
+    def judged(*on: str, base: str = plain_base, quick: str = "--quick") -> str:
+        flags = ["--layers", "last", "--numbers", "in-context mIoU,kNN"]
+        flags += [word for text in on for word in ("--on", text.replace("=", f"={tmp_path}/", 1))]
+        models = [f"base={base}", f"tuned={tmp_path}/base.safetensors+{adapter}"]
+        return run(*models, *flags, *filter(None, [quick]), "--out", tmp_path / "out")[2]
+
+    assert judged("segmentation=maps", "segmentation=maps 4,3,2,1", "classification=classes") == ""
+    rows = {row["name"]: row["values"] for row in record_in(tmp_path / "out")["rows"]}
+    of_files = rows["segmentation/maps in-context mIoU"]
+    assert of_files == rows["segmentation/maps 4,3,2,1 in-context mIoU"] and of_files["base"] > 0
+    assert rows["classification/classes kNN"].keys() == {"base", "tuned"}
+
+    assert "the images are of bands 1,2 of 4 (uint16, 0 to 4095), and the" in judged("segmentation=maps 1,2")
+    assert "published protocols change colours: add --quick" in judged("segmentation=maps", quick="")
+    of_colours = f"timm:{name}:{tmp_path}/base.safetensors"
+    assert "tuned reads bands 4,3,2,1" in judged("segmentation=maps", base=of_colours)
 
 
 def squares(folder: Path, split: str, count: int, seed: int) -> None:

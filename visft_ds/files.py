@@ -45,6 +45,9 @@ _DEEP_VALUES = re.compile("[^;]+;(16|32)[A-Z]*")
 _TIFF_COLOURS = {2: 3, 5: 4, 6: 3, 8: 3}
 _TIFF_ALPHA = (1, 2)  # extra samples that mean transparency
 _BANDS_OF_MOST = 8  # of a picture with the most pixels; of smaller ones more
+_COLOURS_ONLY = (
+    "it has {}, and colours of 8 bits are read here; convert it, or train on such pictures (docs/bands.md)"
+)
 _PALETTE = "its values are numbers of a palette, no bands: save it with colours (RGB) or as grey"
 #: Modes of Pillow whose values are those of the file.
 _MODES_OF_BANDS = ("L", "LA", "RGB", "RGBA", "I;16", "I;16B")
@@ -395,6 +398,9 @@ def opened_header(
             try:
                 opened = Image.open(file, formats=FORMATS)
             except UnidentifiedImageError:
+                frame = _tiff_frame(file)
+                if frame is not None:
+                    raise ValueError(_COLOURS_ONLY.format(frame.beyond)) from None
                 file.seek(0)
                 start = file.read(12)
                 raise ValueError(f"it begins with {start!r}" if start else "the file is empty") from None
@@ -431,10 +437,7 @@ def refuse_beyond(image: Image.Image) -> None:
     """Raise ValueError for a picture that is not loaded yet and has more than colours of 8 bits."""
     beyond = _beyond(image)
     if beyond:
-        raise ValueError(
-            f"it has {beyond}, and colours of 8 bits are read here; convert it, or train on such pictures "
-            "(docs/bands.md)"
-        )
+        raise ValueError(_COLOURS_ONLY.format(beyond))
 
 
 def raw_mode(tile: Any) -> str:

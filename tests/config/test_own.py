@@ -6,9 +6,11 @@ import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.coco_tree import write_shards
 from tests.map_folder import bands, write_pair
 from tests.test_printed_commands import failures, of_output
 from visft_ds.config import ResolvedConfig
@@ -56,6 +58,31 @@ def test_photographs_alone_choose_the_recipe(shards: Path) -> None:
     assert "fewer than a batch of 16" in reasons["visft.shared.batch_size"]
 
 
+def test_objects_are_pasted_where_masks_of_boxes_are_learnt(shards: Path, tmp_path: Path) -> None:
+    key = "visft.shared.image.paste"
+
+    def decided(folder: Path, *flags: str) -> tuple[int, str]:
+        config = _resolved(folder, *flags)
+        assert config.visft.shared is not None
+        reasons = {name: why for name, _, why in config.decisions}
+        return config.visft.shared.image.paste, reasons.get(key, "")
+
+    both = "--tasks=detection,segmentation"
+    assert decided(shards, both) == (4, "objects with masks, pasted into other photographs")
+    assert decided(shards) == (0, "captioning, whose labels know nothing of pasted objects")
+    assert decided(shards, both, f"--set={key}=0") == (0, "")
+    for flags in (("--tasks=detection",), (both, "--tile=640"), ("--tasks=segmentation",)):
+        assert decided(shards, *flags) == (0, "")
+
+    def strip(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"]:
+            del annotation["segmentation"]
+
+    without_masks = write_shards(tmp_path, change=strip, captions=False, train=20)
+    with pytest.raises(ValueError, match="no object of the data has one"):
+        decided(without_masks, "--tasks=detection", f"--set={key}=2")
+
+
 def test_a_smaller_batch_is_accumulated_as_often_as_the_others(shards: Path) -> None:
     """Captions have batches of 256 in the published recipe; twelve images cannot be divided as eight can."""
     sizes = {"detection": 8, "segmentation": 8, "captioning": 256}
@@ -74,7 +101,7 @@ def test_flags_replace_what_the_recipe_chose(shards: Path) -> None:
     visft = config.visft
     assert (config.total_steps, visft.run.eval_every, visft.run.save_every) == (90, 30, 30)
     assert (
-        visft.run.keep_best == "box/AP50"
+        visft.run.keep_best == "box/AP"
         and visft.features is not None
         and visft.features.cache == "here/features"
     )

@@ -155,6 +155,7 @@ def toy_towers() -> Iterator[None]:
     brief = replace(QUICK, **short)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(models, "_load_backbone", load)
+        patched.setattr(command, "bands_read", lambda spec: None)
         patched.setattr(command, "QUICK", brief)
         patched.setattr(command, "_SHOWN", 1)  # drawing takes half of the time
         patched.setattr(pages, "line_chart", lambda *_, **__: "")  # and the chart of a page a quarter

@@ -64,6 +64,8 @@ SCENE_VIEWS = 2
 SCENE_BATCH = 8
 #: Photographs whose features are kept: those of all views are 1 MB each.
 MOST_KEPT = 2000
+#: Objects of another photograph that are pasted into one, at most.
+PASTED = 4
 #: Sides of a zoom's window: a caption may name what a small one cuts off.
 ZOOM_WITH_CAPTIONS = (0.8, 1.2)
 
@@ -108,6 +110,7 @@ def settle(words: Sequence[str] | None = None, processes: int = 1) -> Settled:
             _decide_by_objects(draft, list(manifests.values()), fine_block)
         if draft.recipe.visft.stage == 1:
             _decide_masks(draft, fine_block)
+            _decide_paste(draft, list(manifests.values()))
     if options.epochs is not None:
         _decide_length(draft, options.epochs, list(manifests.values()))
     if merged.model == SMALL_DATA and manifests:
@@ -419,6 +422,28 @@ def _decide_masks(draft: Draft, fine_block: int | None) -> None:
         draft.decide(values, f"masks, which also read the map of stride {FINE_CELL}")
 
 
+def _decide_paste(draft: Draft, manifests: Sequence[Manifest]) -> None:
+    """Objects of other photographs in each one, where masks of boxes are learnt of whole photographs.
+
+    Captions, label and depth maps say nothing of what is pasted, and ellipses that stand for masks would
+    carry their surroundings along.
+    """
+    visft = draft.recipe.visft
+    tasks = visft.tasks.enabled()
+    detection = tasks.get("detection")
+    if detection is None or not getattr(detection.head, "masks", False):
+        return
+    stream = next(stream for stream in visft.streams().values() if "detection" in stream.tasks)
+    key = f"{stream.key}.image.paste"
+    others = [name for name in stream.tasks if tasks[name].labels != "annotations"]
+    if others:
+        draft.decide({key: 0}, f"{', '.join(others)}, whose labels know nothing of pasted objects")
+    elif any(manifest.options.get("masks_from_boxes") for manifest in manifests):
+        draft.decide({key: 0}, "masks that are ellipses drawn into boxes")
+    elif stream.tiles is None:
+        draft.decide({key: PASTED}, "objects with masks, pasted into other photographs")
+
+
 def _decide_for_few(draft: Draft, manifests: Sequence[Manifest]) -> None:
     """Length, zoom, kept features and evaluations in between, by number and labels of the photographs."""
     images = sum(len(manifest) for manifest in manifests)
@@ -446,7 +471,8 @@ def _decide_for_few(draft: Draft, manifests: Sequence[Manifest]) -> None:
     is_off = draft.tree.is_stated("visft.run.eval_every") and visft.run.eval_every == 0
     if manifest_path(Path(visft.data.root), visft.data.val).is_file() and not is_off:
         values["visft.run.eval_every"] = every
-        values["visft.run.keep_best"] = config_class(next(iter(tasks))).main
+        # AP50 of boxes comes near to 1 long before they fit, and chance would choose among such steps.
+        values["visft.run.keep_best"] = config_class(next(iter(tasks))).main.replace("AP50", "AP")
     draft.decide(values, f"the recipe for {images} photographs")
 
 

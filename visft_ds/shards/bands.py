@@ -58,7 +58,7 @@ def form_of(paths: Sequence[Path], value_range: Range | None, numbers: Sequence[
             forms[_form(path, is_asked)] += 1
         except ValueError as error:
             problem = error
-    if is_asked and not forms and problem is not None:
+    if not forms and problem is not None:
         raise problem
     most_common = forms.most_common(1)[0][0] if forms else None
     if most_common is None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
+from visft_ds.settings.bands import Bands
 from visft_ds.tasks.pictures import Picture
 
 FloatArray = npt.NDArray[np.float64]
@@ -37,6 +38,9 @@ class ImageSet:
     stored: Sequence[Path | tuple[int, int]] = ()
     #: (images,), numbers of what images come from together, such as patients or videos.
     groups: IntArray | None = None
+    bands: Bands | None = None  #: that the images have in place of three colours
+    #: (n, H, W) float32, bands as shares of their range; `read` is for colours
+    read_bands: Callable[[int], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.names)

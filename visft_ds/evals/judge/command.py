@@ -19,7 +19,8 @@ from visft_ds import distributed
 from visft_ds.evals.judge.comparison import Comparison
 from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.kinds import parse_benchmarks
-from visft_ds.evals.judge.model_text import parse_variants
+from visft_ds.evals.judge.model_text import ModelSpec, parse_variants
+from visft_ds.evals.judge.models import bands_read
 from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
 from visft_ds.evals.judge.rehearsal import published_hours, rehearsal
 from visft_ds.evals.judge.table import Results, Row, rows_of, section
@@ -33,6 +34,7 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.ops import use_numerics
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
+from visft_ds.settings.bands import Bands, in_words
 from visft_ds.tasks.pictures import Picture
 
 PAGE = "judge.html"
@@ -51,7 +53,8 @@ def run_judge(flags: argparse.Namespace) -> None:
     variants = parse_variants([flags.base, *flags.tuned, *flags.control], download=flags.download)
     protocol = QUICK if flags.quick else PUBLISHED
     only = [name.strip() for name in flags.numbers.split(",")] if flags.numbers else []
-    benchmarks, primary = parse_benchmarks(flags.on, flags.primary, protocol, only)
+    bands = _bands(variants, quick=flags.quick)
+    benchmarks, primary = parse_benchmarks(flags.on, flags.primary, protocol, only, bands)
     _check_folder(flags.out, primary)
     best = flags.layers == "all"
     if flags.dry_run:
@@ -108,6 +111,27 @@ def _settings(flags: argparse.Namespace) -> Settings:
     use_numerics(device, tf32=precision != "fp32")
     cache = flags.cache or flags.out / SCORES
     return Settings(device, precision, cache, flags.batch_size, min(8, distributed.cores()))
+
+
+def _bands(variants: Mapping[str, Sequence[ModelSpec]], *, quick: bool) -> Bands | None:
+    """The bands that all models read; None: three colours of 8 bits.
+
+    Raises ValueError for models of different bands, and for bands without --quick.
+    """
+    specs = [spec for models in variants.values() for spec in models]
+    base = bands_read(specs[0])
+    for spec in specs[1:]:
+        bands = bands_read(spec)
+        if in_words(bands) != in_words(base):
+            raise ValueError(
+                f"{spec.label} reads {in_words(bands)}, and {specs[0].label} {in_words(base)}: "
+                "give models of the same bands"
+            )
+    if base is not None and not quick:
+        raise ValueError(
+            f"{specs[0].label} reads {in_words(base)}, and published protocols change colours: add --quick"
+        )
+    return base
 
 
 def _check_folder(out: Path, primary: str) -> None:

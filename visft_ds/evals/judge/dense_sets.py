@@ -32,8 +32,10 @@ import numpy.typing as npt
 import orjson
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from PIL import Image
+from torch import Tensor
 
 from visft_ds.data.dataset import labels_of_split
+from visft_ds.data.decode import stored_pixels
 from visft_ds.data.depth import in_metres, read_numbers, read_unit
 from visft_ds.data.shards import Category, Manifest, ShardReader, splits_in
 from visft_ds.evals.judge.benchmark import ImageSet, Label
@@ -46,10 +48,10 @@ from visft_ds.evals.judge.images import (
     from_files,
     image_files,
     read_lines,
+    shares,
 )
 from visft_ds.files import checked_name, image_frame, open_image, read_bytes, reading
 from visft_ds.monitor.console import gauge
-from visft_ds.settings.bands import in_words
 from visft_ds.shards.coco import name_as_here, read_coco
 from visft_ds.shards.common import CLASSES, FolderSplit
 from visft_ds.shards.layouts import recognise
@@ -323,10 +325,7 @@ def _of_folder(split: FolderSplit, most: int) -> DenseSet:
 
 def _of_shards(root: Path, split: str, most: int) -> DenseSet:
     manifest = Manifest.load(root, split)
-    if manifest.bands is not None:
-        raise ValueError(
-            f"{root} has pictures of {in_words(manifest.bands)}; give photographs in three colours"
-        )
+    bands = manifest.bands
     reader = ShardReader(manifest)
     samples = every(len(reader), most)
 
@@ -334,10 +333,18 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
         image, _ = reader.read(samples[number], "images")
         return open_image(image or b"", reader.describe(samples[number]), upright=False)
 
+    def read_bands(number: int) -> Tensor:
+        image, _ = reader.read(samples[number], "images")
+        assert bands is not None
+        return shares(stored_pixels(image or b"", bands), bands)
+
     labels = list(labels_of_split(reader, samples))
     rows = manifest.index[samples]
     stored = list(zip(rows["image_size"].tolist(), rows["image_crc32"].tolist(), strict=True))
-    images = ImageSet([label["file_name"] for label in labels], read, manifest.fingerprint, stored=stored)
+    names = [label["file_name"] for label in labels]
+    images = ImageSet(names, read, manifest.fingerprint, stored=stored)
+    if bands is not None:
+        images = replace(images, bands=bands, read_bands=read_bands)
     data = _of_outlines(images, labels, manifest.categories, is_map="maps" in manifest.labels)
     if _ELLIPSES in manifest.findings:
         count = manifest.findings[_ELLIPSES][0]

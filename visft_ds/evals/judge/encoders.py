@@ -7,7 +7,7 @@ Every encoder is a module `(images, kinds) -> {kind: tensor}` that computes all 
     clip    (B, E)        the CLIP embedding, of length 1
     patches (B, D, h, w)  the feature map
 
-and takes images as its `preprocess` makes them: RGB, resized and cropped to squares, normalised.
+and takes images as its `preprocess` makes them: RGB, or bands, resized and cropped to squares, normalised.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 #: What open_clip calls weights in a repository, where its list names no file.
 OPEN_CLIP_FILES: tuple[str, ...] = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-Preprocess = Callable[[Image.Image], Tensor]  #: RGB image -> (3, side, side)
+#: RGB image, or bands (n, H, W) as shares of their range -> (3 or n, side, side)
+Preprocess = Callable[[Image.Image | Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Encoder:
     preprocess: Preprocess
     normalisation: tuple[
         Sequence[float], Sequence[float]
-    ]  #: (mean, std) of RGB in [0, 1], the last step of it
+    ]  #: (mean, std) of RGB, or of each band, in [0, 1], the last step of it
     side: int  #: of its images, pixels
     text: TextTower | None
 

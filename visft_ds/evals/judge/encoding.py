@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 from visft_ds.evals.judge.benchmark import Benchmark, ImageSet
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
@@ -178,11 +180,16 @@ def pictures(
     settings: Settings,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Iterator[Tensor]:
-    """Batches of images as the model takes them, (n, 3, side, side); the next ones are decoded meanwhile."""
+    """Batches of images as the model takes them, (n, C, side, side); the next ones are decoded meanwhile."""
     side = encoder.side
     square = square_preprocess(side, *encoder.normalisation)  # a model's own may cut off the borders
 
     def load(number: int) -> Tensor:
+        if images.read_bands is not None:
+            bands = images.read_bands(number)
+            if images.stretched:
+                bands = resize(bands, [side, side], InterpolationMode.BICUBIC)
+            return square(bands)
         image = images.read(number)
         if images.stretched:
             return square(image.resize((side, side), resample))

@@ -18,11 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
+import torch
 from PIL import Image
+from torch import Tensor
 
+from visft_ds.data.decode import bands_of, levels
 from visft_ds.evals.judge.benchmark import ImageSet
-from visft_ds.files import open_image, read_bytes, reading
+from visft_ds.files import open_image, read_bands, read_bytes, reading
+from visft_ds.settings.bands import Bands, in_words
 from visft_ds.shards.division import group_in
 
 #: The parts that models are judged on, the first one that a data set has.
@@ -82,6 +87,30 @@ def from_files(paths: Sequence[Path], root: Path) -> ImageSet:
     return ImageSet(names, read, digest(facts), stored=paths)
 
 
+def in_bands(images: ImageSet, bands: Bands | None) -> ImageSet:
+    """The images as models see them that read bands (None: three colours of 8 bits).
+
+    Raises ValueError for shards of other bands, and for images that are neither shards nor files.
+    """
+    if bands is not None and images.bands is None:
+        paths = [path for path in images.stored if isinstance(path, Path)]
+        if len(paths) == len(images):
+
+            def read(number: int) -> Tensor:
+                path = paths[number]
+                return shares(bands_of(read_bands(path), bands, str(path)), bands)
+
+            return replace(images, bands=bands, read_bands=read)
+    if in_words(images.bands) != in_words(bands):
+        raise ValueError(f"the images are of {in_words(images.bands)}, and the models read {in_words(bands)}")
+    return images
+
+
+def shares(values: npt.NDArray[Any], bands: Bands) -> Tensor:
+    """Values (H, W, n) of the bands that are read -> (n, H, W) float32, shares of the range."""
+    return torch.from_numpy(levels(values, bands) / 255).movedim(2, 0)
+
+
 def changed(images: ImageSet, change: Callable[[int, Image.Image], Image.Image], how: str) -> ImageSet:
     """The same images after something was done to each; `how` states all that it depends on."""
 
@@ -94,12 +123,14 @@ def changed(images: ImageSet, change: Callable[[int, Image.Image], Image.Image],
 def chosen(images: ImageSet, numbers: Sequence[int]) -> ImageSet:
     """Some of the images, in the given order; one may come several times."""
     indices = np.asarray(numbers, dtype=np.int64)
+    of_bands = images.read_bands
     return replace(
         images,
         names=[images.names[number] for number in numbers],
         stored=[images.stored[number] for number in numbers] if images.stored else (),
         groups=None if images.groups is None else images.groups[indices],
         read=lambda place: images.read(numbers[place]),
+        read_bands=None if of_bands is None else lambda place: of_bands(numbers[place]),
         fingerprint=digest((images.fingerprint, indices.tobytes())),
     )
 

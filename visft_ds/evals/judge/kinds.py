@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from visft_ds.settings.bands import Bands, in_words
 from visft_ds.settings.fields import nearest
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from visft_ds.evals.judge.protocol import Protocol
 
 SEGMENTATION = "segmentation"
+OF_BANDS = (SEGMENTATION, "depth", "classification")  #: what models of bands can be judged on
 DIGITS = "digits"  #: scikit-learn's, a data set that needs no file
 _Data = TypeVar("_Data", "ClassSet", "DenseSet")
 
@@ -41,11 +43,13 @@ class Request:
     void: int | None  #: number that means no class in label maps
     vlm: str | None  #: folder of a vision-language model
     head: str | None  #: run with a captioning head
+    bands: Bands | None = None  #: that the models read
 
     def grouped(self, images: ImageSet) -> ImageSet:
-        """The images with their groups, if there are such."""
-        from visft_ds.evals.judge.images import grouped
+        """The images in the bands that the models read, with their groups, if there are such."""
+        from visft_ds.evals.judge.images import grouped, in_bands
 
+        images = in_bands(images, self.bands)
         return images if self.groups is None else grouped(images, self.groups)
 
     def with_groups(self, *parts: _Data) -> list[_Data]:
@@ -235,8 +239,11 @@ def kinds_help() -> str:
     return "\n".join(paragraphs)
 
 
-def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
+def parse_benchmark(text: str, protocol: Protocol, bands: Bands | None = None) -> Benchmark:
     """Read one --on of a command line; opens its data set, so far as to know what there is.
+
+    Args:
+        bands: that the models read; None: three colours of 8 bits.
 
     Raises:
         ValueError: an unknown kind or key, or whatever is wrong with the data set.
@@ -256,6 +263,11 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
                 f"--on {text}: {key!r} is not a setting of {name}; allowed: {', '.join(kind.keys)}"
             )
         options[key] = value
+    if bands is not None and name not in OF_BANDS:
+        raise ValueError(
+            f"--on {text}: the models read {in_words(bands)}, and {name} is for photographs in three "
+            f"colours; allowed: {', '.join(OF_BANDS)}"
+        )
     void = options.get("void")
     if void is not None and not void.isdecimal():
         raise ValueError(f"--on {text}: void={void} is not a number from 0 to 255")
@@ -270,24 +282,30 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
             void=None if void is None else int(void),
             vlm=options.get("vlm"),
             head=options.get("head"),
+            bands=bands,
         )
     )
 
 
 def parse_benchmarks(
-    texts: Sequence[str], primary: str | None, protocol: Protocol, only: Sequence[str] = ()
+    texts: Sequence[str],
+    primary: str | None,
+    protocol: Protocol,
+    only: Sequence[str] = (),
+    bands: Bands | None = None,
 ) -> tuple[list[Benchmark], str]:
     """(all benchmarks of a command line, full name of the number that decides: by default the first of the
     first segmentation).
 
     Args:
         only: names of numbers, full or without their data set; none: all.
+        bands: that the models read.
 
     Raises:
         ValueError: as `parse_benchmark`; also if two have the same name, or none has the primary or a only
             number.
     """
-    benchmarks = [parse_benchmark(text, protocol) for text in texts]
+    benchmarks = [parse_benchmark(text, protocol, bands) for text in texts]
     labels = [benchmark.label for benchmark in benchmarks]
     for label in labels:
         if labels.count(label) > 1:

@@ -96,7 +96,8 @@ def blocks_of(encoder: Encoder, settings: Settings) -> dict[str, int]:
     if not hasattr(model, "of_block") or not model.backbone.ends():
         return {END: 0}
     encoder.module.to(settings.device)
-    image = torch.randn(1, 3, encoder.side, encoder.side, generator=torch.Generator().manual_seed(0))
+    shape = (1, len(encoder.normalisation[0]), encoder.side, encoder.side)
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     blocks = [*model.backbone.ends(), END]
     features = forward(read_after(encoder, *blocks), image, ["patches"], settings)
     maps = [features[f"{block} patches"] for block in blocks]

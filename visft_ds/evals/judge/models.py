@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from visft_ds.evals.judge.encoders import CLIP, BackboneEncoder, Encoder, open_clip_encoder, square_preprocess
 from visft_ds.evals.judge.model_text import ModelSpec
 from visft_ds.evals.judge.text import projection_of, text_tower_in
+from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.layouts import (
     MODEL,
     base_parameters,
@@ -32,7 +33,7 @@ from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import KINDS, dense_update, lora_layers
 from visft_ds.ops import DTYPES
 from visft_ds.predict.loading import adapter_for
-from visft_ds.settings.bands import in_words
+from visft_ds.settings.bands import Bands
 from visft_ds.settings.fields import Precision
 
 
@@ -50,17 +51,31 @@ def load_encoder(spec: ModelSpec, precision: Precision) -> Encoder:
     return _load_backbone(spec, precision)
 
 
+def bands_read(spec: ModelSpec) -> Bands | None:
+    """The bands that a model reads, by what its files say of it; None: three colours of 8 bits."""
+    if spec.open_clip:
+        return None
+    path = Path(spec.name)
+    adapter = adapter_for(path, spec.adapter) if spec.adapter else None
+    stored = _stored_model(spec, open_model(path), adapter)
+    return Bands.of((spec.model or stored).get("bands"))
+
+
+def _stored_model(spec: ModelSpec, file: Weights, adapter: Adapter | None) -> Mapping[str, Any]:
+    """What a backbone is, by its weights, its adapter or its run."""
+    of_adapter = None if adapter is None else adapter.model
+    if MODEL not in file.metadata and of_adapter is not None:
+        return of_adapter
+    if spec.model and MODEL not in file.metadata:
+        return spec.model
+    return model_in(file)
+
+
 def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
     path = Path(spec.name)
     file = open_model(path)
     adapter = adapter_for(path, spec.adapter) if spec.adapter else None
-    of_adapter = None if adapter is None else adapter.model
-    if MODEL not in file.metadata and of_adapter is not None:
-        stored = of_adapter
-    elif spec.model and MODEL not in file.metadata:
-        stored = spec.model
-    else:
-        stored = model_in(file)
+    stored = _stored_model(spec, file, adapter)
     model = dict(spec.model or stored)
     if "image_size" in stored:  # which the name of a model of timm does not tell
         model.setdefault("image_size", stored["image_size"])
@@ -78,18 +93,14 @@ def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
             print(f"warning: {problem}", file=sys.stderr)
         # Beside the weights and not in them: a sum rounded to 16 bit loses most of a small adapter.
         adapter.scaled(spec.scale).install(backbone)
-    if backbone.bands is not None:
-        raise ValueError(
-            f"{spec.label} reads {in_words(backbone.bands)}, and benchmarks are photographs: measure "
-            "it by visft evaluate"
-        )
     if spec.block is not None:
         backbone.read_after((spec.block,))
 
     normalisation = (backbone.pixel_mean, backbone.pixel_std)
     projection = None
     if isinstance(backbone, EvaViT):
-        normalisation = CLIP
+        if backbone.bands is None:
+            normalisation = CLIP
         if not backbone.layers_read:
             projection = projection_of(path, backbone.width)
     module = BackboneEncoder(backbone, projection).requires_grad_(False).eval()

@@ -99,7 +99,7 @@ def seconds_of(spec: ModelSpec, settings: Settings) -> float:
     """Seconds that a model takes for an image."""
     encoder = load_encoder(spec, settings.precision)
     encoder.module.to(settings.device)
-    images = torch.zeros(_BATCH, 3, encoder.side, encoder.side)
+    images = torch.zeros(_BATCH, len(encoder.normalisation[0]), encoder.side, encoder.side)
     forward(encoder, images, ("patches",), settings)  # the first one also fetches and compiles
     began = time.perf_counter()
     forward(encoder, images, ("patches",), settings)["patches"].cpu()

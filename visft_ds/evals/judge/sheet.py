@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from visft_ds.evals.judge.benchmark import FloatArray, Score
+from visft_ds.data.decode import as_rgb
+from visft_ds.evals.judge.benchmark import FloatArray, ImageSet, Score
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.tasks.pictures import Picture, draw_objects, grid, palette, side_by_side
 
@@ -29,7 +30,7 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
     first, *_, last = overlaps.values()
     rows = []
     for number in typical(last - first, count):
-        image = np.asarray(test.images.read(number))
+        image = _pixels(test.images, number)
         plain = draw_objects(image, [], [], {}, side=SIDE)
         truth = _drawn(image, test.label(number), test.classes)
         panels = [(plain, "picture"), (truth, "ground truth")]
@@ -40,6 +41,12 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
             panels.append((drawn, f"{model}: {percent:.0f}"))
         rows.append(side_by_side(*panels))
     return grid(rows)
+
+
+def _pixels(images: ImageSet, number: int) -> Picture:
+    if images.read_bands is None:
+        return np.asarray(images.read(number))
+    return as_rgb(255 * images.read_bands(number).movedim(0, 2).numpy())
 
 
 def _overlaps(test: DenseSet, score: Score) -> FloatArray:
