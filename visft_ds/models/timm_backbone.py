@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visft_ds import importing
 from visft_ds.models.eva_vit import Grids, last_block, stack_padded
 from visft_ds.pretrained import check_timm
 from visft_ds.settings.bands import Bands
@@ -364,9 +363,8 @@ def build_model(
     none).
     """
     check_timm(name)
-    with importing():
-        import timm
-        from timm.layers import set_reentrant_ckpt
+    import timm
+    from timm.layers import set_reentrant_ckpt
 
     set_reentrant_ckpt(False)  # a reentrant checkpoint gives no gradient to adapters behind a frozen stem
     size = {} if image_size is None else {"img_size": image_size}

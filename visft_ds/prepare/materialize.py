@@ -29,6 +29,7 @@ from visft_ds.interop.layouts import (
     is_lora,
     is_small,
     open_backbone,
+    set_tensor,
 )
 from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.model import MultiTaskModel
@@ -251,7 +252,7 @@ def fill_model(
             if is_parameter:
                 value = nn.Parameter(value, like.requires_grad)
                 placement.place(value)
-            _set(part, name, value)
+            set_tensor(part, name, value)
 
     def read_backbone(name: str) -> Tensor:
         return first_value(backbone, name, config.seed) if is_lora(name) else base.read(name)
@@ -259,7 +260,7 @@ def fill_model(
     try:
         fill(backbone, "backbone.", read_backbone)
         for name, value in base.buffers.items():
-            _set(backbone, name, value)
+            set_tensor(backbone, name, value)
     except ValueError as error:
         if all(name in held for name, _ in module.named_parameters()):
             raise
@@ -273,9 +274,3 @@ def fill_model(
             settings = config.tasks.enabled()[task].head
             drawn = TASKS[task].build_head(backbone.shapes, settings, vocabulary_size).state_dict()
             fill(head, f"heads.{task}.", drawn.pop)
-
-
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    """Set a parameter or buffer by its dotted name."""
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, value)
