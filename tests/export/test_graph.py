@@ -38,7 +38,14 @@ from visft_ds.tasks.masks.interpolation import interpolated
 
 @pytest.mark.parametrize(
     ("height", "width", "size"),
-    [(48, 64, (32, 32)), (64, 43, (32, 32)), (10, 7, (32, 32)), (43, 64, (43, 64)), (128, 96, (32, 17))],
+    [
+        (48, 64, (32, 32)),
+        (64, 43, (32, 32)),
+        (10, 7, (32, 32)),
+        (43, 64, (43, 64)),
+        (128, 96, (32, 17)),
+        (900, 1200, (32, 43)),
+    ],
 )
 def test_pictures_are_scaled_exactly_as_training_scales_them(
     height: int, width: int, size: tuple[int, int]

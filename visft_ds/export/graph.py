@@ -235,14 +235,19 @@ def merged_adapters(backbone: Backbone) -> Iterator[None]:
 def resized(levels: Tensor, size: Size) -> Tensor:
     """Pictures (B, 3, H, W), whole numbers from 0 to 255, at this size, exactly as torch scales bytes.
 
-    Bilinear with antialias: first columns, then rows, each rounded to bytes. Sums of products are exact in
-    fp32 as long as a picture is at most four times as large.
+    Bilinear with antialias: first columns, then rows, each rounded to bytes. Sums stay below 2**24, up to
+    where fp32 is exact, as long as a side becomes at most a hundred times as short.
     """
     height, width = size
-    columns = _scaling(levels.shape[3], width, levels.device)
-    rows = _scaling(levels.shape[2], height, levels.device)
-    narrow = torch.floor(levels @ columns.T + 0.5).clamp(0, 255)
-    return torch.floor(rows @ narrow + 0.5).clamp(0, 255)
+    columns, unit = _scaling(levels.shape[3], width, levels.device)
+    narrow = _bytes(levels @ columns.coarse.T, levels @ columns.fine.T, unit)
+    rows, unit = _scaling(levels.shape[2], height, levels.device)
+    return _bytes(rows.coarse @ narrow, rows.fine @ narrow, unit)
+
+
+def _bytes(coarse: Tensor, fine: Tensor, unit: Tensor) -> Tensor:
+    """(256 coarse + fine) / unit, rounded, where all three are whole and the unit is a multiple of 512."""
+    return torch.floor((coarse + torch.floor(fine / 256)) / (unit / 256) + 0.5).clamp(0, 255)
 
 
 def levels_of(values: Tensor, bands: Bands) -> Tensor:
@@ -273,8 +278,15 @@ def _scaling_of_floats(pixels: int, wanted: int, like: Tensor) -> Tensor:
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-def _scaling(pixels: int, wanted: int, device: torch.device) -> Tensor:
-    """Matrix (wanted, pixels) of a triangle around each new pixel, rounded as torch rounds it.
+class Weights(NamedTuple):
+    """Whole numbers (wanted, pixels), 256 coarse + fine."""
+
+    coarse: Tensor
+    fine: Tensor
+
+
+def _scaling(pixels: int, wanted: int, device: torch.device) -> tuple[Weights, Tensor]:
+    """Weights of a triangle around each new pixel, rounded as torch rounds them, and their unit.
 
     All is computed in whole numbers, which no runtime rounds otherwise, up to quotients that are whole.
     """
@@ -290,7 +302,8 @@ def _scaling(pixels: int, wanted: int, device: torch.device) -> Tensor:
     unit = torch.where(fitting, scales, 1).max()
     # TensorRT has no operators for the quotient of whole numbers, nor for their clamp above.
     weights = quotient(2 * heights * unit + sums, 2 * sums)
-    return weights / unit.float()
+    coarse = torch.floor(weights / 256)
+    return Weights(coarse, weights - 256 * coarse), unit.float()
 
 
 def modules_of(task: str, maps: Maps, head: nn.Module, ids: Sequence[int]) -> dict[str, nn.Module]:
