@@ -78,6 +78,18 @@ def test_more_images_teach_both_stages(steps: dict[str, Step]) -> None:
     assert "visft.param_groups=backbone.blocks.1.*" in steps["last-block-seed0"].command  # of two
 
 
+@pytest.mark.parametrize(
+    ("model", "globs"),
+    [("debug", "backbone.*norm*"), ("efficientnet_lite0", "backbone.*bn*")],
+    ids=["ViT", "convolutions"],
+)
+def test_norms_are_named_as_the_model_names_them(model: str, globs: str) -> None:
+    """A group that matches no parameter is refused, after the trainings before it."""
+    words = ["--model", model, "--out", "out", "--variants", "norms"]
+    steps = Experiment(_parser().parse_args(words)).steps.steps
+    assert f"visft.param_groups={globs}" in steps["norms-seed0"].command
+
+
 def test_variants_may_be_judged_at_equal_shift_alone() -> None:
     words = [*WORDS, "--variants", PERMUTED, "--equal-shift", "--numbers", "in-context mIoU"]
     steps = Experiment(_parser().parse_args(words)).steps.steps

@@ -14,6 +14,7 @@ continues an interrupted experiment. Exit status: 0 fine, 1 a step failed, 2 wro
 from __future__ import annotations
 
 import argparse
+import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 STYLE_IMAGES = 100  #: drawings of each drawn style that probes learn from, and as many that are judged
 HELD_OUT = "heart,arrow"  #: shapes that no training image shows
+_NORMS = ("backbone.*norm*", "backbone.*bn*")  # names of normalisations in ViTs and convolutional networks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,7 +136,7 @@ class Experiment:
         self.steps = Steps(flags.out)
         stage1 = resolve(stage=1, model=flags.model, settings=flags.set)
         stage2 = resolve(stage=2, model=flags.model, settings=flags.set)
-        recipe = {"stage1_mode": stage1.visft.mode, "last_block": _last_block(stage2.visft.model)}
+        recipe = {"stage1_mode": stage1.visft.mode, **_parameters(stage2.visft.model)}
         for name, resolved in {"stage1_lr": stage1, "stage2_lr": stage2}.items():
             for part, divisor in {"": 1, "_tenth": 10, "_hundredth": 100}.items():
                 recipe[f"{name}{part}"] = f"{resolved.optimizer.params.lr / divisor:g}"
@@ -299,8 +301,8 @@ class Experiment:
         return self.steps.add(name, *command, resumes=True)
 
 
-def _last_block(model: ModelConfig) -> str:
-    """Glob of the parameters of the last block that training reads."""
+def _parameters(model: ModelConfig) -> dict[str, str]:
+    """Globs of the parameters of the last block that training reads, and of all normalisations."""
     import torch
 
     from visft_ds.models import build_empty
@@ -308,7 +310,9 @@ def _last_block(model: ModelConfig) -> str:
     backbone = build_empty(model.preset, torch.float32, model.backbone_options())
     ends = backbone.ends()
     last = max(model.out_indices, default=len(ends) - 1)
-    return f"backbone.{ends[last]}.*"
+    names = [f"backbone.{name}" for name, _ in backbone.named_parameters()]
+    norms = [pattern for pattern in _NORMS if fnmatch.filter(names, pattern)]
+    return {"last_block": f"backbone.{ends[last]}.*", "norms": ",".join(norms)}
 
 
 def _slug(name: str) -> str:

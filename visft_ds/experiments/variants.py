@@ -37,7 +37,8 @@ def _without_lora(parameters: str, lr: str) -> Variant:
 
 _RANDOM_HEADS = ("visft.heads.start=random", "visft.mode=$stage1_mode")
 #: In settings, $NAME is a value of the recipe: `stage1_lr` and `stage2_lr`, with `_tenth` and `_hundredth`,
-#: `stage1_mode`, and `last_block`, the globs of the parameters of the last block that is read.
+#: `stage1_mode`, and `last_block` and `norms`, globs of the parameters of the last block that is read and of
+#: normalisations.
 VARIANTS = {
     FIRST: Variant(),
     PERMUTED: Variant(permuted=True),
@@ -57,7 +58,7 @@ VARIANTS = {
     "rank 4": Variant(("visft.lora.rank=4",)),
     "rank 64": Variant(("visft.lora.rank=64",)),
     "biases": _without_lora("backbone.*bias", "$stage2_lr"),
-    "norms": _without_lora("backbone.*norm*,backbone.*bn*", "$stage2_lr"),
+    "norms": _without_lora("$norms", "$stage2_lr"),
     "last block": _without_lora("$last_block", "$stage2_lr_tenth"),
     "everything": _without_lora("backbone.*", "$stage2_lr_tenth"),
     "random heads": Variant(
