@@ -26,7 +26,8 @@ from visft_ds.data.samples import RawSample
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.labels import captions
 from visft_ds.evals.labels.doubts import Doubt, doubts_of, region_doubts, with_probabilities
-from visft_ds.evals.labels.pictures import near_duplicates, picture_features
+from visft_ds.predict.likeness import near_duplicates, picture_features
+from visft_ds.shards.cli import main as shards
 from visft_ds.tasks.semantic.results import number_map
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -312,6 +313,27 @@ def test_near_duplicates_are_found_and_nothing_else() -> None:
     pairs = near_duplicates(train + (common + common[..., ::-1]), mirrored)
     assert sorted((pair.first, pair.second) for pair in pairs) == [(1, 4), (2, 5)]
     assert near_duplicates(train, train[:0]) == []
+
+
+def test_shards_name_pictures_that_stand_in_both_splits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0)
+    for number in range(6):
+        split = "train" if number < 3 else "val"
+        (tmp_path / "data" / split).mkdir(parents=True, exist_ok=True)
+        if number < 5:
+            pixels = np.kron(noise.integers(0, 256, (7, 7, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"data/{split}/{number}.png")  # the last one is the fifth
+        with (tmp_path / f"data/{split}/metadata.jsonl").open("a") as file:
+            file.write(json.dumps({"file_name": f"{number}.png", "text": "noise"}) + "\n")
+    shutil.copy(tmp_path / "data/val/5.png", tmp_path / "data/train/0.png")
+    words = [str(tmp_path / "data"), "--near-duplicates", str(finished.runs() / "stage1")]
+    assert shards(words) == 0
+    printed = capsys.readouterr().out
+    assert "val/4.png and train/0.png" in printed and "2 of 3 pictures of val" in printed
+    assert shards([*words, "--split", "train", "--replace"]) == 2
+    assert "needs the splits train and val" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")

@@ -54,10 +54,15 @@ def form_of(paths: Sequence[Path], value_range: Range | None, numbers: Sequence[
     forms = Counter[tuple[int, str] | None]()
     problem: ValueError | None = None
     for path in paths[:_LOOKED_AT]:
+        if not is_asked and not _is_deep(path):
+            forms[None] += 1
+            continue
         try:
-            forms[_form(path, is_asked)] += 1
+            values = read_bands(path)
         except ValueError as error:
             problem = error
+        else:
+            forms[values.shape[2], str(values.dtype)] += 1
     if not forms and problem is not None:
         raise problem
     most_common = forms.most_common(1)[0][0] if forms else None
@@ -80,12 +85,12 @@ def form_of(paths: Sequence[Path], value_range: Range | None, numbers: Sequence[
     return Form(count, kind_of_value, tuple(numbers or range(1, count + 1)), value_range)
 
 
-def _form(path: Path, is_asked: bool) -> tuple[int, str] | None:
-    """(bands, type of values) of a picture; None for colours of 8 bits, unless it is asked for."""
-    if not is_asked and not image_frame(path).beyond:
-        return None
-    values = read_bands(path)
-    return values.shape[2], str(values.dtype)
+def _is_deep(path: Path) -> bool:
+    """Return True for a picture of more than colours of 8 bits."""
+    try:
+        return bool(image_frame(path).beyond)
+    except ValueError:
+        return False  # no picture at all, which is named when shards are built
 
 
 def tiff_of(values: npt.NDArray[Any]) -> bytes:

