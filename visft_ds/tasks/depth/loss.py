@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
@@ -55,9 +56,13 @@ class DepthCriterion:
         for image, is_relative in enumerate(targets.relative.tolist()):
             if known[image]:
                 alike[is_relative, tuple(sizes[image]), tuple(extents[image])].append(image)
+        # By number from tuples: a list as an index would be copied to the GPU, which waits for it.
+        predicted = output.metres.unbind()
+        actual = targets.depth.unbind()
         for (is_relative, (height, width), extent), images in alike.items():
-            truth = targets.depth[images, :height, :width]
-            metres = interpolated(output.metres[images], extent, (height, width))
+            truth = torch.stack([actual[image][:height, :width] for image in images])
+            maps = torch.stack([predicted[image] for image in images])
+            metres = interpolated(maps, extent, (height, width))
             is_known = truth > 0
             if is_relative:
                 error = normalised(1 / metres, is_known) - normalised(truth, is_known)
