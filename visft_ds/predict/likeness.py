@@ -40,7 +40,7 @@ class Pair:
 def compare_splits(
     backbone: ImageFeatures, train: Manifest, validation: Manifest, limit: int | None = None
 ) -> Section:
-    """Which pictures of validation are nearly one of the training's, as it is printed: metrics say nothing of
+    """Pictures of validation that are nearly one of the training's, in printed form: metrics say nothing of
     these.
 
     Args:

@@ -62,7 +62,7 @@ def bands_read(spec: ModelSpec) -> Bands | None:
 
 
 def _stored_model(spec: ModelSpec, file: Weights, adapter: Adapter | None) -> Mapping[str, Any]:
-    """What a backbone is, by its weights, its adapter or its run."""
+    """The description of a backbone, by its weights, its adapter or its run."""
     of_adapter = None if adapter is None else adapter.model
     if MODEL not in file.metadata and of_adapter is not None:
         return of_adapter
