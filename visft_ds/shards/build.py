@@ -136,12 +136,12 @@ def _find_second_pictures(image: SourceImage, options: Options, findings: Findin
         else:
             image.depth = SecondPicture.at(path)
     if options.panoptic is not None:
-        found = options.panoptic.map_of(image.file_name)
-        if found is None:
+        listed = options.panoptic.map_of(image.file_name)
+        if listed is None:
             findings.add("image without panoptic map (kept)", image.file_name)
         else:
-            image.panoptic = SecondPicture.at(found.file)
-            image.segments = found.segments
+            image.panoptic = SecondPicture.at(listed.file)
+            image.segments = listed.segments
 
 
 def _cut(images: Sequence[SourceImage], max_size: int) -> list[list[SourceImage]]:

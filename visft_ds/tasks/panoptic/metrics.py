@@ -62,8 +62,8 @@ def measure_panoptic(truth: Mapping[str, Any], results: Results, per_category: b
 def _qualities(counts: Floats) -> Floats:
     """PQ, SQ and RQ of the sum of IoUs, and the numbers of true and false positives and false negatives."""
     iou, hits, false, missed = counts
-    wanted = hits + false / 2 + missed / 2
-    return np.array([iou / wanted, iou / max(hits, 1), hits / wanted])
+    segments = hits + false / 2 + missed / 2
+    return np.array([iou / segments, iou / max(hits, 1), hits / segments])
 
 
 def _add(
