@@ -86,10 +86,10 @@ def test_a_tower_that_ends_early_is_a_shorter_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "layers", "behind"),
     [
-        ("vit_test_patch8_clip_quickgelu_32", (0,), ("blocks.1.",)),
         ("vit_test_plus_patch8_dinov3_qkvb", (0,), ("blocks.1.",)),
         ("vit_test_patch8_siglip_32", (0,), ("blocks.1.", "attn_pool.")),
-        ("vit_test_patch8_siglip_32", (), ("attn_pool.",)),
+        pytest.param("vit_test_patch8_clip_quickgelu_32", (0,), ("blocks.1.",), marks=pytest.mark.slow),
+        pytest.param("vit_test_patch8_siglip_32", (), ("attn_pool.",), marks=pytest.mark.slow),
     ],
 )
 def test_a_base_that_ends_early_is_a_shorter_model_of_timm(
@@ -142,11 +142,11 @@ def test_several_maps_come_out_of_what_is_exported(tmp_path: Path) -> None:
     "name",
     [
         "vit_small_plus_patch16_dinov3",
-        "vit_base_patch32_clip_quickgelu_224.openai",
-        "vit_base_patch16_siglip_224.v2_webli",
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
+                "vit_base_patch32_clip_quickgelu_224.openai",
+                "vit_base_patch16_siglip_224.v2_webli",
                 *(
                     "vit_7b_patch16_dinov3.lvd1689m",
                     "vit_base_patch16_dinov3_qkvb",

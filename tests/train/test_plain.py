@@ -30,6 +30,7 @@ PLAIN: dict[str, object] = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_resumed_in_the_middle_of_annealing_is_the_same(shards: Path, tmp_path: Path) -> None:
     """From a checkpoint half-way, masks come and go by the same draws; means and spreads are those that it
     holds.
