@@ -242,8 +242,9 @@ def difference_of(task: str, head: dict[str, object]) -> Difference:
         ("semantic", {"type": "linear"}),
         ("depth", {"type": "linear"}),
         ("depth", {"type": "dpt", "hidden_dim": 8}),
+        ("depth", {"type": "linear", "relative": True}),
     ],
-    ids=["dense", "dense with masks", "plain", "plain classes", "panoptic", "linear", "depth", "dpt"],
+    ids=["dense", "dense with masks", "plain", "plain classes", "panoptic", "linear", "depth", "dpt", "unit"],
 )
 def test_an_answer_is_what_the_task_makes_of_its_head(task: str, head: dict[str, object]) -> None:
     """Where a picture fills part of a frame, decoded with and without suppressed doubles."""

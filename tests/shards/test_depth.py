@@ -56,13 +56,29 @@ def test_units_and_relative_maps(tmp_path: Path) -> None:
         (first, _) = sorted(labels_of_split(ShardReader(manifest)), key=lambda label: label["file_name"])
         assert first["depth"]["metres"] == metres and manifest.options["depth"] == (metres or unit)
         values = values_of(first["depth"])
+        head = settle(["--data", str(manifest.root)]).config.visft.tasks.depth.head
+        assert (head.farthest, head.relative) == (10.0, metres is None)  # the defaults hold such depths
         if metres is None:
+            assert manifest.farthest is None
             with pytest.raises(ValueError, match="relative"):
                 read_depth({"train": 2, "test": 2}, str(folder))
         else:
             assert np.abs(values - slope(0, 64, 40)).max() < 1 / 512 + 1e-6
             judged, _ = read_depth({"train": 2, "test": 2}, str(folder))
             assert np.array_equal(judged.label(0), values)
+    folder = write_depth(tmp_path / "outdoors", 2, 2, unit="0.00390625")
+    (folder / "depth/unit.txt").write_text("0.0625")
+    assert main([str(folder)]) == 0
+    manifest = Manifest.load(Path(f"{folder}-shards"), "train")
+    largest = 16 * max(slope(0, 64, 40).max(), slope(1).max())
+    assert manifest.farthest == pytest.approx(largest, rel=0.01)
+    config = settle(["--data", str(manifest.root)]).config
+    assert config.visft.tasks.depth.head.farthest == np.ceil(manifest.farthest)
+    reasons = {key: why for key, _, why in config.decisions}
+    reason = reasons["visft.tasks.depth.head.farthest"]
+    assert reason == f"the data, whose depths reach {manifest.farthest:.1f} m"
+    own = settle(["--data", str(manifest.root), "--set", "visft.tasks.depth.head.farthest=80"]).config
+    assert own.visft.tasks.depth.head.farthest == 80
     far = np.array([[0, 70.0, 1.5]], dtype=np.float32)  # more than 16 bits of millimetres
     assert encoded(far)["metres"] == 1 / 256 and np.array_equal(values_of(encoded(far)), far)
 

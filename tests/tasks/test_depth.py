@@ -21,9 +21,10 @@ from tests.tasks.whole_way import check_engines, of_one_task, whole_way
 from tests.tiny import SETTINGS, losses, words_of
 from visft_ds import evaluate, fit
 from visft_ds.config import resolve
-from visft_ds.data.depth import encoded, read_numbers, values_of
+from visft_ds.data.depth import encoded, encoded_relative, read_numbers, values_of
 from visft_ds.data.samples import Map, RawSample, Sample
 from visft_ds.data.transforms import Crop, Flip, Op, Pad, Resize
+from visft_ds.predict.results import Prediction
 from visft_ds.randomness import generator
 from visft_ds.shards.cli import main as make_shards
 from visft_ds.tasks import TASKS
@@ -238,6 +239,12 @@ def test_metrics_by_hand() -> None:
         {"images": [{"id": 7, "depth": inverse}]}, [{"image_id": 7, "depth": exact}], DepthHeadConfig()
     )
     assert found["depth/AbsRel"] < 1e-6 and found["depth/delta1"] == 1
+    # Of a head without a unit, whose numbers are 3 / depth + 1.
+    relative = encoded_relative(np.array([[2.5, 1.75, 1.6, 4, 4]], np.float32))
+    for image in ({"id": 7, "depth": inverse}, {"id": 7, "depth": exact}):
+        images = {"images": [image]}
+        found = measure_depth(images, [{"image_id": 7, "depth": relative}], DepthHeadConfig(relative=True))
+        assert found["depth/AbsRel"] < 1e-4 and found["depth/delta1"] == 1
     with pytest.raises(ValueError, match="no depth"):
         measure_depth({"images": [{"id": 8, "depth": None}]}, [], DepthHeadConfig())
 
@@ -260,6 +267,13 @@ def test_results_have_the_stored_size_and_millimetres() -> None:
     (result,) = depth_results(DepthOutput(metres), batch)
     wanted = F.interpolate(metres[:1, None], (31, 47), mode="bilinear")[0, 0]
     assert result["image_id"] == 1 and np.abs(values_of(result["depth"]) - wanted.numpy()).max() < 6e-4
+    (result,) = depth_results(DepthOutput(metres, relative=True), batch)
+    numbers = values_of(result["depth"])
+    assert result["depth"]["metres"] is None and numbers.max() == 65_535
+    assert np.abs(numbers / (65_535 * wanted.min().item()) - 1 / wanted.numpy()).max() < 1e-4
+    assert "without a unit" in TASKS["depth"].describe([result], {})
+    prediction = Prediction(np.zeros((31, 47, 3), np.uint8), None, {}, {"depth": [result]})
+    assert not prediction.depth_has_unit and " m" not in repr(prediction)
 
 
 def test_a_backbone_may_pad_an_image_to_whole_cells() -> None:

@@ -83,9 +83,20 @@ def in_metres(numbers: npt.NDArray[Any], unit: float) -> Values:
 def encoded(metres: Values) -> dict[str, Any]:
     """Metres (H, W) as a label has them: in millimetres, or 1/256 m where a depth exceeds 65.5 m."""
     unit = MILLIMETRES if metres.max() < _LARGEST * MILLIMETRES else _KITTI
-    numbers = (metres.astype(np.float64) / unit).round().clip(0, _LARGEST)
+    return _packed(metres.astype(np.float64) / unit, unit)
+
+
+def encoded_relative(values: Values) -> dict[str, Any]:
+    """Values (H, W) above 0 without a unit, the nearer the larger, as a label has them: the largest is 65535,
+    none is 0.
+    """
+    return _packed((values.astype(np.float64) * (_LARGEST / values.max())).clip(min=1), None)
+
+
+def _packed(numbers: npt.NDArray[np.float64], unit: float | None) -> dict[str, Any]:
     file = io.BytesIO()
-    Image.fromarray(numbers.astype(np.uint16)).save(file, "PNG", compress_level=1)
+    whole = numbers.round().clip(0, _LARGEST).astype(np.uint16)
+    Image.fromarray(whole).save(file, "PNG", compress_level=1)
     return stored_depth(file.getvalue(), unit)
 
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import orjson
 from pydantic import Field, NonNegativeInt, TypeAdapter
 
+from visft_ds.data.depth import RELATIVE
 from visft_ds.data.fetch import Cache, check_protocol, is_url, opened, read_url, sha256_of
 from visft_ds.files import read_bytes, reading, write_bytes, wrong_name
 from visft_ds.settings.bands import Bands
@@ -116,6 +117,9 @@ class Manifest:
     index_sha256: Sha256
     bands: Bands | None = None  #: of the pictures; None: three colours of 8 bits
     panoptic: tuple[PanopticCategory, ...] = ()  #: categories of panoptic labels, beside those of the others
+    #: Depth in metres that all but one of a thousand known pixels of each map stay within; None: no depth in
+    #: metres, or shards of an earlier release.
+    farthest: float | None = None
     cache: Cache = field(default_factory=Cache)  #: for copies of what lies behind URLs
 
     def __len__(self) -> int:
@@ -163,6 +167,8 @@ class Manifest:
         names = {field.name for field in fields(self)} - {"root", "cache"}
         values = {name: getattr(self, name) for name in names}
         values |= {"format": FORMAT, "version": VERSION}
+        if self.farthest is None:
+            del values["farthest"]
         if self.bands is None:
             del values["bands"]
         else:
@@ -205,6 +211,11 @@ class Manifest:
     def category_ids(self) -> frozenset[int]:
         """The ids of the categories in the source."""
         return frozenset(category.coco_id for category in self.categories)
+
+    @property
+    def has_relative_depth(self) -> bool:
+        """Return True if its depth maps have no unit."""
+        return self.options.get("depth") == RELATIVE
 
     @cached_property
     def panoptic_ids(self) -> frozenset[int]:

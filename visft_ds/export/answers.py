@@ -193,8 +193,11 @@ def _around(inside: Tensor) -> Tensor:
 
 
 def depths(output: DepthOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
-    """depth (B, H, W) in metres: as `depth.results.depth_results`, not rounded."""
-    return {"depth": picture.fine(output.metres)}
+    """depth (B, H, W) in metres, or inverse_depth without a unit: as `depth.results.depth_results`, not
+    rounded.
+    """
+    metres = picture.fine(output.metres)
+    return {"inverse_depth": 1 / metres} if output.relative else {"depth": metres}
 
 
 def class_maps(output: SemanticOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:

@@ -266,7 +266,7 @@ def _classes(model: Model, task: str, stream: Stream) -> dict[str, Any]:
     """Facts about the labels of a task: the category of each, or the word of each id."""
     info = model._loaded.heads[task]
     if task == "depth":
-        return {}
+        return {"relative": info.settings().relative}
     if TASKS[task].uses_vocabulary:
         vocabulary = model._loaded.vocabulary
         assert vocabulary is not None

@@ -77,6 +77,9 @@ _DEPTH = """
 metres = output["depth"]  # (height, width)
 print(f"{metres.min():.2f} to {metres.max():.2f} m")
 Image.fromarray((1000 * metres).clip(0, 65535).astype(np.uint16)).save("depth.png")  # millimetres"""
+_RELATIVE_DEPTH = """
+values = output["inverse_depth"]  # (height, width), without a unit: the nearer the larger
+Image.fromarray((65535 / values.max() * values).clip(1).astype(np.uint16)).save("depth.png")"""
 _SEGMENTS = """
 segments = output["segments"]  # (height, width): 1 is the first of scores and labels, 0 is none
 for number, (score, label) in enumerate(zip(output["scores"], output["labels"]), 1):
@@ -140,6 +143,7 @@ Written by `visft export` (visft_ds {version}): the whole model, from bytes of a
 | `logits` | of semantic segmentation (B, C, h, w); of a caption's step (B, words) |
 | `segments` | (B, height, width) of each pixel, its segment's place from 1 in `scores` and `labels`, or 0 |
 | `depth` | (B, height, width) metres along the camera's axis |
+| `inverse_depth` | in its place after relative maps: no unit, any scale and offset, the nearer the larger |
 | `caption_ids` | (B,) the next word of each caption, a place in `words` |
 
 The metadata of each file, under `visft`, has these facts as JSON: categories or words, sizes, licence.
@@ -189,7 +193,7 @@ def readme(title: str, form: str, facts: Mapping[str, Mapping[str, Any]], lines:
         elif task == "semantic":
             use = _CLASSES
         elif task == "depth":
-            use = _DEPTH
+            use = _RELATIVE_DEPTH if first["relative"] else _DEPTH
         elif task == "panoptic":
             use = _SEGMENTS
         elif task is not None:

@@ -26,7 +26,7 @@ BOXES = 1e-3  #: largest difference of a side, pixels
 SHARE = 1e-5
 SCORES = 1e-5  #: largest difference of a score
 MASKS = 0.999  #: least share of the pixels of a picture that a mask or class map has in common
-DEPTHS = 1e-3  #: largest difference of a depth, as a share of the farthest one of its picture
+DEPTHS = 1e-3  #: largest difference of a depth, as a share of the largest value of its picture
 #: Largest number of pixels that differ, as a share of those at the borders of all masks or regions of a map:
 #: rounding moves a few, a shift by half a pixel moves a quarter of them.
 BORDERS = 0.01
@@ -95,7 +95,7 @@ class Difference:
     shares: float = 0.0  #: largest difference of these, as a share of the longer side of the picture
     scores: float = 0.0
     masks: float | None = None  #: least share of equal pixels of a mask or class map; None: there are none
-    depths: float = 0.0  #: as a share of the farthest depth of a picture
+    depths: float = 0.0  #: as a share of the largest value of a picture
     pixels: int = 0  #: of all masks or class maps that differ
     borders: int = 0  #: pairs of neighbouring pixels of which one is inside, or has another class
     other: str = ""  #: what cannot be compared at all, of the first such picture
@@ -111,7 +111,7 @@ class Difference:
         if self.masks is not None and self.masks < MASKS:
             problems.append(f"{self.masks:.2%} of the pixels of a mask are equal (limit {MASKS:.1%})")
         if self.depths > DEPTHS:
-            problems.append(f"depths differ by {self.depths:.2%} of the farthest (limit {DEPTHS:.1%})")
+            problems.append(f"depths differ by {self.depths:.2%} of the largest (limit {DEPTHS:.1%})")
         if self.pixels > max(1, BORDERS * self.borders):  # one is within rounding, however few there are
             problems.append(f"{self._pixels()} (limit {BORDERS:.0%})")
         if self.other:
@@ -125,7 +125,7 @@ class Difference:
         if self.task == "semantic":
             return self._pixels()
         if self.task == "depth":
-            return f"depths differ by {self.depths:.1e} of the farthest"
+            return f"depths differ by {self.depths:.1e} of the largest"
         if self.objects == 0:
             return "no objects on either side, nothing was compared"
         if self.task == "panoptic":

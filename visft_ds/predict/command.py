@@ -20,9 +20,9 @@ import torch
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from tqdm import tqdm
 
-from visft_ds.data.depth import png_of
+from visft_ds.data.depth import RELATIVE, UNIT_FILE, png_of
 from visft_ds.data.panoptic import png_of_numbers
-from visft_ds.files import read_bytes, reading, write_bytes
+from visft_ds.files import read_bytes, reading, write_bytes, write_text
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.predict.images import MOST_IN_TILES, OpenedImage, open_file, printable
 from visft_ds.predict.model import Model, load
@@ -151,7 +151,8 @@ def predict(
         rows.append((", ".join(without), f"no object scores {threshold:g} or more: lower --threshold"))
     written = [RESULTS, f"{VISUALIZATIONS}/"]
     if DEPTH in loaded.tasks:
-        written.append(f"{DEPTH}/")
+        has_unit = all(result["depth"]["metres"] is not None for result in whole[DEPTH])
+        written.append(f"{DEPTH}/" if has_unit else f"{DEPTH}/ (relative, without a unit)")
     if PANOPTIC in loaded.tasks:
         written += [f"{PANOPTIC}.json", f"{PANOPTIC}/"]
     rows.append(("written", f"{out}: {', '.join(written)}"))
@@ -173,6 +174,8 @@ def _with_depth_file(results: Mapping[str, Results], out: Path, drawing: str) ->
         return results
     (result,) = results[DEPTH]
     file = _write_map(out, DEPTH, drawing, png_of(result["depth"]))
+    if result["depth"]["metres"] is None:
+        write_text(out / DEPTH / UNIT_FILE, f"{RELATIVE}\n")
     named = {"file": str(file), "metres": result["depth"]["metres"]}
     return {**results, DEPTH: [{**result, "depth": named}]}
 

@@ -13,7 +13,7 @@ import torch
 from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 
 from visft_ds.data.decode import as_rgb
-from visft_ds.data.depth import encoded
+from visft_ds.data.depth import encoded, encoded_relative
 from visft_ds.files import reading
 from visft_ds.flags import check_extra
 from visft_ds.predict.images import OpenedImage
@@ -154,6 +154,8 @@ def results_of_outputs(
 ) -> Results:
     """Results of the outputs for a picture of this size (H, W), in COCO's format; `ids` of its categories."""
     results = Results()
+    if "inverse_depth" in outputs:
+        return [{"image_id": 0, "depth": encoded_relative(outputs["inverse_depth"])}]
     if task == "depth":
         return [{"image_id": 0, "depth": encoded(outputs["depth"])}]
     if task == "semantic":

@@ -230,9 +230,18 @@ class Prediction:
 
     @property
     def depth(self) -> Values | None:
-        """Metres (H, W) along the camera's axis; None if the model has no depth head."""
+        """Metres (H, W) along the camera's axis; None if the model has no depth head.
+
+        Of a head that learnt relative maps, where `depth_has_unit` is False: numbers above 0 of any scale and
+        offset, the nearer the larger.
+        """
         results = self.results.get("depth")
         return None if results is None else values_of(results[0]["depth"])
+
+    @property
+    def depth_has_unit(self) -> bool:
+        """True if `depth` is in metres."""
+        return "depth" in self.results and self.results["depth"][0]["depth"]["metres"] is not None
 
     @property
     def panoptic(self) -> npt.NDArray[np.int32] | None:
@@ -308,8 +317,9 @@ class Prediction:
                 panels.append((draw_regions(self.image, regions, self.categories, side), title))
         depth = self.depth
         if depth is not None:
-            picture = coloured(depth, *colour_range(depth))
-            panels.append((np.asarray(scaled(picture, side)), "depth, near is bright"))
+            title = "depth" if self.depth_has_unit else "relative depth"
+            picture = coloured(depth, *colour_range(depth, relative=not self.depth_has_unit))
+            panels.append((np.asarray(scaled(picture, side)), f"{title}, near is bright"))
         return Image.fromarray(side_by_side(*panels))
 
     def _drawn(self, objects: Objects, side: int, **shapes: Any) -> npt.NDArray[np.uint8]:

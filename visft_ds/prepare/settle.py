@@ -479,6 +479,7 @@ def _decide_for_few(draft: Draft, manifests: Sequence[Manifest]) -> None:
 def _decide_sizes(draft: Draft, sets: Mapping[str, TrainingSet], processes: int) -> None:
     """Bands of the backbone, classes of the heads, and batches that the images fill."""
     _decide_bands(draft, sets)
+    _decide_depths(draft, sets)
     _decide_classes(draft, next(iter(sets.values())).manifest)
     _decide_detections(draft, sets)
     visft = draft.recipe.visft
@@ -511,6 +512,23 @@ def _decide_bands(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
         )
     for training_set in sets.values():
         check_bands(training_set.manifest, draft.recipe.visft.model.bands)
+
+
+def _decide_depths(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
+    """Depths as far as those of the data, where these lie beyond what a head predicts by default; none in
+    metres after relative maps alone.
+    """
+    task = draft.recipe.visft.tasks.enabled().get("depth")
+    if task is None:
+        return
+    manifests = [taught.manifest for taught in sets.values() if "depth" in taught.manifest.labels]
+    if all(manifest.has_relative_depth for manifest in manifests):
+        why = "the data, whose depth maps are relative: predictions have no unit"
+        draft.decide({"visft.tasks.depth.head.relative": True}, why)
+    farthest = max((manifest.farthest or 0.0 for manifest in manifests), default=0.0)
+    if farthest > type(task.head).model_fields["farthest"].default:
+        why = f"the data, whose depths reach {farthest:.1f} m"
+        draft.decide({"visft.tasks.depth.head.farthest": float(math.ceil(farthest))}, why)
 
 
 def _decide_detections(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:

@@ -59,12 +59,14 @@ def write_shard(
     rows = list[list[int]]()
     left_out = list[tuple[str, str]]()
     odd = list[tuple[str, str]]()
+    farthest = 0.0
     statistics = None if options.form is None else Statistics(options.form)
     with writing(path) as file:
         for image in images:
             progress(1)
             try:
-                label = image.label(**_maps_of(image, options))
+                maps, depth = _maps_of(image, options)
+                label = image.label(**maps)
                 if statistics is None:
                     suffix, data, kinds = _picture(image, options)
                 else:
@@ -73,6 +75,7 @@ def write_shard(
                 reason = str(error).removeprefix(f"{options.images / image.file_name}: ")
                 left_out.append((image.file_name, reason))
                 continue
+            farthest = max(farthest, depth)
             odd += [(kind, image.file_name) for kind in kinds]
             key = f"{image.image_id:012d}"
             row = _add_member(file, f"{key}.{suffix}", data)
@@ -89,18 +92,23 @@ def write_shard(
         "rows": rows,
         "left_out": left_out,
         "odd": odd,
+        "farthest": farthest,
         "bands": None if statistics is None else statistics.record(),
     }
 
 
-def _maps_of(image: SourceImage, options: Options) -> Json:
-    """The maps of an image as its label has them. Raises ValueError for one that cannot be used."""
+def _maps_of(image: SourceImage, options: Options) -> tuple[Json, float]:
+    """The maps of an image as its label has them, and how far its depths reach, 0 if it has none in metres.
+
+    Raises ValueError for a map that cannot be used.
+    """
     maps = Json()
+    farthest = 0.0
     if image.depth is not None and options.depth is not None:
-        maps["depth"] = depth_of(image, options.depth)
+        maps["depth"], farthest = depth_of(image, options.depth)
     if image.panoptic is not None:
         maps["panoptic"] = panoptic_of(image)
-    return maps
+    return maps, farthest
 
 
 def _add_member(tar: BinaryIO, name: str, data: bytes) -> list[int]:

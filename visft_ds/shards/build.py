@@ -186,6 +186,8 @@ def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[M
     bands = None
     if options.form is not None and records:
         bands = bands_of(options.form, [record["bands"] for record in records])
+    # Shards that an earlier release finished do not say it.
+    farthest = max((record.get("farthest", 0.0) for record in records), default=0.0)
     manifest = Manifest(
         root=options.out,
         split=options.split,
@@ -205,6 +207,7 @@ def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[M
         index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
         bands=bands,
         panoptic=panoptic,
+        farthest=farthest or None,
     )
     return manifest, file.getvalue()
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from visft_ds.data.depth import read_numbers, stored_depth
 from visft_ds.files import read_bytes
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from visft_ds.shards.common import Json
 
 FOLDER = "depth"
+_NEARLY_ALL = 0.999  # of the pixels: some sensors give single ones of any depth
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class DepthMaps:
         return self.files.get(str(PurePath(image).with_suffix("")))
 
 
-def depth_of(image: SourceImage, maps: DepthMaps) -> dict[str, Any]:
-    """The depth map of an image as a label has it.
+def depth_of(image: SourceImage, maps: DepthMaps) -> tuple[dict[str, Any], float]:
+    """The depth map of an image as a label has it, and its `Manifest.farthest`, 0 of a relative map.
 
     Raises ValueError for a map that is none, of another size, or without a depth.
     """
@@ -45,4 +48,7 @@ def depth_of(image: SourceImage, maps: DepthMaps) -> dict[str, Any]:
         raise ValueError(
             f"depth map of another size: {width} x {height}, the image has {image.width} x {image.height}"
         )
-    return stored_depth(data, maps.metres)
+    farthest = 0.0
+    if maps.metres is not None:
+        farthest = maps.metres * float(np.quantile(numbers[numbers > 0], _NEARLY_ALL))
+    return stored_depth(data, maps.metres), farthest

@@ -44,7 +44,10 @@ class DepthRange(StrictModel):
     #: smallest depth, in metres (DINOv3: 0.001)
     nearest: Above = 0.001
     #: largest depth, in metres (DINOv3 on NYU: 10; on KITTI 80); deeper pixels do not count in metrics
+    #: default for data that is deeper: its depths, see `Manifest.farthest`
     farthest: Above = 10.0
+    #: it learnt from relative maps alone, and its depths have no unit; default: as the data says
+    relative: bool = False
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """A range without depths."""

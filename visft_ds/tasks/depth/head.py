@@ -26,6 +26,7 @@ class DepthOutput:
     #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch
     #: in pixels.
     extents: Tensor | None = None
+    relative: bool = False  #: their inverses are of any scale and offset, as the maps that taught them
 
 
 def metres_of(scores: Tensor, nearest: float, farthest: float) -> Tensor:
@@ -44,4 +45,6 @@ class LinearDepth(LinearMaps):
 
     def forward(self, maps: Sequence[Map]) -> DepthOutput:
         """Metres on the largest grid."""
-        return DepthOutput(metres_of(self.scores(maps), self.options.nearest, self.options.farthest))
+        options = self.options
+        metres = metres_of(self.scores(maps), options.nearest, options.farthest)
+        return DepthOutput(metres, relative=options.relative)

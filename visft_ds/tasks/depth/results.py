@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from visft_ds.data.depth import Values, encoded, values_of
+from visft_ds.data.depth import Values, encoded, encoded_relative, values_of
 from visft_ds.data.samples import Batch
 from visft_ds.data.transforms import Size
 from visft_ds.tasks import Results
@@ -37,7 +37,9 @@ _COLOURS = np.array([(252, 253, 191), (252, 137, 97), (183, 55, 121), (81, 18, 1
 
 @torch.no_grad()
 def depth_results(output: DepthOutput, batch: Batch) -> Results:
-    """Results {"image_id", "depth"}: a PNG of the stored size as labels have it, rounded to millimetres."""
+    """Results {"image_id", "depth"}: a PNG of the stored size as labels have it, rounded to millimetres; of a
+    head that learnt relative maps a relative one.
+    """
     extents = output.extents
     if extents is None:
         extents = batch.sizes.double().cpu() / torch.tensor(batch.images.shape[-2:])
@@ -46,7 +48,8 @@ def depth_results(output: DepthOutput, batch: Batch) -> Results:
         stored = batch.original_sizes[image].tolist()
         metres = interpolated(output.metres[image], extents[image].tolist(), stored)
         values = metres.float().cpu().numpy()
-        results.append({"image_id": int(batch.image_ids[image]), "depth": encoded(values)})
+        depth = encoded_relative(np.reciprocal(values)) if output.relative else encoded(values)
+        results.append({"image_id": int(batch.image_ids[image]), "depth": depth})
     return results
 
 
@@ -56,6 +59,7 @@ def measure_depth(truth: Mapping[str, Any], results: Results, head: DepthRange) 
     Depths between the head's `nearest` and `farthest` count, to which predictions are clipped; in maps of
     NYU's and KITTI's sizes those in the published crops. Relative maps are compared with the inverse of the
     prediction, to which the best scale and offset are applied; RMSE is then in the numbers of the maps.
+    Relative predictions get the scale and offset that bring them nearest to the inverse of true metres.
 
     Args:
         truth: images, each with its `depth` as labels have it.
@@ -69,16 +73,24 @@ def measure_depth(truth: Mapping[str, Any], results: Results, head: DepthRange) 
         if image["depth"] is None:
             continue
         actual = values_of(image["depth"]).astype(np.float64)
-        metres = values_of(predicted[image["id"]]).clip(head.nearest, head.farthest).astype(np.float64)
+        depth = predicted[image["id"]]
+        values = values_of(depth).astype(np.float64)
         does_count = judged_part(actual.shape) & (actual > 0)
         is_relative = image["depth"]["metres"] is None
         if not is_relative:
             does_count &= (actual > head.nearest) & (actual < head.farthest)
         if does_count.any():
-            estimate = metres[does_count]
-            if is_relative:
-                estimate = aligned(1 / estimate, actual[does_count])
-            rows.append(errors(estimate, actual[does_count]))
+            true = actual[does_count]
+            estimate = values[does_count]
+            if depth["metres"] is not None:
+                estimate = estimate.clip(head.nearest, head.farthest)
+                if is_relative:
+                    estimate = aligned(1 / estimate, true)
+            elif is_relative:
+                estimate = aligned(estimate, true)
+            else:
+                estimate = (1 / aligned(estimate, 1 / true)).clip(head.nearest, head.farthest)
+            rows.append(errors(estimate, true))
     if not rows:
         raise ValueError(
             f"the data has no depth between {head.nearest:g} and {head.farthest:g} m, which predictions are "

@@ -90,8 +90,10 @@ class Depth(Task):
         return measure_depth(truth, results, head)
 
     def describe(self, results: Results, names: Mapping[int, str]) -> str:
-        """The nearest and the farthest depth of an image."""
+        """The nearest and the farthest depth of an image, as far as it has a unit."""
         values = values_of(results[0]["depth"])
+        if results[0]["depth"]["metres"] is None:
+            return "relative depth without a unit"
         return f"{values.min():.2f} to {values.max():.2f} m"
 
     def picture(self, example: Example) -> Picture:
@@ -99,7 +101,8 @@ class Depth(Task):
         own.
         """
         predicted = values_of(example.results[0]["depth"])
-        bounds = colour_range(predicted)
+        has_unit = example.results[0]["depth"]["metres"] is not None
+        bounds = colour_range(predicted, relative=not has_unit)
         above = [np.asarray(scaled(example.pixels(), SIDE))]
         title = "image"
         stored = example.raw.depth
@@ -109,7 +112,7 @@ class Depth(Task):
             true_bounds = colour_range(true, relative=is_relative)
             title = "relative depth"
             if not is_relative:
-                bounds = true_bounds
+                bounds = true_bounds if has_unit else bounds
                 title = f"true: {true_bounds[0]:.2f} to {true_bounds[1]:.2f} m"
             above.append(np.asarray(scaled(coloured(true, *true_bounds), SIDE)))
         beside = np.asarray(scaled(coloured(predicted, *bounds), SIDE))
