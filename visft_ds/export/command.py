@@ -388,10 +388,11 @@ def _verified_maps(ours: Sequence[Sequence[Tensor]], images: Sequence[OpenedImag
 
 def _decisive(model: Model) -> set[str]:
     """Names of the metrics that fewer bits may not lower by a point."""
-    names = {config_class(task).main for task in model.tasks}
+    tasks = {config_class(task) for task in model.tasks}
     if model.has_instances:
-        names.add("mask/AP50")
-    return names | {name.replace("AP50", "AP") for name in names}
+        tasks.add(config_class("segmentation"))
+    names = {task.main for task in tasks} | {task.of_best_step for task in tasks}
+    return names - {""}
 
 
 def _verified(

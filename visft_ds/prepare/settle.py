@@ -471,8 +471,8 @@ def _decide_for_few(draft: Draft, manifests: Sequence[Manifest]) -> None:
     is_off = draft.tree.is_stated("visft.run.eval_every") and visft.run.eval_every == 0
     if manifest_path(Path(visft.data.root), visft.data.val).is_file() and not is_off:
         values["visft.run.eval_every"] = every
-        # AP50 of boxes comes near to 1 long before they fit, and chance would choose among such steps.
-        values["visft.run.keep_best"] = config_class(next(iter(tasks))).main.replace("AP50", "AP")
+        first = config_class(next(iter(tasks)))
+        values["visft.run.keep_best"] = first.of_best_step or first.main
     draft.decide(values, f"the recipe for {images} photographs")
 
 

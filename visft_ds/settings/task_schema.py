@@ -97,10 +97,11 @@ class TaskConfig(StreamConfig):
     """
 
     #: Names "part/metric" of the numbers of an evaluation; `shown` are those of a short line, `main` the one
-    #: that the task is known by.
+    #: that the task is known by. `of_best_step` tells good steps of a run apart; "": `main` does.
     metrics: ClassVar[tuple[str, ...]] = ()
     shown: ClassVar[tuple[str, ...]] = ()
     main: ClassVar[str] = ""
+    of_best_step: ClassVar[str] = ""
     hub_task: ClassVar[str] = "other"  #: its name on the Hugging Face hub, for the results in a model card
     labels: ClassVar[str] = "annotations"  #: what a data set must have to teach it, see `Manifest.labels`
     learns_from: ClassVar[str] = "any"  #: which samples it can learn from, see `Manifest.selection`

@@ -96,6 +96,9 @@ class DetectionTask(TaskConfig):
     metrics = tuple(f"box/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
     shown = ("box/AP", "box/AP50", "mask/AP", "mask/AP50")
     main = "box/AP50"
+    of_best_step = (
+        "box/AP"  # AP50 comes near to 1 long before boxes fit: chance would choose among such steps
+    )
     hub_task = "object-detection"
     published = "detection"
 

@@ -83,6 +83,7 @@ class SegmentationTask(MaskTaskConfig):
     metrics = tuple(f"mask/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
     shown = ("mask/AP", "mask/AP50")
     main = "mask/AP50"
+    of_best_step = "mask/AP"
     hub_task = "image-segmentation"
     published = "segment"
     heads: ClassVar = {"mask2former": SegmentationHeadConfig, "plain": PlainHeadConfig}
