@@ -16,11 +16,18 @@ from visft_ds.settings.bands import Bands, in_words
 _JPEG = b"\xff\xd8\xff"
 
 
-def decode_image(data: bytes, most: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
+def decode_image(
+    data: bytes, most: int = MAX_PIXELS, buffer: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8]:
     """Decode a picture: JPEG by simplejpeg, any other of `files.FORMATS` by Pillow.
 
     Pictures of every kind become RGB as `open_image` says. EXIF orientation is not applied: shards hold the
     pixels that the labels fit. Cut files are errors, never half-grey images.
+
+    Args:
+        data: content of the file.
+        most: pixels that are decoded.
+        buffer: (H, W, 3) that the pixels of a JPEG are written into, row by row.
 
     Returns:
         (H, W, 3) uint8.
@@ -34,7 +41,7 @@ def decode_image(data: bytes, most: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     if not 0 < height * width <= most:
         raise ValueError(f"{width} x {height} pixels; allowed are 1 to {most:,} in all")
-    return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    return simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=buffer)
 
 
 def stored_pixels(data: bytes, bands: Bands | None) -> npt.NDArray[Any]:

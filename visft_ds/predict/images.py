@@ -17,14 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from visft_ds.data.decode import bands_of, decode_image
+from visft_ds.data.decode import bands_of
 from visft_ds.data.fetch import is_url
 from visft_ds.files import (
     MAX_PIXELS,
     image_frame,
     open_image,
     read_bands,
-    read_bytes,
     reading,
     refuse_beyond,
     to_rgb,
@@ -159,8 +158,7 @@ def open_file(path: Path, most: int = MAX_PIXELS, bands: Bands | None = None) ->
     """Decode a file, of several images the first, upright by its EXIF; or the bands of a file.
 
     Above MAX_PIXELS, where `most` allows it, no more memory is taken than a format needs: TIFFs that are not
-    compressed, in strips, are read where one looks at them, JPEGs decoded to three bytes a pixel, and others
-    to a temporary file.
+    compressed, in strips, are read where one looks at them, others decoded to a temporary file.
 
     Raises ValueError naming a file that is no image, damaged, too large, or not a regular one.
     """
@@ -169,19 +167,14 @@ def open_file(path: Path, most: int = MAX_PIXELS, bands: Bands | None = None) ->
     if most > MAX_PIXELS:
         frame = image_frame(path, most=most)
         if frame.height * frame.width > MAX_PIXELS:
-            return OpenedImage(_upright(_large_image(path, frame.format, most), frame.orientation), path)
+            return OpenedImage(_upright(_large_image(path, most), frame.orientation), path)
     return OpenedImage(np.array(open_image(path)), path)  # torch asks for pixels that can be written to
 
 
-def _large_image(path: Path, format_name: str, most: int) -> Pixels:
+def _large_image(path: Path, most: int) -> Pixels:
     """Pixels as they are stored."""
     mapped = mapped_image(path, most)
-    if mapped is not None:
-        return mapped
-    if format_name == "JPEG":
-        with reading(path, "a picture"):
-            return decode_image(read_bytes(path), most)
-    return spooled_image(path, most)
+    return spooled_image(path, most) if mapped is None else mapped
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:

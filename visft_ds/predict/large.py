@@ -2,7 +2,8 @@
 memory is taken.
 
 Pillow decodes a picture as a whole, to four bytes a pixel. So strips and tiles of a TIFF, and rows of a PNG,
-are made small pictures of their own, which it decodes one after the other.
+are made small pictures of their own, which it decodes one after the other. JPEGs are written into the file by
+their own library, which keeps some rows alone unless they are progressive.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import os
 import struct
 import sys
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,10 +25,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, TiffImagePlugin, TiffTags
 
+from visft_ds.data.decode import decode_image
 from visft_ds.files import MAX_PIXELS, open_regular, opened_header, raw_mode, refuse_beyond, release, to_rgb
 
 _ROWS = 256  #: that are decoded together
 _PIECE = 2**20  #: bytes of a PNG that are read at once
+_PAUSE = 0.02  #: seconds in which a JPEG grows by some megabytes
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = b"II*\0\x08\0\0\0"
 #: Tags of a TIFF that say how its parts are to be read, beside their sizes and places: bits, compression,
@@ -69,12 +74,36 @@ def spooled_image(path: Path, most: int) -> npt.NDArray[np.uint8]:
                 error.filename = tempfile.gettempdir()
                 raise
             pixels = np.memmap(spool, np.uint8, "r+", shape=shape)
+        if image.format == "JPEG":
+            file.seek(0)
+            with _releasing(pixels):
+                decode_image(file.read(), most, pixels)
+            return pixels
         top = 0
         for part in _parts(image, file, path):
             pixels[top : top + part.height] = np.asarray(to_rgb(part))
             top += part.height
             release(pixels)
         return pixels
+
+
+@contextmanager
+def _releasing(pixels: npt.NDArray[np.uint8]) -> Iterator[None]:
+    """Give memory back again and again, while a library writes all pixels in one call."""
+    is_written = threading.Event()
+
+    def release_often() -> None:
+        while not is_written.wait(_PAUSE):
+            release(pixels)
+
+    thread = threading.Thread(target=release_often)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_written.set()
+        thread.join()
+        release(pixels)
 
 
 def _parts(image: ImageFile.ImageFile, file: BinaryIO, path: Path) -> Iterator[Image.Image]:
