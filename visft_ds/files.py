@@ -251,6 +251,7 @@ class Frame(NamedTuple):
     orientation: int  #: of EXIF, 1 to 8
     format: str  #: Pillow's name
     beyond: str  #: what it has beyond colours of 8 bits; "" for most pictures
+    transparent: bool = False  #: it has a band or colours that are said to be transparent
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -266,7 +267,9 @@ def image_frame(source: Path | str | bytes, name: str | None = None, most: int =
         try:
             with opened_header(file, source, name, most) as image:
                 orientation = _orientation(image)
-                return Frame(image.height, image.width, orientation, image.format or "", _beyond(image))
+                format_name = image.format or ""
+                transparent = "transparency" in image.info or image.mode.endswith(("A", "a"))
+                return Frame(image.height, image.width, orientation, format_name, _beyond(image), transparent)
         except ValueError:
             frame = _tiff_frame(file)
             if frame is None:

@@ -109,6 +109,16 @@ def test_labels_of_pictures_as_they_are_stored_fit(tmp_path: Path, orientation: 
             tree.pack(tmp_path / "no", captions=False, exif="apply")
 
 
+@pytest.mark.parametrize("mode", ["P", "RGBA", "L"])
+def test_transparency_that_is_dropped_is_counted(tmp_path: Path, mode: str) -> None:
+    file = io.BytesIO()
+    options = {"transparency": 0} if mode == "P" else {}
+    Image.new(mode, (60, 40)).save(file, "PNG", **options)
+    manifest = write_coco(tmp_path, file.getvalue(), (40, 60)).pack(tmp_path / "out", captions=False)
+    told = [count for kind, (count, _) in manifest.findings.items() if "transparency" in kind]
+    assert told == ([] if mode == "L" else [12])
+
+
 @pytest.mark.parametrize(("exif", "box"), [((), list(BOX)), (("--exif", "ignore"), [4, 6, 8, 24])])
 def test_yolo_labels_fit_the_picture_as_shown(
     tmp_path: Path, exif: tuple[str, ...], box: list[int], capsys: pytest.CaptureFixture[str]

@@ -27,6 +27,7 @@ MAX_IMAGE_BYTES = 1 << 30  #: of a picture file
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
 _TURNED = "picture stored upright, as EXIF says and its annotations fit"
 _ASSUMED = "picture stored upright by EXIF; its size cannot tell (--exif ignore: store it without rotation)"
+_TRANSPARENT = "picture with transparency, which is dropped: the colours under it are seen"
 _AS_STORED = "EXIF rotation not applied: the annotations fit the picture as stored"
 
 
@@ -133,7 +134,7 @@ def _picture(image: SourceImage, options: Options) -> tuple[str, bytes, list[str
     frame = image_frame(data, "unreadable")
     if frame.beyond:
         raise ValueError(f"more than the three colours of 8 bits of most pictures: {frame.beyond}")
-    odd = list[str]()
+    odd = [_TRANSPARENT] if frame.transparent else []
     stored = (frame.height, frame.width)
     labelled = (image.height, image.width)
     turn = frame.orientation > 1 and options.exif != "ignore"
