@@ -43,7 +43,7 @@ def test_wrong_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: needs)
     found = {finding.subject: finding for finding in doctor.check_packages()}
     assert found["packages"].status == PROBLEM
-    assert "deepspeed==0.19.8 (here: 0.18.0); psutil>=6 (here: not installed)" in found["packages"].found
+    assert "deepspeed==0.19.8 (here: 0.18.0); psutil>=6 (here: not installed)" in found["packages"].message
 
 
 def test_a_driver_without_a_matching_torch_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

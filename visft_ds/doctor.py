@@ -39,12 +39,12 @@ class Finding(NamedTuple):
 
     status: str
     subject: str
-    found: str  #: and what to do about it
+    message: str  #: and what to do about it
 
 
-def judged(good: bool, subject: str, found: str, helps: str) -> Finding:
+def judged(good: bool, subject: str, message: str, helps: str) -> Finding:
     """A finding: good, or a problem with what helps."""
-    return Finding(OK, subject, found) if good else Finding(PROBLEM, subject, f"{found}. {helps}")
+    return Finding(OK, subject, message) if good else Finding(PROBLEM, subject, f"{message}. {helps}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,8 +105,8 @@ def check_packages() -> Iterator[Finding]:
         if not requirement.specifier.contains(version or "0", prereleases=True):
             wrong.append(f"{requirement} (here: {version or 'not installed'})")
     right = f"all {needed} required ones; torch {_version('torch')}, deepspeed {_version('deepspeed')}"
-    found = "; ".join(wrong) or right
-    yield judged(not wrong, "packages", found, f"{install_command()} installs the right ones")
+    message = "; ".join(wrong) or right
+    yield judged(not wrong, "packages", message, f"{install_command()} installs the right ones")
 
 
 def _version(name: str) -> str | None:
@@ -126,17 +126,17 @@ def check_device() -> Iterator[Finding]:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count and (Path("/proc/driver/nvidia/version").is_file() or shutil.which("nvidia-smi")):
-        found = f"a driver is installed, but torch {torch.__version__} sees no GPU. Install torch with CUDA"
-        yield Finding(PROBLEM, "GPU", f"{found} (https://pytorch.org), or unset CUDA_VISIBLE_DEVICES")
+        message = f"a driver is installed, but torch {torch.__version__} sees no GPU. Install torch with CUDA"
+        yield Finding(PROBLEM, "GPU", f"{message} (https://pytorch.org), or unset CUDA_VISIBLE_DEVICES")
     elif not count:
-        found = "none; large models need GPUs, the debug model and few images train on this CPU"
-        yield Finding(OK, "GPU", f"{found}: visft train --data FOLDER")
+        message = "none; large models need GPUs, the debug model and few images train on this CPU"
+        yield Finding(OK, "GPU", f"{message}: visft train --data FOLDER")
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         memory = f"{properties.total_memory / _GIB:.1f} GiB"
-        found = f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}"
+        message = f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}"
         runs = any(re.fullmatch(rf"sm_{properties.major}\d", arch) for arch in torch.cuda.get_arch_list())
-        yield judged(runs, f"GPU {index}", found, f"torch {torch.__version__} has no code for it")
+        yield judged(runs, f"GPU {index}", message, f"torch {torch.__version__} has no code for it")
     device = torch.device("cuda", 0) if count else torch.device("cpu")
     precision, why = choose_precision("auto", device)
     yield Finding(OK, "precision", f"{precision} ({why})")
@@ -162,9 +162,9 @@ def check_memory(model: str | None) -> Iterator[Finding]:
         config = resolve(stage=stage, model=model, settings=settings)
         precision, _ = choose_precision(config.visft.model.precision, device)
         needed = plan_largest(planned_run(config, 1, precision, None, device)).total
-        found = f"a process needs {needed / _GIB:.2f} of {room / _GIB:.2f} GiB, as predicted"
+        message = f"a process needs {needed / _GIB:.2f} of {room / _GIB:.2f} GiB, as predicted"
         helps = f"See what helps: visft plan --cluster {_cluster()} --stage {stage} --model {model}"
-        yield judged(needed <= room, f"{model}, stage {stage}", found, helps)
+        yield judged(needed <= room, f"{model}, stage {stage}", message, helps)
 
 
 def _cluster() -> str:
@@ -183,13 +183,13 @@ def _cluster() -> str:
 def check_disk(folder: Path) -> Iterator[Finding]:
     """Look at the room for weights, shards and checkpoints."""
     free = shutil.disk_usage(folder).free
-    found = f"{free / _GB:.0f} GB free in {folder.resolve()}"
+    message = f"{free / _GB:.0f} GB free in {folder.resolve()}"
     if 2 * _GB <= free < 60 * _GB:
-        found += ". COCO's shards take 20 GB, EVA-E's weights 9 to 18 GB a file"
-        yield Finding(WARNING, "disk", found)
+        message += ". COCO's shards take 20 GB, EVA-E's weights 9 to 18 GB a file"
+        yield Finding(WARNING, "disk", message)
     else:
         helps = "Free some space for checkpoints, or use another --folder"
-        yield judged(free >= 2 * _GB, "disk", found, helps)
+        yield judged(free >= 2 * _GB, "disk", message, helps)
 
 
 _MEMBER = """

@@ -74,18 +74,18 @@ def quotient(numbers: Tensor, divisor: Tensor | int) -> Tensor:
 
 def dense(output: DenseOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
     """boxes (B, N, 4) xyxy, scores (B, N), labels (B, N): as `detection.dense.dense_results`."""
-    found = _detections(output, 0.0)
-    return {**found, "boxes": picture.corners(found["boxes"])}
+    detections = _detections(output, 0.0)
+    return {**detections, "boxes": picture.corners(detections["boxes"])}
 
 
 def dense_with_masks(head: DenseHead, maps: Sequence[Map], picture: Picture) -> dict[str, Tensor]:
     """Those of `dense`, and box_masks (B, N, SIDE, SIDE): logits in the cells of each box."""
     assert head.masks is not None
-    found = _detections(head.boxes(maps), LEAST_SCORE)
-    corners = found["boxes"]
+    detections = _detections(head.boxes(maps), LEAST_SCORE)
+    corners = detections["boxes"]
     every = torch.arange(corners.shape[0] * corners.shape[1], device=corners.device)
     box_masks = head.masks(maps, corners, every).unflatten(0, corners.shape[:2])
-    return {**found, "boxes": picture.corners(corners), "box_masks": box_masks}
+    return {**detections, "boxes": picture.corners(corners), "box_masks": box_masks}
 
 
 def _detections(output: DenseOutput, least: float) -> dict[str, Tensor]:
@@ -131,15 +131,15 @@ def _distinct(corners: Tensor, labels: Tensor) -> Tensor:
     return stays > 0
 
 
-def _best(scores: Tensor, found: dict[str, Tensor], most: int) -> dict[str, Tensor]:
+def _best(scores: Tensor, objects: dict[str, Tensor], most: int) -> dict[str, Tensor]:
     """The `most` objects of each picture with the highest scores; -1 marks none."""
     best, places = scores.topk(min(most, scores.shape[1]))
     is_object = best >= 0
-    chosen = {"boxes": found["boxes"].gather(1, places[..., None].expand(-1, -1, 4))}
+    chosen = {"boxes": objects["boxes"].gather(1, places[..., None].expand(-1, -1, 4))}
     chosen["scores"] = torch.where(is_object, best, 0.0)
-    chosen["labels"] = torch.where(is_object, found["labels"].gather(1, places), -1)
-    if "masks" in found:
-        masks = found["masks"]
+    chosen["labels"] = torch.where(is_object, objects["labels"].gather(1, places), -1)
+    if "masks" in objects:
+        masks = objects["masks"]
         where = places[:, :, None, None].expand(-1, -1, masks.shape[2], masks.shape[3])
         chosen["masks"] = masks.gather(1, where).bool()
     return chosen
@@ -175,8 +175,8 @@ def masks(output: MaskOutput, picture: Picture, ids: Sequence[int]) -> dict[str,
     if is_contiguous:
         scores = scores * (logits.sigmoid() * covered).sum(dim=(2, 3)) / areas.clamp(min=1)
     scores = torch.where(areas > 0, scores, -1.0)
-    found = {"boxes": _around(inside), "labels": labels, "masks": covered}
-    return _best(scores, found, scores.shape[1])
+    objects = {"boxes": _around(inside), "labels": labels, "masks": covered}
+    return _best(scores, objects, scores.shape[1])
 
 
 def _around(inside: Tensor) -> Tensor:
@@ -184,9 +184,9 @@ def _around(inside: Tensor) -> Tensor:
     sides = []
     for axis in (2, 3):
         is_covered = inside.any(dim=axis)  # (B, N, W), then (B, N, H)
-        place = torch.arange(is_covered.shape[2], device=inside.device)
-        first = torch.where(is_covered, place, is_covered.shape[2]).amin(dim=2)
-        last = torch.where(is_covered, place + 1, 0).amax(dim=2)
+        index = torch.arange(is_covered.shape[2], device=inside.device)
+        first = torch.where(is_covered, index, is_covered.shape[2]).amin(dim=2)
+        last = torch.where(is_covered, index + 1, 0).amax(dim=2)
         sides.append((first, last))
     (left, right), (top, bottom) = sides
     return torch.stack((left, top, right, bottom), dim=-1).float()

@@ -77,8 +77,8 @@ def gathered(maps: Tensor, grid: Tensor) -> Tensor:
             column = x.floor() + right
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
             weight = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside
-            place = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-            place_of_all = place.long().flatten(1)[:, None].expand(-1, channels, -1)
-            values = cells.gather(2, place_of_all).unflatten(2, grid.shape[1:3])
+            index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+            index_of_all = index.long().flatten(1)[:, None].expand(-1, channels, -1)
+            values = cells.gather(2, index_of_all).unflatten(2, grid.shape[1:3])
             samples = samples + values * weight[:, None]
     return samples

@@ -147,7 +147,9 @@ def keep_features(
         "base weights": prepared.base.identity,
         "shape": orjson.dumps(shape, option=orjson.OPT_SORT_KEYS).decode(),
         "precision": f"{precision} on {distributed.local_device().type}",
-        "data": " ".join(f"{name} {one.manifest.fingerprint}" for name, one in sorted(sets.items())),
+        "data": " ".join(
+            f"{name} {training_set.manifest.fingerprint}" for name, training_set in sorted(sets.items())
+        ),
         "images": orjson.dumps(streams, option=orjson.OPT_SORT_KEYS).decode(),
     }
     if config.model.preset.startswith(TIMM):  # another release may compute otherwise

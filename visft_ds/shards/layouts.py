@@ -226,8 +226,8 @@ def _depth_folders(folder: Path) -> dict[str, Path]:
 def _panoptic_files(folder: Path) -> dict[str, Path]:
     """Split -> the JSON file of its panoptic maps. Raises ValueError for two of one split."""
     files = dict[str, Path]()
-    for place in (folder, folder / "annotations", folder / "gtFine"):
-        for path in sorted(place.glob("*panoptic_*.json")):
+    for parent in (folder, folder / "annotations", folder / "gtFine"):
+        for path in sorted(parent.glob("*panoptic_*.json")):
             match = _PANOPTIC_FILE.fullmatch(path.name)
             if match is None:
                 continue

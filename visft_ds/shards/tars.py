@@ -374,7 +374,7 @@ def _write(
         index["image_id"] = np.arange(len(index))
     content = io.BytesIO()
     np.save(content, index, allow_pickle=False)
-    listed = tuple(Category(place, number, names[number]) for place, number in enumerate(sorted(names)))
+    listed = tuple(Category(label, number, names[number]) for label, number in enumerate(sorted(names)))
     vocabulary, least = _frequent(words)
     manifest = Manifest(
         root=out,

@@ -98,8 +98,8 @@ def _digits() -> ClassSet:
     loaded = load_digits()  # 8 x 8 grey levels from 0 to 16
     pixels = (loaded.images * 255 / 16).round().astype(np.uint8)
     images = ImageSet(
-        [f"{DIGITS} {place}" for place in range(len(pixels))],
-        lambda place: Image.fromarray(pixels[place]).convert("RGB"),
+        [f"{DIGITS} {index}" for index in range(len(pixels))],
+        lambda index: Image.fromarray(pixels[index]).convert("RGB"),
         digest((str(pixels.shape), pixels.tobytes())),
     )
     return ClassSet(images, loaded.target.astype(np.int64), tuple("0123456789"))

@@ -129,8 +129,8 @@ def chosen(images: ImageSet, numbers: Sequence[int]) -> ImageSet:
         names=[images.names[number] for number in numbers],
         stored=[images.stored[number] for number in numbers] if images.stored else (),
         groups=None if images.groups is None else images.groups[indices],
-        read=lambda place: images.read(numbers[place]),
-        read_bands=None if of_bands is None else lambda place: of_bands(numbers[place]),
+        read=lambda index: images.read(numbers[index]),
+        read_bands=None if of_bands is None else lambda index: of_bands(numbers[index]),
         fingerprint=digest((images.fingerprint, indices.tobytes())),
     )
 

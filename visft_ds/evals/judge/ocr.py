@@ -96,7 +96,7 @@ def read(train: Tensor, words: Sequence[str], test: Tensor, updates: int) -> lis
         criterion = nn.CTCLoss(blank=len(alphabet), zero_infinity=True)
         for _ in range(updates):
             batch = torch.randint(len(words), (BATCH,))
-            drawn = [words[place] for place in batch.tolist()]
+            drawn = [words[index] for index in batch.tolist()]
             targets = torch.tensor([alphabet.index(character) for character in "".join(drawn)])
             steps = log_probabilities(train[batch])
             lengths = torch.tensor([len(word) for word in drawn])

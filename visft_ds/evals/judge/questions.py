@@ -153,7 +153,7 @@ def _of_vqa(path: Path) -> Mapping[str, list[Question]]:
     with reading(annotations, f"answers to {path.name}"):
         for entry in read_json(annotations)["annotations"]:
             text = str(asked[entry["question_id"]]["question"])
-            answers = tuple(str(given["answer"]) for given in entry["answers"])
+            answers = tuple(str(answer["answer"]) for answer in entry["answers"])
             if answers:
                 question = Question(text, answers, str(entry.get("answer_type", "other")))
                 questions.setdefault(str(entry["image_id"]), []).append(question)

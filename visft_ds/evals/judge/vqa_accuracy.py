@@ -34,9 +34,9 @@ def _written_shorter() -> dict[str, str]:
     """Contraction without one of its apostrophes -> contraction."""
     contractions = {"somebody'd": "somebodyd"}  # as in the script
     for word in _CONTRACTIONS.split():
-        for place, sign in enumerate(word):
+        for index, sign in enumerate(word):
             if sign == "'":
-                contractions[word[:place] + word[place + 1 :]] = word
+                contractions[word[:index] + word[index + 1 :]] = word
     return contractions
 
 

@@ -270,8 +270,8 @@ def _shown(label: Annotation, left: int, top: int, names: Mapping[int, str]) -> 
     if "caption" in label:
         return {"name": label["caption"], "shown": None, "label": _entry(label)}
     x, y, width, height = label["bbox"]
-    place = [x - left, y - top, width, height]
-    return {"name": category_name(label["category_id"], names), "shown": place, "label": _entry(label)}
+    box = [x - left, y - top, width, height]
+    return {"name": category_name(label["category_id"], names), "shown": box, "label": _entry(label)}
 
 
 def _outlined(image: Any, segmentation: Mapping[str, Any]) -> Any:

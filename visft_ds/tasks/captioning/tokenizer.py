@@ -86,7 +86,7 @@ _TOKEN = re.compile(
 
 def ptb_words(caption: str) -> list[str]:
     """The words of a caption, lower case, without punctuation; none for an empty caption."""
-    text = _PREPARE.sub(lambda found: _PREPARED[found[0]], caption)
+    text = _PREPARE.sub(lambda match: _PREPARED[match[0]], caption)
     words = []
     for token in _TOKEN.findall(text):
         token = "..." if token[0] == "." and not token.strip(".") else token

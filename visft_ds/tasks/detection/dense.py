@@ -323,15 +323,15 @@ def dense_results(
         certain = (scores[image] >= max(threshold, 0.0)).nonzero().flatten()
         if output.masks is not None:
             certain = certain[scores[image, certain] >= LEAST_SCORE]
-        found = box_results(
+        of_image = box_results(
             batch, image, boxes[image, certain], scores[image, certain], labels[image, certain], classes
         )
         if output.masks is not None:
             height, width = batch.original_sizes[image].tolist()
-            for place, result in zip(certain.tolist(), found, strict=True):
+            for query, result in zip(certain.tolist(), of_image, strict=True):
                 left, top, box_width, box_height = result["bbox"]
                 corners = [left, top, left + box_width, top + box_height]
-                mask = masks[image * scores.shape[1] + place]
+                mask = masks[image * scores.shape[1] + query]
                 result["segmentation"] = mask_code(mask, corners, (height, width))
-        results += found
+        results += of_image
     return results
