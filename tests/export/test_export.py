@@ -150,6 +150,26 @@ def test_masks_leave_with_their_boxes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"5 (60, 90) {prediction.instances.masks.sum()}" in ran.stdout, ran.stdout + ran.stderr
 
 
+def test_a_run_on_tiles_leaves_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures are cut and joined as for the run, each tile seen in the size of training."""
+    head = {"type": "dense", "num_classes": 91, "width": 32, "masks": True, "max_detections": 5}
+    extra = {**finished.SMALL, "visft.tasks.detection.head": head, "visft.mode": "shared"}
+    extra |= {"visft.tasks.segmentation": None, "visft.tasks.captioning": None}
+    extra |= {"visft.shared.image.tile": [36, 12]}
+    run = tmp_path / "run"
+    run_ranks(["launchers/train.py", *command(finished.shards(), run, extra=extra)], world=1)
+    assert export(run, tmp_path / "out", "--verify", "all") == 0
+    said = capsys.readouterr().out
+    assert "on 16 tiles" in said and "mask/AP " in said  # four pictures, of four tiles each
+    assert "squares of 36 pixels" in (tmp_path / "out/README.md").read_text()
+    picture = np.random.default_rng(0).integers(0, 256, (56, 90, 3), np.uint8)
+    ours, theirs = (visft_ds.load(place, device="cpu") for place in (run, tmp_path / "out"))
+    assert theirs.tiles_of(None) == ours.tiles_of(None) == (36, 12)
+    found, again = (model.predict(picture, threshold=0).boxes for model in (ours, theirs))
+    np.testing.assert_allclose(again.xyxy, found.xyxy, atol=1e-3)
+    assert export(run, tmp_path / "page", "--web") == 2
+
+
 def test_a_program_of_torch_runs_without_this_package(tmp_path: Path) -> None:
     out = tmp_path / "exported"
     assert export(finished.runs() / "stage1", out, "--format", "torch", "--tasks", "detection") == 0

@@ -40,6 +40,7 @@ from visft_ds.randomness import generator
 from visft_ds.run_files import folder_of_run, run_of
 from visft_ds.settings.bands import Bands, in_words
 from visft_ds.settings.task_schema import Stream
+from visft_ds.settings.tiles import Tiles
 from visft_ds.tasks import TASKS, config_class
 from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.transform import geometry_of
@@ -64,6 +65,9 @@ def export(flags: argparse.Namespace) -> None:
         raise ValueError(f"--web shows photographs, and {flags.run} reads {in_words(model.bands)}")
     if flags.web and not {"detection", "segmentation"}.intersection(model.tasks):
         raise ValueError(NO_BOXES)
+    tiles = None if alone else model.tiles_of(None)
+    if flags.web and tiles is not None:
+        raise ValueError(f"--web shows whole photographs, and {flags.run} sees tiles of {tiles.side} pixels")
     pictures = _Pictures(flags, model.bands)
     geometry = pictures.geometry(model._streams)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +88,8 @@ def export(flags: argparse.Namespace) -> None:
             for path in sorted(folder.glob("*.onnx")):
                 if not path.stem.endswith("_step"):
                     with _quiet():
-                        quantise(path, [image.pixels for image in pictures.some(_CALIBRATION).values()])
+                        seen = list(_seen(pictures.some(_CALIBRATION), tiles).values())
+                        quantise(path, [image.pixels for image in seen[:: -(-len(seen) // _CALIBRATION)]])
                     print(f"8 bits   {path.name}, {path.stat().st_size / 1e6:.1f} MB")
         if alone:
             our_maps = [_maps_of(model, image) for image in images.values()]
@@ -96,14 +101,21 @@ def export(flags: argparse.Namespace) -> None:
             ours: dict[int, Prediction] = {}
             theirs: dict[int, Prediction] = {}
             choices = Choices()
-            for number, image in images.items():
+            # Of tiles whole pictures are measured, and tiles compared: rounding may join other boxes.
+            seen_alone = {} if tiles is not None and has_fewer_bits else _seen(images, tiles)
+            for number, image in seen_alone.items():
                 (theirs[number],) = exported.predict_opened([image], 0.0)
                 attended = exported.outputs.get("segmentation", {}).get("attended")
                 if attended is None or has_fewer_bits:
                     (ours[number],) = model.predict_opened([image], 0.0)
                 else:
                     ours[number] = choices.predict(model, image, attended)
-            lines = _verified(flags, model, ours, theirs, pictures, choices)
+            lines = _verified(flags, model, ours, theirs, choices)
+            if flags.verify is None:
+                if tiles is not None:
+                    ours = _by_tiles(model, images, tiles)
+                    theirs = _by_tiles(exported, images, tiles)
+                lines += _measured(flags, model, ours, theirs, pictures)
         if flags.web:
             write_page(folder, facts)
         write_text(folder / "README.md", readme(flags.out.name, flags.format, facts, lines))
@@ -193,10 +205,13 @@ class _Pictures:
             self.shape = sizes.most_common(1)[0][0]
         if self.shape is None and self.files is not None:
             self.shape = open_file(self.files[0], bands=self.bands).pixels.shape[:2]
-        shape = self.shape or (480, 640)
-        return {
-            name: geometry_of(stream).draw(shape, False, generator(0)) for name, stream in streams.items()
-        }
+        drawn: dict[str, Sequence[Op]] = {}
+        for name, stream in streams.items():
+            shape = self.shape or (480, 640)
+            if stream.tiles is not None:
+                shape = stream.tiles.windows(*shape)[0][2:]
+            drawn[name] = geometry_of(stream).draw(shape, False, generator(0))
+        return drawn
 
     def metrics(self, predictions: Mapping[int, Prediction], model: Model) -> dict[str, float]:
         """Metrics of predictions of the whole split; none of pictures without labels."""
@@ -241,6 +256,8 @@ def _write_files(
             _check_windows(task, stream)
             of_task = {**common, "task": task, "image_size": list(frame.size)}
             of_task |= _classes(model, task, stream)
+            if stream.tiles is not None:
+                of_task["tiles"] = list(stream.tiles)
             if task == "detection" and model.has_instances:
                 of_task["box_masks"] = True
             ids = [category["id"] for category in of_task.get("categories", ())]
@@ -251,6 +268,22 @@ def _write_files(
                 outputs = _write(module.eval(), example, folder, name, flags.format, of_task)
                 example = {"words": torch.zeros(2, dtype=torch.int64), **outputs}  # of the step of captions
     return facts
+
+
+def _seen(images: Mapping[int, OpenedImage], tiles: Tiles | None) -> Mapping[int, OpenedImage]:
+    """What a model sees at once, by number: the pictures, or their tiles."""
+    if tiles is None:
+        return images
+    parts = []
+    for image in images.values():
+        for top, left, height, width in tiles.windows(*image.pixels.shape[:2]):
+            parts.append(OpenedImage(image.pixels[top : top + height, left : left + width].copy(), None))
+    return dict(enumerate(parts))
+
+
+def _by_tiles(model: Model, images: Mapping[int, OpenedImage], tiles: Tiles) -> dict[int, Prediction]:
+    """Predictions for whole pictures."""
+    return {number: model.predict_tiles(image, tiles, 0.0, 1) for number, image in images.items()}
 
 
 def _check_windows(task: str, stream: Stream) -> None:
@@ -400,34 +433,51 @@ def _verified(
     model: Model,
     ours: Mapping[int, Prediction],
     theirs: Mapping[int, Prediction],
-    pictures: _Pictures,
     choices: Choices,
 ) -> list[str]:
-    """Lines about how the export compares with ours, which are printed.
+    """Lines about how the export differs from ours, which are printed. Raises ValueError where it does."""
+    if flags.half or flags.int8:
+        return []
+    lines = []
+    problems = []
+    seen = "pictures" if model.tiles_of_training() is None else "tiles"
+    differences = compare(model.tasks, list(ours.values()), list(theirs.values()))
+    for task, difference in differences.items():
+        lines.append(f"{task}: {difference.describe()} on {len(ours)} {seen}")
+        problems += difference.problems()
+    if choices.cells:
+        lines.append(choices.describe())
+        problems += choices.problems()
+    return _told(lines, problems)
 
-    Raises ValueError where it differs, or has lost more than a point by fewer bits.
+
+def _measured(
+    flags: argparse.Namespace,
+    model: Model,
+    ours: Mapping[int, Prediction],
+    theirs: Mapping[int, Prediction],
+    pictures: _Pictures,
+) -> list[str]:
+    """Lines about the metrics of both, which are printed. Raises ValueError where fewer bits have lost more
+    than a point.
     """
     lines = []
     problems = []
-    if not (flags.half or flags.int8):
-        differences = compare(model.tasks, list(ours.values()), list(theirs.values()))
-        for task, difference in differences.items():
-            lines.append(f"{task}: {difference.describe()} on {len(ours)} pictures")
-            problems += difference.problems()
-        if choices.cells:
-            lines.append(choices.describe())
-            problems += choices.problems()
-    if flags.verify is None:
-        before = pictures.metrics(ours, model)
-        after = pictures.metrics(theirs, model)
-        decisive = _decisive(model)
-        for name, value in before.items():
-            if name in decisive:
-                lines.append(f"{name} {value:.4f}, of the export {after[name]:.4f}")
-                if value - after[name] > _LARGEST_LOSS and not flags.allow_loss:
-                    problems.append(f"{name} falls from {value:.4f} to {after[name]:.4f}")
-        if not before and (flags.half or flags.int8) and not flags.allow_loss:
-            problems.append("without labelled pictures nobody knows what fewer bits cost: --allow-loss")
+    before = pictures.metrics(ours, model)
+    after = pictures.metrics(theirs, model)
+    decisive = _decisive(model)
+    for name, value in before.items():
+        if name in decisive:
+            lines.append(f"{name} {value:.4f}, of the export {after[name]:.4f}")
+            if value - after[name] > _LARGEST_LOSS and not flags.allow_loss:
+                problems.append(f"{name} falls from {value:.4f} to {after[name]:.4f}")
+    if not before and (flags.half or flags.int8) and not flags.allow_loss:
+        problems.append("without labelled pictures nobody knows what fewer bits cost: --allow-loss")
+    return _told(lines, problems)
+
+
+def _told(lines: list[str], problems: Sequence[str]) -> list[str]:
+    """The lines, printed. Raises ValueError with the problems."""
     for line in lines:
         print(f"verify   {line}")
     if problems:

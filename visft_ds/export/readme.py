@@ -162,6 +162,10 @@ _COLOURS = """\
 Inside, they are scaled to the size above (bilinear with antialias, rounded to bytes), then normalised with
 mean {mean} and standard deviation {std} of values from 0 to 1. Feed bytes: do not scale or normalise them
 yourself."""
+_TILES = """
+
+It has learnt from tiles: cut larger pictures into squares of {side} pixels of which neighbours have at least
+{overlap} in common, and join what these show, as `visft predict FOLDER PICTURE` does."""
 _BANDS = """\
 `images` is {kind} (B, height, width, {number}), bands {numbers} of pictures of {count} bands, of any size;
 the pictures of a batch have one size. Inside, values from {low:g} to {high:g} become 0 to 1, those beyond
@@ -185,6 +189,9 @@ def readme(title: str, form: str, facts: Mapping[str, Mapping[str, Any]], lines:
         bands = _words_of(Bands.model_validate(first["bands"], strict=False))
         read = _READ_BANDS.format(**bands)
         taken = _BANDS.format(**bands, mean=first["mean"], std=first["std"])
+    if "tiles" in first:
+        side, overlap = first["tiles"]
+        taken += _TILES.format(side=side, overlap=overlap)
     code = _TORCH.format(file=name + suffix, read=read)
     if form == "onnx":
         use = _FEATURES

@@ -20,6 +20,7 @@ from visft_ds.predict.images import OpenedImage
 from visft_ds.predict.model import Model
 from visft_ds.predict.results import Prediction
 from visft_ds.settings.bands import Bands
+from visft_ds.settings.tiles import Tiles
 from visft_ds.tasks import Results
 from visft_ds.tasks.detection.roi import mask_code
 
@@ -106,11 +107,15 @@ class ExportedModel(Model):
                     stuff.add(category["id"])
         self.stuff = frozenset(stuff)
         self.facts = {name: str(folder / name) for name in self._files}
+        self._tiles = next((Tiles(*facts["tiles"]) for facts in by_task.values() if "tiles" in facts), None)
         self.bands = next((Bands.of(facts.get("bands")) for facts in by_task.values()), None)
         self.precision = "fp32"
         self.device = torch.device("cpu")
         self.batch_size = 1
         self.outputs: dict[str, Arrays] = {}  #: of the files of tasks, for the image predicted last
+
+    def tiles_of_training(self) -> Tiles | None:
+        return self._tiles
 
     def predict_opened(self, images: Sequence[OpenedImage], threshold: float) -> list[Prediction]:
         predictions = []
