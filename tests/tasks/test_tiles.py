@@ -63,6 +63,9 @@ def test_an_object_counts_where_enough_of_it_is_visible() -> None:
     window = Window(0, 50, 80, 80)
     assert is_visible((40, 0, 20, 10), window) and not is_visible((40, 0, 15, 10), window)
     assert not is_visible((0, 0, 20, 20), window)
+    # larger than the window: of what it could show
+    assert is_visible((0, 10, 400, 20), window) and is_visible((-300, -300, 900, 900), window)
+    assert is_visible((98, 10, 400, 20), window) and not is_visible((99, 10, 400, 20), window)
 
 
 def _found(tile: int, box: Sequence[float], score: float, category: int = 1, **more: Any) -> dict[str, Any]:
@@ -83,6 +86,42 @@ def _found(tile: int, box: Sequence[float], score: float, category: int = 1, **m
         ([(0, (60, 10, 20, 20), 0.9)], []),
         # larger than what the tiles have in common: one box out of both
         ([(0, (20, 10, 60, 20), 0.9), (1, (50, 11, 50, 20), 0.6)], [(20, 10, 80, 21)]),
+        # over three tiles, the best of them at an end or in the middle, none of them exact
+        (
+            [(0, (10, 10, 70, 20), 0.9), (1, (51, 11, 78, 19), 0.5), (2, (100, 9, 70, 20), 0.6)],
+            [(10, 9, 160, 21)],
+        ),
+        (
+            [(0, (10, 10, 69, 20), 0.5), (1, (50, 11, 80, 19), 0.9), (2, (101, 9, 69, 20), 0.6)],
+            [(10, 9, 160, 21)],
+        ),
+        # one tile took its part for the whole, and another one shows how it goes on
+        ([(0, (20, 10, 52, 20), 0.9), (1, (50, 11, 50, 20), 0.6)], [(20, 10, 80, 21)]),
+        # one long object after another, which the tiles in common show the ends of
+        (
+            [
+                (0, (10, 10, 58, 20), 0.9),
+                (0, (70, 10, 10, 20), 0.4),
+                (1, (50, 10, 18, 20), 0.5),
+                (1, (70, 10, 60, 20), 0.8),
+                (2, (100, 10, 70, 20), 0.7),
+            ],
+            [(10, 10, 58, 20), (70, 10, 100, 20)],
+        ),
+        # a long one beside another, and a small one in the corner of the box of a large one
+        (
+            [
+                (0, (20, 10, 60, 20), 0.9),
+                (1, (50, 10, 50, 20), 0.6),
+                (0, (20, 28, 60, 20), 0.8),
+                (1, (50, 28, 50, 20), 0.5),
+            ],
+            [(20, 10, 80, 20), (20, 28, 80, 20)],
+        ),
+        (
+            [(0, (20, 10, 60, 60), 0.9), (1, (50, 10, 50, 60), 0.8), (1, (60, 12, 9, 9), 0.7)],
+            [(20, 10, 80, 60), (60, 12, 9, 9)],
+        ),
         # beside each other there, or of two classes, or in one tile: two objects
         ([(0, (20, 10, 60, 20), 0.9), (1, (50, 40, 50, 20), 0.6)], [(20, 10, 60, 20), (50, 40, 50, 20)]),
         ([(0, (55, 10, 15, 20), 0.8, 2), (1, (55, 10, 15, 20), 0.9)], [(55, 10, 15, 20)] * 2),
@@ -99,6 +138,22 @@ def test_what_tiles_saw_of_an_object_becomes_one(
     assert [tuple(result["bbox"]) for result in whole] == boxes
     scores = [result["score"] for result in whole]
     assert scores == sorted(scores, reverse=True) and all("image_id" not in result for result in whole)
+
+
+@pytest.mark.parametrize("best", range(4))
+def test_an_object_over_four_tiles_is_one(best: int) -> None:
+    windows = Tiles(80, 30).windows(130, 130)
+    left, top, right, bottom = 20, 15, 110, 120
+    results = []
+    for number, window in enumerate(windows):
+        x = max(left - window.left, 0)
+        y = max(top - window.top, 0)
+        width = min(right - window.left, window.width) - x
+        height = min(bottom - window.top, window.height) - y
+        score = 0.9 if number == best else 0.5
+        results.append({"image_id": number, "category_id": 1, "bbox": [x, y, width, height], "score": score})
+    (whole,) = merged(results, windows, (130, 130))
+    assert whole["bbox"] == [left, top, right - left, bottom - top] and whole["score"] == 0.9
 
 
 def test_masks_are_joined_across_borders() -> None:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-#: Part of an object's box that a tile has to show, else the object is left out of it.
+#: Part of an object's box, or of as much of it as tiles can show, that a tile has to show, else the object is
+#: left out of it.
 LEAST_VISIBLE = 0.4
 
 
@@ -74,9 +75,14 @@ def usual_overlap(side: int, object_side: float = 0.0) -> int:
 
 
 def is_visible(box: Any, window: Window) -> bool:
-    """Return True if the window shows enough of a box (x, y, width, height) of the picture."""
+    """Return True if the window shows enough of a box (x, y, width, height) of the picture.
+
+    Of one larger than the window that is as if it had the window's size: else no tile would teach it, and all
+    would teach that it is background.
+    """
     x, y, width, height = box
     shown_width = min(x + width, window.left + window.width) - max(x, window.left)
     shown_height = min(y + height, window.top + window.height) - max(y, window.top)
     shown = max(0.0, shown_width) * max(0.0, shown_height)
-    return bool(shown > 0 and shown >= LEAST_VISIBLE * width * height)
+    most = min(width, window.width) * min(height, window.height)
+    return bool(shown > 0 and shown >= LEAST_VISIBLE * most)

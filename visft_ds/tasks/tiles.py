@@ -1,8 +1,8 @@
 """Predictions of tiles -> those of the picture: what several tiles saw of one object becomes one object.
 
 Two tiles can agree only about what both of them show. So boxes of one class from two tiles are one object if
-in the part of the picture that both show, one box covers most of the other there: of an object that the first
-shows whole and the second in part, and of one that goes beyond the borders of both.
+they are nearly the same in the part of the picture that both tiles show: of an object that the first shows
+whole and the second in part, and of one that goes beyond the borders of both, and of more tiles.
 
 Letters: n predictions of a picture, T tiles.
 """
@@ -20,7 +20,8 @@ from visft_ds.settings.tiles import Window
 from visft_ds.tasks import Results
 
 Corners = npt.NDArray[np.float64]  # (..., 4) left, top, right, bottom in pixels
-#: Part of the smaller of two boxes that the other covers, above which they are one object.
+#: Intersection of two boxes over their union, above which they are one object; and part of a cut box that
+#: another one covers, above which it is no object of its own.
 _SAME = 0.5
 #: Part of a tile's side: a box that ends so near to a border goes on behind it.
 _NEAR = 0.02
@@ -66,8 +67,9 @@ def merge_boxes(
 ) -> list[tuple[list[int], list[float]]]:
     """(rows of the boxes of an object, the best first, its corners) of each object, the best first.
 
-    A box that a border of its tile cuts is left out if another tile shows all that it covers and more; else
-    it is extended by the other boxes of its object. A box that no border cuts stays as it is, and alone.
+    A box that a border of its tile cuts is left out if another tile shows all that it covers and more. Else
+    boxes that agree are one object, which reaches as far as those of them that go on where the tile of
+    another one ends, and so on from tile to tile. It has the score of the best.
 
     Args:
         boxes: (n, 4) corners in pixels of the picture.
@@ -93,17 +95,18 @@ def merge_boxes(
         if not remaining[row]:
             continue
         remaining[row] = False
-        rivals = np.flatnonzero(remaining & (labels == labels[row]) & (owners != owners[row]))
-        common = _intersection(shown[row], shown[rivals])
-        own = _intersection(boxes[row], common)
-        others = _intersection(boxes[rivals], common)
-        smaller = np.minimum(_areas(own), _areas(others))
-        is_same = _areas(_intersection(own, others)) > _SAME * smaller
-        same = rivals[is_same]
-        remaining[same] = False
         group = [int(row)]
-        if is_cut[row]:
-            group += same.tolist()
+        for member in group:  # which grows meanwhile
+            rivals = np.flatnonzero(remaining & (labels == labels[row]) & (owners != owners[member]))
+            common = _intersection(shown[member], shown[rivals])
+            own = _intersection(boxes[member], common)
+            others = _intersection(boxes[rivals], common)
+            both = _areas(_intersection(own, others))
+            agree = both > _SAME * (_areas(own) + _areas(others) - both)
+            is_covered = is_cut[rivals] & (both > _SAME * _areas(others))
+            goes_on = agree & ~_within(boxes[rivals], shown[member], picture, -margin)
+            remaining[rivals[agree | is_covered]] = False
+            group += rivals[goes_on].tolist()
         corners = [*boxes[group, :2].min(axis=0), *boxes[group, 2:].max(axis=0)]
         objects.append((group, [float(side) for side in corners]))
     return objects
