@@ -52,6 +52,10 @@ def test_maps_are_stored_byte_for_byte(
     assert list(visft.tasks.enabled()) == ["panoptic"] and visft.run.keep_best == "panoptic/PQ"
     head = visft.tasks.enabled()["panoptic"].head
     assert (head.num_classes, head.stuff) == (3, (2, 300))  # type: ignore[attr-defined]
+    # A head that fits few pictures of few segments.
+    assert (head.num_queries, head.blocks, head.hidden_dim) == (24, 3, 128)  # type: ignore[attr-defined]
+    own = settle(["--data", str(shards), "--set", "visft.tasks.panoptic.head.num_queries=50"]).config.visft
+    assert own.tasks.enabled()["panoptic"].head.num_queries == 50  # type: ignore[attr-defined]
 
 
 def test_permuted_maps_stay_whole(tmp_path: Path) -> None:

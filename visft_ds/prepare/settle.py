@@ -62,6 +62,13 @@ SCENE_BLOCKS = [2, 4, 6]
 SCENE_SIDES = (320, LONGEST)
 SCENE_VIEWS = 2
 SCENE_BATCH = 8
+#: A smaller panoptic head than COCO's: width and blocks, queries for each segment of the fullest photograph,
+#: least and most queries, and points at which masks are compared.
+SEGMENT_WIDTH = 128
+SEGMENT_BLOCKS = 3
+QUERIES_PER_SEGMENT = 3
+SEGMENT_QUERIES = (24, 200)
+SEGMENT_POINTS = 1024
 #: Photographs whose features are kept: those of all views are 1 MB each.
 MOST_KEPT = 2000
 #: Objects of another photograph that are pasted into one, at most.
@@ -211,6 +218,22 @@ def _decide_for_scenes(draft: Draft, merged: Merged, manifests: Sequence[Manifes
 
         values["visft.model.out_indices"] = scene_maps(preset.removeprefix(TIMM))
     draft.decide(values, f"the recipe for label, depth and panoptic maps, of pictures of {picture:.0f} px")
+    if "panoptic" in draft.recipe.visft.tasks.enabled():
+        _decide_segments(draft, manifests)
+
+
+def _decide_segments(draft: Draft, manifests: Sequence[Manifest]) -> None:
+    """A panoptic head for few photographs: COCO's costs ten times as much and learns more slowly."""
+    most = max(manifest.counts.get("segments_at_most", 0) for manifest in manifests)
+    fewest, limit = SEGMENT_QUERIES
+    values = {
+        "head.hidden_dim": SEGMENT_WIDTH,
+        "head.blocks": SEGMENT_BLOCKS,
+        "head.num_queries": min(max(QUERIES_PER_SEGMENT * most, fewest), limit),
+        "loss.train_num_points": SEGMENT_POINTS,
+    }
+    of_task = {f"visft.tasks.panoptic.{name}": value for name, value in values.items()}
+    draft.decide(of_task, f"the recipe for panoptic maps of up to {most} segments")
 
 
 def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
