@@ -97,11 +97,13 @@ def _found(tile: int, box: Sequence[float], score: float, category: int = 1, **m
         ),
         # one tile took its part for the whole, and another one shows how it goes on
         ([(0, (20, 10, 52, 20), 0.9), (1, (50, 11, 50, 20), 0.6)], [(20, 10, 80, 21)]),
+        # a bad guess makes no object larger, and is none
+        ([(0, (20, 10, 60, 20), 0.9), (1, (50, 9, 75, 22), 0.2)], [(20, 10, 60, 20)]),
         # one long object after another, which the tiles in common show the ends of
         (
             [
                 (0, (10, 10, 58, 20), 0.9),
-                (0, (70, 10, 10, 20), 0.4),
+                (0, (70, 10, 10, 20), 0.5),
                 (1, (50, 10, 18, 20), 0.5),
                 (1, (70, 10, 60, 20), 0.8),
                 (2, (100, 10, 70, 20), 0.7),

@@ -23,6 +23,8 @@ Corners = npt.NDArray[np.float64]  # (..., 4) left, top, right, bottom in pixels
 #: Intersection of two boxes over their union, above which they are one object; and part of a cut box that
 #: another one covers, above which it is no object of its own.
 _SAME = 0.5
+#: Part of the best score that a box needs to make its object larger: bad guesses reach too far.
+_SURE = 0.5
 #: Part of a tile's side: a box that ends so near to a border goes on behind it.
 _NEAR = 0.02
 
@@ -68,8 +70,8 @@ def merge_boxes(
     """(rows of the boxes of an object, the best first, its corners) of each object, the best first.
 
     A box that a border of its tile cuts is left out if another tile shows all that it covers and more. Else
-    boxes that agree are one object, which reaches as far as those of them that go on where the tile of
-    another one ends, and so on from tile to tile. It has the score of the best.
+    boxes that agree are one object with the score of the best. It reaches as far as those of them that go on
+    where the tile of another one ends, from tile to tile, and have half that score.
 
     Args:
         boxes: (n, 4) corners in pixels of the picture.
@@ -104,7 +106,11 @@ def merge_boxes(
             both = _areas(_intersection(own, others))
             agree = both > _SAME * (_areas(own) + _areas(others) - both)
             is_covered = is_cut[rivals] & (both > _SAME * _areas(others))
-            goes_on = agree & ~_within(boxes[rivals], shown[member], picture, -margin)
+            goes_on = (
+                agree
+                & (scores[rivals] >= _SURE * scores[row])
+                & ~_within(boxes[rivals], shown[member], picture, -margin)
+            )
             remaining[rivals[agree | is_covered]] = False
             group += rivals[goes_on].tolist()
         corners = [*boxes[group, :2].min(axis=0), *boxes[group, 2:].max(axis=0)]
