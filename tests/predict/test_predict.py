@@ -6,6 +6,7 @@ import io
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evaluation import collect
 from visft_ds.files import open_image, release
 from visft_ds.interop.published import read_adapter
-from visft_ds.predict.images import MOST_IN_TILES, find_images, open_file, opened
+from visft_ds.predict.images import MOST_IN_TILES, OpenedImage, find_images, open_file, opened
 from visft_ds.predict.large import mapped_image
 from visft_ds.predict.loading import ModelSource, files_of_run
 from visft_ds.predict.model import Model, load, load_backbone
@@ -162,6 +163,24 @@ def test_tiles_are_those_of_a_picture_in_pieces(place: Path, tmp_path: Path) -> 
             model.predict(pixels, tile=tile)
     with pytest.raises(ValueError, match="captioning"):
         load("runs/stage2", device="cpu").predict(pixels, tile=64)
+
+
+def test_a_less_sure_part_belongs_to_a_sure_object(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least score is that of objects, not of their parts in two tiles."""
+    model = load("runs/stage2", tasks="detection", device="cpu")
+    seen = [([10, 8, 54, 20], 0.8), ([0, 8, 52, 20], 0.5)]
+
+    def found(_: Model, images: Sequence[OpenedImage], threshold: float) -> list[Prediction]:
+        predictions = []
+        for image, (box, score) in zip(images, seen, strict=True):
+            result = {"image_id": 0, "category_id": 1, "bbox": box, "score": score}
+            results = {"detection": [result] if score >= threshold else []}
+            predictions.append(Prediction(image.pixels, None, {1: "bar"}, results))
+        return predictions
+
+    monkeypatch.setattr(Model, "predict_opened", found)
+    (whole,) = model.predict(np.zeros((64, 112, 3), np.uint8), threshold=0.7, tile=64).boxes.xyxy.tolist()
+    assert whole == [10, 8, 100, 28]
 
 
 def test_large_pictures_are_decoded_to_a_file(

@@ -33,7 +33,7 @@ from visft_ds.settings.bands import in_words
 from visft_ds.settings.task_schema import Stream
 from visft_ds.settings.tiles import Tiles, usual_overlap
 from visft_ds.tasks import TASKS, Results, config_class
-from visft_ds.tasks.tiles import merged
+from visft_ds.tasks.tiles import LEAST_SURE, merged
 from visft_ds.tasks.transform import pipeline_of
 
 _SMALLEST_TILE = 32  # pixels
@@ -384,11 +384,15 @@ class Model:
             for top, left, tile_height, tile_width in windows[start : start + batch_size]:
                 pixels = np.array(image.pixels[top : top + tile_height, left : left + tile_width])
                 parts.append(OpenedImage(pixels, None))
-            for number, prediction in enumerate(self.predict_opened(parts, threshold), start):
+            # Less sure ones may be parts of objects that are sure enough.
+            for number, prediction in enumerate(self.predict_opened(parts, threshold * LEAST_SURE), start):
                 for task, results in prediction.results.items():
                     by_task[task] += [{**result, "image_id": number} for result in results]
             release(image.pixels)
-        whole = {task: merged(results, windows, (height, width)) for task, results in by_task.items()}
+        whole: dict[str, Results] = {}
+        for task, results in by_task.items():
+            objects = merged(results, windows, (height, width))
+            whole[task] = [result for result in objects if result["score"] >= threshold]
         shown = as_rgb(self.seen(image.pixels))
         return Prediction(shown, image.path, self.categories, whole, self.has_instances)
 

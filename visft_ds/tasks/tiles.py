@@ -24,7 +24,7 @@ Corners = npt.NDArray[np.float64]  # (..., 4) left, top, right, bottom in pixels
 #: another one covers, above which it is no object of its own.
 _SAME = 0.5
 #: Part of the best score that a box needs to make its object larger: bad guesses reach too far.
-_SURE = 0.5
+LEAST_SURE = 0.5
 #: Part of a tile's side: a box that ends so near to a border goes on behind it.
 _NEAR = 0.02
 
@@ -108,7 +108,7 @@ def merge_boxes(
             is_covered = is_cut[rivals] & (both > _SAME * _areas(others))
             goes_on = (
                 agree
-                & (scores[rivals] >= _SURE * scores[row])
+                & (scores[rivals] >= LEAST_SURE * scores[row])
                 & ~_within(boxes[rivals], shown[member], picture, -margin)
             )
             remaining[rivals[agree | is_covered]] = False
