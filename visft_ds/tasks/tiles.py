@@ -143,11 +143,11 @@ def joined_masks(masks: Sequence[tuple[Mapping[str, Any], Window]], size: tuple[
     The picture is never decoded: it may be larger than the memory.
     """
     height, width = size
-    covered = [np.zeros(0, dtype=np.int64)]  # pixels, counted down the columns as run-length codes do
+    covered = []  # pixels, counted down the columns as run-length codes do
     for code, window in masks:
-        rows, columns = np.nonzero(coco_mask.decode(dict(code)))
+        columns, rows = np.nonzero(coco_mask.decode(dict(code)).T)
         covered.append((columns + window.left) * height + rows + window.top)
-    pixels = np.unique(np.concatenate(covered))
+    pixels = np.sort(np.concatenate(covered), kind="stable")  # in which a pixel may stand several times
     is_first = np.diff(pixels, prepend=-2) > 1
     is_last = np.diff(pixels, append=height * width + 1) > 1
     ends = np.zeros(2 * is_first.sum() + 2, dtype=np.int64)
