@@ -218,7 +218,10 @@ def test_relative_maps_tell_no_scale_and_no_offset() -> None:
 
 
 def test_metrics_by_hand() -> None:
-    """Of 2, 4 and 5 m: 2, 5 and 10; the pixels at 0, and beyond 10 m, do not count."""
+    """Of 2, 4 and 5 m: 2, 5 and 10; the pixels at 0, and beyond 10 m, do not count.
+
+    Their definitions are those of dinov3/eval/depth/metrics.py; docs/evidence.md has its code's numbers.
+    """
     truth = encoded(np.array([[2, 4, 5, 0, 12]], np.float32))
     predicted = encoded(np.array([[2, 5, 11, 1, 1]], np.float32))  # 11 is clipped
     images = {"images": [{"id": 7, "depth": truth}, {"id": 8, "depth": None}]}
