@@ -448,7 +448,7 @@ def _verified(
     if choices.cells:
         lines.append(choices.describe())
         problems += choices.problems()
-    return _told(lines, problems)
+    return _print_lines(lines, problems)
 
 
 def _measured(
@@ -473,10 +473,10 @@ def _measured(
                 problems.append(f"{name} falls from {value:.4f} to {after[name]:.4f}")
     if not before and (flags.half or flags.int8) and not flags.allow_loss:
         problems.append("without labelled pictures nobody knows what fewer bits cost: --allow-loss")
-    return _told(lines, problems)
+    return _print_lines(lines, problems)
 
 
-def _told(lines: list[str], problems: Sequence[str]) -> list[str]:
+def _print_lines(lines: list[str], problems: Sequence[str]) -> list[str]:
     """The lines, printed. Raises ValueError with the problems."""
     for line in lines:
         print(f"verify   {line}")
