@@ -166,9 +166,11 @@ def test_objects_decide_the_size_of_pictures_and_the_grid(
     seen: int | None,
     reason: str,
 ) -> None:
+    monkeypatch.setattr("visft_ds.prepare.settle.STEPS", 1)  # of more photographs the passes decide
     config = _of_objects(shards, monkeypatch, objects, size, *flags)
     visft = config.visft
     assert visft.model.out_indices == layers
+    assert config.total_steps == (-(-30 * 12 // 16) if seen is None else 70 * 12 // 4)
     assert visft.shared is not None and visft.features is not None
     assert visft.shared.image.keep_shape == (seen is not None)
     if seen is None:

@@ -47,6 +47,8 @@ CELL = 16
 FINE_CELL = 8
 LONGEST = 640
 FINE_VIEWS = 6
+#: Passes through them, of which a step sees few: with PASSES boxes had not been learnt (docs/evidence.md).
+FINE_PASSES = 70
 FINE_BATCH = 4
 #: Side in pixels at which the network sees most objects of pictures that are cut into tiles of SIDE, and
 #: batch: a tile has few objects.
@@ -476,13 +478,15 @@ def _decide_for_few(draft: Draft, manifests: Sequence[Manifest]) -> None:
     steps = draft.recipe.scheduler.params.total_num_steps or visft.steps() or STEPS
     if visft.stage == 1:
         stream = next(iter(visft.streams().values()))
+        is_fine = stream.tiles is None and bool(stream.image.get("keep_shape"))
         if not draft.tree.is_stated("scheduler.params.total_num_steps"):
-            steps = max(STEPS, math.ceil(PASSES * images / stream.batch_size))
+            passes = FINE_PASSES if is_fine and not tasks.keys() <= _OF_SCENES else PASSES
+            steps = max(STEPS, math.ceil(passes * images / stream.batch_size))
             values["scheduler.params.total_num_steps"] = steps
         if stream.tiles is not None:  # which are views of their picture themselves
             values["visft.features.views"] = max(1, VIEWS * images // _samples(stream, manifests))
         else:
-            values["visft.features.views"] = FINE_VIEWS if stream.image.get("keep_shape") else VIEWS
+            values["visft.features.views"] = FINE_VIEWS if is_fine else VIEWS
         if tasks.keys() <= _OF_SCENES:
             values["visft.features.views"] = SCENE_VIEWS
         values["visft.features.cache"] = f"{visft.run.out}/features" if images <= MOST_KEPT else None
