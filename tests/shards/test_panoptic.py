@@ -54,6 +54,7 @@ def test_maps_are_stored_byte_for_byte(
     assert (head.num_classes, head.stuff) == (3, (2, 300))  # type: ignore[attr-defined]
     # A head that fits few pictures of few segments.
     assert (head.num_queries, head.blocks, head.hidden_dim) == (24, 3, 128)  # type: ignore[attr-defined]
+    assert head.score == 0.2  # type: ignore[attr-defined]
     own = settle(["--data", str(shards), "--set", "visft.tasks.panoptic.head.num_queries=50"]).config.visft
     assert own.tasks.enabled()["panoptic"].head.num_queries == 50  # type: ignore[attr-defined]
 
