@@ -121,19 +121,13 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def use_numerics(device: torch.device, *, tf32: bool = False, deterministic: bool = False) -> None:
-    """Choose for the whole process, once at its start. On a CPU everything is in one order; there, memory is
-    kept.
+    """Choose for the whole process, once at its start. On a CPU everything is in one order.
 
     Args:
         tf32: round the factors of float32 products and convolutions to 10 bits, where the GPU has TF32.
         deterministic: an operator that has no version with one order of its sums is an error.
     """
     if device.type != "cuda":
-        # glibc's, which otherwise gives large tensors back to the system at once
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
-            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         return
     # By their older names: once the newer ones (`fp32_precision`) are set, torch refuses to read these, and
     # parts of its compiler do.
@@ -144,6 +138,20 @@ def use_numerics(device: torch.device, *, tf32: bool = False, deterministic: boo
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # sums of cuBLAS in one order; read once
     torch.use_deterministic_algorithms(deterministic)
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Have a CPU's allocator keep what is freed from now on, which steps need again; until now is given back.
+
+    For a process that has its model: between weights that stay, those that were freed leave gaps.
+    """
+    if device.type == "cuda":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc, which otherwise gives large tensors back to the system at once
+        libc.malloc_trim(0)
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from visft_ds.config.schema import OptimizerParams, SchedulerConfig
 from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.timm_backbone import TimmBackbone
-from visft_ds.ops import replaced
+from visft_ds.ops import keep_freed_memory, replaced
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.tasks.criterion import LossDenominators
@@ -339,8 +339,12 @@ def build_engine(
         "schedule": schedule,
         "seed": seed,
     }
+    engine: Engine
     if bounds is None:
-        return Engine(module, groups, config, **common)
-    from visft_ds.parallel.pipeline import PipelineEngine
+        engine = Engine(module, groups, config, **common)
+    else:
+        from visft_ds.parallel.pipeline import PipelineEngine
 
-    return PipelineEngine(module, groups, config, bounds=bounds, **common)
+        engine = PipelineEngine(module, groups, config, bounds=bounds, **common)
+    keep_freed_memory(engine.device)
+    return engine

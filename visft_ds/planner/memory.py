@@ -307,7 +307,12 @@ def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
     gathered = 0
     if zero_stage == 3:
         live = int(zero.get("stage3_max_live_parameters", 1e9)) * DTYPES[run.precision].itemsize
-        gathered = min(live, whole)
+        # What DeepSpeed fetches ahead arrives in flat buffers, of which two are still there beside what was
+        # copied out of them (partition_parameters.py, `AllGatherCoalescedHandle.wait`); gloo has its own of
+        # each.
+        ahead = int(zero.get("stage3_prefetch_bucket_size", 5e7)) * DTYPES[run.precision].itemsize
+        buffers = 2 if on_gpu else 4
+        gathered = min(live, whole) + min(buffers * ahead, whole)
 
     kept = 0
     batches = step.batch

@@ -26,7 +26,7 @@ from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import open_weights
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import Backbone
-from visft_ds.ops import DTYPES, use_numerics
+from visft_ds.ops import DTYPES, keep_freed_memory, use_numerics
 from visft_ds.prepare.data import read_vocabulary
 from visft_ds.prepare.datasets import needs_vocabulary
 from visft_ds.pretrained import local, weights_among
@@ -132,6 +132,7 @@ class ModelSource:
         if self.run is not None:
             module.heads_in_fp32 = self.run.heads.precision == "fp32"
         module.requires_grad_(False).eval().to(device)
+        keep_freed_memory(device)
         classes = classes_of_heads(infos)
         streams = {name: replace(stream, classes=classes) for name, stream in self.streams.items()}
         return LoadedModel(module, device, precision, infos, vocabulary, facts), streams

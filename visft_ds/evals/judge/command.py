@@ -31,7 +31,7 @@ from visft_ds.files import write_bytes, write_text
 from visft_ds.flags import EVAL, check_extra, check_least
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
-from visft_ds.ops import use_numerics
+from visft_ds.ops import keep_freed_memory, use_numerics
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
 from visft_ds.settings.bands import Bands, in_words
@@ -109,6 +109,7 @@ def _settings(flags: argparse.Namespace) -> Settings:
     device = distributed.local_device() if flags.device == "auto" else torch.device(flags.device)
     precision, _ = choose_precision(flags.precision, device)
     use_numerics(device, tf32=precision != "fp32")
+    keep_freed_memory(device)
     cache = flags.cache or flags.out / SCORES
     return Settings(device, precision, cache, flags.batch_size, min(8, distributed.cores()))
 
