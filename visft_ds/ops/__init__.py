@@ -141,7 +141,7 @@ def use_numerics(device: torch.device, *, tf32: bool = False, deterministic: boo
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Have a CPU's allocator keep what is freed from now on, which steps need again; until now is given back.
+    """Have a CPU's allocator keep what is freed from now on, which steps need again.
 
     For a process that has its model: between weights that stay, those that were freed leave gaps.
     """
@@ -149,7 +149,6 @@ def keep_freed_memory(device: torch.device) -> None:
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc, which otherwise gives large tensors back to the system at once
-        libc.malloc_trim(0)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
