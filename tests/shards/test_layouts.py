@@ -178,6 +178,8 @@ def test_a_folder_that_is_nothing_says_what_was_looked_for(
         (["{mine}", "--void", "0"], "--void"),
         (["verify", "{mine}"], "no finished split"),
         (["nosuch"], "no such folder: nosuch (commands: build, "),
+        (["--dry-run", "--val", "2", "{mine}"], "--val 2"),  # flags may come first
+        (["--near-duplicates", "{mine}"], "a FOLDER that is recognised, before the flags"),
     ],
 )
 def test_wrong_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], word: str) -> None:

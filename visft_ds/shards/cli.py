@@ -43,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog=program("shards"),
         description="Make checked, reproducible shards of COCO, YOLO, captioned images or label maps.",
-        epilog="visft shards FOLDER is short for visft shards build FOLDER",
+        epilog="visft shards FOLDER is short for visft shards build FOLDER, whose --help lists the flags",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="FOLDER|COMMAND")
     _add_build(commands.add_parser("build", help="make shards; continues after an interruption"))
     _add_index(commands.add_parser("index", help="read WebDataset tars that others wrote, where they lie"))
     command = commands.add_parser("permute", help="make a control: the same images with exchanged labels")
@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--split", metavar="NAME", help="only this split (default: all)")
         command.set_defaults(run=run)
     try:
-        if words and words[0] not in commands.choices and not words[0].startswith("-"):
-            if not Path(words[0]).exists():
+        if words and words[0] not in (*commands.choices, "-h", "--help"):
+            if not words[0].startswith("-") and not Path(words[0]).exists():
                 raise ValueError(f"no such folder: {words[0]} (commands: {', '.join(commands.choices)})")
             words = ["build", *words]
         options = parser.parse_args(words)
@@ -234,8 +234,8 @@ def _build(arguments: argparse.Namespace) -> None:
     missing = [f"--{name}" for name in ("images", "out", "split") if getattr(arguments, name) is None]
     if missing:
         raise ValueError(
-            f"missing {', '.join(missing)}: a split needs --images, --out and --split, and --instances or "
-            "--captions; or give a FOLDER that is recognised"
+            f"missing {', '.join(missing)}: give a FOLDER that is recognised, before the flags, or for one "
+            "split --images, --out and --split, and --instances or --captions"
         )
     files = {name: getattr(arguments, name) for name in _FILES}
     splits = _divided(arguments, [FolderSplit(arguments.split, **files)])
