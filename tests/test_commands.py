@@ -202,18 +202,19 @@ def test_a_run_is_named_by_one_flag_in_every_command(
     monkeypatch.chdir(tmp_path)
     for name in "abc":
         Path(name).mkdir()
-    for command in ("predict", "evaluate", "merge", "report", "judge"):
+    for command in ("predict", "evaluate", "merge", "export", "report", "judge", "labels"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "  --run " in capsys.readouterr().out
     for words in (["report"], ["judge", "base", "--on", "x=y"]):
         with pytest.raises(SystemExit):
             main(words)
-        assert "are required: " in capsys.readouterr().err
+        assert ": missing " in capsys.readouterr().err
     judged: list[str] = []
     monkeypatch.setattr("visft_ds.evals.judge.command.run_judge", lambda flags: judged.extend(flags.tuned))
     assert main(["judge", "base", "a", "--run", "b,c", "--run", "d", "--on", "x=y"]) == 0
     assert judged == ["a", "b,c", "d"]
+    assert main(["judge", "base", "--on", "x=y", "e"]) == 0 and judged[-1] == "e"  # behind a flag
     evaluated: list[object] = []
     monkeypatch.setattr("visft_ds.evals.evaluate.evaluate", lambda **flags: evaluated.append(flags["run"]))
     assert main(["evaluate", "a"]) == main(["evaluate", "--run", "a"]) == 0

@@ -16,7 +16,7 @@ from importlib.metadata import distribution
 from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from visft_ds import CHECKOUT, program
@@ -30,6 +30,7 @@ _SENTENCES = (
     (r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", r"\1 \2 is not allowed: give one of \3"),
     (r"argument (\S+): expected (?:one|at least one) argument", r"\1 needs a value"),
     (r"argument (\S+): not allowed with argument (\S+)", r"\1 and \2 do not go together: give one of them"),
+    (r"the following arguments are required: (.*)", r"missing \1"),
 )
 #: Packages of the extra `eval`, as they are imported.
 EVAL = ("open_clip", "sklearn", "matplotlib")
@@ -54,6 +55,12 @@ class Parser(argparse.ArgumentParser):
     meant.
     """
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """The flags, which may also stand between the members of a list, as in RUN --out DIR IMAGE."""
+        if any(action.nargs in ("*", "+") for action in self._get_positional_actions()):
+            return self.parse_intermixed_args(args, namespace)
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Print the message, then end with status 2."""
         self.exit(2, f"{self.prog}: {self.hinted(message)}; see {self.prog} --help\n")
@@ -77,6 +84,8 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
             if flag.startswith("--") and near:
                 message += f"; did you mean {near[0]}?"
+        if not flags and "--data" in known:
+            message += f"; did you mean --data {words[0]}?"
         return message
 
 

@@ -166,7 +166,7 @@ def judge(arguments: Sequence[str]) -> int:
     options = _parsed(parser, arguments)
     options.tuned += options.run
     if not options.tuned:
-        parser.error("the following arguments are required: TUNED")
+        parser.error("missing TUNED")
     with importing():
         from visft_ds.evals.judge.command import run_judge
 
@@ -187,7 +187,7 @@ def report(arguments: Sequence[str]) -> int:
     options = _parsed(parser, arguments)
     runs = options.runs + options.run
     if not runs:
-        parser.error("the following arguments are required: RUN")
+        parser.error("missing RUN")
 
     def work() -> None:
         for run in runs:

@@ -42,7 +42,11 @@ _OF_WHOLE_MODELS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     flags = _parser().parse_args(arguments)
+    first = vars(flags).pop("first")
     try:
+        if first is not None and flags.run is not None:
+            raise ValueError(f"two runs: {first} and --run {flags.run}; export them one by one")
+        flags.run = flags.run or first
         if flags.run is not None:
             check_exists(flags.run)
         if flags.format in FORMATS:
@@ -125,7 +129,8 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     run = "a run, RUN/checkpoints/step_N or RUN/export; of weights also an adapter"
-    add("run", type=Path, nargs="?", metavar="RUN", help=run)
+    add("first", type=Path, nargs="?", metavar="RUN", help=run)
+    add("--run", type=Path, metavar="RUN", help="the same as a flag")
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     form = "the whole model as ONNX, or as a program of torch.export; the backbone's weights for another "
     form += "library, or the adapter alone (peft: over timm's model, peft_transformers); default %(default)s"

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         run = options.pop("run")
         images = options.pop("arguments")
-        if run is None:
+        if run is None and images:
             run = Path(images.pop(0))
         if not images:
             raise ValueError(f"no image is named; type {program('predict')} RUN IMAGE")
@@ -71,7 +71,7 @@ def _parser() -> Parser:
     run = "a run, RUN/checkpoints/step_N, RUN/export, or merged weights"
     images = "JPEG, PNG, WebP, BMP, GIF or TIFF; folders and all below them; patterns with *, ?, [...] or **"
     # One list: without --run its first member is the run, with it all are images.
-    add("arguments", nargs="+", metavar="RUN IMAGE|FOLDER|PATTERN", help=f"first {run}; then {images}")
+    add("arguments", nargs="*", metavar="RUN IMAGE|FOLDER|PATTERN", help=f"first {run}; then {images}")
     add("--run", type=Path, metavar="RUN", help="the run as a flag; every argument is then an image")
     add_parts(parser)
     add("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
