@@ -143,7 +143,7 @@ def predict(
     (out / LINES).unlink()
     if predicted == 0:
         raise ValueError(f"none of {len(files)} files could be predicted")
-    rows = [("predicted", f"{predicted} images")]
+    rows = [("predicted", f"{predicted} of {len(files)} images")]
     if skipped:
         rows.append(("skipped", f"{len(skipped)} files, named in {RESULTS}"))
     without = [task for task in loaded.tasks if not whole[task]]
