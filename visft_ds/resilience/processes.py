@@ -67,7 +67,7 @@ def without_num_gpus(words: Sequence[str]) -> tuple[list[str], int | None]:
         if not equals:
             number = next(remaining, "")
         if not _is_count(number) or int(number) == 0:
-            raise ValueError(f"{flag} {number}: give the number of processes, one for each GPU")
+            raise ValueError(f"{f'{flag} {number}'.strip()}: give the number of processes, one for each GPU")
         return [*rest, *remaining], int(number)
     return rest, None
 
