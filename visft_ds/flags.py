@@ -55,7 +55,9 @@ class Parser(argparse.ArgumentParser):
     meant.
     """
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """The flags, which may also stand between the members of a list, as in RUN --out DIR IMAGE."""
         if any(action.nargs in ("*", "+") for action in self._get_positional_actions()):
             return self.parse_intermixed_args(args, namespace)
