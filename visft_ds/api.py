@@ -111,7 +111,7 @@ def fit(
     check_least(
         SimpleNamespace(steps=steps, epochs=epochs, batch_size=batch_size), steps=1, epochs=1, batch_size=1
     )
-    if lr is not None and not (isinstance(lr, Real) and lr > 0):
+    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, Real) or not lr > 0):
         raise ValueError(f"lr={lr!r}: give a number above 0")
     _check_callbacks(callbacks)
     paths = {"model": model, "backbone": backbone, "engine": engine, "data": data, "heads": heads}

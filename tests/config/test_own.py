@@ -216,7 +216,7 @@ def test_an_epoch_of_tiles_has_all_of_them(shards: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        (("--tile=0",), "--tile 0"),
+        (("--tile=31",), "--tile 31 is not allowed: give 32 to"),
         (("--tile=all",), "--tile all"),
         (("--tile=40", "--tasks=detection,captioning"), "captioning"),
         (("--set=visft.shared.image.tile=[40,30]",), "overlap"),

@@ -115,7 +115,7 @@ def test_every_kind_of_input_is_the_same_picture(model: Model, place: Path) -> N
     Image.fromarray(pixels).save(written, "png")  # which leaves it at its end
     data = (folder / "dog.png").read_bytes()
     with (folder / "dog.png").open("rb") as file:
-        for source in (data, written, file):
+        for source in (data, memoryview(data), written, file):
             np.testing.assert_array_equal(opened(source)[0][0].pixels, pixels)
     alone = [str(place / "dog.jpg"), Image.fromarray(pixels), pixels, frozen, tensor, data]
     for one in alone:

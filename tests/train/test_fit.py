@@ -212,6 +212,7 @@ def test_fit_refuses_in_words_of_its_own(tmp_path: Path) -> None:
         ({"batch_size": True}, "batch_size=.True. is"),
         ({"lr": "fast"}, "lr='fast': give a number above 0"),
         ({"lr": -1}, "lr=-1"),
+        ({"lr": True}, "lr=True"),
         ({"tasks": "detection,pose"}, "no settings of a task 'pose'"),
         ({"tasks": [1]}, r"tasks=\[1\]: give names"),
         ({"model": "debugg"}, "model=.debugg.: no .json file.*did you mean debug"),

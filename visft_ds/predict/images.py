@@ -52,7 +52,7 @@ _ALLOWED = (
     "give a path, the bytes of a file, a Pillow image, uint8 in an array (H, W, 3) or (H, W) or a tensor "
     "(3, H, W), or a list of them; floats from 0 to 1 become bytes by (255 * x).round()"
 )
-_IN_MEMORY = (Image.Image, np.ndarray, bytes, bytearray, io.IOBase)  # and tensors
+_IN_MEMORY = (Image.Image, np.ndarray, bytes, bytearray, memoryview, io.IOBase)  # and tensors
 
 
 class OpenedImage(NamedTuple):
@@ -192,7 +192,7 @@ def _from_memory(image: object, label: str, bands: Bands | None) -> OpenedImage:
         if image.seekable():
             image.seek(0)  # as Pillow does: what was written last stands at the end
         image = cast(BinaryIO, image).read()
-    if isinstance(image, bytes | bytearray):
+    if isinstance(image, bytes | bytearray | memoryview):
         if bands is not None:
             return OpenedImage(bands_of(read_bands(bytes(image), label), bands, label), None)
         return OpenedImage(np.array(open_image(bytes(image), label)), None)

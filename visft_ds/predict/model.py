@@ -31,12 +31,11 @@ from visft_ds.prepare.model import choose_precision
 from visft_ds.randomness import generator
 from visft_ds.settings.bands import in_words
 from visft_ds.settings.task_schema import Stream
-from visft_ds.settings.tiles import Tiles, usual_overlap
+from visft_ds.settings.tiles import SIDES, Tiles, usual_overlap
 from visft_ds.tasks import TASKS, Results, config_class
 from visft_ds.tasks.tiles import LEAST_SURE, merged
 from visft_ds.tasks.transform import pipeline_of
 
-_SMALLEST_TILE = 32  # pixels
 _TILES_ON_CPU = 4  # at a time: more are no faster there, and take their memory
 
 
@@ -335,8 +334,9 @@ class Model:
         if tile == "none":
             return None
         side = int(tile) if isinstance(tile, str) and tile.isdecimal() else tile
-        if not isinstance(side, Integral) or not _SMALLEST_TILE <= side <= 8192:
-            raise ValueError(f"--tile {tile} is not allowed: give {_SMALLEST_TILE} to 8192 pixels, or none")
+        least, most = SIDES
+        if not isinstance(side, Integral) or not least <= side <= most:
+            raise ValueError(f"--tile {tile} is not allowed: give {least} to {most} pixels, or none")
         of_whole = [task for task in self.tasks if config_class(task).labels != "annotations"]
         if of_whole:
             others = [task for task in self.tasks if task not in of_whole]

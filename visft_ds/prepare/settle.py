@@ -29,7 +29,7 @@ from visft_ds.pretrained import TIMM, lite0_of_pip
 from visft_ds.run_files import EXPORT
 from visft_ds.settings.bands import in_words
 from visft_ds.settings.task_schema import Stream
-from visft_ds.settings.tiles import Tiles, usual_overlap
+from visft_ds.settings.tiles import SIDES, Tiles, usual_overlap
 from visft_ds.tasks import config_class, entries
 from visft_ds.tasks.classes import COCO_NAMES
 
@@ -312,8 +312,9 @@ def _decide_tasks(draft: Draft, manifests: Sequence[Manifest], batch_size: int |
 
 def _decide_tiles(draft: Draft, side: str, manifests: Sequence[Manifest]) -> None:
     """`--tile`: the side of tiles, or none."""
-    if side != "none" and not (side.isdecimal() and int(side) > 0):
-        raise ValueError(f"--tile {side} is not allowed: give the side of a tile in pixels, or none")
+    least, most = SIDES
+    if side != "none" and not (side.isdecimal() and least <= int(side) <= most):
+        raise ValueError(f"--tile {side} is not allowed: give {least} to {most} pixels, or none")
     tile = None
     if side != "none":
         sizes = _object_sizes(manifests)

@@ -93,7 +93,7 @@ def _tasks_of_heads(names: Iterable[str]) -> set[str]:
 def _start_from_adapter(config: VisftConfig, path: Path) -> Start:
     if config.stage == 1 or config.lora is None:
         raise ValueError(
-            f"visft.init_from: {path} is an adapter, and this run trains none: give it to stage 2"
+            f"visft.init_from: {path} is no run and no checkpoint, and an adapter is given to stage 2"
         )
     backbone = build_empty(config.model.preset, torch.float32, config.model.backbone_options())
     adapter = read_adapter(path).on(backbone)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+#: Allowed sides of tiles in pixels, the least and the most.
+SIDES = (32, 8192)
 #: Part of an object's box, or of as much of it as tiles can show, that a tile has to show, else the object is
 #: left out of it.
 LEAST_VISIBLE = 0.4
