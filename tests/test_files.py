@@ -45,7 +45,7 @@ def test_pictures_are_upright(orientation: int) -> None:
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert np.array_equal(np.asarray(open_image(data)), np.asarray(expected))
     assert open_image(data, upright=False).size == RGB.size
-    assert image_frame(data) == (20, 30, orientation, "PNG", "")
+    assert image_frame(data) == (20, 30, orientation, "PNG", "", False)
     assert image_frame(data).upright == expected.size[::-1]
 
 

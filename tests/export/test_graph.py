@@ -342,7 +342,7 @@ def test_wrong_numbers_are_refused_with_what_is_allowed(
 
 def _flags(run: Path, *words: str) -> argparse.Namespace:
     """Flags of a command."""
-    return cli._parser().parse_args([str(run), "--out", str(run / "out"), *words])
+    return cli._parser().parse_args(["--run", str(run), "--out", str(run / "out"), *words])
 
 
 def test_pictures_to_compare_are_asked_for_where_there_are_none(tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_more_than_a_point_is_not_lost_unasked(
     model = SimpleNamespace(tasks=("detection",), has_instances=True)
     expected = nullcontext() if reason is None else pytest.raises(ValueError, match=reason)
     with expected:
-        command._verified(flags, model, {}, {}, Measured(before, after), Choices())  # type: ignore[arg-type]
+        command._measured(flags, model, {}, {}, Measured(before, after))  # type: ignore[arg-type]
 
 
 def test_what_has_no_export_is_refused() -> None:
