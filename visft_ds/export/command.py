@@ -271,7 +271,7 @@ def _write_files(
 
 
 def _seen(images: Mapping[int, OpenedImage], tiles: Tiles | None) -> Mapping[int, OpenedImage]:
-    """What a model sees at once, by number: the pictures, or their tiles."""
+    """Pictures as a model sees them at once, by number: whole, or their tiles."""
     if tiles is None:
         return images
     parts = []
