@@ -20,6 +20,7 @@ import visft_ds
 from tests.tasks.cases import batch_of
 from visft_ds.cli import main
 from visft_ds.data.decode import levels
+from visft_ds.data.masks import code_of
 from visft_ds.data.transforms import Crop, Pad, Resize
 from visft_ds.export import answers, cli, command
 from visft_ds.export.answers import Picture
@@ -142,7 +143,8 @@ def test_segments_are_compared_with_those_that_cover_them() -> None:
         for number, (top, category, score) in enumerate(segments, 1):
             mask = np.zeros((8, 8), bool)
             mask[top : top + 4] = True
-            results.append({"id": number, "category_id": category, "score": score, **exported._code(mask)})
+            segment = {"id": number, "category_id": category, "score": score}
+            results.append({**segment, "segmentation": code_of(mask)})
         return Prediction(np.zeros((8, 8, 3), np.uint8), None, {}, {"panoptic": results})
 
     ours = of((0, 5, 0.9), (4, 5, 0.9))

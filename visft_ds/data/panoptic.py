@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 from PIL import Image
 
+from visft_ds.data.masks import object_of
 from visft_ds.files import MAX_PIXELS, reading
 
 NUMBERS = 1 << 24  #: of segments, that a colour can say
@@ -55,12 +55,9 @@ def objects_of(panoptic: Stored) -> list[dict[str, Any]]:
     columns = np.asfortranarray(numbers)  # run-length codes go down columns
     objects = []
     for segment in panoptic["segments"]:
-        code = coco_mask.encode((columns == segment["id"]).view(np.uint8))
-        area = int(coco_mask.area(code))
-        if area > 0:
-            segmentation = {"size": list(numbers.shape), "counts": code["counts"].decode("ascii")}
-            box = coco_mask.toBbox(code).tolist()
-            objects.append({**segment, "bbox": box, "area": area, "segmentation": segmentation})
+        whole = {**segment, **object_of(columns == segment["id"]), "iscrowd": segment["iscrowd"]}
+        if whole["area"] > 0:
+            objects.append(whole)
     return objects
 
 

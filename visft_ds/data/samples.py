@@ -105,6 +105,10 @@ class Batch:
         views = None if self.views is None else tuple(view.to(device) for view in self.views)
         return replace(self, images=to_device(self.images, device), targets=targets, views=views)
 
+    def extents(self) -> Tensor:
+        """(B, 2) float64 on the host, height and width of each image as a share of the batch's."""
+        return self.sizes.double().cpu() / torch.tensor(self.images.shape[-2:])
+
     def of_images(self, positions: Tensor) -> Batch:
         """Some of its images, which may repeat, by their positions (N,) int64 in it; without labels."""
         names = ("images", "sizes", "original_sizes", "indices", "image_ids", "random_keys", "real")

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 
 from visft_ds.data.decode import as_rgb
 from visft_ds.data.depth import encoded, encoded_relative
+from visft_ds.data.masks import code_of
 from visft_ds.files import reading
 from visft_ds.flags import check_extra
 from visft_ds.predict.images import OpenedImage
@@ -165,7 +165,8 @@ def results_of_outputs(
         return [{"image_id": 0, "depth": encoded(outputs["depth"])}]
     if task == "semantic":
         for label in np.unique(outputs["labels"]).tolist():
-            results.append({"image_id": 0, "category_id": ids[label], **_code(outputs["labels"] == label)})
+            segmentation = code_of(outputs["labels"] == label)
+            results.append({"image_id": 0, "category_id": ids[label], "segmentation": segmentation})
         return results
     height, width = size
     for place, (score, label) in enumerate(zip(outputs["scores"], outputs["labels"], strict=True)):
@@ -174,7 +175,7 @@ def results_of_outputs(
         if task == "panoptic":
             number = place + 1
             segment = {"image_id": 0, "id": number, "category_id": ids[label], "score": float(score)}
-            results.append({**segment, **_code(outputs["segments"] == number)})
+            results.append({**segment, "segmentation": code_of(outputs["segments"] == number)})
             continue
         corners = outputs["boxes"][place].tolist()
         left, top, right, bottom = corners
@@ -187,12 +188,6 @@ def results_of_outputs(
         if "box_masks" in outputs:
             result["segmentation"] = mask_code(outputs["box_masks"][place], corners, (height, width))
         if "masks" in outputs:
-            result |= _code(outputs["masks"][place])
+            result["segmentation"] = code_of(outputs["masks"][place])
         results.append(result)
     return results
-
-
-def _code(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """The entry of a mask (H, W) in COCO's results."""
-    code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"segmentation": {"size": list(mask.shape), "counts": code["counts"].decode("ascii")}}

@@ -18,6 +18,7 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns un
 from PIL import Image
 
 from visft_ds.data.depth import Values, values_of
+from visft_ds.data.masks import code_of
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.depth.results import colour_range, coloured
@@ -104,8 +105,7 @@ class Objects:
                 "score": instance.score,
             }
             if instance.mask is not None:
-                code = coco_mask.encode(np.asfortranarray(instance.mask.astype(np.uint8)))
-                result["segmentation"] = {"size": code["size"], "counts": code["counts"].decode("ascii")}
+                result["segmentation"] = code_of(instance.mask)
             results.append(result)
         return results
 

@@ -107,6 +107,8 @@ class TaskConfig(StreamConfig):
     learns_from: ClassVar[str] = "any"  #: which samples it can learn from, see `Manifest.selection`
     has_classes: ClassVar[bool] = True  #: its head has a class for each category of the data
     published: ClassVar[str | None] = None  #: its word in the names of the published files of heads
+    #: `type` of a head -> its options, of a task that has several; the first is that of a head without one
+    heads: ClassVar[Mapping[str, type[StrictModel]]] = {}
 
     #: optimiser steps of this task; the run takes the sum over its tasks, in mode "shared" the largest. Where
     #: scheduler.params.total_num_steps sets the length, these are proportions; null: only with such a length

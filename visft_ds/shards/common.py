@@ -8,10 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
-
 from visft_ds.files import image_frame, shown_name
 from visft_ds.shards.depth import DepthMaps
 from visft_ds.shards.division import Division
@@ -173,14 +169,3 @@ def polygon_object(polygons: list[list[float]]) -> Json:
     content["area"] = round(area, 3)
     content["segmentation"] = polygons
     return content
-
-
-def mask_object(mask: npt.NDArray[np.bool_]) -> Json:
-    """Box, area and run-length code (H, W) of an object, in pixels."""
-    code = coco_mask.encode(np.asfortranarray(mask).view(np.uint8))
-    return {
-        "bbox": coco_mask.toBbox(code).tolist(),
-        "area": int(coco_mask.area(code)),
-        "iscrowd": 0,
-        "segmentation": {"size": list(mask.shape), "counts": code["counts"].decode("ascii")},
-    }

@@ -19,8 +19,9 @@ import orjson
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 
 from visft_ds.data.labels import is_numbers
+from visft_ds.data.masks import object_of
 from visft_ds.files import read_bytes, reading, shown_name
-from visft_ds.shards.common import Findings, FolderSplit, Json, mask_object
+from visft_ds.shards.common import Findings, FolderSplit, Json
 
 FORMAT = "visft_ds corrections"
 VERSION = 1
@@ -167,7 +168,7 @@ def corrected_maps(
     for (image_id, category_id), mask in masks.items():
         if mask.any():
             number += 1
-            left.append({"id": number, "image_id": image_id, "category_id": category_id, **mask_object(mask)})
+            left.append({"id": number, "image_id": image_id, "category_id": category_id, **object_of(mask)})
     return left
 
 

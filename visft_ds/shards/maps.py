@@ -23,16 +23,9 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
+from visft_ds.data.masks import object_of
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
-from visft_ds.shards.common import (
-    CLASSES,
-    IMAGE_SUFFIXES,
-    Findings,
-    FolderSplit,
-    Json,
-    mask_object,
-    split_of,
-)
+from visft_ds.shards.common import CLASSES, IMAGE_SUFFIXES, Findings, FolderSplit, Json, split_of
 from visft_ds.tasks.classes import VOID
 
 #: The numbers that Cityscapes is judged by (https://github.com/mcordts/cityscapesScripts, labels.py).
@@ -202,7 +195,7 @@ class _CocoLists:
         columns = np.asfortranarray(numbers)  # run-length codes go down columns
         for number in self.classes.numbers_in(numbers, path):
             annotation = {"id": len(self.annotations) + 1, "image_id": image_id, "category_id": number}
-            self.annotations.append({**annotation, **mask_object(columns == number)})
+            self.annotations.append({**annotation, **object_of(columns == number)})
 
     def check_used(self, findings: Findings, maps: Path) -> None:
         """Note classes without a pixel if pixels without a class exist: as in maps of 0 and 255.

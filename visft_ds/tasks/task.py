@@ -170,6 +170,8 @@ class Task(ABC):
 
     def schema(self, section: Section, options: Options) -> type[BaseModel]:
         """The schema of a section that has these options."""
+        if section == "head" and options.get("type") in self.config.heads:
+            return self.config.heads[options["type"]]
         return type(self.config.model_fields[section].get_default(call_default_factory=True))
 
     def options(self, section: Section, options: Options) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import orjson
 from visft_ds.config.record import recorded_config
 from visft_ds.data.dataset import coco_dataset, read_raw
 from visft_ds.data.decode import as_rgb
-from visft_ds.data.fetch import Cache
+from visft_ds.data.fetch import Cache, is_url
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
 from visft_ds.evals.evaluate import evaluate
 from visft_ds.evals.labels.captions import caption_doubts
@@ -87,7 +87,7 @@ def check_labels(
     if not tasks:
         raise ValueError(f"{run} has no head that looks at labels: train one of {', '.join(_TASKS)}")
     splits = [split] if split is not None else [of_run.train, of_run.val]
-    if split is None and not _is_url(root):
+    if split is None and not is_url(root):
         splits = [name for name in splits if name in splits_in(Path(root))]
     folder = out or folder_of_run(run) / "labels"
     cache = Cache(of_run.cache, of_run.cache_bytes)
@@ -98,10 +98,6 @@ def check_labels(
         train, validation = manifests
         section = compare_splits(load_backbone(run), train, validation, limit)
         print_plan("visft_ds labels", [section])
-
-
-def _is_url(root: str) -> bool:
-    return "://" in root
 
 
 def _check_split(

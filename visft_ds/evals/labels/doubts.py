@@ -6,7 +6,6 @@ A score ranks labels of one split; `with_probabilities` says of which share of t
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -16,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from faster_coco_eval import mask as coco_mask
 
+from visft_ds.data.masks import object_of
 from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.masks.rasters import decode_mask
+from visft_ds.tasks.masks.regions import by_image
 from visft_ds.tasks.semantic.results import number_map
 
 Annotation = Mapping[str, Any]  #: of COCO: category_id, bbox, segmentation; or caption
@@ -64,8 +65,8 @@ def doubts_of(labels: Sequence[Annotation], predictions: Sequence[Annotation]) -
         labels: annotations of COCO; crowds stay out, and so does what lies in them.
         predictions: in COCO's results format, those of low scores too.
     """
-    labels_of_image = _by_image(labels)
-    predictions_of_image = _by_image(predictions)
+    labels_of_image = by_image(labels)
+    predictions_of_image = by_image(predictions)
     doubts = list[Doubt]()
     for image_id in sorted(labels_of_image.keys() | predictions_of_image.keys()):
         doubts += doubts_of_image(image_id, labels_of_image[image_id], predictions_of_image[image_id])
@@ -159,8 +160,8 @@ def region_doubts(content: Mapping[str, Any], predictions: Sequence[Annotation])
         content: COCO dictionary with an annotation for each class of an image.
         predictions: the same of what the head says.
     """
-    labels_of_image = _by_image(content["annotations"])
-    predictions_of_image = _by_image(predictions)
+    labels_of_image = by_image(content["annotations"])
+    predictions_of_image = by_image(predictions)
     ids = [category["id"] for category in content["categories"]]
     numbers = {category_id: number for number, category_id in enumerate(ids)}
     doubts = list[Doubt]()
@@ -175,17 +176,10 @@ def region_doubts(content: Mapping[str, Any], predictions: Sequence[Annotation])
                 shares[numbers[label["category_id"]]] = 0
                 other = shares.max()
                 if other > 0:
-                    given = _region(label["category_id"], region)
+                    given = {**object_of(region), "category_id": label["category_id"]}
                     proposed = {**given, "category_id": ids[int(shares.argmax())]}
                     doubts.append(Doubt("region", float(1 - own + other) / 2, image["id"], given, proposed))
     return sorted(doubts, key=lambda doubt: -doubt.score)
-
-
-def _by_image(labels: Sequence[Annotation]) -> Mapping[int, list[Annotation]]:
-    of_image = defaultdict[int, list[Annotation]](list)
-    for label in labels:
-        of_image[label["image_id"]].append(label)
-    return of_image
 
 
 def _parts(mask: npt.NDArray[np.bool_]) -> Iterator[npt.NDArray[np.bool_]]:
@@ -197,15 +191,6 @@ def _parts(mask: npt.NDArray[np.bool_]) -> Iterator[npt.NDArray[np.bool_]]:
     for number in range(1, count + 1):
         if areas[number] >= LEAST_REGION * mask.size:
             yield numbers == number
-
-
-def _region(category_id: int, region: npt.NDArray[np.bool_]) -> Annotation:
-    code = coco_mask.encode(np.asfortranarray(region).view(np.uint8))
-    return {
-        "category_id": category_id,
-        "bbox": coco_mask.toBbox(code).tolist(),
-        "segmentation": {"size": list(region.shape), "counts": code["counts"].decode("ascii")},
-    }
 
 
 def _missing(

@@ -40,9 +40,7 @@ def depth_results(output: DepthOutput, batch: Batch) -> Results:
     """Results {"image_id", "depth"}: a PNG of the stored size as labels have it, rounded to millimetres; of a
     head that learnt relative maps a relative one.
     """
-    extents = output.extents
-    if extents is None:
-        extents = batch.sizes.double().cpu() / torch.tensor(batch.images.shape[-2:])
+    extents = batch.extents() if output.extents is None else output.extents
     results = Results()
     for image in batch.real.nonzero().flatten().tolist():
         stored = batch.original_sizes[image].tolist()

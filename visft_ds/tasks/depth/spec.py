@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel
 from torch import nn
 
 from visft_ds.data.dataset import labels_of_split
@@ -26,7 +25,7 @@ from visft_ds.tasks.depth.loss import DepthCriterion
 from visft_ds.tasks.depth.results import colour_range, coloured, depth_results, measure_depth
 from visft_ds.tasks.example import Example
 from visft_ds.tasks.pictures import SIDE, Picture, scaled, side_by_side
-from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Section, Shapes, Task, Words
+from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Shapes, Task, Words
 
 
 class Depth(Task):
@@ -52,12 +51,6 @@ class Depth(Task):
             known=torch.ones(images, dtype=torch.int64),
             relative=torch.zeros(images, dtype=torch.bool),
         )
-
-    def schema(self, section: Section, options: Options) -> type[BaseModel]:
-        if section == "head" and "type" in options:
-            schema: type[BaseModel] = self.config.heads[options["type"]]
-            return schema
-        return super().schema(section, options)
 
     def build_head(self, shapes: Shapes, head: Any, vocabulary_size: int | None) -> nn.Module:
         if isinstance(head, DptHeadConfig):

@@ -4,7 +4,6 @@ of several kinds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -86,9 +85,6 @@ class MaskLoss(StrictModel):
 
 class MaskTaskConfig(TaskConfig):
     """Settings of a task that has heads of several types."""
-
-    #: `type` of a head -> its options; the first is that of a head without one.
-    heads: ClassVar[Mapping[str, type[StrictModel]]]
 
     @field_validator("head", mode="wrap")
     @classmethod

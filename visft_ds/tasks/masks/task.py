@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel
 from torch import nn
 
 from visft_ds.data.samples import Sample
@@ -18,7 +17,7 @@ from visft_ds.tasks.masks.data import LargeScaleJitter, MaskTargets, mask_target
 from visft_ds.tasks.masks.loss import MaskCriterion
 from visft_ds.tasks.masks.plain import PlainHead
 from visft_ds.tasks.masks.rasters import STRIDE, grid_size
-from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Section, Shapes, Task, Words
+from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Shapes, Task, Words
 
 
 class MaskTask(Task):
@@ -27,11 +26,6 @@ class MaskTask(Task):
     config: ClassVar[type[MaskTaskConfig]]
     pad_value: ClassVar[int]  #: 0 to 255, of what a training image is extended by
     categories: ClassVar[Sequence[int]]  #: ids of the classes of a head whose data does not say them
-
-    def schema(self, section: Section, options: Options) -> type[BaseModel]:
-        if section == "head" and "type" in options:
-            return self.config.heads[options["type"]]
-        return super().schema(section, options)
 
     def build_head(self, shapes: Shapes, head: Any, vocabulary_size: int | None) -> nn.Module:
         return PlainHead(shapes, head)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 from torch import Tensor
 
+from visft_ds.data.masks import code_of
 from visft_ds.data.samples import Batch
 from visft_ds.ops import at_least_float32
 from visft_ds.tasks import Results
@@ -37,9 +37,7 @@ def panoptic_results(
     are left out.
     """
     options = output.options
-    extents = output.extents
-    if extents is None:
-        extents = batch.sizes.double().cpu() / torch.tensor(batch.images.shape[-2:])
+    extents = batch.extents() if output.extents is None else output.extents
     results = Results()
     for image in batch.real.nonzero().flatten().tolist():
         scores, labels = at_least_float32(output.logits[-1, image]).softmax(dim=-1).max(dim=-1)
@@ -64,15 +62,8 @@ def panoptic_results(
             numbers[part] = number
             segments.setdefault(number, {"category_id": category, "score": score})
         for number, segment in segments.items():
-            code = coco_mask.encode(np.asfortranarray(numbers == number).view(np.uint8))
-            results.append(
-                {
-                    "image_id": int(batch.image_ids[image]),
-                    "id": number,
-                    **segment,
-                    "segmentation": {"size": stored, "counts": code["counts"].decode("ascii")},
-                }
-            )
+            numbered = {"image_id": int(batch.image_ids[image]), "id": number}
+            results.append({**numbered, **segment, "segmentation": code_of(numbers == number)})
     return results
 
 

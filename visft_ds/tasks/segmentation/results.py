@@ -56,9 +56,7 @@ def instances(
     Images without `batch.real` are left out. The batch must have been resized without cropping, as evaluation
     transforms do. Masks are made in groups of a bounded size, and of scores from `threshold` on only.
     """
-    extents = output.extents
-    if extents is None:
-        extents = batch.sizes.double().cpu() / torch.tensor(batch.images.shape[-2:])
+    extents = batch.extents() if output.extents is None else output.extents
     candidates = _candidates(output, len(categories))
     results = Results()
     for image in batch.real.nonzero().flatten().tolist():

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 from torch import Tensor
 
+from visft_ds.data.masks import code_of
 from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import VOID
@@ -93,13 +93,11 @@ def semantic_results(
     for image in batch.real.nonzero().flatten().tolist():
         class_map = _class_map(output, batch, image)
         for label in np.unique(class_map).tolist():
-            code = coco_mask.encode(np.asfortranarray(class_map == label).view(np.uint8))
-            segmentation = {"size": list(class_map.shape), "counts": code["counts"].decode("ascii")}
             results.append(
                 {
                     "image_id": int(batch.image_ids[image]),
                     "category_id": classes[label] if classes else label,
-                    "segmentation": segmentation,
+                    "segmentation": code_of(class_map == label),
                 }
             )
     return results
