@@ -19,18 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visft_ds.checkpoint.format import Checkpoint, explained, newest_checkpoint, open_checkpoint
+from visft_ds.checkpoint.format import Checkpoint, explained, open_checkpoint
 from visft_ds.config.record import recorded_config
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.shards import categories_for
 from visft_ds.files import write_text
-from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.card import README, card, repository_of
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.interop.layouts import BASE, MODEL, fingerprint_of, is_lora, model_of
-from visft_ds.interop.peft_folder import write_folder
-from visft_ds.interop.weights import Lazy, Weights, examples, write_safetensors
-from visft_ds.models import Backbone, build_empty
+from visft_ds.interop.weights import Lazy, Weights, write_safetensors
+from visft_ds.models import Backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.materialize import BaseWeights
@@ -38,8 +35,6 @@ from visft_ds.prepare.model import PreparedModel
 from visft_ds.run_files import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
-    CHECKPOINTS,
-    STATE_FILE,
     TRAINED_BACKBONE_FILE,
     folder_of_run,
 )
@@ -65,7 +60,6 @@ def export_weights(
     """
     backbone = prepared.module.backbone
     identity = prepared.base.identity
-    repository = repository_of(config.model.weights)
     lora: dict[str, Lazy] = {}
     own: dict[str, Lazy] = {}
     for name, tensor in trained.under("backbone.").items():
@@ -74,13 +68,17 @@ def export_weights(
         save_base(prepared.base, backbone, folder / TRAINED_BACKBONE_FILE, own)
         # Adapters belong to that one, which no hub has.
         identity = fingerprint_of(backbone, folder / TRAINED_BACKBONE_FILE)
-        repository = None
     for task, info in infos.items():
         tensors = dict(trained.under(f"heads.{task}."))
         if task in prepared.heads:  # a group may train a part of a head
             tensors = {**prepared.heads[task].tensors, **tensors}
         save_head(head_file(folder, task), info, _read(tensors))
     if config.lora is not None:
+        from visft_ds.interop.adapter import Adapter  # stage 1 has none
+        from visft_ds.interop.card import README, card, repository_of
+        from visft_ds.interop.peft_folder import write_folder
+
+        repository = None if own else repository_of(config.model.weights)
         adapter = Adapter.of(backbone, config.lora, _read(lora), identity, step)
         write_folder(adapter, folder / ADAPTER_FOLDER, repository)
         text = card("LoRA adapter", "peft", backbone, adapter, base=repository)
@@ -126,28 +124,6 @@ def save_base(
         tensors |= trained
         header[BASE] = base.identity
     write_safetensors(path, tensors, header)
-
-
-def adapter_of_checkpoint(folder: Path) -> Adapter:
-    """The adapter in `<run>/checkpoints/step_N`, or in the newest whole checkpoint of a run.
-
-    Raises ValueError for a damaged checkpoint, and for one of a run that trains more of its backbone, or
-    nothing.
-    """
-    if not (folder / STATE_FILE).is_file():
-        checkpoint, skipped = newest_checkpoint(folder / CHECKPOINTS)
-        if checkpoint is None:
-            raise ValueError(f"{folder} has no whole checkpoint and no export yet: {examples(skipped)}")
-        folder = checkpoint.path
-    visft = recorded_config(folder_of_run(folder.resolve())).visft
-    empty = build_empty(visft.model.preset, torch.float32, visft.model.backbone_options())
-    checkpoint, tensors = install_checkpoint(empty, folder)
-    if visft.lora is None or not all(map(is_lora, tensors)):
-        raise ValueError(
-            f"{folder}: the run trains its backbone itself: let it finish, its export has whole weights"
-        )
-    base = checkpoint.record["identity"]["base weights"]
-    return Adapter.of(empty, visft.lora, tensors, base, checkpoint.step)
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from visft_ds.data.shards import Category, categories_for
 from visft_ds.files import reading
 from visft_ds.interop.layouts import fitted
-from visft_ds.interop.published import published_head
 from visft_ds.interop.weights import Weights, examples, open_weights, save_tensors
 from visft_ds.ops import shapes_alone
 from visft_ds.settings.bands import Bands, in_words
@@ -159,6 +158,8 @@ def open_head(source: str | Path, task: str) -> HeadFile:
     file = open_weights(path)
     description = file.metadata.get(_KEY) or file.metadata.get(f"{_KEY}.{task}")
     if description is None:
+        from visft_ds.interop.published import published_head  # knows the names of all heads, and adapters
+
         shapes, options, tensors, layers = published_head(task, file)
         extra: dict[str, Any] = {"format": "visft"}
         if layers:

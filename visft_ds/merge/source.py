@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from visft_ds.config.record import recorded_config
 from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.peft_folder import read_folder
 from visft_ds.interop.published import read_adapter
+from visft_ds.interop.weights import examples
+from visft_ds.models import build_empty
 from visft_ds.pretrained import local
 from visft_ds.run_files import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
+    CHECKPOINTS,
     EXPORT_RECORD_FILE,
     RECORD_FILE,
     STATE_FILE,
     TRAINED_BACKBONE_FILE,
     export_of,
+    folder_of_run,
     run_around,
 )
 
@@ -36,10 +43,33 @@ def adapter_at(path: Path) -> Adapter | None:
             raise ValueError(f"{path}: the run trained no part of its backbone")
         return None
     if (path / RECORD_FILE).is_file() or (path / STATE_FILE).is_file():
-        from visft_ds.checkpoint.export import adapter_of_checkpoint  # imports deepspeed: costs seconds
-
-        return adapter_of_checkpoint(path)
+        return _adapter_of_checkpoint(path)
     return read_adapter(path)
+
+
+def _adapter_of_checkpoint(folder: Path) -> Adapter:
+    """The adapter in `<run>/checkpoints/step_N`, or in the newest whole checkpoint of a run.
+
+    Raises ValueError for a damaged checkpoint, and for one of a run that trains more of its backbone, or
+    nothing.
+    """
+    from visft_ds.checkpoint.export import install_checkpoint  # imports deepspeed: costs seconds
+    from visft_ds.checkpoint.format import newest_checkpoint
+
+    if not (folder / STATE_FILE).is_file():
+        checkpoint, skipped = newest_checkpoint(folder / CHECKPOINTS)
+        if checkpoint is None:
+            raise ValueError(f"{folder} has no whole checkpoint and no export yet: {examples(skipped)}")
+        folder = checkpoint.path
+    visft = recorded_config(folder_of_run(folder.resolve())).visft
+    empty = build_empty(visft.model.preset, torch.float32, visft.model.backbone_options())
+    checkpoint, tensors = install_checkpoint(empty, folder)
+    if visft.lora is None or not all(map(is_lora, tensors)):
+        raise ValueError(
+            f"{folder}: the run trains its backbone itself: let it finish, its export has whole weights"
+        )
+    base = checkpoint.record["identity"]["base weights"]
+    return Adapter.of(empty, visft.lora, tensors, base, checkpoint.step)
 
 
 def base_of(path: Path) -> Path:

@@ -15,7 +15,6 @@ from visft_ds.config.schema import LoraConfig, VisftConfig
 from visft_ds.data.loader import StepLoader
 from visft_ds.interop.heads import check_heads, open_head
 from visft_ds.interop.layouts import model_of
-from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models import build_empty
 from visft_ds.models.lora import slices_of
@@ -95,6 +94,8 @@ def _start_from_adapter(config: VisftConfig, path: Path) -> Start:
         raise ValueError(
             f"visft.init_from: {path} is no run and no checkpoint, and an adapter is given to stage 2"
         )
+    from visft_ds.interop.published import read_adapter  # a run from an adapter is rare
+
     backbone = build_empty(config.model.preset, torch.float32, config.model.backbone_options())
     adapter = read_adapter(path).on(backbone)
     if adapter.model != model_of(backbone):

@@ -64,7 +64,8 @@ class DetectionCriterion:
         assert len(logits) == len(self._suffixes), logits.shape
         assert logits.shape[2] == self.num_queries, logits.shape
         matches = match(logits, boxes, targets, self.costs, image_ids)
-        ce, wrong = self.loss_labels(logits, targets, matches, loss_denominators)
+        labels = targets.labels
+        ce, wrong = class_losses(logits, labels, targets.counts, matches, self.eos_coef, loss_denominators)
         number = loss_denominators["boxes"]
         l1, giou = self.loss_boxes(boxes, targets, matches)
         l1 = l1 / number
@@ -77,17 +78,6 @@ class DetectionCriterion:
         losses["class_error"] = wrong / number
         losses["cardinality_error"] = self.cardinality_error(logits[-1].detach(), targets)
         return losses
-
-    def loss_labels(
-        self,
-        logits: Tensor,
-        targets: DetectionTargets,
-        matches: Matches,
-        loss_denominators: Mapping[str, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Class cross-entropy (L,), and 100 times the objects that got a wrong class."""
-        labels = targets.labels
-        return class_losses(logits, labels, targets.counts, matches, self.eos_coef, loss_denominators)
 
     def loss_boxes(self, boxes: Tensor, targets: DetectionTargets, matches: Matches) -> tuple[Tensor, Tensor]:
         """L1 distance and 1 - generalized IoU (L,) of `boxes` (L, B, Q, 4), summed over the matched pairs."""

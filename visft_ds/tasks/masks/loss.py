@@ -87,7 +87,8 @@ class MaskCriterion:
         matching, candidates, uniform = draw_points(keys, len(masks), self.points, masks.device)
         costs = (self.loss.ce, self.loss.bce, self.loss.dice)
         matches = match_masks(logits, masks, targets, labels, matching, costs, image_ids)
-        ce, wrong = self.loss_labels(logits, labels, targets, matches, loss_denominators)
+        eos_coef = self.loss.eos_coef
+        ce, wrong = class_losses(logits, labels, targets.counts, matches, eos_coef, loss_denominators)
         bce, dice = self.loss_masks(masks, targets, matches, candidates, uniform)
         number = loss_denominators["masks"]
         bce = bce / number
@@ -100,17 +101,6 @@ class MaskCriterion:
             losses[f"bce{suffix}"] = bce[of_set]
             losses[f"dice{suffix}"] = dice[of_set]
         return losses
-
-    def loss_labels(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        targets: MaskTargets,
-        matches: Matches,
-        loss_denominators: Mapping[str, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Class cross-entropy (L,), and 100 times the objects that got a wrong class."""
-        return class_losses(logits, labels, targets.counts, matches, self.loss.eos_coef, loss_denominators)
 
     def loss_masks(
         self,
