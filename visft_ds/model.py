@@ -72,6 +72,17 @@ def whole_cells(size: Sequence[int], cell: int) -> tuple[int, int]:
     return rows * cell, columns * cell
 
 
+def with_prefixes(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    """Each map (B, D, h, w) that a backbone gives, and the tokens (B, P, D) in front of its patches or None;
+    these follow all maps.
+    """
+    maps = [tensor for tensor in tensors if tensor.ndim == 4]
+    prefixes: Sequence[Tensor | None] = tensors[len(maps) :]
+    if not prefixes:
+        prefixes = [None] * len(maps)
+    return list(zip(maps, prefixes, strict=True))
+
+
 class MultiTaskModel(nn.Module):
     """Backbone and heads. In training the result is a dict of losses, in evaluation one output per head.
 
@@ -131,15 +142,9 @@ class MultiTaskModel(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
                 features = self.backbone(pixels, self.frames(batch), prefixes=True)
                 tensors = [at_least_float32(tensor) for tensor in features]
-        maps = [tensor for tensor in tensors if tensor.ndim == 4]
-        prefixes: list[Tensor | None] = list(tensors[len(maps) :])  # they follow the maps
-        if not prefixes:
-            prefixes = [None] * len(maps)
         size = self.padded_size(batch)
-        read = []
-        for map_, prefix in zip(maps, prefixes, strict=True):
-            read.append(Map.of(map_, batch.sizes, size, prefix))
-        return tuple(read)
+        pairs = with_prefixes(tensors)
+        return tuple(Map.of(map_, batch.sizes, size, prefix) for map_, prefix in pairs)
 
     def frames(self, batch: Batch) -> Grids | None:
         """Height and width in pixels at which the backbone sees each image: whole cells, without the batch's

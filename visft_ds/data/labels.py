@@ -13,9 +13,11 @@ Of tars that others wrote it may also be a text, which is the caption, or JSON a
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 
 # mask_api_new_cpp is not among its Python names; `decode` costs thirty times as much
@@ -219,3 +221,10 @@ def run_length_code(mask: Mapping[str, Any], height: int, width: int) -> dict[st
             return None
         code["counts"] = coco_mask.frPyObjects(code, height, width)["counts"].decode()
     return code if is_run_length_code(code, height, width) else None
+
+
+def box_corners(objects: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float64]:
+    """(n, 4) left, top, right and bottom of the boxes of objects, or of results for them."""
+    boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from visft_ds.data.samples import Map, valid_region
 from visft_ds.data.transforms import Op, Pad, Resize, Size
 from visft_ds.export.answers import ANSWERS, Picture, dense_with_masks, quotient
-from visft_ds.model import whole_cells
+from visft_ds.model import whole_cells, with_prefixes
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import Linear
 from visft_ds.models.lora import LoRALinear, dense_update, lora_layers
@@ -98,11 +98,7 @@ class Maps(nn.Module):
         if self.half_precision:
             pixels = pixels.half()
         tensors = [at_least_float32(tensor) for tensor in self.backbone(pixels, prefixes=True)]
-        features = [tensor for tensor in tensors if tensor.ndim == 4]
-        prefixes: list[Tensor | None] = list(tensors[len(features) :])
-        if not prefixes:
-            prefixes = [None] * len(features)
-        return [self._map(map_, prefix) for map_, prefix in zip(features, prefixes, strict=True)]
+        return [self._map(map_, prefix) for map_, prefix in with_prefixes(tensors)]
 
     def _map(self, features: Tensor, prefix: Tensor | None) -> FrameMap:
         grid = features.shape[-2:]

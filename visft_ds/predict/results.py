@@ -18,6 +18,7 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns un
 from PIL import Image
 
 from visft_ds.data.depth import Values, values_of
+from visft_ds.data.labels import box_corners
 from visft_ds.data.masks import code_of
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.classes import category_name
@@ -263,13 +264,11 @@ class Prediction:
         """The fields of `Objects` by name."""
         ids = [result["category_id"] for result in results]
         names = [category_name(id_, self.categories) for id_ in ids]
-        xywh = np.array([result["bbox"] for result in results], dtype=np.float64).reshape(-1, 4)
-        corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
         return {
             "scores": np.array([result["score"] for result in results], dtype=np.float32),
             "ids": np.array(ids, dtype=np.int64),
             "names": np.array(names, dtype=np.str_),
-            "xyxy": corners.astype(np.float32),
+            "xyxy": box_corners(results).astype(np.float32),
         }
 
     def _other_tasks(self) -> list[str]:

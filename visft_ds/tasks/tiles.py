@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 
+from visft_ds.data.labels import box_corners
 from visft_ds.settings.tiles import Window
 from visft_ds.tasks import Results
 
@@ -40,8 +41,7 @@ def merged(results: Results, windows: Sequence[Window], size: tuple[int, int]) -
     Returns:
         the same with boxes and masks of the picture, and without `image_id`.
     """
-    boxes = np.array([result["bbox"] for result in results], dtype=np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
+    boxes = box_corners(results)
     owners = np.array([result["image_id"] for result in results], dtype=np.int64)
     corners = np.array([(window.left, window.top) * 2 for window in windows])
     boxes += corners[owners]

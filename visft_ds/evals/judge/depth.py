@@ -30,6 +30,7 @@ from visft_ds.evals.judge.dense_probes import Source, probe, trained
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.heads import BATCH, Recipe, enlarged, half_cosine, sampled
 from visft_ds.evals.judge.protocol import NORMALISED, PUBLISHED, QUICK, SIZES, Protocol
+from visft_ds.tasks.depth.head import metres_of
 
 RMSE = Number(
     "RMSE",
@@ -158,9 +159,7 @@ def schedule(recipe: Recipe, step: int) -> tuple[float, float]:
 
 def metres(outputs: Tensor) -> Tensor:
     """(..., BINS, h, w) -> (..., h, w)."""
-    weights = torch.relu(outputs) + 0.1
-    bins = torch.linspace(NEAREST, FARTHEST, BINS).to(outputs)
-    return torch.einsum("...bhw,b->...hw", weights, bins) / weights.sum(dim=-3)
+    return metres_of(outputs, NEAREST, FARTHEST)
 
 
 def silog(

@@ -30,10 +30,10 @@ class DepthOutput:
 
 
 def metres_of(scores: Tensor, nearest: float, farthest: float) -> Tensor:
-    """Mean (B, h, w) of evenly spaced depths, weighted by scores (B, N, h, w)."""
+    """Mean (..., h, w) of evenly spaced depths, weighted by scores (..., N, h, w)."""
     weights = torch.relu(scores) + _LEAST
-    bins = torch.linspace(nearest, farthest, scores.shape[1], device=scores.device, dtype=scores.dtype)
-    return torch.einsum("bnhw,n->bhw", weights, bins) / weights.sum(dim=1)
+    bins = torch.linspace(nearest, farthest, scores.shape[-3], device=scores.device, dtype=scores.dtype)
+    return torch.einsum("...nhw,n->...hw", weights, bins) / weights.sum(dim=-3)
 
 
 class LinearDepth(LinearMaps):

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from visft_ds.data.labels import box_corners
 from visft_ds.data.samples import Batch, RawSample, Targets
 from visft_ds.data.transforms import (
     Crop,
@@ -153,10 +154,8 @@ def _objects(raw: RawSample, ops: Sequence[Op]) -> tuple[list[Mapping[str, Any]]
     pixels.
     """
     objects = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
-    xywh = np.array([annotation["bbox"] for annotation in objects], dtype=np.float64).reshape(-1, 4)
-    corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
     height, width = raw.size
-    corners = corners.clip(0, [width, height, width, height])
+    corners = box_corners(objects).clip(0, [width, height, width, height])
     has_area = _has_area(corners)
     objects = list(compress(objects, has_area))
     corners = apply_to_boxes(corners[has_area], raw.size, ops)

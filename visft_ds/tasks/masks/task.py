@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,12 +11,14 @@ from torch import nn
 
 from visft_ds.data.samples import Sample
 from visft_ds.data.transforms import Geometry, Size, of_options
+from visft_ds.tasks import Results
 from visft_ds.tasks.criterion import Criterion
 from visft_ds.tasks.masks.config import MaskTaskConfig
 from visft_ds.tasks.masks.data import LargeScaleJitter, MaskTargets, mask_targets, packed_masks
 from visft_ds.tasks.masks.loss import MaskCriterion
 from visft_ds.tasks.masks.plain import PlainHead
 from visft_ds.tasks.masks.rasters import STRIDE, grid_size
+from visft_ds.tasks.masks.regions import shares_in_words
 from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Shapes, Task, Words
 
 
@@ -26,6 +28,8 @@ class MaskTask(Task):
     config: ClassVar[type[MaskTaskConfig]]
     pad_value: ClassVar[int]  #: 0 to 255, of what a training image is extended by
     categories: ClassVar[Sequence[int]]  #: ids of the classes of a head whose data does not say them
+    #: Called with the label of each category, and what `ImageTargets` says.
+    of_image: ClassVar[Callable[..., Any]] = staticmethod(mask_targets)
 
     def build_head(self, shapes: Shapes, head: Any, vocabulary_size: int | None) -> nn.Module:
         return PlainHead(shapes, head)
@@ -44,7 +48,11 @@ class MaskTask(Task):
         classes: Classes,
     ) -> ImageTargets:
         categories = self.categories if classes is None else classes
-        return partial(mask_targets, {id_: label for label, id_ in enumerate(categories)})
+        return partial(self.of_image, {id_: label for label, id_ in enumerate(categories)})
+
+    def describe(self, results: Results, names: Mapping[int, str]) -> str:
+        """Regions by their shares of the image, the largest first."""
+        return shares_in_words(results, names)
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> MaskTargets:
         return packed_masks(samples, self.name, frame)

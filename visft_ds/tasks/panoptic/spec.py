@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,22 @@ from visft_ds.data.transforms import Op
 from visft_ds.tasks import Results
 from visft_ds.tasks.example import Example
 from visft_ds.tasks.masks.data import mask_targets
-from visft_ds.tasks.masks.regions import draw_regions, shares_in_words
+from visft_ds.tasks.masks.regions import draw_regions
 from visft_ds.tasks.masks.task import MaskTask
 from visft_ds.tasks.panoptic.config import PanopticTask
 from visft_ds.tasks.panoptic.head import PanopticHead
 from visft_ds.tasks.panoptic.metrics import measure_panoptic
 from visft_ds.tasks.panoptic.results import panoptic_results
 from visft_ds.tasks.pictures import Picture, side_by_side
-from visft_ds.tasks.task import Classes, ImageTargets, Options, Shapes, Words
+from visft_ds.tasks.task import Classes, Shapes, Words
+
+
+def panoptic_targets(
+    labels: Mapping[int, int], raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
+) -> dict[str, npt.NDArray[Any]]:
+    """Masks and labels of the segments of an image, as `mask_targets` gives them; crowds give none."""
+    segments = [] if raw.panoptic is None else objects_of(raw.panoptic)
+    return mask_targets(labels, replace(raw, annotations=segments), ops, generator)
 
 
 class Panoptic(MaskTask):
@@ -36,13 +43,10 @@ class Panoptic(MaskTask):
     config = PanopticTask
     pad_value = 0
     categories = range(1000)
+    of_image = staticmethod(panoptic_targets)
 
     def build_head(self, shapes: Shapes, head: Any, vocabulary_size: int | None) -> nn.Module:
         return PanopticHead(shapes, head)
-
-    def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
-        categories = self.categories if classes is None else classes
-        return partial(panoptic_targets, {id_: label for label, id_ in enumerate(categories)})
 
     def results(
         self,
@@ -76,10 +80,6 @@ class Panoptic(MaskTask):
     ) -> dict[str, float]:
         return measure_panoptic(truth, results, per_category=of_record)
 
-    def describe(self, results: Results, names: Mapping[int, str]) -> str:
-        """Segments by their shares of the image, the largest first."""
-        return shares_in_words(results, names)
-
     def picture(self, example: Example) -> Picture:
         pixels = example.pixels()
         true = [] if example.raw.panoptic is None else objects_of(example.raw.panoptic)
@@ -89,14 +89,6 @@ class Panoptic(MaskTask):
             picture = draw_regions(pixels, segments, example.names)
             drawn.append((picture, f"{title}: {len(segments)} segments"))
         return side_by_side(*drawn)
-
-
-def panoptic_targets(
-    labels: Mapping[int, int], raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
-) -> dict[str, npt.NDArray[Any]]:
-    """Masks and labels of the segments of an image, as `mask_targets` gives them; crowds give none."""
-    segments = [] if raw.panoptic is None else objects_of(raw.panoptic)
-    return mask_targets(labels, replace(raw, annotations=segments), ops, generator)
 
 
 SPEC = Panoptic()

@@ -12,7 +12,7 @@ from visft_ds.tasks import Results
 from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.criterion import Criterion
 from visft_ds.tasks.example import Example
-from visft_ds.tasks.masks.regions import draw_regions, shares_in_words
+from visft_ds.tasks.masks.regions import draw_regions
 from visft_ds.tasks.masks.task import MaskTask
 from visft_ds.tasks.pictures import Picture, side_by_side
 from visft_ds.tasks.semantic.config import LOSSES, SemanticHeadConfig, SemanticTask
@@ -70,10 +70,6 @@ class Semantic(MaskTask):
         self, truth: Mapping[str, Any], results: Results, head: Any, of_record: bool
     ) -> dict[str, float]:
         return measure_semantic(truth, results, per_category=of_record)
-
-    def describe(self, results: Results, names: Mapping[int, str]) -> str:
-        """Shares of the image, the largest first."""
-        return shares_in_words(results, names)
 
     def picture(self, example: Example) -> Picture:
         pixels = example.pixels()
