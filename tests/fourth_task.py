@@ -54,6 +54,8 @@ def image_targets(
 ) -> dict[str, Any]:
     found = np.zeros(len(places) or MOST, dtype=np.float32)
     for annotation in raw.annotations:
+        if annotation["area"] < 1:
+            continue
         found[places.get(annotation["category_id"], annotation["category_id"])] = 1
     return {"present": found}
 

@@ -106,6 +106,32 @@ def test_files_and_names_in_code_that_pages_name_exist() -> None:
     assert missing == []
 
 
+def is_there(word: str, page: str) -> bool:
+    """False for a word in backticks that names a place in the repository, where nothing is."""
+    first, _, rest = word.partition("/")
+    of_repository = ("docs", "tests", "launchers", "ds_configs", "tools", "visft_ds", ".github", ".ci")
+    if rest and first in of_repository:
+        return (ROOT / word).exists()
+    if re.fullmatch(r"test_\w+\.py", word):
+        return any((ROOT / "tests").rglob(word))
+    if re.fullmatch(r"Makefile|[A-Z]+\.md|\w+\.toml", word):
+        return (ROOT / word).is_file()
+    if page == "docs/architecture.md" and re.fullmatch(r"(\w+/)+", word):
+        return (ROOT / word).is_dir() or any((ROOT / "visft_ds").rglob(word.rstrip("/")))
+    if page == "ds_configs/README.md" and re.fullmatch(r"(engines/|models/)?\w+\.json", word):
+        return word == "my.json" or (ROOT / "ds_configs" / word).is_file()
+    return True
+
+
+def test_places_of_the_repository_that_pages_name_exist() -> None:
+    """Files of any ending, and folders; names of files that users have or commands write are not looked at."""
+    missing = []
+    for page, text in pages().items():
+        words = re.findall(r"`([\w.-]+(?:/[\w.-]+)*/?)`", text)
+        missing += [f"{page}: {word}" for word in words if not is_there(word, page)]
+    assert missing == []
+
+
 def test_the_hours_of_8_h100_are_told_alike_everywhere() -> None:
     """The table of backbones; README has the sum of both stages, memory-and-speed the paper's stage 2."""
     text = pages()

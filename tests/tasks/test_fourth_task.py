@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests import finished, fourth_task
 from tests.ranks import run_ranks
 from tests.tiny import TINY
 from visft_ds import tasks
+from visft_ds.config import resolve
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.tasks import BUILT_IN, TASKS, entries, register
 
@@ -33,6 +35,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 import visft_ds, visft_ds.tasks
 from tests.tiny import Here
 from visft_ds.config import resolve
+from visft_ds.prepare.settle import settle
 from visft_ds.planner.memory import plan_largest, planned_run
 from visft_ds.evals.report import report_runs
 from visft_ds.run import evaluation
@@ -44,6 +47,8 @@ if mode == "shared":
 given = dict(model="debug", engine="zero1", data={str(finished.shards())!r}, settings=settings)
 own = settings | {{"visft.param_groups": [{{"name": "heads", "params": "heads.*"}}], "visft.run.eval_every": 0}}
 first = visft_ds.fit(stage=1, out=out / "stage1", **{{**given, "settings": own}})
+follows = settle(["--stage", "2", "--data", given["data"], "--heads", str(first.export)]).config.visft
+assert follows.tasks.enabled()["classification"].batch_size == 4
 settings |= {{"visft.heads.path": first.export, "visft.lora.rank": 2}}
 second = visft_ds.fit(stage=2, out=out / "stage2", **given)
 found = visft_ds.evaluate(out / "stage2", out=out / "evaluation", visualizations=1)
@@ -103,4 +108,7 @@ def test_names_are_taken_once_and_places_must_have_a_task(monkeypatch: pytest.Mo
             TASKS["own"]
     del table["own"]
     register("classification", "tests.fourth_task:SPEC")
+    monkeypatch.setattr(import_module("visft_ds.config.resolve"), "entries", lambda: table)
+    with pytest.raises(ValueError, match="add --set 'visft"):
+        resolve(stage=1, model="debug", settings=["visft.tasks=classification"])
     assert list(TASKS) == [*BUILT_IN, "classification"] and TASKS["classification"] is fourth_task.SPEC

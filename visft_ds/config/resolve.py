@@ -33,7 +33,7 @@ from visft_ds.config.tree import Tree, flatten, load_json, parse_assignment, sho
 from visft_ds.files import reading
 from visft_ds.redaction import SECRET
 from visft_ds.settings.fields import nearest
-from visft_ds.tasks import entries
+from visft_ds.tasks import BUILT_IN, entries
 
 AnyPath = str | os.PathLike[str]  #: a path as users give it
 #: ds_configs/: beside the package in a checkout, inside of it where it was installed from a wheel.
@@ -241,6 +241,11 @@ def _turn_others_off(tree: Tree, names: str | list[Any]) -> None:
     tasks = {"semantic": {}, "depth": {}, "panoptic": {}, **(tree.value("visft.tasks") or {})}
     known = [task for task, values in tasks.items() if values is not None]
     for name in map(str, names):
+        if name not in known and name in entries() and name not in BUILT_IN:
+            raise ValueError(
+                f"{source}: no settings of your task {name!r}: add --set "
+                f'\'visft.tasks.{name}={{"steps": 1000, "batch_size": 8, "micro_batch": 8}}\''
+            )
         if name not in known:
             raise ValueError(f"{source}: no settings of a task {name!r}{nearest(name.lower(), known)}")
     for name in entries():

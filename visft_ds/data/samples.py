@@ -32,7 +32,8 @@ class RawSample:
     size: tuple[int, int]  #: (height, width) in whose pixels the annotations are
     #: (H, W, 3) uint8, RGB; or (H, W, n) float32, levels of bands from 0 to 255
     image: npt.NDArray[Any] | None
-    annotations: Sequence[Mapping[str, Any]]  #: COCO instances as stored in the shard
+    #: COCO's objects as a shard stores them: id, bbox, category_id, iscrowd, area, perhaps segmentation
+    annotations: Sequence[Mapping[str, Any]]
     captions: Sequence[str]
     window: Window | None = None  #: a tile: the part of the picture that the sample is; None: all of it
     depth: Mapping[str, Any] | None = None  #: depth map, see `data/depth.py`; None: it has none

@@ -219,7 +219,8 @@ def apply_groups(
                 beginnings = sorted({".".join(name.split(".")[:2]) for name in parameters})
                 known = ", ".join(beginnings[:6])
                 problems.append(
-                    f"group {group.name!r}: {glob!r} matches no parameter (names begin with {known})"
+                    f"group {group.name!r}: {glob!r} matches no parameter (names begin with {known}; "
+                    "all heads are heads.*)"
                 )
         names = [name for name in parameters if any(fnmatchcase(name, glob) for glob in group.globs())]
         doubled = [name for name in names if name in owner]

@@ -30,7 +30,7 @@ from visft_ds.run_files import EXPORT
 from visft_ds.settings.bands import in_words
 from visft_ds.settings.task_schema import Stream
 from visft_ds.settings.tiles import SIDES, Tiles, usual_overlap
-from visft_ds.tasks import config_class, entries
+from visft_ds.tasks import BUILT_IN, config_class, entries
 from visft_ds.tasks.classes import COCO_NAMES
 
 #: File in ds_configs/models, the demo's recipe, whose weights pip may have brought.
@@ -254,6 +254,8 @@ def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
         if settings is None:  # the task was off
             keys.append(key)
             continue
+        if task not in BUILT_IN:  # no recipe of stage 2 speaks of it
+            keys += [f"{key}.{name}" for name in ("steps", "batch_size", "micro_batch")]
         keys += [f"{key}.head.{option}" for option in settings["head"]]
         sizes = ("fixed_size", "keep_shape", "tile", "size", "min_size_test", "max_size_test", "window")
         keys += [f"{key}.image.{size}" for size in sizes if size in settings["image"]]

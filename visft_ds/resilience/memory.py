@@ -145,8 +145,8 @@ def largest_shape(batches: Sequence[Batch]) -> str:
 def largest_batches(data: RunData, micro: Mapping[str, int], role: Role) -> Iterator[tuple[str, Batch]]:
     """For each data set of each stream (stream, micro-batch that needs at least as much memory as any other).
 
-    Its images are squares of the largest side, with the most objects that images have; captions have
-    `max_words` words.
+    Its images are squares of the largest side, with the most objects that images have; captions are
+    `max_words` times "a".
 
     Args:
         micro: images of a micro-batch, by stream.
@@ -158,6 +158,8 @@ def largest_batches(data: RunData, micro: Mapping[str, int], role: Role) -> Iter
         side = stream.largest_side()
         caption = " ".join(["a"] * stream.image.get("max_words", 1))
         whole = {
+            "id": 1,
+            "area": side * side,
             "bbox": [0, 0, side, side],
             "category_id": category,
             "iscrowd": 0,
