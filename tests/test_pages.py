@@ -75,6 +75,8 @@ def test_every_key_says_what_it_is_its_unit_and_its_range() -> None:
     reference["complete"]()
     keys = [*reference["leaves"](reference["Recipe"])]
     assert len(keys) > 150
+    # Other tests of the process may have registered a task of their own, which the schema keeps.
+    keys = [key for key in keys if not key.name.startswith("visft.tasks.classification")]
     problems = [(key.name, problem_of(key)) for key in keys]
     assert [f"{name} {problem}" for name, problem in problems if problem] == []
 
