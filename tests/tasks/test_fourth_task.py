@@ -98,6 +98,7 @@ def test_it_trains_evaluates_exports_predicts_draws_and_is_planned(
 
 
 def test_names_are_taken_once_and_places_must_have_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = resolve(stage=1, model="debug")
     table = {name: entries()[name] for name in BUILT_IN}
     monkeypatch.setattr(tasks, "entries", lambda: table)
     with pytest.raises(ValueError, match="taken"):
@@ -112,3 +113,4 @@ def test_names_are_taken_once_and_places_must_have_a_task(monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="add --set 'visft"):
         resolve(stage=1, model="debug", settings=["visft.tasks=classification"])
     assert list(TASKS) == [*BUILT_IN, "classification"] and TASKS["classification"] is fourth_task.SPEC
+    assert "classification" not in before.visft.tasks.enabled()

@@ -25,6 +25,9 @@ from visft_ds.settings.bands import Bands
 _SIDE = 512  #: of the image that measures a model: every stride divides it
 _SMALLEST_GAIN = 1e-2  #: gains of a random model below this are taken for a start at zero
 _GAINS = ("weight", "gamma", "gamma_1", "gamma_2")  #: last parts of the names of gains
+#: What `_measured` found in this process, by (name, side of an image, layers, bands): the judge builds a
+#: model for each variant.
+_MEASURED: dict[tuple[Any, ...], tuple[tuple[tuple[int, int], ...], list[str]]] = {}
 
 
 class TimmBackbone(nn.Module):
@@ -255,12 +258,14 @@ def as_backbone(
         backbone.patch = int(to_2tuple(embed.patch_size)[0])
     backbone.train()
     backbone.read_after(layers)
-    if next(backbone.parameters()).is_meta:
-        backbone.shapes, unused = _measured(backbone)
-    else:
-        twin = build_timm(name, image_size=options.get("img_size"), layers=layers, device="meta", bands=bands)
-        backbone.shapes = twin.shapes
-        unused = [child for child, module in twin.named_children() if isinstance(module, nn.Identity)]
+    image_size = options.get("img_size")
+    kind = (name, image_size, tuple(layers), bands)
+    if kind not in _MEASURED:
+        if next(backbone.parameters()).is_meta:
+            _MEASURED[kind] = _measured(backbone)
+        else:
+            build_timm(name, image_size=image_size, layers=layers, device="meta", bands=bands)  # measures it
+    backbone.shapes, unused = _MEASURED[kind]
     backbone.width, backbone.patch_size = backbone.shapes[-1]
     whole = backbone.state_dict()
     for child in unused:

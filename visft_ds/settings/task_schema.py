@@ -145,7 +145,8 @@ class TasksConfig(StrictModel):
 
     def enabled(self) -> dict[str, TaskConfig]:
         """Task name -> its settings, in the order of the table of tasks."""
-        pairs = ((name, getattr(self, name)) for name in type(self).model_fields)
+        # A task that was registered since these settings were read is a field of the class alone.
+        pairs = ((name, getattr(self, name, None)) for name in type(self).model_fields)
         return {name: task for name, task in pairs if task is not None}
 
     def with_words(self) -> tuple[str, WordsConfig] | None:

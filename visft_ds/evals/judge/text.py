@@ -7,10 +7,12 @@ ours takes it from the file that its base came from. n texts, E width of the emb
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ from torch.nn import functional as F
 from visft_ds.files import reading
 from visft_ds.interop.layouts import prefix_of
 from visft_ds.interop.weights import open_weights
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
 
 PREFIX = "text."
 #: Width of a head in every text tower of CLIP, which follows from no tensor: 768 / 12, 1024 / 16, 1280 / 20.
@@ -58,13 +63,12 @@ def text_tower_in(path: str | Path) -> TextTower | None:
     tensors = {name.removeprefix(PREFIX): file[name] for name in file if name.startswith(PREFIX)}
     if not tensors:
         return None
-    from open_clip.tokenizer import SimpleTokenizer
     from open_clip.transformer import TextTransformer
 
     with reading(path, "a file with CLIP's text tower"):
         length, width = tensors["positional_embedding"].shape
         tokens = tensors["token_embedding.weight"].shape[0]
-        tokenizer = SimpleTokenizer(context_length=length)
+        tokenizer = _tokenizer(length)
         if tokens != tokenizer.vocab_size:
             raise ValueError(f"it has {tokens} tokens, not CLIP's vocabulary")
         blocks = {match[1] for match in map(_BLOCK.match, tensors) if match}
@@ -79,6 +83,14 @@ def text_tower_in(path: str | Path) -> TextTower | None:
         tensors.pop("attn_mask", None)  # a causal mask, which some files carry: a function of the length
         module.load_state_dict({name: tensor.read() for name, tensor in tensors.items()})
     return TextTower(module.requires_grad_(False).eval(), tokenizer, module)
+
+
+@functools.cache
+def _tokenizer(length: int) -> SimpleTokenizer:
+    """CLIP's, for so many tokens; to read its vocabulary takes longer than a small tower."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(context_length=length)
 
 
 def projection_of(path: str | Path, width: int) -> nn.Linear | None:
