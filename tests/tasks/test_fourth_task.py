@@ -14,6 +14,7 @@ from tests.ranks import run_ranks
 from tests.tiny import TINY
 from visft_ds import tasks
 from visft_ds.config import resolve
+from visft_ds.config.schema import complete
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.tasks import BUILT_IN, TASKS, entries, register
 
@@ -35,6 +36,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 import visft_ds, visft_ds.tasks
 from tests.tiny import Here
 from visft_ds.config import resolve
+from visft_ds.config.schema import complete
 from visft_ds.prepare.settle import settle
 from visft_ds.planner.memory import plan_largest, planned_run
 from visft_ds.evals.report import report_runs
@@ -98,7 +100,6 @@ def test_it_trains_evaluates_exports_predicts_draws_and_is_planned(
 
 
 def test_names_are_taken_once_and_places_must_have_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = resolve(stage=1, model="debug")
     table = {name: entries()[name] for name in BUILT_IN}
     monkeypatch.setattr(tasks, "entries", lambda: table)
     with pytest.raises(ValueError, match="taken"):
@@ -113,4 +114,12 @@ def test_names_are_taken_once_and_places_must_have_a_task(monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="add --set 'visft"):
         resolve(stage=1, model="debug", settings=["visft.tasks=classification"])
     assert list(TASKS) == [*BUILT_IN, "classification"] and TASKS["classification"] is fourth_task.SPEC
-    assert "classification" not in before.visft.tasks.enabled()
+
+
+def test_settings_that_were_read_before_a_task_was_registered_stay_valid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = resolve(stage=1, model="debug")
+    monkeypatch.setitem(entries(), "classification", "tests.fourth_task:SPEC")
+    complete()
+    assert [*before.visft.tasks.enabled()] == [*BUILT_IN[:3]]
