@@ -28,6 +28,8 @@ if "VISFT_DEVICE" in os.environ:  # `make gpu DEVICE=cpu`: before Triton is impo
 # package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# No test survives a power failure; to wait for the disk takes a tenth of the suite's time.
+os.fsync = lambda fd: None  # ranks begin with the same, see tests/zygote.py
 
 #: When no further test begins (`--minutes`), and the tests that were left out for it.
 DEADLINE = pytest.StashKey[float]()

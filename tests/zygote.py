@@ -25,9 +25,9 @@ from types import ModuleType
 
 import deepspeed.module_inject.auto_ep
 import deepspeed.module_inject.auto_ep_layer
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - with torch.compile, for every engine
 import numpy as np
 import scipy.optimize  # noqa: F401 - matches
+import torch._dynamo  # for every engine
 import torch.utils.tensorboard  # noqa: F401
 from deepspeed.ops import __compatible_ops__  # noqa: F401 - asks a compiler
 from PIL import Image
@@ -38,6 +38,7 @@ import visft_ds.train  # noqa: F401
 from visft_ds.tasks import BUILT_IN
 
 STATUS = struct.Struct("i")
+os.fsync = lambda fd: None  # as in tests/conftest.py
 Image.init()
 for name in BUILT_IN:  # not by `TASKS`, which would look for those of other packages once and for all
     import_module(f"visft_ds.tasks.{name}.spec")

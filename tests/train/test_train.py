@@ -50,6 +50,7 @@ def test_killed_and_resumed_equals_the_undisturbed_run(shards: Path, straight: P
     assert steps_recorded(out) == list(range(1, STEPS + 1)) and equal(out, straight)
 
 
+@pytest.mark.slow
 def test_a_step_does_not_depend_on_its_division(shards: Path, tmp_path: Path) -> None:
     """Of images of different sizes: one by one, in one batch, and as two in a pipeline, adapters and heads
     train.
