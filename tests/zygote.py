@@ -24,7 +24,7 @@ from importlib import import_module
 from types import ModuleType
 
 import deepspeed.module_inject.auto_ep
-import deepspeed.module_inject.auto_ep_layer
+import deepspeed.module_inject.auto_ep_layer  # noqa: F401
 import numpy as np
 import scipy.optimize  # noqa: F401 - matches
 import torch._dynamo  # for every engine

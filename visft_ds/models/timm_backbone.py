@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from visft_ds.models.eva_vit import Grids, last_block, stack_padded
+from visft_ds.ops import shapes_alone
 from visft_ds.pretrained import check_timm
 from visft_ds.settings.bands import Bands
 
@@ -375,7 +376,8 @@ def build_model(
     size = {} if image_size is None else {"img_size": image_size}
     choices: list[dict[str, Any]] = [{"dynamic_img_size": True, **size}, size, {}]
     colours = {} if channels == 3 else {"in_chans": channels}
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    on_device = shapes_alone() if device == "meta" else torch.device(device)
+    with torch.random.fork_rng(devices=[]), on_device:
         for options in choices:
             torch.manual_seed(seed)
             try:

@@ -49,12 +49,31 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
+#: What first weights are filled by, ours and timm's.
+_FILLING = frozenset(
+    {
+        Tensor.add_,
+        Tensor.clamp_,
+        Tensor.erfinv_,
+        Tensor.fill_,
+        Tensor.mul_,
+        Tensor.normal_,
+        Tensor.uniform_,
+        Tensor.zero_,
+    }
+)
+
+
 class _Undrawn(TorchFunctionMode):
-    """Leaves out normal draws, whose shapes torch finds by its compiler: more than a second of imports."""
+    """Leaves out the filling of weights: torch finds the shape of each result by its compiler, which takes
+    more than a second of imports, and longer than the rest of making a model.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.init.normal_:
             return kwargs["tensor"]
+        if func in _FILLING:
+            return args[0]
         return func(*args, **(kwargs or {}))
 
 
