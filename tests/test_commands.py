@@ -183,6 +183,35 @@ def test_a_command_whose_output_nobody_reads_ends_quietly(unbuffered: str) -> No
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+ENDING = """
+import atexit
+from visft_ds import cli
+
+class Large:
+    def __del__(self):
+        print("taken apart")
+
+def main():
+    atexit.register(print, "done at the end")
+    {end}
+
+large = Large()
+cli.main = main
+cli.run()
+"""
+
+
+def test_a_command_does_what_is_to_be_done_at_its_end_and_takes_nothing_apart() -> None:
+    def ended(end: str) -> tuple[int, str, str]:
+        command = [sys.executable, "-c", ENDING.format(end=end)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        return done.returncode, done.stdout, done.stderr
+
+    assert ended("return 3") == (3, "done at the end\n", "")
+    code, printed, error = ended("raise KeyError('unforeseen')")
+    assert code == 1 and "taken apart" in printed and "KeyError: 'unforeseen'" in error
+
+
 def test_the_range_of_deepspeed_is_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"version: {visft_ds.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

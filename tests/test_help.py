@@ -20,7 +20,7 @@ SLOW = ("torch", "deepspeed", "timm", "transformers", "open_clip", "peft", "scip
 #: Runs command lines one after another, [[what is run, its arguments, ...], ...]; what each printed, and what
 #: had been imported by then.
 RUN = f"""
-import contextlib, io, json, runpy, sys
+import contextlib, io, json, os, runpy, sys
 ended, path = [], list(sys.path)
 for program, *words in json.loads(sys.argv[1]):
     sys.argv, sys.path[:], stream = [program, *words], path, io.StringIO()
@@ -28,7 +28,8 @@ for program, *words in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(stream), contextlib.suppress(SystemExit):
         run(program, run_name="__main__")
     ended.append([stream.getvalue(), [name for name in {SLOW} if name in sys.modules]])
-print(json.dumps(ended))
+print(json.dumps(ended), flush=True)
+os._exit(0)  # not with the status of the last command
 """
 
 

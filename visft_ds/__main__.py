@@ -1,8 +1,6 @@
 """`python -m visft_ds COMMAND`: the command `visft`, also where its folder is not on the path."""
 
-import sys
-
-from visft_ds.cli import main
+from visft_ds.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

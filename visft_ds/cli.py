@@ -4,13 +4,14 @@ given.
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from visft_ds import __version__, importing
 from visft_ds.errors import exit_code, tell
@@ -94,6 +95,26 @@ def usage() -> str:
         "  deepspeed --num_gpus 8 --module visft_ds evaluate --run RUN",
     ]
     return "\n".join(lines)
+
+
+def run() -> NoReturn:
+    """The command `visft`, in a process of its own.
+
+    At the end of a process Python takes its objects apart one by one: of the libraries that a command imports
+    there are a million, which takes a second. What is to be done at the end is done, the rest is left to the
+    system.
+    """
+    ended: list[int] = []
+
+    def leave() -> None:
+        if ended:  # otherwise an exception is on its way
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended[0])
+
+    atexit.register(leave)  # the first to be registered is the last to be called
+    ended.append(main())
+    sys.exit(ended[0])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

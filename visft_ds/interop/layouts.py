@@ -28,6 +28,7 @@ from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models import Backbone, build_empty
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.ops import shapes_alone
 from visft_ds.pretrained import TIMM
 from visft_ds.settings.bands import Bands, in_words
 from visft_ds.settings.fields import Count, Positive
@@ -155,7 +156,7 @@ def _names_in_timm(model: str) -> tuple[str, ...]:
     """Names of the tensors of a whole model of timm, in its order."""
     from timm import create_model
 
-    with torch.device("meta"):
+    with shapes_alone():
         return tuple(create_model(model).state_dict())
 
 
