@@ -35,7 +35,7 @@ def collect(
     vocabulary: Vocabulary | None,
     *,
     limit: int | None = None,
-    places: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
     num_workers: int = 0,
 ) -> dict[str, Results] | None:
     """Run every task over the split. Collective: all ranks call it; the main process gets {task: results},
@@ -47,12 +47,12 @@ def collect(
     Args:
         streams: what to evaluate, with the classes of its heads; `micro_batch` is the evaluation batch size.
         limit: first so many images; None: all.
-        places: of the images in the split, instead of a limit.
+        positions: of the images in the split, instead of a limit.
     """
     gathered: dict[str, Results] = {}
     rank = distributed.rank()
     world = distributed.world_size()
-    indices = np.arange(len(reader))[:limit] if places is None else np.array(places)
+    indices = np.arange(len(reader))[:limit] if positions is None else np.array(positions)
     for stream in streams.values():
         own_results: dict[str, Results] = {task: [] for task in stream.tasks}
         pipeline = pipeline_of(stream, vocabulary, train=False)

@@ -43,9 +43,9 @@ _OWN_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _TIMEOUT = 60.0  # seconds without a byte
 
 
-def is_url(place: str | Path) -> bool:
-    """Return True if a place is read over a network; it is looked for only when it is opened."""
-    return "://" in str(place) and not str(place).lower().startswith("file:")
+def is_url(address: str | Path) -> bool:
+    """Return True if an address is read over a network; it is looked for only when it is opened."""
+    return "://" in str(address) and not str(address).lower().startswith("file:")
 
 
 def check_protocol(url: str) -> None:

@@ -133,14 +133,14 @@ def _distinct(corners: Tensor, labels: Tensor) -> Tensor:
 
 def _best(scores: Tensor, objects: dict[str, Tensor], most: int) -> dict[str, Tensor]:
     """The `most` objects of each picture with the highest scores; -1 marks none."""
-    best, places = scores.topk(min(most, scores.shape[1]))
+    best, positions = scores.topk(min(most, scores.shape[1]))
     is_object = best >= 0
-    chosen = {"boxes": objects["boxes"].gather(1, places[..., None].expand(-1, -1, 4))}
+    chosen = {"boxes": objects["boxes"].gather(1, positions[..., None].expand(-1, -1, 4))}
     chosen["scores"] = torch.where(is_object, best, 0.0)
-    chosen["labels"] = torch.where(is_object, objects["labels"].gather(1, places), -1)
+    chosen["labels"] = torch.where(is_object, objects["labels"].gather(1, positions), -1)
     if "masks" in objects:
         masks = objects["masks"]
-        where = places[:, :, None, None].expand(-1, -1, masks.shape[2], masks.shape[3])
+        where = positions[:, :, None, None].expand(-1, -1, masks.shape[2], masks.shape[3])
         chosen["masks"] = masks.gather(1, where).bool()
     return chosen
 
@@ -245,15 +245,15 @@ def segments(output: PanopticOutput, picture: Picture, ids: Sequence[int]) -> di
     is_joined = (labels[:, :, None] == labels[:, None]) & is_stuff[:, :, None] & is_part[:, None]
     is_joined = is_joined | (queries[:, None] == queries)
     first = is_joined.float().argmax(dim=2)  # of the queries that are one segment with each
-    best, places = torch.where(is_part & (first == queries), scores, -1.0).topk(scores.shape[1])
-    ranks = (places[:, None] == first[:, :, None]).float().argmax(dim=2) + 1
+    best, positions = torch.where(is_part & (first == queries), scores, -1.0).topk(scores.shape[1])
+    ranks = (positions[:, None] == first[:, :, None]).float().argmax(dim=2) + 1
     ranks = F.pad(torch.where(is_part, ranks, 0), (0, 1))  # the last one: of pixels without a mask
     of_pixels = ranks.gather(1, owners.flatten(1)).unflatten(1, owners.shape[1:])
     is_segment = best >= 0
     return {
         "segments": torch.where(is_inside, of_pixels, 0).to(torch.int32),
         "scores": torch.where(is_segment, best, 0.0),
-        "labels": torch.where(is_segment, labels.gather(1, places), -1),
+        "labels": torch.where(is_segment, labels.gather(1, positions), -1),
     }
 
 

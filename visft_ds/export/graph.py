@@ -263,10 +263,10 @@ def resized_levels(levels: Tensor, size: Size) -> Tensor:
     return rows @ (levels @ columns.T)
 
 
-def _scaling_of_floats(pixels: int, wanted: int, like: Tensor) -> Tensor:
-    """Matrix (wanted, pixels) of a triangle around each new pixel, with the roundings of torch."""
-    scale = torch.ones_like(like[0, 0, 0, 0]) * pixels / wanted
-    centres = (torch.arange(wanted, device=like.device)[:, None] + 0.5) * scale
+def _scaling_of_floats(pixels: int, new_pixels: int, like: Tensor) -> Tensor:
+    """Matrix (new_pixels, pixels) of a triangle around each new pixel, with the roundings of torch."""
+    scale = torch.ones_like(like[0, 0, 0, 0]) * pixels / new_pixels
+    centres = (torch.arange(new_pixels, device=like.device)[:, None] + 0.5) * scale
     distances = torch.arange(pixels, device=like.device)[None] - centres + 0.5
     reach = torch.maximum(scale, torch.ones_like(scale))
     weights = 1 - (distances / reach).abs()
@@ -275,21 +275,21 @@ def _scaling_of_floats(pixels: int, wanted: int, like: Tensor) -> Tensor:
 
 
 class Weights(NamedTuple):
-    """Whole numbers (wanted, pixels), 256 coarse + fine."""
+    """Whole numbers (new_pixels, pixels), 256 coarse + fine."""
 
     coarse: Tensor
     fine: Tensor
 
 
-def _scaling(pixels: int, wanted: int, device: torch.device) -> tuple[Weights, Tensor]:
+def _scaling(pixels: int, new_pixels: int, device: torch.device) -> tuple[Weights, Tensor]:
     """Weights of a triangle around each new pixel, rounded as torch rounds them, and their unit.
 
     All is computed in whole numbers, which no runtime rounds otherwise, up to quotients that are whole.
     """
-    new = 2 * torch.arange(wanted, device=device)[:, None] + 1
+    new = 2 * torch.arange(new_pixels, device=device)[:, None] + 1
     old = 2 * torch.arange(pixels, device=device)[None] + 1
-    distances = (old * wanted - new * pixels).abs()
-    reach: Any = 2 * torch.sym_max(pixels, wanted)  # a number, which may be that of the graph
+    distances = (old * new_pixels - new * pixels).abs()
+    reach: Any = 2 * torch.sym_max(pixels, new_pixels)  # a number, which may be that of the graph
     heights = torch.maximum(reach - distances, torch.zeros_like(distances))
     sums = heights.sum(dim=1, keepdim=True)
     largest = (heights.float() / sums.float()).max()

@@ -125,8 +125,8 @@ def _result_of(func: Any, args: Any, kwargs: Any) -> Any:
     """Result of an operator; the tensors of a call that was made before come without it."""
     leaves, structure = tree_flatten((args, kwargs))
     # The type, because 1 equals True and 1.0, of which other dtypes come.
-    described = [_layout(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves]
-    key = (func, repr(structure), *described)
+    facts = [_layout(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves]
+    key = (func, repr(structure), *facts)
     if key in _MADE:
         layouts, made_structure = _MADE[key]
         return tree_unflatten(map(_empty, layouts), made_structure)

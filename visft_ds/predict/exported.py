@@ -169,15 +169,15 @@ def results_of_outputs(
             results.append({"image_id": 0, "category_id": ids[label], "segmentation": segmentation})
         return results
     height, width = size
-    for place, (score, label) in enumerate(zip(outputs["scores"], outputs["labels"], strict=True)):
+    for index, (score, label) in enumerate(zip(outputs["scores"], outputs["labels"], strict=True)):
         if label < 0 or score < threshold:
             continue
         if task == "panoptic":
-            number = place + 1
+            number = index + 1
             segment = {"image_id": 0, "id": number, "category_id": ids[label], "score": float(score)}
             results.append({**segment, "segmentation": code_of(outputs["segments"] == number)})
             continue
-        corners = outputs["boxes"][place].tolist()
+        corners = outputs["boxes"][index].tolist()
         left, top, right, bottom = corners
         result = {
             "image_id": 0,
@@ -186,8 +186,8 @@ def results_of_outputs(
             "score": float(score),
         }
         if "box_masks" in outputs:
-            result["segmentation"] = mask_code(outputs["box_masks"][place], corners, (height, width))
+            result["segmentation"] = mask_code(outputs["box_masks"][index], corners, (height, width))
         if "masks" in outputs:
-            result["segmentation"] = code_of(outputs["masks"][place])
+            result["segmentation"] = code_of(outputs["masks"][index])
         results.append(result)
     return results

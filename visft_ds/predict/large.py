@@ -143,16 +143,16 @@ def _tiff_parts(image: TiffImagePlugin.TiffImageFile, file: BinaryIO) -> Iterato
         across = 1
         together = max(1, _ROWS // rows)
         names = (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.STRIPBYTECOUNTS)
-    places, lengths = (tags[name] for name in names)
+    offsets, lengths = (tags[name] for name in names)
     down = -(-image.height // rows)
-    planes = len(places) // (down * across)
+    planes = len(offsets) // (down * across)
     for first in range(0, down, together):
         count = min(together, down - first)
         chunks = []
         for plane in range(planes):
             start = (plane * down + first) * across
             for number in range(start, start + count * across):
-                file.seek(places[number])
+                file.seek(offsets[number])
                 chunks.append(file.read(lengths[number]))
                 if len(chunks[-1]) < lengths[number]:
                     raise ValueError("the file is cut off")
@@ -173,8 +173,8 @@ def _small_tiff(
         if tag in tags:
             directory.tagtype[tag] = tags.tagtype[tag]
             directory[tag] = tags[tag]
-    places, lengths = names
-    is_tiled = places == TiffImagePlugin.TILEOFFSETS
+    offsets_tag, lengths = names
+    is_tiled = offsets_tag == TiffImagePlugin.TILEOFFSETS
     directory[TiffImagePlugin.IMAGELENGTH], directory[TiffImagePlugin.IMAGEWIDTH] = size
     if not is_tiled:
         directory[TiffImagePlugin.ROWSPERSTRIP] = rows
@@ -182,10 +182,10 @@ def _small_tiff(
         directory.tagtype[tag] = TiffTags.LONG
     directory[lengths] = tuple(map(len, chunks))
     starts = np.cumsum([0, *map(len, chunks[:-1])])
-    directory[places] = tuple(starts.tolist())
-    if is_tiled:  # Pillow adds the end of the directory to places of strips alone
+    directory[offsets_tag] = tuple(starts.tolist())
+    if is_tiled:  # Pillow adds the end of the directory to the offsets of strips alone
         begin = len(_TIFF) + len(directory.tobytes(len(_TIFF)))
-        directory[places] = tuple((starts + begin).tolist())
+        directory[offsets_tag] = tuple((starts + begin).tolist())
     content = directory.tobytes(len(_TIFF))
     return Image.open(io.BytesIO(_TIFF + content + b"".join(chunks)), formats=("TIFF",))
 

@@ -158,7 +158,7 @@ def _limit(head: HeadInfo) -> str:
 
 
 def source_of(
-    place: Path | None,
+    source: Path | None,
     *,
     tasks: str | Sequence[str] | None = None,
     backbone: AnyPath | None = None,
@@ -175,7 +175,7 @@ def source_of(
     """All that a model is built of; what is given replaces what a run says.
 
     Args:
-        place: a run, its export or a checkpoint; or weights, or a folder that merging wrote, together with
+        source: a run, its export or a checkpoint; or weights, or a folder that merging wrote, together with
             `heads`. None: `backbone` and `heads` are given.
         side: of the squares that images are resized to, in pixels.
         alone: the backbone without heads.
@@ -183,10 +183,10 @@ def source_of(
     Raises:
         ValueError: as `files_of_run`; no model there, or no heads of the tasks that were asked for.
     """
-    if place is not None:
-        check_exists(place)
+    if source is not None:
+        check_exists(source)
     heads_folder = None if heads is None else Path(heads)
-    run = None if place is None else run_of(place)
+    run = None if source is None else run_of(source)
     config = None if run is None else recorded_config(run).visft
     if config is not None:
         settings = config.tasks.enabled()
@@ -196,7 +196,7 @@ def source_of(
         streams = {task: options.stream(task, (task,), 1.0) for task, options in settings.items()}
     else:
         raise ValueError(
-            f"{place} is neither a run nor its export: give one, or for merged weights also --heads FOLDER, "
+            f"{source} is neither a run nor its export: give one, or for merged weights also --heads FOLDER, "
             "such as RUN/export of stage 1"
         )
     streams = {} if alone else _with_heads(streams, tasks, heads_folder)
@@ -208,11 +208,13 @@ def source_of(
 
     base = None if backbone is None else named(os.fspath(backbone), download=download)
     weights = None if base is None else base.file(download=download)
-    if place is not None and config is not None:
+    if source is not None and config is not None:
         with_heads = [task for stream in streams.values() for task in stream.tasks]
-        files = files_of_run(place, config, with_heads, backbone=weights, heads=heads_folder, adapter=adapter)
+        files = files_of_run(
+            source, config, with_heads, backbone=weights, heads=heads_folder, adapter=adapter
+        )
     else:
-        files = _files_without_run(weights or _weights_at(place), base, heads_folder, adapter)
+        files = _files_without_run(weights or _weights_at(source), base, heads_folder, adapter)
 
     decoding = {}
     for task, options in settings.items():
@@ -259,15 +261,15 @@ def _with_heads(
     return chosen
 
 
-def _weights_at(place: Path | None) -> Path:
-    """The weight file that a place is, or the only one in a folder."""
-    assert place is not None, "a place or a backbone"
-    if not place.is_dir():
-        return place
-    name = weights_among(path.name for path in place.iterdir())
+def _weights_at(source: Path | None) -> Path:
+    """The weight file itself, or the only one in a folder."""
+    assert source is not None, "a source or a backbone"
+    if not source.is_dir():
+        return source
+    name = weights_among(path.name for path in source.iterdir())
     if name is None:
-        raise ValueError(f"{place} does not have exactly one weight file: give --backbone FILE")
-    return place / name
+        raise ValueError(f"{source} does not have exactly one weight file: give --backbone FILE")
+    return source / name
 
 
 def _files_without_run(
@@ -282,7 +284,7 @@ def _files_without_run(
 
 
 def files_of_run(
-    place: Path,
+    source: Path,
     config: VisftConfig,
     tasks: Sequence[str],
     *,
@@ -294,7 +296,7 @@ def files_of_run(
     name.
 
     Args:
-        place: a run, its export, or RUN/checkpoints/step_N.
+        source: a run, its export, or RUN/checkpoints/step_N.
         tasks: whose heads are needed.
         backbone, heads, adapter: replace the run's; adapter "none" leaves it out. A backbone that has an
             adapter merged in takes none from the run.
@@ -302,7 +304,7 @@ def files_of_run(
     Raises:
         ValueError: the run has not exported anything yet, or a file is missing.
     """
-    run = folder_of_run(place)
+    run = folder_of_run(source)
     export = export_of(run)
     own = ModelFiles(
         export / BACKBONE_FILE if config.model.weights is None else local(config.model.weights),
@@ -310,8 +312,8 @@ def files_of_run(
         None,
         {"preset": config.model.preset, **config.model.backbone_options()},
     )
-    if place != run:
-        own = _with_checkpoint(own, place, tasks)
+    if source != run:
+        own = _with_checkpoint(own, source, tasks)
     elif (export / EXPORT_RECORD_FILE).is_file():
         own = _with_export(own, export)
     else:

@@ -80,14 +80,14 @@ def load(
     check_options(image_size=image_size)
     from visft_ds.predict.exported import ExportedModel, exported_files  # which builds on this module
 
-    place = _path_of(source)
-    if exported_files(place):
+    path = _path_of(source)
+    if exported_files(path):
         others = (tasks, backbone, heads, adapter, vocabulary, image_size)
         if any(other is not None for other in others) or device not in (None, "cpu"):
             raise ValueError(f"{source} is an export, whole and for CPUs here: leave out all but its folder")
-        return ExportedModel(place)
+        return ExportedModel(path)
     parts = source_of(
-        place,
+        path,
         tasks=tasks,
         backbone=backbone,
         download=download,
@@ -97,7 +97,7 @@ def load(
         precision=precision,
         side=image_size,
     )
-    return Model(place, *_build(parts, device))
+    return Model(path, *_build(parts, device))
 
 
 def _path_of(source: object) -> Path:

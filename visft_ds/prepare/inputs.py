@@ -48,10 +48,10 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
 def missing_shards(config: VisftConfig) -> Iterator[Missing]:
     """Splits that are not there, of folders of this machine."""
     data = config.data
-    places = [(entry.root, entry.split) for entry in data.training_sets()]
+    splits = [(entry.root, entry.split) for entry in data.training_sets()]
     if config.run.eval_every and manifest_path(Path(data.root), data.train).is_file():
-        places.append((data.root, data.val))  # without the first, one command makes both
-    for root, split in places:
+        splits.append((data.root, data.val))  # without the first, one command makes both
+    for root, split in splits:
         path = manifest_path(Path(root), split)
         if is_url(root) or path.is_file():
             continue

@@ -151,13 +151,13 @@ def settle_data(
 
 def _open_splits(data: DataConfig, *, remote: bool) -> Manifests:
     """All training splits; empty where one of them is not on this machine, or `remote` ones are not asked."""
-    places = [(entry.root, entry.split) for entry in data.training_sets()]
-    for root, split in places:
+    splits = [(entry.root, entry.split) for entry in data.training_sets()]
+    for root, split in splits:
         is_there = remote if is_url(root) else manifest_path(Path(root), split).is_file()
         if not is_there:
             return {}
     cache = Cache(data.cache, data.cache_bytes)
-    return {(root, split): Manifest.load(root, split, cache) for root, split in places}
+    return {(root, split): Manifest.load(root, split, cache) for root, split in splits}
 
 
 def _decide_by_backbone(draft: Draft, merged: Merged) -> int | None:

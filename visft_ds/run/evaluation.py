@@ -167,7 +167,7 @@ class Validation:
         run = self._config.run
         positions = example_positions(self._reader, tasks, run.visualizations, run.eval_limit)
         if positions:
-            collected = collect(predict, self._reader, self._streams, self._vocabulary, places=positions)
+            collected = collect(predict, self._reader, self._streams, self._vocabulary, positions=positions)
             if collected is not None:
                 self._draw(step, collected, log)
 

@@ -78,7 +78,7 @@ def read_pairs(folder: Path, only: str | None, exif: Exif) -> list[FolderSplit]:
 
 def _listed(folder: Path, lists: Sequence[Path]) -> dict[str, Pairs]:
     """Pairs by split, of the lists; their paths begin in the folder, or in one or two folders below it."""
-    places = [folder, *sorted(folder.glob("*/")), *sorted(folder.glob("*/*/"))]
+    folders = [folder, *sorted(folder.glob("*/")), *sorted(folder.glob("*/*/"))]
     by_split = dict[str, Pairs]()
     for path in lists:
         match = _LIST.fullmatch(path.name)
@@ -91,7 +91,7 @@ def _listed(folder: Path, lists: Sequence[Path]) -> dict[str, Pairs]:
                 words = line.split()
                 if len(words) < 2 or words[1] == "None":  # KITTI has drives without maps
                     continue
-                image, depth = (_below(folder, places, word.lstrip("/")) for word in words[:2])
+                image, depth = (_below(folder, folders, word.lstrip("/")) for word in words[:2])
                 pairs.append((image, depth))
             if not pairs:
                 raise ValueError("it names no image with a depth map")
@@ -99,13 +99,13 @@ def _listed(folder: Path, lists: Sequence[Path]) -> dict[str, Pairs]:
     return by_split
 
 
-def _below(folder: Path, places: Sequence[Path], name: str) -> str:
+def _below(folder: Path, folders: Sequence[Path], name: str) -> str:
     """Path in a folder of what a list calls `name`; the name itself if it is nowhere."""
     if ".." in Path(name).parts:
         raise ValueError(f"{name} leads out of the folder")
-    for place in places:
-        if (place / name).is_file():
-            return str((place / name).relative_to(folder))
+    for parent in folders:
+        if (parent / name).is_file():
+            return str((parent / name).relative_to(folder))
     return name
 
 

@@ -81,9 +81,9 @@ def draw_objects(
     small = [corners[number] for number in tagged if _area(corners[number]) < _SMALL_BOX]
     written = list[Corners]()
     for number in tagged:
-        place = _place_of_tag(draw, tags[number], corners[number], picture.size, [*small, *written])
-        if place is not None:
-            written.append(_draw_tag(draw, tags[number], colours[names[number]], place))
+        corner = _place_of_tag(draw, tags[number], corners[number], picture.size, [*small, *written])
+        if corner is not None:
+            written.append(_draw_tag(draw, tags[number], colours[names[number]], corner))
     if has_outlines:
         for number in reversed(tagged):
             draw.rectangle(corners[number], outline=colours[names[number]], width=line)
@@ -103,8 +103,8 @@ def _place_of_tag(
     _, _, width, height = draw.textbbox((0, 0), tag, font=letters(TEXT))
     x = max(0.0, min(left + 2, size[0] - width - 2))
     for y in (top - height - 3, bottom + 3, top + 3):
-        place = (x - 2, y - 1, x + width + 2, y + height + 1)
-        if y >= 0 and place[3] <= size[1] and not any(_overlap(place, other) for other in others):
+        extent = (x - 2, y - 1, x + width + 2, y + height + 1)
+        if y >= 0 and extent[3] <= size[1] and not any(_overlap(extent, other) for other in others):
             return x, y
     return None
 
@@ -157,16 +157,16 @@ def _between(value: float, last: int) -> float:
     return min(max(value, 0), last)
 
 
-def _draw_tag(draw: ImageDraw.ImageDraw, tag: str, colour: Colour, place: tuple[float, float]) -> Corners:
+def _draw_tag(draw: ImageDraw.ImageDraw, tag: str, colour: Colour, corner: tuple[float, float]) -> Corners:
     """Write a tag on a ground of its colour, from this left and top; returns the ground."""
     font = letters(TEXT)
-    left, top, right, bottom = draw.textbbox(place, tag, font=font)
+    left, top, right, bottom = draw.textbbox(corner, tag, font=font)
     ground = (left - 2, top - 1, right + 2, bottom + 1)
     draw.rectangle(ground, fill=colour)
     # ITU-R BT.601 luma decides whether dark or light letters can be read on the colour.
     luma = float(np.dot(colour, (0.299, 0.587, 0.114)))
     ink = (0, 0, 0) if luma > 140 else (255, 255, 255)
-    draw.text(place, tag, fill=ink, font=font)
+    draw.text(corner, tag, fill=ink, font=font)
     return ground
 
 

@@ -48,9 +48,9 @@ class ClassSet:
     classes: tuple[str, ...]  #: as they are called in a sentence
     templates: tuple[str, ...] = PLAIN  #: sentences with {} for a class
 
-    def subset(self, places: IntArray) -> ClassSet:
+    def subset(self, rows: IntArray) -> ClassSet:
         """Some of the images, with all classes."""
-        return replace(self, images=chosen(self.images, places.tolist()), labels=self.labels[places])
+        return replace(self, images=chosen(self.images, rows.tolist()), labels=self.labels[rows])
 
 
 def read_classes(source: str, split: str | None = None) -> ClassSet:
@@ -164,12 +164,12 @@ def _halves(data: ClassSet, source: str) -> tuple[ClassSet, ClassSet]:
     """Every second image of each class, and the others."""
     is_second = np.zeros(len(data.labels), dtype=bool)
     for label, name in enumerate(data.classes):
-        places = np.flatnonzero(data.labels == label)
-        if len(places) < 2:
+        rows = np.flatnonzero(data.labels == label)
+        if len(rows) < 2:
             raise ValueError(
-                f"{source}: {name} has {len(places)} image(s); a probe needs two, to train and test"
+                f"{source}: {name} has {len(rows)} image(s); a probe needs two, to train and test"
             )
-        is_second[places[1::2]] = True
+        is_second[rows[1::2]] = True
     return data.subset(np.flatnonzero(~is_second)), data.subset(np.flatnonzero(is_second))
 
 

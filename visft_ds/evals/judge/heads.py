@@ -144,8 +144,8 @@ def enlarged(maps: Tensor, size: Sequence[int], stride: int = 1, first: Sequence
 
 def _interpolation(old: int, new: int) -> Tensor:
     """(old, new), the weight of each old place in each new one."""
-    places = torch.eye(old)
-    return F.interpolate(places[None], new, mode="linear")[0]
+    unit_vectors = torch.eye(old)
+    return F.interpolate(unit_vectors[None], new, mode="linear")[0]
 
 
 def sampled(maps: Tensor, truth: Tensor, stride: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -59,9 +59,9 @@ def vote(
     # Copies of a row are equally near: as many count as there is room for.
     counted = copies.cumsum(dim=2).clamp(max=neighbours)
     counted_before = F.pad(counted[..., :-1], (1, 0))
-    places = counted - counted_before
+    times = counted - counted_before
     exponent = (similarity - similarity[:, :1]) / temperature
-    weights = places * exponent.exp()
+    weights = times * exponent.exp()
     total = weights.sum(dim=2, keepdim=True)
     tiny = torch.finfo(weights.dtype).tiny
     weights = weights / total.clamp(min=tiny)

@@ -83,5 +83,5 @@ def typical(changes: FloatArray, count: int) -> list[int]:
     count = min(count, len(order))
     middles = np.arange(count) + 0.5
     ranks = middles * len(order) / count
-    places: list[int] = order[ranks.astype(int)].tolist()
-    return places
+    chosen: list[int] = order[ranks.astype(int)].tolist()
+    return chosen

@@ -139,5 +139,5 @@ def _say(model: Any, processor: Any, image: Image.Image, request: Request, longe
     prompt = inputs["input_ids"][0]
     if tokens[: len(prompt)].tolist() == prompt.tolist():  # some models repeat it
         tokens = tokens[len(prompt) :]
-    said = processor.decode(tokens, skip_special_tokens=True).strip()
-    return str(said.split("\n")[0])
+    answer = processor.decode(tokens, skip_special_tokens=True).strip()
+    return str(answer.split("\n")[0])

@@ -153,9 +153,9 @@ def _answered(cells: tuple[Tensor, Tensor], train: QuestionSet, test: QuestionSe
             torch.manual_seed(seed)
             probe = Probe(len(vocabulary) + _UNKNOWN + 1, len(answers), cells[0].shape[1:])
             _fit(probe, words, targets, owners, cells[0], taught)
-        said = _said(probe, asked, test_owners, cells[1])
+        predicted = _said(probe, asked, test_owners, cells[1])
         of_questions = []
-        for question, number in zip(test.questions, said, strict=True):
+        for question, number in zip(test.questions, predicted, strict=True):
             of_questions.append(accuracy(answers[number], question.answers))
         right.append(of_questions)
     return np.array(right)

@@ -70,11 +70,11 @@ def moved(values: npt.NDArray[np.float32], ops: Sequence[Op]) -> npt.NDArray[np.
         starts = (op.top, op.left) if isinstance(op, Crop) else (0, 0)
         for axis, length in enumerate((op.height, op.width)):
             sources = axes[axis]
-            places = starts[axis] + np.arange(length)
+            positions = starts[axis] + np.arange(length)
             if isinstance(op, Resize):
-                places = (2 * places + 1) * len(sources) // (2 * length)
-            is_inside = (places >= 0) & (places < len(sources))
-            axes[axis] = np.where(is_inside, sources[places.clip(0, len(sources) - 1)], -1)
+                positions = (2 * positions + 1) * len(sources) // (2 * length)
+            is_inside = (positions >= 0) & (positions < len(sources))
+            axes[axis] = np.where(is_inside, sources[positions.clip(0, len(sources) - 1)], -1)
     rows, columns = axes
     result = values[np.ix_(rows.clip(0), columns.clip(0))]
     result[rows < 0] = 0

@@ -36,7 +36,7 @@ def segment_numbers(segments: Sequence[Mapping[str, Any]], size: tuple[int, int]
 
 def segment_places(segments: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> npt.NDArray[np.int32]:
     """(H, W) place of the segment of each pixel, from 1; 0 where there is none."""
-    numbered = [{**segment, "id": place} for place, segment in enumerate(segments, 1)]
+    numbered = [{**segment, "id": number} for number, segment in enumerate(segments, 1)]
     return segment_numbers(numbered, size)
 
 
