@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import doctest
 import gc
 import json
@@ -19,6 +20,7 @@ import pytest
 import torch.distributed
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed import distributed_c10d
 
 import visft_ds
 from tests import finished
@@ -109,7 +111,9 @@ def models_alive() -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def _as_it_was() -> Any:
-    """`fit` keeps the process group for the next call; other tests of this process make their own.
+    """`fit` keeps the process group for the next call; other tests of this process do not see it.
+
+    It is not left before the end: DeepSpeed keeps it in globals, and a test of another file may train.
 
     It collects garbage twice a call, and need not look through what DeepSpeed has imported by then.
     """
@@ -120,9 +124,10 @@ def _as_it_was() -> Any:
 
     gc.freeze()
     yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    group = distributed_c10d._get_default_group()
+    distributed_c10d._update_default_pg(None)
     distributed.kept_open = False
+    atexit.register(torch.distributed.destroy_process_group, group)
 
 
 @pytest.fixture(autouse=True)

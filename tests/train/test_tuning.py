@@ -61,6 +61,9 @@ def test_a_tower_that_ends_after_a_block(shards: Path, tmp_path: Path) -> None:
         "visft.model.preset": "timm:test_efficientnet",
         "visft.model.out_indices": [3],
     }
+    base, drawn = tmp_path / "base.safetensors", build_timm("test_efficientnet", seed=1)
+    save_tensors(base, {**drawn.state_dict(), **drawn.left_out}, header_of(drawn))
+    model["visft.model.weights"] = str(base)
     features = {"views": 1, "cache": str(tmp_path / "features")}
     first = _train(shards, tmp_path / "one", 1, **model, **{"visft.features": features})
     heads: dict[str, object] = {"visft.heads.path": str(first / "export"), "visft.lora.rank": 2}
