@@ -64,6 +64,20 @@ def test_remote_samples_are_the_local_ones(local: Manifest, served: Served, tmp_
     assert again.read(7) == here.read(7) and served.shards.total() == 10, "copies are kept"
 
 
+def test_missing_credentials_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    botocore = pytest.importorskip("botocore.exceptions", reason="no s3fs: pip install '.[dev]'")
+    tried = []
+
+    def url_to_fs(*address: str) -> None:
+        tried.append(address)
+        raise botocore.NoCredentialsError
+
+    monkeypatch.setattr(fsspec, "url_to_fs", url_to_fs)
+    with pytest.raises(ValueError, match=r"AWS_ACCESS_KEY_ID.*FSSPEC_S3_ANON=true reads a public bucket"):
+        fetch.download("s3://bucket/a.tar", tmp_path / "a.tar")
+    assert len(tried) == 1, "waiting brings no credentials"
+
+
 def test_an_s3_store(local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moto = pytest.importorskip("moto.server", reason="no moto: pip install '.[dev]'")
     server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)

@@ -40,6 +40,10 @@ _LONG_PAUSE = 4.0
 _MAX_DAMAGED = 4
 #: What the operating system says of this machine's own disk, whatever the server does.
 _OWN_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_GIVE_CREDENTIALS = (
+    "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
+    "FSSPEC_S3_ANON=true reads a public bucket"
+)
 _TIMEOUT = 60.0  # seconds without a byte
 
 
@@ -182,6 +186,8 @@ def _temporary_failure(where: str, error: Exception) -> str:
     """Words of an error that may pass. Raises ValueError or OSError for one that does not."""
     answer = redacted(f"{type(error).__name__} {error}")
     refused = getattr(error, "status", 0) in (401, 403)
+    if type(error).__name__ == "NoCredentialsError":  # botocore's, which may not be installed
+        raise ValueError(f"{where} cannot be read: {answer}; {_GIVE_CREDENTIALS}") from None
     if refused or isinstance(error, FileNotFoundError | PermissionError):
         raise ValueError(f"{where} cannot be read: {answer}") from None
     if isinstance(error, OSError) and error.errno in _OWN_DISK:
