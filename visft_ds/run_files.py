@@ -32,7 +32,11 @@ TRAINED_BACKBONE_FILE = "trained_backbone.safetensors"  #: a backbone that was t
 def check_exists(path: Path) -> None:
     """Raise ValueError for a model that is not there."""
     if not path.exists():
-        raise ValueError(f"{path}: no such run, checkpoint, export folder or weight file")
+        files = (*path.parent.glob(f"*/{RECORD_FILE}"), *path.parent.glob(f"*/{STATE_FILE}"))
+        beside = sorted({file.parent.name for file in files})
+        listed = ", ".join(beside[:10]) + (", ..." if len(beside) > 10 else "")
+        way = f"{path.parent} holds {listed}" if beside else "visft train makes a run"
+        raise ValueError(f"{path}: no such run, checkpoint, export folder or weight file; {way}")
 
 
 def folder_of_run(path: Path) -> Path:

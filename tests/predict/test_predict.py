@@ -422,7 +422,8 @@ def test_what_is_no_picture_is_named(model: Model, place: Path, tmp_path: Path) 
 def test_what_is_no_model_is_refused(place: Path) -> None:
     (place / "nothing").mkdir()
     cases: list[tuple[str, dict[str, Any], str]] = [
-        ("absent", {}, "no such run"),
+        ("nowhere/absent", {}, "no such run.*; visft train makes a run"),
+        ("runs/absent", {}, "no such run.*; .*runs holds .*stage2"),
         ("nothing", {}, "neither a run"),
         ("runs/stage2", {"tasks": "detection,depth"}, "depth"),
         ("runs/stage2", {"device": "cuda:99"}, "GPUs"),
