@@ -38,6 +38,7 @@ from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.layouts import MODEL, bases_of, fingerprint_of, model_of, other_base
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, open_weights, write_safetensors
+from visft_ds.merge.source import adapter_at
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.parallel.state import EngineState
@@ -386,3 +387,10 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(
     said = capsys.readouterr()
     assert word in said.err and said.err.splitlines()[-1].startswith(f"{command}: ")
     assert sorted(os.listdir(tmp_path)) == before, "no result and no temporary file"
+
+
+def test_a_run_of_heads_alone_is_refused_with_what_to_give(tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "export.json").write_text("{}")
+    with pytest.raises(ValueError, match="trained no part of its backbone: give one of stage 2"):
+        adapter_at(tmp_path)

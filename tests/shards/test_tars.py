@@ -287,3 +287,10 @@ def test_a_training_on_tars_of_others(task: str, tmp_path: Path) -> None:
     run_ranks(words)
     assert steps_recorded(tmp_path / "resumed") == list(range(1, STEPS + 1))
     assert equal(tmp_path / "resumed", undisturbed)
+
+
+def test_a_folder_without_splits_is_refused_with_the_way_to_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", str(tmp_path)]) == 2
+    assert "holds no finished split: visft shards FOLDER makes them" in capsys.readouterr().err

@@ -435,7 +435,10 @@ def _load(arguments: argparse.Namespace) -> list[Manifest]:
     """The splits of a folder, or the one that is asked for."""
     splits = [arguments.split] if arguments.split else splits_in(Path(arguments.folder))
     if not splits:
-        raise ValueError(f"{arguments.folder} holds no finished split; for a URL, name one by --split")
+        raise ValueError(
+            f"{arguments.folder} holds no finished split: visft shards FOLDER "
+            "makes them; for a URL, name one by --split"
+        )
     return [Manifest.load(arguments.folder, split) for split in splits]
 
 
