@@ -169,9 +169,10 @@ class MapClasses:
         nameless = used.difference(self.names)
         if nameless:
             known = f"classes are numbered {min(self.names)} to {max(self.names)}"
+            number = min(nameless)
             raise ValueError(
-                f"{path}: the number {min(nameless)} has no name: {known}, and {min(self.voids)} means no "
-                "class (--void N; of visft judge void=N)"
+                f"{path}: the number {number} has no name: {known}, and {min(self.voids)} means no class; "
+                f"if {number} does instead, give --void {number} (of visft judge void={number})"
             )
         return sorted(used)
 
