@@ -35,7 +35,7 @@ def check_exists(path: Path) -> None:
         files = (*path.parent.glob(f"*/{RECORD_FILE}"), *path.parent.glob(f"*/{STATE_FILE}"))
         beside = sorted({file.parent.name for file in files})
         listed = ", ".join(beside[:10]) + (", ..." if len(beside) > 10 else "")
-        way = f"{path.parent} holds {listed}" if beside else "visft train makes a run"
+        way = f"beside it: {listed}" if beside else "visft train makes a run"
         raise ValueError(f"{path}: no such run, checkpoint, export folder or weight file; {way}")
 
 

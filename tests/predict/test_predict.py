@@ -423,7 +423,7 @@ def test_what_is_no_model_is_refused(place: Path) -> None:
     (place / "nothing").mkdir()
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("nowhere/absent", {}, "no such run.*; visft train makes a run"),
-        ("runs/absent", {}, "no such run.*; .*runs holds .*stage2"),
+        ("runs/absent", {}, "no such run.*; .*beside it: .*stage2"),
         ("nothing", {}, "neither a run"),
         ("runs/stage2", {"tasks": "detection,depth"}, "depth"),
         ("runs/stage2", {"device": "cuda:99"}, "GPUs"),
