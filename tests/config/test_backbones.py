@@ -88,7 +88,8 @@ def test_a_repository_says_what_model_it_is(hub: FakeHub) -> None:
     found = named("hf-hub:some/clip")
     assert found.file().read_bytes() == b"weights" and found.description == {"preset": model.preset}
     assert len(hub.requests) == asked
-    large = described(model_args={"img_size": [448, 448], "num_classes": 3})
+    of_timm = {"in_chans": 3, "global_pool": "token"}  # as timm 1.0.31 writes of every model
+    large = described(model_args={"img_size": [448, 448], "num_classes": 3, **of_timm})
     hub.repositories["some/large"] = Repository({"config.json": large})
     assert named("hf-hub:some/large", download=True).description == {
         "preset": model.preset,
@@ -102,7 +103,8 @@ def test_a_repository_says_what_model_it_is(hub: FakeHub) -> None:
         (None, "has model.safetensors, and no config.json"),
         (b'{"model_type": "dinov3_vit"}', "cannot be read as timm.*--set visft.model.weights="),
         (described(model_args={"img_size": [224, 448]}), "only squares"),
-        (described(model_args={"embed_dim": 9}), "with embed_dim different"),
+        (described(model_args={"embed_dim": 9, "in_chans": 3}), "with embed_dim=9 different"),
+        (described(model_args={"in_chans": 4}), "with in_chans=4 different"),
         (described(pretrained_cfg={**TAGGED, "std": [1.0, 1.0, 1.0]}), "which no weights of"),
     ],
 )

@@ -160,7 +160,10 @@ def _described(path: Path, text: str) -> dict[str, Any]:
         name = values["architecture"]
         settings = values["pretrained_cfg"]
         arguments = values.get("model_args") or {}
-        changed = sorted(arguments.keys() - set(_IDLE))
+        changed = []
+        for argument, value in sorted(arguments.items()):
+            if argument not in _IDLE and (argument, value) != ("in_chans", 3):
+                changed.append(f"{argument}={value}")
         if changed:
             raise ValueError(f"a {name} with {', '.join(changed)} different from timm's")
         size = arguments.get("img_size") or settings["input_size"][-1]
