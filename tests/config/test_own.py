@@ -338,7 +338,8 @@ def test_stage_2_follows_the_finished_stage_1_of_its_data(
     assert failures("the end of a run", printed, monkeypatch) == []
     assert [line.split()[1] for line in printed] == ["predict", "report", "train"]
     assert printed[0] == f"visft predict {first.run.out} mine/images/val"
-    for line in (printed[-1], "visft train --stage 2 --data mine-shards"):
+    shortest = "visft train --stage 2 --data mine-shards"
+    for line in (printed[-1], f"{shortest} --batch-size 4", shortest):
         config = settle(shlex.split(line)[2:]).config
         second = config.visft
         assert (second.stage, second.model, list(second.tasks.enabled())) == (
@@ -352,6 +353,10 @@ def test_stage_2_follows_the_finished_stage_1_of_its_data(
         assert second.lora is not None and second.lora.targets == targets
         reasons = {key: why for key, _, why in config.decisions}
         assert reasons["visft.model.name"] == f"stage 1 of these heads, {first.run.out}"
+    more = settle([*shlex.split(shortest)[2:], "--tasks", "detection,captioning"]).config
+    (heads,) = missing_inputs(more)
+    assert ("--backbone" in heads.command) == bool(flags)
+    assert failures("a missing head", [heads.command], monkeypatch) == []
     last = of_output("\n".join(next_commands(second)))[-1]
     assert last == f"visft export {second.run.out} --format timm --out {second.run.out}-timm"
     assert failures("the end of a run", [last], monkeypatch) == []

@@ -392,5 +392,5 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(
 def test_a_run_of_heads_alone_is_refused_with_what_to_give(tmp_path: Path) -> None:
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "export.json").write_text("{}")
-    with pytest.raises(ValueError, match="trained no part of its backbone: give one of stage 2"):
+    with pytest.raises(ValueError, match="trained no part of its backbone: give a run of stage 2"):
         adapter_at(tmp_path)

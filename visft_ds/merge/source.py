@@ -40,7 +40,7 @@ def adapter_at(path: Path) -> Adapter | None:
         if (export / ADAPTER_FOLDER).is_dir():
             return read_folder(export / ADAPTER_FOLDER)
         if not (export / TRAINED_BACKBONE_FILE).is_file():
-            raise ValueError(f"{path}: the run trained no part of its backbone: give one of stage 2")
+            raise ValueError(f"{path}: the run trained no part of its backbone: give a run of stage 2")
         return None
     if (path / RECORD_FILE).is_file() or (path / STATE_FILE).is_file():
         return _adapter_of_checkpoint(path)

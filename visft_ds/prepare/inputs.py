@@ -122,8 +122,9 @@ def _missing_heads(config: ResolvedConfig) -> Iterator[Missing]:
         return
     run = Path(heads).parent
     is_finished = Path(heads, EXPORT_RECORD_FILE).is_file()
-    if Path(heads).name == EXPORT and run_of(run) == run and not is_finished:
-        command = join(read_run(run).command)
+    of_run = read_run(run).command if Path(heads).name == EXPORT and run_of(run) == run else []
+    if of_run and not is_finished:
+        command = join(of_run)
     elif Path(heads, EXPORT).is_dir():  # a run
         command = f"the same command with --heads {quote(heads)}/{EXPORT}"
     else:
@@ -132,6 +133,8 @@ def _missing_heads(config: ResolvedConfig) -> Iterator[Missing]:
         is_own_file = source.endswith(".json") and not source.startswith(CONFIG_ROOT.name)
         name = source if is_own_file else visft.model.name
         model = source if source.startswith("--backbone") else f"--model {name}"
+        if "--backbone" in of_run:
+            model = f"--backbone {quote(of_run[of_run.index('--backbone') + 1])}"
         data = f" --data {quote(visft.data.root)}" if "visft.data.root" in config.sources else ""
         command = f"visft train --stage 1 {model}{data} --tasks {','.join(tasks)}"
     yield Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", heads, command)

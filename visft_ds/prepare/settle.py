@@ -248,11 +248,13 @@ def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
     keys = [f"visft.model.{name}" for name in of_model]
     keys += [f"visft.data.{name}" for name in ("train", "val", "sets")]
     keys += [f"visft.shared.image.{size}" for size in ("fixed_size", "keep_shape", "tile")]
+    was_off = []
     for task in entries():
         key = f"visft.tasks.{task}"
         settings = recorded.value(key)
-        if settings is None:  # the task was off
-            keys.append(key)
+        if settings is None:
+            if not _is_mentioned(draft, key):
+                was_off.append(key)
             continue
         if task not in BUILT_IN:  # no recipe of stage 2 speaks of it
             keys += [f"{key}.{name}" for name in ("steps", "batch_size", "micro_batch")]
@@ -268,7 +270,21 @@ def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
     for key in keys:
         if recorded.value(key) != now.value(key):
             values[key] = recorded.value(key)
-    draft.decide(values, f"stage 1 of these heads, {first.run}")
+    why = f"stage 1 of these heads, {first.run}"
+    draft.decide(values, why)
+    draft.decide({key: None for key in was_off if now.value(key) is not None}, why, over_user=True)
+
+
+def _is_mentioned(draft: Draft, task: str) -> bool:
+    """Return True if a flag speaks of this task (its key), or `--tasks` of all that is on.
+
+    `--batch-size` speaks of no task.
+    """
+    for key, source in draft.tree.sources.items():
+        of_task = key.startswith(f"{task}.") and source.startswith("--") and source != "--batch-size"
+        if of_task or source.startswith("--tasks "):
+            return True
+    return False
 
 
 def _decide_tasks(draft: Draft, manifests: Sequence[Manifest], batch_size: int | None) -> None:
@@ -288,8 +304,7 @@ def _decide_tasks(draft: Draft, manifests: Sequence[Manifest], batch_size: int |
         key = f"visft.tasks.{name}"
         sources = {source for other, source in draft.tree.sources.items() if other.startswith(f"{key}.")}
         is_shipped = f"{CONFIG_ROOT.name}/stage{visft.stage}.json" in sources
-        by_flag = [source for source in sources if source.startswith("--") and source != "--batch-size"]
-        if not is_shipped or by_flag:
+        if not is_shipped or _is_mentioned(draft, key):
             continue
         if task.labels in ("captions", "depth", "panoptic"):
             lacks = "" if manifest.counts.get(task.labels) else task.labels
