@@ -315,7 +315,7 @@ def _too_long(number: int, frame: object) -> None:
 
 def test_damaged_files_are_read_correctly_or_refused() -> None:
     made = (str(finished.runs()), str(finished.shards()))
-    run_ranks(["tests/test_fuzz.py", "--inputs", "75", "--made", *made], world=1)
+    run_ranks(["tests/test_fuzz.py", "--inputs", "40", "--made", *made], world=1)
 
 
 def test_a_picture_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:

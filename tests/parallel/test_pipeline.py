@@ -41,8 +41,8 @@ WHOLE = [
     *FAST,
 ]
 SHAPES = (
-    pytest.param(("pipeline2", 2, ["traceless", *FAST]), id="2x1"),
-    pytest.param(("pipeline2", 2, WHOLE), id="2x1-whole", marks=pytest.mark.slow),
+    pytest.param(("pipeline2", 2, FAST), id="2x1"),
+    pytest.param(("pipeline2", 2, ["traceless", *WHOLE]), id="2x1-whole", marks=pytest.mark.slow),
     pytest.param(("pipeline2", 4, WHOLE), id="2x2", marks=pytest.mark.slow),
     pytest.param(("pipeline4", 4, WHOLE), id="4x1", marks=pytest.mark.slow),
 )

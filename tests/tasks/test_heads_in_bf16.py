@@ -158,7 +158,7 @@ def apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("lists", ["cuda", "cpu"])
+@pytest.mark.parametrize("lists", ["cuda", pytest.param("cpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", BOUNDS)
 def test_heads_in_bf16_learn_what_those_in_float32_do(
     module: MultiTaskModel,

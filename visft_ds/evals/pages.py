@@ -14,6 +14,7 @@ import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ _STYLE = {
 }
 
 
-def render(template: str, **values: Any) -> str:
-    """The text of a page; values are escaped unless the template says that they are markup."""
+@cache
+def _environment() -> Environment:
+    """The templates of this folder, each parsed once."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -60,8 +62,13 @@ def render(template: str, **values: Any) -> str:
     )
     environment.globals["number"] = number_text
     environment.globals["interval"] = _interval
+    return environment
+
+
+def render(template: str, **values: Any) -> str:
+    """The text of a page; values are escaped unless the template says that they are markup."""
     try:
-        return environment.get_template(template).render(**values)
+        return _environment().get_template(template).render(**values)
     except (UndefinedError, TypeError) as error:
         raise ValueError(f"a record is damaged, or of another version: {error}") from error
 
