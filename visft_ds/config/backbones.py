@@ -26,7 +26,7 @@ from visft_ds.pretrained import HUB, TIMM, HubFile, local, on_hub
 from visft_ds.settings.fields import nearest
 
 #: Arguments of a model of timm that do not change its feature map, or that every backbone is made with.
-_IDLE = (
+_IDLE = {
     "num_classes",
     "global_pool",
     "dynamic_img_size",
@@ -34,7 +34,7 @@ _IDLE = (
     "drop_path_rate",
     "class_token",
     "img_size",
-)
+}
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ def model_of(backbone: Named, model: str | None) -> tuple[str | None, Flags]:
         model: file that was asked for; None: that of the backbone, or of published weights the one with the
             nearest name.
     """
-    shipped = {name: _model_file(name) for name in available("models")}
+    shipped = available("models")
     options = dict(backbone.description or {})
     if model is None and options:
-        model = backbone.text if backbone.text in shipped else _nearest_model(options["preset"], shipped)
-    if model in shipped and shipped[model] == (backbone.weights, options):
+        model = backbone.text if backbone.text in shipped else _nearest_model(options["preset"])
+    if model in shipped and _model_file(model) == (backbone.weights, options):
         return model, {}
     values: dict[str, Any] = {"weights": backbone.weights}
     if backbone.name is not None:
@@ -125,16 +125,16 @@ def model_of(backbone: Named, model: str | None) -> tuple[str | None, Flags]:
 
 def lora_targets(preset: str) -> Any:
     """Layers that get LoRA in the shipped recipe whose backbone is called most like this one."""
-    shipped = {name: _model_file(name) for name in available("models")}
-    values = load_json(CONFIG_ROOT / "models" / f"{_nearest_model(preset, shipped)}.json")
+    values = load_json(CONFIG_ROOT / "models" / f"{_nearest_model(preset)}.json")
     targets = values.get("override", {}).get("stage2", {}).get("visft.lora.targets")
     return targets or load_json(CONFIG_ROOT / "stage2.json")["visft"]["lora"]["targets"]
 
 
-def _nearest_model(preset: str, shipped: Mapping[str, tuple[str | None, Mapping[str, Any]]]) -> str:
+def _nearest_model(preset: str) -> str:
     """Of the shipped models with published weights, the one whose preset is called most like this."""
     names = {}
-    for name, (weights, options) in shipped.items():
+    for name in available("models"):
+        weights, options = _model_file(name)
         if weights is not None and on_hub(weights):
             names[options["preset"]] = name
     (nearest_preset,) = difflib.get_close_matches(preset, names, n=1, cutoff=0.0)
@@ -160,10 +160,8 @@ def _described(path: Path, text: str) -> dict[str, Any]:
         name = values["architecture"]
         settings = values["pretrained_cfg"]
         arguments = values.get("model_args") or {}
-        changed = []
-        for argument, value in sorted(arguments.items()):
-            if argument not in _IDLE and (argument, value) != ("in_chans", 3):
-                changed.append(f"{argument}={value}")
+        idle = {*_IDLE, "in_chans"} if arguments.get("in_chans") == 3 else _IDLE
+        changed = [f"{name}={arguments[name]}" for name in sorted(arguments.keys() - idle)]
         if changed:
             raise ValueError(f"a {name} with {', '.join(changed)} different from timm's")
         size = arguments.get("img_size") or settings["input_size"][-1]

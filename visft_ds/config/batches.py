@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import count
 
 from visft_ds.config.resolve import CONFIG_ROOT, ResolvedConfig
 from visft_ds.settings.task_schema import Stream
@@ -56,29 +57,19 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
         raise ValueError(_cannot_be_divided(config, world_size))
     shares = {name: stream.batch_size // dp for name, stream in streams.items()}
     most = math.gcd(*shares.values())  # with more accumulation than this some share would not be whole
-    _check_micro_batches(streams, shares, most, dp)
     for accumulation in _divisors(most):
         micro = {name: share // accumulation for name, share in shares.items()}
-        if all(micro[name] <= stream.micro_batch for name, stream in streams.items()):
-            break
-    sizes = {name: stream.batch_size for name, stream in streams.items()}
-    return Batches(dp, accumulation, micro, sizes, stages)
-
-
-def _check_micro_batches(
-    streams: Mapping[str, Stream], shares: Mapping[str, int], most: int, dp: int
-) -> None:
-    """Raise ValueError for streams whose micro-batches would be too large at the highest accumulation."""
-    lines = list[str]()
-    for name, stream in streams.items():
-        least = shares[name] // most
-        if least > stream.micro_batch:
-            lines.append(
-                f"{stream.key}.micro_batch = {stream.micro_batch} is too small: {stream.batch_size} images = "
-                f"micro-batch {least} x accumulation {most} x {dp} processes"
-            )
-    if lines:
-        raise ValueError("\n".join(lines))
+        too_small = [stream for name, stream in streams.items() if micro[name] > stream.micro_batch]
+        if not too_small:
+            sizes = {name: stream.batch_size for name, stream in streams.items()}
+            return Batches(dp, accumulation, micro, sizes, stages)
+    raise ValueError(
+        "\n".join(
+            f"{stream.key}.micro_batch = {stream.micro_batch} is too small: {stream.batch_size} images = "
+            f"micro-batch {micro[stream.name]} x accumulation {most} x {dp} processes"
+            for stream in too_small
+        )
+    )
 
 
 def _divisors(number: int) -> list[int]:
@@ -104,13 +95,11 @@ def larger_batches(config: ResolvedConfig, processes: int) -> LargerBatches:
     streams = list(config.visft.streams().values())
     sources = config.sources
     sizes = _raised(streams, processes // config.pipeline_stages)
-    raised = [stream for stream in streams if sizes[stream.key] > stream.batch_size]
     settings = list[str]()
-    flags = list[str]()
-    for stream in raised:
-        setting = f"{stream.key}.batch_size={sizes[stream.key]}"
-        settings.append(setting)
-        flags += ["--set", setting]
+    for stream in streams:
+        if sizes[stream.key] > stream.batch_size:
+            settings.append(f"{stream.key}.batch_size={sizes[stream.key]}")
+    flags = [word for setting in settings for word in ("--set", setting)]
     # --batch-size and --lr give way to --set: where the user has set the key, the advice has to as well.
     is_set = any(sources.get(f"{stream.key}.batch_size") == "--set" for stream in streams)
     if len(set(sizes.values())) == 1 and not is_set:
@@ -118,10 +107,9 @@ def larger_batches(config: ResolvedConfig, processes: int) -> LargerBatches:
 
     rate, rule = rate_for(config, sizes)
     if rate is not None:
-        setting = f"optimizer.params.lr={rate}"
-        settings.append(setting)
+        settings.append(f"optimizer.params.lr={rate}")
         is_set = sources.get("optimizer.params.lr") == "--set"
-        flags += ["--set", setting] if is_set else ["--lr", rate]
+        flags += ["--set", settings[-1]] if is_set else ["--lr", rate]
     return LargerBatches(tuple(settings), tuple(flags), rule)
 
 
@@ -150,13 +138,11 @@ def _raised(streams: Sequence[Stream], dp: int) -> dict[str, int]:
     """Key of each stream -> its batch, raised as little as `dp` processes with one accumulation for all
     allow.
     """
-    accumulation = 1
-    while True:
-        unit = dp * accumulation  # a batch is a multiple of it
+    for unit in count(dp, step=dp):  # a batch is a multiple of it
         sizes = {stream.key: math.ceil(stream.batch_size / unit) * unit for stream in streams}
         if all(sizes[stream.key] // unit <= stream.micro_batch for stream in streams):
-            return sizes
-        accumulation += 1
+            break
+    return sizes
 
 
 def _groups_apart(config: ResolvedConfig, raised: Sequence[Stream]) -> list[str]:
@@ -181,23 +167,18 @@ def _cannot_be_divided(config: ResolvedConfig, processes: int) -> str:
     """Message about batches that so many processes cannot share: what to add, and how many processes can."""
     stages = config.pipeline_stages
     dp = processes // stages
-    uneven = []
-    sizes = []
-    for stream in config.visft.streams().values():
-        sizes.append(stream.batch_size)
-        if stream.batch_size % dp:
-            uneven.append(f"{stream.key}.batch_size = {stream.batch_size}")
+    streams = config.visft.streams().values()
+    uneven = [
+        f"{stream.key}.batch_size = {stream.batch_size}" for stream in streams if stream.batch_size % dp
+    ]
     among = f"{processes} processes"
     if stages > 1:
         among += f" ({dp} pipelines)"
-    divisors = _divisors(math.gcd(*sizes))
+    divisors = _divisors(math.gcd(*(stream.batch_size for stream in streams)))
     divisors.sort(key=lambda divisor: abs(divisor - dp))
     counts = [str(divisor * stages) for divisor in sorted(divisors[:4])]
-    choices = f"{counts[0]} process(es)"
-    if len(counts) > 1:
-        choices = f"{', '.join(counts[:-1])} or {counts[-1]} processes"
     larger = larger_batches(config, processes)
     return (
         f"{' and '.join(uneven)} cannot be divided among {among}: add {shlex.join(larger.flags)} "
-        f"({larger.rule}), or start {choices}"
+        f"({larger.rule}), or start {' or '.join(counts)} processes"
     )

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from visft_ds.config.resolve import ResolvedConfig, resolve
+from visft_ds.config.tree import Tree, flatten
 
 
 def differences(there: Mapping[str, Any], config: ResolvedConfig) -> list[str]:
@@ -24,7 +25,7 @@ def differences(there: Mapping[str, Any], config: ResolvedConfig) -> list[str]:
         if there[key] != here[key]
     ]
     new = here.keys() - there.keys()
-    defaults = _defaults(config, new)
+    defaults = _defaults(config, new) if new else {}
     one_sided = dict[str, str]()  # by the part that is absent, such as a whole task
     for key in sorted(new):
         if key not in defaults:
@@ -54,27 +55,11 @@ def _absent_part(key: str, other: Mapping[str, Any]) -> str:
 
 def _defaults(config: ResolvedConfig, keys: Collection[str]) -> dict[str, Any]:
     """Identity of the configuration where nobody states these keys; empty if one of them must be stated."""
-    if not keys:
-        return {}
+    rest = Tree()
+    for key, value in flatten(config.to_dict()):
+        if key not in keys:
+            rest.assign(key, value, "the configuration")
     try:
-        return resolve(whole=(_without(config.to_dict(), keys), "the configuration")).identity()
+        return resolve(whole=(rest.values, "the configuration")).identity()
     except ValueError:
         return {}
-
-
-_GONE = object()
-
-
-def _without(value: Any, keys: Collection[str], prefix: str = "") -> Any:
-    """Nested values without some dotted keys, and without what became empty by that (`_GONE`)."""
-    if not isinstance(value, dict | list):
-        return _GONE if prefix[:-1] in keys else value
-    rest = {}
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, nested in pairs:
-        left = _without(nested, keys, f"{prefix}{key}.")
-        if left is not _GONE:
-            rest[key] = left
-    if value and not rest:
-        return _GONE
-    return rest if isinstance(value, dict) else list(rest.values())

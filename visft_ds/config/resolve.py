@@ -14,8 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from types import UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -277,6 +276,11 @@ class Draft:
         self.recipe = _validated(tree)
         self._decisions = list(decisions)
 
+    @property
+    def visft(self) -> VisftConfig:
+        """The settings as they are by now."""
+        return self.recipe.visft
+
     @classmethod
     def of(cls, config: ResolvedConfig) -> Draft:
         """A draft of what was resolved before."""
@@ -377,15 +381,11 @@ def _line(tree: Tree, key: str, problem: str) -> str:
 
 
 def _keys(schema: type[BaseModel], before: str = "") -> Iterator[str]:
-    """Dotted keys of a schema, sections and values; without items of lists, whose keys have numbers."""
+    """Dotted keys of a schema, sections and values; of items of lists without their numbers."""
     for name, info in schema.model_fields.items():
         yield f"{before}{name}"
-        kinds = [info.annotation]
-        if get_origin(info.annotation) in (Union, UnionType):
-            kinds = list(get_args(info.annotation))
-        for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _keys(kind, f"{before}{name}.")
+        for kind in models_in(info.annotation):
+            yield from _keys(kind, f"{before}{name}.")
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:

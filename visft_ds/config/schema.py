@@ -39,23 +39,23 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 Root = Annotated[Text, AfterValidator(refuse_secrets)]  #: folder or URL of shards
 
 
-#: AdamW moves every weight by about the learning rate in each step, and weights are hardly ever above 1.
-_MOST_LR = 1.0
-_TOO_FAST = "must be at most 1: AdamW moves every weight by about the learning rate in each step"
+def _learnable(rate: float) -> float:
+    """A learning rate with which something can be learnt: weights are hardly ever above 1."""
+    if rate > 1:
+        raise ValueError("must be at most 1: AdamW moves every weight by about this in each step")
+    return rate
+
+
+Learnable = AfterValidator(_learnable)
 
 
 class OptimizerParams(StrictModel):
     """Settings of AdamW; a parameter group may set its own lr and weight_decay."""
 
-    lr: Above  #: highest learning rate, after the warm-up
+    lr: Annotated[Above, Learnable]  #: highest learning rate, after the warm-up
     weight_decay: Rate  #: decoupled weight decay: a step removes lr times this share of a weight
     betas: tuple[Probability, Probability] = (0.9, 0.999)  #: decay rates of Adam's two moments
     eps: Above = 1e-8  #: term added to the denominator of an update, in units of the gradient
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """A learning rate with which nothing can be learnt."""
-        if self.lr > _MOST_LR:
-            yield "lr", _TOO_FAST
 
 
 class OptimizerConfig(StrictModel):
@@ -209,12 +209,10 @@ class DataConfig(StrictModel):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Two sets of one name."""
-        names = [self.train]
-        for number, data_set in enumerate(self.sets):
-            name = data_set.name
-            if name in names:
+        names = [data_set.name for data_set in self.training_sets()]
+        for number, name in enumerate(names[1:]):
+            if name in names[: number + 1]:
                 yield f"sets.{number}.name", f"another training set is called {name}; give each its own name"
-            names.append(name)
 
     def training_sets(self) -> tuple[DataSetConfig, ...]:
         """All training sets; the first is ROOT/TRAIN, called by its split."""
@@ -236,14 +234,10 @@ class ParamGroup(StrictModel):
 
     name: Text  #: name of the group, in logs (`lr/NAME`)
     params: Text  #: globs over qualified parameter names, separated by commas
-    lr: Rate | None = None  #: highest learning rate, after the warm-up; null: the optimizer's
+    #: highest learning rate, after the warm-up; null: the optimizer's
+    lr: Annotated[Rate, Learnable] | None = None
     #: decoupled weight decay: a step removes lr times this share of a weight; null: the optimizer's
     weight_decay: Rate | None = None
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """As of the optimizer."""
-        if self.lr is not None and self.lr > _MOST_LR:
-            yield "lr", _TOO_FAST
 
     def globs(self) -> tuple[str, ...]:
         """The globs, one by one."""
@@ -313,37 +307,39 @@ class VisftConfig(StrictModel):
         """
         enabled = self.tasks.enabled()
         if self.stage == 1 and self.lora is not None:
-            problem = (
-                "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
+            yield (
+                "lora",
+                "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2",
             )
-            yield "lora", problem
         if self.heads.path is not None and (self.stage == 1 or self.heads.start == "random"):
-            problem = 'must be null in stage 1 and with visft.heads.start = "random", which train new heads'
-            yield "heads.path", problem
+            yield (
+                "heads.path",
+                'must be null in stage 1 and with visft.heads.start = "random", which train new heads',
+            )
         if not enabled:
             yield "tasks", f"no task is on; state at least one of: {', '.join(type(self.tasks).model_fields)}"
         if self.mode == "shared" and self.shared is None:
-            problem = 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
-            yield "shared", problem
-        of_whole = [name for name, task in enabled.items() if task.labels != "annotations"]
-        if self.mode == "shared" and self.shared is not None and of_whole:
-            names = ", ".join(of_whole)
+            yield (
+                "shared",
+                'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch',
+            )
+        names = ", ".join(name for name, task in enabled.items() if task.labels != "annotations")
+        if self.mode == "shared" and self.shared is not None and names:
             if self.shared.image.tile is not None:
-                problem = (
+                yield (
+                    "shared.image.tile",
                     f"cuts images into parts, and {names} needs whole ones: train other tasks (--tasks), or "
-                    "set it to null (--tile none)"
+                    "set it to null (--tile none)",
                 )
-                yield "shared.image.tile", problem
             if self.shared.image.paste:
-                problem = (
+                yield (
+                    "shared.image.paste",
                     f"pastes objects that the labels of {names} know nothing of: train other tasks "
-                    "(--tasks), or set it to 0"
+                    "(--tasks), or set it to 0",
                 )
-                yield "shared.image.paste", problem
         for name, task in enabled.items():
             if self.mode == "sampled" and task.steps is None:
-                problem = "missing: steps are shared out in proportion to the tasks' steps"
-                yield f"tasks.{name}.steps", problem
+                yield f"tasks.{name}.steps", "missing: steps are shared out in proportion to the tasks' steps"
         groups = [group.name for group in self.param_groups]
         for number, name in enumerate(groups):
             if name in groups[:number]:
@@ -361,9 +357,8 @@ class VisftConfig(StrictModel):
         """Settings with the run's folder, the heads of stage 2, and parameter groups of enabled tasks
         only.
         """
-        changes: dict[str, Any] = {}
         out = self.run.out or f"runs/stage{self.stage}-{self.model.name}"
-        changes["run"] = self.run.model_copy(update={"out": out})
+        changes: dict[str, Any] = {"run": self.run.model_copy(update={"out": out})}
         off = tuple(f"heads.{task}." for task in entries() if task not in self.tasks.enabled())
         groups = list[ParamGroup]()
         for group in self.param_groups:
@@ -384,14 +379,8 @@ class VisftConfig(StrictModel):
         tasks = self.tasks.enabled()
         if self.mode == "shared":
             assert self.shared is not None  # checked by validation
-            targets = dict[str, Any]()
-            for task in tasks.values():
-                targets |= task.target_options()
-            return {SHARED: self.shared.stream(SHARED, tuple(tasks), 1.0, targets)}
-        streams = {}
-        for name, task in tasks.items():
-            streams[name] = task.stream(name, (name,), float(task.steps or 0), task.target_options())
-        return streams
+            return {SHARED: self.shared.stream(SHARED, tasks, 1.0)}
+        return {name: task.stream(name, {name: task}, float(task.steps or 0)) for name, task in tasks.items()}
 
     def steps(self) -> int | None:
         """Optimiser steps that give every task its `steps`; None where a task states none."""
@@ -461,16 +450,20 @@ class Recipe(StrictModel):
             if zero.stage == 0:
                 yield "zero_optimization.offload_optimizer", "needs zero_optimization.stage = 1, 2 or 3"
             if self.zero_force_ds_cpu_optimizer is not False:
-                problem = "must be false with offload_optimizer: DeepSpeed would compile its own"
-                yield "zero_force_ds_cpu_optimizer", problem
+                yield (
+                    "zero_force_ds_cpu_optimizer",
+                    "must be false with offload_optimizer: DeepSpeed would compile its own",
+                )
         if self.pipeline is not None:
             yield from self._contradictions_of_pipeline()
         trains_backbone = visft.stage == 2
         if visft.features is not None and (trains_backbone or self.pipeline is not None or zero.stage == 3):
             yield "visft.features", "must be null in stage 2, with a pipeline and with ZeRO-3"
         if self.scheduler.params.total_num_steps is None and visft.steps() is None:
-            problem = "missing: state it, or visft.tasks.<task>.steps of every task"
-            yield "scheduler.params.total_num_steps", problem
+            yield (
+                "scheduler.params.total_num_steps",
+                "missing: state it, or visft.tasks.<task>.steps of every task",
+            )
 
     def _contradictions_of_pipeline(self) -> Iterator[tuple[str, str]]:
         zero = self.zero_optimization
@@ -478,13 +471,17 @@ class Recipe(StrictModel):
         tasks = self.visft.tasks.enabled()
         heads = {name: getattr(task.head, "type", "") for name, task in tasks.items()}
         if zero.stage != 1:
-            problem = "must be 1 with a pipeline: 2 and 3 are refused, 0 clips stage by stage"
-            yield "zero_optimization.stage", problem
+            yield (
+                "zero_optimization.stage",
+                "must be 1 with a pipeline: 2 and 3 are refused, 0 clips stage by stage",
+            )
         if zero.overlap_comm:
             yield "zero_optimization.overlap_comm", "must be false with a pipeline"
         if "plain" in heads.values() or len(model.out_indices) > 1:
-            problem = "several blocks, and plain heads, are not for a pipeline: use --engine zero3"
-            yield "visft.model.out_indices", problem
+            yield (
+                "visft.model.out_indices",
+                "several blocks, and plain heads, are not for a pipeline: use --engine zero3",
+            )
         for name, head_type in heads.items():
             if head_type == "linear":
                 yield (
@@ -493,8 +490,10 @@ class Recipe(StrictModel):
                     "pipeline: use --engine zero1 or zero3",
                 )
         if model.preset.startswith(TIMM):
-            problem = "timm's models have no stages: use --engine zero0, zero1, zero2 or zero3"
-            yield "visft.model.preset", problem
+            yield (
+                "visft.model.preset",
+                "timm's models have no stages: use --engine zero0, zero1, zero2 or zero3",
+            )
 
 
 _BATCH = "visft.tasks.<task>.batch_size and .micro_batch"

@@ -38,7 +38,7 @@ class Tree:
         """
         parent, _, last = key.rpartition(".")
         if self.value(parent) is None:  # a default, or a task that was off
-            self.assign(parent, {}, source)
+            self.assign(parent, [] if last == "0" else {}, source)
         node = self.value(parent)
         if isinstance(node, dict):
             node[last] = copy.deepcopy(value)

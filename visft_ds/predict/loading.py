@@ -28,7 +28,6 @@ from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import Backbone
 from visft_ds.ops import DTYPES, keep_freed_memory, use_numerics
 from visft_ds.prepare.data import read_vocabulary
-from visft_ds.prepare.datasets import needs_vocabulary
 from visft_ds.pretrained import local, weights_among
 from visft_ds.run_files import (
     ADAPTER_FOLDER,
@@ -142,7 +141,7 @@ class ModelSource:
         from_file = read_vocabulary(self.vocabulary) if self.vocabulary else None
         from_heads = [info.vocabulary() for info in infos.values()]
         vocabulary = next((words for words in from_heads if words is not None), from_file)
-        if vocabulary is None and needs_vocabulary(infos):
+        if vocabulary is None and any(TASKS[task].uses_vocabulary for task in infos):
             raise ValueError(
                 f"the head in {self.files.heads} does not say which words its ids mean: give its word map, "
                 "--vocabulary FILE"
@@ -193,7 +192,7 @@ def source_of(
         streams = config.streams()
     elif heads_folder is not None or alone:
         settings = {task: config_class(task)(batch_size=_BATCH, micro_batch=_BATCH) for task in TASKS}
-        streams = {task: options.stream(task, (task,), 1.0) for task, options in settings.items()}
+        streams = {task: options.stream(task, {task: options}, 1.0) for task, options in settings.items()}
     else:
         raise ValueError(
             f"{source} is neither a run nor its export: give one, or for merged weights also --heads FOLDER, "

@@ -41,32 +41,16 @@ def nearest(name: str, known: Iterable[str], *, before: str = "", keys: Iterable
     """The nearest of some names, or all of them, as a clause of a message.
 
     Args:
-        before: of keys of a configuration what stands before them; then up to three are named.
-        keys: dotted keys; where none of the names is near, those that end in `name` are meant.
+        before: of keys of a configuration what stands before them.
+        keys: dotted keys; where none of the names is near, the first that ends in `name` is meant.
     """
     names = list(known)
-    likeness = {other: _likeness(name, other) for other in names}
-    best = max(likeness.values(), default=0.0)
-    likely = [other for other in names if likeness[other] > max(0.6, best - 0.15)]
-    likely.sort(key=likeness.__getitem__, reverse=True)
-    most = 1
-    if before:
-        most = 3
-    near = [before + other for other in likely[:most]]
-    if not near:
-        for key in dict.fromkeys(keys):
-            if f".{key}".endswith(f".{name}"):
-                near.append(key)
-        near = near[:3]
-    if not near:
-        return f"; known: {', '.join(names)}"
-    return f"; did you mean {' or '.join(near)}?"
-
-
-def _likeness(name: str, other: str) -> float:
-    """From 0 to 1: of a name to another one, or to the likest of its words."""
-    words = [other, *other.split("_")]
-    return max(difflib.SequenceMatcher(None, name, word).ratio() for word in words)
+    for near in difflib.get_close_matches(name, names, n=1):
+        return f"; did you mean {before}{near}?"
+    for key in keys:
+        if f".{key}".endswith(f".{name}"):
+            return f"; did you mean {key}?"
+    return f"; known: {', '.join(names)}"
 
 
 def _whole(value: Any) -> Any:

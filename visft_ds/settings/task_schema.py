@@ -80,12 +80,12 @@ class StreamConfig(StrictModel):
     micro_batch: Positive  #: largest number of images that a process sends through the model together
     image: BaseModel
 
-    def stream(
-        self, name: str, tasks: tuple[str, ...], share: float, targets: Mapping[str, Any] | None = None
-    ) -> Stream:
-        """The stream of these settings; `targets` are the `target_options` of its tasks."""
-        image = {**self.image.model_dump(), **(targets or {})}
-        return Stream(name, tasks, share, self.batch_size, self.micro_batch, image)
+    def stream(self, name: str, tasks: Mapping[str, TaskConfig], share: float) -> Stream:
+        """The stream of these settings, which teaches these tasks."""
+        image = self.image.model_dump()
+        for task in tasks.values():
+            image |= task.target_options()
+        return Stream(name, tuple(tasks), share, self.batch_size, self.micro_batch, image)
 
 
 class TaskConfig(StreamConfig):
