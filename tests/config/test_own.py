@@ -116,7 +116,7 @@ def test_heads_have_room_for_the_objects_of_the_fullest_picture(
     manifest = Manifest.load(shards, "train")
     manifest.__dict__["index"] = index = manifest.index.copy()
     index["num_annotations"][1] = 180
-    monkeypatch.setattr(recipe, "_open_splits", lambda *_, **__: {(str(shards), "train"): manifest})
+    monkeypatch.setattr(recipe, "_open_splits", lambda *_, **__: [manifest])
     key = "visft.tasks.detection.head.max_detections"
     config = _resolved(shards, "--tasks", "detection,segmentation")
     assert {key: (value, why) for key, value, why in config.decisions}[key] == (
@@ -137,7 +137,7 @@ def _of_objects(
     share = side / math.sqrt(math.prod(size))
     changed = replace(manifest, object_sides={name: share for name in manifest.object_sides})
     changed.__dict__["index"] = index
-    monkeypatch.setattr(recipe, "_open_splits", lambda *_, **__: {(str(shards), "train"): changed})
+    monkeypatch.setattr(recipe, "_open_splits", lambda *_, **__: [changed])
     return _resolved(shards, "--tasks", "detection", *flags)
 
 

@@ -23,7 +23,12 @@ from visft_ds.data.samples import RawSample
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import ShortSides
 from visft_ds.prepare.data import read_vocabulary, vocabulary_of
-from visft_ds.prepare.datasets import TrainingSet, check_samples, needs_vocabulary, open_training_sets
+from visft_ds.prepare.datasets import (
+    TrainingSet,
+    check_samples,
+    load_splits,
+    open_training_sets,
+)
 from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -129,7 +134,7 @@ def test_weights_decide_how_often_a_set_is_drawn(folder: Path) -> None:
 
 def test_the_words_of_all_captions_are_known(folder: Path) -> None:
     config = with_sets(folder, "visft.tasks.captioning.vocabulary.min_count=25").visft
-    sets = open_training_sets(config, {})
+    sets = open_training_sets(config, load_splits(config.data))
     with pytest.raises(ValueError, match="min_count = 25"):
         vocabulary_of(config, {"train": sets["train"]})
     words = vocabulary_of(config, sets)
@@ -145,8 +150,10 @@ def test_the_content_of_all_sets_is_part_of_a_runs_identity(folder: Path) -> Non
 
 def test_a_set_of_other_categories_is_refused(folder: Path) -> None:
     sets = [{"name": "others", "root": str(folder), "split": "others", "tasks": ["detection"]}]
+    config = with_sets(folder, sets=sets).visft
+    manifests = load_splits(config.data)
     with pytest.raises(ValueError, match="'kettle'"):
-        open_training_sets(with_sets(folder, sets=sets).visft, {})
+        open_training_sets(config, manifests)
     with pytest.raises(ValueError, match="'kettle'"):
         plan_of(folder, "train", "visft.tasks=detection", "visft.run.eval_every=1", "visft.data.val=others")
 
@@ -242,9 +249,6 @@ def test_the_minimum_count_decides_which_captions_words_are_known(splits: dict[s
 
 def test_only_tasks_with_words_have_a_vocabulary(splits: dict[str, Manifest]) -> None:
     assert vocabulary_of(config_of("visft.tasks=detection,segmentation").visft, {}) is None
-    assert needs_vocabulary(["detection", "captioning"]) and not needs_vocabulary(
-        {"detection": 1, "segmentation": 2}
-    )
     cut_otherwise = replace(splits["train"], options={**splits["train"].options, "tokenizer": "spaces-1"})
     for manifest, word in ((splits["mute"], "captions"), (cut_otherwise, "spaces-1")):
         with pytest.raises(ValueError, match=word):

@@ -30,7 +30,7 @@ from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.predict.loading import LoadedModel, ModelSource, source_of
 from visft_ds.prepare.data import workers_of
-from visft_ds.prepare.datasets import check_bands, needs_vocabulary
+from visft_ds.prepare.datasets import check_bands
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
 from visft_ds.run.folder import refuse_filled
@@ -257,7 +257,7 @@ class _Subject:
             "settings": {name: dict(stream.image) for name, stream in self.streams.items()},
             **self.task_facts,
         }
-        if needs_vocabulary(self.source.tasks):
+        if any(TASKS[task].uses_vocabulary for task in self.source.tasks):
             record["decoding"] = self.source.decoding
         return {
             **record,

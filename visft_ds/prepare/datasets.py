@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from visft_ds.config.schema import VisftConfig
+from visft_ds.config.schema import DataConfig, VisftConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.plan import SetPlan
 from visft_ds.data.shards import Category, Manifest, categories_for
 from visft_ds.settings.bands import Bands, in_words
-from visft_ds.settings.task_schema import WITHOUT_MASK, Stream, WordsConfig
+from visft_ds.settings.task_schema import WITHOUT_MASK, Stream
 from visft_ds.tasks import config_class
 from visft_ds.tasks.classes import classes_of
 
@@ -27,25 +27,24 @@ class TrainingSet:
     weight: float = 1.0
 
 
-def open_training_sets(
-    config: VisftConfig, manifests: Mapping[tuple[str, str], Manifest]
-) -> dict[str, TrainingSet]:
+def load_splits(data: DataConfig) -> list[Manifest]:
+    """The training splits in their order. Raises ValueError for one that is missing or damaged."""
+    cache = Cache(data.cache, data.cache_bytes)
+    return [Manifest.load(entry.root, entry.split, cache) for entry in data.training_sets()]
+
+
+def open_training_sets(config: VisftConfig, manifests: Sequence[Manifest]) -> dict[str, TrainingSet]:
     """All training sets by name. The first, ROOT/TRAIN, decides which categories there are.
 
     Args:
-        manifests: those that were loaded before, by (folder or URL, split).
+        manifests: of `load_splits`.
 
     Raises:
-        ValueError: a split that is missing or damaged, that lacks what a task needs, or has other categories.
+        ValueError: a split that lacks what a task needs, or has other categories.
     """
-    data = config.data
     enabled = config.tasks.enabled()
-    cache = Cache(data.cache, data.cache_bytes)
     sets = dict[str, TrainingSet]()
-    for entry in data.training_sets():
-        manifest = manifests.get((entry.root, entry.split))
-        if manifest is None:
-            manifest = Manifest.load(entry.root, entry.split, cache)
+    for entry, manifest in zip(config.data.training_sets(), manifests, strict=True):
         if entry.tasks is None:
             tasks = tuple(task for task in enabled if config_class(task).labels in manifest.labels)
             _check_labels(tasks, manifest)
@@ -175,8 +174,3 @@ def classes_of_run(config: VisftConfig, categories: Sequence[Category]) -> dict[
             if ids is not None:
                 classes[name] = ids
     return classes
-
-
-def needs_vocabulary(tasks: Iterable[str]) -> bool:
-    """Return True if one of the tasks uses a vocabulary."""
-    return any(issubclass(config_class(task), WordsConfig) for task in tasks)

@@ -20,15 +20,21 @@ import numpy as np
 from visft_ds.config.backbones import lora_targets, on_this_machine
 from visft_ds.config.flags import SMALL_DATA, FirstStage, Merged, build_parser, merge_arguments
 from visft_ds.config.resolve import CONFIG_ROOT, Draft, ResolvedConfig
-from visft_ds.config.schema import DataConfig
+from visft_ds.config.schema import DataConfig, VisftConfig
 from visft_ds.config.tree import Tree
-from visft_ds.data.fetch import Cache, is_url
+from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest, manifest_path
-from visft_ds.prepare.datasets import TrainingSet, check_bands, open_training_sets, samples_of
+from visft_ds.prepare.datasets import (
+    TrainingSet,
+    check_bands,
+    load_splits,
+    open_training_sets,
+    samples_of,
+)
 from visft_ds.pretrained import TIMM, lite0_of_pip
 from visft_ds.run_files import EXPORT
 from visft_ds.settings.bands import in_words
-from visft_ds.settings.task_schema import Stream
+from visft_ds.settings.task_schema import SHARED, Stream
 from visft_ds.settings.tiles import SIDES, Tiles, usual_overlap
 from visft_ds.tasks import BUILT_IN, config_class, entries
 from visft_ds.tasks.classes import COCO_NAMES
@@ -80,9 +86,6 @@ PASTED = 4
 #: Sides of a zoom's window: a caption may name what a small one cuts off.
 ZOOM_WITH_CAPTIONS = (0.8, 1.2)
 
-#: (folder or URL, split) -> its manifest.
-Manifests = Mapping[tuple[str, str], Manifest]
-
 
 class Settled(NamedTuple):
     """A command line, settled with its data."""
@@ -109,26 +112,26 @@ def settle(words: Sequence[str] | None = None, processes: int = 1) -> Settled:
     fine_block = _decide_by_backbone(draft, merged)
     if merged.first is not None:
         _decide_by_first_stage(draft, merged.first)
-    manifests = _open_splits(draft.recipe.visft.data, remote=not options.dry_run)
+    manifests = _open_splits(draft.visft.data, remote=not options.dry_run)
     if options.tasks is None and not any(text.startswith("visft.tasks=") for text in options.set):
-        _decide_tasks(draft, list(manifests.values()), options.batch_size)
+        _decide_tasks(draft, manifests, options.batch_size)
     if options.tile is not None:
-        _decide_tiles(draft, options.tile, list(manifests.values()))
-    if merged.model == SMALL_DATA and manifests:
-        if merged.first is None and draft.recipe.visft.tasks.enabled().keys() <= _OF_SCENES:
-            _decide_for_scenes(draft, merged, list(manifests.values()))
-        if draft.recipe.visft.stage == 1 and fine_block is not None:
-            _decide_by_objects(draft, list(manifests.values()), fine_block)
-        if draft.recipe.visft.stage == 1:
+        _decide_tiles(draft, options.tile, manifests)
+    is_small = merged.model == SMALL_DATA and bool(manifests)
+    if is_small:
+        if merged.first is None and draft.visft.tasks.enabled().keys() <= _OF_SCENES:
+            _decide_for_scenes(draft, merged, manifests)
+        if draft.visft.stage == 1:
+            _decide_by_objects(draft, manifests, fine_block)
             _decide_masks(draft, fine_block)
-            _decide_paste(draft, list(manifests.values()))
+            _decide_paste(draft, manifests)
     if options.epochs is not None:
-        _decide_length(draft, options.epochs, list(manifests.values()))
-    if merged.model == SMALL_DATA and manifests:
-        _decide_for_few(draft, list(manifests.values()))
+        _decide_length(draft, options.epochs, manifests)
+    if is_small:
+        _decide_for_few(draft, manifests)
     sets = None
     if manifests:
-        sets = open_training_sets(draft.recipe.visft, manifests)
+        sets = open_training_sets(draft.visft, manifests)
         _decide_sizes(draft, sets, processes)
     config = draft.config()
     if options.download and not options.dry_run and config.visft.model.weights is not None:
@@ -143,21 +146,20 @@ def settle_data(
 
     For tools that have a configuration and no command line. Raises ValueError as `settle`.
     """
-    sets = open_training_sets(config.visft, {})
+    sets = open_training_sets(config.visft, load_splits(config.visft.data))
     draft = Draft.of(config)
     _decide_sizes(draft, sets, processes)
     return draft.config(), sets
 
 
-def _open_splits(data: DataConfig, *, remote: bool) -> Manifests:
-    """All training splits; empty where one of them is not on this machine, or `remote` ones are not asked."""
-    splits = [(entry.root, entry.split) for entry in data.training_sets()]
-    for root, split in splits:
-        is_there = remote if is_url(root) else manifest_path(Path(root), split).is_file()
+def _open_splits(data: DataConfig, *, remote: bool) -> list[Manifest]:
+    """All training splits; none where one of them is not on this machine, or `remote` ones are not asked."""
+    for entry in data.training_sets():
+        path = manifest_path(Path(entry.root), entry.split)
+        is_there = remote if is_url(entry.root) else path.is_file()
         if not is_there:
-            return {}
-    cache = Cache(data.cache, data.cache_bytes)
-    return {(root, split): Manifest.load(root, split, cache) for root, split in splits}
+            return []
+    return load_splits(data)
 
 
 def _decide_by_backbone(draft: Draft, merged: Merged) -> int | None:
@@ -166,7 +168,7 @@ def _decide_by_backbone(draft: Draft, merged: Merged) -> int | None:
 
     Returns the number of the block whose map is finer than that, None if there is none.
     """
-    model = draft.recipe.visft.model
+    model = draft.visft.model
     of_lite0 = merged.model in (SMALL_DATA, DEMO) and not merged.backbone
     if of_lite0 and not Path(model.weights or "").exists():
         weights = lite0_of_pip()
@@ -188,21 +190,19 @@ def _decide_by_backbone(draft: Draft, merged: Merged) -> int | None:
         "visft.model.out_indices": [blocks[CELL]] if blocks else [],
     }
     draft.decide(values, f"the map of {preset}")
-    if draft.recipe.visft.stage == 2:
+    if draft.visft.stage == 2:
         draft.decide({"visft.lora.targets": lora_targets(preset)}, f"the layers of {preset}")
     return blocks.get(FINE_CELL)
 
 
 def _decide_for_scenes(draft: Draft, merged: Merged, manifests: Sequence[Manifest]) -> None:
     """Several maps, fine and coarse, and whole photographs in their own shape and about their own size."""
-    long_sides = []
-    for manifest in manifests:
-        long_sides.append(np.maximum(manifest.index["height"], manifest.index["width"]))
+    long_sides = [np.maximum(manifest.index["height"], manifest.index["width"]) for manifest in manifests]
     picture = float(np.median(np.concatenate(long_sides)))
     least, most = SCENE_SIDES
     side = round(min(max(picture, least), most))
     values: dict[str, Any] = {}
-    for stream in draft.recipe.visft.filled().streams().values():
+    for stream in draft.visft.streams().values():
         values[f"{stream.key}.batch_size"] = SCENE_BATCH
         image = f"{stream.key}.image"
         if "size" in stream.image:  # crops of a task's own
@@ -214,7 +214,7 @@ def _decide_for_scenes(draft: Draft, merged: Merged, manifests: Sequence[Manifes
             values[f"{image}.fixed_size"] = side
             values[f"{image}.keep_shape"] = True
             values[f"{image}.zoom"] = None
-    preset = draft.recipe.visft.model.preset
+    preset = draft.visft.model.preset
     if "visft.model.preset" not in merged.backbone:
         values["visft.model.out_indices"] = SCENE_BLOCKS
     elif preset.startswith(TIMM):
@@ -222,7 +222,7 @@ def _decide_for_scenes(draft: Draft, merged: Merged, manifests: Sequence[Manifes
 
         values["visft.model.out_indices"] = scene_maps(preset.removeprefix(TIMM))
     draft.decide(values, f"the recipe for label, depth and panoptic maps, of pictures of {picture:.0f} px")
-    if "panoptic" in draft.recipe.visft.tasks.enabled():
+    if "panoptic" in draft.visft.tasks.enabled():
         _decide_segments(draft, manifests)
 
 
@@ -265,7 +265,7 @@ def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
             keys.append(f"{key}.vocabulary.file")
     now = Tree(draft.config().to_dict())
     values = {"visft.model.name": recorded.value("visft.model.name")}
-    if draft.recipe.visft.heads.start != "random":
+    if draft.visft.heads.start != "random":
         values["visft.heads.path"] = f"{first.run}/{EXPORT}"
     for key in keys:
         if recorded.value(key) != now.value(key):
@@ -297,7 +297,7 @@ def _decide_tasks(draft: Draft, manifests: Sequence[Manifest], batch_size: int |
     if len(manifests) != 1:
         return
     (manifest,) = manifests
-    visft = draft.recipe.visft
+    visft = draft.visft
     tasks = visft.tasks.enabled()
     lacking = dict[str, str]()
     for name, task in tasks.items():
@@ -315,16 +315,13 @@ def _decide_tasks(draft: Draft, manifests: Sequence[Manifest], batch_size: int |
         if lacks:
             lacking[key] = lacks
     settings = {} if batch_size is None else {"batch_size": batch_size}
-    is_added = False
     maps = {"semantic": "label maps", "depth": "depth maps", "panoptic": "panoptic maps"}
-    for name, what in maps.items():
-        if config_class(name).labels in manifest.labels and name not in tasks:
-            draft.decide({f"visft.tasks.{name}": settings}, f"the data, which has {what}")
-            is_added = True
-    if not is_added and len(lacking) == len(tasks):
-        return
-    for key, lacks in lacking.items():
-        draft.decide({key: None}, f"the data, which has no {lacks}", over_user=True)
+    added = [name for name in maps if config_class(name).labels in manifest.labels and name not in tasks]
+    for name in added:
+        draft.decide({f"visft.tasks.{name}": settings}, f"the data, which has {maps[name]}")
+    if added or len(lacking) < len(tasks):
+        for key, lacks in lacking.items():
+            draft.decide({key: None}, f"the data, which has no {lacks}", over_user=True)
 
 
 def _decide_tiles(draft: Draft, side: str, manifests: Sequence[Manifest]) -> None:
@@ -335,10 +332,9 @@ def _decide_tiles(draft: Draft, side: str, manifests: Sequence[Manifest]) -> Non
     tile = None
     if side != "none":
         sizes = _object_sizes(manifests)
-        largest = 0.0 if sizes is None else sizes.largest
-        tile = [int(side), usual_overlap(int(side), largest)]
+        tile = [int(side), usual_overlap(int(side), sizes.largest if sizes else 0.0)]
     values = dict[str, Any]()
-    for name, stream in draft.recipe.visft.streams().items():
+    for name, stream in draft.visft.streams().items():
         if "tile" in stream.image:
             values[f"{stream.key}.image.tile"] = tile
         elif tile is not None:
@@ -348,11 +344,10 @@ def _decide_tiles(draft: Draft, side: str, manifests: Sequence[Manifest]) -> Non
 
 def _samples(stream: Stream, manifests: Sequence[Manifest]) -> int:
     """Number of training images, or of their tiles."""
-    count = 0
-    for manifest in manifests:
-        pictures = np.arange(len(manifest))
-        count += len(pictures if stream.tiles is None else stream.tiles.samples(manifest.index, pictures))
-    return count
+    tiles = stream.tiles
+    if tiles is None:
+        return sum(len(manifest) for manifest in manifests)
+    return sum(len(tiles.samples(manifest.index, np.arange(len(manifest)))) for manifest in manifests)
 
 
 def _decide_length(draft: Draft, epochs: int, manifests: Sequence[Manifest]) -> None:
@@ -360,7 +355,7 @@ def _decide_length(draft: Draft, epochs: int, manifests: Sequence[Manifest]) -> 
     if not manifests:
         raise ValueError("--epochs needs shards in a folder of this machine: give --steps")
     values: dict[str, int | None] = {"scheduler.params.total_num_steps": None}
-    for stream in draft.recipe.visft.streams().values():
+    for stream in draft.visft.streams().values():
         images = _samples(stream, manifests)
         steps = math.ceil(epochs * images / min(stream.batch_size, images))
         for name in stream.tasks:
@@ -392,28 +387,38 @@ def _object_sizes(manifests: Sequence[Manifest]) -> _ObjectSizes | None:
     )
 
 
-def _decide_by_objects(draft: Draft, manifests: Sequence[Manifest], fine_block: int) -> None:
+def _has_dense_head(visft: VisftConfig) -> bool:
+    """Return True if boxes are learnt by the head that predicts one from every cell."""
+    detection = visft.tasks.enabled().get("detection")
+    return detection is not None and getattr(detection.head, "type", "") == "dense"
+
+
+def _stream_of_detection(visft: VisftConfig) -> Stream:
+    """Steps in which boxes are learnt."""
+    streams = visft.streams()
+    return streams.get(SHARED) or streams["detection"]
+
+
+def _decide_by_objects(draft: Draft, manifests: Sequence[Manifest], fine_block: int | None) -> None:
     """A larger picture and a finer grid for a dense head, where SIDE and CELL would hide a tenth of the
     objects, and tiles where LONGEST and FINE_CELL would.
 
     A cell for each object is what they need (docs/own-data.md).
     """
-    visft = draft.recipe.visft.filled()
-    tasks = visft.tasks.enabled()
-    detection = tasks.get("detection")
+    visft = draft.visft
     sizes = _object_sizes(manifests)
-    if detection is None or getattr(detection.head, "type", "") != "dense" or sizes is None:
+    if fine_block is None or not _has_dense_head(visft) or sizes is None:
         return
     if draft.tree.is_stated("visft.model.out_indices"):
         return
-    stream = next(stream for stream in visft.streams().values() if "detection" in stream.tasks)
+    stream = _stream_of_detection(visft)
     side_key = f"{stream.key}.image.fixed_size"
     tile_key = f"{stream.key}.image.tile"
     side = stream.largest_side()
     has_side = draft.tree.is_stated(side_key)
 
     tiles = stream.tiles
-    takes_tiles = all(task.labels == "annotations" for task in tasks.values())
+    takes_tiles = all(task.labels == "annotations" for task in visft.tasks.enabled().values())
     would_show_all = min(FINE_CELL * sizes.picture / sizes.small, sizes.picture)
     is_free = not has_side and not draft.tree.is_stated(tile_key)
     if takes_tiles and is_free and would_show_all > LONGEST:
@@ -447,18 +452,13 @@ def _decide_masks(draft: Draft, fine_block: int | None) -> None:
     They also read the finer map; boxes of large objects do not. Who sets an option of the other head has
     both.
     """
-    visft = draft.recipe.visft
-    tasks = visft.tasks.enabled()
+    visft = draft.visft
     key = "visft.tasks.detection.head"
-    if "detection" not in tasks or "segmentation" not in tasks or draft.tree.is_stated(f"{key}.masks"):
+    if not _has_dense_head(visft) or "segmentation" not in visft.tasks.enabled():
         return
-    of_other = "visft.tasks.segmentation.head."
-    for stated, source in draft.tree.sources.items():
-        if stated.startswith(of_other) and source.startswith("--"):
-            return
-    if getattr(tasks["detection"].head, "type", "") != "dense" or any(
-        data_set.tasks for data_set in visft.data.sets
-    ):
+    if draft.tree.is_stated(f"{key}.masks") or draft.tree.is_stated("visft.tasks.segmentation.head"):
+        return
+    if any(data_set.tasks for data_set in visft.data.sets):
         return
     why = "one mask for each box, of data with both"
     draft.decide({f"{key}.masks": True, "visft.tasks.segmentation": None}, why, over_user=True)
@@ -474,12 +474,12 @@ def _decide_paste(draft: Draft, manifests: Sequence[Manifest]) -> None:
     Captions, label and depth maps say nothing of what is pasted, and ellipses that stand for masks would
     carry their surroundings along.
     """
-    visft = draft.recipe.visft
+    visft = draft.visft
     tasks = visft.tasks.enabled()
     detection = tasks.get("detection")
     if detection is None or not getattr(detection.head, "masks", False):
         return
-    stream = next(stream for stream in visft.streams().values() if "detection" in stream.tasks)
+    stream = _stream_of_detection(visft)
     key = f"{stream.key}.image.paste"
     others = [name for name in stream.tasks if tasks[name].labels != "annotations"]
     if others:
@@ -493,7 +493,7 @@ def _decide_paste(draft: Draft, manifests: Sequence[Manifest]) -> None:
 def _decide_for_few(draft: Draft, manifests: Sequence[Manifest]) -> None:
     """Length, zoom, kept features and evaluations in between, by number and labels of the photographs."""
     images = sum(len(manifest) for manifest in manifests)
-    visft = draft.recipe.visft.filled()
+    visft = draft.visft.filled()
     tasks = visft.tasks.enabled()
     values: dict[str, Any] = {}
     steps = draft.recipe.scheduler.params.total_num_steps or visft.steps() or STEPS
@@ -530,7 +530,7 @@ def _decide_sizes(draft: Draft, sets: Mapping[str, TrainingSet], processes: int)
     _decide_depths(draft, sets)
     _decide_classes(draft, next(iter(sets.values())).manifest)
     _decide_detections(draft, sets)
-    visft = draft.recipe.visft
+    visft = draft.visft
     dp = max(1, processes // (draft.recipe.pipeline.stages if draft.recipe.pipeline else 1))
     streams = visft.streams()
     for name, stream in streams.items():
@@ -549,7 +549,7 @@ def _decide_sizes(draft: Draft, sets: Mapping[str, TrainingSet], processes: int)
 def _decide_bands(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
     """The bands that the pictures of the first set have; those of other sets have to be alike."""
     bands = next(iter(sets.values())).manifest.bands
-    model = draft.recipe.visft.model
+    model = draft.visft.model
     if bands is not None and model.bands is None:
         why = f"the data, which has {in_words(bands)}"
         decided = {**bands.model_dump(mode="json"), "new": model.new_bands}
@@ -559,14 +559,14 @@ def _decide_bands(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
             "visft.model.new_bands=zero is for pictures of more than three bands, not for colours"
         )
     for training_set in sets.values():
-        check_bands(training_set.manifest, draft.recipe.visft.model.bands)
+        check_bands(training_set.manifest, draft.visft.model.bands)
 
 
 def _decide_depths(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
     """Depths as far as those of the data, where these lie beyond what a head predicts by default; none in
     metres after relative maps alone.
     """
-    task = draft.recipe.visft.tasks.enabled().get("depth")
+    task = draft.visft.tasks.enabled().get("depth")
     if task is None:
         return
     manifests = [taught.manifest for taught in sets.values() if "depth" in taught.manifest.labels]
@@ -581,11 +581,9 @@ def _decide_depths(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
 
 def _decide_detections(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
     """Room for all objects of the fullest image, where it has more than heads predict, and for mistakes."""
-    for name, task in draft.recipe.visft.tasks.enabled().items():
-        numbers = [
-            taught.manifest.index["num_annotations"] for taught in sets.values() if name in taught.tasks
-        ]
-        most = max((int(number.max(initial=0)) for number in numbers), default=0)
+    for name, task in draft.visft.tasks.enabled().items():
+        taught = [of_set.manifest for of_set in sets.values() if name in of_set.tasks]
+        most = max((int(manifest.index["num_annotations"].max(initial=0)) for manifest in taught), default=0)
         if most > getattr(task.head, "max_detections", most):
             room = math.ceil(1.5 * most / 100) * 100
             key = f"visft.tasks.{name}.head.max_detections"
@@ -594,7 +592,7 @@ def _decide_detections(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
 
 def _decide_classes(draft: Draft, first: Manifest) -> None:
     """As many classes as ROOT/TRAIN (`first`) has categories, for maps and ids that are not COCO's."""
-    if first.panoptic and "panoptic" in draft.recipe.visft.tasks.enabled():
+    if first.panoptic and "panoptic" in draft.visft.tasks.enabled():
         key = "visft.tasks.panoptic.head"
         stuff = [category.coco_id for category in first.panoptic if not category.thing]
         of_head = {f"{key}.num_classes": len(first.panoptic), f"{key}.stuff": stuff}
@@ -604,7 +602,7 @@ def _decide_classes(draft: Draft, first: Manifest) -> None:
     if "maps" not in first.labels and not are_own:
         return
     values = dict[str, int]()
-    for name, task in draft.recipe.visft.tasks.enabled().items():
+    for name, task in draft.visft.tasks.enabled().items():
         key = f"visft.tasks.{name}.head.num_classes"
         has_published = getattr(task.head, "class_ids", "") == "published"  # which has COCO's ids only
         is_panoptic = task.labels == "panoptic"

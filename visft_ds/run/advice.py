@@ -63,7 +63,7 @@ def findings_of(config: VisftConfig, data: RunData, cells: Sequence[int]) -> lis
             if not settings.has_classes:
                 continue
             cell = cells[-1]
-            if _is_dense(settings):
+            if getattr(settings.head, "type", "") == "dense":  # which has no queries and reads the finest map
                 cell = cells[getattr(settings.head, "box_map", 0)]
             manifests = [training.manifest for training in data.sets.values() if task in training.tasks]
             for texts in (
@@ -97,11 +97,6 @@ def _without_validation(config: VisftConfig, data: RunData) -> tuple[str, str] |
         "`visft shards FOLDER --val 0.2` splits a fifth of the images off; of tars that were indexed, "
         "index others with --split val",
     )
-
-
-def _is_dense(settings: TaskConfig) -> bool:
-    """Return True for the head that has no queries and reads the finest map."""
-    return getattr(settings.head, "type", "") == "dense"
 
 
 def _beyond_limit(task: str, settings: TaskConfig, manifests: Sequence[Manifest]) -> tuple[str, str] | None:
@@ -233,8 +228,7 @@ def _meaning(value: float, scores: Sequence[float], reasons: Sequence[str]) -> s
         return (
             f": little is learnt, and fewer than two evaluations cannot tell whether more steps help{because}"
         )
-    best_before = max(scores[:-1])
-    if scores[-1] > best_before + max(_RISE, _RISE_PART * scores[-1]):
+    if scores[-1] > max(scores[:-1]) + max(_RISE, _RISE_PART * scores[-1]):
         return (
             f": not learnt yet, and validation still rises ({shown}): train for more steps (--steps){because}"
         )

@@ -89,13 +89,12 @@ def _hyperparameters(config: ResolvedConfig) -> dict[str, Any]:
 
 def _compared(config: ResolvedConfig) -> list[str]:
     """Names of the numbers that TensorBoard shows beside them."""
-    names = ["loss/loss", "images_per_second"]
+    metrics = list[str]()
     if config.visft.run.eval_every:
         tasks = config.visft.tasks.enabled()
         measured = {name for task in tasks.values() for name in task.measured()}
         metrics = [f"val/{name}" for name in shown_metrics(tasks) if name in measured]
-        names = [*metrics, *names]
-    return names
+    return [*metrics, "loss/loss", "images_per_second"]
 
 
 @contextmanager

@@ -46,12 +46,7 @@ def print_start(
     """Print the plan of a run that is about to train, after `start` steps. Main process only."""
     warn_of_detr(config, data.sets)
     sections = [
-        _model(config, machine, prepared.module, prepared.groups),
-        _what_trains(prepared.groups),
-        _batches(config, machine.batches),
-        *_pipeline(partition, machine.batches),
-        _run(config, start),
-        *_decisions(config),
+        *_plan(config, machine, partition, prepared.module, prepared.groups, start),
         _data(config, data),
         *_shown_by_data(config, data, prepared.module),
         Section("checks passed", [("-", note) for note in prepared.notes]),
@@ -73,7 +68,8 @@ def print_dry_run(config: ResolvedConfig, sets: Mapping[str, TrainingSet] | None
 
     data = None
     earlier = look_into(Path(config.visft.run.out or ""))
-    if sets is not None and _has_validation(config):
+    # Missing splits are told later.
+    if sets is not None and not any(True for _ in missing_shards(config.visft)):
         data = open_data(config.visft, sets)
         open_start(config.visft, data, earlier)
         warn_of_detr(config, sets)
@@ -93,24 +89,12 @@ def print_dry_run(config: ResolvedConfig, sets: Mapping[str, TrainingSet] | None
     ]
     is_assumed = vocabulary is None and any(TASKS[task].uses_vocabulary for task in module.heads)
     note = f", with a vocabulary of {PUBLISHED_VOCABULARY:,} ids (ASSUMED)" if is_assumed else ""
-    sections = [
-        _model(config, machine, module, groups),
-        _what_trains(groups, note),
-        _batches(config, machine.batches),
-        *_pipeline(run.partition, machine.batches),
-        _run(config, start=0),
-        *_decisions(config),
-    ]
+    sections = _plan(config, machine, run.partition, module, groups, note=note)
     if data is not None:
         sections += _shown_by_data(config, data, module)
     sections.append(Section("predicted peak memory of a process", memory))
     print_plan(f"{_title(config)} (dry run: nothing is started)", sections)
     _check_files(config, module, knows_words=vocabulary is not None)
-
-
-def _has_validation(config: ResolvedConfig) -> bool:
-    """Return True if all that a start reads of the data is on this machine; missing splits are told later."""
-    return not any(True for _ in missing_shards(config.visft))
 
 
 def _check_files(config: ResolvedConfig, module: MultiTaskModel, *, knows_words: bool) -> None:
@@ -146,6 +130,30 @@ def _title(config: ResolvedConfig) -> str:
     return f"visft_ds stage {config.visft.stage} ({stage_name(config.visft)}), {config.visft.model.name}"
 
 
+def _plan(
+    config: ResolvedConfig,
+    machine: Machine,
+    partition: Partition | None,
+    module: MultiTaskModel,
+    groups: Sequence[TrainedGroup],
+    start: int = 0,
+    note: str = "",
+) -> list[Section]:
+    """What is known of a run before it starts."""
+    batches = machine.batches
+    sections = [
+        _model(config, machine, module, groups),
+        _what_trains(groups, note),
+        _batches(config, batches),
+    ]
+    if partition is not None:
+        sections.append(Section("pipeline", partition.rows(batches.accumulation)))
+    sections.append(_run(config, start))
+    if config.decisions:
+        sections.append(_decisions(config))
+    return sections
+
+
 def _model(
     config: ResolvedConfig, machine: Machine, module: MultiTaskModel, groups: Sequence[TrainedGroup]
 ) -> Section:
@@ -174,7 +182,7 @@ def _attention(config: ResolvedConfig, machine: Machine, backbone: Backbone) -> 
     return [("attention", f"packed images: {kernel} ({why})")]
 
 
-def _what_trains(groups: Sequence[TrainedGroup], note: str = "") -> Section:
+def _what_trains(groups: Sequence[TrainedGroup], note: str) -> Section:
     rows = []
     for group in groups:
         numbers = (str(len(group.names)), f"{group.count:,}", f"{group.lr:g}", f"{group.weight_decay:g}")
@@ -203,10 +211,6 @@ def _batches(config: ResolvedConfig, batches: Batches) -> Section:
     return Section("batches", rows)
 
 
-def _pipeline(partition: Partition | None, batches: Batches) -> list[Section]:
-    return [] if partition is None else [Section("pipeline", partition.rows(batches.accumulation))]
-
-
 def _run(config: ResolvedConfig, start: int) -> Section:
     """Length of the run, and what it writes when."""
     run = config.visft.run
@@ -224,16 +228,15 @@ def _run(config: ResolvedConfig, start: int) -> Section:
     return Section("run", rows)
 
 
-def _decisions(config: ResolvedConfig) -> list[Section]:
-    """Decisions of data and hardware, with reasons; no section where there are none."""
+def _decisions(config: ResolvedConfig) -> Section:
+    """Decisions of data and hardware, with reasons."""
     rows = []
     for key, value, why in config.decisions:
         text = str(value)
         if len(text) > _WIDEST_VALUE:  # a path, whose end tells most
             text = f"...{text[-_WIDEST_VALUE:]}"
         rows.append((f"{key} = {text}", why))
-    title = "decided by data and machine (flags come before)"
-    return [Section(title, rows, ("setting", "why"))] if rows else []
+    return Section("decided by data and machine (flags come before)", rows, ("setting", "why"))
 
 
 def _data(config: ResolvedConfig, data: RunData) -> Section:

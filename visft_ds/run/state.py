@@ -66,11 +66,7 @@ class RunState:
             self.is_evaluated,
         )
         self._done = 0
-
-    @property
-    def was_exported(self) -> bool:
-        """True if an earlier start of this run has exported its result."""
-        return self._earlier.exported
+        self.was_exported = earlier.exported  #: an earlier start of this run has exported its result
 
     def is_evaluated(self, step: int) -> bool:
         """Return True if this step of a run with a validation split is followed by an evaluation."""
