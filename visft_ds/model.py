@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -237,10 +237,7 @@ class MultiTaskModel(nn.Module):
         with autocast_to(device, torch.bfloat16 if in_bf16 else None):
             for task in batch.targets or self.heads:
                 inputs = self._inputs(task, batch, loss_denominators is not None)
-                output = self.heads[task](maps, **inputs)
-                if hasattr(output, "extents"):  # where images lie in the maps of a mask head
-                    output = replace(output, extents=maps[-1].shares())
-                predicted[task] = output
+                predicted[task] = self.heads[task](maps, **inputs)
         if loss_denominators is None:
             return predicted
         losses: dict[str, Tensor] = {}

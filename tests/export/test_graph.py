@@ -185,7 +185,7 @@ class FixedMaps(nn.Module):
         valid = torch.ones(2, 6, 8, dtype=torch.bool)
         cells = torch.tensor([[5.5, 7.5]]).expand(2, -1)
         features = torch.randn(2, 32, 6, 8, generator=torch.Generator().manual_seed(0))
-        self.maps = [FrameMap(features, valid, None, cells, part=(6, 8))]
+        self.maps = [FrameMap(features, valid, cells, part=(6, 8))]
 
     def forward(self, images: torch.Tensor) -> list[FrameMap]:
         return self.maps

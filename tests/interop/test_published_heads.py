@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from tests.interop.published_reference import NAMES, OPTIONS, WIDTH, aliased, reference
 from tests.options import head_of
-from tests.tasks.cases import published_caption_name
+from tests.tasks.cases import map_of, published_caption_name
 from tests.tiny import THREE
-from visft_ds.data.samples import Map
 from visft_ds.interop.heads import open_head
 from visft_ds.interop.published import published_head, read_visft_lora
 from visft_ds.interop.weights import Lazy, Weights
@@ -67,7 +66,7 @@ def outputs(head: nn.Module) -> list[Tensor]:
     valid[1, 2:] = False
     more = (torch.tensor([[11, 3, 5, 12], [11, 4, 12, 0]]), torch.tensor([4, 3]))
     with torch.no_grad():
-        out = head([Map(features, valid)], *(more if isinstance(head, CaptioningHead) else ()))
+        out = head([map_of(features, valid)], *(more if isinstance(head, CaptioningHead) else ()))
     fields = [name for name in ("logits", "boxes", "masks", "scores", "attention") if hasattr(out, name)]
     return [getattr(out, name) for name in fields]
 

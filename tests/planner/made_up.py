@@ -117,7 +117,6 @@ def _segmentation_targets(images: int, grid: int) -> MaskTargets:
     return MaskTargets(
         masks=masks,
         labels=torch.randint(len(COCO_CATEGORY_IDS), (images * OBJECTS,)),
-        extents=torch.ones(images, 2),
         grids=torch.tensor([(rows, columns)] * images),
         counts=torch.full((images,), OBJECTS),
         keys=torch.arange(images) + 1,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.data.samples import Batch
+from visft_ds.data.samples import Batch, Map
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.masks.data import MaskTargets
 
@@ -33,11 +33,16 @@ def masks_of(
     return MaskTargets(
         masks=(blobs.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8),
         labels=torch.randint(first, classes, (total,)),
-        extents=torch.ones(len(counts), 2),
         grids=torch.tensor([grid] * len(counts)),
         counts=torch.tensor(counts),
         keys=torch.arange(len(counts)) + 100,
     )
+
+
+def map_of(features: Tensor, valid: Tensor, prefix: Tensor | None = None) -> Map:
+    """A map whose images end with their last valid cells."""
+    cells = torch.stack((valid.any(2).sum(1), valid.any(1).sum(1)), dim=1)
+    return Map(features, valid, cells.double().cpu(), prefix)
 
 
 def batch_of(count: int, targets: Mapping[str, Any] | None = None, **fields: Tensor) -> Batch:
@@ -47,6 +52,11 @@ def batch_of(count: int, targets: Mapping[str, Any] | None = None, **fields: Ten
     given = {"images": images, "sizes": square, "original_sizes": square, "indices": numbers, "real": real}
     given |= {"image_ids": numbers + 1, "random_keys": numbers}
     return Batch(**{**given, **fields}, targets=targets or {})
+
+
+def extents_of(batch: Batch) -> Tensor:
+    """(B, 2) height and width of each image as a share of the batch's."""
+    return (batch.sizes.double() / torch.tensor(batch.images.shape[-2:])).float()
 
 
 def corners(x0: float, y0: float, x1: float, y1: float) -> list[float]:

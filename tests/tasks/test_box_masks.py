@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from tests.tasks.cases import batch_of
-from visft_ds.data.samples import Map, RawSample, Sample
+from tests.tasks.cases import batch_of, map_of
+from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.transforms import Crop, Flip, Resize, final_size
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.detection.data import InstanceTargets, instance_targets
@@ -49,14 +49,14 @@ def _boxes(images: int, number: int) -> Tensor:
 def test_features_are_read_as_by_roi_align() -> None:
     features = torch.randn(2, 5, 20, 30, dtype=torch.float64)
     boxes = _boxes(2, 6)
-    ours = features_in_boxes(Map(features, torch.ones(2, 20, 30, dtype=torch.bool)), boxes)
+    ours = features_in_boxes(map_of(features, torch.ones(2, 20, 30, dtype=torch.bool)), boxes)
     in_cells = boxes * torch.tensor([30.0, 20.0, 30.0, 20.0])
     theirs = roi_align(features, list(in_cells), 14, sampling_ratio=2, aligned=True)
     torch.testing.assert_close(ours.flatten(0, 1), theirs)
     valid = torch.ones(2, 20, 30, dtype=torch.bool)
     valid[:, 12:] = valid[:, :, 21:] = False
-    padded = features_in_boxes(Map(features, valid), boxes)
-    alone = features_in_boxes(Map(features[..., :12, :21], valid[:, :12, :21]), boxes)
+    padded = features_in_boxes(map_of(features, valid), boxes)
+    alone = features_in_boxes(map_of(features[..., :12, :21], valid[:, :12, :21]), boxes)
     torch.testing.assert_close(padded, alone)
 
 
@@ -134,8 +134,8 @@ def test_a_head_learns_masks_of_the_objects_that_have_one() -> None:
     settings = SPEC.settings("head", OPTIONS)
     head = SPEC.build_head([(6, 8), (5, 16)], settings, None)
     maps = [
-        Map(torch.randn(3, 6, 12, 16), torch.ones(3, 12, 16, dtype=torch.bool)),
-        Map(torch.randn(3, 5, 6, 8), torch.ones(3, 6, 8, dtype=torch.bool)),
+        map_of(torch.randn(3, 6, 12, 16), torch.ones(3, 12, 16, dtype=torch.bool)),
+        map_of(torch.randn(3, 5, 6, 8), torch.ones(3, 6, 8, dtype=torch.bool)),
     ]
     output = head(maps, regions=packed.regions, chosen=packed.chosen)
     assert output.logits.shape == (3, 48, 3), "boxes are on the coarse grid"
@@ -150,7 +150,7 @@ def test_a_head_learns_masks_of_the_objects_that_have_one() -> None:
     assert head.masks.input_projs[0].weight.grad.abs().sum() > 0
     none = SPEC.pack([samples[1]], (100, 120))
     assert isinstance(none, InstanceTargets)
-    alone = [Map(map_.features[:1], map_.valid[:1]) for map_ in maps]
+    alone = [map_of(map_.features[:1], map_.valid[:1]) for map_ in maps]
     nothing = head(alone, regions=none.regions, chosen=none.chosen)
     losses = criterion(nothing, none, {"boxes": torch.tensor(1.0), "masks": torch.tensor(1.0)})
     assert losses["mask"] == 0

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.options import criterion_of, head_of
-from tests.tasks.cases import batch_of, denominators, published_caption_name
-from visft_ds.data.samples import Map
+from tests.tasks.cases import batch_of, denominators, map_of, published_caption_name
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.captioning.head import CaptioningHead, GeneratedCaptions
@@ -105,7 +104,7 @@ def test_equal_to_one_image_and_step_at_a_time() -> None:
     plain = plain_copy(head)
     (features, valid), targets = feature_maps(4), caption_batch(4, 7, 1, 5)
     features.requires_grad_()
-    output = head([Map(features, valid)], targets.tokens, targets.lengths)
+    output = head([map_of(features, valid)], targets.tokens, targets.lengths)
     assert output.scores.shape == (4, 6, SIZE)
     assert output.attention.shape == (4, 6, GRID**2)
     factors = torch.randn_like(output.scores), torch.randn_like(output.attention)
@@ -143,7 +142,7 @@ def test_shared_weights_are_used_once_whatever_the_length_of_the_captions() -> N
     seen = []
     for targets in (caption_batch(3, 2), caption_batch(7, 9)):
         calls.clear()
-        head([Map(features, valid)], targets.tokens, targets.lengths)
+        head([map_of(features, valid)], targets.tokens, targets.lengths)
         seen.append(list(calls))
     assert seen[0] == seen[1]
     assert sorted(seen[0]) == sorted(owners)
@@ -151,7 +150,7 @@ def test_shared_weights_are_used_once_whatever_the_length_of_the_captions() -> N
 
 def generated(head: CaptioningHead, features: Tensor, valid: Tensor, **decoding: int) -> list[list[int]]:
     """Ids of the words of each image's caption."""
-    rows: list[list[int]] = head([Map(features, valid)], **decoding).tokens.tolist()
+    rows: list[list[int]] = head([map_of(features, valid)], **decoding).tokens.tolist()
     return [row[1 : row.index(head.vocabulary_size - 1)] for row in rows]
 
 
@@ -161,7 +160,7 @@ def test_generated_captions_are_well_formed_and_the_same_alone(beams: int) -> No
     head = small_head().eval()
     head.fc.bias.data[[0, 6, 7]] += 20  # make it want what it must not say
     features, valid = feature_maps(24)
-    tokens = head([Map(features, valid)], beam_size=beams, max_length=9).tokens
+    tokens = head([map_of(features, valid)], beam_size=beams, max_length=9).tokens
     assert tokens.shape == (24, 11) and (tokens[:, 0] == START).all()
     captions = generated(head, features, valid, beam_size=beams, max_length=9)
     assert len({len(caption) for caption in captions}) > 1 and {*chain(*captions)} <= {1, 2, 3, 4, 5}
@@ -185,7 +184,9 @@ def test_it_is_a_beam_search(width: int) -> None:
                 if not ended:
                     ids = torch.tensor([[START, *words, END]])
                     with torch.no_grad():
-                        last = head([Map(feature, mask)], ids, torch.tensor([len(words) + 2])).scores[0, -1]
+                        last = head([map_of(feature, mask)], ids, torch.tensor([len(words) + 2])).scores[
+                            0, -1
+                        ]
                     last[[0, 6, 7]] = -math.inf
                     gains = last.log_softmax(0).tolist()
                     grown.append((score + gains[END], words, True))
@@ -200,7 +201,7 @@ def test_losses_by_their_definition() -> None:
     (features, valid), targets = feature_maps(4), caption_batch(4, 6, 1, 2)
     criterion = criterion_of("captioning", attention=0.5)
     assert criterion.count(batch_of(4, {"captioning": targets})) == {"tokens": 3 + 5 + 0 + 1, "images": 3}
-    output = head([Map(features, valid)], targets.tokens, targets.lengths)
+    output = head([map_of(features, valid)], targets.tokens, targets.lengths)
     losses = criterion(output, targets, denominators("captioning", criterion, targets))
     rows = [(image, step) for image in range(4) for step in range(int(targets.lengths[image]) - 1)]
     logits = torch.stack([output.scores[image, step] for image, step in rows])
@@ -225,7 +226,7 @@ def test_mean_over_micro_batches_is_the_loss_of_the_global_batch() -> None:
             images, : max(2, int(own.max()))
         ]  # each micro-batch is as long as its longest caption
         part = CaptionTargets(tokens, own, ())
-        output = head([Map(features[images], valid[images])], part.tokens, part.lengths)
+        output = head([map_of(features[images], valid[images])], part.tokens, part.lengths)
         return criterion(output, part, denominators("captioning", criterion, targets, parts=parts))
 
     def gradients(losses: dict[str, Tensor]) -> list[Tensor]:
@@ -244,7 +245,7 @@ def test_a_micro_batch_without_captions_trains_nothing_but_stays_in_the_graph() 
     head = small_head()
     (features, valid), criterion = feature_maps(2), criterion_of("captioning")
     targets = CaptionTargets(torch.tensor([[START, 0]] * 2), torch.tensor([1, 1]), ((), ()))
-    output = head([Map(features, valid)], targets.tokens, targets.lengths)
+    output = head([map_of(features, valid)], targets.tokens, targets.lengths)
     one = torch.ones((), dtype=torch.float64)
     losses = criterion(output, targets, {"tokens": one, "images": one})
     assert losses == {"ce": 0, "attention": 0, "top5_accuracy": 0}

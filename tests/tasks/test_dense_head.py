@@ -11,8 +11,7 @@ from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
 from tests.options import criterion_of, head_of
-from tests.tasks.cases import batch_of, boxes_of
-from visft_ds.data.samples import Map
+from tests.tasks.cases import batch_of, boxes_of, map_of
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, assign, dense_results
@@ -63,7 +62,7 @@ def _by_hand(output: DenseOutput, targets: DetectionTargets) -> list[list[int]]:
 
 
 def test_cells_answer_for_objects_as_counted_by_hand() -> None:
-    output = _head()([Map(*_inputs(4))])
+    output = _head()([map_of(*_inputs(4))])
     targets = _targets([5, 4, 0, 7])
     assert assign(output, targets).tolist() == _by_hand(output, targets)
     nothing = assign(output, _targets([0, 0, 0, 0]))
@@ -76,12 +75,12 @@ def test_padding_changes_nothing(is_joined: bool) -> None:
     features, valid = _inputs(2)
     valid[1, :, 5] = valid[1, :, 4]
     valid[1, 3] = False  # 3 x 6 cells, within 2 x 3 coarse ones
-    padded_maps = [Map(features, valid)]
-    maps_alone = [Map(features[1:, :, :4, :6], valid[1:, :4, :6])]
+    padded_maps = [map_of(features, valid)]
+    maps_alone = [map_of(features[1:, :, :4, :6], valid[1:, :4, :6])]
     if is_joined:
         coarse = torch.randn(2, 5, 3, 4, dtype=torch.float64)
-        padded_maps.append(Map(coarse, valid[:, ::2, ::2]))
-        maps_alone.append(Map(coarse[1:, :, :2, :3], valid[1:, :4:2, :6:2]))
+        padded_maps.append(map_of(coarse, valid[:, ::2, ::2]))
+        maps_alone.append(map_of(coarse[1:, :, :2, :3], valid[1:, :4:2, :6:2]))
     widths = [map_.features.shape[1] for map_ in padded_maps]
     settings = TASKS["detection"].settings("head", {"type": "dense", "num_classes": CLASSES, "width": 32})
     head = TASKS["detection"].build_head([(width, 8) for width in widths], settings, None).double()
@@ -101,7 +100,7 @@ def test_a_box_is_measured_in_cells_whatever_the_size_of_the_image() -> None:
     features = torch.ones(1, 12, 40, 60, dtype=torch.float64)
     sides = []
     for rows, columns in ((40, 60), (20, 30)):
-        image = Map(features[:, :, :rows, :columns], torch.ones(1, rows, columns, dtype=torch.bool))
+        image = map_of(features[:, :, :rows, :columns], torch.ones(1, rows, columns, dtype=torch.bool))
         output = head([image])
         middle = output.boxes[0, rows // 2 * columns + columns // 2]
         sides.append((middle[2:] - middle[:2]) * torch.tensor([columns, rows]))
@@ -112,7 +111,7 @@ def test_a_box_is_measured_in_cells_whatever_the_size_of_the_image() -> None:
 def test_mean_over_micro_batches_is_the_global_loss(parts: int) -> None:
     head, criterion = _head(), criterion_of("detection", type="dense")
     assert isinstance(criterion, DenseCriterion)
-    output, targets = head([Map(*_inputs(4))]), _targets([3, 0, 6, 1])
+    output, targets = head([map_of(*_inputs(4))]), _targets([3, 0, 6, 1])
     number = sum(targets.counts.tolist())
     whole = criterion(output, targets, {"boxes": torch.tensor(number).double()})
     ends, sums = [0, 3, 3, 9, 10], dict.fromkeys(whole, torch.zeros((), dtype=torch.float64))
@@ -129,7 +128,7 @@ def test_mean_over_micro_batches_is_the_global_loss(parts: int) -> None:
 
 
 def test_losses_are_those_of_the_field() -> None:
-    output, targets = _head()([Map(*_inputs(1))]), _targets([2])
+    output, targets = _head()([map_of(*_inputs(1))]), _targets([2])
     losses = criterion_of("detection", type="dense")(output, targets, {"boxes": torch.tensor(2.0)})
     owner = assign(output, targets)[0]
     probability = output.logits[0].sigmoid()

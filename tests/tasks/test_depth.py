@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.depth_folder import write_depth
-from tests.tasks.cases import batch_of, denominators
+from tests.tasks.cases import batch_of, denominators, extents_of, map_of
 from tests.tasks.whole_way import check_engines, of_one_task, whole_way
 from tests.tiny import SETTINGS, losses, words_of
 from visft_ds import evaluate, fit
@@ -131,7 +131,7 @@ def test_the_dpt_head_is_that_of_transformers(grid: tuple[int, int]) -> None:
     tokens = [F.pad(map_.flatten(2).mT, (0, 0, 1, 0)) for map_ in features]
     with torch.no_grad():
         wanted = last(neck(tokens, *grid), *grid)
-        found = head([Map(map_, torch.ones(2, *grid, dtype=torch.bool)) for map_ in features]).metres
+        found = head([map_of(map_, torch.ones(2, *grid, dtype=torch.bool)) for map_ in features]).metres
     assert found.shape == (2, patch * grid[0], patch * grid[1])
     assert torch.allclose(found, wanted, atol=1e-5) and wanted.std() > 1e-3
 
@@ -155,10 +155,12 @@ def test_the_dpt_head_sees_an_image_alone(strides: tuple[int, ...]) -> None:
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
-def _losses(metres: torch.Tensor, *targets: DepthTargets) -> dict[str, torch.Tensor]:
+def _losses(
+    metres: torch.Tensor, *targets: DepthTargets, share: tuple[float, float] = (1.0, 1.0)
+) -> dict[str, torch.Tensor]:
     criterion = DepthCriterion(DepthLoss())
     divisors = denominators("depth", criterion, *targets)
-    return criterion(DepthOutput(metres), targets[0], divisors)
+    return criterion(DepthOutput(metres, torch.tensor([share] * len(metres))), targets[0], divisors)
 
 
 def test_silog_by_hand_and_gradients_of_a_step() -> None:
@@ -183,7 +185,9 @@ def test_the_loss_depends_on_no_division_and_no_padding() -> None:
     padded = F.pad(metres, (0, 4, 0, 2), value=7.0)
     for name, value in wanted.items():
         assert torch.allclose(sum(one[name] for one in alone), value, rtol=1e-12)
-        assert torch.allclose(_losses(padded, wider)[name], value, rtol=1e-5)  # float32 shares
+        assert torch.allclose(
+            _losses(padded, wider, share=(16 / 20, 24 / 32))[name], value, rtol=1e-5
+        )  # float32 shares
 
 
 class _Operators(TorchDispatchMode):
@@ -267,10 +271,10 @@ def test_results_have_the_stored_size_and_millimetres() -> None:
     batch = batch_of(2, images=torch.zeros(2, 3, 16, 24), sizes=sizes, original_sizes=stored)
     batch = replace(batch, real=torch.tensor([True, False]))
     metres = torch.rand(2, 8, 12) * 5 + 1
-    (result,) = depth_results(DepthOutput(metres), batch)
+    (result,) = depth_results(DepthOutput(metres, extents_of(batch)), batch)
     wanted = F.interpolate(metres[:1, None], (31, 47), mode="bilinear")[0, 0]
     assert result["image_id"] == 1 and np.abs(values_of(result["depth"]) - wanted.numpy()).max() < 6e-4
-    (result,) = depth_results(DepthOutput(metres, relative=True), batch)
+    (result,) = depth_results(DepthOutput(metres, extents_of(batch), relative=True), batch)
     numbers = values_of(result["depth"])
     assert result["depth"]["metres"] is None and numbers.max() == 65_535
     assert np.abs(numbers / (65_535 * wanted.min().item()) - 1 / wanted.numpy()).max() < 1e-4
@@ -293,7 +297,6 @@ def test_a_backbone_may_pad_an_image_to_whole_cells() -> None:
     targets = DepthTargets(
         depth=F.interpolate(inside, (18, 36), mode="bilinear")[:, 0],
         sizes=size,
-        extents=torch.ones(1, 2),
         known=torch.tensor([18 * 36]),
         relative=torch.tensor([False]),
     )

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from tests.options import criterion_of, head_of
-from tests.tasks.cases import batch_of, denominators
-from visft_ds.data.samples import Map
+from tests.tasks.cases import batch_of, denominators, map_of
 from visft_ds.tasks import transformer
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionHead, DetectionOutput, postprocess
@@ -69,16 +68,16 @@ def test_initialisation() -> None:
 def test_task_token_positions_and_the_way_around_the_encoder_take_part() -> None:
     head = _small_head()
     features, valid = torch.randn(1, 12, 3, 4), torch.ones(1, 3, 4, dtype=torch.bool)
-    before = head([Map(features, valid)]).boxes
-    flipped = head([Map(features.flip(-1), valid)]).boxes
+    before = head([map_of(features, valid)]).boxes
+    flipped = head([map_of(features.flip(-1), valid)]).boxes
     assert (flipped - before).abs().max() > 1e-4  # without positions a set of patches has no left and right
     with torch.no_grad():
         head.task_embed.weight[0] += 1
-    assert (head([Map(features, valid)]).boxes - before).abs().max() > 1e-4
+    assert (head([map_of(features, valid)]).boxes - before).abs().max() > 1e-4
     last = head.encoder.layers[-1].norm2
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    first, second = (head([Map(torch.randn(1, 12, 3, 4), valid)]).boxes for _ in range(2))
+    first, second = (head([map_of(torch.randn(1, 12, 3, 4), valid)]).boxes for _ in range(2))
     assert (first - second).abs().max() > 1e-4  # patches reach the decoder although the encoder gives zeros
 
 

@@ -21,8 +21,7 @@ import visft_ds.tasks.detection.loss
 import visft_ds.tasks.masks.loss
 from tests.options import criterion_of, head_of
 from tests.parallel.engine_case import build
-from tests.tasks.cases import batch_of, boxes_of, denominators, masks_of
-from visft_ds.data.samples import Map
+from tests.tasks.cases import batch_of, boxes_of, denominators, map_of, masks_of
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.criterion import tensors_of
@@ -138,7 +137,7 @@ def learn(
             batch_of(len(COUNTS), {task: targets}),
             {task: denominators(task, criterion, targets)},
         )
-        loss = module.outputs([Map(features, valid)], batch, divisors)["loss"]
+        loss = module.outputs([map_of(features, valid)], batch, divisors)["loss"]
     found.gradients += torch.autograd.grad(
         loss, [features, *module.heads[task].parameters()], allow_unused=True
     )
@@ -203,5 +202,5 @@ def test_cells_of_captions_are_pooled_in_float32(module: MultiTaskModel) -> None
     with head.encoder_att.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0])):
         for enabled in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                head([Map(*given)], max_length=1)
+                head([map_of(*given)], max_length=1)
     assert torch.equal(*pooled)

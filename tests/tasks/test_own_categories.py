@@ -95,7 +95,7 @@ def _each_class(task: str, number: int) -> Any:
     logits = torch.cat([torch.eye(number), torch.full((number, 1), 9.0)], dim=1)[None, None]
     if task == "detection":
         return DetectionOutput(logits, torch.full((1, 1, number, 4), 0.5))
-    return MaskOutput(logits, torch.ones(1, 1, number, 2, 2))
+    return MaskOutput(logits, torch.ones(1, 1, number, 2, 2), torch.ones(1, 2))
 
 
 def test_the_ids_of_coco_keep_the_classes_of_the_published_heads(splits: dict[str, Manifest]) -> None:

@@ -19,7 +19,7 @@ from faster_coco_eval import mask as coco_mask
 from PIL import Image
 
 from tests.panoptic_folder import NUMBERS, places, png_of, write_panoptic
-from tests.tasks.cases import batch_of
+from tests.tasks.cases import batch_of, extents_of
 from tests.tasks.whole_way import check_engines, of_one_task, whole_way
 from tests.tiny import STEPS, losses, words_of
 from visft_ds.data.panoptic import read_segment_numbers, stored_panoptic
@@ -151,7 +151,7 @@ def test_masks_are_merged_as_those_of_transformers() -> None:
         sizes=torch.tensor(sizes),
         original_sizes=torch.tensor(stored),
     )
-    output = PanopticOutput(logits, masks, options=options)
+    output = PanopticOutput(logits, masks, extents_of(batch), options=options)
     found = panoptic_results(output, batch, [10 * label for label in range(classes)])
     for image, wanted in enumerate(theirs, 1):
         own = [one for one in found if one["image_id"] == image]

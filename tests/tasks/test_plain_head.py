@@ -15,7 +15,7 @@ from transformers import EomtDinov3Config
 from transformers.models.eomt_dinov3.modeling_eomt_dinov3 import EomtDinov3ForUniversalSegmentation
 
 from tests.options import criterion_of
-from tests.tasks.cases import CLASSES, denominators, hide_parameters, masks_of
+from tests.tasks.cases import CLASSES, denominators, hide_parameters, map_of, masks_of
 from visft_ds.data.samples import Map
 from visft_ds.tasks.masks.config import PlainHeadConfig
 from visft_ds.tasks.masks.output import MaskOutput
@@ -47,7 +47,7 @@ def _head(widths: Sequence[int] = (WIDTH, WIDTH), **options: Any) -> PlainHead:
 def _maps(count: int = 2, grid: tuple[int, int] = (4, 6), prefix: int = PREFIX, images: int = 2) -> list[Map]:
     valid = torch.ones(images, *grid, dtype=torch.bool)
     draw = [(torch.randn(images, WIDTH, *grid), torch.randn(images, prefix, WIDTH)) for _ in range(count)]
-    return [Map(one.double(), valid, first.double() if prefix else None) for one, first in draw]
+    return [map_of(one.double(), valid, first.double() if prefix else None) for one, first in draw]
 
 
 class Tokens(nn.Module):
@@ -172,13 +172,13 @@ def test_padding_and_division_change_nothing() -> None:
     (small,), (large,) = _maps(1, grid=(3, 4), images=1), _maps(1, grid=(4, 6))
     large.features[1, :, :3, :4] = small.features[0]
     large.valid[1, 3:] = large.valid[1, :, 4:] = False
-    both = Map(large.features, large.valid, torch.cat((large.prefix[:1], small.prefix)))  # type: ignore[index, list-item]
+    both = map_of(large.features, large.valid, torch.cat((large.prefix[:1], small.prefix)))  # type: ignore[index, list-item]
     progress = 0.5  # the first block without masks, one on the way, one with
     shares = [masked_share(block, BLOCKS, progress) for block in range(BLOCKS)]
     assert shares[0] == 0 < shares[1] < 1 == shares[2]
     alone = head([small], KEYS[1:], progress)
     known = torch.tensor([[4.0, 6.0], [2.5, 3.5]], dtype=torch.float64)
-    for cells in (known, None):
+    for cells in (known, both.cells):
         found = head([replace(both, cells=cells)], KEYS, progress)
         torch.testing.assert_close(found.logits[:, 1], alone.logits[:, 0], rtol=1e-6, atol=1e-6)
         inside = found.masks[:, 1, :, :12, :16]
@@ -190,7 +190,7 @@ def test_draws_belong_to_key_and_block() -> None:
     """Not to the global generator: half-way, queries of equal keys are masked alike, others are not."""
     torch.manual_seed(6)
     head, (one,) = _head(widths=[WIDTH]).train(), _maps(1, images=1)
-    twice = [Map(one.features.repeat(2, 1, 1, 1), one.valid.repeat(2, 1, 1), one.prefix.repeat(2, 1, 1))]  # type: ignore[union-attr]
+    twice = [map_of(one.features.repeat(2, 1, 1, 1), one.valid.repeat(2, 1, 1), one.prefix.repeat(2, 1, 1))]  # type: ignore[union-attr]
     same, other = (head(twice, torch.tensor([7, key]), 0.5).logits for key in (7, 8))
     torch.manual_seed(7)
     again = head(twice, torch.tensor([7, 7]), 0.5).logits
@@ -247,7 +247,7 @@ def test_maps_of_unequal_strides_meet_at_the_one_nearest_16() -> None:
     )
     valid = [torch.ones(1, 8 >> place, 8 >> place, dtype=torch.bool) for place in range(3)]
     maps = [
-        Map(torch.randn(1, width, *one.shape[1:]), one)
+        map_of(torch.randn(1, width, *one.shape[1:]), one)
         for width, one in zip((8, 12, WIDTH), valid, strict=True)
     ]
     found = head.eval()(maps)
@@ -264,7 +264,8 @@ def test_losses_of_as_many_sets_as_come(sets: int) -> None:
     )
     logits, masks = torch.randn(sets, 2, QUERIES, CLASSES + 1), torch.randn(sets, 2, QUERIES, 5, 6)
     targets = masks_of([2, 3])
-    losses = criterion(MaskOutput(logits, masks), targets, denominators("segmentation", criterion, targets))
+    output = MaskOutput(logits, masks, torch.ones(2, 2))
+    losses = criterion(output, targets, denominators("segmentation", criterion, targets))
     assert len(losses) == 3 * sets + 1 and {"ce", "bce", "dice", "class_error"} <= losses.keys() - {""}
     assert losses.keys() - {"class_error"} <= criterion.weights.keys() and len(criterion.weights) == 3 * (
         BLOCKS + 1

@@ -10,9 +10,8 @@ from torch import nn
 
 from tests.options import criterion_of, head_of
 from tests.planner.made_up import LiveBytes
-from tests.tasks.cases import CLASSES, denominators, hide_parameters, masks_of
-from visft_ds.data.samples import Map
-from visft_ds.tasks.masks.loss import MaskCriterion, match_masks
+from tests.tasks.cases import CLASSES, denominators, hide_parameters, map_of, masks_of
+from visft_ds.tasks.masks.loss import MaskCriterion, images_with_objects, match_masks
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.points import draw_points
 from visft_ds.tasks.segmentation.head import SegmentationHead
@@ -38,7 +37,9 @@ def _criterion(**options: int | float | str) -> MaskCriterion:
 
 def _output(size: tuple[int, int] = (5, 6)) -> MaskOutput:
     logits = torch.randn(LAYERS + 1, 1, QUERIES, CLASSES + 1, dtype=torch.float64)
-    return MaskOutput(logits, torch.randn(LAYERS + 1, 1, QUERIES, *size, dtype=torch.float64))
+    return MaskOutput(
+        logits, torch.randn(LAYERS + 1, 1, QUERIES, *size, dtype=torch.float64), torch.ones(1, 2)
+    )
 
 
 # ---- head ----
@@ -56,7 +57,7 @@ def test_a_mask_that_covers_nothing_lets_its_query_see_the_whole_image() -> None
         1.0,
     ):  # every mask covers all or, with its sign turned, nothing: one or the other of each query
         nn.init.constant_(head.pixel_decoder.mask_proj.bias, sign)
-        seen.append(head([Map(torch.ones(1, CHANNELS, 3, 4), valid)]).logits)
+        seen.append(head([map_of(torch.ones(1, CHANNELS, 3, 4), valid)]).logits)
     assert torch.isfinite(seen[0]).all()
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
 
@@ -64,10 +65,10 @@ def test_a_mask_that_covers_nothing_lets_its_query_see_the_whole_image() -> None
 def test_parameters_are_used_by_their_owner_only() -> None:
     head = _head().eval()
     inputs = torch.randn(1, CHANNELS, 3, 4), torch.ones(1, 3, 4, dtype=torch.bool)
-    expected = head([Map(*inputs)])
+    expected = head([map_of(*inputs)])
     hide_parameters(head)
     with torch.no_grad():
-        output = head([Map(*inputs)])
+        output = head([map_of(*inputs)])
     assert torch.equal(output.masks, expected.masks) and torch.equal(output.logits, expected.logits)
 
 
@@ -95,12 +96,8 @@ def test_padding_of_batch_and_masks_changes_nothing() -> None:
     targets, output, criterion = masks_of([3]), _output(), _criterion()
     divisors = denominators("segmentation", criterion, targets)
     alone = criterion(output, targets, divisors)
-    padded = replace(output, masks=F.pad(output.masks, (0, 2, 0, 5)))
-    wider = replace(
-        targets,
-        masks=F.pad(targets.masks, (0, 16, 0, 4)),
-        extents=torch.tensor([[5 / 10, 6 / 8]]),
-    )
+    padded = replace(output, masks=F.pad(output.masks, (0, 2, 0, 5)), extents=torch.tensor([[5 / 10, 6 / 8]]))
+    wider = replace(targets, masks=F.pad(targets.masks, (0, 16, 0, 4)))
     mixed = criterion(padded, wider, divisors)
     for name, value in alone.items():
         # the points are float32, and so is their place on the grid
@@ -110,13 +107,14 @@ def test_padding_of_batch_and_masks_changes_nothing() -> None:
 def test_more_prediction_sets_need_no_more_memory_to_be_matched() -> None:
     """Values at the points, (queries, points) of a set, are the largest tensors of a step."""
     targets = masks_of([3])
+    images = images_with_objects(targets, torch.ones(1, 2))
     peaks = []
     for sets in (1, 10):
         logits = torch.randn(sets, 1, 20, CLASSES + 1)
         masks = torch.randn(sets, 1, 20, 12, 16)
         points = torch.rand(1, sets, 2000, 2)
         with LiveBytes() as live:
-            match_masks(logits, masks, targets, targets.labels, points, (2.0, 5.0, 5.0))
+            match_masks(logits, masks, targets, images, targets.labels, points, (2.0, 5.0, 5.0))
         peaks.append(live.peak)
     assert peaks[1] < 1.5 * peaks[0]
 
@@ -128,7 +126,9 @@ def test_values_at_points_are_not_kept_for_the_backward_pass() -> None:
     divisors = denominators("segmentation", criterion, targets)
     masks = torch.randn(LAYERS + 1, 1, 9, 5, 6)
     with LiveBytes() as live:
-        output = MaskOutput(torch.randn(LAYERS + 1, 1, 9, CLASSES + 1), masks.requires_grad_())
+        output = MaskOutput(
+            torch.randn(LAYERS + 1, 1, 9, CLASSES + 1), masks.requires_grad_(), torch.ones(1, 2)
+        )
         losses = criterion(output, targets, divisors)
         values = 9 * 12544 * masks.element_size()  # of a set
         assert losses and live.now < values * (LAYERS + 1)  # of all sets

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from faster_coco_eval import mask as coco_mask
 from torch import Tensor
 
-from tests.tasks.cases import batch_of
+from tests.tasks.cases import batch_of, extents_of
 from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
@@ -23,13 +23,13 @@ from visft_ds.tasks.segmentation.results import instances
 
 def _scene(grid: tuple[int, int], queries: int = 3) -> MaskOutput:
     smooth = F.interpolate(torch.randn(1, queries, 3, 3), size=grid, mode="bicubic")
-    return MaskOutput(torch.randn(1, 1, queries, 81), smooth[None])
+    return MaskOutput(torch.randn(1, 1, queries, 81), smooth[None], torch.ones(1, 2))
 
 
 def _results(
     output: MaskOutput, batch: Batch, categories: Sequence[int] = COCO_CATEGORY_IDS, threshold: float = 0.0
 ) -> Results:
-    return instances(output, batch, categories, threshold)
+    return instances(replace(output, extents=extents_of(batch)), batch, categories, threshold)
 
 
 def _pixels(result: Mapping[str, object]) -> Tensor:
@@ -94,7 +94,7 @@ def test_categories() -> None:
 
 def test_only_real_images() -> None:
     scene = _scene((4, 4))
-    output = MaskOutput(scene.logits.repeat(1, 2, 1, 1), scene.masks.repeat(1, 2, 1, 1, 1))
+    output = MaskOutput(scene.logits.repeat(1, 2, 1, 1), scene.masks.repeat(1, 2, 1, 1, 1), torch.ones(2, 2))
     results = _results(output, batch_of(2, real=torch.tensor([False, True])))
     assert {result["image_id"] for result in results} == {2} and len(results) == 100
 
@@ -114,7 +114,8 @@ def test_a_perfect_mask_of_a_divided_object_has_a_perfect_score() -> None:
     logits = torch.tensor([[[[-20.0, 20.0, -20.0]]]])
     batch = _show((64, 64), (64, 64), (64, 64))
     for class_ids in ("contiguous", "published"):
-        output = MaskOutput(logits, (mask * 2 - 1)[None, None, None] * 20, class_ids)  # type: ignore[arg-type]
+        masks = (mask * 2 - 1)[None, None, None] * 20
+        output = MaskOutput(logits, masks, torch.ones(1, 2), class_ids)  # type: ignore[arg-type]
         classes = (1, 2) if class_ids == "contiguous" else (2,)  # there the first one has no class
         results = _results(output, batch, classes)
         assert coco_average_precision(truth, results, masks=True)["mask/AP"] == pytest.approx(1.0), class_ids

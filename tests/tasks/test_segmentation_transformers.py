@@ -17,8 +17,7 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
 from tests.options import criterion_of, head_of
-from tests.tasks.cases import masks_of
-from visft_ds.data.samples import Map
+from tests.tasks.cases import map_of, masks_of
 from visft_ds.tasks.masks.data import MaskTargets
 from visft_ds.tasks.masks.loss import MaskCriterion
 from visft_ds.tasks.masks.output import MaskOutput
@@ -146,7 +145,7 @@ def test_head_and_gradient(pair: tuple[Reference, SegmentationHead]) -> None:
     reference, head = pair
     features = torch.randn(2, CHANNELS, 6, 9, requires_grad=True)
     logits, masks = reference(features)
-    out = head([Map(features, torch.ones(2, 6, 9, dtype=torch.bool))])
+    out = head([map_of(features, torch.ones(2, 6, 9, dtype=torch.bool))])
     torch.testing.assert_close(out.logits, torch.stack(logits), **CLOSE)
     torch.testing.assert_close(out.masks, torch.stack(masks), **CLOSE)
     # Every kind of mask occurs, else the comparison would say little about the masked attention.
@@ -196,7 +195,7 @@ def _case(counts: list[int]) -> tuple[MaskOutput, MaskTargets]:
     )
     logits, masks = torch.randn(*shape, CLASSES + 1), blobs.view(*shape, 6, 9)
     targets = masks_of(counts, CLASSES, grid=(20, 28))
-    return MaskOutput(logits.requires_grad_(), masks.requires_grad_()), targets
+    return MaskOutput(logits.requires_grad_(), masks.requires_grad_(), torch.ones(len(counts), 2)), targets
 
 
 def _criterion() -> MaskCriterion:

@@ -21,10 +21,10 @@ from PIL import Image
 from tests.coco_tree import ON_PHOTOS, PHOTOS
 from tests.map_folder import write_own
 from tests.ranks import run_ranks
-from tests.tasks.cases import batch_of
+from tests.tasks.cases import batch_of, extents_of, map_of
 from tests.tiny import SETTINGS
 from visft_ds import evaluate, fit
-from visft_ds.data.samples import Map, RawSample, Sample
+from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.transforms import Crop, Flip, Op, Pad, Size, final_size
 from visft_ds.randomness import generator
 from visft_ds.shards.cli import main as make_shards
@@ -98,9 +98,11 @@ def test_the_loss_is_torch_s_and_depends_on_no_division_and_no_padding() -> None
     logits, packed = torch.randn(2, CLASSES, 8, 12, dtype=torch.float64), _packed(*maps)
     number = criterion.count(batch_of(2, {"semantic": packed}))["cells"]
 
-    def loss(logits: torch.Tensor, targets: Any) -> torch.Tensor:
+    def loss(logits: torch.Tensor, targets: Any, share: tuple[float, float] = (1.0, 1.0)) -> torch.Tensor:
         return criterion(
-            SemanticOutput(logits), targets, {"cells": torch.tensor(number, dtype=torch.float64)}
+            SemanticOutput(logits, torch.tensor([share] * len(logits))),
+            targets,
+            {"cells": torch.tensor(number, dtype=torch.float64)},
         )["ce"]
 
     labels = torch.from_numpy(np.stack(maps)).long()
@@ -110,9 +112,9 @@ def test_the_loss_is_torch_s_and_depends_on_no_division_and_no_padding() -> None
     alone = [loss(logits[n : n + 1], _packed(maps[n])) for n in range(2)]
     assert torch.allclose(alone[0] + alone[1], wanted, rtol=1e-12)
     wider = _packed(*maps, frame=(20, 32))
-    assert torch.allclose(
-        loss(F.pad(logits, (0, 4, 0, 2), value=7.0), wider), wanted, rtol=1e-6
-    )  # float32 shares
+    padded = F.pad(logits, (0, 4, 0, 2), value=7.0)
+    share = (16 / 20, 24 / 32)  # in float32
+    assert torch.allclose(loss(padded, wider, share), wanted, rtol=1e-6)
 
 
 def test_the_head_starts_small_and_sees_a_cell_alone() -> None:
@@ -121,7 +123,9 @@ def test_the_head_starts_small_and_sees_a_cell_alone() -> None:
     same = F.interpolate(coarse, (8, 12), mode="bilinear")
 
     def logits(*maps: torch.Tensor) -> torch.Tensor:
-        return head([Map(one, torch.ones(len(one), *one.shape[2:], dtype=torch.bool)) for one in maps]).logits
+        return head(
+            [map_of(one, torch.ones(len(one), *one.shape[2:], dtype=torch.bool)) for one in maps]
+        ).logits
 
     whole, part = logits(fine, coarse), logits(fine[:1, :, 1:3, 2:6], same[:1, :, 1:3, 2:6])
     assert torch.allclose(whole[:1, :, 1:3, 2:6], part, atol=1e-6) and 0.02 < whole.std() < 0.1
@@ -132,7 +136,7 @@ def test_the_head_norms_each_map_and_then_adds_their_scores() -> None:
     head = LinearHead([16, 8], SemanticHeadConfig(num_classes=CLASSES)).eval()
     torch.nn.init.normal_(head.bias)
     maps = [3 + 2 * torch.randn(2, 16, 8, 12), 5 * torch.randn(2, 8, 4, 6) - 1]
-    read = tuple(Map(map_, torch.ones(2, *map_.shape[2:], dtype=torch.bool)) for map_ in maps)
+    read = tuple(map_of(map_, torch.ones(2, *map_.shape[2:], dtype=torch.bool)) for map_ in maps)
     measure_channels([head], head, [read], lambda value: value)
     normed = [F.batch_norm(map_, None, None, training=True) for map_ in maps]
     joined = torch.cat((normed[0], F.interpolate(normed[1], (8, 12), mode="bilinear")), dim=1)
@@ -143,7 +147,7 @@ def test_the_head_norms_each_map_and_then_adds_their_scores() -> None:
 def test_results_are_the_class_that_torch_s_interpolation_makes_the_most_probable() -> None:
     sizes, stored = torch.tensor([[64, 96], [64, 96]]), torch.tensor([[75, 113], [40, 50]])
     batch = batch_of(2, images=torch.zeros(2, 3, 64, 96), sizes=sizes, original_sizes=stored)
-    output = SemanticOutput(torch.randn(2, CLASSES, 8, 12, dtype=torch.float64) * 3)
+    output = SemanticOutput(torch.randn(2, CLASSES, 8, 12, dtype=torch.float64) * 3, extents_of(batch))
     found = semantic_results(output, batch, [10 * place for place in range(CLASSES)])
     for image, size in ((1, (75, 113)), (2, (40, 50))):
         wanted = F.interpolate(output.logits[image - 1 : image].softmax(dim=1), size, mode="bilinear")[
@@ -177,7 +181,7 @@ def test_windows_and_their_mean_are_those_of_transformers(head: str) -> None:
     size = {"shortest_edge": side, "longest_edge": None}
     if head == "linear":
         logits = torch.randn(len(parts), CLASSES, 4, 4) * 3
-        output: SemanticOutput | MaskOutput = SemanticOutput(logits)
+        output: SemanticOutput | MaskOutput = SemanticOutput(logits, extents_of(cut))
         fine = F.interpolate(logits.softmax(dim=1), (side, side), mode="bilinear")
         wanted = processor.merge_image_patches(fine, offsets, stored, size)
     else:
@@ -185,7 +189,7 @@ def test_windows_and_their_mean_are_those_of_transformers(head: str) -> None:
             torch.randn(1, len(parts), 30, 8, 8) * 3,
             torch.randn(1, len(parts), 30, CLASSES + 1) * 3,
         )
-        output = MaskOutput(logits, masks)
+        output = MaskOutput(logits, masks, extents_of(cut))
         theirs = SimpleNamespace(
             masks_queries_logits=masks[0], class_queries_logits=logits[0], patch_offsets=offsets
         )

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from tests.options import criterion_of, head_of
 from tests.parallel.engine_case import build, global_batch, loss_denominators, part
-from tests.tasks.cases import CLASSES, boxes_of, denominators, masks_of
-from visft_ds.data.samples import Batch, Map
+from tests.tasks.cases import CLASSES, boxes_of, denominators, map_of, masks_of
+from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel
 from visft_ds.tasks.detection.head import DetectionOutput
 from visft_ds.tasks.detection.loss import match
-from visft_ds.tasks.masks.loss import match_masks
+from visft_ds.tasks.masks.loss import images_with_objects, match_masks
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.points import draw_points
 
@@ -66,7 +66,7 @@ class Kind:
         if self.task == "detection":
             return DetectionOutput(logits, torch.rand(sets, images, QUERIES, 4, dtype=torch.float64))
         masks = torch.randn(sets, images, QUERIES, 5, 6, dtype=torch.float64)
-        return MaskOutput(logits, masks, self.class_ids)  # type: ignore[arg-type]
+        return MaskOutput(logits, masks, torch.ones(images, 2), self.class_ids)  # type: ignore[arg-type]
 
     def part(self, output: Any, targets: Any, first: int, last: int) -> tuple[Any, Any]:
         """Predictions and targets of images first..last-1."""
@@ -77,6 +77,8 @@ class Kind:
         for name, value in vars(targets).items():
             packed = name in ("boxes", "masks", "labels")
             found[name] = value[start:stop] if packed else value[first:last]
+        if self.task == "segmentation":
+            cut["extents"] = output.extents[first:last]
         return replace(output, **cut), type(targets)(**found)
 
     def classes_of_queries(self, output: Any, targets: Any) -> Tensor:
@@ -91,7 +93,8 @@ class Kind:
                 else:
                     points = self.criterion().points
                     drawn = draw_points(alone.keys.tolist(), len(wanted), points, torch.device("cpu"))[0]
-                    pairs = match_masks(own.logits, own.masks, alone, labels, drawn, (2, 5, 5))
+                    there = images_with_objects(alone, own.extents)
+                    pairs = match_masks(own.logits, own.masks, alone, there, labels, drawn, (2, 5, 5))
                 wanted[pairs.layers, image, pairs.queries] = labels[pairs.objects]
         return wanted
 
@@ -115,7 +118,7 @@ def test_padding_changes_nothing(kind: Kind) -> None:
     batch = torch.randn(2, CHANNELS, 5, 6) * 10
     batch[1, :, :3, :4] = small[0]
     valid[0], valid[1, :3, :4] = True, True
-    alone, padded = head([Map(small, torch.ones(1, 3, 4, dtype=torch.bool))]), head([Map(batch, valid)])
+    alone, padded = head([map_of(small, torch.ones(1, 3, 4, dtype=torch.bool))]), head([map_of(batch, valid)])
     # float32 through five layers; sums run over another number of entries
     torch.testing.assert_close(padded.logits[:, 1], alone.logits[:, 0], rtol=1e-4, atol=1e-4)
     if kind.task == "detection":
@@ -130,7 +133,7 @@ def test_padding_changes_nothing(kind: Kind) -> None:
 def test_every_parameter_gets_a_gradient_without_any_object(kind: Kind) -> None:
     """Engines that reduce gradients by bucket need one for each parameter in each step."""
     head, criterion, targets = kind.head(), kind.criterion(), kind.targets([0, 0])
-    output = head([Map(torch.randn(2, CHANNELS, 3, 5), torch.ones(2, 3, 5, dtype=torch.bool))])
+    output = head([map_of(torch.randn(2, CHANNELS, 3, 5), torch.ones(2, 3, 5, dtype=torch.bool))])
     losses = criterion(output, targets, denominators(kind.task, criterion, targets))
     assert {losses[name].item() for name in losses if not name.startswith(("ce", "card"))} == {0}
     sum(weight * losses[name] for name, weight in criterion.weights.items()).backward()

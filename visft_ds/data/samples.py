@@ -106,10 +106,6 @@ class Batch:
         views = None if self.views is None else tuple(view.to(device) for view in self.views)
         return replace(self, images=to_device(self.images, device), targets=targets, views=views)
 
-    def extents(self) -> Tensor:
-        """(B, 2) float64 on the host, height and width of each image as a share of the batch's."""
-        return self.sizes.double().cpu() / torch.tensor(self.images.shape[-2:])
-
     def of_images(self, positions: Tensor) -> Batch:
         """Some of its images, which may repeat, by their positions (N,) int64 in it; without labels."""
         names = ("images", "sizes", "original_sizes", "indices", "image_ids", "random_keys", "real")
@@ -124,10 +120,10 @@ class Map:
 
     features: Tensor  #: (B, D, h, w), at least float32
     valid: Tensor  #: (B, h, w) bool, True in cells that show image; at least one of each
-    prefix: Tensor | None = None  #: (B, P, D) tokens that a plain ViT has in front of its patches
     #: (B, 2) float64 on the host, height and width of each image in cells, of which it may fill the last in
-    #: part. None: each image ends with its last valid cell.
-    cells: Tensor | None = None
+    #: part
+    cells: Tensor
+    prefix: Tensor | None = None  #: (B, P, D) tokens that a plain ViT has in front of its patches
 
     @classmethod
     def of(cls, features: Tensor, sizes: Tensor, frame: Sequence[int], prefix: Tensor | None = None) -> Map:
@@ -140,35 +136,21 @@ class Map:
         valid = valid_region(sizes, (height, width), grid)
         # The product is exact, so that an image that ends with a cell has a whole number of them.
         cells = sizes.double() * torch.tensor(grid) / torch.tensor([height, width])
-        return cls(features, to_device(valid, features.device), prefix, cells)
+        return cls(features, to_device(valid, features.device), cells, prefix)
 
-    def shares(self) -> Tensor | None:
-        """(B, 2) float32 on the host, height and width of each image as a share of (h, w), if they are
-        known.
-        """
-        if self.cells is None:
-            return None
+    def shares(self) -> Tensor:
+        """(B, 2) float32 on the host, height and width of each image as a share of (h, w)."""
         grid = torch.tensor(self.valid.shape[1:])
         return (self.cells / grid).float()
 
     def has_empty_cells(self) -> bool:
-        """True if some cell shows no image. Without `cells` the host waits for the device."""
-        if self.cells is None:
-            return not bool(self.valid.all())
+        """True if some cell shows no image."""
         grid = torch.tensor(self.valid.shape[1:])
         return bool((self.cells.ceil() < grid).any())
 
     def parts(self) -> list[tuple[int, int]]:
-        """Rows and columns of cells that show each image; one pair if they are alike. Without `cells` the
-        host waits for the device.
-        """
-        if self.cells is None:
-            rows = self.valid.any(dim=2).sum(dim=1)
-            columns = self.valid.any(dim=1).sum(dim=1)
-            cells = torch.stack((rows, columns), dim=1)
-        else:
-            cells = self.cells.ceil().long()
-        pairs = [(int(rows), int(columns)) for rows, columns in cells.tolist()]
+        """Rows and columns of cells that show each image; one pair if they are alike."""
+        pairs = [(int(rows), int(columns)) for rows, columns in self.cells.ceil().tolist()]
         return pairs[:1] if len(set(pairs)) == 1 else pairs
 
     def resized(self, grid: Sequence[int], *, antialias: bool = False) -> Tensor:

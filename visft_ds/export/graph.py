@@ -112,7 +112,7 @@ class Maps(nn.Module):
         valid = valid_region(torch.tensor([self.frame.size]), self.frame.padded, tuple(grid))
         valid = valid.to(features.device).expand(features.shape[0], -1, -1)
         of_each = torch.tensor([cells]).expand(features.shape[0], -1)
-        return FrameMap(features, valid, prefix, of_each, empty, (rows, columns))
+        return FrameMap(features, valid, of_each, prefix, empty, (rows, columns))
 
 
 class Features(nn.Module):

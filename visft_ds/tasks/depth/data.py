@@ -26,10 +26,9 @@ class DepthTargets(Targets):
 
     depth: Tensor  #: (B, H, W) float32 metres, or numbers of a relative map; 0 where nothing is known
     sizes: Tensor  #: (B, 2) int64, height and width of each image
-    extents: Tensor  #: (B, 2) float32, the same as a share of the padded batch
     known: Tensor  #: (B,) int64, pixels whose depth is known
     relative: Tensor  #: (B,) bool
-    host: ClassVar[tuple[str, ...]] = ("sizes", "extents", "known", "relative")
+    host: ClassVar[tuple[str, ...]] = ("sizes", "known", "relative")
 
 
 def depth_targets(
@@ -93,11 +92,9 @@ def packed_depth(samples: Sequence[Sample], task: str, frame: Size) -> DepthTarg
         padded[:height, :width] = target["depth"]
         known.append(int(np.count_nonzero(target["depth"])))
         relative.append(bool(target["relative"]))
-    sizes = np.array([sample.size for sample in samples])
     return DepthTargets(
         depth=torch.from_numpy(depth),
-        sizes=torch.from_numpy(sizes),
-        extents=torch.from_numpy(sizes / frame).float(),
+        sizes=torch.tensor([sample.size for sample in samples]),
         known=torch.tensor(known),
         relative=torch.tensor(relative),
     )

@@ -56,16 +56,17 @@ class DptDepth(nn.Module):
         """Metres of each pixel of the frame; those beyond an image mean nothing."""
         first = maps[0].features
         frame = [cells * self.stride for cells in first.shape[2:]]
+        extents = maps[-1].shares()
         parts = [level.parts() for level in maps]
         if all(len(of_map) == 1 for of_map in parts):
             metres = self._of_part([level.features for level in maps], [of_map[0] for of_map in parts])
-            return DepthOutput(_padded(metres, frame), relative=self.options.relative)
+            return DepthOutput(_padded(metres, frame), extents, relative=self.options.relative)
         every = []
         for image in range(len(first)):
             features = [level.features[image : image + 1] for level in maps]
             part = [of_map[image if len(of_map) > 1 else 0] for of_map in parts]
             every.append(_padded(self._of_part(features, part), frame))
-        return DepthOutput(torch.cat(every), relative=self.options.relative)
+        return DepthOutput(torch.cat(every), extents, relative=self.options.relative)
 
     def _of_part(self, features: Sequence[Tensor], part: Sequence[tuple[int, int]]) -> Tensor:
         """Metres (B, H, W) of images that fill the first rows and columns (`part`) of each of the maps."""

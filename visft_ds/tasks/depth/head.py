@@ -23,9 +23,7 @@ class DepthOutput:
     """Prediction for a batch."""
 
     metres: Tensor  #: (B, h, w) over the padded batch, at least float32
-    #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch
-    #: in pixels.
-    extents: Tensor | None = None
+    extents: Tensor  #: (B, 2) on the host, height and width of each image as a share of (h, w)
     relative: bool = False  #: their inverses are of any scale and offset, as the maps that taught them
 
 
@@ -47,4 +45,4 @@ class LinearDepth(LinearMaps):
         """Metres on the largest grid."""
         options = self.options
         metres = metres_of(self.scores(maps), options.nearest, options.farthest)
-        return DepthOutput(metres, relative=options.relative)
+        return DepthOutput(metres, maps[-1].shares(), relative=options.relative)

@@ -50,7 +50,7 @@ class DepthCriterion:
         sums = {"silog": zero, "gradient": zero, "relative": zero}
         known = targets.known.tolist()
         sizes = targets.sizes.tolist()
-        extents = (targets.extents if output.extents is None else output.extents).tolist()
+        extents = output.extents.tolist()
         # Images that are alike go together: one by one their many small operations would keep a GPU waiting.
         alike = defaultdict[tuple[bool, tuple[int, ...], tuple[float, ...]], list[int]](list)
         for image, is_relative in enumerate(targets.relative.tolist()):

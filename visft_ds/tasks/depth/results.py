@@ -40,11 +40,10 @@ def depth_results(output: DepthOutput, batch: Batch) -> Results:
     """Results {"image_id", "depth"}: a PNG of the stored size as labels have it, rounded to millimetres; of a
     head that learnt relative maps a relative one.
     """
-    extents = batch.extents() if output.extents is None else output.extents
     results = Results()
     for image in batch.real.nonzero().flatten().tolist():
         stored = batch.original_sizes[image].tolist()
-        metres = interpolated(output.metres[image], extents[image].tolist(), stored)
+        metres = interpolated(output.metres[image], output.extents[image].tolist(), stored)
         values = metres.float().cpu().numpy()
         depth = encoded_relative(np.reciprocal(values)) if output.relative else encoded(values)
         results.append({"image_id": int(batch.image_ids[image]), "depth": depth})

@@ -47,7 +47,6 @@ class Depth(Task):
         return DepthTargets(
             depth=torch.ones(images, *size),
             sizes=torch.tensor([size] * images),
-            extents=torch.ones(images, 2),
             known=torch.ones(images, dtype=torch.int64),
             relative=torch.zeros(images, dtype=torch.bool),
         )

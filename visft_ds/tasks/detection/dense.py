@@ -129,12 +129,7 @@ class DenseHead(nn.Module):
             x = F.relu(norm(x, valid))
         x = x * inside
         logits = _of_cells(self.class_embed(x))
-        cells = finest.cells  # the last ones of an image may show less of it than the others
-        if cells is None:
-            rows = valid.any(2).sum(1)
-            columns = valid.any(1).sum(1)
-            cells = torch.stack((rows, columns), dim=1)
-        columns_and_rows = cells.flip(1).to(logits.dtype)
+        columns_and_rows = finest.cells.flip(1).to(logits.dtype)
         pitch = to_device(1 / columns_and_rows, valid.device)  # (B, 2)
         in_cells = _of_cells(self.box_embed(x)).exp()
         distances = in_cells * pitch.repeat(1, 2)[:, None]

@@ -77,12 +77,7 @@ def features_in_boxes(map_: Map, boxes: Tensor) -> Tensor:
     and cells beyond the image have no part in it.
     """
     features = map_.features
-    extents = map_.cells
-    if extents is None:
-        rows_of_image = map_.valid.any(2).sum(1)
-        columns_of_image = map_.valid.any(1).sum(1)
-        extents = torch.stack((rows_of_image, columns_of_image), dim=1)
-    extents = to_device(extents.to(boxes.dtype), features.device)
+    extents = to_device(map_.cells.to(boxes.dtype), features.device)
     _, width, height_of_map, width_of_map = features.shape
     left, top, right, bottom = boxes.unbind(-1)
     rows = _reading(top, bottom, extents[:, 0], height_of_map).to(features.dtype)

@@ -39,11 +39,10 @@ class MaskTargets(Targets):
 
     masks: Tensor  #: (N, hm, wm) uint8, covered part of each cell, 0 to 255
     labels: Tensor  #: (N,) int64, classes from 0: places among the categories of the head
-    extents: Tensor  #: (B, 2) float32, height and width of each image as a share of the padded batch
     grids: Tensor  #: (B, 2) int64, cells that cover each image, of (hm, wm)
     counts: Tensor  #: (B,) int64, sums to N
     keys: Tensor  #: (B,) int64, the samples' random keys, from which the criterion draws its points
-    host: ClassVar[tuple[str, ...]] = ("extents", "grids", "counts", "keys")
+    host: ClassVar[tuple[str, ...]] = ("grids", "counts", "keys")
 
 
 def slices_of(counts: Sequence[int]) -> list[slice]:
@@ -194,11 +193,9 @@ def packed_masks(samples: Sequence[Sample], task: str, frame: Size) -> MaskTarge
     masks = np.zeros((sum(counts), *grids.max(axis=0)), dtype=np.uint8)
     for rows, target, (height, width) in zip(slices_of(counts), targets, grids, strict=True):
         masks[rows, :height, :width] = target["masks"]
-    sizes = np.array([sample.size for sample in samples])
     return MaskTargets(
         masks=torch.from_numpy(masks),
         labels=torch.from_numpy(np.concatenate(labels)),
-        extents=torch.from_numpy(sizes / frame).float(),
         grids=torch.from_numpy(grids),
         counts=torch.tensor(counts),
         keys=torch.tensor([sample.random_key for sample in samples]),

@@ -6,8 +6,7 @@ objects of all images concatenated, n objects and m matched pairs of an image, P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,8 +75,6 @@ class MaskCriterion:
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         assert output.class_ids == self.head.class_ids, output.class_ids
-        if output.extents is not None:
-            targets = replace(targets, extents=output.extents)
         labels = targets.labels
         if self.head.class_ids == "published":
             labels = labels + 1
@@ -86,10 +83,11 @@ class MaskCriterion:
         keys = targets.keys[targets.counts > 0].tolist()
         matching, candidates, uniform = draw_points(keys, len(masks), self.points, masks.device)
         costs = (self.loss.ce, self.loss.bce, self.loss.dice)
-        matches = match_masks(logits, masks, targets, labels, matching, costs, image_ids)
+        images = images_with_objects(targets, output.extents)
+        matches = match_masks(logits, masks, targets, images, labels, matching, costs, image_ids)
         eos_coef = self.loss.eos_coef
         ce, wrong = class_losses(logits, labels, targets.counts, matches, eos_coef, loss_denominators)
-        bce, dice = self.loss_masks(masks, targets, matches, candidates, uniform)
+        bce, dice = self.loss_masks(masks, targets, images, matches, candidates, uniform)
         number = loss_denominators["masks"]
         bce = bce / number
         dice = dice / number
@@ -106,6 +104,7 @@ class MaskCriterion:
         self,
         masks: Tensor,
         targets: MaskTargets,
+        images: Sequence[ImageWithObjects],
         matches: Matches,
         candidates: Tensor,
         uniform: Tensor,
@@ -113,7 +112,7 @@ class MaskCriterion:
         """Cross-entropy and dice (L,) of the masks of all matched pairs, summed over the pairs.
 
         `masks` (L, B, Q, h, w) logits, `candidates` (A, L, K, 2) for the uncertain points and `uniform` ones
-        (A, L, U, 2) of each image that has objects.
+        (A, L, U, 2) of each of the `images`.
         """
         # Without any pair the sums are zeros that still carry a (zero) gradient.
         sums = masks.flatten(1)[:, :0].sum(dim=1).expand(2, -1)
@@ -122,7 +121,7 @@ class MaskCriterion:
         objects = matches.objects.view(len(masks), -1)
         every_set = torch.arange(len(masks), device=masks.device)[:, None]
         first_pair = 0
-        for number, image in enumerate(_images_with_objects(targets)):
+        for number, image in enumerate(images):
             rows = image.rows
             last_pair = first_pair + min(rows.stop - rows.start, masks.shape[2])
             pairs = slice(first_pair, last_pair)
@@ -149,7 +148,7 @@ class MaskCriterion:
     def _compare(
         self,
         predicted: Tensor,
-        image: _Image,
+        image: ImageWithObjects,
         true_masks: Tensor,
         objects: Tensor,
         candidates: Tensor,
@@ -199,8 +198,8 @@ class _WithGradient(torch.autograd.Function):
         return None, (grad[..., None, None] * gradients).sum(dim=0)
 
 
-class _Image(NamedTuple):
-    """An image that has objects."""
+class ImageWithObjects(NamedTuple):
+    """An image that has objects, and where."""
 
     number: int  #: in the batch
     rows: slice  #: its objects among those of all images
@@ -208,14 +207,17 @@ class _Image(NamedTuple):
     mask_extent: Tensor  #: (2,) the same of the grid of the true masks
 
 
-def _images_with_objects(targets: MaskTargets) -> Iterator[_Image]:
+def images_with_objects(targets: MaskTargets, extents: Tensor) -> list[ImageWithObjects]:
+    """Those of a batch; `extents` (B, 2) are the output's."""
     device = targets.masks.device
     shares = targets.grids.double() / torch.tensor(targets.masks.shape[1:])
-    extents = to_device(targets.extents, device)
+    extents = to_device(extents, device)
     mask_extents = to_device(shares.float(), device)
+    images = []
     for number, rows in enumerate(slices_of(targets.counts.tolist())):
         if rows.stop > rows.start:
-            yield _Image(number, rows, extents[number], mask_extents[number])
+            images.append(ImageWithObjects(number, rows, extents[number], mask_extents[number]))
+    return images
 
 
 def mask_cross_entropy(logits: Tensor, true: Tensor) -> Tensor:
@@ -238,6 +240,7 @@ def match_masks(
     logits: Tensor,
     masks: Tensor,
     targets: MaskTargets,
+    images: Sequence[ImageWithObjects],
     labels: Tensor,
     points: Tensor,
     costs: tuple[float, float, float],
@@ -247,17 +250,15 @@ def match_masks(
     3.3).
 
     `logits` (L, B, Q, C + 1), `masks` (L, B, Q, h, w) logits, `labels` (N,) int64 in the head's numbering,
-    `points` (A, L, P, 2) in [0, 1] of each image that has objects, weights `costs` of minus the probability
+    `points` (A, L, P, 2) in [0, 1] of each of the `images`, weights `costs` of minus the probability
     of the object's class, the mean cross-entropy and the dice at the points. Where an image has more objects
     than there are queries, the cheapest Q objects are matched. `image_ids` (B,) are for errors only.
 
     Raises FloatingPointError where a cost is not finite.
     """
-    logits = at_least_float32(logits)
-    masks = at_least_float32(masks)
     num_queries = logits.shape[2]
     cost = [logits.new_zeros(len(logits), 0, num_queries)]
-    for at, image in zip(points, _images_with_objects(targets), strict=True):
+    for at, image in zip(points, images, strict=True):
         probability = logits[:, image.number].softmax(dim=-1)  # (L, Q, C + 1)
         of_class = -probability[..., labels[image.rows]].mT
         true_masks = targets.masks[image.rows].to(masks.dtype) / 255  # one map of n channels

@@ -21,22 +21,21 @@ class MaskOutput:
 
     logits: Tensor  #: (L, B, Q, C + 1), the last class is "no object"
     masks: Tensor  #: (L, B, Q, h, w) logits over the padded batch, 0 at padded cells
+    extents: Tensor  #: (B, 2) on the host, height and width of each image as a share of (h, w)
     class_ids: ClassIds = "contiguous"  #: of the head
-    #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch
-    #: in pixels.
-    extents: Tensor | None = None
     max_detections: int = 100  #: most objects of an image
 
     @classmethod
     def of_sets(
         cls,
         sets: Sequence[tuple[Tensor, Tensor]],
+        extents: Tensor,
         max_detections: int,
         class_ids: ClassIds = "contiguous",
     ) -> MaskOutput:
         """The output of prediction sets, each of class logits (B, Q, C + 1) and mask logits (B, Q, h, w)."""
         logits, masks = (at_least_float32(torch.stack(tensors)) for tensors in zip(*sets, strict=True))
-        return cls(logits, masks, class_ids, max_detections=max_detections)
+        return cls(logits, masks, extents, class_ids, max_detections)
 
     def last(self) -> MaskOutput:
         """The answer without what only losses look at."""

@@ -132,7 +132,7 @@ class PlainHead(nn.Module):
                         seen = seen & known
             x = block(x, cos, sin, seen, known)
         sets.append(self._predict(x, grid, shown))
-        return MaskOutput.of_sets(sets, self.max_detections)
+        return MaskOutput.of_sets(sets, maps[-1].shares(), self.max_detections)
 
     def _tokens(self, maps: Sequence[Map]) -> Tensor:
         """(B, N, E): the queries, and the sum of all maps."""

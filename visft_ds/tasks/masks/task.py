@@ -69,7 +69,6 @@ class MaskTask(Task):
         return MaskTargets(
             masks=torch.empty(objects, *grid, dtype=torch.uint8),
             labels=torch.zeros(objects, dtype=torch.int64),
-            extents=torch.ones(images, 2),
             grids=torch.tensor([grid] * images),
             counts=torch.full((images,), content.objects),
             keys=torch.arange(images),

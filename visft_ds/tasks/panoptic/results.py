@@ -37,7 +37,6 @@ def panoptic_results(
     are left out.
     """
     options = output.options
-    extents = batch.extents() if output.extents is None else output.extents
     results = Results()
     for image in batch.real.nonzero().flatten().tolist():
         scores, labels = at_least_float32(output.logits[-1, image]).softmax(dim=-1).max(dim=-1)
@@ -45,7 +44,7 @@ def panoptic_results(
         likely = is_likely.nonzero().flatten()
         masks = at_least_float32(output.masks[-1, image, likely])
         # In two steps as there: to the image as it was evaluated, and to the stored one.
-        masks = interpolated(masks, extents[image].tolist(), batch.sizes[image].tolist())
+        masks = interpolated(masks, output.extents[image].tolist(), batch.sizes[image].tolist())
         stored = batch.original_sizes[image].tolist()
         segments: dict[int, dict[str, Any]] = {}
         numbers = np.zeros(stored, dtype=np.int32)

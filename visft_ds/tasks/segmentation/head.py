@@ -137,7 +137,7 @@ class SegmentationHead(nn.Module):
             allowed = covered | (inside & ~covers_some)
             state = layer(state, query, memory, memory_key, allowed)
             sets.append(self._predict(state, mask_features, valid))
-        return MaskOutput.of_sets(sets, self.max_detections, self.class_ids)
+        return MaskOutput.of_sets(sets, maps[-1].shares(), self.max_detections, self.class_ids)
 
     def _predict(self, state: Tensor, mask_features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (B, Q, C + 1) and mask logits (B, Q, h, w) of queries (B, Q, E)."""

@@ -56,7 +56,6 @@ def instances(
     Images without `batch.real` are left out. The batch must have been resized without cropping, as evaluation
     transforms do. Masks are made in groups of a bounded size, and of scores from `threshold` on only.
     """
-    extents = batch.extents() if output.extents is None else output.extents
     candidates = _candidates(output, len(categories))
     results = Results()
     for image in batch.real.nonzero().flatten().tolist():
@@ -65,7 +64,7 @@ def instances(
         queries = sorted({candidate.query for candidate in likely})
         stored = batch.original_sizes[image].tolist()
         masks = at_least_float32(output.masks[-1, image, queries])
-        codes = dict(zip(queries, _mask_codes(masks, extents[image].tolist(), stored), strict=True))
+        codes = dict(zip(queries, _mask_codes(masks, output.extents[image].tolist(), stored), strict=True))
         for candidate in likely:
             code, quality = codes[candidate.query]
             score = candidate.probability

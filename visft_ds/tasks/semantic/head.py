@@ -25,9 +25,7 @@ class SemanticOutput:
     """Prediction for a batch."""
 
     logits: Tensor  #: (B, C, h, w) over the padded batch
-    #: (B, 2) on the host, height and width of each image as a share of (h, w); None: as of the padded batch
-    #: in pixels.
-    extents: Tensor | None = None
+    extents: Tensor  #: (B, 2) on the host, height and width of each image as a share of (h, w)
 
 
 class LinearHead(LinearMaps):
@@ -38,7 +36,7 @@ class LinearHead(LinearMaps):
 
     def forward(self, maps: Sequence[Map]) -> SemanticOutput:
         """Logits on the largest grid."""
-        return SemanticOutput(self.scores(maps))
+        return SemanticOutput(self.scores(maps), maps[-1].shares())
 
 
 class SemanticCriterion:
@@ -63,8 +61,7 @@ class SemanticCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        extents = targets.extents if output.extents is None else output.extents
-        return {"ce": self.loss_labels(output.logits, targets, extents) / loss_denominators["cells"]}
+        return {"ce": self.loss_labels(output.logits, targets, output.extents) / loss_denominators["cells"]}
 
     def loss_labels(self, logits: Tensor, targets: MaskTargets, extents: Tensor) -> Tensor:
         """Cross-entropy summed over all labelled cells: logits (B, C, h, w), of which each image fills the

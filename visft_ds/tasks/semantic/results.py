@@ -132,10 +132,7 @@ def _scores(
         (n, C, Q), or None; the share of (h, w) that shows image.
     """
     covered = [min(length, whole) for length, whole in zip(size, frame, strict=True)]
-    if output.extents is None:
-        shares = [length / whole for length, whole in zip(covered, frame, strict=True)]
-    else:  # those of the windows of an image are alike
-        shares = output.extents[rows.start].tolist()
+    shares = output.extents[rows.start].tolist()  # those of the windows of an image are alike
     if isinstance(output, SemanticOutput):
         return output.logits[rows].softmax(dim=1), None, shares
     masks = output.masks[-1, rows]
