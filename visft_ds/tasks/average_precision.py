@@ -7,8 +7,9 @@ The ground truth of shards is `visft_ds.data.dataset.coco_dataset(reader)`; no a
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,8 +72,8 @@ def coco_average_precision(
         if result["category_id"] in names:
             predictions.append({key: result[key] for key in ("image_id", "category_id", "score", shape)})
     ground_truth = _ground_truth(truth, objects, names, shape)
-    evaluate = _evaluate_of_record if of_record else _evaluate_fast
-    precision, recall = evaluate(ground_truth, predictions, "segm" if masks else "bbox", max_detections)
+    kind = "segm" if masks else "bbox"
+    precision, recall = _evaluated(ground_truth, predictions, kind, max_detections, of_record)
     measures = {
         f"{prefix}/AP": _mean(precision[..., _ALL]),
         f"{prefix}/AP50": _mean(precision[_IOU_50, ..., _ALL]),
@@ -101,46 +102,37 @@ def _mean(values: npt.NDArray[np.float64]) -> float:
     return float(known.mean()) if known.size else -1.0
 
 
-def _evaluate_fast(
-    truth: dict[str, Any], predictions: list[dict[str, Any]], kind: str, max_detections: int
+def _evaluated(
+    truth: dict[str, Any],
+    predictions: list[dict[str, Any]],
+    kind: str,
+    max_detections: int,
+    of_record: bool,
 ) -> _Curves:
-    """Results of `kind` "bbox" or "segm" compared with the truth by faster-coco-eval."""
-    coco = COCO(truth)
-    evaluation = COCOeval_faster(
-        coco, coco.loadRes(predictions), iouType=kind, print_function=lambda *_: None
-    )
-    evaluation.params.maxDets = [max_detections]
-    evaluation.evaluate()
-    evaluation.accumulate()
-    return _curves_of(evaluation)
+    """Results of `kind` "bbox" or "segm" compared with the truth, by pycocotools if `of_record`.
 
+    Its `summarize` knows 100 results of an image only.
+    """
+    new_index: Callable[[], Any] = COCO
+    new_evaluation: Callable[..., Any] = partial(COCOeval_faster, print_function=print)
+    if of_record:
+        from pycocotools import coco, cocoeval
 
-def _evaluate_of_record(
-    truth: dict[str, Any], predictions: list[dict[str, Any]], kind: str, max_detections: int
-) -> _Curves:
-    """The same by pycocotools, whose `summarize` knows 100 results of an image only."""
-    import pycocotools.coco
-    import pycocotools.cocoeval
-
-    with redirect_stdout(io.StringIO()):  # each step of it prints
-        coco = pycocotools.coco.COCO()
-        coco.dataset = truth
-        coco.createIndex()
+        new_index = coco.COCO
+        new_evaluation = cocoeval.COCOeval
+    with redirect_stdout(io.StringIO()):  # each step prints
+        true = new_index()
+        true.dataset = truth
+        true.createIndex()
+        results = new_index()  # by its own `loadRes`, none would be an error
+        results.dataset = {**truth, "annotations": []}
+        results.createIndex()
         if predictions:
-            results = coco.loadRes(predictions)
-        else:  # which its loadRes fails on
-            results = pycocotools.coco.COCO()
-            results.dataset = {**truth, "annotations": []}
-            results.createIndex()
-        evaluation = pycocotools.cocoeval.COCOeval(coco, results, kind)
+            results = true.loadRes(predictions)
+        evaluation = new_evaluation(true, results, kind)
         evaluation.params.maxDets = [max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
-    return _curves_of(evaluation)
-
-
-def _curves_of(evaluation: Any) -> _Curves:
-    """Curves of an evaluator, for its one number of results of an image."""
     precision = np.asarray(evaluation.eval["precision"])
     recall = np.asarray(evaluation.eval["recall"])
     return precision[..., 0], recall[..., 0]

@@ -19,6 +19,7 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns un
 from visft_ds.data.labels import box_corners
 from visft_ds.settings.tiles import Window
 from visft_ds.tasks import Results
+from visft_ds.tasks.masks.rasters import encode_runs
 
 Corners = npt.NDArray[np.float64]  # (..., 4) left, top, right, bottom in pixels
 #: Intersection of two boxes over their union, above which they are one object; and part of a cut box that
@@ -142,18 +143,12 @@ def joined_masks(masks: Sequence[tuple[Mapping[str, Any], Window]], size: tuple[
 
     The picture is never decoded: it may be larger than the memory.
     """
-    height, width = size
+    height = size[0]
     covered = []  # pixels, counted down the columns as run-length codes do
     for code, window in masks:
         columns, rows = np.nonzero(coco_mask.decode(dict(code)).T)
         covered.append((columns + window.left) * height + rows + window.top)
     pixels = np.sort(np.concatenate(covered), kind="stable")  # in which a pixel may stand several times
-    is_first = np.diff(pixels, prepend=-2) > 1
-    is_last = np.diff(pixels, append=height * width + 1) > 1
-    ends = np.zeros(2 * is_first.sum() + 2, dtype=np.int64)
-    ends[1:-1:2] = pixels[is_first]
-    ends[2:-1:2] = pixels[is_last] + 1
-    ends[-1] = height * width
-    runs = {"size": [height, width], "counts": np.diff(ends).tolist()}
-    counts = coco_mask.frPyObjects(runs, height, width)["counts"]
-    return {"size": [height, width], "counts": counts.decode("ascii")}
+    gaps = np.flatnonzero(np.diff(pixels) > 1)
+    borders = np.stack((pixels[gaps] + 1, pixels[gaps + 1]), axis=1)
+    return encode_runs(np.concatenate([pixels[:1], borders.ravel(), pixels[-1:] + 1]), size)

@@ -99,13 +99,21 @@ def encode_mask(inside: npt.NDArray[np.bool_], top: int, left: int, size: Size) 
     """COCO's run-length code, counts as text, of a mask (h, w) that lies at `top` and `left` in an image of
     `size` and is empty elsewhere.
     """
-    height, width = size
+    height = size[0]
     rows, columns = inside.shape
     # Codes go down columns; only those of the mask are looked at.
     covered = np.zeros((columns, height), dtype=bool)
     covered[:, top : top + rows] = inside.T
-    runs = np.flatnonzero(np.diff(covered.ravel(), prepend=False, append=False)) + left * height
-    counts = np.diff(runs, prepend=0, append=height * width)
+    borders = np.flatnonzero(np.diff(covered.ravel(), prepend=False, append=False)) + left * height
+    return encode_runs(borders, size)
+
+
+def encode_runs(borders: npt.NDArray[np.int64], size: Size) -> dict[str, Any]:
+    """COCO's run-length code, counts as text, of a mask of `size`: the pixels, counted down its columns, from
+    each first of two borders up to the second.
+    """
+    height, width = size
+    counts = np.diff(borders, prepend=0, append=height * width)
     code = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
     return {"size": [height, width], "counts": code["counts"].decode("ascii")}
 
