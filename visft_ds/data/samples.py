@@ -18,6 +18,8 @@ from visft_ds.data.features import View
 from visft_ds.ops import to_device
 from visft_ds.settings.tiles import Window
 
+Arrays = Mapping[str, npt.NDArray[Any]]  #: by name
+
 
 @dataclass(frozen=True)
 class RawSample:
@@ -50,7 +52,7 @@ class Sample:
     size: tuple[int, int]  #: (height, width) after the transforms
     image: Tensor | None  #: (3, H, W) uint8, or (n, H, W) float32 of bands
     random_key: int  #: key of this sample's counter-based random numbers in this step; 0 in evaluation
-    targets: Mapping[str, Mapping[str, npt.NDArray[Any]]]
+    targets: Mapping[str, Arrays]
     view: View | None = None  #: with a feature cache; where it has features, `image` is None
     #: (height, width) of `image` with padding of its own; None: it has none
     frame: tuple[int, int] | None = None

@@ -21,6 +21,7 @@ from torch import Tensor
 
 Size = tuple[int, int]  # (height, width)
 FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 _T = TypeVar("_T")
 
 

@@ -16,7 +16,7 @@ a configuration is read without the tensor library. Other packages add theirs by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -25,7 +25,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from visft_ds.tasks.task import Task
 
+Annotation = Mapping[str, Any]  #: an object in COCO's format, or a result for one, which has a score
+Annotations = Sequence[Annotation]
 Results = list[dict[str, Any]]  #: COCO results format
+Truth = Mapping[str, Any]  #: images, annotations and categories, as COCO writes them
+Names = Mapping[int, str]  #: of categories, by raw id
+Shapes = Sequence[tuple[int, int]]  #: (width, pixels to a cell) of each map of a backbone
+Numbers = dict[str, float]  #: by name: metrics, or counts
 #: The tasks of this package; a run's losses are summed, and its tasks listed, in this order.
 BUILT_IN = ("detection", "segmentation", "captioning", "semantic", "depth", "panoptic")
 

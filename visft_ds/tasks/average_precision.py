@@ -7,16 +7,16 @@ The ground truth of shards is `visft_ds.data.dataset.coco_dataset(reader)`; no a
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from faster_coco_eval import COCO, COCOeval_faster
 
-from visft_ds.tasks import Results
+from visft_ds.data.transforms import FloatArray
+from visft_ds.tasks import Annotations, Names, Numbers, Results, Truth
 
 #: Places among the IoU thresholds 0.50, 0.55, ... 0.95, and among the ranges of area, of the COCO API
 #: (https://cocodataset.org/#detection-eval).
@@ -31,13 +31,13 @@ WITHOUT_MASK = "mask/objects without mask"
 
 
 def coco_average_precision(
-    truth: Mapping[str, Any],
+    truth: Truth,
     results: Results,
     *,
     masks: bool = False,
     of_record: bool = False,
     max_detections: int = 100,
-) -> dict[str, float]:
+) -> Numbers:
     """Average precision and recall by name.
 
     The names are `box/AP`, `AP50`, `AP75`, `APs`, `APm`, `APl` and, with `max_detections` = 100, `AR100`.
@@ -93,10 +93,10 @@ def coco_average_precision(
 
 #: Precision (IoU thresholds, recall thresholds, categories in the order of their ids, ranges of area), and
 #: recall (IoU thresholds, categories, ranges of area); -1 where there is no object.
-_Curves = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+_Curves = tuple[FloatArray, FloatArray]
 
 
-def _mean(values: npt.NDArray[np.float64]) -> float:
+def _mean(values: FloatArray) -> float:
     """The mean where there are objects; -1 where there is none at all."""
     known = values[values > -1]
     return float(known.mean()) if known.size else -1.0
@@ -146,9 +146,9 @@ def _check_finite(results: Results) -> None:
 
 
 def _ground_truth(
-    truth: Mapping[str, Any],
-    objects: Sequence[Mapping[str, Any]],
-    names: Mapping[int, str],
+    truth: Truth,
+    objects: Annotations,
+    names: Names,
     shape: str,
 ) -> dict[str, Any]:
     """A COCO dictionary with all that the evaluator reads: these objects and categories, as new objects."""

@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
+from visft_ds.tasks import Numbers
 
-LossDenominators = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a count -> 0-d tensor
+Losses = dict[str, Tensor]  #: by name, 0-d each
+Denominators = Mapping[str, Tensor]  #: by the name of a count, 0-d each
+LossDenominators = Mapping[str, Denominators]  #: by task
 
 
 class Criterion(Protocol):
     """Losses of one task. Holds no parameters; build it anywhere."""
 
-    weights: dict[str, float]  #: factor of each loss; an entry that is not in here is for the log only
+    weights: Numbers  #: factor of each loss; an entry that is not in here is for the log only
 
-    def count(self, batch: Batch) -> dict[str, float]:
+    def count(self, batch: Batch) -> Numbers:
         """Numbers, from the labels alone, whose sum over ranks and micro-batches normalises the losses."""
         ...
 
@@ -27,9 +30,9 @@ class Criterion(Protocol):
         self,
         output: Any,
         targets: Any,
-        loss_denominators: Mapping[str, Tensor],
+        loss_denominators: Denominators,
         image_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Losses:
         """Unweighted losses by name, 0-d each: sums over the micro-batch divided by `loss_denominators`.
 
         A denominator is the sum of a `count` over the global batch, divided by ranks times micro-batches. So
@@ -47,9 +50,9 @@ class Criterion(Protocol):
         ...
 
 
-def counts_of(criteria: Mapping[str, Criterion], batches: Iterable[Batch]) -> dict[str, float]:
+def counts_of(criteria: Mapping[str, Criterion], batches: Iterable[Batch]) -> Numbers:
     """Sums of the counts of some micro-batches by "<task>/<name>", from the labels alone."""
-    sums: dict[str, float] = {}
+    sums: Numbers = {}
     for batch in batches:
         for task in batch.targets:
             for name, value in criteria[task].count(batch).items():

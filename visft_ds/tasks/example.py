@@ -11,10 +11,8 @@ from PIL import Image
 
 from visft_ds.data.decode import as_rgb
 from visft_ds.data.samples import RawSample
-from visft_ds.tasks import Results
+from visft_ds.tasks import Annotation, Names, Results
 from visft_ds.tasks.pictures import Picture, draw_objects, palette, side_by_side
-
-Annotation = Mapping[str, Any]  #: an object in COCO's format, or a result for one, which has a score
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Example:
 
     raw: RawSample
     results: Results  #: of this image, in COCO's results format
-    names: Mapping[int, str]  #: category names by raw id
+    names: Names  #: category names by raw id
     threshold: float  #: least score that is drawn
 
     def objects(self) -> list[Annotation]:

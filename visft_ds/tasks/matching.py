@@ -10,7 +10,6 @@ back in one copy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.ops import to_device
+from visft_ds.tasks.criterion import Denominators
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def class_losses(
     counts: Tensor,
     matches: Matches,
     eos_coef: float,
-    loss_denominators: Mapping[str, Tensor],
+    loss_denominators: Denominators,
 ) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropy (L,) of the classes of all queries, and 100 times the objects that got a wrong
     class.

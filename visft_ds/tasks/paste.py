@@ -10,7 +10,7 @@ Shape letters: H W pixels of the picture, h w pixels of a pasted object.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from visft_ds.data.samples import RawSample
-from visft_ds.data.transforms import Crop, Flip, Op, Resize, Size, apply_to_image
+from visft_ds.data.transforms import BoolArray, Crop, Flip, Op, Resize, Size, apply_to_image
 from visft_ds.settings.tiles import LEAST_VISIBLE, Window
+from visft_ds.tasks import Annotation
 from visft_ds.tasks.masks.rasters import draw_masks, encode_mask
 
 #: Smallest and largest size of a pasted object, of the share of its own picture that it had.
@@ -27,8 +28,6 @@ SCALES = (0.8, 1.25)
 #: Least covered part of a pixel, of 255, that belongs to a pasted object.
 HALF = 128
 
-Annotation = Mapping[str, Any]
-BoolMask = npt.NDArray[np.bool_]
 Area = tuple[slice, slice]  #: rows and columns of a picture
 
 
@@ -148,12 +147,12 @@ def _slices(top: int, left: int, height: int, width: int) -> Area:
     return slice(top, top + height), slice(left, left + width)
 
 
-def _is_enough(visible: BoolMask, mask: BoolMask) -> bool:
+def _is_enough(visible: BoolArray, mask: BoolArray) -> bool:
     """Return True if enough of a mask is visible for a label."""
     return bool(visible.sum() >= LEAST_VISIBLE * mask.sum())
 
 
-def _labelled(annotation: Annotation, visible: BoolMask, area: Area, size: Size) -> Annotation:
+def _labelled(annotation: Annotation, visible: BoolArray, area: Area, size: Size) -> Annotation:
     """An annotation of the visible pixels (h, w), not none, of an `area` of a picture of `size`."""
     rows = np.flatnonzero(visible.any(axis=1))
     columns = np.flatnonzero(visible.any(axis=0))

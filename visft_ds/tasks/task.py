@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel
 from torch import nn
 
 from visft_ds.data.dataset import caption_dataset, coco_dataset
-from visft_ds.data.samples import Batch, RawSample, Sample, Targets
+from visft_ds.data.samples import Arrays, Batch, RawSample, Sample, Targets
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.transforms import Geometry, Op, Size
 from visft_ds.settings.task_schema import TaskConfig, WordsConfig
-from visft_ds.tasks import Results
+from visft_ds.tasks import Names, Numbers, Results, Shapes, Truth
 from visft_ds.tasks.criterion import Criterion
 from visft_ds.tasks.example import Example
 from visft_ds.tasks.pictures import SIDE, Picture, scaled, side_by_side, with_text
@@ -27,10 +26,9 @@ Section = Literal["image", "head", "loss"]  #: of a task's settings
 Options = Mapping[str, Any]  #: of a section
 Words = Vocabulary | None  #: None for all but a task whose settings are a `WordsConfig`
 Classes = Sequence[int] | None  #: the raw ids of a head's classes; None: those of the published head
-Shapes = Sequence[tuple[int, int]]  #: (width, pixels to a cell) of each map of a backbone
 Predict = Callable[[Batch], Mapping[str, Any]]  #: batch -> {task: output of its head}, e.g. `Engine.predict`
 #: (raw sample, geometric operations, the sample's random numbers) -> targets of one image, arrays by name.
-ImageTargets = Callable[[RawSample, Sequence[Op], np.random.Generator], Mapping[str, npt.NDArray[Any]]]
+ImageTargets = Callable[[RawSample, Sequence[Op], np.random.Generator], Arrays]
 
 
 @dataclass(frozen=True)
@@ -126,9 +124,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def measure(
-        self, truth: Mapping[str, Any], results: Results, head: Any, of_record: bool
-    ) -> dict[str, float]:
+    def measure(self, truth: Truth, results: Results, head: Any, of_record: bool) -> Numbers:
         """Metrics by name ("part/metric"), at least those that `config.metrics` lists.
 
         Args:
@@ -151,7 +147,7 @@ class Task(ABC):
         dataset_of = caption_dataset if self.config.labels == "captions" else coco_dataset
         return dataset_of(reader, indices)
 
-    def describe(self, results: Results, names: Mapping[int, str]) -> str:
+    def describe(self, results: Results, names: Names) -> str:
         """A line for a reader about the results of an image; `names` are those of the categories by id."""
         return str(results)
 

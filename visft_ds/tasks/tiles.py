@@ -17,6 +17,7 @@ import numpy.typing as npt
 from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 
 from visft_ds.data.labels import box_corners
+from visft_ds.data.transforms import BoolArray, FloatArray, Size
 from visft_ds.settings.tiles import Window
 from visft_ds.tasks import Results
 from visft_ds.tasks.masks.rasters import encode_runs
@@ -31,7 +32,7 @@ LEAST_SURE = 0.5
 _NEAR = 0.02
 
 
-def merged(results: Results, windows: Sequence[Window], size: tuple[int, int]) -> Results:
+def merged(results: Results, windows: Sequence[Window], size: Size) -> Results:
     """Predictions for a picture, from those for its tiles, by confidence.
 
     Args:
@@ -62,11 +63,11 @@ def merged(results: Results, windows: Sequence[Window], size: tuple[int, int]) -
 
 def merge_boxes(
     boxes: Corners,
-    scores: npt.NDArray[np.float64],
+    scores: FloatArray,
     labels: npt.NDArray[np.int64],
     owners: npt.NDArray[np.int64],
     windows: Sequence[Window],
-    size: tuple[int, int],
+    size: Size,
 ) -> list[tuple[list[int], list[float]]]:
     """(rows of the boxes of an object, the best first, its corners) of each object, the best first.
 
@@ -119,7 +120,7 @@ def merge_boxes(
     return objects
 
 
-def _within(boxes: Corners, tiles: Corners, picture: Corners, margin: float) -> npt.NDArray[np.bool_]:
+def _within(boxes: Corners, tiles: Corners, picture: Corners, margin: float) -> BoolArray:
     """True for boxes that end at least a margin before each border of a tile, but those of the picture."""
     is_low = (boxes[..., :2] >= tiles[..., :2] + margin) | (tiles[..., :2] <= picture[:2])
     is_high = (boxes[..., 2:] <= tiles[..., 2:] - margin) | (tiles[..., 2:] >= picture[2:])
@@ -132,13 +133,13 @@ def _intersection(first: Corners, second: Corners) -> Corners:
     return np.concatenate([low, high], axis=-1)
 
 
-def _areas(boxes: Corners) -> npt.NDArray[np.float64]:
+def _areas(boxes: Corners) -> FloatArray:
     """(...,) areas; 0 of a box whose corners are the wrong way round, as of two that do not meet."""
-    areas: npt.NDArray[np.float64] = (boxes[..., 2:] - boxes[..., :2]).clip(min=0).prod(axis=-1)
+    areas: FloatArray = (boxes[..., 2:] - boxes[..., :2]).clip(min=0).prod(axis=-1)
     return areas
 
 
-def joined_masks(masks: Sequence[tuple[Mapping[str, Any], Window]], size: tuple[int, int]) -> dict[str, Any]:
+def joined_masks(masks: Sequence[tuple[Mapping[str, Any], Window]], size: Size) -> dict[str, Any]:
     """Run-length code, in a picture of this height and width, of all that masks of some of its tiles cover.
 
     The picture is never decoded: it may be larger than the memory.

@@ -5,15 +5,14 @@ Letters: B images, T caption length in ids, `<start>` and `<end>` included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from visft_ds.data.samples import RawSample, Targets
+from visft_ds.data.samples import Arrays, RawSample, Targets
 from visft_ds.data.transforms import Op
 from visft_ds.tasks.vocabulary import Vocabulary, caption_words
 
@@ -40,7 +39,7 @@ def caption_targets(
     raw: RawSample,
     ops: Sequence[Op],
     generator: np.random.Generator,
-) -> Mapping[str, npt.NDArray[Any]]:
+) -> Arrays:
     """Ids (T,) int64 of one of the captions, and all of them as they are (captions,) str objects.
 
     The caption is one of those with 1 to `most` words: one that is drawn from `generator` if `random`, else

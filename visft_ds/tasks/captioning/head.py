@@ -9,7 +9,7 @@ width, R recurrent width, V vocabulary size, K beams.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from visft_ds.data.samples import Batch, Map
 from visft_ds.ops import at_least_float32, autocast_dtype, autocast_to
 from visft_ds.settings.task_schema import DecodingConfig
+from visft_ds.tasks import Numbers
 from visft_ds.tasks.captioning.config import CaptioningHeadConfig, CaptioningLoss
 from visft_ds.tasks.captioning.data import CaptionTargets
+from visft_ds.tasks.criterion import Denominators, Losses
 
 DECODING = DecodingConfig()
 _PAD = 0
@@ -332,9 +334,9 @@ class CaptioningCriterion:
     """
 
     def __init__(self, head: CaptioningHeadConfig, loss: CaptioningLoss) -> None:
-        self.weights: dict[str, float] = {"ce": loss.ce, "attention": loss.attention}
+        self.weights: Numbers = {"ce": loss.ce, "attention": loss.attention}
 
-    def count(self, batch: Batch) -> dict[str, float]:
+    def count(self, batch: Batch) -> Numbers:
         lengths = batch.targets["captioning"].lengths
         tokens = (lengths - 1).sum()
         images = (lengths > 1).sum()
@@ -344,9 +346,9 @@ class CaptioningCriterion:
         self,
         output: CaptioningOutput,
         targets: CaptionTargets,
-        loss_denominators: Mapping[str, Tensor],
+        loss_denominators: Denominators,
         image_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Losses:
         words = targets.tokens[:, 1:]
         scores = at_least_float32(output.scores)
         assert scores.shape[:2] == words.shape, (scores.shape, words.shape)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
+from visft_ds.tasks import Annotations, Numbers, Truth
 from visft_ds.tasks.captioning.tokenizer import ptb_words
 
 _ORDERS = (1, 2, 3, 4)
@@ -28,7 +28,7 @@ Words = Sequence[str]
 Gram = tuple[str, ...]
 
 
-def caption_metrics(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def caption_metrics(truth: Truth, results: Annotations) -> Numbers:
     """Scores of one caption for each image against its references.
 
     Entries of `truth["annotations"]` and `results` have image_id and caption, as COCO's; images without a

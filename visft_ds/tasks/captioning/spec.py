@@ -11,7 +11,7 @@ from torch import nn
 
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.transforms import Geometry, Size, Square
-from visft_ds.tasks import Results
+from visft_ds.tasks import Numbers, Results, Shapes, Truth
 from visft_ds.tasks.captioning.config import CaptioningHeadConfig, CaptioningTask
 from visft_ds.tasks.captioning.data import CaptionTargets, caption_targets
 from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead
@@ -19,7 +19,7 @@ from visft_ds.tasks.captioning.metrics import caption_metrics
 from visft_ds.tasks.captioning.tokenizer import TOKENIZER
 from visft_ds.tasks.example import Example
 from visft_ds.tasks.pictures import Picture, side_by_side, with_text
-from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Shapes, Task, Words
+from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Task, Words
 
 
 class Captioning(Task):
@@ -84,9 +84,7 @@ class Captioning(Task):
         rows = zip(batch.image_ids.tolist(), batch.real.tolist(), output.tokens.tolist(), strict=True)
         return [{"image_id": image, "caption": words.decode(ids)} for image, real, ids in rows if real]
 
-    def measure(
-        self, truth: Mapping[str, Any], results: Results, head: Any, of_record: bool
-    ) -> dict[str, float]:
+    def measure(self, truth: Truth, results: Results, head: Any, of_record: bool) -> Numbers:
         return caption_metrics(truth, results)
 
     def picture(self, example: Example) -> Picture:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.data.depth import values_of
-from visft_ds.data.samples import RawSample, Sample, Targets
+from visft_ds.data.samples import Arrays, RawSample, Sample, Targets
 from visft_ds.data.transforms import Crop, Flip, Op, Resize, ShortSides, Size, final_size, of_options
 
 
@@ -33,7 +33,7 @@ class DepthTargets(Targets):
 
 def depth_targets(
     options: Mapping[str, Any], raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
-) -> dict[str, npt.NDArray[Any]]:
+) -> Arrays:
     """Depth (H, W) of an image after `ops`, the nearest pixel's, and whether it is relative.
 
     Metres are divided by how much larger the image is than evaluation, by `options`, would show it.

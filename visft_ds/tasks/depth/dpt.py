@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Map
 from visft_ds.ops import at_least_float32
+from visft_ds.tasks import Shapes
 from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.depth.config import DptHeadConfig
 from visft_ds.tasks.depth.head import DepthOutput
@@ -31,7 +32,7 @@ class DptDepth(nn.Module):
     several grids stay as they are.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], options: DptHeadConfig) -> None:
+    def __init__(self, shapes: Shapes, options: DptHeadConfig) -> None:
         """A head for maps of these (width, pixels to a cell)."""
         super().__init__()
         self.options = options

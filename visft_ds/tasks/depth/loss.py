@@ -9,12 +9,13 @@ Letters: N images of one size, H W pixels.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
+from visft_ds.tasks import Numbers
+from visft_ds.tasks.criterion import Denominators, Losses
 from visft_ds.tasks.depth.config import DepthLoss
 from visft_ds.tasks.depth.data import DepthTargets
 from visft_ds.tasks.depth.head import DepthOutput
@@ -31,7 +32,7 @@ class DepthCriterion:
     def __init__(self, loss: DepthLoss) -> None:
         self.weights = {"silog": loss.silog, "gradient": loss.gradient, "relative": loss.relative}
 
-    def count(self, batch: Batch) -> dict[str, float]:
+    def count(self, batch: Batch) -> Numbers:
         """Images with depth: in metres, relative, and all."""
         targets: DepthTargets = batch.targets["depth"]
         has_depth = targets.known > 0
@@ -43,9 +44,9 @@ class DepthCriterion:
         self,
         output: DepthOutput,
         targets: DepthTargets,
-        loss_denominators: Mapping[str, Tensor],
+        loss_denominators: Denominators,
         image_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Losses:
         zero = output.metres.sum() * 0  # of images without depth, too, each parameter has a gradient
         sums = {"silog": zero, "gradient": zero, "relative": zero}
         known = targets.known.tolist()

@@ -5,17 +5,13 @@ Letters: B images, H W pixels of the stored image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from visft_ds.data.depth import Values, encoded, encoded_relative, values_of
 from visft_ds.data.samples import Batch
-from visft_ds.data.transforms import Size
-from visft_ds.tasks import Results
+from visft_ds.data.transforms import BoolArray, FloatArray, Size
+from visft_ds.tasks import Numbers, Results, Truth
 from visft_ds.tasks.depth.config import DepthRange, DepthTask
 from visft_ds.tasks.depth.head import DepthOutput
 from visft_ds.tasks.masks.interpolation import interpolated
@@ -50,7 +46,7 @@ def depth_results(output: DepthOutput, batch: Batch) -> Results:
     return results
 
 
-def measure_depth(truth: Mapping[str, Any], results: Results, head: DepthRange) -> dict[str, float]:
+def measure_depth(truth: Truth, results: Results, head: DepthRange) -> Numbers:
     """AbsRel, RMSE in metres, SILog (times 100) and delta1 to 3 in [0, 1], means over images.
 
     Depths between the head's `nearest` and `farthest` count, to which predictions are clipped; in maps of
@@ -96,7 +92,7 @@ def measure_depth(truth: Mapping[str, Any], results: Results, head: DepthRange) 
     return dict(zip(DepthTask.metrics, np.mean(rows, axis=0).tolist(), strict=True))
 
 
-def errors(predicted: npt.NDArray[np.float64], actual: npt.NDArray[np.float64]) -> list[float]:
+def errors(predicted: FloatArray, actual: FloatArray) -> list[float]:
     """`DepthTask.metrics` of the pixels (n,) of an image."""
     difference = predicted - actual
     logarithm = np.log(predicted) - np.log(actual)
@@ -111,15 +107,15 @@ def errors(predicted: npt.NDArray[np.float64], actual: npt.NDArray[np.float64]) 
     ]
 
 
-def aligned(predicted: npt.NDArray[np.float64], actual: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def aligned(predicted: FloatArray, actual: FloatArray) -> FloatArray:
     """Predictions (n,) times the scale and plus the offset that bring them nearest to the truth; above 0."""
     columns = np.stack([predicted, np.ones_like(predicted)], axis=1)
     scale, offset = np.linalg.lstsq(columns, actual, rcond=None)[0]
-    fitted: npt.NDArray[np.float64] = (scale * predicted + offset).clip(min=actual.min() / 1000)
+    fitted: FloatArray = (scale * predicted + offset).clip(min=actual.min() / 1000)
     return fitted
 
 
-def judged_part(size: Size) -> npt.NDArray[np.bool_]:
+def judged_part(size: Size) -> BoolArray:
     """(H, W) True for pixels that count in a map of this size."""
     height, width = size
     rows = slice(None)

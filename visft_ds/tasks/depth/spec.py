@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from visft_ds.data.depth import values_of
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.transforms import Geometry, ShortSides, Size, of_options
-from visft_ds.tasks import Results
+from visft_ds.tasks import Names, Numbers, Results, Shapes, Truth
 from visft_ds.tasks.criterion import Criterion
 from visft_ds.tasks.depth.config import DepthTask, DptHeadConfig
 from visft_ds.tasks.depth.data import DepthTargets, depth_targets, packed_depth
@@ -25,7 +25,7 @@ from visft_ds.tasks.depth.loss import DepthCriterion
 from visft_ds.tasks.depth.results import colour_range, coloured, depth_results, measure_depth
 from visft_ds.tasks.example import Example
 from visft_ds.tasks.pictures import SIDE, Picture, scaled, side_by_side
-from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Shapes, Task, Words
+from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Task, Words
 
 
 class Depth(Task):
@@ -76,12 +76,10 @@ class Depth(Task):
             images.append({"id": label["image_id"], "depth": label.get("depth")})
         return {"images": images}
 
-    def measure(
-        self, truth: Mapping[str, Any], results: Results, head: Any, of_record: bool
-    ) -> dict[str, float]:
+    def measure(self, truth: Truth, results: Results, head: Any, of_record: bool) -> Numbers:
         return measure_depth(truth, results, head)
 
-    def describe(self, results: Results, names: Mapping[int, str]) -> str:
+    def describe(self, results: Results, names: Names) -> str:
         """The nearest and the farthest depth of an image, as far as it has a unit."""
         values = values_of(results[0]["depth"])
         if results[0]["depth"]["metres"] is None:

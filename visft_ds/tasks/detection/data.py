@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from visft_ds.data.labels import box_corners
-from visft_ds.data.samples import Batch, RawSample, Targets
+from visft_ds.data.samples import Arrays, Batch, RawSample, Targets
 from visft_ds.data.transforms import (
+    BoolArray,
     Crop,
     Flip,
+    FloatArray,
     Op,
     Resize,
     ShortSides,
@@ -28,7 +29,7 @@ from visft_ds.data.transforms import (
     final_size,
     short_side_size,
 )
-from visft_ds.tasks import Results
+from visft_ds.tasks import Annotation, Annotations, Results
 from visft_ds.tasks.detection.roi import SIDE
 from visft_ds.tasks.masks.rasters import draw_in_boxes
 
@@ -76,7 +77,7 @@ class CropRecipe:
 
     sides: ShortSides
     crop_min_size: Sequence[int]
-    crop_size: tuple[int, int]
+    crop_size: Size
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
         """Operations for an image of `size`; see the class."""
@@ -114,7 +115,7 @@ def detection_targets(
     raw: RawSample,
     ops: Sequence[Op],
     generator: np.random.Generator,
-) -> Mapping[str, npt.NDArray[Any]]:
+) -> Arrays:
     """Boxes (n, 4) float32 cxcywh relative to the image after `ops`, labels (n,) int64.
 
     `labels` maps category ids; None leaves them as they are. Crowd regions and boxes without area (before or
@@ -129,7 +130,7 @@ def instance_targets(
     raw: RawSample,
     ops: Sequence[Op],
     generator: np.random.Generator,
-) -> Mapping[str, npt.NDArray[Any]]:
+) -> Arrays:
     """Those of `detection_targets`, and regions (m, 4) float32 with masks (m, SIDE, SIDE) uint8, see
     `InstanceTargets`, of at most MOST_MASKS objects that have a mask.
     """
@@ -149,7 +150,7 @@ def instance_targets(
     return {**boxes, "regions": relative.astype(np.float32), "masks": masks}
 
 
-def _objects(raw: RawSample, ops: Sequence[Op]) -> tuple[list[Mapping[str, Any]], npt.NDArray[np.float64]]:
+def _objects(raw: RawSample, ops: Sequence[Op]) -> tuple[list[Annotation], FloatArray]:
     """Objects of an image that are seen after `ops`, without crowds, and their corners (n, 4) there in
     pixels.
     """
@@ -165,10 +166,10 @@ def _objects(raw: RawSample, ops: Sequence[Op]) -> tuple[list[Mapping[str, Any]]
 
 def _box_targets(
     labels: Mapping[int, int] | None,
-    objects: Sequence[Mapping[str, Any]],
-    corners: npt.NDArray[np.float64],
+    objects: Annotations,
+    corners: FloatArray,
     size: Size,
-) -> dict[str, npt.NDArray[Any]]:
+) -> Arrays:
     """Boxes and labels of `detection_targets`, of corners in an image of this size."""
     height, width = size
     low = corners[:, :2]
@@ -181,7 +182,7 @@ def _box_targets(
     return {"boxes": relative.astype(np.float32), "labels": np.array(ids, dtype=np.int64)}
 
 
-def _has_area(corners: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+def _has_area(corners: FloatArray) -> BoolArray:
     """(n, 4) -> (n,)."""
     return np.all(corners[:, 2:] > corners[:, :2], axis=1)
 

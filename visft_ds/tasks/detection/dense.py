@@ -10,7 +10,7 @@ concatenated, K boxes of an image that may stay, M masks of all images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch, Map
 from visft_ds.ops import at_least_float32, to_device
-from visft_ds.tasks import Results
+from visft_ds.tasks import Numbers, Results
+from visft_ds.tasks.criterion import Denominators, Losses
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
 from visft_ds.tasks.detection.data import DetectionTargets, InstanceTargets, box_results, corners_of
 from visft_ds.tasks.detection.loss import generalized_box_iou
@@ -170,7 +171,7 @@ class DenseCriterion:
         if head.masks:
             self.weights["mask"] = loss.mask
 
-    def count(self, batch: Batch) -> dict[str, float]:
+    def count(self, batch: Batch) -> Numbers:
         """Objects, by which losses of boxes are divided, and masks."""
         targets = batch.targets["detection"]
         counts = {"boxes": float(targets.counts.sum())}
@@ -182,9 +183,9 @@ class DenseCriterion:
         self,
         output: DenseOutput,
         targets: DetectionTargets,
-        loss_denominators: Mapping[str, Tensor],
+        loss_denominators: Denominators,
         image_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Losses:
         objects = assign(output, targets)
         number = loss_denominators["boxes"]
         ce = self.loss_labels(output, targets, objects) / (CELLS * number)

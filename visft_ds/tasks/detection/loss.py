@@ -6,13 +6,15 @@ concatenated, M matched pairs of all layers. Boxes are cxcywh or, as `corners`, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
 from visft_ds.ops import at_least_float32
+from visft_ds.tasks import Numbers
+from visft_ds.tasks.criterion import Denominators, Losses
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
 from visft_ds.tasks.detection.data import DetectionTargets, corners_of
 from visft_ds.tasks.detection.head import DetectionOutput
@@ -41,13 +43,13 @@ class DetectionCriterion:
         self.costs = (loss.ce, loss.l1, loss.giou)
         earlier = [f"_{layer}" for layer in range(head.decoder_layers - 1)]
         self._suffixes = [*earlier, ""]  # of the layers in order
-        self.weights: dict[str, float] = {}
+        self.weights: Numbers = {}
         for suffix in ["", *earlier]:
             self.weights[f"ce{suffix}"] = loss.ce
             self.weights[f"l1{suffix}"] = loss.l1
             self.weights[f"giou{suffix}"] = loss.giou
 
-    def count(self, batch: Batch) -> dict[str, float]:
+    def count(self, batch: Batch) -> Numbers:
         """Objects, by which the losses of boxes are divided, and images, by which those of classes are."""
         counts = batch.targets["detection"].counts
         return {"boxes": float(counts.sum()), "images": float(len(counts))}
@@ -56,9 +58,9 @@ class DetectionCriterion:
         self,
         output: DetectionOutput,
         targets: DetectionTargets,
-        loss_denominators: Mapping[str, Tensor],
+        loss_denominators: Denominators,
         image_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Losses:
         logits = at_least_float32(output.logits)
         boxes = at_least_float32(output.boxes)
         assert len(logits) == len(self._suffixes), logits.shape

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Map
+from visft_ds.data.transforms import Size
 from visft_ds.ops import at_least_float32, to_device
 from visft_ds.tasks.masks.rasters import encode_mask
 
@@ -108,9 +109,7 @@ def _reading(low: Tensor, high: Tensor, extents: Tensor, cells: int) -> Tensor:
     return weights.unflatten(2, (CELLS, _SAMPLES)).mean(dim=3)
 
 
-def mask_code(
-    logits: npt.NDArray[np.float32], corners: Sequence[float], size: tuple[int, int]
-) -> dict[str, Any]:
+def mask_code(logits: npt.NDArray[np.float32], corners: Sequence[float], size: Size) -> dict[str, Any]:
     """COCO's run-length code of a box's mask at the size (H, W) of the stored image, counts as text.
 
     A pixel belongs to it if its centre is in the box, and the bilinearly interpolated logit there is above 0.

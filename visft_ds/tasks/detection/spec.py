@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.transforms import Geometry, ShortSides, Size, of_options
-from visft_ds.tasks import Results
+from visft_ds.tasks import Annotation, Numbers, Results, Shapes, Truth
 from visft_ds.tasks.average_precision import WITHOUT_MASK, coco_average_precision
 from visft_ds.tasks.criterion import Criterion
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss, DetectionTask
@@ -28,10 +28,10 @@ from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutpu
 from visft_ds.tasks.detection.head import DetectionHead, postprocess
 from visft_ds.tasks.detection.loss import DetectionCriterion
 from visft_ds.tasks.detection.roi import SIDE
-from visft_ds.tasks.example import Annotation, Example
+from visft_ds.tasks.example import Example
 from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Shapes, Task, Words
+from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Task, Words
 
 
 class Detection(Task):
@@ -113,9 +113,7 @@ class Detection(Task):
         results_of = dense_results if isinstance(output, DenseOutput) else postprocess
         return results_of(output, batch, classes, threshold)
 
-    def measure(
-        self, truth: Mapping[str, Any], results: Results, head: DetectionHeadConfig, of_record: bool
-    ) -> dict[str, float]:
+    def measure(self, truth: Truth, results: Results, head: DetectionHeadConfig, of_record: bool) -> Numbers:
         measure = partial(
             coco_average_precision, truth, results, of_record=of_record, max_detections=head.max_detections
         )

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from visft_ds.data.samples import RawSample, Sample, Targets
+from visft_ds.data.samples import Arrays, RawSample, Sample, Targets
 from visft_ds.data.transforms import (
+    BoolArray,
     Crop,
     Flip,
     Op,
@@ -133,7 +134,7 @@ def mask_targets(
     ops: Sequence[Op],
     generator: np.random.Generator,
     stride: int = STRIDE,
-) -> dict[str, npt.NDArray[Any]]:
+) -> Arrays:
     """Masks (n, hm, wm) uint8 and labels (n,) int64 of an image after `ops`.
 
     A mask has the covered part of cells of at most `stride` pixels; `labels` maps category ids. Crowd
@@ -171,7 +172,7 @@ def _clear_beyond_cuts(masks: npt.NDArray[np.uint8], size: Size, ops: Sequence[O
     masks[:, :, right:] = 0
 
 
-def _have_area(boxes: Sequence[Sequence[float]], size: Size, ops: Sequence[Op]) -> npt.NDArray[np.bool_]:
+def _have_area(boxes: Sequence[Sequence[float]], size: Size, ops: Sequence[Op]) -> BoolArray:
     """(n,) True for boxes (x, y, w, h) that have an area in an image of `size`, before and after `ops`."""
     corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     corners[:, 2:] += corners[:, :2]

@@ -6,7 +6,7 @@ objects of all images concatenated, n objects and m matched pairs of an image, P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from visft_ds.data.samples import Batch
 from visft_ds.ops import at_least_float32, to_device
+from visft_ds.tasks import Numbers
+from visft_ds.tasks.criterion import Denominators, Losses
 from visft_ds.tasks.masks.config import MaskLoss
 from visft_ds.tasks.masks.data import MaskTargets, slices_of
 from visft_ds.tasks.masks.output import MaskOutput
@@ -56,13 +58,13 @@ class MaskCriterion:
         #: ones
         self.points = (number, candidates, number - self.uncertain)
         self._suffixes = [f"_{layer}" for layer in range(head.decoder_layers)] + [""]
-        self.weights: dict[str, float] = {}
+        self.weights: Numbers = {}
         for suffix in self._suffixes:
             self.weights[f"ce{suffix}"] = loss.ce
             self.weights[f"bce{suffix}"] = loss.bce
             self.weights[f"dice{suffix}"] = loss.dice
 
-    def count(self, batch: Batch) -> dict[str, float]:
+    def count(self, batch: Batch) -> Numbers:
         """Objects, by which the losses of masks are divided, and images, by which those of classes are."""
         counts = batch.targets[self.task].counts
         return {"masks": float(counts.sum()), "images": float(len(counts))}
@@ -71,9 +73,9 @@ class MaskCriterion:
         self,
         output: MaskOutput,
         targets: MaskTargets,
-        loss_denominators: Mapping[str, Tensor],
+        loss_denominators: Denominators,
         image_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Losses:
         assert output.class_ids == self.head.class_ids, output.class_ids
         labels = targets.labels
         if self.head.class_ids == "published":

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from visft_ds.data.samples import Map
 from visft_ds.ops import to_device
 from visft_ds.randomness import generator
+from visft_ds.tasks import Shapes
 from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.masks.config import MaskDecoderConfig
 from visft_ds.tasks.masks.output import MaskOutput
@@ -62,7 +63,7 @@ class PlainHead(nn.Module):
     #: Fields of a batch with which it is called in training.
     reads = ("random_keys", "progress")
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], options: MaskDecoderConfig) -> None:
+    def __init__(self, shapes: Shapes, options: MaskDecoderConfig) -> None:
         """A head for maps of these (width, pixels to a cell).
 
         Raises:

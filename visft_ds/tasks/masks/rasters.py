@@ -15,7 +15,7 @@ import numpy.typing as npt
 from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 from faster_coco_eval import mask_api_new_cpp
 
-from visft_ds.data.transforms import Crop, Flip, FloatArray, Op, Resize, Size, final_size
+from visft_ds.data.transforms import BoolArray, Crop, Flip, FloatArray, Op, Resize, Size, final_size
 
 Mask = npt.NDArray[np.uint8]
 #: Pixels per cell of a target mask, along each axis. With 4, the dice loss of a good prediction is 0.5 %
@@ -90,12 +90,12 @@ def draw_in_boxes(
     return masks
 
 
-def decode_mask(segmentation: Any, size: Size) -> npt.NDArray[np.bool_]:
+def decode_mask(segmentation: Any, size: Size) -> BoolArray:
     """A COCO segmentation of an image of `size` as (H, W) bool."""
     return draw_masks([segmentation], size, [], stride=1, samples=1)[0] > 0
 
 
-def encode_mask(inside: npt.NDArray[np.bool_], top: int, left: int, size: Size) -> dict[str, Any]:
+def encode_mask(inside: BoolArray, top: int, left: int, size: Size) -> dict[str, Any]:
     """COCO's run-length code, counts as text, of a mask (h, w) that lies at `top` and `left` in an image of
     `size` and is empty elsewhere.
     """

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 
+from visft_ds.data.transforms import Size
+from visft_ds.tasks import Annotation, Annotations, Names
 from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.pictures import SIDE, TEXT, Picture, draw_objects, letters, palette
@@ -18,15 +19,15 @@ from visft_ds.tasks.pictures import SIDE, TEXT, Picture, draw_objects, letters, 
 _TAGGED = 0.003  # share of an image from which on a region has its name in a picture
 
 
-def by_image(entries: Sequence[Mapping[str, Any]]) -> Mapping[int, list[Mapping[str, Any]]]:
+def by_image(entries: Annotations) -> Mapping[int, list[Annotation]]:
     """Annotations or results by the id of their image; none of an image without any."""
-    images = defaultdict[int, list[Mapping[str, Any]]](list)
+    images = defaultdict[int, list[Annotation]](list)
     for entry in entries:
         images[entry["image_id"]].append(entry)
     return images
 
 
-def segment_numbers(segments: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> npt.NDArray[np.int32]:
+def segment_numbers(segments: Annotations, size: Size) -> npt.NDArray[np.int32]:
     """(H, W) `id` of the segment of each pixel; 0 where there is none."""
     numbers = np.zeros(size, dtype=np.int32)
     for segment in segments:
@@ -34,13 +35,13 @@ def segment_numbers(segments: Sequence[Mapping[str, Any]], size: tuple[int, int]
     return numbers
 
 
-def segment_places(segments: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> npt.NDArray[np.int32]:
+def segment_places(segments: Annotations, size: Size) -> npt.NDArray[np.int32]:
     """(H, W) place of the segment of each pixel, from 1; 0 where there is none."""
     numbered = [{**segment, "id": number} for number, segment in enumerate(segments, 1)]
     return segment_numbers(numbered, size)
 
 
-def shares_in_words(results: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> str:
+def shares_in_words(results: Annotations, names: Names) -> str:
     """Regions by their shares of the image, the largest first."""
     shares = []
     for result in results:
@@ -53,8 +54,8 @@ def shares_in_words(results: Sequence[Mapping[str, Any]], names: Mapping[int, st
 
 def draw_regions(
     image: Picture,
-    regions: Sequence[Mapping[str, Any]],
-    names: Mapping[int, str],
+    regions: Annotations,
+    names: Names,
     side: int = SIDE,
 ) -> Picture:
     """The image under the colours of its regions, each with its name where it is widest.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from visft_ds.data.samples import Sample
 from visft_ds.data.transforms import Geometry, Size, of_options
-from visft_ds.tasks import Results
+from visft_ds.tasks import Names, Results, Shapes
 from visft_ds.tasks.criterion import Criterion
 from visft_ds.tasks.masks.config import MaskTaskConfig
 from visft_ds.tasks.masks.data import LargeScaleJitter, MaskTargets, mask_targets, packed_masks
@@ -19,7 +19,7 @@ from visft_ds.tasks.masks.loss import MaskCriterion
 from visft_ds.tasks.masks.plain import PlainHead
 from visft_ds.tasks.masks.rasters import STRIDE, grid_size
 from visft_ds.tasks.masks.regions import shares_in_words
-from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Shapes, Task, Words
+from visft_ds.tasks.task import Classes, Content, ImageTargets, Options, Task, Words
 
 
 class MaskTask(Task):
@@ -50,7 +50,7 @@ class MaskTask(Task):
         categories = self.categories if classes is None else classes
         return partial(self.of_image, {id_: label for label, id_ in enumerate(categories)})
 
-    def describe(self, results: Results, names: Mapping[int, str]) -> str:
+    def describe(self, results: Results, names: Names) -> str:
         """Regions by their shares of the image, the largest first."""
         return shares_in_words(results, names)
 

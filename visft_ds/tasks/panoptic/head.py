@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from visft_ds.data.samples import Map
+from visft_ds.tasks import Shapes
 from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.plain import PlainHead
 from visft_ds.tasks.panoptic.config import PanopticHeadConfig
@@ -23,7 +24,7 @@ class PanopticOutput(MaskOutput):
 class PanopticHead(PlainHead):
     """Masks with classes, of things and of stuff."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], options: PanopticHeadConfig) -> None:
+    def __init__(self, shapes: Shapes, options: PanopticHeadConfig) -> None:
         super().__init__(shapes, options)
         self.options = options
 

@@ -6,22 +6,19 @@ Letters: T true and P predicted segments of an image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
-from visft_ds.data.transforms import Size
-from visft_ds.tasks import Results
+from visft_ds.data.transforms import FloatArray, Size
+from visft_ds.tasks import Annotations, Numbers, Results, Truth
 from visft_ds.tasks.masks.regions import by_image, segment_places
 
 _SAME = 0.5  # IoU above which two segments are one
 _IGNORED = 0.5  # part of a segment in void or crowds, above which it counts nowhere
-Floats = npt.NDArray[np.float64]
 
 
-def measure_panoptic(truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
+def measure_panoptic(truth: Truth, results: Results, per_category: bool) -> Numbers:
     """PQ, SQ and RQ of all categories that the labels or the predictions have, of things and of stuff; in
     [0, 1], -1 where there is none of a kind.
 
@@ -40,7 +37,7 @@ def measure_panoptic(truth: Mapping[str, Any], results: Results, per_category: b
         size = image["height"], image["width"]
         _add(sums, true[image["id"]], predicted[image["id"]], size)
     qualities = {id_: _qualities(counts) for id_, counts in sums.items() if counts[1:].any()}
-    kinds: dict[str, list[Floats]] = {"": [], "_things": [], "_stuff": []}
+    kinds: dict[str, list[FloatArray]] = {"": [], "_things": [], "_stuff": []}
     for category in truth["categories"]:
         if category["id"] in qualities:
             quality = qualities[category["id"]]
@@ -59,7 +56,7 @@ def measure_panoptic(truth: Mapping[str, Any], results: Results, per_category: b
     return metrics
 
 
-def _qualities(counts: Floats) -> Floats:
+def _qualities(counts: FloatArray) -> FloatArray:
     """PQ, SQ and RQ of the sum of IoUs, and the numbers of true and false positives and false negatives."""
     iou, hits, false, missed = counts
     segments = hits + false / 2 + missed / 2
@@ -67,9 +64,9 @@ def _qualities(counts: Floats) -> Floats:
 
 
 def _add(
-    sums: Mapping[int, Floats],
-    true: Sequence[Mapping[str, Any]],
-    predicted: Sequence[Mapping[str, Any]],
+    sums: Mapping[int, FloatArray],
+    true: Annotations,
+    predicted: Annotations,
     size: Size,
 ) -> None:
     """Count an image in."""

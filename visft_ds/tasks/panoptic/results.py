@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from visft_ds.data.masks import code_of
 from visft_ds.data.samples import Batch
+from visft_ds.data.transforms import BoolArray
 from visft_ds.ops import at_least_float32
 from visft_ds.tasks import Results
 from visft_ds.tasks.masks.interpolation import interpolated
@@ -66,9 +66,7 @@ def panoptic_results(
     return results
 
 
-def _parts(
-    masks: Tensor, scores: Sequence[float], size: Sequence[int], overlap: float
-) -> list[npt.NDArray[np.bool_]]:
+def _parts(masks: Tensor, scores: Sequence[float], size: Sequence[int], overlap: float) -> list[BoolArray]:
     """(H, W) pixels of each mask (n, h, w) with these scores that become part of a segment; none of a mask
     that others cover.
 

@@ -7,15 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from visft_ds.data.dataset import labels_of_split
 from visft_ds.data.panoptic import objects_of
-from visft_ds.data.samples import Batch, RawSample
+from visft_ds.data.samples import Arrays, Batch, RawSample
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.transforms import Op
-from visft_ds.tasks import Results
+from visft_ds.tasks import Numbers, Results, Shapes, Truth
 from visft_ds.tasks.example import Example
 from visft_ds.tasks.masks.data import mask_targets
 from visft_ds.tasks.masks.regions import draw_regions
@@ -25,12 +24,12 @@ from visft_ds.tasks.panoptic.head import PanopticHead
 from visft_ds.tasks.panoptic.metrics import measure_panoptic
 from visft_ds.tasks.panoptic.results import panoptic_results
 from visft_ds.tasks.pictures import Picture, side_by_side
-from visft_ds.tasks.task import Classes, Shapes, Words
+from visft_ds.tasks.task import Classes, Words
 
 
 def panoptic_targets(
     labels: Mapping[int, int], raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
-) -> dict[str, npt.NDArray[Any]]:
+) -> Arrays:
     """Masks and labels of the segments of an image, as `mask_targets` gives them; crowds give none."""
     segments = [] if raw.panoptic is None else objects_of(raw.panoptic)
     return mask_targets(labels, replace(raw, annotations=segments), ops, generator)
@@ -75,9 +74,7 @@ class Panoptic(MaskTask):
             categories.append({"id": category.coco_id, "name": category.name, "isthing": isthing})
         return {"images": images, "annotations": segments, "categories": categories}
 
-    def measure(
-        self, truth: Mapping[str, Any], results: Results, head: Any, of_record: bool
-    ) -> dict[str, float]:
+    def measure(self, truth: Truth, results: Results, head: Any, of_record: bool) -> Numbers:
         return measure_panoptic(truth, results, per_category=of_record)
 
     def picture(self, example: Example) -> Picture:

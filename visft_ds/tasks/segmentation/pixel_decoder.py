@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visft_ds.data.transforms import Size
 from visft_ds.ops import at_least_float32
 from visft_ds.ops.deform_attn import deform_attn
 from visft_ds.tasks.masks.norm import GROUPS, MaskedGroupNorm
@@ -76,7 +77,7 @@ class DeformableAttention(nn.Module):
         query: Tensor,
         entries: Tensor,
         valid: Tensor,
-        shape: tuple[int, int],
+        shape: Size,
     ) -> Tensor:
         """query (with positions) and entries (B, S, E), valid (B, S) bool, shape (h, w) -> (B, S, E)."""
         value = self.value_proj(entries)
@@ -102,7 +103,7 @@ class DeformableAttention(nn.Module):
         return mixed
 
 
-def _centres(shape: tuple[int, int], like: Tensor) -> Tensor:
+def _centres(shape: Size, like: Tensor) -> Tensor:
     """(S, 2) centres (x, y) in [0, 1] of the cells of a map of this shape (h, w), row by row."""
     height, width = shape
     y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
@@ -131,7 +132,7 @@ class PixelLayer(nn.Module):
         entries: Tensor,
         positions: Tensor,
         valid: Tensor,
-        shape: tuple[int, int],
+        shape: Size,
     ) -> Tensor:
         """entries, positions (B, S, E), valid (B, S) bool -> (B, S, E)."""
         attended = self.self_attn(entries + positions, entries, valid, shape)

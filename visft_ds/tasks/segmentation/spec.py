@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from visft_ds.data.samples import Batch
-from visft_ds.tasks import Results
+from visft_ds.tasks import Numbers, Results, Shapes, Truth
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.example import Example
@@ -18,7 +17,7 @@ from visft_ds.tasks.pictures import Picture
 from visft_ds.tasks.segmentation.config import SegmentationHeadConfig, SegmentationTask
 from visft_ds.tasks.segmentation.head import SegmentationHead
 from visft_ds.tasks.segmentation.results import instances
-from visft_ds.tasks.task import Classes, Shapes, Words
+from visft_ds.tasks.task import Classes, Words
 
 
 class Segmentation(MaskTask):
@@ -44,9 +43,7 @@ class Segmentation(MaskTask):
     ) -> Results:
         return instances(output, batch, self.categories if classes is None else classes, threshold)
 
-    def measure(
-        self, truth: Mapping[str, Any], results: Results, head: Any, of_record: bool
-    ) -> dict[str, float]:
+    def measure(self, truth: Truth, results: Results, head: Any, of_record: bool) -> Numbers:
         return coco_average_precision(
             truth, results, masks=True, of_record=of_record, max_detections=head.max_detections
         )

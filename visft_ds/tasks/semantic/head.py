@@ -5,7 +5,7 @@ Letters: B images, C classes, h w grid of a map, hm wm cells of the labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.data.samples import Batch, Map
+from visft_ds.tasks import Numbers
 from visft_ds.tasks.classes import VOID
+from visft_ds.tasks.criterion import Denominators, Losses
 from visft_ds.tasks.linear import LinearMaps
 from visft_ds.tasks.masks.data import MaskTargets, slices_of
 from visft_ds.tasks.masks.interpolation import interpolated
@@ -47,7 +49,7 @@ class SemanticCriterion:
     def __init__(self, loss: SemanticLoss) -> None:
         self.weights = {"ce": loss.ce}
 
-    def count(self, batch: Batch) -> dict[str, float]:
+    def count(self, batch: Batch) -> Numbers:
         """Labelled cells, by whose number the loss is divided."""
         number = 0
         for cells in cell_labels(batch.targets["semantic"]):
@@ -58,9 +60,9 @@ class SemanticCriterion:
         self,
         output: SemanticOutput,
         targets: MaskTargets,
-        loss_denominators: Mapping[str, Tensor],
+        loss_denominators: Denominators,
         image_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Losses:
         return {"ce": self.loss_labels(output.logits, targets, output.extents) / loss_denominators["cells"]}
 
     def loss_labels(self, logits: Tensor, targets: MaskTargets, extents: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from visft_ds.data.masks import code_of
 from visft_ds.data.samples import Batch
-from visft_ds.tasks import Results
+from visft_ds.data.transforms import Size
+from visft_ds.tasks import Annotations, Numbers, Results, Truth
 from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.masks.data import slices_of
 from visft_ds.tasks.masks.interpolation import interpolated, interpolation
@@ -196,9 +196,7 @@ def most_probable(
     return class_map
 
 
-def number_map(
-    entries: Sequence[Mapping[str, Any]], size: tuple[int, int], numbers: Mapping[int, int]
-) -> ClassMap:
+def number_map(entries: Annotations, size: Size, numbers: Mapping[int, int]) -> ClassMap:
     """(H, W) numbers of the categories of annotations or results of an image, VOID where there is none."""
     class_map = np.full(size, VOID, dtype=np.uint8)
     for entry in entries:
@@ -207,7 +205,7 @@ def number_map(
     return class_map
 
 
-def measure_semantic(truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
+def measure_semantic(truth: Truth, results: Results, per_category: bool) -> Numbers:
     """Mean IoU over the classes that the labels or the predictions have, accuracy of the labelled pixels; in
     [0, 1].
 
@@ -233,7 +231,7 @@ def measure_semantic(truth: Mapping[str, Any], results: Results, per_category: b
     return metrics
 
 
-def _confusion(truth: Mapping[str, Any], results: Results) -> npt.NDArray[np.int64]:
+def _confusion(truth: Truth, results: Results) -> npt.NDArray[np.int64]:
     """(C, C + 1) pixels by their true class and the predicted one, the last of which is none that the data
     has.
     """

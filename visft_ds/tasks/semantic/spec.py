@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from visft_ds.data.samples import Batch
-from visft_ds.tasks import Results
+from visft_ds.tasks import Numbers, Results, Shapes, Truth
 from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.criterion import Criterion
 from visft_ds.tasks.example import Example
@@ -23,7 +23,7 @@ from visft_ds.tasks.semantic.results import (
     measure_semantic,
     semantic_results,
 )
-from visft_ds.tasks.task import Classes, Options, Predict, Shapes, Words
+from visft_ds.tasks.task import Classes, Options, Predict, Words
 
 
 class Semantic(MaskTask):
@@ -66,9 +66,7 @@ class Semantic(MaskTask):
     ) -> Results:
         return semantic_results(output, batch, classes)
 
-    def measure(
-        self, truth: Mapping[str, Any], results: Results, head: Any, of_record: bool
-    ) -> dict[str, float]:
+    def measure(self, truth: Truth, results: Results, head: Any, of_record: bool) -> Numbers:
         return measure_semantic(truth, results, per_category=of_record)
 
     def picture(self, example: Example) -> Picture:
