@@ -13,7 +13,7 @@ from tests.tasks.cases import batch_of, denominators, map_of
 from visft_ds.tasks import transformer
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionHead, DetectionOutput, postprocess
-from visft_ds.tasks.detection.loss import generalized_box_iou, match
+from visft_ds.tasks.detection.loss import generalized_box_iou
 from visft_ds.tasks.transformer import MultiHeadAttention
 
 SMALL = {
@@ -132,8 +132,10 @@ def test_16_bit_predictions_are_compared_in_float32() -> None:
     boxes = torch.full((1, 1, 2, 4), 0.5)
     boxes[0, 0, 1, 0] += 2**-8  # one step of bfloat16 nearer to the object
     targets = DetectionTargets(torch.full((1, 4), 0.9), torch.tensor([0]), torch.tensor([1]))
-    matches = match(torch.zeros(1, 1, 2, 6).bfloat16(), boxes.bfloat16(), targets, (1.0, 5.0, 2.0))
-    assert matches.queries.tolist() == [1]
+    criterion = criterion_of("detection", num_queries=2, decoder_layers=1)
+    output = DetectionOutput(torch.zeros(1, 1, 2, 7).bfloat16(), boxes.bfloat16())
+    losses = criterion(output, targets, denominators("detection", criterion, targets))
+    assert losses["l1"].item() == pytest.approx(1.6 - 2**-8)  # of the second candidate
 
 
 def test_boxes_without_area_are_finite() -> None:

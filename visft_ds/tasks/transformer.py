@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,15 @@ def sine_positions(valid: Tensor, width: int) -> Tensor:
         pairs = torch.stack((angle.sin(), angle.cos()), dim=-1)
         halves.append(pairs.flatten(start_dim=-2))
     return torch.cat(halves, dim=-1)
+
+
+def cell_centres(grid: Sequence[int], like: Tensor) -> Tensor:
+    """(S, 2) x and y of the centres of the cells of a grid (h, w), row by row, in cells."""
+    height, width = grid
+    y = torch.arange(height, device=like.device, dtype=like.dtype) + 0.5
+    x = torch.arange(width, device=like.device, dtype=like.dtype) + 0.5
+    pairs = torch.meshgrid(x, y, indexing="xy")
+    return torch.stack(pairs, dim=-1).flatten(end_dim=1)
 
 
 def by_head(x: Tensor, num_heads: int) -> Tensor:

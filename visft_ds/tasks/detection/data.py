@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from visft_ds.data.labels import box_corners
 from visft_ds.data.samples import Arrays, Batch, RawSample, Targets
 from visft_ds.data.transforms import (
-    BoolArray,
     Crop,
     Flip,
     FloatArray,
@@ -25,12 +22,12 @@ from visft_ds.data.transforms import (
     Resize,
     ShortSides,
     Size,
-    apply_to_boxes,
     final_size,
     short_side_size,
 )
-from visft_ds.tasks import Annotation, Annotations, Results
+from visft_ds.tasks import Annotations, Results
 from visft_ds.tasks.detection.roi import SIDE
+from visft_ds.tasks.masks.data import visible_objects
 from visft_ds.tasks.masks.rasters import draw_in_boxes
 
 JITTER = 0.1  #: most that a side of a training box moves for its mask, of the box's width or height
@@ -44,6 +41,11 @@ class DetectionTargets(Targets):
     boxes: Tensor  #: (N, 4) float32, cxcywh, relative to the unpadded image, in [0, 1]
     labels: Tensor  #: (N,) int64, classes: raw COCO category ids (1..90), or numbers of other categories
     counts: Tensor  #: (B,) int64, sums to N
+
+    def image_of(self) -> Tensor:
+        """(N,) the image of each object; the host does not wait for the device."""
+        images = torch.arange(len(self.counts), device=self.counts.device)
+        return torch.repeat_interleave(images, self.counts, output_size=len(self.boxes))
 
 
 def corners_of(boxes: Tensor) -> Tensor:
@@ -121,7 +123,7 @@ def detection_targets(
     `labels` maps category ids; None leaves them as they are. Crowd regions and boxes without area (before or
     after a crop) give no target.
     """
-    objects, corners = _objects(raw, ops)
+    objects, corners = visible_objects(raw, ops)
     return _box_targets(labels, objects, corners, final_size(raw.size, ops))
 
 
@@ -134,7 +136,7 @@ def instance_targets(
     """Those of `detection_targets`, and regions (m, 4) float32 with masks (m, SIDE, SIDE) uint8, see
     `InstanceTargets`, of at most MOST_MASKS objects that have a mask.
     """
-    objects, corners = _objects(raw, ops)
+    objects, corners = visible_objects(raw, ops)
     height, width = size = final_size(raw.size, ops)
     boxes = _box_targets(labels, objects, corners, size)
     with_mask = [number for number, entry in enumerate(objects) if entry.get("segmentation")]
@@ -148,20 +150,6 @@ def instance_targets(
     masks = draw_in_boxes(segmentations, regions, raw.size, ops, SIDE)
     relative = regions / [width, height, width, height]
     return {**boxes, "regions": relative.astype(np.float32), "masks": masks}
-
-
-def _objects(raw: RawSample, ops: Sequence[Op]) -> tuple[list[Annotation], FloatArray]:
-    """Objects of an image that are seen after `ops`, without crowds, and their corners (n, 4) there in
-    pixels.
-    """
-    objects = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
-    height, width = raw.size
-    corners = box_corners(objects).clip(0, [width, height, width, height])
-    has_area = _has_area(corners)
-    objects = list(compress(objects, has_area))
-    corners = apply_to_boxes(corners[has_area], raw.size, ops)
-    has_area = _has_area(corners)
-    return list(compress(objects, has_area)), corners[has_area]
 
 
 def _box_targets(
@@ -180,11 +168,6 @@ def _box_targets(
     if labels is not None:
         ids = [labels[id_] for id_ in ids]
     return {"boxes": relative.astype(np.float32), "labels": np.array(ids, dtype=np.int64)}
-
-
-def _has_area(corners: FloatArray) -> BoolArray:
-    """(n, 4) -> (n,)."""
-    return np.all(corners[:, 2:] > corners[:, :2], axis=1)
 
 
 def box_results(

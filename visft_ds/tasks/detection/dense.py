@@ -26,6 +26,7 @@ from visft_ds.tasks.detection.data import DetectionTargets, InstanceTargets, box
 from visft_ds.tasks.detection.loss import generalized_box_iou
 from visft_ds.tasks.detection.roi import BoxMasks, mask_code
 from visft_ds.tasks.masks.norm import GROUPS, MaskedGroupNorm
+from visft_ds.tasks.transformer import cell_centres
 
 #: Cells whose centre is less than this many cells from that of an object, and inside its box, answer for it.
 RADIUS = 1.5
@@ -83,21 +84,16 @@ class DenseHead(nn.Module):
         self.masks = BoxMasks(widths, width) if options.masks else None
         self.input_proj = nn.Conv2d(sum(widths[self.box_map :]), width, kernel_size=1)
         self.input_norm = MaskedGroupNorm(GROUPS, width)
-        self.convs = nn.ModuleList()
-        self.norms = nn.ModuleList()
-        for _ in range(2):
-            self.convs.append(nn.Conv2d(width, width, 3, padding=1, bias=False))
-            self.norms.append(MaskedGroupNorm(GROUPS, width))
+        convs = [nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2)]
+        self.convs = nn.ModuleList(convs)
+        self.norms = nn.ModuleList(MaskedGroupNorm(GROUPS, width) for _ in convs)
         self.class_embed = nn.Conv2d(width, options.num_classes, 3, padding=1)
         self.box_embed = nn.Conv2d(width, 4, 3, padding=1)
         # At first nearly no cell sees an object, and boxes have a side of five cells.
-        self._initialise(self.class_embed, -4.0)
-        self._initialise(self.box_embed, 1.0)
-
-    def _initialise(self, layer: nn.Conv2d, bias: float) -> None:
-        assert layer.bias is not None
-        nn.init.normal_(layer.weight, std=0.01)
-        nn.init.constant_(layer.bias, bias)
+        for layer, bias in ((self.class_embed, -4.0), (self.box_embed, 1.0)):
+            assert layer.bias is not None
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.constant_(layer.bias, bias)
 
     def forward(
         self, maps: Sequence[Map], regions: Tensor | None = None, chosen: Tensor | None = None
@@ -134,26 +130,14 @@ class DenseHead(nn.Module):
         pitch = to_device(1 / columns_and_rows, valid.device)  # (B, 2)
         in_cells = _of_cells(self.box_embed(x)).exp()
         distances = in_cells * pitch.repeat(1, 2)[:, None]
-        centres = _centres(valid, logits.dtype) * pitch[:, None]
-        low = centres - distances[..., :2]
-        high = centres + distances[..., 2:]
-        boxes = torch.cat((low, high), dim=-1)
+        centres = cell_centres(grid, logits) * pitch[:, None]
+        boxes = torch.cat((centres - distances[..., :2], centres + distances[..., 2:]), dim=-1)
         return DenseOutput(logits, boxes, centres, pitch, valid.flatten(1), self.max_detections)
 
 
 def _of_cells(map_: Tensor) -> Tensor:
     """(B, n, h, w) -> (B, S, n)."""
     return at_least_float32(map_).flatten(2).transpose(1, 2)
-
-
-def _centres(valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """(S, 2) x and y of the centres of a grid's cells, row by row, in cells."""
-    _, height, width = valid.shape
-    y = torch.arange(height, device=valid.device, dtype=dtype) + 0.5
-    x = torch.arange(width, device=valid.device, dtype=dtype) + 0.5
-    x_of_cells = x.repeat(height)
-    y_of_cells = y.repeat_interleave(width)
-    return torch.stack((x_of_cells, y_of_cells), dim=1)
 
 
 class DenseCriterion:
@@ -221,8 +205,7 @@ class DenseCriterion:
     def loss_boxes(self, output: DenseOutput, targets: DetectionTargets, objects: Tensor) -> Tensor:
         """1 - generalized IoU of the boxes of cells, a mean over those of an object, summed over objects."""
         number = len(targets.boxes)
-        boxes = targets.boxes.to(output.boxes.dtype)
-        corners = corners_of(boxes)
+        corners = corners_of(targets.boxes.to(output.boxes.dtype))
         # One box more, for cells without an object.
         true = F.pad(corners, (0, 0, 0, 1), value=0.5)[objects]
         answers = (objects < number).to(output.logits.dtype)  # (B, S)
@@ -242,8 +225,7 @@ def assign(output: DenseOutput, targets: DetectionTargets) -> Tensor:
     number = len(targets.boxes)
     images, cells = output.valid.shape
     device = output.valid.device
-    rows = torch.arange(images, device=device)
-    image_of = torch.repeat_interleave(rows, targets.counts, output_size=number)
+    image_of = targets.image_of()
     valid = output.valid[image_of]  # (N, S)
     centres = targets.boxes[:, None, :2]
     sides = targets.boxes[:, None, 2:]
@@ -310,24 +292,23 @@ def dense_results(
     scores = detections.scores.cpu()
     labels = detections.labels.cpu()
     boxes = detections.boxes.cpu()
+    least = max(threshold, 0.0)
     masks = {}
     if output.masks is not None and output.chosen is not None:
+        least = max(least, LEAST_SCORE)
         logits = output.masks.float().cpu().numpy()
         masks = dict(zip(output.chosen.tolist(), logits, strict=True))
     results = Results()
     for image in batch.real.nonzero().flatten().tolist():
-        certain = (scores[image] >= max(threshold, 0.0)).nonzero().flatten()
-        if output.masks is not None:
-            certain = certain[scores[image, certain] >= LEAST_SCORE]
+        certain = (scores[image] >= least).nonzero().flatten()
         of_image = box_results(
             batch, image, boxes[image, certain], scores[image, certain], labels[image, certain], classes
         )
-        if output.masks is not None:
-            height, width = batch.original_sizes[image].tolist()
+        if masks:
+            size = batch.original_sizes[image].tolist()
             for query, result in zip(certain.tolist(), of_image, strict=True):
-                left, top, box_width, box_height = result["bbox"]
-                corners = [left, top, left + box_width, top + box_height]
+                left, top, width, height = result["bbox"]
                 mask = masks[image * scores.shape[1] + query]
-                result["segmentation"] = mask_code(mask, corners, (height, width))
+                result["segmentation"] = mask_code(mask, [left, top, left + width, top + height], size)
         results += of_image
     return results

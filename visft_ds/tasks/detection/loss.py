@@ -126,12 +126,9 @@ def match(
     Raises:
         FloatingPointError: a cost is not finite.
     """
-    objects = len(targets.boxes)
-    # (N,): the image of each object. With output_size, repeat_interleave does not wait for the device.
-    images = torch.arange(len(targets.counts), device=logits.device)
-    image_of = torch.repeat_interleave(images, targets.counts, output_size=objects)
-    probability = at_least_float32(logits).softmax(dim=-1)
-    predicted = at_least_float32(boxes)[:, image_of]  # (L, N, Q, 4)
+    image_of = targets.image_of()
+    probability = logits.softmax(dim=-1)
+    predicted = boxes[:, image_of]  # (L, N, Q, 4)
     true = targets.boxes.to(predicted.dtype)[:, None]  # (N, 1, 4)
     # Two index vectors around a slice: torch moves their axis to the front, (N, L, Q).
     of_class = -probability[:, image_of, :, targets.labels].transpose(0, 1)
@@ -139,7 +136,7 @@ def match(
     overlap = -generalized_box_iou(corners_of(predicted), corners_of(true))
     ce, l1, giou = costs
     cost = ce * of_class + l1 * distance + giou * overlap
-    return solve(cost, targets.counts, objects, image_ids)
+    return solve(cost, targets.counts, len(image_of), image_ids)
 
 
 def generalized_box_iou(first: Tensor, second: Tensor) -> Tensor:

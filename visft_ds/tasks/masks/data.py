@@ -16,11 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from visft_ds.data.labels import box_corners
 from visft_ds.data.samples import Arrays, RawSample, Sample, Targets
 from visft_ds.data.transforms import (
-    BoolArray,
     Crop,
     Flip,
+    FloatArray,
     Op,
     Pad,
     Resize,
@@ -28,6 +29,7 @@ from visft_ds.data.transforms import (
     apply_to_boxes,
     final_size,
 )
+from visft_ds.tasks import Annotation
 from visft_ds.tasks.masks.rasters import STRIDE, draw_masks, grid_size
 
 #: Sides of images in evaluation are multiples of so many pixels, so that patches and strides lose no strip.
@@ -87,12 +89,7 @@ class LargeScaleJitter:
             return [*ops, *self._jitter(size, generator)]
         height, width = evaluation_size(size, self.min_size_test, self.max_size_test)
         rows, columns = grid_size((height, width), _MULTIPLE)
-        padding = Pad(
-            rows * _MULTIPLE,
-            columns * _MULTIPLE,
-            self.pad_value,
-            outside=True,
-        )
+        padding = Pad(rows * _MULTIPLE, columns * _MULTIPLE, self.pad_value, outside=True)
         return [Resize(height, width), padding]
 
     def _jitter(self, size: Size, generator: np.random.Generator) -> list[Op]:
@@ -128,6 +125,18 @@ def evaluation_size(size: Size, short_side: int, max_long: int) -> Size:
     return (short_side, long_side) if size[0] <= size[1] else (long_side, short_side)
 
 
+def visible_objects(raw: RawSample, ops: Sequence[Op]) -> tuple[list[Annotation], FloatArray]:
+    """Objects of an image that have an area before and after `ops`, without crowds, and their corners (n, 4)
+    there in pixels.
+    """
+    objects = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
+    height, width = raw.size
+    corners = box_corners(objects).clip(0, [width, height, width, height])
+    moved = apply_to_boxes(corners, raw.size, ops)  # without area they have none afterwards either
+    has_area = (moved[:, 2:] > moved[:, :2]).all(axis=1)
+    return list(compress(objects, has_area)), moved[has_area]
+
+
 def mask_targets(
     labels: Mapping[int, int],
     raw: RawSample,
@@ -141,13 +150,8 @@ def mask_targets(
     regions, objects without a mask, and objects whose box or mask has no area (before or after a crop) give
     no target.
     """
-    objects = [
-        annotation
-        for annotation in raw.annotations
-        if not annotation["iscrowd"] and annotation.get("segmentation")
-    ]
-    has_area = _have_area([annotation["bbox"] for annotation in objects], raw.size, ops)
-    objects = list(compress(objects, has_area))
+    seen, _ = visible_objects(raw, ops)
+    objects = [annotation for annotation in seen if annotation.get("segmentation")]
     masks = draw_masks([annotation["segmentation"] for annotation in objects], raw.size, ops, stride)
     _clear_beyond_cuts(masks, raw.size, ops)
     classes = np.array([labels[annotation["category_id"]] for annotation in objects], dtype=np.int64)
@@ -161,28 +165,13 @@ def _clear_beyond_cuts(masks: npt.NDArray[np.uint8], size: Size, ops: Sequence[O
     """
     height, width = size
     shown = apply_to_boxes(np.array([[0.0, 0.0, width, height]]), size, ops)
-    final_height, final_width = final_size(size, ops)
-    _, rows, columns = masks.shape
-    cells = shown[0] / [final_width, final_height, final_width, final_height] * [columns, rows, columns, rows]
-    left, top = np.floor(cells[:2]).astype(int)
-    right, bottom = np.ceil(cells[2:]).astype(int)
+    cells = shown.reshape(2, 2) / final_size(size, ops)[::-1] * masks.shape[:0:-1]
+    left, top = np.floor(cells[0]).astype(int)
+    right, bottom = np.ceil(cells[1]).astype(int)
     masks[:, :top] = 0
     masks[:, bottom:] = 0
     masks[:, :, :left] = 0
     masks[:, :, right:] = 0
-
-
-def _have_area(boxes: Sequence[Sequence[float]], size: Size, ops: Sequence[Op]) -> BoolArray:
-    """(n,) True for boxes (x, y, w, h) that have an area in an image of `size`, before and after `ops`."""
-    corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    corners[:, 2:] += corners[:, :2]
-    corners = corners.clip(0, size[::-1] * 2)
-    sides = corners[:, 2:] - corners[:, :2]
-    corners = apply_to_boxes(corners, size, ops)
-    corners = corners.clip(0, final_size(size, ops)[::-1] * 2)
-    final_sides = corners[:, 2:] - corners[:, :2]
-    has_area = (sides > 0) & (final_sides > 0)
-    return np.asarray(has_area.all(axis=1))
 
 
 def packed_masks(samples: Sequence[Sample], task: str, frame: Size) -> MaskTargets:

@@ -28,7 +28,7 @@ from visft_ds.ops import at_least_float32
 from visft_ds.ops.deform_attn import deform_attn
 from visft_ds.tasks.masks.norm import GROUPS, MaskedGroupNorm
 from visft_ds.tasks.segmentation.config import SegmentationHeadConfig
-from visft_ds.tasks.transformer import sine_positions
+from visft_ds.tasks.transformer import cell_centres, sine_positions
 
 
 class DeformableAttention(nn.Module):
@@ -46,12 +46,9 @@ class DeformableAttention(nn.Module):
         self.value_proj = nn.Linear(width, width)
         self.output_proj = nn.Linear(width, width)
         nn.init.zeros_(self.sampling_offsets.weight)
-        with torch.no_grad():
-            with torch.device(
-                "cpu"
-            ):  # arithmetic on the meta device is torch's compiler, a second of imports
-                offsets = self._first_offsets()
-            self.sampling_offsets.bias.copy_(offsets.flatten())
+        with torch.device("cpu"):  # arithmetic on the meta device is torch's compiler, a second of imports
+            offsets = self._first_offsets()
+        self.sampling_offsets.bias.data.copy_(offsets.flatten())
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
         for projection in (self.value_proj, self.output_proj):
@@ -66,9 +63,7 @@ class DeformableAttention(nn.Module):
         """
         angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
-        # on the border of the square [-1, 1]^2
-        longest = direction.abs().amax(dim=-1, keepdim=True)
-        direction = direction / longest
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # on the square [-1, 1]^2
         steps = torch.arange(self.n_points) + 1.0
         return direction[:, None] * steps[:, None]
 
@@ -97,19 +92,10 @@ class DeformableAttention(nn.Module):
         height, width = shape
         # Made from Python numbers on the device, without a copy that waits.
         extent = torch.stack((offsets.new_full((), width), offsets.new_full((), height)))
-        centres = _centres(shape, offsets)[:, None, None, None]
-        points = centres + offsets / extent
+        centres = cell_centres(shape, offsets) / extent
+        points = centres[:, None, None, None] + offsets / extent
         mixed: Tensor = self.output_proj(deform_attn(value, [shape], points, weights))
         return mixed
-
-
-def _centres(shape: Size, like: Tensor) -> Tensor:
-    """(S, 2) centres (x, y) in [0, 1] of the cells of a map of this shape (h, w), row by row."""
-    height, width = shape
-    y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
-    x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
-    pairs = torch.meshgrid(x, y, indexing="xy")
-    return torch.stack(pairs, dim=-1).flatten(end_dim=1)
 
 
 class PixelLayer(nn.Module):
