@@ -305,10 +305,11 @@ def dense_results(
             batch, image, boxes[image, certain], scores[image, certain], labels[image, certain], classes
         )
         if masks:
-            size = batch.original_sizes[image].tolist()
+            rows, columns = batch.original_sizes[image].tolist()
             for query, result in zip(certain.tolist(), of_image, strict=True):
                 left, top, width, height = result["bbox"]
+                corners = [left, top, left + width, top + height]
                 mask = masks[image * scores.shape[1] + query]
-                result["segmentation"] = mask_code(mask, [left, top, left + width, top + height], size)
+                result["segmentation"] = mask_code(mask, corners, (rows, columns))
         results += of_image
     return results

@@ -133,7 +133,7 @@ def visible_objects(raw: RawSample, ops: Sequence[Op]) -> tuple[list[Annotation]
     height, width = raw.size
     corners = box_corners(objects).clip(0, [width, height, width, height])
     moved = apply_to_boxes(corners, raw.size, ops)  # without area they have none afterwards either
-    has_area = (moved[:, 2:] > moved[:, :2]).all(axis=1)
+    has_area = np.all(moved[:, 2:] > moved[:, :2], axis=1)
     return list(compress(objects, has_area)), moved[has_area]
 
 
