@@ -63,6 +63,7 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
     from visft_ds.data.shards import Manifest, ShardReader
     from visft_ds.evals.judge.classes import read_classes
     from visft_ds.evals.judge.dense_sets import read_depth, read_train_and_test
+    from visft_ds.evals.judge.kinds import Request
     from visft_ds.evals.judge.ocr import read_words
     from visft_ds.evals.judge.protocol import QUICK
     from visft_ds.evals.judge.retrieval import read_captions
@@ -158,7 +159,7 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
 
     def read_judged(folder: Path) -> None:
         for read in (read_train_and_test, read_depth):
-            for part in read(QUICK.images, str(folder)):
+            for part in read(Request(QUICK, "x", str(folder))):
                 part.label(0), part.images.read(0)
         read_words(folder), read_captions(str(folder)), read_classes(str(folder), "images")
 

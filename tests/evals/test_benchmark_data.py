@@ -23,7 +23,7 @@ from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.crops import NO_CLASS, label_of
 from visft_ds.evals.judge.images import PARTS, chosen, from_files, grouped
 from visft_ds.evals.judge.in_domain import trained_on
-from visft_ds.evals.judge.kinds import parse_benchmark, parse_benchmarks
+from visft_ds.evals.judge.kinds import Request, parse_benchmark, parse_benchmarks
 from visft_ds.evals.judge.model_text import ModelSpec
 from visft_ds.evals.judge.protocol import QUICK
 from visft_ds.evals.judge.rows import held_out
@@ -260,7 +260,7 @@ def test_folders_are_read_as_visft_shards_does(tmp_path: Path, images: str, anno
         path = tmp_path / annotations.replace("train", split)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(_coco([True, True])))
-    learnt, held = dense_sets.read_train_and_test(QUICK.images, str(tmp_path))
+    learnt, held = dense_sets.read_train_and_test(Request(QUICK, "x", str(tmp_path)))
     assert held.classes == ("", "cat", "dog") and len(learnt.things) == 2 and not held.notes
     label = held.label(0)
     assert np.unique(label[20]).tolist() == [0, 1, 2] and (label[10:50, :20] == 1).all()
@@ -275,7 +275,7 @@ def test_a_box_without_a_mask_is_the_truth_of_no_miou(tmp_path: Path) -> None:
         (tmp_path / f"{split}.json").write_text(json.dumps(_coco(masks)))
     benchmark = parse_benchmark(f"segmentation={tmp_path}", QUICK)
     assert len(benchmark.notes) == 1 and "1 of 3 objects have a box and no mask" in benchmark.notes[0]
-    _, held = dense_sets.read_train_and_test(QUICK.images, str(tmp_path))
+    _, held = dense_sets.read_train_and_test(Request(QUICK, "x", str(tmp_path)))
     label = held.label(0)
     assert (
         (label[10:50, 30:50] == dense_sets.NOTHING).all()
@@ -308,7 +308,7 @@ def test_named_label_maps_are_read_as_visft_shards_does(tmp_path: Path) -> None:
         ([*names, "Unlabelled"], 1, ["sky", "house", "Unlabelled"]),
     ):
         (tmp_path / "classes.txt").write_text("\n".join(listed))
-        _, held = dense_sets.read_train_and_test(QUICK.images, str(tmp_path), void=void)
+        _, held = dense_sets.read_train_and_test(Request(QUICK, "x", str(tmp_path), void=str(void)))
         assert held.classes == tuple(expected)
         stored = np.asarray(Image.open(tmp_path / "labels/val/0val.png"))
         label = label_of(held, 0).numpy()
@@ -391,7 +391,7 @@ def test_more_classes_than_a_byte_has(tmp_path: Path) -> None:
     for split in ("train", "val"):
         _image(tmp_path / split / "a.jpg", size=(90, 60))
         (tmp_path / f"{split}.json").write_text(json.dumps(content))
-    _, held = dense_sets.read_train_and_test(QUICK.images, str(tmp_path))
+    _, held = dense_sets.read_train_and_test(Request(QUICK, "x", str(tmp_path)))
     numbers = label_of(held, 0)
     assert numbers.unique().tolist() == [0, 255, 301] and NO_CLASS not in numbers
 

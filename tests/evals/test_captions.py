@@ -57,7 +57,7 @@ def test_the_form_of_nocaps(tmp_path: Path) -> None:
     path.write_text(json.dumps({"images": images, "annotations": captions}))
     data = read_captioned(str(tmp_path), None)
     assert list(data.images.names) == ["images/1.jpg", "images/2.jpg"] and len(data.references[0]) == 10
-    assert [number.name for number in data.numbers][1:] == ["CIDEr-D (in-domain)", "CIDEr-D (out-domain)"]
+    assert [number.name for number in data.parts][1:] == ["CIDEr-D (in-domain)", "CIDEr-D (out-domain)"]
     with pytest.raises(ValueError, match="give vlm=FOLDER"):
         parse_benchmark(f"caption={tmp_path}", QUICK)
     path.write_text(json.dumps({"images": images, "annotations": captions[:10]}))

@@ -17,6 +17,7 @@ from visft_ds.evals.judge import depth as module
 from visft_ds.evals.judge.dense_sets import read_depth
 from visft_ds.evals.judge.depth import BINS, DELTA1, RMSE, _measured, depth, judged, metres, silog, taught
 from visft_ds.evals.judge.encoding import Settings
+from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.model_text import parse_model
 from visft_ds.evals.judge.models import load_encoder
 from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
@@ -61,7 +62,7 @@ def test_metres_and_loss_by_hand() -> None:
 
 def test_measures_are_numpys_over_the_part_that_counts(tmp_path: Path) -> None:
     """Of NYU's size 426 x 560 pixels are judged, and the border of training images does not teach."""
-    train, test = read_depth(QUICK.images, str(_folder(tmp_path, (480, 640), 1)))
+    train, test = read_depth(Request(QUICK, "x", str(_folder(tmp_path, (480, 640), 1))))
     train, test = taught(train), judged(test)
     truth = test.label(0)
     assert (truth > 0).sum() == 426 * 560 and (train.label(0) > 0).sum() == 427 * 565
@@ -79,7 +80,7 @@ def test_quick_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A head learns depth that stands in the features; less is better for RMSE, so held-out images give minus
     it.
     """
-    train, test = read_depth(QUICK.images, str(_folder(tmp_path / "data", (48, 64), 8)))
+    train, test = read_depth(Request(QUICK, "x", str(_folder(tmp_path / "data", (48, 64), 8))))
     few = replace(QUICK, depth=replace(QUICK.depth, steps=60, warm_up=6, rate=0.1))
     monkeypatch.setattr(dense_probes, "BRIEF", few)
     monkeypatch.setattr(module, "_PLAIN_STEPS", 10)

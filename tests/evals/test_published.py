@@ -34,7 +34,6 @@ from visft_ds.evals.judge import (
 )
 from visft_ds.evals.judge.benchmark import ImageSet
 from visft_ds.evals.judge.classes import ClassSet
-from visft_ds.evals.judge.crops import View
 from visft_ds.evals.judge.dense_probes import LiveFeatures
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
@@ -153,7 +152,7 @@ def test_in_context_is_hummingbirds() -> None:
     assert benchmark.published is not None
     (score,) = benchmark.published(encoder, CPU, [IN_CONTEXT.name])
 
-    view = View(side, MEAN, STD)
+    view = _encoder(side)
     keys, values = [], []
     for number, place in enumerate([*range(6), *range(6)]):  # two passes, in order
         label = torch.from_numpy(train.label(place).astype(np.int64))
@@ -212,7 +211,7 @@ def test_colours_of_hummingbird_change_each_by_a_coin_of_its_own() -> None:
             patch.setattr(in_context.transforms, "ColorJitter", _Told)
             pixels, _ = _drawn(
                 seed,
-                lambda: in_context.crop(image, torch.zeros(40, 40, dtype=torch.int64), View(16, MEAN, STD)),
+                lambda: in_context.crop(image, torch.zeros(40, 40, dtype=torch.int64), _encoder(16)),
             )
         assert pixels.shape == (3, 16, 16)
         found.add(tuple(asked))
@@ -314,7 +313,7 @@ def test_crops_of_linear_segmentation() -> None:
     """Small images are filled up on the right and below, with 0 after the normalisation and no class; one
     class has at most three quarters, where ten more draws find such a place.
     """
-    view = View(32, MEAN, STD)
+    view = _encoder(32)
     label = torch.zeros(20, 20, dtype=torch.int64)
     label[:, 10:] = 1
     image = Image.fromarray(np.full((20, 20, 3), 200, np.uint8))
@@ -347,7 +346,7 @@ def test_depth_crops_keep_images_and_depths_together() -> None:
     rng = np.random.default_rng(0)
     ramp = (np.arange(480)[:, None] * 0.2 + np.arange(640)[None] * 0.2).astype(np.float32)
     image = Image.fromarray(np.repeat(ramp[..., None], 3, axis=2).round().astype(np.uint8))
-    view, seen = View(32, (0.0,) * 3, (1.0,) * 3), set()
+    view, seen = replace(_encoder(32), normalisation=((0.0,) * 3, (1.0,) * 3)), set()
     for seed in range(12):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(depth, "coloured", lambda pixels: pixels)

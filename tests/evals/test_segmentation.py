@@ -25,6 +25,7 @@ from visft_ds.evals.judge.benchmark import ImageSet, Label
 from visft_ds.evals.judge.crops import label_of
 from visft_ds.evals.judge.dense_sets import NOTHING, DenseSet, Thing, read_train_and_test
 from visft_ds.evals.judge.encoding import Settings
+from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.miou import contenders, largest, mean_iou
 from visft_ds.evals.judge.model_text import parse_model
 from visft_ds.evals.judge.models import load_encoder
@@ -36,7 +37,10 @@ from visft_ds.shards.options import Options
 from visft_ds.tasks.classes import VOID
 
 SIDE = 112  # of the pictures here
-ALL = QUICK.images
+
+
+def _request(source: Path) -> Request:
+    return Request(QUICK, "segmentation/x", str(source))
 
 
 def _picture(path: Path) -> None:
@@ -58,7 +62,7 @@ def test_label_maps(tmp_path: Path, labels: str, parts: tuple[str, str], void: i
         Image.fromarray(numbers).save(tmp_path / labels / folder / "one.png")
     (tmp_path / labels / "other").mkdir()  # without images: no part
     first = int(void == 0)  # 0 of ADE20K's is no class
-    for part in read_train_and_test(ALL, str(tmp_path)):
+    for part in read_train_and_test(_request(tmp_path)):
         label = part.label(0)
         assert (label[:20] == VOID).all() and part.images.stretched and not part.things
         assert (label[20:, : SIDE // 2] == 1 - first).all() and (label[20:, SIDE // 2 :] == 2 - first).all()
@@ -75,20 +79,20 @@ def test_voc_and_wrong_maps(tmp_path: Path) -> None:
         _picture(tmp_path / f"JPEGImages/{part}.jpg")
         Image.fromarray(numbers).save(tmp_path / f"SegmentationClass/{part}.png")
         (tmp_path / f"ImageSets/Segmentation/{part}.txt").write_text(f"{part}\n")
-    train, test = read_train_and_test(ALL, str(tmp_path))
+    train, test = read_train_and_test(_request(tmp_path))
     assert train.images.names == ["JPEGImages/train.jpg"] and np.array_equal(test.label(0), numbers)
     (tmp_path / "ImageSets/Segmentation/trainaug.txt").write_text("train\n")
     assert np.array_equal(
-        read_train_and_test(ALL, str(tmp_path))[0].label(0), numbers
+        read_train_and_test(_request(tmp_path))[0].label(0), numbers
     )  # its maps are not there
     (tmp_path / "SegmentationClassAug").mkdir()
     Image.fromarray(numbers + (numbers == 3)).save(tmp_path / "SegmentationClassAug/train.png")
-    train, test = read_train_and_test(ALL, str(tmp_path))
+    train, test = read_train_and_test(_request(tmp_path))
     assert (train.label(0)[:5] == 4).all() and (test.label(0)[:5] == 3).all()
     for wrong, word in ((numbers[1:], "pixels"), (np.full_like(numbers, VOID), "one class")):
         Image.fromarray(wrong).save(tmp_path / "SegmentationClass/val.png")
         with pytest.raises(ValueError, match=word):
-            read_train_and_test(ALL, str(tmp_path))
+            read_train_and_test(_request(tmp_path))
 
 
 def _box(x: float, y: float, width: float, height: float) -> list[list[float]]:
@@ -138,7 +142,7 @@ def test_outlines_of_a_coco_tree_and_of_shards(tmp_path: Path) -> None:
     tree, shards = tmp_path / "tree", tmp_path / "shards"
     tree.mkdir()
     _coco(tree)
-    for part in read_train_and_test(ALL, str(tree)):
+    for part in read_train_and_test(_request(tree)):
         _check_coco(part)
     for split in ("train", "val"):
         build(
@@ -146,7 +150,7 @@ def test_outlines_of_a_coco_tree_and_of_shards(tmp_path: Path) -> None:
                 tree / f"{split}2017", tree / f"annotations/instances_{split}2017.json", None, shards, split
             )
         )
-    for part in read_train_and_test(ALL, str(shards)):
+    for part in read_train_and_test(_request(shards)):
         _check_coco(part)
         assert part.images.read(0).size == (SIDE, SIDE)
 

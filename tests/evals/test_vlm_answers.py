@@ -12,7 +12,7 @@ import torch
 from tests.golden.judge import record_in, run
 from tests.merge.test_vlm import blip2
 from tests.random_tower import adapter_of, move_adapters, random_tower, save_adapter, save_backbone
-from visft_ds.evals.judge import vlm_answers
+from visft_ds.evals.judge import vqa
 from visft_ds.interop.layouts import fingerprint_of, load_backbone, model_in, open_model, tower_in, whole
 from visft_ds.interop.vlm import Vlm
 from visft_ds.models.lora import inject_lora
@@ -70,7 +70,7 @@ def test_the_tower_of_each_model_answers(tmp_path: Path, monkeypatch: pytest.Mon
         said.append(answer)
         return float(len(answer))
 
-    monkeypatch.setattr(vlm_answers, "accuracy", keep)
+    monkeypatch.setattr(vqa, "accuracy", keep)
     models = [f"base={base}", f"tuned={base}+{tmp_path}/adapter"]
     words = ["--primary", "vqa/toy VLM answers", "--layers", "last", "--quick"]
     on = f"vqa={tmp_path}/toy,vlm={tmp_path}/vlm"

@@ -18,6 +18,8 @@ from visft_ds.data.dataset import labels_of_split, read_raw
 from visft_ds.data.depth import encoded, values_of
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.judge.dense_sets import read_depth
+from visft_ds.evals.judge.kinds import Request
+from visft_ds.evals.judge.protocol import QUICK
 from visft_ds.prepare.settle import settle
 from visft_ds.shards.cli import main
 
@@ -61,10 +63,10 @@ def test_units_and_relative_maps(tmp_path: Path) -> None:
         if metres is None:
             assert manifest.farthest is None
             with pytest.raises(ValueError, match="relative"):
-                read_depth({"train": 2, "test": 2}, str(folder))
+                read_depth(Request(QUICK, "x", str(folder)))
         else:
             assert np.abs(values - slope(0, 64, 40)).max() < 1 / 512 + 1e-6
-            judged, _ = read_depth({"train": 2, "test": 2}, str(folder))
+            judged, _ = read_depth(Request(QUICK, "x", str(folder)))
             assert np.array_equal(judged.label(0), values)
     folder = write_depth(tmp_path / "outdoors", 2, 2, unit="0.00390625")
     (folder / "depth/unit.txt").write_text("0.0625")

@@ -13,6 +13,8 @@ from tests.map_folder import bands, write_own, write_pair
 from visft_ds.data.dataset import coco_dataset, labels_of_split
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.judge.dense_sets import read_train_and_test
+from visft_ds.evals.judge.kinds import Request
+from visft_ds.evals.judge.protocol import QUICK
 from visft_ds.prepare.settle import settle
 from visft_ds.shards.cli import main
 from visft_ds.tasks.semantic.results import measure_semantic, number_map
@@ -154,7 +156,7 @@ def test_a_number_without_a_class_loses_its_name(tmp_path: Path, capsys: pytest.
         **{"semantic/mIoU": 1, "semantic/accuracy": 1},
         **{f"semantic/IoU/{name}": 1 for name in ("sky", "meadow", "house")},
     }
-    _, judged = read_train_and_test({"train": 8, "test": 4}, str(tmp_path / "shards"))
+    _, judged = read_train_and_test(Request(QUICK, "x", str(tmp_path / "shards")))
     assert judged.classes == ("sky", "meadow", "house") and set(np.unique(judged.label(0))) <= {
         0,
         1,

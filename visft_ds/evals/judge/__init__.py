@@ -8,10 +8,10 @@ caches; `encoding`, `encoders` and `text` make features). `table` takes differen
 
 `benchmark` is the interface of all that gives numbers: `classification`, `linear_classification`,
 `few_shots`, `zero_shot`, `retrieval`, `objects`, `ocr`, `agreement`, `vqa` with `questions` and
-`vqa_accuracy`; by a vision-language model (`vlm_text`) `vlm_answers` and `captions`; and of maps
+`vqa_accuracy`, `captions`; the last two also by a vision-language model (`vlm_text`); and of maps
 `segmentation`, `linear_segmentation`, `in_context`, `depth`. Probes share `rows`, `protocol`, `crops`, `knn`,
 `logistic`, `ranking`; those of maps also `dense_probes`, `heads`, `miou`.
 
-To add a benchmark: a module with its NUMBERS and a function that returns a `Benchmark`, and an entry in
-`kinds.KINDS`; help, page and manual are made of these. A change of what a score is raises `scoring.VERSION`.
+To add a benchmark: a module with its NUMBERS and a function `benchmark`, and an entry in `kinds.KINDS`;
+help, page and manual are made of these. A change of what a score is raises `scoring.VERSION`.
 """

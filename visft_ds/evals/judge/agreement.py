@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number, Score
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.images import SUFFIXES, every, from_files, image_files
+from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.model_text import ModelSpec
 from visft_ds.evals.judge.models import alike, load_encoder, weights_of
 from visft_ds.files import reading
@@ -34,20 +35,20 @@ _ASKS = "agreement= counts which predictions of BASE's own classifier stay, and"
 MOST = 5000  #: images of a folder; a larger one gives every k-th
 
 
-def agreement(label: str, images: ImageSet) -> Benchmark:
+def benchmark(request: Request) -> Benchmark:
     """Share of the first model's top-1 predictions that a model makes, too. Scores are the predictions
     themselves.
     """
+    images = request.grouped(read_images(request.source))
 
     def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
         yield Score(NUMBERS[0].name, features["test"][KIND].double().numpy())
 
-    return Benchmark(label, {"test": images}, (KIND,), NUMBERS, {"benchmark": "agreement 1"}, scores)
+    return Benchmark(request.label, {"test": images}, (KIND,), NUMBERS, {"benchmark": "agreement 1"}, scores)
 
 
 def read_images(source: str) -> ImageSet:
-    """The images of a folder; where it has none, of val2017 in it (a COCO tree), or else of all folders in
-    it.
+    """The images of a folder; where it has none, those of all folders in it.
 
     Raises:
         ValueError: no such folder, or none with images.
@@ -57,9 +58,7 @@ def read_images(source: str) -> ImageSet:
         raise ValueError(f"{source}: no such folder; give one with images")
     files = image_files(root)
     if not files:
-        val = root / "val2017"
-        folders = [val] if val.is_dir() else sorted(path for path in root.iterdir() if path.is_dir())
-        files = [path for folder in folders for path in image_files(folder)]
+        files = [path for folder in sorted(root.glob("*/")) for path in image_files(folder)]
     if not files:
         raise ValueError(f"{source}: no images ({', '.join(SUFFIXES)}) in it or one folder below")
     return from_files([files[number] for number in every(len(files), MOST)], root)

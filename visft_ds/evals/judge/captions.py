@@ -13,7 +13,7 @@ references of the images that a number is about, as if each of NoCaps' domains w
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,12 +21,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from visft_ds.evals.judge.benchmark import Benchmark, ImageSet, Number, Score
+from visft_ds.evals.judge.benchmark import Benchmark, ImageSet, IntArray, Number, Score
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import Settings
-from visft_ds.evals.judge.images import digest, from_files, read_json, stamp
-from visft_ds.evals.judge.retrieval import Pairs, captioned_images, captions_by_image, files_by_name
-from visft_ds.evals.judge.vlm_text import Request, backbone_and_weights, by_text, by_vlm
+from visft_ds.evals.judge.images import digest, from_files, read_json
+from visft_ds.evals.judge.kinds import Request
+from visft_ds.evals.judge.retrieval import (
+    Pairs,
+    captioned_images,
+    captions_by_image,
+    check_captions,
+    files_by_name,
+)
+from visft_ds.evals.judge.vlm_text import Prompt, backbone_and_weights, by_text, by_vlm, files_in
 from visft_ds.files import checked_name, reading
 from visft_ds.monitor.console import gauge
 from visft_ds.tasks.captioning.metrics import cider_of_images
@@ -66,35 +73,39 @@ class CaptionedSet:
     domains: tuple[str, ...]  #: of each image, as NoCaps has them; "" for other data
 
     @property
-    def numbers(self) -> list[Number]:
-        """The number of all images, and that of each domain."""
-        domains = sorted(set(self.domains) - {""})
-        return [ALL, *map(of_domain, domains)]
+    def parts(self) -> dict[Number, IntArray]:
+        """Number -> the images that it is about: of all of them, and of each domain."""
+        domains = np.array(self.domains)
+        parts = {ALL: np.arange(len(domains))}
+        for domain in sorted(set(self.domains) - {""}):
+            parts[of_domain(domain)] = np.flatnonzero(domains == domain)
+        return parts
 
     def scores(self, captions: Sequence[str]) -> Iterator[Score]:
         """CIDEr-D of a caption of each image."""
         generated = [ptb_words(caption) for caption in captions]
         true = [[ptb_words(text) for text in texts] for texts in self.references]
-        domains = np.array(self.domains)
-        parts = {ALL.name: np.arange(len(domains))}
-        for domain in sorted(set(self.domains) - {""}):
-            parts[of_domain(domain).name] = np.flatnonzero(domains == domain)
-        for name, numbers in parts.items():
-            chosen = numbers.tolist()
-            values = cider_of_images([true[n] for n in chosen], [generated[n] for n in chosen])
-            yield Score(name, np.array(values), numbers)
+        for number, images in self.parts.items():
+            values = cider_of_images([true[n] for n in images], [generated[n] for n in images])
+            yield Score(number.name, np.array(values), images)
 
 
-def captions_of_vlm(label: str, data: CaptionedSet, folder: Path) -> Benchmark:
-    """Captions of the model in a folder."""
-    requests = [Request(number, PROMPT, CHAT) for number in range(len(data.images))]
+def benchmark(request: Request) -> Benchmark:
+    """CIDEr-D of captions by a vision-language model, or by the head of a run."""
+    if (request.vlm is None) == (request.head is None):
+        raise ValueError(
+            f"--on caption={request.source}: give vlm=FOLDER of a vision-language model, or head=RUN whose "
+            "captioning head reads each tower"
+        )
+    (data,) = request.with_groups(read_captioned(request.source, request.split))
+    if request.head is not None:
+        return _of_head(request, data, Path(request.head))
+    prompts = [Prompt(number, PROMPT, CHAT) for number in range(len(data.images))]
     settings = {**_settings(data), "protocol": [PROMPT, CHAT, LONGEST]}
-    return by_vlm(
-        label, folder, {"test": data.images}, requests, LONGEST, data.numbers, settings, data.scores
-    )
+    return by_vlm(request, {"test": data.images}, prompts, LONGEST, list(data.parts), settings, data.scores)
 
 
-def captions_of_head(label: str, data: CaptionedSet, run: Path) -> Benchmark:
+def _of_head(request: Request, data: CaptionedSet, run: Path) -> Benchmark:
     """Captions of the captioning head of a run."""
 
     @cache
@@ -111,17 +122,12 @@ def captions_of_head(label: str, data: CaptionedSet, run: Path) -> Benchmark:
         _put(encoder, model, run)
         captions = []
         numbers = range(len(data.images))
-        for number in gauge(label, len(numbers), "captions", numbers):
+        for number in gauge(request.label, len(numbers), "captions", numbers):
             captions.append(model.predict(data.images.read(number)).caption or "")
         yield from data.scores(captions)
 
-    export = sorted(path for path in (run / "export").glob("*") if path.is_file())
-    settings: dict[str, object] = {
-        **_settings(data),
-        "head": digest(f"{path.name} {stamp(path)}" for path in export),
-    }
-    benchmark = by_text(label, {"test": data.images}, data.numbers, settings, scores)
-    return replace(benchmark, check_base=check)
+    settings = {**_settings(data), "head": files_in(run / "export")}
+    return by_text(request.label, {"test": data.images}, list(data.parts), settings, check, scores)
 
 
 def _settings(data: CaptionedSet) -> dict[str, object]:
@@ -152,9 +158,7 @@ def read_captioned(source: str, split: str | None) -> CaptionedSet:
     else:
         pairs = captioned_images(root, split)
         domains = [""] * len(pairs)
-    mute = [path for path, captions in pairs if not any(map(str.strip, captions))]
-    if mute:
-        raise ValueError(f"{source}: {len(mute)} images have no caption, first {mute[0]}")
+    check_captions(source, pairs)
     references = tuple(tuple(captions) for _, captions in pairs)
     return CaptionedSet(from_files([path for path, _ in pairs], root), references, tuple(domains))
 

@@ -13,18 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, replace
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, LayerChoice, Number, Score, units
-from visft_ds.evals.judge.classes import ClassSet
+from visft_ds.evals.judge.classes import ClassSet, read_train_and_test
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.encoding import Settings, brought_near, encode_images
 from visft_ds.evals.judge.few_shots import NUMBERS as FEW_SHOTS
 from visft_ds.evals.judge.few_shots import allowed, few_shots, units_of_classes
 from visft_ds.evals.judge.images import every
+from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.knn import knn
 from visft_ds.evals.judge.linear_classification import KINDS, RECIPE, Recipe, image_rows, linear_accuracy
 from visft_ds.evals.judge.logistic import STRENGTHS, logistic_regression
@@ -63,6 +63,13 @@ _QUICK_PROBES = {KNN.name: knn, LINEAR.name: logistic_regression}
 _QUICK_PROBES |= {number.name: few_shots for number in FEW_SHOTS}
 
 
+def benchmark(request: Request) -> Benchmark:
+    """Classification of the images that a command line names."""
+    parts = read_train_and_test(request.source, request.train, request.split)
+    train, test = request.with_groups(*parts)
+    return classification(request.label, train, test, request.protocol)
+
+
 def classification(
     label: str, train: ClassSet, test: ClassSet, protocol: Protocol, recipe: Recipe = RECIPE
 ) -> Benchmark:
@@ -72,6 +79,14 @@ def classification(
     choosing = _at_most(train, QUICK.classified["train"])
     least = int(units_of_classes(train.labels, units(len(train.labels), train.images.groups)).min())
     of_few_shots = allowed(least)
+    what = "images" if train.images.groups is None else "groups of images"
+    left_out = [number.name for number in FEW_SHOTS if number not in of_few_shots]
+    notes = []
+    if left_out:
+        notes.append(
+            f"{label}: the smallest class has {least} training {what}, and draws need twice as many as they "
+            f"take: no {', '.join(left_out)}."
+        )
 
     def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
         for number in names:
@@ -83,11 +98,8 @@ def classification(
         rows = _taught(number, features, choosing)
         chooses = held_out(rows.labels, rows.owners)
         if not chooses.any():
-            units = "images"
-            if choosing.images.groups is not None:
-                units = "groups of images"
             raise ValueError(
-                f"{label} has fewer than five training {units} in each class, and a fifth of them chooses "
+                f"{label} has fewer than five training {what} in each class, and a fifth of them chooses "
                 "the layer: give --layers last"
             )
         return _QUICK_PROBES[number](number, rows.subset(~chooses), rows.subset(chooses), draws=0).value
@@ -106,7 +118,7 @@ def classification(
             judged = _rows(LINEAR.name, of_test, test)
             yield linear_accuracy(LINEAR.name, viewed, train, judged, recipe, settings)
 
-    how: Any = asdict(recipe) if protocol.published else STRENGTHS
+    how: object = asdict(recipe) if protocol.published else STRENGTHS
     return Benchmark(
         label,
         sets={"train": train.images, "test": test.images},
@@ -119,7 +131,7 @@ def classification(
             "names": list(test.classes),
         },
         scores=scores,
-        notes=_without_shots(label, least, train),
+        notes=notes,
         layer_choice=LayerChoice(choosing.images, on_held_out),
         published=published if protocol.published else None,
     )
@@ -133,21 +145,7 @@ def published_view(encoder: Encoder) -> Encoder:
 
 def _at_most(data: ClassSet, count: int) -> ClassSet:
     """The images, or of more than `count` every k-th."""
-    if len(data.labels) <= count:
-        return data
     return data.subset(np.array(every(len(data.labels), count)))
-
-
-def _without_shots(label: str, least: int, train: ClassSet) -> list[str]:
-    """Note where the smallest class has too few images for some numbers of few shots."""
-    left_out = [number.name for number in FEW_SHOTS if number not in allowed(least)]
-    if not left_out:
-        return []
-    what = "training images" if train.images.groups is None else "groups of training images"
-    return [
-        f"{label}: the smallest class has {least} {what}, and draws need twice as many as they take: "
-        f"no {', '.join(left_out)}."
-    ]
 
 
 def _rows(number: str, features: Mapping[str, Tensor], data: ClassSet) -> Rows:

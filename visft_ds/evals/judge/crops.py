@@ -5,37 +5,18 @@ global ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, default_collate
-from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.encoding import Settings
 
 NO_CLASS = -1  #: number of a pixel without a class, in labels as tensors
-
-
-@dataclass(frozen=True)
-class View:
-    """Form of the images that an encoder takes."""
-
-    side: int  #: pixels of a square
-    mean: Sequence[float]  #: of RGB in [0, 1]
-    std: Sequence[float]
-
-    def normalised(self, image: Image.Image | Tensor) -> Tensor:
-        """(3, H, W) of an image, a picture or a tensor of bytes."""
-        if isinstance(image, Image.Image):
-            image = pixels_of.pil_to_tensor(image)
-        pixels = pixels_of.to_dtype(image, torch.float32, scale=True)
-        return pixels_of.normalize(pixels, list(self.mean), list(self.std))
 
 
 def label_of(data: DenseSet, number: int) -> Tensor:

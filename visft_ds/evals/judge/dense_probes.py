@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, LayerChoice, Number, Score, fifth
-from visft_ds.evals.judge.crops import View, label_of, random_crops, rounds, short_side
+from visft_ds.evals.judge.crops import label_of, random_crops, rounds, short_side
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import Settings, forward, pictures
@@ -29,7 +29,7 @@ _UNITS = (32, 16, 14, 1)  # pixels of a patch's side: one of these divides the e
 _BILINEAR = Image.Resampling.BILINEAR
 
 #: Makes a crop of an image and its label as a model takes it.
-Crop = Callable[[Image.Image, Tensor, View], tuple[Tensor, Tensor]]
+Crop = Callable[[Image.Image, Tensor, Encoder], tuple[Tensor, Tensor]]
 #: (B, D, h, w) -> (B, heads, ..., h, w)
 Head = Callable[[Tensor], Tensor]
 #: (number of an image, its features (D, h, w), its label (H, W)).
@@ -93,23 +93,9 @@ class LiveFeatures:
     settings: Settings
 
     def remembered(self, crop: Crop, passes: int) -> tuple[int, Iterator[Example]]:
-        """As above, of random crops. Raises ValueError if a GPU has no room for them."""
+        """As above, of random crops."""
         order = torch.arange(len(self.train.images)).repeat(passes)
-        if self.settings.device.type == "cuda":
-            self._check_room(len(order))
         return len(order), self._one_by_one(order, crop)
-
-    def _check_room(self, images: int) -> None:
-        """Raise ValueError if a GPU has no room for a memory of so many images."""
-        channels, height, width = next(self.whole(self.train)).shape[1:]
-        patches = min(self.protocol.memory, images * height * width)
-        needed = 4 * patches * (channels + len(self.train.classes))
-        free = torch.cuda.mem_get_info(self.settings.device)[0]
-        if needed > free:
-            raise ValueError(
-                f"a memory of {patches:,} patches needs {needed / 2**30:.0f} GiB, and "
-                f"{self.settings.device} has {free / 2**30:.0f} GiB free: take a larger GPU, or give --quick"
-            )
 
     def _one_by_one(self, order: Tensor, crop: Crop) -> Iterator[Example]:
         for numbers, maps, labels in self.examples(order, crop, self.settings.batch_size):
@@ -119,7 +105,7 @@ class LiveFeatures:
         """Batches of random crops; the n-th crop is the same for every model."""
 
         def example(number: int) -> tuple[Tensor, Tensor]:
-            return crop(self.train.images.read(number), label_of(self.train, number), self._view)
+            return crop(self.train.images.read(number), label_of(self.train, number), self.encoder)
 
         for numbers, pixels, labels in random_crops(order, size, example, self.settings):
             yield numbers, self._forward(pixels), labels.to(self.settings.device)
@@ -140,20 +126,16 @@ class LiveFeatures:
         for number in range(len(self.test.images)):
             image = self.test.images.read(number)
             height, width = short_side((image.height, image.width), side)
-            pixels = self._view.normalised(image.resize((width, height), _BILINEAR))
+            pixels = self.encoder.normalised(image.resize((width, height), _BILINEAR))
             yield windows(see, pixels, side)
 
     def flipped(self, head: Head) -> Iterator[Tensor]:
         """For each test image, the mean of what a head says of it and, turned back, of its mirror image."""
         for number in range(len(self.test.images)):
-            pixels = self._view.normalised(self.test.images.read(number))
+            pixels = self.encoder.normalised(self.test.images.read(number))
             both = torch.stack([pixels, pixels.flip(2)])
             straight, mirrored = head(self._forward(both))
             yield (straight + mirrored.flip(-1)) / 2
-
-    @property
-    def _view(self) -> View:
-        return View(self.encoder.side, *self.encoder.normalisation)
 
     def _forward(self, pixels: Tensor) -> Tensor:
         """Features of images (B, 3, H, W) as the model takes them, filled up with 0 on all sides to whole

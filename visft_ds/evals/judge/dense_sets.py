@@ -21,6 +21,7 @@ Depth: `images/<split>` and `depth/<split>`, 16-bit PNG files called as the imag
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -50,6 +51,7 @@ from visft_ds.evals.judge.images import (
     read_lines,
     shares,
 )
+from visft_ds.evals.judge.kinds import Request
 from visft_ds.files import checked_name, image_frame, open_image, read_bytes, reading
 from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import name_as_here, read_coco
@@ -99,80 +101,61 @@ class DenseSet:
 Splits = Mapping[str, Callable[[int], DenseSet]]
 
 
-def read_train_and_test(
-    most: Mapping[str, int],
-    source: str,
-    train: str | None = None,
-    test: str | None = None,
-    void: int | None = None,
-) -> tuple[DenseSet, DenseSet]:
-    """(images to train probes on, images to judge them on), in any layout of the table above.
-
-    Args:
-        most: images of "train" and "test"; of a larger split every k-th.
-        void: number that means no class, for label maps with `classes.txt`.
+def read_train_and_test(request: Request) -> list[DenseSet]:
+    """[images to train probes on, images to judge them on], in any layout of the table above.
 
     Raises:
         ValueError: no such folder or layout, a split that is not there or is not labelled, other categories
             in both, objects of which none has a mask; label maps with a number that `classes.txt` does not
             name.
     """
-    splits = _two_splits(_splits(Path(source), void), most, source, train, test)
+    source = request.source
+    splits = []
     largest = 0  # number of a class
-    for name, split in splits.items():
-        splits[name] = _masked(split, f"{source}: {name}", source)
-        numbers = _numbers_in(splits[name], f"labels of {name}")
+    for name, split in _two_splits(_splits(Path(source), request.void), request).items():
+        masked = _masked(split, f"{source}: {name}", source)
+        numbers = _numbers_in(masked, f"labels of {name}")
         if len(numbers) < 2:
             raise ValueError(f"{source}: {name} has labels of one class only; a probe needs two")
         largest = max(largest, *numbers)
-    for name, split in splits.items():
-        if not split.classes:  # label maps do not name them
-            splits[name] = replace(split, classes=tuple(map(str, range(largest + 1))))
-    learnt, held_out = splits.values()
-    return learnt, held_out
+        splits.append(masked)
+    if splits[0].classes:
+        return splits
+    classes = tuple(map(str, range(largest + 1)))  # label maps do not name them
+    return [replace(split, classes=classes) for split in splits]
 
 
-def read_objects(
-    most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
-) -> tuple[DenseSet, DenseSet]:
+def read_objects(request: Request) -> list[DenseSet]:
     """As `read_train_and_test`, for objects whose boxes are enough."""
-    learnt, held_out = _two_splits(_splits(Path(source)), most, source, train, test).values()
-    return learnt, held_out
+    return list(_two_splits(_splits(Path(request.source)), request).values())
 
 
-def read_depth(
-    most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
-) -> tuple[DenseSet, DenseSet]:
-    """(images to train heads on, images to judge them on), whose labels are metres. Raises ValueError without
+def read_depth(request: Request) -> list[DenseSet]:
+    """[images to train heads on, images to judge them on], whose labels are metres. Raises ValueError without
     any.
     """
-    unit = read_unit(Path(source, "depth"))
+    unit = read_unit(Path(request.source, "depth"))
     if unit is None:
-        raise ValueError(f"{source}: its depth maps are relative, and RMSE needs metres: give others")
-    splits = _beside(Path(source), "depth", partial(_metres, unit))
-    learnt, held_out = _two_splits(splits, most, source, train, test).values()
-    return learnt, held_out
+        raise ValueError(f"{request.source}: its depth maps are relative, and RMSE needs metres: give others")
+    splits = _beside(Path(request.source), "depth", partial(_metres, unit))
+    return list(_two_splits(splits, request).values())
 
 
-def _two_splits(
-    splits: Splits, most: Mapping[str, int], source: str, train: str | None, test: str | None
-) -> dict[str, DenseSet]:
+def _two_splits(splits: Splits, request: Request) -> dict[str, DenseSet]:
     """The split to train on and the one to judge on, by their names: the given ones or the usual ones."""
-    if train is None:
-        train = _AUGMENTED if _AUGMENTED in splits else "train"
-    if test is None:
-        test = next((name for name in PARTS if name in splits), "val")
+    train = request.train or (_AUGMENTED if _AUGMENTED in splits else "train")
+    test = request.split or next((name for name in PARTS if name in splits), "val")
     if train == test or train not in splits or test not in splits:
         raise ValueError(
-            f"{source}: probes cannot learn from {train} and be judged on {test}: name two splits; "
+            f"{request.source}: probes cannot learn from {train} and be judged on {test}: name two splits; "
             f"it has {', '.join(splits) or 'no splits'}"
         )
-    learnt = splits[train](most["train"])
-    held_out = splits[test](most["test"])
+    most = request.protocol.images
+    learnt, held_out = request.with_groups(splits[train](most["train"]), splits[test](most["test"]))
     if learnt.classes != held_out.classes:
         lone = sorted(set(learnt.classes) ^ set(held_out.classes))
         raise ValueError(
-            f"{source}: {train} and {test} differ in their categories or the order of these: "
+            f"{request.source}: {train} and {test} differ in their categories or the order of these: "
             f"{', '.join(lone[:5])}"
         )
     return {train: learnt, test: held_out}
@@ -206,10 +189,15 @@ def _numbers_in(split: DenseSet, what: str) -> set[int]:
     return numbers
 
 
-def _splits(root: Path, void: int | None = None) -> Splits:
+def _splits(root: Path, void: str | None = None) -> Splits:
     """The splits of a folder, in the first layout that it has."""
-    if void is not None and not (root / CLASSES).is_file():
-        raise ValueError(f"{root}: void={void} is for label maps with {CLASSES}, which names their classes")
+    if void is not None:
+        if not void.isdecimal():
+            raise ValueError(f"{root}: void={void} is not a number from 0 to 255")
+        if not (root / CLASSES).is_file():
+            raise ValueError(
+                f"{root}: void={void} is for label maps with {CLASSES}, which names their classes"
+            )
     of_shards = splits_in(root)
     if of_shards:
         return {split: partial(_of_shards, root, split) for split in of_shards}
@@ -233,13 +221,21 @@ def _splits(root: Path, void: int | None = None) -> Splits:
     }
 
 
-def _beside(root: Path, kind: str, read: ReadMap) -> Splits:
-    """The splits that have a folder of images and one of maps of a kind."""
+def _beside(
+    root: Path, kind: str, read: ReadMap, classes: tuple[str, ...] = (), how: Sequence[str] = ()
+) -> Splits:
+    """The splits that have a folder of images and one of maps of a kind.
+
+    Args:
+        how: maps are read, in so far as it does not follow from their files.
+    """
     splits = {}
     for maps in sorted(root.glob(f"{kind}/*/")):
         images = root / "images" / maps.name
         if images.is_dir():
-            splits[maps.name] = partial(_of_maps, root, image_files(images), maps, read)
+            splits[maps.name] = partial(
+                _of_maps, root, image_files(images), maps, read, classes=classes, how=how
+            )
     return splits
 
 
@@ -259,15 +255,14 @@ def _voc(root: Path) -> Splits:
     return splits
 
 
-def _named(root: Path, void: int | None) -> Splits:
+def _named(root: Path, void: str | None) -> Splits:
     """The splits of label maps whose classes are named; classes are numbered from 0 in the order of their
     numbers.
     """
-    map_classes = classes_of_maps(OWN, root, void)
-    names = map_classes.names
-    classes = tuple(names[number] for number in sorted(names))
+    map_classes = classes_of_maps(OWN, root, None if void is None else int(void))
+    numbers_of_classes = sorted(map_classes.names)
     class_of_number = np.full(VOID + 1, VOID, dtype=np.uint8)
-    class_of_number[sorted(names)] = np.arange(len(names))
+    class_of_number[numbers_of_classes] = np.arange(len(numbers_of_classes))
 
     def read(path: Path) -> Label:
         numbers = read_map(path)
@@ -275,12 +270,8 @@ def _named(root: Path, void: int | None) -> Splits:
         label: Label = class_of_number[numbers]
         return label
 
-    def named(split: Callable[[int], DenseSet], most: int) -> DenseSet:
-        data = split(most)
-        fingerprint = digest((data.images.fingerprint, *map(str, sorted(map_classes.voids))))
-        return replace(data, images=replace(data.images, fingerprint=fingerprint), classes=classes)
-
-    return {name: partial(named, split) for name, split in _beside(root, "labels", read).items()}
+    classes = tuple(map_classes.names[number] for number in numbers_of_classes)
+    return _beside(root, "labels", read, classes, how=[str(number) for number in sorted(map_classes.voids)])
 
 
 def _ade(path: Path) -> npt.NDArray[np.uint8]:
@@ -292,7 +283,15 @@ def _metres(unit: float, path: Path) -> npt.NDArray[np.float32]:
         return in_metres(read_numbers(read_bytes(path)), unit)
 
 
-def _of_maps(root: Path, files: Sequence[Path], folder: Path, read: ReadMap, most: int) -> DenseSet:
+def _of_maps(
+    root: Path,
+    files: Sequence[Path],
+    folder: Path,
+    read: ReadMap,
+    most: int,
+    classes: tuple[str, ...] = (),
+    how: Sequence[str] = (),
+) -> DenseSet:
     """Images beside a folder of maps that are called as they are."""
     if not files:
         raise ValueError(f"there are no images ({', '.join(SUFFIXES)}) of the maps in {folder}")
@@ -309,8 +308,8 @@ def _of_maps(root: Path, files: Sequence[Path], folder: Path, read: ReadMap, mos
             )
         return values
 
-    fingerprint = digest((images.fingerprint, from_files(maps, root).fingerprint))
-    return DenseSet(replace(images, stretched=True, fingerprint=fingerprint), label)
+    fingerprint = digest((images.fingerprint, from_files(maps, root).fingerprint, *how))
+    return DenseSet(replace(images, stretched=True, fingerprint=fingerprint), label, classes)
 
 
 def _of_folder(split: FolderSplit, most: int) -> DenseSet:
@@ -329,22 +328,22 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
     reader = ShardReader(manifest)
     samples = every(len(reader), most)
 
+    def stored_image(number: int) -> bytes:
+        return reader.read(samples[number], "images")[0] or b""
+
     def read(number: int) -> Image.Image:
-        image, _ = reader.read(samples[number], "images")
-        return open_image(image or b"", reader.describe(samples[number]), upright=False)
+        return open_image(stored_image(number), reader.describe(samples[number]), upright=False)
 
     def read_bands(number: int) -> Tensor:
-        image, _ = reader.read(samples[number], "images")
         assert bands is not None
-        return shares(stored_pixels(image or b"", bands), bands)
+        return shares(stored_pixels(stored_image(number), bands), bands)
 
     labels = list(labels_of_split(reader, samples))
     rows = manifest.index[samples]
     stored = list(zip(rows["image_size"].tolist(), rows["image_crc32"].tolist(), strict=True))
     names = [label["file_name"] for label in labels]
-    images = ImageSet(names, read, manifest.fingerprint, stored=stored)
-    if bands is not None:
-        images = replace(images, bands=bands, read_bands=read_bands)
+    of_bands = None if bands is None else read_bands
+    images = ImageSet(names, read, manifest.fingerprint, stored=stored, bands=bands, read_bands=of_bands)
     data = _of_outlines(images, labels, manifest.categories, is_map="maps" in manifest.labels)
     if _ELLIPSES in manifest.findings:
         count = manifest.findings[_ELLIPSES][0]
@@ -366,56 +365,54 @@ def _of_outlines(
         is_map: they were label maps, whose pixels have a class or none; otherwise what no object covers is
             class 0, called "".
     """
-    classes = [] if is_map else [""]
-    if len(classes) + len(categories) > NOTHING:
+    in_order = sorted(categories, key=lambda category: category.coco_id)
+    names = [category.name for category in in_order]
+    if not is_map:
+        names.insert(0, "")
+    if len(names) > NOTHING:
         raise ValueError(f"there are {len(categories):,} categories; at most {NOTHING - 1:,} are allowed")
-    numbers: dict[int, int] = {}  # category -> class
-    for category in sorted(categories, key=lambda category: category.coco_id):
-        numbers[category.coco_id] = len(classes)
-        classes.append(category.name)
+    first = len(names) - len(in_order)
+    class_of_category = {category.coco_id: number for number, category in enumerate(in_order, first)}
 
     sizes: list[tuple[int, int]] = []  # (height, width)
     things: list[list[Thing]] = []  # of each image, the largest first
     large: list[Thing] = []
     for owner, entry in enumerate(labels):
         size = entry["height"], entry["width"]
-        own = [_thing(owner, annotation, size, numbers) for annotation in entry["annotations"]]
+        own = [_thing(owner, annotation, size, class_of_category) for annotation in entry["annotations"]]
         own.sort(key=lambda thing: -_area(thing))
         least = _SMALLEST * size[0] * size[1]
         large += [thing for thing in own if thing.label != NOTHING and _area(thing) >= least]
         sizes.append(size)
         things.append(own)
 
-    # Each block and number of each model asks for all labels again. Drawing one takes ten times as long as
-    # unpacking it, and its runs take some 30 kB.
+    # Each block and number of each model asks for all labels again, and drawing one takes several times as
+    # long as unpacking it.
     @lru_cache(maxsize=4_096)
-    def runs(number: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:
+    def packed(number: int) -> bytes:
         drawn = np.full(sizes[number], NOTHING if is_map else 0, dtype=np.uint16)
         for thing in things[number]:
             drawn[coco_mask.decode(thing.code) == 1] = NOTHING if thing.boxed else thing.label
-        flat = drawn.ravel()
-        starts = np.flatnonzero(np.diff(flat, prepend=~flat[:1]))
-        return flat[starts], np.diff(starts, append=flat.size)
+        return zlib.compress(drawn.tobytes(), level=1)
 
     def label(number: int) -> Label:
-        values, lengths = runs(number)
-        return np.repeat(values, lengths).reshape(sizes[number])
+        return np.frombuffer(zlib.decompress(packed(number)), np.uint16).reshape(sizes[number])
 
     fingerprint = digest((images.fingerprint, *map(orjson.dumps, labels)))
     return DenseSet(
-        replace(images, stretched=True, fingerprint=fingerprint), label, tuple(classes), tuple(large)
+        replace(images, stretched=True, fingerprint=fingerprint), label, tuple(names), tuple(large)
     )
 
 
 def _thing(
-    owner: int, annotation: Mapping[str, Any], size: tuple[int, int], numbers: Mapping[int, int]
+    owner: int, annotation: Mapping[str, Any], size: tuple[int, int], class_of_category: Mapping[int, int]
 ) -> Thing:
     """An object by its annotation, in an image of a size (height, width)."""
     mask = annotation.get("segmentation")
     code = mask or [annotation["bbox"]]
     if not isinstance(code, Mapping):
         code = coco_mask.merge(coco_mask.frPyObjects(code, *size))
-    label = NOTHING if annotation["iscrowd"] else numbers[annotation["category_id"]]
+    label = NOTHING if annotation["iscrowd"] else class_of_category[annotation["category_id"]]
     return Thing(owner, label, code, boxed=not mask)
 
 

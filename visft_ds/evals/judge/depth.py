@@ -25,10 +25,12 @@ from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.benchmark import Benchmark, Number, Score
-from visft_ds.evals.judge.crops import View, coin, filled_up, label_of, random_part
+from visft_ds.evals.judge.crops import coin, filled_up, label_of, random_part
 from visft_ds.evals.judge.dense_probes import Source, probe, trained
-from visft_ds.evals.judge.dense_sets import DenseSet
+from visft_ds.evals.judge.dense_sets import DenseSet, read_depth
+from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.heads import BATCH, Recipe, enlarged, half_cosine, sampled
+from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.protocol import NORMALISED, PUBLISHED, QUICK, SIZES, Protocol
 from visft_ds.tasks.depth.head import metres_of
 
@@ -73,6 +75,12 @@ _Metres = npt.NDArray[np.float32]
 _Mask = npt.NDArray[np.bool_]
 
 
+def benchmark(request: Request) -> Benchmark:
+    """Depth of the images that a command line names."""
+    train, test = read_depth(request)
+    return depth(request.label, train, test, request.protocol)
+
+
 def depth(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Benchmark:
     """RMSE and delta1 of a linear head."""
     return probe(label, "depth 2", NUMBERS, taught(train), judged(test), protocol, _scores)
@@ -112,8 +120,8 @@ def _scores(source: Source, names: Collection[str]) -> Iterator[Score]:
     return _measured(names, outputs, source.test)
 
 
-def crop(image: Image.Image, truth: Tensor, view: View) -> tuple[Tensor, Tensor]:
-    """A crop of the published size, whatever the side of the view; of NYU's images without their border."""
+def crop(image: Image.Image, truth: Tensor, encoder: Encoder) -> tuple[Tensor, Tensor]:
+    """A crop of the published size, whatever the encoder's side; of NYU's images without their border."""
     pixels = pixels_of.to_dtype(pixels_of.pil_to_tensor(image), torch.float32, scale=True)
     if tuple(truth.shape) == _NYU:
         pixels = pixels[:, *_WITHOUT_BORDER]
@@ -128,8 +136,7 @@ def crop(image: Image.Image, truth: Tensor, view: View) -> tuple[Tensor, Tensor]
     both = filled_up(both, _CROP)
     rows, columns = random_part(both.shape[1:], _CROP)
     both = both[:, rows, columns]
-    pixels = pixels_of.normalize(coloured(both[:3]), list(view.mean), list(view.std))
-    return pixels, both[3]
+    return encoder.normalised(coloured(both[:3])), both[3]
 
 
 def coloured(pixels: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
+from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.text import TextTower
 from visft_ds.files import reading
@@ -55,6 +56,13 @@ class Encoder:
     ]  #: (mean, std) of RGB, or of each band, in [0, 1], the last step of it
     side: int  #: of its images, pixels
     text: TextTower | None
+
+    def normalised(self, image: Image.Image | Tensor) -> Tensor:
+        """(3, H, W) of an image, a picture or a tensor of bytes, of any size."""
+        if isinstance(image, Image.Image):
+            image = pixels_of.pil_to_tensor(image)
+        pixels = pixels_of.to_dtype(image, torch.float32, scale=True)
+        return pixels_of.normalize(pixels, *map(list, self.normalisation))
 
 
 class BackboneEncoder(nn.Module):

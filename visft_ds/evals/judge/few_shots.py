@@ -46,11 +46,7 @@ NUMBERS = tuple(map(_number, SHOTS))
 
 def allowed(least: int) -> tuple[Number, ...]:
     """The numbers that data allow whose smallest class has so many training images, or groups of them."""
-    numbers = []
-    for shots, number in zip(SHOTS, NUMBERS, strict=True):
-        if 2 * shots <= least:
-            numbers.append(number)
-    return tuple(numbers)
+    return tuple(number for shots, number in zip(SHOTS, NUMBERS, strict=True) if 2 * shots <= least)
 
 
 def units_of_classes(labels: IntArray, owners: IntArray) -> IntArray:
@@ -66,7 +62,7 @@ def units_of_classes(labels: IntArray, owners: IntArray) -> IntArray:
 
 def few_shots(name: str, train: Rows, test: Rows, draws: int = DRAWS) -> Score:
     """Share of rows whose class has the nearest mean, by a number's name."""
-    (shots,) = (shots for shots, number in zip(SHOTS, NUMBERS, strict=True) if number.name == name)
+    shots = int(name.removesuffix("-shot"))
     labels = train.labels.cpu().numpy()
     owners = train.owners.cpu().numpy()
     correct = []

@@ -38,8 +38,7 @@ _MOST_TEXT = 2**28  # bytes of a list of names and texts
 
 def image_files(folder: Path) -> list[Path]:
     """The images directly in a folder, by name."""
-    paths = (Path(entry.path) for entry in os.scandir(folder) if entry.is_file())
-    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
@@ -74,11 +73,10 @@ def from_files(paths: Sequence[Path], root: Path) -> ImageSet:
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise ValueError(f"{len(missing)} images that are named are not there, first {missing[0]}")
-    names = []
-    facts = []
-    for path in paths:
-        names.append(str(path.relative_to(root)))
-        facts += [names[-1], stamp(path)]
+    names = [str(path.relative_to(root)) for path in paths]
+    facts: list[str] = []
+    for name, path in zip(names, paths, strict=True):
+        facts += [name, stamp(path)]
 
     def read(number: int) -> Image.Image:
         # As stored: annotations and published protocols ignore EXIF orientation.
@@ -161,32 +159,26 @@ def grouped(images: ImageSet, by: str) -> ImageSet:
             text = f"groups={by}: neither FILE.csv:COLUMN nor a regular expression ({error})"
             raise ValueError(text) from error
         group_of = partial(group_in, pattern=by)
-    groups = []
-    for name in images.names:
-        group = group_of(name)
-        if group is None:
-            raise ValueError(f"groups={by}: it gives no group for {name}")
-        groups.append(group)
-    numbers = np.unique(groups, return_inverse=True)[1].astype(np.int64)
+    groups = [group_of(name) for name in images.names]
+    if None in groups:
+        raise ValueError(f"groups={by}: it gives no group for {images.names[groups.index(None)]}")
+    numbers = np.unique(np.array(groups), return_inverse=True)[1].astype(np.int64)
     return replace(images, groups=numbers, fingerprint=digest((images.fingerprint, numbers.tobytes())))
 
 
 def _by_column(path: Path, column: str) -> Callable[[str], str | None]:
     """Looks the group of an image up in a column of a CSV file, by what stands in its first column."""
     with reading(path, "a CSV file with a line of names of columns"):
-        lines = csv.reader(read_bytes(path, _MOST_TEXT).decode("utf-8-sig").splitlines())
-        columns = next(lines, [])
+        rows = csv.DictReader(read_lines(path))
+        columns = rows.fieldnames or ["none"]
         if column not in columns[1:]:
             raise ValueError(
-                f"it has no column {column!r} after the first; its columns: {', '.join(columns) or 'none'}"
+                f"it has no column {column!r} after the first; its columns: {', '.join(columns)}"
             )
-        number = columns.index(column, 1)
-        groups = {row[0]: row[number] for row in lines if row}
+        groups = {row[columns[0]]: row[column] for row in rows}
 
     def group_of(name: str) -> str | None:
-        for key in (name, Path(name).name, Path(name).stem):
-            if key in groups:
-                return groups[key]
-        return None
+        names = (name, Path(name).name, Path(name).stem)
+        return next((groups[name] for name in names if name in groups), None)
 
     return group_of

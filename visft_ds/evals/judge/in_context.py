@@ -30,8 +30,9 @@ from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.benchmark import FloatArray, IntArray, Score
-from visft_ds.evals.judge.crops import View, coin, label_of
+from visft_ds.evals.judge.crops import coin, label_of
 from visft_ds.evals.judge.dense_probes import LiveFeatures, Source
+from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.knn import QUERIES, RESAMPLES, vote
 from visft_ds.evals.judge.miou import mean_iou
 from visft_ds.evals.judge.rows import Rows
@@ -80,14 +81,14 @@ def _label_of_input(source: LiveFeatures, number: int) -> Tensor:
     return resized[0, 0].long()
 
 
-def crop(image: Image.Image, label: Tensor, view: View) -> tuple[Tensor, Tensor]:
+def crop(image: Image.Image, label: Tensor, encoder: Encoder) -> tuple[Tensor, Tensor]:
     """A random part of an image, stretched to a square, after its colours were changed; and its label."""
     for kind in ("brightness", "contrast", "saturation", "hue"):
         if coin():
             image = transforms.ColorJitter(**{kind: _JITTER})(image)
-    pixels = view.normalised(image)
-    random_crop = transforms.RandomResizedCrop(view.side, scale=_AREA, ratio=_RATIO)
-    box = random_crop.make_params([pixels]) | {"size": [view.side, view.side]}
+    pixels = encoder.normalised(image)
+    random_crop = transforms.RandomResizedCrop(encoder.side, scale=_AREA, ratio=_RATIO)
+    box = random_crop.make_params([pixels]) | {"size": [encoder.side, encoder.side]}
     nearest = transforms.InterpolationMode.NEAREST
     pixels = pixels_of.resized_crop(pixels, **box, antialias=True)
     numbers = pixels_of.resized_crop(label[None], **box, interpolation=nearest)
@@ -100,6 +101,9 @@ def remember(images: Iterable[LabelledMap], classes: int, most: int, each: int) 
 
     Args:
         most: images that come.
+
+    Raises:
+        ValueError: a GPU has no room for them.
     """
     count = 0
     memory: Rows | None = None
@@ -108,11 +112,17 @@ def remember(images: Iterable[LabelledMap], classes: int, most: int, each: int) 
         shares = shares_of(label.cpu(), (height, width), classes)
         if memory is None:  # allocated once: gathered later, it would be in memory twice
             rows = most * min(each, len(shares))
-            memory = Rows(
-                features=patches.new_empty(rows, channels),
-                labels=patches.new_empty(rows, classes),
-                owners=patches.new_empty(rows, dtype=torch.int64),
-            )
+            try:
+                memory = Rows(
+                    features=patches.new_empty(rows, channels),
+                    labels=patches.new_empty(rows, classes),
+                    owners=patches.new_empty(rows, dtype=torch.int64),
+                )
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"{patches.device} has no room for a memory of {rows:,} patches: take a larger GPU, or "
+                    "give --quick"
+                ) from error
         chosen = _rare_patches(shares, each, np.random.default_rng([0, number]))
         rows_of_image = slice(count, count + len(chosen))
         features = patches.flatten(1).T[chosen.to(patches.device)]

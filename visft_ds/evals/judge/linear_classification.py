@@ -22,7 +22,7 @@ from torchvision.transforms import v2 as transforms
 
 from visft_ds.evals.judge.benchmark import FloatArray, Score, resamples, units
 from visft_ds.evals.judge.classes import ClassSet
-from visft_ds.evals.judge.crops import View, random_crops, rounds
+from visft_ds.evals.judge.crops import random_crops, rounds
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import Settings, encode_images, forward
 from visft_ds.evals.judge.knn import QUERIES
@@ -159,21 +159,20 @@ class Classifiers(nn.Module):
         return np.concatenate(correct, axis=1)
 
 
-def crop(image: Image.Image, view: View) -> Tensor:
+def crop(image: Image.Image, encoder: Encoder) -> Tensor:
     """A random part of an image, stretched to a square, in half of the cases mirrored."""
     bicubic = transforms.InterpolationMode.BICUBIC
-    resized = transforms.RandomResizedCrop(view.side, scale=_AREA, ratio=_RATIO, interpolation=bicubic)
-    return view.normalised(transforms.RandomHorizontalFlip(0.5)(resized(image)))
+    resized = transforms.RandomResizedCrop(encoder.side, scale=_AREA, ratio=_RATIO, interpolation=bicubic)
+    return encoder.normalised(transforms.RandomHorizontalFlip(0.5)(resized(image)))
 
 
 def _crops(
     encoder: Encoder, train: ClassSet, recipe: Recipe, settings: Settings
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches of numbers, features and labels of random crops; the n-th crop is the same for every model."""
-    view = View(encoder.side, *encoder.normalisation)
 
     def example(number: int) -> tuple[Tensor, int]:
-        return crop(train.images.read(number), view), int(train.labels[number])
+        return crop(train.images.read(number), encoder), int(train.labels[number])
 
     order = rounds(len(train.labels), recipe.steps * recipe.batch)
     batches = random_crops(order, recipe.batch, example, settings)

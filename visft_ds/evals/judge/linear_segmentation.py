@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
-from visft_ds.evals.judge.crops import NO_CLASS, View, coin, filled_up, random_part, short_side
+from visft_ds.evals.judge.crops import NO_CLASS, coin, filled_up, random_part, short_side
+from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.heads import Recipe, half_cosine, sampled
 
 RECIPE = Recipe(steps=40_000, warm_up=1500, rate=1e-3, decay=1e-3, dropout=0.1)
@@ -36,26 +37,26 @@ _RANGE = (0.5, 1.5)  # of contrast and saturation
 _HUE = (-0.5, 0.5)
 
 
-def crop(image: Image.Image, label: Tensor, view: View) -> tuple[Tensor, Tensor]:
+def crop(image: Image.Image, label: Tensor, encoder: Encoder) -> tuple[Tensor, Tensor]:
     """A square of an enlarged or reduced image, in half of the cases mirrored, with other colours; and its
     label.
 
     What is outside of the image, below it or on its right, is 0 and has no class.
     """
-    shorter = int(view.side * _uniform(*_RATIO))
+    shorter = int(encoder.side * _uniform(*_RATIO))
     height, width = short_side(label.shape, shorter)
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     pixels = pixels_of.pil_to_tensor(resized)
     nearest = transforms.InterpolationMode.NEAREST
     numbers = pixels_of.resize(label[None], [height, width], interpolation=nearest)[0]
-    rows, columns = _square(numbers, view.side)
+    rows, columns = _square(numbers, encoder.side)
     pixels = pixels[:, rows, columns]
     numbers = numbers[rows, columns]
     if coin():
         pixels = pixels.flip(-1)
         numbers = numbers.flip(-1)
-    pixels = view.normalised(distorted(pixels))
-    square = (view.side, view.side)
+    pixels = encoder.normalised(distorted(pixels))
+    square = (encoder.side, encoder.side)
     return filled_up(pixels, square), filled_up(numbers, square, NO_CLASS)
 
 

@@ -8,15 +8,16 @@ in figure 2 of the ViSFT paper. The paper's protocol is not known to us; this on
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from PIL import Image, ImageDraw
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number, Score
-from visft_ds.evals.judge.dense_sets import DenseSet, Thing
+from visft_ds.evals.judge.dense_sets import DenseSet, Thing, read_objects
 from visft_ds.evals.judge.images import changed, chosen
+from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.logistic import logistic_regression
 from visft_ds.evals.judge.ranking import PLAIN, hits, rank_by_text, sentences
 from visft_ds.evals.judge.rows import rows_of_objects
@@ -40,8 +41,9 @@ NUMBERS = (TEXT_TOP1, MARKED_TOP1, PROBE)
 _MARKED = "marked"  # set of images
 
 
-def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
+def benchmark(request: Request) -> Benchmark:
     """Accuracy of naming the object in a box."""
+    train, test = read_objects(request)
     train_objects, train_boxes = _objects(train)
     test_objects, test_boxes = _objects(test)
     categories = [name for name in test.classes if name]
@@ -58,11 +60,11 @@ def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
         yield logistic_regression(PROBE.name, taught, judged)
 
     return Benchmark(
-        label,
+        request.label,
         sets={
-            "train": _crops(train, train_objects, train_boxes),
-            "test": _crops(test, test_objects, test_boxes),
-            _MARKED: _marked(test, test_objects, test_boxes),
+            "train": _seen(train, train_objects, train_boxes, crop, f"crop {MARGIN}"),
+            "test": _seen(test, test_objects, test_boxes, crop, f"crop {MARGIN}"),
+            _MARKED: _seen(test, test_objects, test_boxes, marked, f"marked {_LINE}"),
         },
         kinds=("clip", "pooled"),
         numbers=NUMBERS,
@@ -90,23 +92,18 @@ def _objects(data: DenseSet) -> tuple[list[Thing], list[_Box]]:
     return objects, boxes
 
 
-def _images_of(data: DenseSet, objects: Sequence[Thing]) -> ImageSet:
-    """The image of each object."""
-    # Scores are in groups by their rows' owners, as objects of an image are no independent evidence.
+def _seen(
+    data: DenseSet,
+    objects: Sequence[Thing],
+    boxes: Sequence[_Box],
+    view: Callable[[Image.Image, _Box], Image.Image],
+    how: str,
+) -> ImageSet:
+    """A view of the image of each object and its box; `how` states what the view depends on."""
     images = chosen(data.images, [thing.owner for thing in objects])
-    return replace(images, stretched=False, groups=None)
-
-
-def _crops(data: DenseSet, objects: Sequence[Thing], boxes: Sequence[_Box]) -> ImageSet:
-    """The boxes as images."""
-    how = f"crop {MARGIN} {tuple(boxes)}"
-    return changed(_images_of(data, objects), lambda number, image: crop(image, boxes[number]), how)
-
-
-def _marked(data: DenseSet, objects: Sequence[Thing], boxes: Sequence[_Box]) -> ImageSet:
-    """The whole image of each object, with its box drawn in."""
-    how = f"marked {_LINE} {tuple(boxes)}"
-    return changed(_images_of(data, objects), lambda number, image: marked(image, boxes[number]), how)
+    # Scores are in groups by their rows' owners, as objects of an image are no independent evidence.
+    images = replace(images, stretched=False, groups=None)
+    return changed(images, lambda number, image: view(image, boxes[number]), f"{how} {tuple(boxes)}")
 
 
 def crop(image: Image.Image, box: _Box) -> Image.Image:

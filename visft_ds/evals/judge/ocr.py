@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number, Score
 from visft_ds.evals.judge.images import from_files, read_lines
+from visft_ds.evals.judge.kinds import Request
 from visft_ds.files import checked_name, reading
 
 WIDTH = 128  #: of the reader
@@ -36,14 +37,11 @@ WORDS = Number(
 )
 NUMBERS = (WORDS,)
 
-#: Word pictures, seen as squares whatever their shape, and what they say.
-WordSet = tuple[ImageSet, tuple[str, ...]]
 
-
-def ocr(label: str, train: WordSet, test: WordSet) -> Benchmark:
+def benchmark(request: Request) -> Benchmark:
     """Share of words read without mistake."""
-    train_images, train_words = train
-    test_images, test_words = test
+    train_images, train_words = read_words(Path(request.source, "train"))
+    test_images, test_words = read_words(Path(request.source, "test"))
 
     def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
         words = read(features["train"]["columns"], train_words, features["test"]["columns"], UPDATES)
@@ -51,7 +49,7 @@ def ocr(label: str, train: WordSet, test: WordSet) -> Benchmark:
         yield Score(WORDS.name, np.array(correct))
 
     return Benchmark(
-        label,
+        request.label,
         sets={"train": train_images, "test": test_images},
         kinds=("columns",),
         numbers=NUMBERS,
@@ -114,9 +112,9 @@ def read(train: Tensor, words: Sequence[str], test: Tensor, updates: int) -> lis
     return ["".join(alphabet[step] for step, _ in groupby(path) if step < len(alphabet)) for path in paths]
 
 
-def read_words(folder: Path) -> WordSet:
-    """Word pictures of a folder. Raises ValueError for a label file without words, or with a line of another
-    form.
+def read_words(folder: Path) -> tuple[ImageSet, tuple[str, ...]]:
+    """(word pictures of a folder, seen as squares whatever their shape, what they say). Raises ValueError for
+    a label file without words, or with a line of another form.
     """
     path = folder / "gt.txt"
     if not path.is_file():

@@ -12,8 +12,7 @@ its image is. At most CAPTIONS captions of an image take part, the first ones.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, IntArray, Number, Score
 from visft_ds.evals.judge.images import from_files, read_json
+from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.ranking import hits
 from visft_ds.files import checked_name, reading
 
@@ -41,12 +41,9 @@ NUMBERS = tuple(
 Pairs = list[tuple[Path, list[str]]]  #: file of an image, its captions
 
 
-def retrieval(label: str, images: ImageSet, captions: Sequence[str], owners: IntArray) -> Benchmark:
-    """R@1, R@5 and R@10 from image to text and from text to image.
-
-    Args:
-        owners: (captions,) numbers of their images.
-    """
+def benchmark(request: Request) -> Benchmark:
+    """R@1, R@5 and R@10 from image to text and from text to image."""
+    images, captions, owners = read_captions(request.source, request.split)
 
     def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
         pictures = features["images"]["clip"]
@@ -61,11 +58,11 @@ def retrieval(label: str, images: ImageSet, captions: Sequence[str], owners: Int
             yield Score(f"{_TEXT_TO_IMAGE} R@{k}", hits(ranks, k), groups=owners)
 
     return Benchmark(
-        label,
-        sets={"images": images},
+        request.label,
+        sets={"images": request.grouped(images)},
         kinds=("clip",),
         numbers=NUMBERS,
-        settings={"benchmark": "retrieval 1", "owners": owners.tolist(), "texts": list(captions)},
+        settings={"benchmark": "retrieval 1", "owners": owners.tolist(), "texts": captions},
         scores=scores,
         texts=captions,
     )
@@ -97,19 +94,22 @@ def read_captions(source: str, split: str | None = None) -> tuple[ImageSet, tupl
     """
     root = Path(source)
     pairs = captioned_images(root, split)
+    check_captions(source, pairs)
     texts: list[str] = []
     owners: list[int] = []
-    mute = []
-    for number, (path, captions) in enumerate(pairs):
-        own = [caption.strip() for caption in captions[:CAPTIONS]]
-        if not own or "" in own:
-            mute.append(path)
+    for number, (_, captions) in enumerate(pairs):
+        own = [caption.strip() for caption in captions if caption.strip()][:CAPTIONS]
         texts += own
         owners += [number] * len(own)
-    if mute:
-        raise ValueError(f"{source}: {len(mute)} images have no caption or an empty one, first {mute[0]}")
     files = [path for path, _ in pairs]
     return from_files(files, root), tuple(texts), np.array(owners, dtype=np.int64)
+
+
+def check_captions(source: str, pairs: Pairs) -> None:
+    """Raise ValueError for images without a caption that says something."""
+    mute = [path for path, captions in pairs if not any(map(str.strip, captions))]
+    if mute:
+        raise ValueError(f"{source}: {len(mute)} images have no caption, first {mute[0]}")
 
 
 def captioned_images(root: Path, split: str | None) -> Pairs:
@@ -131,11 +131,7 @@ def captions_by_image(content: Any) -> dict[int, list[str]]:
 
 def files_by_name(root: Path) -> dict[str, Path]:
     """Name of a file -> the file, anywhere below a folder."""
-    file_of_name: dict[str, Path] = {}
-    for folder, _, names in os.walk(root):  # follows no links
-        for name in names:
-            file_of_name[name] = Path(folder) / name
-    return file_of_name
+    return {path.name: path for path in root.rglob("*")}  # follows no links
 
 
 def _coco(root: Path, split: str) -> Pairs:

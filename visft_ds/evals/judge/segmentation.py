@@ -21,9 +21,10 @@ from visft_ds.evals.judge import linear_segmentation
 from visft_ds.evals.judge.benchmark import Benchmark, Number, Score
 from visft_ds.evals.judge.crops import label_of
 from visft_ds.evals.judge.dense_probes import Source, probe, trained
-from visft_ds.evals.judge.dense_sets import DenseSet, Thing
+from visft_ds.evals.judge.dense_sets import DenseSet, Thing, read_train_and_test
 from visft_ds.evals.judge.heads import BATCH
 from visft_ds.evals.judge.in_context import in_context_miou
+from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.knn import knn
 from visft_ds.evals.judge.miou import mean_iou
 from visft_ds.evals.judge.protocol import NORMALISED, QUICK, SIZES, Protocol
@@ -60,11 +61,18 @@ OBJECTS = Number("objects kNN", how="The 20 objects nearest by the mean of their
 NUMBERS = (IN_CONTEXT, LINEAR, OBJECTS)
 
 
+def benchmark(request: Request) -> Benchmark:
+    """Segmentation of the images that a command line names."""
+    train, test = read_train_and_test(request)
+    return segmentation(request.label, train, test, request.protocol)
+
+
 def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Benchmark:
     """In-context and linear mIoU and, where objects are known, their kNN."""
     numbers = NUMBERS if test.things and train.things else (IN_CONTEXT, LINEAR)
-    benchmark = probe(label, "segmentation 2", numbers, train, test, protocol, _scores)
-    return replace(benchmark, sheet=partial(segmentation_sheet, test))
+    of_probes = probe(label, "segmentation 2", numbers, train, test, protocol, _scores)
+    notes = [*train.notes, *test.notes]
+    return replace(of_probes, notes=notes, sheet=partial(segmentation_sheet, test))
 
 
 def _scores(source: Source, names: Collection[str]) -> Iterator[Score]:

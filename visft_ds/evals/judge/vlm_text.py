@@ -20,6 +20,7 @@ from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.images import digest, stamp
+from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.models import weights_of
 from visft_ds.files import reading
 from visft_ds.interop.layouts import built, model_of
@@ -29,32 +30,31 @@ from visft_ds.models import Backbone
 from visft_ds.monitor.console import gauge
 
 
-class Request(NamedTuple):
+class Prompt(NamedTuple):
     """The question to the model about an image."""
 
     image: int  #: its number
-    prompt: str
-    chat: str  #: in place of the prompt where the model has a form of chats
+    text: str
+    chat: str  #: in place of the text where the model has a form of chats
 
 
 def by_vlm(
-    label: str,
-    folder: Path,
+    request: Request,
     sets: Mapping[str, ImageSet],
-    requests: Sequence[Request],
+    prompts: Sequence[Prompt],
     longest: int,
     numbers: Sequence[Number],
     settings: Mapping[str, Any],
     scores: Callable[[Sequence[str]], Iterator[Score]],
 ) -> Benchmark:
-    """Benchmark of what the model in a folder says of the images of the set `test`.
+    """Benchmark of what the vision-language model of a request says of the images of the set `test`.
 
     Args:
         longest: tokens of what it says, at most.
         settings: all else that scores depend on.
-        scores: of the texts, one of each request.
+        scores: of the texts, one of each prompt.
     """
-    files = [f"{path.name} {stamp(path)}" for path in sorted(folder.glob("*")) if path.is_file()]
+    folder = Path(str(request.vlm))
 
     @cache
     def opened() -> Vlm:
@@ -69,12 +69,11 @@ def by_vlm(
         processor = _processor(folder)
         vlm.model.to(settings.device)
         texts = []
-        for request in gauge(label, len(requests), "texts", requests):
-            texts.append(_say(vlm.model, processor, sets["test"].read(request.image), request, longest))
+        for prompt in gauge(request.label, len(prompts), "texts", prompts):
+            texts.append(_say(vlm.model, processor, sets["test"].read(prompt.image), prompt, longest))
         yield from scores(texts)
 
-    benchmark = by_text(label, sets, numbers, {**settings, "vlm": digest(files)}, said)
-    return replace(benchmark, check_base=check)
+    return by_text(request.label, sets, numbers, {**settings, "vlm": files_in(folder)}, check, said)
 
 
 def by_text(
@@ -82,6 +81,7 @@ def by_text(
     sets: Mapping[str, ImageSet],
     numbers: Sequence[Number],
     settings: Mapping[str, Any],
+    check_base: Callable[[Encoder], None],
     scores: Callable[[Encoder, Settings, Collection[str]], Iterator[Score]],
 ) -> Benchmark:
     """Benchmark of texts that an encoder alone leads to, whatever its features are."""
@@ -89,7 +89,21 @@ def by_text(
     def nothing(features: Features, names: Collection[str]) -> Iterator[Score]:
         raise AssertionError(label)
 
-    return Benchmark(label, sets, ("pooled",), numbers, settings, scores=nothing, published=scores)
+    return Benchmark(
+        label,
+        sets,
+        kinds=("pooled",),
+        numbers=numbers,
+        settings=settings,
+        scores=nothing,
+        check_base=check_base,
+        published=scores,
+    )
+
+
+def files_in(folder: Path) -> str:
+    """Hash of the names, sizes and times of the files in a folder."""
+    return digest(f"{path.name} {stamp(path)}" for path in sorted(folder.glob("*")) if path.is_file())
 
 
 def backbone_and_weights(encoder: Encoder, what: str) -> tuple[Backbone, dict[str, Tensor]]:
@@ -126,18 +140,18 @@ def _processor(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def _say(model: Any, processor: Any, image: Image.Image, request: Request, longest: int) -> str:
+def _say(model: Any, processor: Any, image: Image.Image, prompt: Prompt, longest: int) -> str:
     """The first line that a model says of an image."""
-    text = request.prompt
+    text = prompt.text
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": request.chat}]
+        content = [{"type": "image"}, {"type": "text", "text": prompt.chat}]
         chat = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(images=image, text=text, return_tensors="pt").to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=longest)[0]
-    prompt = inputs["input_ids"][0]
-    if tokens[: len(prompt)].tolist() == prompt.tolist():  # some models repeat it
-        tokens = tokens[len(prompt) :]
+    asked = inputs["input_ids"][0]
+    if torch.equal(tokens[: len(asked)], asked):  # some models repeat it
+        tokens = tokens[len(asked) :]
     answer = processor.decode(tokens, skip_special_tokens=True).strip()
     return str(answer.split("\n")[0])

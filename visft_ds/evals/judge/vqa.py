@@ -4,6 +4,8 @@ A probe learns from nothing but the questions: their words look at the cells of 
 of cross-attention and choose one of the frequent answers of training. The protocol is ours: it says what of
 an answer is in the features, not what a model that can talk would say. Accuracy is VQA's (`vqa_accuracy`).
 What words alone say stands beside the numbers, since they answer many questions.
+
+Or they are answered by a vision-language model that reads the tower.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, FloatArray, Number, Score, resamples
-from visft_ds.evals.judge.questions import MOST, Question, QuestionSet, words_alone
-from visft_ds.evals.judge.vlm_answers import NUMBER as VLM_ANSWERS
+from visft_ds.evals.judge.kinds import Request
+from visft_ds.evals.judge.questions import MOST, QuestionSet, read_questions, words_alone
+from visft_ds.evals.judge.vlm_text import Prompt, by_vlm
 from visft_ds.evals.judge.vqa_accuracy import accuracy
 from visft_ds.monitor.console import gauge
 
@@ -39,11 +43,21 @@ _PADDING, _START, _UNKNOWN = range(3)  # numbers of what stands beside words
 _ROWS = 20_000  # cells whose principal components are taken
 _TOGETHER = 256  # questions that are answered at once
 
+PROMPT = "Question: {} Short answer:"  # of BLIP-2's paper, https://arxiv.org/abs/2301.12597
+CHAT = "{} Answer the question using a single word or phrase."  # of LLaVA's, https://arxiv.org/abs/2310.03744
+LONGEST = 10  #: tokens of an answer of a vision-language model
+
 ALL = Number(
     "answers",
     how=f"A probe of {LAYERS} layers, in which the words of a question look at the feature map, answers by "
     f"one of the {ANSWERS:,} most frequent answers; VQA accuracy. At most {MOST['train']:,} images teach and "
     f"{MOST['test']:,} judge.",
+)
+OF_VLM = Number(
+    "VLM answers",
+    how="Answers of a vision-language model with the tower in it, the likeliest words, at most "
+    f"{LONGEST} tokens, to '{PROMPT}', or to '{CHAT}' in the form of its chats; VQA accuracy.",
+    side=224,
 )
 
 
@@ -52,7 +66,40 @@ def of_kind(kind: str) -> Number:
     return Number(f"answers ({kind})", how=f"The same over the questions of the kind {kind}.")
 
 
-NUMBERS = (ALL, of_kind("KIND"), VLM_ANSWERS)
+NUMBERS = (ALL, of_kind("KIND"), OF_VLM)
+
+
+def benchmark(request: Request) -> Benchmark:
+    """Accuracy of answers by a probe, or by a vision-language model."""
+    parts = read_questions(request.source, request.train, request.split)
+    train, test = request.with_groups(*parts)
+    if request.vlm is None:
+        return vqa(request.label, train, test)
+    return _of_vlm(request, train, test)
+
+
+def _of_vlm(request: Request, train: QuestionSet, test: QuestionSet) -> Benchmark:
+    """Accuracy of the answers of a vision-language model to the questions that are judged."""
+    prompts = []
+    for question, owner in zip(test.questions, test.owners.tolist(), strict=True):
+        prompts.append(Prompt(owner, PROMPT.format(question.text), CHAT.format(question.text)))
+
+    def scores(texts: Sequence[str]) -> Iterator[Score]:
+        yield Score(OF_VLM.name, _right(texts, test), test.owners)
+
+    settings = {
+        "benchmark": "VLM answers 1",
+        "protocol": [PROMPT, CHAT, LONGEST],
+        "questions": test.fingerprint,
+    }
+    sets = {"train": train.images, "test": test.images}
+    return by_vlm(request, sets, prompts, LONGEST, (OF_VLM,), settings, scores)
+
+
+def _right(answers: Sequence[str], test: QuestionSet) -> FloatArray:
+    """(questions,), accuracy of an answer to each question."""
+    pairs = zip(answers, test.questions, strict=True)
+    return np.array([accuracy(answer, question.answers) for answer, question in pairs])
 
 
 def vqa(label: str, train: QuestionSet, test: QuestionSet) -> Benchmark:
@@ -136,12 +183,15 @@ def _answered(cells: tuple[Tensor, Tensor], train: QuestionSet, test: QuestionSe
     counts = Counter(question.answer for question in train.questions)
     answers = [answer for answer, _ in counts.most_common(ANSWERS)]
     number_of_answer = {answer: number for number, answer in enumerate(answers)}
-    vocabulary = _vocabulary(train.questions)
     targets = torch.tensor([number_of_answer.get(question.answer, -1) for question in train.questions])
-    longest = max(len(question.words) for question in (*train.questions, *test.questions))
-    length = min(LENGTH, 1 + longest)
-    words = _numbers(train.questions, vocabulary, length)
-    asked = _numbers(test.questions, vocabulary, length)
+    known = sorted({word for question in train.questions for word in question.words})
+    number_of_word = {word: number for number, word in enumerate(known, _UNKNOWN + 1)}
+    sentences = []  # a start and the words of each
+    for question in (*train.questions, *test.questions):
+        numbers = [number_of_word.get(word, _UNKNOWN) for word in question.words[: LENGTH - 1]]
+        sentences.append(torch.tensor([_START, *numbers]))
+    padded = pad_sequence(sentences, batch_first=True, padding_value=_PADDING)
+    words, asked = padded.split([len(train.questions), len(test.questions)])
     owners = torch.from_numpy(train.owners)
     test_owners = torch.from_numpy(test.owners)
     right = []
@@ -151,14 +201,11 @@ def _answered(cells: tuple[Tensor, Tensor], train: QuestionSet, test: QuestionSe
         taught = torch.arange(len(targets)).repeat_interleave(often)
         with torch.random.fork_rng(devices=[]):  # the same for the same input, whatever was drawn before
             torch.manual_seed(seed)
-            probe = Probe(len(vocabulary) + _UNKNOWN + 1, len(answers), cells[0].shape[1:])
+            probe = Probe(len(known) + _UNKNOWN + 1, len(answers), cells[0].shape[1:])
             _fit(probe, words, targets, owners, cells[0], taught)
         predicted = _said(probe, asked, test_owners, cells[1])
-        of_questions = []
-        for question, number in zip(test.questions, predicted, strict=True):
-            of_questions.append(accuracy(answers[number], question.answers))
-        right.append(of_questions)
-    return np.array(right)
+        right.append(_right([answers[number] for number in predicted], test))
+    return np.stack(right)
 
 
 def _fit(probe: Probe, words: Tensor, targets: Tensor, owners: Tensor, cells: Tensor, taught: Tensor) -> None:
@@ -182,20 +229,4 @@ def _said(probe: Probe, words: Tensor, owners: Tensor, cells: Tensor) -> list[in
     numbers: list[int] = []
     for asked, images in zip(words.split(_TOGETHER), owners.split(_TOGETHER), strict=True):
         numbers += probe(asked, cells[images]).argmax(dim=1).tolist()
-    return numbers
-
-
-def _vocabulary(questions: Sequence[Question]) -> dict[str, int]:
-    """Word of training -> its number."""
-    words = sorted({word for question in questions for word in question.words})
-    return {word: number for number, word in enumerate(words, _UNKNOWN + 1)}
-
-
-def _numbers(questions: Sequence[Question], vocabulary: dict[str, int], length: int) -> Tensor:
-    """(questions, length), a start and the words of each."""
-    numbers = torch.full((len(questions), length), _PADDING)
-    numbers[:, 0] = _START
-    for row, question in enumerate(questions):
-        of_words = [vocabulary.get(word, _UNKNOWN) for word in question.words[: length - 1]]
-        numbers[row, 1 : 1 + len(of_words)] = torch.tensor(of_words, dtype=torch.long)
     return numbers

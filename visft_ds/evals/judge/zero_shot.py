@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, Number, Score
-from visft_ds.evals.judge.classes import ClassSet
+from visft_ds.evals.judge.classes import read_classes
+from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.ranking import hits, rank_by_text, sentences
 
 TOP1 = Number("top1", how="The class whose sentences are most similar to the image is the right one.")
@@ -15,8 +16,9 @@ TOP5 = Number("top5", how="The right class is among the five whose sentences are
 NUMBERS = (TOP1, TOP5)
 
 
-def zero_shot(label: str, data: ClassSet) -> Benchmark:
+def benchmark(request: Request) -> Benchmark:
     """Top-1 and, with more than five classes, top-5 accuracy."""
+    (data,) = request.with_groups(read_classes(request.source, request.split))
     numbers = NUMBERS if len(data.classes) > 5 else (TOP1,)
 
     def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
@@ -28,7 +30,7 @@ def zero_shot(label: str, data: ClassSet) -> Benchmark:
             yield Score(TOP5.name, hits(ranks, 5))
 
     return Benchmark(
-        label,
+        request.label,
         sets={"test": data.images},
         kinds=("clip",),
         numbers=numbers,
