@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from visft_ds.evals.judge import dense_probes
 from visft_ds.evals.judge import depth as module
 from visft_ds.evals.judge.dense_sets import read_depth
-from visft_ds.evals.judge.depth import BINS, DELTA1, RMSE, _measured, depth, judged, metres, silog, taught
+from visft_ds.evals.judge.depth import BINS, RMSE, _measured, depth, judged, metres, silog, taught
 from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.model_text import parse_model
@@ -67,7 +67,7 @@ def test_measures_are_numpys_over_the_part_that_counts(tmp_path: Path) -> None:
     truth = test.label(0)
     assert (truth > 0).sum() == 426 * 560 and (train.label(0) > 0).sum() == 427 * 565
     said = torch.full((1, 3, 480, 640), 3.0)
-    rmse, delta = _measured([RMSE.name, DELTA1.name], said, test)
+    rmse, delta = _measured(said, test)
     inner = truth[45:471, 41:601].astype(np.float64)
     assert RMSE.lower and rmse.value == pytest.approx(np.sqrt(((3 - inner) ** 2).mean()))
     assert delta.value == pytest.approx((np.maximum(3 / inner, inner / 3) < 1.25).mean())

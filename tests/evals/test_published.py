@@ -391,9 +391,7 @@ def test_depth_is_the_mean_of_an_image_and_its_mirror_image_turned_back() -> Non
     monkey = pytest.MonkeyPatch()
     monkey.setattr(dense_probes, "_UNITS", (PATCH, 1))
     source = LiveFeatures(PUBLISHED, depth.taught(data), test, encoder, CPU)
-    rmse, delta = depth._measured(
-        ["RMSE", "delta1"], source.flipped(lambda maps: depth.metres(head(maps))), test
-    )
+    rmse, delta = depth._measured(source.flipped(lambda maps: depth.metres(head(maps))), test)
     monkey.undo()
     bins = torch.linspace(0.001, 10, 256)[:, None, None]
     errors, within = [], []

@@ -110,7 +110,7 @@ class Benchmark:
     """Benchmark on a data set, independent of any model."""
 
     label: str  #: beginning of the names of its scores
-    sets: Mapping[str, ImageSet]  #: image sets to be encoded, by name
+    sets: Mapping[str, ImageSet]  #: image sets to be encoded, by name; "test" is judged, "train" may teach
     #: Kinds of features it reads, of `encoders.KINDS`, if a model has them; "columns" for `patches`.
     kinds: Sequence[str]
     numbers: Sequence[Number]  #: that it gives; a model may lack some
@@ -163,12 +163,7 @@ class Benchmark:
     @property
     def training_images(self) -> ImageSet:
         """Images that probes learn from; where nothing learns, those that are judged."""
-        return self.sets.get("train") or next(iter(self.sets.values()))
-
-    @property
-    def test_images(self) -> ImageSet:
-        """Images that are judged."""
-        return self.sets.get("test") or next(iter(self.sets.values()))
+        return self.sets.get("train") or self.sets["test"]
 
 
 def resamples(images: int, count: int, groups: IntArray | None = None) -> IntArray:

@@ -26,6 +26,7 @@ from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.images import digest, from_files, read_json
 from visft_ds.evals.judge.kinds import Request
+from visft_ds.evals.judge.models import alike
 from visft_ds.evals.judge.retrieval import (
     Pairs,
     captioned_images,
@@ -139,9 +140,10 @@ def _settings(data: CaptionedSet) -> dict[str, object]:
 def _put(encoder: Encoder, model: Model, run: Path) -> None:
     """Copy the weights of an encoder into the backbone of a model."""
     _, weights = backbone_and_weights(encoder, "head=")
-    for name, tensor in model.backbone.backbone.state_dict().items():
-        if name not in weights or weights[name].shape != tensor.shape:
-            raise ValueError(f"head={run}: its captioning head reads another architecture than BASE's")
+    own = model.backbone.backbone.state_dict()
+    if not alike(own, weights):
+        raise ValueError(f"head={run}: its captioning head reads another architecture than BASE's")
+    for name, tensor in own.items():
         tensor.copy_(weights[name])
 
 

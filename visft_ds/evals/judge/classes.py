@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from visft_ds.evals.judge.kinds import DIGITS
 from visft_ds.evals.judge.ranking import PLAIN
 from visft_ds.files import checked_name, reading
 
+_CLASS_NAMES = "classnames.txt"  # a line each, in the split or above it
 _BORDER = 2  # red pixels around every image of ObjectNet, as model-soups and CLIP_benchmark cut them off
 
 
@@ -77,19 +79,16 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
     else:
         folder = _first_folder(root, [split] if split else PARTS)
         names, templates = _names(folder)
-    classes = _lines(root, folder, "classnames.txt") or list(names.values())
+    named = next((path for path in (folder / _CLASS_NAMES, root / _CLASS_NAMES) if path.is_file()), None)
+    classes = list(names.values()) if named is None else read_lines(named)
     files = {class_folder.name: image_files(class_folder) for class_folder in names}
     _check(folder, classes, templates, files)
-    labels: list[int] = []
-    paths: list[Path] = []
-    for label, files_of_class in enumerate(files.values()):
-        labels += [label] * len(files_of_class)
-        paths += files_of_class
-    images = from_files(paths, folder)
+    labels = np.repeat(np.arange(len(files)), [len(of_class) for of_class in files.values()])
+    images = from_files(list(chain.from_iterable(files.values())), folder)
     if is_objectnet:
         how = f"without {_BORDER} pixels of border"
         images = changed(images, lambda _, image: ImageOps.crop(image, _BORDER), how)
-    return ClassSet(images, np.array(labels, dtype=np.int64), tuple(classes), templates)
+    return ClassSet(images, labels, tuple(classes), templates)
 
 
 def _digits() -> ClassSet:
@@ -166,9 +165,7 @@ def _halves(data: ClassSet, source: str) -> tuple[ClassSet, ClassSet]:
     for label, name in enumerate(data.classes):
         rows = np.flatnonzero(data.labels == label)
         if len(rows) < 2:
-            raise ValueError(
-                f"{source}: {name} has {len(rows)} image(s); a probe needs two, to train and test"
-            )
+            raise ValueError(f"{source}: {name} has one image; a probe needs two, to train and test")
         is_second[rows[1::2]] = True
     return data.subset(np.flatnonzero(~is_second)), data.subset(np.flatnonzero(is_second))
 
@@ -213,11 +210,3 @@ def _objectnet_names(root: Path, folder: Path) -> dict[Path, str]:
             if label in shared and class_folder.is_dir():
                 names[class_folder] = str(label)
     return names
-
-
-def _lines(root: Path, folder: Path, name: str) -> list[str]:
-    """The lines of a file in the split or above it, if there is one."""
-    for path in (folder / name, root / name):
-        if path.is_file():
-            return read_lines(path)
-    return []

@@ -395,7 +395,7 @@ class Comparison:
 
 def _in_groups(score: Score, benchmark: Benchmark) -> Score:
     """A score whose items belong to the groups of their images."""
-    groups = benchmark.test_images.groups
+    groups = benchmark.sets["test"].groups
     if groups is None:
         return score
     if score.groups is not None:

@@ -50,11 +50,8 @@ class CachedFeatures:
 
     def remembered(self, _: Crop, passes: int) -> tuple[int, Iterator[Example]]:
         """(how many images come, they) for a memory."""
-        return len(self.taught), self._one_by_one()
-
-    def _one_by_one(self) -> Iterator[Example]:
-        for number, maps in enumerate(self.taught):
-            yield number, maps, label_of(self.train, number)
+        images = enumerate(self.taught)
+        return len(self.taught), ((number, maps, label_of(self.train, number)) for number, maps in images)
 
     def examples(self, order: Tensor, _: Crop) -> Iterator[Batch]:
         """Batches of training images in an order of their numbers, with labels of SIDE x SIDE."""
@@ -95,11 +92,12 @@ class LiveFeatures:
     def remembered(self, crop: Crop, passes: int) -> tuple[int, Iterator[Example]]:
         """As above, of random crops."""
         order = torch.arange(len(self.train.images)).repeat(passes)
-        return len(order), self._one_by_one(order, crop)
-
-    def _one_by_one(self, order: Tensor, crop: Crop) -> Iterator[Example]:
-        for numbers, maps, labels in self.examples(order, crop, self.settings.batch_size):
-            yield from zip(numbers.tolist(), maps, labels, strict=True)
+        batches = self.examples(order, crop, self.settings.batch_size)
+        return len(order), (
+            example
+            for numbers, maps, labels in batches
+            for example in zip(numbers.tolist(), maps, labels, strict=True)
+        )
 
     def examples(self, order: Tensor, crop: Crop, size: int = BATCH) -> Iterator[Batch]:
         """Batches of random crops; the n-th crop is the same for every model."""
@@ -194,8 +192,7 @@ def probe(
         maps = features["patches"]
         rest, held = fifth(len(few.images), few.images.groups)
         cached = CachedFeatures(BRIEF, few.subset(rest), maps[rest], few.subset(held), maps[held])
-        (result,) = score(cached, [number])
-        return result.value
+        return next(result.value for result in score(cached, [number]) if result.name == number)
 
     def published(encoder: Encoder, settings: Settings, names: Collection[str]) -> Iterator[Score]:
         return score(LiveFeatures(protocol, train, test, encoder, settings), names)

@@ -117,7 +117,7 @@ def _restricted(data: DenseSet, part: tuple[slice, slice], counts: Callable[[_Me
 def _scores(source: Source, names: Collection[str]) -> Iterator[Score]:
     heads = trained(source, BINS, silog, source.protocol.depth, crop, schedule)
     outputs = source.flipped(lambda maps: metres(heads(maps)))
-    return _measured(names, outputs, source.test)
+    return _measured(outputs, source.test)
 
 
 def crop(image: Image.Image, truth: Tensor, encoder: Encoder) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ def silog(
     return loss.clamp(min=1e-12).sqrt().sum()
 
 
-def _measured(names: Collection[str], outputs: Iterable[Tensor], test: DenseSet) -> Iterator[Score]:
+def _measured(outputs: Iterable[Tensor], test: DenseSet) -> Iterator[Score]:
     """Scores of metres (heads, h, w) for each test image."""
     rmse = []
     delta1 = []
@@ -203,7 +203,5 @@ def _measured(names: Collection[str], outputs: Iterable[Tensor], test: DenseSet)
         rmse.append((error**2).mean(dim=1).sqrt().cpu())
         delta1.append(within.double().mean(dim=1).cpu())
     for name, values in ((RMSE.name, rmse), (DELTA1.name, delta1)):
-        if name in names:
-            of_heads = torch.stack(values, dim=1).numpy()  # (heads, images)
-            retrained = of_heads[1:].mean(axis=1)
-            yield Score(name, of_heads[0], retrained=retrained)
+        of_heads = torch.stack(values, dim=1).numpy()  # (heads, images)
+        yield Score(name, of_heads[0], retrained=of_heads[1:].mean(axis=1))

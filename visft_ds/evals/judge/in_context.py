@@ -52,10 +52,7 @@ LabelledMap = tuple[int, Tensor, Tensor]
 def in_context_miou(name: str, source: Source) -> Score:
     """mIoU of patches that take their classes from a memory of training patches."""
     classes = len(source.train.classes)
-    published = isinstance(source, LiveFeatures)
     count, images = source.remembered(crop, PASSES)
-    if published:
-        images = _with_void_as_class_0(images)
     shown = gauge("in-context memory", count, "images", images)
     patches_of_image = max(1, source.protocol.memory // count)
     memory = remember(shown, classes, count, patches_of_image)
@@ -65,12 +62,7 @@ def in_context_miou(name: str, source: Source) -> Score:
     label = partial(label_of, source.test)
     if isinstance(source, LiveFeatures):
         label = partial(_label_of_input, source)
-    return mean_iou(name, answers, label, classes, matched=published)
-
-
-def _with_void_as_class_0(images: Iterable[LabelledMap]) -> Iterator[LabelledMap]:
-    for number, maps, label in images:
-        yield number, maps, label.clamp(min=0)
+    return mean_iou(name, answers, label, classes, matched=source.protocol.published)
 
 
 def _label_of_input(source: LiveFeatures, number: int) -> Tensor:
@@ -82,7 +74,9 @@ def _label_of_input(source: LiveFeatures, number: int) -> Tensor:
 
 
 def crop(image: Image.Image, label: Tensor, encoder: Encoder) -> tuple[Tensor, Tensor]:
-    """A random part of an image, stretched to a square, after its colours were changed; and its label."""
+    """A random part of an image, stretched to a square, after its colours were changed; and its label, in
+    which pixels without a class are class 0.
+    """
     for kind in ("brightness", "contrast", "saturation", "hue"):
         if coin():
             image = transforms.ColorJitter(**{kind: _JITTER})(image)
@@ -92,7 +86,7 @@ def crop(image: Image.Image, label: Tensor, encoder: Encoder) -> tuple[Tensor, T
     nearest = transforms.InterpolationMode.NEAREST
     pixels = pixels_of.resized_crop(pixels, **box, antialias=True)
     numbers = pixels_of.resized_crop(label[None], **box, interpolation=nearest)
-    return pixels, numbers[0]
+    return pixels, numbers[0].clamp(min=0)
 
 
 def remember(images: Iterable[LabelledMap], classes: int, most: int, each: int) -> Rows:

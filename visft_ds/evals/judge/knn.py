@@ -78,12 +78,11 @@ def _nearest(features: Tensor, directions: Tensor, count: int) -> tuple[Tensor, 
     first."""
     similarities = []
     numbers = []
-    for start in range(0, len(features), _BANK):
-        bank = features[start : start + _BANK]
+    for part, bank in enumerate(features.split(_BANK)):
         cosines = directions @ bank.T
         nearest = cosines.topk(min(count, len(bank)), dim=1)
         similarities.append(nearest.values)
-        numbers.append(nearest.indices + start)
+        numbers.append(nearest.indices + part * _BANK)
     candidates = torch.cat(similarities, dim=1)
     best = candidates.topk(min(count, len(features)), dim=1)
     rows = torch.cat(numbers, dim=1).gather(1, best.indices)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from PIL import Image, ImageDraw
 
@@ -80,16 +81,11 @@ _Box = Sequence[float]  # (x, y, width, height), pixels
 
 def _objects(data: DenseSet) -> tuple[list[Thing], list[_Box]]:
     """(objects, their boxes), of those that are at least SMALLEST pixels wide and high."""
-    objects: list[Thing] = []
-    boxes: list[_Box] = []
-    for thing in data.things:
-        box = coco_mask.toBbox(thing.code).tolist()
-        if min(box[2:]) >= SMALLEST:
-            objects.append(thing)
-            boxes.append(box)
-    if not objects:
+    boxed = [(thing, coco_mask.toBbox(thing.code).tolist()) for thing in data.things]
+    large = [(thing, box) for thing, box in boxed if min(box[2:]) >= SMALLEST]
+    if not large:
         raise ValueError(f"no object has a box of at least {SMALLEST:g} pixels ({data.images.names[0]}, ...)")
-    return objects, boxes
+    return [thing for thing, _ in large], [box for _, box in large]
 
 
 def _seen(
@@ -127,10 +123,7 @@ def marked(image: Image.Image, box: _Box) -> Image.Image:
     canvas.paste(image, (left, top))
     # Outside of the box, so that it hides nothing of a small object, but inside of the square.
     line = max(1, round(_LINE * side))
-    low = (max(0, round(left + x) - line), max(0, round(top + y) - line))
-    high = (
-        min(side, round(left + x + width) + line) - 1,
-        min(side, round(top + y + height) + line) - 1,
-    )
-    ImageDraw.Draw(canvas).rectangle((*low, *high), outline=_RED, width=line)
+    low = np.round([left + x, top + y]) - line
+    high = np.round([left + x + width, top + y + height]) + line
+    ImageDraw.Draw(canvas).rectangle((*low.clip(min=0), *high.clip(max=side) - 1), outline=_RED, width=line)
     return canvas

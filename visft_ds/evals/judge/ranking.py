@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,16 +26,12 @@ def rank_of(similarity: Tensor, right: Tensor) -> Tensor:
 
 def hits(ranks: Tensor, k: int) -> FloatArray:
     """1.0 where the right answer is among the first k."""
-    is_hit: FloatArray = (ranks < k).numpy().astype(np.float64)
-    return is_hit
+    return (ranks < k).double().numpy()
 
 
 def sentences(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Every class in every template, as `class_embeddings` expects them."""
-    texts: list[str] = []
-    for name in classes:
-        texts += [template.replace("{}", name) for template in templates]
-    return texts
+    return [template.replace("{}", name) for name in classes for template in templates]
 
 
 def class_embeddings(texts: Tensor, templates: int) -> Tensor:
@@ -49,7 +44,6 @@ def rank_by_text(images: Tensor, texts: Tensor, templates: int, labels: IntArray
     """Place of the right class of each image (n, E) by the similarity to the sentences of all classes."""
     classes = class_embeddings(texts, templates)
     ranks = []
-    for start in range(0, len(images), _ROWS):
-        rows = slice(start, start + _ROWS)
-        ranks.append(rank_of(images[rows] @ classes.T, torch.from_numpy(labels[rows])))
+    for rows, right in zip(images.split(_ROWS), torch.from_numpy(labels).split(_ROWS), strict=True):
+        ranks.append(rank_of(rows @ classes.T, right))
     return torch.cat(ranks)

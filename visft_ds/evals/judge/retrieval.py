@@ -46,7 +46,7 @@ def benchmark(request: Request) -> Benchmark:
     images, captions, owners = read_captions(request.source, request.split)
 
     def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
-        pictures = features["images"]["clip"]
+        pictures = features["test"]["clip"]
         texts = features["texts"]["clip"]
         own = torch.arange(len(pictures))
         image_of_text = torch.from_numpy(owners)
@@ -59,7 +59,7 @@ def benchmark(request: Request) -> Benchmark:
 
     return Benchmark(
         request.label,
-        sets={"images": request.grouped(images)},
+        sets={"test": request.grouped(images)},
         kinds=("clip",),
         numbers=NUMBERS,
         settings={"benchmark": "retrieval 1", "owners": owners.tolist(), "texts": captions},
