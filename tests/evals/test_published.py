@@ -103,9 +103,9 @@ def test_constants_are_those_of_the_sources() -> None:
     assert (in_context.NEIGHBOURS, in_context.TEMPERATURE, in_context.PASSES) == (30, 0.02, 2)
     assert PUBLISHED.memory == 10_240_000 and PUBLISHED.images == {"train": 10**9, "test": 10**9}
     assert (depth.BINS, depth.NEAREST, depth.FARTHEST) == (256, 0.001, 10.0)
-    linear = linear_classification.RECIPE
-    assert (linear.steps, linear.batch, linear.momentum) == (12_500, 1024, 0.9)
-    assert linear.rates == (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+    linear = linear_classification
+    assert (linear.STEPS, linear.BATCH, linear.MOMENTUM) == (12_500, 1024, 0.9)
+    assert linear.RATES == (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
     assert dense_probes.BATCH == 16 and PUBLISHED.published and PUBLISHED.resampled
 
 
@@ -442,12 +442,12 @@ def test_knn_is_dinov2s() -> None:
     torch.testing.assert_close(viewed.preprocess(image), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_linear_classifiers_are_trained_by_torchs_sgd_and_cosine() -> None:
+def test_linear_classifiers_are_trained_by_torchs_sgd_and_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rate a classifier of its own, times batch / 256, with momentum 0.9 and no decay."""
     generator = torch.Generator().manual_seed(0)
     rates = (0.01, 0.1)
-    recipe = linear_classification.Recipe(12, 16, rates, 0.9)
-    ours = linear_classification.Classifiers(torch.tensor(rates) * 1024 / 256, 5, 3, recipe)
+    monkeypatch.setattr(linear_classification, "STEPS", 12)
+    ours = linear_classification.Classifiers(torch.tensor(rates) * 1024 / 256, 5, 3)
     assert ours.weight[0].std().item() == pytest.approx(0.01, rel=0.5) and (ours.bias == 0).all()
     theirs = []
     for number, rate in enumerate(rates):
@@ -472,7 +472,7 @@ def test_linear_classifiers_are_trained_by_torchs_sgd_and_cosine() -> None:
         torch.testing.assert_close(ours.bias[number, 0], layer.bias)
 
 
-def test_published_classification_from_images_to_accuracy() -> None:
+def test_published_classification_from_images_to_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Crops teach, held-out training images choose the rate, the middle squares are judged; the same with
     workers.
     """
@@ -483,8 +483,9 @@ def test_published_classification_from_images_to_accuracy() -> None:
     ]
     images = ImageSet(list(map(str, range(40))), lambda n: Image.fromarray(pictures[n]), "x")
     data = ClassSet(images, labels.astype(np.int64), ("dark", "light"))
-    recipe = linear_classification.Recipe(6, 8, (1e-4, 0.1), 0.9)
-    benchmark = classification.classification("classification/x", data, data, PUBLISHED, recipe)
+    for name, value in (("STEPS", 6), ("BATCH", 8), ("RATES", (1e-4, 0.1))):
+        monkeypatch.setattr(linear_classification, name, value)
+    benchmark = classification.classification("classification/x", data, data, PUBLISHED)
     assert benchmark.published is not None
     first, second = (
         {score.name: score for score in benchmark.published(_encoder(32), settings, benchmark.names)}

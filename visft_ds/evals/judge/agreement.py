@@ -79,9 +79,7 @@ def check_classifier(base: ModelSpec) -> tuple[Any, int]:
     Raises:
         ValueError: BASE brings no classifier.
     """
-    model: dict[str, Any] = {}
-    if not base.open_clip:
-        model = dict(base.model or model_in(open_model(base.name)))
+    model = {} if base.open_clip else dict(base.model or model_in(open_model(base.name)))
     if not model.get("preset", "").startswith(TIMM):
         raise ValueError(f"{_ASKS} {base.label} is not a model of timm")
     model.pop("layers", None)  # a classifier reads the end of the network

@@ -16,6 +16,7 @@ from visft_ds.settings.bands import Bands
 from visft_ds.tasks.pictures import Picture
 
 FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 #: (H, W), the class of each pixel of an image; the largest number of the type where it has none.
 Label = npt.NDArray[np.uint8 | np.uint16]

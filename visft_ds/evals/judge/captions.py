@@ -132,8 +132,8 @@ def _of_head(request: Request, data: CaptionedSet, run: Path) -> Benchmark:
 
 
 def _settings(data: CaptionedSet) -> dict[str, object]:
-    texts = [text for texts in data.references for text in texts]
-    return {"benchmark": "captions 1", "captions": digest([*texts, *data.domains])}
+    captions = digest([repr(data.references), repr(data.domains)])
+    return {"benchmark": "captions 1", "captions": captions}
 
 
 @torch.no_grad()

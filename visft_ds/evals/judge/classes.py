@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from visft_ds.evals.judge.benchmark import ImageSet, IntArray
+from visft_ds.evals.judge.benchmark import BoolArray, ImageSet, IntArray
 from visft_ds.evals.judge.images import (
     PARTS,
     changed,
@@ -50,9 +50,10 @@ class ClassSet:
     classes: tuple[str, ...]  #: as they are called in a sentence
     templates: tuple[str, ...] = PLAIN  #: sentences with {} for a class
 
-    def subset(self, rows: IntArray) -> ClassSet:
-        """Some of the images, with all classes."""
-        return replace(self, images=chosen(self.images, rows.tolist()), labels=self.labels[rows])
+    def subset(self, rows: Sequence[int] | BoolArray) -> ClassSet:
+        """Some of the images, by number or by a mask, with all classes."""
+        numbers = np.arange(len(self.labels))[rows]
+        return replace(self, images=chosen(self.images, numbers.tolist()), labels=self.labels[rows])
 
 
 def read_classes(source: str, split: str | None = None) -> ClassSet:
@@ -167,7 +168,7 @@ def _halves(data: ClassSet, source: str) -> tuple[ClassSet, ClassSet]:
         if len(rows) < 2:
             raise ValueError(f"{source}: {name} has one image; a probe needs two, to train and test")
         is_second[rows[1::2]] = True
-    return data.subset(np.flatnonzero(~is_second)), data.subset(np.flatnonzero(is_second))
+    return data.subset(~is_second), data.subset(is_second)
 
 
 @cache

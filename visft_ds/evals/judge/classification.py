@@ -12,21 +12,21 @@ is logistic regression (`logistic`).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 
-import numpy as np
 from torch import Tensor
 
+from visft_ds.evals.judge import linear_classification
 from visft_ds.evals.judge.benchmark import Benchmark, Features, LayerChoice, Number, Score, units
 from visft_ds.evals.judge.classes import ClassSet, read_train_and_test
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.encoding import Settings, brought_near, encode_images
 from visft_ds.evals.judge.few_shots import NUMBERS as FEW_SHOTS
-from visft_ds.evals.judge.few_shots import allowed, few_shots, units_of_classes
+from visft_ds.evals.judge.few_shots import SHOTS, few_shots, units_of_classes
 from visft_ds.evals.judge.images import every
 from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.knn import knn
-from visft_ds.evals.judge.linear_classification import KINDS, RECIPE, Recipe, image_rows, linear_accuracy
+from visft_ds.evals.judge.linear_classification import KINDS, image_rows, linear_accuracy
 from visft_ds.evals.judge.logistic import STRENGTHS, logistic_regression
 from visft_ds.evals.judge.protocol import CLASSIFIED_SIZES, NORMALISED, QUICK, Protocol
 from visft_ds.evals.judge.rows import Rows, held_out
@@ -56,7 +56,7 @@ LINEAR = Number(
     chooses_layer=True,
     trained=True,
     side=SIDE,
-    crops=RECIPE.steps * RECIPE.batch,
+    crops=linear_classification.STEPS * linear_classification.BATCH,
 )
 NUMBERS = (KNN, LINEAR, *FEW_SHOTS)
 _QUICK_PROBES = {KNN.name: knn, LINEAR.name: logistic_regression}
@@ -70,22 +70,20 @@ def benchmark(request: Request) -> Benchmark:
     return classification(request.label, train, test, request.protocol)
 
 
-def classification(
-    label: str, train: ClassSet, test: ClassSet, protocol: Protocol, recipe: Recipe = RECIPE
-) -> Benchmark:
+def classification(label: str, train: ClassSet, test: ClassSet, protocol: Protocol) -> Benchmark:
     """kNN and linear accuracy, and that of as few images a class as the data allow."""
     train = _at_most(train, protocol.classified["train"])
     test = _at_most(test, protocol.classified["test"])
     choosing = _at_most(train, QUICK.classified["train"])
     least = int(units_of_classes(train.labels, units(len(train.labels), train.images.groups)).min())
-    of_few_shots = allowed(least)
+    count = sum(2 * shots <= least for shots in SHOTS)  # draws take at most half of a class
     what = "images" if train.images.groups is None else "groups of images"
-    left_out = [number.name for number in FEW_SHOTS if number not in of_few_shots]
     notes = []
-    if left_out:
+    if count < len(FEW_SHOTS):
+        left_out = ", ".join(number.name for number in FEW_SHOTS[count:])
         notes.append(
             f"{label}: the smallest class has {least} training {what}, and draws need twice as many as they "
-            f"take: no {', '.join(left_out)}."
+            f"take: no {left_out}."
         )
 
     def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
@@ -116,17 +114,16 @@ def classification(
                 yield _QUICK_PROBES[name](name, taught, judged)
         if LINEAR.name in names:
             judged = _rows(LINEAR.name, of_test, test)
-            yield linear_accuracy(LINEAR.name, viewed, train, judged, recipe, settings)
+            yield linear_accuracy(LINEAR.name, viewed, train, judged, settings)
 
-    how: object = asdict(recipe) if protocol.published else STRENGTHS
     return Benchmark(
         label,
         sets={"train": train.images, "test": test.images},
         kinds=KINDS,
-        numbers=(KNN, LINEAR, *of_few_shots),
+        numbers=(KNN, LINEAR, *FEW_SHOTS[:count]),
         settings={
             "benchmark": "classification 3",
-            "protocol": how,
+            "protocol": linear_classification.PROTOCOL if protocol.published else STRENGTHS,
             "labels": [train.labels.tolist(), test.labels.tolist()],
             "names": list(test.classes),
         },
@@ -145,7 +142,7 @@ def published_view(encoder: Encoder) -> Encoder:
 
 def _at_most(data: ClassSet, count: int) -> ClassSet:
     """The images, or of more than `count` every k-th."""
-    return data.subset(np.array(every(len(data.labels), count)))
+    return data.subset(every(len(data.labels), count))
 
 
 def _rows(number: str, features: Mapping[str, Tensor], data: ClassSet) -> Rows:

@@ -369,8 +369,7 @@ def _of_outlines(
     names = [category.name for category in in_order]
     if not is_map:
         names.insert(0, "")
-    if len(names) > NOTHING:
-        raise ValueError(f"there are {len(categories):,} categories; at most {NOTHING - 1:,} are allowed")
+    assert len(names) <= NOTHING, "of more categories, one would have the number of a pixel without any"
     first = len(names) - len(in_order)
     class_of_category = {category.coco_id: number for number, category in enumerate(in_order, first)}
 

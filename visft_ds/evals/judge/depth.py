@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
-from visft_ds.evals.judge.benchmark import Benchmark, Number, Score
+from visft_ds.evals.judge.benchmark import Benchmark, BoolArray, Number, Score
 from visft_ds.evals.judge.crops import coin, filled_up, label_of, random_part
 from visft_ds.evals.judge.dense_probes import Source, probe, trained
 from visft_ds.evals.judge.dense_sets import DenseSet, read_depth
@@ -72,7 +72,6 @@ _LAST = 1 / 25 / 1000  # of the rate, at the end
 _FIRST_BETA1 = 0.85  # behind the warm-up, in which it is 0
 _LAST_BETA1 = 0.95
 _Metres = npt.NDArray[np.float32]
-_Mask = npt.NDArray[np.bool_]
 
 
 def benchmark(request: Request) -> Benchmark:
@@ -96,7 +95,9 @@ def judged(data: DenseSet) -> DenseSet:
     return _restricted(data, _EIGEN, lambda metres: (metres > NEAREST) & (metres < FARTHEST))
 
 
-def _restricted(data: DenseSet, part: tuple[slice, slice], counts: Callable[[_Metres], _Mask]) -> DenseSet:
+def _restricted(
+    data: DenseSet, part: tuple[slice, slice], counts: Callable[[_Metres], BoolArray]
+) -> DenseSet:
     """The same with 0 where a depth does not count, or lies outside of the part of a map of NYU's size."""
 
     def label(number: int) -> _Metres:

@@ -44,11 +44,6 @@ def _number(shots: int) -> Number:
 NUMBERS = tuple(map(_number, SHOTS))
 
 
-def allowed(least: int) -> tuple[Number, ...]:
-    """The numbers that data allow whose smallest class has so many training images, or groups of them."""
-    return tuple(number for shots, number in zip(SHOTS, NUMBERS, strict=True) if 2 * shots <= least)
-
-
 def units_of_classes(labels: IntArray, owners: IntArray) -> IntArray:
     """(classes,), number of images of each class, or of groups of these.
 

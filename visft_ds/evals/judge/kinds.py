@@ -134,13 +134,12 @@ KINDS: Mapping[str, Kind] = {
 
 def kinds_help() -> str:
     """The kinds of data with their keys, for --help."""
-    width = 110
     indent = 20
     paragraphs = []
     for name, kind in KINDS.items():
         text = f"{kind.about} ({', '.join(kind.keys)})"
-        lines = textwrap.wrap(text, width - indent)
-        paragraphs.append(f"    {name}".ljust(indent) + ("\n" + " " * indent).join(lines))
+        begin = f"    {name}".ljust(indent)
+        paragraphs.append(textwrap.fill(text, 110, initial_indent=begin, subsequent_indent=" " * indent))
     return "\n".join(paragraphs)
 
 

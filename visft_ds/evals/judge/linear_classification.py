@@ -11,7 +11,6 @@ fiftieth of the training images chooses the classifier and teaches none (there t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,23 +34,12 @@ _NTH = 50  # training image of a class chooses the classifier
 _AREA = (0.08, 1.0)  # of a crop, share of the image
 _RATIO = (3 / 4, 4 / 3)
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """Settings that the classifiers are trained with."""
-
-    steps: int
-    batch: int
-    rates: tuple[float, ...]  #: each for a classifier of its own, times batch / 256
-    momentum: float
-
-
-RECIPE = Recipe(
-    steps=12_500,
-    batch=1024,
-    rates=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
-    momentum=0.9,
-)
+STEPS = 12_500
+BATCH = 1024
+#: Of learning, each for a classifier of its own, times BATCH / 256.
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+MOMENTUM = 0.9
+PROTOCOL = (STEPS, BATCH, RATES, MOMENTUM)
 
 
 def image_rows(features: Mapping[str, Tensor], data: ClassSet) -> Rows:
@@ -65,9 +53,7 @@ def _inputs(features: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([features[kind] for kind in KINDS if kind in features], dim=1)
 
 
-def linear_accuracy(
-    name: str, encoder: Encoder, train: ClassSet, test: Rows, recipe: Recipe, settings: Settings
-) -> Score:
+def linear_accuracy(name: str, encoder: Encoder, train: ClassSet, test: Rows, settings: Settings) -> Score:
     """Share of rows whose class the classifier predicts that is best on held-out training images.
 
     Args:
@@ -78,19 +64,16 @@ def linear_accuracy(
     chooses = image_rows(features, choosing)
     copies_of_images = resamples(len(taught.labels), RESAMPLES, taught.images.groups)
     copies = torch.from_numpy(copies_of_images).float()
-    learning_rates = torch.tensor(recipe.rates, device=settings.device) * recipe.batch / 256
+    learning_rates = torch.tensor(RATES, device=settings.device) * BATCH / 256
     classifiers = [
-        Classifiers(learning_rates.repeat(len(copies)), width, len(train.classes), recipe)
+        Classifiers(learning_rates.repeat(len(copies)), width, len(train.classes))
         for width in (features["pooled"].shape[1], chooses.features.shape[1])
     ]
-    for drawn, inputs, labels in _crops(encoder, taught, recipe, settings):
+    for drawn, inputs, labels in _crops(encoder, taught, settings):
         counts = copies[:, drawn].repeat_interleave(len(learning_rates), dim=0).to(settings.device)
         for several in classifiers:
             several.learn(inputs, labels, counts)
-    levels = []
-    for several in classifiers:
-        of_all_images = several.correct(chooses)[: len(learning_rates)]
-        levels.append(of_all_images.mean(axis=1))
+    levels = [several.correct(chooses)[: len(learning_rates)].mean(axis=1) for several in classifiers]
     best_inputs, best_rate = np.unravel_index(np.argmax(levels), (len(levels), len(learning_rates)))
     correct = classifiers[best_inputs].correct(test)[best_rate :: len(learning_rates)]
     return accuracy(name, correct, test)
@@ -107,7 +90,7 @@ def _held_out(train: ClassSet) -> tuple[ClassSet, ClassSet]:
             f"each class has fewer than five training images ({first}, ...), and a fifth of them chooses the "
             "learning rate: give more images, or --quick"
         )
-    return train.subset(np.flatnonzero(chooses)), train.subset(np.flatnonzero(~chooses))
+    return train.subset(chooses), train.subset(~chooses)
 
 
 class Classifiers(nn.Module):
@@ -116,7 +99,7 @@ class Classifiers(nn.Module):
     All read the first `width` channels of the same inputs: (n, D) -> (classifiers, n, classes).
     """
 
-    def __init__(self, learning_rates: Tensor, width: int, classes: int, recipe: Recipe) -> None:
+    def __init__(self, learning_rates: Tensor, width: int, classes: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(classes, width + 1, generator=generator) * 0.01
@@ -124,8 +107,8 @@ class Classifiers(nn.Module):
         self.weight = nn.Parameter(weight.repeat(len(learning_rates), 1, 1))
         self.bias = nn.Parameter(weight.new_zeros(len(learning_rates), 1, classes))
         self.learning_rates = learning_rates
-        self.optimizer = torch.optim.SGD(self.parameters(), lr=1.0, momentum=recipe.momentum)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, recipe.steps)
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=1.0, momentum=MOMENTUM)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
 
     def forward(self, inputs: Tensor) -> Tensor:
         width = self.weight.shape[2]
@@ -166,17 +149,15 @@ def crop(image: Image.Image, encoder: Encoder) -> Tensor:
     return encoder.normalised(transforms.RandomHorizontalFlip(0.5)(resized(image)))
 
 
-def _crops(
-    encoder: Encoder, train: ClassSet, recipe: Recipe, settings: Settings
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _crops(encoder: Encoder, train: ClassSet, settings: Settings) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches of numbers, features and labels of random crops; the n-th crop is the same for every model."""
 
     def example(number: int) -> tuple[Tensor, int]:
         return crop(train.images.read(number), encoder), int(train.labels[number])
 
-    order = rounds(len(train.labels), recipe.steps * recipe.batch)
-    batches = random_crops(order, recipe.batch, example, settings)
+    order = rounds(len(train.labels), STEPS * BATCH)
+    batches = random_crops(order, BATCH, example, settings)
     encoder.module.to(settings.device)
-    for drawn, pixels, labels in gauge("linear classifier", recipe.steps, "steps", batches):
+    for drawn, pixels, labels in gauge("linear classifier", STEPS, "steps", batches):
         features = forward(encoder, pixels, KINDS, settings)
         yield drawn, _inputs(features), labels.to(settings.device)

@@ -45,14 +45,18 @@ _MARKED = "marked"  # set of images
 def benchmark(request: Request) -> Benchmark:
     """Accuracy of naming the object in a box."""
     train, test = read_objects(request)
-    train_objects, train_boxes = _objects(train)
-    test_objects, test_boxes = _objects(test)
+    train_objects = _objects(train)
+    test_objects = _objects(test)
     categories = [name for name in test.classes if name]
 
     def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
         of_test = features["test"]
-        taught = rows_of_objects(features["train"]["pooled"], train_objects).in_groups(train.images.groups)
-        judged = rows_of_objects(of_test["pooled"], test_objects).in_groups(test.images.groups)
+        taught = rows_of_objects(
+            features["train"]["pooled"], [thing for thing, _ in train_objects]
+        ).in_groups(train.images.groups)
+        judged = rows_of_objects(of_test["pooled"], [thing for thing, _ in test_objects]).in_groups(
+            test.images.groups
+        )
         if "texts" in features and "clip" in of_test:
             named_classes = judged.labels.numpy() - test.classes.count("")
             for number, view in ((TEXT_TOP1, of_test), (MARKED_TOP1, features[_MARKED])):
@@ -63,9 +67,9 @@ def benchmark(request: Request) -> Benchmark:
     return Benchmark(
         request.label,
         sets={
-            "train": _seen(train, train_objects, train_boxes, crop, f"crop {MARGIN}"),
-            "test": _seen(test, test_objects, test_boxes, crop, f"crop {MARGIN}"),
-            _MARKED: _seen(test, test_objects, test_boxes, marked, f"marked {_LINE}"),
+            "train": _seen(train, train_objects, crop, f"crop {MARGIN}"),
+            "test": _seen(test, test_objects, crop, f"crop {MARGIN}"),
+            _MARKED: _seen(test, test_objects, marked, f"marked {_LINE}"),
         },
         kinds=("clip", "pooled"),
         numbers=NUMBERS,
@@ -79,26 +83,26 @@ def benchmark(request: Request) -> Benchmark:
 _Box = Sequence[float]  # (x, y, width, height), pixels
 
 
-def _objects(data: DenseSet) -> tuple[list[Thing], list[_Box]]:
-    """(objects, their boxes), of those that are at least SMALLEST pixels wide and high."""
+def _objects(data: DenseSet) -> list[tuple[Thing, _Box]]:
+    """Objects with their boxes, of those that are at least SMALLEST pixels wide and high."""
     boxed = [(thing, coco_mask.toBbox(thing.code).tolist()) for thing in data.things]
     large = [(thing, box) for thing, box in boxed if min(box[2:]) >= SMALLEST]
     if not large:
         raise ValueError(f"no object has a box of at least {SMALLEST:g} pixels ({data.images.names[0]}, ...)")
-    return [thing for thing, _ in large], [box for _, box in large]
+    return large
 
 
 def _seen(
     data: DenseSet,
-    objects: Sequence[Thing],
-    boxes: Sequence[_Box],
+    objects: Sequence[tuple[Thing, _Box]],
     view: Callable[[Image.Image, _Box], Image.Image],
     how: str,
 ) -> ImageSet:
     """A view of the image of each object and its box; `how` states what the view depends on."""
-    images = chosen(data.images, [thing.owner for thing in objects])
+    images = chosen(data.images, [thing.owner for thing, _ in objects])
     # Scores are in groups by their rows' owners, as objects of an image are no independent evidence.
     images = replace(images, stretched=False, groups=None)
+    boxes = [box for _, box in objects]
     return changed(images, lambda number, image: view(image, boxes[number]), f"{how} {tuple(boxes)}")
 
 

@@ -67,8 +67,6 @@ def read(train: Tensor, words: Sequence[str], test: Tensor, updates: int) -> lis
 
     A word that has more characters than steps teaches nothing; equal neighbours need a blank between them.
     """
-    if train.shape[2] * STEPS_PER_COLUMN < min(map(len, words)):
-        raise ValueError(f"features of {train.shape[2]} columns are too few for any word")
     alphabet = sorted(set("".join(words)))  # a blank comes after it
     # One number for all channels: some hardly vary, and would be blown up to noise.
     mean = train.mean(dim=(0, 2))
@@ -104,12 +102,13 @@ def read(train: Tensor, words: Sequence[str], test: Tensor, updates: int) -> lis
             nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-    paths: list[list[int]] = []
     with torch.no_grad():
-        for columns in test.split(256):
-            paths += log_probabilities(columns).argmax(dim=2).T.tolist()
+        paths = torch.cat([log_probabilities(columns).argmax(dim=2).T for columns in test.split(256)])
     # Of the most likely path repeats are one character, blanks none.
-    return ["".join(alphabet[step] for step, _ in groupby(path) if step < len(alphabet)) for path in paths]
+    return [
+        "".join(alphabet[step] for step, _ in groupby(path) if step < len(alphabet))
+        for path in paths.tolist()
+    ]
 
 
 def read_words(folder: Path) -> tuple[ImageSet, tuple[str, ...]]:

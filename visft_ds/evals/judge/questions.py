@@ -12,7 +12,7 @@ Images are below the folder, called by their ids: `train2014/COCO_train2014_0000
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +60,7 @@ class QuestionSet:
     @property
     def fingerprint(self) -> str:
         """Other questions or answers, other fingerprint."""
-        parts = []
-        for question, owner in zip(self.questions, self.owners.tolist(), strict=True):
-            parts += [str(owner), question.text, question.kind, *question.answers]
-        return digest(parts)
+        return digest([repr(self.questions), repr(self.owners.tolist())])
 
 
 def read_questions(
@@ -88,11 +85,10 @@ def read_questions(
 
 def words_alone(train: QuestionSet, test: QuestionSet) -> float:
     """Accuracy of the most frequent answer of training to the same words, or else to all: without images."""
-    answers: dict[str, Counter[str]] = {}
-    all_answers: Counter[str] = Counter()
+    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for question in train.questions:
-        answers.setdefault(" ".join(question.words), Counter())[question.answer] += 1
-        all_answers[question.answer] += 1
+        answers[" ".join(question.words)][question.answer] += 1
+    all_answers = Counter(question.answer for question in train.questions)
     total = 0.0
     for question in test.questions:
         known = answers.get(" ".join(question.words), all_answers)

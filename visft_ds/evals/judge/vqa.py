@@ -204,7 +204,7 @@ def _answered(cells: tuple[Tensor, Tensor], train: QuestionSet, test: QuestionSe
             probe = Probe(len(known) + _UNKNOWN + 1, len(answers), cells[0].shape[1:])
             _fit(probe, words, targets, owners, cells[0], taught)
         predicted = _said(probe, asked, test_owners, cells[1])
-        right.append(_right([answers[number] for number in predicted], test))
+        right.append(_right([answers[number] for number in predicted.tolist()], test))
     return np.stack(right)
 
 
@@ -223,10 +223,8 @@ def _fit(probe: Probe, words: Tensor, targets: Tensor, owners: Tensor, cells: Te
 
 
 @torch.no_grad()
-def _said(probe: Probe, words: Tensor, owners: Tensor, cells: Tensor) -> list[int]:
+def _said(probe: Probe, words: Tensor, owners: Tensor, cells: Tensor) -> Tensor:
     """Number of the answer to each question."""
     probe.eval()
-    numbers: list[int] = []
-    for asked, images in zip(words.split(_TOGETHER), owners.split(_TOGETHER), strict=True):
-        numbers += probe(asked, cells[images]).argmax(dim=1).tolist()
-    return numbers
+    batches = zip(words.split(_TOGETHER), owners.split(_TOGETHER), strict=True)
+    return torch.cat([probe(asked, cells[images]).argmax(dim=1) for asked, images in batches])
