@@ -5,7 +5,7 @@
 | ImageNet, -A, -R, -Sketch | folders of WordNet ids | open_clip's | the classes that have a folder |
 | ImageNet-V2 | 1,000 folders `0` to `999` | open_clip's | all |
 | ObjectNet | `mappings/*.json` | its own | those that ImageNet shares |
-| any | one folder for each class | `classnames.txt`, or the folders' | all |
+| any | one folder for each class | the folders' | all |
 
 Each has its images in a folder of the split (`val`, `validation`, `test`, `train`), or in the given one
 itself.
@@ -13,7 +13,7 @@ itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
@@ -31,13 +31,11 @@ from visft_ds.evals.judge.images import (
     from_files,
     image_files,
     read_json,
-    read_lines,
 )
 from visft_ds.evals.judge.kinds import DIGITS
 from visft_ds.evals.judge.ranking import PLAIN
 from visft_ds.files import checked_name, reading
 
-_CLASS_NAMES = "classnames.txt"  # a line each, in the split or above it
 _BORDER = 2  # red pixels around every image of ObjectNet, as model-soups and CLIP_benchmark cut them off
 
 
@@ -64,7 +62,7 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
         split: folder in it; None: the first of PARTS that is there, or the folder itself.
 
     Raises:
-        ValueError: no such folder, no class in it, a class without images, or other names than classes.
+        ValueError: no such folder, no class in it, images beside the classes, or a class without images.
     """
     if source == DIGITS:
         return _digits()
@@ -74,22 +72,32 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
         raise ValueError(f"{folder}: no such folder; give one with a folder for each class, or {DIGITS}")
     is_objectnet = (root / "mappings").is_dir()
     if is_objectnet:
-        folder = _first_folder(root, ["images"])
+        folder = root / "images"
         names = _objectnet_names(root, folder)
         templates = imagenet_templates()
     else:
-        folder = _first_folder(root, [split] if split else PARTS)
+        if not split:
+            folder = next((root / part for part in PARTS if (root / part).is_dir()), root)
         names, templates = _names(folder)
-    named = next((path for path in (folder / _CLASS_NAMES, root / _CLASS_NAMES) if path.is_file()), None)
-    classes = list(names.values()) if named is None else read_lines(named)
     files = {class_folder.name: image_files(class_folder) for class_folder in names}
-    _check(folder, classes, templates, files)
+    if not files:
+        raise ValueError(f"{folder} has no folders of classes: give a folder with one folder for each class")
+    loose = image_files(folder)
+    if loose:
+        raise ValueError(
+            f"{folder} has {len(loose)} images outside of its folders of classes ({loose[0].name})"
+        )
+    empty = [name for name in files if not files[name]]
+    if empty:
+        raise ValueError(
+            f"{folder}: {len(empty)} of {len(files)} classes have no images: {', '.join(empty[:5])}"
+        )
     labels = np.repeat(np.arange(len(files)), [len(of_class) for of_class in files.values()])
     images = from_files(list(chain.from_iterable(files.values())), folder)
     if is_objectnet:
         how = f"without {_BORDER} pixels of border"
         images = changed(images, lambda _, image: ImageOps.crop(image, _BORDER), how)
-    return ClassSet(images, labels, tuple(classes), templates)
+    return ClassSet(images, labels, tuple(names.values()), templates)
 
 
 def _digits() -> ClassSet:
@@ -103,39 +111,6 @@ def _digits() -> ClassSet:
         digest((str(pixels.shape), pixels.tobytes())),
     )
     return ClassSet(images, loaded.target.astype(np.int64), tuple("0123456789"))
-
-
-def _check(
-    folder: Path,
-    classes: Sequence[str],
-    templates: Sequence[str],
-    files: Mapping[str, Sequence[Path]],
-) -> None:
-    """Raise ValueError if names of classes, templates and files of each class's folder do not go together."""
-    if not files:
-        raise ValueError(f"{folder} has no folders of classes: give a folder with one folder for each class")
-    loose = image_files(folder)
-    if loose:
-        raise ValueError(
-            f"{folder} has {len(loose)} images outside of its folders of classes ({loose[0].name})"
-        )
-    if len(classes) != len(files):
-        raise ValueError(
-            f"{folder}: {len(classes)} names of classes for {len(files)} folders; name each, in order"
-        )
-    empty = [name for name in files if not files[name]]
-    if empty:
-        raise ValueError(
-            f"{folder}: {len(empty)} of {len(files)} classes have no images: {', '.join(empty[:5])}"
-        )
-    twice = [name for name in classes if classes.count(name) > 1]
-    if twice and templates != imagenet_templates():  # ImageNet has some, and is scored as it is
-        raise ValueError(f"{folder}: two classes are called {twice[0]!r}: no text can tell them apart")
-
-
-def _first_folder(root: Path, names: Sequence[str]) -> Path:
-    """The first of some folders that is there, or the one around them."""
-    return next((root / name for name in names if (root / name).is_dir()), root)
 
 
 def read_train_and_test(
