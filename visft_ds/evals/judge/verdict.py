@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from visft_ds.evals.judge.table import Difference, Row, Trial
 from visft_ds.evals.records import number_text
 
-_EQUAL = "of the same feature shift"
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -41,110 +39,87 @@ def judged(rows: Sequence[Row], trials: Sequence[Trial], primary: str, base: str
     row = next(row for row in rows if row.name == primary)
     verdicts = []
     for trial in trials:
-        word = word_for(row, trial)
-        if word == "the same" and _nothing_differs(rows, trial.variant):
-            sentences = [f"No feature of {trial.variant} differs from those of {base}."]
-        else:
-            sentences = [f"{_sentence(word, row, trial, base)}.", f"Cost: {_cost(rows, row, trial.variant)}."]
+        tuned = trial.variant
+        word, sentence = _decision(row, trial, base)
+        sentences = [f"{sentence}.", f"Cost: {_cost(rows, row, tuned)}."]
+        if word == "the same" and _nothing_differs(rows, tuned):
+            sentences = [f"No feature of {tuned} differs from those of {base}."]
         if trial.half:
             change = _text(row.differences[trial.half], row)
             sentences.append(f"Half of the change gives {change}; cost: {_cost(rows, row, trial.half)}.")
         if trial.trained_on:
             sets = "; ".join(trial.trained_on)
-            sentences.append(f"In domain: {trial.variant} was trained on images of {sets}.")
-        verdicts.append(Verdict(trial.variant, word, tuple(sentences)))
+            sentences.append(f"In domain: {tuned} was trained on images of {sets}.")
+        verdicts.append(Verdict(tuned, word, tuple(sentences)))
     return verdicts
 
 
-def word_for(row: Row, trial: Trial) -> str:
-    """The word of a verdict, by the row of the primary number."""
+def _decision(row: Row, trial: Trial, base: str) -> tuple[str, str]:
+    """The word of a verdict and its sentence, by the row of the primary number."""
     tuned = trial.variant
     gain = row.differences[tuned]
+    change = _text(gain, row)
     if trial.shift == 0:
-        return "the same"
+        sentence = f"Where {row.name} is read, {tuned} has the features of {base}"
+        if trial.cut:
+            sentence += f"; it ends after {trial.cut}, and differs by {change} from {base} at its best layer"
+        return "the same", sentence
+    by = f"{change} in {row.name}, {_where_read(trial, base)}"
     if not gain.better:
-        if _is_better(row.over_cut.get(tuned)):
-            return "better placed"
-        if gain.worse:
-            return "lost"
-        return "better placed" if _is_better(row.last.get(tuned)) else "not shown"
-    if tuned in row.over_last and not row.over_last[tuned].better:
-        return "not shown"
-    if not all(over_control.better for over_control in row.controls[tuned].values()):
-        return "moved, not gained"
-    if trial.shift is None or (trial.missed and not trial.controls):
-        return "better, without control"
-    if not trial.compared:
-        return "better placed"
-    return "gained" if trial.controls else "better, without control"
+        return _without_gain(row, trial, base, by)
+    better = f"{tuned} is better than {base} by {by}"
+    over_last = row.over_last.get(tuned)
+    if over_last is not None and not over_last.better:
+        less = f"not shown to be better than {base} at its last layer ({_text(over_last, row)})"
+        return "not shown", f"{better}, but {less}"
+    controls = row.controls[tuned]
+    failed = [name for name, over_control in controls.items() if not over_control.better]
+    equal = f"of the same feature shift{_missed(trial)}"
+    if failed:
+        return (
+            "moved, not gained",
+            f"{better}, but not shown to be better than {' and '.join(failed)} {equal}",
+        )
+    if trial.shift is None:
+        return "better, without control", f"{better}; two architectures have no control {equal}"
+    if not trial.compared and (controls or not trial.missed):
+        return "better placed", f"{better}; their best layers were not compared"
+    if not controls:
+        return "better, without control", f"{better}; no control is {equal}"
+    return "gained", f"{better}, and better than {' and '.join(controls)} {equal}"
 
 
-def _is_better(difference: Difference | None) -> bool:
-    return difference is not None and difference.better
+def _without_gain(row: Row, trial: Trial, base: str, by: str) -> tuple[str, str]:
+    """The same of a variant that is not better than the base, but differs `by` so much."""
+    tuned = trial.variant
+    gain = row.differences[tuned]
+    change = _text(gain, row)
+    over_cut = row.over_cut.get(tuned)
+    if over_cut is not None and over_cut.better:
+        below = "worse" if gain.worse else "not shown to be better"
+        return "better placed", (
+            f"{tuned} is better than {base} by {_text(over_cut, row)} in {row.name} up to {trial.cut}, "
+            f"where it ends, but {below} than {base} at its best layer ({change})"
+        )
+    if gain.worse:
+        return "lost", f"{tuned} is worse than {base}: {by}"
+    last = row.last.get(tuned)
+    if last is not None and last.better:
+        return "better placed", (
+            f"{tuned} is better than {base} by {_text(last, row)} in {row.name} at their last layers, "
+            f"but not shown to be better at their best ({change})"
+        )
+    power = "fewer than six items can show nothing"
+    if gain.detectable is not None:
+        least = number_text(gain.detectable, not row.lower)
+        power = f"a difference of {least} would probably be shown"
+    return "not shown", f"{tuned} minus {base} is {by}; {power}"
 
 
 def _nothing_differs(rows: Sequence[Row], variant: str) -> bool:
     """Return True if a variant equals the base in every number, in every way in which they were compared."""
-    for row in rows:
-        for differences in (row.differences, row.last):
-            if variant in differences:
-                change = differences[variant]
-                if change.low != 0 or change.high != 0:
-                    return False
-    return True
-
-
-def _sentence(word: str, row: Row, trial: Trial, base: str) -> str:
-    tuned = trial.variant
-    gain = row.differences[tuned]
-    by = f"{_text(gain, row)} in {row.name}, {_where_read(trial, base)}"
-    better = f"{tuned} is better than {base} by {by}"
-    if word == "the same":
-        same = f"Where {row.name} is read, {tuned} has the features of {base}"
-        if not trial.cut:
-            return same
-        differs = f"differs by {_text(gain, row)} from {base} at its best layer"
-        return f"{same}; it ends after {trial.cut}, and {differs}"
-    if word == "better placed":
-        return _better_placed(better, row, trial, base)
-    if word == "gained":
-        controls = " and ".join(row.controls[tuned])
-        return f"{better}, and better than {controls} {_EQUAL}{_missed(trial)}"
-    if word == "moved, not gained":
-        over_controls = row.controls[tuned]
-        failed = " and ".join(name for name in over_controls if not over_controls[name].better)
-        return f"{better}, but not shown to be better than {failed} {_EQUAL}{_missed(trial)}"
-    if word == "better, without control":
-        if trial.shift is None:
-            return f"{better}; two architectures have no control {_EQUAL}"
-        return f"{better}; no control is {_EQUAL}{_missed(trial)}"
-    if word == "lost":
-        return f"{tuned} is worse than {base}: {by}"
-    assert word == "not shown", word
-    if gain.better:
-        over_last = _text(row.over_last[tuned], row)
-        return f"{better}, but not shown to be better than {base} at its last layer ({over_last})"
-    if gain.detectable is None:
-        return f"{tuned} minus {base} is {by}; fewer than six items can show nothing"
-    least = number_text(gain.detectable, not row.lower)
-    return f"{tuned} minus {base} is {by}; a difference of {least} would probably be shown"
-
-
-def _better_placed(better: str, row: Row, trial: Trial, base: str) -> str:
-    tuned = trial.variant
-    gain = row.differences[tuned]
-    if gain.better:
-        return f"{better}; their best layers were not compared"
-    if _is_better(row.over_cut.get(tuned)):
-        below = "worse" if gain.worse else "not shown to be better"
-        return (
-            f"{tuned} is better than {base} by {_text(row.over_cut[tuned], row)} in {row.name} up to "
-            f"{trial.cut}, where it ends, but {below} than {base} at its best layer ({_text(gain, row)})"
-        )
-    return (
-        f"{tuned} is better than {base} by {_text(row.last[tuned], row)} in {row.name} at their last layers, "
-        f"but not shown to be better at their best ({_text(gain, row)})"
-    )
+    changes = [differences.get(variant) for row in rows for differences in (row.differences, row.last)]
+    return all(change.low == change.high == 0 for change in changes if change is not None)
 
 
 def _text(difference: Difference, row: Row) -> str:
@@ -176,7 +151,6 @@ def _cost(rows: Sequence[Row], primary: Row, variant: str) -> str:
     others = 0
     worse = []
     agreements = []
-    is_marked = False
     for row in rows:
         if row is primary or variant not in row.differences:
             continue
@@ -188,12 +162,12 @@ def _cost(rows: Sequence[Row], primary: Row, variant: str) -> str:
         change = row.differences[variant]
         if change.worse:
             worse.append(f"{row.name} {_text(change, row)}{' *' if change.shown else ''}")
-            is_marked |= change.shown
+    cost = (
+        f"no other number of {others} is worse by its own interval"
+        if others
+        else "no other number was judged"
+    )
     if worse:
-        mark = "; * is shown among all of them" if is_marked else ""
+        mark = "; * is shown among all of them" if any(loss.endswith("*") for loss in worse) else ""
         cost = f"{', '.join(worse)} ({len(worse)} of {others} other numbers, each by its own interval{mark})"
-    elif others:
-        cost = f"no other number of {others} is worse by its own interval"
-    else:
-        cost = "no other number was judged"
     return "; ".join([cost, *agreements])
