@@ -80,12 +80,12 @@ class Comparison:
         self._number = self.numbers[primary]
         self._ranked: dict[str, list[str]] = {}  # variant -> its blocks, the best first
         self._meters: dict[str, ShiftMeter] = {}
-        self._controls: list[Variant] = []  # and halves
 
         self.origin = next(iter(variants.values()))[0]
         self._models = Models(self.origin, settings)
         opened = [self._models.open(name, models) for name, models in variants.items()]
         self.base = opened[0]
+        self.variants = [self.base]  #: and behind it, once shifts match, tuned variants with their controls
         self.tuned = opened[1 : 1 + tuned]
         self.named = opened[1 + tuned :]
         check_controls(self.base, self.tuned, self.named)
@@ -99,16 +99,6 @@ class Comparison:
             cut = up_to_the_end_of(variant, self.base)
             if cut is not None:
                 self._cuts[variant.name] = cut
-
-    @property
-    def variants(self) -> list[Variant]:
-        """BASE, and every tuned variant with its controls behind it."""
-        variants = [self.base]
-        for variant, trial in zip(self.tuned, self.trials, strict=True):
-            variants.append(variant)
-            beside = [*trial.controls, trial.half]
-            variants += [control for control in self._controls if control.name in beside]
-        return variants
 
     @property
     def members(self) -> dict[str, list[str]]:
@@ -222,63 +212,61 @@ class Comparison:
         Args:
             noise: the variants that come by themselves, noise and half, are there, too.
         """
-        for number, variant in enumerate(self.tuned):
-            was_chosen = self.primary in variant.layers or not variant.has_choice
-            trial = Trial(
-                variant.name,
-                compared=self.primary in self.base.layers and was_chosen,
-                named=None if variant.has_choice else variant.last,
-                cut=variant.last if variant.name in self._cuts else None,
-                trained_on=tuple(trained_on(variant.models, self.benchmarks)),
-            )
+        for variant in self.tuned:
+            trial = self._trial(variant)
+            beside: list[Variant] = []
             if variant.of_base:
-                trial = self._matched(trial, variant, noise)
+                trial, beside = self._matched(trial, variant, noise)
             self.trials.append(trial)
-            self.tuned[number] = replace(variant, shift=trial.shift)
+            self.variants += [replace(variant, shift=trial.shift), *beside]
 
-    def _matched(self, trial: Trial, variant: Variant, noise: bool) -> Trial:
-        """The trial of a tuned variant with its shift, its controls and its half."""
+    def _trial(self, variant: Variant) -> Trial:
+        """The trial of a tuned variant without a control."""
+        was_chosen = self.primary in variant.layers or not variant.has_choice
+        return Trial(
+            variant.name,
+            compared=self.primary in self.base.layers and was_chosen,
+            named=None if variant.has_choice else variant.last,
+            cut=variant.last if variant.name in self._cuts else None,
+            trained_on=tuple(trained_on(variant.models, self.benchmarks)),
+        )
+
+    def _matched(self, trial: Trial, variant: Variant, noise: bool) -> tuple[Trial, list[Variant]]:
+        """The trial of a tuned variant with its shift, and its controls and its half."""
         suffix = "" if len(self.tuned) == 1 else f" of {variant.name}"
         shifts = [self._match(variant, spec, None).shift for spec in variant.models]
-        shift = fmean(shifts)
-        controls: dict[str, Variant] = {}
-        has_moved = noise and shift > 0
-        if has_moved:
+        trial = replace(trial, shift=fmean(shifts))
+        candidates = {control.name: control for control in self.named}
+        noise = noise and trial.shift != 0
+        if noise:
             noises = [replace(spec, noise=seed) for seed, spec in enumerate(variant.models)]
-            controls[f"{NOISE}{suffix}"] = replace(variant, models=noises)
-        for control in self.named:
-            controls[f"{control.name}{suffix}"] = control
+            candidates = {NOISE: replace(variant, models=noises), **candidates}
 
-        matched: list[Variant] = []
+        controls: list[Variant] = []
         missed: dict[str, float] = {}
         layers = dict(variant.layers)
         layers.pop(self.primary, None)  # controls have their own
-        for name, control in controls.items():
-            models = []
-            matches = []
-            for seed, goal in enumerate(shifts):
-                spec = control.models[seed % len(control.models)]
-                match = self._match(variant, spec, goal)
-                matches.append(match)
-                models.append(replace(spec, scale=match.scale))
-            reached = fmean(match.shift for match in matches)
-            if all(match.is_near for match in matches):
-                models = _labelled(name, models)
-                control = replace(control, name=name, models=models, layers=dict(layers), shift=reached)
-                matched.append(control)
-            else:
-                missed[name] = reached
-        self._choose_primary(matched)
-        self._controls += matched
+        for name, control in candidates.items():
+            name += suffix
+            models = [control.models[seed % len(control.models)] for seed in range(len(shifts))]
+            matches = [self._match(variant, spec, goal) for spec, goal in zip(models, shifts, strict=True)]
+            shift = fmean(match.shift for match in matches)
+            if not all(match.is_near for match in matches):
+                missed[name] = shift
+                continue
+            scales = [match.scale for match in matches]
+            models = _scaled(name, models, scales)
+            controls.append(replace(control, name=name, models=models, layers=dict(layers), shift=shift))
+        self._choose_primary(controls)
+        trial = replace(trial, controls=tuple(control.name for control in controls), missed=missed)
+        if not noise:
+            return trial, controls
 
-        half = None
-        if has_moved:
-            half = f"{HALF}{suffix}"
-            models = _labelled(half, [replace(spec, scale=spec.scale / 2) for spec in variant.models])
-            shift_of_half = fmean(self._match(variant, spec, None).shift for spec in models)
-            self._controls.append(replace(variant, name=half, models=models, shift=shift_of_half))
-        names = tuple(control.name for control in matched)
-        return replace(trial, controls=names, half=half, shift=shift, missed=missed)
+        name = f"{HALF}{suffix}"
+        models = _scaled(name, variant.models, [spec.scale / 2 for spec in variant.models])
+        shift = fmean(self._match(variant, spec, None).shift for spec in models)
+        half = replace(variant, name=name, models=models, shift=shift)
+        return replace(trial, half=name), [*controls, half]
 
     def _match(self, variant: Variant, spec: ModelSpec, goal: float | None) -> Match:
         """A model at the scale whose shift is the goal where a variant is read; None: at its own scale."""
@@ -310,23 +298,22 @@ class Comparison:
         made = dict(zip(plan, shared(calls, "scores"), strict=True))
         self._count_agreement(made)
 
-        results: dict[str, dict[str, Score]] = {}
+        chosen: dict[str, dict[str, Score]] = {}
         for variant in self.variants:
             for spec in variant.models:
-                results[spec.label] = self._of_model(spec, variant, made)
+                chosen[spec.label] = self._of_model(spec, variant, made)
 
         def primary_of(spec: ModelSpec, block: str) -> dict[str, Score]:
-            scores = made[spec.label, self._deciding.label][block]
-            return {self.primary: scores[self.primary]}
+            return {self.primary: made[spec.label, self._deciding.label][block][self.primary]}
 
         last: dict[str, dict[str, Score]] = {}
         for variant in [self.base, *self.tuned]:
             for spec in variant.models:
                 last[spec.label] = primary_of(spec, variant.last)
-        of_cuts: dict[str, dict[str, Score]] = {}
-        for name, cut in self._cuts.items():
-            of_cuts[name] = primary_of(self.origin, cut.block(self.primary))
-        return Scores(results, last, of_cuts)
+        cut: dict[str, dict[str, Score]] = {}
+        for name, base in self._cuts.items():
+            cut[name] = primary_of(self.origin, base.block(self.primary))
+        return Scores(chosen, last, cut)
 
     def _plan(self) -> dict[tuple[str, str], _Work]:
         """(label of a model, label of a data set) -> what is to be scored there, encoded together."""
@@ -409,8 +396,10 @@ def _choosing(benchmark: Benchmark) -> list[Number]:
     return asked or [number for number in benchmark.left_out if number.chooses_layer][:1]
 
 
-def _labelled(name: str, models: Sequence[ModelSpec]) -> list[ModelSpec]:
-    """The models of a variant with labels by its name."""
-    if len(models) == 1:
-        return [replace(models[0], label=name)]
-    return [replace(spec, label=f"{name} {number}") for number, spec in enumerate(models, 1)]
+def _scaled(name: str, models: Sequence[ModelSpec], scales: Sequence[float]) -> list[ModelSpec]:
+    """The models of a variant at other scales, with labels by its name."""
+    labels = [name] if len(models) == 1 else [f"{name} {number}" for number in range(1, len(models) + 1)]
+    scaled = []
+    for spec, label, scale in zip(models, labels, scales, strict=True):
+        scaled.append(replace(spec, label=label, scale=scale))
+    return scaled

@@ -157,17 +157,14 @@ def spread_of(values: FloatArray, means: FloatArray, retrained: FloatArray | Non
     return Spread(math.sqrt(total), total**2 / weights if weights else math.inf)
 
 
-def holm(p_values: Mapping[_Key, float]) -> dict[_Key, bool]:
-    """Key -> whether it is shown, so that a false one is among all shown at most once in 1 / (1 - LEVEL)
-    times.
+def holm(p_values: Mapping[_Key, float]) -> set[_Key]:
+    """Keys of what is shown, so that a false one is among them at most once in 1 / (1 - LEVEL) times.
 
     Holm, https://www.jstor.org/stable/4615733.
     """
-    shown: dict[_Key, bool] = dict.fromkeys(p_values, False)
-    left = len(p_values)
+    shown: set[_Key] = set()
     for key in sorted(p_values, key=lambda key: p_values[key]):
-        if p_values[key] > (1 - LEVEL) / left:
+        if p_values[key] > (1 - LEVEL) / (len(p_values) - len(shown)):
             break
-        shown[key] = True
-        left -= 1
+        shown.add(key)
     return shown

@@ -14,6 +14,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class Row:
     items: int
     lower: bool  #: is better, as of an error
     values: Mapping[str, float]  #: variant -> its number; without variants that have none
-    differences: Mapping[str, Difference]  #: variant -> its number minus the base's
+    differences: dict[str, Difference]  #: variant -> its number minus the base's
     controls: Mapping[str, Mapping[str, Difference]]  #: tuned variant -> control -> tuned minus control
     # Of the primary number alone, by tuned variants:
     last: Mapping[str, Difference]  #: difference at both last layers
@@ -97,14 +98,15 @@ def rows_of(
         cut: scores of the base up to where tuned variants end, by their names.
         numbers: what is known of the numbers, by their full names; more is better where nothing is.
     """
-    base = next(iter(variants))
     rows = []
     for name in dict.fromkeys(name for scores in results.values() for name in scores):
         number = (numbers or {}).get(name) or Number(name, how="")
         of_cuts = {variant: [scores[name]] for variant, scores in (cut or {}).items() if name in scores}
         at_last = _having(name, last or {}, variants)
-        rows.append(_row(name, number, base, trials, _having(name, results, variants), at_last, of_cuts))
-    return _decided(rows, primary, [trial.variant for trial in trials])
+        scores = _having(name, results, variants)
+        rows.append(_row(name, number, next(iter(variants)), trials, scores, at_last, of_cuts))
+    _correct(rows, primary, [trial.variant for trial in trials])
+    return rows
 
 
 _Scores = Mapping[str, Sequence[Score]]  # variant -> scores of its seeds, of one number
@@ -176,26 +178,21 @@ def _means(scores: _Scores) -> dict[str, float]:
     return means
 
 
-def _decided(rows: Sequence[Row], primary: str, tuned: Sequence[str]) -> list[Row]:
+def _correct(rows: Sequence[Row], primary: str, tuned: Sequence[str]) -> None:
     """Decide about the differences of tuned variants from the base in all numbers but the primary one
     together; nobody asks whether controls differ in these.
     """
+    others = [row for row in rows if row.name != primary]
     p_values: dict[tuple[str, str], float] = {}
-    for row in rows:
+    for row in others:
         for variant in tuned:
-            if row.name != primary and variant in row.differences:
+            if variant in row.differences:
                 p_values[row.name, variant] = row.differences[variant].p
-    survives = holm(p_values)
-    decided = []
-    for row in rows:
-        differences = {}
+    surviving = holm(p_values)
+    for row in others:
         for variant, difference in row.differences.items():
-            shown = difference.shown
-            if row.name != primary:
-                shown = shown and survives.get((row.name, variant), False)
-            differences[variant] = replace(difference, shown=shown)
-        decided.append(replace(row, differences=differences))
-    return decided
+            if (row.name, variant) not in surviving:
+                row.differences[variant] = replace(difference, shown=False)
 
 
 def _minus(name: str, new: Sequence[Score], old: Sequence[Score], *, lower: bool) -> Difference:
@@ -205,7 +202,7 @@ def _minus(name: str, new: Sequence[Score], old: Sequence[Score], *, lower: bool
         lower: is better.
     """
     seeds = max(len(new), len(old))
-    pairs = list(zip(_repeated(new, seeds), _repeated(old, seeds), strict=True))
+    pairs = list(islice(zip(cycle(new), cycle(old), strict=True), seeds))  # one model stands for each seed
     first = new[0]
     assert all(score.values.shape == first.values.shape for score in (*new, *old)), name
 
@@ -214,7 +211,7 @@ def _minus(name: str, new: Sequence[Score], old: Sequence[Score], *, lower: bool
         changes = [now.values - before.values for now, before in pairs]
         means = resampled(changes, first.groups, _rng(name))
     else:
-        both = [now.values for now, _ in pairs] + [before.values for _, before in pairs]
+        both = [score.values for scores in zip(*pairs, strict=True) for score in scores]
         drawn = resampled(both, first.groups, _rng(name))
         means = drawn[:seeds] - drawn[seeds:]
     retrained = None
@@ -229,11 +226,8 @@ def _minus(name: str, new: Sequence[Score], old: Sequence[Score], *, lower: bool
     # That all of n units are of one sign comes by chance in 2^(1 - n) of cases, unseen by resampling.
     least = 2.0 ** (1 - min(units, 64))
     few = least > 1 - LEVEL  # fewer than six
-    low = whole.low
-    high = whole.high
-    if few:
-        low = min(low, 0.0)
-        high = max(high, 0.0)
+    low = min(whole.low, 0.0) if few else whole.low
+    high = max(whole.high, 0.0) if few else whole.high
     above = low > 0
     below = high < 0
     return Difference(
@@ -248,11 +242,6 @@ def _minus(name: str, new: Sequence[Score], old: Sequence[Score], *, lower: bool
         detectable=None if few else spread.detectable,
         each=tuple(values.tolist()),
     )
-
-
-def _repeated(scores: Sequence[Score], seeds: int) -> list[Score]:
-    """Scores of so many seeds; those of one model stand for each."""
-    return list(scores) * seeds if len(scores) == 1 else list(scores)
 
 
 def _retrained(scores: Sequence[Score]) -> FloatArray | None:
