@@ -66,10 +66,10 @@ def test_each_kind_of_wrong_label_is_told_from_right_ones() -> None:
     assert len(doubts) == 7
     assert doubts[-1].given in (labels[0], labels[3]) and doubts[-2].given in (labels[0], labels[3])
     assert told[1] == ("class", {**labels[1], "category_id": 2})
-    assert told[2] == ("box", {"category_id": 2, "bbox": [100, 0, 20, 20], "segmentation": "its mask"})
+    assert told[2] == ("box", predictions[3])
     assert told[4] == ("twice", None)
     assert told[5] == ("nothing", None)
-    assert told[None] == ("missing", {"category_id": 2, "bbox": [250, 0, 20, 20]})
+    assert told[None] == ("missing", predictions[5])
     assert doubts_of([], []) == []
 
 

@@ -7,7 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
@@ -34,6 +34,7 @@ from visft_ds.predict.likeness import compare_splits
 from visft_ds.predict.model import load_backbone
 from visft_ds.run_files import folder_of_run
 from visft_ds.shards.corrections import FORMAT, VERSION
+from visft_ds.tasks import config_class
 from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.pictures import scaled
@@ -45,21 +46,13 @@ _PRINTED = 10  # doubts
 _OUTLINE = (255, 0, 200)  # colour of the border of a region
 
 
-class _Task(NamedTuple):
-    """A task's view of labels."""
-
-    labels: str  #: kind of them, as a manifest names it
-    words: str
-    #: Metric by the labels themselves, below which nothing was measured that would speak for doubts.
-    learnt: tuple[str, float]
-
-
-#: Tasks whose heads look at labels.
+#: Tasks whose heads look at labels -> those, and the metric by them, see `_LEARNT`.
 _TASKS = {
-    "detection": _Task("annotations", "boxes", ("box/AP50", 0.5)),
-    "semantic": _Task("maps", "regions", ("semantic/mIoU", 0.5)),
-    "captioning": _Task("captions", "captions", ("", 0.0)),
+    "detection": ("boxes", "box/AP50"),
+    "semantic": ("regions", "semantic/mIoU"),
+    "captioning": ("captions", ""),
 }
+_LEARNT = 0.5  # of a metric, below which nothing was measured that would speak for doubts
 #: Words of a manifest's sources that stand for the command that built it.
 _FOLDER = "MYFOLDER"
 
@@ -103,31 +96,31 @@ def check_labels(
 def _check_split(
     run: Path, tasks: Sequence[str], manifest: Manifest, limit: int | None, most: int, folder: Path
 ) -> None:
-    looked_at = [task for task in tasks if _TASKS[task].labels in manifest.labels]
+    looked_at = [task for task in tasks if config_class(task).labels in manifest.labels]
     if not looked_at:
-        kinds = ", ".join(f"{_TASKS[task].words} of {task}" for task in tasks)
+        kinds = ", ".join(f"{_TASKS[task][0]} of {task}" for task in tasks)
         raise ValueError(f"{manifest.root}/{manifest.split} has no labels that the run looks at: {kinds}")
     shown = list[Doubt]()
     sections = list[Section]()
     with ShardReader(manifest) as reader:
-        indices = range(min(limit or len(manifest), len(manifest)))
-        content = coco_dataset(reader, indices)
+        content = coco_dataset(reader, range(min(limit or len(manifest), len(manifest))))
         names = {category["id"]: category["name"] for category in content["categories"]}
         images = {image["id"]: image for image in content["images"]}
         for task in looked_at:
             doubts, facts = _look(task, run, reader, content, limit)
             rows = []
             for number, doubt in enumerate(doubts[:_PRINTED], start=1):
-                rows.append((f"{number}. {KINDS[doubt.kind]}", _words(doubt, images, names)))
+                file_name = shown_name(images[doubt.image_id]["file_name"])
+                rows.append((f"{number}. {KINDS[doubt.kind]}", _words(doubt, file_name, names)))
             counts = Counter(KINDS[doubt.kind] for doubt in doubts if doubt.score > 0.5)
             of_kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
             rows += [*facts, ("above 0.5", of_kinds or "none")]
             rows.append(("on the page", f"the first {min(most, len(doubts))} of {len(doubts)}"))
-            title = f"{manifest.root}/{manifest.split}: {_TASKS[task].words}, the most doubtful first"
+            title = f"{manifest.root}/{manifest.split}: {_TASKS[task][0]}, the most doubtful first"
             sections.append(Section(title, rows))
             shown += doubts[:most]
-        _write(folder, manifest.split, shown, images, content["categories"], reader)
-    sections.append(Section("written", [("page", str(folder / _page(manifest.split)))]))
+        page = _write(folder, shown, content, names, reader)
+    sections.append(Section("written", [("page", str(page))]))
     print_plan("visft_ds labels", sections)
 
 
@@ -144,14 +137,14 @@ def _look(
         ]
     evaluation = evaluate(run, data=os.fspath(manifest.root), split=manifest.split, tasks=task, limit=limit)
     results = evaluation.results[task]
-    metric, learnt = _TASKS[task].learnt
+    metric = _TASKS[task][1]
     value = evaluation.metrics.get(metric, 0.0)
-    caution = "" if value >= learnt else ": a model that finds so little says little of labels"
+    caution = "" if value >= _LEARNT else ": a model that finds so little says little of labels"
     facts = [("the model", f"{metric} {value:.2f} by these labels{caution}")]
     if task == "semantic":
         return region_doubts(content, results), facts
     doubts = doubts_of(content["annotations"], results)
-    if value >= learnt:
+    if value >= _LEARNT:
         doubts = with_probabilities(doubts)
     probabilities = [doubt.probability for doubt in doubts if doubt.probability is not None]
     if probabilities:
@@ -160,8 +153,7 @@ def _look(
     return doubts, facts
 
 
-def _words(doubt: Doubt, images: Mapping[int, Any], names: Mapping[int, str]) -> str:
-    file_name = shown_name(images[doubt.image_id]["file_name"])
+def _words(doubt: Doubt, file_name: str, names: Mapping[int, str]) -> str:
     given = _label_in_words(doubt.given, names)
     proposed = _label_in_words(doubt.proposed, names)
     score = f"{doubt.score:.2f}"
@@ -180,52 +172,53 @@ def _label_in_words(label: Annotation | None, names: Mapping[int, str]) -> str:
     return f"{name} {width:.0f}x{height:.0f} at {x:.0f},{y:.0f}"
 
 
-def _page(split: str) -> str:
-    return f"{split}.html"
-
-
-def _corrections(split: str) -> str:
-    return f"corrections-{split}.json"
-
-
 def _write(
     folder: Path,
-    split: str,
     doubts: Sequence[Doubt],
-    images: Mapping[int, Mapping[str, Any]],
-    categories: Sequence[Mapping[str, Any]],
+    content: Mapping[str, Any],
+    names: Mapping[int, str],
     reader: ShardReader,
-) -> None:
-    """Write the page, and the file that it would give if all proposals were taken."""
-    names = {category["id"]: category["name"] for category in categories}
-    positions = {int(row["image_id"]): position for position, row in enumerate(reader.manifest.index)}
+) -> Path:
+    """Write the page, and the file that it would give if all proposals were taken; returns its path.
+
+    Args:
+        content: the labels as a COCO dictionary.
+        names: of the categories.
+    """
+    manifest = reader.manifest
+    concerned = {doubt.image_id for doubt in doubts}
+    images = [image for image in content["images"] if image["id"] in concerned]
+    file_names = {image["id"]: image["file_name"] for image in images}
+    positions = {int(row["image_id"]): position for position, row in enumerate(manifest.index)}
     rows = []
     for doubt in doubts:
         image = read_raw(reader, positions[doubt.image_id], "images").image
         assert image is not None
-        file_name = images[doubt.image_id]["file_name"]
-        rows.append({"file_name": file_name, **_row(doubt, as_rgb(image), names)})
-    concerned = {doubt.image_id for doubt in doubts}
-    listed = [image for number, image in images.items() if number in concerned]
-    head = {"info": {"format": FORMAT, "version": VERSION, "split": split}, "categories": categories}
+        rows.append({"file_name": file_names[doubt.image_id], **_row(doubt, as_rgb(image), names)})
+    info = {"format": FORMAT, "version": VERSION, "split": manifest.split}
+    head = {"info": info, "categories": content["categories"]}
     probability = "it is no probability"
     if any(doubt.probability is not None for doubt in doubts):
         probability = "the probability that a label is wrong is a cautious estimate"
-    page = render(
+    corrections = f"corrections-{manifest.split}.json"
+    text = render(
         "labels/page.html.j2",
-        title=f"Labels of {reader.manifest.root}, {split}",
+        title=f"Labels of {manifest.root}, {manifest.split}",
         about=f"The {len(doubts)} most doubtful labels, by a trained model. A score ranks labels of a kind; "
         f"{probability}.",
-        command=shlex.join(["visft", "shards", _FOLDER, "--corrections", _corrections(split), "--replace"]),
-        file=_corrections(split),
+        command=shlex.join(["visft", "shards", _FOLDER, "--corrections", corrections, "--replace"]),
+        file=corrections,
         rows=rows,
-        images=listed,
+        images=images,
         head=head,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / _page(split), page)
-    proposals = {**head, "images": listed, **_all_taken(doubts)}
-    write_bytes(folder / f"proposals-{split}.json", orjson.dumps(proposals, option=orjson.OPT_INDENT_2))
+    page = folder / f"{manifest.split}.html"
+    write_text(page, text)
+    proposals = {**head, "images": images, **_all_taken(doubts)}
+    path = folder / f"proposals-{manifest.split}.json"
+    write_bytes(path, orjson.dumps(proposals, option=orjson.OPT_INDENT_2))
+    return page
 
 
 def _row(doubt: Doubt, image: Any, names: Mapping[int, str]) -> dict[str, Any]:
@@ -235,34 +228,30 @@ def _row(doubt: Doubt, image: Any, names: Mapping[int, str]) -> dict[str, Any]:
     if doubt.kind == "region":
         image = _outlined(image, labels[0]["segmentation"])
     left = top = 0
-    height, width = image.shape[:2]
     if len(boxes):
         low = boxes[:, :2].min(axis=0)
         high = (boxes[:, :2] + boxes[:, 2:]).max(axis=0)
         margin = max(_LEAST_MARGIN, _MARGIN * float((high - low).max()))
         left, top = np.maximum(0, np.floor(low - margin)).astype(int).tolist()
-        right, bottom = np.minimum([width, height], np.ceil(high + margin)).astype(int).tolist()
-        width = right - left
-        height = bottom - top
-    crop = np.ascontiguousarray(image[top : top + height, left : left + width])
-    shown = dict[str, dict[str, Any] | None]()
-    for name, label in (("given", doubt.given), ("proposed", doubt.proposed)):
-        shown[name] = None
-        if label is not None:
-            shown[name] = _shown(label, left, top, names)
+        right, bottom = np.ceil(high + margin).astype(int).tolist()
+        image = image[top:bottom, left:right]
+    height, width = image.shape[:2]
     return {
         "kind": KINDS[doubt.kind],
         "score": doubt.score,
         "probability": doubt.probability,
         "image_id": doubt.image_id,
-        "picture": embedded(np.asarray(scaled(crop, _SIDE))),
+        "picture": embedded(np.asarray(scaled(np.ascontiguousarray(image), _SIDE))),
         "size": [width, height],
-        **shown,
+        "given": _shown(doubt.given, left, top, names),
+        "proposed": _shown(doubt.proposed, left, top, names),
     }
 
 
-def _shown(label: Annotation, left: int, top: int, names: Mapping[int, str]) -> dict[str, Any]:
+def _shown(label: Annotation | None, left: int, top: int, names: Mapping[int, str]) -> dict[str, Any] | None:
     """A label for the page: its name, its box in the picture, and what corrections say of it."""
+    if label is None:
+        return None
     if "caption" in label:
         return {"name": label["caption"], "shown": None, "label": _entry(label)}
     x, y, width, height = label["bbox"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -85,36 +86,35 @@ def doubts_of_image(
     label_classes = np.array([label["category_id"] for label in labels], dtype=np.int64)
     is_same_class = classes[:, None] == label_classes
     support = scores[:, None] * overlaps
+    agreeing = np.where(is_same_class, support, 0.0)
+    denying = np.where(is_same_class, 0.0, support)
+    own = agreeing.max(axis=0, initial=0.0)
+    other = denying.max(axis=0, initial=0.0)
+    doubtful = ((1 - own + other) / 2).tolist()
     #: What a prediction is of: a label of its class that it covers.
     is_taken = (is_same_class & (overlaps >= SAME)).any(axis=1)
+    may_be_box = is_same_class & (overlaps >= NEAR) & (scores >= LEAST_SCORE)[:, None]
+    may_be_box &= ~is_taken[:, None] | (overlaps >= SAME)
     doubts = list[Doubt]()
     proposed = set[int]()  # predictions that correct a label are no further objects
     twins = _twins(labels)
     for number, label in enumerate(labels):
-        agreeing = np.where(is_same_class[:, number], support[:, number], 0.0)
-        denying = np.where(is_same_class[:, number], 0.0, support[:, number])
-        own = float(agreeing.max(initial=0.0))
-        other = float(denying.max(initial=0.0))
-        score = (1 - own + other) / 2
+        score = doubtful[number]
         if number in twins:
             doubts.append(Doubt("twice", (1 + twins[number]) / 2, image_id, label, None))
-            continue
-        if other > own and overlaps[denying.argmax(), number] >= SAME:
-            best = int(denying.argmax())
+        elif other[number] > own[number] and overlaps[denying[:, number].argmax(), number] >= SAME:
+            best = int(denying[:, number].argmax())
             proposed.add(best)
             correction = {**label, "category_id": predictions[best]["category_id"]}
             doubts.append(Doubt("class", score, image_id, label, correction))
-            continue
-        may_be_its_box = is_same_class[:, number] & (overlaps[:, number] >= NEAR) & (scores >= LEAST_SCORE)
-        may_be_its_box &= ~is_taken | (overlaps[:, number] >= SAME)
-        if may_be_its_box.any():
-            best = int(np.where(may_be_its_box, support[:, number], -1.0).argmax())
+        elif may_be_box[:, number].any():
+            best = int(np.where(may_be_box[:, number], support[:, number], -1.0).argmax())
             proposed.add(best)
-            doubts.append(Doubt("box", score, image_id, label, _without_score(predictions[best])))
+            doubts.append(Doubt("box", score, image_id, label, predictions[best]))
         else:
             doubts.append(Doubt("nothing", score, image_id, label, None))
-    unclaimed = [number for number in range(len(predictions)) if number not in proposed]
-    doubts += _missing(image_id, [predictions[number] for number in unclaimed], labels, crowds)
+    unclaimed = [prediction for number, prediction in enumerate(predictions) if number not in proposed]
+    doubts += _missing(image_id, unclaimed, labels, crowds)
     return doubts
 
 
@@ -213,7 +213,7 @@ def _missing(
             continue
         chosen.append(number)
         score = (1 + prediction["score"] - float(nearest[number])) / 2
-        doubts.append(Doubt("missing", score, image_id, None, _without_score(prediction)))
+        doubts.append(Doubt("missing", score, image_id, None, prediction))
     return doubts
 
 
@@ -221,11 +221,10 @@ def _twins(labels: Sequence[Annotation]) -> dict[int, float]:
     """Position of each label that repeats an earlier one -> their overlap."""
     overlaps = _overlaps(labels, labels)
     twins = dict[int, float]()
-    for number, label in enumerate(labels):
-        for earlier in range(number):
-            is_same_class = labels[earlier]["category_id"] == label["category_id"]
-            if is_same_class and overlaps[number, earlier] >= DUPLICATE:
-                twins[number] = float(overlaps[number, earlier])
+    for earlier, number in combinations(range(len(labels)), 2):
+        is_same_class = labels[earlier]["category_id"] == labels[number]["category_id"]
+        if is_same_class and overlaps[number, earlier] >= DUPLICATE:
+            twins[number] = float(overlaps[number, earlier])
     return twins
 
 
@@ -238,7 +237,3 @@ def _overlaps(
     boxes = [np.array([entry["bbox"] for entry in entries], dtype=np.float64) for entries in (first, second)]
     overlaps = coco_mask.iou(*boxes, [int(are_crowds)] * len(second))
     return np.asarray(overlaps, dtype=np.float64).reshape(len(first), len(second))
-
-
-def _without_score(prediction: Annotation) -> Annotation:
-    return {key: prediction[key] for key in ("category_id", "bbox", "segmentation") if key in prediction}
