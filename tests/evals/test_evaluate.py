@@ -243,7 +243,7 @@ def test_some_of_the_tasks(world: World, whole: Evaluation, tmp_path: Path) -> N
 
 
 def test_a_head_that_finds_nothing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    subject = SimpleNamespace(task_facts={}, images=2, counted="2 images")
+    subject = SimpleNamespace(task_facts={}, images=2, manifest="ab")
     _print_results(subject, {"box/AP": 0.0}, {"detection": [], "captioning": [{}]}, 1.0, tmp_path)  # type: ignore[arg-type]
     printed = capsys.readouterr().out
     assert "   detection  found nothing: no result of any score\n   box/AP     0.0000\n" in printed

@@ -74,12 +74,11 @@ def main(arguments: Sequence[str]) -> int:
     """Run `visft evaluate`; returns the exit status."""
     parser = _parser("evaluate", USAGE)
     model = parser.add_argument_group("model: a run, and files that replace the run's")
-    add = model.add_argument
-    run = "folder of a finished run, or RUN/checkpoints/step_N"
-    add("first", nargs="?", type=Path, metavar="RUN", help=run)
-    add("--run", type=Path, metavar="RUN", help="the same as a flag")
+    _add_run(model)
     add_parts(model)
-    add("--beam-size", type=int, metavar="N", help="beams of captions (default: the run's, or 1: greedy)")
+    model.add_argument(
+        "--beam-size", type=int, metavar="N", help="beams of captions (default: the run's, or 1: greedy)"
+    )
     add = parser.add_argument_group("data: by default the run's, and results").add_argument
     add("--data", metavar="DIR|URL", help="shards made by visft shards")
     add("--split", metavar="NAME", help="split (default: the run's validation split, or val)")
@@ -97,10 +96,7 @@ def main(arguments: Sequence[str]) -> int:
         help="images to draw, 0 for none (default %(default)s)",
     )
     options = _parsed(parser, arguments)
-    first = vars(options).pop("first")
-    if first is not None and options.run is not None:
-        parser.error(f"two runs: {first} and --run {options.run}; evaluate them one by one")
-    options.run = options.run or first
+    options.run = _run(parser, options)
 
     def work() -> None:
         check_least(options, limit=1, batch_size=1, beam_size=1, visualizations=0)
@@ -202,15 +198,8 @@ def report(arguments: Sequence[str]) -> int:
 def labels(arguments: Sequence[str]) -> int:
     """Run `visft labels`; returns the exit status."""
     parser = _parser("labels", LABELS)
+    _add_run(parser)
     add = parser.add_argument
-    add(
-        "first",
-        nargs="?",
-        type=Path,
-        metavar="RUN",
-        help="folder of a finished run, or RUN/checkpoints/step_N",
-    )
-    add("--run", type=Path, metavar="RUN", help="the same as a flag")
     add("--data", metavar="DIR|URL", help="shards made by visft shards (default: the run's)")
     add("--split", metavar="NAME", help="only this split (default: the run's training and validation split)")
     add("--limit", type=int, metavar="N", help="look at the first N images only")
@@ -223,22 +212,37 @@ def labels(arguments: Sequence[str]) -> int:
     )
     add("--out", type=Path, metavar="DIR", help="folder for the pages (default RUN/labels)")
     options = _parsed(parser, arguments)
-    run = options.run or options.first
-    if run is None or (options.run is not None and options.first is not None):
+    options.run = _run(parser, options)
+    if options.run is None:
         parser.error("give one run: visft labels RUN")
 
     def work() -> None:
         check_least(options, limit=1, most=1)
-        check_exists(run)
+        check_exists(options.run)
         from visft_ds.evals.labels.command import check_labels
 
-        check_labels(run, options.data, options.split, options.limit, options.most, options.out)
+        check_labels(**vars(options))
 
     return _done("labels", work)
 
 
 def _parser(name: str, about: str) -> Parser:
     return Parser(prog=program(name), description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _add_run(group: argparse._ActionsContainer) -> None:
+    """Add the run, the first word or a flag."""
+    about = "folder of a finished run, or RUN/checkpoints/step_N"
+    group.add_argument("first", nargs="?", type=Path, metavar="RUN", help=about)
+    group.add_argument("--run", type=Path, metavar="RUN", help="the same as a flag")
+
+
+def _run(parser: Parser, options: argparse.Namespace) -> Path | None:
+    """The run that was given, whichever way."""
+    first: Path | None = vars(options).pop("first")
+    if first is not None and options.run is not None:
+        parser.error(f"two runs: {first} and --run {options.run}; give one of them")
+    return first or options.run
 
 
 def _parsed(parser: Parser, words: Sequence[str]) -> argparse.Namespace:

@@ -95,7 +95,8 @@ def evaluate(
         batch_size: images per batch of a process; by default the run's, or 8.
         out: new or empty folder for metrics.json, results and visualizations; by default nothing is written.
         visualizations: number of images to draw into `out`, ground truth beside predictions.
-        command: print what is evaluated and the results; of a run, `out` is RUN/evaluation-SPLIT by default.
+        command: print what is evaluated and the results; `out` is RUN/evaluation-SPLIT by default, and
+            of a checkpoint RUN/evaluation-SPLIT-step_N.
 
     Raises:
         ValueError: missing or damaged files, parts that do not belong together, data that a task cannot be
@@ -111,8 +112,9 @@ def evaluate(
     check_least(counts, limit=1, batch_size=1, beam_size=1, visualizations=0)
     if run is None and None in (backbone, heads, data):
         raise ValueError("give --run, or --backbone, --heads and --data")
+    run = None if run is None else Path(run)
     source = source_of(
-        None if run is None else Path(run),
+        run,
         tasks=tasks,
         backbone=backbone,
         download=download,
@@ -125,12 +127,14 @@ def evaluate(
     folder = None if out is None else Path(out)
     cache = None
     if run is not None:
-        of_run = recorded_config(folder_of_run(Path(run))).visft.data
+        run_folder = folder_of_run(run)
+        of_run = recorded_config(run_folder).visft.data
         split = split or of_run.val
         data = data or of_run.root
         cache = Cache(of_run.cache, of_run.cache_bytes)
         if command and folder is None:
-            folder = _default_folder(Path(run), split)
+            step = "" if run == run_folder else f"-{run.name}"
+            folder = run_folder / f"evaluation-{split}{step}"
     if folder is not None:
         refuse_filled(folder)
     assert data is not None
@@ -171,14 +175,6 @@ def _evaluate(
     return EvaluationResult(metrics, collected, folder)
 
 
-def _default_folder(run: Path, split: str) -> Path:
-    """RUN/evaluation-SPLIT, and of a checkpoint RUN/evaluation-SPLIT-step_N."""
-    folder = folder_of_run(run)
-    if run == folder:
-        return folder / f"evaluation-{split}"
-    return folder / f"evaluation-{split}-{run.name}"
-
-
 @dataclass(frozen=True)
 class _Subject:
     """A model and the images that it is evaluated on."""
@@ -197,11 +193,6 @@ class _Subject:
     @property
     def where(self) -> str:
         return f"{self.manifest.root}/{self.manifest.split}"
-
-    @property
-    def counted(self) -> str:
-        """Number of images, in words."""
-        return counted(self.images, len(self.manifest))
 
     @property
     def task_facts(self) -> dict[str, Any]:
@@ -223,16 +214,16 @@ class _Subject:
                 raise ValueError(f"{self.where} has no {lacking}")
             has_some = (manifest.having(config.learns_from) < self.images).any()
             if config.labels not in manifest.labels or not has_some:
-                lacking = f"no {config.labels} in {self.images} images of {self.where}"
                 raise ValueError(
-                    f"{lacking}, which {task} is compared with: give other data or other --tasks"
+                    f"no {config.labels} in {self.images} images of {self.where}, which {task} is compared "
+                    "with: give other data or other --tasks"
                 )
 
     def print_plan(self, why_precision: str) -> None:
         processes = f"{distributed.world_size()} process(es)"
         facts = [
             *self.model.facts.items(),
-            ("data", f"{self.where}: {self.counted}"),
+            ("data", f"{self.where}: {counted(self.images, len(self.manifest))}"),
             ("precision", f"{self.model.precision} ({why_precision}), {processes}"),
         ]
         print_plan("visft_ds evaluation", [Section("model and data", facts)])
@@ -241,7 +232,10 @@ class _Subject:
         self, metrics: Mapping[str, float], drawn: Mapping[str, Any], seconds: float
     ) -> dict[str, Any]:
         """The content of metrics.json."""
-        record = {
+        decoding = {}
+        if any(TASKS[task].uses_vocabulary for task in self.source.tasks):
+            decoding["decoding"] = self.source.decoding
+        return {
             "format": FORMAT,
             "version": VERSION,
             "metrics": metrics,
@@ -256,11 +250,7 @@ class _Subject:
             },
             "settings": {name: dict(stream.image) for name, stream in self.streams.items()},
             **self.task_facts,
-        }
-        if any(TASKS[task].uses_vocabulary for task in self.source.tasks):
-            record["decoding"] = self.source.decoding
-        return {
-            **record,
+            **decoding,
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
             "visualizations": drawn,
@@ -338,4 +328,5 @@ def _print_results(
     rows += [(name.replace("_", " "), str(value)) for name, value in subject.task_facts.items()]
     files = [*(_results_file(task) for task in results), METRICS, f"{VISUALIZATIONS}/"]
     rows += [("images/s", f"{subject.images / seconds:.1f}"), ("written", f"{folder}: {', '.join(files)}")]
-    print_plan("results", [Section(f"on {subject.counted}", rows)])
+    images = counted(subject.images, len(subject.manifest))
+    print_plan("results", [Section(f"on {images}", rows)])
