@@ -183,12 +183,10 @@ def test_of_equal_blocks_the_last_is_chosen() -> None:
 
 
 def test_published_protocols_need_a_gpu_or_a_word(data: Path, tmp_path: Path) -> None:
-    """The hours that they would take are told before anything is encoded; a control has to be of the
-    architecture.
-    """
+    """It is told before anything is encoded; a control has to be of the architecture."""
     names = [f"base={data}/middle.pt", f"tuned={data}/copied.pt", "--on", f"segmentation={data}/two"]
     status, _, errors = run(*names, "--out", tmp_path / "out")
-    assert status == 2 and "hours without a GPU" in errors and not (tmp_path / "out").exists()
+    assert status == 2 and "long without a GPU" in errors and not (tmp_path / "out").exists()
     status, _, errors = run(
         *names, "--quick", "--control", f"other={data}/wide.pt", "--out", tmp_path / "out"
     )

@@ -22,7 +22,7 @@ from visft_ds.evals.judge.kinds import parse_benchmarks
 from visft_ds.evals.judge.model_text import ModelSpec, parse_variants
 from visft_ds.evals.judge.models import bands_read
 from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
-from visft_ds.evals.judge.rehearsal import published_hours, rehearsal
+from visft_ds.evals.judge.rehearsal import rehearsal
 from visft_ds.evals.judge.table import Results, Row, rows_of, section
 from visft_ds.evals.judge.verdict import Verdict, judged
 from visft_ds.evals.pages import judge_page
@@ -64,14 +64,11 @@ def run_judge(flags: argparse.Namespace) -> None:
                 comparison = Comparison(variants, len(flags.tuned), benchmarks, primary, nowhere)
                 print_plan("visft judge --dry-run", rehearsal(comparison, best=best))
         return
-    published = [benchmark for benchmark in benchmarks if benchmark.published is not None]
-    if published and not flags.quick and settings.device.type == "cpu" and flags.device == "auto":
-        models = sum(map(len, variants.values()))
-        if best:
-            models *= 3  # noise and half come by themselves
-        hours = published_hours(next(iter(variants.values()))[0], published, models, settings)
+    is_published = any(benchmark.published is not None for benchmark in benchmarks)
+    if is_published and not flags.quick and settings.device.type == "cpu" and flags.device == "auto":
         raise ValueError(
-            f"published protocols take some {hours:,.0f} hours without a GPU: add --quick, or --device cpu"
+            "published protocols take long without a GPU (--dry-run tells how long): add --quick, or "
+            "--device cpu"
         )
 
     comparison = Comparison(variants, len(flags.tuned), benchmarks, primary, settings)
@@ -95,7 +92,7 @@ def run_judge(flags: argparse.Namespace) -> None:
     page = judge_page(orjson.loads(content), _sheets(comparison, scores.chosen))
     write_text(flags.out / PAGE, page)
     table = section(rows, list(comparison.members), primary)
-    print_plan("visft judge", _sections(comparison, record, table, flags.out / PAGE))
+    print_plan("visft judge", _sections(record, table, flags.out / PAGE))
 
 
 def _settings(flags: argparse.Namespace) -> Settings:
@@ -119,27 +116,22 @@ def _bands(variants: Mapping[str, Sequence[ModelSpec]], *, quick: bool) -> Bands
 
     Raises ValueError for models of different bands, and for bands without --quick.
     """
-    specs = [spec for models in variants.values() for spec in models]
-    base = bands_read(specs[0])
-    for spec in specs[1:]:
-        bands = bands_read(spec)
-        if in_words(bands) != in_words(base):
-            raise ValueError(
-                f"{spec.label} reads {in_words(bands)}, and {specs[0].label} {in_words(base)}: "
-                "give models of the same bands"
-            )
-    if base is not None and not quick:
-        raise ValueError(
-            f"{specs[0].label} reads {in_words(base)}, and published protocols change colours: add --quick"
-        )
-    return base
+    first, *others = [spec for models in variants.values() for spec in models]
+    bands = bands_read(first)
+    of_first = f"{first.label} reads {in_words(bands)}"
+    for spec in others:
+        own = in_words(bands_read(spec))
+        if own != in_words(bands):
+            raise ValueError(f"{of_first}, and {spec.label} {own}: give models of the same bands")
+    if bands is not None and not quick:
+        raise ValueError(f"{of_first}, and published protocols change colours: add --quick")
+    return bands
 
 
 def _check_folder(out: Path, primary: str) -> None:
     """Raise ValueError for an --out of something else, or of a start with another primary number."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (SCORES, JUDGED)):
+    of_a_start = (out / SCORES).exists() or (out / JUDGED).exists()
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not of_a_start):
         raise ValueError(
             f"{out} is not empty and not of an earlier start of this command: choose another --out"
         )
@@ -154,24 +146,18 @@ def _record(
 ) -> dict[str, Any]:
     """Content of judge.json."""
     numbers = dict.fromkeys(comparison.numbers[row.name] for row in rows)  # those of several data sets once
-    shifts: dict[str, float] = {}
-    scales: dict[str, float] = {}
-    models: dict[str, str] = {}
-    for variant in comparison.variants:
-        models |= {spec.label: str(spec) for spec in variant.models}
-        if variant.shift is not None:
-            shifts[variant.name] = variant.shift
-            scales[variant.name] = fmean(spec.scale for spec in variant.models)
+    variants = comparison.variants
+    moved = [variant for variant in variants if variant.shift is not None]
     return {
         "format": JUDGE,
-        "models": models,
+        "models": {spec.label: str(spec) for variant in variants for spec in variant.models},
         "variants": comparison.members,
         "trials": [asdict(trial) for trial in comparison.trials],
         "primary": comparison.primary,
         "best": flags.layers == "all",
         "layers": comparison.layers,
-        "shifts": shifts,
-        "scales": scales,
+        "shifts": {variant.name: variant.shift for variant in moved},
+        "scales": {variant.name: fmean(spec.scale for spec in variant.models) for variant in moved},
         "notes": comparison.notes,
         "numbers": [number.described(quick=flags.quick) for number in numbers],
         "rows": [asdict(row) for row in rows],
@@ -197,25 +183,25 @@ def _sheets(comparison: Comparison, scores: Results) -> list[Picture]:
     return sheets
 
 
-def _sections(comparison: Comparison, record: Mapping[str, Any], table: Section, page: Path) -> list[Section]:
+def _sections(record: Mapping[str, Any], table: Section, page: Path) -> list[Section]:
     """Tables for the console."""
-    words = []
+    verdicts = []
     for verdict in record["verdicts"]:
-        words.append((verdict["variant"], verdict["word"], " ".join(verdict["sentences"])))
+        verdicts.append((verdict["variant"], verdict["word"], " ".join(verdict["sentences"])))
     layers = []
-    for name, choices in comparison.layers.items():
+    for name, choices in record["layers"].items():
         blocks = ", ".join(f"{variant}: {choice['chosen']}" for variant, choice in choices.items())
         layers.append((name, blocks))
     shifts = []
     for name, shift in record["shifts"].items():
         shifts.append((name, f"{shift:.3f}", f"A = {record['scales'][name]:.3g}"))
     sections = [
-        Section("verdict", words),
+        Section("verdict", verdicts),
         Section("models", list(record["models"].items())),
         Section("best layer, by held-out training images", layers),
         table,
         Section("feature shift: |u - u0|, features of length 1", shifts),
-        Section("notes", [(note,) for note in comparison.notes]),
+        Section("notes", [(note,) for note in record["notes"]]),
         Section("written", [(str(page),)]),
     ]
     return [section for section in sections if section.rows]

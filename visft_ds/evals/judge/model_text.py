@@ -15,11 +15,9 @@ A name that exists as a whole is never cut.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +57,16 @@ class ModelSpec:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that its features depend on, in JSON's types; files by name, size and time, those of a
-        folder of open_clip by their content: such a folder is written anew in place.
-        """
-        files = []
-        for path in (Path(self.name) if self.name else None, self.adapter):
-            if path is not None:
-                inside = [path] if path.is_file() else sorted(path.glob("*"))
-                files += [f"{file.name} {stamp(file)}" for file in inside]
+        """Everything that its features depend on, in JSON's types; files by name, size and time."""
+        paths = [Path(self.name)] if self.name else []
+        if self.adapter is not None:
+            paths.append(self.adapter)
         if self.open_clip is not None and self.open_clip.startswith(_LOCAL):
-            for file in sorted(Path(self.open_clip.removeprefix(_LOCAL)).glob("*")):
-                files.append(f"{file.name} {_content(file, stamp(file))}")
+            paths.append(Path(self.open_clip.removeprefix(_LOCAL)))
+        files = []
+        for path in paths:
+            inside = [path] if path.is_file() else sorted(path.glob("*"))
+            files += [f"{file.name} {stamp(file)}" for file in inside]
         identity = asdict(replace(self, label="", adapter=None, origin=None))
         identity["files"] = files
         if self.origin is not None and self.mixed:
@@ -98,15 +95,6 @@ class ModelSpec:
         return " ".join(parts)
 
 
-@cache
-def _content(path: Path, _: str) -> str:
-    """sha256 of a file, computed once as long as its stamp is the same; empty for a folder."""
-    if path.is_dir():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def parse_variants(texts: Sequence[str], *, download: bool = False) -> dict[str, tuple[ModelSpec, ...]]:
     """Label -> models of each variant of a command line, BASE first; files are looked for, not opened.
 
@@ -126,10 +114,7 @@ def parse_variants(texts: Sequence[str], *, download: bool = False) -> dict[str,
     base_label, base_models = variants[0]
     base = base_models[0]
     if len(base_models) > 1 or base.mixed:
-        raise ValueError(
-            f"BASE must be one model, without @SCALE; {texts[0]} names {len(base_models)}, the first at "
-            f"scale {base.scale:g}"
-        )
+        raise ValueError(f"BASE must be one model, without @SCALE; it is {texts[0]}")
     # BASE is what its user has, whatever training read of it.
     base = replace(base, whole=base.block is None and base.adapter is None)
     result: dict[str, tuple[ModelSpec, ...]] = {base_label: (base,)}
@@ -139,18 +124,14 @@ def parse_variants(texts: Sequence[str], *, download: bool = False) -> dict[str,
 
 
 def _check_labels(variants: Sequence[tuple[str, Sequence[ModelSpec]]]) -> None:
-    """Raise ValueError for a reserved label, and for one that two variants or models have."""
+    """Raise ValueError for a label that two variants or models have, or one that comes by itself."""
     taken = {NOISE, HALF}
     for label, models in variants:
         for name in {label, *(model.label for model in models)}:
-            if name in (NOISE, HALF):
-                raise ValueError(
-                    f"{name} is a reserved label, that of a model which the page adds: give yours another "
-                    "one, as in mine=RUN"
-                )
             if name in taken:
                 raise ValueError(
-                    f"two models are called {name}: give one of them a label, as in LABEL={name}..."
+                    f"two models are called {name} ({NOISE} and {HALF} come by themselves): give one of them "
+                    f"a label, as in LABEL={name}..."
                 )
             taken.add(name)
 

@@ -55,27 +55,25 @@ def bands_read(spec: ModelSpec) -> Bands | None:
     """The bands that a model reads, by what its files say of it; None: three colours of 8 bits."""
     if spec.open_clip:
         return None
-    path = Path(spec.name)
-    adapter = adapter_for(path, spec.adapter) if spec.adapter else None
-    stored = _stored_model(spec, open_model(path), adapter)
+    _, _, stored = _opened(spec)
     return Bands.of((spec.model or stored).get("bands"))
 
 
-def _stored_model(spec: ModelSpec, file: Weights, adapter: Adapter | None) -> Mapping[str, Any]:
-    """The description of a backbone, by its weights, its adapter or its run."""
-    of_adapter = None if adapter is None else adapter.model
-    if MODEL not in file.metadata and of_adapter is not None:
-        return of_adapter
-    if spec.model and MODEL not in file.metadata:
-        return spec.model
-    return model_in(file)
+def _opened(spec: ModelSpec) -> tuple[Weights, Adapter | None, Mapping[str, Any]]:
+    """The weights of a backbone, its adapter, and its description by these or by its run."""
+    path = Path(spec.name)
+    file = open_model(path)
+    adapter = adapter_for(path, spec.adapter) if spec.adapter else None
+    if MODEL in file.metadata:
+        return file, adapter, model_in(file)
+    if adapter is not None and adapter.model is not None:
+        return file, adapter, adapter.model
+    return file, adapter, spec.model or model_in(file)
 
 
 def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
     path = Path(spec.name)
-    file = open_model(path)
-    adapter = adapter_for(path, spec.adapter) if spec.adapter else None
-    stored = _stored_model(spec, file, adapter)
+    file, adapter, stored = _opened(spec)
     model = dict(spec.model or stored)
     if "image_size" in stored:  # which the name of a model of timm does not tell
         model.setdefault("image_size", stored["image_size"])

@@ -37,13 +37,16 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
         sizes = ", ".join(f"{len(images)} {name}" for name, images in sets.items())
         data.append([benchmark.label, sizes, ", ".join(benchmark.names)])
 
-    images = _images(comparison, best=best)
+    trainings = sum(len(variant.models) for variant in comparison.tuned)
+    of_base = sum(len(variant.models) for variant in comparison.tuned if variant.of_base)
+    controls = of_base * (len(comparison.named) + best)
+    scored = 1 + trainings + controls + of_base * best  # BASE, trainings, controls and halves
+    images = _images(comparison, trainings, controls, scored, best=best)
     hours = seconds_of(comparison.origin, settings) * images / 3600
     times = [["encoding", f"{images:,} images", f"{hours:.2g} hours on {settings.device}"]]
     published = [benchmark for benchmark in comparison.benchmarks if benchmark.published is not None]
     if published:
-        scored = _scored_models(comparison, best=best)
-        hours = published_hours(comparison.origin, published, scored, settings)
+        hours = _published_hours(comparison.origin, published, scored, settings)
         times.append(["published heads", f"{scored} models", f"{hours:,.2g} hours on {settings.device}"])
     sections = [
         Section("models", models, ["", "layers", ""]),
@@ -61,30 +64,13 @@ def _blocks(variant: Variant, best: bool) -> str:
     return variant.last
 
 
-def _scored_models(comparison: Comparison, *, best: bool) -> int:
-    """Number of models that are scored: BASE, and each training with its controls, noise and half."""
-    models = 1
-    for variant in comparison.tuned:
-        of_training = 1
-        if variant.of_base:
-            of_training += len(comparison.named) + (2 if best else 0)
-        models += len(variant.models) * of_training
-    return models
-
-
-def _images(comparison: Comparison, *, best: bool) -> int:
+def _images(comparison: Comparison, trainings: int, controls: int, scored: int, *, best: bool) -> int:
     """Number of images that are encoded as models take them: for layers, for shifts and for quick scores."""
-    trainings = 0
-    controls = 0
-    for variant in comparison.tuned:
-        trainings += len(variant.models)
-        if variant.of_base:
-            controls += len(variant.models) * (len(comparison.named) + (1 if best else 0))
     total = 0
     for benchmark in comparison.benchmarks:
         if benchmark.published is None:
             images = sum(map(len, benchmark.sets_for(has_text=comparison.base.has_text).values()))
-            total += images * _scored_models(comparison, best=best)
+            total += images * scored
         if best and benchmark.layer_choice:
             total += len(benchmark.layer_choice.images) * (1 + trainings)
         if comparison.primary in benchmark.full_names:
@@ -106,7 +92,7 @@ def seconds_of(spec: ModelSpec, settings: Settings) -> float:
     return (time.perf_counter() - began) / _BATCH
 
 
-def published_hours(
+def _published_hours(
     spec: ModelSpec, benchmarks: Sequence[Benchmark], models: int, settings: Settings
 ) -> float:
     """Hours that published numbers of so many models take, by the time that one image takes a pixel."""
