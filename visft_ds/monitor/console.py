@@ -30,9 +30,11 @@ class Section:
 
 
 def print_plan(title: str, sections: Sequence[Section]) -> None:
-    """Print what is about to run as tables, whose last column is not padded."""
+    """Print what is about to run as tables, whose last column is not padded; none without rows."""
     lines = [f"== {title}"]
     for section in sections:
+        if not section.rows:
+            continue
         lines += _wrapped("-- ", section.title)
         rows = [section.columns, *section.rows] if section.columns else section.rows
         columns = max((len(row) for row in rows), default=1)

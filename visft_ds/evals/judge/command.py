@@ -195,7 +195,7 @@ def _sections(record: Mapping[str, Any], table: Section, page: Path) -> list[Sec
     shifts = []
     for name, shift in record["shifts"].items():
         shifts.append((name, f"{shift:.3f}", f"A = {record['scales'][name]:.3g}"))
-    sections = [
+    return [
         Section("verdict", verdicts),
         Section("models", list(record["models"].items())),
         Section("best layer, by held-out training images", layers),
@@ -204,4 +204,3 @@ def _sections(record: Mapping[str, Any], table: Section, page: Path) -> list[Sec
         Section("notes", [(note,) for note in record["notes"]]),
         Section("written", [(str(page),)]),
     ]
-    return [section for section in sections if section.rows]

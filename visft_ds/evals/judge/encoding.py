@@ -33,7 +33,8 @@ def _cells(patches: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(patches, (min(CELLS, height), min(CELLS, width)))
 
 
-_DERIVED: dict[str, Callable[[Tensor], Tensor]] = {  # of patches (images, D, h, w)
+_OF_PATCHES: dict[str, Callable[[Tensor], Tensor]] = {  # kinds made of patches (images, D, h, w)
+    "patches": lambda patches: patches,
     "columns": lambda patches: F.adaptive_avg_pool2d(patches, (COLUMN_ROWS, None)).flatten(1, 2),
     "mean": lambda patches: patches.mean(dim=(2, 3)),
     "cells": _cells,
@@ -58,7 +59,7 @@ def kinds_read(benchmark: Benchmark, of_model: Collection[str]) -> list[str]:
     """
     known = set(of_model)
     if "patches" in known:
-        known |= _DERIVED.keys()
+        known |= _OF_PATCHES.keys()
     return [kind for kind in benchmark.kinds if kind in known]
 
 
@@ -151,9 +152,7 @@ def forward(
     encoder: Encoder, pixels: Tensor, kinds: Collection[str], settings: Settings
 ) -> dict[str, Tensor]:
     """Kind -> features of a batch of images, float32 on the device."""
-    of_model = set[str]()
-    for kind in kinds:
-        of_model.add("patches" if kind in _DERIVED else kind)
+    of_model = {"patches" if kind in _OF_PATCHES else kind for kind in kinds}
     dtype = DTYPES[settings.precision]
     with torch.autocast(settings.device.type, dtype, enabled=dtype != torch.float32):
         # Convolutions on a CPU take 60 % of the time when the channels of a pixel lie together.
@@ -167,10 +166,8 @@ def forward(
             continue
         begin = name.removesuffix("patches")  # a block, if it is read after several
         for kind in kinds:
-            if kind == "patches":
-                features[name] = value
-            elif kind in _DERIVED:
-                features[f"{begin}{kind}"] = _DERIVED[kind](value)
+            if kind in _OF_PATCHES:
+                features[f"{begin}{kind}"] = _OF_PATCHES[kind](value)
     return features
 
 

@@ -141,19 +141,14 @@ def spread_of(values: FloatArray, means: FloatArray, retrained: FloatArray | Non
         values, means, retrained: as for `combined`.
         units: items, or groups of items.
     """
-    variances = [float(means.mean(axis=0).var())]
-    freedoms = [units - 1]
+    parts = [(float(means.mean(axis=0).var()), units - 1)]
     if retrained is not None:
-        variances.append(float(retrained.var(ddof=1)))
-        freedoms.append(len(retrained) - 1)
+        parts.append((float(retrained.var(ddof=1)), len(retrained) - 1))
     seeds = len(values)
     if seeds > 1:
-        variances.append(float(values.var(ddof=1)) / seeds)
-        freedoms.append(seeds - 1)
-    total = sum(variances)
-    weights = 0.0
-    for variance, freedom in zip(variances, freedoms, strict=True):
-        weights += variance**2 / max(1, freedom)
+        parts.append((float(values.var(ddof=1)) / seeds, seeds - 1))
+    total = sum(variance for variance, _ in parts)
+    weights = sum(variance**2 / max(1, freedom) for variance, freedom in parts)
     return Spread(math.sqrt(total), total**2 / weights if weights else math.inf)
 
 

@@ -11,7 +11,7 @@ As many blocks are read in one forward as fit into `encoding.MOST` bytes of feat
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -73,9 +73,7 @@ class _Reader(nn.Module):
 
         features: dict[str, Tensor] = {}
         for begin, name in self.blocks.items():
-            of_block = at_end
-            if name != END:
-                of_block = model.of_block(outputs.pop(name), images, kinds)
+            of_block = at_end if name == END else model.of_block(outputs.pop(name), images, kinds)
             features |= {f"{begin}{kind}": value for kind, value in of_block.items()}
         return features
 
@@ -126,35 +124,35 @@ def levels_of(
     assert choice is not None
     kinds = kinds_read(benchmark, encoder.kinds)
     levels: dict[str, dict[str, float]] = {number.name: {} for number in numbers}
-    read_before: dict[str, dict[str, Tensor]] = {}  # block -> its features, where those of all blocks fit
+    kept: dict[str, dict[str, Tensor]] = {}  # block -> its features, where those of all blocks fit
 
-    def measure(block: str, features: dict[str, Tensor], asked: Sequence[Number]) -> None:
-        near = brought_near(features, settings)
-        for number in asked:
-            value = choice.held_out(near, number.name)
-            levels[number.name][block] = -value if number.lower else value
-
-    def read(blocks: Sequence[str], asked: Sequence[Number]) -> None:
-        for block in blocks:
-            if block in read_before:
-                measure(block, read_before[block], asked)
-        missing = {block: sizes[block] for block in blocks if block not in read_before}
-        for group in groups(missing, len(choice.images)):
+    def read(blocks: Sequence[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        if kept:
+            yield from ((block, kept[block]) for block in blocks)
+            return
+        for group in groups({block: sizes[block] for block in blocks}, len(choice.images)):
             features = encode_images(read_after(encoder, *group), choice.images, kinds, settings, label)
-            for block, own in by_block(features, group).items():
-                measure(block, own, asked)
-                if len(group) == len(sizes):
-                    read_before[block] = own
+            of_blocks = by_block(features, group)
+            if len(group) == len(sizes):
+                kept.update(of_blocks)
+            yield from of_blocks.items()
+
+    def measure(blocks: Sequence[str], asked: Sequence[Number]) -> None:
+        for block, features in read(blocks):
+            near = brought_near(features, settings)
+            for number in asked:
+                value = choice.held_out(near, number.name)
+                levels[number.name][block] = -value if number.lower else value
 
     direct = [number for number in numbers if not number.trained]
     if direct:
-        read(list(sizes), direct)
+        measure(list(sizes), direct)
         ranked = best_first(levels[direct[0].name])
     trained = [number for number in numbers if number.trained]
     if trained:
         best = [block for block in ranked if block in sizes][:CANDIDATES]
         candidates = {*(best or sizes), list(sizes)[-1]}
-        read([block for block in sizes if block in candidates], trained)
+        measure([block for block in sizes if block in candidates], trained)
     return levels
 
 

@@ -39,7 +39,7 @@ def mean_iou(
         matched: answers are renamed by `matching`, and a class that is nowhere counts as 0.
     """
     of_images = []  # (answers, classes) pixels of each image
-    total: Tensor | None = None  # (1 + resamples, answers, classes) pixels of all images
+    total = torch.tensor(0)  # (1 + resamples, answers, classes) pixels of all images
     small = []
     for number, outputs in enumerate(maps):
         truth = label(number).to(outputs.device)
@@ -50,10 +50,9 @@ def mean_iou(
             sparse_answers = largest(outputs[1:], truth.shape, _STRIDE)
             sparse_truth = truth[::_STRIDE, ::_STRIDE]
             counts = torch.cat([counts, confusion(sparse_answers, sparse_truth, classes)])
-        total = counts.cpu() if total is None else total.add_(counts.cpu())
+        total = total + counts.cpu()
         resized = F.interpolate(answers[None].float(), (_SMALL, _SMALL), mode="nearest-exact")
         small.append(resized[0, 0].cpu())
-    assert total is not None
     segmented = torch.stack(small).long()
     answer_of_class = torch.arange(classes)
     if matched:

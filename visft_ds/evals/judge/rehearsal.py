@@ -48,14 +48,13 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
     if published:
         hours = _published_hours(comparison.origin, published, scored, settings)
         times.append(["published heads", f"{scored} models", f"{hours:,.2g} hours on {settings.device}"])
-    sections = [
+    return [
         Section("models", models, ["", "layers", ""]),
         Section("data, images and numbers", data),
         Section("notes", [[note] for note in comparison.notes]),
         Section("primary number, which decides", [[comparison.primary]]),
         Section("time, by one batch; probes and heads of quick numbers come on top", times),
     ]
-    return [section for section in sections if section.rows]
 
 
 def _blocks(variant: Variant, best: bool) -> str:
