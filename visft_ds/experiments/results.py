@@ -120,11 +120,8 @@ def verdict(rows: Mapping[str, Row], seeds: int) -> str:
         return (
             f"The claim was not judged: it needs {FIRST!r} and {PERMUTED!r}, and one of them has no result."
         )
-    not_shown = []
-    if gain["low"] <= 0:
-        not_shown.append("the base")
-    if over_control["low"] <= 0:
-        not_shown.append("labels of other images")
+    compared = {"the base": gain, "labels of other images": over_control}
+    not_shown = [name for name, difference in compared.items() if difference["low"] <= 0]
     sentence = (
         f"The claim {'does not hold' if not_shown else 'holds'}: {_cell(gain)} over the base, "
         f"{_cell(over_control)} over labels of other images {EQUAL}."
@@ -142,7 +139,6 @@ def _cell(value: Any) -> str:
         return "–"
     if not isinstance(value, Mapping):
         return str(value)
-    low = 100 * value["low"]
-    high = 100 * value["high"]
+    mean, low, high = (100 * value[name] for name in ("value", "low", "high"))
     star = " *" if low > 0 or high < 0 else ""
-    return f"{100 * value['value']:+z.1f} [{low:+z.1f}, {high:+z.1f}]{star}"
+    return f"{mean:+z.1f} [{low:+z.1f}, {high:+z.1f}]{star}"
