@@ -110,16 +110,12 @@ def _evaluations(run: _Run, alone: bool) -> list[Evaluation]:
     if (folder / METRICS).is_file():
         return [read_evaluation(run.label, folder)]
     entries = [entry for entry in run.history if any(name.startswith("val/") for name in entry)]
-    shown = entries[-1:]
-    if alone and len(entries) > 1:
-        shown = [entries[0], entries[-1]]
+    shown = [entries[0], entries[-1]] if alone and len(entries) > 1 else entries[-1:]
     images = _images_of_evaluations(run)
     evaluations = []
     for entry in shown:
-        metrics = {}
-        for name, value in entry.items():
-            if name.startswith("val/"):
-                metrics[name.removeprefix("val/")] = float(value)
+        metrics = {name: float(value) for name, value in entry.items() if name.startswith("val/")}
+        metrics = {name.removeprefix("val/"): value for name, value in metrics.items()}
         label = f"step {entry['step']}" if alone else run.label
         record = {"data": {"where": f"{data.root}/{data.val}"}}
         evaluations.append(Evaluation(label, run.folder, metrics, images, record))
@@ -156,9 +152,7 @@ def _visualizations(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     for task in MAIN:
         drawn = {evaluation.label: evaluation.visualizations(task) for evaluation in evaluations}
         drawn = {label: drawings for label, drawings in drawn.items() if drawings}
-        if not drawn:
-            continue
-        first = next(iter(drawn.values()))
+        first = next(iter(drawn.values()), {})
         shared = [image for image in first if all(image in drawings for drawings in drawn.values())]
         rows: Rows = {}
         for image in shared[:_MOST_IMAGES]:
@@ -188,12 +182,8 @@ def _charts(histories: Mapping[str, History]) -> list[dict[str, Any]]:
             chart("memory/peak_gib", "peak memory of the fullest device", "GiB"),
         ],
     }
-    groups = []
-    for title, charts in kinds.items():
-        drawn = [svg for svg in charts if svg]
-        if drawn:
-            groups.append({"title": title, "charts": drawn})
-    return groups
+    groups = [{"title": title, "charts": list(filter(None, charts))} for title, charts in kinds.items()]
+    return [group for group in groups if group["charts"]]
 
 
 def _points(history: History, name: str) -> tuple[list[float], list[float]]:
@@ -221,12 +211,11 @@ def _chart(
     series: list[Series] = []
     for run, history in histories.items():
         steps, values = _points(history, name)
-        label = run if len(histories) > 1 else ""
+        curve = Series(steps, values, run if len(histories) > 1 else "")
         if smooth and values:
             means = uniform_filter1d(values, 1 + int(_WINDOW * len(values)), mode="nearest")
-            series.append(Series(steps, list(means), label or "smoothed", behind=values))
-        else:
-            series.append(Series(steps, values, label))
+            curve = Series(steps, list(means), curve.name or "smoothed", behind=values)
+        series.append(curve)
     return line_chart(series, title=title, y_label=unit, linear=linear)
 
 
@@ -235,11 +224,11 @@ def _rates(histories: Mapping[str, History]) -> str:
     series: list[Series] = []
     for run, history in histories.items():
         names = sorted({name for entry in history for name in entry if name.startswith("lr/")})
-        groups_of_rates: dict[tuple[float, ...], list[str]] = {}
+        names_of_rates: dict[tuple[float, ...], list[str]] = {}
         for name in names:
-            _, rates = _points(history, name)
-            groups_of_rates.setdefault(tuple(rates), []).append(name)
-        for alike in groups_of_rates.values():
+            rates = tuple(_points(history, name)[1])
+            names_of_rates.setdefault(rates, []).append(name)
+        for alike in names_of_rates.values():
             groups = ", ".join(name.removeprefix("lr/") for name in alike)
             label = f"{run}: {groups}" if len(histories) > 1 else groups
             series.append(Series(*_points(history, alike[0]), label))
@@ -247,28 +236,26 @@ def _rates(histories: Mapping[str, History]) -> str:
 
 
 def _facts(run: _Run) -> dict[str, str]:
-    config = run.config.to_dict()
-    visft = config["visft"]
-    model = visft["model"]
-    optimizer = config["optimizer"]
-    schedule = config["scheduler"]["params"]
+    config = run.config
+    visft = config.visft
+    optimizer = config.optimizer
     trained = []
-    for group in visft["param_groups"]:
-        rate = optimizer["params"]["lr"] if group["lr"] is None else group["lr"]
-        trained.append(f"{group['name']} ({group['params']}, learning rate {rate:g})")
+    for group in visft.param_groups:
+        rate = optimizer.params.lr if group.lr is None else group.lr
+        trained.append(f"{group.name} ({group.params}, learning rate {rate:g})")
     adapter = "none"
-    if lora := visft["lora"]:
-        adapter = f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {'+'.join(lora['targets'])}"
+    if lora := visft.lora:
+        adapter = f"rank {lora.rank}, alpha {lora.alpha:g}, on {'+'.join(lora.targets)}"
     return {
-        "backbone": f"{model['name']}, weights: {model['weights'] or 'random'}",
+        "backbone": f"{visft.model.name}, weights: {visft.model.weights or 'random'}",
         "what trains": ", ".join(trained),
         "adapter": adapter,
-        "steps": f"{schedule['total_num_steps']}, {schedule['warmup_num_steps']} of them warm-up",
-        "optimiser": f"{optimizer['type']}, clipping {config['gradient_clipping']:g}",
-        "processes": f"{run.record.world_size}, ZeRO-{config['zero_optimization']['stage']}",
-        "precision": model["precision"],
-        "data": f"{visft['data']['root']}, split {visft['data']['train']}",
-        "seed": str(visft["seed"]),
+        "steps": f"{config.total_steps}, {config.scheduler.params.warmup_num_steps} of them warm-up",
+        "optimiser": f"{optimizer.type}, clipping {config.gradient_clipping:g}",
+        "processes": f"{run.record.world_size}, ZeRO-{config.deepspeed['zero_optimization']['stage']}",
+        "precision": visft.model.precision,
+        "data": f"{visft.data.root}, split {visft.data.train}",
+        "seed": str(visft.seed),
     }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import cycle, islice
 
 import numpy as np
@@ -65,11 +66,11 @@ class Row:
     lower: bool  #: is better, as of an error
     values: Mapping[str, float]  #: variant -> its number; without variants that have none
     differences: dict[str, Difference]  #: variant -> its number minus the base's
-    controls: Mapping[str, Mapping[str, Difference]]  #: tuned variant -> control -> tuned minus control
+    controls: dict[str, dict[str, Difference]]  #: tuned variant -> control -> tuned minus control
     # Of the primary number alone, by tuned variants:
-    last: Mapping[str, Difference]  #: difference at both last layers
-    over_last: Mapping[str, Difference]  #: the variant where it is read minus the base at its last layer
-    over_cut: Mapping[str, Difference]  #: the variant minus the base at its best layer up to where it ends
+    last: dict[str, Difference]  #: difference at both last layers
+    over_last: dict[str, Difference]  #: the variant where it is read minus the base at its last layer
+    over_cut: dict[str, Difference]  #: the variant minus the base at its best layer up to where it ends
     last_values: Mapping[str, float]  #: base and tuned variants -> the number at the last layer
     cut_values: Mapping[str, float]  #: tuned variant -> the number of the base up to where the variant ends
     agreement: bool = False  #: the share of the base's answers that a variant gives, too
@@ -98,13 +99,43 @@ def rows_of(
         cut: scores of the base up to where tuned variants end, by their names.
         numbers: what is known of the numbers, by their full names; more is better where nothing is.
     """
+    base = next(iter(variants))
     rows = []
     for name in dict.fromkeys(name for scores in results.values() for name in scores):
         number = (numbers or {}).get(name) or Number(name, how="")
-        of_cuts = {variant: [scores[name]] for variant, scores in (cut or {}).items() if name in scores}
-        at_last = _having(name, last or {}, variants)
+        minus = partial(_minus, name, lower=number.lower)
         scores = _having(name, results, variants)
-        rows.append(_row(name, number, next(iter(variants)), trials, scores, at_last, of_cuts))
+        at_last = _having(name, last or {}, variants)
+        of_cuts = _having(name, cut or {}, {variant: [variant] for variant in cut or ()})
+        row = Row(
+            name=name,
+            items=len(next(iter(scores.values()))[0].values),
+            lower=number.lower,
+            agreement=number.agreement,
+            values=_means(scores),
+            differences={},
+            controls={},
+            last={},
+            over_last={},
+            over_cut={},
+            last_values=_means(at_last),
+            cut_values=_means(of_cuts),
+        )
+        if base in scores:
+            others = [variant for variant in scores if variant != base]
+            row.differences.update((variant, minus(scores[variant], scores[base])) for variant in others)
+        for trial in trials:
+            tuned = trial.variant
+            if tuned not in scores:
+                continue
+            present = [control for control in trial.controls if control in scores]
+            row.controls[tuned] = {control: minus(scores[tuned], scores[control]) for control in present}
+            if tuned in at_last and base in at_last:
+                row.last[tuned] = minus(at_last[tuned], at_last[base])
+                row.over_last[tuned] = minus(scores[tuned], at_last[base])
+            if tuned in of_cuts:
+                row.over_cut[tuned] = minus(scores[tuned], of_cuts[tuned])
+        rows.append(row)
     _correct(rows, primary, [trial.variant for trial in trials])
     return rows
 
@@ -119,55 +150,6 @@ def _having(name: str, results: Results, variants: Mapping[str, Sequence[str]]) 
         for variant, labels in variants.items()
         if all(name in results.get(label, ()) for label in labels)
     }
-
-
-def _row(
-    name: str,
-    number: Number,
-    base: str,
-    trials: Sequence[Trial],
-    scores: _Scores,
-    at_last: _Scores,
-    of_cuts: _Scores,
-) -> Row:
-    def minus(new: Sequence[Score], old: Sequence[Score]) -> Difference:
-        return _minus(name, new, old, lower=number.lower)
-
-    differences: dict[str, Difference] = {}
-    if base in scores:
-        for variant, seeds in scores.items():
-            if variant != base:
-                differences[variant] = minus(seeds, scores[base])
-    controls: dict[str, dict[str, Difference]] = {}
-    last: dict[str, Difference] = {}
-    over_last: dict[str, Difference] = {}
-    over_cut: dict[str, Difference] = {}
-    for trial in trials:
-        tuned = trial.variant
-        if tuned not in scores:
-            continue
-        present = [control for control in trial.controls if control in scores]
-        controls[tuned] = {control: minus(scores[tuned], scores[control]) for control in present}
-        if tuned in at_last and base in at_last:
-            last[tuned] = minus(at_last[tuned], at_last[base])
-            over_last[tuned] = minus(scores[tuned], at_last[base])
-        if tuned in of_cuts:
-            over_cut[tuned] = minus(scores[tuned], of_cuts[tuned])
-    first = next(iter(scores.values()))[0]
-    return Row(
-        name=name,
-        items=len(first.values),
-        lower=number.lower,
-        agreement=number.agreement,
-        values=_means(scores),
-        differences=differences,
-        controls=controls,
-        last=last,
-        over_last=over_last,
-        over_cut=over_cut,
-        last_values=_means(at_last),
-        cut_values=_means(of_cuts),
-    )
 
 
 def _means(scores: _Scores) -> dict[str, float]:
