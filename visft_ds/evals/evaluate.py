@@ -160,7 +160,9 @@ def _evaluate(
             return EvaluationResult({}, {})
         drawn = {}
         if folder is not None:  # first: hours of predictions must not be lost with a number
-            _write_predictions(collected, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            for task, results in collected.items():
+                write_bytes(folder / f"{task}_results.json", orjson.dumps(results))
             drawn = _draw(collected, reader, visualizations, subject.limit, folder)
         heads = {task: info.settings() for task, info in subject.model.heads.items()}
         metrics, problems = measure(collected, reader, heads, limit=subject.limit, of_record=True)
@@ -279,16 +281,6 @@ def _predict(subject: _Subject, reader: ShardReader) -> tuple[dict[str, Results]
     return collected, seconds
 
 
-def _results_file(task: str) -> str:
-    return f"{task}_results.json"
-
-
-def _write_predictions(collected: Mapping[str, Results], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for task, results in collected.items():
-        write_bytes(folder / _results_file(task), orjson.dumps(results))
-
-
 def _draw(
     collected: Mapping[str, Results], reader: ShardReader, count: int, limit: int | None, folder: Path
 ) -> dict[str, list[dict[str, Any]]]:
@@ -326,7 +318,7 @@ def _print_results(
             by_category[f"{task}/{metric}"].append(f"{category[0]} {value:.2f}")
     rows += [(f"{name} by class", ", ".join(values)) for name, values in by_category.items()]
     rows += [(name.replace("_", " "), str(value)) for name, value in subject.task_facts.items()]
-    files = [*(_results_file(task) for task in results), METRICS, f"{VISUALIZATIONS}/"]
+    files = [*(f"{task}_results.json" for task in results), METRICS, f"{VISUALIZATIONS}/"]
     rows += [("images/s", f"{subject.images / seconds:.1f}"), ("written", f"{folder}: {', '.join(files)}")]
     images = counted(subject.images, len(subject.manifest))
     print_plan("results", [Section(f"on {images}", rows)])

@@ -317,24 +317,23 @@ class Comparison:
 
     def _plan(self) -> dict[tuple[str, str], _Work]:
         """(label of a model, label of a data set) -> what is to be scored there, encoded together."""
-        plan: dict[tuple[str, str], _Work] = {}
-
-        def ask(spec: ModelSpec, variant: Variant, benchmark: Benchmark, number: Number, block: str) -> None:
-            work = _Work(spec, benchmark, variant.blocks)
-            work = plan.setdefault((spec.label, benchmark.label), work)
-            work.numbers[block].add(number.name)
-
+        asked: list[tuple[ModelSpec, Variant, Benchmark, Number, str]] = []
         for variant in self.variants:
             for spec in variant.models:
                 for benchmark in self.benchmarks:
                     for number in benchmark.numbers:
                         block = variant.block(benchmark.full_name(number))
-                        ask(spec, variant, benchmark, number, block)
+                        asked.append((spec, variant, benchmark, number, block))
         for variant in [self.base, *self.tuned]:
             for spec in variant.models:
-                ask(spec, variant, self._deciding, self._number, variant.last)
+                asked.append((spec, variant, self._deciding, self._number, variant.last))
         for cut in self._cuts.values():
-            ask(self.origin, self.base, self._deciding, self._number, cut.block(self.primary))
+            asked.append((self.origin, self.base, self._deciding, self._number, cut.block(self.primary)))
+        plan: dict[tuple[str, str], _Work] = {}
+        for spec, variant, benchmark, number, block in asked:
+            work = _Work(spec, benchmark, variant.blocks)
+            work = plan.setdefault((spec.label, benchmark.label), work)
+            work.numbers[block].add(number.name)
         return plan
 
     def _of_model(self, spec: ModelSpec, variant: Variant, made: _Made) -> dict[str, Score]:

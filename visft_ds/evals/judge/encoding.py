@@ -66,8 +66,8 @@ def kinds_read(benchmark: Benchmark, of_model: Collection[str]) -> list[str]:
 def groups(sizes: Mapping[str, int], images: int) -> Iterator[list[str]]:
     """Blocks whose features of so many images fit into MOST bytes together, in order; at least one."""
     group: list[str] = []
-    for block, size in sizes.items():
-        together = size + sum(sizes[name] for name in group)
+    for block in sizes:
+        together = sum(sizes[name] for name in [*group, block])
         if group and together * images > MOST:
             yield group
             group = []
@@ -88,8 +88,8 @@ def encode(
     features: dict[str, dict[str, dict[str, Tensor]]] = {block: {} for block in blocks}
     for name, images in benchmark.sets_for(has_text=encoder.text is not None).items():
         kinds = kinds_read(benchmark, encoder.kinds)
-        if name == "train" and "clip" in kinds:
-            kinds.remove("clip")  # texts are compared with what is judged alone
+        if name == "train":  # texts are compared with what is judged alone
+            kinds = [kind for kind in kinds if kind != "clip"]
         if name in benchmark.text_sets:
             kinds = ["clip"]
         of_set = encode_images(encoder, images, kinds, settings, f"{what} {name}")
@@ -108,11 +108,10 @@ def by_block(features: dict[str, Tensor], blocks: Sequence[str]) -> dict[str, di
     """Block -> kind -> features, of what an encoder gives that is read after blocks."""
     if len(blocks) == 1:
         return {blocks[0]: features}
-    split: dict[str, dict[str, Tensor]] = {}
-    for block in blocks:
-        begin = f"{block} "
-        names = [name for name in features if name.startswith(begin)]
-        split[block] = {name.removeprefix(begin): features[name] for name in names}
+    split: dict[str, dict[str, Tensor]] = {block: {} for block in blocks}
+    for name, value in features.items():
+        block, _, kind = name.rpartition(" ")
+        split[block][kind] = value
     return split
 
 

@@ -30,8 +30,7 @@ def trained_on(models: Sequence[ModelSpec], benchmarks: Sequence[Benchmark]) -> 
     known: set[tuple[int, int]] = set()
     for root, split in shards:
         if not is_url(root) and manifest_path(Path(root), split).is_file():
-            index = Manifest.load(root, split).index
-            known.update(zip(index["image_size"].tolist(), index["image_crc32"].tolist(), strict=True))
+            known.update(Manifest.load(root, split).index[["image_size", "image_crc32"]].tolist())
     if not known:
         return []
     in_domain = []

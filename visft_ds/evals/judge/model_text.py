@@ -169,10 +169,11 @@ def parse_model(text: str, *, download: bool = False) -> ModelSpec:
         if block:
             raise ValueError(f"{text}: #BLOCK works for models of visft_ds and timm only")
         spec = _of_open_clip(model.removeprefix(_OPEN_CLIP), download)
-    elif model.startswith(TIMM):
-        spec = _of_timm(model.removeprefix(TIMM), download)
     else:
-        spec = _of_files(model)
+        base, adapter = _without_adapter(model.removeprefix(TIMM))
+        spec = _of_timm(base, adapter, download) if model.startswith(TIMM) else _of_files(Path(base), adapter)
+        if adapter is not None:
+            spec = replace(spec, label=f"{spec.label}+{adapter.stem}")
     return replace(
         spec,
         label=label or (f"{spec.label}#{block}" if block else spec.label),
@@ -196,16 +197,13 @@ def _of_open_clip(text: str, download: bool) -> ModelSpec:
     return ModelSpec(Path(name).name, weights, open_clip=name)
 
 
-def _of_timm(text: str, download: bool) -> ModelSpec:
-    text, adapter = _without_adapter(text)
+def _of_timm(text: str, adapter: Path | None, download: bool) -> ModelSpec:
     name, file = _name_and_file(text)
-    label = f"{Path(name).name}+{adapter.stem}" if adapter else Path(name).name
+    label = Path(name).name
     if file:
         return ModelSpec(label, file, adapter=adapter, model={"preset": f"{TIMM}{name}"})
-    if name.startswith((HUB, _LOCAL)):
-        backbone = named(name.removeprefix(_LOCAL), download=download)
-    else:
-        backbone = named(f"{TIMM}{name}", download=download)
+    known = name.removeprefix(_LOCAL) if name.startswith((HUB, _LOCAL)) else f"{TIMM}{name}"
+    backbone = named(known, download=download)
     file = str(backbone.file(download=download))
     return ModelSpec(label, file, adapter=adapter, model=backbone.description)
 
@@ -221,17 +219,14 @@ def _without_adapter(text: str) -> tuple[str, Path | None]:
     return text, None
 
 
-def _of_files(text: str) -> ModelSpec:
+def _of_files(base: Path, adapter: Path | None) -> ModelSpec:
     """A weight file, with an adapter or without, or a run."""
-    text, adapter = _without_adapter(text)
-    base = Path(text)
     for path in (base, adapter):
         if path is not None and not path.exists():
             raise ValueError(f"{path} does not exist; --help tells the forms of models")
-    label = f"{base.stem}+{adapter.stem}" if adapter else base.stem
     if (base / RECORD_FILE).is_file():
         files = files_of_run(base, recorded_config(base).visft, (), adapter=adapter)
-        return ModelSpec(label, str(files.backbone), adapter=files.adapter, model=files.model)
+        return ModelSpec(base.stem, str(files.backbone), adapter=files.adapter, model=files.model)
     if base.is_dir():
         raise ValueError(f"{base} is a folder without run.json: give a weight file, or the folder of a run")
-    return ModelSpec(label, str(base), adapter=adapter)
+    return ModelSpec(base.stem, str(base), adapter=adapter)

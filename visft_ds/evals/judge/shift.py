@@ -62,10 +62,9 @@ class ShiftMeter:
         self._images = benchmark.training_images
         self._texts = benchmark.texts
         images = every(len(self._images), SEARCHED)
-        texts = every(len(self._texts), SEARCHED)
-        self._sample_is_all = len(images) == len(self._images) and len(texts) == len(self._texts)
+        self._sample_texts = [self._texts[number] for number in every(len(self._texts), SEARCHED)]
+        self._sample_is_all = max(len(self._images), len(self._texts)) <= SEARCHED
         self._sample = list(pictures(self._base, chosen(self._images, images), self._settings))
-        self._sample_texts = [self._texts[number] for number in texts]
         self._base_on_sample = list(self._features(self._base, self._sample, self._sample_texts))
 
     def measure(self, spec: ModelSpec) -> Match:
