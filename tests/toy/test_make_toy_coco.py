@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +43,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of pytest, whose other tests have threads
 def test_the_command_writes_the_same_bytes_with_two_workers(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +56,19 @@ def test_the_command_writes_the_same_bytes_with_two_workers(
     ):
         assert main(wrong) == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "again2").exists()
+
+
+def test_a_script_needs_no_guard(tmp_path: Path) -> None:
+    """Workers that import the script again would run it again, and start workers."""
+    script = tmp_path / "draw.py"
+    size = "train=20, val=0, height=28, width=28, workers=2"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from visft_ds.toy.coco import write_toy_coco\n"
+        f"print(write_toy_coco(Path({str(tmp_path / 'toy')!r}), {size})['images'])\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("20\n", "")
 
 
 def test_fewer_images_are_the_first_ones_and_other_seeds_or_styles_are_different(

@@ -20,7 +20,6 @@ import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,8 @@ SPLITS = ("train2017", "val2017")
 MIN_SIDE = 28
 MAX_SIDE = 4096
 JPEG_QUALITY = 92
+#: Ids of the categories of drawings and of rooms, by name.
+_IDS = {**CATEGORY_IDS, **rooms.CATEGORY_IDS, **rooms.STUFF_IDS}
 _NUMBERS = (
     *("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
@@ -77,16 +78,9 @@ def _coloured(shape: Shape) -> str:
     return f"{shape.colour} {shape.category}"
 
 
-def _middle(shape: Shape) -> tuple[float, float]:
-    """Mean of the visible pixels, (x, y) relative to the image."""
-    height, width = shape.visible.shape
-    y, x = np.nonzero(shape.visible)
-    return float(x.mean() + 0.5) / width, float(y.mean() + 0.5) / height
-
-
 def _where(shape: Shape) -> str:
     """`in the top left corner`, `on the left`, `in the middle`."""
-    x, y = _middle(shape)
+    x, y = shape.middle
     column = ""
     if x < 0.38:
         column = "left"
@@ -126,8 +120,8 @@ def _details(shape: Shape) -> str:
 def _relation(rng: np.random.Generator, shapes: Sequence[Shape]) -> str:
     """Relation of two random shapes' places, along the axis on which they are further apart."""
     first, second = (shapes[number] for number in rng.choice(len(shapes), 2, replace=False))
-    x1, y1 = _middle(first)
-    x2, y2 = _middle(second)
+    x1, y1 = first.middle
+    x2, y2 = second.middle
     if abs(x1 - x2) >= abs(y1 - y2):
         relation = "to the left of" if x1 < x2 else "to the right of"
     else:
@@ -163,7 +157,7 @@ def _about_shapes(rng: np.random.Generator, scene: Scene, crowd: str) -> list[st
     shapes = scene.shapes
     total = len(shapes)
     # From left to right: an order that an image shows, unlike that in which its shapes were painted.
-    ordered = sorted(shapes, key=_middle)
+    ordered = sorted(shapes, key=lambda shape: shape.middle)
     by_name = Counter(shape.category for shape in ordered)
     by_colour = Counter(map(_coloured, ordered))
     listed = [_counted(words, count) for words, count in by_colour.items()]
@@ -198,7 +192,7 @@ def _run_lengths(mask: Array) -> dict[str, Any]:
     return {"counts": runs, "size": list(mask.shape)}
 
 
-def _annotate(shape: Shape, image_id: int, crowd: bool, ids: Mapping[str, int]) -> dict[str, Any]:
+def _annotate(shape: Shape, image_id: int, crowd: bool) -> dict[str, Any]:
     """A COCO annotation without an id: polygons and their box of a shape that is whole, else the visible
     pixels and theirs.
     """
@@ -219,7 +213,7 @@ def _annotate(shape: Shape, image_id: int, crowd: bool, ids: Mapping[str, int]) 
         "iscrowd": int(crowd),
         "image_id": image_id,
         "bbox": np.round(np.concatenate([low, high - low]), 2).astype(float).tolist(),
-        "category_id": ids[shape.category],
+        "category_id": _IDS[shape.category],
     }
 
 
@@ -238,32 +232,27 @@ def _make_image(
     """
     rng = np.random.default_rng([*seeds, index])
     height, width = size
-    ids = CATEGORY_IDS
-    room = None
-    if depth:
-        ids = rooms.CATEGORY_IDS
-        room = rooms.draw_room(rng, height, width)
-        scene = room.scene
-    else:
-        scene = draw_scene(rng, style, height, width, max_shapes=max_shapes)
     image_id = 10 * index + 3 + 4 * SPLITS.index(folder.name)  # the splits never share one, and leave holes
     name = f"{image_id:012d}.jpg"
-    Image.fromarray(scene.image).save(folder / name, "JPEG", quality=JPEG_QUALITY)
     segments = []
-    if room is not None:
+    asked = []
+    if depth:
+        room = rooms.draw_room(rng, height, width)
+        scene = room.scene
         path = folder.parent / "depth" / folder.name / f"{image_id:012d}.png"
         path.write_bytes(png_of(encoded(room.depth)))
         if panoptic:
             path = folder.parent / "annotations" / f"panoptic_{folder.name}" / path.name
             segments.append(_write_panoptic(path, room, image_id))
-    instances = [_annotate(shape, image_id, crowd=False, ids=ids) for shape in scene.shapes]
+    else:
+        scene = draw_scene(rng, style, height, width, max_shapes=max_shapes)
+        asked = ask(np.random.default_rng([*seeds, index, 1]), scene, style)
+    Image.fromarray(scene.image).save(folder / name, "JPEG", quality=JPEG_QUALITY)
+    instances = [_annotate(shape, image_id, crowd=False) for shape in scene.shapes]
     if scene.crowd is not None:
-        instances.append(_annotate(scene.crowd, image_id, crowd=True, ids=ids))
+        instances.append(_annotate(scene.crowd, image_id, crowd=True))
     captions = [{"image_id": image_id, "caption": sentence} for sentence in describe(rng, scene)]
     image = {"license": 1, "file_name": name, "height": height, "width": width, "id": image_id}
-    asked = []
-    if not depth:
-        asked = ask(np.random.default_rng([*seeds, index, 1]), scene, style)
     questions, answers = entries(image_id, asked)
     return {
         "image": image,
@@ -277,13 +266,12 @@ def _make_image(
 
 def _write_panoptic(path: Path, room: rooms.Room, image_id: int) -> dict[str, Any]:
     """Write the panoptic map of a room; returns its annotation as COCO has it. Walls are one segment."""
-    ids = {**rooms.CATEGORY_IDS, **rooms.STUFF_IDS}
     numbers = room.numbers.copy()
     numbers[np.isin(numbers, rooms.WALLS)] = rooms.WALLS[0]
     path.write_bytes(png_of_numbers(numbers))
     segments = []
     for number in np.unique(numbers).tolist():
-        category = ids[room.categories[number - 1]]
+        category = _IDS[room.categories[number - 1]]
         area = int((numbers == number).sum())
         segments.append({"id": number, "category_id": category, "iscrowd": 0, "area": area})
     return {"image_id": image_id, "file_name": path.name, "segments_info": segments}
@@ -322,14 +310,10 @@ def _write_annotations(
 
 def _write_questions(folder: Path, split: str, records: Sequence[Mapping[str, Any]]) -> None:
     """Write OpenEnded_toy_SPLIT_questions.json and toy_SPLIT_annotations.json, as VQAv2 has them."""
-    names = {
-        "questions": f"OpenEnded_toy_{split}_questions.json",
-        "answers": f"toy_{split}_annotations.json",
-    }
-    for kind, name in names.items():
-        key = "annotations" if kind == "answers" else kind
-        content = {key: [entry for record in records for entry in record[kind]]}
-        (folder / name).write_bytes(orjson.dumps(content))
+    questions = {"questions": [entry for record in records for entry in record["questions"]]}
+    (folder / f"OpenEnded_toy_{split}_questions.json").write_bytes(orjson.dumps(questions))
+    answers = {"annotations": [entry for record in records for entry in record["answers"]]}
+    (folder / f"toy_{split}_annotations.json").write_bytes(orjson.dumps(answers))
 
 
 def write_toy_coco(
@@ -393,7 +377,10 @@ def write_toy_coco(
         if workers == 1:
             records = list(map(draw, range(count)))
         else:
-            with _pool(workers) as pool:
+            # Forked: other ways to start a process run the script of the caller again in each. They are deaf
+            # to a Ctrl-C, which reaches all of a terminal's processes: this one ends them, no traceback.
+            deaf = (signal.SIGINT, signal.SIG_IGN)
+            with multiprocessing.get_context("fork").Pool(workers, signal.signal, deaf) as pool:
                 records = pool.map(draw, range(count), chunksize=16)
         description = f"Toy rooms, seed {seed}" if depth else f"Toy shapes, style {style}, seed {seed}"
         ids = rooms.CATEGORY_IDS if depth else CATEGORY_IDS
@@ -408,19 +395,6 @@ def write_toy_coco(
         "crowds": sum(instance["iscrowd"] for instance in instances),
         "empty": sum(not record["instances"] for record in every_record),
     }
-
-
-def _pool(workers: int) -> Pool:
-    """Processes that are deaf to a Ctrl-C, which reaches all of a terminal's: this one ends them, without
-    tracebacks.
-
-    Ignored signals stay so in processes that are started, from their first instruction on.
-    """
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return multiprocessing.get_context("spawn").Pool(workers)
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -77,7 +77,7 @@ def _beside(rng: np.random.Generator, single: Sequence[Shape], shapes: Sequence[
     for shape in shapes:
         if shape is anchor:
             continue
-        distance = _across(shape) - _across(anchor)
+        distance = shape.middle[0] - anchor.middle[0]
         if abs(distance) < _APART:
             return []  # nobody could say where it is
         if (distance < 0) == (side == "left"):
@@ -85,12 +85,6 @@ def _beside(rng: np.random.Generator, single: Sequence[Shape], shapes: Sequence[
     if len(there) != 1:
         return []
     return [Asked("relation", f"What is {side} of the {anchor.category}?", there[0].category)]
-
-
-def _across(shape: Shape) -> float:
-    """Mean place of the visible pixels from left to right, in [0, 1]."""
-    columns = np.nonzero(shape.visible)[1]
-    return float(columns.mean()) / shape.visible.shape[1]
 
 
 def entries(image_id: int, asked: Sequence[Asked]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -39,6 +39,13 @@ class Shape:
     pixels: int  #: inside the image, before anything was painted over it
     visible: Array = field(repr=False)
 
+    @property
+    def middle(self) -> tuple[float, float]:
+        """Mean of the visible pixels, (x, y) relative to the image."""
+        height, width = self.visible.shape
+        y, x = np.nonzero(self.visible)
+        return float(x.mean() + 0.5) / width, float(y.mean() + 0.5) / height
+
     def is_whole(self) -> bool:
         """Return True if neither another shape nor the border of the image hides a part of it."""
         height, width = self.visible.shape
