@@ -24,3 +24,21 @@ def test_public_names_are_where_the_table_says() -> None:
 
 def test_importing_the_package_imports_nothing_of_others() -> None:
     assert python("-c", LOOK).splitlines() == ["", "False"]
+
+
+FROZEN = """
+import gc, sys
+import visft_ds
+for visft_ds.is_command in (False, True):
+    for module in ("colorsys", "colorsys", "wave", "wave"):
+        with visft_ds.importing():
+            __import__(module)
+        print(gc.get_freeze_count() > 0, gc.isenabled())
+        gc.unfreeze()
+    del sys.modules["colorsys"], sys.modules["wave"]
+"""
+
+
+def test_only_imports_of_a_command_are_never_looked_at_again() -> None:
+    """What a script holds itself when it imports would stay for ever, too."""
+    assert python("-c", FROZEN).splitlines() == ["False True"] * 4 + ["True True", "False True"] * 2

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple, NoReturn
 
+import visft_ds
 from visft_ds import __version__, importing
 from visft_ds.errors import exit_code, tell
 from visft_ds.resilience.processes import check_environment, start_ranks, without_num_gpus
@@ -112,6 +113,7 @@ def run() -> NoReturn:
             sys.stderr.flush()
             os._exit(ended[0])
 
+    visft_ds.is_command = True
     atexit.register(leave)  # the first to be registered is the last to be called
     ended.append(main())
     sys.exit(ended[0])
