@@ -6,12 +6,10 @@ import gc
 import json
 import os
 from collections.abc import Mapping, Sequence
-from numbers import Real
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from visft_ds.config.resolve import DEFAULT_ENGINE, AnyPath
-from visft_ds.flags import check_least, speaking_python
+from visft_ds.flags import speaking_python
 from visft_ds.monitor.metrics import Callback
 from visft_ds.prepare.inputs import missing_inputs, render_missing
 from visft_ds.prepare.settle import settle
@@ -19,8 +17,6 @@ from visft_ds.resilience.stop import StopFlag
 
 if TYPE_CHECKING:
     from visft_ds.train import FitResult
-
-_RESUMES = ("auto", "must", "no")
 
 
 @speaking_python()
@@ -102,31 +98,27 @@ def fit(
     """
     # Before torch is imported: a launcher that dies meanwhile must be missed.
     stop = StopFlag(launched="RANK" in os.environ)
-    if stage not in (None, 1, 2):
-        raise ValueError(f"stage={stage!r}: give 1 (heads) or 2 (adapters of the backbone)")
-    if resume not in _RESUMES:
-        raise ValueError(f"resume={resume!r}: give one of {', '.join(map(repr, _RESUMES))}")
-    if steps is not None and epochs is not None:
-        raise ValueError(f"steps={steps!r} and epochs={epochs!r}: give one of them")
-    check_least(
-        SimpleNamespace(steps=steps, epochs=epochs, batch_size=batch_size), steps=1, epochs=1, batch_size=1
-    )
-    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, Real) or not lr > 0):
-        raise ValueError(f"lr={lr!r}: give a number above 0")
-    _check_callbacks(callbacks)
-    paths = {"model": model, "backbone": backbone, "engine": engine, "data": data, "heads": heads}
-    paths |= {"start": start, "out": out}
-    for name, path in paths.items():
-        if path is not None and not isinstance(path, str | os.PathLike):
-            raise ValueError(f"{name} is of type {type(path).__name__}: give a path or name")
-
-    flags = {**paths, "stage": stage, "steps": steps, "epochs": epochs, "batch-size": batch_size, "lr": lr}
-    flags["tile"] = tile
-    flags["from"] = flags.pop("start")
-    flags["tasks"] = None if tasks is None else _joined(tasks)
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise ValueError(f"callbacks={callbacks!r}: give a list of functions of a step and its metrics")
+    flags = {
+        "data": data,
+        "stage": stage,
+        "model": model,
+        "backbone": backbone,
+        "engine": engine,
+        "tasks": tasks if tasks is None or isinstance(tasks, str) else ",".join(map(str, tasks)),
+        "steps": steps,
+        "epochs": epochs,
+        "batch-size": batch_size,
+        "lr": lr,
+        "tile": tile,
+        "heads": heads,
+        "from": start,
+        "out": out,
+        "resume": resume,
+    }
     words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     words += [f"--set={text}" for text in _assignments(settings or {})]
-    words.append(f"--resume={resume}")
     if download:
         words.append("--download")
     if reset_heads:
@@ -151,24 +143,6 @@ def fit(
             os.environ.pop("LOCAL_RANK", None)
         stop.restore()
         gc.collect()
-
-
-def _check_callbacks(callbacks: object) -> None:
-    if not isinstance(callbacks, Sequence):
-        raise ValueError(f"callbacks is of type {type(callbacks).__name__}: give a list of functions")
-    for callback in callbacks:
-        if not callable(callback):
-            kind = type(callback).__name__
-            raise ValueError(f"callbacks has one of type {kind}: give functions of a step and its metrics")
-
-
-def _joined(tasks: str | Sequence[str]) -> str:
-    """Names of tasks with commas. Raises ValueError for anything but texts."""
-    if isinstance(tasks, str):
-        return tasks
-    if not isinstance(tasks, Sequence) or not all(isinstance(task, str) for task in tasks):
-        raise ValueError(f"tasks={tasks!r}: give names, in a list or with commas")
-    return ",".join(tasks)
 
 
 def _assignments(settings: Mapping[str, Any]) -> list[str]:
