@@ -290,7 +290,7 @@ def test_other_stems_are_refused() -> None:
         (torch.from_numpy(scene(0)), "40 bands of uint16"),
         (deep_png(scene(0, 3)), "3 bands of uint16"),
         (palette(), "palette"),
-        (Image.fromarray(DEEP[..., :3].astype(np.uint8)), "no array of bands"),
+        (Image.fromarray(DEEP[..., :3].astype(np.uint8)), "of type Image"),
     ],
 )
 def test_a_model_of_bands_refuses_other_pictures(picture: Any, cause: str) -> None:

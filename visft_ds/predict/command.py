@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import orjson
@@ -98,7 +98,7 @@ def predict(
         facts.append(("continues", f"{len(files) - len(todo)} of them are done"))
     print_plan("visft_ds prediction", [Section("model and data", facts)])
 
-    out.mkdir(parents=True, exist_ok=True)
+    write_bytes(out / LINES, b"".join(map(_line, [settings, *done.values()])))
     skipped: dict[str, str] = {}
     waiting: deque[tuple[dict[str, Any], Future[None]]] = deque()
 
@@ -106,15 +106,15 @@ def predict(
         record, drawing = waiting.popleft()
         drawing.result()
         done[record["file_name"]] = record
-        _append(lines, record)  # the drawing is whole then
+        lines.write(_line(record))  # the drawing is whole then
+        lines.flush()
 
     with (out / LINES).open("ab") as lines, ThreadPoolExecutor(_THREADS) as pool:
-        if lines.tell() == 0:
-            _append(lines, settings)
         size = batch_size or loaded.usual_batch(tiles)
-        outcomes = _predictions(todo, loaded, threshold, size)
-        most_waiting = _WAITING
-        if tiles is not None:  # images that may fill the memory
+        if tiles is None:
+            outcomes = _predictions(todo, loaded, threshold, size)
+            most_waiting = _WAITING
+        else:  # images that may fill the memory
             outcomes = _predictions_by_tiles(todo, loaded, threshold, size, tiles)
             most_waiting = 0
         for name, outcome in outcomes:
@@ -277,25 +277,19 @@ def _advising(size: int) -> Iterator[None]:
         ) from error
 
 
-def _append(lines: BinaryIO, record: Mapping[str, Any]) -> None:
-    lines.write(orjson.dumps(record) + b"\n")
-    lines.flush()
+def _line(record: Mapping[str, Any]) -> bytes:
+    return orjson.dumps(record) + b"\n"
 
 
 def _continued(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Name -> line of the images that are done, of an interrupted command with these settings; none without
-    a file.
+    a file. A last line that was cut off is none.
 
-    A last line that was cut off is taken out of the file. Raises ValueError for other settings, and a damaged
-    file.
+    Raises ValueError for other settings, and a damaged file.
     """
     if not path.is_file():
         return {}
-    content = read_bytes(path)
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
+    whole, _, _ = read_bytes(path).rpartition(b"\n")
     now = orjson.loads(orjson.dumps(settings))
     different = []
     with reading(path, "predictions of an interrupted command; remove its folder to begin anew"):

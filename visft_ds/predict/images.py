@@ -139,19 +139,17 @@ def opened(
     """
     from torch import Tensor  # `visft predict` looks for its images before that, which takes seconds
 
-    if isinstance(images, str | Path):
-        files = find_images([images]).values()
-        return [open_file(file, most, bands) for file in files], Path(images).is_file()
-    is_list = isinstance(images, Iterable) and not isinstance(images, (*_IN_MEMORY, Tensor, Mapping))
-    if not is_list:
-        return [_from_memory(images, "the image", bands)], True
+    is_list = isinstance(images, Iterable) and not isinstance(images, (str, *_IN_MEMORY, Tensor, Mapping))
+    listed = cast(Iterable[ImageInput], images if is_list else [images])
     every: list[OpenedImage] = []
-    for index, image in enumerate(cast(Iterable[ImageInput], images)):
+    for index, image in enumerate(listed):
         if isinstance(image, str | Path):
             every += [open_file(file, most, bands) for file in find_images([image]).values()]
         else:
-            every.append(_from_memory(image, f"image {index} of the list", bands))
-    return every, False
+            label = f"image {index} of the list" if is_list else "the image"
+            every.append(_from_memory(image, label, bands))
+    single = Path(images).is_file() if isinstance(images, str | Path) else not is_list
+    return every, single
 
 
 def open_file(path: Path, most: int = MAX_PIXELS, bands: Bands | None = None) -> OpenedImage:
@@ -167,14 +165,10 @@ def open_file(path: Path, most: int = MAX_PIXELS, bands: Bands | None = None) ->
     if most > MAX_PIXELS:
         frame = image_frame(path, most=most)
         if frame.height * frame.width > MAX_PIXELS:
-            return OpenedImage(_upright(_large_image(path, most), frame.orientation), path)
+            mapped = mapped_image(path, most)
+            pixels = spooled_image(path, most) if mapped is None else mapped
+            return OpenedImage(_upright(pixels, frame.orientation), path)
     return OpenedImage(np.array(open_image(path)), path)  # torch asks for pixels that can be written to
-
-
-def _large_image(path: Path, most: int) -> Pixels:
-    """Pixels as they are stored."""
-    mapped = mapped_image(path, most)
-    return spooled_image(path, most) if mapped is None else mapped
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
@@ -184,50 +178,37 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     return turned[:, ::-1] if mirrored else turned
 
 
-def _from_memory(image: object, label: str, bands: Bands | None) -> OpenedImage:
+def _from_memory(image: Any, label: str, bands: Bands | None) -> OpenedImage:
     import torch
     from torch import Tensor
 
     if isinstance(image, io.IOBase) and not isinstance(image, io.TextIOBase):
         if image.seekable():
             image.seek(0)  # as Pillow does: what was written last stands at the end
-        image = cast(BinaryIO, image).read()
+        image = image.read()
     if isinstance(image, bytes | bytearray | memoryview):
         if bands is not None:
             return OpenedImage(bands_of(read_bands(bytes(image), label), bands, label), None)
         return OpenedImage(np.array(open_image(bytes(image), label)), None)
-    if bands is not None:
-        return OpenedImage(_bands_in_memory(image, bands, label), None)
-    if isinstance(image, Image.Image):
+    if isinstance(image, Image.Image) and bands is None:
         with reading(label, "an image"):
             refuse_beyond(image)
             return OpenedImage(np.array(to_rgb(ImageOps.exif_transpose(image))), None)
-    if not isinstance(image, Tensor | np.ndarray):
-        raise ValueError(f"{label} is of type {type(image).__name__}: {_ALLOWED}")
-    refusal = f"{label} is {image.dtype} of shape {tuple(image.shape)}: {_ALLOWED}"
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3:
-            raise ValueError(refusal)
-        pixels = image.detach().cpu().movedim(0, -1).numpy()
-    elif image.ndim == 2:
-        pixels = np.stack([image] * 3, axis=-1)
-    else:
-        pixels = image
-    is_rgb = pixels.ndim == 3 and pixels.shape[2] == 3
-    if pixels.dtype != np.uint8 or not is_rgb or pixels.size == 0:
-        raise ValueError(refusal)
-    return OpenedImage(np.array(pixels, order="C"), None)
-
-
-def _bands_in_memory(image: object, bands: Bands, label: str) -> npt.NDArray[Any]:
-    """The bands that are read, of an array (H, W, bands) or (H, W), or of a tensor (bands, H, W)."""
-    from torch import Tensor
-
-    if isinstance(image, Tensor) and image.ndim == 3:
-        image = image.detach().cpu().movedim(0, -1).numpy()
-    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or image.size == 0:
+    kind = f"of type {type(image).__name__}"
+    if isinstance(image, Tensor | np.ndarray):
+        kind = f"{image.dtype} of shape {tuple(image.shape)}"
+    if isinstance(image, Tensor) and image.ndim == 3 and image.dtype != torch.bfloat16:  # which NumPy lacks
+        image = image.movedim(0, -1).numpy(force=True)
+    is_array = isinstance(image, np.ndarray) and image.ndim in (2, 3) and image.size > 0
+    if bands is not None:
+        if is_array:
+            return OpenedImage(bands_of(np.atleast_3d(image), bands, label), None)
         raise ValueError(
-            f"{label} is no array of bands, and the model reads {in_words(bands)}: give a path, the bytes of "
-            f"a file, {bands.kind} in an array (H, W, {bands.count}) or a tensor ({bands.count}, H, W)"
+            f"{label} is {kind}, and the model reads {in_words(bands)}: give a path, the bytes of a file, "
+            f"{bands.kind} in an array (H, W, {bands.count}) or a tensor ({bands.count}, H, W)"
         )
-    return bands_of(np.atleast_3d(image), bands, label)
+    if is_array and image.ndim == 2:
+        image = np.stack([image] * 3, axis=-1)
+    if is_array and image.dtype == np.uint8 and image.shape[2] == 3:
+        return OpenedImage(np.array(image, order="C"), None)
+    raise ValueError(f"{label} is {kind}: {_ALLOWED}")

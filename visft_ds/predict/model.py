@@ -5,7 +5,6 @@ Letters: B images, H W pixels, h w patch grid, D width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -80,7 +79,7 @@ def load(
     check_options(image_size=image_size)
     from visft_ds.predict.exported import ExportedModel, exported_files  # which builds on this module
 
-    path = _path_of(source)
+    path = Path(source)
     if exported_files(path):
         others = (tasks, backbone, heads, adapter, vocabulary, image_size)
         if any(other is not None for other in others) or device not in (None, "cpu"):
@@ -98,13 +97,6 @@ def load(
         side=image_size,
     )
     return Model(path, *_build(parts, device))
-
-
-def _path_of(source: object) -> Path:
-    """The path that a user gave. Raises ValueError for anything else."""
-    if not isinstance(source, str | os.PathLike):
-        raise ValueError(f"source is of type {type(source).__name__}: give the path of a run or of weights")
-    return Path(source)
 
 
 @speaking_python()
@@ -126,7 +118,7 @@ def load_backbone(
         torch.Size([1, 16, 4, 4])
     """
     parts = source_of(
-        _path_of(source),
+        Path(source),
         backbone=backbone,
         download=download,
         adapter=adapter,

@@ -281,13 +281,10 @@ class Prediction:
 
     def __repr__(self) -> str:
         parts = [f"{self.image.shape[0]} x {self.image.shape[1]} pixels"]
-        if self.has_instances and self.masks is not None:
-            parts.append(f"{len(self.masks)} objects with masks")
-        else:
-            if self.boxes is not None:
-                parts.append(f"{len(self.boxes)} boxes")
-            if self.masks is not None:
-                parts.append(f"{len(self.masks)} masks")
+        if self.boxes is not None:
+            parts.append(f"{len(self.boxes)} boxes")
+        if self.masks is not None:
+            parts.append(f"{len(self.masks)} masks")
         if self.caption is not None:
             parts.append(repr(self.caption))
         text = ", ".join([*parts, *self._other_tasks()])
