@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +28,7 @@ from visft_ds.evaluation import measure
 from visft_ds.export.graph import Features, Frame, Maps, merged_adapters, modules_of
 from visft_ds.export.page import NO_BOXES, write_page
 from visft_ds.export.readme import readme
-from visft_ds.export.verify import FEATURES, Choices, compare, results_of
+from visft_ds.export.verify import FEATURES, Choices, Difference
 from visft_ds.files import reading, write_text
 from visft_ds.model import normalise_pixels
 from visft_ds.predict.exported import FACTS_FILE, FORMAT, KEY, SUFFIXES, ExportedModel, open_exported
@@ -35,13 +36,12 @@ from visft_ds.predict.images import OpenedImage, find_images, open_file
 from visft_ds.predict.loading import source_of
 from visft_ds.predict.model import Model
 from visft_ds.predict.results import Prediction
-from visft_ds.prepare.model import choose_precision
 from visft_ds.randomness import generator
 from visft_ds.run_files import folder_of_run, run_of
 from visft_ds.settings.bands import Bands, in_words
 from visft_ds.settings.task_schema import Stream
 from visft_ds.settings.tiles import Tiles
-from visft_ds.tasks import TASKS, config_class
+from visft_ds.tasks import TASKS, Results, config_class
 from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.transform import geometry_of
 
@@ -59,63 +59,40 @@ def export(flags: argparse.Namespace) -> None:
     otherwise than the model.
     """
     _check(flags)
-    alone = flags.tasks == _NO_TASKS
-    model = _load(flags, alone)
-    if flags.web and model.bands is not None:
-        raise ValueError(f"--web shows photographs, and {flags.run} reads {in_words(model.bands)}")
-    if flags.web and not {"detection", "segmentation"}.intersection(model.tasks):
-        raise ValueError(NO_BOXES)
-    tiles = None if alone else model.tiles_of(None)
-    if flags.web and tiles is not None:
-        raise ValueError(f"--web shows whole photographs, and {flags.run} sees tiles of {tiles.side} pixels")
+    has_fewer_bits = flags.half or flags.int8
+    model = _load(flags)
+    tiles = model.tiles_of(None)
+    if flags.web:
+        _check_page(flags.run, model, tiles)
     pictures = _Pictures(flags, model.bands)
-    geometry = pictures.geometry(model._streams)
+    model.geometry = pictures.geometry(model._streams)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=flags.out.parent, prefix=f".{flags.out.name}.tmp-") as temporary:
         folder = Path(temporary) / "out"
         folder.mkdir()
         print(f"model    {flags.run}: {', '.join(model.tasks) or 'the backbone alone'}")
-        model.geometry = geometry
-        has_fewer_bits = flags.half or flags.int8
         if has_fewer_bits:
             flags.verify = None
         images = pictures.some(flags.verify)
         with merged_adapters(model._loaded.module.backbone):
-            facts = _write_files(model, geometry, flags, folder)
+            facts = _write_files(model, flags, folder)
         if flags.int8:
-            from visft_ds.export.eight_bits import quantise
-
-            for path in sorted(folder.glob("*.onnx")):
-                if not path.stem.endswith("_step"):
-                    with _quiet():
-                        seen = list(_seen(pictures.some(_CALIBRATION), tiles).values())
-                        quantise(path, [image.pixels for image in seen[:: -(-len(seen) // _CALIBRATION)]])
-                    print(f"8 bits   {path.name}, {path.stat().st_size / 1e6:.1f} MB")
-        if alone:
-            our_maps = [_maps_of(model, image) for image in images.values()]
-            lines = _verified_maps(
-                our_maps, list(images.values()), folder / f"features{SUFFIXES[flags.format]}"
-            )
-        else:
+            _quantise(folder, list(_seen(pictures.some(_CALIBRATION), tiles).values()))
+        if model.tasks:
             exported = ExportedModel(folder)
-            ours: dict[int, Prediction] = {}
-            theirs: dict[int, Prediction] = {}
-            choices = Choices()
+            lines = []
             # Of tiles whole pictures are measured, and tiles compared: rounding may join other boxes.
-            seen_alone = {} if tiles is not None and has_fewer_bits else _seen(images, tiles)
-            for number, image in seen_alone.items():
-                (theirs[number],) = exported.predict_opened([image], 0.0)
-                attended = exported.outputs.get("segmentation", {}).get("attended")
-                if attended is None or has_fewer_bits:
-                    (ours[number],) = model.predict_opened([image], 0.0)
-                else:
-                    ours[number] = choices.predict(model, image, attended)
-            lines = _verified(flags, model, ours, theirs, choices)
+            if not has_fewer_bits:
+                ours, theirs, lines = _verified(model, exported, _seen(images, tiles))
             if flags.verify is None:
-                if tiles is not None:
-                    ours = _by_tiles(model, images, tiles)
-                    theirs = _by_tiles(exported, images, tiles)
+                if has_fewer_bits or tiles is not None:
+                    ours = _predicted(model, images, tiles)
+                    theirs = _predicted(exported, images, tiles)
                 lines += _measured(flags, model, ours, theirs, pictures)
+        else:
+            our_maps = [_maps_of(model, image) for image in images.values()]
+            path = folder / f"features{SUFFIXES[flags.format]}"
+            lines = _verified_maps(our_maps, list(images.values()), path)
         if flags.web:
             write_page(folder, facts)
         write_text(folder / "README.md", readme(flags.out.name, flags.format, facts, lines))
@@ -140,24 +117,30 @@ def _check(flags: argparse.Namespace) -> None:
         )
 
 
-def _load(flags: argparse.Namespace, alone: bool) -> Model:
+def _check_page(run: Path, model: Model, tiles: Tiles | None) -> None:
+    """Raise ValueError for a model that `--web` has no page of."""
+    if model.bands is not None:
+        raise ValueError(f"--web shows photographs, and {run} reads {in_words(model.bands)}")
+    if not {"detection", "segmentation"}.intersection(model.tasks):
+        raise ValueError(NO_BOXES)
+    if tiles is not None:
+        raise ValueError(f"--web shows whole photographs, and {run} sees tiles of {tiles.side} pixels")
+
+
+def _load(flags: argparse.Namespace) -> Model:
     """The model of a run in fp32 on the CPU; its captions are the most probable word after each other."""
     parts = source_of(
         flags.run,
-        tasks=None if alone else flags.tasks,
+        tasks=flags.tasks,
         backbone=flags.backbone,
         download=flags.download,
         heads=flags.heads,
         adapter=flags.adapter,
         vocabulary=flags.vocabulary,
         beam_size=1,
-        precision="fp32",
-        alone=alone,
+        alone=flags.tasks == _NO_TASKS,
     )
-    device = torch.device("cpu")
-    precision, _ = choose_precision("fp32", device)
-    loaded, streams = parts.build(precision, device)
-    return Model(flags.run, loaded, streams)
+    return Model(flags.run, *parts.build("fp32", torch.device("cpu")))
 
 
 class _Pictures:
@@ -167,7 +150,7 @@ class _Pictures:
         self.bands = bands  #: that the model reads
         self.shape: Size | None = flags.picture_size
         self.is_noise_enough = flags.tasks == _NO_TASKS  #: nothing is found in them
-        self.files = None if flags.images is None else list(find_images(flags.images).values())
+        self.files = list(find_images(flags.images).values()) if flags.images else []
         self.manifest: Manifest | None = None
         self.problem = f"{flags.run} is no run"
         run = run_of(flags.run)
@@ -180,53 +163,53 @@ class _Pictures:
 
     def some(self, count: int | None) -> dict[int, OpenedImage]:
         """The first pictures, or all, by their ids. Raises ValueError if there are none."""
-        if self.files is not None:
-            files = self.files[:count]
-            return {number: open_file(path, bands=self.bands) for number, path in enumerate(files)}
+        if self.files:
+            return {number: self._open(path) for number, path in enumerate(self.files[:count])}
         if self.manifest is None and self.is_noise_enough:
             return {0: OpenedImage(_example(self.bands)["images"][0].numpy(), None)}
         if self.manifest is None:
             raise ValueError(f"no pictures to compare predictions on: give --images ({self.problem})")
         images = {}
         with ShardReader(self.manifest) as reader:
-            for index in range(min(count or len(reader), len(reader))):
-                image_id = int(self.manifest.index[index]["image_id"])
+            for index, entry in enumerate(self.manifest.index[:count]):
                 data, _ = reader.read(index, "images")
                 with reading(reader.describe(index), "a picture"):
                     pixels = stored_pixels(data or b"", self.bands)
-                images[image_id] = OpenedImage(pixels, None)
+                images[int(entry["image_id"])] = OpenedImage(pixels, None)
         return images
+
+    def _open(self, path: Path) -> OpenedImage:
+        return open_file(path, bands=self.bands)
 
     def geometry(self, streams: Mapping[str, Stream]) -> dict[str, Sequence[Op]]:
         """Stream -> what an evaluation does to a picture, where most have the same shape."""
+        shape = self.shape or (480, 640)
         if self.shape is None and self.manifest is not None:
-            index = self.manifest.index
-            sizes = Counter(zip(index["height"].tolist(), index["width"].tolist(), strict=True))
-            self.shape = sizes.most_common(1)[0][0]
-        if self.shape is None and self.files is not None:
-            self.shape = open_file(self.files[0], bands=self.bands).pixels.shape[:2]
-        drawn: dict[str, Sequence[Op]] = {}
+            sizes = Counter(self.manifest.index[["height", "width"]].tolist())
+            shape = sizes.most_common(1)[0][0]
+        elif self.shape is None and self.files:
+            shape = self._open(self.files[0]).pixels.shape[:2]
+        drawn = {}
         for name, stream in streams.items():
-            shape = self.shape or (480, 640)
-            if stream.tiles is not None:
-                shape = stream.tiles.windows(*shape)[0][2:]
-            drawn[name] = geometry_of(stream).draw(shape, False, generator(0))
+            seen = shape if stream.tiles is None else stream.tiles.windows(*shape)[0][2:]
+            drawn[name] = geometry_of(stream).draw(seen, False, generator(0))
         return drawn
 
     def metrics(self, predictions: Mapping[int, Prediction], model: Model) -> dict[str, float]:
         """Metrics of predictions of the whole split; none of pictures without labels."""
-        if self.manifest is None or self.files is not None:
+        if self.manifest is None or self.files:
             return {}
-        collected = {task: results_of(predictions, task) for task in model.tasks}
+        collected: dict[str, Results] = {task: [] for task in model.tasks}
+        for image_id, prediction in predictions.items():
+            for task, results in prediction.to_coco(image_id).items():
+                collected[task] += results
         heads = {task: info.settings() for task, info in model._loaded.heads.items()}
         with ShardReader(self.manifest) as reader:
             numbers, _ = measure(collected, reader, heads)
         return numbers
 
 
-def _write_files(
-    model: Model, geometry: Mapping[str, Sequence[Op]], flags: argparse.Namespace, folder: Path
-) -> dict[str, dict[str, Any]]:
+def _write_files(model: Model, flags: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """Write a file of each module; returns their facts by name."""
     loaded = model._loaded
     backbone = loaded.module.backbone
@@ -244,13 +227,12 @@ def _write_files(
         common["bands"] = model.bands.model_dump(mode="json")
     facts = {}
     if not model.tasks:
-        side = backbone.image_size
-        maps = Maps(backbone, Frame((side, side), (side, side)), half=flags.half)
-        facts["features"] = {**common, "task": None, "image_size": [side, side]}
-        _write(Features(maps), _example(model.bands), folder, "features", flags.format, facts["features"])
-        return facts
+        size = (backbone.image_size, backbone.image_size)
+        features = Features(Maps(backbone, Frame(size, size)))
+        facts["features"] = {**common, "task": None, "image_size": list(size)}
+        _write(features, _example(model.bands), folder, "features", flags.format, facts["features"])
     for stream in model._streams.values():
-        frame = Frame.of(geometry[stream.name], backbone.patch_size)
+        frame = Frame.of(model.geometry[stream.name], backbone.patch_size)
         maps = Maps(backbone, frame, half=flags.half)
         for task in stream.tasks:
             _check_windows(task, stream)
@@ -261,13 +243,24 @@ def _write_files(
             if task == "detection" and model.has_instances:
                 of_task["box_masks"] = True
             ids = [category["id"] for category in of_task.get("categories", ())]
-            modules = modules_of(task, maps, loaded.module.heads[task], ids)
             example = _example(model.bands)
-            for name, module in modules.items():
+            for name, module in modules_of(task, maps, loaded.module.heads[task], ids).items():
                 facts[name] = of_task
                 outputs = _write(module.eval(), example, folder, name, flags.format, of_task)
                 example = {"words": torch.zeros(2, dtype=torch.int64), **outputs}  # of the step of captions
     return facts
+
+
+def _quantise(folder: Path, pictures: Sequence[OpenedImage]) -> None:
+    """Let the files compute in 8 bits, calibrated on some of the pictures."""
+    from visft_ds.export.eight_bits import quantise
+
+    some = [picture.pixels for picture in pictures[:: -(-len(pictures) // _CALIBRATION)]]
+    for path in sorted(folder.glob("*.onnx")):
+        if not path.stem.endswith("_step"):
+            with _quiet():
+                quantise(path, some)
+            print(f"8 bits   {path.name}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def _seen(images: Mapping[int, OpenedImage], tiles: Tiles | None) -> Mapping[int, OpenedImage]:
@@ -281,9 +274,15 @@ def _seen(images: Mapping[int, OpenedImage], tiles: Tiles | None) -> Mapping[int
     return dict(enumerate(parts))
 
 
-def _by_tiles(model: Model, images: Mapping[int, OpenedImage], tiles: Tiles) -> dict[int, Prediction]:
+def _predicted(model: Model, images: Mapping[int, OpenedImage], tiles: Tiles | None) -> dict[int, Prediction]:
     """Predictions for whole pictures."""
-    return {number: model.predict_tiles(image, tiles, 0.0, 1) for number, image in images.items()}
+    predictions = {}
+    for number, image in images.items():
+        if tiles is None:
+            (predictions[number],) = model.predict_opened([image], 0.0)
+        else:
+            predictions[number] = model.predict_tiles(image, tiles, 0.0, 1)
+    return predictions
 
 
 def _check_windows(task: str, stream: Stream) -> None:
@@ -305,13 +304,10 @@ def _classes(model: Model, task: str, stream: Stream) -> dict[str, Any]:
         assert vocabulary is not None
         length = model._loaded.module.decoding[task]["max_length"]
         return {"words": list(vocabulary.ids), "max_length": length}
-    ids = stream.classes.get(task)
-    if ids is None:
-        raw = range(info.options["num_classes"])
-        ids = getattr(TASKS[task], "categories", tuple(raw))[: len(raw)]
-    assert ids is not None
+    number = info.options["num_classes"]
+    usual = getattr(TASKS[task], "categories", range(number))[:number]
     categories: list[dict[str, Any]] = []
-    for id_ in ids:
+    for id_ in stream.classes.get(task, usual):
         category: dict[str, Any] = {"id": id_, "name": category_name(id_, model.categories)}
         if task == "panoptic":
             category["isthing"] = int(id_ not in model.stuff)
@@ -352,8 +348,8 @@ def _write(
             if form == "torch":
                 torch.export.save(program, path, extra_files={FACTS_FILE: text})
             else:
-                names = _outputs(program)
-                graph = torch.onnx.export(program, dynamo=True, output_names=names, verbose=False)
+                names: Any = program.call_spec.out_spec
+                graph = torch.onnx.export(program, dynamo=True, output_names=names.context, verbose=False)
                 assert graph is not None
                 graph.model.metadata_props[KEY] = text
                 size = sum(value.nbytes for value in module.state_dict().values())
@@ -366,14 +362,6 @@ def _write(
         return {}
     inputs = {key: value.numpy() for key, value in example.items()}
     return {key: torch.from_numpy(value) for key, value in open_exported(path).run(inputs).items()}
-
-
-def _outputs(program: torch.export.ExportedProgram) -> list[str]:
-    """Names of what a module returns, in the order of its graph."""
-    spec = program.call_spec.out_spec
-    assert spec is not None
-    names: list[str] = spec.context
-    return names
 
 
 @contextmanager
@@ -412,43 +400,43 @@ def _verified_maps(ours: Sequence[Sequence[Tensor]], images: Sequence[OpenedImag
         for our_map, their_map in zip(our_maps, their_maps, strict=True):
             difference = (torch.from_numpy(their_map) - our_map).norm() / our_map.norm()
             largest = max(largest, float(difference))
-    if largest > FEATURES:
-        raise ValueError(f"features differ by {largest:.2g} of ours (limit {FEATURES:g}); nothing is kept")
     line = f"features: relative difference {largest:.1e} on {len(images)} pictures"
-    print(f"verify   {line}")
-    return [line]
-
-
-def _decisive(model: Model) -> set[str]:
-    """Names of the metrics that fewer bits may not lower by a point."""
-    tasks = {config_class(task) for task in model.tasks}
-    if model.has_instances:
-        tasks.add(config_class("segmentation"))
-    names = {task.main for task in tasks} | {task.of_best_step for task in tasks}
-    return names - {""}
+    problem = f"features differ by {largest:.2g} of ours (limit {FEATURES:g})"
+    return _print_lines([line], [problem] if largest > FEATURES else [])
 
 
 def _verified(
-    flags: argparse.Namespace,
-    model: Model,
-    ours: Mapping[int, Prediction],
-    theirs: Mapping[int, Prediction],
-    choices: Choices,
-) -> list[str]:
-    """Lines about how the export differs from ours, which are printed. Raises ValueError where it does."""
-    if flags.half or flags.int8:
-        return []
-    lines = []
-    problems = []
+    model: Model, exported: ExportedModel, images: Mapping[int, OpenedImage]
+) -> tuple[dict[int, Prediction], dict[int, Prediction], list[str]]:
+    """Our predictions, those of the export, and lines about how they differ, which are printed.
+
+    Raises ValueError where they differ by more than rounding.
+    """
+    ours = {}
+    theirs = {}
+    choices = Choices()
+    differences = [Difference(task) for task in model.tasks]
+    for number, image in images.items():
+        (their,) = exported.predict_opened([image], 0.0)
+        attended = exported.outputs.get("segmentation", {}).get("attended")
+        if attended is None:
+            (our,) = model.predict_opened([image], 0.0)
+        else:
+            our = choices.predict(model, image, attended)
+        for difference in differences:
+            difference.add(replace(our), replace(their))  # copies: masks they decode go with them
+        ours[number] = our
+        theirs[number] = their
     seen = "pictures" if model.tiles_of_training() is None else "tiles"
-    differences = compare(model.tasks, list(ours.values()), list(theirs.values()))
-    for task, difference in differences.items():
-        lines.append(f"{task}: {difference.describe()} on {len(ours)} {seen}")
-        problems += difference.problems()
+    lines = [
+        f"{difference.task}: {difference.describe()} on {len(ours)} {seen}" for difference in differences
+    ]
     if choices.cells:
         lines.append(choices.describe())
-        problems += choices.problems()
-    return _print_lines(lines, problems)
+    problems = choices.problems()
+    for difference in differences:
+        problems += difference.problems()
+    return ours, theirs, _print_lines(lines, problems)
 
 
 def _measured(
@@ -465,7 +453,10 @@ def _measured(
     problems = []
     before = pictures.metrics(ours, model)
     after = pictures.metrics(theirs, model)
-    decisive = _decisive(model)
+    configs = [config_class(task) for task in model.tasks]
+    if model.has_instances:
+        configs.append(config_class("segmentation"))
+    decisive = {name for config in configs for name in (config.main, config.of_best_step)}
     for name, value in before.items():
         if name in decisive:
             lines.append(f"{name} {value:.4f}, of the export {after[name]:.4f}")

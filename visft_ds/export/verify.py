@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -34,6 +34,7 @@ FEATURES = 1e-4  #: largest difference of a map, as a share of its norm
 #: Largest logit of a cell that one side takes for covered and the other does not, as a share of the largest
 #: one of its picture.
 CHOICES = 1e-4
+_NEVER = 1e9  #: cost of a pair of two categories
 
 
 class Choices:
@@ -94,7 +95,7 @@ class Difference:
     beyond: int = 0  #: objects whose box differs by more than BOXES
     shares: float = 0.0  #: largest difference of these, as a share of the longer side of the picture
     scores: float = 0.0
-    masks: float | None = None  #: least share of equal pixels of a mask or class map; None: there are none
+    masks: float = 1.0  #: least share of equal pixels of a mask or class map
     depths: float = 0.0  #: as a share of the largest value of a picture
     pixels: int = 0  #: of all masks or class maps that differ
     borders: int = 0  #: pairs of neighbouring pixels of which one is inside, or has another class
@@ -102,20 +103,18 @@ class Difference:
 
     def problems(self) -> list[str]:
         """Sentences about what is beyond the limits."""
-        problems = []
+        problems = [self.other] if self.other else []
         if self.shares > SHARE:
             limits = f"limits {BOXES:g}, and {SHARE:g} of the longer side"
             problems.append(f"boxes differ by {self.boxes:.3g} pixels ({limits})")
         if self.scores > SCORES:
             problems.append(f"scores differ by {self.scores:.3g} (limit {SCORES:g})")
-        if self.masks is not None and self.masks < MASKS:
+        if self.masks < MASKS:
             problems.append(f"{self.masks:.2%} of the pixels of a mask are equal (limit {MASKS:.1%})")
         if self.depths > DEPTHS:
             problems.append(f"depths differ by {self.depths:.2%} of the largest (limit {DEPTHS:.1%})")
         if self.pixels > max(1, BORDERS * self.borders):  # one is within rounding, however few there are
             problems.append(f"{self._pixels()} (limit {BORDERS:.0%})")
-        if self.other:
-            problems.append(self.other)
         return [f"{self.task}: {problem}" for problem in problems]
 
     def describe(self) -> str:
@@ -134,57 +133,45 @@ class Difference:
         if self.beyond:
             text += f" ({self.beyond} beyond {BOXES:g})"
         text += f", scores {self.scores:.1e}"
-        return text if self.masks is None else f"{text}, {self._pixels()}"
+        return f"{text}, {self._pixels()}" if self.borders else text
 
     def _pixels(self) -> str:
         return f"{self.pixels:,} pixels differ of {self.borders:,} at borders"
 
     def add(self, ours: Prediction, theirs: Prediction) -> None:
         """Count a picture in."""
-        longer = max(ours.image.shape[:2])
+        size = ours.image.shape[:2]
+        our_answer = _answer(self.task, ours)
+        their_answer = _answer(self.task, theirs)
         if self.task == "captioning":
-            if ours.caption != theirs.caption:
-                self._say(f"caption {theirs.caption!r}, ours {ours.caption!r}")
+            if our_answer != their_answer:
+                self._say(f"caption {their_answer!r}, ours {our_answer!r}")
         elif self.task == "semantic":
-            assert ours.semantic is not None and theirs.semantic is not None
-            self._add_mask(ours.semantic, theirs.semantic)
+            self._add_mask(our_answer, their_answer)
         elif self.task == "depth":
-            assert ours.depth is not None and theirs.depth is not None
-            apart = float(np.abs(ours.depth - theirs.depth).max() / ours.depth.max())
-            self.depths = max(self.depths, apart)
+            apart = np.abs(our_answer - their_answer).max() / our_answer.max()
+            self.depths = max(self.depths, float(apart))
         elif self.task == "panoptic":
-            self._add_segments(ours.results["panoptic"], theirs.results["panoptic"], ours.image.shape[:2])
-        elif self.task == "segmentation" or ours.has_instances:
-            assert ours.masks is not None and theirs.masks is not None
-            self._add_objects(ours.masks, theirs.masks, longer)
+            self._add_segments(our_answer, their_answer, size)
         else:
-            assert ours.boxes is not None and theirs.boxes is not None
-            self._add_objects(ours.boxes, theirs.boxes, longer)
+            self._add_objects(our_answer, their_answer, max(size))
 
     def _add_objects(self, ours: Objects, theirs: Objects, longer: int) -> None:
-        if len(ours) != len(theirs):
-            self._say(f"{len(theirs)} objects, ours {len(ours)}")
-            return
         # Equal scores may stand in any order: each object is compared with the nearest one of its category.
         apart = np.abs(ours.xyxy[:, None] - theirs.xyxy[None]).max(axis=2, initial=0)
         unequal = np.abs(ours.scores[:, None] - theirs.scores[None])
-        costs = apart + unequal + 1e6 * (ours.ids[:, None] != theirs.ids[None])
-        rows, columns = linear_sum_assignment(costs)
-        if (ours.ids[rows] != theirs.ids[columns]).any():
-            self._say("other categories")
-            return
-        self.objects += len(rows)
-        for row, column in zip(rows, columns, strict=True):
+        for row, column in self._pairs("objects", ours.ids, theirs.ids, apart + unequal):
             side = apart[row, column]
             score = unequal[row, column]
             if isinstance(ours, Masks) and isinstance(theirs, Masks):
-                mask = ours.masks[row]
-                moved = self._add_mask(mask, theirs.masks[column])
+                mask = theirs.masks[column]
+                moved = self._add_mask(ours.masks[row], mask)
                 if self.task == "segmentation":
                     # Boxes are those around masks, scores have the mean probability inside: a pixel that
                     # rounding moves has one half there.
-                    side = np.abs(_around(theirs.masks[column]) - theirs.xyxy[column]).max()
-                    score = score - 0.5 * moved / max(1, mask.sum())
+                    around: Any = Image.fromarray(mask).getbbox()
+                    side = np.abs(around - theirs.xyxy[column]).max()
+                    score = score - 0.5 * moved / max(1, ours.masks[row].sum())
             self.boxes = max(self.boxes, float(side))
             if side > BOXES:
                 self.beyond += 1
@@ -192,34 +179,42 @@ class Difference:
             self.scores = max(self.scores, float(score))
 
     def _add_segments(self, ours: Results, theirs: Results, size: tuple[int, int]) -> None:
-        if len(ours) != len(theirs):
-            self._say(f"{len(theirs)} segments, ours {len(ours)}")
-            return
         # Each segment is compared with that of its category which shares the most pixels with it.
         our_places = segment_places(ours, size)
         their_places = segment_places(theirs, size)
-        columns = len(ours) + 1
-        pairs = np.bincount((our_places * columns + their_places).ravel(), minlength=columns**2)
-        common = pairs.reshape(columns, columns)[1:, 1:]
-        our_ids = np.array([segment["category_id"] for segment in ours])
-        their_ids = np.array([segment["category_id"] for segment in theirs])
-        is_other = our_ids[:, None] != their_ids
-        rows, matches = linear_sum_assignment(common - math.prod(size) * is_other, maximize=True)
-        if is_other[rows, matches].any():
-            self._say("segments of other categories")
-            return
-        self.objects += len(ours)
+        columns = len(theirs) + 1
+        shape = (len(ours) + 1, columns)
+        common = np.bincount((our_places * columns + their_places).ravel(), minlength=math.prod(shape))
+        our_ids = [segment["category_id"] for segment in ours]
+        their_ids = [segment["category_id"] for segment in theirs]
+        pairs = self._pairs("segments", our_ids, their_ids, -common.reshape(shape)[1:, 1:])
         numbers = np.zeros(columns, dtype=np.int32)
-        numbers[matches + 1] = rows + 1
-        self._add_mask(our_places, numbers[their_places])
-        for row, match in zip(rows, matches, strict=True):
-            self.scores = max(self.scores, abs(ours[row]["score"] - theirs[match]["score"]))
+        for row, column in pairs:
+            numbers[column + 1] = row + 1
+            self.scores = max(self.scores, abs(ours[row]["score"] - theirs[column]["score"]))
+        if pairs:
+            self._add_mask(our_places, numbers[their_places])
+
+    def _pairs(
+        self, kind: str, our_ids: npt.ArrayLike, their_ids: npt.ArrayLike, costs: npt.NDArray[Any]
+    ) -> list[tuple[int, int]]:
+        """Each of ours with one of theirs of its category, at the least costs; none where that cannot be."""
+        number, their_number = costs.shape
+        if number != their_number:
+            self._say(f"{their_number} {kind}, ours {number}")
+            return []
+        is_other = np.not_equal.outer(our_ids, their_ids)
+        rows, columns = linear_sum_assignment(np.where(is_other, _NEVER, costs))
+        if is_other[rows, columns].any():
+            self._say(f"{kind} of other categories")
+            return []
+        self.objects += len(rows)
+        return list(zip(rows, columns, strict=True))
 
     def _add_mask(self, ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> int:
         """Count a mask or class map in; returns how many pixels differ."""
         moved = int((ours != theirs).sum())
-        equal = 1 - moved / ours.size
-        self.masks = equal if self.masks is None else min(self.masks, equal)
+        self.masks = min(self.masks, 1 - moved / ours.size)
         self.pixels += moved
         for axis in (0, 1):
             self.borders += int(np.count_nonzero(np.diff(ours.astype(np.int16), axis=axis)))
@@ -229,29 +224,10 @@ class Difference:
         self.other = self.other or text
 
 
-def _around(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Left, top, right and bottom of the smallest box around a mask (H, W) that is not empty."""
-    rows = np.flatnonzero(mask.any(axis=1))
-    columns = np.flatnonzero(mask.any(axis=0))
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-
-
-def compare(
-    tasks: Sequence[str],
-    ours: Sequence[Prediction],
-    theirs: Sequence[Prediction],
-) -> dict[str, Difference]:
-    """Differences of all tasks on the same pictures."""
-    differences = {task: Difference(task) for task in tasks}
-    for our, their in zip(ours, theirs, strict=True):
-        for difference in differences.values():
-            difference.add(replace(our), replace(their))  # copies: masks they decode go with them
-    return differences
-
-
-def results_of(predictions: Mapping[int, Prediction], task: str) -> Results:
-    """Results of a task in COCO's format, of predictions by image id."""
-    results = Results()
-    for image_id, prediction in predictions.items():
-        results += prediction.to_coco(image_id)[task]
-    return results
+def _answer(task: str, prediction: Prediction) -> Any:
+    """What a prediction says of a task."""
+    if task == "panoptic":
+        return prediction.results[task]
+    if task == "detection":
+        return prediction.masks if prediction.has_instances else prediction.boxes
+    return getattr(prediction, {"captioning": "caption", "segmentation": "masks"}.get(task, task))
