@@ -265,7 +265,7 @@ def test_a_header_that_is_wrong_is_named_with_the_file(tmp_path: Path) -> None:
         ("targets", [3], "targets"),
         ("model", 7, "model"),
         ("model", {"preset": "debug", "depth": 10**6}, "model.depth"),
-        ("model", {**header["model"], "layers": [0]}, "read after block"),
+        ("model", {**header["model"], "layers": [0]}, "and this model is eva_e"),
         ("slices", {}, "slices"),
         ("slices", {"absent": slices[layer]}, "its header says absent"),
         ("slices", {**slices, layer: [[0.5, 8], [64, 96]]}, "slices"),

@@ -80,7 +80,7 @@ def export(flags: argparse.Namespace) -> None:
             _quantise(folder, list(_seen(pictures.some(_CALIBRATION), tiles).values()))
         if model.tasks:
             exported = ExportedModel(folder)
-            lines = []
+            lines: list[str] = []
             # Of tiles whole pictures are measured, and tiles compared: rounding may join other boxes.
             if not has_fewer_bits:
                 ours, theirs, lines = _verified(model, exported, _seen(images, tiles))
@@ -189,7 +189,7 @@ class _Pictures:
             shape = sizes.most_common(1)[0][0]
         elif self.shape is None and self.files:
             shape = self._open(self.files[0]).pixels.shape[:2]
-        drawn = {}
+        drawn: dict[str, Sequence[Op]] = {}
         for name, stream in streams.items():
             seen = shape if stream.tiles is None else stream.tiles.windows(*shape)[0][2:]
             drawn[name] = geometry_of(stream).draw(seen, False, generator(0))

@@ -33,7 +33,6 @@ from visft_ds.models.lora import (
     targets_of,
 )
 from visft_ds.ops.lora import Slices
-from visft_ds.settings.bands import Bands, in_words
 
 #: What stands in front of the names of a tower's layers in models of open_clip and transformers.
 _AROUND = (*PREFIXES, "model.", "vision_model.", "vision_tower.", "vision_tower.vision_model.")
@@ -94,10 +93,8 @@ class Adapter:
 
     def scaled(self, scale: float) -> Adapter:
         """Adapter with `scale` times the effect."""
-        scaled = dict(self.tensors)
-        for layer in self.layers:
-            scaled[f"{layer}.lora_B"] = self.tensors[f"{layer}.lora_B"] * scale
-        return replace(self, tensors=scaled)
+        scaled = {f"{layer}.lora_B": self.tensors[f"{layer}.lora_B"] * scale for layer in self.layers}
+        return replace(self, tensors={**self.tensors, **scaled})
 
     def on(self, backbone: Backbone) -> Adapter:
         """Itself; or, of a folder that names no model, the same change by the names and rows of this one.
@@ -133,12 +130,9 @@ class Adapter:
         known = adaptable_layers(backbone)
         for names in ({name: (name, 0, 1) for name in known}, layers_of(backbone, known)):
             for prefix in _AROUND:
-                parts = {}
-                for name in self.layers:
-                    if name.startswith(prefix) and name.removeprefix(prefix) in names:
-                        parts[name] = names[name.removeprefix(prefix)]
-                if len(parts) == len(self.layers):
-                    return parts
+                parts = {prefix + name: part for name, part in names.items()}
+                if self.layers.keys() <= parts.keys():
+                    return {name: parts[name] for name in self.layers}
         raise ValueError(
             f"{self.path}: its layers ({examples(self.layers)}) are none of {backbone.describe()}, which "
             f"has {examples(known)}"
@@ -149,16 +143,11 @@ class Adapter:
         ours = self.on(backbone)
         assert ours.model is not None
         where = self.path or Path(f"the adapter of {describe_model(ours.model)}")
+        here = model_of(backbone)
         with reading(where, f"an adapter of {backbone.describe()}"):
-            if tuple(ours.model.get("layers", ())) != backbone.layers_read:
-                block = ", ".join(map(str, backbone.layers_read)) or "the last"
+            if any(ours.model.get(key) != here.get(key) for key in ("layers", "bands")):
                 raise ValueError(
-                    f"it is of {describe_model(ours.model)}, and this model is read after block {block}"
-                )
-            bands = Bands.of(ours.model.get("bands"))
-            if bands != backbone.bands:
-                raise ValueError(
-                    f"it is of {in_words(bands)}, and this model reads {in_words(backbone.bands)}"
+                    f"it is of {describe_model(ours.model)}, and this model is {describe_model(here)}"
                 )
             slices = {name: slices for name, (_, slices) in ours.layers.items()}
             adapt_layers(backbone, slices, rank=ours.rank, alpha=ours.alpha)
@@ -176,10 +165,6 @@ class Adapter:
         """A few words for the console."""
         targets = ", ".join(self.targets or globs_of(self.layers))
         return f"rank {self.rank}, alpha {self.alpha:g}, on {len(self.layers)} layers ({targets})"
-
-    def model_text(self) -> str:
-        """The model in a few words."""
-        return "a model without a name" if self.model is None else describe_model(self.model)
 
     def fingerprint(self) -> str:
         """sha256 of settings and values, whatever file they come from."""
@@ -219,21 +204,19 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
     for other in others:
         if (other.model, other.layers) != (first.model, first.layers):
             raise ValueError(
-                f"adapters of {first.model_text()} and {other.model_text()} cannot be averaged: they are of "
-                "different models or layers"
+                f"{first.path} and {other.path} are of different models or layers, and cannot be averaged"
             )
         if other.base != first.base:
             raise ValueError("adapters of different base weights cannot be averaged: give those of one base")
     tensors: dict[str, Tensor] = {}
     for layer, (_, slices) in first.layers.items():
-        # A is stacked slice by slice, and within a slice adapter by adapter.
-        by_adapter = [adapter.tensors[f"{layer}.lora_A"].chunk(len(slices)) for adapter in adapters]
-        by_slice = zip(*by_adapter, strict=True)
-        tensors[f"{layer}.lora_A"] = torch.cat([torch.cat(parts) for parts in by_slice])
-        scaled = []
+        a = []
+        b = []
         for adapter in adapters:
-            factor = adapter.alpha / adapter.rank / len(adapters)
-            scaled.append(factor * adapter.tensors[f"{layer}.lora_B"])
-        tensors[f"{layer}.lora_B"] = torch.cat(scaled, dim=1)
+            # A is stacked slice by slice, and within a slice adapter by adapter.
+            a.append(adapter.tensors[f"{layer}.lora_A"].unflatten(0, (len(slices), -1)))
+            b.append(adapter.alpha / adapter.rank / len(adapters) * adapter.tensors[f"{layer}.lora_B"])
+        tensors[f"{layer}.lora_A"] = torch.cat(a, dim=1).flatten(0, 1)
+        tensors[f"{layer}.lora_B"] = torch.cat(b, dim=1)
     rank = sum(adapter.rank for adapter in adapters)
     return replace(first, rank=rank, alpha=float(rank), tensors=tensors, step=None)

@@ -14,10 +14,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
@@ -152,20 +154,22 @@ def read_folder(folder: Path) -> Adapter:
         stored = None
         if _HEADER in file.metadata:
             stored = StoredAdapter.model_validate_json(file.metadata[_HEADER])
-        layers = _layers_in(file, config, stored)
-        alphas = _by_pattern("alpha_pattern", config.alpha_pattern, [*layers], config.lora_alpha)
-        factors = {layer: _factors(file, layer, slices) for layer, (_, slices) in layers.items()}
-        rank = max(b.shape[1] for _, b in factors.values())
+        names = _names_in(file, stored)
+        ranks = _by_pattern("rank_pattern", config.rank_pattern, names, config.r)
+        alphas = _by_pattern("alpha_pattern", config.alpha_pattern, names, config.lora_alpha)
+        layers = {name: _layer_in(file, name, rank, stored) for name, rank in zip(names, ranks, strict=True)}
+        rank = max(own // len(layers[name][1]) for name, own in zip(names, ranks, strict=True))
         scale = config.scale(config.lora_alpha, config.r)
         tensors = {}
-        for (layer, (a, b)), alpha in zip(factors.items(), alphas, strict=True):
-            slices = layers[layer][1]
+        for name, alpha in zip(names, alphas, strict=True):
+            slices = layers[name][1]
+            a, b = _factors(file, name, slices)
             factor = config.scale(alpha, len(a)) / scale
             if not math.isclose(factor, 1, rel_tol=1e-12):
                 b *= factor
             # Zeros in both factors stay zeros in training: nothing is added to what the layer can learn.
-            tensors[f"{layer}.lora_A"] = _with_rank(a.unflatten(0, (len(slices), -1)), rank).flatten(0, 1)
-            tensors[f"{layer}.lora_B"] = _with_rank(b, rank)
+            tensors[f"{name}.lora_A"] = _with_rank(a.unflatten(0, (len(slices), -1)), rank).flatten(0, 1)
+            tensors[f"{name}.lora_B"] = _with_rank(b, rank)
     return Adapter(
         model=stored.model.options() if stored else None,
         rank=rank,
@@ -179,57 +183,45 @@ def read_folder(folder: Path) -> Adapter:
     )
 
 
-def _layers_in(
-    file: Weights, config: PeftConfig, stored: StoredAdapter | None
-) -> dict[str, tuple[int, Slices]]:
-    """Layer -> its rows, and which are adapted; no tensor is read.
-
-    Raises ValueError for other tensors, and for sizes that contradict the configuration or the header.
-    """
-    names = []
-    for key in file:
-        match = _KEY.fullmatch(key)
-        if match is None:
-            reason = "is no part of the LoRA of a linear layer or convolution"
-            raise ValueError(f"{examples([key])} {reason}; {_WAY_OUT}")
-        if match[1] not in names:
-            names.append(match[1])
+def _names_in(file: Weights, stored: StoredAdapter | None) -> list[str]:
+    """Adapted layers, in the order of the model if the header says it. Raises ValueError for others."""
+    foreign = [key for key in file if not _KEY.fullmatch(key)]
+    if foreign:
+        reason = "is no part of the LoRA of a linear layer or convolution"
+        raise ValueError(f"{examples(foreign)} {reason}; {_WAY_OUT}")
+    names = dict.fromkeys(_KEY.sub(r"\1", key) for key in file)
     if not names:
         raise ValueError("it has no tensors")
-    if stored is not None and stored.slices.keys() != set(names):
+    if stored is None:
+        return [*names]
+    if stored.slices.keys() != names.keys():
         raise ValueError(f"it has {examples(names)}, and its header says {examples(stored.slices)}")
-    if stored is not None:
-        names = [*stored.slices]  # in the order of the model
-    layers = {}
-    ranks = _by_pattern("rank_pattern", config.rank_pattern, names, config.r)
-    for layer, rank in zip(names, ranks, strict=True):
-        a = file.get(f"{_PREFIX}{layer}.lora_A.weight")
-        b = file.get(f"{_PREFIX}{layer}.lora_B.weight")
-        if a is None or b is None:
-            raise ValueError(f"one of lora_A and lora_B of {examples([layer])} is missing")
-        behind = (1, 1) if len(a.shape) == 4 else ()
-        fits = len(a.shape) in (2, 4) and a.shape[0] == rank and 0 not in a.shape + b.shape
-        if not fits or b.shape[1:] != (rank, *behind):
-            raise ValueError(
-                f"lora_A of {examples([layer])} is {a.shape} and lora_B {b.shape}, which is not rank {rank} "
-                f"(as {CONFIG} says) of a linear layer or a convolution without groups"
-            )
-        rows = b.shape[0]
-        slices = stored.slices[layer] if stored else ((0, rows),)
-        if not _rise(slices, rows) or rank % len(slices):
-            raise ValueError(f"slices {slices} of {examples([layer])} are none of {rows} rows at rank {rank}")
-        layers[layer] = (rows, slices)
-    return layers
+    return [*stored.slices]
 
 
-def _rise(slices: Slices, rows: int) -> bool:
-    """Return True for slices that rise from row to row within a layer of so many."""
-    end = 0
-    for low, high in slices:
-        if not end <= low < high:
-            return False
-        end = high
-    return 0 < end <= rows
+def _layer_in(file: Weights, layer: str, rank: int, stored: StoredAdapter | None) -> tuple[int, Slices]:
+    """Rows of a layer, and which are adapted; no tensor is read.
+
+    Raises ValueError for sizes that contradict the configuration or the header.
+    """
+    a = file.get(f"{_PREFIX}{layer}.lora_A.weight")
+    b = file.get(f"{_PREFIX}{layer}.lora_B.weight")
+    if a is None or b is None:
+        raise ValueError(f"one of lora_A and lora_B of {examples([layer])} is missing")
+    behind = (1, 1) if len(a.shape) == 4 else ()
+    fits = len(a.shape) in (2, 4) and a.shape[0] == rank and 0 not in a.shape + b.shape
+    if not fits or b.shape[1:] != (rank, *behind):
+        raise ValueError(
+            f"lora_A of {examples([layer])} is {a.shape} and lora_B {b.shape}, which is not rank {rank} "
+            f"(as {CONFIG} says) of a linear layer or a convolution without groups"
+        )
+    rows = b.shape[0]
+    slices = stored.slices[layer] if stored else ((0, rows),)
+    bounds = [*chain.from_iterable(slices), rows]
+    rise = bounds == sorted(bounds) and all(low < high for low, high in slices)
+    if not slices or not rise or rank % len(slices):
+        raise ValueError(f"slices {slices} of {examples([layer])} are none of {rows} rows at rank {rank}")
+    return rows, slices
 
 
 def _factors(file: Weights, layer: str, slices: Slices) -> tuple[Tensor, Tensor]:
@@ -247,10 +239,8 @@ def _factors(file: Weights, layer: str, slices: Slices) -> tuple[Tensor, Tensor]
 
 def _with_rank(factor: Tensor, rank: int) -> Tensor:
     """A (G, r, ...) or B (R, r) with zeros up to this rank."""
-    missing = rank - factor.shape[1]
-    if not missing:
-        return factor
-    return torch.cat([factor, factor.new_zeros(factor.shape[0], missing, *factor.shape[2:])], dim=1)
+    behind = (0, 0) * (factor.ndim - 2)
+    return F.pad(factor, (*behind, 0, rank - factor.shape[1]))
 
 
 def write_folder(adapter: Adapter, folder: Path, base_model: str | None = None) -> None:

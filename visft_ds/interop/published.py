@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from visft_ds.files import reading
 from visft_ds.interop.adapter import Adapter, names_in
 from visft_ds.interop.peft_folder import CONFIG, WEIGHTS, read_folder
-from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
+from visft_ds.interop.weights import Weights, derived, examples, open_weights
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.ops import shapes_alone
 from visft_ds.tasks import get_task
@@ -89,7 +87,8 @@ def published_head(
         if stored is None:
             continue  # whoever reads the head misses it
         if kind == "pmt" and name.endswith("spread"):
-            stored = Lazy(stored.shape, torch.float32, partial(_spread, stored))
+            # Standard deviation, as our batch norm keeps it.
+            stored = derived(lambda variance: variance.float().add(EPS).sqrt(), stored)
         tensors[name] = stored
     return shapes, options, Weights(tensors, file.path), layers
 
@@ -108,11 +107,6 @@ def _of_visft(task: str, file: Weights) -> tuple[Sequence[tuple[int, int]], dict
     if task == "captioning":
         options["vocabulary_size"] = file[published_name(task, "embedding.weight")].shape[0]
     return [(file[reads_features].shape[1], 14)], options
-
-
-def _spread(variance: Lazy) -> Tensor:
-    """Standard deviation, as our batch norm keeps it."""
-    return variance.read().float().add(EPS).sqrt()
 
 
 def read_adapter(path: str | Path) -> Adapter:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from visft_ds.interop.formats import Written
-from visft_ds.interop.weights import Lazy, Weights
+from visft_ds.interop.weights import Lazy, Weights, derived
 from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.settings.bands import in_words
@@ -123,16 +123,11 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
         )
     model: Any = backbone
     pooled = "attn_pool.latent" in tower and not backbone.layers_read
-    names = set(dict(backbone.named_parameters()))
-    if pooled:
-        names |= {name for name in tower if name.startswith("attn_pool.")}
+    names = {name for name, _ in backbone.named_parameters()}
     tensors: dict[str, Lazy] = {}
     for name in tower:
-        if name in names:
-            parts = _parts_of_eva(name, tower)
-            if not of_eva:
-                parts = _parts(name, tower, flat=model_type != "dinov3_vit")
-            for part, tensor in parts:
+        if name in names or (pooled and name.startswith("attn_pool.")):
+            for part, tensor in _parts(name, tower, model_type):
                 tensors[_renamed(part, rules)] = tensor
     dtype = tower["patch_embed.proj.weight"].dtype
     side = backbone.image_size
@@ -191,38 +186,26 @@ def _renamed(name: str, rules: Mapping[str, str]) -> str:
     return name
 
 
-def _parts(name: str, tower: Weights, *, flat: bool) -> Iterator[tuple[str, Lazy]]:
+def _parts(name: str, tower: Weights, model_type: str) -> Iterator[tuple[str, Lazy]]:
     """(name, tensor) of what transformers makes of a tensor: thirds of a qkv, joined parts of a pooling, or
-    it.
+    it; BLIP-2 keeps the qkv whole, and has the biases of q, k (0) and v in one.
     """
     tensor = tower[name]
-    if match := re.fullmatch(r"(.+\.attn\.)qkv\.(weight|bias)", name):
-        shape = (tensor.shape[0] // 3, *tensor.shape[1:])
-        for index, letter in enumerate("qkv"):
-            third = partial(lambda index: tensor.read().chunk(3)[index], index)
-            yield f"{match[1]}{letter}_proj.{match[2]}", Lazy(shape, tensor.dtype, third)
-    elif match := re.fullmatch(r"attn_pool\.q\.(weight|bias)", name):
-        of_kv = tower[f"attn_pool.kv.{match[1]}"]
-        shape = (3 * tensor.shape[0], *tensor.shape[1:])
-        joined = Lazy(shape, tensor.dtype, lambda: torch.cat([tensor.read(), of_kv.read()]))
-        yield f"vision_model.head.attention.in_proj_{match[1]}", joined
-    elif flat and name in ("pos_embed", "cls_token"):  # without the axes of the batch
-        shape = tensor.shape[-2:] if name == "pos_embed" else tensor.shape[-1:]
-        yield name, Lazy(shape, tensor.dtype, lambda: tensor.read().reshape(shape))
-    elif not name.startswith("attn_pool.kv."):
-        yield name, tensor
-
-
-def _parts_of_eva(name: str, tower: Weights) -> Iterator[tuple[str, Lazy]]:
-    """(name, tensor) of what BLIP-2 makes of a tensor: the bias of q, k (0) and v in one, or it."""
-    tensor = tower[name]
-    if name.endswith(".q_bias"):
+    of_eva = model_type == "blip_2_vision_model"
+    if of_eva and name.endswith(".q_bias"):
         of_v = tower[name.replace("q_bias", "v_bias")]
-
-        def joined() -> torch.Tensor:
-            q = tensor.read()
-            return torch.cat([q, torch.zeros_like(q), of_v.read()])
-
-        yield name, Lazy((3 * tensor.shape[0],), tensor.dtype, joined)
-    elif not name.endswith(".v_bias"):
+        yield name, derived(lambda q, v: torch.cat([q, torch.zeros_like(q), v]), tensor, of_v)
+    elif of_eva:
+        if not name.endswith(".v_bias"):
+            yield name, tensor
+    elif match := re.fullmatch(r"(.+\.attn\.)qkv\.(weight|bias)", name):
+        for index, letter in enumerate("qkv"):
+            third = partial(lambda index, qkv: qkv.chunk(3)[index], index)
+            yield f"{match[1]}{letter}_proj.{match[2]}", derived(third, tensor)
+    elif match := re.fullmatch(r"attn_pool\.q\.(weight|bias)", name):
+        joined = derived(lambda q, kv: torch.cat([q, kv]), tensor, tower[f"attn_pool.kv.{match[1]}"])
+        yield f"vision_model.head.attention.in_proj_{match[1]}", joined
+    elif model_type != "dinov3_vit" and name in ("pos_embed", "cls_token"):
+        yield name, derived(torch.squeeze, tensor)  # without the axes of the batch
+    elif not name.startswith("attn_pool.kv."):
         yield name, tensor

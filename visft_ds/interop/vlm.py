@@ -19,14 +19,14 @@ from torch import Tensor
 
 from visft_ds.files import reading
 from visft_ds.interop import transformers_names
-from visft_ds.interop.weights import Lazy, Weights, examples
+from visft_ds.interop.layouts import fitted
+from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.models import Backbone
 
 _BLIP2 = "blip-2"
-#: Tensors of a tower that no base has, or that the model around it trained itself.
-_OWN = ("embeddings.mask_token",)
+#: Tensors of a tower that no base has, that the model around it trained itself, or does not read.
+_OWN: tuple[str, ...] = ("embeddings.mask_token", "head.")  # the pooling of SigLIP, which nothing reads
 _OWN_OF_BLIP2 = ("post_layernorm.",)
-_POOLING = "head."  # of SigLIP, which models in LLaVA's style do not read
 _LAYER = re.compile(r"(?:encoder\.layers|model\.layer)\.(\d+)\.")
 
 
@@ -68,37 +68,25 @@ class Vlm:
         reads = f"reads {self.tokens} of block {self.block}"
         return f"{type(self.model).__name__}, {depth} blocks of vision; {reads}"
 
-    def names(self, tower: Weights, backbone: Backbone) -> dict[str, Lazy]:
+    def names(self, tower: Weights, backbone: Backbone) -> Weights:
         """The tensors of a tower of ours under the names of this one, without those that stay as they are.
 
         Raises ValueError for a tower that does not fit.
         """
-        written = transformers_names.written(tower, tower, backbone)
-        present = self.tower.state_dict()
-        own: tuple[str, ...] = _OWN
+        own = _OWN
         if self.model.config.model_type == _BLIP2:
             own += _OWN_OF_BLIP2
-        tensors: dict[str, Lazy] = {}
-        problems = []
-        for stored, tensor in written.tensors.items():
+        written = transformers_names.written(tower, tower, backbone).tensors
+        tensors = {}
+        for stored, tensor in written.items():
             name = re.sub(r"^layer\.", "model.layer.", stored.removeprefix("vision_model."))
             layer = _LAYER.match(name)
-            is_behind = layer is not None and int(layer[1]) >= self.tower.config.num_hidden_layers
-            if is_behind or name.startswith(own):
-                continue
-            if name in present:
+            if layer is None or int(layer[1]) < self.tower.config.num_hidden_layers:
                 tensors[name] = tensor
-                if tensor.shape != present[name].shape:
-                    problems.append(f"{name} is {tensor.shape}, not {tuple(present[name].shape)}")
-            elif not name.startswith(_POOLING):
-                problems.append(f"{name} is unexpected")
-        for name in present.keys() - tensors.keys():
-            if not name.startswith((*own, _POOLING)):
-                problems.append(f"{name} is missing")
-        if problems:
-            kind = type(self.tower).__name__
-            raise ValueError(f"{tower.path} does not fit {kind} of this model: {examples(problems)}")
-        return tensors
+        present = self.tower.state_dict()
+        expected = {name: value for name, value in present.items() if not name.startswith(own)}
+        what = f"{type(self.tower).__name__} of this model"
+        return fitted(Weights(tensors, tower.path), expected, behind=own, what=what)
 
     def check_base(self, base: Mapping[str, Lazy]) -> float:
         """The largest |tensor - base| / |base| of its tower, which is that base, rounded.

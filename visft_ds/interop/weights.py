@@ -79,11 +79,9 @@ class Weights(dict[str, Lazy]):
 
     def under(self, prefix: str) -> Weights:
         """The tensors whose names begin so, without that beginning."""
-        inside = {}
-        for name, tensor in self.items():
-            if name.startswith(prefix):
-                inside[name.removeprefix(prefix)] = tensor
-        return Weights(inside, self.path, self.metadata)
+        inside = {name: tensor for name, tensor in self.items() if name.startswith(prefix)}
+        renamed = {name.removeprefix(prefix): tensor for name, tensor in inside.items()}
+        return Weights(renamed, self.path, self.metadata)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor in memory of its own, cast. Raises ValueError for values that are not finite then."""
@@ -150,12 +148,9 @@ def _pickled(path: Path) -> Weights:
     except (pickle.UnpicklingError, KeyError, EOFError) as error:  # torch advises to run the code in it
         raise ValueError("it is no file of torch, or holds more than tensors") from error
     for _ in _NESTS:  # not for ever: a pickle can contain itself
-        if not isinstance(content, Mapping):
-            break
-        inner = [name for name in _NESTS if isinstance(content.get(name), Mapping)]
-        if not inner:
-            break
-        content = content[inner[0]]
+        parts = content if isinstance(content, Mapping) else {}
+        inner = [parts[name] for name in _NESTS if isinstance(parts.get(name), Mapping)]
+        content = inner[0] if inner else content
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}, not tensors by their names")
     foreign = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]

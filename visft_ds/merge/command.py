@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,19 +57,16 @@ def merge_files(flags: argparse.Namespace) -> None:
     Raises ValueError for files or flags that do not fit each other, and for outputs that differ from ours.
     """
     _check(flags)
-    adapter = read_adapter(flags)
-    base = open_base(flags, adapter)
-    if adapter is not None:
-        adapter = fitting(adapter, base)
-    print(f"base     {base.path}")
+    adapter, base = open_parts(flags)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=flags.out.parent, prefix=f".{flags.out.name}.tmp-") as folder:
         stage = Path(folder) / "out"
         stage.mkdir()
-        share = _write(flags, base, adapter, stage)
-        facts = dict[str, str]()
-        if share.change:
-            _describe_share(share, flags.dtype, facts)
+        if flags.format in ADAPTERS:
+            assert adapter is not None
+            facts = _write_adapter(flags, base, adapter, stage)
+        else:
+            facts = _write_weights(flags, base, adapter, stage)
         if flags.verify:
             _verify(flags, base, adapter, stage)
         if not flags.in_folder:
@@ -84,88 +82,89 @@ def merge_files(flags: argparse.Namespace) -> None:
     print(f"out      {flags.out} ({flags.format}, {flags.dtype}){more}")
 
 
-def open_base(flags: argparse.Namespace, adapter: Adapter | None) -> Base:
+def open_parts(flags: argparse.Namespace) -> tuple[Adapter | None, Base]:
+    """The adapter under the names of its base, and the base, both told.
+
+    An adapter of another model is refused, and there is a warning of one that was trained on other base
+    weights.
+    """
+    adapter = _read_adapter(flags)
+    base = _open_base(flags, adapter)
+    if adapter is not None:
+        if layouts.MERGED in base.file.metadata:
+            raise ValueError(
+                f"{base.path} already contains a merged adapter: give the original weights with --backbone"
+            )
+        adapter = adapter.on(base.backbone)
+        adapter.install(base.backbone)  # on the meta device: a check of shapes
+        known = {base.fingerprint, base.file.metadata.get(layouts.BASE, base.fingerprint)}
+        problem = layouts.other_base("the adapter", adapter.base, known)
+        if problem:
+            print(f"warning: {problem}", file=sys.stderr)
+    print(f"base     {base.path}")
+    return adapter, base
+
+
+def _open_base(flags: argparse.Namespace, adapter: Adapter | None) -> Base:
     """The base weights of `--backbone`, or those of the run that the first adapter is of."""
-    run = run_around(flags.adapters[0]) if flags.adapters else None
-    chosen = None
+    described: Any = None
     if flags.backbone is not None:
         chosen = named(flags.backbone, download=flags.download)
         path = chosen.file(download=flags.download)
         weights = flags.backbone
+        described = chosen.description
     else:
-        path = base_of(flags.adapters[0])
-        weights = None if run is None else recorded_config(run).visft.model.weights
+        path, weights = base_of(flags.adapters[0])
+    of_adapter: Mapping[str, Any] = {} if adapter is None else adapter.model or {}
+    if of_adapter.get("preset", "").startswith(TIMM):
+        described = of_adapter
     file = layouts.open_model(path)
-    model = layouts.model_in(file) if layouts.MODEL in file.metadata else None
-    of_adapter = {} if adapter is None else dict(adapter.model or {})
-    if model is None and of_adapter.get("preset", "").startswith(TIMM):
-        model = dict(of_adapter)
-    elif model is None and chosen is not None and chosen.description:
-        model = dict(chosen.description)
-    elif model is None:
-        model = layouts.model_in(file)
-    model |= {key: of_adapter[key] for key in ("layers", "bands") if key in of_adapter}
-    model = layouts.whole(model, file)
+    if described is None or layouts.MODEL in file.metadata:
+        described = layouts.model_in(file)
+    read = {key: of_adapter[key] for key in ("layers", "bands") if key in of_adapter}
+    model = layouts.whole({**described, **read}, file)
     backbone = layouts.built(model, "meta")
+    run = run_around(flags.adapters[0]) if flags.adapters else None
     fingerprint = layouts.fingerprint_of(backbone, path)
     return Base(path, file, model, backbone, fingerprint, repository_of(weights), run)
 
 
-def fitting(adapter: Adapter, base: Base) -> Adapter:
-    """The adapter under the names of the base; one of another model is refused, and there is a warning of one
-    that was trained on other base weights.
-    """
-    if layouts.MERGED in base.file.metadata:
-        raise ValueError(
-            f"{base.path} already contains a merged adapter: give the original weights with --backbone"
-        )
-    adapter = adapter.on(base.backbone)
-    adapter.install(base.backbone)  # on the meta device: a check of shapes
-    known = {base.fingerprint, base.file.metadata.get(layouts.BASE, base.fingerprint)}
-    problem = layouts.other_base("the adapter", adapter.base, known)
-    if problem:
-        print(f"warning: {problem}", file=sys.stderr)
-    return adapter
+def _write_adapter(flags: argparse.Namespace, base: Base, adapter: Adapter, stage: Path) -> dict[str, str]:
+    """Write an adapter alone into a folder; returns no facts of it."""
+    if flags.format == "peft_transformers":
+        adapter = export.for_transformers(adapter, base.file, base.backbone)
+    write_folder(adapter, stage, base.repository)
+    return {}
 
 
-def _write(flags: argparse.Namespace, base: Base, adapter: Adapter | None, stage: Path) -> export.Share:
+def _write_weights(
+    flags: argparse.Namespace, base: Base, adapter: Adapter | None, stage: Path
+) -> dict[str, str]:
     """Write the weights, and the configuration that their library reads, into a folder.
 
-    Returns how much of the adapter's change is in them; nothing is counted for an adapter alone.
+    Returns, and prints, how much of the adapter's change is in the file.
     """
-    share = export.Share()
     form = FORMATS[flags.format]
-    path = stage / (form.file if flags.in_folder else flags.out.name)
-    dtype = DTYPES[flags.dtype]
-    names = layouts.base_parameters(base.backbone)
-    if flags.format in ADAPTERS:
-        assert adapter is not None
-        if flags.format == "peft_transformers":
-            adapter = export.for_transformers(adapter, base.file, base.backbone)
-        write_folder(adapter, stage, base.repository)
-        return share
-    origin = {}
-    for name in (layouts.BASE, layouts.MERGED):
-        if name in base.file.metadata:
-            origin[name] = base.file.metadata[name]
+    header = base.file.metadata
+    origin = {name: header[name] for name in (layouts.BASE, layouts.MERGED) if name in header}
     if adapter is not None:
         settings = {"rank": adapter.rank, "alpha": adapter.alpha, "sha256": adapter.fingerprint()}
         origin = {layouts.BASE: base.fingerprint, layouts.MERGED: json.dumps(settings)}
+    share = export.Share()
     tower = layouts.widened(layouts.tower_in(base.file, base.model), base.backbone)
-    tower = export.merge(tower, adapter, dtype, names, share)
+    names = layouts.base_parameters(base.backbone)
+    tower = export.merge(tower, adapter, DTYPES[flags.dtype], names, share)
     content = form.content(tower, base.file, base.backbone)
+    path = stage / (form.file if flags.in_folder else flags.out.name)
     write_safetensors(path, content.tensors, {layouts.MODEL: json.dumps(base.model), **origin})
     for name, values in content.files.items():
         write_text(stage / name, json.dumps(values, indent=2) + "\n")
-    return share
-
-
-def _describe_share(share: export.Share, dtype: str, facts: dict[str, str]) -> None:
-    """Print how much of the change is in the file, and add it to `facts`."""
-    facts["share of the change that is in the file"] = f"{share.retained:.2%}, error {share.error:.2g}"
+    if not share.change:
+        return {}
     print(f"merged   {share.retained:.1%} of the change is in the file, error {share.error:.2g}")
     if share.retained < 0.9 or share.error > 0.5:
-        print(f"warning: {dtype} cannot hold this change: write --dtype fp32, or fp16 where it fits")
+        print(f"warning: {flags.dtype} cannot hold this change: write --dtype fp32, or fp16 where it fits")
+    return {"share of the change that is in the file": f"{share.retained:.2%}, error {share.error:.2g}"}
 
 
 def _verify(flags: argparse.Namespace, base: Base, adapter: Adapter | None, stage: Path) -> None:
@@ -207,7 +206,7 @@ def _check(flags: argparse.Namespace) -> None:
         )
 
 
-def read_adapter(flags: argparse.Namespace) -> Adapter | None:
+def _read_adapter(flags: argparse.Namespace) -> Adapter | None:
     """The mean of the adapters, with the effect that was asked for; None where the base is written as it
     is.
     """
@@ -249,30 +248,28 @@ def _describe_run(run: Path | None, flags: argparse.Namespace, facts: dict[str, 
     is_step = flags.adapters[0].name.startswith("step_")
     if not files or flags.scale != 1 or settings.run.eval_limit is not None or is_step:
         return []
-    records = list(read_metrics(files[0]))
-    step = max((record["step"] for record in records), default=0)
+    numbers: dict[int, dict[str, Any]] = {}
+    for record in read_metrics(files[0]):
+        numbers.setdefault(record["step"], {}).update(record)
+    step = max(numbers, default=0)
     if settings.run.keep_best is not None:
         from visft_ds.checkpoint.saver import best_step, recorded_scores  # imports deepspeed: costs seconds
 
         step = best_step(recorded_scores(files[0], settings.run.keep_best)) or step
     hub_tasks = {name.partition("/")[0]: config_class(task).hub_task for task, name in MAIN.items()}
-    source = f"evaluation of the run, step {step}"
     results = []
-    for record in records:
-        for name, value in record.items():
-            _, *parts = name.split("/")  # "val/box/AP50"
-            if record["step"] != step or not name.startswith("val/") or len(parts) != 2:
-                continue
-            if parts[0] not in hub_tasks or not 0 <= float(value) < math.inf:
-                continue  # -1 is COCO's mark for "nothing of this kind to find"
-            results.append(
-                EvalResult(
-                    task_type=hub_tasks[parts[0]],
-                    dataset_type="custom",
-                    dataset_name=source,
-                    dataset_split=settings.data.val,
-                    metric_type="/".join(parts),
-                    metric_value=float(value),
-                )
+    for name, value in numbers.get(step, {}).items():
+        split, _, metric = name.partition("/")  # "val/box/AP50"
+        part = metric.partition("/")[0]
+        # -1 is COCO's mark for "nothing of this kind to find"
+        if split == "val" and part in hub_tasks and 0 <= float(value) < math.inf:
+            result = EvalResult(
+                task_type=hub_tasks[part],
+                dataset_type="custom",
+                dataset_name=f"evaluation of the run, step {step}",
+                dataset_split=settings.data.val,
+                metric_type=metric,
+                metric_value=float(value),
             )
+            results.append(result)
     return results

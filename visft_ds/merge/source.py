@@ -72,9 +72,9 @@ def _adapter_of_checkpoint(folder: Path) -> Adapter:
     return Adapter.of(empty, visft.lora, tensors, base, checkpoint.step)
 
 
-def base_of(path: Path) -> Path:
-    """The base weights of a run, by its folder or a path inside; a backbone that was trained itself is a
-    base, too.
+def base_of(path: Path) -> tuple[Path, str | None]:
+    """The base weights of a run, by its folder or a path inside, and how its record calls them; a backbone
+    that was trained itself is a base, too.
 
     Raises ValueError for a path that belongs to no run, and if the weights have moved.
     """
@@ -86,8 +86,8 @@ def base_of(path: Path) -> Path:
     weights = recorded_config(run).visft.model.weights
     export = export_of(run)
     if (export / TRAINED_BACKBONE_FILE).is_file():
-        return export / TRAINED_BACKBONE_FILE
+        return export / TRAINED_BACKBONE_FILE, weights
     base = export / BACKBONE_FILE if weights is None else local(weights)
     if not base.is_file():
         raise ValueError(f"{base}, the base weights of {run}, are missing: give --backbone FILE")
-    return base
+    return base, weights

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from visft_ds.config.record import recorded_config
 from visft_ds.interop import export, layouts
 from visft_ds.interop.vlm import Vlm, open_vlm
 from visft_ds.interop.weights import Weights
-from visft_ds.merge.command import Base, fitting, open_base, read_adapter
+from visft_ds.merge.command import Base, open_parts
 from visft_ds.models import Backbone
-from visft_ds.ops import DTYPES
 from visft_ds.pretrained import local
 from visft_ds.settings.bands import in_words
 
@@ -29,21 +30,14 @@ def put_into_vlm(flags: argparse.Namespace) -> Any:
         raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
     vlm = open_vlm(flags.model)
     print(f"vlm      {flags.model}: {vlm.describe()}")
-    adapter = read_adapter(flags)
-    base = open_base(flags, adapter)
+    adapter, base = open_parts(flags)
     if base.backbone.bands is not None:
         raise ValueError(f"the tower reads {in_words(base.backbone.bands)}, and such models read photographs")
-    if adapter is not None:
-        adapter = fitting(adapter, base)
-    print(f"base     {base.path}")
-
     whole = _whole(base)
     tower = layouts.tower_in(base.file, base.model)
     began_with = vlm.names(tower if adapter is not None else _recorded_base(base), whole)
     print(f"tower    of the model: the base, up to {vlm.check_base(began_with):.2g}")
-    share = export.Share()
-    names = layouts.base_parameters(whole)
-    merged = export.merge(tower, adapter, DTYPES["fp32"], names, share)
+    merged = export.merge(tower, adapter, torch.float32, layouts.base_parameters(whole), export.Share())
     tensors = vlm.names(merged, whole)
     vlm.put(tensors)
     print(f"swapped  {len(tensors)} tensors")
