@@ -56,7 +56,8 @@ def test_the_tower_of_each_model_answers(tmp_path: Path, monkeypatch: pytest.Mon
                 parameter.normal_(std=0.7)
     vlm.save_pretrained(tmp_path / "other")
     inside = Vlm.of(vlm)
-    inside.put(inside.names(tower_in(file, model), load_backbone(base, model)))
+    backbone = load_backbone(base, model)
+    inside.put(inside.names(tower_in(file, backbone), backbone))
     vlm.save_pretrained(tmp_path / "vlm")
     for folder in ("vlm", "other"):
         _save_processor(tmp_path / folder)

@@ -15,7 +15,7 @@ import torch
 
 from tests.clip_case import CONFIG, SIDE, make_clip, save_clip, small_towers
 from tests.random_tower import adapter_of, build_backbone, merge, move_adapters, relative
-from visft_ds.interop.formats import FORMATS
+from visft_ds.interop.export import CONTENT
 from visft_ds.interop.layouts import load_backbone, model_in
 from visft_ds.interop.weights import Lazy, Weights, open_weights
 from visft_ds.models.lora import inject_lora
@@ -56,7 +56,7 @@ def test_our_configuration_of_published_models_is_open_clips(preset: str, name: 
         )
     file = Weights({key: Lazy.of(value) for key, value in theirs.state_dict().items()}, Path("published"))
     backbone = build_backbone(preset, device="meta", class_token=True)
-    written = FORMATS["open_clip"].content(file.under("visual.trunk."), file, backbone)
+    written = CONTENT["open_clip"](file.under("visual.trunk."), file, backbone)
     assert list(written.files) == ["open_clip_config.json"] and written.tensors.keys() == file.keys()
     config = written.files["open_clip_config.json"]
     assert config["model_cfg"] == wanted | {"custom_text": True}

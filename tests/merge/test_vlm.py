@@ -52,7 +52,8 @@ def test_a_tower_in_blip2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     model = whole(model_in(file), file)
     theirs = blip2()
     inside = Vlm.of(theirs)
-    inside.put(inside.names(tower_in(file, model), load_backbone(base, model)))
+    backbone = load_backbone(base, model)
+    inside.put(inside.names(tower_in(file, backbone), backbone))
     theirs.half().save_pretrained(tmp_path / "blip2")
 
     inject_lora(ours, rank=3, alpha=1.5)

@@ -43,7 +43,7 @@ from visft_ds.run_files import MOMENTS_FILE, PARAMETERS_FILE, STATE_FILE
 #: Name in an identity: the settings, by dotted key, that must be equal for a resume.
 SETTINGS = "settings"
 VERSION = 1  #: of state.json
-_NAME = re.compile(r"step_(\d{8,})(\.old)?")
+_NAME = re.compile(r"step_\d{8,}(\.old)?")
 _CHANGED = "content does not match its sha256; the file was changed or damaged"
 
 
@@ -94,7 +94,7 @@ def save_checkpoint(
     """
     final = checkpoint_path(folder, step)
     temporary = final.with_suffix(".tmp")
-    moments: dict[str, Tensor] = {}
+    moments = {}
     for key, by_name in state.moments.items():
         moments |= {f"{key}/{name}": tensor for name, tensor in by_name.items()}
     remedy = "Earlier checkpoints are untouched; the same command goes on from the newest"
@@ -151,8 +151,7 @@ def _warning(path: Path) -> Iterator[None]:
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps that have a checkpoint under its final name, complete or damaged, in order."""
-    names = _checkpoints_in(folder)
-    return sorted(step for step, name in names if name.removesuffix(".old") == name)
+    return sorted(step for step, name in _checkpoints_in(folder) if not name.endswith(".old"))
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -169,12 +168,8 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def _checkpoints_in(folder: Path) -> list[tuple[int, str]]:
     """(step, name) of the folders of checkpoints, those that are being replaced among them."""
-    names = []
-    for path in folder.glob("step_*"):
-        match = _NAME.fullmatch(path.name)
-        if match is not None and path.is_dir():
-            names.append((int(match[1]), path.name))
-    return names
+    names = [path.name for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return [(int(name.removesuffix(".old").removeprefix("step_")), name) for name in names]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -207,8 +202,9 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str], config: 
     with reading(checkpoint.path / STATE_FILE, "the state of a checkpoint of this release"):
         other = differences(recorded.pop(SETTINGS), config)
     for name in sorted(recorded.keys() | identity.keys()):
-        if recorded.get(name) != identity.get(name):
-            other.append(f"{name}: {recorded.get(name)} -> {identity.get(name)}")
+        before, now = recorded.get(name), identity.get(name)
+        if before != now:
+            other.append(f"{name}: {before} -> {now}")
     if other:
         lines = "".join(f"  {line}\n" for line in other)
         raise ValueError(

@@ -67,12 +67,9 @@ def recorded_scores(path: Path, metric: str) -> dict[int, float | None]:
     """Step -> validation metric, out of the metrics.jsonl of a run; a record without that metric gives
     None.
     """
-    scores = {}
-    if path.is_file():
-        for record in read_metrics(path, "val/"):
-            if is_evaluation(record):
-                scores[record["step"]] = _number(record.get(f"val/{metric}"))
-    return scores
+    records = read_metrics(path, "val/") if path.is_file() else ()
+    evaluations = filter(is_evaluation, records)
+    return {record["step"]: _number(record.get(f"val/{metric}")) for record in evaluations}
 
 
 def _number(value: object) -> float | None:

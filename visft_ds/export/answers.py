@@ -35,6 +35,7 @@ class Picture(NamedTuple):
     width: int  #: W
     size: Size  #: in pixels, at which the network sees them
     padded: Size  #: of its frame
+    ids: Sequence[int] = ()  #: of the categories that the data has, by label
 
     def corners(self, relative: Tensor) -> Tensor:
         """Corners (B, N, 4) in pixels, of shares of the picture."""
@@ -72,7 +73,7 @@ def quotient(numbers: Tensor, divisor: Tensor | int) -> Tensor:
     return (multiples.float() / divisor).round()
 
 
-def dense(output: DenseOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
+def dense(output: DenseOutput, picture: Picture) -> dict[str, Tensor]:
     """boxes (B, N, 4) xyxy, scores (B, N), labels (B, N): as `detection.dense.dense_results`."""
     detections = _detections(output, 0.0)
     return {**detections, "boxes": picture.corners(detections["boxes"])}
@@ -145,7 +146,7 @@ def _best(scores: Tensor, objects: dict[str, Tensor], most: int) -> dict[str, Te
     return chosen
 
 
-def queries(output: DetectionOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
+def queries(output: DetectionOutput, picture: Picture) -> dict[str, Tensor]:
     """boxes (B, N, 4) xyxy, scores (B, N), labels (B, N): as `detection.head.postprocess`."""
     probability = output.logits[-1].softmax(dim=-1)
     scores, labels = probability[..., :-1].max(dim=-1)
@@ -153,18 +154,18 @@ def queries(output: DetectionOutput, picture: Picture, ids: Sequence[int]) -> di
     return _best(scores, {"boxes": picture.corners(corners), "labels": labels}, scores.shape[1])
 
 
-def masks(output: MaskOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
+def masks(output: MaskOutput, picture: Picture) -> dict[str, Tensor]:
     """masks (B, N, H, W) bool, boxes around them, scores, labels: as `segmentation.results.instances`."""
     probability = output.logits[-1].softmax(dim=-1)
     is_contiguous = output.class_ids == "contiguous"
     if is_contiguous:
-        pairs = probability[..., :-1][..., : len(ids)].flatten(1)
+        pairs = probability[..., :-1][..., : len(picture.ids)].flatten(1)
         scores, chosen = pairs.topk(min(output.max_detections, pairs.shape[1]))
-        number = min(len(ids), probability.shape[2] - 1)
+        number = min(len(picture.ids), probability.shape[2] - 1)
         rows = quotient(chosen, number).long()
         labels = chosen % number
     else:
-        scores, labels = probability[..., 1:-1][..., : len(ids)].max(dim=-1)
+        scores, labels = probability[..., 1:-1][..., : len(picture.ids)].max(dim=-1)
         rows = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
     grids = output.masks[-1]
     grids = grids.gather(1, rows[:, :, None, None].expand(-1, -1, grids.shape[2], grids.shape[3]))
@@ -192,7 +193,7 @@ def _around(inside: Tensor) -> Tensor:
     return torch.stack((left, top, right, bottom), dim=-1).float()
 
 
-def depths(output: DepthOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
+def depths(output: DepthOutput, picture: Picture) -> dict[str, Tensor]:
     """depth (B, H, W) in metres, or inverse_depth without a unit: as `depth.results.depth_results`, not
     rounded.
     """
@@ -200,13 +201,13 @@ def depths(output: DepthOutput, picture: Picture, ids: Sequence[int]) -> dict[st
     return {"inverse_depth": 1 / metres} if output.relative else {"depth": metres}
 
 
-def class_maps(output: SemanticOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
+def class_maps(output: SemanticOutput, picture: Picture) -> dict[str, Tensor]:
     """labels (B, H, W) uint8, logits (B, C, h, w): as `semantic.results.semantic_results`."""
     labels = _most_probable(output.logits.softmax(dim=1), picture)
     return {"labels": labels, "logits": output.logits}
 
 
-def class_maps_of_masks(output: MaskOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
+def class_maps_of_masks(output: MaskOutput, picture: Picture) -> dict[str, Tensor]:
     """labels (B, H, W) uint8, and scores (B, C, h, w) of the classes, sums over masks."""
     masks, whole = _as_evaluated(output, picture)
     weights = output.logits[-1].softmax(dim=-1)[..., :-1]
@@ -221,13 +222,13 @@ def _as_evaluated(output: MaskOutput, picture: Picture) -> tuple[Tensor, Picture
     return shown.fine(output.masks[-1]), picture._replace(padded=picture.size)
 
 
-def segments(output: PanopticOutput, picture: Picture, ids: Sequence[int]) -> dict[str, Tensor]:
+def segments(output: PanopticOutput, picture: Picture) -> dict[str, Tensor]:
     """segments (B, H, W) int32, the place from 1 of each pixel's segment in scores and labels (B, N), 0 of
     none: as `panoptic.results.panoptic_results`.
     """
     options = output.options
     scores, labels = output.logits[-1].softmax(dim=-1).max(dim=-1)
-    is_likely = (scores > options.score) & (labels < len(ids))
+    is_likely = (scores > options.score) & (labels < len(picture.ids))
     owners, is_inside, areas = _owners(output, picture, torch.where(is_likely, scores, 0.0))
     left = []
     parts = []
@@ -240,8 +241,8 @@ def segments(output: PanopticOutput, picture: Picture, ids: Sequence[int]) -> di
     is_enough = torch.cat(left, dim=1) * share.denominator > areas * share.numerator
     is_part = is_enough & (torch.cat(parts, dim=1) > 0)
 
-    of_stuff = torch.tensor([*(id_ in options.stuff for id_ in ids), False], device=labels.device)
-    is_stuff = of_stuff[torch.where(is_likely, labels, len(ids))]
+    of_stuff = torch.tensor([*(id_ in options.stuff for id_ in picture.ids), False], device=labels.device)
+    is_stuff = of_stuff[torch.where(is_likely, labels, len(picture.ids))]
     is_joined = (labels[:, :, None] == labels[:, None]) & is_stuff[:, :, None] & is_part[:, None]
     is_joined = is_joined | (queries[:, None] == queries)
     first = is_joined.float().argmax(dim=2)  # of the queries that are one segment with each

@@ -101,18 +101,14 @@ class Maps(nn.Module):
         return [self._map(map_, prefix) for map_, prefix in with_prefixes(tensors)]
 
     def _map(self, features: Tensor, prefix: Tensor | None) -> FrameMap:
-        grid = features.shape[-2:]
-        cells = []
-        part = []
-        for side, whole, number in zip(self.frame.size, self.frame.padded, grid, strict=True):
-            cells.append(side * number / whole)
-            part.append(-(-side * number // whole))
-        rows, columns = part
-        empty = (rows, columns) != tuple(grid)
-        valid = valid_region(torch.tensor([self.frame.size]), self.frame.padded, tuple(grid))
-        valid = valid.to(features.device).expand(features.shape[0], -1, -1)
-        of_each = torch.tensor([cells]).expand(features.shape[0], -1)
-        return FrameMap(features, valid, of_each, prefix, empty, (rows, columns))
+        batch, _, rows, columns = features.shape
+        height, width = self.frame.size
+        whole_height, whole_width = self.frame.padded
+        part = (-(-height * rows // whole_height), -(-width * columns // whole_width))
+        valid = valid_region(torch.tensor([self.frame.size]), self.frame.padded, (rows, columns))
+        valid = valid.to(features.device).expand(batch, -1, -1)
+        cells = torch.tensor([[height * rows / whole_height, width * columns / whole_width]])
+        return FrameMap(features, valid, cells.expand(batch, -1), prefix, part != (rows, columns), part)
 
 
 class Features(nn.Module):
@@ -143,7 +139,7 @@ class Answer(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.maps(images)
-        picture = Picture(images.shape[1], images.shape[2], self.maps.frame.size, self.maps.frame.padded)
+        picture = Picture(images.shape[1], images.shape[2], *self.maps.frame, self.ids)
         if isinstance(self.head, DenseHead) and self.head.masks is not None:
             return dense_with_masks(self.head, maps, picture)
         attended: list[Tensor] = []
@@ -157,7 +153,7 @@ class Answer(nn.Module):
         answer = ANSWERS.get((self.task, type(output)))
         if answer is None:
             raise ValueError(f"the {self.task} head has no export: leave it out with --tasks")
-        decoded = answer(output, picture, self.ids)
+        decoded = answer(output, picture)
         if attended:
             decoded["attended"] = torch.stack(attended, dim=1)
         return decoded

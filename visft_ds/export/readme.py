@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from visft_ds.settings.bands import Bands
 from visft_ds.tasks import config_class
 
 _PYTHON = """\
@@ -184,28 +183,29 @@ def readme(title: str, form: str, facts: Mapping[str, Mapping[str, Any]], lines:
     name, first = next(iter(facts.items()))
     task = first["task"]
     read = _READ_COLOURS
-    taken = _COLOURS.format(mean=first["mean"], std=first["std"])
+    taken = _COLOURS.format(**first)
     if "bands" in first:
-        bands = _words_of(Bands.model_validate(first["bands"], strict=False))
-        read = _READ_BANDS.format(**bands)
-        taken = _BANDS.format(**bands, mean=first["mean"], std=first["std"])
+        bands = first["bands"]
+        numbers = bands["numbers"]
+        low, high = bands["range"]
+        words = {
+            **bands,
+            **first,
+            "low": low,
+            "high": high,
+            "number": len(numbers),
+            "numbers": ", ".join(map(str, numbers)),
+            "places": [band - 1 for band in numbers],
+            "shown": [0, 1, 2] if len(numbers) >= 3 else [0, 0, 0],
+        }
+        read = _READ_BANDS.format(**words)
+        taken = _BANDS.format(**words)
     if "tiles" in first:
         side, overlap = first["tiles"]
         taken += _TILES.format(side=side, overlap=overlap)
     code = _TORCH.format(file=name + suffix, read=read)
     if form == "onnx":
-        use = _FEATURES
-        if "words" in first:
-            use = _CAPTION
-        elif task == "semantic":
-            use = _CLASSES
-        elif task == "depth":
-            use = _RELATIVE_DEPTH if first["relative"] else _DEPTH
-        elif task == "panoptic":
-            use = _SEGMENTS
-        elif task is not None:
-            use = _OBJECTS.replace("{masks}", _code_of_masks(first))
-        code = _PYTHON.format(file=name + suffix, read=read, use=use)
+        code = _PYTHON.format(file=name + suffix, read=read, use=_use(first))
     rows = []
     for file, of_file in facts.items():
         height, width = of_file["image_size"]
@@ -226,24 +226,15 @@ def readme(title: str, form: str, facts: Mapping[str, Mapping[str, Any]], lines:
     )
 
 
-def _words_of(bands: Bands) -> dict[str, Any]:
-    """Fields of the texts about bands."""
-    low, high = bands.range
-    number = len(bands.numbers)
-    return {
-        "kind": bands.kind,
-        "count": bands.count,
-        "number": number,
-        "numbers": ", ".join(map(str, bands.numbers)),
-        "places": [band - 1 for band in bands.numbers],
-        "shown": [0, 1, 2] if number >= 3 else [0, 0, 0],
-        "low": low,
-        "high": high,
-    }
-
-
-def _code_of_masks(facts: Mapping[str, Any]) -> str:
-    """Code that draws the masks of a file; none for boxes alone."""
-    if facts["task"] == "segmentation":
-        return _MASKS + _TINT
-    return _BOX_MASKS + _TINT if facts.get("box_masks") else ""
+def _use(facts: Mapping[str, Any]) -> str:
+    """Code that shows what a file has found in a picture."""
+    task = facts["task"]
+    if task == "depth":
+        return _RELATIVE_DEPTH if facts["relative"] else _DEPTH
+    masks = ""
+    if task == "segmentation":
+        masks = _MASKS + _TINT
+    elif facts.get("box_masks"):
+        masks = _BOX_MASKS + _TINT
+    others = {None: _FEATURES, "captioning": _CAPTION, "semantic": _CLASSES, "panoptic": _SEGMENTS}
+    return others.get(task, _OBJECTS.replace("{masks}", masks))

@@ -5,8 +5,8 @@ names. adapter: LoRA apart from a model; peft_folder: its files. heads, publishe
 the authors'. formats: the forms of weights that `visft export` writes; export, transformers_names: their
 content; vlm: a tower inside a vision-language model; card: the model card.
 
-A new form of weights is an entry in `formats.FORMATS` and a function that makes its content, checked
-against its library in tests/interop. Names in files are fixed by the libraries: change them only where a
-library changes. This room knows nothing of runs: what a run leaves is found by `visft_ds.run_files`, and
-merged by `visft_ds.merge`.
+A new form of weights is an entry in `formats.FORMATS` and in `export.CONTENT` a function that makes its
+content, checked against its library in tests/interop. Names in files are fixed by the libraries: change them
+only where a library changes. This room knows nothing of runs: what a run leaves is found by
+`visft_ds.run_files`, and merged by `visft_ds.merge`.
 """

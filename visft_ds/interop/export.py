@@ -248,6 +248,11 @@ def open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     return Written(Weights(tensors | beside, file.path), {"open_clip_config.json": config})
 
 
+#: Format of whole weights -> their content, of the tensors of a tower, the whole base file, and the same
+#: model of ours. Raises ValueError: the library has no such model, or the base lacks a part of it.
+CONTENT = {"open_clip": open_clip, "timm": timm, "transformers": transformers_names.written}
+
+
 def by_library(form: str, folder: Path) -> Any:
     """The tower that the library of a format of whole weights makes of a folder."""
     if form == "transformers":
@@ -296,8 +301,7 @@ def _maps_of(model: Any, backbone: Backbone) -> Callable[[Tensor], Sequence[Tens
 
 def _of_base(form: str, file: Weights, backbone: Backbone) -> Any:
     """The model of timm, or of transformers, with the weights of a base, for an adapter of this format."""
-    tower = file if isinstance(backbone, TimmBackbone) else file.under(layouts.prefix_of(file))
-    tower = layouts.widened(tower, backbone)
+    tower = layouts.tower_in(file, backbone)
     if form == "peft_transformers":
         tensors, files = transformers_names.written(tower, file, backbone)
         with TemporaryDirectory() as folder:  # the names in its files are not those of its modules

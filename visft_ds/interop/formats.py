@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from visft_ds.interop.weights import Weights
-    from visft_ds.models import Backbone
 
 
 class Written(NamedTuple):
@@ -29,27 +27,11 @@ class Format:
     file: str  #: of the weights, in a folder; "": an adapter, which has two
     snippet: str  #: code that loads the folder it stands in, for the model card
     library: str  #: module that loads it, and compares it
-    make: str = ""  #: "module:function" of this room that makes the content; "": an adapter
-
-    def content(self, tower: Weights, file: Weights, backbone: Backbone) -> Written:
-        """Its files.
-
-        Args:
-            tower: the tensors of the backbone, and what belongs to it.
-            file: the whole base file.
-
-        Raises:
-            ValueError: the library has no such model, or the base lacks a part of it.
-        """
-        module, _, function = self.make.partition(":")
-        made: Written = getattr(import_module(f"visft_ds.interop.{module}"), function)(tower, file, backbone)
-        return made
 
 
 FORMATS = {
     "open_clip": Format(
         file="open_clip_model.safetensors",
-        make="export:open_clip",
         library="open_clip",
         snippet='import open_clip\n\nmodel = open_clip.create_model("local-dir:.")',
     ),
@@ -75,13 +57,11 @@ model = PeftModel.from_pretrained(model, ".").merge_and_unload().eval()""",
     ),
     "timm": Format(
         file="model.safetensors",
-        make="export:timm",
         library="timm",
         snippet='import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True)',
     ),
     "transformers": Format(
         file="model.safetensors",
-        make="transformers_names:written",
         library="transformers",
         snippet='from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained(".")',
     ),

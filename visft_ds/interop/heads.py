@@ -95,15 +95,12 @@ class HeadFile:
         """
         task = self.info.task
         kind = self.info.options.get("type")
-        try:
-            fitted(self.tensors, head.state_dict(), behind=(), what=f"the {task} head")
-        except ValueError as error:
-            if kind is None:
-                raise
-            raise ValueError(
-                f"{error}; its head is of type {kind}: give the settings of the run that trained it, such as "
-                f"--set visft.tasks.{task}.head.type={kind}"
-            ) from error
+        remedy = (
+            f"; its head is of type {kind}: give the settings of the run that trained it, such as "
+            f"--set visft.tasks.{task}.head.type={kind}"
+        )
+        remedy = "" if kind is None else remedy
+        fitted(self.tensors, head.state_dict(), behind=(), what=f"the {task} head", remedy=remedy)
         return self
 
     def build(self) -> nn.Module:
@@ -213,10 +210,8 @@ def check_categories(
     """
     for task, info in heads.items():
         known = info.names()
-        unknown = []
-        for category in categories_for(config_class(task).labels, categories):
-            if known.get(category.coco_id) != category.name:
-                unknown.append(f"{category.coco_id} {category.name!r}")
+        names = {entry.coco_id: entry.name for entry in categories_for(config_class(task).labels, categories)}
+        unknown = [f"{id_} {name!r}" for id_, name in names.items() if known.get(id_) != name]
         if known and unknown:
             raise ValueError(f"the {task} head does not know {examples(unknown)} of {where}. {remedy}")
 

@@ -176,11 +176,24 @@ def prefix_of(file: Weights) -> str:
     raise ValueError(f"{file.path}: no vision tower in it; it has {examples(file)}")
 
 
-def tower_in(file: Weights, model: Mapping[str, Any]) -> Weights:
-    """Everything that a file has of a model, with what belongs to it beside the backbone, under our names."""
-    if model["preset"].startswith(TIMM):
-        return file
-    return file.under(prefix_of(file))
+def tower_in(file: Weights, backbone: Backbone) -> Weights:
+    """Everything that a file has of a model, with what belongs to it beside the backbone, under our names.
+
+    A stem for three colours is widened for the bands of the backbone (one band: summed), see
+    `visft.model.new_bands`.
+    """
+    tower = file if isinstance(backbone, TimmBackbone) else file.under(prefix_of(file))
+    stored = tower.get(backbone.first_weight)
+    channels = len(backbone.pixel_mean)
+    if stored is None or len(stored.shape) != 4 or stored.shape[1] != 3 or channels == 3:
+        return tower
+    from timm.models import adapt_input_conv
+
+    if backbone.bands is not None and backbone.bands.new == "zero":
+        stem = derived(lambda weights: F.pad(weights, (0, 0, 0, 0, 0, channels - 3)), stored)
+    else:
+        stem = derived(partial(adapt_input_conv, channels), stored)
+    return Weights({**tower, backbone.first_weight: stem}, tower.path, tower.metadata)
 
 
 def whole(model: Mapping[str, Any], file: Weights) -> dict[str, Any]:
@@ -189,7 +202,17 @@ def whole(model: Mapping[str, Any], file: Weights) -> dict[str, Any]:
     """
     if model["preset"].startswith(TIMM):
         return dict(model)
-    return {**model, "class_token": "cls_token" in tower_in(file, model)}
+    return {**model, "class_token": f"{prefix_of(file)}cls_token" in file}
+
+
+def as_far_as(file: Weights, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole model instead of one that ends after the block that training read, if the file has all of
+    it.
+    """
+    entire = {name: value for name, value in model.items() if name != "layers"}
+    backbone = built(entire, "meta")
+    is_there = base_parameters(backbone).keys() <= tower_in(file, backbone).keys()
+    return entire if is_there else dict(model)
 
 
 def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
@@ -198,7 +221,7 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
     Names and shapes are checked, values are not read. Raises ValueError as `fitted`.
     """
     file = open_model(path)
-    tower = widened(tower_in(file, model_of(backbone)), backbone)
+    tower = tower_in(file, backbone)
     stored = backbone.state_dict(keep_vars=True).items()
     expected = {name: value for name, value in stored if not is_lora(name)}
     if isinstance(backbone, EvaViT):
@@ -213,24 +236,9 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
     return fitted(tower, expected, behind=(*_BESIDE, *unused), what=backbone.describe())
 
 
-def widened(tower: Weights, backbone: Backbone) -> Weights:
-    """The tensors, with a stem for the bands of a backbone where it is one for three colours, see
-    `visft.model.new_bands` (one band: summed).
-    """
-    stored = tower.get(backbone.first_weight)
-    channels = len(backbone.pixel_mean)
-    if stored is None or len(stored.shape) != 4 or stored.shape[1] != 3 or channels == 3:
-        return tower
-    from timm.models import adapt_input_conv
-
-    if backbone.bands is not None and backbone.bands.new == "zero":
-        stem = derived(lambda weights: F.pad(weights, (0, 0, 0, 0, 0, channels - 3)), stored)
-    else:
-        stem = derived(partial(adapt_input_conv, channels), stored)
-    return Weights({**tower, backbone.first_weight: stem}, tower.path, tower.metadata)
-
-
-def fitted(file: Weights, expected: Mapping[str, Tensor], *, behind: tuple[str, ...], what: str) -> Weights:
+def fitted(
+    file: Weights, expected: Mapping[str, Tensor], *, behind: tuple[str, ...], what: str, remedy: str = ""
+) -> Weights:
     """The tensors of a file that a module has; names that begin as in `behind` are passed over.
 
     Raises ValueError naming tensors that are missing, unexpected, of another shape or quantised.
@@ -247,7 +255,7 @@ def fitted(file: Weights, expected: Mapping[str, Tensor], *, behind: tuple[str, 
         elif stored.dtype.is_floating_point != tensor.is_floating_point():
             problems.append(f"{name} is {stored.dtype}, quantised or not of this model")
     if problems:
-        raise ValueError(f"{file.path} does not fit {what}: {examples(problems, 8)}")
+        raise ValueError(f"{file.path} does not fit {what}: {examples(problems, 8)}{remedy}")
     return Weights({name: file[name] for name in expected}, file.path, file.metadata)
 
 

@@ -144,18 +144,17 @@ def _write_weights(
 
     Returns, and prints, how much of the adapter's change is in the file.
     """
-    form = FORMATS[flags.format]
     header = base.file.metadata
     origin = {name: header[name] for name in (layouts.BASE, layouts.MERGED) if name in header}
     if adapter is not None:
         settings = {"rank": adapter.rank, "alpha": adapter.alpha, "sha256": adapter.fingerprint()}
         origin = {layouts.BASE: base.fingerprint, layouts.MERGED: json.dumps(settings)}
     share = export.Share()
-    tower = layouts.widened(layouts.tower_in(base.file, base.model), base.backbone)
+    tower = layouts.tower_in(base.file, base.backbone)
     names = layouts.base_parameters(base.backbone)
     tower = export.merge(tower, adapter, DTYPES[flags.dtype], names, share)
-    content = form.content(tower, base.file, base.backbone)
-    path = stage / (form.file if flags.in_folder else flags.out.name)
+    content = export.CONTENT[flags.format](tower, base.file, base.backbone)
+    path = stage / (FORMATS[flags.format].file if flags.in_folder else flags.out.name)
     write_safetensors(path, content.tensors, {layouts.MODEL: json.dumps(base.model), **origin})
     for name, values in content.files.items():
         write_text(stage / name, json.dumps(values, indent=2) + "\n")

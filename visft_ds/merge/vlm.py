@@ -33,8 +33,8 @@ def put_into_vlm(flags: argparse.Namespace) -> Any:
     adapter, base = open_parts(flags)
     if base.backbone.bands is not None:
         raise ValueError(f"the tower reads {in_words(base.backbone.bands)}, and such models read photographs")
-    whole = _whole(base)
-    tower = layouts.tower_in(base.file, base.model)
+    whole = layouts.built(layouts.as_far_as(base.file, base.model), "meta")
+    tower = layouts.tower_in(base.file, whole)
     began_with = vlm.names(tower if adapter is not None else _recorded_base(base), whole)
     print(f"tower    of the model: the base, up to {vlm.check_base(began_with):.2g}")
     merged = export.merge(tower, adapter, torch.float32, layouts.base_parameters(whole), export.Share())
@@ -48,22 +48,12 @@ def put_into_vlm(flags: argparse.Namespace) -> Any:
     return vlm.model
 
 
-def _whole(base: Base) -> Backbone:
-    """The backbone with the blocks behind those that training read, if the file has them all."""
-    entire = {name: value for name, value in base.model.items() if name != "layers"}
-    backbone = layouts.built(entire, "meta")
-    if set(layouts.base_parameters(backbone)) <= set(layouts.tower_in(base.file, entire)):
-        return backbone
-    return base.backbone
-
-
 def _recorded_base(base: Base) -> Weights:
     """The weights that a run began with which trained its backbone itself."""
     weights = None if base.run is None else recorded_config(base.run).visft.model.weights
     if weights is None:
         raise ValueError(f"{base.path}: nobody recorded which weights its training began with")
-    file = layouts.open_model(local(weights))
-    return layouts.tower_in(file, base.model)
+    return layouts.tower_in(layouts.open_model(local(weights)), base.backbone)
 
 
 def _warn_of_blocks(vlm: Vlm, backbone: Backbone) -> None:

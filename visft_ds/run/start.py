@@ -14,7 +14,7 @@ from visft_ds.config.record import recorded_config
 from visft_ds.config.schema import LoraConfig, VisftConfig
 from visft_ds.data.loader import StepLoader
 from visft_ds.interop.heads import check_heads, open_head
-from visft_ds.interop.layouts import model_of
+from visft_ds.interop.layouts import describe_model, model_of
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models import build_empty
 from visft_ds.models.lora import slices_of
@@ -98,9 +98,11 @@ def _start_from_adapter(config: VisftConfig, path: Path) -> Start:
 
     backbone = build_empty(config.model.preset, torch.float32, config.model.backbone_options())
     adapter = read_adapter(path).on(backbone)
+    assert adapter.model is not None
     if adapter.model != model_of(backbone):
         raise ValueError(
-            f"visft.init_from: the adapter in {path} is for {adapter.model_text()}, not for this model"
+            f"visft.init_from: the adapter in {path} is for {describe_model(adapter.model)}, not for this "
+            "model"
         )
     targets = adapter.targets
     slices = {name: slices for name, (_, slices) in adapter.layers.items()}

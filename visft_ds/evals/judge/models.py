@@ -18,14 +18,12 @@ from visft_ds.evals.judge.text import projection_of, text_tower_in
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.layouts import (
     MODEL,
-    base_parameters,
+    as_far_as,
     bases_of,
-    built,
     load_backbone,
     model_in,
     open_model,
     other_base,
-    tower_in,
     whole,
 )
 from visft_ds.interop.weights import Weights
@@ -83,7 +81,7 @@ def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
     elif spec.block is not None and spec.block > max(read, default=0):
         model["layers"] = ()  # merged weights go on behind the block that training read
     elif spec.whole and read:
-        model = _as_far_as(file, model)
+        model = as_far_as(file, model)
     backbone: Any = load_backbone(path, whole(model, file), DTYPES[precision])
     if adapter is not None:
         problem = other_base(f"the adapter of {spec.label}", adapter.base, bases_of(backbone, path))
@@ -110,15 +108,6 @@ def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
         backbone.image_size,
         text_tower_in(path) if "clip" in module.kinds else None,
     )
-
-
-def _as_far_as(file: Weights, model: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole model instead of one that ends after the block that training read, if the file has all of
-    it.
-    """
-    entire = {name: value for name, value in model.items() if name != "layers"}
-    needed = base_parameters(built(entire, "meta"))
-    return entire if set(needed) <= set(tower_in(file, entire)) else dict(model)
 
 
 class Mixture:
