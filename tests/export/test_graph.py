@@ -400,15 +400,16 @@ def test_a_head_of_its_own_kind_is_refused() -> None:
 
 
 def test_maps_that_differ_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = [[torch.ones(1, 2, 3, 3)]]
+    ours = [torch.ones(1, 2, 3, 3)]
     images = [OpenedImage(np.zeros((6, 6, 3), np.uint8), None)]
     for scale, is_close in ((1.00001, True), (1.001, False)):
         theirs = {"features": scale * np.ones((1, 2, 3, 3), np.float32)}
+        monkeypatch.setattr(command, "_maps_of", lambda *_: ours)
         monkeypatch.setattr(
             command, "open_exported", lambda _, out=theirs: exported.ExportedFile({}, lambda _: out)
         )
         with nullcontext() if is_close else pytest.raises(ValueError, match="features differ by"):
-            command._verified_maps(ours, images, tmp_path)
+            command._verified_maps(None, images, tmp_path)  # type: ignore[arg-type]
 
 
 def test_files_of_another_origin_are_refused(tmp_path: Path) -> None:

@@ -90,9 +90,8 @@ def export(flags: argparse.Namespace) -> None:
                     theirs = _predicted(exported, images, tiles)
                 lines += _measured(flags, model, ours, theirs, pictures)
         else:
-            our_maps = [_maps_of(model, image) for image in images.values()]
             path = folder / f"features{SUFFIXES[flags.format]}"
-            lines = _verified_maps(our_maps, list(images.values()), path)
+            lines = _verified_maps(model, list(images.values()), path)
         if flags.web:
             write_page(folder, facts)
         write_text(folder / "README.md", readme(flags.out.name, flags.format, facts, lines))
@@ -209,6 +208,7 @@ class _Pictures:
         return numbers
 
 
+@torch.no_grad()
 def _write_files(model: Model, flags: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """Write a file of each module; returns their facts by name."""
     loaded = model._loaded
@@ -226,11 +226,12 @@ def _write_files(model: Model, flags: argparse.Namespace, folder: Path) -> dict[
     else:
         common["bands"] = model.bands.model_dump(mode="json")
     facts = {}
+    suffix = SUFFIXES[flags.format]
     if not model.tasks:
         size = (backbone.image_size, backbone.image_size)
         features = Features(Maps(backbone, Frame(size, size)))
         facts["features"] = {**common, "task": None, "image_size": list(size)}
-        _write(features, _example(model.bands), folder, "features", flags.format, facts["features"])
+        _write(features, _example(model.bands), folder / f"features{suffix}", facts["features"])
     for stream in model._streams.values():
         frame = Frame.of(model.geometry[stream.name], backbone.patch_size)
         maps = Maps(backbone, frame, half=flags.half)
@@ -246,8 +247,9 @@ def _write_files(model: Model, flags: argparse.Namespace, folder: Path) -> dict[
             example = _example(model.bands)
             for name, module in modules_of(task, maps, loaded.module.heads[task], ids).items():
                 facts[name] = of_task
-                outputs = _write(module.eval(), example, folder, name, flags.format, of_task)
-                example = {"words": torch.zeros(2, dtype=torch.int64), **outputs}  # of the step of captions
+                _write(module.eval(), example, folder / f"{name}{suffix}", of_task)
+                if name.endswith("_encoder"):  # what it gives is read by the step of captions
+                    example = {"words": torch.zeros(2, dtype=torch.int64), **module(**example)}
     return facts
 
 
@@ -325,43 +327,28 @@ def _example(bands: Bands | None) -> dict[str, Tensor]:
     return {"images": noise.to(getattr(torch, bands.kind))}
 
 
-@torch.no_grad()
-def _write(
-    module: nn.Module,
-    example: Mapping[str, Tensor],
-    folder: Path,
-    name: str,
-    form: str,
-    facts: Mapping[str, Any],
-) -> dict[str, Tensor]:
-    """Write a module with its facts; returns what it gives for the example, for the next one."""
+def _write(module: nn.Module, example: Mapping[str, Tensor], path: Path, facts: Mapping[str, Any]) -> None:
+    """Write a module with its facts."""
     module.requires_grad_(False)
-    batch = torch.export.Dim("batch")
-    shapes: dict[str, Any] = {key: {0: batch} for key in example}
-    if "images" in shapes:
-        shapes["images"] = {0: batch, 1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
-    path = folder / f"{name}{SUFFIXES[form]}"
+    dims = [torch.export.Dim(name) for name in ("batch", "height", "width")]
+    shapes = {key: dict(enumerate(dims if key == "images" else dims[:1])) for key in example}
     with _quiet():
         try:
             program = torch.export.export(module, (), dict(example), dynamic_shapes=shapes, strict=False)
-            text = json.dumps(facts)
-            if form == "torch":
-                torch.export.save(program, path, extra_files={FACTS_FILE: text})
+            if path.suffix == SUFFIXES["torch"]:
+                torch.export.save(program, path, extra_files={FACTS_FILE: json.dumps(facts)})
             else:
-                names: Any = program.call_spec.out_spec
-                graph = torch.onnx.export(program, dynamo=True, output_names=names.context, verbose=False)
-                assert graph is not None
-                graph.model.metadata_props[KEY] = text
+                outputs: Any = program.call_spec.out_spec
+                graph: Any = torch.onnx.export(
+                    program, dynamo=True, output_names=outputs.context, verbose=False
+                )
+                graph.model.metadata_props[KEY] = json.dumps(facts)
                 size = sum(value.nbytes for value in module.state_dict().values())
                 graph.save(path, external_data=size > _LARGEST_GRAPH)
         except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
             first = str(error.__cause__ or error).split("\n")[0]
-            raise ValueError(f"torch {torch.__version__} cannot export {name}: {first}") from error
+            raise ValueError(f"torch {torch.__version__} cannot export {path.stem}: {first}") from error
     print(f"written  {path.name}, {path.stat().st_size / 1e6:.1f} MB")
-    if not name.endswith("_encoder"):
-        return {}
-    inputs = {key: value.numpy() for key, value in example.items()}
-    return {key: torch.from_numpy(value) for key, value in open_exported(path).run(inputs).items()}
 
 
 @contextmanager
@@ -388,16 +375,16 @@ def _maps_of(model: Model, image: OpenedImage) -> Sequence[Tensor]:
     return maps
 
 
-def _verified_maps(ours: Sequence[Sequence[Tensor]], images: Sequence[OpenedImage], path: Path) -> list[str]:
+def _verified_maps(model: Model, images: Sequence[OpenedImage], path: Path) -> list[str]:
     """A line, printed, about how far the maps of an exported backbone are from ours.
 
     Raises ValueError where that is more than FEATURES.
     """
     file = open_exported(path)
     largest = 0.0
-    for our_maps, image in zip(ours, images, strict=True):
+    for image in images:
         their_maps = file.run({"images": image.pixels[None]}).values()
-        for our_map, their_map in zip(our_maps, their_maps, strict=True):
+        for our_map, their_map in zip(_maps_of(model, image), their_maps, strict=True):
             difference = (torch.from_numpy(their_map) - our_map).norm() / our_map.norm()
             largest = max(largest, float(difference))
     line = f"features: relative difference {largest:.1e} on {len(images)} pictures"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,21 +20,17 @@ def quantise(path: Path, pictures: Sequence[npt.NDArray[np.uint8]]) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Pictures(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left: Iterator[npt.NDArray[np.uint8]] = iter(pictures)
+        left = iter(pictures)
 
         def get_next(self) -> dict[str, Any] | None:
-            picture = next(self.left, None)
-            return None if picture is None else {"images": picture[None]}
+            return next(({"images": picture[None]} for picture in self.left), None)
 
     graph = onnx.load(path)
     facts = {entry.key: entry.value for entry in graph.metadata_props}
     weights = {tensor.name for tensor in graph.graph.initializer}
     kinds = ["Conv", "MatMul", "Gemm"]
-    left_out = []
-    for node in graph.graph.node:
-        if node.op_type in kinds and not weights.intersection(node.input):
-            left_out.append(node.name)
+    products = [node for node in graph.graph.node if node.op_type in kinds]
+    left_out = [node.name for node in products if weights.isdisjoint(node.input)]
     with TemporaryDirectory(dir=path.parent) as folder:
         result = Path(folder) / path.name
         quantize_static(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from visft_ds.files import reading
 from visft_ds.interop import transformers_names
@@ -103,7 +102,8 @@ class Vlm:
             known = tensor.read()
             dtypes = (known.dtype, present[name].dtype, torch.float16)
             limit = 4 * max(torch.finfo(dtype).eps for dtype in dtypes)
-            difference = _relative(present[name], known)
+            error = present[name].cpu().float() - known.float()
+            difference = float(error.norm() / known.float().norm().clamp(min=1e-12))
             if difference > limit:
                 raise ValueError(
                     f"{name} of this model's tower differs by {difference:.2g} from the base of the run: the "
@@ -119,11 +119,6 @@ class Vlm:
         present = self.tower.state_dict()
         for name, tensor in tower.items():
             present[name].copy_(tensor.read())
-
-
-def _relative(value: Tensor, known: Tensor) -> float:
-    difference = (value.cpu().float() - known.float()).norm()
-    return float(difference / known.float().norm().clamp(min=1e-12))
 
 
 def open_vlm(folder: Path) -> Vlm:
