@@ -95,11 +95,10 @@ class HeadFile:
         """
         task = self.info.task
         kind = self.info.options.get("type")
-        remedy = (
-            f"; its head is of type {kind}: give the settings of the run that trained it, such as "
-            f"--set visft.tasks.{task}.head.type={kind}"
-        )
-        remedy = "" if kind is None else remedy
+        remedy = ""
+        if kind is not None:
+            remedy = f"; its head is of type {kind}: give the settings of the run that trained it, such as "
+            remedy += f"--set visft.tasks.{task}.head.type={kind}"
         fitted(self.tensors, head.state_dict(), behind=(), what=f"the {task} head", remedy=remedy)
         return self
 
@@ -158,9 +157,7 @@ def open_head(source: str | Path, task: str) -> HeadFile:
         from visft_ds.interop.published import published_head  # knows the names of all heads, and adapters
 
         shapes, options, tensors, layers = published_head(task, file)
-        extra: dict[str, Any] = {"format": "visft"}
-        if layers:
-            extra["layers"] = list(layers)
+        extra = {"format": "visft", **({"layers": list(layers)} if layers else {})}
         return HeadFile(HeadInfo(task, shapes, options, extra=extra), tensors)
     with reading(file.path, "a head of visft_ds"):
         stored = json.loads(description)
@@ -184,16 +181,16 @@ def read_elsewhere(info: HeadInfo, layers: Sequence[int], bands: Bands | None) -
     it can.
     """
     seen = Bands.of(info.extra.get("bands"))
+    trained_on = info.extra.get("layers", [])
     if seen != bands:
         here = in_words(bands)
         if here == in_words(seen):
             here += " with other means"
         return f"the {info.task} head was trained on {in_words(seen)}, and the backbone reads {here}"
-    trained_on = info.extra.get("layers", [])
-    if trained_on == list(layers):
-        return None
-    read = f"the backbone is read after {_blocks(layers)}"
-    return f"the {info.task} head was trained on {_blocks(trained_on)}, and {read}"
+    if trained_on != list(layers):
+        there = f"the {info.task} head was trained on {_blocks(trained_on)}"
+        return f"{there}, and the backbone is read after {_blocks(layers)}"
+    return None
 
 
 def _blocks(numbers: Sequence[int]) -> str:
@@ -221,15 +218,13 @@ def classes_of_heads(heads: Mapping[str, HeadInfo]) -> dict[str, tuple[int, ...]
 
     Raises ValueError for a head whose classes nobody knows.
     """
-    own: dict[str, tuple[int, ...]] = {}
+    own = {}
     for task, info in heads.items():
         if not config_class(task).has_classes:
             continue
         if not info.categories:
             check_unnamed(task, info.options)
-            continue
-        classes = classes_of(task, info.options, info.names())
-        if classes is not None:
+        elif classes := classes_of(task, info.options, info.names()):
             own[task] = classes
     return own
 
@@ -247,23 +242,20 @@ def check_heads(
     """
     where = "the training data"
     check_categories(heads, categories, where, "Start new heads with stage 1 on this data")
-    if categories:
-        for task, theirs in classes_of_heads(heads).items():
-            if theirs != classes.get(task):
-                of_task = categories_for(config_class(task).labels, categories)
-                raise ValueError(_other_classes(heads[task], of_task))
+    of_heads = classes_of_heads(heads) if categories else {}
+    for task, theirs in of_heads.items():
+        if theirs == classes.get(task):
+            continue
+        ids = {category.coco_id for category in categories_for(config_class(task).labels, categories)}
+        lacking = [f"{id_} {name!r}" for id_, name in heads[task].names().items() if id_ not in ids]
+        number = heads[task].options["num_classes"]
+        remedy = f"give visft.tasks.{task}.head.num_classes={number}"
+        if lacking:
+            remedy = f"{where} lacks {examples(lacking)}: list them in its instances file"
+        raise ValueError(
+            f"the {task} head has {number} classes, one for each category it was trained on; {remedy}"
+        )
     check_vocabulary(heads, vocabulary, where)
-
-
-def _other_classes(info: HeadInfo, categories: Sequence[Category]) -> str:
-    """A message about a head with other classes than a run on these categories has."""
-    ids = {category.coco_id for category in categories}
-    lacking = [f"{id_} {name!r}" for id_, name in info.names().items() if id_ not in ids]
-    number = info.options["num_classes"]
-    remedy = f"give visft.tasks.{info.task}.head.num_classes={number}"
-    if lacking:
-        remedy = f"the training data lacks {examples(lacking)}: list them in its instances file"
-    return f"the {info.task} head has {number} classes, one for each category it was trained on; {remedy}"
 
 
 def check_vocabulary(infos: Mapping[str, HeadInfo], vocabulary: Vocabulary | None, where: str) -> None:

@@ -51,11 +51,9 @@ def published_name(kind: str, name: str) -> str:
         if not ours.endswith("."):  # a whole name
             pattern += "$"
         match = re.match(pattern, name)
-        if match is None:
-            continue
-        if match.groups():
-            theirs = theirs.replace("{n}", match[1])
-        return prefix + theirs + name[match.end() :]
+        if match is not None:
+            number = "".join(match.groups())
+            return prefix + theirs.replace("{n}", number) + name[match.end() :]
     raise AssertionError(f"{kind} parameter {name} has no published name")
 
 
@@ -72,10 +70,8 @@ def published_head(
     shapes: Sequence[tuple[int, int]]
     layers: tuple[int, ...] = ()
     with reading(file.path, f"a {task} head of ViSFT or PMT"), shapes_alone():
-        pmt = None
-        if task == "segmentation":
-            pmt = options_of_pmt({name: tensor.shape for name, tensor in file.items()})
-        if pmt is not None:
+        pmt = options_of_pmt({name: tensor.shape for name, tensor in file.items()})
+        if task == "segmentation" and pmt is not None:
             kind = "pmt"
             shapes, options, layers = pmt
         else:
@@ -124,11 +120,8 @@ def read_visft_lora(path: Path) -> Adapter:
     one.
     """
     file = open_weights(path)
-    tensors = {}
-    for name in file:
-        match = re.search(r"(?:^|\.)(blocks\.\d+\.attn\.qkv\.lora_[AB])$", name)
-        if match is not None:
-            tensors[match[1]] = file.tensor(name, torch.float32)
+    matches = {name: re.search(r"(?:^|\.)(blocks\.\d+\.attn\.qkv\.lora_[AB])$", name) for name in file}
+    tensors = {match[1]: file.tensor(name, torch.float32) for name, match in matches.items() if match}
     if "blocks.0.attn.qkv.lora_A" not in tensors:
         raise ValueError(f"{path}: no LoRA of ViSFT, which is on q and v; it has {examples(file)}")
     with reading(path, "a LoRA of ViSFT"):
