@@ -63,7 +63,9 @@ def test_a_tower_in_blip2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert vlm([str(tmp_path / "blip2"), *words, "--out", str(tmp_path / "new")]) == 0
     printed = capsys.readouterr()
     assert "2 blocks of vision; reads all tokens, by its own post_layernorm of block 1" in printed.out
-    assert "training read block 2, this model reads block 1; what block 2 learnt is lost" in printed.err
+    assert (
+        "training read block 2, this model reads block 1; what blocks behind 1 learnt is lost" in printed.err
+    )
     assert "visft.model.out_indices=[1]" in printed.err
 
     swapped = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "new").float().eval()

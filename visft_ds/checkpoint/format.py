@@ -94,7 +94,7 @@ def save_checkpoint(
     """
     final = checkpoint_path(folder, step)
     temporary = final.with_suffix(".tmp")
-    moments = {}
+    moments: dict[str, Tensor] = {}
     for key, by_name in state.moments.items():
         moments |= {f"{key}/{name}": tensor for name, tensor in by_name.items()}
     remedy = "Earlier checkpoints are untouched; the same command goes on from the newest"

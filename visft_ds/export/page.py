@@ -15,11 +15,8 @@ NO_BOXES = "--web shows boxes: export detection or segmentation with --format on
 
 def write_page(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the page for the first file that finds boxes."""
-    for name, of_file in facts.items():
-        if of_file["task"] in ("detection", "segmentation") and (folder / f"{name}.onnx").exists():
-            names = [category["name"] for category in of_file["categories"]]
-            page = (files("visft_ds.export") / "page.html").read_text(encoding="utf-8")
-            filled = page.replace("MODEL_FILE", f"{name}.onnx").replace("CATEGORIES", json.dumps(names))
-            write_text(folder / "index.html", filled)
-            return
-    raise AssertionError(facts.keys())
+    name = next(name for name, of_file in facts.items() if of_file["task"] in ("detection", "segmentation"))
+    names = [category["name"] for category in facts[name]["categories"]]
+    page = (files("visft_ds.export") / "page.html").read_text(encoding="utf-8")
+    filled = page.replace("MODEL_FILE", f"{name}.onnx").replace("CATEGORIES", json.dumps(names))
+    write_text(folder / "index.html", filled)

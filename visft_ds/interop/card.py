@@ -5,7 +5,7 @@ It holds hashes, settings and numbers of whole evaluations, never folders or nam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from visft_ds.interop.adapter import Adapter
@@ -86,7 +86,7 @@ def card(
     backbone: Backbone,
     adapter: Adapter | None,
     base: str | None,
-    facts: Mapping[str, str] | None = None,
+    facts: dict[str, str] | None = None,
     measured: Sequence[EvalResult] = (),
 ) -> str:
     """The text.
@@ -115,13 +115,11 @@ def card(
         "base weights": base or "a file that has no name on a hub",
     }
     if adapter is not None:
-        rows |= {
-            "adapter": adapter.describe(),
-            "fingerprint of the base weights": adapter.base or "not recorded",
-        }
+        rows["adapter"] = adapter.describe()
+        rows["fingerprint of the base weights"] = adapter.base or "not recorded"
         if adapter.step is not None:
             rows["steps"] = str(adapter.step)
-    rows |= dict(facts or {})
+    rows |= facts or {}
     for result in measured:
         name = f"{result.metric_type} ({result.dataset_split}, {result.dataset_name})"
         rows[name] = f"{result.metric_value:.4f}"
@@ -143,7 +141,9 @@ def card(
         reading = f"\n\nIt was trained on what {read} give, and only these may be read: `{backbone.pruning}`."
     unmerged = ""
     on_qkv = adapter is not None and any(layer.endswith(".qkv") for layer in adapter.layers)
-    if form == "peft" and on_qkv and _passes_by(backbone):
+    # timm's model then reads the weight of a fused qkv past its layer, to add q_bias and v_bias.
+    has_biases = any(getattr(module, "q_bias", None) is not None for module in backbone.modules())
+    if form == "peft" and on_qkv and has_biases:
         unmerged = _UNMERGED.replace("{model}", model)
     load = FORMATS[form].snippet.replace("{model}", model)
     if bands is not None:  # the base is widened as the adapter's was
@@ -153,24 +153,14 @@ def card(
         )
     if form == "transformers" and not isinstance(backbone, TimmBackbone):
         load = _IN_BLIP2
-    lines = []
-    for cells in rows.items():
-        name, value = (cell.replace("|", r"\|") for cell in cells)
-        lines.append(f"| {name} | {value} |")
+    cells = {name.replace("|", r"\|"): value.replace("|", r"\|") for name, value in rows.items()}
     return _TEXT.format(
         front=front.to_yaml().strip(),
         title=title,
         what=_ADAPTER if is_adapter else f"Full weights for {form} from {_METHOD}.",
-        facts="\n".join(lines),
+        facts="\n".join(f"| {name} | {value} |" for name, value in cells.items()),
         load=load,
         unmerged=unmerged,
         reading=reading,
         cell=backbone.patch_size,
     )
-
-
-def _passes_by(backbone: Backbone) -> bool:
-    """Return True if timm's model reads the weight of a fused qkv past its layer, to add q_bias, v_bias."""
-    if not isinstance(backbone, TimmBackbone):
-        return True
-    return any(getattr(module, "q_bias", None) is not None for module in backbone.modules())

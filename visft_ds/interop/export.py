@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -349,19 +349,15 @@ def for_transformers(adapter: Adapter, file: Weights, backbone: Backbone) -> Ada
     return replace(adapter, model=None, targets=(), layers=layers, tensors=tensors)
 
 
-class Difference(NamedTuple):
-    """|computed - ours| / |ours| on two images of seeded noise, the largest one of the maps there are."""
-
-    result: float
-    in_layers: float = 0.0  #: by layers of PEFT that are not merged
-    effect: float = math.inf  #: of these on the base
-
-
 @torch.no_grad()
 def difference(
     form: str, folder: Path, file: Weights, model: Mapping[str, Any], adapter: Adapter | None
-) -> Difference:
-    """Outputs of a library, compared with base + adapter of ours; one model is in memory at a time."""
+) -> tuple[float, float]:
+    """|computed - ours| / |ours| by the library of a format, and by layers of PEFT that are not merged (0 for
+    other formats): on two images of seeded noise, the largest one of the maps there are.
+
+    Ours is base + adapter. One model is in memory at a time.
+    """
     tower: Backbone = layouts.load_backbone(file.path, model).eval()
     side = tower.image_size
     shape = (2, len(tower.pixel_mean), side, side)
@@ -372,7 +368,7 @@ def difference(
     del tower
     empty = layouts.built(model, "meta")
     if form not in ADAPTERS:
-        return Difference(_largest(_maps_of(by_library(form, folder), empty)(images), expected))
+        return _largest(_maps_of(by_library(form, folder), empty)(images), expected), 0.0
     from peft import PeftModel
 
     trunk = _of_base(form, file, empty)
@@ -380,12 +376,9 @@ def difference(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT calls
         wrapped = PeftModel.from_pretrained(trunk, folder).eval()
-    with wrapped.disable_adapter():
-        plain = maps_of(images)
-    in_layers = maps_of(images)
+    in_layers = _largest(maps_of(images), expected)
     wrapped.merge_and_unload()
-    merged = maps_of(images)
-    return Difference(_largest(merged, expected), _largest(in_layers, expected), _largest(in_layers, plain))
+    return _largest(maps_of(images), expected), in_layers
 
 
 def _largest(maps: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -61,12 +61,11 @@ def _warn_of_blocks(vlm: Vlm, backbone: Backbone) -> None:
     read = max(backbone.layers_read, default=len(backbone.ends()) - 1)
     if read == vlm.block:
         return
-    lost = f"what blocks {vlm.block + 1} to {read} learnt is lost" if read > vlm.block else ""
-    if read == vlm.block + 1:
-        lost = f"what block {read} learnt is lost"
     text = f"training read block {read}, this model reads block {vlm.block}"
+    if read > vlm.block:
+        text += f"; what blocks behind {vlm.block} learnt is lost"
     how = f"train with --set 'visft.model.out_indices=[{vlm.block}]'"
-    print(f"warning: {'; '.join(filter(None, [text, lost, how]))}", file=sys.stderr)
+    print(f"warning: {text}; {how}", file=sys.stderr)
 
 
 def _write(vlm: Vlm, source: Path, out: Path) -> None:
