@@ -25,7 +25,7 @@ from visft_ds.data.transforms import Crop, Pad, Resize
 from visft_ds.export import answers, cli, command
 from visft_ds.export.answers import Picture
 from visft_ds.export.graph import Answer, Frame, FrameMap, levels_of, resized, resized_levels
-from visft_ds.export.verify import Choices, Difference
+from visft_ds.export.verify import Difference
 from visft_ds.ops.deform_attn import gathered
 from visft_ds.predict import exported
 from visft_ds.predict.exported import results_of_outputs
@@ -296,14 +296,14 @@ def test_a_query_that_looks_at_other_cells_by_rounding_alone_is_followed() -> No
             return [head(maps).masks[-1]]
 
     fake: Any = Fake()
-    same, other = Choices(), Choices()
-    own: Any = same.predict(fake, IMAGE, attended.numpy())
+    same, other = Difference("segmentation"), Difference("segmentation")
+    own: Any = same.follow(fake, IMAGE, attended.numpy())
     assert torch.equal(own, fake.predict_opened((), 0.0)[0])
-    assert (same.others, same.cells, same.problems()) == (0, 2 * 3 * 48, [])
+    assert (same.choices, same.cells, same.problems()) == (0, 2 * 3 * 48, [])
     turned = attended.clone()
     turned[0, 0, 1, 20] ^= True
-    moved: Any = other.predict(fake, IMAGE, turned.numpy())
-    assert other.others == 1 and not torch.equal(own, moved)
+    moved: Any = other.follow(fake, IMAGE, turned.numpy())
+    assert other.choices == 1 and not torch.equal(own, moved)
     assert "other cells" in other.problems()[0]
     other.farthest = 1e-5
     assert other.problems() == []

@@ -28,7 +28,7 @@ from visft_ds.evaluation import measure
 from visft_ds.export.graph import Features, Frame, Maps, merged_adapters, modules_of
 from visft_ds.export.page import NO_BOXES, write_page
 from visft_ds.export.readme import readme
-from visft_ds.export.verify import FEATURES, Choices, Difference
+from visft_ds.export.verify import FEATURES, Difference
 from visft_ds.files import reading, write_text
 from visft_ds.model import normalise_pixels
 from visft_ds.predict.exported import FACTS_FILE, FORMAT, KEY, SUFFIXES, ExportedModel, open_exported
@@ -308,12 +308,11 @@ def _classes(model: Model, task: str, stream: Stream) -> dict[str, Any]:
         return {"words": list(vocabulary.ids), "max_length": length}
     number = info.options["num_classes"]
     usual = getattr(TASKS[task], "categories", range(number))[:number]
-    categories: list[dict[str, Any]] = []
-    for id_ in stream.classes.get(task, usual):
-        category: dict[str, Any] = {"id": id_, "name": category_name(id_, model.categories)}
-        if task == "panoptic":
-            category["isthing"] = int(id_ not in model.stuff)
-        categories.append(category)
+    ids = stream.classes.get(task, usual)
+    categories = [{"id": id_, "name": category_name(id_, model.categories)} for id_ in ids]
+    if task == "panoptic":
+        for category in categories:
+            category["isthing"] = int(category["id"] not in model.stuff)
     return {"categories": categories, "max_detections": info.options.get("max_detections")}
 
 
@@ -401,27 +400,23 @@ def _verified(
     """
     ours = {}
     theirs = {}
-    choices = Choices()
-    differences = [Difference(task) for task in model.tasks]
+    differences = {task: Difference(task) for task in model.tasks}
     for number, image in images.items():
         (their,) = exported.predict_opened([image], 0.0)
         attended = exported.outputs.get("segmentation", {}).get("attended")
         if attended is None:
             (our,) = model.predict_opened([image], 0.0)
         else:
-            our = choices.predict(model, image, attended)
-        for difference in differences:
+            our = differences["segmentation"].follow(model, image, attended)
+        for difference in differences.values():
             difference.add(replace(our), replace(their))  # copies: masks they decode go with them
         ours[number] = our
         theirs[number] = their
     seen = "pictures" if model.tiles_of_training() is None else "tiles"
-    lines = [
-        f"{difference.task}: {difference.describe()} on {len(ours)} {seen}" for difference in differences
-    ]
-    if choices.cells:
-        lines.append(choices.describe())
-    problems = choices.problems()
-    for difference in differences:
+    lines = []
+    problems = []
+    for task, difference in differences.items():
+        lines.append(f"{task}: {difference.describe()} on {len(ours)} {seen}")
         problems += difference.problems()
     return ours, theirs, _print_lines(lines, problems)
 

@@ -37,54 +37,6 @@ CHOICES = 1e-4
 _NEVER = 1e9  #: cost of a pair of two categories
 
 
-class Choices:
-    """Cells that the queries of an exported Mask2Former looked at, beside those that ours would.
-
-    A query looks where its mask has a probability of at least one half. Rounding may move a cell to the other
-    side, and then all that follows differs by more than rounding. So our prediction looks at the export's
-    cells, and these may be others than ours only where a logit is almost 0.
-    """
-
-    def __init__(self) -> None:
-        self.cells = 0  #: compared, over all pictures, layers and queries
-        self.others = 0  #: of which only one side looked at
-        self.farthest = 0.0  #: largest logit of these, as a share of the largest of its picture
-
-    def predict(self, model: Model, image: OpenedImage, attended: npt.NDArray[np.bool_]) -> Prediction:
-        """Our prediction for an image, with the export's cells (1, layers, Q, S)."""
-        layers = iter(torch.from_numpy(attended).unbind(1))
-
-        def choose(masks: Tensor, covered: Tensor) -> Tensor:
-            theirs = next(layers)
-            is_other = theirs != covered
-            logits = masks.flatten(2).abs()
-            self.cells += is_other.numel()
-            self.others += int(is_other.sum())
-            if is_other.any():
-                self.farthest = max(self.farthest, float(logits[is_other].max() / logits.max()))
-            return theirs
-
-        with choosing(model.head("segmentation"), choose):
-            (prediction,) = model.predict_opened([image], 0.0)
-        return prediction
-
-    def problems(self) -> list[str]:
-        """Sentences about what is beyond the limits."""
-        if self.farthest <= CHOICES:
-            return []
-        return [
-            f"segmentation: queries look at other cells, {self.farthest:.2g} of the largest logit from the "
-            f"threshold (limit {CHOICES:g})"
-        ]
-
-    def describe(self) -> str:
-        """The numbers in a line."""
-        text = f"segmentation: queries look at {self.others:,} other cells of {self.cells:,}"
-        if self.others:
-            text += f", at most {self.farthest:.0e} of the largest logit from the threshold"
-        return text
-
-
 @dataclass
 class Difference:
     """The largest differences of a task on some pictures."""
@@ -100,6 +52,9 @@ class Difference:
     pixels: int = 0  #: of all masks or class maps that differ
     borders: int = 0  #: pairs of neighbouring pixels of which one is inside, or has another class
     other: str = ""  #: what cannot be compared at all, of the first such picture
+    cells: int = 0  #: that queries of a Mask2Former could look at, compared
+    choices: int = 0  #: of which only one side looked at
+    farthest: float = 0.0  #: largest logit of these, as a share of the largest of its picture
 
     def problems(self) -> list[str]:
         """Sentences about what is beyond the limits."""
@@ -115,6 +70,8 @@ class Difference:
             problems.append(f"depths differ by {self.depths:.2%} of the largest (limit {DEPTHS:.1%})")
         if self.pixels > max(1, BORDERS * self.borders):  # one is within rounding, however few there are
             problems.append(f"{self._pixels()} (limit {BORDERS:.0%})")
+        if self.farthest > CHOICES:
+            problems.append(f"{self._choices()} (limit {CHOICES:g})")
         return [f"{self.task}: {problem}" for problem in problems]
 
     def describe(self) -> str:
@@ -133,10 +90,41 @@ class Difference:
         if self.beyond:
             text += f" ({self.beyond} beyond {BOXES:g})"
         text += f", scores {self.scores:.1e}"
-        return f"{text}, {self._pixels()}" if self.borders else text
+        if self.borders:
+            text += f", {self._pixels()}"
+        return f"{text}, {self._choices()}" if self.cells else text
 
     def _pixels(self) -> str:
         return f"{self.pixels:,} pixels differ of {self.borders:,} at borders"
+
+    def _choices(self) -> str:
+        text = f"queries look at {self.choices:,} other cells of {self.cells:,}"
+        return (
+            f"{text}, {self.farthest:.0e} of the largest logit from the threshold" if self.choices else text
+        )
+
+    def follow(self, model: Model, image: OpenedImage, attended: npt.NDArray[np.bool_]) -> Prediction:
+        """Our prediction with the cells (1, layers, Q, S) that an exported Mask2Former looked at.
+
+        A query looks where its mask has a probability of at least one half. Rounding may move a cell to the
+        other side, and then all that follows differs by more than rounding. So our prediction looks at the
+        export's cells, and these may be others than ours only where a logit is almost 0.
+        """
+        layers = iter(torch.from_numpy(attended).unbind(1))
+
+        def choose(masks: Tensor, covered: Tensor) -> Tensor:
+            theirs = next(layers)
+            is_other = theirs != covered
+            logits = masks.flatten(2).abs()
+            self.cells += is_other.numel()
+            self.choices += int(is_other.sum())
+            if is_other.any():
+                self.farthest = max(self.farthest, float(logits[is_other].max() / logits.max()))
+            return theirs
+
+        with choosing(model.head("segmentation"), choose):
+            (prediction,) = model.predict_opened([image], 0.0)
+        return prediction
 
     def add(self, ours: Prediction, theirs: Prediction) -> None:
         """Count a picture in."""

@@ -50,10 +50,8 @@ def published_name(kind: str, name: str) -> str:
         pattern = re.escape(ours).replace(r"\{n\}", r"(\d+)")
         if not ours.endswith("."):  # a whole name
             pattern += "$"
-        match = re.match(pattern, name)
-        if match is not None:
-            number = "".join(match.groups())
-            return prefix + theirs.replace("{n}", number) + name[match.end() :]
+        if re.match(pattern, name):
+            return prefix + re.sub(f"^{pattern}", theirs.replace("{n}", r"\1"), name)
     raise AssertionError(f"{kind} parameter {name} has no published name")
 
 
