@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,18 +36,17 @@ Exit status: 0 written, 2 it computes something else than the model (nothing is 
 """
 #: Flags that weights do not take.
 _OF_WHOLE_MODELS = (
-    *("tasks", "heads", "vocabulary", "picture_size", "images", "half", "int8", "allow_loss", "web"),
+    *("tasks", "heads", "vocabulary", "picture-size", "images", "half", "int8", "allow-loss", "web"),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     flags = _parser().parse_args(arguments)
-    first = vars(flags).pop("first")
     try:
-        if first is not None and flags.run is not None:
-            raise ValueError(f"two runs: {first} and --run {flags.run}; export them one by one")
-        flags.run = flags.run or first
+        if flags.first is not None and flags.run is not None:
+            raise ValueError(f"two runs: {flags.first} and --run {flags.run}; export them one by one")
+        flags.run = flags.run or flags.first
         if flags.run is not None:
             check_exists(flags.run)
         if flags.format in FORMATS:
@@ -69,9 +69,8 @@ def _export_weights(flags: argparse.Namespace) -> None:
     Raises ValueError as `merge_files`, and for flags of whole models.
     """
     form = flags.format
-    for name in _OF_WHOLE_MODELS:
-        if getattr(flags, name):
-            flag = name.replace("_", "-")
+    for flag in _OF_WHOLE_MODELS:
+        if getattr(flags, flag.replace("-", "_")):
             raise ValueError(f"--{flag} is of whole models: --format {form} writes the backbone alone")
     if flags.out.suffix == ".safetensors":
         raise ValueError(f"--out {flags.out}: give a folder; visft merge writes such a file")
@@ -105,19 +104,16 @@ def _check_whole_model(flags: argparse.Namespace) -> None:
 
 def picture_size(text: str) -> tuple[int, int]:
     """(height, width) of HEIGHTxWIDTH."""
-    sides = text.split("x")
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+    sides = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", text, re.ASCII)
+    if sides is None:
         raise argparse.ArgumentTypeError(f"{text} is not allowed: give HEIGHTxWIDTH, such as 480x640")
-    height, width = sides
-    return int(height), int(width)
+    return int(sides[1]), int(sides[2])
 
 
 def pictures_to_verify(text: str) -> int | None:
     """Number of pictures; 0: none; None: all."""
-    if text == "none":
-        return 0
-    if text == "all":
-        return None
+    if text in ("none", "all"):
+        return 0 if text == "none" else None
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not allowed: give a number from 1, all, or none")
     return int(text)
@@ -139,10 +135,8 @@ def _parser() -> Parser:
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="dtype of weights for another library (fp32)")
     shape = "shape of the pictures, where evaluation depends on it (default: of most validation pictures)"
     add("--picture-size", type=picture_size, metavar="HxW", help=shape)
-    verify = (
-        "pictures that predictions must be equal on (%(default)s), or all, with metrics of both; weights "
-    )
-    verify += "are loaded by their library and compared on noise, or with none not at all"
+    verify = "pictures that predictions must be equal on (%(default)s), or all, with metrics of both; "
+    verify += "weights are loaded by their library and compared on noise, or with none not at all"
     add("--verify", type=pictures_to_verify, default=16, metavar="N|all|none", help=verify)
     images = "pictures to compare instead of the run's validation split"
     add("--images", nargs="+", metavar="IMAGE|FOLDER|PATTERN", help=images)

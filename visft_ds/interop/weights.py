@@ -86,18 +86,14 @@ class Weights(dict[str, Lazy]):
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor in memory of its own, cast. Raises ValueError for values that are not finite then."""
         value = self[name].read()
-        dtype = dtype or value.dtype
-        result = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        result = value.to(dtype or value.dtype, copy=True, memory_format=torch.contiguous_format)
         return finite(result, f"{self.path}: {name}")
 
 
 def finite(value: Tensor, what: str) -> Tensor:
     """The tensor itself. Raises ValueError for NaN and infinity in it, which are found without a copy."""
-    if (
-        value.is_floating_point()
-        and value.numel()
-        and not torch.stack(value.detach().aminmax()).isfinite().all()
-    ):
+    may_be_wrong = value.is_floating_point() and value.numel()
+    if may_be_wrong and not torch.stack(value.detach().aminmax()).isfinite().all():
         raise ValueError(f"{what} holds NaN or infinity, or does not fit into {value.dtype}")
     return value
 
@@ -182,9 +178,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping
 
     The header gains `format`, which transformers and PEFT ask for, and our version.
     """
-    pieces = safetensors_pieces(tensors, {"visft_ds": __version__, **metadata})
     with writing(path) as file:
-        file.writelines(pieces)
+        file.writelines(safetensors_pieces(tensors, {"visft_ds": __version__, **metadata}))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -203,20 +198,15 @@ def safetensors_pieces(
     end = 0
     for name in order:
         tensor = tensors[name]
-        start = end
-        end += math.prod(tensor.shape) * tensor.dtype.itemsize
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        offsets = [end, end + math.prod(tensor.shape) * tensor.dtype.itemsize]
+        end = offsets[1]
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
     yield struct.pack("<Q", len(text))
     yield text
     for name in order:
         value = tensors[name].read().detach().cpu().contiguous()
-        assert tuple(value.shape) == tensors[name].shape, name
-        assert value.dtype == tensors[name].dtype, name
+        assert (tuple(value.shape), value.dtype) == (tensors[name].shape, tensors[name].dtype), name
         # One element that was expanded counts as contiguous with any stride; a view as bytes needs 1.
         yield value.as_strided((value.numel(),), (1,)).view(torch.uint8).numpy().data

@@ -70,15 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def vlm(arguments: Sequence[str] | None = None) -> int:
     """Run `visft vlm`; returns the exit status."""
-    parser = Parser(
-        prog=program("vlm"), description=VLM, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _parser_of_base("vlm", VLM)
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="folder of the vision-language model")
     add("run", type=Path, metavar="RUN", help="run, RUN/checkpoints/step_N, RUN/export or adapter folder")
-    add("--backbone", metavar="NAME|FILE", help="base weights (default: those of the run)")
-    add("--download", action="store_true", help=DOWNLOAD_HELP)
-    add("--scale", type=float, default=1.0, help="factor of the adapter's effect (%(default)s)")
     add("--out", type=Path, metavar="DIR", help="a new folder for the model (default: only check)")
     flags = parser.parse_args(arguments)
     flags.adapters = [flags.run]
@@ -93,33 +88,29 @@ def vlm(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog=program("merge"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = _parser_of_base("merge", USAGE)
+    add = parser.add_argument
+    adapters: dict[str, Any] = {"dest": "adapters", "type": Path, "action": "append", "default": []}
+    runs = "run, RUN/checkpoints/step_N or RUN/export; of several the mean"
+    add("runs", nargs="*", type=Path, metavar="RUN", help=runs)
+    add("--run", metavar="RUN", help="the same as a flag; repeatable", **adapters)
+    add("--adapter", metavar="PATH", help="adapter folder, also of PEFT, or ViSFT LoRA file", **adapters)
+    out = "NAME.safetensors: new weights; NAME: a new folder for the adapter alone"
+    add("--out", type=Path, required=True, metavar="PATH", help=out)
+    dtype = "dtype of the backbone written (%(default)s)"
+    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help=dtype)
+    verify = "load the result with timm, or PEFT, and keep it only if outputs equal base + adapter"
+    add("--verify", action="store_true", help=verify)
+    return parser
+
+
+def _parser_of_base(command: str, description: str) -> Parser:
+    """A parser with the flags of a base and of the adapter on it."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=program(command), description=description, formatter_class=layout)
     add = parser.add_argument
     add("--backbone", metavar="NAME|FILE", help="base weights (default: those of the run)")
     add("--download", action="store_true", help=DOWNLOAD_HELP)
-    several = "of several the mean"
-    adapters: dict[str, Any] = {"dest": "adapters", "type": Path, "action": "append", "default": []}
-    add(
-        "runs",
-        nargs="*",
-        type=Path,
-        metavar="RUN",
-        help=f"run, RUN/checkpoints/step_N or RUN/export; {several}",
-    )
-    add("--run", metavar="RUN", help="the same as a flag; repeatable", **adapters)
-    add("--adapter", metavar="PATH", help="adapter folder, also of PEFT, or ViSFT LoRA file", **adapters)
     add("--scale", type=float, default=1.0, help="factor of the adapter's effect (%(default)s)")
-    out = "NAME.safetensors: new weights; NAME: a new folder for the adapter alone"
-    add("--out", type=Path, required=True, metavar="PATH", help=out)
-    add(
-        "--dtype",
-        choices=("fp32", "fp16", "bf16"),
-        default="fp32",
-        help="dtype of the backbone written (%(default)s)",
-    )
-    verify = "load the result with timm, or PEFT, and keep it only if outputs equal base + adapter"
-    add("--verify", action="store_true", help=verify)
     return parser
