@@ -202,9 +202,8 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str], config: 
     with reading(checkpoint.path / STATE_FILE, "the state of a checkpoint of this release"):
         other = differences(recorded.pop(SETTINGS), config)
     for name in sorted(recorded.keys() | identity.keys()):
-        before, now = recorded.get(name), identity.get(name)
-        if before != now:
-            other.append(f"{name}: {before} -> {now}")
+        if recorded.get(name) != identity.get(name):
+            other.append(f"{name}: {recorded.get(name)} -> {identity.get(name)}")
     if other:
         lines = "".join(f"  {line}\n" for line in other)
         raise ValueError(

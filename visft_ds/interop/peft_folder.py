@@ -35,7 +35,7 @@ WEIGHTS = "adapter_model.safetensors"
 _HEADER = "visft_adapter"
 _MOST_BYTES = 1 << 24  #: of a configuration that is read
 _PREFIX = "base_model.model."
-_KEY = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
+_KEY = re.compile(re.escape(_PREFIX) + r"(.+\.lora_[AB])\.weight")
 _WAY_OUT = "let PEFT merge it (merge_and_unload), and give the merged weights as the base"
 #: Keys of LoraConfig (peft 0.21.2) that change no weight, whatever they say.
 _HARMLESS = {
@@ -149,12 +149,15 @@ def read_folder(folder: Path) -> Adapter:
         raise ValueError(
             f"{path} is missing; adapter_model.bin is a pickle and not read: let PEFT save it again"
         )
-    file = open_weights(path)
     with reading(path, "the weights of a plain LoRA of PEFT"):
+        file = _factors_in(path)
+        names = list(dict.fromkeys(name.rpartition(".")[0] for name in file))
         stored = None
         if _HEADER in file.metadata:
             stored = StoredAdapter.model_validate_json(file.metadata[_HEADER])
-        names = _names_in(file, stored)
+            if stored.slices.keys() != set(names):
+                raise ValueError(f"it has {examples(names)}, and its header says {examples(stored.slices)}")
+            names = [*stored.slices]  # in the order of the model
         ranks = _by_pattern("rank_pattern", config.rank_pattern, names, config.r)
         alphas = _by_pattern("alpha_pattern", config.alpha_pattern, names, config.lora_alpha)
         layers = {name: _layer_in(file, name, rank, stored) for name, rank in zip(names, ranks, strict=True)}
@@ -163,7 +166,8 @@ def read_folder(folder: Path) -> Adapter:
         tensors = {}
         for name, alpha in zip(names, alphas, strict=True):
             slices = layers[name][1]
-            a, b = _factors(file, name, slices)
+            a = file.tensor(f"{name}.lora_A", torch.float32)
+            b = _stacked(file.tensor(f"{name}.lora_B", torch.float32).flatten(1), name, slices)
             factor = config.scale(alpha, len(a)) / scale
             if not math.isclose(factor, 1, rel_tol=1e-12):
                 b *= factor
@@ -183,20 +187,16 @@ def read_folder(folder: Path) -> Adapter:
     )
 
 
-def _names_in(file: Weights, stored: StoredAdapter | None) -> list[str]:
-    """Adapted layers, in the order of the model if the header says it. Raises ValueError for others."""
+def _factors_in(path: Path) -> Weights:
+    """The tensors of a file under our names, none of them read. Raises ValueError for others in it."""
+    file = open_weights(path)
     foreign = [key for key in file if not _KEY.fullmatch(key)]
     if foreign:
         reason = "is no part of the LoRA of a linear layer or convolution"
         raise ValueError(f"{examples(foreign)} {reason}; {_WAY_OUT}")
-    names = dict.fromkeys(_KEY.sub(r"\1", key) for key in file)
-    if not names:
+    if not file:
         raise ValueError("it has no tensors")
-    if stored is None:
-        return [*names]
-    if stored.slices.keys() != names.keys():
-        raise ValueError(f"it has {examples(names)}, and its header says {examples(stored.slices)}")
-    return [*stored.slices]
+    return Weights({_KEY.sub(r"\1", key): tensor for key, tensor in file.items()}, path, file.metadata)
 
 
 def _layer_in(file: Weights, layer: str, rank: int, stored: StoredAdapter | None) -> tuple[int, Slices]:
@@ -204,8 +204,8 @@ def _layer_in(file: Weights, layer: str, rank: int, stored: StoredAdapter | None
 
     Raises ValueError for sizes that contradict the configuration or the header.
     """
-    a = file.get(f"{_PREFIX}{layer}.lora_A.weight")
-    b = file.get(f"{_PREFIX}{layer}.lora_B.weight")
+    a = file.get(f"{layer}.lora_A")
+    b = file.get(f"{layer}.lora_B")
     if a is None or b is None:
         raise ValueError(f"one of lora_A and lora_B of {examples([layer])} is missing")
     behind = (1, 1) if len(a.shape) == 4 else ()
@@ -224,17 +224,15 @@ def _layer_in(file: Weights, layer: str, rank: int, stored: StoredAdapter | None
     return rows, slices
 
 
-def _factors(file: Weights, layer: str, slices: Slices) -> tuple[Tensor, Tensor]:
-    """A, and B stacked slice by slice, of a layer; in fp32. Raises ValueError for a B beyond its slices."""
-    a = file.tensor(f"{_PREFIX}{layer}.lora_A.weight", torch.float32)
-    b = file.tensor(f"{_PREFIX}{layer}.lora_B.weight", torch.float32).flatten(1)
+def _stacked(b: Tensor, layer: str, slices: Slices) -> Tensor:
+    """B of a whole layer, stacked slice by slice. Raises ValueError for values beyond its slices."""
     columns = b.chunk(len(slices), dim=1)
     stacked = torch.cat([part[low:high] for part, (low, high) in zip(columns, slices, strict=True)])
     if not torch.equal(spread(stacked, slices, len(b)), b):
         raise ValueError(
             f"lora_B of {examples([layer])} is not 0 outside of the slices {slices} of its header"
         )
-    return a, stacked
+    return stacked
 
 
 def _with_rank(factor: Tensor, rank: int) -> Tensor:

@@ -62,9 +62,13 @@ def merge_files(flags: argparse.Namespace) -> None:
     with TemporaryDirectory(dir=flags.out.parent, prefix=f".{flags.out.name}.tmp-") as folder:
         stage = Path(folder) / "out"
         stage.mkdir()
+        facts: dict[str, str] = {}
         if flags.format in ADAPTERS:
             assert adapter is not None
-            facts = _write_adapter(flags, base, adapter, stage)
+            written = adapter
+            if flags.format == "peft_transformers":
+                written = export.for_transformers(adapter, base.file, base.backbone)
+            write_folder(written, stage, base.repository)
         else:
             facts = _write_weights(flags, base, adapter, stage)
         if flags.verify:
@@ -127,14 +131,6 @@ def _open_base(flags: argparse.Namespace, adapter: Adapter | None) -> Base:
     run = run_around(flags.adapters[0]) if flags.adapters else None
     fingerprint = layouts.fingerprint_of(backbone, path)
     return Base(path, file, model, backbone, fingerprint, repository_of(weights), run)
-
-
-def _write_adapter(flags: argparse.Namespace, base: Base, adapter: Adapter, stage: Path) -> dict[str, str]:
-    """Write an adapter alone into a folder; returns no facts of it."""
-    if flags.format == "peft_transformers":
-        adapter = export.for_transformers(adapter, base.file, base.backbone)
-    write_folder(adapter, stage, base.repository)
-    return {}
 
 
 def _write_weights(
