@@ -278,13 +278,9 @@ def _seen(images: Mapping[int, OpenedImage], tiles: Tiles | None) -> Mapping[int
 
 def _predicted(model: Model, images: Mapping[int, OpenedImage], tiles: Tiles | None) -> dict[int, Prediction]:
     """Predictions for whole pictures."""
-    predictions = {}
-    for number, image in images.items():
-        if tiles is None:
-            (predictions[number],) = model.predict_opened([image], 0.0)
-        else:
-            predictions[number] = model.predict_tiles(image, tiles, 0.0, 1)
-    return predictions
+    if tiles is None:
+        return {number: model.predict_opened([image], 0.0)[0] for number, image in images.items()}
+    return {number: model.predict_tiles(image, tiles, 0.0, 1) for number, image in images.items()}
 
 
 def _check_windows(task: str, stream: Stream) -> None:
@@ -380,12 +376,12 @@ def _verified_maps(model: Model, images: Sequence[OpenedImage], path: Path) -> l
     Raises ValueError where that is more than FEATURES.
     """
     file = open_exported(path)
-    largest = 0.0
+    differences = []
     for image in images:
         their_maps = file.run({"images": image.pixels[None]}).values()
         for our_map, their_map in zip(_maps_of(model, image), their_maps, strict=True):
-            difference = (torch.from_numpy(their_map) - our_map).norm() / our_map.norm()
-            largest = max(largest, float(difference))
+            differences.append(float((torch.from_numpy(their_map) - our_map).norm() / our_map.norm()))
+    largest = max(differences)
     line = f"features: relative difference {largest:.1e} on {len(images)} pictures"
     problem = f"features differ by {largest:.2g} of ours (limit {FEATURES:g})"
     return _print_lines([line], [problem] if largest > FEATURES else [])

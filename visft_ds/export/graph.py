@@ -92,9 +92,8 @@ class Maps(nn.Module):
         else:
             levels = resized_levels(levels_of(values, self.backbone.bands), self.frame.size)
         normalised = (levels - self.mean) / self.std
-        below = self.frame.padded[0] - height
-        right = self.frame.padded[1] - width
-        pixels = F.pad(normalised, (0, right, 0, below))
+        whole_height, whole_width = self.frame.padded
+        pixels = F.pad(normalised, (0, whole_width - width, 0, whole_height - height))
         if self.half_precision:
             pixels = pixels.half()
         tensors = [at_least_float32(tensor) for tensor in self.backbone(pixels, prefixes=True)]
@@ -117,10 +116,9 @@ class Features(nn.Module):
     def __init__(self, maps: Maps) -> None:
         super().__init__()
         self.maps = maps
-        numbers = maps.backbone.layers_read
         self.names = ["features"]
         if len(maps.backbone.shapes) > 1:
-            self.names = [f"map_{number}" for number in numbers]
+            self.names = [f"map_{number}" for number in maps.backbone.layers_read]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.maps(images)
@@ -205,11 +203,9 @@ class CaptionStep(nn.Module):
 @contextmanager
 def merged_adapters(backbone: Backbone) -> Iterator[None]:
     """Have the updates of adapted linear layers in their weights: a graph has one product for each."""
-    adapted = {}
-    for name, layer in lora_layers(backbone).items():
-        if not isinstance(layer, LoRALinear):
-            continue
-        adapted[name] = layer
+    layers = lora_layers(backbone).items()
+    adapted = {name: layer for name, layer in layers if isinstance(layer, LoRALinear)}
+    for name, layer in adapted.items():
         with torch.no_grad():
             update = dense_update(layer.out_features, layer.lora_A, layer.lora_B, layer.slices, layer.scale)
             weight = layer.weight + update
@@ -231,10 +227,10 @@ def resized(levels: Tensor, size: Size) -> Tensor:
     where fp32 is exact, as long as a side becomes at most a hundred times as short.
     """
     height, width = size
-    columns, unit = _scaling(levels.shape[3], width, levels.device)
-    narrow = _bytes(levels @ columns.coarse.T, levels @ columns.fine.T, unit)
-    rows, unit = _scaling(levels.shape[2], height, levels.device)
-    return _bytes(rows.coarse @ narrow, rows.fine @ narrow, unit)
+    columns = _scaling(levels.shape[3], width, levels.device)
+    narrow = _bytes(levels @ columns.coarse.T, levels @ columns.fine.T, columns.unit)
+    rows = _scaling(levels.shape[2], height, levels.device)
+    return _bytes(rows.coarse @ narrow, rows.fine @ narrow, rows.unit)
 
 
 def _bytes(coarse: Tensor, fine: Tensor, unit: Tensor) -> Tensor:
@@ -271,14 +267,15 @@ def _scaling_of_floats(pixels: int, new_pixels: int, like: Tensor) -> Tensor:
 
 
 class Weights(NamedTuple):
-    """Whole numbers (new_pixels, pixels), 256 coarse + fine."""
+    """Whole numbers (new_pixels, pixels), 256 coarse + fine, and their unit."""
 
     coarse: Tensor
     fine: Tensor
+    unit: Tensor
 
 
-def _scaling(pixels: int, new_pixels: int, device: torch.device) -> tuple[Weights, Tensor]:
-    """Weights of a triangle around each new pixel, rounded as torch rounds them, and their unit.
+def _scaling(pixels: int, new_pixels: int, device: torch.device) -> Weights:
+    """Weights of a triangle around each new pixel, rounded as torch rounds them.
 
     All is computed in whole numbers, which no runtime rounds otherwise, up to quotients that are whole.
     """
@@ -295,7 +292,7 @@ def _scaling(pixels: int, new_pixels: int, device: torch.device) -> tuple[Weight
     # TensorRT has no operators for the quotient of whole numbers, nor for their clamp above.
     weights = quotient(2 * heights * unit + sums, 2 * sums)
     coarse = torch.floor(weights / 256)
-    return Weights(coarse, weights - 256 * coarse), unit.float()
+    return Weights(coarse, weights - 256 * coarse, unit.float())
 
 
 def modules_of(task: str, maps: Maps, head: nn.Module, ids: Sequence[int]) -> dict[str, nn.Module]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,7 @@ class Adapter:
         parts = self._parts_of(backbone)
         layers: dict[str, tuple[int, Slices]] = {}
         factors: dict[str, list[Tensor]] = {}
-        for theirs in sorted(parts, key=parts.__getitem__):
-            ours, part, count = parts[theirs]
+        for theirs, (ours, part, count) in sorted(parts.items(), key=itemgetter(1)):
             rows, _ = self.layers[theirs]
             slices = layers[ours][1] if ours in layers else ()
             layers[ours] = (rows * count, (*slices, (rows * part, rows * (part + 1))))
