@@ -115,8 +115,11 @@ def test_controls_are_brought_to_the_shift_of_what_they_control(
     run in 16 bit, shifts are those of fp32, and weights that are mixed stay in it."""
     base, adapter = clip_world / "clip.safetensors", read_adapter(clip_world / "adapter")
     generator = torch.Generator().manual_seed(0)
-    other = {name: torch.randn(value.shape, generator=generator) for name, value in adapter.tensors.items()}
-    save_adapter(replace(adapter, tensors=other), tmp_path / "other")
+    other = {}
+    for name, factors in adapter.layers.items():
+        a, b = (torch.randn(value.shape, generator=generator) for value in (factors.a, factors.b))
+        other[name] = factors._replace(a=a, b=b)
+    save_adapter(replace(adapter, layers=other), tmp_path / "other")
     words = [
         f"base={base}",
         f"tuned={clip_world}/merged.safetensors",

@@ -93,7 +93,7 @@ def test_an_adapter_for_transformers_has_the_names_of_its_modules(tmp_path: Path
     _, adapter = adapted(name, base)
     out = merge(base, adapter, tmp_path / "out", "--format", "peft_transformers", verify=True)
     again = read_folder(out).on(build_timm(name))
-    assert again.layers == adapter.layers and again.targets == ("q", "v", "fc2")
+    assert again.slices == adapter.slices and again.targets == ("q", "v", "fc2")
     assert all(torch.equal(value, again.tensors[key]) for key, value in adapter.tensors.items())
 
 

@@ -72,7 +72,8 @@ def test_what_we_wrote_reads_back_bit_for_bit(tmp_path: Path, targets: tuple[str
     assert sorted(file.name for file in folder.iterdir()) == [CONFIG, WEIGHTS]
     for path in (folder, folder / CONFIG, folder / WEIGHTS):
         again = read_adapter(path)
-        assert replace(again, model={}, tensors={}) == replace(adapter, model={}, tensors={})
+        assert replace(again, model={}) == replace(adapter, model={})
+        assert again.slices == adapter.slices
         assert again.model is not None and again.model["preset"] == "eva_e" and again.model["width"] == WIDTH
         assert again.fingerprint() == adapter.fingerprint()
         assert all(torch.equal(value, again.tensors[name]) for name, value in adapter.tensors.items())
@@ -173,7 +174,7 @@ def test_names_of_transformers_become_rows_of_a_fused_qkv(
     tensors = _factors(v, fc2, q, **sizes)
     adapter = read_folder(_folder(tmp_path / "peft", tensors)).on(backbone)
     assert adapter.targets == (), "no targets of a run adapt q of one block alone"
-    assert adapter.layers["blocks.1.attn.qkv"] == (3 * width, ((0, width), (2 * width, 3 * width)))
+    assert adapter.layers["blocks.1.attn.qkv"][:2] == (3 * width, ((0, width), (2 * width, 3 * width)))
     change = adapter.delta("blocks.1.attn.qkv.weight").chunk(3)
     for rows, name in ((change[0], q), (change[2], v), (adapter.delta("blocks.1.mlp.fc2.weight"), fc2)):
         a, b = (tensors[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")

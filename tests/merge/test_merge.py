@@ -34,7 +34,7 @@ from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.cli import main
 from visft_ds.config import resolve
 from visft_ds.interop import export
-from visft_ds.interop.adapter import Adapter, average
+from visft_ds.interop.adapter import Adapter, Factors, average
 from visft_ds.interop.layouts import MODEL, bases_of, fingerprint_of, model_of, other_base
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, open_weights, write_safetensors
@@ -197,8 +197,8 @@ def test_the_peak_is_one_tensor_over_the_mapped_base(tmp_path: Path) -> None:
     """Eight matrices of 16 MiB, one of them adapted."""
     values = {f"layer{number}.weight": torch.ones(2048, 2048) for number in range(8)}
     save_file(values, tmp_path / "base.safetensors")
-    factors = {"layer0.lora_A": torch.ones(2, 2048), "layer0.lora_B": torch.ones(2048, 2)}
-    adapter = Adapter({"preset": "debug"}, 2, 2.0, ("q",), {"layer0": (2048, ((0, 2048),))}, factors)
+    factors = Factors(2048, ((0, 2048),), torch.ones(2, 2048), torch.ones(2048, 2))
+    adapter = Adapter({"preset": "debug"}, 2, 2.0, ("q",), {"layer0": factors})
     file, sizes = open_weights(tmp_path / "base.safetensors"), dict[str, int]()
     merged = export.merge(file, adapter, torch.float32, file.keys(), export.Share())
     with peak(sizes, "merge"):

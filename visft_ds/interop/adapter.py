@@ -8,11 +8,11 @@ weight is alpha / r * B A.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from visft_ds.interop.transformers_names import layers_of
 from visft_ds.interop.weights import Lazy, Weights, examples
 from visft_ds.models import Backbone
 from visft_ds.models.lora import (
-    KINDS,
+    AdaptedLayer,
     adapt_layers,
     adaptable_layers,
     dense_update,
@@ -39,6 +39,15 @@ from visft_ds.ops.lora import Slices
 _AROUND = (*PREFIXES, "model.", "vision_model.", "vision_tower.", "vision_tower.vision_model.")
 
 
+class Factors(NamedTuple):
+    """Change of a layer, without its scale: B A in the rows that are adapted."""
+
+    rows: int  #: of the layer
+    slices: Slices  #: those that are adapted
+    a: Tensor  #: fp32
+    b: Tensor  #: fp32
+
+
 @dataclass(frozen=True)
 class Adapter:
     """Settings and tensors."""
@@ -48,8 +57,7 @@ class Adapter:
     rank: int
     alpha: float
     targets: tuple[str, ...]  #: that adapt these layers in the model; empty if that is not known
-    layers: Mapping[str, tuple[int, Slices]]  #: adapted layer -> its rows, and which of them are adapted
-    tensors: Mapping[str, Tensor] = field(repr=False)  #: fp32
+    layers: Mapping[str, Factors] = field(compare=False, repr=False)  #: by name of the adapted layer
     base: str | None = None  #: fingerprint of the weights it was trained on
     step: int | None = None  #: of the training
     path: Path | None = field(
@@ -68,17 +76,25 @@ class Adapter:
         """The adapter in a backbone that `inject_lora` has seen, which may be on the meta device, with these
         values.
         """
-        layers = _layers_of(backbone)
-        return cls(
-            model=model_of(backbone),
-            rank=lora.rank,
-            alpha=lora.alpha,
-            targets=tuple(lora.targets),
-            layers=layers,
-            tensors={name: tensors[name].float() for name in names_in(layers)},
-            base=base,
-            step=step,
-        )
+        layers = {}
+        for name, layer in lora_layers(backbone).items():
+            a = tensors[f"{name}.lora_A"].float()
+            layers[name] = Factors(_rows_of(layer), layer.slices, a, tensors[f"{name}.lora_B"].float())
+        return cls(model_of(backbone), lora.rank, lora.alpha, tuple(lora.targets), layers, base, step)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors by the names that they have in a backbone."""
+        tensors = {}
+        for name, factors in self.layers.items():
+            tensors[f"{name}.lora_A"] = factors.a
+            tensors[f"{name}.lora_B"] = factors.b
+        return tensors
+
+    @property
+    def slices(self) -> dict[str, Slices]:
+        """Rows that are adapted, by layer."""
+        return {name: factors.slices for name, factors in self.layers.items()}
 
     def weights(self) -> list[str]:
         """Names of the base weights that it changes."""
@@ -86,16 +102,13 @@ class Adapter:
 
     def delta(self, weight: str) -> Tensor:
         """Change of a base weight by the adapter, (rows, fan in), fp32; zero in rows that are not adapted."""
-        layer = weight.removesuffix(".weight")
-        rows, slices = self.layers[layer]
-        a = self.tensors[f"{layer}.lora_A"]
-        b = self.tensors[f"{layer}.lora_B"]
+        rows, slices, a, b = self.layers[weight.removesuffix(".weight")]
         return dense_update(rows, a, b, slices, self.alpha / self.rank)
 
     def scaled(self, scale: float) -> Adapter:
         """Adapter with `scale` times the effect."""
-        scaled = {f"{layer}.lora_B": self.tensors[f"{layer}.lora_B"] * scale for layer in self.layers}
-        return replace(self, tensors={**self.tensors, **scaled})
+        layers = {name: factors._replace(b=factors.b * scale) for name, factors in self.layers.items()}
+        return replace(self, layers=layers)
 
     def on(self, backbone: Backbone) -> Adapter:
         """Itself; or, of a folder that names no model, the same change by the names and rows of this one.
@@ -104,22 +117,18 @@ class Adapter:
         """
         if self.model is not None:
             return self
-        parts = self._parts_of(backbone)
-        layers: dict[str, tuple[int, Slices]] = {}
-        factors: dict[str, list[Tensor]] = {}
-        for theirs, (ours, part, count) in sorted(parts.items(), key=itemgetter(1)):
-            rows, _ = self.layers[theirs]
-            slices = layers[ours][1] if ours in layers else ()
-            layers[ours] = (rows * count, (*slices, (rows * part, rows * (part + 1))))
-            for kind in KINDS:
-                factors.setdefault(f"{ours}.{kind}", []).append(self.tensors[f"{theirs}.{kind}"])
-        return replace(
-            self,
-            model=model_of(backbone),
-            targets=targets_of(backbone, {name: slices for name, (_, slices) in layers.items()}),
-            layers=layers,
-            tensors={name: torch.cat(tensors) for name, tensors in factors.items()},
-        )
+        layers: dict[str, Factors] = {}
+        for theirs, (ours, part, count) in sorted(self._parts_of(backbone).items(), key=itemgetter(1)):
+            rows, _, a, b = self.layers[theirs]
+            slices: Slices = ((rows * part, rows * (part + 1)),)
+            if ours in layers:
+                before = layers[ours]
+                slices = before.slices + slices
+                a = torch.cat([before.a, a])
+                b = torch.cat([before.b, b])
+            layers[ours] = Factors(rows * count, slices, a, b)
+        known = replace(self, model=model_of(backbone), layers=layers)
+        return replace(known, targets=targets_of(backbone, known.slices))
 
     def _parts_of(self, backbone: Backbone) -> dict[str, tuple[str, int, int]]:
         """Its layers -> (layer of the backbone, which part of its rows, of how many).
@@ -150,17 +159,18 @@ class Adapter:
                 raise ValueError(
                     f"it is of {describe_model(ours.model)}, and this model is {describe_model(here)}"
                 )
-            slices = {name: slices for name, (_, slices) in ours.layers.items()}
-            adapt_layers(backbone, slices, rank=ours.rank, alpha=ours.alpha)
-            for name, (rows, _) in _layers_of(backbone).items():
-                if rows != ours.layers[name][0]:
-                    raise ValueError(f"it is of {ours.layers[name][0]} rows of {name}, which has {rows}")
+            adapt_layers(backbone, ours.slices, rank=ours.rank, alpha=ours.alpha)
+            for name, layer in lora_layers(backbone).items():
+                rows = ours.layers[name].rows
+                if rows != _rows_of(layer):
+                    raise ValueError(f"it is of {rows} rows of {name}, which has {_rows_of(layer)}")
             parameters = lora_parameters(backbone)
-            values = {name: Lazy.of(value) for name, value in ours.tensors.items()}
+            tensors = ours.tensors
+            values = {name: Lazy.of(value) for name, value in tensors.items()}
             fitted(Weights(values, where), parameters, behind=(), what=backbone.describe())
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(ours.tensors[name])
+                parameter.copy_(tensors[name])
 
     def describe(self) -> str:
         """A few words for the console."""
@@ -171,24 +181,15 @@ class Adapter:
         """sha256 of settings and values, whatever file they come from."""
         settings = (self.rank, float(self.alpha), sorted(self.layers))
         digest = hashlib.sha256(repr(settings).encode())
-        for name in sorted(self.tensors):
+        for name, value in sorted(self.tensors.items(), key=itemgetter(0)):
             digest.update(name.encode())
-            digest.update(self.tensors[name].contiguous().numpy().tobytes())
+            digest.update(value.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
-def names_in(layers: Iterable[str]) -> list[str]:
-    """Names of the tensors of an adapter on these layers."""
-    return [f"{layer}.{kind}" for layer in layers for kind in KINDS]
-
-
-def _layers_of(backbone: Backbone) -> dict[str, tuple[int, Slices]]:
-    """Adapted layer -> its rows, and which of them are adapted."""
-    layers = {}
-    for name, layer in lora_layers(backbone).items():
-        rows = getattr(layer, "out_features", layer.shapes["lora_B"][0])
-        layers[name] = (rows, layer.slices)
-    return layers
+def _rows_of(layer: AdaptedLayer) -> int:
+    """Rows of its weight, which has no shape under ZeRO-3."""
+    return int(getattr(layer, "out_features", layer.shapes["lora_B"][0]))
 
 
 def average(adapters: Sequence[Adapter]) -> Adapter:
@@ -203,21 +204,25 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
     if not others:
         return first
     for other in others:
-        if (other.model, other.layers) != (first.model, first.layers):
+        if other.model != first.model or _rows_in(other) != _rows_in(first):
             raise ValueError(
                 f"{first.path} and {other.path} are of different models or layers, and cannot be averaged"
             )
         if other.base != first.base:
             raise ValueError("adapters of different base weights cannot be averaged: give those of one base")
-    tensors: dict[str, Tensor] = {}
-    for layer, (_, slices) in first.layers.items():
+    layers = {}
+    for name, (rows, slices, *_) in first.layers.items():
         a = []
         b = []
         for adapter in adapters:
+            factors = adapter.layers[name]
             # A is stacked slice by slice, and within a slice adapter by adapter.
-            a.append(adapter.tensors[f"{layer}.lora_A"].unflatten(0, (len(slices), -1)))
-            b.append(adapter.alpha / adapter.rank / len(adapters) * adapter.tensors[f"{layer}.lora_B"])
-        tensors[f"{layer}.lora_A"] = torch.cat(a, dim=1).flatten(0, 1)
-        tensors[f"{layer}.lora_B"] = torch.cat(b, dim=1)
+            a.append(factors.a.unflatten(0, (len(slices), -1)))
+            b.append(adapter.alpha / adapter.rank / len(adapters) * factors.b)
+        layers[name] = Factors(rows, slices, torch.cat(a, dim=1).flatten(0, 1), torch.cat(b, dim=1))
     rank = sum(adapter.rank for adapter in adapters)
-    return replace(first, rank=rank, alpha=float(rank), tensors=tensors, step=None)
+    return replace(first, rank=rank, alpha=float(rank), layers=layers, step=None)
+
+
+def _rows_in(adapter: Adapter) -> dict[str, tuple[int, Slices]]:
+    return {name: (factors.rows, factors.slices) for name, factors in adapter.layers.items()}

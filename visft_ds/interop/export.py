@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from visft_ds.files import write_text
 from visft_ds.interop import layouts, transformers_names
-from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.adapter import Adapter, Factors
 from visft_ds.interop.formats import ADAPTERS, Written
 from visft_ds.interop.weights import Lazy, Weights, derived, examples, finite, write_safetensors
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
-from visft_ds.ops.lora import Slices, ranges_of
+from visft_ds.ops.lora import ranges_of
 from visft_ds.settings.bands import in_words
 
 #: Of what timm knows of pretrained weights, what holds for trained ones too.
@@ -329,24 +329,21 @@ def for_transformers(adapter: Adapter, file: Weights, backbone: Backbone) -> Ada
     config = transformers_names.written(file, file, backbone).files["config.json"]
     with torch.device("meta"):
         modules = [name for name, _ in AutoModel.from_config(AutoConfig.for_model(**config)).named_modules()]
-    layers: dict[str, tuple[int, Slices]] = {}
-    tensors = {}
-    left = sum(high - low for _, slices in adapter.layers.values() for low, high in slices)
+    layers = {}
+    left = sum(len(factors.b) for factors in adapter.layers.values())
     for name, (ours, part, parts) in transformers_names.layers_of(backbone, adapter.layers).items():
-        rows, slices = adapter.layers[ours]
+        rows, slices, a, b = adapter.layers[ours]
         height = rows // parts
         first = height * part
         for outputs, of_a, of_b in ranges_of(slices, adapter.rank):
             if outputs.start <= first and first + height <= outputs.stop:
                 theirs = next(module for module in modules if f".{module}".endswith(f".{name}"))
                 begin = of_b.start + first - outputs.start
-                layers[theirs] = (height, ((0, height),))
-                tensors[f"{theirs}.lora_A"] = adapter.tensors[f"{ours}.lora_A"][of_a]
-                tensors[f"{theirs}.lora_B"] = adapter.tensors[f"{ours}.lora_B"][begin : begin + height]
+                layers[theirs] = Factors(height, ((0, height),), a[of_a], b[begin : begin + height])
                 left -= height
     if left:
         raise ValueError(f"{adapter.path}: it adapts parts of q, k or v, which transformers' class has whole")
-    return replace(adapter, model=None, targets=(), layers=layers, tensors=tensors)
+    return replace(adapter, model=None, targets=(), layers=layers)
 
 
 @torch.no_grad()

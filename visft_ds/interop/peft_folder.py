@@ -24,7 +24,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from visft_ds.files import read_bytes, reading, write_text
-from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.adapter import Adapter, Factors
 from visft_ds.interop.layouts import StoredModel
 from visft_ds.interop.weights import Weights, examples, open_weights, save_tensors
 from visft_ds.ops.lora import Slices, spread
@@ -160,27 +160,26 @@ def read_folder(folder: Path) -> Adapter:
             names = [*stored.slices]  # in the order of the model
         ranks = _by_pattern("rank_pattern", config.rank_pattern, names, config.r)
         alphas = _by_pattern("alpha_pattern", config.alpha_pattern, names, config.lora_alpha)
-        layers = {name: _layer_in(file, name, rank, stored) for name, rank in zip(names, ranks, strict=True)}
-        rank = max(own // len(layers[name][1]) for name, own in zip(names, ranks, strict=True))
+        rows_of = {name: _rows_in(file, name, rank, stored) for name, rank in zip(names, ranks, strict=True)}
+        rank = max(own // len(rows_of[name][1]) for name, own in zip(names, ranks, strict=True))
         scale = config.scale(config.lora_alpha, config.r)
-        tensors = {}
+        layers = {}
         for name, alpha in zip(names, alphas, strict=True):
-            slices = layers[name][1]
+            rows, slices = rows_of[name]
             a = file.tensor(f"{name}.lora_A", torch.float32)
             b = _stacked(file.tensor(f"{name}.lora_B", torch.float32).flatten(1), name, slices)
             factor = config.scale(alpha, len(a)) / scale
             if not math.isclose(factor, 1, rel_tol=1e-12):
                 b *= factor
             # Zeros in both factors stay zeros in training: nothing is added to what the layer can learn.
-            tensors[f"{name}.lora_A"] = _with_rank(a.unflatten(0, (len(slices), -1)), rank).flatten(0, 1)
-            tensors[f"{name}.lora_B"] = _with_rank(b, rank)
+            a = _with_rank(a.unflatten(0, (len(slices), -1)), rank).flatten(0, 1)
+            layers[name] = Factors(rows, slices, a, _with_rank(b, rank))
     return Adapter(
         model=stored.model.options() if stored else None,
         rank=rank,
         alpha=config.lora_alpha if rank == config.r and not config.use_rslora else scale * rank,
         targets=stored.targets if stored else (),
         layers=layers,
-        tensors=tensors,
         base=stored.base if stored else None,
         step=stored.step if stored else None,
         path=path,
@@ -199,7 +198,7 @@ def _factors_in(path: Path) -> Weights:
     return Weights({_KEY.sub(r"\1", key): tensor for key, tensor in file.items()}, path, file.metadata)
 
 
-def _layer_in(file: Weights, layer: str, rank: int, stored: StoredAdapter | None) -> tuple[int, Slices]:
+def _rows_in(file: Weights, layer: str, rank: int, stored: StoredAdapter | None) -> tuple[int, Slices]:
     """Rows of a layer, and which are adapted; no tensor is read.
 
     Raises ValueError for sizes that contradict the configuration or the header.
@@ -252,16 +251,15 @@ def write_folder(adapter: Adapter, folder: Path, base_model: str | None = None) 
         "version": 1,
         "model": adapter.model,
         "targets": adapter.targets,
-        "slices": {layer: slices for layer, (_, slices) in adapter.layers.items()},
+        "slices": adapter.slices,
         "base": adapter.base,
         "step": adapter.step,
     }
     tensors = {}
     rank_pattern = {}
     alpha_pattern = {}
-    for layer, (rows, slices) in adapter.layers.items():
-        a = adapter.tensors[f"{layer}.lora_A"]
-        b = spread(adapter.tensors[f"{layer}.lora_B"], slices, rows)
+    for layer, (rows, slices, a, stacked) in adapter.layers.items():
+        b = spread(stacked, slices, rows)
         if a.ndim == 4:
             b = b[:, :, None, None]
         tensors[f"{_PREFIX}{layer}.lora_A.weight"] = a

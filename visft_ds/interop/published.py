@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from visft_ds.files import reading
-from visft_ds.interop.adapter import Adapter, names_in
+from visft_ds.interop.adapter import Adapter, Factors
 from visft_ds.interop.peft_folder import CONFIG, WEIGHTS, read_folder
 from visft_ds.interop.weights import Weights, derived, examples, open_weights
 from visft_ds.models.eva_vit import PRESETS
@@ -125,18 +125,10 @@ def read_visft_lora(path: Path) -> Adapter:
     with reading(path, "a LoRA of ViSFT"):
         twice_the_rank, width = tensors["blocks.0.attn.qkv.lora_A"].shape
         presets = [name for name, preset in PRESETS.items() if preset.width == width]
-        model = {"preset": presets[0] if presets else "debug"}
-        rows = (3 * width, ((0, width), (2 * width, 3 * width)))  # q and v of q, k, v
-        layers = {f"blocks.{index}.attn.qkv": rows for index in range(len(tensors) // 2)}
-        absent = [name for name in names_in(layers) if name not in tensors]
-        if absent:
-            raise ValueError(f"{examples(absent)} is missing")
-    return Adapter(
-        model=model,
-        rank=twice_the_rank // 2,
-        alpha=1.0,
-        targets=("q", "v"),
-        layers=layers,
-        tensors=tensors,
-        path=path,
-    )
+        slices = ((0, width), (2 * width, 3 * width))  # q and v of q, k, v
+        layers = {}
+        for index in range(len(tensors) // 2):
+            name = f"blocks.{index}.attn.qkv"
+            layers[name] = Factors(3 * width, slices, tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"])
+    model = {"preset": presets[0] if presets else "debug"}
+    return Adapter(model, twice_the_rank // 2, 1.0, ("q", "v"), layers, path=path)

@@ -105,8 +105,7 @@ def _start_from_adapter(config: VisftConfig, path: Path) -> Start:
             "model"
         )
     targets = adapter.targets
-    slices = {name: slices for name, (_, slices) in adapter.layers.items()}
-    if slices_of(backbone, config.lora.targets) == slices:
+    if slices_of(backbone, config.lora.targets) == adapter.slices:
         targets = config.lora.targets  # the same layers by other words
     if not targets:
         raise ValueError(
