@@ -112,7 +112,7 @@ def test_a_header_of_wrong_types_is_refused_with_the_file(tmp_path: Path) -> Non
             open_head(tmp_path, "detection")
     header = {"visft_head": json.dumps({**told, "version": 2})}
     save_tensors(tmp_path / "detection.safetensors", {"a": torch.ones(1)}, header)
-    with pytest.raises(ValueError, match="version 2"):
+    with pytest.raises(ValueError, match="version: Input should be 1, not 2"):
         open_head(tmp_path, "detection")
 
 

@@ -143,10 +143,10 @@ def test_full_size(width: int, parameters: tuple[int, int, int]) -> None:
         state = reference(width, sizes)
     file = Weights({name: Lazy.of(tensor) for name, tensor in state.items()}, Path("eva_e.ckpt"))
     for task, count in zip(HEADS, parameters, strict=True):
-        found, options, tensors, _ = published_head(task, file)
-        assert found == [(width, 14)] and options.items() >= sizes[task].items()
-        assert sum(torch.Size(one.shape).numel() for one in tensors.values()) == count
-        assert {theirs(task, name) for name in tensors} <= state.keys()
+        head = published_head(task, file)
+        assert head.info.shapes == [(width, 14)] and head.info.options.items() >= sizes[task].items()
+        assert sum(torch.Size(one.shape).numel() for one in head.tensors.values()) == count
+        assert {theirs(task, name) for name in head.tensors} <= state.keys()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -28,7 +28,6 @@ from visft_ds.tasks.head_files import head_files
 from visft_ds.tasks.vocabulary import Vocabulary
 
 _KEY = "visft_head"
-_VERSION = 1  # of a description
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,7 @@ class StoredExtra(StrictModel):
 class StoredHead(StrictModel):
     """`HeadInfo` in the header of a file."""
 
+    version: Literal[1]
     task: str
     shapes: Annotated[tuple[tuple[Positive, Positive], ...], Field(min_length=1)]
     options: dict[str, Any] = Field(default_factory=dict)
@@ -131,7 +131,7 @@ def head_metadata(heads: Mapping[str, HeadInfo]) -> dict[str, str]:
 
 
 def _description_of(info: HeadInfo) -> str:
-    return json.dumps({"version": _VERSION, **asdict(info)})
+    return json.dumps({"version": 1, **asdict(info)})
 
 
 def open_head(source: str | Path, task: str) -> HeadFile:
@@ -156,15 +156,11 @@ def open_head(source: str | Path, task: str) -> HeadFile:
     if description is None:
         from visft_ds.interop.published import published_head  # knows the names of all heads, and adapters
 
-        shapes, options, tensors, layers = published_head(task, file)
-        extra = {"format": "visft", **({"layers": list(layers)} if layers else {})}
-        return HeadFile(HeadInfo(task, shapes, options, extra=extra), tensors)
+        return published_head(task, file)
     with reading(file.path, "a head of visft_ds"):
+        StoredHead.model_validate_json(description)
         stored = json.loads(description)
-        version = stored.pop("version", None)
-        if version != _VERSION:
-            raise ValueError(f"it is of version {version}; this release reads version {_VERSION}")
-        StoredHead.model_validate_json(json.dumps(stored))
+        del stored["version"]
         info = HeadInfo(**stored)
         info.names()
         info.vocabulary()

@@ -21,6 +21,7 @@ import torch
 
 from visft_ds.files import reading
 from visft_ds.interop.adapter import Adapter, Factors
+from visft_ds.interop.heads import HeadFile, HeadInfo
 from visft_ds.interop.peft_folder import CONFIG, WEIGHTS, read_folder
 from visft_ds.interop.weights import Weights, derived, examples, open_weights
 from visft_ds.models.eva_vit import PRESETS
@@ -55,23 +56,18 @@ def published_name(kind: str, name: str) -> str:
     raise AssertionError(f"{kind} parameter {name} has no published name")
 
 
-def published_head(
-    task: str, file: Weights
-) -> tuple[Sequence[tuple[int, int]], dict[str, Any], Weights, tuple[int, ...]]:
-    """(shapes of its maps, options, tensors under our names, blocks that are read; none: the last) of a
-    published head.
-
-    Raises ValueError for a file without one.
-    """
+def published_head(task: str, file: Weights) -> HeadFile:
+    """A published head. Raises ValueError for a file without one."""
     kind = task
     spec = get_task(task)
+    extra: dict[str, Any] = {"format": "visft"}
     shapes: Sequence[tuple[int, int]]
-    layers: tuple[int, ...] = ()
     with reading(file.path, f"a {task} head of ViSFT or PMT"), shapes_alone():
         pmt = options_of_pmt({name: tensor.shape for name, tensor in file.items()})
         if task == "segmentation" and pmt is not None:
             kind = "pmt"
             shapes, options, layers = pmt
+            extra["layers"] = list(layers)
         else:
             shapes, options = _of_visft(task, file)
         head = spec.build_head(shapes, spec.settings("head", options), options.get("vocabulary_size"))
@@ -84,7 +80,7 @@ def published_head(
             # Standard deviation, as our batch norm keeps it.
             stored = derived(lambda variance: variance.float().add(EPS).sqrt(), stored)
         tensors[name] = stored
-    return shapes, options, Weights(tensors, file.path), layers
+    return HeadFile(HeadInfo(task, shapes, options, extra=extra), Weights(tensors, file.path))
 
 
 def _of_visft(task: str, file: Weights) -> tuple[Sequence[tuple[int, int]], dict[str, Any]]:
