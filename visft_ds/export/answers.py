@@ -100,7 +100,7 @@ def _detections(output: DenseOutput, least: float) -> dict[str, Tensor]:
     labels = pairs % num_classes
     corners = output.boxes.clamp(0, 1).gather(1, cells[..., None].expand(-1, -1, 4))
     stays = _distinct(corners, labels) & (best >= least)
-    return _best(torch.where(stays, best, -1.0), {"boxes": corners, "labels": labels}, most)
+    return _best(torch.where(stays, best, -1.0), corners, labels, most)
 
 
 def _distinct(corners: Tensor, labels: Tensor) -> Tensor:
@@ -132,15 +132,16 @@ def _distinct(corners: Tensor, labels: Tensor) -> Tensor:
     return stays > 0
 
 
-def _best(scores: Tensor, objects: dict[str, Tensor], most: int) -> dict[str, Tensor]:
+def _best(
+    scores: Tensor, boxes: Tensor, labels: Tensor, most: int, masks: Tensor | None = None
+) -> dict[str, Tensor]:
     """The `most` objects of each picture with the highest scores; -1 marks none."""
     best, positions = scores.topk(min(most, scores.shape[1]))
     is_object = best >= 0
-    chosen = {"boxes": objects["boxes"].gather(1, positions[..., None].expand(-1, -1, 4))}
+    chosen = {"boxes": boxes.gather(1, positions[..., None].expand(-1, -1, 4))}
     chosen["scores"] = torch.where(is_object, best, 0.0)
-    chosen["labels"] = torch.where(is_object, objects["labels"].gather(1, positions), -1)
-    if "masks" in objects:
-        masks = objects["masks"]
+    chosen["labels"] = torch.where(is_object, labels.gather(1, positions), -1)
+    if masks is not None:
         where = positions[:, :, None, None].expand(-1, -1, masks.shape[2], masks.shape[3])
         chosen["masks"] = masks.gather(1, where).bool()
     return chosen
@@ -151,7 +152,7 @@ def queries(output: DetectionOutput, picture: Picture) -> dict[str, Tensor]:
     probability = output.logits[-1].softmax(dim=-1)
     scores, labels = probability[..., :-1].max(dim=-1)
     corners = corners_of(output.boxes[-1])
-    return _best(scores, {"boxes": picture.corners(corners), "labels": labels}, scores.shape[1])
+    return _best(scores, picture.corners(corners), labels, scores.shape[1])
 
 
 def masks(output: MaskOutput, picture: Picture) -> dict[str, Tensor]:
@@ -176,8 +177,7 @@ def masks(output: MaskOutput, picture: Picture) -> dict[str, Tensor]:
     if is_contiguous:
         scores = scores * (logits.sigmoid() * covered).sum(dim=(2, 3)) / areas.clamp(min=1)
     scores = torch.where(areas > 0, scores, -1.0)
-    objects = {"boxes": _around(inside), "labels": labels, "masks": covered}
-    return _best(scores, objects, scores.shape[1])
+    return _best(scores, _around(inside), labels, scores.shape[1], covered)
 
 
 def _around(inside: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
-
 import torch
 
 from visft_ds.config.record import recorded_config
@@ -20,9 +18,8 @@ from visft_ds.pretrained import local
 from visft_ds.settings.bands import in_words
 
 
-def put_into_vlm(flags: argparse.Namespace) -> Any:
-    """Put the tower of a run into the model in a folder, as the flags of `visft vlm` say; returns
-    transformers' model.
+def put_into_vlm(flags: argparse.Namespace) -> None:
+    """Put the tower of a run into the model in a folder, as the flags of `visft vlm` say.
 
     Raises ValueError for a tower that does not fit, and for a model whose own tower is not the run's base.
     """
@@ -45,7 +42,6 @@ def put_into_vlm(flags: argparse.Namespace) -> Any:
     if flags.out is not None:
         _write(vlm, flags.model, flags.out)
         print(f"out      {flags.out}")
-    return vlm.model
 
 
 def _recorded_base(base: Base) -> Weights:
