@@ -26,7 +26,7 @@ from visft_ds.data.shards import categories_for
 from visft_ds.files import write_text
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.interop.layouts import BASE, MODEL, fingerprint_of, is_lora, model_of
-from visft_ds.interop.weights import Lazy, Weights, write_safetensors
+from visft_ds.interop.weights import Lazy, Weights, derived, write_safetensors
 from visft_ds.models import Backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.prepare.data import RunData
@@ -111,18 +111,15 @@ def save_base(
     """
     header = {MODEL: json.dumps(model_of(backbone))}
     tensors: dict[str, Lazy] = {}
-    for name, parameter in base.parameters.items():
-        shape = tuple(parameter.shape)
-        if trained is None:
-            tensors[name] = Lazy(shape, parameter.dtype, partial(base.read, name))
-        else:
-            read = partial(base.weights.tensor, name, torch.float32)
-            tensors[name] = Lazy(shape, torch.float32, read)
+    if trained is None:
+        for name, parameter in base.parameters.items():
+            tensors[name] = Lazy(tuple(parameter.shape), parameter.dtype, partial(base.read, name))
+    else:
+        header[BASE] = base.identity
+        tensors |= {name: derived(Tensor.float, base.weights[name]) for name in base.parameters}
+        tensors |= trained
     stored = backbone.state_dict().keys()
     tensors |= {name: Lazy.of(value) for name, value in base.buffers.items() if name in stored}
-    if trained is not None:
-        tensors |= trained
-        header[BASE] = base.identity
     write_safetensors(path, tensors, header)
 
 

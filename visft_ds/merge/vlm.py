@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+
 import torch
 
 from visft_ds.config.record import recorded_config
