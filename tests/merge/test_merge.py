@@ -286,7 +286,7 @@ def _unfinished_run(folder: Path, base: Path, adapter: Adapter, *more: str) -> P
     (run / "run.json").write_text(json.dumps({"schema": 5, "config": config.to_dict()}), encoding="utf-8")
     parameters = {f"backbone.{name}": value for name, value in adapter.tensors.items()}
     parameters |= {name: torch.zeros(SIZES["width"]) for name in more}
-    moments = {key: {name: torch.zeros(1) for name in parameters} for key in ("exp_avg", "exp_avg_sq")}
+    moments = {f"{key}/{name}": torch.zeros(1) for name in parameters for key in ("exp_avg", "exp_avg_sq")}
     identity = {"base weights": adapter.base or ""}
     save_checkpoint(run / "checkpoints", 40, EngineState(parameters, moments, updates=40), identity)
     return run

@@ -50,7 +50,6 @@ ORDER = (
 STEPS, VOCABULARY = len(ORDER), 12
 #: First layers of the stages of a pipeline: the layers are embedding, two blocks and heads.
 BOUNDS = {2: (0, 2, 4), 4: (0, 1, 2, 3, 4)}
-MOMENTS = ("exp_avg", "exp_avg_sq")
 Order = Sequence[tuple[str, ...]]  #: the tasks of each step
 #: (height, width) of the images, or of each of them, step after step, again from the first.
 Sides = Sequence[tuple[int, int] | Sequence[tuple[int, int]]]
@@ -374,10 +373,7 @@ def resume(engine: Any, folder: Path) -> bool:
     held = gather_state(engine)
     if held is None:
         return True
-    pairs = [
-        (held.parameters, wanted.parameters),
-        *((held.moments[key], wanted.moments[key]) for key in MOMENTS),
-    ]
+    pairs = [(held.parameters, wanted.parameters), (held.moments, wanted.moments)]
     same = all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
     return same and held.updates == wanted.updates and held.loss_scale == wanted.loss_scale
 

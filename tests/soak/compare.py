@@ -42,8 +42,10 @@ def _of_checkpoints(reference: Path, run: Path, total_steps: int) -> Iterator[st
     expected, found = one.load(), other.load()
     if (expected.updates, expected.loss_scale) != (found.updates, found.loss_scale):
         yield f"{found.updates} updates, expected {expected.updates}"
-    parts = {"parameters": (expected.parameters, found.parameters)}
-    parts |= {key: (named, found.moments[key]) for key, named in expected.moments.items()}
+    parts = {
+        "parameters": (expected.parameters, found.parameters),
+        "moments": (expected.moments, found.moments),
+    }
     for part, (those, these) in parts.items():
         if those.keys() != these.keys():
             yield f"{part}: other names: {sorted(those.keys() ^ these.keys())}"

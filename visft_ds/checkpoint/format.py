@@ -37,7 +37,7 @@ from visft_ds.data.fetch import sha256_of
 from visft_ds.errors import does_not_answer, retold
 from visft_ds.files import read_bytes, reading, sync_folder
 from visft_ds.interop.weights import Lazy, Weights, open_weights, safetensors_pieces
-from visft_ds.parallel.state import MOMENTS, EngineState
+from visft_ds.parallel.state import EngineState
 from visft_ds.run_files import MOMENTS_FILE, PARAMETERS_FILE, STATE_FILE
 
 #: Name in an identity: the settings, by dotted key, that must be equal for a resume.
@@ -57,14 +57,9 @@ class Checkpoint:
 
     def load(self) -> EngineState:
         """The tensors. Every rank reads them; they are small (what trains, three times)."""
-        parameters = load_file(self.path / PARAMETERS_FILE)
-        moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
-        for name, tensor in load_file(self.path / MOMENTS_FILE).items():
-            key, _, parameter = name.partition("/")
-            moments[key][parameter] = tensor
         return EngineState(
-            parameters=parameters,
-            moments=moments,
+            parameters=load_file(self.path / PARAMETERS_FILE),
+            moments=load_file(self.path / MOMENTS_FILE),
             updates=self.record["updates"],
             loss_scale=self.record["loss_scale"],
         )
@@ -94,9 +89,6 @@ def save_checkpoint(
     """
     final = checkpoint_path(folder, step)
     temporary = final.with_suffix(".tmp")
-    moments: dict[str, Tensor] = {}
-    for key, by_name in state.moments.items():
-        moments |= {f"{key}/{name}": tensor for name, tensor in by_name.items()}
     remedy = "Earlier checkpoints are untouched; the same command goes on from the newest"
     try:
         with explained(f"the checkpoint of step {step}", folder, remedy):
@@ -111,7 +103,7 @@ def save_checkpoint(
                 "identity": dict(identity),
                 "files": {
                     PARAMETERS_FILE: _write_tensors(temporary / PARAMETERS_FILE, state.parameters, header),
-                    MOMENTS_FILE: _write_tensors(temporary / MOMENTS_FILE, moments),
+                    MOMENTS_FILE: _write_tensors(temporary / MOMENTS_FILE, state.moments),
                 },
             }
             text = json.dumps(record | {"sha256": _digest(record)}, indent=1) + "\n"

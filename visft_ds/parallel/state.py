@@ -37,7 +37,7 @@ class EngineState:
     """Everything an optimiser carries from step to step."""
 
     parameters: Mapping[str, Tensor]  #: name -> fp32 master value, on the CPU; and what heads have measured
-    moments: Mapping[str, Mapping[str, Tensor]]  #: "exp_avg" | "exp_avg_sq" -> name -> fp32, on the CPU
+    moments: Mapping[str, Tensor]  #: "exp_avg/<name>", "exp_avg_sq/<name>", fp32, on the CPU
     updates: int  #: optimiser updates done; position of Adam's bias correction and of the schedule
     loss_scale: Mapping[str, float] = field(default_factory=dict)  #: dynamic loss scale of fp16 runs
 
@@ -60,12 +60,17 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
     """
     prepare_moments(engine)
     values: dict[str, Tensor] = {}
-    moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
+    moments: dict[str, Tensor] = {}
     for name, parameter in trainable(engine).items():
-        for what, by_name in {VALUE: values, **moments}.items():
+        for what in (VALUE, *MOMENTS):
             tensor = on_main(engine, name, gather_tensor(engine, parameter, what))
-            if tensor is not None:  # the copies of the other ranks are dropped at once: one tensor at a time
-                by_name[name] = keep(f"{what}/{name}", tensor)
+            if tensor is None:  # the copies of the other ranks are dropped at once: one tensor at a time
+                continue
+            kept = keep(f"{what}/{name}", tensor)
+            if what == VALUE:
+                values[name] = kept
+            else:
+                moments[f"{what}/{name}"] = kept
     for name, buffer in measured(engine.module.heads).items():
         values[name] = keep(f"{VALUE}/{name}", buffer)
     if not distributed.is_main():
@@ -91,7 +96,7 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
     for name, parameter in trainable(engine).items():
         set_tensor(engine, parameter, state.parameters[name], VALUE)
         for key in MOMENTS:
-            set_tensor(engine, parameter, state.moments[key][name], key)
+            set_tensor(engine, parameter, state.moments[f"{key}/{name}"], key)
     for name, buffer in measured(engine.module.heads).items():
         buffer.copy_(state.parameters[name])
     refresh_module(engine)
