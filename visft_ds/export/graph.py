@@ -58,11 +58,10 @@ class Frame(NamedTuple):
 class FrameMap(Map):
     """Map of pictures that all fill the same part of a frame."""
 
-    empty: bool = False
     part: tuple[int, int] = (0, 0)  #: rows and columns of cells that show them
 
     def has_empty_cells(self) -> bool:
-        return self.empty
+        return self.part != tuple(self.features.shape[-2:])
 
     def parts(self) -> list[tuple[int, int]]:
         return [self.part]
@@ -107,7 +106,7 @@ class Maps(nn.Module):
         valid = valid_region(torch.tensor([self.frame.size]), self.frame.padded, (rows, columns))
         valid = valid.to(features.device).expand(batch, -1, -1)
         cells = torch.tensor([[height * rows / whole_height, width * columns / whole_width]])
-        return FrameMap(features, valid, cells.expand(batch, -1), prefix, part != (rows, columns), part)
+        return FrameMap(features, valid, cells.expand(batch, -1), prefix, part)
 
 
 class Features(nn.Module):
