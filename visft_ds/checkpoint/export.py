@@ -26,7 +26,7 @@ from visft_ds.data.shards import categories_for
 from visft_ds.files import write_text
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.interop.layouts import BASE, MODEL, fingerprint_of, is_lora, model_of
-from visft_ds.interop.weights import Lazy, Weights, derived, write_safetensors
+from visft_ds.interop.weights import Lazy, Tensors, Weights, derived, write_safetensors
 from visft_ds.models import Backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.prepare.data import RunData
@@ -103,9 +103,7 @@ def begin_export(folder: Path, prepared: PreparedModel, vocabulary: Vocabulary |
             save_head(head_file(folder, task), replace(head.info, extra=extra), _read(head.tensors))
 
 
-def save_base(
-    base: BaseWeights, backbone: Backbone, path: Path, trained: Mapping[str, Lazy] | None = None
-) -> None:
+def save_base(base: BaseWeights, backbone: Backbone, path: Path, trained: Tensors | None = None) -> None:
     """Write a backbone whole: as a run starts with it, or in fp32 with what trained of it; one tensor at a
     time.
     """
@@ -167,5 +165,5 @@ def describe_heads(
     return infos
 
 
-def _read(tensors: Mapping[str, Lazy]) -> dict[str, Tensor]:
+def _read(tensors: Tensors) -> dict[str, Tensor]:
     return {name: tensor.read() for name, tensor in tensors.items()}

@@ -25,6 +25,8 @@ from visft_ds.checkpoint.format import checkpoint_path, delete_checkpoint, save_
 from visft_ds.monitor.metrics import is_evaluation, read_metrics
 from visft_ds.parallel.state import EngineState, ToHost
 
+Scores = Mapping[int, float | None]  #: step -> the metric; None where the evaluation gave none
+
 
 @dataclass(frozen=True)
 class Retention:
@@ -37,7 +39,7 @@ class Retention:
         self,
         steps: Sequence[int],
         newest: int,
-        scores: Mapping[int, float | None],
+        scores: Scores,
         to_be_judged: Callable[[int], bool],
     ) -> list[int]:
         """Steps to delete among those that have a checkpoint.
@@ -57,7 +59,7 @@ class Retention:
         return [step for step in older if step not in remaining]
 
 
-def best_step(scores: Mapping[int, float | None]) -> int | None:
+def best_step(scores: Scores) -> int | None:
     """The step of the highest score, the earliest of equal ones; None where there is no number."""
     numbers = {step: score for step, score in scores.items() if score is not None}
     return max(numbers, key=lambda step: (numbers[step], -step), default=None)
@@ -101,7 +103,7 @@ class Saver(AbstractContextManager["Saver"]):
     _writing: Future[SaveReport] | None = None
     _reports: list[SaveReport] = field(default_factory=list)
 
-    def resume(self, step: int, scores: Mapping[int, float | None]) -> None:
+    def resume(self, step: int, scores: Scores) -> None:
         """Take up a run whose checkpoint of `step` is on disk, with what its evaluations gave."""
         self.saved = step
         self._scores = {judged: score for judged, score in scores.items() if judged <= step}
@@ -178,7 +180,7 @@ class Saver(AbstractContextManager["Saver"]):
         later = [score for step, score in self._scores.items() if step > (best or 0)]
         return sum(score is not None for score in later), best
 
-    def delete_obsolete(self, scores: Mapping[int, float | None] | None = None) -> None:
+    def delete_obsolete(self, scores: Scores | None = None) -> None:
         """Delete what need not stay by these scores, or by all that are known. Main process, nothing being
         written.
         """

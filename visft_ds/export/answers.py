@@ -25,6 +25,8 @@ from visft_ds.tasks.panoptic.head import PanopticOutput
 from visft_ds.tasks.panoptic.results import INSIDE
 from visft_ds.tasks.semantic.head import SemanticOutput
 
+Outputs = dict[str, Tensor]  #: of a file, by name
+
 _GROUP = 8  # classes, or masks, that are held at full size at a time
 
 
@@ -73,13 +75,13 @@ def quotient(numbers: Tensor, divisor: Tensor | int) -> Tensor:
     return (multiples.float() / divisor).round()
 
 
-def dense(output: DenseOutput, picture: Picture) -> dict[str, Tensor]:
+def dense(output: DenseOutput, picture: Picture) -> Outputs:
     """boxes (B, N, 4) xyxy, scores (B, N), labels (B, N): as `detection.dense.dense_results`."""
     detections = _detections(output, 0.0)
     return {**detections, "boxes": picture.corners(detections["boxes"])}
 
 
-def dense_with_masks(head: DenseHead, maps: Sequence[Map], picture: Picture) -> dict[str, Tensor]:
+def dense_with_masks(head: DenseHead, maps: Sequence[Map], picture: Picture) -> Outputs:
     """Those of `dense`, and box_masks (B, N, SIDE, SIDE): logits in the cells of each box."""
     assert head.masks is not None
     detections = _detections(head.boxes(maps), LEAST_SCORE)
@@ -89,7 +91,7 @@ def dense_with_masks(head: DenseHead, maps: Sequence[Map], picture: Picture) -> 
     return {**detections, "boxes": picture.corners(corners), "box_masks": box_masks}
 
 
-def _detections(output: DenseOutput, least: float) -> dict[str, Tensor]:
+def _detections(output: DenseOutput, least: float) -> Outputs:
     """boxes (B, N, 4) relative to the picture, scores, labels; those of a score below `least` are none."""
     scores = output.logits.sigmoid().masked_fill(~output.valid[..., None], -1.0)
     num_classes = scores.shape[2]
@@ -132,9 +134,7 @@ def _distinct(corners: Tensor, labels: Tensor) -> Tensor:
     return stays > 0
 
 
-def _best(
-    scores: Tensor, boxes: Tensor, labels: Tensor, most: int, masks: Tensor | None = None
-) -> dict[str, Tensor]:
+def _best(scores: Tensor, boxes: Tensor, labels: Tensor, most: int, masks: Tensor | None = None) -> Outputs:
     """The `most` objects of each picture with the highest scores; -1 marks none."""
     best, positions = scores.topk(min(most, scores.shape[1]))
     is_object = best >= 0
@@ -147,7 +147,7 @@ def _best(
     return chosen
 
 
-def queries(output: DetectionOutput, picture: Picture) -> dict[str, Tensor]:
+def queries(output: DetectionOutput, picture: Picture) -> Outputs:
     """boxes (B, N, 4) xyxy, scores (B, N), labels (B, N): as `detection.head.postprocess`."""
     probability = output.logits[-1].softmax(dim=-1)
     scores, labels = probability[..., :-1].max(dim=-1)
@@ -155,7 +155,7 @@ def queries(output: DetectionOutput, picture: Picture) -> dict[str, Tensor]:
     return _best(scores, picture.corners(corners), labels, scores.shape[1])
 
 
-def masks(output: MaskOutput, picture: Picture) -> dict[str, Tensor]:
+def masks(output: MaskOutput, picture: Picture) -> Outputs:
     """masks (B, N, H, W) bool, boxes around them, scores, labels: as `segmentation.results.instances`."""
     probability = output.logits[-1].softmax(dim=-1)
     is_contiguous = output.class_ids == "contiguous"
@@ -193,7 +193,7 @@ def _around(inside: Tensor) -> Tensor:
     return torch.stack((left, top, right, bottom), dim=-1).float()
 
 
-def depths(output: DepthOutput, picture: Picture) -> dict[str, Tensor]:
+def depths(output: DepthOutput, picture: Picture) -> Outputs:
     """depth (B, H, W) in metres, or inverse_depth without a unit: as `depth.results.depth_results`, not
     rounded.
     """
@@ -201,13 +201,13 @@ def depths(output: DepthOutput, picture: Picture) -> dict[str, Tensor]:
     return {"inverse_depth": 1 / metres} if output.relative else {"depth": metres}
 
 
-def class_maps(output: SemanticOutput, picture: Picture) -> dict[str, Tensor]:
+def class_maps(output: SemanticOutput, picture: Picture) -> Outputs:
     """labels (B, H, W) uint8, logits (B, C, h, w): as `semantic.results.semantic_results`."""
     labels = _most_probable(output.logits.softmax(dim=1), picture)
     return {"labels": labels, "logits": output.logits}
 
 
-def class_maps_of_masks(output: MaskOutput, picture: Picture) -> dict[str, Tensor]:
+def class_maps_of_masks(output: MaskOutput, picture: Picture) -> Outputs:
     """labels (B, H, W) uint8, and scores (B, C, h, w) of the classes, sums over masks."""
     masks, whole = _as_evaluated(output, picture)
     weights = output.logits[-1].softmax(dim=-1)[..., :-1]
@@ -222,7 +222,7 @@ def _as_evaluated(output: MaskOutput, picture: Picture) -> tuple[Tensor, Picture
     return shown.fine(output.masks[-1]), picture._replace(padded=picture.size)
 
 
-def segments(output: PanopticOutput, picture: Picture) -> dict[str, Tensor]:
+def segments(output: PanopticOutput, picture: Picture) -> Outputs:
     """segments (B, H, W) int32, the place from 1 of each pixel's segment in scores and labels (B, N), 0 of
     none: as `panoptic.results.panoptic_results`.
     """
@@ -301,7 +301,7 @@ def _most_probable(scores: Tensor, picture: Picture) -> Tensor:
 
 
 #: (task, type of a head's output) -> how it is decoded.
-ANSWERS: dict[tuple[str, type[Any]], Callable[..., dict[str, Tensor]]] = {
+ANSWERS: dict[tuple[str, type[Any]], Callable[..., Outputs]] = {
     ("detection", DenseOutput): dense,
     ("detection", DetectionOutput): queries,
     ("segmentation", MaskOutput): masks,

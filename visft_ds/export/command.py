@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
 import warnings
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +45,8 @@ from visft_ds.tasks import TASKS, Results, config_class
 from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.transform import geometry_of
 
+Images = Mapping[int, OpenedImage]  #: by id
+Predictions = Mapping[int, Prediction]  #: by id
 #: protobuf holds 2 GiB at most; above this the weights lie beside the graph, in FILE.data.
 _LARGEST_GRAPH = 1_900_000_000
 _NO_TASKS = "none"  #: value of --tasks that leaves the backbone alone
@@ -52,7 +54,7 @@ _LARGEST_LOSS = 0.01  #: of a metric, by fewer bits
 _CALIBRATION = 64  #: pictures
 
 
-def export(flags: argparse.Namespace) -> None:
+def export(flags: Namespace) -> None:
     """Write what the flags of `visft_ds.export.cli` ask for.
 
     Raises ValueError for files or flags that do not fit each other, and for an export that predicts
@@ -99,7 +101,7 @@ def export(flags: argparse.Namespace) -> None:
     print(f"out      {flags.out} ({flags.format}); README.md: how to run it")
 
 
-def _check(flags: argparse.Namespace) -> None:
+def _check(flags: Namespace) -> None:
     """Refuse flags that contradict each other, before any file is read."""
     if flags.out.exists():
         raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
@@ -126,7 +128,7 @@ def _check_page(run: Path, model: Model, tiles: Tiles | None) -> None:
         raise ValueError(f"--web shows whole photographs, and {run} sees tiles of {tiles.side} pixels")
 
 
-def _load(flags: argparse.Namespace) -> Model:
+def _load(flags: Namespace) -> Model:
     """The model of a run in fp32 on the CPU; its captions are the most probable word after each other."""
     parts = source_of(
         flags.run,
@@ -145,7 +147,7 @@ def _load(flags: argparse.Namespace) -> Model:
 class _Pictures:
     """Pictures of the flags, or else of the run's validation split."""
 
-    def __init__(self, flags: argparse.Namespace, bands: Bands | None = None) -> None:
+    def __init__(self, flags: Namespace, bands: Bands | None = None) -> None:
         self.bands = bands  #: that the model reads
         self.shape: Size | None = flags.picture_size
         self.is_noise_enough = flags.tasks == _NO_TASKS  #: nothing is found in them
@@ -160,7 +162,7 @@ class _Pictures:
             except (ValueError, OSError) as error:
                 self.problem = str(error)
 
-    def some(self, count: int | None) -> dict[int, OpenedImage]:
+    def some(self, count: int | None) -> Images:
         """The first pictures, or all, by their ids. Raises ValueError if there are none."""
         if self.files:
             return {number: self._open(path) for number, path in enumerate(self.files[:count])}
@@ -194,7 +196,7 @@ class _Pictures:
             drawn[name] = geometry_of(stream).draw(seen, False, generator(0))
         return drawn
 
-    def metrics(self, predictions: Mapping[int, Prediction], model: Model) -> dict[str, float]:
+    def metrics(self, predictions: Predictions, model: Model) -> dict[str, float]:
         """Metrics of predictions of the whole split; none of pictures without labels."""
         if self.manifest is None or self.files:
             return {}
@@ -209,7 +211,7 @@ class _Pictures:
 
 
 @torch.no_grad()
-def _write_files(model: Model, flags: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+def _write_files(model: Model, flags: Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """Write a file of each module; returns their facts by name."""
     loaded = model._loaded
     backbone = loaded.module.backbone
@@ -265,7 +267,7 @@ def _quantise(folder: Path, pictures: Sequence[OpenedImage]) -> None:
             print(f"8 bits   {path.name}, {path.stat().st_size / 1e6:.1f} MB")
 
 
-def _seen(images: Mapping[int, OpenedImage], tiles: Tiles | None) -> Mapping[int, OpenedImage]:
+def _seen(images: Images, tiles: Tiles | None) -> Images:
     """Pictures as a model sees them at once, by number: whole, or their tiles."""
     if tiles is None:
         return images
@@ -276,7 +278,7 @@ def _seen(images: Mapping[int, OpenedImage], tiles: Tiles | None) -> Mapping[int
     return dict(enumerate(parts))
 
 
-def _predicted(model: Model, images: Mapping[int, OpenedImage], tiles: Tiles | None) -> dict[int, Prediction]:
+def _predicted(model: Model, images: Images, tiles: Tiles | None) -> Predictions:
     """Predictions for whole pictures."""
     if tiles is None:
         return {number: model.predict_opened([image], 0.0)[0] for number, image in images.items()}
@@ -388,8 +390,8 @@ def _verified_maps(model: Model, images: Sequence[OpenedImage], path: Path) -> l
 
 
 def _verified(
-    model: Model, exported: ExportedModel, images: Mapping[int, OpenedImage]
-) -> tuple[dict[int, Prediction], dict[int, Prediction], list[str]]:
+    model: Model, exported: ExportedModel, images: Images
+) -> tuple[Predictions, Predictions, list[str]]:
     """Our predictions, those of the export, and lines about how they differ, which are printed.
 
     Raises ValueError where they differ by more than rounding.
@@ -418,10 +420,10 @@ def _verified(
 
 
 def _measured(
-    flags: argparse.Namespace,
+    flags: Namespace,
     model: Model,
-    ours: Mapping[int, Prediction],
-    theirs: Mapping[int, Prediction],
+    ours: Predictions,
+    theirs: Predictions,
     pictures: _Pictures,
 ) -> list[str]:
     """Lines about the metrics of both, which are printed. Raises ValueError where fewer bits have lost more

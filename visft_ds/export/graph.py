@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Map, valid_region
 from visft_ds.data.transforms import Op, Pad, Resize, Size
-from visft_ds.export.answers import ANSWERS, Picture, dense_with_masks, quotient
+from visft_ds.export.answers import ANSWERS, Outputs, Picture, dense_with_masks, quotient
 from visft_ds.model import whole_cells, with_prefixes
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import Linear
@@ -119,7 +119,7 @@ class Features(nn.Module):
         if len(maps.backbone.shapes) > 1:
             self.names = [f"map_{number}" for number in maps.backbone.layers_read]
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor) -> Outputs:
         maps = self.maps(images)
         return {name: map_.features for name, map_ in zip(self.names, maps, strict=True)}
 
@@ -134,7 +134,7 @@ class Answer(nn.Module):
         self.head = head
         self.ids = tuple(ids)  #: of the categories that the data has, by label
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor) -> Outputs:
         maps = self.maps(images)
         picture = Picture(images.shape[1], images.shape[2], *self.maps.frame, self.ids)
         if isinstance(self.head, DenseHead) and self.head.masks is not None:
@@ -164,7 +164,7 @@ class CaptionEncoder(nn.Module):
         self.maps = maps
         self.head = head
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor) -> Outputs:
         map_ = self.maps(images)[-1]
         cells = pool_valid(map_.features, map_.valid, self.head.encoded_image_size)
         mean = cells.mean(dim=1)
@@ -183,9 +183,7 @@ class CaptionStep(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(
-        self, words: Tensor, cells: Tensor, keys: Tensor, hidden: Tensor, state: Tensor
-    ) -> dict[str, Tensor]:
+    def forward(self, words: Tensor, cells: Tensor, keys: Tensor, hidden: Tensor, state: Tensor) -> Outputs:
         embedded = self.head.embedding(words).unsqueeze(1)
         states, _, next_state = self.head.recurrence(embedded, cells, keys, hidden, state)
         next_hidden = states[:, 0]

@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from visft_ds.config.schema import LoraConfig
 from visft_ds.files import reading
-from visft_ds.interop.layouts import PREFIXES, describe_model, fitted, model_of
-from visft_ds.interop.transformers_names import layers_of
+from visft_ds.interop.layouts import PREFIXES, Description, describe_model, fitted, model_of
+from visft_ds.interop.transformers_names import Parts, layers_of
 from visft_ds.interop.weights import Lazy, Weights, examples
 from visft_ds.models import Backbone
 from visft_ds.models.lora import (
@@ -53,7 +53,7 @@ class Adapter:
     """Settings and tensors."""
 
     #: preset and options of the backbone, as `layouts.model_of`; None: a folder of PEFT does not say it
-    model: Mapping[str, Any] | None
+    model: Description | None
     rank: int
     alpha: float
     targets: tuple[str, ...]  #: that adapt these layers in the model; empty if that is not known
@@ -130,7 +130,7 @@ class Adapter:
         known = replace(self, model=model_of(backbone), layers=layers)
         return replace(known, targets=targets_of(backbone, known.slices))
 
-    def _parts_of(self, backbone: Backbone) -> dict[str, tuple[str, int, int]]:
+    def _parts_of(self, backbone: Backbone) -> Parts:
         """Its layers -> (layer of the backbone, which part of its rows, of how many).
 
         The names are timm's or those of transformers' classes, behind the name of the tower in the model

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from visft_ds.files import write_text
 from visft_ds.interop import layouts, transformers_names
 from visft_ds.interop.adapter import Adapter, Factors
 from visft_ds.interop.formats import ADAPTERS, Written
-from visft_ds.interop.weights import Lazy, Weights, derived, examples, finite, write_safetensors
+from visft_ds.interop.weights import Lazy, Tensors, Weights, derived, examples, finite, write_safetensors
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
@@ -105,7 +105,7 @@ def merge(
     return Weights(merged, tower.path, tower.metadata)
 
 
-def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict[str, Any]]:
+def timm_model(backbone: Backbone, tower: Tensors) -> tuple[str, dict[str, Any]]:
     """(name, arguments) by which `timm.create_model` makes the model that has all tensors of a tower."""
     classifiers = ["head"] if isinstance(backbone, EvaViT) else backbone.classifier_names
     stored = [tower[f"{name}.weight"] for name in classifiers if f"{name}.weight" in tower]
@@ -135,20 +135,20 @@ def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict
     return name, arguments
 
 
-def _lacking(model: nn.Module, tower: Mapping[str, Lazy]) -> list[str]:
+def _lacking(model: nn.Module, tower: Tensors) -> list[str]:
     """Names of what timm begins with random numbers and a tower does not have: all but scales, biases,
     statistics.
     """
     return [name for name, value in model.state_dict().items() if name not in tower and value.ndim > 1]
 
 
-def _blocks_in(tower: Mapping[str, Lazy]) -> int:
+def _blocks_in(tower: Tensors) -> int:
     """Number of blocks that a plain ViT's tensors are of."""
     numbers = [int(name.split(".")[1]) for name in tower if name.startswith("blocks.")]
     return 1 + max(numbers, default=-1)
 
 
-def _shorter(model: nn.Module, tower: Mapping[str, Lazy]) -> dict[str, Any]:
+def _shorter(model: nn.Module, tower: Tensors) -> dict[str, Any]:
     """Arguments by which timm makes a plain ViT without the blocks and the pooling that a tower lacks."""
     from timm.models.eva import Eva
 
@@ -348,7 +348,7 @@ def for_transformers(adapter: Adapter, file: Weights, backbone: Backbone) -> Ada
 
 @torch.no_grad()
 def difference(
-    form: str, folder: Path, file: Weights, model: Mapping[str, Any], adapter: Adapter | None
+    form: str, folder: Path, file: Weights, model: layouts.Description, adapter: Adapter | None
 ) -> tuple[float, float]:
     """|computed - ours| / |ours| by the library of a format, and by layers of PEFT that are not merged (0 for
     other formats): on two images of seeded noise, the largest one of the maps there are.

@@ -61,6 +61,9 @@ class HeadInfo:
         return Vocabulary.from_dict(self.extra["vocabulary"]) if "vocabulary" in self.extra else None
 
 
+Heads = Mapping[str, HeadInfo]  #: by task
+
+
 class StoredExtra(StrictModel):
     """Entries of `HeadInfo.extra` that others ask for; a trainer may remember more."""
 
@@ -125,7 +128,7 @@ def save_head(path: Path, info: HeadInfo, tensors: Mapping[str, Tensor]) -> Path
     return path
 
 
-def head_metadata(heads: Mapping[str, HeadInfo]) -> dict[str, str]:
+def head_metadata(heads: Heads) -> dict[str, str]:
     """Header of a checkpoint that holds heads among other tensors, by which they are read like head files."""
     return {f"{_KEY}.{task}": _description_of(info) for task, info in heads.items()}
 
@@ -193,9 +196,7 @@ def _blocks(numbers: Sequence[int]) -> str:
     return f"block {', '.join(map(str, numbers))}" if numbers else "the last block"
 
 
-def check_categories(
-    heads: Mapping[str, HeadInfo], categories: Sequence[Category], where: str, remedy: str
-) -> None:
+def check_categories(heads: Heads, categories: Sequence[Category], where: str, remedy: str) -> None:
     """Refuse a head for categories it was not trained on; ones that the data lacks do no harm.
 
     Raises ValueError naming categories of the data set (called `where`) that a head does not know, and the
@@ -209,7 +210,7 @@ def check_categories(
             raise ValueError(f"the {task} head does not know {examples(unknown)} of {where}. {remedy}")
 
 
-def classes_of_heads(heads: Mapping[str, HeadInfo]) -> dict[str, tuple[int, ...]]:
+def classes_of_heads(heads: Heads) -> dict[str, tuple[int, ...]]:
     """Task -> raw ids of the classes of its head, where they are not those of the published heads.
 
     Raises ValueError for a head whose classes nobody knows.
@@ -226,7 +227,7 @@ def classes_of_heads(heads: Mapping[str, HeadInfo]) -> dict[str, tuple[int, ...]
 
 
 def check_heads(
-    heads: Mapping[str, HeadInfo],
+    heads: Heads,
     classes: Mapping[str, tuple[int, ...]],
     categories: Sequence[Category],
     vocabulary: Vocabulary | None,
@@ -254,7 +255,7 @@ def check_heads(
     check_vocabulary(heads, vocabulary, where)
 
 
-def check_vocabulary(infos: Mapping[str, HeadInfo], vocabulary: Vocabulary | None, where: str) -> None:
+def check_vocabulary(infos: Heads, vocabulary: Vocabulary | None, where: str) -> None:
     """Raise ValueError for heads that work with other words, or as many, than `vocabulary`, that of
     `where`.
     """

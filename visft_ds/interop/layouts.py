@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from visft_ds import importing
 from visft_ds.config.schema import BackboneOverrides, Preset
 from visft_ds.files import reading
-from visft_ds.interop.weights import Lazy, Weights, derived, examples, open_weights
+from visft_ds.interop.weights import Tensors, Weights, derived, examples, open_weights
 from visft_ds.models import Backbone, build_empty
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
@@ -43,6 +43,7 @@ MERGED = "merged"
 #: In a tower's file, and no part of an image -> feature map backbone: class token, pooling, the CLIP
 #: projection.
 _BESIDE = ("cls_token", "head.", "fc_norm.")
+Description = Mapping[str, Any]  #: preset and options of a backbone, as `model_of` gives them
 _SAMPLE = 256  #: values of a tensor that a fingerprint looks at
 
 
@@ -102,7 +103,7 @@ def model_of(backbone: Backbone) -> dict[str, Any]:
     return model
 
 
-def describe_model(model: Mapping[str, Any]) -> str:
+def describe_model(model: Description) -> str:
     """A model in a few words."""
     words = {name: f"{name}={value}" for name, value in model.items()}
     words["preset"] = model["preset"]
@@ -111,7 +112,7 @@ def describe_model(model: Mapping[str, Any]) -> str:
     return ", ".join(words.values())
 
 
-def built(model: Mapping[str, Any], device: str = "cpu") -> Backbone:
+def built(model: Description, device: str = "cpu") -> Backbone:
     """A backbone of a description, for weights that are loaded next."""
     options = {name: value for name, value in model.items() if name != "preset"}
     return build_empty(model["preset"], torch.float32, options, device)
@@ -192,7 +193,7 @@ def tower_in(file: Weights, backbone: Backbone) -> Weights:
     return Weights({**tower, backbone.first_weight: stem}, tower.path, tower.metadata)
 
 
-def whole(model: Mapping[str, Any], file: Weights) -> dict[str, Any]:
+def whole(model: Description, file: Weights) -> dict[str, Any]:
     """The model with the class token, if the file has one: towers of EVA train, and read images, without
     it.
     """
@@ -201,7 +202,7 @@ def whole(model: Mapping[str, Any], file: Weights) -> dict[str, Any]:
     return {**model, "class_token": f"{prefix_of(file)}cls_token" in file}
 
 
-def as_far_as(file: Weights, model: Mapping[str, Any]) -> dict[str, Any]:
+def as_far_as(file: Weights, model: Description) -> dict[str, Any]:
     """The whole model instead of one that ends after the block that training read, if the file has all of
     it.
     """
@@ -256,7 +257,7 @@ def fitted(
 
 
 def load_backbone(
-    path: str | Path, model: Mapping[str, Any] | None = None, storage: torch.dtype = torch.float32
+    path: str | Path, model: Description | None = None, storage: torch.dtype = torch.float32
 ) -> Any:
     """The backbone in a file, on the CPU; matrices in `storage`, the rest in fp32. `model`: what it is of, if
     known.
@@ -298,7 +299,7 @@ def buffers_in(weights: Weights, parameters: Mapping[str, Any]) -> dict[str, Ten
     return {name: weights.tensor(name, torch.float32 if floats[name] else None) for name in beside}
 
 
-def fingerprint(tensors: Mapping[str, Lazy]) -> str:
+def fingerprint(tensors: Tensors) -> str:
     """Fingerprint of the weights of a backbone, the same for every layout, in fp32 or bf16.
 
     A sha256 of values all over each tensor, rounded to bf16; class token and positions, which layouts keep

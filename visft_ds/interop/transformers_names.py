@@ -19,6 +19,8 @@ from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.settings.bands import in_words
 
+#: Layer -> (ours, which part of its rows, of how many).
+Parts = dict[str, tuple[str, int, int]]
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
 _CLIP = {
     r"blocks\.(\d+)\.attn\.proj": r"vision_model.encoder.layers.\1.self_attn.out_proj",
@@ -79,7 +81,7 @@ def _family_of(backbone: Backbone) -> tuple[str, str, str, Mapping[str, str]] | 
     return None
 
 
-def layers_of(backbone: Backbone, layers: Iterable[str]) -> dict[str, tuple[str, int, int]]:
+def layers_of(backbone: Backbone, layers: Iterable[str]) -> Parts:
     """Layer of transformers' class -> (ours, which part of its rows, of how many); empty without a class.
 
     The names begin where all classes have the same: a whole CLIP has `vision_model.` in front of them, others
@@ -88,7 +90,7 @@ def layers_of(backbone: Backbone, layers: Iterable[str]) -> dict[str, tuple[str,
     family = _family_of(backbone)
     if family is None:
         return {}
-    parts_of: dict[str, tuple[str, int, int]] = {}
+    parts_of: Parts = {}
     for layer in layers:
         parts = {layer: (layer, 0, 1)}
         if layer.endswith(".qkv"):

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from visft_ds.files import reading
 from visft_ds.interop import transformers_names
 from visft_ds.interop.layouts import fitted
-from visft_ds.interop.weights import Lazy, Weights
+from visft_ds.interop.weights import Tensors, Weights
 from visft_ds.models import Backbone
 
 _BLIP2 = "blip-2"
@@ -87,7 +86,7 @@ class Vlm:
         what = f"{type(self.tower).__name__} of this model"
         return fitted(Weights(tensors, tower.path), expected, behind=own, what=what)
 
-    def check_base(self, base: Mapping[str, Lazy]) -> float:
+    def check_base(self, base: Tensors) -> float:
         """The largest |tensor - base| / |base| of its tower, which is that base, rounded.
 
         Args:
@@ -114,7 +113,7 @@ class Vlm:
         return largest
 
     @torch.no_grad()
-    def put(self, tower: Mapping[str, Lazy]) -> None:
+    def put(self, tower: Tensors) -> None:
         """Copy the tensors of a tower, as `names` gives them, into this one, in its dtype."""
         present = self.tower.state_dict()
         for name, tensor in tower.items():

@@ -61,6 +61,9 @@ class Lazy:
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
+Tensors = Mapping[str, Lazy]  #: by name, none of them read yet
+
+
 def derived(change: Callable[..., Tensor], *sources: Lazy) -> Lazy:
     """The tensor that `change` makes of others when it is read; the meta device tells its shape and dtype."""
     shown = change(*(torch.empty(source.shape, dtype=source.dtype, device="meta") for source in sources))
@@ -70,9 +73,7 @@ def derived(change: Callable[..., Tensor], *sources: Lazy) -> Lazy:
 class Weights(dict[str, Lazy]):
     """Name -> tensor, with the path of the file and the header (str -> str) that a safetensors file has."""
 
-    def __init__(
-        self, tensors: Mapping[str, Lazy], path: Path, metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None) -> None:
         super().__init__(tensors)
         self.path = path
         self.metadata = dict(metadata or {})
@@ -173,7 +174,7 @@ def _refuse_unpacking(path: Path) -> None:
                 )
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
+def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
     """Write a file whole or not at all; each tensor is read once and dropped.
 
     The header gains `format`, which transformers and PEFT ask for, and our version.
@@ -187,9 +188,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_safetensors(path, {name: Lazy.of(value) for name, value in tensors.items()}, metadata)
 
 
-def safetensors_pieces(
-    tensors: Mapping[str, Lazy], metadata: Mapping[str, str]
-) -> Iterator[bytes | memoryview]:
+def safetensors_pieces(tensors: Tensors, metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, tensor by tensor: the largest elements first, so that all are
     aligned.
     """

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -51,7 +51,7 @@ class Base:
     run: Path | None  #: that the adapter is of
 
 
-def merge_files(flags: argparse.Namespace) -> None:
+def merge_files(flags: Namespace) -> None:
     """Write what the flags of `visft_ds.merge.cli`, or weights that those of `visft_ds.export.cli`, ask for.
 
     Raises ValueError for files or flags that do not fit each other, and for outputs that differ from ours.
@@ -86,7 +86,7 @@ def merge_files(flags: argparse.Namespace) -> None:
     print(f"out      {flags.out} ({flags.format}, {flags.dtype}){more}")
 
 
-def open_parts(flags: argparse.Namespace) -> tuple[Adapter | None, Base]:
+def open_parts(flags: Namespace) -> tuple[Adapter | None, Base]:
     """The adapter under the names of its base, and the base, both told.
 
     An adapter of another model is refused, and there is a warning of one that was trained on other base
@@ -109,7 +109,7 @@ def open_parts(flags: argparse.Namespace) -> tuple[Adapter | None, Base]:
     return adapter, base
 
 
-def _open_base(flags: argparse.Namespace, adapter: Adapter | None) -> Base:
+def _open_base(flags: Namespace, adapter: Adapter | None) -> Base:
     """The base weights of `--backbone`, or those of the run that the first adapter is of."""
     described: Any = None
     if flags.backbone is not None:
@@ -133,9 +133,7 @@ def _open_base(flags: argparse.Namespace, adapter: Adapter | None) -> Base:
     return Base(path, file, model, backbone, fingerprint, repository_of(weights), run)
 
 
-def _write_weights(
-    flags: argparse.Namespace, base: Base, adapter: Adapter | None, stage: Path
-) -> dict[str, str]:
+def _write_weights(flags: Namespace, base: Base, adapter: Adapter | None, stage: Path) -> dict[str, str]:
     """Write the weights, and the configuration that their library reads, into a folder.
 
     Returns, and prints, how much of the adapter's change is in the file.
@@ -162,7 +160,7 @@ def _write_weights(
     return {"share of the change that is in the file": f"{share.retained:.2%}, error {share.error:.2g}"}
 
 
-def _verify(flags: argparse.Namespace, base: Base, adapter: Adapter | None, stage: Path) -> None:
+def _verify(flags: Namespace, base: Base, adapter: Adapter | None, stage: Path) -> None:
     """Compare what the library makes of the result with base + adapter, and print it.
 
     Raises ValueError where they differ.
@@ -181,7 +179,7 @@ def _verify(flags: argparse.Namespace, base: Base, adapter: Adapter | None, stag
         )
 
 
-def _check(flags: argparse.Namespace) -> None:
+def _check(flags: Namespace) -> None:
     """Refuse flags that contradict each other, before any file is read."""
     if flags.out.exists():
         raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
@@ -197,7 +195,7 @@ def _check(flags: argparse.Namespace) -> None:
         )
 
 
-def _read_adapter(flags: argparse.Namespace) -> Adapter | None:
+def _read_adapter(flags: Namespace) -> Adapter | None:
     """The mean of the adapters, with the effect that was asked for; None where the base is written as it
     is.
     """
@@ -216,7 +214,7 @@ def _read_adapter(flags: argparse.Namespace) -> Adapter | None:
     return average(adapters).scaled(flags.scale) if adapters else None
 
 
-def _describe_run(run: Path | None, flags: argparse.Namespace, facts: dict[str, str]) -> list[EvalResult]:
+def _describe_run(run: Path | None, flags: Namespace, facts: dict[str, str]) -> list[EvalResult]:
     """Numbers of the run that an adapter is of, for the card; what else is to be said of it is added to
     `facts`.
 

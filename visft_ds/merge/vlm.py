@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from visft_ds.pretrained import local
 from visft_ds.settings.bands import in_words
 
 
-def put_into_vlm(flags: argparse.Namespace) -> None:
+def put_into_vlm(flags: Namespace) -> None:
     """Put the tower of a run into the model in a folder, as the flags of `visft vlm` say.
 
     Raises ValueError for a tower that does not fit, and for a model whose own tower is not the run's base.
