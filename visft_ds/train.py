@@ -22,7 +22,7 @@ from visft_ds.monitor.metrics import Callback
 from visft_ds.parallel.engine import Schedule, build_engine, released, start_process_group
 from visft_ds.parallel.placement import placement_for
 from visft_ds.prepare.data import keep_features, open_data, open_loader
-from visft_ds.prepare.datasets import TrainingSet
+from visft_ds.prepare.datasets import TrainingSets
 from visft_ds.prepare.model import prepare_model
 from visft_ds.resilience.guard import LossGuard, first_non_finite
 from visft_ds.resilience.memory import memory_explained, probe_memory
@@ -66,7 +66,7 @@ class FitResult:
 
 def train(
     config: ResolvedConfig,
-    sets: Mapping[str, TrainingSet],
+    sets: TrainingSets,
     *,
     resume: str,
     command: Sequence[str],
@@ -112,7 +112,7 @@ class Trainer:
     def __init__(
         self,
         config: ResolvedConfig,
-        sets: Mapping[str, TrainingSet],
+        sets: TrainingSets,
         resume: str,
         command: Sequence[str],
         stop: StopFlag,

@@ -31,7 +31,7 @@ from visft_ds.config.schema import (
 from visft_ds.config.tree import Tree, flatten, load_json, parse_assignment, shorten
 from visft_ds.files import reading
 from visft_ds.redaction import SECRET
-from visft_ds.settings.fields import nearest
+from visft_ds.settings.fields import Problems, nearest
 from visft_ds.tasks import BUILT_IN, entries
 
 AnyPath = str | os.PathLike[str]  #: a path as users give it
@@ -343,7 +343,7 @@ def _validated(tree: Tree) -> Recipe:
         raise ValueError("\n  ".join([title, *lines])) from error
 
 
-def problems(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple[str, str]]:
+def problems(error: ValidationError, schema: type[BaseModel]) -> Problems:
     """(dotted key, problem) of all that a schema refuses."""
     for refusal in error.errors(include_url=False):
         location = [str(part) for part in refusal["loc"]]

@@ -8,7 +8,6 @@ checks the rest of `zero_optimization` at start.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
@@ -24,6 +23,7 @@ from visft_ds.settings.fields import (
     Positive,
     Precision,
     Probability,
+    Problems,
     Rate,
     StrictModel,
     Text,
@@ -123,7 +123,7 @@ class ModelConfig(StrictModel):
     #: TF32 for float32 matrix products and convolutions on GPUs, true or false; auto: in bf16 and fp16 runs
     tf32: Literal["auto", True, False] = "auto"
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def contradictions(self) -> Problems:
         """Options of another kind of backbone, and two ways of bands."""
         if self.bands is not None and self.bands.new != self.new_bands:
             yield "new_bands", f"{self.new_bands} is not that of bands, {self.bands.new}"
@@ -207,7 +207,7 @@ class DataConfig(StrictModel):
     #: largest size of that folder in bytes; the least recently read shards are deleted first
     cache_bytes: Positive = 200_000_000_000
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def contradictions(self) -> Problems:
         """Two sets of one name."""
         names = [data_set.name for data_set in self.training_sets()]
         for number, name in enumerate(names[1:]):
@@ -271,7 +271,7 @@ class RunConfig(StrictModel):
     #: exit status after a stop by SIGUSR1, by which a job is queued again
     requeue_code: Annotated[int, Field(ge=0, lt=126)] = 85
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def contradictions(self) -> Problems:
         """Evaluations and checkpoints that do not go together."""
         if self.keep_best is None:
             if self.patience:
@@ -301,7 +301,7 @@ class VisftConfig(StrictModel):
     param_groups: Annotated[tuple[ParamGroup, ...], Field(min_length=1)]
     run: RunConfig = RunConfig()
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def contradictions(self) -> Problems:
         """Settings of another model, stage or mode or of no task, and names that nothing has or that stand
         twice.
         """
@@ -440,7 +440,7 @@ class Recipe(StrictModel):
     gradient_clipping: Rate  #: largest global L2 norm of the gradients; 0: no clipping
     visft: VisftConfig
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def contradictions(self) -> Problems:
         """Contradictions in the engine, between engine and model, and in the length of the run."""
         visft = self.visft
         zero = self.zero_optimization
@@ -465,7 +465,7 @@ class Recipe(StrictModel):
                 "missing: state it, or visft.tasks.<task>.steps of every task",
             )
 
-    def _contradictions_of_pipeline(self) -> Iterator[tuple[str, str]]:
+    def _contradictions_of_pipeline(self) -> Problems:
         zero = self.zero_optimization
         model = self.visft.model
         tasks = self.visft.tasks.enabled()

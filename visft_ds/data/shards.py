@@ -125,6 +125,9 @@ class Manifest:
     def __len__(self) -> int:
         return self.counts["images"]
 
+    def __str__(self) -> str:
+        return f"{self.root}/{self.split}"
+
     @classmethod
     def load(cls, root: Path | str, split: str, cache: Cache | None = None) -> Manifest:
         """Open a split in a folder or behind a URL; `cache` keeps copies of what is remote.

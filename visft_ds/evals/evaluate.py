@@ -194,7 +194,7 @@ class _Subject:
 
     @property
     def where(self) -> str:
-        return f"{self.manifest.root}/{self.manifest.split}"
+        return str(self.manifest)
 
     @property
     def task_facts(self) -> dict[str, Any]:

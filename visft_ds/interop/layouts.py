@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.ops import shapes_alone
 from visft_ds.pretrained import TIMM
 from visft_ds.settings.bands import Bands, in_words
-from visft_ds.settings.fields import Count, Positive
+from visft_ds.settings.fields import Count, Positive, Problems
 
 #: Prefix of the tower in files of open_clip, EVA-CLIP, ViSFT and LAVIS, of our checkpoints, and of timm.
 PREFIXES = ("visual.trunk.", "visual.", "visft_heads.backbone.0.", "visual_encoder.", "backbone.", "")
@@ -56,7 +56,7 @@ class StoredModel(BackboneOverrides):
     class_token: bool | None = None
     bands: Bands | None = None
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def contradictions(self) -> Problems:
         """Sizes of a model of timm, whose name says them."""
         if self.preset.startswith(TIMM):
             for key in self.model_fields_set - {"preset", "layers", "image_size", "bands"}:

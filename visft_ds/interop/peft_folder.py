@@ -13,7 +13,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -28,7 +28,7 @@ from visft_ds.interop.adapter import Adapter, Factors
 from visft_ds.interop.layouts import StoredModel
 from visft_ds.interop.weights import Weights, examples, open_weights, save_tensors
 from visft_ds.ops.lora import Slices, spread
-from visft_ds.settings.fields import Above, Count, Positive, StrictModel, Text
+from visft_ds.settings.fields import Above, Count, Positive, Problems, StrictModel, Text
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -98,7 +98,7 @@ class PeftConfig(StrictModel):
     alpha_pattern: dict[str, float] | None = None
     init_lora_weights: bool | str | None = True
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def contradictions(self) -> Problems:
         """The first key that makes it another change than that."""
         if self.init_lora_weights not in _STARTS:
             start = f"{self.init_lora_weights!r} changed the base weights when the training began"

@@ -26,7 +26,7 @@ from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.distributed import PipelinePosition
 from visft_ds.files import read_bytes, reading
 from visft_ds.prepare.datasets import (
-    TrainingSet,
+    TrainingSets,
     check_bands,
     check_same_categories,
     check_samples,
@@ -46,7 +46,7 @@ from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 class RunData:
     """Data of a run."""
 
-    sets: Mapping[str, TrainingSet]
+    sets: TrainingSets
     categories: Sequence[Category]  #: of the first set, ROOT/TRAIN: those that the heads know
     streams: Mapping[str, Stream]  #: with the classes of the run's heads
     pipelines: Mapping[str, Mapping[str, SamplePipeline]]  #: stream -> set -> what makes its training batches
@@ -68,7 +68,7 @@ class RunData:
         return facts
 
 
-def open_data(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> RunData:
+def open_data(config: VisftConfig, sets: TrainingSets) -> RunData:
     """The data of a run whose configuration is settled.
 
     Raises ValueError for a validation split that is missing or damaged, lacks what a task needs, or does not
@@ -125,7 +125,7 @@ def open_loader(config: VisftConfig, data: RunData, batches: Batches) -> StepLoa
 
 def keep_features(
     config: VisftConfig,
-    sets: Mapping[str, TrainingSet],
+    sets: TrainingSets,
     loader: StepLoader,
     prepared: PreparedModel,
     precision: Precision,
@@ -158,7 +158,7 @@ def keep_features(
     prepared.module.feature_cache = loader.features = FeatureCache(folder, identity)
 
 
-def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocabulary | None:
+def vocabulary_of(config: VisftConfig, sets: TrainingSets) -> Vocabulary | None:
     """The words of a run: those of the captions it learns from, the most frequent first and equal ones by the
     alphabet, or of a file; None where no task works with words.
 
@@ -172,7 +172,7 @@ def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocab
     if settings.file is not None:
         return read_vocabulary(Path(settings.file))
     manifests = [training.manifest for training in sets.values() if task in training.tasks]
-    where = ", ".join(f"{manifest.root}/{manifest.split}" for manifest in manifests)
+    where = ", ".join(map(str, manifests))
     words: Counter[str] = Counter()
     for manifest in manifests:
         if manifest.options.get("tokenizer") != TOKENIZER:
@@ -182,7 +182,7 @@ def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocab
         least = manifest.options.get("word_min_count", 1)
         if settings.min_count < least:
             raise ValueError(
-                f"{manifest.root}/{manifest.split} lists words that occur at least {least} times: "
+                f"{manifest} lists words that occur at least {least} times: "
                 f"--set visft.tasks.{task}.vocabulary.min_count={least}"
             )
         words.update(manifest.vocabulary)

@@ -27,6 +27,9 @@ class TrainingSet:
     weight: float = 1.0
 
 
+TrainingSets = Mapping[str, TrainingSet]  #: by name
+
+
 def load_splits(data: DataConfig) -> list[Manifest]:
     """The training splits in their order. Raises ValueError for one that is missing or damaged."""
     cache = Cache(data.cache, data.cache_bytes)
@@ -68,7 +71,7 @@ def _check_labels(tasks: Iterable[str], manifest: Manifest) -> None:
         lacking = config_class(task).misleads(manifest.counts, manifest.findings)
         if lacking:
             raise ValueError(
-                f"{manifest.root}/{manifest.split} has no {lacking}, which {task} would take for background: "
+                f"{manifest} has no {lacking}, which {task} would take for background: "
                 f"leave {task} out of visft.tasks, or of visft.data.sets.N.tasks"
             )
 
@@ -80,12 +83,12 @@ def check_samples(tasks: Iterable[str], manifest: Manifest) -> None:
         labels = kind.labels
         if labels not in manifest.labels or not len(manifest.having(kind.learns_from)):
             raise ValueError(
-                f"{manifest.root}/{manifest.split} has no sample with {labels}, which {task} needs: make the "
+                f"{manifest} has no sample with {labels}, which {task} needs: make the "
                 f"shards of data with {labels}, or turn the task off with --set visft.tasks.{task}=null"
             )
 
 
-def check_paste(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> None:
+def check_paste(config: VisftConfig, sets: TrainingSets) -> None:
     """Raise ValueError if a stream pastes objects by their masks and none of its sets has one."""
     for stream in config.streams().values():
         manifests = [sets[name].manifest for name in streams_by_set(stream, sets)]
@@ -112,8 +115,8 @@ def check_same_categories(manifest: Manifest, first: Manifest) -> None:
         category = unknown[0]
         there = known.get(category.coco_id, "absent")
         raise ValueError(
-            f"{manifest.root}/{manifest.split}: category {category.coco_id} {category.name!r} is {there!r} "
-            f"in {first.root}/{first.split} ({len(unknown)} such): make both from the same categories"
+            f"{manifest}: category {category.coco_id} {category.name!r} is {there!r} "
+            f"in {first} ({len(unknown)} such): make both from the same categories"
         )
 
 
@@ -128,13 +131,10 @@ def check_bands(manifest: Manifest, bands: Bands | None) -> None:
         low, high = bands.range
         numbers = ",".join(map(str, bands.numbers))
         remedy = f"build them with --range {low:g},{high:g} --bands {numbers}"
-    raise ValueError(
-        f"{manifest.root}/{manifest.split} has pictures of {there}, and the model reads {in_words(bands)}: "
-        f"{remedy}"
-    )
+    raise ValueError(f"{manifest} has pictures of {there}, and the model reads {in_words(bands)}: {remedy}")
 
 
-def streams_by_set(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Stream]:
+def streams_by_set(stream: Stream, sets: TrainingSets) -> dict[str, Stream]:
     """Data set -> the stream as far as the set has labels for it; without sets that have none."""
     streams = {}
     for name, training_set in sets.items():
@@ -144,7 +144,7 @@ def streams_by_set(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str,
     return streams
 
 
-def samples_of(config: VisftConfig, stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, SetPlan]:
+def samples_of(config: VisftConfig, stream: Stream, sets: TrainingSets) -> dict[str, SetPlan]:
     """Data set -> its samples that teach at least one task of the stream."""
     plans = {}
     for name, taught in streams_by_set(stream, sets).items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from visft_ds.config.tree import Tree
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.prepare.datasets import (
-    TrainingSet,
+    TrainingSets,
     check_bands,
     load_splits,
     open_training_sets,
@@ -92,7 +92,7 @@ class Settled(NamedTuple):
 
     options: argparse.Namespace
     config: ResolvedConfig
-    sets: Mapping[str, TrainingSet] | None  #: training sets by name; None: some are not on this machine
+    sets: TrainingSets | None  #: training sets by name; None: some are not on this machine
 
 
 def settle(words: Sequence[str] | None = None, processes: int = 1) -> Settled:
@@ -139,9 +139,7 @@ def settle(words: Sequence[str] | None = None, processes: int = 1) -> Settled:
     return Settled(options, config, sets)
 
 
-def settle_data(
-    config: ResolvedConfig, processes: int = 1
-) -> tuple[ResolvedConfig, Mapping[str, TrainingSet]]:
+def settle_data(config: ResolvedConfig, processes: int = 1) -> tuple[ResolvedConfig, TrainingSets]:
     """The configuration with the classes and batches that its data decides, and its training sets.
 
     For tools that have a configuration and no command line. Raises ValueError as `settle`.
@@ -524,7 +522,7 @@ def _decide_for_few(draft: Draft, manifests: Sequence[Manifest]) -> None:
     draft.decide(values, f"the recipe for {images} photographs")
 
 
-def _decide_sizes(draft: Draft, sets: Mapping[str, TrainingSet], processes: int) -> None:
+def _decide_sizes(draft: Draft, sets: TrainingSets, processes: int) -> None:
     """Bands of the backbone, classes of the heads, and batches that the images fill."""
     _decide_bands(draft, sets)
     _decide_depths(draft, sets)
@@ -546,7 +544,7 @@ def _decide_sizes(draft: Draft, sets: Mapping[str, TrainingSet], processes: int)
             draft.decide({f"{stream.key}.batch_size": smaller}, why, over_user=True)
 
 
-def _decide_bands(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
+def _decide_bands(draft: Draft, sets: TrainingSets) -> None:
     """The bands that the pictures of the first set have; those of other sets have to be alike."""
     bands = next(iter(sets.values())).manifest.bands
     model = draft.visft.model
@@ -562,7 +560,7 @@ def _decide_bands(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
         check_bands(training_set.manifest, draft.visft.model.bands)
 
 
-def _decide_depths(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
+def _decide_depths(draft: Draft, sets: TrainingSets) -> None:
     """Depths as far as those of the data, where these lie beyond what a head predicts by default; none in
     metres after relative maps alone.
     """
@@ -579,7 +577,7 @@ def _decide_depths(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
         draft.decide({"visft.tasks.depth.head.farthest": float(math.ceil(farthest))}, why)
 
 
-def _decide_detections(draft: Draft, sets: Mapping[str, TrainingSet]) -> None:
+def _decide_detections(draft: Draft, sets: TrainingSets) -> None:
     """Room for all objects of the fullest image, where it has more than heads predict, and for mistakes."""
     for name, task in draft.visft.tasks.enabled().items():
         taught = [of_set.manifest for of_set in sets.values() if name in of_set.tasks]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops import DTYPES
 from visft_ds.ops.attention import packed_kernel
 from visft_ds.prepare.data import RunData, open_data
-from visft_ds.prepare.datasets import TrainingSet, classes_of_run
+from visft_ds.prepare.datasets import TrainingSets, classes_of_run
 from visft_ds.prepare.inputs import missing_shards
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, PreparedModel, TrainedGroup, plan_model, stage_name
 from visft_ds.pretrained import local
@@ -54,7 +54,7 @@ def print_start(
     print_plan(_title(config), sections)
 
 
-def print_dry_run(config: ResolvedConfig, sets: Mapping[str, TrainingSet] | None, processes: int) -> None:
+def print_dry_run(config: ResolvedConfig, sets: TrainingSets | None, processes: int) -> None:
     """Print what would train, how batches divide, and whether it fits into memory.
 
     Args:
@@ -112,7 +112,7 @@ def _check_files(config: ResolvedConfig, module: MultiTaskModel, *, knows_words:
             open_head(heads, task).check(head)
 
 
-def warn_of_detr(config: ResolvedConfig, sets: Mapping[str, TrainingSet]) -> None:
+def warn_of_detr(config: ResolvedConfig, sets: TrainingSets) -> None:
     """Print a warning where a DETR would memorise a few photographs."""
     detection = config.visft.tasks.enabled().get("detection")
     images = sum(len(training_set.manifest) for training_set in sets.values())
@@ -243,7 +243,7 @@ def _data(config: ResolvedConfig, data: RunData) -> Section:
     rows = []
     for name, training_set in data.sets.items():
         manifest = training_set.manifest
-        where = f"{manifest.root}/{manifest.split}: {len(manifest)} images"
+        where = f"{manifest}: {len(manifest)} images"
         tasks = ", ".join(training_set.tasks)
         rows.append((f"shards {name}", f"{where}, weight {training_set.weight:g}: {tasks}"))
     for task, classes in classes_of_run(config.visft, data.categories).items():

@@ -4,12 +4,11 @@ reads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from visft_ds.settings.fields import Above, Fraction, Positive, StrictModel
+from visft_ds.settings.fields import Above, Fraction, Positive, Problems, StrictModel
 
 Kind = Literal["uint8", "uint16", "float32"]  #: type of a value
 #: weights of the first convolution for bands that are new to a backbone of three colours
@@ -33,7 +32,7 @@ class Bands(StrictModel):
     #: initial weights for bands that are new to the backbone, mean or zero, as visft.model.new_bands
     new: NewBands = Field(default="mean", exclude_if=lambda new: new == "mean")
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def contradictions(self) -> Problems:
         """Bands that are not there, statistics of others, and a range without a width."""
         if max(self.numbers) > self.count:
             yield "numbers", f"a picture has bands 1 to {self.count}"

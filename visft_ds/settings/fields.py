@@ -17,6 +17,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+#: (key in a section, problem) of each value that is refused
+Problems = Iterator[tuple[str, str]]
+
 
 class StrictModel(BaseModel):
     """Part of a configuration or record: unknown keys are errors, "1e-5" is no number, true no integer,
@@ -24,8 +27,8 @@ class StrictModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Pairs (key in this section, problem)."""
+    def contradictions(self) -> Problems:
+        """Values of this section that are right alone, and not together."""
         yield from ()
 
     @model_validator(mode="after")

@@ -5,13 +5,23 @@ The settings of each task stand in its folder, `visft_ds/tasks/<task>/config.py`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
-from visft_ds.settings.fields import Above, Ascending, Count, Fraction, Positive, Sides, StrictModel, Text
+from visft_ds.settings.fields import (
+    Above,
+    Ascending,
+    Count,
+    Fraction,
+    Positive,
+    Problems,
+    Sides,
+    StrictModel,
+    Text,
+)
 from visft_ds.settings.tiles import Tiles
 
 Findings = Mapping[str, Sequence[Any]]  #: what was odd: kind -> (how often, examples)
@@ -182,7 +192,7 @@ class ImageSizes(StrictModel):
     #: their masks; their number is drawn from 0 to this; 0: none
     paste: Count = 0
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def contradictions(self) -> Problems:
         """Options of images of one size, where images have crops or sizes of their own."""
         if self.zoom is not None and self.fixed_size is None:
             yield "zoom", "is for squares: set fixed_size, their side in pixels, or leave zoom null"

@@ -99,7 +99,7 @@ def _check_split(
     looked_at = [task for task in tasks if config_class(task).labels in manifest.labels]
     if not looked_at:
         kinds = ", ".join(f"{_TASKS[task][0]} of {task}" for task in tasks)
-        raise ValueError(f"{manifest.root}/{manifest.split} has no labels that the run looks at: {kinds}")
+        raise ValueError(f"{manifest} has no labels that the run looks at: {kinds}")
     shown = list[Doubt]()
     sections = list[Section]()
     with ShardReader(manifest) as reader:
@@ -116,7 +116,7 @@ def _check_split(
             of_kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
             rows += [*facts, ("above 0.5", of_kinds or "none")]
             rows.append(("on the page", f"the first {min(most, len(doubts))} of {len(doubts)}"))
-            title = f"{manifest.root}/{manifest.split}: {_TASKS[task][0]}, the most doubtful first"
+            title = f"{manifest}: {_TASKS[task][0]}, the most doubtful first"
             sections.append(Section(title, rows))
             shown += doubts[:most]
         page = _write(folder, shown, content, names, reader)

@@ -6,12 +6,11 @@ They are those of the linear probe on NYU Depth v2 that DINOv2 and DINOv3 publis
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from visft_ds.settings.fields import Above, Positive, Rate, Sides, StrictModel
+from visft_ds.settings.fields import Above, Positive, Problems, Rate, Sides, StrictModel
 from visft_ds.settings.task_schema import ImageSizes
 from visft_ds.tasks.masks.config import MaskTaskConfig
 
@@ -29,7 +28,7 @@ class DepthImage(ImageSizes):
     #: largest long side in evaluation, in pixels; it takes precedence over the short side
     max_size_test: Positive = 640
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def contradictions(self) -> Problems:
         """Tiles and pasted objects, besides those of all images."""
         yield from super().contradictions()
         if self.tile is not None:
@@ -49,7 +48,7 @@ class DepthRange(StrictModel):
     #: it learnt from relative maps alone, and its depths have no unit; default: as the data says
     relative: bool = False
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def contradictions(self) -> Problems:
         """A range without depths."""
         if self.nearest >= self.farthest:
             yield "nearest", f"must be below farthest = {self.farthest:g}"

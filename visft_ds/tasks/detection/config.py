@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from visft_ds.settings.fields import (
@@ -12,6 +11,7 @@ from visft_ds.settings.fields import (
     Depth,
     Positive,
     Probability,
+    Problems,
     Rate,
     Sides,
     StrictModel,
@@ -62,7 +62,7 @@ class DetectionHeadConfig(StrictModel):
             return min(self.num_queries, self.max_detections)
         return self.max_detections
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def contradictions(self) -> Problems:
         if self.type != "dense" and self.masks:
             yield "masks", "is for the dense head: set type to dense, or train the task segmentation"
         if self.width % 32:

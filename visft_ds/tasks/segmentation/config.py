@@ -4,10 +4,19 @@ code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from visft_ds.settings.fields import Above, Ascending, Depth, Fraction, Positive, Probability, StrictModel
+from visft_ds.settings.fields import (
+    Above,
+    Ascending,
+    Depth,
+    Fraction,
+    Positive,
+    Probability,
+    Problems,
+    StrictModel,
+)
 from visft_ds.settings.task_schema import WITHOUT_MASK, Findings
 from visft_ds.tasks.masks.config import ClassIds, MaskLoss, MaskTaskConfig, PlainHeadConfig
 
@@ -65,7 +74,7 @@ class SegmentationHeadConfig(StrictModel):
         """Most objects that it finds in an image, one for each query at most."""
         return min(self.num_queries, self.max_detections)
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def contradictions(self) -> Problems:
         """A width that attention heads or norm groups do not divide, and fewer classes than COCO has."""
         if self.class_ids == "published" and self.num_classes < 80:
             yield "num_classes", "must be at least 80: published labels are COCO's 80"

@@ -6,12 +6,20 @@ eval/segmentation).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from visft_ds.settings.fields import Above, Ascending, Fraction, Positive, Probability, Rate, StrictModel
+from visft_ds.settings.fields import (
+    Above,
+    Ascending,
+    Fraction,
+    Positive,
+    Probability,
+    Problems,
+    Rate,
+    StrictModel,
+)
 from visft_ds.tasks.masks.config import MaskLoss, MaskTaskConfig, PlainHeadConfig, options_of_kind
 
 
@@ -34,7 +42,7 @@ class SemanticImage(StrictModel):
     #: the short side)
     window: Positive | None = 512
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def contradictions(self) -> Problems:
         """A window that leaves something out."""
         if self.window is not None and self.window < self.min_size_test:
             yield "window", f"must be at least min_size_test = {self.min_size_test}, or null"
