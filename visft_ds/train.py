@@ -30,7 +30,7 @@ from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.run.folder import locked, open_run_folder
 from visft_ds.run.log import open_log
-from visft_ds.run.machine import check_machine, divide_layers, rank_facts, settle_checkpointing
+from visft_ds.run.machine import check_machine, planned_run, rank_facts, settle_checkpointing
 from visft_ds.run.report import print_start
 from visft_ds.run.start import measure_heads, open_start
 from visft_ds.run.state import RunState
@@ -147,8 +147,10 @@ class Trainer:
         self.config = config
 
         # 6: the model, with weights of files or drawn ones.
-        partition = divide_layers(config, machine, self.data.vocabulary)
-        bounds = None if partition is None else partition.bounds
+        partition = bounds = None
+        if self.batches.stages > 1:
+            partition = planned_run(config, machine, self.data.vocabulary).partition
+            bounds = partition.bounds
         heads = config.visft.heads.path
         self.prepared = prepare_model(
             config.visft,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.options import known_keys
 from tests.ranks import python
 from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
-from visft_ds.config.compare import differences
+from visft_ds.config.record import differences
 from visft_ds.config.resolve import (
     CONFIG_ROOT,
     NOT_IDENTITY,

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.compare import differences
+from visft_ds.config.record import differences
 from visft_ds.data.fetch import sha256_of
 from visft_ds.errors import does_not_answer, retold
 from visft_ds.files import read_bytes, reading, sync_folder

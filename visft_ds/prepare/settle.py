@@ -493,21 +493,22 @@ def _decide_for_few(draft: Draft, manifests: Sequence[Manifest]) -> None:
     images = sum(len(manifest) for manifest in manifests)
     visft = draft.visft.filled()
     tasks = visft.tasks.enabled()
+    has_scenes = tasks.keys() <= _OF_SCENES
     values: dict[str, Any] = {}
     steps = draft.recipe.scheduler.params.total_num_steps or visft.steps() or STEPS
     if visft.stage == 1:
         stream = next(iter(visft.streams().values()))
         is_fine = stream.tiles is None and bool(stream.image.get("keep_shape"))
         if not draft.tree.is_stated("scheduler.params.total_num_steps"):
-            passes = FINE_PASSES if is_fine and not tasks.keys() <= _OF_SCENES else PASSES
+            passes = FINE_PASSES if is_fine and not has_scenes else PASSES
             steps = max(STEPS, math.ceil(passes * images / stream.batch_size))
             values["scheduler.params.total_num_steps"] = steps
-        if stream.tiles is not None:  # which are views of their picture themselves
-            values["visft.features.views"] = max(1, VIEWS * images // _samples(stream, manifests))
-        else:
-            values["visft.features.views"] = FINE_VIEWS if is_fine else VIEWS
-        if tasks.keys() <= _OF_SCENES:
-            values["visft.features.views"] = SCENE_VIEWS
+        views = FINE_VIEWS if is_fine else VIEWS
+        if has_scenes:
+            views = SCENE_VIEWS
+        elif stream.tiles is not None:  # which are views of their picture themselves
+            views = max(1, VIEWS * images // _samples(stream, manifests))
+        values["visft.features.views"] = views
         values["visft.features.cache"] = f"{visft.run.out}/features" if images <= MOST_KEPT else None
         if "captioning" in tasks:
             values["visft.shared.image.zoom"] = ZOOM_WITH_CAPTIONS

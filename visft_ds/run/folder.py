@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.compare import differences
-from visft_ds.config.record import RunFile, read_run
+from visft_ds.config.record import RunFile, differences, read_run
 from visft_ds.config.resolve import identity_of
 from visft_ds.files import reading
 from visft_ds.run_files import (

@@ -24,7 +24,6 @@ from visft_ds.tasks.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from visft_ds.planner.memory import PlannedRun
-    from visft_ds.planner.partition import Partition
 
 #: Keys of ZeRO that the schema has checked; any other is checked by DeepSpeed itself, which takes seconds.
 _CHECKED_KEYS = {"stage", "reduce_bucket_size"}
@@ -78,13 +77,6 @@ def planned_run(config: ResolvedConfig, machine: Machine, vocabulary: Vocabulary
 
     words = PUBLISHED_VOCABULARY if vocabulary is None else vocabulary.size
     return PlannedRun(config, machine.batches, machine.precision, words, machine.device)
-
-
-def divide_layers(
-    config: ResolvedConfig, machine: Machine, vocabulary: Vocabulary | None
-) -> Partition | None:
-    """Division of the layers among the stages of a pipeline; None without one."""
-    return None if machine.batches.stages == 1 else planned_run(config, machine, vocabulary).partition
 
 
 def memory_of(device: torch.device) -> int:
