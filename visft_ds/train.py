@@ -147,10 +147,10 @@ class Trainer:
         self.config = config
 
         # 6: the model, with weights of files or drawn ones.
-        partition = bounds = None
+        partition = None
         if self.batches.stages > 1:
             partition = planned_run(config, machine, self.data.vocabulary).partition
-            bounds = partition.bounds
+        bounds = None if partition is None else partition.bounds
         heads = config.visft.heads.path
         self.prepared = prepare_model(
             config.visft,
@@ -196,19 +196,15 @@ class Trainer:
 
         # 10: the steps, what evaluates beside them, and what writes their numbers down.
         self.steps = self.loader.steps(self.start, config.total_steps)
+        self.log = stack.enter_context(open_log(config, self.start, callbacks, stop))
         self.validation = None
         if self.data.validation is not None:
             from visft_ds.run.evaluation import Validation  # brings what measures
 
-            validation = Validation(
-                config.visft,
-                self.data.streams,
-                self.data.validation,
-                self.data.vocabulary,
-                self.state.saver.judged,
-            )
+            predict = self.engine.predict
+            judged = self.state.saver.judged
+            validation = Validation(config.visft, self.data, predict, self.log, stop, self.watchdog, judged)
             self.validation = stack.enter_context(closing(validation))
-        self.log = stack.enter_context(open_log(config, self.start, callbacks, stop))
         stack.enter_context(self.state.saver)
         self.guard = LossGuard(config.visft.run.skip_bad_steps)
 
@@ -279,7 +275,7 @@ class Trainer:
             return Progress.GOES_ON
         if not self.start:
             with self.watchdog.phase("drawing predictions"):
-                self.validation.draw(self.engine.predict, self.start, self.log)
+                self.validation.draw(self.start)
         elif self.state.is_evaluated(self.start):
             # An earlier start may have ended between saving this step and evaluating it.
             return self.evaluate()
@@ -296,7 +292,7 @@ class Trainer:
             self.save()
         self.state.report_saves(self.log)
         if self.validation is not None:
-            self.validation.poll(self.log)  # numbers of earlier evaluations, which a process measures
+            self.validation.poll()  # numbers of earlier evaluations, which a process measures
         if self.validation is not None and self.state.is_evaluated(self.done):
             progress = self.evaluate()
             if progress is Progress.STOPPED and self.saved < self.done:
@@ -324,7 +320,7 @@ class Trainer:
         is_evaluated = distributed.by_main_process(lambda: step in self.log.writer.evaluated)
         if not is_evaluated:
             with self.watchdog.phase(f"evaluating after step {step}"):
-                goes_on = validation.evaluate(self.engine.predict, step, self.log, self.stop, self.watchdog)
+                goes_on = validation.evaluate(step)
             if not goes_on:
                 return Progress.STOPPED
         if not self.config.visft.run.patience:
@@ -340,7 +336,7 @@ class Trainer:
         validation = self.validation
         assert validation is not None
         with self.watchdog.phase(f"measuring after step {self.done}", timed=False):
-            return distributed.by_main_process(lambda: validation.wait_for_all(self.log, self.stop))
+            return distributed.by_main_process(validation.wait_for_all)
 
     def finish(self, progress: Progress) -> FitResult:
         """Export what is complete, and write the last numbers. Collective."""
@@ -369,13 +365,13 @@ class Trainer:
 
         # After closing: the other ranks need not wait for the last numbers.
         if validation is not None and not is_concluded:
-            knows_all = on_training_images is not None and validation.wait_for_all(self.log, self.stop)
+            knows_all = on_training_images is not None and validation.wait_for_all()
             if knows_all:
                 cells = [cell for _, cell in self.prepared.module.backbone.shapes]
-                validation.conclude(self.done, on_training_images or {}, self.data, cells, self.log)
+                validation.conclude(self.done, on_training_images or {}, cells)
             else:
                 stopped = stopped or self.stop.reason
-                validation.leave(self.log)
+                validation.leave()
         if distributed.is_main():
             self.state.saver.delete_obsolete()
         return FitResult(self.out, self.done, is_complete, stopped, self.log.writer.last)
@@ -393,7 +389,4 @@ class Trainer:
         with self.watchdog.phase("exporting", timed=False):
             exported = self.state.take_best(self.done, self.log)
             distributed.by_main_process(lambda: self.state.export(exported, self.prepared))
-        if self.validation is None:
-            return None
-        images = next(iter(self.data.sets.values())).manifest
-        return self.validation.on_training_images(self.engine.predict, images, self.stop, self.watchdog)
+        return None if self.validation is None else self.validation.on_training_images()

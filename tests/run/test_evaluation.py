@@ -15,7 +15,8 @@ from collections import Counter, deque
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -32,7 +33,7 @@ from visft_ds.evals.cli import main as evaluate
 from visft_ds.evals.records import read_evaluation
 from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import MetricsWriter
-from visft_ds.prepare.data import vocabulary_of
+from visft_ds.prepare.data import RunData, vocabulary_of
 from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.prepare.model import prepare_model
 from visft_ds.resilience import watchdog
@@ -164,9 +165,21 @@ class Parts:
     manifest: Manifest
     vocabulary: Vocabulary
 
-    def validation(self, *settings: str) -> Validation:
+    def validation(
+        self,
+        writer: MetricsWriter,
+        predict: Any = None,
+        *settings: str,
+        printed: io.StringIO | None = None,
+        stop: StopFlag | None = None,
+        dog: Watchdog | None = None,
+    ) -> Validation:
         config = changed(self.config, settings).visft
-        return Validation(config, config.streams(), self.manifest, self.vocabulary)
+        data = SimpleNamespace(streams=config.streams(), validation=self.manifest, vocabulary=self.vocabulary)
+        log = RunLog(writer, Progress(6, stream=printed or io.StringIO()))
+        if stop is None:
+            stop = StopFlag(launched=False)
+        return Validation(config, cast(RunData, data), predict, log, stop, dog or Watchdog(0, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -197,11 +210,11 @@ def test_predictions_that_are_not_finite(
         for parameter in module.heads["detection"].parameters():
             parameter.fill_(float("nan"))
     monkeypatch.setattr("visft_ds.run.evaluation.ProcessPoolExecutor", Here)
-    validation, printed = parts.validation("visft.run.eval_limit=2"), io.StringIO()
+    printed = io.StringIO()
     with MetricsWriter(tmp_path) as writer, torch.no_grad():
-        log, stop = RunLog(writer, Progress(4, stream=printed)), StopFlag(launched=False)
-        assert validation.evaluate(lambda batch: module(batch), 2, log, stop, Watchdog(0, 0.0))
-        validation.poll(log, seconds=None)
+        validation = parts.validation(writer, module, "visft.run.eval_limit=2", printed=printed)
+        assert validation.evaluate(2)
+        validation.poll(seconds=None)
     (warning,) = capsys.readouterr().err.splitlines()
     assert "step 2 failed: detection" in warning
     assert {name.split("/")[1] for name in _judged(tmp_path)[2]} == {"mask", "caption"}
@@ -211,7 +224,7 @@ def test_predictions_that_are_not_finite(
 
 def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, tmp_path: Path) -> None:
     """It leaves no results: a run that is resumed at this step evaluates it as a whole."""
-    validation, stop, seen = parts.validation(), StopFlag(launched=False), []
+    stop, seen = StopFlag(launched=False), []
     prepared = prepare_model(parts.config.visft, parts.config.optimizer.params, vocabulary=parts.vocabulary)
     module = prepared.module.eval()
 
@@ -221,27 +234,28 @@ def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, 
         return dict(module(batch))
 
     with MetricsWriter(tmp_path) as writer, torch.no_grad():
-        log = RunLog(writer, Progress(4, stream=io.StringIO()))
-        assert not validation.evaluate(predict, 2, log, stop, Watchdog(0, 0.0))
+        validation = parts.validation(writer, predict, stop=stop)
+        assert not validation.evaluate(2)
     assert len(seen) == 1 and not validation._waiting
 
 
 def test_a_request_to_stop_ends_the_wait_for_numbers(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    validation, stop, numbers = parts.validation(), StopFlag(launched=False), {"box/AP": 0.5}
+    stop, numbers = StopFlag(launched=False), {"box/AP": 0.5}
     monkeypatch.setattr("visft_ds.run.evaluation.ProcessPoolExecutor", Here)
     released = threading.Event()
     monkeypatch.setattr(
         "visft_ds.run.evaluation.measure", lambda *_, **__: released.wait(PROMPT) and (numbers, [])
     )
     with MetricsWriter(tmp_path) as writer:
-        log = RunLog(writer, Progress(4, stream=io.StringIO()))
+        validation, reason = parts.validation(writer, stop=stop), stop.reason
         validation.measure(2, {})
         threading.Timer(0.3, lambda: setattr(stop, "reason", Stop.SIGTERM)).start()
-        assert not validation.wait_for_all(log, stop) and not (tmp_path / "metrics.jsonl").exists()
+        assert not validation.wait_for_all() and not (tmp_path / "metrics.jsonl").exists()
+        stop.reason = reason
         released.set()
-        assert validation.wait_for_all(log, StopFlag(launched=False))
+        assert validation.wait_for_all()
     assert _judged(tmp_path) == {2: {"val/box/AP": 0.5}}
 
 
@@ -251,7 +265,7 @@ def test_an_evaluation_that_hangs_is_noticed(
     """Every batch has the time of a step: an evaluation may take hours, a rank that waits for another one may
     not.
     """
-    validation, dog, ended, begun = parts.validation(), Watchdog(0, 0.0), threading.Event(), list[float]()
+    dog, ended, begun = Watchdog(0, 0.0), threading.Event(), list[float]()
     monkeypatch.setattr(watchdog, "_LOOK", 0.01)
     monkeypatch.setattr(os, "_exit", lambda code: ended.set())
 
@@ -267,7 +281,7 @@ def test_an_evaluation_that_hangs_is_noticed(
         "visft_ds.run.evaluation.collect", lambda predict, *_, **__: [predict(batch) for batch in "ab"]
     )
     with MetricsWriter(tmp_path) as writer, pytest.raises(InterruptedError), dog.watching():
-        validation.evaluate(predict, 2, RunLog(writer, Progress(4)), StopFlag(launched=False), dog)
+        parts.validation(writer, predict, dog=dog).evaluate(2)
     assert begun[0] < begun[1] and "evaluating after step 2" in capsys.readouterr().err
 
 
@@ -284,20 +298,22 @@ def test_a_killed_process_is_started_anew_once(
         process.kill()
         process.join()
 
-    validation, printed = parts.validation(), io.StringIO()
+    printed = io.StringIO()
     results = [{"image_id": int(one), "caption": "a cat"} for one in parts.manifest.index["image_id"]]
-    with MetricsWriter(tmp_path) as writer, closing(validation):
-        log = RunLog(writer, Progress(6, stream=printed))
+    with (
+        MetricsWriter(tmp_path) as writer,
+        closing(parts.validation(writer, printed=printed)) as validation,
+    ):
         validation.measure(2, {"captioning": results})
         kill()
-        validation.poll(log, seconds=None)
+        validation.poll(seconds=None)
         kill()
         validation.measure(4, {"captioning": results})
-        validation.poll(log, seconds=None)
+        validation.poll(seconds=None)
         assert not capsys.readouterr().err
         # Its results end whoever measures them.
         validation.measure(6, {"captioning": [{"image_id": Deadly()}]})
-        validation.poll(log, seconds=None)
+        validation.poll(seconds=None)
         validation.measure(8, {"captioning": []})
     (warning,) = capsys.readouterr().err.splitlines()
     assert "the evaluation of step 6 failed" in warning and "killed twice" in warning

@@ -18,7 +18,7 @@ import torch
 from visft_ds import distributed
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.samples import Batch
-from visft_ds.data.shards import Manifest, ShardReader
+from visft_ds.data.shards import ShardReader
 from visft_ds.data.workers import fork_server, kill_pool, start_worker
 from visft_ds.evaluation import collect, draw_examples, example_positions, measure
 from visft_ds.monitor.metrics import CONCLUSION
@@ -28,10 +28,8 @@ from visft_ds.resilience.stop import StopFlag
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.run.advice import findings_of, verdicts
 from visft_ds.run.log import RunLog
-from visft_ds.settings.task_schema import Stream
 from visft_ds.tasks import Results, shown_metrics
 from visft_ds.tasks.task import Predict
-from visft_ds.tasks.vocabulary import Vocabulary
 
 #: Training images that a run is evaluated on at its end.
 TRAINING_IMAGES = 100
@@ -50,40 +48,48 @@ class Validation:
     """The evaluations of one run on its validation split.
 
     Args:
-        streams: those of the run, with the classes of its heads.
+        predict: of the model as it is by then.
+        log: where the numbers go.
+        stop: tells whether this rank was asked to stop.
+        watchdog: times each batch.
         judged: takes the numbers of each evaluation; returns whether this step is the best so far.
     """
 
     def __init__(
         self,
         config: VisftConfig,
-        streams: Mapping[str, Stream],
-        manifest: Manifest,
-        vocabulary: Vocabulary | None,
+        data: RunData,
+        predict: Predict,
+        log: RunLog,
+        stop: StopFlag,
+        watchdog: Watchdog,
         judged: Callable[[int, Mapping[str, float]], bool] = lambda step, metrics: False,
     ) -> None:
+        assert data.validation is not None
         self._config = config
-        self._streams = streams
-        self._vocabulary = vocabulary
+        self._data = data
+        self._predict = predict
+        self._log = log
+        self._stop = stop
+        self._watchdog = watchdog
         self._judged = judged
         self._heads = {task: settings.head for task, settings in config.tasks.enabled().items()}
-        self._reader = ShardReader(manifest)
+        self._reader = ShardReader(data.validation)
         self._pool: ProcessPoolExecutor | None = None
         self._waiting: deque[_Queued] = deque()
 
-    def evaluate(self, predict: Predict, step: int, log: RunLog, stop: StopFlag, watchdog: Watchdog) -> bool:
-        """Predict the split. Collective; the numbers come later, see `poll`. Each batch is timed by the
-        watchdog.
+    def evaluate(self, step: int) -> bool:
+        """Predict the split. Collective; the numbers come later, see `poll`.
 
         Returns False if a rank was asked to stop: launchers do not wait so long, and a resumed run evaluates
         again.
         """
         try:
             collected = collect(
-                _unless_stopped(predict, f"evaluating after step {step}", stop, watchdog),
+                self._unless_stopped(f"evaluating after step {step}"),
                 self._reader,
-                self._streams,
-                self._vocabulary,
+                self._data.streams,
+                self._data.vocabulary,
                 limit=self._config.run.eval_limit,
                 num_workers=workers_of(self._config.data),
             )
@@ -91,9 +97,21 @@ class Validation:
             return False
         if collected is not None:
             self.measure(step, collected)
-            self._draw(step, collected, log)
-        self.poll(log)
+            self._draw(step, collected)
+        self.poll()
         return True
+
+    def _unless_stopped(self, doing: str) -> Predict:
+        """What predicts a batch, and raises `_StoppedError` on all ranks as soon as one is asked to stop."""
+
+        def stoppable(batch: Batch) -> Mapping[str, Any]:
+            with self._watchdog.phase(doing):
+                # All ranks have equally many batches.
+                if any(distributed.from_all_ranks(bool(self._stop))):
+                    raise _StoppedError
+                return self._predict(batch)
+
+        return stoppable
 
     def measure(self, step: int, collected: Mapping[str, Results]) -> None:
         """Queue the results of a step, {task: results}, for measuring."""
@@ -111,7 +129,7 @@ class Validation:
                 self._pool = None
         raise RuntimeError("the process that measures evaluations cannot be started: it ends at once")
 
-    def poll(self, log: RunLog, *, seconds: float | None = 0.0) -> None:
+    def poll(self, *, seconds: float | None = 0.0) -> None:
         """Record the metrics of evaluations that are measured within some seconds; None: wait for all of
         them.
 
@@ -132,20 +150,20 @@ class Validation:
             self._waiting.popleft()
             if error is None:
                 metrics, problems = first.future.result()
-                self._record(first.step, metrics, problems, log)
+                self._record(first.step, metrics, problems)
             else:
                 problem = _KILLED if was_killed else f"{type(error).__name__}: {error}"
-                self._record(first.step, {}, [problem], log)
+                self._record(first.step, {}, [problem])
 
-    def wait_for_all(self, log: RunLog, stop: StopFlag) -> bool:
+    def wait_for_all(self) -> bool:
         """Record the metrics of all evaluations; False: some are missing, as this rank was asked to stop."""
         while self._waiting:
-            if stop:
+            if self._stop:
                 return False
-            self.poll(log, seconds=_LOOK)
+            self.poll(seconds=_LOOK)
         return True
 
-    def _record(self, step: int, metrics: Mapping[str, float], problems: list[str], log: RunLog) -> None:
+    def _record(self, step: int, metrics: Mapping[str, float], problems: list[str]) -> None:
         for problem in problems:
             text = f"warning: the evaluation of step {step} failed: {redacted(problem)}"
             print(text, file=sys.stderr, flush=True)
@@ -158,62 +176,63 @@ class Validation:
         shown = [f"{name} {metrics[name]:.3f}" for name in shown_metrics() if name in metrics]
         if is_best:
             shown.append("(best so far)")
-        log.message(f"step {step} validation{on_part}: {'  '.join(shown)}")
-        log.writer.evaluation(step, metrics)
+        self._log.message(f"step {step} validation{on_part}: {'  '.join(shown)}")
+        self._log.writer.evaluation(step, metrics)
 
-    def draw(self, predict: Predict, step: int, log: RunLog) -> None:
+    def draw(self, step: int) -> None:
         """Draw the predictions of the fixed images after `step`, which is not evaluated. Collective."""
-        tasks = [task for stream in self._streams.values() for task in stream.tasks]
+        data = self._data
         run = self._config.run
-        positions = example_positions(self._reader, tasks, run.visualizations, run.eval_limit)
+        positions = example_positions(self._reader, list(self._heads), run.visualizations, run.eval_limit)
         if positions:
-            collected = collect(predict, self._reader, self._streams, self._vocabulary, positions=positions)
+            collected = collect(
+                self._predict, self._reader, data.streams, data.vocabulary, positions=positions
+            )
             if collected is not None:
-                self._draw(step, collected, log)
+                self._draw(step, collected)
 
-    def _draw(self, step: int, collected: Mapping[str, Results], log: RunLog) -> None:
+    def _draw(self, step: int, collected: Mapping[str, Results]) -> None:
         run = self._config.run
         examples = draw_examples(collected, self._reader, run.visualizations, limit=run.eval_limit)
         for task, by_image in examples.items():
             for image_id, picture in by_image.items():
-                log.writer.image(step, f"{task}/{image_id:012d}", picture)
+                self._log.writer.image(step, f"{task}/{image_id:012d}", picture)
 
-    def on_training_images(
-        self, predict: Predict, training: Manifest, stop: StopFlag, watchdog: Watchdog
-    ) -> dict[str, float] | None:
+    def on_training_images(self) -> dict[str, float] | None:
         """AP50 and mIoU of the first training images. Collective; empty on all ranks but the main process.
 
         Returns None if a rank was asked to stop.
         """
-        reader = ShardReader(training)
-        predict = _unless_stopped(predict, "evaluating training images", stop, watchdog)
+        data = self._data
+        reader = ShardReader(next(iter(data.sets.values())).manifest)
+        predict = self._unless_stopped("evaluating training images")
         try:
-            collected = collect(predict, reader, self._streams, self._vocabulary, limit=TRAINING_IMAGES)
+            collected = collect(predict, reader, data.streams, data.vocabulary, limit=TRAINING_IMAGES)
         except _StoppedError:
             return None
         metrics, _ = measure(collected or {}, reader, self._heads, limit=TRAINING_IMAGES)
         return {name: value for name, value in metrics.items() if name.endswith(("/AP50", "/mIoU"))}
 
-    def conclude(
-        self, step: int, training: Mapping[str, float], data: RunData, cells: Sequence[int], log: RunLog
-    ) -> None:
+    def conclude(self, step: int, training: Mapping[str, float], cells: Sequence[int]) -> None:
         """Record the metrics on training images, and say what they mean beside those of validation.
 
         Args:
             cells: see `findings_of`.
         """
-        log.writer.event(step, CONCLUSION, **training)
-        findings = findings_of(self._config, data, cells)
-        tasks = self._config.tasks.enabled()
-        for line in verdicts(training, log.writer.evaluations(), tasks, findings):
-            log.message(line)
+        writer = self._log.writer
+        writer.event(step, CONCLUSION, **training)
+        findings = findings_of(self._config, self._data, cells)
+        for line in verdicts(training, writer.evaluations(), self._config.tasks.enabled(), findings):
+            self._log.message(line)
 
-    def leave(self, log: RunLog) -> None:
+    def leave(self) -> None:
         """Wait some seconds for the numbers of evaluations; report those that are left out."""
-        self.poll(log, seconds=_PATIENCE)
+        self.poll(seconds=_PATIENCE)
         if self._waiting:
             steps = ", ".join(str(queued.step) for queued in self._waiting)
-            log.message(f"metrics of step {steps} were not ready after {_PATIENCE:.0f} s and are skipped")
+            self._log.message(
+                f"metrics of step {steps} were not ready after {_PATIENCE:.0f} s and are skipped"
+            )
 
     def close(self) -> None:
         """Cancel the evaluations that are being measured."""
@@ -234,19 +253,6 @@ class _Queued:
 
 class _StoppedError(Exception):
     """Some rank was asked to stop."""
-
-
-def _unless_stopped(predict: Predict, doing: str, stop: StopFlag, watchdog: Watchdog) -> Predict:
-    """`predict` that raises `_StoppedError` on all ranks as soon as one is asked to stop."""
-
-    def stoppable(batch: Batch) -> Mapping[str, Any]:
-        with watchdog.phase(doing):
-            is_stopping = any(distributed.from_all_ranks(bool(stop)))  # all ranks have equally many batches
-            if not is_stopping:
-                return predict(batch)
-        raise _StoppedError
-
-    return stoppable
 
 
 def _start_measuring() -> None:
