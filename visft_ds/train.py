@@ -153,8 +153,7 @@ class Trainer:
         bounds = None if partition is None else partition.bounds
         heads = config.visft.heads.path
         self.prepared = prepare_model(
-            config.visft,
-            config.optimizer.params,
+            config,
             precision=machine.precision,
             heads_from=None if heads is None else Path(heads),
             categories=self.data.categories,

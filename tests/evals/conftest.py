@@ -109,7 +109,7 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
     """What both runs would leave, with random heads and adapters of some size."""
     first, second = world.configs.values()
     assert vocabulary is not None
-    prepared = prepare_model(first.visft, first.optimizer.params, vocabulary=vocabulary)
+    prepared = prepare_model(first, vocabulary=vocabulary)
     heads = prepared.module.heads
     with torch.no_grad():  # larger than at the start, so that results depend on the image
         for task, head in heads.items():
@@ -137,7 +137,7 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
         shutil.copyfile(record, world.run(stage) / "export" / EXPORT_RECORD_FILE)
         for task, head in heads.items():
             save_head(head_file(world.run(stage) / "export", task), infos[task], head.state_dict())
-    adapted = prepare_model(second.visft, second.optimizer.params, vocabulary=vocabulary).module.backbone
+    adapted = prepare_model(second, vocabulary=vocabulary).module.backbone
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if name.endswith("lora_B"):

@@ -108,7 +108,7 @@ def test_the_model_is_the_one_that_trains(world: World) -> None:
     """Rebuilt from files and prepared for training, the same images give the same bits."""
     model, config = load_stage2(world), world.configs[2]
     prepared = prepare_model(
-        config.visft, config.optimizer.params, heads_from=world.run(1) / "export", vocabulary=model.vocabulary
+        config, heads_from=world.run(1) / "export", vocabulary=model.vocabulary
     ).module.eval()
     with torch.no_grad():
         for name, value in read_adapter(world.adapter).tensors.items():
@@ -291,7 +291,7 @@ def test_published_heads_need_their_word_map(world: World, tmp_path: Path) -> No
 
 def _save_plain(path: Path, setting: str) -> Path:
     config = resolve(stage=1, model="debug", settings=[*SETTINGS, "visft.tasks=detection", setting])
-    save_backbone(prepare_model(config.visft, config.optimizer.params).module.backbone, path)
+    save_backbone(prepare_model(config).module.backbone, path)
     return path
 
 

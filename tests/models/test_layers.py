@@ -25,7 +25,6 @@ from tests.random_tower import (
 )
 from visft_ds.config import resolve
 from visft_ds.config.backbones import named
-from visft_ds.config.schema import OptimizerParams
 from visft_ds.export.cli import main as export
 from visft_ds.interop.card import README
 from visft_ds.interop.heads import HeadInfo, open_head, read_elsewhere, save_head
@@ -189,7 +188,7 @@ def test_heads_and_adapters_fit_the_block_of_the_configuration() -> None:
     targets = 'visft.lora.targets=["blocks.[45].*.conv_pw", "blocks.[45].*.conv_pwl"]'
     for stage, more in ((1, ()), (2, (targets,))):
         config = resolve(stage=stage, model="debug_convnext", settings=(*settings, *more))
-        module, groups = plan_model(config.visft, OptimizerParams(lr=1.0, weight_decay=0.0))
+        module, groups = plan_model(config)
         backbone = module.backbone
         assert isinstance(backbone, TimmBackbone) and (backbone.width, backbone.patch_size) == (192, 32)
         assert not any("blocks.6" in name or "conv_head" in name for name, _ in backbone.named_parameters())

@@ -53,9 +53,7 @@ def prepare(config: ResolvedConfig, placement: Placement) -> PreparedModel:
     """The model of a configuration that says its precision."""
     precision = config.visft.model.precision
     assert precision != "auto"
-    return prepare_model(
-        config.visft, config.optimizer.params, precision=precision, vocabulary=WORDS, placement=placement
-    )
+    return prepare_model(config, precision=precision, vocabulary=WORDS, placement=placement)
 
 
 def planned_bounds(config: ResolvedConfig) -> tuple[int, ...] | None:
@@ -183,7 +181,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of 387 MiB."""
     path: Path = tmp_path_factory.mktemp("weights") / "base.safetensors"
     config = configured("zero1", {"visft.model.overrides": OVERRIDES}, stage=1)
-    backbone = plan_model(config.visft, config.optimizer.params)[0].backbone
+    backbone = plan_model(config)[0].backbone
     save_base(open_base(config.visft.model, backbone, torch.float32), backbone, path)
     return path
 

@@ -68,7 +68,7 @@ def real_peak(config: ResolvedConfig, task: str) -> int:
     CPU.
     """
     words = Vocabulary(tuple(f"w{number}" for number in range(VOCABULARY - 4)))
-    module = prepare_model(config.visft, config.optimizer.params, vocabulary=words).module
+    module = prepare_model(config, vocabulary=words).module
     module.train()
     batch = made_up_batch(config.visft.streams()[task], 2)
     denominators = loss_denominators_of(counts_of(module.criteria, [batch]), 1, batch.images.device)

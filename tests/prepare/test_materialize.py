@@ -28,9 +28,7 @@ DEEP = {"visft.model.overrides": {"width": 64, "depth": 6, "num_heads": 2, "imag
 
 
 def prepare(config: ResolvedConfig, placement: Placement = HOST, **given: Any) -> PreparedModel:
-    return prepare_model(
-        config.visft, config.optimizer.params, vocabulary=WORDS, placement=placement, **given
-    )
+    return prepare_model(config, vocabulary=WORDS, placement=placement, **given)
 
 
 def size(tensors: Any) -> int:
@@ -130,7 +128,7 @@ def test_a_random_base_holds_no_buffer_that_timm_computes_itself(tmp_path: Path)
     """DINOv3's periods of rotation are in no file of timm's, and would be refused in ours."""
     model = {"preset": "timm:vit_small_patch16_dinov3", "out_indices": [0], "overrides": {}}
     config = configured("zero1", {f"visft.model.{key}": value for key, value in model.items()}, stage=1)
-    backbone = plan_model(config.visft, config.optimizer.params)[0].backbone
+    backbone = plan_model(config)[0].backbone
     base = open_base(config.visft.model, backbone, torch.float32)
     assert "rope.periods" in base.buffers
     save_base(base, backbone, tmp_path / "base.safetensors")

@@ -39,9 +39,7 @@ STAGE1 = configured(1, {**PUBLISHED, "visft.seed": 4})
 
 
 def prepared(config: ResolvedConfig, heads: Path | None = None, words: Vocabulary = WORDS) -> PreparedModel:
-    return prepare_model(
-        config.visft, config.optimizer.params, heads_from=heads, categories=CATEGORIES, vocabulary=words
-    )
+    return prepare_model(config, heads_from=heads, categories=CATEGORIES, vocabulary=words)
 
 
 def write_own(folder: Path, model: PreparedModel, config: ResolvedConfig, words: Vocabulary = WORDS) -> Path:

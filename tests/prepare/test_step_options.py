@@ -54,7 +54,7 @@ def test_vectors_that_are_stored_in_16_bit_are_rounded_there_in_any_case(
     """No bit of features and gradients depends on it; norms in front of branches stay in float32."""
     shape = f'visft.model.overrides={{"width": 32, "depth": 3, "num_heads": 2, "post_norm": {str(post_norm).lower()}}}'
     config = resolve(stage=2, model="debug", settings=[shape, "visft.heads.start=random"])
-    planned, _ = plan_model(config.visft, config.optimizer.params, storage=torch.bfloat16)
+    planned, _ = plan_model(config, storage=torch.bfloat16)
     exact = adapted(post_norm=post_norm)
     for name, parameter in exact.named_parameters():
         if "lora_" not in name:

@@ -204,7 +204,7 @@ def test_predictions_that_are_not_finite(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A warning, the other tasks' numbers, and the run continues."""
-    prepared = prepare_model(parts.config.visft, parts.config.optimizer.params, vocabulary=parts.vocabulary)
+    prepared = prepare_model(parts.config, vocabulary=parts.vocabulary)
     module = prepared.module.eval()
     with torch.no_grad():
         for parameter in module.heads["detection"].parameters():
@@ -225,7 +225,7 @@ def test_predictions_that_are_not_finite(
 def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, tmp_path: Path) -> None:
     """It leaves no results: a run that is resumed at this step evaluates it as a whole."""
     stop, seen = StopFlag(launched=False), []
-    prepared = prepare_model(parts.config.visft, parts.config.optimizer.params, vocabulary=parts.vocabulary)
+    prepared = prepare_model(parts.config, vocabulary=parts.vocabulary)
     module = prepared.module.eval()
 
     def predict(batch: Batch) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
 
 def _trace(run: PlannedRun, stream: Stream) -> TracedStep:
     storage = DTYPES[run.precision]
-    module, groups = plan_model(run.config.visft, run.config.optimizer.params, run.vocabulary_size, storage)
+    module, groups = plan_model(run.config, run.vocabulary_size, storage)
     module.train()
     backbone = module.backbone
     # Images are planned as large as the largest, but each as a call, or a part of a row, where sizes can

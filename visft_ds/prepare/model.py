@@ -72,8 +72,7 @@ class PreparedModel:
 
 
 def prepare_model(
-    config: VisftConfig,
-    defaults: OptimizerParams,
+    config: ResolvedConfig,
     *,
     precision: Precision = "fp32",
     heads_from: Path | None = None,
@@ -86,7 +85,6 @@ def prepare_model(
     checked.
 
     Args:
-        defaults: learning rate and weight decay of groups that set none.
         precision: storage of the frozen matrices. What trains is fp32 in any case.
         heads_from: folder of stage-1 heads; None starts them at random.
         categories, vocabulary: of the training data; heads that know other ones are refused.
@@ -97,39 +95,38 @@ def prepare_model(
         ValueError: weights of another model, a group that matches nothing, a parameter in two groups,
             something that must train but does not, adapters without effect.
     """
+    visft = config.visft
     storage = DTYPES[precision]
     words = None if vocabulary is None else vocabulary.size
-    module, planned_groups = plan_model(config, defaults, words, storage)
-    if config.lora is not None:
+    module, planned_groups = plan_model(config, words, storage)
+    if visft.lora is not None:
         side = min(module.backbone.image_size, 4 * module.backbone.patch_size)
         check_reached(
             module.backbone, torch.empty(1, len(module.backbone.pixel_mean), side, side, device="meta")
         )
-    base = open_base(config.model, module.backbone, storage)
+    base = open_base(visft.model, module.backbone, storage)
     notes = [base.note]
     heads: dict[str, HeadFile] = {}
     if heads_from is not None:
         heads = {task: open_head(heads_from, task) for task in module.heads}
         infos = {task: head.info for task, head in heads.items()}
-        check_heads(infos, classes_of_run(config, categories), categories, vocabulary)
-        notes += _check_heads(infos, config, base)
+        check_heads(infos, classes_of_run(visft, categories), categories, vocabulary)
+        notes += _check_heads(infos, visft, base)
         heads = {task: head.check(module.heads[task]) for task, head in heads.items()}
         notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
     if start is not None:
         start.check(module, [name for group in planned_groups for name in group.names], base.identity)
         notes.append(start.note)
-    fill_model(module, config, base, heads, words, placement, start)
+    fill_model(module, visft, base, heads, words, placement, start)
     parameters = dict(module.named_parameters())
-    groups = []
-    for group in planned_groups:
-        of_group = tuple(parameters[name] for name in group.names)
-        groups.append(replace(group, parameters=of_group))
-    return PreparedModel(module, tuple(groups), base, heads, tuple(notes))
+    groups = tuple(
+        replace(group, parameters=tuple(parameters[name] for name in group.names)) for group in planned_groups
+    )
+    return PreparedModel(module, groups, base, heads, tuple(notes))
 
 
 def plan_model(
-    config: VisftConfig,
-    defaults: OptimizerParams,
+    config: ResolvedConfig,
     vocabulary_size: int | None = PUBLISHED_VOCABULARY,
     storage: torch.dtype = torch.float32,
 ) -> tuple[MultiTaskModel, tuple[TrainedGroup, ...]]:
@@ -143,7 +140,8 @@ def plan_model(
     Raises:
         ValueError: as `prepare_model`, as far as shapes show.
     """
-    model = config.model
+    visft = config.visft
+    model = visft.model
     backbone = build_empty(model.preset, storage, model.backbone_options())
     for name, parameter in backbone.named_parameters():
         # Our blocks use their vectors in 16 bit, but for norms of the residual stream; stored so, they are
@@ -154,29 +152,29 @@ def plan_model(
         if is_small(name, parameter.shape) and not used_in_16_bit:
             parameter.data = parameter.data.float()
     tasks = {}
-    for name, task in config.tasks.enabled().items():
+    for name, task in visft.tasks.enabled().items():
         with shapes_alone():
             head = TASKS[name].build_head(backbone.shapes, task.head, vocabulary_size)
         criterion = TASKS[name].losses(task.head, task.loss)
         decoding = task.decoding.model_dump() if isinstance(task, WordsConfig) else {}
         tasks[name] = TaskModule(head, criterion, decoding)
     module = MultiTaskModel(backbone, tasks, train_backbone=False, heads_active=False)
-    if config.lora is not None:
-        inject_lora(backbone, **config.lora.model_dump())
-    groups = apply_groups(module, config.param_groups, defaults)
+    if visft.lora is not None:
+        inject_lora(backbone, **visft.lora.model_dump())
+    groups = apply_groups(module, visft.param_groups, config.optimizer.params)
     for group in groups:
         for parameter in group.parameters:
             parameter.data = parameter.data.float()
     names = [name for group in groups for name in group.names if name.startswith("backbone.")]
     module.train_backbone = bool(names)
     heads_train = any(parameter.requires_grad for parameter in module.heads.parameters())
-    module.heads_active = config.heads.train_mode or heads_train
+    module.heads_active = visft.heads.train_mode or heads_train
     # A training has settled "auto" before (run.machine); elsewhere there is no backward pass.
-    policy = config.model.activation_checkpointing
+    policy = model.activation_checkpointing
     module.backbone.recompute = "none" if policy == "auto" else policy
-    module.heads_in_fp32 = config.heads.precision == "fp32"
+    module.heads_in_fp32 = visft.heads.precision == "fp32"
 
-    _check_what_trains(module, config)
+    _check_what_trains(module, visft)
     return module, groups
 
 
@@ -248,10 +246,9 @@ def choose_precision(requested: str, device: torch.device) -> tuple[Precision, s
     """The precision of a run and why. Raises ValueError for an unknown one, or one that the hardware
     lacks.
     """
-    if requested not in ("auto", *get_args(Precision)):
-        raise ValueError(
-            f"precision {requested!r} is not allowed: give auto, {', '.join(get_args(Precision))}"
-        )
+    allowed = ("auto", *get_args(Precision))
+    if requested not in allowed:
+        raise ValueError(f"precision {requested!r} is not allowed: give {', '.join(allowed)}")
     if device.type == "cpu":
         if requested == "auto":
             return "fp32", "auto: a CPU"

@@ -123,8 +123,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         planned = planned_run(config, machine, data.vocabulary)
         before = memory_before(machine.device)
         prepared = prepare_model(
-            config.visft,
-            config.optimizer.params,
+            config,
             precision=planned.precision,
             heads_from=Path(config.visft.heads.path) if config.visft.heads.path else None,
             categories=data.categories,

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 
@@ -38,6 +39,9 @@ _RISE_PART = 0.05
 _FLAT_AFTER = 3  #: evaluations
 
 
+Texts = Iterator[tuple[str, str]]  #: (fact, advice) of findings
+
+
 @dataclass(frozen=True)
 class Finding:
     """Property of the data that stands in the way of a task; `task` None: of all."""
@@ -54,9 +58,8 @@ def findings_of(config: VisftConfig, data: RunData, cells: Sequence[int]) -> lis
         cells: side in pixels of what a feature stands for, of each map that is read.
     """
     findings = list[Finding]()
-    lacking = _without_validation(config, data)
-    if lacking is not None:
-        findings.append(Finding(None, *lacking))
+    for texts in _without_validation(config, data):
+        findings.append(Finding(None, *texts))
     for stream in data.streams.values():
         for task in stream.tasks:
             settings = config.tasks.enabled()[task]
@@ -66,13 +69,12 @@ def findings_of(config: VisftConfig, data: RunData, cells: Sequence[int]) -> lis
             if getattr(settings.head, "type", "") == "dense":  # which has no queries and reads the finest map
                 cell = cells[getattr(settings.head, "box_map", 0)]
             manifests = [training.manifest for training in data.sets.values() if task in training.tasks]
-            for texts in (
+            for texts in chain(
                 _beyond_limit(task, settings, manifests),
                 _rare_classes(manifests),
                 _small_objects(stream, manifests, cell),
             ):
-                if texts is not None:
-                    findings.append(Finding(task, *texts))
+                findings.append(Finding(task, *texts))
     return findings
 
 
@@ -85,13 +87,13 @@ def lines_of(findings: Sequence[Finding]) -> Iterator[tuple[str, str]]:
         yield ", ".join(names), text
 
 
-def _without_validation(config: VisftConfig, data: RunData) -> tuple[str, str] | None:
+def _without_validation(config: VisftConfig, data: RunData) -> Texts:
     root = config.data.root
     split = config.data.val
     if data.validation is not None or is_url(root) or manifest_path(Path(root), split).is_file():
-        return None
+        return
     others = ", ".join(splits_in(Path(root)))
-    return (
+    yield (
         f"no validation split {root}/{split} (there: {others}; visft.data.val names it)",
         ", so nothing will show whether the run memorises: "
         "`visft shards FOLDER --val 0.2` splits a fifth of the images off; of tars that were indexed, "
@@ -99,57 +101,55 @@ def _without_validation(config: VisftConfig, data: RunData) -> tuple[str, str] |
     )
 
 
-def _beyond_limit(task: str, settings: TaskConfig, manifests: Sequence[Manifest]) -> tuple[str, str] | None:
+def _beyond_limit(task: str, settings: TaskConfig, manifests: Sequence[Manifest]) -> Texts:
     """Objects that a head has no room for; those beyond its queries are not learnt either."""
     most = getattr(settings.head, "most_objects", None)
     if most is None:
-        return None
+        return
     objects = np.concatenate([manifest.index["num_annotations"] for manifest in manifests])
     beyond = (objects - most).clip(min=0)
     if not beyond.any():
-        return None
+        return
     fuller = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {most}"
     has_queries = getattr(settings.head, "num_queries", None) == most
     limit = "num_queries" if has_queries else "max_detections"
     key = f"visft.tasks.{task}.head.{limit}"
-    return f"{beyond.sum()} of {objects.sum()} objects are ignored", f", as {fuller} ({key})"
+    yield f"{beyond.sum()} of {objects.sum()} objects are ignored", f", as {fuller} ({key})"
 
 
-def _rare_classes(manifests: Sequence[Manifest]) -> tuple[str, str] | None:
+def _rare_classes(manifests: Sequence[Manifest]) -> Texts:
     images = Counter[str]()
     for manifest in manifests:
         images.update(manifest.having_category)
     rare = sum(count < FEW_IMAGES for count in images.values())
-    if not rare:
-        return None
-    median = np.median(list(images.values()))
-    half = f"{median:g} or fewer" if median else "none"
-    return (
-        f"{rare} of {len(images)} classes are in fewer than {FEW_IMAGES} training images each",
-        f" (half of all classes in {half}): expect little of those; add images of them, or merge classes",
-    )
+    if rare:
+        median = np.median(list(images.values()))
+        half = f"{median:g} or fewer" if median else "none"
+        yield (
+            f"{rare} of {len(images)} classes are in fewer than {FEW_IMAGES} training images each",
+            f" (half of all classes in {half}): expect little of those; add images of them, or merge classes",
+        )
 
 
-def _small_objects(stream: Stream, manifests: Sequence[Manifest], cell: int) -> tuple[str, str] | None:
+def _small_objects(stream: Stream, manifests: Sequence[Manifest], cell: int) -> Texts:
     """Of objects below half a cell hardly one is found, of those of a cell and more nearly all
     (docs/own-data.md).
     """
-    with_sides = [manifest for manifest in manifests if manifest.object_sides]
-    if not with_sides:
-        return None
-    manifest = with_sides[0]
+    manifest = next((manifest for manifest in manifests if manifest.object_sides), None)
+    if manifest is None:
+        return
     seen = _seen_side(manifest, stream)
     for limit, in_cells, chance in ((cell / 2, "half a cell", "hardly ever"), (cell, "a cell", "often not")):
         # Percentages of the objects that are smaller than this.
         shares = [int(share) for share, side in manifest.object_sides.items() if side * seen < limit]
         share = max(shares, default=0)
         if share >= _SHARE_OF_SMALL:
-            return (
+            yield (
                 f"{share} % of the objects are below {limit:.0f} px where the network sees them",
                 f", {in_cells} of its grid of features; such objects are {chance} found: "
                 + _remedy(manifest, stream, seen, cell),
             )
-    return None
+            return
 
 
 def _remedy(manifest: Manifest, stream: Stream, seen: float, cell: int) -> str:

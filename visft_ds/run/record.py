@@ -76,20 +76,11 @@ def write_run(
     """Write OUT/run.json in one move. `started` is when the run first began; "": now."""
     commit = ""
     if CHECKOUT is not None and (CHECKOUT / ".git").exists():
-        describe = [
-            "git",
-            "-C",
-            str(CHECKOUT),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=40",
-            "--exclude=*",
-        ]
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         with suppress(OSError, subprocess.SubprocessError):
-            commit = subprocess.run(
-                describe, capture_output=True, text=True, check=True, timeout=20
-            ).stdout.strip()
+            commit = subprocess.check_output(
+                describe, cwd=CHECKOUT, stderr=subprocess.DEVNULL, text=True, timeout=20
+            ).strip()
     record = RunFile(
         schema=RUN_SCHEMA,
         started=started or time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -78,7 +78,7 @@ def print_dry_run(config: ResolvedConfig, sets: TrainingSets | None, processes: 
     machine = check_machine(config, max(processes, config.pipeline_stages))
     config, machine = settle_checkpointing(config, machine, vocabulary, earlier, must_fit=False)
     run = planned_run(config, machine, vocabulary)
-    module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
+    module, groups = plan_model(config, run.vocabulary_size)
 
     plan = plan_largest(run)
     capacity = memory_of(machine.device)
