@@ -168,28 +168,23 @@ def merge_arguments(options: argparse.Namespace) -> Merged:
     """
     flags = Flags()
     whole = None
-    forks_run = False
+    others = ["model", "backbone"]  # that a complete configuration decides
     if options.start is not None:
         flags["visft.init_from"] = {"path": options.start, "heads": options.reset_heads or "keep"}, "--from"
         whole = _record_of(options.start, options.out)
-        forks_run = whole is not None
-    if forks_run:
+    if whole is not None:
         flags["visft.run.out"] = f"{folder_of_run(Path(options.start))}-fork", "--from"
+        others.append("deepspeed_config")
+    elif options.reset_heads is not None:
+        raise ValueError("--reset-heads needs --from RUN, whose heads it initialises anew")
     elif options.deepspeed_config is not None:
         whole = load_json(Path(options.deepspeed_config)), options.deepspeed_config
-    if options.reset_heads is not None and not forks_run:
-        raise ValueError("--reset-heads needs --from RUN, whose heads it initialises anew")
-    if whole is not None:
-        others = ["model", "backbone"]
-        if forks_run:
-            others.append("deepspeed_config")
-        doubled = [f"--{name}" for name in others if getattr(options, name) is not None]
-        if doubled:
-            raise ValueError(f"{whole[1]} is a complete configuration: leave out {' and '.join(doubled)}")
+    doubled = [f"--{name}" for name in others if getattr(options, name) is not None]
+    if whole is not None and doubled:
+        raise ValueError(f"{whole[1]} is a complete configuration: leave out {' and '.join(doubled)}")
     for name, key in KEYS.items():
-        value = getattr(options, name)
-        if value is not None:
-            flags[key] = value, f"--{name}"
+        if getattr(options, name) is not None:
+            flags[key] = getattr(options, name), f"--{name}"
 
     stage = options.stage
     model = options.model
@@ -203,12 +198,13 @@ def merge_arguments(options: argparse.Namespace) -> Merged:
         model = SMALL_DATA
     backbone = options.backbone
     first = None
-    if whole is None and stage == 2 and model is None and backbone is None:
-        first = _first_stage_of(options.data, options.heads)
-    if whole is None and options.data is not None and model is None and backbone is None and first is None:
-        raise ValueError(_without_model(stage, options.data))
-    if first is not None:
-        model, backbone = _recipe_of(first)
+    if whole is None and model is None and backbone is None:
+        if stage == 2:
+            first = _first_stage_of(options.data, options.heads)
+        if first is not None:
+            model, backbone = _recipe_of(first)
+        elif options.data is not None:
+            raise ValueError(_without_model(stage, options.data))
     of_backbone = Flags()
     if backbone is not None:
         model, of_backbone = model_of(named(backbone, download=options.download), model)
@@ -261,8 +257,7 @@ def _first_stage_of(data: str | None, heads: str | None) -> FirstStage | None:
             first = _first_stage_in(path.parent)
             if first is not None and _is_same_folder(first.record.config["visft"]["data"]["root"], data):
                 stages.append(first)
-    finished = [first for first in stages if (first.run / EXPORT / EXPORT_RECORD_FILE).is_file()]
-    stages = finished or stages
+    stages = [first for first in stages if (first.run / EXPORT / EXPORT_RECORD_FILE).is_file()] or stages
     if len(stages) > 1:
         runs = ", ".join(str(first.run) for first in stages)
         flags = " or ".join(f"--heads {quote(f'{first.run}/{EXPORT}')}" for first in stages)

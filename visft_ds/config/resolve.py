@@ -113,11 +113,11 @@ class ResolvedConfig:
 
 def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """`ResolvedConfig.identity` of a configuration as `to_dict` gives it, or an earlier release gave it."""
-    identity = {}
-    for key, value in flatten({key: values[key] for key in OURS}):
-        if not any(fnmatch.fnmatch(key, glob) for glob in NOT_IDENTITY):
-            identity[key] = value
-    return identity
+    return {
+        key: value
+        for key, value in flatten({key: values[key] for key in OURS})
+        if not any(fnmatch.fnmatch(key, glob) for glob in NOT_IDENTITY)
+    }
 
 
 def available(folder: str) -> list[str]:
@@ -177,19 +177,17 @@ def merge(
         OSError: a file of the user's own that cannot be read.
     """
     tree = Tree()
-    files = list[Path]()
+    engine_file = _file_of("engine", engine or DEFAULT_ENGINE)
+    files = [CONFIG_ROOT / f"stage{stage}.json", engine_file]
     if whole is None:
-        files.append(CONFIG_ROOT / f"stage{stage}.json")
-        files.append(_file_of("engine", engine or DEFAULT_ENGINE))
         files.append(_file_of("model", model))
     else:
         values, origin = whole
+        files = [engine_file] if engine else []
         tree.lay({key: value for key, value in values.items() if not engine or key in OURS}, origin)
         stated = tree.value("visft.stage")
         if stage is not None and stage != stated:
             raise ValueError(f"--stage {stage}: {origin} is of stage {stated} and stays in it")
-        if engine:
-            files.append(_file_of("engine", engine))
     for path in files:
         # A shipped one is ds_configs/..., wherever it is installed.
         is_shipped = path.is_relative_to(CONFIG_ROOT)
@@ -203,7 +201,7 @@ def merge(
     for key, (value, flag) in (flags or {}).items():
         tree.assign(key, value, flag)
 
-    task_names = list[str | list[Any]]()
+    task_names = list[str | list[Any]]()  # last: a setting of another task does not turn it on again
     for key, value in map(parse_assignment, settings):
         if key == "visft.tasks" and isinstance(value, str | list):
             task_names.append(value)
@@ -211,7 +209,6 @@ def merge(
             tree.assign(key, [{"name": "trained", "params": value}], "--set")
         else:
             tree.assign(key, value, "--set")
-    # Last: a setting of another task does not turn it on again.
     for names in task_names:
         _turn_others_off(tree, names)
     if batch_size is not None:
@@ -301,12 +298,13 @@ class Draft:
         params = recipe.scheduler.params
         total = params.total_num_steps or recipe.visft.steps()
         assert total is not None  # checked by validation
+        lengths = {"total_num_steps": total}
         warmup = params.warmup_num_steps
         if warmup > total:
-            warmup = total // 10
-            why = f"a tenth of the run: {params.warmup_num_steps} steps would be longer than it"
-            decisions = [*decisions, Decision("scheduler.params.warmup_num_steps", warmup, why)]
-        params = params.model_copy(update={"total_num_steps": total, "warmup_num_steps": warmup})
+            lengths["warmup_num_steps"] = total // 10
+            why = f"a tenth of the run: {warmup} steps would be longer than it"
+            decisions = [*decisions, Decision("scheduler.params.warmup_num_steps", total // 10, why)]
+        params = params.model_copy(update=lengths)
         return ResolvedConfig(
             visft=recipe.visft.filled(),
             optimizer=recipe.optimizer,
@@ -375,8 +373,7 @@ def _line(tree: Tree, key: str, problem: str) -> str:
         return f"{key}: {problem}"
     if problem.startswith(_UNKNOWN):  # whose value may be a secret, whatever it is called
         return f"{key} ({source}): {problem}"
-    is_secret = SECRET.fullmatch(key.rpartition(".")[2])
-    value = "***" if is_secret else tree.value(key)
+    value = "***" if SECRET.fullmatch(key.rpartition(".")[2]) else tree.value(key)
     return f"{key} = {shorten(value)} ({source}): {problem}"
 
 
