@@ -27,6 +27,7 @@ from visft_ds.settings.fields import (
     Rate,
     StrictModel,
     Text,
+    Texts,
     nearest,
 )
 from visft_ds.settings.task_schema import SHARED, SharedConfig, Stream, TasksConfig
@@ -129,12 +130,14 @@ class ModelConfig(StrictModel):
             yield "new_bands", f"{self.new_bands} is not that of bands, {self.bands.new}"
         if not self.preset.startswith(TIMM):
             return
-        keys = [f"overrides.{name}" for name in self.overrides.model_dump(exclude_none=True)]
+        keys = [
+            f"overrides.{name}"
+            for name in self.overrides.model_dump(exclude_none=True, exclude={"image_size"})
+        ]
         if self.activation_checkpointing == "mlp":
             keys.append("activation_checkpointing")
         for key in keys:
-            if key != "overrides.image_size":
-                yield key, f"is for EVA backbones; {self.preset} does not take it"
+            yield key, f"is for EVA backbones; {self.preset} does not take it"
 
     def computes_in_tf32(self, precision: Precision) -> bool:
         """Return True if float32 products are computed in TF32 in a run of this precision."""
@@ -142,9 +145,12 @@ class ModelConfig(StrictModel):
 
     def backbone_options(self) -> dict[str, Any]:
         """Options of `build_empty` that differ from the preset."""
-        layers = {"layers": self.out_indices} if self.out_indices else {}
-        bands = {} if self.bands is None else {"bands": self.bands.model_dump(mode="json")}
-        return {**self.overrides.model_dump(exclude_none=True), **layers, **bands}
+        options = self.overrides.model_dump(exclude_none=True)
+        if self.out_indices:
+            options["layers"] = self.out_indices
+        if self.bands is not None:
+            options["bands"] = self.bands.model_dump(mode="json")
+        return options
 
 
 class LoraConfig(StrictModel):
@@ -153,7 +159,7 @@ class LoraConfig(StrictModel):
     rank: Positive  #: rank of the update, channels between A and B
     alpha: Above  #: scale of the update, which is alpha / rank times B A
     #: layers with an adapter: q, k, v, proj, fc1, fc2; in models of timm also globs over their names
-    targets: Annotated[tuple[Text, ...], Field(min_length=1)]
+    targets: Texts
 
 
 class HeadsConfig(StrictModel):
@@ -186,7 +192,7 @@ class DataSetConfig(StrictModel):
     split: Text = "train"  #: name of the split to train on
     weight: Above = 1.0  #: share of a task's steps, relative to visft.data.weight
     #: tasks that it trains; null: all that it has labels for
-    tasks: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    tasks: Texts | None = None
 
 
 class DataConfig(StrictModel):
@@ -361,12 +367,14 @@ class VisftConfig(StrictModel):
         changes: dict[str, Any] = {"run": self.run.model_copy(update={"out": out})}
         off = tuple(f"heads.{task}." for task in entries() if task not in self.tasks.enabled())
         groups = list[ParamGroup]()
+        trained = list[str]()
         for group in self.param_groups:
             globs = [glob for glob in group.globs() if not glob.startswith(off)]
             if globs:
                 groups.append(group.model_copy(update={"params": ",".join(globs)}))
+                trained += globs
         if self.stage == 2 and self.heads.start == "random":
-            if not any(glob.startswith("heads.") for group in groups for glob in group.globs()):
+            if not any(glob.startswith("heads.") for glob in trained):
                 groups.append(ParamGroup(name="heads", params="heads.*"))
         elif self.stage == 2:
             path = self.heads.path or f"runs/stage1-{self.model.name}/export"
@@ -384,10 +392,10 @@ class VisftConfig(StrictModel):
 
     def steps(self) -> int | None:
         """Optimiser steps that give every task its `steps`; None where a task states none."""
-        steps = [task.steps for task in self.tasks.enabled().values()]
-        stated = [number for number in steps if number is not None]
+        tasks = self.tasks.enabled().values()
+        steps = [task.steps for task in tasks if task.steps is not None]
         whole = max if self.mode == "shared" else sum
-        return whole(stated) if stated and len(stated) == len(steps) else None
+        return whole(steps) if len(steps) == len(tasks) else None
 
 
 class Offload(StrictModel):

@@ -50,10 +50,8 @@ class Tree:
 
     def source(self, key: str) -> str | None:
         """Source of a key, of the first value below it, or of what it is in; None: not set."""
-        if key in self.sources:
-            return self.sources[key]
         for other, source in self.sources.items():
-            if other.startswith(f"{key}."):
+            if f"{other}.".startswith(f"{key}."):
                 return source
         return self.source(key.rpartition(".")[0]) if key else None
 

@@ -57,8 +57,9 @@ def missing_shards(config: VisftConfig) -> Iterator[Missing]:
             continue
         what = f"shards of {split} (or give their --data)"
         command = f"visft shards FOLDER --out {quote(root)}"
-        source = root.rstrip("/").removesuffix("-shards")  # as `visft shards` names what it builds
-        if source != root.rstrip("/") and Path(source).is_dir():
+        folder = root.rstrip("/")
+        source = folder.removesuffix("-shards")  # as `visft shards` names what it builds
+        if source != folder and Path(source).is_dir():
             command = f"visft shards {quote(source)}"
         others = splits_in(Path(root))
         if (root, split) == (data.root, data.val):
@@ -67,9 +68,10 @@ def missing_shards(config: VisftConfig) -> Iterator[Missing]:
             what = f"shards of {split}; {root} has {', '.join(others)}"
             command = f"the same command with --set visft.data.train={quote(others[0])}"
         elif Path(root).is_dir() and not others:
-            folder = root.rstrip("/")
-            what = f"shards: {folder} holds none; make them of the annotations in it, then give "
-            what += f"--data {folder}-shards"
+            what = (
+                f"shards: {folder} holds none; make them of the annotations in it, then give "
+                f"--data {folder}-shards"
+            )
             command = f"visft shards {quote(folder)}"
         yield Missing(what, str(path), command)
 
@@ -116,16 +118,16 @@ def _missing_heads(config: ResolvedConfig) -> Iterator[Missing]:
     heads = visft.heads.path
     if heads is None:
         return
+    folder = Path(heads)
     tasks = list(visft.tasks.enabled())
-    absent = [task for task in tasks if not head_files(Path(heads), task)]
+    absent = [task for task in tasks if not head_files(folder, task)]
     if not absent:
         return
-    run = Path(heads).parent
-    is_finished = Path(heads, EXPORT_RECORD_FILE).is_file()
-    of_run = read_run(run).command if Path(heads).name == EXPORT and run_of(run) == run else []
-    if of_run and not is_finished:
+    run = folder.parent
+    of_run = read_run(run).command if folder.name == EXPORT and run_of(run) == run else []
+    if of_run and not (folder / EXPORT_RECORD_FILE).is_file():
         command = join(of_run)
-    elif Path(heads, EXPORT).is_dir():  # a run
+    elif (folder / EXPORT).is_dir():  # a run
         command = f"the same command with --heads {quote(heads)}/{EXPORT}"
     else:
         # The file of the model, or the flag --backbone.
@@ -146,9 +148,6 @@ def render_missing(missing: Sequence[Missing]) -> str:
     """
     verb = "is" if len(missing) == 1 else "are"
     lines = [f"this run cannot start: {len(missing)} of its inputs {verb} missing"]
-    for item in missing:
-        lines.append(f"  - {item.what}")
-        lines.append(f"    not found: {item.path}")
-    lines.append("make them with:")
-    lines += [f"  {item.command}" for item in missing]
+    lines += [f"  - {item.what}\n    not found: {item.path}" for item in missing]
+    lines += ["make them with:", *(f"  {item.command}" for item in missing)]
     return "\n".join(lines)

@@ -76,5 +76,6 @@ Probability = Annotated[float, Field(ge=0, lt=1)]  #: of dropout
 Above = Annotated[float, Field(gt=0)]
 Ascending = AfterValidator(_ascending)  #: of a pair
 Text = Annotated[str, StringConstraints(min_length=1)]
+Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 Sides = Annotated[tuple[Positive, ...], Field(min_length=1)]  #: pixels
 Precision = Literal["fp32", "bf16", "fp16"]
