@@ -18,10 +18,11 @@ from visft_ds.config.batches import derive_batches
 from visft_ds.config.flags import SMALL_DATA
 from visft_ds.data.shards import Manifest
 from visft_ds.prepare import settle as recipe
+from visft_ds.prepare.data import open_data
 from visft_ds.prepare.inputs import missing_inputs
 from visft_ds.prepare.settle import settle
 from visft_ds.randomness import generator
-from visft_ds.run import report
+from visft_ds.run import advice
 from visft_ds.run.advice import next_commands
 from visft_ds.run.record import write_run
 from visft_ds.shards.cli import main as make_shards
@@ -273,15 +274,14 @@ def test_label_maps_are_learnt_from_whole_photographs_in_their_own_shape(
     assert f"of pictures of {max(size)} px" in reasons["visft.tasks.semantic.image.size"]
 
 
-def test_a_detr_for_few_photographs_is_warned_of(
-    shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_detr_for_few_photographs_is_warned_of(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, config, sets = settle(["--data", str(shards), "--set", "visft.tasks.detection.head.type=detr"])
     assert sets is not None
+    data = open_data(config.visft, sets)
     for most, is_warned in ((12, True), (11, False)):
-        monkeypatch.setattr(report, "FEW_FOR_DETR", most)
-        report.warn_of_detr(config, sets)
-        assert ("DETR memorises 12 photographs" in capsys.readouterr().out) == is_warned
+        monkeypatch.setattr(advice, "FEW_FOR_DETR", most)
+        facts = [finding.fact for finding in advice.findings_of(config.visft, data, [16])]
+        assert ("a DETR memorises 12 photographs and finds nothing on others" in facts) == is_warned
 
 
 def test_recipes_of_lite0_read_the_weights_that_pip_brought(

@@ -17,6 +17,7 @@ from tests import finished
 from tests.opened import open_run
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.prepare.data import RunData
+from visft_ds.run import advice
 from visft_ds.run.advice import Finding, findings_of, lines_of, verdicts
 from visft_ds.tasks import config_class
 
@@ -24,6 +25,12 @@ CELL = 16
 #: Percentage of the objects -> their largest side, in parts of the picture's.
 SMALL = {"5": 0.01, "10": 0.0125, "25": 0.017, "50": 0.0195, "75": 0.024, "90": 0.05, "95": 0.1}
 LARGE = {part: 10 * side for part, side in SMALL.items()}
+
+
+@pytest.fixture(autouse=True)
+def enough_for_a_detr(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose warning has a test of its own."""
+    monkeypatch.setattr(advice, "FEW_FOR_DETR", 0)
 
 
 def opened(*settings: str) -> tuple[ResolvedConfig, RunData]:

@@ -102,8 +102,8 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         """Go on after the newest records of an interrupted run."""
         for record in records:
             if record["kind"] == "step":
-                numbers = {name: v for name, v in record.items() if name not in ("kind", "step", "time")}
-                self.last |= {name: float(value) for name, value in numbers.items()}
+                names = record.keys() - {"kind", "step", "time"}
+                self.last |= {name: float(record[name]) for name in names}
             if is_evaluation(record):
                 self.evaluated.add(record["step"])
             if record.get("event") == CONCLUSION:

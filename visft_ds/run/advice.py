@@ -24,6 +24,8 @@ from visft_ds.tasks.transform import geometry_of
 
 #: Training images of a class below which little is to be expected of it.
 FEW_IMAGES = 10
+#: Photographs that a DETR memorises.
+FEW_FOR_DETR = 100
 #: Part of the objects that a finding about sizes is about, at least.
 _SHARE_OF_SMALL = 10
 #: Largest side in pixels that is advised; memory and time grow with its square.
@@ -70,6 +72,7 @@ def findings_of(config: VisftConfig, data: RunData, cells: Sequence[int]) -> lis
                 cell = cells[getattr(settings.head, "box_map", 0)]
             manifests = [training.manifest for training in data.sets.values() if task in training.tasks]
             for texts in chain(
+                _few_for_detr(config, settings, manifests),
                 _beyond_limit(task, settings, manifests),
                 _rare_classes(manifests),
                 _small_objects(stream, manifests, cell),
@@ -99,6 +102,15 @@ def _without_validation(config: VisftConfig, data: RunData) -> Texts:
         "`visft shards FOLDER --val 0.2` splits a fifth of the images off; of tars that were indexed, "
         "index others with --split val",
     )
+
+
+def _few_for_detr(config: VisftConfig, settings: TaskConfig, manifests: Sequence[Manifest]) -> Texts:
+    images = sum(map(len, manifests))
+    if config.stage == 1 and getattr(settings.head, "type", "") == "detr" and images <= FEW_FOR_DETR:
+        yield (
+            f"a DETR memorises {images} photographs and finds nothing on others",
+            ": give --set visft.tasks.detection.head.type=dense",
+        )
 
 
 def _beyond_limit(task: str, settings: TaskConfig, manifests: Sequence[Manifest]) -> Texts:

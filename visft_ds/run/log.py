@@ -87,16 +87,6 @@ def _hyperparameters(config: ResolvedConfig) -> dict[str, Any]:
     return chosen
 
 
-def _compared(config: ResolvedConfig) -> list[str]:
-    """Names of the numbers that TensorBoard shows beside them."""
-    metrics = list[str]()
-    if config.visft.run.eval_every:
-        tasks = config.visft.tasks.enabled()
-        measured = {name for task in tasks.values() for name in task.measured()}
-        metrics = [f"val/{name}" for name in shown_metrics(tasks) if name in measured]
-    return [*metrics, "loss/loss", "images_per_second"]
-
-
 @contextmanager
 def open_log(
     config: ResolvedConfig, start: int, callbacks: Sequence[Callback], stop: StopFlag
@@ -106,6 +96,7 @@ def open_log(
     """
     main = distributed.is_main()
     run = config.visft.run
+    tasks = config.visft.tasks.enabled()
     out = Path(run.out or "")
     with ExitStack() as stack:
         progress = stack.enter_context(
@@ -116,5 +107,10 @@ def open_log(
         writer = stack.enter_context(MetricsWriter(out, resume_step=start, enabled=main, callbacks=callbacks))
         if main:
             text = json.dumps(redacted_values(config.to_dict()), indent=2)
-            writer.describe(text, _hyperparameters(config), _compared(config))
-        yield RunLog(writer, progress, tuple(config.visft.tasks.enabled()))
+            beside = ["loss/loss", "images_per_second"]
+            if run.eval_every:
+                measured = {name for task in tasks.values() for name in task.measured()}
+                metrics = [f"val/{name}" for name in shown_metrics(tasks) if name in measured]
+                beside = [*metrics, *beside]
+            writer.describe(text, _hyperparameters(config), beside)
+        yield RunLog(writer, progress, tuple(tasks))

@@ -42,17 +42,6 @@ def write_record(
         OSError: a full disk.
     """
     run = Path(config.visft.run.out or "")
-    values = _with_absolute_paths(config)
-    with explained("the record of the run", run, "The same command continues"):
-        parent = None if earlier is None else earlier.parent
-        if start is not None:
-            parent = Parent(path=os.path.abspath(start.place), step=start.step, sha256=start.sha256)
-        started = "" if earlier is None else earlier.started
-        write_run(run, values, distributed.world_size(), command, identity, parent, started)
-
-
-def _with_absolute_paths(config: ResolvedConfig) -> dict[str, Any]:
-    """Values of a configuration whose input files and folders are found from any folder."""
     keys = ["visft.model.weights", "visft.heads.path", "visft.data.root"]
     keys += [f"visft.data.sets.{number}.root" for number in range(len(config.visft.data.sets))]
     keys += [f"visft.tasks.{name}.vocabulary.file" for name in config.visft.tasks.enabled()]
@@ -61,7 +50,12 @@ def _with_absolute_paths(config: ResolvedConfig) -> dict[str, Any]:
         path = tree.value(key)
         if path and "://" not in path and not path.startswith(HUB):
             tree.assign(key, os.path.abspath(path), "")
-    return tree.values
+    with explained("the record of the run", run, "The same command continues"):
+        parent = None if earlier is None else earlier.parent
+        if start is not None:
+            parent = Parent(path=os.path.abspath(start.place), step=start.step, sha256=start.sha256)
+        started = "" if earlier is None else earlier.started
+        write_run(run, tree.values, distributed.world_size(), command, identity, parent, started)
 
 
 def write_run(

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from visft_ds.planner.partition import Partition
 
 _WIDEST_VALUE = 40  #: characters
-#: Photographs that a DETR memorises.
-FEW_FOR_DETR = 100
 
 
 def print_start(
@@ -44,7 +42,6 @@ def print_start(
     start: int,
 ) -> None:
     """Print the plan of a run that is about to train, after `start` steps. Main process only."""
-    warn_of_detr(config, data.sets)
     sections = [
         *_plan(config, machine, partition, prepared.module, prepared.groups, start),
         _data(config, data),
@@ -72,7 +69,6 @@ def print_dry_run(config: ResolvedConfig, sets: TrainingSets | None, processes: 
     if sets is not None and not any(True for _ in missing_shards(config.visft)):
         data = open_data(config.visft, sets)
         open_start(config.visft, data, earlier)
-        warn_of_detr(config, sets)
     vocabulary = None if data is None else data.vocabulary
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
     machine = check_machine(config, max(processes, config.pipeline_stages))
@@ -110,20 +106,6 @@ def _check_files(config: ResolvedConfig, module: MultiTaskModel, *, knows_words:
         has_shapes = knows_words or not TASKS[task].uses_vocabulary
         if has_shapes and head_files(Path(heads), task):
             open_head(heads, task).check(head)
-
-
-def warn_of_detr(config: ResolvedConfig, sets: TrainingSets) -> None:
-    """Print a warning where a DETR would memorise a few photographs."""
-    detection = config.visft.tasks.enabled().get("detection")
-    images = sum(len(training_set.manifest) for training_set in sets.values())
-    if detection is None or config.visft.stage == 2 or images > FEW_FOR_DETR:
-        return
-    if detection.head.model_dump()["type"] == "detr":
-        print(
-            f"warning: a DETR memorises {images} photographs and finds nothing on others: give "
-            "--set visft.tasks.detection.head.type=dense",
-            flush=True,
-        )
 
 
 def _title(config: ResolvedConfig) -> str:
