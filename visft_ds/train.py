@@ -379,7 +379,7 @@ class Trainer:
         """Return True if an earlier start has exported the result and written all numbers. Main process
         only.
         """
-        return self.state.was_exported and (self.validation is None or self.log.writer.concluded)
+        return self.state.earlier.exported and (self.validation is None or self.log.writer.concluded)
 
     def export(self) -> dict[str, float] | None:
         """Export the best or the last step; returns metrics on training images, which show whether a run

@@ -197,10 +197,10 @@ class Start:
                 f"{self.place} was trained on other base weights ({self.base}); these are {base}"
             )
         buffers = dict(module.named_buffers())
-        measured = [name for name in buffers if name.startswith("heads.")]
-        values = {**dict(module.named_parameters()), **buffers}
+        measured = {name: value for name, value in buffers.items() if name.startswith("heads.")}
+        values = {name: module.get_parameter(name) for name in trained} | measured
         begun = {_part(name) for name in self.tensors}
-        shapes = {name: values[name] for name in (*trained, *measured) if _part(name) in begun}
+        shapes = {name: value for name, value in values.items() if _part(name) in begun}
         what = "what this run trains (--reset-heads draws the heads anew)"
         fitted(self.tensors, shapes, behind=(), what=what)
 

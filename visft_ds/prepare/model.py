@@ -40,7 +40,7 @@ from visft_ds.tasks.vocabulary import Vocabulary
 #: Ids of the published captioning heads (https://huggingface.co/TencentARC/ViSFT).
 PUBLISHED_VOCABULARY = 9490
 #: Options of a head that do not decide what its weights mean.
-_NOT_OF_WEIGHTS = ("dropout", "max_detections")
+_NOT_OF_WEIGHTS = {"dropout", "max_detections"}
 
 
 @dataclass(frozen=True)
@@ -293,10 +293,12 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
     notes = []
     for task, info in infos.items():
         here = config.tasks.enabled()[task].head.model_dump(mode="json")
-        other = []
-        for name, value in sorted(info.options.items()):
-            if name not in _NOT_OF_WEIGHTS and name in here and value != here[name]:
-                other.append(f"{name} {value} (here {here[name]})")
+        compared = here.keys() & info.options.keys() - _NOT_OF_WEIGHTS
+        other = [
+            f"{name} {info.options[name]} (here {here[name]})"
+            for name in sorted(compared)
+            if info.options[name] != here[name]
+        ]
         if other:
             raise ValueError(
                 f"the {task} head was trained with {', '.join(other)}: give visft.tasks.{task}.head the same "

@@ -62,6 +62,25 @@ IN_TILES = 12
 TILE_BATCH = 16
 #: Block of lite0 whose map has cells of FINE_CELL.
 LITE0_FINE = 2
+#: Settings besides those of its tasks that a stage 2 takes from the stage 1 of its heads.
+_OF_FIRST_STAGE = (
+    "visft.model.name",
+    "visft.model.preset",
+    "visft.model.out_indices",
+    "visft.model.bands",
+    "visft.model.new_bands",
+    "visft.model.weights",
+    "visft.model.weights_seed",
+    "visft.model.overrides",
+    "visft.data.train",
+    "visft.data.val",
+    "visft.data.sets",
+    "visft.shared.image.fixed_size",
+    "visft.shared.image.keep_shape",
+    "visft.shared.image.tile",
+)
+#: Of the images of a task.
+_SIZES = {"fixed_size", "keep_shape", "tile", "size", "min_size_test", "max_size_test", "window"}
 #: Tasks of whole scenes, every pixel of which is labelled.
 _OF_SCENES = {"semantic", "depth", "panoptic"}
 #: Of photographs with their labels: blocks of lite0 of strides 8, 16 and 32, smallest and largest long side,
@@ -242,10 +261,7 @@ def _decide_segments(draft: Draft, manifests: Sequence[Manifest]) -> None:
 def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
     """Heads of a stage 2, and what they were trained with: backbone, splits, tasks, sizes of images."""
     recorded = Tree(first.record.config)
-    of_model = ("name", "preset", "out_indices", "bands", "new_bands", "weights", "weights_seed", "overrides")
-    keys = [f"visft.model.{name}" for name in of_model]
-    keys += [f"visft.data.{name}" for name in ("train", "val", "sets")]
-    keys += [f"visft.shared.image.{size}" for size in ("fixed_size", "keep_shape", "tile")]
+    keys = list(_OF_FIRST_STAGE)
     was_off = []
     for task in entries():
         key = f"visft.tasks.{task}"
@@ -257,17 +273,14 @@ def _decide_by_first_stage(draft: Draft, first: FirstStage) -> None:
         if task not in BUILT_IN:  # no recipe of stage 2 speaks of it
             keys += [f"{key}.{name}" for name in ("steps", "batch_size", "micro_batch")]
         keys += [f"{key}.head.{option}" for option in settings["head"]]
-        sizes = ("fixed_size", "keep_shape", "tile", "size", "min_size_test", "max_size_test", "window")
-        keys += [f"{key}.image.{size}" for size in sizes if size in settings["image"]]
+        keys += [f"{key}.image.{size}" for size in settings["image"] if size in _SIZES]
         if "vocabulary" in settings:
             keys.append(f"{key}.vocabulary.file")
     now = Tree(draft.config().to_dict())
-    values = {"visft.model.name": recorded.value("visft.model.name")}
+    differing = [key for key in keys if recorded.value(key) != now.value(key)]
+    values = {key: recorded.value(key) for key in ("visft.model.name", *differing)}
     if draft.visft.heads.start != "random":
         values["visft.heads.path"] = f"{first.run}/{EXPORT}"
-    for key in keys:
-        if recorded.value(key) != now.value(key):
-            values[key] = recorded.value(key)
     why = f"stage 1 of these heads, {first.run}"
     draft.decide(values, why)
     draft.decide({key: None for key in was_off if now.value(key) is not None}, why, over_user=True)

@@ -44,37 +44,23 @@ _KILLED = (
 Measured = tuple[dict[str, float], list[str]]
 
 
+@dataclass
 class Validation:
-    """The evaluations of one run on its validation split.
+    """The evaluations of one run on its validation split."""
 
-    Args:
-        predict: of the model as it is by then.
-        log: where the numbers go.
-        stop: tells whether this rank was asked to stop.
-        watchdog: times each batch.
-        judged: takes the numbers of each evaluation; returns whether this step is the best so far.
-    """
+    config: VisftConfig
+    data: RunData
+    predict: Predict  #: of the model as it is by then
+    log: RunLog  #: where the numbers go
+    stop: StopFlag  #: this rank was asked to stop
+    watchdog: Watchdog  #: times each batch
+    #: takes the numbers of each evaluation; returns whether this step is the best so far
+    judged: Callable[[int, Mapping[str, float]], bool] = lambda step, metrics: False
 
-    def __init__(
-        self,
-        config: VisftConfig,
-        data: RunData,
-        predict: Predict,
-        log: RunLog,
-        stop: StopFlag,
-        watchdog: Watchdog,
-        judged: Callable[[int, Mapping[str, float]], bool] = lambda step, metrics: False,
-    ) -> None:
-        assert data.validation is not None
-        self._config = config
-        self._data = data
-        self._predict = predict
-        self._log = log
-        self._stop = stop
-        self._watchdog = watchdog
-        self._judged = judged
-        self._heads = {task: settings.head for task, settings in config.tasks.enabled().items()}
-        self._reader = ShardReader(data.validation)
+    def __post_init__(self) -> None:
+        assert self.data.validation is not None
+        self._heads = {task: settings.head for task, settings in self.config.tasks.enabled().items()}
+        self._reader = ShardReader(self.data.validation)
         self._pool: ProcessPoolExecutor | None = None
         self._waiting: deque[_Queued] = deque()
 
@@ -88,10 +74,10 @@ class Validation:
             collected = collect(
                 self._unless_stopped(f"evaluating after step {step}"),
                 self._reader,
-                self._data.streams,
-                self._data.vocabulary,
-                limit=self._config.run.eval_limit,
-                num_workers=workers_of(self._config.data),
+                self.data.streams,
+                self.data.vocabulary,
+                limit=self.config.run.eval_limit,
+                num_workers=workers_of(self.config.data),
             )
         except _StoppedError:
             return False
@@ -105,11 +91,11 @@ class Validation:
         """What predicts a batch, and raises `_StoppedError` on all ranks as soon as one is asked to stop."""
 
         def stoppable(batch: Batch) -> Mapping[str, Any]:
-            with self._watchdog.phase(doing):
+            with self.watchdog.phase(doing):
                 # All ranks have equally many batches.
-                if any(distributed.from_all_ranks(bool(self._stop))):
+                if any(distributed.from_all_ranks(bool(self.stop))):
                     raise _StoppedError
-                return self._predict(batch)
+                return self.predict(batch)
 
         return stoppable
 
@@ -123,7 +109,7 @@ class Validation:
                 self._pool = ProcessPoolExecutor(1, mp_context=fork_server(), initializer=_start_measuring)
             try:
                 return self._pool.submit(
-                    measure, collected, self._reader, self._heads, limit=self._config.run.eval_limit
+                    measure, collected, self._reader, self._heads, limit=self.config.run.eval_limit
                 )
             except BrokenProcessPool:  # it was killed while it had nothing to do
                 self._pool = None
@@ -158,7 +144,7 @@ class Validation:
     def wait_for_all(self) -> bool:
         """Record the metrics of all evaluations; False: some are missing, as this rank was asked to stop."""
         while self._waiting:
-            if self._stop:
+            if self.stop:
                 return False
             self.poll(seconds=_LOOK)
         return True
@@ -167,43 +153,43 @@ class Validation:
         for problem in problems:
             text = f"warning: the evaluation of step {step} failed: {redacted(problem)}"
             print(text, file=sys.stderr, flush=True)
-        is_best = self._judged(step, metrics)
+        is_best = self.judged(step, metrics)
         if not metrics:
             return
         images = len(self._reader)
-        limit = self._config.run.eval_limit
+        limit = self.config.run.eval_limit
         on_part = f" on {limit} of {images} images" if limit and limit < images else ""
         shown = [f"{name} {metrics[name]:.3f}" for name in shown_metrics() if name in metrics]
         if is_best:
             shown.append("(best so far)")
-        self._log.message(f"step {step} validation{on_part}: {'  '.join(shown)}")
-        self._log.writer.evaluation(step, metrics)
+        self.log.message(f"step {step} validation{on_part}: {'  '.join(shown)}")
+        self.log.writer.evaluation(step, metrics)
 
     def draw(self, step: int) -> None:
         """Draw the predictions of the fixed images after `step`, which is not evaluated. Collective."""
-        data = self._data
-        run = self._config.run
+        data = self.data
+        run = self.config.run
         positions = example_positions(self._reader, list(self._heads), run.visualizations, run.eval_limit)
         if positions:
             collected = collect(
-                self._predict, self._reader, data.streams, data.vocabulary, positions=positions
+                self.predict, self._reader, data.streams, data.vocabulary, positions=positions
             )
             if collected is not None:
                 self._draw(step, collected)
 
     def _draw(self, step: int, collected: Mapping[str, Results]) -> None:
-        run = self._config.run
+        run = self.config.run
         examples = draw_examples(collected, self._reader, run.visualizations, limit=run.eval_limit)
         for task, by_image in examples.items():
             for image_id, picture in by_image.items():
-                self._log.writer.image(step, f"{task}/{image_id:012d}", picture)
+                self.log.writer.image(step, f"{task}/{image_id:012d}", picture)
 
     def on_training_images(self) -> dict[str, float] | None:
         """AP50 and mIoU of the first training images. Collective; empty on all ranks but the main process.
 
         Returns None if a rank was asked to stop.
         """
-        data = self._data
+        data = self.data
         reader = ShardReader(next(iter(data.sets.values())).manifest)
         predict = self._unless_stopped("evaluating training images")
         try:
@@ -219,18 +205,18 @@ class Validation:
         Args:
             cells: see `findings_of`.
         """
-        writer = self._log.writer
+        writer = self.log.writer
         writer.event(step, CONCLUSION, **training)
-        findings = findings_of(self._config, self._data, cells)
-        for line in verdicts(training, writer.evaluations(), self._config.tasks.enabled(), findings):
-            self._log.message(line)
+        findings = findings_of(self.config, self.data, cells)
+        for line in verdicts(training, writer.evaluations(), self.config.tasks.enabled(), findings):
+            self.log.message(line)
 
     def leave(self) -> None:
         """Wait some seconds for the numbers of evaluations; report those that are left out."""
         self.poll(seconds=_PATIENCE)
         if self._waiting:
             steps = ", ".join(str(queued.step) for queued in self._waiting)
-            self._log.message(
+            self.log.message(
                 f"metrics of step {steps} were not ready after {_PATIENCE:.0f} s and are skipped"
             )
 

@@ -149,7 +149,6 @@ def rank_facts(config: ResolvedConfig) -> dict[str, str]:
     results.
     """
     facts = {key: json.dumps(value) for key, value in flatten(config.to_dict())}
-    for name, version in versions().items():
-        if name != "platform":
-            facts[f"version of {name}"] = version
+    facts |= {f"version of {name}": version for name, version in versions().items()}
+    facts.pop("version of platform")
     return facts

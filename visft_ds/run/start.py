@@ -71,16 +71,15 @@ def measure_heads(
     """Let new heads measure the channels that they read, on the first images of the plan. Collective."""
     if not any(isinstance(module, Channels) for module in prepared.module.heads.modules()):
         return
-    begun = set() if start is None else _tasks_of_heads(start.tensors)
+    known = set(prepared.heads)
+    if start is not None:
+        known |= _tasks_of_heads(start.tensors)
 
     def agree(value: Any) -> Any:
         return distributed.by_main_process(lambda: value)
 
     for stream in streams.values():
-        drawn = []
-        for task in stream.tasks:
-            if task not in prepared.heads and task not in begun:
-                drawn.append(engine.module.heads[task])
+        drawn = [engine.module.heads[task] for task in stream.tasks if task not in known]
         measure_channels(drawn, engine.predict, loader.first_images(stream.name, _MEASURED), agree)
 
 
@@ -134,9 +133,8 @@ def _start_from_run(config: VisftConfig, data: RunData, run: Path, checkpoint: C
             f"visft.init_from.heads=reset: {run} trains no heads: start a stage 1 from the run that trained "
             "them"
         )
-    continued = list[str]()
-    if config.init_from.heads == "keep":
-        continued = [task for task in config.tasks.enabled() if task in heads]
+    is_kept = config.init_from.heads == "keep"
+    continued = [task for task in config.tasks.enabled() if is_kept and task in heads]
     infos = {task: open_head(path, task).info for task in continued}
     try:
         check_heads(infos, classes_of_run(config, data.categories), data.categories, data.vocabulary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,46 +33,32 @@ from visft_ds.run.record import write_record
 from visft_ds.run_files import CHECKPOINTS, EXPORT, EXPORT_RECORD_FILE, METRICS_FILE, RECORD_FILE
 
 
+@dataclass
 class RunState:
-    """The state of one run.
+    """The state of one run."""
 
-    Args:
-        config: `visft.run` says what is kept.
-        engine: whose state is saved and restored.
-        identity: what a checkpoint of this run must have been made with, beside the settings.
-        data: categories and words that heads are saved with.
-        earlier: what is in the run folder.
-    """
+    config: ResolvedConfig
+    engine: Engine  #: whose state is saved and restored
+    identity: Mapping[str, str]  #: what a checkpoint must have been made with, beside the settings
+    data: RunData  #: categories and words that heads are saved with
+    earlier: EarlierStarts
+    done: int = 0  #: steps of earlier starts
 
-    def __init__(
-        self,
-        config: ResolvedConfig,
-        engine: Engine,
-        identity: Mapping[str, str],
-        data: RunData,
-        earlier: EarlierStarts,
-    ) -> None:
-        run = config.visft.run
+    def __post_init__(self) -> None:
+        run = self.config.visft.run
         self._out = Path(run.out or "")
-        self._config = config
-        self._engine = engine
-        self._identity = identity
-        self._data = data
-        self._earlier = earlier
         #: Its context waits for a save that is on its way.
         self.saver = Saver(
             self._out / CHECKPOINTS,
-            {**identity, SETTINGS: config.identity()},
+            {**self.identity, SETTINGS: self.config.identity()},
             Retention(run.keep_last, run.keep_best),
             self.is_evaluated,
         )
-        self._done = 0
-        self.was_exported = earlier.exported  #: an earlier start of this run has exported its result
 
     def is_evaluated(self, step: int) -> bool:
         """Return True if this step of a run with a validation split is followed by an evaluation."""
-        every = self._config.visft.run.eval_every
-        return every > 0 and (step == self._config.total_steps or step % every == 0)
+        every = self.config.visft.run.eval_every
+        return every > 0 and (step == self.config.total_steps or step % every == 0)
 
     def resume(self) -> int:
         """Continue from the newest whole checkpoint, if any. Collective. Returns the steps done.
@@ -82,10 +69,10 @@ class RunState:
         if path is None:
             return 0
         checkpoint = open_checkpoint(path)
-        check_identity(checkpoint, self._identity, self._config)
-        restore_state(self._engine, checkpoint.load(), checkpoint.step)
+        check_identity(checkpoint, self.identity, self.config)
+        restore_state(self.engine, checkpoint.load(), checkpoint.step)
         self.saver.resume(checkpoint.step, scores)
-        self._done = checkpoint.step
+        self.done = checkpoint.step
         return checkpoint.step
 
     def _newest(self) -> tuple[Path | None, dict[int, float | None]]:
@@ -103,7 +90,7 @@ class RunState:
             raise ValueError(
                 f"all checkpoints in {self.saver.folder} are damaged: move or delete them to start over"
             )
-        if self._earlier.record is not None:
+        if self.earlier.record is not None:
             raise ValueError(
                 f"{self._out} has an export and no checkpoint to continue from: choose another --out"
             )
@@ -118,16 +105,16 @@ class RunState:
             command: command line that starts this run again.
             start: what the run begins with; None: random values, or it is resumed.
         """
-        if not self.was_exported:
-            begin_export(self._out / EXPORT, prepared, self._data.vocabulary)
-        if not self.was_exported or self._done < self._config.total_steps:
-            write_record(self._config, self._identity, command, start, self._earlier.record)
+        if not self.earlier.exported:
+            begin_export(self._out / EXPORT, prepared, self.data.vocabulary)
+        if not self.earlier.exported or self.done < self.config.total_steps:
+            write_record(self.config, self.identity, command, start, self.earlier.record)
 
     def save(self, step: int) -> None:
         """Take a snapshot, written while training continues. Collective. Raises OSError if the one before
         failed.
         """
-        self.saver.save(step, partial(gather_state, self._engine), head_metadata(self._heads(step)))
+        self.saver.save(step, partial(gather_state, self.engine), head_metadata(self._heads(step)))
 
     def report_saves(self, log: RunLog, *, wait: bool = False) -> None:
         """Record the saves that are on disk by now; with `wait`, all of them. Raises OSError if one
@@ -144,7 +131,7 @@ class RunState:
 
         The metrics of all evaluations have to be known, so that a resumed run ends at the same step.
         """
-        run = self._config.visft.run
+        run = self.config.visft.run
         count, best = distributed.by_main_process(self.saver.since_best)
         if best is None or count < run.patience:
             return False
@@ -162,17 +149,17 @@ class RunState:
             return step
         if best != step:
             checkpoint = open_checkpoint(checkpoint_path(self.saver.folder, best))
-            restore_state(self._engine, checkpoint.load(), best)
+            restore_state(self.engine, checkpoint.load(), best)
         log.message(f"exporting step {best}, the best by {self.saver.retention.best}")
         return best
 
     def _heads(self, step: int) -> dict[str, HeadInfo]:
         """Descriptions of the heads that train in this run."""
-        visft = self._config.visft
-        facts = {"step": step, "base_weights": self._identity["base weights"], "mode": visft.mode}
-        heads = {name.split(".")[1] for name in trainable(self._engine) if name.startswith("heads.")}
+        visft = self.config.visft
+        facts = {"step": step, "base_weights": self.identity["base weights"], "mode": visft.mode}
+        heads = {name.split(".")[1] for name in trainable(self.engine) if name.startswith("heads.")}
         tasks = {name: task for name, task in visft.tasks.enabled().items() if name in heads}
-        return describe_heads(self._engine.module.backbone, tasks, facts, self._data)
+        return describe_heads(self.engine.module.backbone, tasks, facts, self.data)
 
     def export(self, step: int, prepared: PreparedModel) -> None:
         """Export the checkpoint of `step`, then the record. Main process only. Raises OSError for a full
@@ -184,6 +171,6 @@ class RunState:
             (folder / EXPORT_RECORD_FILE).unlink(missing_ok=True)
             remove_unfinished(folder)
             trained = open_checkpoint(checkpoint_path(self.saver.folder, step)).weights()
-            export_weights(trained, folder, prepared, self._config.visft, self._heads(step), step)
+            export_weights(trained, folder, prepared, self.config.visft, self._heads(step), step)
             write_text(folder / EXPORT_RECORD_FILE, (self._out / RECORD_FILE).read_text())
             print(f"wrote {folder}", flush=True)
