@@ -21,7 +21,7 @@ from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import DataConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.evals.records import FORMAT, METRICS, VERSION, VISUALIZATIONS, counted
+from visft_ds.evals.records import FORMAT, METRICS, VERSION, VISUALIZATIONS, Record, counted
 from visft_ds.evaluation import collect, draw_examples, measure
 from visft_ds.files import write_bytes
 from visft_ds.flags import check_least, speaking_python
@@ -36,8 +36,10 @@ from visft_ds.redaction import redacted
 from visft_ds.run.folder import refuse_filled
 from visft_ds.run_files import folder_of_run
 from visft_ds.settings.task_schema import Stream
-from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks import TASKS, Numbers, Results
 from visft_ds.tasks.pictures import Picture, grid, save_picture
+
+_Drawn = dict[str, list[dict[str, Any]]]  # task -> [{"image_id", "file"}, ...]
 
 
 @dataclass(frozen=True)
@@ -230,9 +232,7 @@ class _Subject:
         ]
         print_plan("visft_ds evaluation", [Section("model and data", facts)])
 
-    def record(
-        self, metrics: Mapping[str, float], drawn: Mapping[str, Any], seconds: float
-    ) -> dict[str, Any]:
+    def record(self, metrics: Numbers, drawn: _Drawn, seconds: float) -> Record:
         """The content of metrics.json."""
         decoding = {}
         if any(TASKS[task].uses_vocabulary for task in self.source.tasks):
@@ -283,9 +283,9 @@ def _predict(subject: _Subject, reader: ShardReader) -> tuple[dict[str, Results]
 
 def _draw(
     collected: Mapping[str, Results], reader: ShardReader, count: int, limit: int | None, folder: Path
-) -> dict[str, list[dict[str, Any]]]:
-    """Write drawings of examples; returns {task: [{"image_id", "file"}, ...]}."""
-    written: dict[str, list[dict[str, Any]]] = {}
+) -> _Drawn:
+    """Write drawings of examples; returns what was written."""
+    written: _Drawn = {}
     files: dict[Path, Picture] = {}
     for task, by_image in draw_examples(collected, reader, count, limit=limit).items():
         written[task] = []
@@ -302,7 +302,7 @@ def _draw(
 
 def _print_results(
     subject: _Subject,
-    metrics: Mapping[str, float],
+    metrics: Numbers,
     results: Mapping[str, Results],
     seconds: float,
     folder: Path,

@@ -22,7 +22,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from PIL import Image
 
-from visft_ds.evals.records import Interval, number_text
+from visft_ds.evals.records import Interval, Record, number_text
 from visft_ds.tasks.pictures import Picture
 
 #: Values that differ by more than this factor are drawn on a logarithmic axis.
@@ -157,7 +157,7 @@ def _draw(axes: Any, curve: Series, colour: str) -> None:
         axes.plot(curve.xs, curve.ys, line, ms=3, color=colour, lw=2, label=curve.name or None)
 
 
-def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
+def judge_page(record: Record, sheets: Sequence[Picture]) -> str:
     """The page of `visft judge` about a record, which is what judge.json holds.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import orjson
 
 from visft_ds.files import open_image, read_bytes, reading
-from visft_ds.tasks import config_class, entries
+from visft_ds.tasks import Numbers, config_class, entries
 from visft_ds.tasks.pictures import Picture
 
 #: Files that visft evaluate leaves in its folder; METRICS is written last.
@@ -23,6 +22,7 @@ VISUALIZATIONS = "visualizations"  #: key of the record, and folder
 JUDGE = "visft_ds judge 3"
 JUDGED = "judge.json"
 
+Record = dict[str, Any]  #: content of metrics.json or judge.json
 #: Task -> the one number it is known by. Part before the slash: of all its numbers.
 MAIN = {name: str(config_class(name).main) for name in entries()}
 
@@ -60,9 +60,9 @@ class Evaluation:
     label: str
     folder: Path
     #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1: the data has no such objects.
-    metrics: Mapping[str, float]
+    metrics: Numbers
     images: str  #: how many were evaluated, in words
-    record: Mapping[str, Any]
+    record: Record
 
     def visualizations(self, task: str) -> dict[int, Picture]:
         """Image id -> ground truth beside prediction. Raises ValueError for a damaged file."""
@@ -87,11 +87,11 @@ def read_evaluation(label: str, folder: Path) -> Evaluation:
         return Evaluation(label, folder, metrics, counted(data["images"], data["total"]), record)
 
 
-def read_judged(folder: Path) -> dict[str, Any]:
+def read_judged(folder: Path) -> Record:
     """The record that visft judge wrote. Raises ValueError for anything else."""
     path = folder / JUDGED
     with reading(path, "a record of visft judge"):
-        record: dict[str, Any] = orjson.loads(read_bytes(path))
+        record: Record = orjson.loads(read_bytes(path))
         if record["format"] != JUDGE:
             raise ValueError(f"its format is not {JUDGE}")
     return record

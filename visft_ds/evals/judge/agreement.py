@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number, Score
 from visft_ds.evals.judge.encoders import Encoder
+from visft_ds.evals.judge.encoding import ByKind
 from visft_ds.evals.judge.images import SUFFIXES, every, from_files, image_files
 from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.model_text import ModelSpec
@@ -69,7 +70,7 @@ class _Predictions(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, kinds: Collection[str]) -> ByKind:
         return {KIND: self.model(images).argmax(dim=1)}
 
 

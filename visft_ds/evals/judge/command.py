@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import orjson
 import torch
@@ -26,7 +25,7 @@ from visft_ds.evals.judge.rehearsal import rehearsal
 from visft_ds.evals.judge.table import Results, Row, rows_of, section
 from visft_ds.evals.judge.verdict import Verdict, judged
 from visft_ds.evals.pages import judge_page
-from visft_ds.evals.records import JUDGE, JUDGED, read_judged
+from visft_ds.evals.records import JUDGE, JUDGED, Record, read_judged
 from visft_ds.files import write_bytes, write_text
 from visft_ds.flags import EVAL, check_extra, check_least
 from visft_ds.monitor.console import Section, print_plan
@@ -143,7 +142,7 @@ def _check_folder(out: Path, primary: str) -> None:
 
 def _record(
     comparison: Comparison, rows: Sequence[Row], verdicts: Sequence[Verdict], flags: argparse.Namespace
-) -> dict[str, Any]:
+) -> Record:
     """Content of judge.json."""
     numbers = dict.fromkeys(comparison.numbers[row.name] for row in rows)  # those of several data sets once
     variants = comparison.variants
@@ -183,7 +182,7 @@ def _sheets(comparison: Comparison, scores: Results) -> list[Picture]:
     return sheets
 
 
-def _sections(record: Mapping[str, Any], table: Section, page: Path) -> list[Section]:
+def _sections(record: Record, table: Section, page: Path) -> list[Section]:
     """Tables for the console."""
     verdicts = []
     for verdict in record["verdicts"]:

@@ -21,15 +21,17 @@ from typing import Any
 from visft_ds.evals.judge.benchmark import Benchmark, Number, Score
 from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.in_domain import trained_on
-from visft_ds.evals.judge.layers import best_first, chosen, levels_of
+from visft_ds.evals.judge.layers import Choice, Levels, best_first, chosen, levels_of
 from visft_ds.evals.judge.model_text import HALF, NOISE, ModelSpec
 from visft_ds.evals.judge.scoring import remembered, score, shared
 from visft_ds.evals.judge.shift import Match, ShiftMeter
 from visft_ds.evals.judge.table import Results, Trial
 from visft_ds.evals.judge.variants import Models, Variant, check_controls, check_needs, up_to_the_end_of
 
+_Named = dict[str, Score]  # full name of a number -> its score
+_ByBlock = dict[str, _Named]
 #: (label of a model, label of a data set) -> block -> full name of a number -> its score.
-_Made = Mapping[tuple[str, str], Mapping[str, dict[str, Score]]]
+_Made = Mapping[tuple[str, str], _ByBlock]
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Comparison:
         self.primary = primary
         self.settings = settings
         self.notes = [note for benchmark in benchmarks for note in benchmark.notes]
-        self.layers: dict[str, dict[str, Any]] = {}  #: number -> variant -> how its block was chosen
+        self.layers: dict[str, dict[str, Choice]] = {}  #: number -> variant -> how its block was chosen
         self.trials: list[Trial] = []
         self._deciding = next(benchmark for benchmark in benchmarks if primary in benchmark.full_names)
         self._number = self.numbers[primary]
@@ -152,7 +154,7 @@ class Comparison:
                 self._take(variant, full_name, choices.get(name, first))
             self._ranked.setdefault(variant.name, best_first(first["held_out"]))
 
-    def _take(self, variant: Variant, full_name: str, choice: dict[str, Any]) -> None:
+    def _take(self, variant: Variant, full_name: str, choice: Choice) -> None:
         variant.layers[full_name] = choice
         self.layers.setdefault(full_name, {})[variant.name] = choice
 
@@ -183,7 +185,7 @@ class Comparison:
         benchmark: Benchmark,
         numbers: Sequence[Number],
         own: bool,
-    ) -> dict[str, dict[str, float]]:
+    ) -> Levels:
         """Number -> block -> the number on held-out training images, by one model of a variant."""
         assert benchmark.layer_choice is not None
         ranked = self._ranked.get(variant.name, [])
@@ -197,7 +199,7 @@ class Comparison:
         }
         settings = self._models.settings_of(spec)
 
-        def make() -> dict[str, dict[str, float]]:
+        def make() -> Levels:
             label = f"{spec.label}, all blocks: {benchmark.label}"
             encoder = self._models.load(spec)
             return levels_of(encoder, benchmark, variant.blocks, ranked, numbers, settings, label)
@@ -298,19 +300,19 @@ class Comparison:
         made = dict(zip(plan, shared(calls, "scores"), strict=True))
         self._count_agreement(made)
 
-        chosen: dict[str, dict[str, Score]] = {}
+        chosen: dict[str, _Named] = {}
         for variant in self.variants:
             for spec in variant.models:
                 chosen[spec.label] = self._of_model(spec, variant, made)
 
-        def primary_of(spec: ModelSpec, block: str) -> dict[str, Score]:
+        def primary_of(spec: ModelSpec, block: str) -> _Named:
             return {self.primary: made[spec.label, self._deciding.label][block][self.primary]}
 
-        last: dict[str, dict[str, Score]] = {}
+        last: dict[str, _Named] = {}
         for variant in [self.base, *self.tuned]:
             for spec in variant.models:
                 last[spec.label] = primary_of(spec, variant.last)
-        cut: dict[str, dict[str, Score]] = {}
+        cut: dict[str, _Named] = {}
         for name, base in self._cuts.items():
             cut[name] = primary_of(self.origin, base.block(self.primary))
         return Scores(chosen, last, cut)
@@ -336,9 +338,9 @@ class Comparison:
             work.numbers[block].add(number.name)
         return plan
 
-    def _of_model(self, spec: ModelSpec, variant: Variant, made: _Made) -> dict[str, Score]:
+    def _of_model(self, spec: ModelSpec, variant: Variant, made: _Made) -> _Named:
         """Full name -> score of a model at the blocks that were chosen; without numbers that it lacks."""
-        scores: dict[str, Score] = {}
+        scores: _Named = {}
         for benchmark in self.benchmarks:
             for full_name in benchmark.full_names:
                 at_block = made[spec.label, benchmark.label][variant.block(full_name)]
@@ -348,7 +350,7 @@ class Comparison:
             raise ValueError(f"--primary {self.primary}: {spec.label} has no such number")
         return scores
 
-    def _scores(self, work: _Work, own: bool) -> dict[str, dict[str, Score]]:
+    def _scores(self, work: _Work, own: bool) -> _ByBlock:
         """Block -> full name -> what is asked of it, by one model on one data set."""
         spec = work.spec
         benchmark = work.benchmark
@@ -358,7 +360,7 @@ class Comparison:
         load = partial(self._models.encoder, spec, benchmark)
         settings = self._models.settings_of(spec)
         by_block = score(load, key, benchmark, work.numbers, work.blocks, settings, spec.label, own)
-        result: dict[str, dict[str, Score]] = {}
+        result: _ByBlock = {}
         for block, scores in by_block.items():
             result[block] = {}
             for number in scores:

@@ -39,6 +39,8 @@ _OF_PATCHES: dict[str, Callable[[Tensor], Tensor]] = {  # kinds made of patches 
     "mean": lambda patches: patches.mean(dim=(2, 3)),
     "cells": _cells,
 }
+ByKind = dict[str, Tensor]  #: kind of features -> those of images (images, ...)
+ByBlock = dict[str, ByKind]  #: block, or set of images -> features
 _AHEAD = 3  # batches that are decoded before they are needed
 
 
@@ -78,14 +80,14 @@ def groups(sizes: Mapping[str, int], images: int) -> Iterator[list[str]]:
 
 def encode(
     encoder: Encoder, blocks: Sequence[str], benchmark: Benchmark, settings: Settings, what: str
-) -> dict[str, dict[str, dict[str, Tensor]]]:
+) -> dict[str, ByBlock]:
     """Block -> everything that a benchmark reads of a model after it (`benchmark.Features`).
 
     Args:
         encoder: read after the blocks.
         what: is done, for the line that shows how many images are encoded.
     """
-    features: dict[str, dict[str, dict[str, Tensor]]] = {block: {} for block in blocks}
+    features: dict[str, ByBlock] = {block: {} for block in blocks}
     for name, images in benchmark.sets_for(has_text=encoder.text is not None).items():
         kinds = kinds_read(benchmark, encoder.kinds)
         if name == "train":  # texts are compared with what is judged alone
@@ -104,18 +106,18 @@ def encode(
     return features
 
 
-def by_block(features: dict[str, Tensor], blocks: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+def by_block(features: ByKind, blocks: Sequence[str]) -> ByBlock:
     """Block -> kind -> features, of what an encoder gives that is read after blocks."""
     if len(blocks) == 1:
         return {blocks[0]: features}
-    split: dict[str, dict[str, Tensor]] = {block: {} for block in blocks}
+    split: ByBlock = {block: {} for block in blocks}
     for name, value in features.items():
         block, _, kind = name.rpartition(" ")
         split[block][kind] = value
     return split
 
 
-def brought_near(features: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+def brought_near(features: ByKind, settings: Settings) -> ByKind:
     """The same features on the GPU, if there is one and they take at most a quarter of its free memory."""
     if settings.device.type != "cuda":
         return features
@@ -127,7 +129,7 @@ def brought_near(features: dict[str, Tensor], settings: Settings) -> dict[str, T
 
 def encode_images(
     encoder: Encoder, images: ImageSet, kinds: Collection[str], settings: Settings, what: str
-) -> dict[str, Tensor]:
+) -> ByKind:
     """Kind -> (images, ...) float32 on the CPU. Raises ValueError for features that are not finite."""
     encoder.module.to(settings.device)
     batches: dict[str, list[Tensor]] = {}
@@ -147,9 +149,7 @@ def encode_images(
 
 
 @torch.inference_mode()
-def forward(
-    encoder: Encoder, pixels: Tensor, kinds: Collection[str], settings: Settings
-) -> dict[str, Tensor]:
+def forward(encoder: Encoder, pixels: Tensor, kinds: Collection[str], settings: Settings) -> ByKind:
     """Kind -> features of a batch of images, float32 on the device."""
     of_model = {"patches" if kind in _OF_PATCHES else kind for kind in kinds}
     dtype = DTYPES[settings.precision]
@@ -157,7 +157,7 @@ def forward(
         # Convolutions on a CPU take 60 % of the time when the channels of a pixel lie together.
         images = pixels.to(settings.device, non_blocking=True, memory_format=torch.channels_last)
         outputs = encoder.module(images, of_model)
-    features: dict[str, Tensor] = {}
+    features: ByKind = {}
     for name, output in outputs.items():
         value = output.float()
         if not name.endswith("patches"):

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from visft_ds.evals.judge.benchmark import Benchmark, Number
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import (
+    ByBlock,
+    ByKind,
     Settings,
     brought_near,
     by_block,
@@ -33,6 +35,8 @@ from visft_ds.evals.judge.encoding import (
 
 #: Name of what the whole model gives, if that is not what its last block gives.
 END = "end"
+Levels = dict[str, dict[str, float]]  #: number -> block -> the number on held-out training images
+Choice = dict[str, Any]  #: {"chosen": block, "held_out": {block: mean over the seeds of a variant}}
 CANDIDATES = 3  #: best blocks of a data set's first number among which heads are trained
 
 
@@ -48,9 +52,9 @@ class _Reader(nn.Module):
         self.module = module
         self.blocks = blocks  #: beginning of the names of features -> block
 
-    def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, kinds: Collection[str]) -> ByKind:
         model: Any = self.module
-        outputs: dict[str, Tensor] = {}
+        outputs: ByKind = {}
 
         def keep(name: str, output: Tensor) -> None:
             outputs[name] = output
@@ -62,7 +66,7 @@ class _Reader(nn.Module):
             if name != END:
                 block = model.backbone.get_submodule(name)
                 hooks.append(block.register_forward_hook(lambda *call, name=name: keep(name, call[-1])))
-        at_end: dict[str, Tensor] = {}
+        at_end: ByKind = {}
         try:
             at_end = model(images, kinds)
         except _Enough:
@@ -71,7 +75,7 @@ class _Reader(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-        features: dict[str, Tensor] = {}
+        features: ByKind = {}
         for begin, name in self.blocks.items():
             of_block = at_end if name == END else model.of_block(outputs.pop(name), images, kinds)
             features |= {f"{begin}{kind}": value for kind, value in of_block.items()}
@@ -112,7 +116,7 @@ def levels_of(
     numbers: Sequence[Number],
     settings: Settings,
     label: str,
-) -> dict[str, dict[str, float]]:
+) -> Levels:
     """Number -> block -> the number on held-out training images, more is better.
 
     Args:
@@ -123,10 +127,10 @@ def levels_of(
     choice = benchmark.layer_choice
     assert choice is not None
     kinds = kinds_read(benchmark, encoder.kinds)
-    levels: dict[str, dict[str, float]] = {number.name: {} for number in numbers}
-    kept: dict[str, dict[str, Tensor]] = {}  # block -> its features, where those of all blocks fit
+    levels: Levels = {number.name: {} for number in numbers}
+    kept: ByBlock = {}  # block -> its features, where those of all blocks fit
 
-    def read(blocks: Sequence[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def read(blocks: Sequence[str]) -> Iterator[tuple[str, ByKind]]:
         if kept:
             yield from ((block, kept[block]) for block in blocks)
             return
@@ -161,13 +165,9 @@ def best_first(held_out: Mapping[str, float]) -> list[str]:
     return sorted(reversed(list(held_out)), key=lambda block: -held_out[block])
 
 
-def chosen(levels: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Number -> {"chosen": block, "held_out": {block: mean over the seeds of a variant}}.
-
-    Args:
-        levels: what `levels_of` gives for each seed.
-    """
-    choices: dict[str, dict[str, Any]] = {}
+def chosen(levels: Sequence[Levels]) -> dict[str, Choice]:
+    """Number -> its choice, by what `levels_of` gives for each seed."""
+    choices: dict[str, Choice] = {}
     for number, of_first_seed in levels[0].items():
         means: dict[str, float] = {}
         for block in of_first_seed:

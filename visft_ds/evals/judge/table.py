@@ -57,6 +57,9 @@ class Difference(Interval):
     each: tuple[float, ...]  #: of each seed
 
 
+Differences = dict[str, Difference]  #: by variant, or by control
+
+
 @dataclass(frozen=True)
 class Row:
     """Row of a table: one number of all variants."""
@@ -65,12 +68,12 @@ class Row:
     items: int
     lower: bool  #: is better, as of an error
     values: Mapping[str, float]  #: variant -> its number; without variants that have none
-    differences: dict[str, Difference]  #: variant -> its number minus the base's
-    controls: dict[str, dict[str, Difference]]  #: tuned variant -> control -> tuned minus control
+    differences: Differences  #: variant -> its number minus the base's
+    controls: dict[str, Differences]  #: tuned variant -> control -> tuned minus control
     # Of the primary number alone, by tuned variants:
-    last: dict[str, Difference]  #: difference at both last layers
-    over_last: dict[str, Difference]  #: the variant where it is read minus the base at its last layer
-    over_cut: dict[str, Difference]  #: the variant minus the base at its best layer up to where it ends
+    last: Differences  #: difference at both last layers
+    over_last: Differences  #: the variant where it is read minus the base at its last layer
+    over_cut: Differences  #: the variant minus the base at its best layer up to where it ends
     last_values: Mapping[str, float]  #: base and tuned variants -> the number at the last layer
     cut_values: Mapping[str, float]  #: tuned variant -> the number of the base up to where the variant ends
     agreement: bool = False  #: the share of the base's answers that a variant gives, too

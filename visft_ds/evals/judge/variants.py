@@ -11,7 +11,7 @@ from visft_ds.evals.judge.agreement import check_classifier, load_classifier
 from visft_ds.evals.judge.benchmark import PUBLISHED_SIDE, Benchmark
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import Settings, kinds_read
-from visft_ds.evals.judge.layers import blocks_of, read_after
+from visft_ds.evals.judge.layers import Choice, blocks_of, read_after
 from visft_ds.evals.judge.model_text import ModelSpec
 from visft_ds.evals.judge.models import alike, load_encoder, weights_of
 from visft_ds.evals.judge.scoring import remembered
@@ -28,7 +28,7 @@ class Variant:
     kinds: tuple[str, ...]  #: of features that its models have
     has_text: bool  #: a side that encodes texts
     #: Full name of a number -> its block ("chosen"), and what all blocks reached ("held_out").
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layers: dict[str, Choice] = field(default_factory=dict)
     shift: float | None = None  #: how far it moved BASE's features
 
     def block(self, number: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from visft_ds.evals.evaluate import evaluate
 from visft_ds.evals.labels.captions import caption_doubts
 from visft_ds.evals.labels.doubts import (
     KINDS,
-    Annotation,
     Doubt,
     doubts_of,
     region_doubts,
@@ -33,8 +32,9 @@ from visft_ds.monitor.console import Section, print_plan
 from visft_ds.predict.likeness import compare_splits
 from visft_ds.predict.model import load_backbone
 from visft_ds.run_files import folder_of_run
+from visft_ds.shards.common import Json
 from visft_ds.shards.corrections import FORMAT, VERSION
-from visft_ds.tasks import config_class
+from visft_ds.tasks import Annotation, Names, Truth, config_class
 from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.pictures import scaled
@@ -125,7 +125,7 @@ def _check_split(
 
 
 def _look(
-    task: str, run: Path, reader: ShardReader, content: Mapping[str, Any], limit: int | None
+    task: str, run: Path, reader: ShardReader, content: Truth, limit: int | None
 ) -> tuple[list[Doubt], list[tuple[str, str]]]:
     """The doubts of a task about the labels of a split, and what is said of the model that has them."""
     manifest = reader.manifest
@@ -153,7 +153,7 @@ def _look(
     return doubts, facts
 
 
-def _words(doubt: Doubt, file_name: str, names: Mapping[int, str]) -> str:
+def _words(doubt: Doubt, file_name: str, names: Names) -> str:
     given = _label_in_words(doubt.given, names)
     proposed = _label_in_words(doubt.proposed, names)
     score = f"{doubt.score:.2f}"
@@ -162,7 +162,7 @@ def _words(doubt: Doubt, file_name: str, names: Mapping[int, str]) -> str:
     return f"{score}  {file_name}: {given} -> {proposed}"
 
 
-def _label_in_words(label: Annotation | None, names: Mapping[int, str]) -> str:
+def _label_in_words(label: Annotation | None, names: Names) -> str:
     if label is None:
         return "nothing"
     if "caption" in label:
@@ -175,8 +175,8 @@ def _label_in_words(label: Annotation | None, names: Mapping[int, str]) -> str:
 def _write(
     folder: Path,
     doubts: Sequence[Doubt],
-    content: Mapping[str, Any],
-    names: Mapping[int, str],
+    content: Truth,
+    names: Names,
     reader: ShardReader,
 ) -> Path:
     """Write the page, and the file that it would give if all proposals were taken; returns its path.
@@ -221,7 +221,7 @@ def _write(
     return page
 
 
-def _row(doubt: Doubt, image: Any, names: Mapping[int, str]) -> dict[str, Any]:
+def _row(doubt: Doubt, image: Any, names: Names) -> Json:
     """Facts of a doubt for the page: a picture of the place, the label given and the one proposed."""
     labels = [label for label in (doubt.given, doubt.proposed) if label is not None]
     boxes = np.array([label["bbox"] for label in labels if "bbox" in label])
@@ -248,7 +248,7 @@ def _row(doubt: Doubt, image: Any, names: Mapping[int, str]) -> dict[str, Any]:
     }
 
 
-def _shown(label: Annotation | None, left: int, top: int, names: Mapping[int, str]) -> dict[str, Any] | None:
+def _shown(label: Annotation | None, left: int, top: int, names: Names) -> Json | None:
     """A label for the page: its name, its box in the picture, and what corrections say of it."""
     if label is None:
         return None
@@ -259,7 +259,7 @@ def _shown(label: Annotation | None, left: int, top: int, names: Mapping[int, st
     return {"name": category_name(label["category_id"], names), "shown": box, "label": _entry(label)}
 
 
-def _outlined(image: Any, segmentation: Mapping[str, Any]) -> Any:
+def _outlined(image: Any, segmentation: Annotation) -> Any:
     """The image with the border of a region."""
     from scipy import ndimage  # a quarter of a second, which boxes do not need
 
@@ -271,7 +271,7 @@ def _outlined(image: Any, segmentation: Mapping[str, Any]) -> Any:
     return outlined
 
 
-def _entry(label: Annotation) -> dict[str, Any]:
+def _entry(label: Annotation) -> Json:
     """A label as corrections name it."""
     if "caption" in label:
         return {"caption": label["caption"]}
@@ -287,10 +287,10 @@ def _entry(label: Annotation) -> dict[str, Any]:
     return entry
 
 
-def _all_taken(doubts: Sequence[Doubt]) -> dict[str, list[dict[str, Any]]]:
+def _all_taken(doubts: Sequence[Doubt]) -> dict[str, list[Json]]:
     """The corrections in which every proposal is taken."""
-    annotations = list[dict[str, Any]]()
-    removed = list[dict[str, Any]]()
+    annotations = list[Json]()
+    removed = list[Json]()
     for doubt in doubts:
         of_image = {"image_id": doubt.image_id}
         given = None if doubt.given is None else of_image | _entry(doubt.given)

@@ -10,19 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from faster_coco_eval import mask as coco_mask
 
 from visft_ds.data.masks import object_of
+from visft_ds.tasks import Annotation, Annotations, Truth
 from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.masks.regions import by_image
 from visft_ds.tasks.semantic.results import number_map
 
-Annotation = Mapping[str, Any]  #: of COCO: category_id, bbox, segmentation; or caption
 Kind = Literal["class", "box", "nothing", "missing", "twice", "region", "caption"]
 #: Kind of doubt -> what it says of the label.
 KINDS: Mapping[Kind, str] = {
@@ -58,7 +58,7 @@ class Doubt:
     probability: float | None = None
 
 
-def doubts_of(labels: Sequence[Annotation], predictions: Sequence[Annotation]) -> list[Doubt]:
+def doubts_of(labels: Annotations, predictions: Annotations) -> list[Doubt]:
     """A doubt for each label of a data set, and one for each object that seems to have none, the highest
     score first.
 
@@ -74,9 +74,7 @@ def doubts_of(labels: Sequence[Annotation], predictions: Sequence[Annotation]) -
     return sorted(doubts, key=lambda doubt: -doubt.score)
 
 
-def doubts_of_image(
-    image_id: int, labels: Sequence[Annotation], predictions: Sequence[Annotation]
-) -> list[Doubt]:
+def doubts_of_image(image_id: int, labels: Annotations, predictions: Annotations) -> list[Doubt]:
     """The doubts about the labels of an image, as `doubts_of`."""
     crowds = [label for label in labels if label.get("iscrowd")]
     labels = [label for label in labels if not label.get("iscrowd")]
@@ -149,7 +147,7 @@ def with_probabilities(doubts: Sequence[Doubt]) -> list[Doubt]:
     return [replace(doubt, probability=probabilities.get(id(doubt))) for doubt in doubts]
 
 
-def region_doubts(content: Mapping[str, Any], predictions: Sequence[Annotation]) -> list[Doubt]:
+def region_doubts(content: Truth, predictions: Annotations) -> list[Doubt]:
     """A doubt for each region of label maps of which some pixels are predicted to be of another class, the
     highest score first.
 
@@ -195,9 +193,9 @@ def _parts(mask: npt.NDArray[np.bool_]) -> Iterator[npt.NDArray[np.bool_]]:
 
 def _missing(
     image_id: int,
-    predictions: Sequence[Annotation],
-    labels: Sequence[Annotation],
-    crowds: Sequence[Annotation],
+    predictions: Annotations,
+    labels: Annotations,
+    crowds: Annotations,
 ) -> list[Doubt]:
     """A doubt for each certain prediction where no label is; of several of one object, the most certain."""
     nearest = _overlaps(predictions, labels).max(axis=1, initial=0.0)
@@ -217,7 +215,7 @@ def _missing(
     return doubts
 
 
-def _twins(labels: Sequence[Annotation]) -> dict[int, float]:
+def _twins(labels: Annotations) -> dict[int, float]:
     """Position of each label that repeats an earlier one -> their overlap."""
     overlaps = _overlaps(labels, labels)
     twins = dict[int, float]()
@@ -228,9 +226,7 @@ def _twins(labels: Sequence[Annotation]) -> dict[int, float]:
     return twins
 
 
-def _overlaps(
-    first: Sequence[Annotation], second: Sequence[Annotation], are_crowds: bool = False
-) -> npt.NDArray[np.float64]:
+def _overlaps(first: Annotations, second: Annotations, are_crowds: bool = False) -> npt.NDArray[np.float64]:
     """(n, m) intersections over unions of boxes; of crowds, over the area of the first box."""
     if not first or not second:
         return np.zeros((len(first), len(second)))
