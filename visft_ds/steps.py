@@ -76,7 +76,9 @@ class Steps:
                         continue
                     del running[name]
                     if status == 0:
-                        self._finish(name)
+                        self._path(name, "done").touch()
+                        seconds = time.time() - self._path(name, "command").stat().st_mtime
+                        print(f"  {name}: {seconds:.0f} s", flush=True)
                     else:
                         failed[name] = f"exit status {status}"
                         lines = [f"  | {line}" for line in self.log(name).splitlines() if line.strip()]
@@ -104,11 +106,6 @@ class Steps:
                 running[step.name] = self._start(step, jobs)
             else:
                 failed[step.name] = f"needs {lost}, which failed"
-
-    def _finish(self, name: str) -> None:
-        self._path(name, "done").touch()
-        seconds = time.time() - self._path(name, "command").stat().st_mtime
-        print(f"  {name}: {seconds:.0f} s", flush=True)
 
     def show(self) -> None:
         """Print the commands, in order."""

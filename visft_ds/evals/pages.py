@@ -113,6 +113,7 @@ def line_chart(
     """
     from matplotlib import style  # takes a second
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     values = [y for curve in series for y in (*curve.ys, *curve.behind)]
     if not values:
@@ -131,7 +132,9 @@ def line_chart(
             step = math.ceil(len(places) / 24)  # more do not fit
             axes.set_xticks(range(len(places))[::step], places[::step], rotation=60, ha="right")
         if not linear and 0 < WIDE * min(values) < max(values):
-            _make_logarithmic(axes)
+            axes.set_yscale("log", subs=[])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:.6g}")
         for curve, colour in zip(series, cycle(_COLOURS), strict=False):
             _draw(axes, curve, colour)
         if any(curve.name for curve in series):
@@ -139,14 +142,6 @@ def line_chart(
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     element = text.getvalue().partition("<svg ")[2]  # a page has no room for the XML declaration
     return f'<svg role="img" aria-label="{html.escape(title)}" {element}'
-
-
-def _make_logarithmic(axes: Any) -> None:
-    from matplotlib.ticker import LogLocator
-
-    axes.set_yscale("log", subs=[])
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:.6g}")
 
 
 def _draw(axes: Any, curve: Series, colour: str) -> None:

@@ -11,27 +11,23 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
-from typing import Any
 
-from visft_ds.evals.judge.benchmark import Benchmark, Number, Score
+from visft_ds.evals.judge.benchmark import Benchmark, Number
 from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.in_domain import trained_on
 from visft_ds.evals.judge.layers import Choice, Levels, best_first, chosen, levels_of
 from visft_ds.evals.judge.model_text import HALF, NOISE, ModelSpec
-from visft_ds.evals.judge.scoring import remembered, score, shared
+from visft_ds.evals.judge.scoring import Named, Work, remembered, score, shared
 from visft_ds.evals.judge.shift import Match, ShiftMeter
 from visft_ds.evals.judge.table import Results, Trial
 from visft_ds.evals.judge.variants import Models, Variant, check_controls, check_needs, up_to_the_end_of
 
-_Named = dict[str, Score]  # full name of a number -> its score
-_ByBlock = dict[str, _Named]
 #: (label of a model, label of a data set) -> block -> full name of a number -> its score.
-_Made = Mapping[tuple[str, str], _ByBlock]
+_Made = Mapping[tuple[str, str], dict[str, Named]]
 
 
 @dataclass(frozen=True)
@@ -42,16 +38,6 @@ class Scores:
     last: Results  #: model of BASE or a tuned variant -> the primary number at its last block
     #: Tuned variant that ends before BASE -> BASE's primary number at the best block that both have.
     cut: Results
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A model to score on a data set."""
-
-    spec: ModelSpec
-    benchmark: Benchmark
-    blocks: Mapping[str, int]  #: of the model, see `Variant`
-    numbers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  #: block -> numbers
 
 
 class Comparison:
@@ -215,23 +201,19 @@ class Comparison:
             noise: the variants that come by themselves, noise and half, are there, too.
         """
         for variant in self.tuned:
-            trial = self._trial(variant)
+            was_chosen = self.primary in variant.layers or not variant.has_choice
+            trial = Trial(
+                variant.name,
+                compared=self.primary in self.base.layers and was_chosen,
+                named=None if variant.has_choice else variant.last,
+                cut=variant.last if variant.name in self._cuts else None,
+                trained_on=tuple(trained_on(variant.models, self.benchmarks)),
+            )
             beside: list[Variant] = []
             if variant.of_base:
                 trial, beside = self._matched(trial, variant, noise)
             self.trials.append(trial)
             self.variants += [replace(variant, shift=trial.shift), *beside]
-
-    def _trial(self, variant: Variant) -> Trial:
-        """The trial of a tuned variant without a control."""
-        was_chosen = self.primary in variant.layers or not variant.has_choice
-        return Trial(
-            variant.name,
-            compared=self.primary in self.base.layers and was_chosen,
-            named=None if variant.has_choice else variant.last,
-            cut=variant.last if variant.name in self._cuts else None,
-            trained_on=tuple(trained_on(variant.models, self.benchmarks)),
-        )
 
     def _matched(self, trial: Trial, variant: Variant, noise: bool) -> tuple[Trial, list[Variant]]:
         """The trial of a tuned variant with its shift, and its controls and its half."""
@@ -300,24 +282,24 @@ class Comparison:
         made = dict(zip(plan, shared(calls, "scores"), strict=True))
         self._count_agreement(made)
 
-        chosen: dict[str, _Named] = {}
+        chosen: dict[str, Named] = {}
         for variant in self.variants:
             for spec in variant.models:
                 chosen[spec.label] = self._of_model(spec, variant, made)
 
-        def primary_of(spec: ModelSpec, block: str) -> _Named:
+        def primary_of(spec: ModelSpec, block: str) -> Named:
             return {self.primary: made[spec.label, self._deciding.label][block][self.primary]}
 
-        last: dict[str, _Named] = {}
+        last: dict[str, Named] = {}
         for variant in [self.base, *self.tuned]:
             for spec in variant.models:
                 last[spec.label] = primary_of(spec, variant.last)
-        cut: dict[str, _Named] = {}
+        cut: dict[str, Named] = {}
         for name, base in self._cuts.items():
             cut[name] = primary_of(self.origin, base.block(self.primary))
         return Scores(chosen, last, cut)
 
-    def _plan(self) -> dict[tuple[str, str], _Work]:
+    def _plan(self) -> dict[tuple[str, str], Work]:
         """(label of a model, label of a data set) -> what is to be scored there, encoded together."""
         asked: list[tuple[ModelSpec, Variant, Benchmark, Number, str]] = []
         for variant in self.variants:
@@ -331,16 +313,16 @@ class Comparison:
                 asked.append((spec, variant, self._deciding, self._number, variant.last))
         for cut in self._cuts.values():
             asked.append((self.origin, self.base, self._deciding, self._number, cut.block(self.primary)))
-        plan: dict[tuple[str, str], _Work] = {}
+        plan: dict[tuple[str, str], Work] = {}
         for spec, variant, benchmark, number, block in asked:
-            work = _Work(spec, benchmark, variant.blocks)
+            work = Work(spec, benchmark, variant.blocks)
             work = plan.setdefault((spec.label, benchmark.label), work)
             work.numbers[block].add(number.name)
         return plan
 
-    def _of_model(self, spec: ModelSpec, variant: Variant, made: _Made) -> _Named:
+    def _of_model(self, spec: ModelSpec, variant: Variant, made: _Made) -> Named:
         """Full name -> score of a model at the blocks that were chosen; without numbers that it lacks."""
-        scores: _Named = {}
+        scores: Named = {}
         for benchmark in self.benchmarks:
             for full_name in benchmark.full_names:
                 at_block = made[spec.label, benchmark.label][variant.block(full_name)]
@@ -350,22 +332,10 @@ class Comparison:
             raise ValueError(f"--primary {self.primary}: {spec.label} has no such number")
         return scores
 
-    def _scores(self, work: _Work, own: bool) -> _ByBlock:
+    def _scores(self, work: Work, own: bool) -> dict[str, Named]:
         """Block -> full name -> what is asked of it, by one model on one data set."""
-        spec = work.spec
-        benchmark = work.benchmark
-        key: dict[str, Any] = {"of": spec.identity}
-        if benchmark.asks_classifier:
-            key["classifier"] = self.origin.identity
-        load = partial(self._models.encoder, spec, benchmark)
-        settings = self._models.settings_of(spec)
-        by_block = score(load, key, benchmark, work.numbers, work.blocks, settings, spec.label, own)
-        result: _ByBlock = {}
-        for block, scores in by_block.items():
-            result[block] = {}
-            for number in scores:
-                result[block][f"{benchmark.label} {number.name}"] = _in_groups(number, benchmark)
-        return result
+        load = partial(self._models.encoder, work.spec, work.benchmark)
+        return score(work, load, self._models.settings_of(work.spec), own)
 
     def _count_agreement(self, made: _Made) -> None:
         """Turn answers of the classifier into 1.0 where they are those of BASE."""
@@ -379,16 +349,6 @@ class Comparison:
                     for scores in by_block.values():
                         agrees = scores[name].values == of_base.values
                         scores[name] = replace(scores[name], values=agrees.astype(float))
-
-
-def _in_groups(score: Score, benchmark: Benchmark) -> Score:
-    """A score whose items belong to the groups of their images."""
-    groups = benchmark.sets["test"].groups
-    if groups is None:
-        return score
-    if score.groups is not None:
-        groups = groups[score.groups]
-    return replace(score, groups=groups)
 
 
 def _choosing(benchmark: Benchmark) -> list[Number]:

@@ -28,16 +28,13 @@ CELLS = 14  #: rows and columns at most, that a feature map is pooled to where a
 MOST = 8 * 2**30  #: bytes of features of several blocks that are read together
 
 
-def _cells(patches: Tensor) -> Tensor:
-    height, width = patches.shape[2:]
-    return F.adaptive_avg_pool2d(patches, (min(CELLS, height), min(CELLS, width)))
-
-
 _OF_PATCHES: dict[str, Callable[[Tensor], Tensor]] = {  # kinds made of patches (images, D, h, w)
     "patches": lambda patches: patches,
     "columns": lambda patches: F.adaptive_avg_pool2d(patches, (COLUMN_ROWS, None)).flatten(1, 2),
     "mean": lambda patches: patches.mean(dim=(2, 3)),
-    "cells": _cells,
+    "cells": lambda patches: F.adaptive_avg_pool2d(
+        patches, (min(CELLS, patches.shape[2]), min(CELLS, patches.shape[3]))
+    ),
 }
 ByKind = dict[str, Tensor]  #: kind of features -> those of images (images, ...)
 ByBlock = dict[str, ByKind]  #: block, or set of images -> features

@@ -45,12 +45,17 @@ def resampled(several: Sequence[FloatArray], groups: IntArray | None, rng: np.ra
         groups: (n,) numbers; whole groups are drawn, since their items are no independent evidence.
     """
     is_mean = several[0].ndim == 1
-    ratios = [_as_ratio(values) for values in several] if is_mean else several
+    ratios = several
+    if is_mean:  # values and ones (n, 2, 1): a mean is the ratio of their sums
+        ratios = [np.stack([values, np.ones_like(values)], axis=1)[..., None] for values in several]
     per_item = np.stack(ratios, axis=1)  # (n, arrays, 2, C)
     shape = per_item.shape[1:]
     sums = per_item.reshape(len(per_item), -1)
     if groups is not None:
-        sums = _group_sums(sums, groups)
+        present, group_of_row = np.unique(groups, return_inverse=True)
+        rows = sums
+        sums = np.zeros((len(present), rows.shape[1]))
+        np.add.at(sums, group_of_row, rows)
     units = len(sums)
     shares = np.full(units, 1 / units)
     if is_mean:  # equal values are many; equal counts of pixels are not
@@ -64,19 +69,6 @@ def resampled(several: Sequence[FloatArray], groups: IntArray | None, rng: np.ra
         often = rng.multinomial(units, shares, size=draws).astype(np.float64)
         means.append(mean_ratio((often @ sums).reshape(draws, *shape)))
     return np.concatenate(means).T
-
-
-def _as_ratio(values: FloatArray) -> FloatArray:
-    """(n,) as (n, 2, 1), values and ones, so that a mean is the ratio of two sums."""
-    return np.stack([values, np.ones_like(values)], axis=1)[..., None]
-
-
-def _group_sums(rows: FloatArray, groups: IntArray) -> FloatArray:
-    """(groups, D), sums of the rows (n, D) of each group."""
-    present, group_of_row = np.unique(groups, return_inverse=True)
-    sums = np.zeros((len(present), rows.shape[1]))
-    np.add.at(sums, group_of_row, rows)
-    return sums
 
 
 def interval(value: float, means: FloatArray) -> Interval:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +22,14 @@ from visft_ds.errors import RankError
 from visft_ds.evals.judge.benchmark import Benchmark, Score
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import Settings, encode, groups
+from visft_ds.evals.judge.model_text import ModelSpec
 from visft_ds.files import write_text, writing
 from visft_ds.monitor.console import gauge
 
 VERSION = 6  #: changes when the same model and data would give other scores
 _ARRAYS = ("values", "groups", "maps", "retrained")  # of a score
 _Result = TypeVar("_Result")
+Named = dict[str, Score]  #: full name of a number -> its score
 
 
 def shared(calls: Sequence[Callable[[bool], _Result]], what: str) -> list[_Result]:
@@ -67,50 +71,52 @@ def remembered(
     return result
 
 
-def score(
-    load: Callable[..., Encoder],
-    model: Mapping[str, Any],
-    benchmark: Benchmark,
-    names: Mapping[str, Collection[str]],
-    sizes: Mapping[str, int],
-    settings: Settings,
-    label: str,
-    own: bool,
-) -> dict[str, list[Score]]:
+@dataclass(frozen=True)
+class Work:
+    """A model to score on a data set."""
+
+    spec: ModelSpec
+    benchmark: Benchmark
+    blocks: Mapping[str, int]  #: of the model; bytes of an image's map after each
+    numbers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  #: block -> numbers
+
+
+def score(work: Work, load: Callable[..., Encoder], settings: Settings, own: bool) -> dict[str, Named]:
     """Block -> the numbers of a model that are asked of it. Images are encoded once for all blocks that fit.
 
     Args:
         load: (blocks) -> the model, read after them; of several, names of features begin with `BLOCK `.
-        model: all that it depends on beside the block, in JSON's types.
-        names: block -> names of numbers.
-        sizes: block -> bytes of an image's map.
-        label: name of the model in messages.
         own: see `remembered`.
 
     Raises:
         ValueError: an image that cannot be read, features that are NaN.
     """
+    benchmark = work.benchmark
+    model = {"of": work.spec.identity}
+    if benchmark.asks_classifier:
+        model["classifier"] = (work.spec.origin or work.spec).identity
     data = {name: images.fingerprint for name, images in benchmark.sets.items()}
     key = {"model": model, "images": data, "benchmark": benchmark.settings}
     paths: dict[str, Path] = {}
     missing: dict[str, int] = {}
-    for block, of_block in names.items():
-        hashed = _hash({**key, "block": block, "numbers": sorted(of_block)}, settings)
+    for block, numbers in work.numbers.items():
+        hashed = _hash({**key, "block": block, "numbers": sorted(numbers)}, settings)
         paths[block] = settings.cache / f"{hashed}.npz"
         if own and not paths[block].is_file():
-            missing[block] = sizes[block]
+            missing[block] = work.blocks[block]
     if benchmark.published is not None:
         for block in missing:
-            scores = benchmark.published(load(block), settings, names[block])
-            _save(paths[block], scores, names[block])
+            scores = benchmark.published(load(block), settings, work.numbers[block])
+            _save(paths[block], scores, work.numbers[block])
     else:
         images = sum(map(len, benchmark.sets.values()))
+        what = f"{work.spec.label}: {benchmark.label}"
         for blocks in groups(missing, images):
-            features = encode(load(*blocks), blocks, benchmark, settings, f"{label}: {benchmark.label}")
+            features = encode(load(*blocks), blocks, benchmark, settings, what)
             for block in blocks:
-                scores = benchmark.scores(features[block], names[block])
-                _save(paths[block], scores, names[block])
-    return {block: _load(_present(path)) for block, path in paths.items()}
+                scores = benchmark.scores(features[block], work.numbers[block])
+                _save(paths[block], scores, work.numbers[block])
+    return {block: _load(_present(path), benchmark) for block, path in paths.items()}
 
 
 def _present(path: Path) -> Path:
@@ -140,10 +146,18 @@ def _save(path: Path, scores: Iterable[Score], names: Collection[str]) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def _load(path: Path) -> list[Score]:
+def _load(path: Path, benchmark: Benchmark) -> Named:
+    """Full name -> score, whose items belong to the groups of their images."""
     arrays: dict[str, dict[str, Any]] = {}
     with np.load(path, allow_pickle=False) as file:
         for key in file.files:
-            name, _, field = key.rpartition("/")
-            arrays.setdefault(name, {})[field] = file[key]
-    return [Score(name, **of_score) for name, of_score in arrays.items()]
+            name, _, part = key.rpartition("/")
+            arrays.setdefault(name, {})[part] = file[key]
+    scores: Named = {}
+    groups_of_images = benchmark.sets["test"].groups
+    for name, parts in arrays.items():
+        if groups_of_images is not None:
+            owners = parts.get("groups")
+            parts["groups"] = groups_of_images if owners is None else groups_of_images[owners]
+        scores[f"{benchmark.label} {name}"] = Score(name, **parts)
+    return scores

@@ -80,14 +80,11 @@ class ShiftMeter:
         """The mixture of a model with BASE that has the wanted shift, or the nearest one if none has."""
         mixture = Mixture(spec, "fp32")
 
-        def shift_at(scale: float) -> float:
-            return self._on_sample(mixture.at(scale))
-
         # The search leaves room for what differs between the sample and all images.
         within = WITHIN if self._sample_is_all else WITHIN / 4
         aim = goal
         for _ in range(TRIES):
-            on_sample = scale_for(shift_at, aim, within)
+            on_sample = scale_for(lambda scale: self._on_sample(mixture.at(scale)), aim, within)
             shift = self._on_all(mixture.at(on_sample.scale))
             is_near = abs(shift - goal) <= WITHIN * goal
             if is_near or not on_sample.is_near or not shift:
