@@ -29,7 +29,7 @@ from visft_ds.config import resolve
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.cli import main
-from visft_ds.evals.evaluate import _print_results, evaluate
+from visft_ds.evals.evaluate import _Evaluation, evaluate
 from visft_ds.evals.records import Evaluation, read_evaluation
 from visft_ds.evaluation import collect
 from visft_ds.interop.published import read_adapter
@@ -243,8 +243,8 @@ def test_some_of_the_tasks(world: World, whole: Evaluation, tmp_path: Path) -> N
 
 
 def test_a_head_that_finds_nothing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    subject = SimpleNamespace(task_facts={}, images=2, manifest="ab")
-    _print_results(subject, {"box/AP": 0.0}, {"detection": [], "captioning": [{}]}, 1.0, tmp_path)  # type: ignore[arg-type]
+    subject = SimpleNamespace(task_facts={}, images=2, manifest="ab", folder=tmp_path)
+    _Evaluation.print_results(subject, {"box/AP": 0.0}, {"detection": [], "captioning": [{}]}, 1.0)  # type: ignore[arg-type]
     printed = capsys.readouterr().out
     assert "   detection  found nothing: no result of any score\n   box/AP     0.0000\n" in printed
     assert "captioning " not in printed.replace("captioning_results", "")

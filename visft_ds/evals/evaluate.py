@@ -145,49 +145,24 @@ def evaluate(
     precision, why = choose_precision(source.precision, distributed.local_device())
     manifest = Manifest.load(os.fspath(data), split or "val", cache=cache)
     model, streams = source.build(precision, distributed.local_device())
-    subject = _Subject(source, model, streams, manifest, limit)
-    subject.check_data()
+    evaluation = _Evaluation(source, model, streams, manifest, limit, folder, visualizations)
+    evaluation.check_data()
     if command and distributed.is_main():
-        subject.print_plan(why)
-    return _evaluate(subject, folder, visualizations, command=command)
-
-
-def _evaluate(
-    subject: _Subject, folder: Path | None, visualizations: int, *, command: bool
-) -> EvaluationResult:
-    """Predict, measure, and write into `folder`, if there is one. Collective."""
-    with ShardReader(subject.manifest) as reader:
-        collected, seconds = _predict(subject, reader)
-        if collected is None:
-            return EvaluationResult({}, {})
-        drawn = {}
-        if folder is not None:  # first: hours of predictions must not be lost with a number
-            folder.mkdir(parents=True, exist_ok=True)
-            for task, results in collected.items():
-                write_bytes(folder / f"{task}_results.json", orjson.dumps(results))
-            drawn = _draw(collected, reader, visualizations, subject.limit, folder)
-        heads = {task: info.settings() for task, info in subject.model.heads.items()}
-        metrics, problems = measure(collected, reader, heads, limit=subject.limit, of_record=True)
-    if folder is not None:
-        record = subject.record(metrics, drawn, seconds)
-        # Last: a folder without it was not finished.
-        write_bytes(folder / METRICS, orjson.dumps(record, option=orjson.OPT_INDENT_2))
-        if command:
-            _print_results(subject, metrics, collected, seconds, folder)
-    if problems:
-        raise ValueError("; ".join(problems))
-    return EvaluationResult(metrics, collected, folder)
+        evaluation.print_plan(why)
+    return evaluation.run(command=command)
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """A model and the images that it is evaluated on."""
+class _Evaluation:
+    """A model, the images that it is evaluated on, and what is written."""
 
     source: ModelSource
     model: LoadedModel
     streams: Mapping[str, Stream]
     manifest: Manifest
     limit: int | None
+    folder: Path | None
+    visualizations: int
 
     @property
     def images(self) -> int:
@@ -260,65 +235,80 @@ class _Subject:
             "command": [redacted(word) for word in sys.argv],
         }
 
+    def run(self, *, command: bool) -> EvaluationResult:
+        """Predict, measure, and write into the folder, if there is one. Collective."""
+        folder = self.folder
+        with ShardReader(self.manifest) as reader:
+            collected, seconds = self._predict(reader)
+            if collected is None:
+                return EvaluationResult({}, {})
+            drawn: _Drawn = {}
+            if folder is not None:  # first: hours of predictions must not be lost with a number
+                folder.mkdir(parents=True, exist_ok=True)
+                for task, results in collected.items():
+                    write_bytes(folder / f"{task}_results.json", orjson.dumps(results))
+                drawn = self._draw(collected, reader, folder)
+            heads = {task: info.settings() for task, info in self.model.heads.items()}
+            metrics, problems = measure(collected, reader, heads, limit=self.limit, of_record=True)
+        if folder is not None:
+            record = self.record(metrics, drawn, seconds)
+            # Last: a folder without it was not finished.
+            write_bytes(folder / METRICS, orjson.dumps(record, option=orjson.OPT_INDENT_2))
+            if command:
+                self.print_results(metrics, collected, seconds)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return EvaluationResult(metrics, collected, folder)
 
-def _predict(subject: _Subject, reader: ShardReader) -> tuple[dict[str, Results] | None, float]:
-    """Results of all ranks on the main process (None elsewhere), and the seconds that they took."""
-    if distributed.world_size() > 1:
-        from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
+    def _predict(self, reader: ShardReader) -> tuple[dict[str, Results] | None, float]:
+        """Results of all ranks on the main process (None elsewhere), and the seconds that they took."""
+        if distributed.world_size() > 1:
+            from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
 
-        start_process_group()
-    began = time.perf_counter()
-    collected = collect(
-        subject.model.predict,
-        reader,
-        subject.streams,
-        subject.model.vocabulary,
-        limit=subject.limit,
-        num_workers=workers_of(DataConfig()),
-    )
-    seconds = time.perf_counter() - began
-    distributed.close()  # before measuring, which the main process does alone
-    return collected, seconds
+            start_process_group()
+        began = time.perf_counter()
+        collected = collect(
+            self.model.predict,
+            reader,
+            self.streams,
+            self.model.vocabulary,
+            limit=self.limit,
+            num_workers=workers_of(DataConfig()),
+        )
+        seconds = time.perf_counter() - began
+        distributed.close()  # before measuring, which the main process does alone
+        return collected, seconds
 
+    def _draw(self, collected: Mapping[str, Results], reader: ShardReader, folder: Path) -> _Drawn:
+        """Write drawings of examples; returns what was written."""
+        written: _Drawn = {}
+        files: dict[Path, Picture] = {}
+        drawings = draw_examples(collected, reader, self.visualizations, limit=self.limit)
+        for task, by_image in drawings.items():
+            written[task] = []
+            for image_id, drawing in by_image.items():
+                name = f"{VISUALIZATIONS}/{task}-{image_id:012d}.jpg"
+                files[folder / name] = drawing
+                written[task].append({"image_id": image_id, "file": name})
+            if by_image:
+                files[folder / f"{task}.jpg"] = grid(list(by_image.values()), columns=2)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(save_picture, files.values(), files))
+        return written
 
-def _draw(
-    collected: Mapping[str, Results], reader: ShardReader, count: int, limit: int | None, folder: Path
-) -> _Drawn:
-    """Write drawings of examples; returns what was written."""
-    written: _Drawn = {}
-    files: dict[Path, Picture] = {}
-    for task, by_image in draw_examples(collected, reader, count, limit=limit).items():
-        written[task] = []
-        for image_id, drawing in by_image.items():
-            name = f"{VISUALIZATIONS}/{task}-{image_id:012d}.jpg"
-            files[folder / name] = drawing
-            written[task].append({"image_id": image_id, "file": name})
-        if by_image:
-            files[folder / f"{task}.jpg"] = grid(list(by_image.values()), columns=2)
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(save_picture, files.values(), files))
-    return written
-
-
-def _print_results(
-    subject: _Subject,
-    metrics: Numbers,
-    results: Mapping[str, Results],
-    seconds: float,
-    folder: Path,
-) -> None:
-    rows = [(task, "found nothing: no result of any score") for task in results if not results[task]]
-    by_category = defaultdict[str, list[str]](list)
-    for name, value in metrics.items():
-        task, metric, *category = name.split("/", 2)
-        if not category:
-            # -1 is COCO's mark for "there is nothing of this kind".
-            rows.append((name, "no such objects" if value < 0 else f"{value:.4f}"))
-        elif value >= 0:
-            by_category[f"{task}/{metric}"].append(f"{category[0]} {value:.2f}")
-    rows += [(f"{name} by class", ", ".join(values)) for name, values in by_category.items()]
-    rows += [(name.replace("_", " "), str(value)) for name, value in subject.task_facts.items()]
-    files = [*(f"{task}_results.json" for task in results), METRICS, f"{VISUALIZATIONS}/"]
-    rows += [("images/s", f"{subject.images / seconds:.1f}"), ("written", f"{folder}: {', '.join(files)}")]
-    images = counted(subject.images, len(subject.manifest))
-    print_plan("results", [Section(f"on {images}", rows)])
+    def print_results(self, metrics: Numbers, results: Mapping[str, Results], seconds: float) -> None:
+        """Print all numbers, those of single classes in a line each."""
+        rows = [(task, "found nothing: no result of any score") for task in results if not results[task]]
+        by_category = defaultdict[str, list[str]](list)
+        for name, value in metrics.items():
+            task, metric, *category = name.split("/", 2)
+            if not category:
+                # -1 is COCO's mark for "there is nothing of this kind".
+                rows.append((name, "no such objects" if value < 0 else f"{value:.4f}"))
+            elif value >= 0:
+                by_category[f"{task}/{metric}"].append(f"{category[0]} {value:.2f}")
+        rows += [(f"{name} by class", ", ".join(values)) for name, values in by_category.items()]
+        rows += [(name.replace("_", " "), str(value)) for name, value in self.task_facts.items()]
+        files = ", ".join([*(f"{task}_results.json" for task in results), METRICS, f"{VISUALIZATIONS}/"])
+        rows += [("images/s", f"{self.images / seconds:.1f}"), ("written", f"{self.folder}: {files}")]
+        print_plan("results", [Section(f"on {counted(self.images, len(self.manifest))}", rows)])

@@ -35,10 +35,7 @@ def report(
     """
     content: dict[str, Any] = {}
     rows: dict[str, Row] = {}
-    for folder in comparisons:
-        if folder.name in failed:
-            continue
-        record = _read(folder)
+    for record in [_read(folder) for folder in comparisons if folder.name not in failed]:
         content["primary"] = record["primary"]
         for row in variant_rows(record):
             rows.setdefault(row["variant"], row)

@@ -191,9 +191,8 @@ def _sections(record: Record, table: Section, page: Path) -> list[Section]:
     for name, choices in record["layers"].items():
         blocks = ", ".join(f"{variant}: {choice['chosen']}" for variant, choice in choices.items())
         layers.append((name, blocks))
-    shifts = []
-    for name, shift in record["shifts"].items():
-        shifts.append((name, f"{shift:.3f}", f"A = {record['scales'][name]:.3g}"))
+    scales = record["scales"]
+    shifts = [(name, f"{shift:.3f}", f"A = {scales[name]:.3g}") for name, shift in record["shifts"].items()]
     return [
         Section("verdict", verdicts),
         Section("models", list(record["models"].items())),

@@ -96,10 +96,11 @@ class Comparison:
     @property
     def numbers(self) -> dict[str, Number]:
         """Full name -> number, of all benchmarks."""
-        numbers: dict[str, Number] = {}
-        for benchmark in self.benchmarks:
-            numbers |= {benchmark.full_name(number): number for number in benchmark.numbers}
-        return numbers
+        return {
+            benchmark.full_name(number): number
+            for benchmark in self.benchmarks
+            for number in benchmark.numbers
+        }
 
     # ------------------------------------------------------------------------------------------------ layers
 
@@ -128,9 +129,11 @@ class Comparison:
             full_names: of the numbers that are then read there; those that were not measured are read where
                 the first one is.
         """
-        calls = []
-        for variant in variants:
-            calls += [partial(self._levels, spec, variant, benchmark, numbers) for spec in variant.models]
+        calls = [
+            partial(self._levels, spec, variant, benchmark, numbers)
+            for variant in variants
+            for spec in variant.models
+        ]
         levels = iter(shared(calls, f"layers: {benchmark.label}"))
         for variant in variants:
             choices = chosen([next(levels) for _ in variant.models])
@@ -282,21 +285,21 @@ class Comparison:
         made = dict(zip(plan, shared(calls, "scores"), strict=True))
         self._count_agreement(made)
 
-        chosen: dict[str, Named] = {}
-        for variant in self.variants:
-            for spec in variant.models:
-                chosen[spec.label] = self._of_model(spec, variant, made)
+        chosen = {
+            spec.label: self._of_model(spec, variant, made)
+            for variant in self.variants
+            for spec in variant.models
+        }
 
         def primary_of(spec: ModelSpec, block: str) -> Named:
             return {self.primary: made[spec.label, self._deciding.label][block][self.primary]}
 
-        last: dict[str, Named] = {}
-        for variant in [self.base, *self.tuned]:
-            for spec in variant.models:
-                last[spec.label] = primary_of(spec, variant.last)
-        cut: dict[str, Named] = {}
-        for name, base in self._cuts.items():
-            cut[name] = primary_of(self.origin, base.block(self.primary))
+        last = {
+            spec.label: primary_of(spec, variant.last)
+            for variant in [self.base, *self.tuned]
+            for spec in variant.models
+        }
+        cut = {name: primary_of(self.origin, base.block(self.primary)) for name, base in self._cuts.items()}
         return Scores(chosen, last, cut)
 
     def _plan(self) -> dict[tuple[str, str], Work]:
@@ -324,10 +327,10 @@ class Comparison:
         """Full name -> score of a model at the blocks that were chosen; without numbers that it lacks."""
         scores: Named = {}
         for benchmark in self.benchmarks:
-            for full_name in benchmark.full_names:
-                at_block = made[spec.label, benchmark.label][variant.block(full_name)]
-                if full_name in at_block:
-                    scores[full_name] = at_block[full_name]
+            of_blocks = made[spec.label, benchmark.label]
+            for name in benchmark.full_names:
+                if name in of_blocks[variant.block(name)]:
+                    scores[name] = of_blocks[variant.block(name)][name]
         if self.primary not in scores:
             raise ValueError(f"--primary {self.primary}: {spec.label} has no such number")
         return scores
@@ -360,7 +363,5 @@ def _choosing(benchmark: Benchmark) -> list[Number]:
 def _scaled(name: str, models: Sequence[ModelSpec], scales: Sequence[float]) -> list[ModelSpec]:
     """The models of a variant at other scales, with labels by its name."""
     labels = [name] if len(models) == 1 else [f"{name} {number}" for number in range(1, len(models) + 1)]
-    scaled = []
-    for spec, label, scale in zip(models, labels, scales, strict=True):
-        scaled.append(replace(spec, label=label, scale=scale))
-    return scaled
+    scaled = zip(models, labels, scales, strict=True)
+    return [replace(spec, label=label, scale=scale) for spec, label, scale in scaled]

@@ -17,9 +17,7 @@ from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.evals.judge.benchmark import Benchmark, ImageSet
 from visft_ds.evals.judge.model_text import ModelSpec
-from visft_ds.run_files import EXPORT_RECORD_FILE, RECORD_FILE
-
-_DEPTH = 3  # folders between a file of a run and its record, at most
+from visft_ds.run_files import run_around
 
 
 def trained_on(models: Sequence[ModelSpec], benchmarks: Sequence[Benchmark]) -> list[str]:
@@ -45,14 +43,11 @@ def trained_on(models: Sequence[ModelSpec], benchmarks: Sequence[Benchmark]) -> 
 
 def _shards_of(spec: ModelSpec) -> list[tuple[str, str]]:
     """(folder or URL, split) of the shards that a model's backbone was trained on, if a run says so."""
-    path = spec.adapter or Path(spec.name)
-    for folder in [path, *path.absolute().parents][: _DEPTH + 1]:
-        if (folder / RECORD_FILE).is_file() or (folder / EXPORT_RECORD_FILE).is_file():
-            config = recorded_config(folder)
-            if config.visft.stage == 1:
-                return []
-            return [(entry.root, entry.split) for entry in config.visft.data.training_sets()]
-    return []
+    run = run_around(spec.adapter or Path(spec.name))
+    if run is None:
+        return []
+    config = recorded_config(run).visft
+    return [] if config.stage == 1 else [(entry.root, entry.split) for entry in config.data.training_sets()]
 
 
 def _count(images: ImageSet, known: set[tuple[int, int]]) -> int:

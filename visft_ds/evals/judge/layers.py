@@ -169,9 +169,8 @@ def chosen(levels: Sequence[Levels]) -> dict[str, Choice]:
     """Number -> its choice, by what `levels_of` gives for each seed."""
     choices: dict[str, Choice] = {}
     for number, of_first_seed in levels[0].items():
-        means: dict[str, float] = {}
-        for block in of_first_seed:
-            if all(block in of_seed[number] for of_seed in levels):
-                means[block] = fmean(of_seed[number][block] for of_seed in levels)
+        of_seeds = [of_seed[number] for of_seed in levels]
+        shared = [block for block in of_first_seed if all(block in of_seed for of_seed in of_seeds)]
+        means = {block: fmean(of_seed[block] for of_seed in of_seeds) for block in shared}
         choices[number] = {"chosen": best_first(means)[0], "held_out": means}
     return choices

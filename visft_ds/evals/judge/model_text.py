@@ -79,11 +79,7 @@ class ModelSpec:
         return self.noise is not None or (self.adapter is None and self.scale != 1)
 
     def __str__(self) -> str:
-        parts = []
-        if self.open_clip:
-            parts.append(f"open_clip {self.open_clip}")
-        if self.name:
-            parts.append(self.name)
+        parts = [f"open_clip {self.open_clip}" if self.open_clip else "", self.name]
         if self.adapter:
             parts.append(f"+ {self.adapter}")
         if self.noise is not None:
@@ -92,7 +88,7 @@ class ModelSpec:
             parts.append(f"x {self.scale:.4g}")
         if self.block is not None:
             parts.append(f"after block {self.block}")
-        return " ".join(parts)
+        return " ".join(filter(None, parts))
 
 
 def parse_variants(texts: Sequence[str], *, download: bool = False) -> dict[str, tuple[ModelSpec, ...]]:

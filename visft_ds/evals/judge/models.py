@@ -149,10 +149,9 @@ class Mixture:
 
 def weights_of(encoder: Encoder) -> dict[str, Tensor]:
     """All tensors of a model by the names that its library gives them, an adapter merged."""
-    weights = {}
-    for name, tensor in _tensors(encoder):
-        if name.rpartition(".")[2] not in KINDS:  # parts of an adapter
-            weights[name] = tensor.detach()
+    tensors = dict(_tensors(encoder))
+    own = [name for name in tensors if name.rpartition(".")[2] not in KINDS]  # not parts of an adapter
+    weights = {name: tensors[name].detach() for name in own}
     for name, layer in lora_layers(encoder.module).items():
         weight = layer.weight.detach().float()
         update = dense_update(len(weight), layer.lora_A, layer.lora_B, layer.slices, layer.scale)

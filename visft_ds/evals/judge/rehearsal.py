@@ -27,10 +27,11 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
         best: layers are chosen, and noise and half come by themselves.
     """
     settings = comparison.settings
-    models = []
-    for variant in [comparison.base, *comparison.tuned, *comparison.named]:
-        for spec in variant.models:
-            models.append([spec.label, _blocks(variant, best), str(spec)])
+    models = [
+        [spec.label, _blocks(variant, best), str(spec)]
+        for variant in [comparison.base, *comparison.tuned, *comparison.named]
+        for spec in variant.models
+    ]
     data = []
     for benchmark in comparison.benchmarks:
         sets = benchmark.sets_for(has_text=comparison.base.has_text)

@@ -157,10 +157,7 @@ def _having(name: str, results: Results, variants: Mapping[str, Sequence[str]]) 
 
 def _means(scores: _Scores) -> dict[str, float]:
     """Variant -> its number, the mean over its seeds."""
-    means = {}
-    for variant, seeds in scores.items():
-        means[variant] = float(np.mean([score.value for score in seeds]))
-    return means
+    return {variant: float(np.mean([score.value for score in seeds])) for variant, seeds in scores.items()}
 
 
 def _correct(rows: Sequence[Row], primary: str, tuned: Sequence[str]) -> None:

@@ -46,10 +46,8 @@ class TextTower:
         end.
         """
         self.module.to(device)
-        embeddings = []
-        for start in range(0, len(texts), _BATCH):
-            tokens = self.tokenize(texts[start : start + _BATCH])
-            embeddings.append(self.embed(tokens.to(device)))
+        parts = [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]
+        embeddings = [self.embed(self.tokenize(part).to(device)) for part in parts]
         return F.normalize(torch.cat(embeddings).float(), dim=-1).cpu()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from visft_ds.evals.judge.agreement import check_classifier, load_classifier
@@ -81,10 +80,7 @@ class Models:
 
     def open(self, name: str, models: Sequence[ModelSpec]) -> Variant:
         """A variant. Raises ValueError for what is wrong with its models."""
-        facts = []
-        for spec in models:
-            key = {"facts": [spec.identity, self.base.identity]}
-            facts.append(remembered(key, self.settings, partial(self._facts, spec)))
+        facts = [self._facts(spec) for spec in models]
         return Variant(
             name,
             models,
@@ -95,15 +91,18 @@ class Models:
         )
 
     def _facts(self, spec: ModelSpec) -> dict[str, Any]:
-        encoder = self.load(spec)
-        settings = self.settings_of(spec)
-        base = encoder if spec is self.base else load_encoder(self.base, settings.precision)
-        return {
-            "alike": alike(weights_of(encoder), weights_of(base)),
-            "blocks": blocks_of(encoder, settings),
-            "kinds": list(encoder.kinds),
-            "text": encoder.text is not None,
-        }
+        def make() -> dict[str, Any]:
+            encoder = self.load(spec)
+            settings = self.settings_of(spec)
+            base = encoder if spec is self.base else load_encoder(self.base, settings.precision)
+            return {
+                "alike": alike(weights_of(encoder), weights_of(base)),
+                "blocks": blocks_of(encoder, settings),
+                "kinds": list(encoder.kinds),
+                "text": encoder.text is not None,
+            }
+
+        return remembered({"facts": [spec.identity, self.base.identity]}, self.settings, make)
 
 
 def check_needs(variants: Sequence[Variant], benchmarks: Sequence[Benchmark]) -> None:

@@ -66,10 +66,10 @@ def _doubts_of_pictures(model: LoadedModel, stream: Stream, samples: Sequence[Ra
     fits[torch.arange(len(captions)), owners] = -math.inf
     others = fits.logsumexp(dim=1) - math.log(len(samples) - 1)
     scores = torch.sigmoid(others - own).tolist()
-    doubts = list[Doubt]()
-    for caption, owner, score in zip(captions, owners, scores, strict=True):
-        doubts.append(Doubt("caption", score, samples[owner].image_id, {"caption": caption}, None))
-    return doubts
+    return [
+        Doubt("caption", score, samples[owner].image_id, {"caption": caption}, None)
+        for caption, owner, score in zip(captions, owners, scores, strict=True)
+    ]
 
 
 @torch.no_grad()

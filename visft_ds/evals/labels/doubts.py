@@ -136,14 +136,12 @@ def with_probabilities(doubts: Sequence[Doubt]) -> list[Doubt]:
     right = NormalDist(centre, width)
     #: How many right labels have at least the score of the first, the second and so on.
     expected = np.array([0.0] + [len(logits) * (1 - right.cdf(logit)) for logit in logits])
-    probabilities = dict[int, float]()
-    lowest = 1.0
-    for number, doubt in enumerate(uncertain):
-        start = max(0, number - _WINDOW // 2)
-        end = min(len(uncertain), number + _WINDOW // 2 + 1)
-        share_of_right = (expected[end] - expected[start]) / (end - start)
-        lowest = min(lowest, max(0.0, 1 - float(share_of_right)))
-        probabilities[id(doubt)] = lowest
+    numbers = np.arange(len(logits))
+    starts = np.maximum(numbers - _WINDOW // 2, 0)
+    ends = np.minimum(numbers + _WINDOW // 2 + 1, len(logits))
+    shares_of_right = (expected[ends] - expected[starts]) / (ends - starts)
+    falling = np.minimum.accumulate(np.clip(1 - shares_of_right, 0, 1)).tolist()
+    probabilities = dict(zip(map(id, uncertain), falling, strict=True))
     return [replace(doubt, probability=probabilities.get(id(doubt))) for doubt in doubts]
 
 
@@ -170,8 +168,9 @@ def region_doubts(content: Truth, predictions: Annotations) -> list[Doubt]:
             for region in _parts(decode_mask(label["segmentation"], size)):
                 counts = np.bincount(answer[region], minlength=VOID + 1)[: len(ids)]
                 shares = counts / region.sum()
-                own = shares[numbers[label["category_id"]]]
-                shares[numbers[label["category_id"]]] = 0
+                number = numbers[label["category_id"]]
+                own = shares[number]
+                shares[number] = 0
                 other = shares.max()
                 if other > 0:
                     given = {**object_of(region), "category_id": label["category_id"]}
