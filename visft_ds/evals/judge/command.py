@@ -60,8 +60,8 @@ def run_judge(flags: argparse.Namespace) -> None:
         if distributed.is_main():  # the others would wait for facts in folders of their own
             with TemporaryDirectory() as scratch:
                 nowhere = replace(settings, cache=Path(scratch))
-                comparison = Comparison(variants, len(flags.tuned), benchmarks, primary, nowhere)
-                print_plan("visft judge --dry-run", rehearsal(comparison, best=best))
+                comparison = Comparison(variants, len(flags.tuned), benchmarks, primary, nowhere, best)
+                print_plan("visft judge --dry-run", rehearsal(comparison))
         return
     is_published = any(benchmark.published is not None for benchmark in benchmarks)
     if is_published and not flags.quick and settings.device.type == "cpu" and flags.device == "auto":
@@ -70,18 +70,17 @@ def run_judge(flags: argparse.Namespace) -> None:
             "--device cpu"
         )
 
-    comparison = Comparison(variants, len(flags.tuned), benchmarks, primary, settings)
+    comparison = Comparison(variants, len(flags.tuned), benchmarks, primary, settings, best)
     if best:
         comparison.choose_layers()
-    comparison.match_shifts(noise=best)
+    comparison.match_shifts()
     scores = comparison.score()
     if not distributed.is_main():
         return
 
-    last = scores.last if best else None
     trials = comparison.trials
-    numbers = comparison.numbers
-    rows = rows_of(scores.chosen, comparison.members, trials, primary, last, scores.cut, numbers)
+    members = comparison.members
+    rows = rows_of(scores.chosen, members, trials, primary, scores.last, scores.cut, comparison.numbers)
     verdicts = judged(rows, trials, primary, comparison.base.name)
     record = _record(comparison, rows, verdicts, flags)
     record["protocol"] = protocol.name
@@ -90,7 +89,7 @@ def run_judge(flags: argparse.Namespace) -> None:
     write_bytes(flags.out / JUDGED, content)
     page = judge_page(orjson.loads(content), _sheets(comparison, scores.chosen))
     write_text(flags.out / PAGE, page)
-    table = section(rows, list(comparison.members), primary)
+    table = section(rows, list(members), primary)
     print_plan("visft judge", _sections(record, table, flags.out / PAGE))
 
 
@@ -153,7 +152,7 @@ def _record(
         "variants": comparison.members,
         "trials": [asdict(trial) for trial in comparison.trials],
         "primary": comparison.primary,
-        "best": flags.layers == "all",
+        "best": comparison.best,
         "layers": comparison.layers,
         "shifts": {variant.name: variant.shift for variant in moved},
         "scales": {variant.name: fmean(spec.scale for spec in variant.models) for variant in moved},

@@ -35,7 +35,8 @@ class Scores:
     """Scores of all models."""
 
     chosen: Results  #: model -> number -> score, at the blocks that were chosen
-    last: Results  #: model of BASE or a tuned variant -> the primary number at its last block
+    #: Model of BASE or a tuned variant -> the primary number at its last block, if others were looked for.
+    last: Results
     #: Tuned variant that ends before BASE -> BASE's primary number at the best block that both have.
     cut: Results
 
@@ -50,10 +51,12 @@ class Comparison:
         benchmarks: Sequence[Benchmark],
         primary: str,
         settings: Settings,
+        best: bool,
     ) -> None:
         """
         Args:
             variants: BASE, so many tuned variants, controls.
+            best: layers are chosen, and noise and half come by themselves.
 
         Raises:
             ValueError: controls of another architecture or that end too early, and what is wrong with models.
@@ -61,6 +64,7 @@ class Comparison:
         self.benchmarks = benchmarks
         self.primary = primary
         self.settings = settings
+        self.best = best
         self.notes = [note for benchmark in benchmarks for note in benchmark.notes]
         self.layers: dict[str, dict[str, Choice]] = {}  #: number -> variant -> how its block was chosen
         self.trials: list[Trial] = []
@@ -197,12 +201,8 @@ class Comparison:
 
     # ------------------------------------------------------------------------------------------------ shifts
 
-    def match_shifts(self, noise: bool = True) -> None:
-        """Bring controls of every tuned variant of BASE's architecture to its feature shift.
-
-        Args:
-            noise: the variants that come by themselves, noise and half, are there, too.
-        """
+    def match_shifts(self) -> None:
+        """Bring controls of every tuned variant of BASE's architecture to its feature shift."""
         for variant in self.tuned:
             was_chosen = self.primary in variant.layers or not variant.has_choice
             trial = Trial(
@@ -214,18 +214,18 @@ class Comparison:
             )
             beside: list[Variant] = []
             if variant.of_base:
-                trial, beside = self._matched(trial, variant, noise)
+                trial, beside = self._matched(trial, variant)
             self.trials.append(trial)
             self.variants += [replace(variant, shift=trial.shift), *beside]
 
-    def _matched(self, trial: Trial, variant: Variant, noise: bool) -> tuple[Trial, list[Variant]]:
+    def _matched(self, trial: Trial, variant: Variant) -> tuple[Trial, list[Variant]]:
         """The trial of a tuned variant with its shift, and its controls and its half."""
         suffix = "" if len(self.tuned) == 1 else f" of {variant.name}"
         shifts = [self._match(variant, spec, None).shift for spec in variant.models]
         trial = replace(trial, shift=fmean(shifts))
         candidates = {control.name: control for control in self.named}
-        noise = noise and trial.shift != 0
-        if noise:
+        has_moved = self.best and trial.shift != 0
+        if has_moved:
             noises = [replace(spec, noise=seed) for seed, spec in enumerate(variant.models)]
             candidates = {NOISE: replace(variant, models=noises), **candidates}
 
@@ -246,7 +246,7 @@ class Comparison:
             controls.append(replace(control, name=name, models=models, layers=dict(layers), shift=shift))
         self._choose_primary(controls)
         trial = replace(trial, controls=tuple(control.name for control in controls), missed=missed)
-        if not noise:
+        if not has_moved:
             return trial, controls
 
         name = f"{HALF}{suffix}"
@@ -294,11 +294,10 @@ class Comparison:
         def primary_of(spec: ModelSpec, block: str) -> Named:
             return {self.primary: made[spec.label, self._deciding.label][block][self.primary]}
 
-        last = {
-            spec.label: primary_of(spec, variant.last)
-            for variant in [self.base, *self.tuned]
-            for spec in variant.models
-        }
+        last: dict[str, Named] = {}
+        if self.best:
+            for variant in [self.base, *self.tuned]:
+                last |= {spec.label: primary_of(spec, variant.last) for spec in variant.models}
         cut = {name: primary_of(self.origin, base.block(self.primary)) for name, base in self._cuts.items()}
         return Scores(chosen, last, cut)
 

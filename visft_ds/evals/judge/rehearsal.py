@@ -20,13 +20,10 @@ _BATCH = 4  # images whose time is taken
 _SEARCHES = 6  # measurements until a control has its shift
 
 
-def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
-    """Models and data of the comparison, and how long its encoding takes.
-
-    Args:
-        best: layers are chosen, and noise and half come by themselves.
-    """
+def rehearsal(comparison: Comparison) -> list[Section]:
+    """Models and data of the comparison, and how long its encoding takes."""
     settings = comparison.settings
+    best = comparison.best
     models = [
         [spec.label, _blocks(variant, best), str(spec)]
         for variant in [comparison.base, *comparison.tuned, *comparison.named]
@@ -42,7 +39,7 @@ def rehearsal(comparison: Comparison, *, best: bool) -> list[Section]:
     of_base = sum(len(variant.models) for variant in comparison.tuned if variant.of_base)
     controls = of_base * (len(comparison.named) + best)
     scored = 1 + trainings + controls + of_base * best  # BASE, trainings, controls and halves
-    images = _images(comparison, trainings, controls, scored, best=best)
+    images = _images(comparison, trainings, controls, scored)
     hours = seconds_of(comparison.origin, settings) * images / 3600
     times = [["encoding", f"{images:,} images", f"{hours:.2g} hours on {settings.device}"]]
     published = [benchmark for benchmark in comparison.benchmarks if benchmark.published is not None]
@@ -64,14 +61,14 @@ def _blocks(variant: Variant, best: bool) -> str:
     return variant.last
 
 
-def _images(comparison: Comparison, trainings: int, controls: int, scored: int, *, best: bool) -> int:
+def _images(comparison: Comparison, trainings: int, controls: int, scored: int) -> int:
     """Number of images that are encoded as models take them: for layers, for shifts and for quick scores."""
     total = 0
     for benchmark in comparison.benchmarks:
         if benchmark.published is None:
             images = sum(map(len, benchmark.sets_for(has_text=comparison.base.has_text).values()))
             total += images * scored
-        if best and benchmark.layer_choice:
+        if comparison.best and benchmark.layer_choice:
             total += len(benchmark.layer_choice.images) * (1 + trainings)
         if comparison.primary in benchmark.full_names:
             images = len(benchmark.training_images)

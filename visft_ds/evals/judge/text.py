@@ -8,7 +8,6 @@ ours takes it from the file that its base came from. n texts, E width of the emb
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ PREFIX = "text."
 #: Width of a head in every text tower of CLIP, which follows from no tensor: 768 / 12, 1024 / 16, 1280 / 20.
 HEAD_WIDTH = 64
 _BATCH = 256  # texts
-_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,12 @@ def text_tower_in(path: str | Path) -> TextTower | None:
         tokenizer = _tokenizer(length)
         if tokens != tokenizer.vocab_size:
             raise ValueError(f"it has {tokens} tokens, not CLIP's vocabulary")
-        blocks = {match[1] for match in map(_BLOCK.match, tensors) if match}
         module: nn.Module = TextTransformer(
             context_length=length,
             vocab_size=tokens,
             width=width,
             heads=max(1, width // HEAD_WIDTH),
-            layers=len(blocks),
+            layers=sum(name.endswith(".attn.in_proj_weight") for name in tensors),
             output_dim=tensors["text_projection"].shape[1],
         )
         tensors.pop("attn_mask", None)  # a causal mask, which some files carry: a function of the length
