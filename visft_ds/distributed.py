@@ -193,20 +193,19 @@ def by_main_process(action: Callable[[], T]) -> T:
         ValueError: on every rank, where the action raises one.
         MainError: on every rank, where the action raises an OSError.
     """
-    outcome: list[Any] = [None, None, None]  # result, text of an error, what is known of one of the system
+    outcome: list[Any] = [None, None, None]  # result; text of an error; of one of the system, if it may pass
     if is_main():
         try:
             outcome[0] = action()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             outcome[1] = str(error) or type(error).__name__
-        except OSError as error:
-            outcome[1] = str(error) or type(error).__name__
-            outcome[2] = {"away": does_not_answer(error)}
+            if isinstance(error, OSError):
+                outcome[2] = does_not_answer(error)
     if dist.is_initialized():
         dist.broadcast_object_list(outcome)
-    result, problem, of_system = outcome
-    if of_system is not None:
-        raise retold(problem, **of_system, kind=MainError)
+    result, problem, away = outcome
+    if away is not None:
+        raise retold(problem, away=away, kind=MainError)
     if problem is not None:
         raise ValueError(problem)
     return cast(T, result)

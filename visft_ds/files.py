@@ -207,7 +207,7 @@ def open_image(
         OSError: it is not there, or may not be read.
     """
     data = source if isinstance(source, bytes) else read_bytes(source)
-    with opened_header(io.BytesIO(data), source, name, most) as image:
+    with opened_header(io.BytesIO(data), name or _name_of(source), most) as image:
         check_scans(data)
         refuse_beyond(image)
         image.load()
@@ -265,7 +265,7 @@ def image_frame(source: Path | str | bytes, name: str | None = None, most: int =
     """
     with nullcontext(io.BytesIO(source)) if isinstance(source, bytes) else open_regular(source) as file:
         try:
-            with opened_header(file, source, name, most) as image:
+            with opened_header(file, name or _name_of(source), most) as image:
                 orientation = _orientation(image)
                 format_name = image.format or ""
                 transparent = "transparency" in image.info or image.mode.endswith(("A", "a"))
@@ -315,11 +315,11 @@ def read_bands(
         OSError: it is not there, or may not be read.
     """
     data = source if isinstance(source, bytes) else read_bytes(source)
-    name = name or ("a picture" if isinstance(source, bytes) else str(source))
+    name = name or _name_of(source)
     if data.startswith(_TIFF):
         with reading(name, "a TIFF"):
             return _kept_values(_tiff_values(data, most))
-    with opened_header(io.BytesIO(data), source, name, most) as image:
+    with opened_header(io.BytesIO(data), name, most) as image:
         check_scans(data)
         if _orientation(image) != 1:
             raise ValueError("its EXIF data turns it: store it upright")
@@ -389,12 +389,13 @@ def release(pixels: npt.NDArray[Any]) -> None:
         base.madvise(mmap.MADV_DONTNEED)
 
 
+def _name_of(source: Path | str | bytes) -> str:
+    return "a picture" if isinstance(source, bytes) else str(source)
+
+
 @contextmanager
-def opened_header(
-    file: BinaryIO, source: Path | str | bytes, name: str | None, most: int
-) -> Iterator[ImageFile.ImageFile]:
+def opened_header(file: BinaryIO, name: str, most: int) -> Iterator[ImageFile.ImageFile]:
     """A picture whose header has been read; what goes wrong with it here or later is one ValueError."""
-    name = name or ("a picture" if isinstance(source, bytes) else str(source))
     with reading(name, "a picture (JPEG, PNG, WebP, BMP, GIF or TIFF)"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about EXIF and metadata that are odd; damaged pixels are errors
         with _pillow_allows(most):

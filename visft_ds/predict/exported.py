@@ -88,27 +88,19 @@ class ExportedModel(Model):
     def __init__(self, folder: Path) -> None:
         self._files = {path.stem: open_exported(path) for path in exported_files(folder)}
         self.source = folder
-        by_task = dict[str, Mapping[str, Any]]()
-        for file in self._files.values():
-            if file.facts["task"] is not None:
-                by_task[file.facts["task"]] = file.facts
-        self._by_task = by_task
-        self._streams = {}  # geometry is inside of the files
-        self.has_instances = any(facts.get("box_masks") for facts in by_task.values())
-        self.tasks = tuple(by_task)
-        if not self.tasks:
+        every = [file.facts for file in self._files.values() if file.facts["task"] is not None]
+        if not every:
             raise ValueError(f"{folder} has the backbone alone, which predicts nothing: run its file")
-        self.categories = {}
-        stuff = set()
-        for facts in by_task.values():
-            for category in facts.get("categories", ()):
-                self.categories[category["id"]] = category["name"]
-                if not category.get("isthing", True):
-                    stuff.add(category["id"])
-        self.stuff = frozenset(stuff)
+        self._by_task = {facts["task"]: facts for facts in every}
+        self._streams = {}  # geometry is inside of the files
+        self.has_instances = any(facts.get("box_masks") for facts in every)
+        self.tasks = tuple(self._by_task)
+        categories = [category for facts in every for category in facts.get("categories", ())]
+        self.categories = {category["id"]: category["name"] for category in categories}
+        self.stuff = frozenset(category["id"] for category in categories if not category.get("isthing", True))
         self.facts = {name: str(folder / name) for name in self._files}
-        self._tiles = next((Tiles(*facts["tiles"]) for facts in by_task.values() if "tiles" in facts), None)
-        self.bands = next((Bands.of(facts.get("bands")) for facts in by_task.values()), None)
+        self._tiles = next((Tiles(*facts["tiles"]) for facts in every if "tiles" in facts), None)
+        self.bands = Bands.of(every[0].get("bands"))
         self.precision = "fp32"
         self.device = torch.device("cpu")
         self.batch_size = 1
@@ -179,12 +171,8 @@ def results_of_outputs(
             continue
         corners = outputs["boxes"][index].tolist()
         left, top, right, bottom = corners
-        result = {
-            "image_id": 0,
-            "category_id": ids[label],
-            "bbox": [left, top, right - left, bottom - top],
-            "score": float(score),
-        }
+        box = [left, top, right - left, bottom - top]
+        result = {"image_id": 0, "category_id": ids[label], "bbox": box, "score": float(score)}
         if "box_masks" in outputs:
             result["segmentation"] = mask_code(outputs["box_masks"][index], corners, (height, width))
         if "masks" in outputs:

@@ -43,7 +43,7 @@ def mapped_image(path: Path, most: int) -> npt.NDArray[np.uint8] | None:
     """Pixels (H, W, 3) of a TIFF that the file has as they are, row by row, of which only those that are
     looked at are read; None of any other picture. Errors are those of `open_image`.
     """
-    with open_regular(path) as file, opened_header(file, path, None, most) as image:
+    with open_regular(path) as file, opened_header(file, str(path), most) as image:
         parts = image.tile if image.format == "TIFF" and image.mode == "RGB" else []
         end = parts[0].offset if parts else -1
         for part in parts:
@@ -64,7 +64,7 @@ def spooled_image(path: Path, most: int) -> npt.NDArray[np.uint8]:
 
     What cannot be decoded part by part is decoded at once, after a warning.
     """
-    with open_regular(path) as file, opened_header(file, path, None, most) as image:
+    with open_regular(path) as file, opened_header(file, str(path), most) as image:
         refuse_beyond(image)
         shape = (image.height, image.width, 3)
         with tempfile.TemporaryFile() as spool:
@@ -176,8 +176,7 @@ def _small_tiff(
     offsets_tag, lengths = names
     is_tiled = offsets_tag == TiffImagePlugin.TILEOFFSETS
     directory[TiffImagePlugin.IMAGELENGTH], directory[TiffImagePlugin.IMAGEWIDTH] = size
-    if not is_tiled:
-        directory[TiffImagePlugin.ROWSPERSTRIP] = rows
+    directory[TiffImagePlugin.ROWSPERSTRIP] = rows
     for tag in names:
         directory.tagtype[tag] = TiffTags.LONG
     directory[lengths] = tuple(map(len, chunks))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from visft_ds.config.backbones import Named, named
+from visft_ds.config.backbones import named
 from visft_ds.config.record import recorded_config
 from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import VisftConfig
@@ -86,7 +86,7 @@ class ModelSource:
 
     files: ModelFiles
     streams: Mapping[str, Stream]  #: of its tasks; none: the backbone alone
-    run: VisftConfig | None = None  #: settings of the run it comes from
+    heads_in_fp32: bool = False
     vocabulary: Path | None = None  #: word map of a head that brings no words along
     #: Task -> what its head is also called with.
     decoding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -128,8 +128,7 @@ class ModelSource:
             facts[f"{task} head"] = f"{head.tensors.path}{_limit(head.info)}"
 
         module = MultiTaskModel(backbone, modules, train_backbone=False, heads_active=False)
-        if self.run is not None:
-            module.heads_in_fp32 = self.run.heads.precision == "fp32"
+        module.heads_in_fp32 = self.heads_in_fp32
         module.requires_grad_(False).eval().to(device)
         keep_freed_memory(device)
         classes = classes_of_heads(infos)
@@ -213,7 +212,10 @@ def source_of(
             source, config, with_heads, backbone=weights, heads=heads_folder, adapter=adapter
         )
     else:
-        files = _files_without_run(weights or _weights_at(source), base, heads_folder, adapter)
+        weights = weights or _weights_at(source)
+        adapter_folder = None if adapter in (None, NO_ADAPTER) else Path(adapter)
+        description = None if base is None else base.description
+        files = ModelFiles(weights, heads_folder or weights, adapter_folder, description)
 
     decoding = {}
     for task, options in settings.items():
@@ -224,7 +226,7 @@ def source_of(
     return ModelSource(
         files,
         streams,
-        run=config,
+        heads_in_fp32=config is not None and config.heads.precision == "fp32",
         vocabulary=None if vocabulary is None else Path(vocabulary),
         decoding=decoding,
         precision=precision or (config.model.precision if config else "auto"),
@@ -271,17 +273,6 @@ def _weights_at(source: Path | None) -> Path:
     return source / name
 
 
-def _files_without_run(
-    weights: Path, base: Named | None, heads: Path | None, adapter: AnyPath | None
-) -> ModelFiles:
-    return ModelFiles(
-        weights,
-        heads or weights,
-        None if adapter in (None, NO_ADAPTER) else Path(adapter),
-        None if base is None else base.description,
-    )
-
-
 def files_of_run(
     source: Path,
     config: VisftConfig,
@@ -305,28 +296,31 @@ def files_of_run(
     """
     run = folder_of_run(source)
     export = export_of(run)
-    own = ModelFiles(
-        export / BACKBONE_FILE if config.model.weights is None else local(config.model.weights),
-        export,
-        None,
-        {"preset": config.model.preset, **config.model.backbone_options()},
-    )
-    if source != run:
-        own = _with_checkpoint(own, source, tasks)
+    own_backbone = export / BACKBONE_FILE if config.model.weights is None else local(config.model.weights)
+    own_heads = export
+    own_adapter = None
+    if source != run:  # a checkpoint
+        trained = open_weights(source / PARAMETERS_FILE)
+        if any(name.startswith("backbone.") for name in trained):
+            own_adapter = source
+        if all(head_files(source, task) for task in tasks):
+            own_heads = source
     elif (export / EXPORT_RECORD_FILE).is_file():
-        own = _with_export(own, export)
+        if (export / ADAPTER_FOLDER).is_dir():
+            own_adapter = export / ADAPTER_FOLDER
+        if (export / TRAINED_BACKBONE_FILE).is_file():
+            own_backbone = export / TRAINED_BACKBONE_FILE
     else:
         raise ValueError(
             f"{run} has no export yet: finish the run with the same training command, or give one of its "
             f"checkpoints, {run}/checkpoints/step_N"
         )
-    if adapter == NO_ADAPTER:
-        own = replace(own, adapter=None)
-    elif adapter is not None:
-        own = replace(own, adapter=Path(adapter))
+    if adapter is not None:
+        own_adapter = None if adapter == NO_ADAPTER else Path(adapter)
     elif backbone is not None and layouts.MERGED in layouts.open_model(backbone).metadata:
-        own = replace(own, adapter=None)
-    files = replace(own, backbone=backbone or own.backbone, heads=heads or own.heads)
+        own_adapter = None
+    model = {"preset": config.model.preset, **config.model.backbone_options()}
+    files = ModelFiles(backbone or own_backbone, heads or own_heads, own_adapter, model)
 
     paths = [files.backbone, files.heads, files.adapter]
     missing = [str(path) for path in paths if path is not None and not path.exists()]
@@ -335,25 +329,6 @@ def files_of_run(
             f"not found: {', '.join(missing)}. Name files that were moved by --backbone FILE, --heads FOLDER "
             "and --adapter FOLDER"
         )
-    return files
-
-
-def _with_checkpoint(files: ModelFiles, checkpoint: Path, tasks: Sequence[str]) -> ModelFiles:
-    """The files with what a checkpoint trained, of the backbone and of the heads, in place of the run's."""
-    trained = open_weights(checkpoint / PARAMETERS_FILE)
-    if any(name.startswith("backbone.") for name in trained):
-        files = replace(files, adapter=checkpoint)
-    if all(head_files(checkpoint, task) for task in tasks):
-        files = replace(files, heads=checkpoint)
-    return files
-
-
-def _with_export(files: ModelFiles, export: Path) -> ModelFiles:
-    """The adapter or the backbone that a run has exported."""
-    if (export / ADAPTER_FOLDER).is_dir():
-        files = replace(files, adapter=export / ADAPTER_FOLDER)
-    if (export / TRAINED_BACKBONE_FILE).is_file():
-        files = replace(files, backbone=export / TRAINED_BACKBONE_FILE)
     return files
 
 
