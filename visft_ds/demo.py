@@ -15,9 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from visft_ds import program
 from visft_ds.errors import tell
-from visft_ds.flags import EVAL, Parser, add_num_gpus, check_extra, check_least
+from visft_ds.flags import EVAL, Parser, add_num_gpus, check_extra, check_least, command_parser
 from visft_ds.steps import Steps
 
 MODEL = "efficientnet_lite0"
@@ -55,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog=program("demo"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("demo", __doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("demo"), metavar="DIR", help="results folder (%(default)s)")
     add("--train", type=int, default=TRAIN, metavar="N", help="drawings to train on (%(default)s)")

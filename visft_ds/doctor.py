@@ -9,7 +9,6 @@ Exit status: 0 ready (warnings included), 1 there is a problem, 2 wrong usage.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import re
@@ -21,9 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from visft_ds import program
 from visft_ds.errors import tell
-from visft_ds.flags import Parser, install_command
+from visft_ds.flags import command_parser, install_command
 
 PROBLEM = "problem"
 WARNING = "warning"
@@ -49,9 +47,7 @@ def judged(good: bool, subject: str, message: str, helps: str) -> Finding:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every check; returns the exit status."""
-    parser = Parser(
-        prog=program("doctor"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("doctor", __doc__)
     parser.add_argument("--model", metavar="NAME|FILE", help="model to train, as for visft train")
     parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="folder for runs (.)")
     options = parser.parse_args(arguments)

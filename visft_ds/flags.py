@@ -91,6 +91,12 @@ class Parser(argparse.ArgumentParser):
         return message
 
 
+def command_parser(name: str, description: str | None) -> Parser:
+    """The parser of a command, whose description is printed as it is written."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return Parser(prog=program(name), description=description, formatter_class=layout)
+
+
 class Command(Parser):
     """Parser of a command that answers everything it refuses with one ValueError, and prints examples."""
 

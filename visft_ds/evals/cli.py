@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from visft_ds import importing, program
+from visft_ds import importing
 from visft_ds.config.flags import DOWNLOAD_HELP
 from visft_ds.evals.judge.kinds import kinds_help
-from visft_ds.flags import Parser, add_num_gpus, check_least
+from visft_ds.flags import Parser, add_num_gpus, check_least, command_parser
 from visft_ds.predict.cli import add_parts
 from visft_ds.run_files import check_exists
 
@@ -72,7 +72,7 @@ Exit status: 0 judged, whatever the verdict; 2 wrong usage or unusable input.
 
 def main(arguments: Sequence[str]) -> int:
     """Run `visft evaluate`; returns the exit status."""
-    parser = _parser("evaluate", USAGE)
+    parser = command_parser("evaluate", USAGE)
     model = parser.add_argument_group("model: a run, and files that replace the run's")
     _add_run(model)
     add_parts(model)
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def judge(arguments: Sequence[str]) -> int:
     """Run `visft judge`; returns the exit status."""
-    parser = _parser("judge", JUDGE)
+    parser = command_parser("judge", JUDGE)
     add = parser.add_argument
     add("base", metavar="BASE", help="model that the others are compared with")
     add("tuned", nargs="*", metavar="TUNED", help="a model trained further, or seeds joined by commas")
@@ -171,7 +171,7 @@ def judge(arguments: Sequence[str]) -> int:
 
 def report(arguments: Sequence[str]) -> int:
     """Run `visft report`; returns the exit status."""
-    parser = _parser("report", REPORT)
+    parser = command_parser("report", REPORT)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run of visft train")
     parser.add_argument(
         "--run", type=Path, action="append", default=[], metavar="RUN", help="the same as a flag; repeatable"
@@ -197,7 +197,7 @@ def report(arguments: Sequence[str]) -> int:
 
 def labels(arguments: Sequence[str]) -> int:
     """Run `visft labels`; returns the exit status."""
-    parser = _parser("labels", LABELS)
+    parser = command_parser("labels", LABELS)
     _add_run(parser)
     add = parser.add_argument
     add("--data", metavar="DIR|URL", help="shards made by visft shards (default: the run's)")
@@ -224,10 +224,6 @@ def labels(arguments: Sequence[str]) -> int:
         check_labels(**vars(options))
 
     return _done("labels", work)
-
-
-def _parser(name: str, about: str) -> Parser:
-    return Parser(prog=program(name), description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def _add_run(group: argparse._ActionsContainer) -> None:

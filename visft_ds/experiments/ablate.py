@@ -19,12 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visft_ds import program
 from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL, train_words
 from visft_ds.errors import tell
 from visft_ds.experiments.results import BASE, EQUAL, IN_CONTEXT, report
 from visft_ds.experiments.variants import FIRST, PERMUTED, VARIANTS, Variant, chosen_variants
-from visft_ds.flags import EVAL, Parser, add_num_gpus, check_extra, check_least
+from visft_ds.flags import EVAL, add_num_gpus, check_extra, check_least, command_parser
 from visft_ds.steps import Steps
 
 if TYPE_CHECKING:
@@ -56,9 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog=program("ablate"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("ablate", __doc__)
     add = parser.add_argument
     add(
         "--variants",

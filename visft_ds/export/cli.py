@@ -7,9 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from visft_ds import program
 from visft_ds.errors import tell
-from visft_ds.flags import Parser, check_extra
+from visft_ds.flags import Parser, check_extra, command_parser
 from visft_ds.interop.formats import ADAPTERS, FORMATS
 from visft_ds.predict.cli import add_parts
 from visft_ds.run_files import check_exists
@@ -120,9 +119,7 @@ def pictures_to_verify(text: str) -> int | None:
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog=program("export"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("export", USAGE)
     add = parser.add_argument
     run = "a run, RUN/checkpoints/step_N or RUN/export; of weights also an adapter"
     add("first", type=Path, nargs="?", metavar="RUN", help=run)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from visft_ds import program
 from visft_ds.config.flags import DOWNLOAD_HELP
 from visft_ds.errors import tell
-from visft_ds.flags import Parser
+from visft_ds.flags import Parser, command_parser
 from visft_ds.run_files import check_exists
 
 USAGE = """Merge LoRA adapters into base weights, or average several of them.
@@ -107,8 +105,7 @@ def _parser() -> Parser:
 
 def _parser_of_base(command: str, description: str) -> Parser:
     """A parser with the flags of a base and of the adapter on it."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=program(command), description=description, formatter_class=layout)
+    parser = command_parser(command, description)
     add = parser.add_argument
     add("--backbone", metavar="NAME|FILE", help="base weights (default: those of the run)")
     add("--download", action="store_true", help=DOWNLOAD_HELP)

@@ -9,7 +9,7 @@ from pathlib import Path
 from visft_ds import importing, program
 from visft_ds.config.flags import BACKBONE_HELP, DOWNLOAD_HELP
 from visft_ds.errors import tell
-from visft_ds.flags import Parser, check_options
+from visft_ds.flags import Parser, check_options, command_parser
 from visft_ds.predict.images import find_images
 from visft_ds.run_files import check_exists
 
@@ -64,9 +64,7 @@ def add_parts(group: argparse._ActionsContainer) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog=program("predict"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("predict", USAGE)
     add = parser.add_argument
     run = "a run, RUN/checkpoints/step_N, RUN/export, or merged weights"
     images = "JPEG, PNG, WebP, BMP, GIF or TIFF; folders and all below them; patterns with *, ?, [...] or **"

@@ -27,11 +27,10 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from visft_ds import program
 from visft_ds.data.depth import encoded, png_of
 from visft_ds.data.panoptic import png_of_numbers
 from visft_ds.errors import tell
-from visft_ds.flags import Parser
+from visft_ds.flags import command_parser
 from visft_ds.toy import rooms
 from visft_ds.toy.patterns import Array
 from visft_ds.toy.questions import ask, entries, with_article
@@ -399,9 +398,7 @@ def write_toy_coco(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = Parser(
-        prog=program("toy"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("toy", __doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     add("--train", type=int, default=2000, metavar="N", help="images in train2017 (default %(default)s)")
