@@ -105,12 +105,7 @@ def solve(
         for image in np.flatnonzero(objects_of):
             first = ends[image] - objects_of[image]
             objects, queries = linear_sum_assignment(cost_of_layer[first : ends[image]])
-            matched = np.empty((4, len(objects)), dtype=np.int64)
-            matched[0] = layer
-            matched[1] = image
-            matched[2] = queries
-            matched[3] = objects + first
-            matches.append(matched)
+            matches.append(np.stack(np.broadcast_arrays(layer, image, queries, objects + first)))
     indices = torch.from_numpy(np.concatenate(matches, axis=1))
     return Matches(*to_device(indices, cost.device))
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 
 from visft_ds.data.samples import RawSample
 from visft_ds.data.transforms import BoolArray, Crop, Flip, Op, Resize, Size, apply_to_image
@@ -154,14 +155,7 @@ def _is_enough(visible: BoolArray, mask: BoolArray) -> bool:
 
 def _labelled(annotation: Annotation, visible: BoolArray, area: Area, size: Size) -> Annotation:
     """An annotation of the visible pixels (h, w), not none, of an `area` of a picture of `size`."""
-    rows = np.flatnonzero(visible.any(axis=1))
-    columns = np.flatnonzero(visible.any(axis=0))
-    top = area[0].start + int(rows[0])
-    left = area[1].start + int(columns[0])
-    changed: dict[str, Any] = {
-        "bbox": [left, top, int(columns[-1] - columns[0]) + 1, int(rows[-1] - rows[0]) + 1],
-        "area": int(visible.sum()),
-    }
-    if annotation.get("segmentation"):
-        changed["segmentation"] = encode_mask(visible, area[0].start, area[1].start, size)
-    return {**annotation, **changed}
+    code = encode_mask(visible, area[0].start, area[1].start, size)
+    bounds = {"bbox": coco_mask.toBbox(code).tolist(), "area": int(coco_mask.area(code))}
+    masks = {"segmentation": code} if annotation.get("segmentation") else {}
+    return {**annotation, **bounds, **masks}

@@ -78,7 +78,11 @@ def draw_objects(
     draw = ImageDraw.Draw(picture)
     corners = [_corners(box, scale, picture.size) for box in boxes]
     tagged = [number for number, tag in enumerate(tags) if tag]
-    small = [corners[number] for number in tagged if _area(corners[number]) < _SMALL_BOX]
+    small = []
+    for number in tagged:
+        left, top, right, bottom = corners[number]
+        if (right - left) * (bottom - top) < _SMALL_BOX:
+            small.append(corners[number])
     written = list[Corners]()
     for number in tagged:
         corner = _place_of_tag(draw, tags[number], corners[number], picture.size, [*small, *written])
@@ -88,11 +92,6 @@ def draw_objects(
         for number in reversed(tagged):
             draw.rectangle(corners[number], outline=colours[names[number]], width=line)
     return np.asarray(picture)
-
-
-def _area(corners: Corners) -> float:
-    left, top, right, bottom = corners
-    return (right - left) * (bottom - top)
 
 
 def _place_of_tag(
@@ -140,21 +139,9 @@ def _box_around(mask: Mask) -> Box:
 def _corners(box: Box, scale: float, size: tuple[int, int]) -> Corners:
     """Left, top, right and bottom of a box in a scaled picture of this width and height."""
     x, y, width, height = box
-    last_column = size[0] - 1
-    last_row = size[1] - 1
-    right = x + max(width, 0)
-    bottom = y + max(height, 0)
-    return (
-        _between(x * scale, last_column),
-        _between(y * scale, last_row),
-        _between(right * scale, last_column),
-        _between(bottom * scale, last_row),
-    )
-
-
-def _between(value: float, last: int) -> float:
-    """The value, cut off at 0 and `last`."""
-    return min(max(value, 0), last)
+    corners = np.array([x, y, x + max(width, 0), y + max(height, 0)]) * scale
+    left, top, right, bottom = corners.clip(0, np.array(size * 2) - 1).tolist()
+    return left, top, right, bottom
 
 
 def _draw_tag(draw: ImageDraw.ImageDraw, tag: str, colour: Colour, corner: tuple[float, float]) -> Corners:

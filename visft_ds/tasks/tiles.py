@@ -83,8 +83,8 @@ def merge_boxes(
         windows: (T) the tiles.
         size: (height, width) of the picture.
     """
-    tiles = np.array([(left, top, left + width, top + height) for top, left, height, width in windows])
-    tiles = tiles.astype(np.float64)
+    sides = [(left, top, left + width, top + height) for top, left, height, width in windows]
+    tiles = np.array(sides, dtype=np.float64)
     picture = np.array([0, 0, size[1], size[0]], dtype=np.float64)
     shown = tiles[owners]
     margin = _NEAR * max(windows[0].height, windows[0].width)
@@ -115,8 +115,8 @@ def merge_boxes(
             )
             remaining[rivals[agree | is_covered]] = False
             group += rivals[goes_on].tolist()
-        corners = [*boxes[group, :2].min(axis=0), *boxes[group, 2:].max(axis=0)]
-        objects.append((group, [float(side) for side in corners]))
+        corners = np.concatenate([boxes[group, :2].min(axis=0), boxes[group, 2:].max(axis=0)])
+        objects.append((group, corners.tolist()))
     return objects
 
 

@@ -155,10 +155,8 @@ class CaptioningHead(nn.Module):
         size = self.vocabulary_size
         # Row b * K + k is beam k of image b.
         first_rows = torch.arange(images, device=pixels.device).unsqueeze(1) * beams  # (B, 1)
-        pixels = pixels.repeat_interleave(beams, dim=0)
-        keys = keys.repeat_interleave(beams, dim=0)
-        hidden = hidden.repeat_interleave(beams, dim=0)
-        cell = cell.repeat_interleave(beams, dim=0)
+        of_images = (pixels, keys, hidden, cell)
+        pixels, keys, hidden, cell = (tensor.repeat_interleave(beams, dim=0) for tensor in of_images)
         word = torch.full((images * beams,), size + _START, device=pixels.device)
         captions = word[:, None]  # of the beams so far
         ended = torch.zeros_like(word, dtype=torch.bool)

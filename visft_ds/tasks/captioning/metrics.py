@@ -67,11 +67,8 @@ def cider_of_images(true: Sequence[Sequence[Words]], generated: Sequence[Words])
         true: of each image its references; in how many images an n-gram is there is counted over all of them.
         generated: of each image its caption.
     """
-    totals = [0.0] * len(generated)
-    for order in _ORDERS:
-        for number, similarity in enumerate(_cider_of_order(true, generated, order)):
-            totals[number] += similarity
-    return [10 * total / len(_ORDERS) for total in totals]
+    of_orders = [_cider_of_order(true, generated, order) for order in _ORDERS]
+    return [10 * sum(similarities) / len(_ORDERS) for similarities in zip(*of_orders, strict=True)]
 
 
 def _cider_of_order(

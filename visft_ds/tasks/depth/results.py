@@ -92,19 +92,21 @@ def measure_depth(truth: Truth, results: Results, head: DepthRange) -> Numbers:
     return dict(zip(DepthTask.metrics, np.mean(rows, axis=0).tolist(), strict=True))
 
 
-def errors(predicted: FloatArray, actual: FloatArray) -> list[float]:
+def errors(predicted: FloatArray, actual: FloatArray) -> FloatArray:
     """`DepthTask.metrics` of the pixels (n,) of an image."""
     difference = predicted - actual
     logarithm = np.log(predicted) - np.log(actual)
     ratio = np.maximum(predicted / actual, actual / predicted)
-    return [
-        float((np.abs(difference) / actual).mean()),
-        float(np.sqrt((difference**2).mean())),
-        float(100 * logarithm.std()),
-        float((ratio < _DELTA).mean()),
-        float((ratio < _DELTA**2).mean()),
-        float((ratio < _DELTA**3).mean()),
-    ]
+    return np.array(
+        [
+            (np.abs(difference) / actual).mean(),
+            np.sqrt((difference**2).mean()),
+            100 * logarithm.std(),
+            (ratio < _DELTA).mean(),
+            (ratio < _DELTA**2).mean(),
+            (ratio < _DELTA**3).mean(),
+        ]
+    )
 
 
 def aligned(predicted: FloatArray, actual: FloatArray) -> FloatArray:

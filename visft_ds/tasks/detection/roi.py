@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from visft_ds.data.samples import Map
 from visft_ds.data.transforms import Size
 from visft_ds.ops import at_least_float32, to_device
+from visft_ds.tasks.masks.interpolation import shares_of_cells
 from visft_ds.tasks.masks.rasters import encode_mask
 
 CELLS = 14  #: of a box along each axis, where features are read
@@ -44,11 +45,9 @@ class BoxMasks(nn.Module):
         super().__init__()
         self.input_projs = nn.ModuleList(nn.Conv2d(channels, width, kernel_size=1) for channels in widths)
         self.input_norm = nn.GroupNorm(_GROUPS, width)
-        self.convs = nn.ModuleList()
-        self.norms = nn.ModuleList()
-        for _ in range(_CONVS):
-            self.convs.append(nn.Conv2d(width, width, 3, padding=1, bias=False))
-            self.norms.append(nn.GroupNorm(_GROUPS, width))
+        convs = [nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(_CONVS)]
+        self.convs = nn.ModuleList(convs)
+        self.norms = nn.ModuleList(nn.GroupNorm(_GROUPS, width) for _ in convs)
         self.upsample = nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
         self.mask_embed = nn.Conv2d(width, 1, kernel_size=1)
 
@@ -103,10 +102,7 @@ def _reading(low: Tensor, high: Tensor, extents: Tensor, cells: int) -> Tensor:
     # Extents may come out a little larger than a whole number of cells.
     last_cell = (extents - 1e-4).ceil() - 1
     positions = positions.clamp(min=0).minimum(last_cell[:, None, None])
-    centres = torch.arange(cells, device=low.device, dtype=low.dtype)
-    distances = (positions[..., None] - centres).abs()
-    weights = (1 - distances).clamp(min=0)
-    return weights.unflatten(2, (CELLS, _SAMPLES)).mean(dim=3)
+    return shares_of_cells(positions, cells).unflatten(2, (CELLS, _SAMPLES)).mean(dim=3)
 
 
 def mask_code(logits: npt.NDArray[np.float32], corners: Sequence[float], size: Size) -> dict[str, Any]:

@@ -9,12 +9,29 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from visft_ds.settings.fields import Above, Fraction, Positive, Rate, StrictModel, nearest
+from visft_ds.settings.fields import Above, Ascending, Fraction, Positive, Rate, StrictModel, nearest
 from visft_ds.settings.task_schema import TaskConfig
 
 #: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained,
 #: where the last category (toothbrush) coincides with "no object" and class 0 is never used.
 ClassIds = Literal["contiguous", "published"]
+
+
+class JitterImage(StrictModel):
+    """Geometry of mask tasks: large-scale jitter."""
+
+    #: side of the square that a training image is cropped to, pixels (ViSFT: 1024)
+    size: Positive = 1024
+    #: smallest and largest scale of a training image, 1 being that which fits the square (LSJ: 0.1, 2)
+    scale: Annotated[tuple[Above, Above], Ascending] = (0.1, 2.0)
+    #: probability of a horizontal flip (ViSFT, EoMT, DINOv3: 0.5)
+    flip: Fraction = 0.5
+    #: short side of an image in evaluation, pixels (detectron2: 800)
+    min_size_test: Positive = 800
+    #: largest long side in evaluation, pixels; it takes precedence over the short side (detectron2: 1333)
+    max_size_test: Positive = 1333
+    #: side of a square for training and evaluation, pixels, instead of the sizes above; null: none
+    fixed_size: Positive | None = None
 
 
 class MaskDecoderConfig(StrictModel):

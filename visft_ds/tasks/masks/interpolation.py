@@ -36,7 +36,11 @@ def interpolation(
     # Shares are float32: a whole number of cells may come out a little larger.
     last_cell = math.ceil(inside - 1e-4) - 1
     positions = positions.clamp(0, last_cell)
-    cell_centres = torch.arange(cells, device=like.device)
-    distances = (positions[:, None] - cell_centres).abs()
-    weights = (1 - distances).clamp(min=0)
-    return weights.to(like.dtype)
+    return shares_of_cells(positions, cells).to(like.dtype)
+
+
+def shares_of_cells(positions: Tensor, cells: int) -> Tensor:
+    """(..., cells) weights of cells, whose centres are at 0, 1, ..., in linear interpolation at positions."""
+    centres = torch.arange(cells, device=positions.device, dtype=positions.dtype)
+    distances = (positions[..., None] - centres).abs()
+    return (1 - distances).clamp(min=0)

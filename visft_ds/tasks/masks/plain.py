@@ -82,19 +82,14 @@ class PlainHead(nn.Module):
         strides = [stride for _, stride in shapes]
         distances = [abs(math.log2(stride / _STRIDE)) for stride in strides]
         self.nearest = distances.index(min(distances))
-        self.laterals = nn.ModuleList()
-        for map_width, _ in shapes:
-            self.laterals.append(Lateral(map_width, width))
+        self.laterals = nn.ModuleList(Lateral(map_width, width) for map_width, _ in shapes)
         self.queries = nn.Embedding(options.num_queries, width)
-        self.blocks = nn.ModuleList()
-        for _ in range(options.blocks):
-            self.blocks.append(Block(width, num_heads, options.ffn_dim or width))
+        ffn_dim = options.ffn_dim or width
+        self.blocks = nn.ModuleList(Block(width, num_heads, ffn_dim) for _ in range(options.blocks))
         self.norm = nn.LayerNorm(width, _EPS)
         # Masks have cells of 4 pixels, or half as large ones as the map.
         doublings = int(math.log2(strides[self.nearest])) - 2
-        self.upscale = nn.ModuleList()
-        for _ in range(max(1, doublings)):
-            self.upscale.append(Upscale(width))
+        self.upscale = nn.ModuleList(Upscale(width) for _ in range(max(1, doublings)))
         self.mask1 = nn.Linear(width, width)
         self.mask2 = nn.Linear(width, width)
         self.mask3 = nn.Linear(width, width)
@@ -162,15 +157,11 @@ class PlainHead(nn.Module):
         share: float,
     ) -> Tensor:
         """(B, Q, S) bool, cells that each query sees in a block: those of its mask, or all."""
-        masks = masks.detach()
-        masks = F.interpolate(masks, valid.shape[1:], mode="bilinear")
+        masks = F.interpolate(masks.detach(), valid.shape[1:], mode="bilinear")
         covered = masks.flatten(2) > 0
-        draws = []
-        for key in random_keys.tolist():
-            of_image = generator(key, _STREAM + block)
-            draws.append(of_image.random(self.num_queries))
-        free = torch.from_numpy(np.stack(draws) >= share)
-        free = to_device(free, covered.device)
+        keys = random_keys.tolist()
+        draws = [generator(key, _STREAM + block).random(self.num_queries) for key in keys]
+        free = to_device(torch.from_numpy(np.stack(draws) >= share), covered.device)
         return covered | free[..., None]
 
     def _predict(self, x: Tensor, grid: Sequence[int], shown: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -188,8 +179,7 @@ class PlainHead(nn.Module):
         fine = cells.mT.unflatten(2, grid)
         for upscale in self.upscale:
             if shown is not None:
-                shown = shown.repeat_interleave(2, dim=2)
-                shown = shown.repeat_interleave(2, dim=3)
+                shown = shown.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
             fine = upscale(fine, shown)
         hidden = F.gelu(self.mask1(queries))
         hidden = F.gelu(self.mask2(hidden))
@@ -300,24 +290,19 @@ def rotations(valid: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """
     rows = _coordinates(valid.any(dim=2))[:, :, None]
     columns = _coordinates(valid.any(dim=1))[:, None, :]
-    pairs = (rows.expand(valid.shape), columns.expand(valid.shape))
-    coordinates = torch.stack(pairs, dim=-1)
+    coordinates = torch.stack((rows.expand(valid.shape), columns.expand(valid.shape)), dim=-1)
     coordinates = coordinates.flatten(1, 2)  # (B, S, 2)
-    exponents = torch.arange(width // 4, device=valid.device)
-    exponents = exponents * (4 / width)
+    exponents = torch.arange(width // 4, device=valid.device) * (4 / width)
     rates = _ROPE_BASE**-exponents
     angles = 2 * math.pi * coordinates[..., None] * rates  # (B, S, 2, width / 4)
-    angles = angles.flatten(2).tile(2)
-    angles = angles[:, None]
+    angles = angles.flatten(2).tile(2)[:, None]
     return angles.cos(), angles.sin()
 
 
 def _coordinates(inside: Tensor) -> Tensor:
     """Centres of the cells (B, n) along an axis, -1 to 1 over those that show image: `inside` (B, n) bool."""
-    cells = torch.arange(inside.shape[1], device=inside.device)
-    centres = cells[None] + 0.5
-    length = inside.sum(dim=1)[:, None]
-    return 2 * centres / length - 1
+    centres = torch.arange(inside.shape[1], device=inside.device) + 0.5
+    return 2 * centres / inside.sum(dim=1, keepdim=True) - 1
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -328,5 +313,4 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = cells.chunk(2, dim=-1)
     quarter_turned = torch.cat((-right, left), dim=-1)
     turned = cells * cos + quarter_turned * sin
-    turned = turned.to(x.dtype)
-    return torch.cat((others, turned), dim=2)
+    return torch.cat((others, turned.to(x.dtype)), dim=2)

@@ -9,25 +9,19 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from visft_ds.settings.fields import Above, Ascending, Count, Fraction, Positive, StrictModel
-from visft_ds.tasks.masks.config import MaskDecoderConfig, MaskLoss, MaskTaskConfig
+from visft_ds.settings.fields import Count, Fraction, Positive
+from visft_ds.tasks.masks.config import JitterImage, MaskDecoderConfig, MaskLoss, MaskTaskConfig
 
 
-class PanopticImage(StrictModel):
+class PanopticImage(JitterImage):
     """Geometry of panoptic segmentation: large-scale jitter."""
 
     #: side of the square that a training image is cropped to, pixels (EoMT: 640)
     size: Positive = 640
-    #: smallest and largest scale of a training image, 1 being that which fits the square (EoMT: 0.1, 2)
-    scale: Annotated[tuple[Above, Above], Ascending] = (0.1, 2.0)
-    #: probability of a horizontal flip (EoMT: 0.5)
-    flip: Fraction = 0.5
     #: short side of an image in evaluation, pixels (EoMT: 640)
     min_size_test: Positive = 640
     #: largest long side in evaluation, pixels; it takes precedence over the short side (EoMT: 640)
     max_size_test: Positive = 640
-    #: side of a square for training and evaluation, pixels, instead of the sizes above; null: none
-    fixed_size: Positive | None = None
 
 
 class PanopticHeadConfig(MaskDecoderConfig):

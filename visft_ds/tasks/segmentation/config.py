@@ -5,37 +5,11 @@ code.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from visft_ds.settings.fields import (
-    Above,
-    Ascending,
-    Depth,
-    Fraction,
-    Positive,
-    Probability,
-    Problems,
-    StrictModel,
-)
+from visft_ds.settings.fields import Depth, Positive, Probability, Problems, StrictModel
 from visft_ds.settings.task_schema import WITHOUT_MASK, Findings
-from visft_ds.tasks.masks.config import ClassIds, MaskLoss, MaskTaskConfig, PlainHeadConfig
-
-
-class SegmentationImage(StrictModel):
-    """Geometry of segmentation: large-scale jitter."""
-
-    #: side of the square that a training image is cropped to, pixels (ViSFT: 1024)
-    size: Positive = 1024
-    #: smallest and largest scale of a training image, 1 being that which fits the square (LSJ: 0.1, 2)
-    scale: Annotated[tuple[Above, Above], Ascending] = (0.1, 2.0)
-    #: probability of a horizontal flip (ViSFT: 0.5)
-    flip: Fraction = 0.5
-    #: short side of an image in evaluation, pixels (detectron2: 800)
-    min_size_test: Positive = 800
-    #: largest long side in evaluation, pixels; it takes precedence over the short side (detectron2: 1333)
-    max_size_test: Positive = 1333
-    #: side of a square for training and evaluation, pixels, instead of the sizes above; null: none
-    fixed_size: Positive | None = None
+from visft_ds.tasks.masks.config import ClassIds, JitterImage, MaskLoss, MaskTaskConfig, PlainHeadConfig
 
 
 class SegmentationHeadConfig(StrictModel):
@@ -97,7 +71,7 @@ class SegmentationTask(MaskTaskConfig):
     published = "segment"
     heads: ClassVar = {"mask2former": SegmentationHeadConfig, "plain": PlainHeadConfig}
 
-    image: SegmentationImage = SegmentationImage()
+    image: JitterImage = JitterImage()
     head: SegmentationHeadConfig | PlainHeadConfig = SegmentationHeadConfig()
     loss: MaskLoss = MaskLoss()
 

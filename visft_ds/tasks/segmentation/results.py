@@ -22,14 +22,6 @@ from visft_ds.tasks.masks.output import MaskOutput
 _MASK_BUDGET = 1 << 25
 
 
-class _Candidate(NamedTuple):
-    """A query with one of its classes."""
-
-    query: int
-    label: int
-    probability: float
-
-
 class _Code(NamedTuple):
     """A mask as run-length code of COCO, and the mean probability inside it, 0 if it is empty."""
 
@@ -56,18 +48,20 @@ def instances(
     Images without `batch.real` are left out. The batch must have been resized without cropping, as evaluation
     transforms do. Masks are made in groups of a bounded size, and of scores from `threshold` on only.
     """
-    candidates = _candidates(output, len(categories))
+    scores, queries, labels = (tensor.cpu() for tensor in _candidates(output, len(categories)))
     results = Results()
     for image in batch.real.nonzero().flatten().tolist():
-        # Written so that a probability that is no number stays.
-        likely = [pair for pair in candidates[image] if not pair.probability < threshold]
-        queries = sorted({candidate.query for candidate in likely})
+        is_likely = ~(scores[image] < threshold)  # NaN is among them
+        of_pairs = queries[image, is_likely].tolist()
+        distinct = sorted(set(of_pairs))
         stored = batch.original_sizes[image].tolist()
-        masks = at_least_float32(output.masks[-1, image, queries])
-        codes = dict(zip(queries, _mask_codes(masks, output.extents[image].tolist(), stored), strict=True))
-        for candidate in likely:
-            code, quality = codes[candidate.query]
-            score = candidate.probability
+        masks = at_least_float32(output.masks[-1, image, distinct])
+        codes = dict(zip(distinct, _mask_codes(masks, output.extents[image].tolist(), stored), strict=True))
+        pairs = zip(
+            of_pairs, labels[image, is_likely].tolist(), scores[image, is_likely].tolist(), strict=True
+        )
+        for query, label, score in pairs:
+            code, quality = codes[query]
             if output.class_ids == "contiguous":
                 score *= quality
             if not coco_mask.area(code) or score < threshold:
@@ -75,7 +69,7 @@ def instances(
             results.append(
                 {
                     "image_id": int(batch.image_ids[image]),
-                    "category_id": categories[candidate.label],
+                    "category_id": categories[label],
                     "segmentation": {"size": stored, "counts": code["counts"].decode("ascii")},
                     "bbox": coco_mask.toBbox(code).tolist(),
                     "score": score,
@@ -84,25 +78,17 @@ def instances(
     return results
 
 
-def _candidates(output: MaskOutput, num_categories: int) -> list[list[_Candidate]]:
-    """Of each image, the pairs of a query and a class that can be results."""
+def _candidates(output: MaskOutput, num_categories: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities (B, n), queries and labels of the pairs of a query and a class that can be results."""
     probability = at_least_float32(output.logits[-1]).softmax(dim=-1)  # (B, Q, C + 1)
     if output.class_ids == "contiguous":
-        probability = probability[..., :-1]
-        probability = probability[..., :num_categories]
+        probability = probability[..., :-1][..., :num_categories]
         number = min(output.max_detections, probability[0].numel())
         scores, pairs = probability.flatten(1).topk(number)
-        queries = pairs // probability.shape[2]
-        labels = pairs % probability.shape[2]
-    else:
-        probability = probability[..., 1:-1]  # class 0 means nothing
-        probability = probability[..., :num_categories]
-        scores, labels = probability.max(dim=-1)
-        queries = torch.arange(scores.shape[1]).expand_as(scores)
-    candidates = []
-    for image in zip(queries.tolist(), labels.tolist(), scores.tolist(), strict=True):
-        candidates.append([_Candidate(*entry) for entry in zip(*image, strict=True)])
-    return candidates
+        return scores, pairs // probability.shape[2], pairs % probability.shape[2]
+    probability = probability[..., 1:-1]  # class 0 means nothing
+    scores, labels = probability[..., :num_categories].max(dim=-1)
+    return scores, torch.arange(scores.shape[1]).expand_as(scores), labels
 
 
 def _mask_codes(masks: Tensor, extent: Sequence[float], stored: Sequence[int]) -> list[_Code]:

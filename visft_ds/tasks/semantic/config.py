@@ -10,34 +10,27 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from visft_ds.settings.fields import (
-    Above,
-    Ascending,
-    Fraction,
-    Positive,
-    Probability,
-    Problems,
-    Rate,
-    StrictModel,
+from visft_ds.settings.fields import Above, Ascending, Positive, Probability, Problems, Rate, StrictModel
+from visft_ds.tasks.masks.config import (
+    JitterImage,
+    MaskLoss,
+    MaskTaskConfig,
+    PlainHeadConfig,
+    options_of_kind,
 )
-from visft_ds.tasks.masks.config import MaskLoss, MaskTaskConfig, PlainHeadConfig, options_of_kind
 
 
-class SemanticImage(StrictModel):
+class SemanticImage(JitterImage):
     """Geometry of semantic segmentation: large-scale jitter."""
 
     #: side of the square that a training image is cropped to, pixels (DINOv3: 512)
     size: Positive = 512
     #: smallest and largest scale of a training image, 1 being that which fits the square (DINOv3: 0.5, 2)
     scale: Annotated[tuple[Above, Above], Ascending] = (0.5, 2.0)
-    #: probability of a horizontal flip (DINOv3: 0.5)
-    flip: Fraction = 0.5
     #: short side of an image in evaluation, pixels (DINOv3: 512)
     min_size_test: Positive = 512
     #: largest long side in evaluation, pixels; it takes precedence over the short side (DINOv3: 2048)
     max_size_test: Positive = 2048
-    #: side of a square for training and evaluation, pixels, instead of the sizes above; null: none
-    fixed_size: Positive | None = None
     #: side of the sliding windows of evaluation, pixels, at least min_size_test; null: whole images (EoMT:
     #: the short side)
     window: Positive | None = 512
