@@ -108,6 +108,11 @@ class Batch:
         views = None if self.views is None else tuple(view.to(device) for view in self.views)
         return replace(self, images=to_device(self.images, device), targets=targets, views=views)
 
+    def real_images(self) -> list[int]:
+        """Positions of those that are no repeats."""
+        positions: list[int] = self.real.nonzero().flatten().tolist()
+        return positions
+
     def of_images(self, positions: Tensor) -> Batch:
         """Some of its images, which may repeat, by their positions (N,) int64 in it; without labels."""
         names = ("images", "sizes", "original_sizes", "indices", "image_ids", "random_keys", "real")

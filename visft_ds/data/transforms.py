@@ -211,8 +211,8 @@ class ShortSides:
         height, width = size
         window_height = max(1, round(height * factor / stretch))
         window_width = max(1, round(width * factor * stretch))
-        top = _offset(height - window_height, generator)
-        left = _offset(width - window_width, generator)
+        top = offset(height - window_height, generator)
+        left = offset(width - window_width, generator)
         return [Crop(top, left, window_height, window_width)]
 
     def scale(self, size: Size, train: bool, generator: np.random.Generator) -> Resize:
@@ -229,7 +229,7 @@ class ShortSides:
         return Resize(*short_side_size(size, side, self.max_size_train))
 
 
-def _offset(spare: int, generator: np.random.Generator) -> int:
+def offset(spare: int, generator: np.random.Generator) -> int:
     """Random place of a window along an axis that is `spare` pixels longer or shorter than it."""
     return int(generator.integers(min(0, spare), max(0, spare) + 1))
 

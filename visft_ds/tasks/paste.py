@@ -19,7 +19,7 @@ import numpy.typing as npt
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 
 from visft_ds.data.samples import RawSample
-from visft_ds.data.transforms import BoolArray, Crop, Flip, Op, Resize, Size, apply_to_image
+from visft_ds.data.transforms import BoolArray, Crop, Flip, Op, Resize, Size, apply_to_image, offset
 from visft_ds.settings.tiles import LEAST_VISIBLE, Window
 from visft_ds.tasks import Annotation
 from visft_ds.tasks.masks.rasters import draw_masks, encode_mask
@@ -85,8 +85,8 @@ def _place(
     if generator.random() < 0.5:
         ops.append(Flip())
     ops.append(Resize(height, width))
-    top = window.top + int(generator.integers(0, window.height - height + 1))
-    left = window.left + int(generator.integers(0, window.width - width + 1))
+    top = window.top + offset(window.height - height, generator)
+    left = window.left + offset(window.width - width, generator)
     (alpha,) = draw_masks([annotation["segmentation"]], donor.size, ops, stride=1)
     if alpha.max() < HALF:
         return None

@@ -109,9 +109,6 @@ def collate_joint(samples: Sequence[Sample], *, mixed: bool = True) -> Batch:
     for padded, sample in zip(images, samples, strict=True):
         if sample.image is not None:
             padded[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
-        else:
-            known = sample.view is not None and sample.view.features is not None
-            assert known or not images.numel(), "some samples of a batch have pixels and some have not"
     return Batch(
         images=images,
         sizes=sizes,

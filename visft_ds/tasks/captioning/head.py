@@ -224,16 +224,16 @@ class Recurrence(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.splits = (attention_dim, in_channels, 4 * decoder_dim)
-        self.decoder_att_weight = nn.Parameter(torch.empty(attention_dim, decoder_dim))
-        self.decoder_att_bias = nn.Parameter(torch.empty(attention_dim))
-        self.full_att_weight = nn.Parameter(torch.empty(1, attention_dim))
-        self.full_att_bias = nn.Parameter(torch.empty(1))
-        self.f_beta_weight = nn.Parameter(torch.empty(in_channels, decoder_dim))
-        self.f_beta_bias = nn.Parameter(torch.empty(in_channels))
-        self.weight_ih = nn.Parameter(torch.empty(4 * decoder_dim, embed_dim + in_channels))
-        self.weight_hh = nn.Parameter(torch.empty(4 * decoder_dim, decoder_dim))
-        self.bias_ih = nn.Parameter(torch.empty(4 * decoder_dim))
-        self.bias_hh = nn.Parameter(torch.empty(4 * decoder_dim))
+        self.decoder_att_weight = _parameter(attention_dim, decoder_dim)
+        self.decoder_att_bias = _parameter(attention_dim)
+        self.full_att_weight = _parameter(1, attention_dim)
+        self.full_att_bias = _parameter(1)
+        self.f_beta_weight = _parameter(in_channels, decoder_dim)
+        self.f_beta_bias = _parameter(in_channels)
+        self.weight_ih = _parameter(4 * decoder_dim, embed_dim + in_channels)
+        self.weight_hh = _parameter(4 * decoder_dim, decoder_dim)
+        self.bias_ih = _parameter(4 * decoder_dim)
+        self.bias_hh = _parameter(4 * decoder_dim)
         # Bounds are those of nn.Linear (1 / sqrt of the inputs) and nn.LSTMCell (1 / sqrt of the state).
         for name, parameter in self.named_parameters():
             bound = (attention_dim if name.startswith("full_att") else decoder_dim) ** -0.5
@@ -277,6 +277,10 @@ class Recurrence(nn.Module):
             states.append(hidden)
             attention.append(weights)
         return torch.stack(states, dim=1), torch.stack(attention, dim=1), cell
+
+
+def _parameter(*size: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(size))
 
 
 def _rounded(values: Tensor) -> Tensor:

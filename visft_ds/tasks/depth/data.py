@@ -84,17 +84,12 @@ def moved(values: npt.NDArray[np.float32], ops: Sequence[Op]) -> npt.NDArray[np.
 def packed_depth(samples: Sequence[Sample], task: str, frame: Size) -> DepthTargets:
     """Targets of a batch, whose images are padded to `frame`."""
     depth = np.zeros((len(samples), *frame), dtype=np.float32)
-    known = []
-    relative = []
     for padded, sample in zip(depth, samples, strict=True):
-        target = sample.targets[task]
-        height, width = target["depth"].shape
-        padded[:height, :width] = target["depth"]
-        known.append(int(np.count_nonzero(target["depth"])))
-        relative.append(bool(target["relative"]))
+        of_image = sample.targets[task]["depth"]
+        padded[: of_image.shape[0], : of_image.shape[1]] = of_image
     return DepthTargets(
         depth=torch.from_numpy(depth),
         sizes=torch.tensor([sample.size for sample in samples]),
-        known=torch.tensor(known),
-        relative=torch.tensor(relative),
+        known=torch.from_numpy(np.count_nonzero(depth, axis=(1, 2))),
+        relative=torch.tensor([bool(sample.targets[task]["relative"]) for sample in samples]),
     )

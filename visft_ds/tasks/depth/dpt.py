@@ -74,13 +74,10 @@ class DptDepth(nn.Module):
         levels = []
         for level, map_, (rows, columns) in zip(self.levels, features, part, strict=True):
             levels.append(level(map_[..., :rows, :columns]))
+        sizes = [[2 * side for side in levels[0].shape[2:]], *(level.shape[2:] for level in levels)]
         fused = None
-        for number, level in reversed(list(enumerate(levels))):
-            size = [2 * side for side in level.shape[2:]]
-            if number > 0:
-                size = list(levels[number - 1].shape[2:])
-            fused = self.fusions[len(levels) - 1 - number](level, fused, size)
-        assert fused is not None
+        for fusion, level, size in zip(self.fusions, levels[::-1], sizes[-2::-1], strict=True):
+            fused = fusion(level, fused, size)
         pixels = [cells * self.stride for cells in part[0]]
         fine = _enlarged(self.conv1(fused), pixels)
         hidden = F.relu(self.conv2(fine))

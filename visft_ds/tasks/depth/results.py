@@ -37,7 +37,7 @@ def depth_results(output: DepthOutput, batch: Batch) -> Results:
     head that learnt relative maps a relative one.
     """
     results = Results()
-    for image in batch.real.nonzero().flatten().tolist():
+    for image in batch.real_images():
         stored = batch.original_sizes[image].tolist()
         metres = interpolated(output.metres[image], output.extents[image].tolist(), stored)
         values = metres.float().cpu().numpy()

@@ -23,6 +23,7 @@ from visft_ds.data.transforms import (
     ShortSides,
     Size,
     final_size,
+    offset,
     short_side_size,
 )
 from visft_ds.tasks import Annotations, Results
@@ -102,8 +103,8 @@ class CropRecipe:
         scaled_height, scaled_width = short_side_size(size, self.crop_min_size[choice], None)
         width = self._side(scaled_width, generator)
         height = self._side(scaled_height, generator)
-        top = int(generator.integers(0, scaled_height - height + 1))
-        left = int(generator.integers(0, scaled_width - width + 1))
+        top = offset(scaled_height - height, generator)
+        left = offset(scaled_width - width, generator)
         return Resize(scaled_height, scaled_width), Crop(top, left, height, width)
 
     def _side(self, available: int, generator: np.random.Generator) -> int:
@@ -172,26 +173,27 @@ def _box_targets(
 
 def box_results(
     batch: Batch,
-    image: int,
+    chosen: Tensor,
     corners: Tensor,
     scores: Tensor,
     labels: Tensor,
     classes: Sequence[int] | None,
 ) -> Results:
-    """Predictions of an image of the batch in COCO's results format: image_id, category_id, bbox, score.
+    """Predictions in COCO's results format: image_id, category_id, bbox, score.
 
     Args:
-        image: its position in the batch.
-        corners: (n, 4) relative to the image; bbox is (x, y, w, h) in pixels of the stored one.
-        scores: (n,), on the host as all others.
-        labels: (n,) classes.
+        chosen: (n, 2) int64, image and place of each result among the K of an image.
+        corners: (B, K, 4) relative to the image; bbox is (x, y, w, h) in pixels of the stored one.
+        scores: (B, K), on the host as all others.
+        labels: (B, K) classes.
         classes: raw category id of each class; None: classes are raw ids.
     """
-    height, width = batch.original_sizes[image].tolist()
-    pixels = corners.double() * torch.tensor([width, height, width, height])
-    image_id = int(batch.image_ids[image])
+    images, places = chosen.unbind(1)
+    sizes = batch.original_sizes[images].flip(1).repeat(1, 2)
+    pixels = corners[images, places].double() * sizes
+    columns = [batch.image_ids[images], labels[images, places], pixels, scores[images, places]]
     results = []
-    for label, (x0, y0, x1, y1), score in zip(labels.tolist(), pixels.tolist(), scores.tolist(), strict=True):
+    for image_id, label, (x0, y0, x1, y1), score in zip(*(c.tolist() for c in columns), strict=True):
         category = label if classes is None else classes[label]
         bbox = [x0, y0, x1 - x0, y1 - y0]
         results.append({"image_id": image_id, "category_id": category, "bbox": bbox, "score": score})

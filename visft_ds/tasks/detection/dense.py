@@ -298,18 +298,13 @@ def dense_results(
         least = max(least, LEAST_SCORE)
         logits = output.masks.float().cpu().numpy()
         masks = dict(zip(output.chosen.tolist(), logits, strict=True))
-    results = Results()
-    for image in batch.real.nonzero().flatten().tolist():
-        certain = (scores[image] >= least).nonzero().flatten()
-        of_image = box_results(
-            batch, image, boxes[image, certain], scores[image, certain], labels[image, certain], classes
-        )
-        if masks:
-            rows, columns = batch.original_sizes[image].tolist()
-            for query, result in zip(certain.tolist(), of_image, strict=True):
-                left, top, width, height = result["bbox"]
-                corners = [left, top, left + width, top + height]
-                mask = masks[image * scores.shape[1] + query]
-                result["segmentation"] = mask_code(mask, corners, (rows, columns))
-        results += of_image
+    chosen = (batch.real[:, None] & (scores >= least)).nonzero()
+    results = box_results(batch, chosen, boxes, scores, labels, classes)
+    if masks:
+        for (image, place), result in zip(chosen.tolist(), results, strict=True):
+            height, width = batch.original_sizes[image].tolist()
+            left, top, across, down = result["bbox"]
+            corners = [left, top, left + across, top + down]
+            mask = masks[image * scores.shape[1] + place]
+            result["segmentation"] = mask_code(mask, corners, (height, width))
     return results

@@ -148,10 +148,6 @@ def postprocess(
     scores = scores.cpu()
     best = best.cpu()
     corners = corners_of(at_least_float32(output.boxes[-1])).cpu()
-    results = Results()
-    for image in batch.real.nonzero().flatten().tolist():
-        certain = ~(scores[image] < threshold)  # NaN is among them
-        results += box_results(
-            batch, image, corners[image, certain], scores[image, certain], best[image, certain], classes
-        )
-    return results
+    is_certain = ~(scores < threshold)  # NaN is among them
+    chosen = (batch.real[:, None] & is_certain).nonzero()
+    return box_results(batch, chosen, corners, scores, best, classes)

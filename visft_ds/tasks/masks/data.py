@@ -28,6 +28,7 @@ from visft_ds.data.transforms import (
     Size,
     apply_to_boxes,
     final_size,
+    offset,
 )
 from visft_ds.tasks import Annotation
 from visft_ds.tasks.masks.rasters import STRIDE, draw_masks, grid_size
@@ -99,8 +100,8 @@ class LargeScaleJitter:
         width = max(1, round(size[1] * factor))
         padded_height = max(height, self.size)
         padded_width = max(width, self.size)
-        top = int(generator.integers(0, padded_height - self.size + 1))
-        left = int(generator.integers(0, padded_width - self.size + 1))
+        top = offset(padded_height - self.size, generator)
+        left = offset(padded_width - self.size, generator)
         return [
             Resize(height, width),
             Pad(padded_height, padded_width, self.pad_value),

@@ -168,7 +168,8 @@ class MaskCriterion:
         true = torch.stack(values)  # (L, m, P) in [0, 1]
         logits = sample(predicted.flatten(0, 1)[:, None], points.flatten(0, 1), image.extent)
         logits = logits.view_as(true)
-        return torch.stack((mask_cross_entropy(logits, true), dice_loss(logits, true)))
+        of_points = F.binary_cross_entropy_with_logits(logits, true, reduction="none")
+        return torch.stack((of_points.mean(dim=-1), dice_loss(logits, true)))
 
 
 class _WithGradient(torch.autograd.Function):
@@ -220,11 +221,6 @@ def images_with_objects(targets: MaskTargets, extents: Tensor) -> list[ImageWith
         if rows.stop > rows.start:
             images.append(ImageWithObjects(number, rows, extents[number], mask_extents[number]))
     return images
-
-
-def mask_cross_entropy(logits: Tensor, true: Tensor) -> Tensor:
-    """Mean cross-entropy over the last axis."""
-    return F.binary_cross_entropy_with_logits(logits, true, reduction="none").mean(dim=-1)
 
 
 def dice_loss(logits: Tensor, true: Tensor) -> Tensor:

@@ -152,18 +152,17 @@ class _Canvas:
         rows, columns = self._cells_around(np.concatenate(outlines))
         if _is_empty(rows) or _is_empty(columns):
             return
-        origin = [columns.start, rows.start]
+        side = self.samples
+        origin = [columns.start * side, rows.start * side]
         height = rows.stop - rows.start
         width = columns.stop - columns.start
         inside = [(outline - origin).ravel().tolist() for outline in outlines]
-        codes = coco_mask.frPyObjects(inside, height, width)
+        codes = coco_mask.frPyObjects(inside, height * side, width * side)
         covered = coco_mask.decode(coco_mask.merge(codes))
-        side = self.samples
         # The library's arrays go down columns.
-        by_cell = covered.T.reshape(width // side, side, height // side, side)
-        counts = by_cell.sum(axis=1, dtype=np.uint8)
-        counts = counts.sum(axis=2, dtype=np.uint8)
-        self._fill(mask, rows, columns, counts.T / side**2)
+        by_cell = covered.T.reshape(width, side, height, side)
+        counts = by_cell.sum(axis=1, dtype=np.uint8).sum(axis=2, dtype=np.uint8)
+        mask[rows, columns] = np.rint(counts.T / side**2 * 255)
 
     def draw_code(self, mask: Mask, code: dict[str, Any]) -> None:
         """Fill the cells of `mask` that a run-length code of the image covers.
@@ -180,7 +179,7 @@ class _Canvas:
         by_row = _sums_between(self._edges(rows, axis=1) - y, pixels)
         by_column = _sums_between(self._edges(columns, axis=0) - x, by_row.T)
         pixels_per_cell = self.samples**2 / abs(self.scale.prod())
-        self._fill(mask, rows, columns, by_column.T / pixels_per_cell)
+        mask[rows, columns] = np.rint(by_column.T / pixels_per_cell * 255)
 
     def _outline(self, polygon: Sequence[float]) -> FloatArray:
         """(n, 2) corners in samples of a polygon in pixels."""
@@ -191,31 +190,18 @@ class _Canvas:
         return corners * self.scale + self.offset
 
     def _cells_around(self, points: FloatArray) -> tuple[slice, slice]:
-        """Rows and columns of samples, in whole cells of the grid, around points (x, y) in samples."""
-        side = self.samples
+        """Rows and columns of the grid around points (x, y) in samples."""
         rows, columns = self.grid
-        first = np.floor(points.min(axis=0) / side)
-        last = np.ceil(points.max(axis=0) / side)
+        first = np.floor(points.min(axis=0) / self.samples)
+        last = np.ceil(points.max(axis=0) / self.samples)
         left, top = first.astype(int).tolist()
         right, bottom = last.astype(int).tolist()
-        return (
-            slice(max(top, 0) * side, min(bottom, rows) * side),
-            slice(max(left, 0) * side, min(right, columns) * side),
-        )
+        return slice(max(top, 0), min(bottom, rows)), slice(max(left, 0), min(right, columns))
 
-    def _edges(self, samples: slice, axis: int) -> FloatArray:
-        """Borders of the cells of these samples along x (axis 0) or y (1), in pixels of the image."""
-        edges = np.arange(samples.start, samples.stop + 1, self.samples)
+    def _edges(self, cells: slice, axis: int) -> FloatArray:
+        """Borders of these cells along x (axis 0) or y (1), in pixels of the image."""
+        edges = np.arange(cells.start, cells.stop + 1) * self.samples
         return np.asarray((edges - self.offset[axis]) / self.scale[axis])
-
-    def _fill(self, mask: Mask, rows: slice, columns: slice, shares: FloatArray) -> None:
-        """Give the cells of these rows and columns of samples the covered share of each, 0 to 1."""
-        side = self.samples
-        cells = mask[
-            rows.start // side : rows.stop // side,
-            columns.start // side : columns.stop // side,
-        ]
-        cells[:] = np.rint(shares * 255)
 
 
 def _sums_between(edges: FloatArray, values: npt.NDArray[Any]) -> FloatArray:
@@ -231,5 +217,5 @@ def _sums_between(edges: FloatArray, values: npt.NDArray[Any]) -> FloatArray:
     return np.asarray(abs(np.diff(up_to_edges, axis=0)))
 
 
-def _is_empty(samples: slice) -> bool:
-    return samples.stop <= samples.start
+def _is_empty(cells: slice) -> bool:
+    return cells.stop <= cells.start

@@ -38,7 +38,7 @@ def panoptic_results(
     """
     options = output.options
     results = Results()
-    for image in batch.real.nonzero().flatten().tolist():
+    for image in batch.real_images():
         scores, labels = at_least_float32(output.logits[-1, image]).softmax(dim=-1).max(dim=-1)
         is_likely = (scores > options.score) & (scores >= threshold) & (labels < len(categories))
         likely = is_likely.nonzero().flatten()

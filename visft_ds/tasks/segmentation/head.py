@@ -95,6 +95,7 @@ class SegmentationHead(nn.Module):
     def __init__(self, in_channels: int, options: SegmentationHeadConfig) -> None:
         super().__init__()
         width = options.hidden_dim
+        sizes = (options.num_heads, options.decoder_ffn_dim, options.dropout)
         self.width = width
         self.class_ids = options.class_ids
         self.num_queries = options.num_queries
@@ -106,7 +107,9 @@ class SegmentationHead(nn.Module):
                 "query_feat": nn.Embedding(self.num_queries, width),  # initial state of the queries
                 "query_pos": nn.Embedding(self.num_queries, width),  # added to q and k of every attention
                 "level_embed": nn.Embedding(1, width),  # of the single scale; a row for each in Mask2Former
-                "layers": nn.ModuleList(_layer(options) for _ in range(options.decoder_layers)),
+                "layers": nn.ModuleList(
+                    DecoderLayer(width, *sizes, masked=True) for _ in range(options.decoder_layers)
+                ),
                 "norm": nn.LayerNorm(width),
                 "class_embed": nn.Linear(width, options.num_classes + 1),
                 "mask_embed": FeedForward(width, width, width, num_layers=3),
@@ -146,8 +149,3 @@ class SegmentationHead(nn.Module):
         embeddings = self.decoder["mask_embed"](normed)
         masks = torch.einsum("bqe,behw->bqhw", embeddings, mask_features)
         return logits, masks.masked_fill(~valid[:, None], 0.0)
-
-
-def _layer(options: SegmentationHeadConfig) -> DecoderLayer:
-    sizes = (options.num_heads, options.decoder_ffn_dim, options.dropout)
-    return DecoderLayer(options.hidden_dim, *sizes, masked=True)

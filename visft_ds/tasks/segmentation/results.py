@@ -50,7 +50,7 @@ def instances(
     """
     scores, queries, labels = (tensor.cpu() for tensor in _candidates(output, len(categories)))
     results = Results()
-    for image in batch.real.nonzero().flatten().tolist():
+    for image in batch.real_images():
         is_likely = ~(scores[image] < threshold)  # NaN is among them
         of_pairs = queries[image, is_likely].tolist()
         distinct = sorted(set(of_pairs))

@@ -90,7 +90,7 @@ def semantic_results(
     Images without `batch.real` are left out.
     """
     results = Results()
-    for image in batch.real.nonzero().flatten().tolist():
+    for image in batch.real_images():
         class_map = _class_map(output, batch, image)
         for label in np.unique(class_map).tolist():
             results.append(
