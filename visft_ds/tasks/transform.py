@@ -96,7 +96,6 @@ def collate_joint(samples: Sequence[Sample], *, mixed: bool = True) -> Batch:
     Images are padded right and bottom with 0 to the largest height and width of the batch. `mixed`: see
     `Batch`.
     """
-    assert samples, "a batch needs at least one sample"
     views = tuple(sample.view for sample in samples if sample.view is not None)
     assert len(views) in (0, len(samples)), "features are kept of some samples of a batch and of some not"
     frames = torch.tensor([sample.frame or sample.size for sample in samples])

@@ -128,7 +128,7 @@ class CaptioningHead(nn.Module):
         cell = self.init_c(mean)
         if captions is None:
             return GeneratedCaptions(self._search(pixels, keys, hidden, cell, beam_size, max_length))
-        assert lengths is not None and captions.shape[1] >= 2, (lengths, captions.shape)
+        assert lengths is not None
         words = self.embedding(captions[:, :-1])
         states, attention, _ = self.recurrence(words, pixels, keys, hidden, cell)
         scores = at_least_float32(self.fc(self.dropout(states)))
@@ -353,7 +353,6 @@ class CaptioningCriterion:
     ) -> Losses:
         words = targets.tokens[:, 1:]
         scores = at_least_float32(output.scores)
-        assert scores.shape[:2] == words.shape, (scores.shape, words.shape)
         steps = torch.arange(1, targets.tokens.shape[1], device=words.device)
         inside = steps < targets.lengths[:, None]  # (B, S)
         tokens = loss_denominators["tokens"]

@@ -38,7 +38,6 @@ class DetectionCriterion:
     """
 
     def __init__(self, head: DetectionHeadConfig, loss: DetectionLoss) -> None:
-        self.num_queries = head.num_queries
         self.eos_coef = loss.eos_coef
         self.costs = (loss.ce, loss.l1, loss.giou)
         earlier = [f"_{layer}" for layer in range(head.decoder_layers - 1)]
@@ -64,7 +63,6 @@ class DetectionCriterion:
         logits = at_least_float32(output.logits)
         boxes = at_least_float32(output.boxes)
         assert len(logits) == len(self._suffixes), logits.shape
-        assert logits.shape[2] == self.num_queries, logits.shape
         matches = match(logits, boxes, targets, self.costs, image_ids)
         labels = targets.labels
         ce, wrong = class_losses(logits, labels, targets.counts, matches, self.eos_coef, loss_denominators)
