@@ -9,7 +9,7 @@ from torch import Tensor
 
 from visft_ds.ops.deform_attn import deform_attn
 
-SHAPES = [(4, 6), (2, 3)]
+SHAPE = (4, 6)
 
 
 def _bilinear(level: Tensor, x: float, y: float) -> Tensor:
@@ -25,30 +25,28 @@ def _bilinear(level: Tensor, x: float, y: float) -> Tensor:
 
 
 def test_definition() -> None:
-    """Several levels, heads and images; samples outside the map too."""
+    """Several heads and images; samples outside the map too."""
     batch, heads, channels, queries, points = 2, 3, 2, 5, 4
-    value = torch.randn(batch, 30, heads, channels, dtype=torch.float64)
-    locations = torch.rand(batch, queries, heads, 2, points, 2, dtype=torch.float64) * 1.6 - 0.3
-    weights = torch.rand(batch, queries, heads, 2, points, dtype=torch.float64)
-    levels = value.split([24, 6], dim=1)
+    value = torch.randn(batch, 24, heads, channels, dtype=torch.float64)
+    locations = torch.rand(batch, queries, heads, points, 2, dtype=torch.float64) * 1.6 - 0.3
+    weights = torch.rand(batch, queries, heads, points, dtype=torch.float64)
     expected = torch.zeros(batch, queries, heads, channels, dtype=torch.float64)
     for b in range(batch):
         for q in range(queries):
             for m in range(heads):
-                for number, (height, width) in enumerate(SHAPES):
-                    level = levels[number][b, :, m].view(height, width, channels)
-                    for p in range(points):
-                        x, y = locations[b, q, m, number, p].tolist()
-                        sample = _bilinear(level, x * width, y * height)
-                        expected[b, q, m] += weights[b, q, m, number, p] * sample
-    torch.testing.assert_close(deform_attn(value, SHAPES, locations, weights), expected.flatten(2))
+                cells = value[b, :, m].view(*SHAPE, channels)
+                for p in range(points):
+                    x, y = locations[b, q, m, p].tolist()
+                    sample = _bilinear(cells, x * SHAPE[1], y * SHAPE[0])
+                    expected[b, q, m] += weights[b, q, m, p] * sample
+    torch.testing.assert_close(deform_attn(value, SHAPE, locations, weights), expected.flatten(2))
 
 
 def test_gradients() -> None:
     """Of values, locations and weights, by finite differences."""
-    value = torch.randn(1, 30, 2, 1, dtype=torch.float64, requires_grad=True)
-    locations = torch.rand(1, 2, 2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(1, 2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    value = torch.randn(1, 24, 2, 1, dtype=torch.float64, requires_grad=True)
+    locations = torch.rand(1, 2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda *tensors: deform_attn(tensors[0], SHAPES, *tensors[1:]), (value, locations, weights)
+        lambda *tensors: deform_attn(tensors[0], SHAPE, *tensors[1:]), (value, locations, weights)
     )

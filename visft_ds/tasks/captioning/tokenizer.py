@@ -23,24 +23,36 @@ TOKENIZER = "visft-ptb-1"
 #: place.
 _DROPPED = frozenset([".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _RENAMED: Mapping[str, str] = {
-    **{"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"},
+    "(": "-lrb-",
+    ")": "-rrb-",
+    "[": "-lsb-",
+    "]": "-rsb-",
+    "{": "-lcb-",
+    "}": "-rcb-",
     # The Treebank has no signs for other currencies than the dollar; the Java program puts these in their
     # place.
-    **{"£": "#", "€": "$", "¢": "cents"},
+    "£": "#",
+    "€": "$",
+    "¢": "cents",
 }
 _PREPARED: Mapping[str, str] = {
-    **{
-        "&amp;": "&",
-        "&lt;": "<",
-        "&gt;": ">",
-        "&quot;": '"',
-        "’": "'",
-        "‘": "'",
-        "“": '"',
-        "”": '"',
-        "…": "...",
-    },
-    **{"–": "--", "—": "--", "―": "--", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "},
+    "&amp;": "&",
+    "&lt;": "<",
+    "&gt;": ">",
+    "&quot;": '"',
+    "’": "'",
+    "‘": "'",
+    "“": '"',
+    "”": '"',
+    "…": "...",
+    "–": "--",
+    "—": "--",
+    "―": "--",
+    "½": " 1/2 ",
+    "¼": " 1/4 ",
+    "¾": " 3/4 ",
+    "⅓": " 1/3 ",
+    "⅔": " 2/3 ",
 }
 _PREPARE = re.compile("|".join(map(re.escape, _PREPARED)))
 

@@ -84,17 +84,14 @@ class DeformableAttention(nn.Module):
         weights = at_least_float32(weights)
         value = value.masked_fill(~valid[..., None], 0.0)
         value = value.unflatten(-1, (self.num_heads, -1))
-        # `deform_attn` takes points of several feature maps (levels); this is one.
-        levels = (1, self.n_points)
-        offsets = offsets.unflatten(-1, (self.num_heads, *levels, 2))  # (B, S, M, 1, P, 2), in cells
+        offsets = offsets.unflatten(-1, (self.num_heads, self.n_points, 2))  # (B, S, M, P, 2), in cells
         weights = weights.unflatten(-1, (self.num_heads, -1)).softmax(dim=-1)
-        weights = weights.unflatten(-1, levels)
         height, width = shape
         # Made from Python numbers on the device, without a copy that waits.
         extent = torch.stack((offsets.new_full((), width), offsets.new_full((), height)))
         centres = cell_centres(shape, offsets) / extent
-        points = centres[:, None, None, None] + offsets / extent
-        mixed: Tensor = self.output_proj(deform_attn(value, [shape], points, weights))
+        points = centres[:, None, None] + offsets / extent
+        mixed: Tensor = self.output_proj(deform_attn(value, shape, points, weights))
         return mixed
 
 
