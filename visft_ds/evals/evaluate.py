@@ -291,7 +291,7 @@ class _Evaluation:
                 files[folder / name] = drawing
                 written[task].append({"image_id": image_id, "file": name})
             if by_image:
-                files[folder / f"{task}.jpg"] = grid(list(by_image.values()), columns=2)
+                files[folder / f"{task}.jpg"] = grid(list(by_image.values()))
         with ThreadPoolExecutor() as pool:
             list(pool.map(save_picture, files.values(), files))
         return written

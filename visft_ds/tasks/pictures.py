@@ -201,21 +201,18 @@ def split_panels(picture: Picture) -> tuple[Picture, Picture]:
     return left, right
 
 
-def grid(pictures: Sequence[Picture], *, columns: int = 2) -> Picture:
-    """Pictures in rows of `columns`; a row is as high as its highest picture, all columns are equally
-    wide.
-    """
+def grid(pictures: Sequence[Picture]) -> Picture:
+    """Pictures in rows of two; a row is as high as its highest picture, both columns are equally wide."""
     width = max(picture.shape[1] for picture in pictures) + _GAP
     tops = []
     bottom = _GAP
-    for start in range(0, len(pictures), columns):
-        row = pictures[start : start + columns]
+    for start in range(0, len(pictures), 2):
+        row = pictures[start : start + 2]
         tops.append(bottom)
         bottom += max(picture.shape[0] for picture in row) + _GAP
-    columns_used = min(columns, len(pictures))
-    sheet = _paper(columns_used * width + _GAP, bottom)
+    sheet = _paper(min(2, len(pictures)) * width + _GAP, bottom)
     for number, picture in enumerate(pictures):
-        row_number, column = divmod(number, columns)
+        row_number, column = divmod(number, 2)
         left = _GAP + column * width
         sheet.paste(Image.fromarray(picture), (left, tops[row_number]))
     return np.asarray(sheet)

@@ -12,7 +12,6 @@ attention is not `nn.MultiheadAttention`, whose parent reads `out_proj.weight` w
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -279,19 +278,11 @@ class DecoderLayer(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """`num_layers` linear layers with ReLU between them."""
+    """Three linear layers with ReLU between them."""
 
-    def __init__(
-        self,
-        in_dim: int,
-        hidden_dim: int,
-        out_dim: int,
-        num_layers: int,
-    ) -> None:
+    def __init__(self, width: int, out_dim: int) -> None:
         super().__init__()
-        widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
-        layers = [nn.Linear(before, behind) for before, behind in itertools.pairwise(widths)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(nn.Linear(width, out) for out in (width, width, out_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

@@ -97,9 +97,7 @@ class Vocabulary:
                 words.append(token)
         return " ".join(words)
 
-    def check_same(
-        self, other: Vocabulary, *, this: str = "the captioning head", that: str = "the shards"
-    ) -> None:
+    def check_same(self, other: Vocabulary, *, this: str, that: str) -> None:
         """Raise ValueError unless every id means the same word in both."""
         if self.words == other.words:
             return

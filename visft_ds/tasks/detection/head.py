@@ -86,7 +86,7 @@ class DetectionHead(nn.Module):
         self.decoder = nn.ModuleDict({"layers": nn.ModuleList(decoder), "norm": norm})
         self.query_embed = nn.Embedding(options.num_queries, decoder_dim)
         self.class_embed = nn.Linear(decoder_dim, options.num_classes + 1)
-        self.box_embed = FeedForward(decoder_dim, decoder_dim, 4, num_layers=3)
+        self.box_embed = FeedForward(decoder_dim, 4)
 
     def forward(self, maps: Sequence[Map]) -> DetectionOutput:
         """Boxes and classes from the last map."""

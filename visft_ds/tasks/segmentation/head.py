@@ -112,7 +112,7 @@ class SegmentationHead(nn.Module):
                 ),
                 "norm": nn.LayerNorm(width),
                 "class_embed": nn.Linear(width, options.num_classes + 1),
-                "mask_embed": FeedForward(width, width, width, num_layers=3),
+                "mask_embed": FeedForward(width, width),
             }
         )
 
