@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ class DepthTargets(Targets):
     sizes: Tensor  #: (B, 2) int64, height and width of each image
     known: Tensor  #: (B,) int64, pixels whose depth is known
     relative: Tensor  #: (B,) bool
-    host: ClassVar[tuple[str, ...]] = ("sizes", "known", "relative")
+    host = ("sizes", "known", "relative")
 
 
 def depth_targets(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +45,7 @@ class MaskTargets(Targets):
     grids: Tensor  #: (B, 2) int64, cells that cover each image, of (hm, wm)
     counts: Tensor  #: (B,) int64, sums to N
     keys: Tensor  #: (B,) int64, the samples' random keys, from which the criterion draws its points
-    host: ClassVar[tuple[str, ...]] = ("grids", "counts", "keys")
+    host = ("grids", "counts", "keys")
 
 
 def slices_of(counts: Sequence[int]) -> list[slice]:

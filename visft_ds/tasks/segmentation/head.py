@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,32 +57,16 @@ PUBLISHED_NAMES = {
 }
 
 
-class CoveredCells(nn.Module):
-    """Mask logits (B, Q, h, w) -> cells (B, Q, S) bool where a mask's probability is at least one half.
-
-    A module of its own, so that `choosing` can watch it.
-    """
-
-    def forward(self, masks: Tensor) -> Tensor:
-        return masks.detach().flatten(2) >= 0
-
-
 @contextmanager
-def choosing(head: nn.Module, choose: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Replace the cells that a head's masks cover, layer by layer, by those of `choose(logits, covered)`."""
-
-    def replaced(_: nn.Module, inputs: tuple[Tensor], covered: Tensor) -> Tensor:
-        return choose(inputs[0], covered)
-
-    hooks = []
-    for module in head.modules():
-        if isinstance(module, CoveredCells):
-            hooks.append(module.register_forward_hook(replaced))
+def choosing(head: Any, choose: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Replace the cells (B, Q, S) that a head's masks cover, layer by layer, by those of `choose(logits,
+    covered)`; other heads have none.
+    """
+    head.choose = choose
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        head.choose = None
 
 
 class SegmentationHead(nn.Module):
@@ -101,7 +86,7 @@ class SegmentationHead(nn.Module):
         self.num_queries = options.num_queries
         self.max_detections = options.max_detections
         self.pixel_decoder = PixelDecoder(in_channels, options)
-        self.covered_cells = CoveredCells()
+        self.choose: Callable[[Tensor, Tensor], Tensor] | None = None  # see `choosing`
         self.decoder = nn.ModuleDict(
             {
                 "query_feat": nn.Embedding(self.num_queries, width),  # initial state of the queries
@@ -133,7 +118,10 @@ class SegmentationHead(nn.Module):
         sets = [self._predict(state, mask_features, valid)]
         for layer in decoder["layers"].children():
             _, masks = sets[-1]
-            covered = self.covered_cells(masks) & inside  # (B, Q, S)
+            covered = masks.detach().flatten(2) >= 0  # a probability of at least one half
+            if self.choose is not None:
+                covered = self.choose(masks, covered)
+            covered = covered & inside  # (B, Q, S)
             # A query whose mask covers no cell attends to the whole image: a softmax over nothing would be
             # NaN.
             covers_some = covered.any(dim=-1, keepdim=True)
