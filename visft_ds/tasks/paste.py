@@ -90,7 +90,7 @@ def _place(
     (alpha,) = draw_masks([annotation["segmentation"]], donor.size, ops, stride=1)
     if alpha.max() < HALF:
         return None
-    return _Placed(annotation, ops, _slices(top, left, height, width), alpha)
+    return _Placed(annotation, ops, _slices(Crop(top, left, height, width)), alpha)
 
 
 def _around(box: Any, height: int, width: int) -> Crop:
@@ -128,7 +128,7 @@ def _visible(raw: RawSample, placed: Sequence[_Placed]) -> list[Annotation]:
     below = list[Annotation]()
     for annotation in raw.annotations:
         crop = _around(annotation["bbox"], *raw.size)
-        area = _slices(crop.top, crop.left, crop.height, crop.width)
+        area = _slices(crop)
         if annotation["iscrowd"] or not hidden[area].any():
             below.append(annotation)
             continue
@@ -144,8 +144,8 @@ def _visible(raw: RawSample, placed: Sequence[_Placed]) -> list[Annotation]:
     return [*below, *reversed(above)]
 
 
-def _slices(top: int, left: int, height: int, width: int) -> Area:
-    return slice(top, top + height), slice(left, left + width)
+def _slices(crop: Crop) -> Area:
+    return slice(crop.top, crop.top + crop.height), slice(crop.left, crop.left + crop.width)
 
 
 def _is_enough(visible: BoolArray, mask: BoolArray) -> bool:

@@ -96,11 +96,9 @@ class MultiHeadAttention(nn.Module):
         `allowed` (B, Q or 1, S) bool: entries that a query may attend to, at least one, else its output is
         NaN.
         """
-        q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
-        q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
-        q = by_head(F.linear(query, q_weight, q_bias), self.num_heads)
-        k = by_head(F.linear(key, k_weight, k_bias), self.num_heads)
-        v = by_head(F.linear(value, v_weight, v_bias), self.num_heads)
+        inputs = (query, key, value)
+        projections = zip(inputs, self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        q, k, v = (by_head(F.linear(x, weight, bias), self.num_heads) for x, weight, bias in projections)
         mask = None if allowed is None else allowed[:, None]  # the same for all heads
         dropout = self.dropout if self.training else 0.0
         shares = q.shape[2] * k.shape[2]

@@ -27,6 +27,7 @@ from visft_ds.tasks.masks.rasters import decode_mask
 from visft_ds.tasks.masks.regions import by_image
 from visft_ds.tasks.semantic.head import SemanticOutput
 
+Output = SemanticOutput | MaskOutput
 ClassMap = npt.NDArray[np.uint8]  #: (H, W) numbers of classes or categories, VOID where there is none
 _GROUP = 8  # classes whose scores are held at full size at a time
 
@@ -35,7 +36,7 @@ _GROUP = 8  # classes whose scores are held at full size at a time
 class Windows:
     """The output of a head for squares out of a batch's images, along the longer side of each."""
 
-    output: SemanticOutput | MaskOutput  #: of N windows
+    output: Output  #: of N windows
     starts: Sequence[Sequence[int]]  #: first pixels of each image's windows, in the image as it was evaluated
     frame: Sequence[int]  #: height and width of a window, with padding
 
@@ -77,9 +78,7 @@ def _axis(size: Sequence[int]) -> int:
 
 
 @torch.no_grad()
-def semantic_results(
-    output: SemanticOutput | MaskOutput | Windows, batch: Batch, classes: Sequence[int] | None = None
-) -> Results:
+def semantic_results(output: Output | Windows, batch: Batch, classes: Sequence[int] | None = None) -> Results:
     """Predictions in COCO's results format: image_id, category_id, segmentation, one for each class of an
     image.
 
@@ -103,7 +102,7 @@ def semantic_results(
     return results
 
 
-def _class_map(output: SemanticOutput | MaskOutput | Windows, batch: Batch, image: int) -> ClassMap:
+def _class_map(output: Output | Windows, batch: Batch, image: int) -> ClassMap:
     """(H, W) most probable class of each pixel of an image."""
     stored = batch.original_sizes[image].tolist()
     size = batch.sizes[image].tolist()
@@ -119,7 +118,7 @@ def _class_map(output: SemanticOutput | MaskOutput | Windows, batch: Batch, imag
 
 
 def _scores(
-    output: SemanticOutput | MaskOutput,
+    output: Output,
     rows: slice,
     size: Sequence[int],
     frame: Sequence[int],
