@@ -58,6 +58,11 @@ def test_later_layers_win_and_each_value_knows_its_source() -> None:
     assert [tree.source(key) for key in ("x.y.0", "x.z", "w.v", "n")] == ["--set", "b.json", "b.json", None]
 
 
+def test_a_first_item_is_added_to_a_list_that_no_layer_has() -> None:
+    (added,) = debug('visft.data.sets.0={"name": "more", "root": "there"}').visft.data.sets
+    assert (added.name, added.root) == ("more", "there")
+
+
 def test_a_model_file_replaces_values_of_a_stage() -> None:
     config = debug()
     assert config.sources["optimizer.params.lr"].endswith("debug.json (override)")

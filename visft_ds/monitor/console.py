@@ -10,7 +10,7 @@ import textwrap
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -61,40 +61,25 @@ def _wrapped(before: str, text: str) -> list[str]:
     return [line.replace(_GAP, " ") for line in lines] or [before.rstrip()]
 
 
+@dataclass
 class Progress(AbstractContextManager["Progress"]):
-    """The progress of a training; a context manager. On a terminal a last line shows the newest numbers.
+    """The progress of a training; a context manager. On a terminal a last line shows the newest numbers."""
 
-    Args:
-        total: optimiser steps of the whole run.
-        start: steps that were done before (a resumed run).
-        log_every: print a line that stays whenever the step is a multiple, and for the first and last step.
-        enabled: False on every process but the main one: prints nothing.
-        stream: output, stdout by default.
-        gone: called when the stream is closed at its other end.
-    """
+    total: int  #: optimiser steps of the whole run
+    start: int = 0  #: steps that were done before (a resumed run)
+    #: a line stays whenever the step is a multiple, and for the first and last step
+    log_every: int = 20
+    enabled: bool = True  #: False on every process but the main one: prints nothing
+    stream: TextIO = field(default_factory=lambda: sys.stdout)
+    gone: Callable[[], None] = lambda: None  #: called when the stream is closed at its other end
 
-    def __init__(
-        self,
-        total: int,
-        *,
-        start: int = 0,
-        log_every: int = 20,
-        enabled: bool = True,
-        stream: TextIO | None = None,
-        gone: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._total = total
-        self._start = start
-        self._log_every = log_every
-        self._enabled = enabled
-        self._stream = stream or sys.stdout
-        self._gone = gone
+    def __post_init__(self) -> None:
         #: Images, seconds, seconds of waiting for data of the newest steps, which are averaged.
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=50)
         self._losses = dict[str, float]()  # the newest of each task
         self._bar: tqdm[Any] | None = None
-        if enabled and self._stream.isatty():
-            self._bar = tqdm(file=self._stream, bar_format="{desc}", leave=False)
+        if self.enabled and self.stream.isatty():
+            self._bar = tqdm(file=self.stream, bar_format="{desc}", leave=False)
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
@@ -110,35 +95,35 @@ class Progress(AbstractContextManager["Progress"]):
             values: numbers of the step by their names in metrics.jsonl.
             images: over all processes.
         """
-        if not self._enabled:
+        if not self.enabled:
             return
         self._recent.append((images, images / values["images_per_second"], values["data_wait_seconds"]))
         self._losses.update(losses)
         text = self._text(step, values)
-        if step % self._log_every == 0 or step in (self._start + 1, self._total):
+        if step % self.log_every == 0 or step in (self.start + 1, self.total):
             self.message(text)
         if self._bar is not None:  # a line that is wrapped would leave a copy of itself at each refresh
             self._bar.set_description_str(text[: shutil.get_terminal_size().columns - 1])
 
     def message(self, text: str) -> None:
         """Print a line of its own, e.g. that a checkpoint was saved."""
-        if not self._enabled:
+        if not self.enabled:
             return
         try:
-            with tqdm.external_write_mode(self._stream):
-                print(text, file=self._stream, flush=True)
+            with tqdm.external_write_mode(self.stream):
+                print(text, file=self.stream, flush=True)
         except BrokenPipeError:
-            self._gone()
+            self.gone()
 
     def _text(self, step: int, values: Mapping[str, float]) -> str:
         images, seconds, waiting = (sum(column) for column in zip(*self._recent, strict=True))
-        left = tqdm.format_interval((self._total - step) * seconds / len(self._recent))
+        left = tqdm.format_interval((self.total - step) * seconds / len(self._recent))
         rates = [value for name, value in values.items() if name.startswith("lr/")]
         lr = f"{min(rates):.2e}"
         if max(rates) > min(rates):  # parameter groups differ
             lr += f" to {max(rates):.2e}"
         parts = [
-            f"step {step}/{self._total}",
+            f"step {step}/{self.total}",
             f"eta {left}",
             *(f"{task} {loss:.4g}" for task, loss in sorted(self._losses.items())),
             f"{images / seconds:.3g} img/s",

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,43 +61,41 @@ def tag_of(name: str) -> str:
     return f"{_GROUPS.get(first, first)}{slash}{rest}"
 
 
+@dataclass
 class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """Appends one JSON object per step or event to OUT/metrics.jsonl, and the same numbers to
     OUT/tensorboard/, there in groups: losses, memory, metrics, optimizer, speed; and predictions.
-
-    Args:
-        out: the run folder.
-        resume_step: optimiser steps already done; later records of an interrupted run are removed.
-        enabled: False on every process but the main one: nothing is written.
-        callbacks: called with the numbers of each step and evaluation after they were written.
     """
 
-    def __init__(
-        self, out: Path, *, resume_step: int = 0, enabled: bool = True, callbacks: Sequence[Callback] = ()
-    ) -> None:
-        self.path = out / METRICS_FILE
-        self._enabled = enabled
+    out: Path  #: the run folder
+    resume_step: int = 0  #: optimiser steps already done; later records of an interrupted run are removed
+    enabled: bool = True  #: False on every process but the main one: nothing is written
+    #: called with the numbers of each step and evaluation after they were written
+    callbacks: Sequence[Callback] = ()
+
+    def __post_init__(self) -> None:
+        self.path = self.out / METRICS_FILE
         #: The newest number of each name, those of an interrupted run included.
         self.last: dict[str, float] = {}
         self.evaluated: set[int] = set()  #: evaluated steps among the newest records of an interrupted run
         self.concluded = False  #: the last number of the run has been written
         self.ends_run = False  #: a callback has returned True
-        self._callbacks = callbacks if enabled else ()
         self._warned: set[str] = set()
         self._events: Any = None  # the SummaryWriter of TensorBoard
         self._ended: Any = None  # what tells its HParams tab that the run has ended
-        if not enabled:
+        if not self.enabled:
             return
-        out.mkdir(parents=True, exist_ok=True)
+        self.out.mkdir(parents=True, exist_ok=True)
         with self._attempt(METRICS_FILE):
             if self.path.is_file():
-                self._take_up(truncate_metrics(self.path, resume_step))
+                self._take_up(truncate_metrics(self.path, self.resume_step))
         with self._attempt("TensorBoard"):
             # Takes a second, which readers of this module save.
             with importing():
                 from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
+            folder = str(self.out / "tensorboard")
+            self._events = SummaryWriter(folder, purge_step=self.resume_step + 1, flush_secs=10)
 
     def _take_up(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Go on after the newest records of an interrupted run."""
@@ -164,15 +163,15 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         self._append({"kind": kind, "step": step, **values})
         for name, value in values.items():
             self._show("add_scalar", tag_of(name), value, step)
-        if self._enabled and kind == "step":
+        if self.enabled and kind == "step":
             self.last.update(values)
-            for callback in self._callbacks:
+            for callback in self.callbacks:
                 answer = callback(step, values)
                 if isinstance(answer, bool | np.bool_) and answer:  # any other value may be an accident
                     self.ends_run = True
 
     def _append(self, record: dict[str, Any]) -> None:
-        if not self._enabled:
+        if not self.enabled:
             return
         record["time"] = round(time.time(), 3)
         for name, value in record.items():

@@ -92,7 +92,7 @@ def check_paste(config: VisftConfig, sets: TrainingSets) -> None:
     """Raise ValueError if a stream pastes objects by their masks and none of its sets has one."""
     for stream in config.streams().values():
         manifests = [sets[name].manifest for name in streams_by_set(stream, sets)]
-        if stream.image.get("paste") and not any(has_masks(manifest) for manifest in manifests):
+        if stream.image.get("paste") and not any(map(has_masks, manifests)):
             raise ValueError(
                 f"{stream.key}.image.paste = {stream.image['paste']} pastes objects by their masks, and no "
                 "object of the data has one: set it to 0"
