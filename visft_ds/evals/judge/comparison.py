@@ -26,9 +26,6 @@ from visft_ds.evals.judge.shift import Match, ShiftMeter
 from visft_ds.evals.judge.table import Results, Trial
 from visft_ds.evals.judge.variants import Models, Variant, check_controls, check_needs, up_to_the_end_of
 
-#: (label of a model, label of a data set) -> block -> full name of a number -> its score.
-_Made = Mapping[tuple[str, str], dict[str, Named]]
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -72,6 +69,8 @@ class Comparison:
         self._number = self.numbers[primary]
         self._ranked: dict[str, list[str]] = {}  # variant -> its blocks, the best first
         self._meters: dict[str, ShiftMeter] = {}
+        #: (label of a model, label of a data set) -> block -> scores
+        self._made: dict[tuple[str, str], dict[str, Named]] = {}
 
         self.origin = next(iter(variants.values()))[0]
         self._models = Models(self.origin, settings)
@@ -281,24 +280,21 @@ class Comparison:
     def score(self) -> Scores:
         """Scores of all models. Raises ValueError if one has no primary number."""
         plan = self._plan()
-        calls = [partial(self._scores, work) for work in plan.values()]
-        made = dict(zip(plan, shared(calls, "scores"), strict=True))
-        self._count_agreement(made)
-
-        chosen = {
-            spec.label: self._of_model(spec, variant, made)
-            for variant in self.variants
-            for spec in variant.models
-        }
-
-        def primary_of(spec: ModelSpec, block: str) -> Named:
-            return {self.primary: made[spec.label, self._deciding.label][block][self.primary]}
-
+        calls = []
+        for work in plan.values():
+            load = partial(self._models.encoder, work.spec, work.benchmark)
+            calls.append(partial(score, work, load, self._models.settings_of(work.spec)))
+        self._made = dict(zip(plan, shared(calls, "scores"), strict=True))
+        chosen: dict[str, Named] = {}
+        for variant in self.variants:
+            chosen |= {spec.label: self._of_model(spec, variant) for spec in variant.models}
         last: dict[str, Named] = {}
         if self.best:
             for variant in [self.base, *self.tuned]:
-                last |= {spec.label: primary_of(spec, variant.last) for spec in variant.models}
-        cut = {name: primary_of(self.origin, base.block(self.primary)) for name, base in self._cuts.items()}
+                last |= {spec.label: self._primary_of(spec, variant.last) for spec in variant.models}
+        cut = {
+            name: self._primary_of(self.origin, base.block(self.primary)) for name, base in self._cuts.items()
+        }
         return Scores(chosen, last, cut)
 
     def _plan(self) -> dict[tuple[str, str], Work]:
@@ -322,35 +318,32 @@ class Comparison:
             work.numbers[block].add(number.name)
         return plan
 
-    def _of_model(self, spec: ModelSpec, variant: Variant, made: _Made) -> Named:
+    def _of_model(self, spec: ModelSpec, variant: Variant) -> Named:
         """Full name -> score of a model at the blocks that were chosen; without numbers that it lacks."""
         scores: Named = {}
         for benchmark in self.benchmarks:
-            of_blocks = made[spec.label, benchmark.label]
             for name in benchmark.full_names:
-                if name in of_blocks[variant.block(name)]:
-                    scores[name] = of_blocks[variant.block(name)][name]
+                at_block = self._at(spec, benchmark, variant.block(name))
+                if name in at_block:
+                    scores[name] = at_block[name]
         if self.primary not in scores:
             raise ValueError(f"--primary {self.primary}: {spec.label} has no such number")
         return scores
 
-    def _scores(self, work: Work, own: bool) -> dict[str, Named]:
-        """Block -> full name -> what is asked of it, by one model on one data set."""
-        load = partial(self._models.encoder, work.spec, work.benchmark)
-        return score(work, load, self._models.settings_of(work.spec), own)
+    def _primary_of(self, spec: ModelSpec, block: str) -> Named:
+        return {self.primary: self._at(spec, self._deciding, block)[self.primary]}
 
-    def _count_agreement(self, made: _Made) -> None:
-        """Turn answers of the classifier into 1.0 where they are those of BASE."""
-        for benchmark in self.benchmarks:
-            if not benchmark.asks_classifier:
-                continue
-            (name,) = benchmark.full_names
-            of_base = made[self.origin.label, benchmark.label][self.base.last][name]
-            for (_, label), by_block in made.items():
-                if label == benchmark.label:
-                    for scores in by_block.values():
-                        agrees = scores[name].values == of_base.values
-                        scores[name] = replace(scores[name], values=agrees.astype(float))
+    def _at(self, spec: ModelSpec, benchmark: Benchmark, block: str) -> Named:
+        """Scores of a model on a data set; of answers of the classifier, whether they are those of BASE."""
+        scores = self._made[spec.label, benchmark.label][block]
+        if not benchmark.asks_classifier:
+            return scores
+        of_base = self._made[self.origin.label, benchmark.label][self.base.last]
+        agreeing: Named = {}
+        for name, answers in scores.items():
+            agrees = answers.values == of_base[name].values
+            agreeing[name] = replace(answers, values=agrees.astype(float))
+        return agreeing
 
 
 def _choosing(benchmark: Benchmark) -> list[Number]:
