@@ -114,8 +114,8 @@ def _evaluations(run: _Run, alone: bool) -> list[Evaluation]:
     images = _images_of_evaluations(run)
     evaluations = []
     for entry in shown:
-        metrics = {name: float(value) for name, value in entry.items() if name.startswith("val/")}
-        metrics = {name.removeprefix("val/"): value for name, value in metrics.items()}
+        names = [name for name in entry if name.startswith("val/")]
+        metrics = {name.removeprefix("val/"): float(entry[name]) for name in names}
         label = f"step {entry['step']}" if alone else run.label
         record = {"data": {"where": f"{data.root}/{data.val}"}}
         evaluations.append(Evaluation(label, run.folder, metrics, images, record))
@@ -157,10 +157,8 @@ def _visualizations(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
         rows: Rows = {}
         for image in shared[:_MOST_IMAGES]:
             pairs = [split_panels(drawings[image]) for drawings in drawn.values()]
-            truth, _ = pairs[0]
-            rows[str(image)] = [
-                embedded(panel) for panel in (truth, *(prediction for _, prediction in pairs))
-            ]
+            truths, predictions = zip(*pairs, strict=True)
+            rows[str(image)] = [embedded(panel) for panel in (truths[0], *predictions)]
         if rows:
             by_task.append({"task": task, "labels": ["ground truth", *drawn], "rows": rows})
     return by_task

@@ -153,9 +153,7 @@ class Experiment:
         if not any(text.startswith("segmentation=") for text in self.judged_on):
             raise ValueError("the gain is judged by patches and objects: give --on segmentation=SOURCE")
         self._check_inputs()
-        self.comparisons: list[Path] = []
-        for name in self.variants:
-            self.comparisons += self._compare(name)
+        self.comparisons = [folder for name in self.variants for folder in self._compare(name)]
         self.styles = self._compare_in_styles() if flags.styles else None
 
     def _check_inputs(self) -> None:

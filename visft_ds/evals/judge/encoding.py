@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -188,19 +189,17 @@ def pictures(
             return square(image.resize((side, side), resample))
         return encoder.preprocess(image)
 
+    numbers = range(len(images))
+    starts = numbers[:: settings.batch_size]
     with ThreadPoolExecutor(max(1, settings.threads)) as pool:
-        decoding: deque[list[Future[Tensor]]] = deque()
+        batches = (
+            [pool.submit(load, number) for number in numbers[start : start + settings.batch_size]]
+            for start in starts
+        )
+        decoding = deque(islice(batches, _AHEAD))
         try:
-            for start in range(0, len(images), settings.batch_size):
-                numbers = range(len(images))[start : start + settings.batch_size]
-                decoding.append([pool.submit(load, number) for number in numbers])
-                if len(decoding) == _AHEAD:
-                    yield _decoded(decoding.popleft())
             while decoding:
-                yield _decoded(decoding.popleft())
+                yield torch.stack([image.result() for image in decoding.popleft()])
+                decoding.extend(islice(batches, 1))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _decoded(batch: Sequence[Future[Tensor]]) -> Tensor:
-    return torch.stack([image.result() for image in batch])

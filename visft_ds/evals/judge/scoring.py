@@ -27,7 +27,6 @@ from visft_ds.files import write_text, writing
 from visft_ds.monitor.console import gauge
 
 VERSION = 6  #: changes when the same model and data would give other scores
-_ARRAYS = ("values", "groups", "maps", "retrained")  # of a score
 _Result = TypeVar("_Result")
 Named = dict[str, Score]  #: full name of a number -> its score
 
@@ -138,10 +137,9 @@ def _save(path: Path, scores: Iterable[Score], names: Collection[str]) -> None:
     for score in scores:
         if score.name in names:
             assert np.isfinite(score.values).all() and len(score.values), score.name
-            for part in _ARRAYS:
-                array = getattr(score, part)
-                if array is not None:
-                    arrays[f"{score.name}/{part}"] = array
+            parts = {part: array for part, array in vars(score).items() if array is not None}
+            name = parts.pop("name")
+            arrays |= {f"{name}/{part}": array for part, array in parts.items()}
     with writing(path) as file:
         np.savez_compressed(file, **arrays)
 
