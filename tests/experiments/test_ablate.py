@@ -15,6 +15,7 @@ import pytest
 from tests.tiny import TINY
 from visft_ds.evals.judge.benchmark import Score
 from visft_ds.evals.judge.table import Trial, rows_of
+from visft_ds.evals.records import JUDGE
 from visft_ds.experiments import ablate
 from visft_ds.experiments.ablate import Experiment, _parser, main
 from visft_ds.experiments.results import BASE, EQUAL, over_styles, report, verdict
@@ -185,6 +186,7 @@ def test_the_table_holds_gain_and_price_at_equal_feature_shift(
             numbers[0],
         )
         record = {
+            "format": JUDGE,
             "primary": numbers[0],
             "variants": {variant: [variant] for variant in variants},
             "shifts": dict.fromkeys(variants, 0.2),

@@ -33,9 +33,11 @@ def report(
         styles: folder of the comparison over drawn styles, if one was asked for.
         failed: name -> reason of the steps that have no result.
     """
+    from visft_ds.evals.records import read_judged  # takes a second, which --help would, too
+
     content: dict[str, Any] = {}
     rows: dict[str, Row] = {}
-    for record in [_read(folder) for folder in comparisons if folder.name not in failed]:
+    for record in [read_judged(folder) for folder in comparisons if folder.name not in failed]:
         content["primary"] = record["primary"]
         for row in variant_rows(record):
             rows.setdefault(row["variant"], row)
@@ -44,7 +46,7 @@ def report(
     content["failed"] = failed
     sections = [Section("verdict", [(content["verdict"],)]), _table(content["rows"])]
     if styles is not None and styles.name not in failed:
-        judged = _read(styles)["rows"]
+        judged = read_judged(styles)["rows"]
         content["styles"] = over_styles(judged)
         means = [(f"{FIRST} {name}", _cell(mean)) for name, mean in content["styles"].items()]
         title = f"{IN_CONTEXT}, mean over {len(judged)} drawn styles, Student's t"
@@ -57,11 +59,6 @@ def _table(rows: Sequence[Row]) -> Section:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     return Section("percentage points, over items and seeds together; * excludes zero", cells, columns)
-
-
-def _read(folder: Path) -> Record:
-    record: Record = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
-    return record
 
 
 def variant_rows(record: Record) -> Iterator[Row]:
