@@ -115,12 +115,11 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, k_bias, self.v_bias])
         qkv: Tensor = self.qkv(x, bias)
         head_width = x.shape[1] // self.num_heads
-        q, k, v = qkv.view(images, -1, 3, self.num_heads, head_width).unbind(2)  # (B, N, heads, d)
+        parts = qkv.view(images, -1, 3, self.num_heads, head_width).unbind(2)  # (B, N, heads, d)
         if packing is not None:
-            return attention_packed(q[0], k[0], v[0], packing).flatten(1)
-        q = q.transpose(1, 2)
-        k = k.transpose(1, 2)
-        v = v.transpose(1, 2)
+            q, k, v = (part[0] for part in parts)
+            return attention_packed(q, k, v, packing).flatten(1)
+        q, k, v = (part.transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(q, k, v)
         return mixed.transpose(1, 2).reshape(x.shape)
 
@@ -330,38 +329,29 @@ class EvaViT(nn.Module):
                 positions are resized to each image's own grid, and (h, w) is the largest of these grids, with
                 0 beyond each. None: all images fill the batch.
         """
-        maps: list[Tensor] = []
-        class_tokens: list[Tensor] = []
-        if frames is None:
-            for tokens in self.tokens(images):
-                maps.append(self.feature_map(tokens, images.shape[-2:]))
-                class_tokens.append(tokens[:, :1])
-        else:
-            grids = [self._grid(frame) for frame in frames]
-            packing = self.packing(grids, images.device)
-            for tokens in self.tokens(images, grids, packing):
-                map_, first = self.unpacked(tokens, grids)
-                maps.append(map_)
-                class_tokens.append(first)
+        grids = None if frames is None else [self._grid(frame) for frame in frames]
+        streams = self.tokens(images, grids)
+        pairs = [self.map_of(tokens, images.shape[-2:], grids) for tokens in streams]
+        maps, class_tokens = zip(*pairs, strict=True)
         if prefixes and self.cls_token is not None:
             return (*maps, *class_tokens)
-        return tuple(maps)
+        return maps
 
-    def packing(self, grids: Grids, device: torch.device) -> Packing:
-        """Packing of images of these grids."""
-        return Packing.of(self._lengths(grids), device)
+    def packing(self, grids: Grids | None, device: torch.device) -> Packing | None:
+        """Packing of images of these grids; None for a batch."""
+        return None if grids is None else Packing.of(self._lengths(grids), device)
 
-    def unpacked(self, tokens: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
-        """Packed tokens (1, T, D) -> the map (B, D, h, w), and the class tokens (B, 1, D), or (B, 0, D)."""
+    def map_of(self, tokens: Tensor, size: Sequence[int], grids: Grids | None) -> tuple[Tensor, Tensor]:
+        """The map (B, D, h, w), and the class tokens (B, 1, D), or (B, 0, D), of tokens of images of this
+        height and width, or of packed tokens (1, T, D).
+        """
         before = self._prefix_tokens()
-        maps = []
-        class_tokens = []
+        if grids is None:
+            return self.feature_map(tokens, size), tokens[:, :before]
         images = tokens[0].split(self._lengths(grids))
-        for image, grid in zip(images, grids, strict=True):
-            class_tokens.append(image[:before])
-            maps.append(image[before:].unflatten(0, grid))
-        map_ = stack_padded(maps).permute(0, 3, 1, 2)
-        return map_, torch.stack(class_tokens)
+        maps = [image[before:].unflatten(0, grid) for image, grid in zip(images, grids, strict=True)]
+        class_tokens = torch.stack([image[:before] for image in images])
+        return stack_padded(maps).permute(0, 3, 1, 2), class_tokens
 
     def _grid(self, size: Sequence[int]) -> tuple[int, int]:
         """(height, width) in whole patches of an image of this size in pixels."""
@@ -377,17 +367,12 @@ class EvaViT(nn.Module):
         before = self._prefix_tokens()
         return [before + height * width for height, width in grids]
 
-    def tokens(
-        self,
-        images: Tensor,
-        grids: Grids | None = None,
-        packing: Packing | None = None,
-    ) -> tuple[Tensor, ...]:
+    def tokens(self, images: Tensor, grids: Grids | None = None) -> tuple[Tensor, ...]:
         """(B, 3, H, W) -> (B, [1 +] h*w, D), or packed (1, T, D), normed, behind each block that is read; the
         class token, if there is one, first."""
         read = self.layers_read or (self.depth - 1,)
-        embedded = self.embed(images, grids)
-        streams = self.run_blocks(self.blocks, embedded, packing, read)
+        packing = self.packing(grids, images.device)
+        streams = self.run_blocks(self.blocks, self.embed(images, grids), packing, read)
         return tuple(self.norm(stream) for stream in streams)
 
     def embed(self, images: Tensor, grids: Grids | None = None) -> Tensor:
@@ -492,9 +477,8 @@ def last_block(layers: Sequence[int], ends: Sequence[str], model: str) -> int:
         raise ValueError(f"visft.model.out_indices: {list(layers)} must ascend")
     last = max(layers)
     if last >= len(ends):
-        names = ", ".join(ends)
         raise ValueError(
-            f"visft.model.out_indices: no block {last}: {model} has 0 to {len(ends) - 1} ({names})"
+            f"visft.model.out_indices: no block {last}: {model} has 0 to {len(ends) - 1} ({', '.join(ends)})"
         )
     return last
 
@@ -516,12 +500,10 @@ def resized_positions(grid: Tensor, size: tuple[int, int]) -> Tensor:
 
 def stack_padded(maps: Sequence[Tensor]) -> Tensor:
     """[(h, w, ...)] -> (B, H, W, ...), padded below and on the right with 0 to the largest h and w."""
-    height = max(map_.shape[0] for map_ in maps)
-    width = max(map_.shape[1] for map_ in maps)
+    sizes = [map_.shape[:2] for map_ in maps]
+    height, width = map(max, zip(*sizes, strict=True))
     inner = (0, 0) * (maps[0].ndim - 2)  # the sides behind the width are not padded
     padded = []
-    for map_ in maps:
-        below = height - map_.shape[0]
-        right = width - map_.shape[1]
-        padded.append(F.pad(map_, (*inner, 0, right, 0, below)))
+    for map_, (rows, columns) in zip(maps, sizes, strict=True):
+        padded.append(F.pad(map_, (*inner, 0, width - columns, 0, height - rows)))
     return torch.stack(padded)

@@ -108,32 +108,20 @@ class LoRAConv2d(AdaptedLayer):
         alpha: float,
     ) -> None:
         super().__init__(base, slices, rank=rank, alpha=alpha)
-        self.in_channels = base.in_channels
-        self.out_channels = base.out_channels
-        self.padding_mode = base.padding_mode
-        self.sides = base._reversed_padding_repeated_twice
+        self.convolve = base._conv_forward  #: with its padding, stride and dilation
         self.pads_same = _pads_same(base)
-        padding = base.padding if base.padding_mode == "zeros" else 0
-        self.window: tuple[Any, ...] = (base.stride, padding, base.dilation)
+        self.window = (base.kernel_size, base.stride, base.dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W') in the dtype that torch chooses for a convolution."""
-        if self.padding_mode != "zeros":
-            x = F.pad(x, self.sides, mode=self.padding_mode)
         if self.pads_same:
-            x = F.pad(x, [*self._sides_for(x.shape[3], 1), *self._sides_for(x.shape[2], 0)])
-        y = F.conv2d(x, self.weight, self.bias, *self.window)
-        inner = F.conv2d(x, self.lora_A, None, *self.window)
+            from timm.layers import pad_same  # timm is here: the layer is its own
+
+            x = pad_same(x, *self.window)
+        y = self.convolve(x, self.weight, self.bias)
+        inner = self.convolve(x, self.lora_A, None)
         update = F.conv2d(inner, self.lora_B[:, :, None, None])
         return y + self.scale * update
-
-    def _sides_for(self, size: int, axis: int) -> tuple[int, int]:
-        """Pixels before and behind this many, so that an output falls on each multiple of the stride."""
-        stride, _, dilation = self.window
-        last = (size - 1) // stride[axis] * stride[axis]
-        reach = dilation[axis] * (self.shapes["lora_A"][2 + axis] - 1)
-        missing = max(last + reach + 1 - size, 0)
-        return missing // 2, missing - missing // 2
 
 
 def dense_update(
@@ -179,7 +167,13 @@ def slices_of(backbone: nn.Module, targets: Iterable[str]) -> dict[str, Slices]:
     layers = adaptable_layers(backbone)
     rows_of: dict[str, list[tuple[int, int]]] = {}
     for target in targets:
-        for name, (lo, hi) in _rows_of(layers, target).items():
+        rows = _rows_of(layers, target)
+        if not rows:
+            raise ValueError(
+                f"visft.lora.targets: no layer for {target!r}; there are {', '.join(TARGETS)} of blocks, and "
+                f"layers such as {', '.join([*layers][:8])}"
+            )
+        for name, (lo, hi) in rows.items():
             taken = rows_of.setdefault(name, [])
             if any(lo < end and begin < hi for begin, end in taken):
                 raise ValueError(f"visft.lora.targets: {name} is adapted by two targets")
@@ -197,7 +191,9 @@ def adapt_layers(
         if layer is None:
             raise ValueError(f"{name} is no linear layer or convolution in it that takes a LoRA")
         if getattr(layer, "groups", 1) > 1:
-            raise ValueError(f"{name} is a grouped convolution, which has no LoRA")
+            raise ValueError(
+                f"{name} is a grouped convolution, which has no LoRA: choose others (visft.lora.targets)"
+            )
         parent, _, leaf = name.rpartition(".")
         owner: Any = backbone.get_submodule(parent)
         kind = LoRAConv2d if isinstance(layer, nn.Conv2d) else LoRALinear
@@ -233,13 +229,13 @@ def targets_of(backbone: nn.Module, slices: Mapping[str, Slices]) -> tuple[str, 
     where none do, as for q of a single block.
     """
     layers = adaptable_layers(backbone)
-    missing = {(name, rows) for name, ranges in slices.items() for rows in ranges}
+    missing = {(name, range_) for name, ranges in slices.items() for range_ in ranges}
     targets = []
     for target in dict.fromkeys([*TARGETS, *globs_of(slices), *slices]):
-        rows_of = _matches(layers, target)
-        if rows_of and missing.issuperset(rows_of.items()):
+        rows = _rows_of(layers, target).items()
+        if rows and missing.issuperset(rows):
             targets.append(target)
-            missing.difference_update(rows_of.items())
+            missing.difference_update(rows)
     return () if missing else tuple(targets)
 
 
@@ -249,40 +245,17 @@ def globs_of(names: Iterable[str]) -> list[str]:
 
 
 def _rows_of(layers: Mapping[str, Any], target: str) -> dict[str, tuple[int, int]]:
-    """Layer -> its rows that a role or glob adapts. Raises ValueError: none, or a grouped convolution."""
-    rows = _matches(layers, target)
-    if not rows:
-        roles = ", ".join(TARGETS)
-        names = ", ".join([*layers][:8])
-        raise ValueError(
-            f"visft.lora.targets: no layer for {target!r}; there are {roles} of blocks, and layers such as "
-            f"{names}"
-        )
-    for name in rows:
-        if getattr(layers[name], "groups", 1) > 1:
-            raise ValueError(
-                f"visft.lora.targets: {target!r} matches {name}, and grouped convolutions have no LoRA"
-            )
-    return rows
-
-
-def _matches(layers: Mapping[str, Any], target: str) -> dict[str, tuple[int, int]]:
-    """`_rows_of` without its errors."""
-    if target in TARGETS:
-        return _rows_of_role(layers, target)
-    return {name: (0, len(layer.weight)) for name, layer in layers.items() if fnmatchcase(name, target)}
-
-
-def _rows_of_role(layers: Mapping[str, Any], role: str) -> dict[str, tuple[int, int]]:
-    """Layer of a block -> its rows that have this role."""
+    """Layer -> its rows that a role or glob adapts."""
+    if target not in TARGETS:
+        return {name: (0, len(layer.weight)) for name, layer in layers.items() if fnmatchcase(name, target)}
     rows = {}
-    path, number, of = TARGETS[role]
+    path, number, of = TARGETS[target]
     for name, layer in layers.items():
         width = len(layer.weight)
         height = width // of
         if name.startswith("blocks.") and name.endswith(f".{path}"):
             rows[name] = (height * number, height * (number + 1))
-        elif path == "attn.qkv" and name.endswith(f".attn.{role}_proj"):  # EVA-02's larger models in timm
+        elif path == "attn.qkv" and name.endswith(f".attn.{target}_proj"):  # EVA-02's larger models in timm
             rows[name] = (0, width)
     return rows
 
@@ -308,8 +281,4 @@ def lora_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
 
 def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by qualified name: `...lora_A`, `...lora_B`."""
-    parameters = {}
-    for name, layer in lora_layers(module).items():
-        parameters[f"{name}.lora_A"] = layer.lora_A
-        parameters[f"{name}.lora_B"] = layer.lora_B
-    return parameters
+    return {name: value for name, value in module.named_parameters() if name.rpartition(".")[2] in KINDS}

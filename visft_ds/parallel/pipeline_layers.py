@@ -65,8 +65,7 @@ class BlockLayer(Layer):
         """Tokens to tokens of the same shape."""
         tokens, facts = travelling
         _, backbone = self._whole
-        grids = grids_of(facts)
-        packing = None if grids is None else backbone.packing(grids, tokens.device)
+        packing = backbone.packing(grids_of(facts), tokens.device)
         (tokens,) = backbone.run_blocks([self.block], tokens, packing)
         return tokens, facts
 
@@ -96,13 +95,8 @@ class HeadsLayer(Layer):
         tokens, facts = travelling
         model, backbone = self._whole
         batch = self.batch.to(tokens.device)
-        tokens = self.norm(tokens)
-        grids = grids_of(facts)
         size = model.padded_size(batch)
-        if grids is None:
-            features = backbone.feature_map(tokens, size)
-        else:
-            features, _ = backbone.unpacked(tokens, grids)
+        features, _ = backbone.map_of(self.norm(tokens), size, grids_of(facts))
         maps = [Map.of(at_least_float32(features), batch.sizes, size)]
         output = model.outputs(maps, batch, self.loss_denominators)
         self.on_output(output, facts[:1], self.batch)
