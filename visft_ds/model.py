@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.samples import Batch, Map, valid_region
 from visft_ds.models import Backbone
-from visft_ds.models.eva_vit import Grids, stack_padded
+from visft_ds.models.eva_vit import Grids, stacked
 from visft_ds.ops import at_least_float32, autocast_dtype, autocast_to, to_device
 from visft_ds.tasks.criterion import Criterion, LossDenominators, tensors_of
 
@@ -186,11 +186,7 @@ class MultiTaskModel(nn.Module):
                 index = int(batch.indices[position])
                 self.feature_cache.put(key, index, view.frame, stored)
             images.append([tensor.float() for tensor in stored])
-        tensors = []
-        for of_images in zip(*images, strict=True):
-            tensor = stack_padded(of_images)
-            tensors.append(tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor)
-        return tensors
+        return [stacked(of_images) for of_images in zip(*images, strict=True)]
 
     def _features_to_store(self, batch: Batch, position: int, frame: tuple[int, int]) -> tuple[Tensor, ...]:
         """Maps (h, w, D) and tokens (P, D) of one image of a batch, bf16."""

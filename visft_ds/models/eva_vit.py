@@ -350,8 +350,7 @@ class EvaViT(nn.Module):
             return self.feature_map(tokens, size), tokens[:, :before]
         images = tokens[0].split(self._lengths(grids))
         maps = [image[before:].unflatten(0, grid) for image, grid in zip(images, grids, strict=True)]
-        class_tokens = torch.stack([image[:before] for image in images])
-        return stack_padded(maps).permute(0, 3, 1, 2), class_tokens
+        return stacked(maps), stacked([image[:before] for image in images])
 
     def _grid(self, size: Sequence[int]) -> tuple[int, int]:
         """(height, width) in whole patches of an image of this size in pixels."""
@@ -498,12 +497,17 @@ def resized_positions(grid: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.flatten(2)[0].t().to(grid.dtype)
 
 
-def stack_padded(maps: Sequence[Tensor]) -> Tensor:
-    """[(h, w, ...)] -> (B, H, W, ...), padded below and on the right with 0 to the largest h and w."""
-    sizes = [map_.shape[:2] for map_ in maps]
-    height, width = map(max, zip(*sizes, strict=True))
-    inner = (0, 0) * (maps[0].ndim - 2)  # the sides behind the width are not padded
+def stacked(of_images: Sequence[Tensor]) -> Tensor:
+    """Maps [(h, w, D)] of some images as (B, D, H, W), padded below and on the right with 0 to the largest h
+    and w; or their tokens [(P, D)] as (B, P, D).
+    """
+    if of_images[0].ndim == 2:
+        return torch.stack(list(of_images))
+    height = max(map_.shape[0] for map_ in of_images)
+    width = max(map_.shape[1] for map_ in of_images)
     padded = []
-    for map_, (rows, columns) in zip(maps, sizes, strict=True):
-        padded.append(F.pad(map_, (*inner, 0, width - columns, 0, height - rows)))
-    return torch.stack(padded)
+    for map_ in of_images:
+        below = height - map_.shape[0]
+        right = width - map_.shape[1]
+        padded.append(F.pad(map_, (0, 0, 0, right, 0, below)))
+    return torch.stack(padded).permute(0, 3, 1, 2)

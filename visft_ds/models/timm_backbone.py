@@ -11,6 +11,7 @@ Letters: B images, H W pixels, h w feature grid, D width, P tokens in front of t
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visft_ds.models.eva_vit import Grids, last_block, stack_padded
+from visft_ds.models.eva_vit import Grids, last_block, stacked
 from visft_ds.ops import shapes_alone
 from visft_ds.pretrained import check_timm
 from visft_ds.settings.bands import Bands
@@ -79,23 +80,19 @@ class TimmBackbone(nn.Module):
         self.set_grad_checkpointing(self.recompute != "none")
         if frames is None:
             return self._features(images, prefixes)
+        positions_of = defaultdict[tuple[int, int, int], list[int]](list)  # of the images of each call
+        for position, (height, width) in enumerate(frames):
+            call = position if self.one_by_one else 0
+            positions_of[height, width, call].append(position)
         features_of: dict[int, list[Tensor]] = {}  # by position in the batch
-        for (height, width), positions in self._calls(frames):
+        for (height, width, _), positions in positions_of.items():
             alike = torch.stack([images[position, :, :height, :width] for position in positions])
             features = self._features(alike, prefixes)
+            channels_last = [part.permute(0, 2, 3, 1) if part.ndim == 4 else part for part in features]
             for row, position in enumerate(positions):
-                features_of[position] = [tensor[row] for tensor in features]
+                features_of[position] = [part[row] for part in channels_last]
         in_order = [features_of[position] for position in range(len(frames))]
-        return tuple(_stacked(of_images) for of_images in zip(*in_order, strict=True))
-
-    def _calls(self, frames: Grids) -> list[tuple[tuple[int, int], list[int]]]:
-        """(height, width) of each call of timm's model, and the positions in the batch of its images."""
-        if self.one_by_one:
-            return [(frame, [position]) for position, frame in enumerate(frames)]
-        groups: dict[tuple[int, int], list[int]] = {}
-        for position, frame in enumerate(frames):
-            groups.setdefault(frame, []).append(position)
-        return list(groups.items())
+        return tuple(stacked(of_images) for of_images in zip(*in_order, strict=True))
 
     def _features(self, images: Tensor, prefixes: bool) -> tuple[Tensor, ...]:
         """`forward` of images that fill the batch."""
@@ -112,8 +109,7 @@ class TimmBackbone(nn.Module):
         if not with_prefix:
             return tuple(self.forward_intermediates(images, **self.reading))
         pairs = self.forward_intermediates(images, **self.reading, return_prefix_tokens=True)
-        maps = [map_ for map_, _ in pairs]
-        prefix_tokens = [tokens for _, tokens in pairs]
+        maps, prefix_tokens = zip(*pairs, strict=True)
         return (*maps, *prefix_tokens)
 
     def feature_map(self, features: Tensor, size: Sequence[int]) -> Tensor:
@@ -170,7 +166,7 @@ class TimmBackbone(nn.Module):
         last = last_block(layers, self.ends(), f"timm's {self.name}")
         # EfficientNets count their stem as number 0, if asked for each block.
         counts_stem = hasattr(self, "conv_stem")
-        shift = 1 if counts_stem else 0
+        shift = int(counts_stem)
         options = {"extra_blocks": True} if counts_stem else {}
         whole = self.state_dict()
         self.prune_intermediate_layers([last + shift], **options)
@@ -204,16 +200,6 @@ def _call(method: str, first: str, options: Mapping[str, Any]) -> str:
     return f"model.{method}({', '.join(arguments)})"
 
 
-def _stacked(of_images: Sequence[Tensor]) -> Tensor:
-    """Maps (D, h, w) of some images, or their tokens (P, D), as (B, D, h, w), with 0 beyond each, or (B, P,
-    D).
-    """
-    if of_images[0].ndim == 2:
-        return torch.stack(list(of_images))
-    channels_last = [map_.permute(1, 2, 0) for map_ in of_images]
-    return stack_padded(channels_last).permute(0, 3, 1, 2)
-
-
 def as_backbone(
     model: nn.Module,
     name: str,
@@ -243,11 +229,12 @@ def as_backbone(
     backbone.left_out = {}
     backbone.pruning = ""
     backbone.image_size = options.get("img_size", int(config["input_size"][-1]))
-    backbone.pixel_mean = tuple(config["mean"])
-    backbone.pixel_std = tuple(config["std"])
     backbone.bands = bands
     backbone.first_weight = f"{config.get('first_conv')}.weight"
-    if bands is not None:
+    if bands is None:
+        backbone.pixel_mean = tuple(config["mean"])
+        backbone.pixel_std = tuple(config["std"])
+    else:
         _check_stem(backbone, name, len(bands.numbers))
         backbone.pixel_mean = bands.mean
         backbone.pixel_std = bands.std
@@ -300,12 +287,11 @@ def _measured(backbone: TimmBackbone) -> tuple[tuple[tuple[int, int], ...], list
             f"timm's {backbone.name} gives no map that follows the size of its image, which heads need "
             f"({error}); plain ViTs and convolutional networks do"
         ) from error
-    used = set()
+    unused = dict.fromkeys(name.partition(".")[0] for name in parameters)
     for name, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
-            used.add(name.partition(".")[0])
-    owners = {name.partition(".")[0] for name in parameters}
-    return shapes, [child for child, _ in backbone.named_children() if child in owners - used]
+            unused.pop(name.partition(".")[0], None)
+    return shapes, [child for child, _ in backbone.named_children() if child in unused]
 
 
 def _shape_of(map_: Tensor, patch: int | None) -> tuple[int, int]:
@@ -399,7 +385,7 @@ def fine_maps(name: str) -> tuple[dict[int, int], int]:
     cells of 16). Empty: the last block is read.
     """
     backbone = build_timm(name, device="meta")
-    strides = {str(info["module"]): int(info["reduction"]) for info in getattr(backbone, "feature_info", ())}
+    strides = _strides_of(backbone)
     *_, last = [0, *strides.values()]
     if 0 < last <= 16:
         return {}, 320 // last * last
@@ -420,5 +406,10 @@ def scene_maps(name: str) -> list[int]:
     ends = backbone.ends()
     if backbone.patch is not None:
         return sorted({math.ceil(len(ends) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)})
-    strides = {int(info["reduction"]): str(info["module"]) for info in getattr(backbone, "feature_info", ())}
-    return [ends.index(module) for stride, module in strides.items() if 8 <= stride <= 32]
+    modules = {stride: module for module, stride in _strides_of(backbone).items() if 8 <= stride <= 32}
+    return [ends.index(module) for module in modules.values()]
+
+
+def _strides_of(backbone: TimmBackbone) -> dict[str, int]:
+    """Module -> pixels of the image to a cell of its map, of timm's list of features."""
+    return {info["module"]: info["reduction"] for info in getattr(backbone, "feature_info", ())}
