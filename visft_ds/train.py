@@ -19,7 +19,7 @@ from pathlib import Path
 from visft_ds import distributed
 from visft_ds.config import ResolvedConfig
 from visft_ds.monitor.metrics import Callback
-from visft_ds.parallel.engine import Schedule, build_engine, released, start_process_group
+from visft_ds.parallel.engine import build_engine, released, start_process_group
 from visft_ds.parallel.placement import placement_for
 from visft_ds.prepare.data import keep_features, open_data, open_loader
 from visft_ds.prepare.datasets import TrainingSets
@@ -35,7 +35,6 @@ from visft_ds.run.report import print_start
 from visft_ds.run.start import measure_heads, open_start
 from visft_ds.run.state import RunState
 from visft_ds.run_files import EXPORT
-from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 
 
 @dataclass(frozen=True)
@@ -169,11 +168,9 @@ class Trainer:
         # 7: the engine takes the model over.
         self.engine = build_engine(
             self.prepared,
+            config,
             machine.deepspeed_config,
-            config.optimizer.params,
-            Schedule(config.scheduler, config.total_steps),
-            seed=config.visft.seed,
-            bounds=bounds,
+            bounds,
         )
         if distributed.kept_open:  # by a script that trains more than once
             stack.enter_context(released(self.engine))
@@ -240,11 +237,11 @@ class Trainer:
         # counts also asks who was told to stop, and finds ranks that are about to do something else, whose
         # gradients would be added up in silence.
         with self.watchdog.phase(f"{where}: agreeing on it"):
-            counts = counts_of(engine.module.criteria, batches)
             what = f"step {step_plan.step} {step_plan.task}"
             is_asked = bool(self.stop) or self.log.writer.ends_run
-            summed, stopping = distributed.agree_on_step(what, counts, is_asked, engine.device)
-        denominators = loss_denominators_of(summed, self.batches.micro_batches, engine.device)
+            denominators, stopping = engine.agree_on_step(
+                what, batches, self.batches.micro_batches, stop=is_asked
+            )
 
         with (
             self.watchdog.phase(f"{where}: forward, backward, update"),

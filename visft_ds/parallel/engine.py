@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
@@ -27,14 +28,15 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
 from visft_ds import DEEPSPEED, distributed, importing
-from visft_ds.config.schema import OptimizerParams, SchedulerConfig
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.schema import SchedulerConfig
 from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.ops import keep_freed_memory, replaced
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
 from visft_ds.prepare.model import PreparedModel
-from visft_ds.tasks.criterion import LossDenominators
+from visft_ds.tasks.criterion import LossDenominators, counts_of, loss_denominators_of
 
 #: Most losses of a task that are for the log only.
 _LOGGED = 8
@@ -226,6 +228,16 @@ class Engine:
         )
         self._sums: dict[str, Tensor] = {}  # losses of a step on this rank, means over its micro-batches
 
+    def agree_on_step(
+        self, what: str, batches: Sequence[Batch], micro_batches: int, *, stop: bool = False
+    ) -> tuple[LossDenominators, bool]:
+        """What losses of a step are divided by, which has so many micro-batches over all ranks, and if some
+        rank is to stop; see `distributed.agree_on_step`. Collective.
+        """
+        counts = counts_of(self.module.criteria, batches)
+        summed, stopping = distributed.agree_on_step(what, counts, stop, self.device)
+        return loss_denominators_of(summed, micro_batches, self.device), stopping
+
     def train_step(
         self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators
     ) -> StepReport:
@@ -311,20 +323,16 @@ class Engine:
 
 def build_engine(
     prepared: PreparedModel,
-    config: dict[str, Any],
-    optimizer: OptimizerParams,
-    schedule: Schedule,
-    *,
-    seed: int,
-    bounds: Sequence[int] | None = None,
+    config: ResolvedConfig,
+    deepspeed_config: dict[str, Any],
+    bounds: Sequence[int] | None,
 ) -> Engine:
     """The engine of a prepared model: a pipeline where stages have bounds, else ZeRO over the whole model.
 
     Args:
-        config: from `deepspeed_dict`.
+        deepspeed_config: from `deepspeed_dict`.
         bounds: first layer of each pipeline stage, and the number of layers.
     """
-    module = prepared.module
     groups = [
         {
             "name": group.name,
@@ -334,17 +342,18 @@ def build_engine(
         }
         for group in prepared.groups
     ]
-    common: dict[str, Any] = {
-        "build_optimizer": lambda groups: torch.optim.AdamW(groups, **optimizer.model_dump()),
-        "schedule": schedule,
-        "seed": seed,
-    }
-    engine: Engine
-    if bounds is None:
-        engine = Engine(module, groups, config, **common)
-    else:
+    kind: Callable[..., Engine] = Engine
+    if bounds is not None:
         from visft_ds.parallel.pipeline import PipelineEngine
 
-        engine = PipelineEngine(module, groups, config, bounds=bounds, **common)
+        kind = partial(PipelineEngine, bounds=bounds)
+    engine = kind(
+        prepared.module,
+        groups,
+        deepspeed_config,
+        build_optimizer=partial(torch.optim.AdamW, **config.optimizer.params.model_dump()),
+        schedule=Schedule(config.scheduler, config.total_steps),
+        seed=config.visft.seed,
+    )
     keep_freed_memory(engine.device)
     return engine

@@ -77,13 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(arguments)
         cluster = parse_cluster(options.cluster, options.network)
         model = options.model
-        flags = None
+        flags: Flags = {}
         if options.backbone is not None:
             model, flags = model_of(named(options.backbone, download=options.download), model)
         models = [model] if model else ["eva_e", "eva_g"]
         stages = [options.stage] if options.stage else [1, 2]
         for model, stage in product(models, stages):
-            config, of_batch = _configuration(options, stage, model, flags or {})
+            config, of_batch = _configuration(options, stage, model, flags)
             fits &= _plan(options, model, config, of_batch, cluster)
     except (ValueError, OSError) as error:
         return tell(error)
@@ -97,15 +97,14 @@ def _configuration(
     with it, unless --set states one.
     """
     made = partial(resolve, stage=stage, model=model, engine=options.engine, settings=options.set)
-    config = made(flags=flags)
+    config = made(flags=flags, batch_size=options.batch_size)
     if options.batch_size is None:
         return config, []
     words = ["--batch-size", str(options.batch_size)]
-    with_batch = made(flags=flags, batch_size=options.batch_size)
-    sizes = {stream.key: stream.batch_size for stream in with_batch.visft.streams().values()}
-    rate, _ = rate_for(config, sizes)
+    sizes = {stream.key: stream.batch_size for stream in config.visft.streams().values()}
+    rate, _ = rate_for(made(flags=flags), sizes)
     if rate is None or float(rate) == config.optimizer.params.lr or config.sources.get(_RATE) == "--set":
-        return with_batch, words
+        return config, words
     flags = {**flags, _RATE: (float(rate), "--lr")}
     return made(flags=flags, batch_size=options.batch_size), [*words, "--lr", rate]
 
@@ -152,9 +151,8 @@ def _words_of(options: Namespace, model: str, stage: int) -> list[str]:
     words = ["--stage", str(stage)]
     if options.backbone:
         words += ["--backbone", options.backbone]
-        words += ["--model", options.model] if options.model else []
-    else:
-        words += ["--model", model]
+    if options.model or not options.backbone:
+        words += ["--model", options.model or model]
     for setting in options.set:
         words += ["--set", setting]
     return words
@@ -180,20 +178,19 @@ def launchers(cluster: Cluster) -> list[str]:
 
 def print_forecasts(title: str, sections: Sequence[Section], forecasts: Sequence[Forecast]) -> None:
     """Print the engines; of the first one memory and time of each kind of step."""
-    rows = []
-    for option in forecasts:
-        rows.append(
-            (
-                option.engine,
-                option.run.config.visft.model.activation_checkpointing,
-                str(option.run.batches.accumulation),
-                "yes" if option.fits else "NO",
-                f"{option.needed / _GIB:.1f}",
-                f"{option.images_per_second:.4g}",
-                f"{option.hours:.1f}",
-                f"{option.mfu:.0%}",
-            )
+    rows = [
+        (
+            option.engine,
+            option.run.config.visft.model.activation_checkpointing,
+            str(option.run.batches.accumulation),
+            "yes" if option.fits else "NO",
+            f"{option.needed / _GIB:.1f}",
+            f"{option.images_per_second:.4g}",
+            f"{option.hours:.1f}",
+            f"{option.mfu:.0%}",
         )
+        for option in forecasts
+    ]
     best = forecasts[0]
     capacity = f"engines, with at most {best.capacity / _GIB:.1f} GiB of a GPU"
     steps = f"hours of {best.run.config.total_steps:,} steps (expect 1.1 to 1.6 times as many)"

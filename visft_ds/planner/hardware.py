@@ -44,19 +44,15 @@ class Gpu:
     @property
     def memory(self) -> int:
         """Bytes."""
-        gib = self.name.rpartition("-")[2].removesuffix("GB")
-        return int(gib) * 2**30
+        return int(self.name.rpartition("-")[2].removesuffix("GB")) * 2**30
 
     def rate(self, precision: Precision, *, tf32: bool = False) -> float | None:
         """Operations a second in products of matrices; None: the hardware has no such precision."""
-        if precision == "fp32":
-            teraflops = self.fp32
-            if tf32 and self.tf32 is not None:
-                teraflops = self.tf32
-        elif precision == "bf16" and self.tf32 is None:
+        if precision == "bf16" and self.tf32 is None:
             return None
-        else:
-            teraflops = self.half
+        teraflops = self.half
+        if precision == "fp32":
+            teraflops = self.tf32 if tf32 and self.tf32 else self.fp32
         return teraflops * 1e12
 
     def precision(self) -> Precision:
@@ -64,9 +60,9 @@ class Gpu:
         return "fp16" if self.tf32 is None else "bf16"
 
 
-def _read_gpus(path: Path) -> dict[str, Gpu]:
+def _read_gpus() -> dict[str, Gpu]:
     gpus: dict[str, Gpu] = {}
-    with path.open(encoding="utf-8", newline="") as file:
+    with Path(__file__).with_name("gpus.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             name = row.pop("name")
             pattern = row.pop("pattern")
@@ -74,18 +70,14 @@ def _read_gpus(path: Path) -> dict[str, Gpu]:
     return gpus
 
 
-#: By name. A GPU that is missing is a new row of the file.
-GPUS = _read_gpus(Path(__file__).with_name("gpus.csv"))
+#: By name. A GPU that is missing is a new row of gpus.csv.
+GPUS = _read_gpus()
 
 
 def find_gpu(name: str) -> Gpu | None:
     """The kind of a GPU by its driver's name; None for unknown ones and for slices of one (MIG)."""
-    if "MIG" in name:
-        return None
-    for gpu in GPUS.values():
-        if re.search(gpu.pattern, name, re.IGNORECASE):
-            return gpu
-    return None
+    fitting = [gpu for gpu in GPUS.values() if re.search(gpu.pattern, name, re.IGNORECASE)]
+    return fitting[0] if fitting and "MIG" not in name else None
 
 
 def peak_rate(device: torch.device, precision: Precision) -> float | None:
@@ -98,9 +90,7 @@ def peak_rate(device: torch.device, precision: Precision) -> float | None:
     import torch  # `visft plan` reads its cluster before that, which takes seconds
 
     gpu = find_gpu(torch.cuda.get_device_name(device))
-    if gpu is None:
-        return None
-    return gpu.rate(precision, tf32=torch.backends.cuda.matmul.allow_tf32)
+    return None if gpu is None else gpu.rate(precision, tf32=torch.backends.cuda.matmul.allow_tf32)
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,12 @@ class Partition:
         blocks = [f"blocks.{index}" for index in range(len(self.costs) - 2)]
         names = ["embedding", *blocks, "heads"]
         total = sum(self.costs)
-        bounds = pairwise(self.bounds)
         rows = []
-        for stage, cost in enumerate(self.stage_costs()):
-            start, stop = next(bounds)
+        for stage, (start, stop) in enumerate(pairwise(self.bounds)):
             span = names[start]
             if stop - start > 1:
                 span += f" to {names[stop - 1]}"
-            share = f"{cost / total:.1%} of the operations"
+            share = f"{sum(self.costs[start:stop]) / total:.1%} of the operations"
             rows.append((f"stage {stage}", f"{span} ({stop - start} layers), {share}"))
         idle = f"{self.bubble(micro_batches):.0%} of the time, predicted for {micro_batches} micro-batches"
         return [*rows, ("bubble", f"{idle} per step; a smaller micro_batch shrinks it")]
@@ -71,13 +69,7 @@ def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
         for stop in range(start + 1, last_stop + 1):
             cost = sum(costs[start:stop])
             most, squares, bounds = best(stop, runs - 1)
-            options.append(
-                (
-                    max(cost, most),
-                    cost**2 + squares,
-                    (start, *bounds),
-                )
-            )
+            options.append((max(cost, most), cost**2 + squares, (start, *bounds)))
         return min(options)
 
     return best(0, stages)[2]

@@ -5,7 +5,7 @@ would.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -75,21 +75,20 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
         run, _ = choose_recompute(run, capacity)
 
     streams = visft.streams()
+    shares = [stream.share for stream in streams.values()]
     memory = {name: plan_stream(run, stream) for name, stream in streams.items()}
     seconds = {name: step_time(run, stream, cluster) for name, stream in streams.items()}
-    ideal_seconds = {}
-    for name, stream in streams.items():
-        work = trace_step(without_recomputing, stream).work
-        ideal_seconds[name] = peak_seconds(work, gpu, tf32=run.tf32)
+    works = [trace_step(without_recomputing, stream).work for stream in streams.values()]
 
-    def mean(values: Mapping[str, float]) -> float:
+    def mean(of_streams: Iterable[float]) -> float:
         """Mean over the streams by their shares of the steps."""
-        weighted = sum(streams[name].share * value for name, value in values.items())
-        return weighted / sum(stream.share for stream in streams.values())
+        weighted = [share * value for share, value in zip(shares, of_streams, strict=True)]
+        return sum(weighted) / sum(shares)
 
     batches = run.batches
-    step_seconds = mean({name: time.total for name, time in seconds.items()})
-    ideal = mean(ideal_seconds) * batches.accumulation / batches.stages
+    step_seconds = mean(time.total for time in seconds.values())
+    ideal = mean(peak_seconds(work, gpu, tf32=run.tf32) for work in works)
+    ideal *= batches.accumulation / batches.stages
     return Forecast(
         flags=tuple(flags),
         engine=_engine_name(run),
@@ -97,7 +96,7 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
         capacity=capacity,
         memory=memory,
         seconds=seconds,
-        images_per_second=mean(batches.batch_size) / step_seconds,
+        images_per_second=mean(batches.batch_size.values()) / step_seconds,
         step_seconds=step_seconds,
         hours=config.total_steps * step_seconds / 3600,
         mfu=ideal / step_seconds,

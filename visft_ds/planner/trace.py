@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from visft_ds.ops import autocast_dtype, replaced
@@ -107,18 +107,9 @@ class Tracer(TorchDispatchMode):
         self._live_bytes -= self._live.pop(key, 0)
 
 
-class _Layout(NamedTuple):
-    """Layout of a tensor: all that results of operators on the meta device depend on."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-#: Operator, structure and leaves of its arguments, tensors by their layouts -> layouts of what it makes, and
-#: their structure. Blocks of a model repeat each other, and torch takes a millisecond for a shape.
-_MADE: dict[Any, tuple[list[_Layout | None], TreeSpec]] = {}
+#: Operator, structure and leaves of its arguments -> its result, with the call that makes a tensor in place
+#: of each. Blocks of a model repeat each other, and torch takes a millisecond for a shape.
+_MADE: dict[Any, Any] = {}
 
 
 def _result_of(func: Any, args: Any, kwargs: Any) -> Any:
@@ -128,35 +119,34 @@ def _result_of(func: Any, args: Any, kwargs: Any) -> Any:
     facts = [_layout(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves]
     key = (func, repr(structure), *facts)
     if key in _MADE:
-        layouts, made_structure = _MADE[key]
-        return tree_unflatten(map(_empty, layouts), made_structure)
+        return tree_map_only(partial, lambda make: make(), _MADE[key])
     result = func(*args, **kwargs)
-    outputs, outputs_structure = tree_flatten(result)
-    if _are_new(outputs, [leaf for leaf in leaves if isinstance(leaf, Tensor)]):
-        _MADE[key] = ([_layout(output) for output in outputs], outputs_structure)
+    if _is_new(result, [leaf for leaf in leaves if isinstance(leaf, Tensor)]):
+        _MADE[key] = tree_map_only(Tensor, _maker, result)
     return result
 
 
-def _layout(tensor: Tensor | None) -> _Layout | None:
-    if tensor is None:  # a gradient that nobody asked for
-        return None
-    return _Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """All that results of operators on the meta device depend on."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _empty(layout: _Layout | None) -> Tensor | None:
-    if layout is None:
-        return None
-    return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=layout.device)
+def _maker(tensor: Tensor) -> partial[Tensor]:
+    """The call that makes a tensor of the same layout."""
+    shape, stride, dtype, device = _layout(tensor)
+    return partial(torch.empty_strided, shape, stride, dtype=dtype, device=device)
 
 
-def _are_new(outputs: list[Any], read: list[Tensor]) -> bool:
-    """Return True for outputs that are tensors on the meta device, each in a storage of its own, or None."""
-    made = [output for output in outputs if output is not None]
-    if not read or not made or not all(isinstance(each, Tensor) and each.is_meta for each in made):
+def _is_new(result: Any, read: list[Tensor]) -> bool:
+    """Return True for tensors on the meta device, each in a storage of its own, or None, for a gradient that
+    nobody asked for.
+    """
+    made = [leaf for leaf in tree_leaves(result) if leaf is not None]
+    if not read or not made or not all(isinstance(leaf, Tensor) and leaf.is_meta for leaf in made):
         return False
     of_read = {tensor.untyped_storage()._cdata for tensor in read}
-    of_all = of_read | {output.untyped_storage()._cdata for output in made}
-    return len(of_all) == len(of_read) + len(made)
+    of_made = {tensor.untyped_storage()._cdata for tensor in made}
+    return len(of_made) == len(made) and of_made.isdisjoint(of_read)
 
 
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any) -> int:
@@ -237,17 +227,14 @@ def _fused(attention: Callable[..., Tensor], device: torch.device) -> Callable[.
     ) -> Tensor:
         if not q.is_meta:
             return attention(q, k, v, attn_mask, dropout_p, *rest, **named)
-        outputs: Any
         if device.type == "cuda" and attn_mask is None and q.dtype != torch.float32:
-            outputs = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, *rest, **named)
+            kernel = partial(aten._scaled_dot_product_flash_attention, q, k, v)
         else:
             bias = attn_mask
             if bias is not None:  # torch makes one of a mask
                 bias = torch.zeros_like(bias, dtype=q.dtype).expand(*q.shape[:3], k.shape[2])
-            outputs = aten._scaled_dot_product_efficient_attention(
-                q, k, v, bias, True, dropout_p, *rest, **named
-            )
-        out: Tensor = outputs[0]
+            kernel = partial(aten._scaled_dot_product_efficient_attention, q, k, v, bias, True)
+        out, *_ = kernel(dropout_p, *rest, **named)
         return out
 
     return call

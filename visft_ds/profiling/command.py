@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds.errors import tell
-from visft_ds.flags import Command, add_num_gpus
+from visft_ds.flags import Command, add_num_gpus, check_least
 from visft_ds.prepare.inputs import missing_inputs, render_missing
 from visft_ds.prepare.settle import settle
 
@@ -77,8 +77,7 @@ def _check(options: Namespace) -> None:
     """Refuse numbers and files before anything is measured."""
     file = options.json
     folder = options.trace
-    if options.steps < 1 or options.warmup < 1:
-        raise ValueError("--steps and --warmup: give at least 1 (the first step is never a typical one)")
+    check_least(options, steps=1, warmup=1)
     if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
         raise ValueError(f"--json {file}: give a file in a folder that exists")
     if folder is not None and folder.exists() and not folder.is_dir():
@@ -87,10 +86,8 @@ def _check(options: Namespace) -> None:
 
 def render_loader(record: Mapping[str, Any]) -> str:
     """A line for each stream."""
-    lines = []
-    for stream, speed in record["loader"].items():
-        lines.append(f"{stream:16}{speed['samples'] / speed['seconds']:10.1f} samples/s")
-    return "\n".join(lines)
+    speeds = {stream: speed["samples"] / speed["seconds"] for stream, speed in record["loader"].items()}
+    return "\n".join(f"{stream:16}{speed:10.1f} samples/s" for stream, speed in speeds.items())
 
 
 def render(record: Mapping[str, Any]) -> str:
@@ -103,16 +100,13 @@ def render(record: Mapping[str, Any]) -> str:
         slowest = max(profiles, key=lambda profile: statistics.median(profile["seconds"]))
         seconds = statistics.median(slowest["seconds"])
         peak = max(profile["peak"] for profile in profiles)
-        columns = [
-            f"{stream:16}",
-            f"{slowest['images'] / seconds:10.2f}",
-            f"{1e3 * seconds:10.1f}",
-            f"{slowest['operations'] / seconds / 1e12:10.3g}",
-            f"{'' if slowest['mfu'] is None else format(slowest['mfu'], '.1%'):>8}",
-            f"{peak / _GIB:10.2f}",
-            f"{sum(slowest['planned'].values()) / _GIB:9.2f}",
-        ]
-        lines.append("".join(columns))
+        teraflops = slowest["operations"] / seconds / 1e12
+        mfu = "" if slowest["mfu"] is None else f"{slowest['mfu']:.1%}"
+        planned = sum(slowest["planned"].values())
+        lines.append(
+            f"{stream:16}{slowest['images'] / seconds:10.2f}{1e3 * seconds:10.1f}{teraflops:10.3g}{mfu:>8}"
+            f"{peak / _GIB:10.2f}{planned / _GIB:9.2f}"
+        )
         step = sum(slowest["parts"].values())
         for part, spent in slowest["parts"].items():
             lines.append(f"  {part:14}{1e3 * spent:20.1f}{spent / step:10.1%}")

@@ -28,7 +28,7 @@ from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.monitor.metrics import versions
 from visft_ds.ops import replaced
-from visft_ds.parallel.engine import Engine, Schedule, build_engine, start_process_group
+from visft_ds.parallel.engine import Engine, build_engine, start_process_group
 from visft_ds.parallel.pipeline import PipelineEngine
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.hardware import peak_rate
@@ -42,27 +42,12 @@ from visft_ds.run.folder import EarlierStarts
 from visft_ds.run.machine import Machine, check_machine, planned_run, settle_checkpointing
 from visft_ds.shards.build import build
 from visft_ds.shards.options import Options
-from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 from visft_ds.toy.coco import write_toy_coco
 
 _HEIGHT = 480  #: pixels of a generated picture: COCO's most frequent size
 _WIDTH = 640
 #: Instruction of a pipeline -> part of a step.
 _INSTRUCTIONS = {"ForwardPass": "forward", "BackwardPass": "backward", "OptimizerStep": "optimizer"}
-
-
-@dataclass
-class StreamProfile:
-    """Steps of one kind on this rank."""
-
-    images: int  #: of a step, over all ranks
-    seconds: list[float]  #: of each whole step
-    parts: dict[str, float]  #: seconds of a step by part, mean
-    #: bytes beyond what this process held before it had a model, without pages of library files
-    peak: int
-    planned: dict[str, int]  #: bytes by part
-    operations: int  #: of this rank's step, nothing computed twice
-    mfu: float | None  #: share of the GPU's dense peak; None: it is not known
 
 
 def measure(
@@ -72,7 +57,7 @@ def measure(
     with open_session(config, synthetic=synthetic) as session:
         profiles = {}
         for stream in session.config.visft.streams():
-            profiles[stream] = asdict(session.measure(stream, steps, warmup))
+            profiles[stream] = session.measure(stream, steps, warmup)
             if trace is not None:
                 session.trace(stream, trace)
         ranks = distributed.gather_objects(profiles)
@@ -132,11 +117,9 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         )
         engine = build_engine(
             prepared,
+            config,
             machine.deepspeed_config,
-            config.optimizer.params,
-            Schedule(config.scheduler, config.total_steps),
-            seed=config.visft.seed,
-            bounds=planned.bounds,
+            planned.bounds,
         )
         yield Session(config, data, machine, planned, engine, before)
 
@@ -191,8 +174,8 @@ class Session:
     engine: Engine
     memory_before: int  #: bytes
 
-    def measure(self, stream: str, count: int, warmup: int) -> StreamProfile:
-        """Whole steps, in turn with steps by part. Collective."""
+    def measure(self, stream: str, count: int, warmup: int) -> dict[str, Any]:
+        """Numbers of whole steps, in turn with steps by part. Collective."""
         device = self.engine.device
         whole: list[float] = []
         by_part: list[dict[str, float]] = []
@@ -215,15 +198,18 @@ class Session:
         step_kind = self.config.visft.streams()[stream]
         operations = model_operations(planned, step_kind)
         peak = peak_rate(device, planned.precision)
-        return StreamProfile(
-            images=images,
-            seconds=whole,
-            parts={part: statistics.fmean(parts.get(part, 0.0) for parts in by_part) for part in by_part[0]},
-            peak=peak_memory(device) - library_pages(device) - self.memory_before,
-            planned=asdict(plan_stream(planned, step_kind)),
-            operations=operations,
-            mfu=None if peak is None else operations / statistics.median(whole) / peak,
-        )
+        return {
+            "images": images,  # of a step, over all ranks
+            "seconds": whole,  # of each step
+            # Seconds of a step by part, mean.
+            "parts": {part: statistics.fmean(of.get(part, 0.0) for of in by_part) for part in by_part[0]},
+            # Bytes beyond what this process held before it had a model, without pages of library files.
+            "peak": peak_memory(device) - library_pages(device) - self.memory_before,
+            "planned": asdict(plan_stream(planned, step_kind)),  # bytes by part
+            "operations": operations,  # of this rank's step, nothing computed twice
+            # Share of the GPU's dense peak, where that is known.
+            "mfu": None if peak is None else operations / statistics.median(whole) / peak,
+        }
 
     def trace(self, stream: str, folder: Path) -> None:
         """Trace a step by torch.profiler: FOLDER/STREAM-rankN.json.gz for Perfetto, and a table of its
@@ -256,10 +242,7 @@ class Session:
         began = time.perf_counter()
         step_plan, batches = next(steps)
         label = f"step {step_plan.step} of {stream}"
-        counts = counts_of(engine.module.criteria, batches)
-        summed, _ = distributed.agree_on_step(label, counts, False, engine.device)
-        micro_batches = self.machine.batches.micro_batches
-        denominators = loss_denominators_of(summed, micro_batches, engine.device)
+        denominators, _ = engine.agree_on_step(label, batches, self.machine.batches.micro_batches)
         with memory_explained(label, stream, batches, engine.device):
             engine.train_step(step_plan.step, batches, denominators)
         synchronize(engine.device)
@@ -281,12 +264,11 @@ class Stopwatch:
 
     def mark(self, part: str) -> None:
         """Begin or end a part."""
+        now: Any = time.perf_counter()
         if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks[part].append(event)
-        else:
-            self._marks[part].append(time.perf_counter())
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self._marks[part].append(now)
 
     def marked(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
         """The function, its time counted for a part."""
@@ -305,7 +287,7 @@ class Stopwatch:
         seconds: dict[str, float] = {}
         for part, marks in self._marks.items():
             pairs = zip(marks[::2], marks[1::2], strict=True)
-            seconds[part] = sum(self._between(first, last) for first, last in pairs)
+            seconds[part] = sum(self._between(*pair) for pair in pairs)
         return seconds
 
     def _between(self, first: Any, last: Any) -> float:

@@ -36,7 +36,6 @@ from visft_ds.prepare.data import RunData
 from visft_ds.randomness import generator
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.settings.bands import Bands
-from visft_ds.tasks.criterion import counts_of, loss_denominators_of
 
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUP = Path("/proc/self/cgroup")
@@ -167,11 +166,10 @@ def largest_batches(data: RunData, micro: Mapping[str, int], role: Role) -> Iter
         }
         depth = encoded(np.ones((side, side), np.float32)) if "depth" in stream.tasks else None
         for dataset, pipeline in data.pipelines[name].items():
-            panoptic = None
-            if "panoptic" in stream.tasks:
-                panoptic = _stripes(data.sets[dataset].manifest, side)
-            image = None if role == "labels" else _black(data.sets[dataset].manifest.bands, side)
-            numbers = sorted(data.sets[dataset].manifest.index["num_annotations"].tolist(), reverse=True)
+            manifest = data.sets[dataset].manifest
+            panoptic = _stripes(manifest, side) if "panoptic" in stream.tasks else None
+            image = None if role == "labels" else _black(manifest.bands, side)
+            numbers = sorted(manifest.index["num_annotations"].tolist(), reverse=True)
             numbers += [0] * micro[name]  # a set may have fewer images than a micro-batch
             samples = []
             for key, count in enumerate(numbers[: micro[name]]):
@@ -218,9 +216,9 @@ def probe_memory(engine: Engine, data: RunData, batches: Batches, watchdog: Watc
                 watchdog.phase(f"rehearsal of {name}"),
                 memory_explained(f"the rehearsal of {name}", name, micro, device),
             ):
-                counts = counts_of(engine.module.criteria, micro)
-                summed, _ = distributed.agree_on_step(f"rehearsal of {name}", counts, False, device)
-                engine.train_step(0, micro, loss_denominators_of(summed, batches.micro_batches, device))
+                what = f"rehearsal of {name}"
+                denominators, _ = engine.agree_on_step(what, micro, batches.micro_batches)
+                engine.train_step(0, micro, denominators)
             peak = f"{peak_memory(device) / 2**30:.2f} GiB"
             rows.append((name, largest_shape(micro), f"{time.perf_counter() - began:.1f} s", peak))
     if device.type == "cuda":
