@@ -21,7 +21,7 @@ RESERVED = {
     "webdataset": ("data",),
     "tifffile": ("files", "shards"),
     "pycocotools": ("tasks",),
-    "timm": ("interop", "pretrained", "models.timm_backbone", "evals.judge"),
+    "timm": ("interop", "pretrained", "models.timm_backbone", "models.lora", "evals.judge"),
     "peft": ("interop",),
     "open_clip": ("interop", "evals.judge"),
     "huggingface_hub": ("interop", "merge", "pretrained"),

@@ -145,13 +145,12 @@ class TimmBackbone(nn.Module):
         """
         modules = dict(self.named_modules())
         names: dict[str, None] = {}  # each once, in order
-        for info in getattr(self, "feature_info", ()):
-            name = info["module"]
+        for name in _strides_of(self):
             parent, _, leaf = name.rpartition(".")
             siblings = [name]
             if leaf.isdigit() and parent in modules:
-                prefix = f"{parent}." if parent else ""
-                siblings = [f"{prefix}{child}" for child, _ in modules[parent].named_children()]
+                children = dict(modules[parent].named_children())
+                siblings = [name.removesuffix(leaf) + child for child in children]
             names |= dict.fromkeys(siblings)
         return [name for name in names if name in modules and not _is_emptied(modules[name])]
 

@@ -58,12 +58,10 @@ def attention_packed(
         kernel, _ = packed_kernel(q.device, q.dtype, q.shape[-1])
     if kernel == PLAIN:
         return _one_by_one(q, k, v, packing.lengths)
-    compute = _load(kernel)
     longest = max(packing.lengths)
-    out = compute(q, k, v, packing.offsets, packing.offsets, longest, longest)
-    if isinstance(out, tuple):  # early releases of flash-attn 3 return the logarithms of the sums, too
-        out = out[0]
-    result: Tensor = out
+    out: Any = _load(kernel)(q, k, v, packing.offsets, packing.offsets, longest, longest)
+    # Early releases of flash-attn 3 return the logarithms of the sums, too.
+    result: Tensor = out[0] if isinstance(out, tuple) else out
     return result
 
 

@@ -122,13 +122,14 @@ class _LoraLinear(torch.autograd.Function):
         u = _product(rows, lora_a.to(x.dtype).t(), scale)  # (M, G*r)
         if backend == "eager":
             y = _small_products_first(rows, u, w, b, lora_b.to(x.dtype), slices)
-        elif backend == "augmented":
-            y = _one_product(rows, u, w, b, lora_b.to(x.dtype), slices)
         else:
-            from visft_ds.ops.triton_lora import sum_of_products
+            up = spread(lora_b.to(x.dtype), slices, len(w))  # (F, G*r)
+            if backend == "augmented":
+                y = _one_product(rows, u, w, b, up)
+            else:
+                from visft_ds.ops.triton_lora import sum_of_products
 
-            up = spread(lora_b.to(x.dtype), slices, len(w)).t()
-            y = sum_of_products(rows, w.t(), u, up, b)
+                y = sum_of_products(rows, w.t(), u, up.t(), b)
         _, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
         # The parameters themselves, never a view or a cast: ZeRO-3 swaps the storage behind a parameter.
         kept_x = x if need_weight or need_a else None
@@ -166,9 +167,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_t = x.reshape(-1, x.shape[-1]).t()
     if need_x or need_a:
         b = lora_b.to(dy.dtype)
-        of_slices = []
-        for outputs, _, rows in ranges:
-            of_slices.append(_product(dy[:, outputs], b[rows], ctx.scale))
+        of_slices = [_product(dy[:, outputs], b[rows], ctx.scale) for outputs, _, rows in ranges]
         du = torch.cat(of_slices, dim=1)  # (M, G*r)
     if need_x:
         a = lora_a.to(dy.dtype)
@@ -183,11 +182,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_a:
         grad_a = (x_t @ du).t().to(lora_a.dtype).contiguous()
     if need_b:
-        of_slices = []
-        for outputs, columns, _ in ranges:
-            transposed = u[:, columns].t() @ dy[:, outputs]
-            of_slices.append(transposed.t())
-        grad_b = torch.cat(of_slices).to(lora_b.dtype)
+        transposed = [u[:, columns].t() @ dy[:, outputs] for outputs, columns, _ in ranges]
+        grad_b = torch.cat([of_slice.t() for of_slice in transposed]).to(lora_b.dtype)
     if need_weight:
         grad_weight = (dy.t() @ x_t.t()).to(weight.dtype)
     if need_bias:
@@ -212,16 +208,9 @@ def _small_products_first(
     return y.addmm_(x, w.t())
 
 
-def _one_product(
-    x: Tensor,
-    u: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    b: Tensor,
-    slices: Slices,
-) -> Tensor:
+def _one_product(x: Tensor, u: Tensor, w: Tensor, bias: Tensor | None, up: Tensor) -> Tensor:
     """[x | u] [W | B]^T: every number is rounded once."""
-    wide = torch.cat([w, spread(b, slices, len(w))], dim=1)  # (F, K + G*r)
+    wide = torch.cat([w, up], dim=1)  # (F, K + G*r)
     rows = torch.cat([x, u], dim=1)
     if bias is None:
         return rows @ wide.t()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from visft_ds import distributed
 from visft_ds.config import Batches, ResolvedConfig, changed, derive_batches
 from visft_ds.data.samples import Batch
-from visft_ds.models.eva_vit import EvaViT
 from visft_ds.ops import DTYPES
 from visft_ds.planner.partition import Partition, divide, operations_by_layer
 from visft_ds.planner.trace import META, Tracer, Work, operators_of
@@ -98,10 +96,10 @@ class PlannedRun:
         """Operations of each layer, mean over the streams by their shares of the steps."""
         streams = self.config.visft.streams().values()
         shares = sum(stream.share for stream in streams)
-        weighted = []
-        for stream in streams:
-            layers = trace_step(self, stream).layers
-            weighted.append([stream.share * operations for operations in layers])
+        weighted = [
+            [stream.share * operations for operations in trace_step(self, stream).layers]
+            for stream in streams
+        ]
         return tuple(sum(layer) / shares for layer in zip(*weighted, strict=True))
 
     @property
@@ -185,10 +183,11 @@ def _trace(run: PlannedRun, stream: Stream) -> TracedStep:
     trained = [parameter for group in groups for parameter in group.parameters]
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(tracer.arrived)
-    by_layer: AbstractContextManager[list[int]] = nullcontext([])
-    if isinstance(backbone, EvaViT):
-        by_layer = operations_by_layer(tracer, backbone)
-    with tracer, operators_of(run.device, zero3=run.zero_stage == 3), by_layer as layers:
+    with (
+        tracer,
+        operators_of(run.device, zero3=run.zero_stage == 3),
+        operations_by_layer(tracer, backbone) as layers,
+    ):
         torch.autograd.backward(module(batch, denominators)["loss"])
 
     inputs = [batch.images, *tensors_of(batch.targets)]
@@ -215,16 +214,17 @@ def _blank_batch(run: PlannedRun, stream: Stream) -> Batch:
     """A micro-batch of images of the largest size, whose pixels and labels are on the meta device."""
     images = run.batches.micro[stream.name]
     side = stream.largest_side()
-    targets: dict[str, Any] = {}
-    for task in stream.tasks:
-        targets[task] = TASKS[task].blank(images, (side, side), run.content, stream.image)
+    targets = {
+        task: TASKS[task].blank(images, (side, side), run.content, stream.image) for task in stream.tasks
+    }
     ids = torch.arange(images)
     sizes = torch.full((images, 2), side)
     bands = run.config.visft.model.bands
-    channels = 3 if bands is None else len(bands.numbers)
-    dtype = torch.uint8 if bands is None else torch.float32
+    pixels = torch.empty(images, 3, side, side, dtype=torch.uint8, device=META)
+    if bands is not None:
+        pixels = torch.empty(images, len(bands.numbers), side, side, device=META)
     return Batch(
-        torch.empty(images, channels, side, side, dtype=dtype, device=META),
+        pixels,
         sizes,
         sizes,
         ids,

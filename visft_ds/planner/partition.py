@@ -12,6 +12,7 @@ from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
+from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.planner.trace import Tracer
 
@@ -76,9 +77,13 @@ def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def operations_by_layer(tracer: Tracer, backbone: EvaViT) -> Iterator[list[int]]:
+def operations_by_layer(tracer: Tracer, backbone: Backbone) -> Iterator[list[int]]:
     """Count the operations of each layer, as `Partition` has them, while a step is traced: a layer's part of
-    the backward pass begins with the gradient of what the next one read."""
+    the backward pass begins with the gradient of what the next one read. None are counted of timm's models.
+    """
+    if not isinstance(backbone, EvaViT):
+        yield []
+        return
     costs = [0] * (len(backbone.blocks) + 2)
     current = 0  # layer
     counted = 0  # operations before it was entered

@@ -4,6 +4,7 @@ would.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -151,18 +152,12 @@ def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str]) -> 
     if any(stream.batch_size % dp for stream in streams):
         return None
     shares = {stream.key: stream.batch_size // dp for stream in streams}
-    accumulations = [
-        count
-        for count in range(1, max(shares.values()) + 1)
-        if all(share % count == 0 for share in shares.values())
-    ]
+    most = math.gcd(*shares.values())  # with more accumulation some share would not be whole
+    accumulations = [count for count in range(1, most + 1) if most % count == 0]
     if config.pipeline_stages > 1:
         accumulations = accumulations[-1:]  # a pipeline is the faster the more micro-batches there are
-    fewest = accumulations[0]
-    most = accumulations[-1]
-    policies: Sequence[str] = (config.visft.model.activation_checkpointing,)
-    if policies[0] == "auto":
-        policies = policies_of(config)
+    configured_policy = config.visft.model.activation_checkpointing
+    policies = policies_of(config) if configured_policy == "auto" else (configured_policy,)
     configured = [f"{key}={value}" for key, value in flatten(config.to_dict())]
 
     def planned(policy: str, accumulation: int) -> Forecast:
@@ -172,12 +167,12 @@ def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str]) -> 
         differing = [setting for setting in settings if setting not in configured]
         return forecast(changed(config, settings), cluster, (*flags, *_flags(differing)))
 
-    first = planned(policies[0], fewest)
+    first = planned(policies[0], accumulations[0])
     if first.fits:
         return first  # nothing is recomputed, or computed in several turns: nothing takes less time
     options = [first]
     for policy in policies:
-        smallest = planned(policy, most)
+        smallest = planned(policy, accumulations[-1])
         options.append(smallest)
         if not smallest.fits:
             continue
@@ -191,9 +186,9 @@ def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str]) -> 
     return min(options, key=lambda option: option.needed)
 
 
-def _engines(count: int) -> list[tuple[str, list[str]]]:
+def _engines(count: int) -> list[tuple[str | None, list[str]]]:
     """Engines and their settings: those that are as fast as any first, then those that hold less on a GPU."""
-    engines: list[tuple[str, list[str]]] = [("zero1", []), ("zero0", []), ("zero2", []), ("zero3", [])]
+    engines: list[tuple[str | None, list[str]]] = [("zero1", []), ("zero0", []), ("zero2", []), ("zero3", [])]
     engines += [("pipeline", [f"pipeline.stages={stages}"]) for stages in (2, 4, 8) if count % stages == 0]
     engines.append(("zero3_offload", []))
     return engines
@@ -238,13 +233,9 @@ def fitting_settings(run: PlannedRun, capacity: int) -> list[str]:
     micro_batches = run.batches.micro
     fewer_images = list[tuple[str | None, list[str]]]()
     for halvings in range(1, max(micro_batches.values()).bit_length()):
-        settings = []
-        for name, images in micro_batches.items():
-            settings.append(f"{streams[name].key}.micro_batch={max(1, images >> halvings)}")
-        fewer_images.append((None, settings))
-    engines = list[tuple[str | None, list[str]]]()
-    if config.pipeline_stages == 1:
-        engines += _engines(run.batches.processes)
+        smaller = {streams[name].key: max(1, images >> halvings) for name, images in micro_batches.items()}
+        fewer_images.append((None, [f"{key}.micro_batch={images}" for key, images in smaller.items()]))
+    engines = _engines(run.batches.processes) if config.pipeline_stages == 1 else []
 
     helpful = list[str]()
     for changes in (fewer_images, engines):

@@ -77,9 +77,7 @@ def measure_loader(config: ResolvedConfig, steps: int, warmup: int, *, synthetic
                 for _ in range(warmup):
                     next(batches_of_steps)
                 began = time.perf_counter()
-                samples = 0
-                for _, batches in batches_of_steps:
-                    samples += sum(len(batch.images) for batch in batches)
+                samples = sum(len(batch.images) for _, batches in batches_of_steps for batch in batches)
                 speeds[stream] = {"samples": samples, "seconds": time.perf_counter() - began}
     return {"config": opened.to_dict(), "versions": versions(), "loader": speeds}
 

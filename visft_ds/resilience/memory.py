@@ -8,6 +8,7 @@ up.
 
 from __future__ import annotations
 
+import re
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,11 +72,9 @@ def host_memory() -> int:
     In a container the own group is the root; a scheduler such as SLURM limits one in the middle of the path.
     """
     limits = [int(psutil.virtual_memory().total)]
-    own = Path()
-    if _OWN_GROUP.is_file():
-        for line in _OWN_GROUP.read_text(encoding="utf-8").splitlines():
-            if line.startswith("0::/"):
-                own = Path(line.removeprefix("0::/"))
+    groups = _OWN_GROUP.read_text(encoding="utf-8") if _OWN_GROUP.is_file() else ""
+    own_group = re.search(r"^0::/(.*)$", groups, re.MULTILINE)
+    own = Path(own_group[1] if own_group else "")
     for group in (own, *own.parents):
         file = _GROUPS / group / "memory.max"
         limit = file.read_text(encoding="utf-8").strip() if file.is_file() else "max"

@@ -35,9 +35,11 @@ class Stop(IntEnum):
 
     def status(self, requeue_code: int) -> int:
         """The exit status of a run that stopped for this reason."""
-        if self in (Stop.NOT, Stop.LAUNCHER_GONE):
-            return LOST_CODE if self else 0
-        return requeue_code if self is Stop.SIGUSR1 else 128 + signal.Signals[self.name]
+        if self is Stop.SIGUSR1:
+            return requeue_code
+        if self > Stop.LAUNCHER_GONE:
+            return 128 + signal.Signals[self.name]
+        return LOST_CODE if self else 0
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
