@@ -14,11 +14,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from visft_ds import distributed
@@ -260,8 +260,8 @@ class Stopwatch:
         self._device = device
         self._marks = defaultdict[str, list[Any]](list)
 
-    def mark(self, part: str) -> None:
-        """Begin or end a part."""
+    def mark(self, part: str, *_: Any) -> None:
+        """Begin or end a part; a hook, too."""
         now: Any = time.perf_counter()
         if self._device.type == "cuda":
             now = torch.cuda.Event(enable_timing=True)
@@ -311,23 +311,13 @@ def timed_parts(engine: Engine) -> Iterator[Stopwatch]:
             yield watch
             return
         module = engine.module
-        stack.enter_context(_timed_forward(module.backbone, watch, "backbone"))
-        for head in module.heads.values():
-            stack.enter_context(_timed_forward(head, watch, "heads"))
+        for part, children in {"backbone": [module.backbone], "heads": module.heads.values()}.items():
+            mark = partial(watch.mark, part)
+            for child in children:
+                stack.enter_context(child.register_forward_pre_hook(mark, prepend=True))
+                stack.enter_context(child.register_forward_hook(mark))
         for kind in {type(criterion) for criterion in module.criteria.values()}:
             stack.enter_context(replaced(kind, "__call__", watch.marked(kind.__call__, "criteria")))
         stack.enter_context(replaced(deepspeed, "backward", watch.marked(deepspeed.backward, "backward")))
         stack.enter_context(replaced(deepspeed, "step", watch.marked(deepspeed.step, "optimizer")))
         yield watch
-
-
-@contextmanager
-def _timed_forward(module: nn.Module, watch: Stopwatch, part: str) -> Iterator[None]:
-    def mark(*_: Any) -> None:
-        watch.mark(part)
-
-    before = module.register_forward_pre_hook(mark, prepend=True)
-    after = module.register_forward_hook(mark)
-    yield
-    before.remove()
-    after.remove()

@@ -134,16 +134,14 @@ def watched(module: nn.Module, findings: list[str]) -> Iterator[None]:
             if tensor.requires_grad:
                 tensor.register_hook(partial(note, f"gradient of the output of {name}"))
 
-    hooks: list[Any] = [module.register_forward_pre_hook(begin)]
-    for name, child in module.named_modules():
-        if name and not isinstance(child, nn.ModuleList | nn.ModuleDict):
-            hooks.append(child.register_forward_hook(partial(look_at_output, name)))
-    for name, parameter in module.named_parameters():
-        note(f"parameter {name}", parameter)
-        if parameter.requires_grad:
-            hooks.append(parameter.register_hook(partial(note, f"gradient of parameter {name}")))
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(module.register_forward_pre_hook(begin))
+        for name, child in module.named_modules():
+            if name and not isinstance(child, nn.ModuleList | nn.ModuleDict):
+                hooks.enter_context(child.register_forward_hook(partial(look_at_output, name)))
+        for name, parameter in module.named_parameters():
+            note(f"parameter {name}", parameter)
+            if parameter.requires_grad:
+                hook = partial(note, f"gradient of parameter {name}")
+                hooks.enter_context(parameter.register_hook(hook))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
