@@ -134,8 +134,7 @@ class PipelineEngine(Engine):
         Raises:
             RuntimeError: labels and pixels of different samples.
         """
-        expected = self.accumulation if self.position.role else 0
-        assert len(batches) == expected, (len(batches), expected)
+        assert len(batches) == (self.accumulation if self.position.role else 0), len(batches)
         compares = self._steps_here == 0 or step % CHECK_EVERY == 0
 
         def add(losses: Mapping[str, Tensor], received: Tensor, batch: Batch) -> None:
@@ -302,7 +301,5 @@ def to_host(outputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def sample_checksum(batch: Batch) -> Tensor:
     """(1,) int64: crc32 over indices, image ids and random keys, in their order."""
-    value = 0
-    for tensor in (batch.indices, batch.image_ids, batch.random_keys):
-        value = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), value)
-    return torch.tensor([value])
+    facts = torch.cat((batch.indices, batch.image_ids, batch.random_keys))
+    return torch.tensor([zlib.crc32(facts.cpu().numpy().tobytes())])

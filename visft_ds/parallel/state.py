@@ -114,9 +114,8 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
 
 def _check_shapes(engine: Engine, state: EngineState) -> None:
     """Raise ValueError if names or shapes of a state differ from what trains here."""
-    here = {}
-    for name, tensor in {**trainable(engine), **measured(engine.module.heads)}.items():
-        here[name] = tuple(getattr(tensor, "ds_shape", tensor.shape))
+    ours = trainable(engine) | measured(engine.module.heads)
+    here = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in ours.items()}
     there = {name: tuple(value.shape) for name, value in state.parameters.items()}
     differing = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
     if differing:

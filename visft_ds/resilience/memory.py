@@ -185,8 +185,8 @@ def _stripes(manifest: Manifest, side: int) -> dict[str, Any]:
     """A panoptic map of a square, with as many segments as images of a split have at most."""
     number = max(1, manifest.counts.get("segments_at_most", 1))
     rows = np.arange(side)[:, None] * number // side + 1
-    category = manifest.panoptic[0].coco_id
-    segments = [{"id": id_, "category_id": category, "iscrowd": 0} for id_ in range(1, number + 1)]
+    segment = {"category_id": manifest.panoptic[0].coco_id, "iscrowd": 0}
+    segments = [{"id": id_, **segment} for id_ in range(1, number + 1)]
     return stored_panoptic(png_of_numbers(np.tile(rows, side)), segments)
 
 
