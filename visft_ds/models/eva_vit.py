@@ -134,9 +134,9 @@ class Block(nn.Module):
         self.attn = Attention(config.width, config.num_heads)
         self.norm2 = LayerNorm(config.width, eps=1e-6)
         hidden_width = int(config.width * config.mlp_ratio)
-        fc1 = Linear(config.width, hidden_width)
-        fc2 = Linear(hidden_width, config.width)
-        self.mlp = nn.ModuleDict({"fc1": fc1, "fc2": fc2})
+        self.mlp = nn.ModuleDict(
+            {"fc1": Linear(config.width, hidden_width), "fc2": Linear(hidden_width, config.width)}
+        )
 
     def forward(
         self,

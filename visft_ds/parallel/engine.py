@@ -53,9 +53,8 @@ class StepReport:
     learning_rates: Mapping[str, float]  #: by parameter group, as used in this step
     skipped: bool  #: True when a low-precision overflow made the optimiser skip the update
     refused: Refused = ""  #: what was not accepted, so that no rank made an update
-    faults: Mapping[int, Sequence[str]] = field(
-        default_factory=dict
-    )  #: of a refused step: rank -> what it found
+    #: of a refused step: rank -> what it found
+    faults: Mapping[int, Sequence[str]] = field(default_factory=dict)
     loss_scale: float | None = None  #: what the loss was multiplied by; None in fp32 and bf16
 
 

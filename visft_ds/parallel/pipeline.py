@@ -47,9 +47,8 @@ class StagesModule(PipelineModule):
     """
 
     def __init__(self, model: MultiTaskModel, bounds: Sequence[int]) -> None:
-        self._model = (
-            model,
-        )  # a tuple: the model is not part of the module, only the layers of this stage are
+        # A tuple: the model is not part of the module, only the layers of this stage are.
+        self._model = (model,)
         self._bounds = list(bounds)
         layers = pipeline_layers(model)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers and seeds
@@ -113,9 +112,8 @@ class PipelineEngine(Engine):
         )
         self._stages = StagesModule(module, bounds)
         super().__init__(module, stage_groups(self._stages, groups), config, inside=self._stages, **others)
-        assert not self.deepspeed.using_bf16_optimizer, (
-            "it wipes gradients of the heads; precision comes by autocast"
-        )
+        # It wipes gradients of the heads; precision comes by autocast.
+        assert not self.deepspeed.using_bf16_optimizer
         # An attribute of the object hides the table of its class: no other engine is changed.
         self.deepspeed._INSTRUCTION_MAP = instructions(self.position.stage, first_trained, self._end_step)
         self.holders = {name: stage * self.position.dp_size for name, stage in stage_of.items()}
@@ -253,9 +251,8 @@ def instructions(
         if stage >= first_trained:
             DeepSpeedPipeline._exec_backward_pass(engine, buffer_id)
         else:
-            engine.pipe_buffers["outputs"][buffer_id] = engine.pipe_buffers["output_tensors"][buffer_id] = (
-                None
-            )
+            engine.pipe_buffers["outputs"][buffer_id] = None
+            engine.pipe_buffers["output_tensors"][buffer_id] = None
 
     def forward(engine: Any, buffer_id: int) -> None:
         if (heads := engine.module.heads) is not None:

@@ -108,10 +108,8 @@ class StopFlag:
         return f"signal {self.reason.name}" if self.reason else "asked by another rank"
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if (
-            self.reason is Stop.SIGINT and number == signal.SIGINT
-        ):  # the user does not want to wait for the step
-            raise KeyboardInterrupt
+        if self.reason is Stop.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the user does not want to wait for the step
         self.reason = max(self.reason, Stop[signal.Signals(number).name])
 
     def __bool__(self) -> bool:

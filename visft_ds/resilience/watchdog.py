@@ -84,23 +84,18 @@ class Watchdog:
             seconds = time.monotonic() - self._since
             if self.timeout and self._timed and seconds > self.timeout:
                 text = f"no progress for {seconds:.0f} s in: {self._doing}; {last_collective()}"
-                print(
-                    f"[rank {self.rank}] stopped: {text}; stacks of this process:",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                with contextlib.suppress(
-                    OSError, ValueError, AttributeError
-                ):  # stderr of a notebook has no descriptor
+                where = f"[rank {self.rank}]"
+                print(f"{where} stopped: {text}; stacks of this process:", file=sys.stderr, flush=True)
+                # The stderr of a notebook has no descriptor.
+                with contextlib.suppress(OSError, ValueError, AttributeError):
                     faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
                 os._exit(LOST_CODE)
 
 
 def last_collective() -> str:
     """Text about this process's last collective, from torch's flight recorder."""
-    dump = getattr(
-        _distributed_c10d, "_dump_fr_trace_json", None
-    )  # a private name, which another torch may lack
+    # A private name, which another torch may lack.
+    dump = getattr(_distributed_c10d, "_dump_fr_trace_json", None)
     entries: list[dict[str, Any]] = json.loads(dump(True, False)).get("entries", []) if dump else []
     if not entries:
         return "no collective recorded"
