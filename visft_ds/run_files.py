@@ -39,6 +39,12 @@ def check_exists(path: Path) -> None:
         raise ValueError(f"{path}: no such run, checkpoint, export folder or weight file; {way}")
 
 
+def check_new(out: Path) -> None:
+    """Raise ValueError for an output that is there already."""
+    if out.exists():
+        raise ValueError(f"{out} exists and is not overwritten: choose another --out")
+
+
 def folder_of_run(path: Path) -> Path:
     """The folder of the run that a path is, or is a checkpoint of, there or gone."""
     return path.parent.parent if path.parent.name == CHECKPOINTS else path

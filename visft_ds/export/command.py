@@ -37,7 +37,7 @@ from visft_ds.predict.loading import source_of
 from visft_ds.predict.model import Model
 from visft_ds.predict.results import Prediction
 from visft_ds.randomness import generator
-from visft_ds.run_files import folder_of_run, run_of
+from visft_ds.run_files import check_new, folder_of_run, run_of
 from visft_ds.settings.bands import Bands, in_words
 from visft_ds.settings.task_schema import Stream
 from visft_ds.settings.tiles import Tiles
@@ -103,8 +103,7 @@ def export(flags: Namespace) -> None:
 
 def _check(flags: Namespace) -> None:
     """Refuse flags that contradict each other, before any file is read."""
-    if flags.out.exists():
-        raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
+    check_new(flags.out)
     if flags.half and flags.int8:
         raise ValueError("--half and --int8 exclude each other")
     if flags.int8 and flags.format != "onnx":
@@ -271,10 +270,11 @@ def _seen(images: Images, tiles: Tiles | None) -> Images:
     """Pictures as a model sees them at once, by number: whole, or their tiles."""
     if tiles is None:
         return images
-    parts = []
-    for image in images.values():
-        for top, left, height, width in tiles.windows(*image.pixels.shape[:2]):
-            parts.append(OpenedImage(image.pixels[top : top + height, left : left + width].copy(), None))
+    parts = [
+        OpenedImage(image.pixels[top : top + height, left : left + width].copy(), None)
+        for image in images.values()
+        for top, left, height, width in tiles.windows(*image.pixels.shape[:2])
+    ]
     return dict(enumerate(parts))
 
 

@@ -179,8 +179,7 @@ class Adapter:
 
     def fingerprint(self) -> str:
         """sha256 of settings and values, whatever file they come from."""
-        settings = (self.rank, float(self.alpha), sorted(self.layers))
-        digest = hashlib.sha256(repr(settings).encode())
+        digest = hashlib.sha256(repr((self.rank, float(self.alpha), sorted(self.layers))).encode())
         for name, value in sorted(self.tensors.items(), key=itemgetter(0)):
             digest.update(name.encode())
             digest.update(value.contiguous().numpy().tobytes())

@@ -156,8 +156,7 @@ def _shorter(model: nn.Module, tower: Tensors) -> dict[str, Any]:
     if hasattr(model, "attn_pool") and "attn_pool.latent" not in tower:
         arguments["global_pool"] = "avg"
         # The last norm stays where it is, in front of the pooling.
-        norm_behind = "use_fc_norm" if isinstance(model, Eva) else "fc_norm"
-        arguments[norm_behind] = False
+        arguments["use_fc_norm" if isinstance(model, Eva) else "fc_norm"] = False
     return arguments
 
 
@@ -286,16 +285,13 @@ def _maps_of(model: Any, backbone: Backbone) -> Callable[[Tensor], Sequence[Tens
         # CLIP's last hidden state is in front of its last norm, which others have behind them.
         norm = model.post_layernorm if model.config.model_type == "clip_vision_model" else nn.Identity()
         return lambda images: [_map(norm(model(pixel_values=images).last_hidden_state), images, backbone)]
+    layers = list(backbone.layers_read)
     if isinstance(backbone, TimmBackbone):
-        reading = (backbone.layers_read, backbone.bands)
-        return as_backbone(model, backbone.name, backbone.options, *reading).eval()
-    if len(backbone.layers_read) > 1:
-        indices = list(backbone.layers_read)
-        return lambda images: list(
-            model.forward_intermediates(images, indices=indices, norm=True, intermediates_only=True)
-        )
-    if backbone.layers_read:
-        model.prune_intermediate_layers([max(backbone.layers_read)])
+        return as_backbone(model, backbone.name, backbone.options, layers, backbone.bands).eval()
+    if len(layers) > 1:
+        return partial(model.forward_intermediates, indices=layers, norm=True, intermediates_only=True)
+    if layers:
+        model.prune_intermediate_layers(layers)
     return lambda images: [_map(model.forward_features(images), images, backbone)]
 
 

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -174,16 +175,12 @@ def read_folder(folder: Path) -> Adapter:
             # Zeros in both factors stay zeros in training: nothing is added to what the layer can learn.
             a = _with_rank(a.unflatten(0, (len(slices), -1)), rank).flatten(0, 1)
             layers[name] = Factors(rows, slices, a, _with_rank(b, rank))
-    return Adapter(
-        model=stored.model.options() if stored else None,
-        rank=rank,
-        alpha=config.lora_alpha if rank == config.r and not config.use_rslora else scale * rank,
-        targets=stored.targets if stored else (),
-        layers=layers,
-        base=stored.base if stored else None,
-        step=stored.step if stored else None,
-        path=path,
-    )
+    alpha = config.lora_alpha if rank == config.r and not config.use_rslora else scale * rank
+    adapter = Adapter(None, rank, alpha, (), layers, path=path)
+    if stored is None:
+        return adapter
+    model = stored.model.options()
+    return replace(adapter, model=model, targets=stored.targets, base=stored.base, step=stored.step)
 
 
 def _factors_in(path: Path) -> Weights:

@@ -80,9 +80,8 @@ class Weights(dict[str, Lazy]):
 
     def under(self, prefix: str) -> Weights:
         """The tensors whose names begin so, without that beginning."""
-        inside = {name: tensor for name, tensor in self.items() if name.startswith(prefix)}
-        renamed = {name.removeprefix(prefix): tensor for name, tensor in inside.items()}
-        return Weights(renamed, self.path, self.metadata)
+        names = [name for name in self if name.startswith(prefix)]
+        return Weights({name.removeprefix(prefix): self[name] for name in names}, self.path, self.metadata)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor in memory of its own, cast. Raises ValueError for values that are not finite then."""

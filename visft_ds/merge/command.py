@@ -31,7 +31,7 @@ from visft_ds.models import Backbone
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.ops import DTYPES
 from visft_ds.pretrained import TIMM
-from visft_ds.run_files import METRICS_FILE, run_around
+from visft_ds.run_files import METRICS_FILE, check_new, run_around
 from visft_ds.tasks import config_class
 
 if TYPE_CHECKING:
@@ -181,8 +181,7 @@ def _verify(flags: Namespace, base: Base, adapter: Adapter | None, stage: Path) 
 
 def _check(flags: Namespace) -> None:
     """Refuse flags that contradict each other, before any file is read."""
-    if flags.out.exists():
-        raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
+    check_new(flags.out)
     if not abs(flags.scale) <= 1e9:
         raise ValueError(f"--scale {flags.scale:g} is not allowed: give a number from -1e9 to 1e9")
     if flags.format in ADAPTERS and flags.dtype != "fp32":

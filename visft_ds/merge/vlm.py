@@ -16,6 +16,7 @@ from visft_ds.interop.weights import Weights
 from visft_ds.merge.command import Base, open_parts
 from visft_ds.models import Backbone
 from visft_ds.pretrained import local
+from visft_ds.run_files import check_new
 from visft_ds.settings.bands import in_words
 
 
@@ -24,8 +25,8 @@ def put_into_vlm(flags: Namespace) -> None:
 
     Raises ValueError for a tower that does not fit, and for a model whose own tower is not the run's base.
     """
-    if flags.out is not None and flags.out.exists():
-        raise ValueError(f"{flags.out} exists and is not overwritten: choose another --out")
+    if flags.out is not None:
+        check_new(flags.out)
     vlm = open_vlm(flags.model)
     print(f"vlm      {flags.model}: {vlm.describe()}")
     adapter, base = open_parts(flags)
