@@ -74,7 +74,7 @@ def save_checkpoint(
     step: int,
     state: EngineState,
     identity: Mapping[str, Any],
-    header: Mapping[str, str] | None = None,
+    header: Mapping[str, str] = {},
 ) -> Path:
     """Write one checkpoint; returns its folder when it is on disk. Main process only.
 
@@ -218,10 +218,10 @@ def explained(what: str, folder: Path, then: str) -> Iterator[None]:
         raise retold(text, away=does_not_answer(error)) from error
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> str:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] = {}) -> str:
     """Write a file of tensors; returns its sha256."""
     lazy = {name: Lazy.of(tensor) for name, tensor in tensors.items()}
-    return _write_file(path, safetensors_pieces(lazy, header or {}))
+    return _write_file(path, safetensors_pieces(lazy, header))
 
 
 def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:

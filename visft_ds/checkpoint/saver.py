@@ -112,7 +112,7 @@ class Saver(AbstractContextManager["Saver"]):
         self,
         step: int,
         gather: Callable[[ToHost], EngineState | None],
-        header: Mapping[str, str] | None = None,
+        header: Mapping[str, str] = {},
     ) -> None:
         """Take a snapshot and hand it to the thread. Collective: `gather` gives the state on the main
         process.

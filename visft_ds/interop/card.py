@@ -5,7 +5,7 @@ It holds hashes, settings and numbers of whole evaluations, never folders or nam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from visft_ds.interop.adapter import Adapter
@@ -86,7 +86,7 @@ def card(
     backbone: Backbone,
     adapter: Adapter | None,
     base: str | None,
-    facts: dict[str, str] | None = None,
+    facts: Mapping[str, str] = {},
     measured: Sequence[EvalResult] = (),
 ) -> str:
     """The text.
@@ -119,7 +119,7 @@ def card(
         rows["fingerprint of the base weights"] = adapter.base or "not recorded"
         if adapter.step is not None:
             rows["steps"] = str(adapter.step)
-    rows |= facts or {}
+    rows |= facts
     for result in measured:
         name = f"{result.metric_type} ({result.dataset_split}, {result.dataset_name})"
         rows[name] = f"{result.metric_value:.4f}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from visft_ds.data.shards import Category, categories_for
 from visft_ds.files import reading
 from visft_ds.interop.layouts import fitted
-from visft_ds.interop.weights import Weights, examples, open_weights, save_tensors
+from visft_ds.interop.weights import AnyPath, Weights, examples, open_weights, save_tensors
 from visft_ds.ops import shapes_alone
 from visft_ds.settings.bands import Bands, in_words
 from visft_ds.settings.fields import Count, Positive, StrictModel
@@ -117,7 +117,7 @@ class HeadFile:
         return head.eval()
 
 
-def head_file(folder: str | Path, task: str) -> Path:
+def head_file(folder: AnyPath, task: str) -> Path:
     """Path of a task's head in a folder of heads."""
     return Path(folder) / f"{task}.safetensors"
 
@@ -137,7 +137,7 @@ def _description_of(info: HeadInfo) -> str:
     return json.dumps({"version": 1, **asdict(info)})
 
 
-def open_head(source: str | Path, task: str) -> HeadFile:
+def open_head(source: AnyPath, task: str) -> HeadFile:
     """Open the head of a task in a folder or file: ours, in a checkpoint of ours, or a published one.
 
     Raises ValueError without one, for published ones of both backbones, and for the published file of another

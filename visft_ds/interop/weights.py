@@ -61,6 +61,7 @@ class Lazy:
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
+AnyPath = str | Path
 Tensors = Mapping[str, Lazy]  #: by name, none of them read yet
 
 
@@ -73,10 +74,10 @@ def derived(change: Callable[..., Tensor], *sources: Lazy) -> Lazy:
 class Weights(dict[str, Lazy]):
     """Name -> tensor, with the path of the file and the header (str -> str) that a safetensors file has."""
 
-    def __init__(self, tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, tensors: Tensors, path: Path, metadata: Mapping[str, str] = {}) -> None:
         super().__init__(tensors)
         self.path = path
-        self.metadata = dict(metadata or {})
+        self.metadata = dict(metadata)
 
     def under(self, prefix: str) -> Weights:
         """The tensors whose names begin so, without that beginning."""
@@ -107,7 +108,7 @@ def examples(names: Iterable[str], limit: int = 4) -> str:
     return f"{text}, ... ({len(listed)} in all)" if len(listed) > limit else text
 
 
-def open_weights(path: str | Path) -> Weights:
+def open_weights(path: AnyPath) -> Weights:
     """Open a weight file; names are the file's own, without a nest and without a `module.` that all of them
     have.
 
@@ -130,7 +131,7 @@ def _safetensors(path: Path) -> Weights:
         entry = file.get_slice(name)
         dtype = _DTYPES[entry.get_dtype()]
         tensors[name] = Lazy(tuple(entry.get_shape()), dtype, partial(file.get_tensor, name))
-    return Weights(tensors, path, file.metadata())
+    return Weights(tensors, path, file.metadata() or {})
 
 
 def _pickled(path: Path) -> Weights:
