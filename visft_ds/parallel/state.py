@@ -66,11 +66,11 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
             tensor = on_main(engine, name, gather_tensor(engine, parameter, what))
             if tensor is None:  # the copies of the other ranks are dropped at once: one tensor at a time
                 continue
-            kept = keep(f"{what}/{name}", tensor)
+            copied = keep(f"{what}/{name}", tensor)
             if what == VALUE:
-                values[name] = kept
+                values[name] = copied
             else:
-                moments[f"{what}/{name}"] = kept
+                moments[f"{what}/{name}"] = copied
     for name, buffer in measured(engine.module.heads).items():
         values[name] = keep(f"{VALUE}/{name}", buffer)
     if not distributed.is_main():
