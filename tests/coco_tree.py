@@ -48,7 +48,9 @@ class Tree:
     def pack(self, out: Path, split: str = "toy", *, captions: bool = True, **options: Any) -> Manifest:
         """Write its shards."""
         return build(
-            Options(self.images, self.instances, self.captions if captions else None, out, split, **options)
+            Options(
+                split, self.images, self.instances, self.captions if captions else None, out=out, **options
+            )
         )
 
     def edit(self, change: Any, file: str = "instances") -> None:
@@ -121,7 +123,7 @@ def draw_shards(folder: Path, *, train: int, val: int = 0, height: int, width: i
     write_toy_coco(folder / "toy", train=train, val=val, height=height, width=width)
     for split in ("train", "val") if val else ("train",):
         files = [folder / f"toy/annotations/{kind}_{split}2017.json" for kind in ("instances", "captions")]
-        build(Options(folder / f"toy/{split}2017", *files, folder / "shards", split))
+        build(Options(split, folder / f"toy/{split}2017", *files, out=folder / "shards"))
     return folder / "shards"
 
 

@@ -97,8 +97,7 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
     def read_tree(folder: Path) -> None:
         _, splits, _ = recognise(folder)
         for number, split in enumerate(splits):
-            place = folder / f"out{number}"
-            build(Options(split.images, split.instances, split.captions, place, "toy", maps=split.maps))
+            build(Options(**{**vars(split), "name": "toy"}, out=folder / f"out{number}"))
 
     def write_pickles(folder: Path) -> None:
         tensors = {"state_dict": {"module.a": torch.ones(2, 3), "module.b": torch.ones(3).half()}, "step": 3}

@@ -101,7 +101,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def pack(tree: Tree, out: Path, captions: bool = True) -> None:
     build(
-        Options(tree.images, tree.instances, tree.captions if captions else None, out, "val", max_size=20_480)
+        Options(
+            "val", tree.images, tree.instances, tree.captions if captions else None, out=out, max_size=20_480
+        )
     )
 
 

@@ -147,7 +147,7 @@ def test_outlines_of_a_coco_tree_and_of_shards(tmp_path: Path) -> None:
     for split in ("train", "val"):
         build(
             Options(
-                tree / f"{split}2017", tree / f"annotations/instances_{split}2017.json", None, shards, split
+                split, tree / f"{split}2017", tree / f"annotations/instances_{split}2017.json", out=shards
             )
         )
     for part in read_train_and_test(_request(shards)):

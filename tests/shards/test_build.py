@@ -37,7 +37,7 @@ def options_of(tree: Tree, out: Path, **changes: Any) -> Options:
         "instances": tree.instances,
         "captions": tree.captions,
         "out": out,
-        "split": "toy",
+        "name": "toy",
     }
     return Options(**{**given, "max_size": SMALL, **changes})
 
@@ -207,7 +207,7 @@ def test_of_two_builds_at_once_the_second_is_refused(tree: Tree, tmp_path: Path)
     ):
         build(options)
     assert digests(options.out) == before
-    build(replace(options, split="other"))
+    build(replace(options, name="other"))
     build(options)
     assert before.items() <= digests(options.out).items()
 
@@ -280,7 +280,7 @@ def test_real_photographs_come_back_as_they_were(tmp_path: Path, split: str) -> 
     labels = PHOTOS / "annotations"
     instances, captions = labels / f"instances_{split}.json", labels / f"captions_{split}.json"
     manifest = build(
-        Options(PHOTOS / split, instances, captions, tmp_path, split, max_size=2_000_000), workers=2
+        Options(split, PHOTOS / split, instances, captions, out=tmp_path, max_size=2_000_000), workers=2
     )
     assert not manifest.left_out and verify(manifest) == []
     source = json.loads(instances.read_text())

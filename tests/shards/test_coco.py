@@ -16,6 +16,7 @@ from faster_coco_eval import mask as coco_mask
 from tests.coco_tree import Tree, write_tree
 from visft_ds.shards.cli import main
 from visft_ds.shards.coco import CocoSource, read_coco
+from visft_ds.shards.common import FolderSplit
 from visft_ds.toy.coco import write_toy_coco
 
 Content = dict[str, Any]
@@ -40,7 +41,7 @@ def toy(scenes: Path, tmp_path: Path) -> Tree:
 
 
 def read(tree: Tree) -> CocoSource:
-    return read_coco(tree.instances, tree.captions)
+    return read_coco(FolderSplit("toy", tree.images, tree.instances, tree.captions))
 
 
 def count(source: CocoSource, word: str) -> int:
@@ -275,14 +276,14 @@ def test_entries_of_images_are_lost_like_their_files(toy: Tree) -> None:
 
 
 def test_captions(toy: Tree) -> None:
-    alone = read_coco(None, toy.captions)
+    alone = read_coco(FolderSplit("toy", toy.images, captions=toy.captions))
     assert alone.categories == () and all(image.captions for image in alone.images)
     toy.edit(each(lambda entry: entry.update(image_id=10**6 + entry["image_id"]), 0.5), "captions")
     assert count(read(toy), "caption without image"), (
         "of a part of COCO's images the captions of all are often given"
     )
     with pytest.raises(ValueError, match="cannot be used"):
-        read_coco(None, toy.captions)
+        read_coco(FolderSplit("toy", toy.images, captions=toy.captions))
     toy.edit(each(lambda entry: entry.update(image_id=-1)), "captions")
     with pytest.raises(ValueError, match="caption without image"):
         read(toy)
@@ -302,7 +303,7 @@ def test_what_is_no_coco_file_is_named(tmp_path: Path, data: bytes) -> None:
 def test_masks_from_boxes_are_the_ellipses_in_them(toy: Tree) -> None:
     """Only of objects without a mask, and counted; their area is that of an ellipse."""
     toy.edit(each(lambda entry: entry.pop("segmentation"), share=0.5))
-    source = read_coco(toy.instances, toy.captions, ellipses=True)
+    source = read_coco(FolderSplit("toy", toy.images, toy.instances, toy.captions), ellipses=True)
     drawn = count(source, "ellipse")
     labels = stored(source)
     assert 0 < drawn < len(labels) and not count(source, "without a mask")

@@ -130,7 +130,7 @@ def drawn_shards(config: ResolvedConfig, folder: Path) -> Path:
     write_toy_coco(tree, train=count, val=0, height=_HEIGHT, width=_WIDTH, max_shapes=18)
     instances = tree / "annotations/instances_train2017.json"
     captions = tree / "annotations/captions_train2017.json"
-    build(Options(tree / "train2017", instances, captions, shards, config.visft.data.train))
+    build(Options(config.visft.data.train, tree / "train2017", instances, captions, out=shards))
     return shards
 
 

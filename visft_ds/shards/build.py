@@ -79,7 +79,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
     options = dataclasses.replace(options, form=form_of(paths, options.range, options.bands))
     if dry_run:
         return _manifest(options, plan, [])[0]
-    with alone(options.out, options.split):
+    with alone(options.out, options.name):
         _claim(options, plan, replace)
         records = _write_all(options, plan, workers)
         for record in records:
@@ -93,17 +93,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
 
 
 def _plan(options: Options) -> _Plan:
-    source = read_coco(
-        options.instances,
-        options.captions,
-        options.ids,
-        options.masks_from_boxes,
-        options.maps,
-        options.division,
-        options.corrections,
-        options.depth,
-        options.panoptic,
-    )
+    source = read_coco(options, options.ids, options.masks_from_boxes)
     name_as_here(source, options.images)
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
     order = np.argsort(np.random.Philox(key=key).random_raw(len(source.images)), kind="stable")
@@ -190,7 +180,7 @@ def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[M
     farthest = max((record.get("farthest", 0.0) for record in records), default=0.0)
     manifest = Manifest(
         root=options.out,
-        split=options.split,
+        split=options.name,
         categories=source.categories,
         counts={**_counts(images, options), "left_out": len(plan.left_out)},
         having_category={str(category.coco_id): having[category.coco_id] for category in source.categories},
@@ -292,19 +282,19 @@ def _claim(options: Options, plan: _Plan, replace: bool) -> None:
     """
     identity = {"version": VERSION, **options.content(), "sources": plan.source.files}
     path = options.state / "options.json"
-    manifest = manifest_path(options.out, options.split)
-    pattern = f"{options.split}-{'[0-9]' * 6}.tar"
+    manifest = manifest_path(options.out, options.name)
+    pattern = f"{options.name}-{'[0-9]' * 6}.tar"
     shards = sorted(options.out.glob(pattern))
     earlier = _record(path)
     same = earlier == identity
     unfinished = path.exists() and not manifest.exists()
     if shards and not same and not unfinished and not replace:
-        there = f"{options.out} holds a split {options.split!r} of other files or options"
+        there = f"{options.out} holds a split {options.name!r} of other files or options"
         raise ValueError(f"{there}: use another --out, or --replace")
     _keep_divisions_apart(options, earlier, replace)
     manifest.unlink(missing_ok=True)  # before what it describes is half gone
     if same:
-        obsolete = [shard for shard in shards if shard.name >= tar_name(options.split, len(plan.shards))]
+        obsolete = [shard for shard in shards if shard.name >= tar_name(options.name, len(plan.shards))]
     else:
         obsolete = [*shards, *options.state.glob("*")]
     for file in obsolete:
@@ -321,13 +311,13 @@ def _keep_divisions_apart(options: Options, earlier: Any, replace: bool) -> None
     Raises ValueError if this split was divided in the `earlier` build and is not any more.
     """
     validation = manifest_path(options.out, "val")
-    if options.split == "val" or not validation.exists():
+    if options.name == "val" or not validation.exists():
         return
     if options.division is not None:
         if replace:
             validation.unlink()  # it is made again after this split
     elif earlier is not None and "val" in earlier:
-        there = f"{options.out}: 'val' was split off from its {options.split!r}"
+        there = f"{options.out}: 'val' was split off from its {options.name!r}"
         raise ValueError(f"{there}: give the same --val, or another --out")
 
 
@@ -343,7 +333,7 @@ def _write_all(options: Options, plan: _Plan, workers: int) -> list[Json]:
     """The records of all shards; those that an earlier build has finished from the same images are kept."""
     stopped = threading.Event()
     total = sum(map(len, plan.shards))
-    bar = tqdm(desc=options.split, total=total, unit=" images", disable=None)
+    bar = tqdm(desc=options.name, total=total, unit=" images", disable=None)
 
     def progress(images: int) -> None:
         if stopped.is_set():
@@ -352,7 +342,7 @@ def _write_all(options: Options, plan: _Plan, workers: int) -> list[Json]:
 
     def write(number: int) -> Json:
         images = plan.shards[number]
-        path = options.out / tar_name(options.split, number)
+        path = options.out / tar_name(options.name, number)
         record_path = options.state / f"{number}.json"
         digest = hashlib.sha256()
         for image in images:  # the time of change stands for the pixels

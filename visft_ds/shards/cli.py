@@ -350,21 +350,13 @@ def _build_split(
     if split.maps is not None and arguments.masks_from_boxes:
         raise ValueError("--masks-from-boxes: this data set has label maps, no boxes")
     options = Options(
-        images=split.images,
-        instances=split.instances,
-        captions=split.captions,
-        maps=split.maps,
+        **vars(split),
         out=out,
-        split=split.name,
         ids=arguments.ids,
         max_size=arguments.max_size,
         limit=arguments.limit,
         seed=arguments.seed,
         exif=arguments.exif,
-        division=split.division,
-        corrections=split.corrections,
-        depth=split.depth,
-        panoptic=split.panoptic,
         masks_from_boxes=arguments.masks_from_boxes,
         range=None if value_range is None else (value_range[0], value_range[1]),
         bands=None if bands is None else tuple(map(int, bands)),

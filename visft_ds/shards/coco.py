@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import math
 from array import array
 from collections import Counter
@@ -18,9 +18,18 @@ from visft_ds.data.labels import is_box, is_near, is_polygon, run_length_code
 from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
 from visft_ds.settings.task_schema import WITHOUT_MASK
-from visft_ds.shards.common import BYTE_ORDER_MARK, CocoFile, Findings, SecondPicture, name_here
-from visft_ds.shards.corrections import corrected, corrected_captions, corrected_maps, parse_corrections
-from visft_ds.shards.depth import DepthMaps
+from visft_ds.shards.common import (
+    CocoFile,
+    Corners,
+    Findings,
+    FolderSplit,
+    SecondPicture,
+    extent_of,
+    json_of,
+    name_here,
+    source_of,
+)
+from visft_ds.shards.corrections import corrected
 from visft_ds.shards.division import Division
 from visft_ds.shards.panoptic import PanopticMaps
 
@@ -32,7 +41,6 @@ _ELLIPSE = "mask drawn as an ellipse into its box"
 _BEYOND = "box beyond the image or within a pixel (kept; COCO has x y width height in pixels)"
 _TWICE = "duplicate annotation: same image, category, box and mask (kept)"
 
-Corners = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 Files = dict[str, Mapping[str, Any]]  # role -> name, bytes, sha256
 
 
@@ -99,23 +107,12 @@ class CocoSource:
     files: Files
 
 
-def read_coco(
-    instances: CocoFile | None,
-    captions: CocoFile | None,
-    ids: Path | None = None,
-    ellipses: bool = False,
-    maps: CocoFile | None = None,
-    division: Division | None = None,
-    corrections: Path | None = None,
-    depth: DepthMaps | None = None,
-    panoptic: PanopticMaps | None = None,
-) -> CocoSource:
-    """Read COCO JSON files; without instances, the images are those of the captions file, or those that have
-    a `depth` or `panoptic` map.
+def read_coco(inputs: FolderSplit, ids: Path | None = None, ellipses: bool = False) -> CocoSource:
+    """Read the COCO JSON files of a split; without instances, the images are those of the captions file, or
+    those that have a depth or panoptic map.
 
     `ids` is a text file of image ids or file names, one a line: only these images. With `ellipses`, an object
-    without a mask gets the ellipse in its box. Of a `division`, only the images of its side. `corrections` is
-    a file of `shards.corrections`, for any of these.
+    without a mask gets the ellipse in its box.
 
     Raises:
         ValueError: no COCO file; two images or categories of one id; more than a tenth of the images or
@@ -126,35 +123,42 @@ def read_coco(
     selection = None if ids is None else _read_selection(ids, files)
     images = dict[int, SourceImage]()
     categories = dict[int, str]()
-    sources = {"instances": instances, "maps": maps, "captions": captions}
-    if depth is not None:
-        sources["depth"] = depth.listing
-    if panoptic is not None and panoptic.is_alone:
-        sources["panoptic"] = panoptic.images
+    depth = inputs.depth
+    panoptic = inputs.panoptic
+    sources: dict[str, CocoFile | None] = {
+        "instances": inputs.instances,
+        "maps": inputs.maps,
+        "captions": inputs.captions,
+        "depth": depth.listing if depth else None,
+        "panoptic": panoptic.listing if panoptic else None,
+    }
     for role, source in sources.items():
         if source is None:
             continue
         where = source if isinstance(source, Path) else f"the {role}"
         what = f"a COCO file of {role}"
         with reading(where, what):
-            content = orjson.loads(_read(source, role, files).removeprefix(BYTE_ORDER_MARK))
+            content = json_of(_read(source, role, files))
             entries = content["annotations"]
             listed_images = images or _read_images(content["images"], where, findings, selection)
+            if role != "captions":
+                add_categories(content["categories"], categories)
         if not images:
             images = listed_images
             if selection is not None:
                 _check_selection(selection, images.values(), ids)
-            if division is not None:
-                _divide(images.values(), division)
-        if role != "captions":
-            with reading(where, what):
-                add_categories(content["categories"], categories)
-        if corrections is not None:
-            entries = _corrected(role, entries, images, categories, corrections, findings, files)
+            if inputs.division is not None:
+                _divide(images.values(), inputs.division)
+        if inputs.corrections is not None:
+            files["corrections"] = inputs.corrections.source
+            names = {image.file_name: number for number, image in images.items()}
+            entries = corrected(role, entries, names, categories, inputs.corrections, findings)
         with reading(where, what):
             if role == "captions":
                 # The captions of all of COCO are often given for a part of it.
-                unusable = _add_captions(entries, images, findings, of_other_images=instances is not None)
+                unusable = _add_captions(
+                    entries, images, findings, of_other_images=inputs.instances is not None
+                )
             else:
                 reader = _AnnotationReader(images, categories, findings, ellipses)
                 unusable = reader.read(entries)
@@ -173,9 +177,12 @@ def read_coco(
         raise ValueError(
             f"{where}: none of its {len(chosen)} images has an object or a caption to learn from"
         )
-    ordered = enumerate(sorted(categories))
-    listed = tuple(Category(position, number, categories[number]) for position, number in ordered)
-    return CocoSource(chosen, listed, findings, files)
+    return CocoSource(chosen, listed_categories(categories), findings, files)
+
+
+def listed_categories(names: Mapping[int, str]) -> tuple[Category, ...]:
+    """Categories, id -> name, in the order of their ids."""
+    return tuple(Category(label, number, names[number]) for label, number in enumerate(sorted(names)))
 
 
 def _check_names(categories: Mapping[int, str], panoptic: PanopticMaps) -> None:
@@ -220,27 +227,8 @@ def _read(source: CocoFile, role: str, files: Files) -> bytes:
     else:
         name = role
         data = orjson.dumps(source)
-    files[role] = {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    files[role] = source_of(name, data)
     return data
-
-
-def _corrected(
-    role: str,
-    entries: Sequence[Any],
-    images: Mapping[int, SourceImage],
-    categories: Mapping[int, str],
-    path: Path,
-    findings: Findings,
-    files: Files,
-) -> list[Any]:
-    """The annotations of a COCO file after the corrections in another."""
-    corrections = parse_corrections(_read(path, "corrections", files), path)
-    names = {image.file_name: number for number, image in images.items()}
-    with reading(path, "corrections of these labels"):
-        if role == "captions":
-            return corrected_captions(entries, names, corrections, findings)
-        correct = corrected_maps if role == "maps" else corrected
-        return correct(entries, names, categories, corrections, findings)
 
 
 def _read_selection(path: Path, files: Files) -> set[str]:
@@ -516,10 +504,8 @@ def _is_point(value: Any) -> bool:
 
 def _cut_off(polygon: list[float], height: int, width: int) -> list[float]:
     """The polygon with points that lie more than one image away moved to that distance."""
-    cut = polygon.copy()
-    cut[::2] = [min(max(x, -width), 2 * width) for x in polygon[::2]]
-    cut[1::2] = [min(max(y, -height), 2 * height) for y in polygon[1::2]]
-    return cut
+    sides = itertools.cycle((width, height))
+    return [min(max(value, -side), 2 * side) for value, side in zip(polygon, sides, strict=False)]
 
 
 def _ellipse(x: float, y: float, width: float, height: float) -> list[float]:
@@ -540,6 +526,4 @@ def _extent(segmentation: Any) -> Corners | None:
         if width == 0 or height == 0:
             return None
         return x, y, x + width, y + height
-    xs = [x for polygon in segmentation for x in polygon[::2]]
-    ys = [y for polygon in segmentation for y in polygon[1::2]]
-    return min(xs), min(ys), max(xs), max(ys)
+    return extent_of(segmentation)

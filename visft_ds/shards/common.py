@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from visft_ds.files import image_frame, shown_name
-from visft_ds.shards.depth import DepthMaps
-from visft_ds.shards.division import Division
-from visft_ds.shards.panoptic import PanopticMaps
+import orjson
+
+from visft_ds.files import image_frame, read_bytes, shown_name
+
+if TYPE_CHECKING:
+    from visft_ds.shards.depth import DepthMaps
+    from visft_ds.shards.division import Division
+    from visft_ds.shards.panoptic import PanopticMaps
 
 Json = dict[str, Any]  # an object of a JSON file
+Corners = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 #: A COCO file, or its content where it was made of another format.
 CocoFile = Path | Mapping[str, Any]
 #: Whether pictures are turned as their EXIF data says; None: unless only the stored size fits the
@@ -87,6 +93,15 @@ class SecondPicture:
 
 
 @dataclass(frozen=True)
+class Corrections:
+    """Changes of labels, see `shards/corrections.py`."""
+
+    path: Path
+    source: Json  #: as `source_of` says
+    content: Json
+
+
+@dataclass(frozen=True)
 class FolderSplit:
     """Inputs of a build that a folder has for a split."""
 
@@ -97,9 +112,24 @@ class FolderSplit:
     maps: CocoFile | None = None  #: label maps, as instances of which no two of an image overlap
     findings: Findings = field(default_factory=Findings)  #: about the layout
     division: Division | None = None  #: only one side of it
-    corrections: Path | None = None  #: file of changes to its instances
+    corrections: Corrections | None = None  #: of its labels
     depth: DepthMaps | None = None  #: of its images
     panoptic: PanopticMaps | None = None  #: of its images
+
+
+def json_of(data: bytes) -> Any:
+    """The value in a JSON file."""
+    return orjson.loads(data.removeprefix(BYTE_ORDER_MARK))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text, without empty ones at its end."""
+    return read_bytes(path).decode("utf-8-sig").rstrip().splitlines()
+
+
+def source_of(name: str, data: bytes) -> Json:
+    """What a manifest says of a file that a split was made of."""
+    return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def split_of(name: str) -> str:
@@ -146,26 +176,26 @@ def box_object(left: float, top: float, width: float, height: float) -> Json:
     return {"bbox": box, "area": round(width * height, 3)}
 
 
+def extent_of(polygons: Sequence[Sequence[float]]) -> Corners:
+    """The corners of the box around polygons `[x, y, x, y, ...]`."""
+    xs = [x for polygon in polygons for x in polygon[::2]]
+    ys = [y for polygon in polygons for y in polygon[1::2]]
+    return min(xs), min(ys), max(xs), max(ys)
+
+
 def polygon_object(polygons: list[list[float]]) -> Json:
     """Box, area and segmentation of an object of polygons `[x, y, x, y, ...]`, in pixels."""
-    every_x = list[float]()
-    every_y = list[float]()
     area = 0.0
     for polygon in polygons:
         xs = polygon[::2]
         ys = polygon[1::2]
-        every_x += xs
-        every_y += ys
         doubled = 0.0  # by the shoelace formula
         for corner, x in enumerate(xs):
             following = (corner + 1) % len(xs)
             doubled += x * ys[following] - xs[following] * ys[corner]
         area += abs(doubled) / 2
-    left = min(every_x)
-    top = min(every_y)
-    width = max(every_x) - left
-    height = max(every_y) - top
-    content = box_object(left, top, width, height)
+    left, top, right, bottom = extent_of(polygons)
+    content = box_object(left, top, right - left, bottom - top)
     content["area"] = round(area, 3)
     content["segmentation"] = polygons
     return content

@@ -21,16 +21,17 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under N
 from visft_ds.data.labels import is_numbers
 from visft_ds.data.masks import object_of
 from visft_ds.files import read_bytes, reading, shown_name
-from visft_ds.shards.common import Findings, FolderSplit, Json
+from visft_ds.shards.common import Corrections, Findings, FolderSplit, Json, source_of
 
 FORMAT = "visft_ds corrections"
 VERSION = 1
 _NEAR = 0.02  # pixels between a box and the same one as a correction names it
 
 
-def parse_corrections(data: bytes, path: Path) -> Json:
-    """The content of the file `path` of corrections. Raises ValueError: it is none."""
+def _read(path: Path) -> Corrections:
+    """The content of a file of corrections. Raises ValueError: it is none."""
     with reading(path, "corrections of labels"):
+        data = read_bytes(path)
         content: Json = orjson.loads(data)
         info = content["info"]
         if (info["format"], info["version"]) != (FORMAT, VERSION):
@@ -40,52 +41,102 @@ def parse_corrections(data: bytes, path: Path) -> Json:
                 raise ValueError(f"{name} is no list")
         if not isinstance(info["split"], str):
             raise ValueError("split is no name")
-    return content
+    return Corrections(path, source_of(path.name, data), content)
 
 
 def with_corrections(splits: Sequence[FolderSplit], files: Sequence[Path]) -> list[FolderSplit]:
-    """The splits, each with the file that corrects it.
+    """The splits, each with the corrections of its file.
 
     Raises ValueError: a file of a split that is not among these, two of one split, or of one without such
     labels.
     """
     by_name = {split.name: split for split in splits}
     for path in files:
-        with reading(path, "corrections of labels"):
-            data = read_bytes(path)
-        content = parse_corrections(data, path)
+        corrections = _read(path)
+        content = corrections.content
         name = content["info"]["split"]
         split = by_name.get(name)
         if split is None:
             raise ValueError(f"{path} corrects the split {shown_name(name)}; there is {', '.join(by_name)}")
         if split.corrections is not None:
-            raise ValueError(f"{path} and {split.corrections} both correct the split {name}: give one")
-        of_captions = {is_caption(label) for label in [*content["annotations"], *content["removed"]]}
+            other = split.corrections.path
+            raise ValueError(f"{path} and {other} both correct the split {name}: give one")
+        of_captions = {"caption" in label for label in [*content["annotations"], *content["removed"]]}
         if True in of_captions and split.captions is None:
             raise ValueError(f"{path}: the split {name} has no captions to correct")
         if False in of_captions and split.instances is split.maps is None:
             raise ValueError(f"{path}: the split {name} has no boxes or label maps to correct")
-        by_name[name] = replace(split, corrections=path)
+        by_name[name] = replace(split, corrections=corrections)
     return list(by_name.values())
 
 
 def corrected(
+    role: str,
     annotations: Sequence[Any],
     images: Mapping[str, int],
     categories: Mapping[int, str],
-    corrections: Mapping[str, Any],
+    corrections: Corrections,
     findings: Findings,
 ) -> list[Any]:
-    """The annotations of a COCO data set, corrected; what was done is counted in `findings`.
+    """The annotations of a COCO file of a role, corrected; what was done is counted in `findings`.
 
     Args:
         images: file name -> id, of the data set.
         categories: id -> name, of the data set.
-        corrections: of `parse_corrections`.
 
     Raises ValueError: an image, a class or a label that is to be corrected is not there.
     """
-    changes = _changes(corrections, images, categories)
+    with reading(corrections.path, "corrections of these labels"):
+        changes = _changes(corrections.content, images, categories)
+        own = [change for change in changes if change.of_caption == (role == "captions")]
+        result = (_with_regions if role == "maps" else _with_labels)(annotations, own, categories)
+    kinds = {"maps": "region", "captions": "caption"}
+    for change in own:
+        findings.add(f"{kinds.get(role, 'label')} {change.words} by corrections", change.file_name)
+    return result
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Label that becomes another one, or new, or goes."""
+
+    image_id: int  #: of the data set
+    file_name: str
+    given: Mapping[str, Any] | None  #: None: it is new
+    proposed: Mapping[str, Any] | None  #: None: it goes
+
+    @property
+    def words(self) -> str:
+        if self.proposed is None:
+            return "removed"
+        return "added" if self.given is None else "changed"
+
+    @property
+    def of_caption(self) -> bool:
+        """Return True for a caption rather than a box or a region."""
+        return self.given is not None and "caption" in self.given
+
+
+def _changes(corrections: Json, images: Mapping[str, int], categories: Mapping[int, str]) -> list[_Change]:
+    """All changes. Raises ValueError: an image or a class is not one of the data set."""
+    for category in corrections["categories"]:
+        if categories.get(category["id"]) != category["name"]:
+            raise ValueError(f"its class {category['name']} ({category['id']}) is not one of the data set")
+    file_names = {image["id"]: image["file_name"] for image in corrections["images"]}
+    ids = {number: _id_of(name, images) for number, name in file_names.items()}
+    pairs = [(entry.get("replaces"), entry) for entry in corrections["annotations"]]
+    pairs += [(entry, None) for entry in corrections["removed"]]
+    changes = list[_Change]()
+    for given, proposed in pairs:
+        number = (proposed or given)["image_id"]
+        changes.append(_Change(ids[number], file_names[number], given, proposed))
+    return changes
+
+
+def _with_labels(
+    annotations: Sequence[Any], changes: Sequence[_Change], categories: Mapping[int, str]
+) -> list[Any]:
+    """The boxes or captions after the changes."""
     of_image = defaultdict[int, list[int]](list)
     numbers = [0]
     for position, annotation in enumerate(annotations):
@@ -101,47 +152,20 @@ def corrected(
                     gone.add(position)
                     break
             else:
-                label = change.given
-                raise _gone(change, f"label {categories[label['category_id']]} at {label['bbox']}")
+                raise _gone(change, _name_of(change.given, categories))
         if change.proposed is not None:
+            label = {key: value for key, value in change.proposed.items() if key != "replaces"}
             number = max(numbers) + 1 + len(added)
-            added.append({**change.proposed, "id": number, "image_id": change.image_id})
-        findings.add(f"label {change.words} by corrections", change.file_name)
+            added.append({**label, "id": number, "image_id": change.image_id})
     return [annotation for position, annotation in enumerate(annotations) if position not in gone] + added
 
 
-def corrected_captions(
-    annotations: Sequence[Any],
-    images: Mapping[str, int],
-    corrections: Mapping[str, Any],
-    findings: Findings,
+def _with_regions(
+    annotations: Sequence[Any], changes: Sequence[_Change], categories: Mapping[int, str]
 ) -> list[Any]:
-    """The same of captions, which are removed only."""
-    left = list(annotations)
-    for change in _changes(corrections, images, None):
-        assert change.given is not None
-        text = change.given["caption"]
-        for position, entry in enumerate(left):
-            if entry.get("image_id") == change.image_id and entry.get("caption") == text:
-                del left[position]
-                break
-        else:
-            raise _gone(change, f"caption {shown_name(text)}")
-        findings.add("caption removed by corrections", change.file_name)
-    return left
-
-
-def corrected_maps(
-    annotations: Sequence[Any],
-    images: Mapping[str, int],
-    categories: Mapping[int, str],
-    corrections: Mapping[str, Any],
-    findings: Findings,
-) -> list[Any]:
-    """The same of label maps, an annotation for each class of an image: regions become of another class, or
-    of none.
+    """The label maps, an annotation for each class of an image, after the changes: regions become of another
+    class, or of none.
     """
-    changes = _changes(corrections, images, categories)
     concerned = {change.image_id for change in changes}
     masks = dict[tuple[int, int], npt.NDArray[np.bool_]]()
     left = list[Any]()
@@ -163,61 +187,12 @@ def corrected_maps(
         if change.proposed is not None:
             key = change.image_id, change.proposed["category_id"]
             masks[key] = masks.get(key, False) | region
-        findings.add(f"region {change.words} by corrections", change.file_name)
     number = max((annotation["id"] for annotation in annotations), default=0)
     for (image_id, category_id), mask in masks.items():
         if mask.any():
             number += 1
             left.append({"id": number, "image_id": image_id, "category_id": category_id, **object_of(mask)})
     return left
-
-
-@dataclass(frozen=True)
-class _Change:
-    """Label that becomes another one, or new, or goes."""
-
-    image_id: int  #: of the data set
-    file_name: str
-    given: Mapping[str, Any] | None  #: None: it is new
-    proposed: Mapping[str, Any] | None  #: None: it goes
-
-    @property
-    def words(self) -> str:
-        if self.proposed is None:
-            return "removed"
-        return "added" if self.given is None else "changed"
-
-
-def _changes(
-    corrections: Mapping[str, Any], images: Mapping[str, int], categories: Mapping[int, str] | None
-) -> list[_Change]:
-    """The changes of captions, or of labels with one of the `categories`.
-
-    Raises ValueError: an image or a class is not one of the data set.
-    """
-    if categories is not None:
-        for category in corrections["categories"]:
-            if categories.get(category["id"]) != category["name"]:
-                raise ValueError(
-                    f"its class {category['name']} ({category['id']}) is not one of the data set"
-                )
-    file_names = {image["id"]: image["file_name"] for image in corrections["images"]}
-    ids = {number: _id_of(name, images) for number, name in file_names.items()}
-    changes = list[_Change]()
-    for entry in corrections["annotations"]:
-        proposed = {key: value for key, value in entry.items() if key != "replaces"}
-        number = entry["image_id"]
-        changes.append(_Change(ids[number], file_names[number], entry.get("replaces"), proposed))
-    for entry in corrections["removed"]:
-        number = entry["image_id"]
-        changes.append(_Change(ids[number], file_names[number], entry, None))
-    wants_captions = categories is None
-    return [change for change in changes if is_caption(change.given) is wants_captions]
-
-
-def is_caption(label: Mapping[str, Any] | None) -> bool:
-    """Return True for what corrections say of a caption rather than of a box or a region."""
-    return label is not None and "caption" in label
 
 
 def _gone(change: _Change, what: str) -> ValueError:
@@ -235,7 +210,15 @@ def _id_of(name: str, images: Mapping[str, int]) -> int:
     return images[longer[0]]
 
 
+def _name_of(label: Mapping[str, Any], categories: Mapping[int, str]) -> str:
+    if "caption" in label:
+        return f"caption {shown_name(label['caption'])}"
+    return f"label {categories[label['category_id']]} at {label['bbox']}"
+
+
 def _is_same(annotation: Mapping[str, Any], label: Mapping[str, Any]) -> bool:
+    if "caption" in label:
+        return bool(annotation.get("caption") == label["caption"])
     if annotation.get("category_id") != label["category_id"] or not is_numbers(annotation.get("bbox"), 4):
         return False
     return bool(np.allclose(annotation["bbox"], label["bbox"], rtol=0, atol=_NEAR))

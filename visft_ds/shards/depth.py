@@ -11,10 +11,10 @@ import numpy as np
 
 from visft_ds.data.depth import read_numbers, stored_depth
 from visft_ds.files import read_bytes
+from visft_ds.shards.common import Json
 
 if TYPE_CHECKING:
     from visft_ds.shards.coco import SourceImage
-    from visft_ds.shards.common import Json
 
 FOLDER = "depth"
 _NEARLY_ALL = 0.999  # of the pixels: some sensors give single ones of any depth

@@ -21,9 +21,18 @@ import numpy as np
 from PIL import Image
 
 from visft_ds.data.depth import MILLIMETRES
-from visft_ds.files import read_bytes, reading, write_text
+from visft_ds.files import reading, write_text
 from visft_ds.flags import check_extra
-from visft_ds.shards.common import SPLITS, Exif, Findings, FolderSplit, Json, listed_image, split_of
+from visft_ds.shards.common import (
+    SPLITS,
+    Exif,
+    Findings,
+    FolderSplit,
+    Json,
+    listed_image,
+    read_lines,
+    split_of,
+)
 from visft_ds.shards.depth import DepthMaps
 
 _LIST = re.compile(r"(?:.*_)?(train|val|test)_files_with_gt\.txt")
@@ -87,7 +96,7 @@ def _listed(folder: Path, lists: Sequence[Path]) -> dict[str, Pairs]:
             raise ValueError(f"{folder} has two lists of {match[1]}: leave {path.name} out of it")
         pairs = Pairs()
         with reading(path, "lines of an image and its depth map"):
-            for line in read_bytes(path).decode("utf-8-sig").splitlines():
+            for line in read_lines(path):
                 words = line.split()
                 if len(words) < 2 or words[1] == "None":  # KITTI has drives without maps
                     continue

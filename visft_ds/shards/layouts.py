@@ -26,6 +26,7 @@ from visft_ds.shards.common import (
     FolderSplit,
     Json,
     is_split_name,
+    json_of,
     listed_image,
     name_here,
     split_of,
@@ -285,8 +286,7 @@ def _read_panoptic(folder: Path, only: str | None) -> list[FolderSplit]:
             images = _images_of(folder, name, split) or images
         if not images.is_dir():
             raise ValueError(f"{path}: there is no folder of its images, such as images/{name}")
-        maps = replace(read_panoptic(path, images), is_alone=True)
-        splits.append(FolderSplit(split, images, panoptic=maps))
+        splits.append(FolderSplit(split, images, panoptic=read_panoptic(path, images)))
     return splits
 
 
@@ -298,7 +298,7 @@ def _with_second_pictures(split: FolderSplit, source: Path) -> FolderSplit:
         split = replace(split, depth=DepthMaps(by_name(maps, (".png",)), read_unit(maps.parent)))
     path = _panoptic_files(folder).get(split.name)
     if path is not None and split.panoptic is None:
-        split = replace(split, panoptic=read_panoptic(path, split.images))
+        split = replace(split, panoptic=read_panoptic(path))
     return split
 
 
@@ -360,7 +360,7 @@ def _coco_files_of_tools(folder: Path) -> Iterator[_CocoFile]:
 def _images_of_names(folder: Path, path: Path) -> Path:
     """The folder in which the first images of a COCO file are; `images` if they are nowhere."""
     with reading(path, "a COCO file of instances"):
-        content = orjson.loads(read_bytes(path).removeprefix(BYTE_ORDER_MARK))
+        content = json_of(read_bytes(path))
         names = [str(image["file_name"]) for image in content["images"][:_SHOWN]]
     for candidate in (folder / "images", folder / "JPEGImages", folder):
         if any((candidate / (name_here(candidate, name) or name)).is_file() for name in names):

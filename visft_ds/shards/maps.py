@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from visft_ds.data.masks import object_of
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
-from visft_ds.shards.common import CLASSES, IMAGE_SUFFIXES, Findings, FolderSplit, Json, split_of
+from visft_ds.shards.common import CLASSES, IMAGE_SUFFIXES, Findings, FolderSplit, Json, read_lines, split_of
 from visft_ds.tasks.classes import VOID
 
 #: The numbers that Cityscapes is judged by (https://github.com/mcordts/cityscapesScripts, labels.py).
@@ -270,7 +270,7 @@ def classes_of_maps(layout: str, folder: Path, void: int | None) -> MapClasses:
 def _read_names(path: Path, layout: str, first: int) -> dict[int, str]:
     """Number -> name in a list of classes; maps of one's own number them from `first`."""
     with reading(path, "a list of classes, one name per line"):
-        lines = read_bytes(path).decode("utf-8-sig").strip().splitlines()
+        lines = read_lines(path)
         if layout == OWN:
             rows = list(enumerate(lines, first))
         else:

@@ -8,10 +8,7 @@ from pathlib import Path
 
 from visft_ds.data.depth import RELATIVE
 from visft_ds.shards.bands import Form, Range
-from visft_ds.shards.common import CocoFile, Exif, Json, is_split_name
-from visft_ds.shards.depth import DepthMaps
-from visft_ds.shards.division import Division
-from visft_ds.shards.panoptic import PanopticMaps
+from visft_ds.shards.common import Exif, FolderSplit, Json, is_split_name
 from visft_ds.tasks.vocabulary import TOKENIZER
 
 _ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")  # pathlib makes one slash of two
@@ -22,26 +19,17 @@ def state_folder(out: Path, split: str) -> Path:
     return out / f".{split}.build"
 
 
-@dataclass(frozen=True)
-class Options:
-    """Files and settings of a build."""
+@dataclass(frozen=True, kw_only=True)
+class Options(FolderSplit):
+    """Inputs and settings of a build."""
 
-    images: Path
-    instances: CocoFile | None
-    captions: CocoFile | None
     out: Path
-    split: str
     ids: Path | None = None  #: file of image ids or names, one a line: only these
     max_size: int = 256_000_000  #: bytes of a shard
     limit: int | None = None  #: only the first so many images of the order
     seed: int = 0  #: of the order
     exif: Exif = None
     masks_from_boxes: bool = False  #: an object without a mask gets the ellipse in its box
-    maps: CocoFile | None = None  #: label maps instead of instances
-    division: Division | None = None  #: only the images of one side of it
-    corrections: Path | None = None  #: file of changes to the instances, see `shards.corrections`
-    depth: DepthMaps | None = None  #: of the images, beside other labels or alone
-    panoptic: PanopticMaps | None = None  #: of the images, beside other labels or alone
     range: Range | None = None  #: values of black and white in pictures of bands; None: found in the pictures
     bands: tuple[int, ...] | None = None  #: numbers of the bands that are read, from 1; None: all
     form: Form | None = None  #: of pictures of bands, which the build finds; None: three colours of 8 bits
@@ -53,8 +41,8 @@ class Options:
             raise ValueError(f"--out {address}: {remedy}")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file: name a folder")
-        if not is_split_name(self.split):
-            raise ValueError(f"split name {self.split!r}: only letters, digits, '-' and '_' are allowed")
+        if not is_split_name(self.name):
+            raise ValueError(f"split name {self.name!r}: only letters, digits, '-' and '_' are allowed")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit {self.limit}: at least one image is needed")
         if not 0 <= self.seed < 1 << 63:
@@ -92,4 +80,4 @@ class Options:
     @property
     def state(self) -> Path:
         """Folder for the state of a build."""
-        return state_folder(self.out, self.split)
+        return state_folder(self.out, self.name)

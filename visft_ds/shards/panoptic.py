@@ -8,24 +8,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import orjson
 
 from visft_ds.data.panoptic import problem_of_segment, read_segment_numbers, stored_panoptic
 from visft_ds.data.shards import PanopticCategory
 from visft_ds.files import checked_name, read_bytes, reading
+from visft_ds.shards.common import Json, json_of, source_of
 
 if TYPE_CHECKING:
     from visft_ds.shards.coco import SourceImage
-    from visft_ds.shards.common import Json
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PHOTO = "_leftImg8bit"  # ends the names of Cityscapes' images
 _FINE = "_gtFine"  # stands before it in Cityscapes' JSON file
 
@@ -43,24 +40,23 @@ class PanopticMaps:
 
     maps: Mapping[str, PanopticMap]  #: `_key` of an image -> its map
     categories: tuple[PanopticCategory, ...]
-    images: Json  #: the images, as COCO lists them
     file: Mapping[str, Any]  #: name, bytes and sha256 of the JSON file
-    is_alone: bool = False  #: no other label lists the images
+    listing: Json | None  #: the images, as COCO lists them, where no other label does
 
     def map_of(self, image: str) -> PanopticMap | None:
         """The map of an image of this file name."""
         return self.maps.get(_key(image))
 
 
-def read_panoptic(path: Path, images: Path) -> PanopticMaps:
-    """Read a panoptic file of COCO, or of Cityscapes.
+def read_panoptic(path: Path, images: Path | None = None) -> PanopticMaps:
+    """Read a panoptic file of COCO, or of Cityscapes; `images` is their folder if no other label lists them.
 
     Raises ValueError for another file, and without the folder of its PNG files.
     """
     folder = path.with_suffix("")
     data = read_bytes(path)
     with reading(path, "a panoptic file of COCO"):
-        content = orjson.loads(data.removeprefix(_BYTE_ORDER_MARK))
+        content = json_of(data)
         categories = _categories(content["categories"])
         if not folder.is_dir():
             raise ValueError(f"its PNG files are missing: they belong in the folder {folder}")
@@ -73,10 +69,11 @@ def read_panoptic(path: Path, images: Path) -> PanopticMaps:
             if annotation["image_id"] not in names:
                 raise ValueError(f"image_id {annotation['image_id']!r:.40} of {name} is not among its images")
             maps[_key(names[annotation["image_id"]])] = PanopticMap(folder / name, segments)
-        listed = _listed(content["images"], images)
-    file = {"name": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    listing: Json = {"images": listed, "annotations": [], "categories": []}
-    return PanopticMaps(maps, categories, listing, file)
+        listing: Json | None = None
+        if images is not None:
+            listed = _listed(content["images"], images)
+            listing = {"images": listed, "annotations": [], "categories": []}
+    return PanopticMaps(maps, categories, source_of(path.name, data), listing)
 
 
 def _key(name: str) -> str:

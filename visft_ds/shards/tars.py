@@ -35,7 +35,6 @@ from visft_ds.data.open_webdataset import webdataset
 from visft_ds.data.shards import (
     INDEX_DTYPE,
     LABEL_KINDS,
-    Category,
     Manifest,
     ShardFile,
     fingerprint,
@@ -47,8 +46,8 @@ from visft_ds.redaction import refuse_secrets
 from visft_ds.settings.task_schema import WITHOUT_MASK
 from visft_ds.shards.archive import MAX_IMAGE_BYTES
 from visft_ds.shards.build import alone, quantiles, reasons
-from visft_ds.shards.coco import SourceImage, add_categories, share_inside
-from visft_ds.shards.common import Findings, Json, is_split_name
+from visft_ds.shards.coco import SourceImage, add_categories, listed_categories, share_inside
+from visft_ds.shards.common import Findings, Json, is_split_name, source_of
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  #: suffixes in lower case
@@ -133,8 +132,7 @@ def _read_categories(path: Path) -> tuple[dict[int, str], dict[str, Json]]:
     with reading(path, "a COCO file, or a list of its categories"):
         content = orjson.loads(data)
         add_categories(content["categories"] if isinstance(content, dict) else content, names)
-    digest = hashlib.sha256(data).hexdigest()
-    return names, {"categories": {"name": path.name, "bytes": len(data), "sha256": digest}}
+    return names, {"categories": source_of(path.name, data)}
 
 
 class _Member(NamedTuple):
@@ -374,7 +372,7 @@ def _write(
         index["image_id"] = np.arange(len(index))
     content = io.BytesIO()
     np.save(content, index, allow_pickle=False)
-    listed = tuple(Category(label, number, names[number]) for label, number in enumerate(sorted(names)))
+    listed = listed_categories(names)
     vocabulary, least = _frequent(words)
     manifest = Manifest(
         root=out,

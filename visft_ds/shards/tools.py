@@ -13,11 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-import orjson
-
 from visft_ds.files import checked_name, read_bytes, reading
 from visft_ds.shards.common import (
-    BYTE_ORDER_MARK,
     IMAGE_SUFFIXES,
     SPLITS,
     Exif,
@@ -25,8 +22,10 @@ from visft_ds.shards.common import (
     FolderSplit,
     Json,
     box_object,
+    json_of,
     listed_image,
     polygon_object,
+    read_lines,
 )
 
 VOC = "Pascal VOC"
@@ -144,7 +143,7 @@ def _listed_splits(folder: Path) -> dict[str, str]:
         if not path.is_file():
             continue
         with reading(path, "a list of image names"):
-            lines = read_bytes(path).decode("utf-8-sig").splitlines()
+            lines = read_lines(path)
         for line in lines:
             image = line.strip()
             if splits.setdefault(image, split) != split:
@@ -182,7 +181,7 @@ def _parse_voc(data: bytes, image: Path) -> _Annotated:
 
 
 def _parse_labelme(data: bytes, image: Path, findings: Findings) -> _Annotated:
-    content = orjson.loads(data.removeprefix(BYTE_ORDER_MARK))
+    content = json_of(data)
     if not isinstance(content, dict) or "shapes" not in content:
         raise ValueError("it has no shapes")
     objects = list[tuple[str, Json]]()

@@ -31,11 +31,11 @@ from visft_ds.shards.common import (
     listed_image,
     name_here,
     polygon_object,
+    read_lines,
 )
 from visft_ds.tasks.classes import COCO_NAMES
 
 _MAX_YAML_BYTES = 1 << 20
-_MAX_TEXT_BYTES = 1 << 28
 _ROUNDING = 1e-4  # coordinates with few decimals pass 0 and 1 by so much
 _BOX = 5  # values of a line
 
@@ -135,7 +135,7 @@ def _read_description(path: Path, only: str | None) -> _DataSet:
 
 def _read_classes(path: Path, only: str | None) -> _DataSet:
     """A data set without a data.yaml, as Label Studio exports it: each line names a class."""
-    names = read_bytes(path, _MAX_YAML_BYTES).decode("utf-8-sig").strip().splitlines()
+    names = read_lines(path)
     folder = path.parent / "images"
     images = dict[str, list[Path]]()
     for name, split in SPLITS.items():
@@ -271,7 +271,7 @@ def _image_files(source: Path, roots: Sequence[Path]) -> Iterator[Path]:
     elif source.suffix.lower() in IMAGE_SUFFIXES:
         yield source
     else:
-        for number, line in enumerate(_text_of(source).splitlines(), 1):
+        for number, line in enumerate(_lines_of(source), 1):
             name = line.strip()
             if not name:
                 continue
@@ -294,14 +294,14 @@ def _label_of(image: Path) -> Path:
     return beside if beside.is_file() and not in_labels.is_file() else in_labels
 
 
-def _text_of(path: Path) -> str:
+def _lines_of(path: Path) -> list[str]:
     with reading(path, "a text file"):
-        return read_bytes(path, _MAX_TEXT_BYTES).decode("utf-8-sig")
+        return read_lines(path)
 
 
 def _objects(path: Path, data: _DataSet) -> Iterator[tuple[int, list[float]]]:
     """(class, coordinates) of each line of a label: those of a box or of the corners of a polygon."""
-    for number, line in enumerate(_text_of(path).splitlines(), 1):
+    for number, line in enumerate(_lines_of(path), 1):
         words = line.split()
         if words:
             try:

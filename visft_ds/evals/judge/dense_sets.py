@@ -314,7 +314,7 @@ def _of_maps(
 
 def _of_folder(split: FolderSplit, most: int) -> DenseSet:
     """A split of a data set that `visft shards` reads."""
-    source = read_coco(split.instances, None, maps=split.maps)
+    source = read_coco(replace(split, captions=None, depth=None, panoptic=None))
     name_as_here(source, split.images)
     entries = [source.images[number] for number in every(len(source.images), most)]
     images = from_files([split.images / entry.file_name for entry in entries], split.images)
