@@ -107,7 +107,7 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
     assert make_split(tmp_path / "b", max_size=40_000).fingerprint == manifest.fingerprint, "cut differently"
     assert make_split(tmp_path / "c", seed=1).fingerprint != manifest.fingerprint, "another order"
     renamed = [replace(category, name="x") for category in manifest.categories]
-    assert fingerprint(renamed, manifest.index) != manifest.fingerprint
+    assert fingerprint(renamed, manifest.index, None) != manifest.fingerprint
 
 
 def _flip(offset: int) -> Callable[[Path], None]:

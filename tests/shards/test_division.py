@@ -70,16 +70,15 @@ def test_groups_stay_on_one_side(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_division_does_not_depend_on_the_order_of_names() -> None:
     names = [f"{number}.jpg" for number in range(50)]
-    division = Division(0.1, 3, of_validation=True)
-    assert division.chosen(names) == division.chosen(names[::-1])
-    assert len(division.chosen(names)) == 5
-    assert Division(0.1, 3).chosen(names) == set(names) - division.chosen(names)
-    assert Division(0.1, 4, of_validation=True).chosen(names) != division.chosen(names)
+    division = Division(0.1, 3)
+    assert division.validation(names) == division.validation(names[::-1])
+    assert len(division.validation(names)) == 5
+    assert Division(0.1, 4).validation(names) != division.validation(names)
 
 
 @pytest.mark.parametrize("share", [0.001, 0.2, 0.999])
 def test_each_side_has_an_image_at_least(share: float) -> None:
-    assert len(Division(share, 0, of_validation=True).chosen(["a", "b"])) == 1
+    assert len(Division(share, 0).validation(["a", "b"])) == 1
 
 
 def test_the_group_is_the_first_parenthesis_that_matches() -> None:
@@ -91,7 +90,7 @@ def test_the_group_is_the_first_parenthesis_that_matches() -> None:
 def test_a_large_group_does_not_become_validation() -> None:
     names = [f"big_{number}" for number in range(90)] + [f"small_{number}" for number in range(10)]
     for seed in range(4):
-        names_of_val = Division(0.2, seed, "^[a-z]+", of_validation=True).chosen(names)
+        names_of_val = Division(0.2, seed, "^[a-z]+").validation(names)
         assert names_of_val == set(names[90:])
 
 

@@ -8,10 +8,11 @@ byte in a JPEG.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -164,9 +165,15 @@ class Manifest:
         _check_files(manifest, address)
         return manifest
 
-    def save(self, index: bytes) -> None:
+    @classmethod
+    def made_of(cls, index: npt.NDArray[Any], **values: Any) -> Manifest:
+        """The manifest of a new split with these rows of INDEX_DTYPE and other values."""
+        made = cls(**values, fingerprint="", index_sha256=hashlib.sha256(_file_of(index)).hexdigest())
+        return replace(made, fingerprint=fingerprint(made.every_category, index, made.bands))
+
+    def save(self, index: npt.NDArray[Any]) -> None:
         """Write the index and then the manifest into `root`, when all shards are there."""
-        write_bytes(Path(self.root, self.split + INDEX), index)
+        write_bytes(Path(self.root, self.split + INDEX), _file_of(index))
         names = {field.name for field in fields(self)} - {"root", "cache"}
         values = {name: getattr(self, name) for name in names}
         values |= {"format": FORMAT, "version": VERSION}
@@ -262,6 +269,12 @@ class Manifest:
 
 
 _SCHEMA = TypeAdapter(Manifest)
+
+
+def _file_of(index: npt.NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, index, allow_pickle=False)
+    return file.getvalue()
 
 
 def _check_manifest(manifest: Manifest) -> None:
@@ -381,7 +394,7 @@ class ShardReader:
         self.close()
 
 
-def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any], bands: Bands | None = None) -> str:
+def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any], bands: Bands | None) -> str:
     """Identity of a split's content and order, and of what its values mean."""
     listed = [asdict(category) for category in categories]
     digest = hashlib.sha256(orjson.dumps(listed, option=orjson.OPT_SORT_KEYS))

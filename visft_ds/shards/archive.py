@@ -31,19 +31,14 @@ _TRANSPARENT = "picture with transparency, which is dropped: the colours under i
 _AS_STORED = "EXIF rotation not applied: the annotations fit the picture as stored"
 
 
-def sample_size(image_bytes: int, label_bytes: int) -> int:
-    """Bytes of a sample in a shard."""
-    return _member_size(image_bytes) + _member_size(label_bytes)
+def sample_size(*files: int) -> int:
+    """Bytes in a shard of files of so many: each has a header, and whole blocks."""
+    return sum(tarfile.BLOCKSIZE + _rounded_up(size, tarfile.BLOCKSIZE) for size in files)
 
 
 def shard_size(samples: int) -> int:
     """Bytes of a shard whose samples have so many."""
     return _rounded_up(samples + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)  # two empty blocks end it
-
-
-def _member_size(size: int) -> int:
-    """Bytes in a tar of a file of so many: a header and whole blocks."""
-    return tarfile.BLOCKSIZE + _rounded_up(size, tarfile.BLOCKSIZE)
 
 
 def _rounded_up(size: int, multiple: int) -> int:
@@ -105,9 +100,9 @@ def _maps_of(image: SourceImage, options: Options) -> tuple[Json, float]:
     """
     maps = Json()
     farthest = 0.0
-    if image.depth is not None and options.depth is not None:
+    if options.depth is not None and "depth" in image.maps:
         maps["depth"], farthest = depth_of(image, options.depth)
-    if image.panoptic is not None:
+    if "panoptic" in image.maps:
         maps["panoptic"] = panoptic_of(image)
     return maps, farthest
 

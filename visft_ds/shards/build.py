@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import os
 import platform
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -35,7 +35,6 @@ from visft_ds.data.shards import (
     VERSION,
     Manifest,
     ShardFile,
-    fingerprint,
     manifest_path,
     tar_name,
 )
@@ -78,7 +77,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
     paths = [options.images / image.file_name for shard in plan.shards for image in shard]
     options = dataclasses.replace(options, form=form_of(paths, options.range, options.bands))
     if dry_run:
-        return _manifest(options, plan, [])[0]
+        return _manifest(options, plan, [], np.empty(0, INDEX_DTYPE))
     with alone(options.out, options.name):
         _claim(options, plan, replace)
         records = _write_all(options, plan, workers)
@@ -87,7 +86,10 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
             for kind, name in record["odd"]:
                 plan.source.findings.add(kind, name)
         reasons(plan.left_out).refuse_above_a_tenth(len(plan.images), options.images, "images")
-        manifest, index = _manifest(options, plan, records)
+        index = np.array(
+            [(number, *row) for number, record in enumerate(records) for row in record["rows"]], INDEX_DTYPE
+        )
+        manifest = _manifest(options, plan, records, index)
         manifest.save(index)
         return manifest
 
@@ -124,13 +126,13 @@ def _find_second_pictures(image: SourceImage, options: Options, findings: Findin
         if path is None:
             findings.add("image without depth map (kept)", image.file_name)
         else:
-            image.depth = SecondPicture.at(path)
+            image.maps["depth"] = SecondPicture.at(path)
     if options.panoptic is not None:
         listed = options.panoptic.map_of(image.file_name)
         if listed is None:
             findings.add("image without panoptic map (kept)", image.file_name)
         else:
-            image.panoptic = SecondPicture.at(listed.file)
+            image.maps["panoptic"] = SecondPicture.at(listed.file)
             image.segments = listed.segments
 
 
@@ -140,7 +142,7 @@ def _cut(images: Sequence[SourceImage], max_size: int) -> list[list[SourceImage]
     used = 0
     for image in images:
         label_bytes = len(image.label()) + len(orjson.dumps(image.segments))
-        label_bytes += sum(picture.label_bytes() for picture in image.second_pictures())
+        label_bytes += sum(picture.label_bytes() for picture in image.maps.values())
         size = sample_size(image.file_bytes, label_bytes)
         if not shards or shard_size(used + size) > max_size:
             shards.append([])
@@ -150,17 +152,12 @@ def _cut(images: Sequence[SourceImage], max_size: int) -> list[list[SourceImage]
     return shards
 
 
-def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[Manifest, bytes]:
-    """(manifest, content of the index) of finished shards, or a forecast without any."""
+def _manifest(options: Options, plan: _Plan, records: Sequence[Json], index: npt.NDArray[Any]) -> Manifest:
+    """The manifest of finished shards and their index, or a forecast without any."""
     source = plan.source
-    rows = list[tuple[int, ...]]()
     shards = list[ShardFile]()
-    for number, record in enumerate(records):
-        rows += [(number, *row) for row in record["rows"]]
+    for record in records:
         shards.append(ShardFile(record["name"], len(record["rows"]), record["bytes"], record["sha256"]))
-    index = np.array(rows, dtype=INDEX_DTYPE)
-    file = io.BytesIO()
-    np.save(file, index, allow_pickle=False)
     if records:
         written = set(index["image_id"].tolist())
         images = [image for image in plan.images if image.image_id in written]
@@ -178,7 +175,8 @@ def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[M
         bands = bands_of(options.form, [record["bands"] for record in records])
     # Shards that an earlier release finished do not say it.
     farthest = max((record.get("farthest", 0.0) for record in records), default=0.0)
-    manifest = Manifest(
+    return Manifest.made_of(
+        index,
         root=options.out,
         split=options.name,
         categories=source.categories,
@@ -193,13 +191,10 @@ def _manifest(options: Options, plan: _Plan, records: Sequence[Json]) -> tuple[M
         findings=source.findings,
         options=options.content(),
         sources=source.files,
-        fingerprint=fingerprint([*source.categories, *panoptic], index, bands),
-        index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
         bands=bands,
         panoptic=panoptic,
         farthest=farthest or None,
     )
-    return manifest, file.getvalue()
 
 
 def _counts(images: Sequence[SourceImage], options: Options) -> dict[str, int]:
@@ -215,14 +210,12 @@ def _counts(images: Sequence[SourceImage], options: Options) -> dict[str, int]:
         counts["trainable"] = trainable
     counts["captions"] = sum(len(image.captions) for image in images)
     if options.depth is not None:
-        counts["depth"] = sum(image.depth is not None for image in images)
+        counts["depth"] = sum("depth" in image.maps for image in images)
     if options.panoptic is not None:
-        counts["panoptic"] = sum(image.panoptic is not None for image in images)
+        counts["panoptic"] = sum("panoptic" in image.maps for image in images)
         counts["segments"] = sum(len(image.segments) for image in images)
         counts["segments_at_most"] = max((len(image.segments) for image in images), default=0)
-    counts["empty"] = sum(
-        not (image.objects or image.captions or image.second_pictures()) for image in images
-    )
+    counts["empty"] = sum(not (image.objects or image.captions or image.maps) for image in images)
     return counts
 
 
@@ -296,10 +289,9 @@ def _claim(options: Options, plan: _Plan, replace: bool) -> None:
     if same:
         obsolete = [shard for shard in shards if shard.name >= tar_name(options.name, len(plan.shards))]
     else:
-        obsolete = [*shards, *options.state.glob("*")]
+        obsolete = [*shards, *options.state.glob("*.json")]
     for file in obsolete:
-        if file.name not in (_LOCK, _HOLDER):
-            file.unlink()
+        file.unlink()
     remove_unfinished(options.out, pattern)
     remove_unfinished(options.state)
     write_bytes(path, orjson.dumps(identity))
@@ -347,7 +339,7 @@ def _write_all(options: Options, plan: _Plan, workers: int) -> list[Json]:
         digest = hashlib.sha256()
         for image in images:  # the time of change stands for the pixels
             digest.update(b"%d %d %b" % (image.file_bytes, image.modified, image.label()))
-            for picture in image.second_pictures():
+            for picture in image.maps.values():
                 digest.update(b"%d %d" % (picture.bytes, picture.modified))
             digest.update(orjson.dumps(image.segments))
         key = digest.hexdigest()

@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from visft_ds.files import shown_name
 from visft_ds.flags import Parser, check_extra, check_least, parse_size
 from visft_ds.monitor.console import print_plan
 from visft_ds.settings.bands import in_words
+from visft_ds.shards.bands import Range
 from visft_ds.shards.build import build, reasons
 from visft_ds.shards.common import Findings, FolderSplit, lines_of
 from visft_ds.shards.corrections import with_corrections
@@ -214,10 +216,15 @@ def _index(arguments: argparse.Namespace) -> None:
         without = "or train without: --set visft.run.eval_every=0"
         print(f"no validation split: index other tars with --split val, {without}")
     if arguments.split != "val":
-        command = ["visft", "train", "--data", str(arguments.out)]
-        if arguments.split != "train":
-            command += ["--set", f"visft.data.train={arguments.split}"]
-        print(f"train on it: {shlex.join(command)}")
+        _print_command(arguments.out, arguments.split)
+
+
+def _print_command(out: Path, split: str) -> None:
+    """Print the command that trains on a split."""
+    command = ["visft", "train", "--data", str(out)]
+    if split != "train":
+        command += ["--set", f"visft.data.train={split}"]
+    print(f"train on it: {shlex.join(command)}")
 
 
 def _build(arguments: argparse.Namespace) -> None:
@@ -257,13 +264,10 @@ def _build_folder(arguments: argparse.Namespace) -> None:
         print(f"  not read: {path.relative_to(source)}")
     _build_splits(arguments, out, splits)
     if not arguments.dry_run:
-        command = ["visft", "train", "--data", str(out)]
         finished = splits_in(out)
         if arguments.split is None and "val" not in finished:
             print("no validation split: the same command with --val 0.2 --replace splits it off")
-        if "train" not in finished:
-            command += ["--set", f"visft.data.train={splits[0].name}"]
-        print(f"train on it: {shlex.join(command)}")
+        _print_command(out, "train" if "train" in finished else splits[0].name)
 
 
 def _divided(arguments: argparse.Namespace, splits: list[FolderSplit]) -> list[FolderSplit]:
@@ -284,9 +288,8 @@ def _divided(arguments: argparse.Namespace, splits: list[FolderSplit]) -> list[F
     result = list[FolderSplit]()
     for split in splits:
         if split.name == "train" or len(splits) == 1:
-            validation = replace(division, of_validation=True)
             result.append(replace(split, division=division))
-            result.append(replace(split, name="val", division=validation, findings=Findings()))
+            result.append(replace(split, name="val", division=division, findings=Findings()))
         else:
             result.append(split)
     return result
@@ -294,12 +297,8 @@ def _divided(arguments: argparse.Namespace, splits: list[FolderSplit]) -> list[F
 
 def _build_splits(arguments: argparse.Namespace, out: Path, splits: Sequence[FolderSplit]) -> None:
     """Build splits, `train` before the others: these get its bands and range, as one model reads them all."""
-    value_range = _numbers(arguments.range, "--range", "0,4095")
-    if value_range is not None and len(value_range) != 2:
-        raise ValueError(f"--range {arguments.range}: give two numbers, e.g. --range 0,4095")
-    bands = _numbers(arguments.bands, "--bands", "4,3,2")
-    if bands is not None and not all(number.is_integer() for number in bands):
-        raise ValueError(f"--bands {arguments.bands}: give whole numbers, e.g. --bands 4,3,2")
+    value_range = None if arguments.range is None else _parse_range(arguments.range)
+    bands = None if arguments.bands is None else _parse_bands(arguments.bands)
     names = [split.name for split in splits]
     if arguments.near_duplicates is not None and not {"train", "val"}.issubset(names):
         raise ValueError(
@@ -328,22 +327,30 @@ def _print_near_duplicates(backbone: str, out: Path) -> None:
     print_plan("visft_ds shards", [section])
 
 
-def _numbers(text: str | None, flag: str, example: str) -> tuple[float, ...] | None:
-    """Numbers that a flag lists."""
-    if text is None:
-        return None
-    try:
-        return tuple(float(word) for word in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"{flag} {text}: give numbers with commas, e.g. {flag} {example}") from error
+def _parse_range(text: str) -> Range:
+    """The lower and the higher value of --range."""
+    with suppress(ValueError):
+        low, high = map(float, text.split(","))
+        if low < high:
+            return low, high
+    raise ValueError(f"--range {text}: give two numbers, the lower value first, e.g. --range 0,4095")
+
+
+def _parse_bands(text: str) -> tuple[int, ...]:
+    """The numbers of --bands."""
+    with suppress(ValueError):
+        numbers = tuple(map(int, text.split(",")))
+        if min(numbers) > 0:
+            return numbers
+    raise ValueError(f"--bands {text}: give whole numbers from 1, e.g. --bands 4,3,2")
 
 
 def _build_split(
     arguments: argparse.Namespace,
     out: Path,
     split: FolderSplit,
-    value_range: tuple[float, ...] | None,
-    bands: tuple[float, ...] | None,
+    value_range: Range | None,
+    bands: tuple[int, ...] | None,
 ) -> Manifest:
     if split.maps is None and arguments.void is not None:
         raise ValueError("--void: this data set has no label maps")
@@ -358,12 +365,12 @@ def _build_split(
         seed=arguments.seed,
         exif=arguments.exif,
         masks_from_boxes=arguments.masks_from_boxes,
-        range=None if value_range is None else (value_range[0], value_range[1]),
-        bands=None if bands is None else tuple(map(int, bands)),
+        range=value_range,
+        bands=bands,
     )
     dry_run = arguments.dry_run
     manifest = build(options, workers=arguments.workers, dry_run=dry_run, replace=arguments.replace)
-    if split.division is not None and split.division.of_validation:
+    if split.division is not None and split.name == "val":
         by = "image" if arguments.group is None else f"groups {arguments.group!r}"
         print(f"val: split off, {arguments.val:g} of the images, by {by}, seed {arguments.seed}")
     print(f"{split.name}: {'would build' if dry_run else 'built'} {_size(manifest)}, in {out}")

@@ -30,7 +30,6 @@ from visft_ds.shards.common import (
     source_of,
 )
 from visft_ds.shards.corrections import corrected
-from visft_ds.shards.division import Division
 from visft_ds.shards.panoptic import PanopticMaps
 
 _ANOTHER_FORM = "mask given as [x, y, ...], as [[x, y], ...] or as text (read as polygons)"
@@ -64,8 +63,7 @@ class SourceImage:
     selected: bool = True  #: it was asked for
     file_bytes: int = 0
     modified: int = -1  #: time of its file, nanoseconds; -1: there is none
-    depth: SecondPicture | None = None  #: its depth map
-    panoptic: SecondPicture | None = None  #: its panoptic map
+    maps: dict[str, SecondPicture] = field(default_factory=dict)  #: "depth" and "panoptic", if it has them
     segments: tuple[Mapping[str, int], ...] = ()  #: of its panoptic map
 
     def add(self, annotation: bytes, category: int, crowd: bool, share: float) -> None:
@@ -78,8 +76,8 @@ class SourceImage:
             self.classes.add(category)
             self.sides.append(math.sqrt(share))
 
-    def label(self, **pictures: Mapping[str, Any]) -> bytes:
-        """The JSON file of this sample in a shard, with second pictures by their kind."""
+    def label(self, **maps: Mapping[str, Any]) -> bytes:
+        """The JSON file of this sample in a shard, with maps by their kind."""
         content = {
             "image_id": self.image_id,
             "file_name": self.file_name,
@@ -88,13 +86,9 @@ class SourceImage:
             **self.credit,
             "annotations": orjson.Fragment(b"[%b]" % bytes(self.annotations[:-1])),
             "captions": self.captions,
-            **pictures,
+            **maps,
         }
         return orjson.dumps(content)
-
-    def second_pictures(self) -> list[SecondPicture]:
-        """Those that it has."""
-        return [picture for picture in (self.depth, self.panoptic) if picture is not None]
 
 
 @dataclass(frozen=True)
@@ -148,7 +142,10 @@ def read_coco(inputs: FolderSplit, ids: Path | None = None, ellipses: bool = Fal
             if selection is not None:
                 _check_selection(selection, images.values(), ids)
             if inputs.division is not None:
-                _divide(images.values(), inputs.division)
+                selected = {image.file_name for image in images.values() if image.selected}
+                validation = inputs.division.validation(selected)
+                for image in images.values():
+                    image.selected &= (image.file_name in validation) == (inputs.name == "val")
         if inputs.corrections is not None:
             files["corrections"] = inputs.corrections.source
             names = {image.file_name: number for number, image in images.items()}
@@ -247,13 +244,6 @@ def _check_selection(selection: Collection[str], images: Collection[SourceImage]
         raise ValueError(
             f"--ids {ids}: {len(missing)} of {len(selection)} entries match no image: {missing[:3]}"
         )
-
-
-def _divide(images: Collection[SourceImage], division: Division) -> None:
-    """Leave only those images selected that are on this side of the division."""
-    names = division.chosen({image.file_name for image in images if image.selected})
-    for image in images:
-        image.selected = image.selected and image.file_name in names
 
 
 def _read_images(

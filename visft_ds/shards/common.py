@@ -111,7 +111,7 @@ class FolderSplit:
     captions: CocoFile | None = None
     maps: CocoFile | None = None  #: label maps, as instances of which no two of an image overlap
     findings: Findings = field(default_factory=Findings)  #: about the layout
-    division: Division | None = None  #: only one side of it
+    division: Division | None = None  #: only its validation, of `val`, or the others
     corrections: Corrections | None = None  #: of its labels
     depth: DepthMaps | None = None  #: of its images
     panoptic: PanopticMaps | None = None  #: of its images

@@ -33,21 +33,25 @@ class DepthMaps:
         return self.files.get(str(PurePath(image).with_suffix("")))
 
 
+def check_size(kind: str, shape: tuple[int, ...], image: SourceImage) -> None:
+    """Raise ValueError for a map of another size than its image."""
+    height, width = shape
+    if (height, width) != (image.height, image.width):
+        raise ValueError(
+            f"{kind} map of another size: {width} x {height}, the image has {image.width} x {image.height}"
+        )
+
+
 def depth_of(image: SourceImage, maps: DepthMaps) -> tuple[dict[str, Any], float]:
     """The depth map of an image as a label has it, and its `Manifest.farthest`, 0 of a relative map.
 
     Raises ValueError for a map that is none, of another size, or without a depth.
     """
-    assert image.depth is not None
-    data = read_bytes(image.depth.path)
+    data = read_bytes(image.maps["depth"].path)
     numbers = read_numbers(data)
     if not numbers.any():
         raise ValueError("depth map without a depth, all of it is 0")
-    height, width = numbers.shape
-    if (height, width) != (image.height, image.width):
-        raise ValueError(
-            f"depth map of another size: {width} x {height}, the image has {image.width} x {image.height}"
-        )
+    check_size("depth", numbers.shape, image)
     farthest = 0.0
     if maps.metres is not None:
         farthest = maps.metres * float(np.quantile(numbers[numbers > 0], _NEARLY_ALL))

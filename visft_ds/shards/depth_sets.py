@@ -31,18 +31,13 @@ from visft_ds.shards.common import (
     Json,
     listed_image,
     read_lines,
-    split_of,
 )
 from visft_ds.shards.depth import DepthMaps
 
 _LIST = re.compile(r"(?:.*_)?(train|val|test)_files_with_gt\.txt")
 _KITTI_UNIT = 1 / 256
+_SYNC = "sync_depth_"  # begins the names of BTS's maps
 _KITTI = "proj_depth"  # folder in the path of each of KITTI's maps
-#: End of the path of a depth map -> that of its image.
-_PARTNERS = (
-    (re.compile(r"sync_depth_(\d+)\.png"), r"rgb_\1.jpg"),
-    (re.compile(r"(.+)_depth\.png"), r"\1_colors.png"),
-)
 _OF_DRIVE = re.compile(r"(.*?)([^/]+)/proj_depth/groundtruth/(image_0\d)/(\d+\.png)")
 _EXTRACTED = "extracted.txt"
 
@@ -56,7 +51,7 @@ def list_files(folder: Path) -> list[Path]:
 
 def paired_maps(folder: Path) -> list[Path]:
     """Depth maps that lie as those of the table, without a list of them."""
-    maps = [*folder.rglob("sync_depth_*.png"), *folder.rglob("*_depth.png")]
+    maps = [*folder.rglob(f"{_SYNC}*.png"), *folder.rglob("*_depth.png")]
     return sorted([*maps, *folder.glob(f"**/{_KITTI}/groundtruth/image_0?/*.png")])
 
 
@@ -137,20 +132,16 @@ def _found(folder: Path) -> dict[str, Pairs]:
 
 
 def _partner(name: str) -> str:
-    """Name of the image of a depth map."""
-    for pattern, image in _PARTNERS:
-        if pattern.fullmatch(name):
-            return pattern.sub(image, name)
-    raise AssertionError(name)
+    """Name of the image of a depth map of NYU."""
+    if name.startswith(_SYNC):
+        return name.replace(_SYNC, "rgb_").replace(".png", ".jpg")
+    return name.replace("_depth.png", "_colors.png")
 
 
 def _split_in(folders: Sequence[str]) -> str:
     """Split of a file in these folders: `train`, unless one has the name of a split, such as nyu2_test."""
-    for name in folders:
-        word = name.lower().rpartition("_")[2]
-        if word in SPLITS:
-            return split_of(word)
-    return "train"
+    words = [name.lower().rpartition("_")[2] for name in folders]
+    return next((SPLITS[word] for word in words if word in SPLITS), "train")
 
 
 def extract_labelled(path: Path) -> Path:

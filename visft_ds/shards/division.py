@@ -22,15 +22,12 @@ def group_in(name: str, pattern: str) -> str | None:
     match = re.search(pattern, name)
     if match is None:
         return None
-    for text in match.groups():
-        if text is not None:
-            return str(text)
-    return match[0]
+    return next(text for text in (*match.groups(), match[0]) if text is not None)
 
 
 @dataclass(frozen=True)
 class Division:
-    """Division of the images of a split, and one side of it.
+    """Division of the images of a split into training and validation.
 
     `group` is a regular expression that is searched in each file name: images with the same match, or the
     same text in its first parenthesis, stay on one side.
@@ -39,7 +36,6 @@ class Division:
     share: float  #: of the images that become validation, between 0 and 1
     seed: int
     group: str | None = None
-    of_validation: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -65,8 +61,8 @@ class Division:
             )
         return group
 
-    def chosen(self, names: Collection[str]) -> set[str]:
-        """Those of the file names that are on this side: whole groups, at least one on each side.
+    def validation(self, names: Collection[str]) -> set[str]:
+        """Those of the file names that become validation: whole groups, at least one on each side.
 
         Groups are taken in the order of their hashes, each if it brings the number of images nearer to the
         share. Raises ValueError for fewer than two groups.
@@ -90,7 +86,7 @@ class Division:
                 count = larger
         if not validation:
             validation.add(min(candidates, key=sizes.__getitem__))
-        return {name for name, group in group_of.items() if (group in validation) == self.of_validation}
+        return {name for name, group in group_of.items() if group in validation}
 
     def _hash(self, group: str) -> bytes:
         return hashlib.sha256(f"{self.seed} {group}".encode(errors="backslashreplace")).digest()

@@ -43,14 +43,8 @@ class Options(FolderSplit):
             raise ValueError(f"--out {self.out} is a file: name a folder")
         if not is_split_name(self.name):
             raise ValueError(f"split name {self.name!r}: only letters, digits, '-' and '_' are allowed")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit {self.limit}: at least one image is needed")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed {self.seed}: it must not be negative, and below 2**63")
-        if self.range is not None and not self.range[0] < self.range[1]:
-            raise ValueError(f"--range {self.range[0]:g},{self.range[1]:g}: give the lower value first")
-        if self.bands is not None and (not self.bands or min(self.bands) < 1):
-            raise ValueError("--bands: numbers from 1 are allowed, e.g. --bands 4,3,2")
         labels = (self.instances, self.maps, self.captions, self.depth, self.panoptic)
         if all(kind is None for kind in labels):
             raise ValueError("there are no labels: give --instances, --captions or both")

@@ -19,6 +19,7 @@ from visft_ds.data.panoptic import problem_of_segment, read_segment_numbers, sto
 from visft_ds.data.shards import PanopticCategory
 from visft_ds.files import checked_name, read_bytes, reading
 from visft_ds.shards.common import Json, json_of, source_of
+from visft_ds.shards.depth import check_size
 
 if TYPE_CHECKING:
     from visft_ds.shards.coco import SourceImage
@@ -120,14 +121,9 @@ def panoptic_of(image: SourceImage) -> dict[str, Any]:
 
     Raises ValueError for a map that is none, of another size, or with a segment that is not listed.
     """
-    assert image.panoptic is not None
-    data = read_bytes(image.panoptic.path)
+    data = read_bytes(image.maps["panoptic"].path)
     numbers = read_segment_numbers(data)
-    if numbers.shape != (image.height, image.width):
-        height, width = numbers.shape
-        raise ValueError(
-            f"panoptic map of another size: {width} x {height}, the image has {image.width} x {image.height}"
-        )
+    check_size("panoptic", numbers.shape, image)
     listed = {segment["id"] for segment in image.segments}
     unlisted = sorted(set(np.unique(numbers).tolist()) - listed - {0})
     if unlisted:

@@ -7,7 +7,6 @@ picture is decoded once, as training will.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import tarfile
@@ -37,7 +36,6 @@ from visft_ds.data.shards import (
     LABEL_KINDS,
     Manifest,
     ShardFile,
-    fingerprint,
     manifest_path,
 )
 from visft_ds.data.workers import fork_server, kill_pool, start_worker
@@ -370,14 +368,12 @@ def _write(
     numbers = index["image_id"]
     if numbers.min() < 0 or len(np.unique(numbers)) < len(numbers):
         index["image_id"] = np.arange(len(index))
-    content = io.BytesIO()
-    np.save(content, index, allow_pickle=False)
-    listed = listed_categories(names)
     vocabulary, least = _frequent(words)
-    manifest = Manifest(
+    manifest = Manifest.made_of(
+        index,
         root=out,
         split=split,
-        categories=listed,
+        categories=listed_categories(names),
         counts={**counts, "left_out": len(left_out)},
         having_category={str(number): having[number] for number in sorted(names)},
         object_sides=quantiles(sides),
@@ -387,10 +383,8 @@ def _write(
         findings=findings,
         options={"tars": patterns, "tokenizer": TOKENIZER, "word_min_count": least},
         sources=sources,
-        fingerprint=fingerprint(listed, index),
-        index_sha256=hashlib.sha256(content.getvalue()).hexdigest(),
     )
-    manifest.save(content.getvalue())
+    manifest.save(index)
     return manifest
 
 

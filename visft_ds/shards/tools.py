@@ -8,8 +8,8 @@ A file is that of the image of its name: beside it, or in `JPEGImages` or `image
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -22,6 +22,7 @@ from visft_ds.shards.common import (
     FolderSplit,
     Json,
     box_object,
+    extent_of,
     json_of,
     listed_image,
     polygon_object,
@@ -45,24 +46,16 @@ class _Annotated:
     objects: Sequence[tuple[str, Json]]  #: class name, and the object as COCO has it
 
 
-@dataclass
-class _Files:
-    """The annotation files of a layout in a folder."""
-
-    image_of: dict[Path, Path] = field(default_factory=dict)  #: annotation file -> its image
-    unpaired: list[Path] = field(default_factory=list)  #: annotation files beside those, without an image
-    unlabelled: list[Path] = field(default_factory=list)  #: images beside those, without a file
-
-
 def tool_layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     """(layout, its annotation files) of each layout of this module that a folder has."""
     for layout in _SUFFIXES:
-        files = list(_find_files(layout, folder).image_of)
-        if files:
-            yield layout, files
+        image_of, _, _ = _find_files(layout, folder)
+        if image_of:
+            yield layout, list(image_of)
 
 
-def _find_files(layout: str, folder: Path) -> _Files:
+def _find_files(layout: str, folder: Path) -> tuple[dict[Path, Path], list[Path], list[Path]]:
+    """(annotation file of a layout -> its image, all files of its suffix, all images) in a folder."""
     images = dict[Path, Path]()  # path without suffix -> image
     annotations = list[Path]()
     for pattern in _DEPTHS:
@@ -72,18 +65,13 @@ def _find_files(layout: str, folder: Path) -> _Files:
                 images[path.with_suffix("")] = path
             elif suffix == _SUFFIXES[layout]:
                 annotations.append(path)
-    files = _Files()
+    image_of = dict[Path, Path]()
     for path in annotations:
         for candidate in _places_of_image(path, folder):
             if candidate in images:
-                files.image_of[path] = images[candidate]
+                image_of[path] = images[candidate]
                 break
-    used = set(files.image_of.values())
-    folders = {path.parent for path in files.image_of}
-    image_folders = {path.parent for path in used}
-    files.unpaired = [path for path in annotations if path.parent in folders and path not in files.image_of]
-    files.unlabelled = [path for path in images.values() if path.parent in image_folders and path not in used]
-    return files
+    return image_of, annotations, list(images.values())
 
 
 def _places_of_image(path: Path, folder: Path) -> Iterator[Path]:
@@ -105,17 +93,18 @@ def read_tool(layout: str, folder: Path, only: str | None = None, exif: Exif = N
         ValueError: a file of another form; more than a tenth of the files without their image; an image in
             two splits.
     """
-    files = _find_files(layout, folder)
+    image_of, annotations, images = _find_files(layout, folder)
     findings = Findings()
-    for path in files.unpaired:
+    unpaired = _others_beside(image_of, annotations)
+    for path in unpaired:
         findings.add(f"{_SUFFIXES[layout]} file without image", path.relative_to(folder))
-    findings.refuse_above_a_tenth(len(files.image_of) + len(files.unpaired), folder, "annotation files")
-    for path in files.unlabelled:
+    findings.refuse_above_a_tenth(len(image_of) + len(unpaired), folder, "annotation files")
+    for path in _others_beside(image_of.values(), images):
         findings.add("image without annotation file (left out)", path.relative_to(folder))
     listed = _listed_splits(folder) if layout == VOC else {}
     splits = dict[str, list[_Annotated]]()
     names = set[str]()
-    for path, image in files.image_of.items():
+    for path, image in image_of.items():
         with reading(path, f"a file of {layout}"):
             data = read_bytes(path)
             annotated = _parse_voc(data, image) if layout == VOC else _parse_labelme(data, image, findings)
@@ -127,12 +116,19 @@ def read_tool(layout: str, folder: Path, only: str | None = None, exif: Exif = N
             splits.setdefault(split, []).append(annotated)
     ids = {name: number for number, name in enumerate(sorted(names))}
     result = list[FolderSplit]()
-    for split, images in splits.items():
+    for split, annotated_images in splits.items():
         if only in (None, split):
-            result.append(_folder_split(split, images, ids, exif))
+            result.append(_folder_split(split, annotated_images, ids, exif))
     if result:
         result[0].findings.update(findings)
     return result
+
+
+def _others_beside(used: Collection[Path], paths: Sequence[Path]) -> list[Path]:
+    """Those of the paths that are in a folder of one that is used, and are not."""
+    own = set(used)
+    folders = {path.parent for path in own}
+    return [path for path in paths if path.parent in folders and path not in own]
 
 
 def _listed_splits(folder: Path) -> dict[str, str]:
@@ -191,17 +187,14 @@ def _parse_labelme(data: bytes, image: Path, findings: Findings) -> _Annotated:
         if not isinstance(name, str) or not name.strip():
             raise ValueError("a shape has no label")
         kind = shape.get("shape_type", "polygon")
-        xs = [float(x) for x, _ in shape["points"]]
-        ys = [float(y) for _, y in shape["points"]]
+        polygon = [float(value) for x, y in shape["points"] for value in (x, y)]
         if kind == "rectangle":
-            width = max(xs) - min(xs)
-            height = max(ys) - min(ys)
-            objects.append((name, box_object(min(xs), min(ys), width, height)))
+            left, top, right, bottom = extent_of([polygon])
+            objects.append((name, box_object(left, top, right - left, bottom - top)))
         elif kind == "polygon":
             group = shape.get("group_id")  # of the pieces of one object
             if group is None:
                 group = f"shape {number}"
-            polygon = [float(value) for point in shape["points"] for value in point]
             polygons_of.setdefault((name, group), []).append(polygon)
         else:
             findings.add(f"labelme shape of type {kind!r:.20} (left out)", image.name)
@@ -221,23 +214,13 @@ def _folder_split(
     for number, entry in enumerate(annotated, 1):
         name = checked_name(str(entry.image.relative_to(folder)), folder)
         if entry.height and entry.width:
-            image = {
-                "id": number,
-                "file_name": name,
-                "height": entry.height,
-                "width": entry.width,
-            }
+            image = {"id": number, "file_name": name, "height": entry.height, "width": entry.width}
         else:
             image = listed_image(folder, name, number, exif)
         images.append(image)
         for class_name, content in entry.objects:
-            annotation = {
-                "id": len(annotations) + 1,
-                "image_id": number,
-                "category_id": ids[class_name],
-                "iscrowd": 0,
-            }
-            annotations.append({**annotation, **content})
+            annotation = {"id": len(annotations) + 1, "image_id": number}
+            annotations.append({**annotation, "category_id": ids[class_name], "iscrowd": 0, **content})
     categories = [{"id": number, "name": name} for name, number in ids.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
     return FolderSplit(split, folder, instances=content)

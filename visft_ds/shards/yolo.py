@@ -8,6 +8,7 @@ is called `labels`, or beside it.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from visft_ds.shards.common import (
     FolderSplit,
     Json,
     box_object,
+    extent_of,
     lines_of,
     listed_image,
     name_here,
@@ -66,10 +68,6 @@ class _DataSet:
     keypoint_values: int  #: behind each box
     images: Mapping[str, Sequence[Path]]  #: split -> folders or lists of images
     missing: Findings  #: splits that are not there
-
-
-class _NotThereError(ValueError):
-    """Images that a data.yaml names do not exist."""
 
 
 def read_yolo(path: Path, only: str | None = None, exif: Exif = None) -> list[FolderSplit]:
@@ -116,7 +114,7 @@ def _read_description(path: Path, only: str | None) -> _DataSet:
             entries = [entries]
         try:
             images[split] = [_find(entry, roots, key) for entry in entries]
-        except _NotThereError:
+        except FileNotFoundError:
             if split == "train" or only is not None:
                 raise
             missing.add("split whose images are missing (not built)", f"{key}: {values[key]}")
@@ -237,9 +235,8 @@ def _names(values: Mapping[str, Any]) -> dict[int, str]:
 def _category_ids(names: Mapping[int, str]) -> dict[int, int]:
     """Class number -> category id: the same, but COCO's own for COCO's names, as heads know them by these."""
     numbers = sorted(names)
-    if [names[number] for number in numbers] == list(COCO_NAMES.values()):
-        return dict(zip(numbers, COCO_NAMES, strict=True))
-    return dict(zip(numbers, numbers, strict=True))
+    is_coco = [names[number] for number in numbers] == list(COCO_NAMES.values())
+    return dict(zip(numbers, COCO_NAMES if is_coco else numbers, strict=True))
 
 
 def _find(entry: str, roots: Sequence[Path], key: str) -> Path:
@@ -257,7 +254,7 @@ def _find(entry: str, roots: Sequence[Path], key: str) -> Path:
             _check_inside(path, roots[-1], key)
             return path
     shown = ", ".join(dict.fromkeys(map(str, candidates)))
-    raise _NotThereError(
+    raise FileNotFoundError(
         f"{key}: {entry!r} does not exist; looked for {shown} (--split NAME makes only one split)"
     )
 
@@ -336,12 +333,10 @@ def _placed(values: Sequence[float], height: int, width: int) -> Json:
     is_box = len(values) == 4
     if is_box:
         x, y, across, down = values
-        values = [x - across / 2, y - down / 2]
-        values += [x + across / 2, y + down / 2]
-    polygon = list[float]()
-    for x, y in zip(values[::2], values[1::2], strict=True):
-        polygon += [round(x * width, 3), round(y * height, 3)]
+        values = [x - across / 2, y - down / 2, x + across / 2, y + down / 2]
+    sides = itertools.cycle((width, height))
+    polygon = [round(value * side, 3) for value, side in zip(values, sides, strict=False)]
     if not is_box:
         return polygon_object([polygon])
-    left, top, right, bottom = polygon
-    return box_object(min(left, right), min(top, bottom), abs(right - left), abs(bottom - top))
+    left, top, right, bottom = extent_of([polygon])
+    return box_object(left, top, right - left, bottom - top)
