@@ -9,7 +9,7 @@ import fsspec.config
 import pytest
 
 from tests.shard_server import serve
-from visft_ds.data.fetch import read_url
+from visft_ds.data.fetch import download
 from visft_ds.prepare.settle import settle
 from visft_ds.redaction import redacted, redacted_values, refuse_secrets
 
@@ -73,5 +73,5 @@ def test_errors_of_a_server_hold_no_secret(tmp_path: Path, monkeypatch: pytest.M
     options = {"headers": {"Authorization": "Bearer hidden1"}, "params": {"token": "hidden2"}}
     monkeypatch.setitem(fsspec.config.conf, "http", options)
     with serve(tmp_path) as served, pytest.raises(ValueError, match="cannot be read") as refused:
-        read_url(f"{served.url}/x", 9)  # the server wants neither header nor token
+        download(f"{served.url}/x", tmp_path / "x")  # the server wants neither header nor token
     assert "hidden" not in "".join(format_exception(refused.value)) + repr(refused.value.__cause__)

@@ -99,7 +99,7 @@ def _saved(image: Image.Image) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("spoil", "word"),
     [
-        (_saved(Image.new("RGB", (40, 64))), "this is RGB"),
+        (_saved(Image.new("RGB", (40, 64))), "mode RGB"),
         (_saved(Image.new("L", (40, 64), 7)), "number 7 has no name"),
         (_saved(Image.new("I;16", (40, 64), 300)), "number 300"),
         (_saved(Image.new("L", (9, 9))), "another size"),

@@ -8,7 +8,6 @@ A label has {"depth": {"png": base64 of the file, "metres": unit, or null}}.
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 from collections.abc import Mapping
@@ -19,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from visft_ds.files import MAX_PIXELS, read_bytes, reading
+from visft_ds.data.masks import pixels_of_png, png_of, text_of_png
+from visft_ds.files import read_bytes, reading
 
 MILLIMETRES = 0.001  #: the usual unit, in metres
 UNIT_FILE = "unit.txt"  #: in the folder `depth`: metres of a number, or RELATIVE
@@ -48,24 +48,16 @@ def read_unit(folder: Path) -> float | None:
 
 def read_numbers(data: bytes) -> npt.NDArray[np.uint16]:
     """(H, W) numbers of a 16-bit grey PNG. Raises ValueError for another picture."""
-    with reading("depth map", "a 16-bit grey PNG"), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        if not image.mode.startswith("I"):
-            raise ValueError(
-                f"it is a picture of mode {image.mode}: give 16-bit grey PNG, such as millimetres"
-            )
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels; allowed are {MAX_PIXELS:,} in all")
-        return np.asarray(image).astype(np.uint16)
+    what = "16-bit grey PNG"
+    modes = ("I", "I;16")
+    return pixels_of_png(data, "depth map", f"a {what}", modes, f"give {what}, such as millimetres").astype(
+        np.uint16
+    )
 
 
 def stored_depth(data: bytes, metres: float | None) -> dict[str, Any]:
     """A PNG of a unit as a label has it."""
-    return {"png": base64.b64encode(data).decode("ascii"), "metres": metres}
-
-
-def png_of(depth: Stored) -> bytes:
-    """The PNG file of a depth map in a label. Raises ValueError for another text."""
-    return base64.b64decode(depth["png"], validate=True)
+    return {"png": text_of_png(data), "metres": metres}
 
 
 def values_of(depth: Stored) -> Values:

@@ -20,7 +20,6 @@ from typing import Any
 import fsspec
 from filelock import FileLock
 
-from visft_ds.files import read_bytes
 from visft_ds.redaction import redacted
 
 #: Protocol of a URL -> the package that implements it.
@@ -123,12 +122,6 @@ class Cache:
                     break
                 path.unlink()
                 total -= status_of[path].st_size
-
-
-def read_url(url: str, most: int) -> bytes:
-    """Content of a small file, which is not kept. Raises as `Cache.copy`."""
-    with opened(url) as path:
-        return read_bytes(path, most)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ A label has {"panoptic": {"png": base64 of the file, "segments": [{"id": 3226956
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -16,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from visft_ds.data.masks import object_of
-from visft_ds.files import MAX_PIXELS, reading
+from visft_ds.data.masks import object_of, pixels_of_png, png_of, text_of_png
 
 NUMBERS = 1 << 24  #: of segments, that a colour can say
 _PLACES = np.array([1, 256, 65_536], dtype=np.uint32)  # of red, green and blue
@@ -28,23 +26,15 @@ Stored = Mapping[str, Any]  #: as a label has it
 
 def read_segment_numbers(data: bytes) -> Numbers:
     """(H, W) numbers of segments in an RGB PNG. Raises ValueError for another picture."""
-    with reading("panoptic map", "an RGB PNG"), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        if image.mode != "RGB":
-            raise ValueError(f"it is a picture of mode {image.mode}: give RGB, as COCO's panoptic maps are")
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels; allowed are {MAX_PIXELS:,} in all")
-        numbers: Numbers = np.asarray(image).astype(np.uint32) @ _PLACES
-        return numbers
+    remedy = "give RGB, as COCO's panoptic maps are"
+    colours = pixels_of_png(data, "panoptic map", "an RGB PNG", ("RGB",), remedy)
+    numbers: Numbers = colours.astype(np.uint32) @ _PLACES
+    return numbers
 
 
 def stored_panoptic(data: bytes, segments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A PNG and its segments as a label has them."""
-    return {"png": base64.b64encode(data).decode("ascii"), "segments": list(segments)}
-
-
-def png_of(panoptic: Stored) -> bytes:
-    """The PNG file of a panoptic map in a label. Raises ValueError for another text."""
-    return base64.b64decode(panoptic["png"], validate=True)
+    return {"png": text_of_png(data), "segments": list(segments)}
 
 
 def objects_of(panoptic: Stored) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ import orjson
 from pydantic import Field, NonNegativeInt, TypeAdapter
 
 from visft_ds.data.depth import RELATIVE
-from visft_ds.data.fetch import Cache, check_protocol, is_url, opened, read_url, sha256_of
+from visft_ds.data.fetch import Cache, check_protocol, is_url, opened, sha256_of
 from visft_ds.files import read_bytes, reading, write_bytes, wrong_name
 from visft_ds.settings.bands import Bands
 
@@ -141,11 +141,9 @@ class Manifest:
         if isinstance(root, str) and "://" in root:
             root = root.rstrip("/")
             address = f"{root}/{path.name}"
-            content = read_url(address, _MAX_MANIFEST_BYTES)
         elif path.is_file():
             root = Path(root)
             address = str(path)
-            content = read_bytes(path, _MAX_MANIFEST_BYTES)
         else:
             finished = splits_in(Path(root))
             if not finished:
@@ -153,6 +151,8 @@ class Manifest:
                     f"{root} holds no shards ({path.name}), which `visft shards FOLDER` makes of a data set"
                 )
             raise ValueError(f"{path} does not exist; finished splits there: {', '.join(finished)}")
+        with opened(address) as copy:
+            content = read_bytes(copy, _MAX_MANIFEST_BYTES)
         with reading(address, "a manifest of shards"):
             values = orjson.loads(content)
             if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
@@ -174,14 +174,13 @@ class Manifest:
     def save(self, index: npt.NDArray[Any]) -> None:
         """Write the index and then the manifest into `root`, when all shards are there."""
         write_bytes(Path(self.root, self.split + INDEX), _file_of(index))
+        values: dict[str, Any] = {"format": FORMAT, "version": VERSION}
         names = {field.name for field in fields(self)} - {"root", "cache"}
-        values = {name: getattr(self, name) for name in names}
-        values |= {"format": FORMAT, "version": VERSION}
-        if self.farthest is None:
-            del values["farthest"]
-        if self.bands is None:
-            del values["bands"]
-        else:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None:
+                values[name] = value
+        if self.bands is not None:
             values["bands"] = self.bands.model_dump(mode="json")
         options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
         write_bytes(manifest_path(Path(self.root), self.split), orjson.dumps(values, option=options))

@@ -20,7 +20,8 @@ import torch
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from tqdm import tqdm
 
-from visft_ds.data.depth import RELATIVE, UNIT_FILE, png_of
+from visft_ds.data.depth import RELATIVE, UNIT_FILE
+from visft_ds.data.masks import png_of
 from visft_ds.data.panoptic import png_of_numbers
 from visft_ds.files import read_bytes, reading, write_bytes, write_text
 from visft_ds.monitor.console import Section, print_plan

@@ -13,18 +13,16 @@ A map is a PNG of class numbers, indexed or grey. Category ids are the numbers o
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from tqdm import tqdm
 
-from visft_ds.data.masks import object_of
-from visft_ds.files import MAX_PIXELS, read_bytes, reading
+from visft_ds.data.masks import object_of, pixels_of_png
+from visft_ds.files import read_bytes, reading
 from visft_ds.shards.common import CLASSES, IMAGE_SUFFIXES, Findings, FolderSplit, Json, read_lines, split_of
 from visft_ds.tasks.classes import VOID
 
@@ -227,18 +225,12 @@ class _CocoLists:
 
 def read_map(path: Path) -> Numbers:
     """(H, W) class numbers of a PNG. Raises ValueError for another picture, or numbers above 255."""
-    with reading(path, "a label map"), Image.open(io.BytesIO(read_bytes(path)), formats=("PNG",)) as image:
-        if image.mode not in ("1", "P", "L", "I", "I;16"):
-            raise ValueError(
-                "label maps must be single-channel PNG (palette or grayscale) of class ids; "
-                f"this is {image.mode}"
-            )
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels; allowed are {MAX_PIXELS:,} in all")
-        numbers = np.asarray(image)
-        if numbers.max() > VOID:
-            raise ValueError(f"it holds the number {numbers.max()}; numbers from 0 to {VOID} are allowed")
-        return numbers.astype(np.uint8)
+    remedy = "label maps must be single-channel PNG (palette or grayscale) of class ids"
+    data = read_bytes(path)
+    numbers = pixels_of_png(data, path, "a label map", ("1", "P", "L", "I", "I;16"), remedy)
+    if numbers.max() > VOID:
+        raise ValueError(f"{path} holds the number {numbers.max()}; numbers from 0 to {VOID} are allowed")
+    return numbers.astype(np.uint8)
 
 
 def classes_of_maps(layout: str, folder: Path, void: int | None) -> MapClasses:

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import orjson
 from PIL import Image
 
-from visft_ds.data import panoptic
 from visft_ds.data.dataset import caption_dataset, coco_dataset, labels_of_split
-from visft_ds.data.depth import UNIT_FILE, png_of
+from visft_ds.data.depth import UNIT_FILE
+from visft_ds.data.masks import png_of
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
 from visft_ds.files import image_frame, open_image, read_bands, write_text
 from visft_ds.shards.bands import tiff_of
@@ -124,7 +124,7 @@ def _write_panoptic(path: Path, images: Sequence[Json], reader: ShardReader) -> 
     for label in labels_of_split(reader):
         if "panoptic" in label:
             name = f"{label['image_id']:012d}.png"
-            (folder / name).write_bytes(panoptic.png_of(label["panoptic"]))
+            (folder / name).write_bytes(png_of(label["panoptic"]))
             segments = label["panoptic"]["segments"]
             annotations.append({"image_id": label["image_id"], "file_name": name, "segments_info": segments})
     categories = []

@@ -27,7 +27,8 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from visft_ds.data.depth import encoded, png_of
+from visft_ds.data.depth import encoded
+from visft_ds.data.masks import png_of
 from visft_ds.data.panoptic import png_of_numbers
 from visft_ds.errors import tell
 from visft_ds.flags import command_parser
