@@ -56,6 +56,14 @@ def test_nothing_is_missing_if_everything_is_there(tmp_path: Path) -> None:
     )
     assert missing.path == str(tmp_path / "a.manifest.json") and missing.what.endswith("has train")
     assert "--set visft.data.train=train" in missing.command
+    unfinished = tmp_path / "unfinished"
+    (unfinished / ".train.build").mkdir(parents=True)
+    for file, command in (("lock", "visft shards index TARS"), ("options.json", "visft shards FOLDER")):
+        (unfinished / ".train.build" / file).touch()
+        config = debug(f"visft.data.root={unfinished}", f"visft.heads.path={tmp_path}")
+        (missing,) = missing_inputs(config)
+        assert missing.what == "shards of train, which were not finished"
+        assert missing.command.startswith(f"{command} --out {unfinished}")
     (tmp_path / "my data").mkdir()
     mine = debug(f"visft.data.root={tmp_path}/my data-shards", f"visft.heads.path={tmp_path}")
     assert missing_inputs(mine)[0].command == f"visft shards '{tmp_path}/my data'"

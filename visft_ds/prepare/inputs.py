@@ -67,6 +67,10 @@ def missing_shards(config: VisftConfig) -> Iterator[Missing]:
         elif (root, split) == (data.root, data.train) and others:
             what = f"shards of {split}; {root} has {', '.join(others)}"
             command = f"the same command with --set visft.data.train={quote(others[0])}"
+        elif Path(root, f".{split}.build").is_dir():  # which is gone after an index that came to its end
+            what = f"shards of {split}, which were not finished"
+            if not Path(root, f".{split}.build", "options.json").is_file():
+                command = f"visft shards index TARS --out {quote(root)} --split {split}"
         elif Path(root).is_dir() and not others:
             what = (
                 f"shards: {folder} holds none; make them of the annotations in it, then give "

@@ -253,8 +253,8 @@ def alone(out: Path, split: str) -> Iterator[None]:
         for file in (holder, state / _LOCK):
             file.unlink(missing_ok=True)
         lock.release()
-        with suppress(OSError):  # the state of a build lies in it
-            state.rmdir()
+    with suppress(OSError):  # the state of a build lies in it
+        state.rmdir()
 
 
 def reasons(left_out: Sequence[Sequence[str]]) -> Findings:
