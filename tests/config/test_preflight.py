@@ -11,7 +11,7 @@ import pytest
 
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.config.resolve import CONFIG_ROOT
-from visft_ds.data.shards import INDEX, Manifest
+from visft_ds.data.shards import Manifest
 from visft_ds.prepare.inputs import missing_inputs, render_missing
 from visft_ds.prepare.settle import settle
 
@@ -89,7 +89,7 @@ def _shards(shards: Path, folder: Path, without: int = 0, **counts: int) -> list
     changed = replace(
         found, counts={**found.counts, **counts}, findings={"object without a mask": [without, []]}
     )
-    changed.save(Path(folder, "train" + INDEX).read_bytes())
+    changed.save(found.index.copy())
     return ["--stage", "1", "--model", "debug", "--data", str(folder)]
 
 
