@@ -102,8 +102,9 @@ def benchmark(request: Request) -> Benchmark:
     if request.head is not None:
         return _of_head(request, data, Path(request.head))
     prompts = [Prompt(number, PROMPT, CHAT) for number in range(len(data.images))]
-    settings = {**_settings(data), "protocol": [PROMPT, CHAT, LONGEST]}
-    return by_vlm(request, {"test": data.images}, prompts, LONGEST, list(data.parts), settings, data.scores)
+    return by_vlm(
+        request, {"test": data.images}, prompts, LONGEST, list(data.parts), _settings(data), data.scores
+    )
 
 
 def _of_head(request: Request, data: CaptionedSet, run: Path) -> Benchmark:

@@ -27,7 +27,7 @@ from visft_ds.evals.judge.images import every
 from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.knn import knn
 from visft_ds.evals.judge.linear_classification import KINDS, image_rows, linear_accuracy
-from visft_ds.evals.judge.logistic import STRENGTHS, logistic_regression
+from visft_ds.evals.judge.logistic import logistic_regression
 from visft_ds.evals.judge.protocol import CLASSIFIED_SIZES, NORMALISED, QUICK, Protocol
 from visft_ds.evals.judge.rows import Rows, held_out
 
@@ -108,10 +108,8 @@ def classification(label: str, train: ClassSet, test: ClassSet, protocol: Protoc
         by_class_tokens = [name for name in names if name != LINEAR.name]
         if by_class_tokens:
             of_train = encode_images(viewed, train.images, ("pooled",), settings, f"{label} train")
-            taught = _taught(KNN.name, brought_near(of_train, settings), train)
-            judged = _rows(KNN.name, brought_near(of_test, settings), test)
-            for name in by_class_tokens:
-                yield _QUICK_PROBES[name](name, taught, judged)
+            features = {"train": brought_near(of_train, settings), "test": brought_near(of_test, settings)}
+            yield from scores(features, by_class_tokens)
         if LINEAR.name in names:
             judged = _rows(LINEAR.name, of_test, test)
             yield linear_accuracy(LINEAR.name, viewed, train, judged, settings)
@@ -123,7 +121,7 @@ def classification(label: str, train: ClassSet, test: ClassSet, protocol: Protoc
         numbers=(KNN, LINEAR, *FEW_SHOTS[:count]),
         settings={
             "benchmark": "classification 3",
-            "protocol": linear_classification.PROTOCOL if protocol.published else STRENGTHS,
+            "protocol": protocol.name,
             "labels": [train.labels.tolist(), test.labels.tolist()],
             "names": list(test.classes),
         },

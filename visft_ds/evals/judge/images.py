@@ -10,10 +10,8 @@ import csv
 import hashlib
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,23 +149,18 @@ def grouped(images: ImageSet, by: str) -> ImageSet:
     """
     path, _, column = by.rpartition(":")
     if path.endswith(".csv"):
-        group_of = _by_column(Path(path), column)
+        groups = _in_column(Path(path), column, images.names)
     else:
-        try:
-            re.compile(by)
-        except re.error as error:
-            text = f"groups={by}: neither FILE.csv:COLUMN nor a regular expression ({error})"
-            raise ValueError(text) from error
-        group_of = partial(group_in, pattern=by)
-    groups = [group_of(name) for name in images.names]
+        with reading(f"groups={by}", "FILE.csv:COLUMN or a regular expression"):
+            groups = [group_in(name, by) for name in images.names]
     if None in groups:
         raise ValueError(f"groups={by}: it gives no group for {images.names[groups.index(None)]}")
     numbers = np.unique(np.array(groups), return_inverse=True)[1].astype(np.int64)
     return replace(images, groups=numbers, fingerprint=digest((images.fingerprint, numbers.tobytes())))
 
 
-def _by_column(path: Path, column: str) -> Callable[[str], str | None]:
-    """Looks the group of an image up in a column of a CSV file, by what stands in its first column."""
+def _in_column(path: Path, column: str, names: Sequence[str]) -> list[str | None]:
+    """The groups of images in a column of a CSV file, by what stands in its first column."""
     with reading(path, "a CSV file with a line of names of columns"):
         rows = csv.DictReader(read_lines(path))
         columns = rows.fieldnames or ["none"]
@@ -175,10 +168,9 @@ def _by_column(path: Path, column: str) -> Callable[[str], str | None]:
             raise ValueError(
                 f"it has no column {column!r} after the first; its columns: {', '.join(columns)}"
             )
-        groups = {row[columns[0]]: row[column] for row in rows}
-
-    def group_of(name: str) -> str | None:
-        names = (name, Path(name).name, Path(name).stem)
-        return next((groups[name] for name in names if name in groups), None)
-
-    return group_of
+        group_of = {row[columns[0]]: row[column] for row in rows}
+    groups = []
+    for name in names:
+        keys = (name, Path(name).name, Path(name).stem)
+        groups.append(next((group_of[key] for key in keys if key in group_of), None))
+    return groups

@@ -31,7 +31,7 @@ from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.benchmark import FloatArray, IntArray, Score
 from visft_ds.evals.judge.crops import coin, label_of
-from visft_ds.evals.judge.dense_probes import LiveFeatures, Source
+from visft_ds.evals.judge.dense_probes import Example, LiveFeatures, Source
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.knn import QUERIES, RESAMPLES, vote
 from visft_ds.evals.judge.miou import mean_iou
@@ -44,9 +44,6 @@ PASSES = 2  #: over the training images, for a memory of crops
 _AREA = (0.5, 2.0)  # of a crop, share of the image
 _RATIO = (3 / 4, 4 / 3)
 _JITTER = 0.1  # of brightness, contrast, saturation and hue, each in half of the images
-
-#: (number of an image, its map (D, h, w), its label (H, W) of class numbers or NO_CLASS)
-LabelledMap = tuple[int, Tensor, Tensor]
 
 
 def in_context_miou(name: str, source: Source) -> Score:
@@ -89,7 +86,7 @@ def crop(image: Image.Image, label: Tensor, encoder: Encoder) -> tuple[Tensor, T
     return pixels, numbers[0].clamp(min=0)
 
 
-def remember(images: Iterable[LabelledMap], classes: int, most: int, each: int) -> Rows:
+def remember(images: Iterable[Example], classes: int, most: int, each: int) -> Rows:
     """Keep at most `each` patches of every image: those of classes that are rare in it, at random among
     equals.
 

@@ -39,7 +39,6 @@ BATCH = 1024
 #: Of learning, each for a classifier of its own, times BATCH / 256.
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 MOMENTUM = 0.9
-PROTOCOL = (STEPS, BATCH, RATES, MOMENTUM)
 
 
 def image_rows(features: Mapping[str, Tensor], data: ClassSet) -> Rows:

@@ -55,7 +55,6 @@ def benchmark(request: Request) -> Benchmark:
         numbers=NUMBERS,
         settings={
             "benchmark": "ocr 3",
-            "protocol": [WIDTH, STEPS_PER_COLUMN, UPDATES, BATCH, RATE],
             "words": [train_words, test_words],
         },
         scores=scores,

@@ -15,6 +15,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -173,11 +174,10 @@ def _image_files(root: Path, path: Path, ids: Sequence[str]) -> list[Path]:
     assert match is not None, path
     split = match[0]
     first = ids[0]
-    for folder in (root / split, root / "images" / split, root / "images", root):
-        for start in (f"COCO_{split}_", ""):
-            for width in (12, 0):
-                if (folder / f"{start}{first:0>{width}}.jpg").is_file():
-                    return [folder / checked_name(f"{start}{name:0>{width}}.jpg", path) for name in ids]
+    folders = (root / split, root / "images" / split, root / "images", root)
+    for folder, start, width in product(folders, (f"COCO_{split}_", ""), (12, 0)):
+        if (folder / f"{start}{first:0>{width}}.jpg").is_file():
+            return [folder / checked_name(f"{start}{name:0>{width}}.jpg", path) for name in ids]
     raise ValueError(
         f"{root}: no image of {first}, such as {split}/COCO_{split}_{first:0>12}.jpg or images/{first}.jpg"
     )

@@ -89,7 +89,6 @@ def _of_vlm(request: Request, train: QuestionSet, test: QuestionSet) -> Benchmar
 
     settings = {
         "benchmark": "VLM answers 1",
-        "protocol": [PROMPT, CHAT, LONGEST],
         "questions": test.fingerprint,
     }
     sets = {"train": train.images, "test": test.images}
@@ -126,7 +125,6 @@ def vqa(label: str, train: QuestionSet, test: QuestionSet) -> Benchmark:
         numbers=[ALL, *map(of_kind, kinds)],
         settings={
             "benchmark": "vqa 1",
-            "protocol": [WIDTH, HEADS, LAYERS, DROPOUT, CHANNELS, LENGTH, ANSWERS, STEPS, BATCH, RATE, DECAY],
             "questions": [train.fingerprint, test.fingerprint],
         },
         scores=scores,
