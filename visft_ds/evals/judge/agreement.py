@@ -7,13 +7,13 @@ What lies behind a tower that ends early stays as it was. Images are prepared as
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number, Score
+from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Names, Number, Score, Scores
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import ByKind
 from visft_ds.evals.judge.images import SUFFIXES, every, from_files, image_files
@@ -42,7 +42,7 @@ def benchmark(request: Request) -> Benchmark:
     """
     images = request.grouped(read_images(request.source))
 
-    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Names) -> Scores:
         yield Score(NUMBERS[0].name, features["test"][KIND].double().numpy())
 
     return Benchmark(request.label, {"test": images}, (KIND,), NUMBERS, {"benchmark": "agreement 1"}, scores)

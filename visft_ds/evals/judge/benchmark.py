@@ -23,6 +23,7 @@ Label = npt.NDArray[np.uint8 | np.uint16]
 #: Set of images -> kind -> (images, ...) float32 on the CPU; "texts" -> "clip" -> (texts, E) of length 1, if
 #: the model has a text side.
 Features = Mapping[str, Mapping[str, Tensor]]
+Names = Collection[str]  #: of numbers
 PUBLISHED_SIDE = 512  #: pixels of images in published protocols, unless a number has its own
 FOLDS = 5  #: equal parts of the training images, one of which chooses the layer
 
@@ -97,6 +98,9 @@ class Score:
         return float(mean_ratio(self.values.sum(axis=0)))
 
 
+Scores = Iterator[Score]
+
+
 @dataclass(frozen=True)
 class LayerChoice:
     """Choice of the layer that a model is read at, by training images alone."""
@@ -117,7 +121,7 @@ class Benchmark:
     numbers: Sequence[Number]  #: that it gives; a model may lack some
     settings: Mapping[str, Any]  #: all that scores depend on beside the features, in JSON's types
     #: (features, names of numbers) -> scores of one model, of these numbers at least.
-    scores: Callable[[Features, Collection[str]], Iterator[Score]]
+    scores: Callable[[Features, Names], Scores]
     left_out: Sequence[Number] = ()  #: that it could give, and that nobody asks for
     notes: Sequence[str] = ()  #: what a reader of its numbers has to know about the data
     texts: Sequence[str] = ()  #: to be encoded
@@ -127,7 +131,7 @@ class Benchmark:
     layer_choice: LayerChoice | None = None
     #: (encoder at the published size, `scoring.Settings`, names of numbers) -> scores by the published
     #: protocol, in place of `scores`; None: that is what `scores` does.
-    published: Callable[[Any, Any, Collection[str]], Iterator[Score]] | None = None
+    published: Callable[[Any, Any, Names], Scores] | None = None
     #: (encoder of BASE): raises ValueError if it cannot be judged by this.
     check_base: Callable[[Any], None] | None = None
     #: (model -> its first score, number of images) -> what each model sees in them.

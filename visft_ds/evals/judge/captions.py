@@ -12,7 +12,7 @@ references of the images that a number is about, as if each of NoCaps' domains w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from visft_ds.evals.judge.benchmark import Benchmark, ImageSet, IntArray, Number, Score
+from visft_ds.evals.judge.benchmark import Benchmark, ImageSet, IntArray, Names, Number, Score, Scores
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.images import digest, from_files, read_json
@@ -34,7 +34,7 @@ from visft_ds.evals.judge.retrieval import (
     check_captions,
     files_by_name,
 )
-from visft_ds.evals.judge.vlm_text import Prompt, backbone_and_weights, by_text, by_vlm, files_in
+from visft_ds.evals.judge.vlm_text import Prompt, backbone_and_weights, by_features, by_vlm, files_in
 from visft_ds.files import checked_name, reading
 from visft_ds.monitor.console import gauge
 from visft_ds.tasks.captioning.metrics import cider_of_images
@@ -82,7 +82,7 @@ class CaptionedSet:
             parts[of_domain(domain)] = np.flatnonzero(domains == domain)
         return parts
 
-    def scores(self, captions: Sequence[str]) -> Iterator[Score]:
+    def scores(self, captions: Sequence[str]) -> Scores:
         """CIDEr-D of a caption of each image."""
         generated = [ptb_words(caption) for caption in captions]
         true = [[ptb_words(text) for text in texts] for texts in self.references]
@@ -119,7 +119,7 @@ def _of_head(request: Request, data: CaptionedSet, run: Path) -> Benchmark:
     def check(base: Encoder) -> None:
         _put(base, opened(), run)
 
-    def scores(encoder: Encoder, settings: Settings, names: Collection[str]) -> Iterator[Score]:
+    def scores(encoder: Encoder, settings: Settings, names: Names) -> Scores:
         model = opened()
         _put(encoder, model, run)
         captions = []
@@ -128,8 +128,16 @@ def _of_head(request: Request, data: CaptionedSet, run: Path) -> Benchmark:
             captions.append(model.predict(data.images.read(number)).caption or "")
         yield from data.scores(captions)
 
-    settings = {**_settings(data), "head": files_in(run / "export")}
-    return by_text(request.label, {"test": data.images}, list(data.parts), settings, check, scores)
+    return Benchmark(
+        request.label,
+        sets={"test": data.images},
+        kinds=("pooled",),
+        numbers=list(data.parts),
+        settings={**_settings(data), "head": files_in(run / "export")},
+        scores=by_features,
+        check_base=check,
+        published=scores,
+    )
 
 
 def _settings(data: CaptionedSet) -> dict[str, object]:

@@ -11,13 +11,21 @@ is logistic regression (`logistic`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
 from visft_ds.evals.judge import linear_classification
-from visft_ds.evals.judge.benchmark import Benchmark, Features, LayerChoice, Number, Score, units
+from visft_ds.evals.judge.benchmark import (
+    Benchmark,
+    Features,
+    LayerChoice,
+    Names,
+    Number,
+    Scores,
+    units,
+)
 from visft_ds.evals.judge.classes import ClassSet, read_train_and_test
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.encoding import Settings, brought_near, encode_images
@@ -86,7 +94,7 @@ def classification(label: str, train: ClassSet, test: ClassSet, protocol: Protoc
             f"take: no {left_out}."
         )
 
-    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Names) -> Scores:
         for number in names:
             taught = _taught(number, features["train"], train)
             judged = _rows(number, features["test"], test)
@@ -102,7 +110,7 @@ def classification(label: str, train: ClassSet, test: ClassSet, protocol: Protoc
             )
         return _QUICK_PROBES[number](number, rows.subset(~chooses), rows.subset(chooses), draws=0).value
 
-    def published(encoder: Encoder, settings: Settings, names: Collection[str]) -> Iterator[Score]:
+    def published(encoder: Encoder, settings: Settings, names: Names) -> Scores:
         viewed = published_view(encoder)
         of_test = encode_images(viewed, test.images, KINDS, settings, f"{label} test")
         by_class_tokens = [name for name in names if name != LINEAR.name]

@@ -6,7 +6,7 @@ published protocols see them); probes of `segmentation` and `depth` are written 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,7 +14,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from visft_ds.evals.judge.benchmark import Benchmark, Features, LayerChoice, Number, Score, fifth
+from visft_ds.evals.judge.benchmark import (
+    Benchmark,
+    Features,
+    LayerChoice,
+    Names,
+    Number,
+    Scores,
+    fifth,
+)
 from visft_ds.evals.judge.crops import label_of, random_crops, rounds, short_side
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.encoders import Encoder
@@ -155,7 +163,7 @@ class LiveFeatures:
 
 
 Source = CachedFeatures | LiveFeatures
-Scores = Callable[[Source, Collection[str]], Iterator[Score]]  #: of the numbers with these names
+ScoreSource = Callable[[Source, Names], Scores]
 
 
 def trained(
@@ -177,13 +185,13 @@ def probe(
     train: DenseSet,
     test: DenseSet,
     protocol: Protocol,
-    score: Scores,
+    score: ScoreSource,
 ) -> Benchmark:
     """The benchmark of a probe of feature maps."""
     most = QUICK.images["train"]
     few = train.subset(every(len(train.images), most))
 
-    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Names) -> Scores:
         taught = features["train"]["patches"]
         asked = features["test"]["patches"]
         return score(CachedFeatures(protocol, train, taught, test, asked), names)
@@ -194,7 +202,7 @@ def probe(
         cached = CachedFeatures(BRIEF, few.subset(rest), maps[rest], few.subset(held), maps[held])
         return next(result.value for result in score(cached, [number]) if result.name == number)
 
-    def published(encoder: Encoder, settings: Settings, names: Collection[str]) -> Iterator[Score]:
+    def published(encoder: Encoder, settings: Settings, names: Names) -> Scores:
         return score(LiveFeatures(protocol, train, test, encoder, settings), names)
 
     return Benchmark(

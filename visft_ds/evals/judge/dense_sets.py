@@ -202,7 +202,7 @@ def _splits(root: Path, void: str | None = None) -> Splits:
     if of_shards:
         return {split: partial(_of_shards, root, split) for split in of_shards}
     if (root / "annotations/training").is_dir():
-        splits = _beside(root, "annotations", _ade)
+        splits = _beside(root, "annotations", lambda path: read_map(path) - np.uint8(1))  # 0 becomes 255
         names = {"training": "train", "validation": "val"}
         return {names.get(name, name): split for name, split in splits.items()}
     if any(root.glob("ImageSets/Segmentation/*.txt")):
@@ -272,10 +272,6 @@ def _named(root: Path, void: str | None) -> Splits:
 
     classes = tuple(map_classes.names[number] for number in numbers_of_classes)
     return _beside(root, "labels", read, classes, how=[str(number) for number in sorted(map_classes.voids)])
-
-
-def _ade(path: Path) -> npt.NDArray[np.uint8]:
-    return read_map(path) - np.uint8(1)  # 0 becomes 255
 
 
 def _metres(unit: float, path: Path) -> npt.NDArray[np.float32]:

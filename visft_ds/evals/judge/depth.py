@@ -13,7 +13,7 @@ size, scaled).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
-from visft_ds.evals.judge.benchmark import Benchmark, BoolArray, Number, Score
+from visft_ds.evals.judge.benchmark import Benchmark, BoolArray, Names, Number, Score, Scores
 from visft_ds.evals.judge.crops import coin, filled_up, label_of, random_part
 from visft_ds.evals.judge.dense_probes import Source, probe, trained
 from visft_ds.evals.judge.dense_sets import DenseSet, read_depth
@@ -115,7 +115,7 @@ def _restricted(
     return replace(data, label=label)
 
 
-def _scores(source: Source, names: Collection[str]) -> Iterator[Score]:
+def _scores(source: Source, names: Names) -> Scores:
     heads = trained(source, BINS, silog, source.protocol.depth, crop, schedule)
     outputs = source.flipped(lambda maps: metres(heads(maps)))
     return _measured(outputs, source.test)
@@ -188,7 +188,7 @@ def silog(
     return loss.clamp(min=1e-12).sqrt().sum()
 
 
-def _measured(outputs: Iterable[Tensor], test: DenseSet) -> Iterator[Score]:
+def _measured(outputs: Iterable[Tensor], test: DenseSet) -> Scores:
     """Scores of metres (heads, h, w) for each test image."""
     rmse = []
     delta1 = []

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
-from visft_ds.evals.judge.benchmark import FloatArray, IntArray, Score
+from visft_ds.evals.judge.benchmark import FloatArray, Score
 from visft_ds.evals.judge.crops import coin, label_of
 from visft_ds.evals.judge.dense_probes import Example, LiveFeatures, Source
 from visft_ds.evals.judge.encoders import Encoder
@@ -141,8 +141,8 @@ def shares_of(label: Tensor, grid: Sequence[int], classes: int) -> FloatArray:
     """
     height, width = grid
     numbers = label.numpy()
-    rows = _cells(numbers.shape[0], height)
-    columns = _cells(numbers.shape[1], width)
+    rows = np.arange(numbers.shape[0]) * height // numbers.shape[0]
+    columns = np.arange(numbers.shape[1]) * width // numbers.shape[1]
     patch_of_pixel = rows[:, None] * width + columns
     pixels = np.bincount(patch_of_pixel.ravel(), minlength=height * width)
     has_class = (numbers >= 0) & (numbers < classes)
@@ -150,11 +150,6 @@ def shares_of(label: Tensor, grid: Sequence[int], classes: int) -> FloatArray:
     counts = np.bincount(pairs, minlength=height * width * classes)
     shares: FloatArray = counts.reshape(-1, classes) / np.maximum(pixels, 1)[:, None]
     return shares
-
-
-def _cells(pixels: int, cells: int) -> IntArray:
-    """(pixels,), the cell that each pixel of a side belongs to."""
-    return np.arange(pixels) * cells // pixels
 
 
 def recall(memory: Rows, batches: Iterable[Tensor], draws: int = RESAMPLES) -> Iterator[Tensor]:

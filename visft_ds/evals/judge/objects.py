@@ -8,14 +8,14 @@ in figure 2 of the ViSFT paper. The paper's protocol is not known to us; this on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from PIL import Image, ImageDraw
 
-from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number, Score
+from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Names, Number, Score, Scores
 from visft_ds.evals.judge.dense_sets import DenseSet, Thing, read_objects
 from visft_ds.evals.judge.images import changed, chosen
 from visft_ds.evals.judge.kinds import Request
@@ -49,7 +49,7 @@ def benchmark(request: Request) -> Benchmark:
     test_objects = _objects(test)
     categories = [name for name in test.classes if name]
 
-    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Names) -> Scores:
         of_test = features["test"]
         taught = rows_of_objects(
             features["train"]["pooled"], [thing for thing, _ in train_objects]

@@ -12,7 +12,7 @@ compare.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number, Score
+from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Names, Number, Score, Scores
 from visft_ds.evals.judge.images import from_files, read_lines
 from visft_ds.evals.judge.kinds import Request
 from visft_ds.files import checked_name, reading
@@ -43,7 +43,7 @@ def benchmark(request: Request) -> Benchmark:
     train_images, train_words = read_words(Path(request.source, "train"))
     test_images, test_words = read_words(Path(request.source, "test"))
 
-    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Names) -> Scores:
         words = read(features["train"]["columns"], train_words, features["test"]["columns"], UPDATES)
         correct = [float(word == right) for word, right in zip(words, test_words, strict=True)]
         yield Score(WORDS.name, np.array(correct))

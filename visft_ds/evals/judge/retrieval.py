@@ -12,7 +12,6 @@ its image is. At most CAPTIONS captions of an image take part, the first ones.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, IntArray, Number, Score
+from visft_ds.evals.judge.benchmark import (
+    Benchmark,
+    Features,
+    ImageSet,
+    IntArray,
+    Names,
+    Number,
+    Score,
+    Scores,
+)
 from visft_ds.evals.judge.images import from_files, read_json
 from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.ranking import hits
@@ -45,7 +53,7 @@ def benchmark(request: Request) -> Benchmark:
     """R@1, R@5 and R@10 from image to text and from text to image."""
     images, captions, owners = read_captions(request.source, request.split)
 
-    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Names) -> Scores:
         pictures = features["test"]["clip"]
         texts = features["texts"]["clip"]
         own = torch.arange(len(pictures))

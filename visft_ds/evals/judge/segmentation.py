@@ -7,7 +7,8 @@ objects kNN      features averaged over an object's outline, `knn`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visft_ds.evals.judge import linear_segmentation
-from visft_ds.evals.judge.benchmark import Benchmark, Number, Score
+from visft_ds.evals.judge.benchmark import Benchmark, Names, Number, Scores
 from visft_ds.evals.judge.crops import label_of
 from visft_ds.evals.judge.dense_probes import Source, probe, trained
 from visft_ds.evals.judge.dense_sets import DenseSet, Thing, read_train_and_test
@@ -75,27 +76,19 @@ def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol
     return replace(of_probes, notes=notes, sheet=partial(segmentation_sheet, test))
 
 
-def _scores(source: Source, names: Collection[str]) -> Iterator[Score]:
+def _scores(source: Source, names: Names) -> Scores:
     if IN_CONTEXT.name in names:
         yield in_context_miou(IN_CONTEXT.name, source)
     if LINEAR.name in names:
-        yield _linear_miou(source)
+        classes = len(source.train.classes)
+        loss = linear_segmentation.cross_entropy
+        recipe = source.protocol.segmentation
+        heads = trained(source, classes, loss, recipe, linear_segmentation.crop, linear_segmentation.schedule)
+        outputs = source.in_windows(heads)
+        yield mean_iou(LINEAR.name, outputs, partial(label_of, source.test), classes)
     if OBJECTS.name in names:
         taught = _objects(source, source.train).in_groups(source.train.images.groups)
         yield knn(OBJECTS.name, taught, _objects(source, source.test))
-
-
-def _linear_miou(source: Source) -> Score:
-    classes = len(source.train.classes)
-    heads = trained(
-        source,
-        classes,
-        linear_segmentation.cross_entropy,
-        source.protocol.segmentation,
-        linear_segmentation.crop,
-        linear_segmentation.schedule,
-    )
-    return mean_iou(LINEAR.name, source.in_windows(heads), partial(label_of, source.test), classes)
 
 
 def _objects(source: Source, data: DenseSet) -> Rows:
@@ -104,12 +97,12 @@ def _objects(source: Source, data: DenseSet) -> Rows:
 
 def pooled(maps: Iterable[Tensor], things: Sequence[Thing]) -> Rows:
     """Objects, each by the mean of its part of the map (D, h, w) of its image."""
-    things_of_image: dict[int, list[Thing]] = {}
+    things_of_image = defaultdict(list)
     for thing in things:
-        things_of_image.setdefault(thing.owner, []).append(thing)
+        things_of_image[thing.owner].append(thing)
     means = []
     for number, features in enumerate(maps):
-        for thing in things_of_image.get(number, ()):
+        for thing in things_of_image[number]:
             mask = torch.from_numpy(coco_mask.decode(thing.code)).to(features.device)
             shares = F.interpolate(mask[None, None].float(), features.shape[-2:], mode="area")[0]
             means.append((features * shares).sum(dim=(1, 2)) / shares.sum())

@@ -6,7 +6,7 @@ tower has to be BASE. It says the most likely words, one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Number, Score
+from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Names, Number, Scores
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.encoding import Settings
 from visft_ds.evals.judge.images import digest, stamp
@@ -45,7 +45,7 @@ def by_vlm(
     longest: int,
     numbers: Sequence[Number],
     settings: Mapping[str, Any],
-    scores: Callable[[Sequence[str]], Iterator[Score]],
+    scores: Callable[[Sequence[str]], Scores],
 ) -> Benchmark:
     """Benchmark of what the vision-language model of a request says of the images of the set `test`.
 
@@ -63,42 +63,34 @@ def by_vlm(
     def check(base: Encoder) -> None:
         opened().check_base(_tower(base, opened()))
 
-    def said(encoder: Encoder, settings: Settings, names: Collection[str]) -> Iterator[Score]:
+    def said(encoder: Encoder, settings: Settings, names: Names) -> Scores:
+        from transformers import AutoProcessor
+
         vlm = opened()
         vlm.put(_tower(encoder, vlm))
-        processor = _processor(folder)
+        with reading(folder, "a folder of transformers with tokenizer and image processor"):
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         vlm.model.to(settings.device)
         texts = []
         for prompt in gauge(request.label, len(prompts), "texts", prompts):
             texts.append(_say(vlm.model, processor, sets["test"].read(prompt.image), prompt, longest))
         yield from scores(texts)
 
-    return by_text(request.label, sets, numbers, {**settings, "vlm": files_in(folder)}, check, said)
-
-
-def by_text(
-    label: str,
-    sets: Mapping[str, ImageSet],
-    numbers: Sequence[Number],
-    settings: Mapping[str, Any],
-    check_base: Callable[[Encoder], None],
-    scores: Callable[[Encoder, Settings, Collection[str]], Iterator[Score]],
-) -> Benchmark:
-    """Benchmark of texts that an encoder alone leads to, whatever its features are."""
-
-    def nothing(features: Features, names: Collection[str]) -> Iterator[Score]:
-        raise AssertionError(label)
-
     return Benchmark(
-        label,
+        request.label,
         sets,
         kinds=("pooled",),
         numbers=numbers,
-        settings=settings,
-        scores=nothing,
-        check_base=check_base,
-        published=scores,
+        settings={**settings, "vlm": files_in(folder)},
+        scores=by_features,
+        check_base=check,
+        published=said,
     )
+
+
+def by_features(features: Features, names: Names) -> Scores:
+    """Stand where scores are of texts that the encoder itself leads to, in Benchmark.published."""
+    raise AssertionError(names)
 
 
 def files_in(folder: Path) -> str:
@@ -129,14 +121,6 @@ def _tower(encoder: Encoder, vlm: Vlm) -> dict[str, Lazy]:
     backbone, weights = backbone_and_weights(encoder, "vlm=")
     tensors = {name: Lazy.of(tensor) for name, tensor in weights.items()}
     return vlm.names(Weights(tensors, Path(backbone.describe())), built(model_of(backbone), "meta"))
-
-
-def _processor(folder: Path) -> Any:
-    """Tokenizer and image processor of a model in a folder."""
-    from transformers import AutoProcessor
-
-    with reading(folder, "a folder of transformers with tokenizer and image processor"):
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ Or they are answered by a vision-language model that reads the tower.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from visft_ds.evals.judge.benchmark import Benchmark, Features, FloatArray, Number, Score, resamples
+from visft_ds.evals.judge.benchmark import (
+    Benchmark,
+    Features,
+    FloatArray,
+    Names,
+    Number,
+    Score,
+    Scores,
+    resamples,
+)
 from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.questions import MOST, QuestionSet, read_questions, words_alone
 from visft_ds.evals.judge.vlm_text import Prompt, by_vlm
@@ -84,7 +93,7 @@ def _of_vlm(request: Request, train: QuestionSet, test: QuestionSet) -> Benchmar
     for question, owner in zip(test.questions, test.owners.tolist(), strict=True):
         prompts.append(Prompt(owner, PROMPT.format(question.text), CHAT.format(question.text)))
 
-    def scores(texts: Sequence[str]) -> Iterator[Score]:
+    def scores(texts: Sequence[str]) -> Scores:
         yield Score(OF_VLM.name, _right(texts, test), test.owners)
 
     settings = {
@@ -107,7 +116,7 @@ def vqa(label: str, train: QuestionSet, test: QuestionSet) -> Benchmark:
     kinds = [kind for kind, _ in counts.most_common(_KINDS)] if len(counts) > 1 else []
     kind_of_question = np.array([question.kind for question in test.questions])
 
-    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Names) -> Scores:
         cells = _components(features["train"]["cells"], features["test"]["cells"])
         right = _answered(cells, train, test)
         parts = {ALL.name: np.ones(len(test.questions), dtype=bool)}
@@ -156,13 +165,10 @@ class Probe(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(LENGTH, WIDTH))
         self.cell = nn.Linear(channels, WIDTH)
         self.place = nn.Parameter(0.2 * torch.randn(count, WIDTH))
-        layers = []
-        for _ in range(LAYERS):
-            layer = nn.TransformerDecoderLayer(
-                WIDTH, HEADS, 2 * WIDTH, DROPOUT, batch_first=True, norm_first=True
-            )
-            layers.append(layer)
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(WIDTH, HEADS, 2 * WIDTH, DROPOUT, batch_first=True, norm_first=True)
+            for _ in range(LAYERS)
+        )
         self.classify = nn.Linear(WIDTH, answers)
 
     def forward(self, words: Tensor, cells: Tensor) -> Tensor:

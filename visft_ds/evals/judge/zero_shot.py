@@ -4,9 +4,7 @@ class whose text is most similar. A class is the mean of its sentences, each of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-
-from visft_ds.evals.judge.benchmark import Benchmark, Features, Number, Score
+from visft_ds.evals.judge.benchmark import Benchmark, Features, Names, Number, Score, Scores
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.ranking import hits, rank_by_text, sentences
@@ -21,7 +19,7 @@ def benchmark(request: Request) -> Benchmark:
     (data,) = request.with_groups(read_classes(request.source, request.split))
     numbers = NUMBERS if len(data.classes) > 5 else (TOP1,)
 
-    def scores(features: Features, names: Collection[str]) -> Iterator[Score]:
+    def scores(features: Features, names: Names) -> Scores:
         images = features["test"]["clip"]
         texts = features["texts"]["clip"]
         ranks = rank_by_text(images, texts, len(data.templates), data.labels)
