@@ -122,7 +122,7 @@ def read_train_and_test(
     Raises:
         ValueError: as `read_classes`; also if the two have other classes, or a class has one image only.
     """
-    if train is None and (source == DIGITS or not (Path(source) / "train").is_dir()):
+    if train is None and not Path(source, "train").is_dir():
         return _halves(read_classes(source, test), source)
     if (train or "train") == test:
         raise ValueError(f"{source}: probes would learn from {test} and be judged on it: name two parts")
@@ -130,8 +130,7 @@ def read_train_and_test(
     judged = read_classes(source, test)
     if taught.classes != judged.classes:
         lone = sorted(set(taught.classes) ^ set(judged.classes))
-        what = ", ".join(lone[:5]) or "in another order"
-        raise ValueError(f"{source}: train and test have other classes: {what}")
+        raise ValueError(f"{source}: train and test have other classes: {', '.join(lone[:5])}")
     return taught, judged
 
 

@@ -102,9 +102,7 @@ def fit(
     shown = gauge("linear head", recipe.steps, "steps", examples)
     for step, (drawn, maps, truth) in enumerate(shown):
         rate, beta1 = schedule(recipe, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-            group["betas"] = (beta1, recipe.betas[1])
+        optimizer.param_groups[0].update(lr=rate, betas=(beta1, recipe.betas[1]))
         random = torch.rand(maps.shape[:2], generator=drop_generator)
         remains = random >= recipe.dropout
         factors = (remains / (1 - recipe.dropout)).to(maps)

@@ -16,7 +16,7 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under N
 from PIL import Image, ImageDraw
 
 from visft_ds.evals.judge.benchmark import Benchmark, Features, ImageSet, Names, Number, Score, Scores
-from visft_ds.evals.judge.dense_sets import DenseSet, Thing, read_objects
+from visft_ds.evals.judge.dense_sets import DenseSet, read_objects
 from visft_ds.evals.judge.images import changed, chosen
 from visft_ds.evals.judge.kinds import Request
 from visft_ds.evals.judge.logistic import logistic_regression
@@ -44,19 +44,13 @@ _MARKED = "marked"  # set of images
 
 def benchmark(request: Request) -> Benchmark:
     """Accuracy of naming the object in a box."""
-    train, test = read_objects(request)
-    train_objects = _objects(train)
-    test_objects = _objects(test)
+    train, test = map(_large, read_objects(request))
     categories = [name for name in test.classes if name]
 
     def scores(features: Features, names: Names) -> Scores:
         of_test = features["test"]
-        taught = rows_of_objects(
-            features["train"]["pooled"], [thing for thing, _ in train_objects]
-        ).in_groups(train.images.groups)
-        judged = rows_of_objects(of_test["pooled"], [thing for thing, _ in test_objects]).in_groups(
-            test.images.groups
-        )
+        taught = rows_of_objects(features["train"]["pooled"], train.things).in_groups(train.images.groups)
+        judged = rows_of_objects(of_test["pooled"], test.things).in_groups(test.images.groups)
         if "texts" in features and "clip" in of_test:
             named_classes = judged.labels.numpy() - test.classes.count("")
             for number, view in ((TEXT_TOP1, of_test), (MARKED_TOP1, features[_MARKED])):
@@ -67,9 +61,9 @@ def benchmark(request: Request) -> Benchmark:
     return Benchmark(
         request.label,
         sets={
-            "train": _seen(train, train_objects, crop, f"crop {MARGIN}"),
-            "test": _seen(test, test_objects, crop, f"crop {MARGIN}"),
-            _MARKED: _seen(test, test_objects, marked, f"marked {_LINE}"),
+            "train": _seen(train, crop, f"crop {MARGIN}"),
+            "test": _seen(test, crop, f"crop {MARGIN}"),
+            _MARKED: _seen(test, marked, f"marked {_LINE}"),
         },
         kinds=("clip", "pooled"),
         numbers=NUMBERS,
@@ -83,26 +77,20 @@ def benchmark(request: Request) -> Benchmark:
 _Box = Sequence[float]  # (x, y, width, height), pixels
 
 
-def _objects(data: DenseSet) -> list[tuple[Thing, _Box]]:
-    """Objects with their boxes, of those that are at least SMALLEST pixels wide and high."""
-    boxed = [(thing, coco_mask.toBbox(thing.code).tolist()) for thing in data.things]
-    large = [(thing, box) for thing, box in boxed if min(box[2:]) >= SMALLEST]
-    if not large:
+def _large(data: DenseSet) -> DenseSet:
+    """The same without objects whose box is less than SMALLEST pixels wide or high."""
+    things = [thing for thing in data.things if coco_mask.toBbox(thing.code)[2:].min() >= SMALLEST]
+    if not things:
         raise ValueError(f"no object has a box of at least {SMALLEST:g} pixels ({data.images.names[0]}, ...)")
-    return large
+    return replace(data, things=tuple(things))
 
 
-def _seen(
-    data: DenseSet,
-    objects: Sequence[tuple[Thing, _Box]],
-    view: Callable[[Image.Image, _Box], Image.Image],
-    how: str,
-) -> ImageSet:
+def _seen(data: DenseSet, view: Callable[[Image.Image, _Box], Image.Image], how: str) -> ImageSet:
     """A view of the image of each object and its box; `how` states what the view depends on."""
-    images = chosen(data.images, [thing.owner for thing, _ in objects])
+    images = chosen(data.images, [thing.owner for thing in data.things])
     # Scores are in groups by their rows' owners, as objects of an image are no independent evidence.
     images = replace(images, stretched=False, groups=None)
-    boxes = [box for _, box in objects]
+    boxes = [coco_mask.toBbox(thing.code).tolist() for thing in data.things]
     return changed(images, lambda number, image: view(image, boxes[number]), f"{how} {tuple(boxes)}")
 
 
