@@ -62,7 +62,9 @@ def srun(arguments: Sequence[str]) -> int:
         place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank % each, "SLURM_NODEID": rank // each}
         environment = {name: str(value) for name, value in {**place, "SLURM_NTASKS": nodes * each}.items()}
         tasks.append(subprocess.Popen(arguments[first:], env={**os.environ, **environment}))
-    (_job() / TASKS).write_text(" ".join(str(task.pid) for task in tasks))
+    listed = _job() / f"{TASKS}.new"
+    listed.write_text(" ".join(str(task.pid) for task in tasks))
+    listed.rename(_job() / TASKS)
     patience, ended = float(options.get("wait", 0)), None
     while any(task.poll() is None for task in tasks):
         if ended is None and any(task.returncode is not None for task in tasks):
@@ -79,7 +81,10 @@ def scancel(arguments: Sequence[str]) -> int:
     name, job = arguments
     if job != job_of(os.environ):
         return 1
-    for pid in (_job() / TASKS).read_text().split():
+    tasks = _job() / TASKS
+    while not tasks.exists():  # a task may be ready before `srun` has listed all
+        time.sleep(0.02)
+    for pid in tasks.read_text().split():
         os.kill(int(pid), signal.Signals[f"SIG{name.removeprefix('--signal=')}"])
     return 0
 
