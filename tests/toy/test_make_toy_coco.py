@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -43,7 +44,6 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of pytest, whose other tests have threads
 def test_the_command_writes_the_same_bytes_with_two_workers(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,16 +58,18 @@ def test_the_command_writes_the_same_bytes_with_two_workers(
     assert not (tmp_path / "again2").exists()
 
 
-def test_a_script_needs_no_guard(tmp_path: Path) -> None:
-    """Workers that import the script again would run it again, and start workers."""
+def test_a_script_without_a_guard_ends_with_what_it_lacks(tmp_path: Path) -> None:
+    """Its workers import the script again: they must not start workers without end."""
     script = tmp_path / "draw.py"
     size = "train=20, val=0, height=28, width=28, workers=2"
-    script.write_text(
-        "from pathlib import Path\n"
-        "from visft_ds.toy.coco import write_toy_coco\n"
-        f"print(write_toy_coco(Path({str(tmp_path / 'toy')!r}), {size})['images'])\n"
-    )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    call = f"write_toy_coco(Path({str(tmp_path / 'toy')!r}), {size})"
+    imports = "from pathlib import Path\nfrom visft_ds.toy.coco import write_toy_coco\n"
+    script.write_text(imports + call)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and 'below `if __name__ == "__main__":`' in done.stderr
+    shutil.rmtree(tmp_path / "toy", ignore_errors=True)
+    script.write_text(f"{imports}if __name__ == '__main__':\n    print({call}['images'])\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600)
     assert (done.stdout, done.stderr) == ("20\n", "")
 
 

@@ -18,7 +18,9 @@ import os
 import re
 import signal
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from PIL import Image
 from visft_ds.data.depth import encoded
 from visft_ds.data.masks import png_of
 from visft_ds.data.panoptic import png_of_numbers
+from visft_ds.data.workers import kill_pool
 from visft_ds.errors import tell
 from visft_ds.flags import command_parser
 from visft_ds.toy import rooms
@@ -374,14 +377,8 @@ def write_toy_coco(
             depth=depth,
             panoptic=panoptic,
         )
-        if workers == 1:
-            records = list(map(draw, range(count)))
-        else:
-            # Forked: other ways to start a process run the script of the caller again in each. They are deaf
-            # to a Ctrl-C, which reaches all of a terminal's processes: this one ends them, no traceback.
-            deaf = (signal.SIGINT, signal.SIG_IGN)
-            with multiprocessing.get_context("fork").Pool(workers, signal.signal, deaf) as pool:
-                records = pool.map(draw, range(count), chunksize=16)
+        alone = workers == 1
+        records = list(map(draw, range(count))) if alone else _draw_beside(draw, count, workers)
         description = f"Toy rooms, seed {seed}" if depth else f"Toy shapes, style {style}, seed {seed}"
         ids = rooms.CATEGORY_IDS if depth else CATEGORY_IDS
         _write_annotations(out / "annotations", split, records, description, ids, panoptic)
@@ -395,6 +392,31 @@ def write_toy_coco(
         "crowds": sum(instance["iscrowd"] for instance in instances),
         "empty": sum(not record["instances"] for record in every_record),
     }
+
+
+def _draw_beside(draw: Callable[[int], dict[str, Any]], count: int, workers: int) -> list[dict[str, Any]]:
+    """Records of all images, by processes that are deaf to a Ctrl-C: it reaches all of a terminal's, and this
+    one ends them, without tracebacks.
+
+    Raises:
+        RuntimeError: A worker ended, as where a script without a guard is imported by its own workers.
+    """
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        # Ignored signals stay so in processes that are started, from their first instruction on.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            records = pool.map(draw, range(count), chunksize=16)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        return list(records)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a worker ended before its pictures were drawn: where a script calls this, let it do so below "
+            '`if __name__ == "__main__":`, or with workers=1'
+        ) from error
+    finally:
+        kill_pool(pool)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
