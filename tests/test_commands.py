@@ -17,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 import visft_ds
 from visft_ds.cli import COMMANDS, main
+from visft_ds.config import schema
 from visft_ds.parallel import engine
 from visft_ds.resilience.processes import start_ranks
 
@@ -125,6 +126,34 @@ def test_a_ctrl_c_that_came_while_a_rank_began_is_answered(
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, handler)
     assert "report: interrupted" in capsys.readouterr().err
+
+
+def test_a_ctrl_c_waits_until_the_schema_of_tasks_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that comes in between pydantic makes a SchemaError, which no handler knows."""
+
+    def build(name: str) -> NoReturn:
+        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        raise LookupError
+
+    monkeypatch.setattr(schema, "entries", lambda: ("tracking",))
+    monkeypatch.setattr(schema, "config_class", build)
+    with pytest.raises(LookupError):
+        schema.complete()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.mark.parametrize(("rank", "status"), [({}, 130), ({"RANK": "1", "WORLD_SIZE": "2"}, -signal.SIGINT)])
+def test_an_interrupted_rank_ends_by_the_signal(rank: dict[str, str], status: int) -> None:
+    """The number is that of a rank which stopped after a step and saved: those beside it are not to be ended,
+    while those of this one may wait for it inside torch for half an hour.
+    """
+    program = (
+        "import signal, visft_ds.cli\n"
+        "visft_ds.cli._run = lambda words: signal.raise_signal(signal.SIGINT)\n"
+        "visft_ds.cli.run()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], env={**os.environ, **rank}, check=False)
+    assert ended.returncode == status
 
 
 def test_num_gpus_starts_as_many_processes(

@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 
 import visft_ds
 from visft_ds import __version__, importing
-from visft_ds.errors import exit_code, tell
+from visft_ds.errors import exit_code, interrupts_wait, tell
 from visft_ds.resilience.processes import check_environment, start_ranks, without_num_gpus
 
 
@@ -142,6 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"\n{name or 'visft'}: interrupted{_after(words)}", file=sys.stderr, flush=True)
+        if visft_ds.is_command and "RANK" in os.environ:
+            # By the signal, not by a number, which is that of a rank that stopped and saved: others may wait
+            # for this one, and `start_ranks` ends them.
+            signal.raise_signal(signal.SIGINT)
         return exit_code(error)
 
 
@@ -181,11 +185,6 @@ def _run(words: list[str]) -> int:
     if count is not None and "RANK" not in os.environ:
         return start_ranks(words, count)
     command = COMMANDS[name]
-    # A Ctrl-C waits for the end of the imports: in the middle of them pydantic makes an error of it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with importing():
-            function = getattr(import_module(command.module), command.function)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    with interrupts_wait(), importing():
+        function = getattr(import_module(command.module), command.function)
     return int(function(words[1:]))

@@ -43,17 +43,31 @@ def test_torchrun_starts_a_killed_run_again(shards: Path, tmp_path: Path) -> Non
     assert "step 11/40" in output and (tmp_path / "run" / "export" / "export.json").is_file()
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+_INTERRUPTED = (
+    f"exec {sys.executable} -c 'import signal\n"
+    "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+    "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})\n"
+    "signal.raise_signal(signal.SIGINT)'"
+)
+
+
+@pytest.mark.parametrize(
+    ("lost", "end", "status"), [(0, "exit 3", 3), (1, "exit 3", 3), (1, _INTERRUPTED, 130)]
+)
 def test_a_rank_that_hangs_is_ended_after_another_has_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int, end: str, status: int
 ) -> None:
-    """As a stopped one does, which answers no signal."""
+    """As a stopped one does, which answers no signal, or one that waits inside torch for a rank that a Ctrl-C
+    has ended.
+    """
     program = tmp_path / "python"
-    program.write_text(f'#!/bin/sh\n[ "$RANK" = {lost} ] && exit 3\nkill -STOP $$\n', encoding="utf-8")
+    program.write_text(
+        f'#!/bin/sh\nif [ "$RANK" = {lost} ]; then\n{end}\nfi\nkill -STOP $$\n', encoding="utf-8"
+    )
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setattr(processes, "_GRACE", 0.5)
-    assert processes.start_ranks(["train"], 2) == 3
+    assert processes.start_ranks(["train"], 2) == status
 
 
 def test_a_rank_that_cannot_start_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ def _status_of(codes: Sequence[int]) -> int:
     it.
     """
     for code in codes:
-        if code < 0:
+        if code < 0 and code != -signal.SIGINT:  # who sent that knows it
             print(f"a process was ended by signal {signal.Signals(-code).name}", file=sys.stderr, flush=True)
     for code in codes:
         if code > 0 and code != LOST_CODE:
