@@ -6,20 +6,24 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import tomllib
+from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import deepspeed
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from pydantic import create_model
+from pydantic_core import core_schema
 
 import visft_ds
 from visft_ds.cli import COMMANDS, main
-from visft_ds.config import schema
 from visft_ds.parallel import engine
 from visft_ds.resilience.processes import start_ranks
+from visft_ds.resilience.stop import interrupt
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,18 +132,39 @@ def test_a_ctrl_c_that_came_while_a_rank_began_is_answered(
     assert "report: interrupted" in capsys.readouterr().err
 
 
-def test_a_ctrl_c_waits_until_the_schema_of_tasks_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one that comes in between pydantic makes a SchemaError, which no handler knows."""
+def test_a_ctrl_c_waits_for_imports_and_for_classes_of_pydantic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that comes in between they make errors that no handler knows."""
 
-    def build(name: str) -> NoReturn:
-        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        raise LookupError
+    class Interrupted(str):
+        @classmethod
+        def __get_pydantic_core_schema__(cls, source: object, handler: object) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            return core_schema.str_schema()
 
-    monkeypatch.setattr(schema, "entries", lambda: ("tracking",))
-    monkeypatch.setattr(schema, "config_class", build)
-    with pytest.raises(LookupError):
-        schema.complete()
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    steps: list[str] = []
+
+    def build() -> None:
+        steps.append(create_model("Tracking", name=(Interrupted, ...)).__name__)
+        time.sleep(60)  # the signal comes again when nothing is in its way
+
+    def load() -> None:
+        steps.append(import_module("interrupted").ENDED)
+        time.sleep(60)
+
+    (tmp_path / "interrupted.py").write_text(
+        "import signal\nsignal.raise_signal(signal.SIGINT)\nENDED = 'import'\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    handler = signal.signal(signal.SIGINT, interrupt)
+    try:
+        for work in (load, build):
+            with pytest.raises(KeyboardInterrupt):
+                work()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert steps == ["import", "Tracking"]
 
 
 @pytest.mark.parametrize(("rank", "status"), [({}, 130), ({"RANK": "1", "WORLD_SIZE": "2"}, -signal.SIGINT)])

@@ -15,8 +15,9 @@ from typing import NamedTuple, NoReturn
 
 import visft_ds
 from visft_ds import __version__, importing
-from visft_ds.errors import exit_code, interrupts_wait, tell
+from visft_ds.errors import exit_code, tell
 from visft_ds.resilience.processes import check_environment, start_ranks, without_num_gpus
+from visft_ds.resilience.stop import interrupt
 
 
 class Program(NamedTuple):
@@ -131,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = words[0] if words else ""
     try:
         try:
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `nohup` leaves it ignored
+                signal.signal(signal.SIGINT, interrupt)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `start_ranks`
             return _run(words)
         finally:
@@ -185,6 +188,6 @@ def _run(words: list[str]) -> int:
     if count is not None and "RANK" not in os.environ:
         return start_ranks(words, count)
     command = COMMANDS[name]
-    with interrupts_wait(), importing():
+    with importing():
         function = getattr(import_module(command.module), command.function)
     return int(function(words[1:]))

@@ -7,8 +7,6 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from visft_ds.redaction import redacted, visible
 
@@ -69,18 +67,6 @@ def retold(text: str, *, away: bool, kind: type[OSError] = OSError) -> OSError:
     if away:
         error.errno = errno.ETIMEDOUT
     return error
-
-
-@contextmanager
-def interrupts_wait() -> Iterator[None]:
-    """Make a Ctrl-C of this thread wait until the block ends: pydantic makes an error of one that comes while
-    it builds a class.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def exit_code(error: BaseException) -> int:

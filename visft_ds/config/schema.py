@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 from pydantic.fields import FieldInfo
 
-from visft_ds.errors import interrupts_wait
 from visft_ds.pretrained import TIMM
 from visft_ds.redaction import refuse_secrets
 from visft_ds.settings.bands import Bands, NewBands
@@ -523,11 +522,9 @@ OURS = ("optimizer", "scheduler", "gradient_clipping", "visft")
 def complete() -> None:
     """Give the schema every task of the table; a task may be registered at any time."""
     absent = [name for name in entries() if name not in TasksConfig.model_fields]
-    if not absent:
-        return
-    with interrupts_wait():
-        for name in absent:
-            kind = config_class(name)
-            TasksConfig.__pydantic_fields__[name] = FieldInfo.from_annotated_attribute(kind | None, None)
+    for name in absent:
+        kind = config_class(name)
+        TasksConfig.__pydantic_fields__[name] = FieldInfo.from_annotated_attribute(kind | None, None)
+    if absent:
         for model in (TasksConfig, VisftConfig, Recipe):  # from the inside out
             model.model_rebuild(force=True)

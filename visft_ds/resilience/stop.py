@@ -43,6 +43,21 @@ class Stop(IntEnum):
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+#: Ends of the names of files that no Ctrl-C may interrupt: of the import of a module libraries make an error
+#: of their own, or torch, which imports from C++, aborts; pydantic does likewise when it builds a class.
+_TO_THE_END = ("<frozen importlib._bootstrap>", "_model_construction.py")
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle a Ctrl-C: raises KeyboardInterrupt, after the imports that go on."""
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(_TO_THE_END):
+            again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 class StopFlag:
@@ -109,7 +124,7 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.reason is Stop.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the user does not want to wait for the step
+            interrupt(number, frame)  # the user does not want to wait for the step
         self.reason = max(self.reason, Stop[signal.Signals(number).name])
 
     def __bool__(self) -> bool:
