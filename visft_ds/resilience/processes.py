@@ -124,7 +124,9 @@ def _wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen
     ended: list[subprocess.Popen[bytes]] = []
     while None in [process.poll() for process in ranks]:  # each of them, or a later rank's end is never seen
         if deadline is None and any(process.returncode in _FAILED for process in ranks):
-            deadline = time.monotonic() + _GRACE
+            # Nobody wants to wait after a Ctrl-C, and a rank that it ends, rather than stops, saves nothing.
+            interrupted = any(process.returncode == -signal.SIGINT for process in ranks)
+            deadline = time.monotonic() + (1.0 if interrupted else _GRACE)
         if deadline is not None and time.monotonic() > deadline:
             if not ended:
                 ended = [process for process in ranks if process.returncode is None]
