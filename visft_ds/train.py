@@ -192,6 +192,7 @@ class Trainer:
 
         # 10: the steps, what evaluates beside them, and what writes their numbers down.
         self.steps = self.loader.steps(self.start, config.total_steps)
+        stack.enter_context(closing(self.steps))  # its workers would outlive a run that stops early
         self.log = stack.enter_context(open_log(config, self.start, callbacks, stop))
         self.validation = None
         if self.data.validation is not None:

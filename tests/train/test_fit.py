@@ -5,13 +5,14 @@ from __future__ import annotations
 import atexit
 import doctest
 import gc
+import inspect
 import json
 import os
 import re
 import shutil
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests import finished
 from tests.ranks import REPOSITORY, finish, python, run_ranks, start_ranks
 from tests.tiny import TINY, Here, steps_recorded
 from visft_ds import FitResult, evaluate, fit
+from visft_ds.data.loader import StepLoader
 from visft_ds.interop.heads import open_head
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.resilience.stop import Stop
@@ -195,9 +197,23 @@ def test_ctrl_c_stops_after_the_step_and_the_same_call_goes_on(
     assert {name: (tmp_path / name).stat() for name in names} == before, "nothing was left to do"
 
 
-def test_a_callback_ends_the_run_which_is_exported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_callback_ends_the_run_which_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The batches that were read ahead end with it: nobody else would end their workers, for which a process
+    waits at its end.
+    """
+    opened: list[Generator[Any, None, None]] = []
+    steps = StepLoader.steps
+
+    def follow(*given: Any) -> Generator[Any, None, None]:
+        opened.append(steps(*given))
+        return opened[-1]
+
+    monkeypatch.setattr(StepLoader, "steps", follow)
     told = Told(at=1, does=lambda: np.float32(0.5) < 1)
     ended = stage1(tmp_path, told)
+    assert [inspect.getgeneratorstate(batches) for batches in opened] == [inspect.GEN_CLOSED]
     assert (ended.finished, ended.step, ended.stopped) == (True, 2, Stop.NOT) and told.steps == [1, 2]
     assert (ended.export / "export.json").is_file()
     assert "a callback ends the run after step 2" in capfd.readouterr().out

@@ -98,7 +98,9 @@ class StepLoader:
     features: FeatureCache | None = None  #: those that it has are given to samples in place of pixels
     wait_seconds: float = field(default=0.0, init=False)  #: how long the last step made its consumer wait
 
-    def steps(self, start: int, stop: int | None = None) -> Iterator[tuple[StepPlan, list[Batch]]]:
+    def steps(
+        self, start: int, stop: int | None = None
+    ) -> Generator[tuple[StepPlan, list[Batch]], None, None]:
         """The plan of each global batch from `start` to `stop` (exclusive), with this rank's micro-batches.
 
         At `stop` the training is done: it decides the batches' `progress`. An error in a worker appears here,
