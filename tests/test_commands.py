@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from importlib import import_module
@@ -56,6 +57,14 @@ def test_ranks_of_a_machine_divide_its_cores(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     visft_ds._settle_threads()
     assert (os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]) == ("4", "ACTIVE")
+
+
+def test_a_command_runs_in_any_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a script or a server may call it; Python lets the main thread alone handle signals."""
+    thread = threading.Thread(target=main, args=(["--version"],))
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().out == f"visft {visft_ds.__version__}\n"
 
 
 def test_the_launchers_word_reaches_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

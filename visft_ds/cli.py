@@ -9,6 +9,7 @@ import difflib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple, NoReturn
@@ -17,7 +18,7 @@ import visft_ds
 from visft_ds import __version__, importing
 from visft_ds.errors import exit_code, tell
 from visft_ds.resilience.processes import check_environment, start_ranks, without_num_gpus
-from visft_ds.resilience.stop import interrupt
+from visft_ds.resilience.stop import SecondInterrupt, interrupt
 
 
 class Program(NamedTuple):
@@ -132,7 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = words[0] if words else ""
     try:
         try:
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `nohup` leaves it ignored
+            is_main = threading.current_thread() is threading.main_thread()  # which alone handles signals
+            # `nohup` leaves it ignored.
+            if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, interrupt)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `start_ranks`
             return _run(words)
@@ -145,9 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"\n{name or 'visft'}: interrupted{_after(words)}", file=sys.stderr, flush=True)
-        if visft_ds.is_command and "RANK" in os.environ:
+        if visft_ds.is_command and "RANK" in os.environ and not isinstance(error, SecondInterrupt):
             # By the signal, not by a number, which is that of a rank that stopped and saved: others may wait
-            # for this one, and `start_ranks` ends them.
+            # for this one, and `start_ranks` ends them. After a second Ctrl-C the first rank may still save.
             signal.raise_signal(signal.SIGINT)
         return exit_code(error)
 

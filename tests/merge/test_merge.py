@@ -327,6 +327,19 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(tmp_path
     assert "AP50" not in card and "| masks | drawn |" in card, "numbers of a part are none of the split"
 
 
+def test_adapters_of_two_models_are_refused_by_their_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of a run that has no export yet."""
+    base, adapter, _ = _case(tmp_path)
+    run = _unfinished_run(tmp_path, base, adapter)
+    other = replace(adapter, model={**(adapter.model or {}), "layers": [0]})
+    folder = save_adapter(other, tmp_path / "other")
+    assert _run("--adapter", run, "--adapter", folder, "--out", tmp_path / "out") == 2
+    checkpoint = run / "checkpoints" / "step_00000040"
+    assert f"{checkpoint} and {folder}" in capsys.readouterr().err
+
+
 def test_a_checkpoint_whose_adapter_is_not_all_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

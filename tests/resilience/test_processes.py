@@ -70,6 +70,30 @@ def test_a_rank_that_hangs_is_ended_after_another_has_failed(
     assert processes.start_ranks(["train"], 2) == status
 
 
+#: A rank that gets a Ctrl-C, or two of which it hears the first.
+_RANK = """
+import signal
+from visft_ds import cli
+from visft_ds.resilience.stop import StopFlag
+
+def train(words):
+    if words == ["2"]:
+        StopFlag(launched=False).listen()
+        signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+cli._run = train
+cli.run()
+"""
+
+
+@pytest.mark.parametrize(("presses", "status"), [("1", -signal.SIGINT), ("2", 130)])
+def test_after_a_second_ctrl_c_a_rank_lets_another_one_save(presses: str, status: int) -> None:
+    """What ends by the signal has nothing to save, and the others are ended a second later."""
+    command = [sys.executable, "-c", _RANK, presses]
+    assert subprocess.run(command, env={**os.environ, "RANK": "1", "WORLD_SIZE": "2"}).returncode == status
+
+
 def test_a_rank_that_cannot_start_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as the third of four on a machine that has no room for another process."""
     started: list[subprocess.Popen[bytes]] = []

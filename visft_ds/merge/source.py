@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ def _adapter_of_checkpoint(folder: Path) -> Adapter:
             f"{folder}: the run trains its backbone itself: let it finish, its export has whole weights"
         )
     base = checkpoint.record["identity"]["base weights"]
-    return Adapter.of(empty, visft.lora, tensors, base, checkpoint.step)
+    return replace(Adapter.of(empty, visft.lora, tensors, base, checkpoint.step), path=folder)
 
 
 def base_of(path: Path) -> tuple[Path, str | None]:

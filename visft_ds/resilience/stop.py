@@ -48,7 +48,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TO_THE_END = ("<frozen importlib._bootstrap>", "_model_construction.py")
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
+class SecondInterrupt(KeyboardInterrupt):
+    """A second Ctrl-C, for which a run does not finish its step; a save that is on its way is finished."""
+
+
+def interrupt(
+    number: int, frame: FrameType | None, kind: type[KeyboardInterrupt] = KeyboardInterrupt
+) -> None:
     """Handle a Ctrl-C: raises KeyboardInterrupt, after the imports that go on."""
     while frame is not None:
         if frame.f_code.co_filename.endswith(_TO_THE_END):
@@ -57,7 +63,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
             again.start()
             return
         frame = frame.f_back
-    raise KeyboardInterrupt
+    raise kind
 
 
 class StopFlag:
@@ -124,7 +130,7 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.reason is Stop.SIGINT and number == signal.SIGINT:
-            interrupt(number, frame)  # the user does not want to wait for the step
+            interrupt(number, frame, SecondInterrupt)  # the user does not want to wait for the step
         self.reason = max(self.reason, Stop[signal.Signals(number).name])
 
     def __bool__(self) -> bool:
