@@ -17,6 +17,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -71,17 +72,14 @@ def prepared_for_engine(
 ) -> tuple[PreparedModel, Callable[[], Engine]]:
     """This rank's part of the model, and what makes the engine of it that a run of this configuration has."""
     from visft_ds import distributed
-    from visft_ds.parallel.engine import Schedule, build_engine
+    from visft_ds.parallel.engine import build_engine
     from visft_ds.parallel.placement import placement_for
 
     precision, world = config.visft.model.precision, distributed.world_size()
     assert precision != "auto"
     for_deepspeed = deepspeed_dict(config, derive_batches(config, world), precision)
     prepared = prepare(config, placement_for(for_deepspeed, bounds))
-    schedule = Schedule(config.scheduler, config.total_steps)
-    return prepared, partial(
-        build_engine, prepared, for_deepspeed, config.optimizer.params, schedule, seed=0, bounds=bounds
-    )
+    return prepared, partial(build_engine, prepared, config, for_deepspeed, bounds)
 
 
 def differing(config: ResolvedConfig, bounds: tuple[int, ...] | None) -> list[str]:
@@ -165,7 +163,9 @@ def measured(_: Path, engine: str, settings: str) -> dict[str, Any]:
     from visft_ds import distributed
 
     small = configured(engine, {"visft.model.precision": "fp32"})
-    prepared_for_engine(small, planned_bounds(small))[1]()
+    # A run tells glibc to keep freed memory after its model is made, hence never before that as here.
+    with patch("visft_ds.parallel.engine.keep_freed_memory"):
+        prepared_for_engine(small, planned_bounds(small))[1]()
     config = configured(engine, json.loads(settings))
     bounds = planned_bounds(config)
     sizes: dict[str, int] = {}
