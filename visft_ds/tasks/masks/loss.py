@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from visft_ds.data.samples import Batch
-from visft_ds.ops import at_least_float32, to_device
+from visft_ds.ops import at_least_float32, real_device, to_device
 from visft_ds.tasks import Numbers
 from visft_ds.tasks.criterion import Denominators, Losses
 from visft_ds.tasks.masks.config import MaskLoss
@@ -25,8 +25,10 @@ from visft_ds.tasks.masks.output import MaskOutput
 from visft_ds.tasks.masks.points import draw_points, sample, uncertain_points
 from visft_ds.tasks.matching import Matches, class_losses, solve
 
-#: Values of predicted masks at points that are compared at a time, 1 MiB of float32.
-_VALUES = 1 << 18
+#: Values of predicted masks at points that are compared at a time: on CPUs 1 MiB of float32, which their
+#: caches hold; on GPUs 16 MiB, as smaller steps would take as long as the launches of their kernels.
+_VALUES_ON_CPU = 1 << 18
+_VALUES_ON_GPU = 1 << 22
 
 
 class MaskCriterion:
@@ -122,6 +124,8 @@ class MaskCriterion:
         queries = matches.queries.view(len(masks), -1)
         objects = matches.objects.view(len(masks), -1)
         every_set = torch.arange(len(masks), device=masks.device)[:, None]
+        on_cpu = real_device(masks.device).type == "cpu"
+        values_at_once = _VALUES_ON_CPU if on_cpu else _VALUES_ON_GPU
         first_pair = 0
         for number, image in enumerate(images):
             rows = image.rows
@@ -130,7 +134,7 @@ class MaskCriterion:
             first_pair = last_pair
             predicted = masks[every_set, image.number, queries[:, pairs]]  # (L, m, h, w)
             true_masks = targets.masks[rows, None].to(masks.dtype) / 255  # stored as uint8
-            sets_at_once = max(1, _VALUES // (predicted.shape[1] * self.points[0]))
+            sets_at_once = max(1, values_at_once // (predicted.shape[1] * self.points[0]))
             of_pairs = []
             for first_set in range(0, len(masks), sets_at_once):
                 sets = slice(first_set, first_set + sets_at_once)
