@@ -105,14 +105,16 @@ def test_padding_of_batch_and_masks_changes_nothing() -> None:
 
 
 def test_more_prediction_sets_need_no_more_memory_to_be_matched() -> None:
-    """Values at the points, (queries, points) of a set, are the largest tensors of a step."""
+    """Values at the points, (queries, points) of a set, are the largest tensors of a step: a set of so many
+    is compared alone.
+    """
     targets = masks_of([3])
     images = images_with_objects(targets, torch.ones(1, 2))
     peaks = []
     for sets in (1, 10):
         logits = torch.randn(sets, 1, 20, CLASSES + 1)
         masks = torch.randn(sets, 1, 20, 12, 16)
-        points = torch.rand(1, sets, 2000, 2)
+        points = torch.rand(1, sets, 20000, 2)
         with LiveBytes() as live:
             match_masks(logits, masks, targets, images, targets.labels, points, (2.0, 5.0, 5.0))
         peaks.append(live.peak)

@@ -26,9 +26,9 @@ from visft_ds.tasks.masks.points import draw_points, sample, uncertain_points
 from visft_ds.tasks.matching import Matches, class_losses, solve
 
 #: Values of predicted masks at points that are compared at a time: on CPUs 1 MiB of float32, which their
-#: caches hold; on GPUs 16 MiB, as smaller steps would take as long as the launches of their kernels.
+#: caches hold; on GPUs 64 MiB, as smaller steps would take as long as the launches of their kernels.
 _VALUES_ON_CPU = 1 << 18
-_VALUES_ON_GPU = 1 << 22
+_VALUES_ON_GPU = 1 << 24
 
 
 class MaskCriterion:
@@ -124,8 +124,6 @@ class MaskCriterion:
         queries = matches.queries.view(len(masks), -1)
         objects = matches.objects.view(len(masks), -1)
         every_set = torch.arange(len(masks), device=masks.device)[:, None]
-        on_cpu = real_device(masks.device).type == "cpu"
-        values_at_once = _VALUES_ON_CPU if on_cpu else _VALUES_ON_GPU
         first_pair = 0
         for number, image in enumerate(images):
             rows = image.rows
@@ -134,10 +132,8 @@ class MaskCriterion:
             first_pair = last_pair
             predicted = masks[every_set, image.number, queries[:, pairs]]  # (L, m, h, w)
             true_masks = targets.masks[rows, None].to(masks.dtype) / 255  # stored as uint8
-            sets_at_once = max(1, values_at_once // (predicted.shape[1] * self.points[0]))
             of_pairs = []
-            for first_set in range(0, len(masks), sets_at_once):
-                sets = slice(first_set, first_set + sets_at_once)
+            for sets in _steps_of_sets(predicted, self.points[0]):
                 compare = partial(
                     self._compare,
                     image=image,
@@ -174,6 +170,14 @@ class MaskCriterion:
         logits = logits.view_as(true)
         of_points = F.binary_cross_entropy_with_logits(logits, true, reduction="none")
         return torch.stack((of_points.mean(dim=-1), dice_loss(logits, true)))
+
+
+def _steps_of_sets(masks: Tensor, points: int) -> list[slice]:
+    """Slices of the sets of masks (L, m, h, w) that are compared at a time, at `points` points each."""
+    on_cpu = real_device(masks.device).type == "cpu"
+    values_at_once = _VALUES_ON_CPU if on_cpu else _VALUES_ON_GPU
+    sets_at_once = max(1, values_at_once // (masks.shape[1] * points))
+    return [slice(first, first + sets_at_once) for first in range(0, len(masks), sets_at_once)]
 
 
 class _WithGradient(torch.autograd.Function):
@@ -264,31 +268,33 @@ def match_masks(
         probability = logits[:, image.number].softmax(dim=-1)  # (L, Q, C + 1)
         of_class = -probability[..., labels[image.rows]].mT
         true_masks = targets.masks[image.rows].to(masks.dtype) / 255  # one map of n channels
+        predicted = masks[:, image.number]
         bce = []
         dice = []
-        # Set by set: of all together, the values at the points would be the largest tensors of a step.
-        for of_set, points_of_set in zip(masks[:, image.number], at, strict=True):
-            predicted = sample(of_set[None], points_of_set[None], image.extent)[0]  # (Q, P) logits
-            true = sample(true_masks[None], points_of_set[None], image.mask_extent)[0]  # (n, P)
-            bce.append(_pairwise_cross_entropy(predicted, true))
-            dice.append(_pairwise_dice(predicted, true))
-        cost.append(costs[0] * of_class + costs[1] * torch.stack(bce) + costs[2] * torch.stack(dice))
+        # In steps: of all sets together, the values at the points would be the largest tensors of a step.
+        for sets in _steps_of_sets(predicted, at.shape[1]):
+            logits_at_points = sample(predicted[sets], at[sets], image.extent)  # (L, Q, P) of these sets
+            true = sample(true_masks[None], at[sets].reshape(1, -1, 2), image.mask_extent)
+            true = true[0].unflatten(1, (-1, at.shape[1])).transpose(0, 1)  # (L, n, P)
+            bce.append(_pairwise_cross_entropy(logits_at_points, true))
+            dice.append(_pairwise_dice(logits_at_points, true))
+        cost.append(costs[0] * of_class + costs[1] * torch.cat(bce) + costs[2] * torch.cat(dice))
     pairs = int(targets.counts.clamp(max=num_queries).sum())
     return solve(torch.cat(cost, dim=1), targets.counts, pairs, image_ids)
 
 
 def _pairwise_cross_entropy(logits: Tensor, true: Tensor) -> Tensor:
-    """Mean cross-entropy (n, Q) of every object (n, P) and query (Q, P).
+    """Mean cross-entropy (L, n, Q) of every object (L, n, P) and query (L, Q, P).
 
     It is softplus(-x) t + softplus(x) (1 - t), which is softplus(x) - x t: one product instead of two.
     """
-    without_object = F.softplus(logits).sum(-1)
+    without_object = F.softplus(logits).sum(-1)[:, None]
     return (without_object - true @ logits.mT) / logits.shape[-1]
 
 
 def _pairwise_dice(logits: Tensor, true: Tensor) -> Tensor:
-    """Dice (n, Q) of every object (n, P) and query (Q, P)."""
+    """Dice (L, n, Q) of every object (L, n, P) and query (L, Q, P)."""
     probability = logits.sigmoid()
     overlap = true @ probability.mT
-    areas = probability.sum(-1) + true.sum(-1)[:, None]
+    areas = probability.sum(-1)[:, None] + true.sum(-1)[..., None]
     return 1 - (2 * overlap + 1) / (areas + 1)
