@@ -107,6 +107,7 @@ def test_flags_replace_what_the_recipe_chose(shards: Path) -> None:
         and visft.features.cache == "here/features"
     )
     assert visft.shared is not None and (visft.shared.batch_size, visft.shared.image.zoom) == (4, (0.5, 1.4))
+    assert visft.streams()["shared"].micro_batch == 4  # of an evaluation, too: its memory is that of a step
     assert _resolved(shards, "--epochs", "4", "--set", "visft.data.val=train").visft.run.eval_every == 2
     assert _resolved(shards, "--set", "visft.features=null").visft.features is None
 

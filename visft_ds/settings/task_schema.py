@@ -95,7 +95,9 @@ class StreamConfig(StrictModel):
         image = self.image.model_dump()
         for task in tasks.values():
             image |= task.target_options()
-        return Stream(name, tuple(tasks), share, self.batch_size, self.micro_batch, image)
+        # Evaluations, too, have no more images in memory than an optimiser step.
+        micro_batch = min(self.micro_batch, self.batch_size)
+        return Stream(name, tuple(tasks), share, self.batch_size, micro_batch, image)
 
 
 class TaskConfig(StreamConfig):
