@@ -382,6 +382,11 @@ def test_stage_2_names_what_there_is_besides_one_finished_stage_1() -> None:
     for stage, word in (("1", "a model"), ("2", "runs/ has none")):  # not the paper's, unsaid
         with pytest.raises(ValueError, match=f"{word}.*--model NAME"):
             settle(["--stage", stage, "--data", "mine-shards"])
+    with pytest.raises(ValueError, match="--heads nowhere: no such folder"):
+        settle([*words, "--heads", "nowhere"])
+    Path("published").mkdir()
+    with pytest.raises(ValueError, match=r"published lies in no run of stage 1.*--model NAME"):
+        settle([*words, "--heads", "published"])
     _first_stage("--out", "runs/b c", finished=False)
     (*_, heads) = missing_inputs(settle(words).config)
     assert heads.command == "visft train --data mine-shards --out 'runs/b c'"

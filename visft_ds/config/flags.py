@@ -204,7 +204,7 @@ def merge_arguments(options: argparse.Namespace) -> Merged:
         if first is not None:
             model, backbone = _recipe_of(first)
         elif options.data is not None:
-            raise ValueError(_without_model(stage, options.data))
+            raise ValueError(_without_model(stage, options.data, options.heads))
     of_backbone = Flags()
     if backbone is not None:
         model, of_backbone = model_of(named(backbone, download=options.download), model)
@@ -226,13 +226,19 @@ def merge_arguments(options: argparse.Namespace) -> Merged:
     return Merged(tree, None if whole else model, of_backbone, first)
 
 
-def _without_model(stage: int | None, data: str) -> str:
+def _without_model(stage: int | None, data: str, heads: str | None) -> str:
     """Message for data without a model: the paper's, of 4.4 billion parameters, is hardly meant."""
     recipe = f"visft train --data {quote(data)}"
     models = f"--model NAME (e.g. dinov3_b, or {DEFAULT_MODEL}, the paper's)"
     if stage == 1:
         return (
             f"--stage 1 with --data needs a model: add {models}, or take the recipe for few images: {recipe}"
+        )
+    if heads is not None and not Path(heads).exists():
+        return f"--heads {heads}: no such folder"
+    if heads is not None:
+        return (
+            f"--heads {heads} lies in no run of stage 1, which would say for which model it is: add {models}"
         )
     return (
         f"--stage 2 with --data goes on with a stage 1 on the same data, and {RUNS}/ has none: train it "
