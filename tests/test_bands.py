@@ -173,7 +173,7 @@ def test_a_range_is_found_over_train_and_holds_for_val(
     write_set(folder, [deep_png(3 * picture) for picture in values], split="val", suffix="png")
     write_set(folder, [deep_png(picture) for picture in values], suffix="png")
     assert main([str(folder)]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     stack = np.stack(values).astype(np.float64)
     low, high = stack.min(), stack.max()
     for split in ("train", "val"):
@@ -183,7 +183,7 @@ def test_a_range_is_found_over_train_and_holds_for_val(
     assert train is not None
     assert train.mean[0] == pytest.approx((stack.mean() - low) / (high - low))
     assert train.std[0] == pytest.approx(stack.std() / (high - low))
-    assert "4 x picture with values beyond the range" in told and "bands 1 of 1 (uint16" in told
+    assert "4 x picture with values beyond the range" in printed and "bands 1 of 1 (uint16" in printed
     first = (tmp_path / "set-shards/train-000000.tar").read_bytes()
     assert main([str(folder), "--replace"]) == 0
     assert (tmp_path / "set-shards/train-000000.tar").read_bytes() == first

@@ -91,9 +91,9 @@ def test_every_command_ends_a_ctrl_c_with_130_and_a_line(
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, "a second one ends it at once"
     finally:
         signal.signal(signal.SIGINT, handler)
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == "" and len(said) == 2 and said[1].startswith(f"{name}: interrupted")
-    assert ("the same command continues" in said[1]) == (
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[0] == "" and len(printed) == 2 and printed[1].startswith(f"{name}: interrupted")
+    assert ("the same command continues" in printed[1]) == (
         name in ("demo", "shards", "train", "judge", "predict", "ablate")
     )
 

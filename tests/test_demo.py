@@ -34,14 +34,16 @@ def test_the_whole_way_in_very_small(tmp_path: Path) -> None:
     words = ["-m", "visft_ds", "demo", "--out", str(tmp_path / "demo"), "--train", "40"]
     for name, value in {"total_num_steps": 4, "warmup_num_steps": 1}.items():
         words += ["--set", f"scheduler.params.{name}={value}"]
-    said = python(*words)
+    printed = python(*words)
     line = next(
-        line for line in said.splitlines() if "segmentation/style-b in-context mIoU" in line and "[" in line
+        line
+        for line in printed.splitlines()
+        if "segmentation/style-b in-context mIoU" in line and "[" in line
     )
     page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
     assert (
         line[line.rindex("+" if "+" in line else "-") :].split("]")[0][:6] in page and "Out of domain" in page
     )
     judged = (tmp_path / "demo/judge/judge.html").read_text(encoding="utf-8")
-    assert "in domain" in said and judged.count("segmentations by each model") == 1
+    assert "in domain" in printed and judged.count("segmentations by each model") == 1
     assert "$ visft" not in python(*words)

@@ -431,9 +431,9 @@ def test_a_plan_that_does_not_fit_prints_no_command_and_says_so(
     monkeypatch.setattr("visft_ds.planner.search.MEMORY_SHARE", 1e-6)
     words = ["--cluster", "1xT4", "--stage", "2", "--model", "debug", "--set", "visft.tasks=detection"]
     assert planner.main([*words, "--batch-size", "1"]) == 2
-    said = capsys.readouterr().out
-    assert "nothing fits" in said and of_output(said) == []
-    assert all(engine in said for engine in ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload"))
+    printed = capsys.readouterr().out
+    assert "nothing fits" in printed and of_output(printed) == []
+    assert all(engine in printed for engine in ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload"))
 
 
 def test_what_shards_and_doctor_print_can_be_pasted(
@@ -574,6 +574,6 @@ def test_a_printed_training_command_runs_dry(
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     status = launch.main([*words, "--dry-run"])
-    said = capsys.readouterr()
-    assert status == 0 or "this run cannot start" in said.err, said.err
-    assert "dry run: nothing is started" in said.out
+    printed = capsys.readouterr()
+    assert status == 0 or "this run cannot start" in printed.err, printed.err
+    assert "dry run: nothing is started" in printed.out

@@ -108,5 +108,5 @@ def test_a_training_starts_by_every_way(site: Path, tmp_path: Path) -> None:
         ([*deepspeed, "--module", "visft_ds", "train"], 2),
         ([*torchrun, "-m", "visft_ds.launch"], 1),
     ):
-        said = _run(site, tmp_path, *start, *DRY, code=code)
-        assert "what trains" in said and "visft shards" in said, start
+        printed = _run(site, tmp_path, *start, *DRY, code=code)
+        assert "what trains" in printed and "visft shards" in printed, start

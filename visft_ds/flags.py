@@ -157,8 +157,8 @@ def with_arguments(message: str) -> str:
     """A message with arguments of Python for its flags: `--batch-size 8` becomes batch_size=8, and
     `--set visft.seed=1` settings={"visft.seed": 1}. Whole command lines stay, but for that of the help.
     """
-    told = re.sub("; see [^;]* --help$", "", message).replace("the same command", "the same call")
-    return _FLAGS_OR_COMMAND.sub(_as_argument, told)
+    without_help = re.sub("; see [^;]* --help$", "", message).replace("the same command", "the same call")
+    return _FLAGS_OR_COMMAND.sub(_as_argument, without_help)
 
 
 def _as_argument(match: re.Match[str]) -> str:

@@ -50,12 +50,12 @@ def test_a_part_of_a_run_is_its_whole_model(
 def test_heads_of_a_checkpoint_are_those_of_the_export_at_that_step() -> None:
     run = finished.runs() / "stage1"
     for task in ("detection", "segmentation", "captioning"):
-        there, wanted, before = (
+        there, expected, before = (
             open_head(file, task).build().state_dict()
             for file in (run / LAST, head_file(run / "export", task), run / EARLIER)
         )
-        assert all(torch.equal(value, wanted[name]) for name, value in there.items())
-        assert not all(torch.equal(value, wanted[name]) for name, value in before.items())
+        assert all(torch.equal(value, expected[name]) for name, value in there.items())
+        assert not all(torch.equal(value, expected[name]) for name, value in before.items())
         assert open_head(run / EARLIER, task).info.extra["step"] == 2
 
 
@@ -65,11 +65,11 @@ def test_stage_2_learns_under_the_heads_of_a_checkpoint(tmp_path: Path) -> None:
     run_ranks(
         ["launchers/train.py", *command(finished.shards(), tmp_path / "two", stage=2, extra=extra)], world=1
     )
-    found, wanted = (
+    actual, expected = (
         load(tmp_path / "two", **heads).predict(IMAGE, threshold=0)
         for heads in ({}, {"heads": run / EARLIER})
     )
-    np.testing.assert_array_equal(found.boxes.scores, wanted.boxes.scores)
+    np.testing.assert_array_equal(actual.boxes.scores, expected.boxes.scores)
 
 
 def test_an_export_without_its_record_is_none(tmp_path: Path) -> None:

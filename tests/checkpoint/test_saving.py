@@ -165,8 +165,10 @@ def test_a_checkpoint_that_cannot_be_deleted_is_tried_again_at_the_next_save(
             saver.save(step, gather(float(step)))
             assert [report.step for report in saver.finished(wait=True)] == [step]
         assert saver.saved == 6 and saved_steps(tmp_path) == [6]
-        told = capsys.readouterr().err.splitlines()
-        assert len(told) == 3 and all("cannot be deleted" in line and "tries again" in line for line in told)
+        printed = capsys.readouterr().err.splitlines()
+        assert len(printed) == 3 and all(
+            "cannot be deleted" in line and "tries again" in line for line in printed
+        )
         monkeypatch.setattr(shutil, "rmtree", real)
         saver.save(8, gather(8.0))
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000008"]

@@ -183,16 +183,16 @@ def test_features_do_not_depend_on_the_batch(preset: str, tmp_path: Path) -> Non
             frame = (sample.image.shape[1], sample.image.shape[2])
             image = sample.image if view is None else None
             parts.append(replace(sample, random_key=place + 1, image=image, view=view or View(frame)))
-        for level, found in enumerate(module.features(collate_joint(parts))):
-            assert (found.prefix is None) == (preset == "debug")
+        for level, actual in enumerate(module.features(collate_joint(parts))):
+            assert (actual.prefix is None) == (preset == "debug")
             for place, maps in enumerate(single):
                 one, (h, w) = maps[level], maps[level].features.shape[-2:]
-                wanted = one.features[0].bfloat16().float()
-                assert torch.equal(found.features[place, :, :h, :w], wanted), (known, place)
-                assert torch.equal(found.valid[place, :h, :w], one.valid[0])
-                assert not found.valid[place, h:].any() and not found.valid[place, :, w:].any()
-                if found.prefix is not None and one.prefix is not None:
-                    assert torch.equal(found.prefix[place], one.prefix[0].bfloat16().float())
+                expected = one.features[0].bfloat16().float()
+                assert torch.equal(actual.features[place, :, :h, :w], expected), (known, place)
+                assert torch.equal(actual.valid[place, :h, :w], one.valid[0])
+                assert not actual.valid[place, h:].any() and not actual.valid[place, :, w:].any()
+                if actual.prefix is not None and one.prefix is not None:
+                    assert torch.equal(actual.prefix[place], one.prefix[0].bfloat16().float())
 
 
 @pytest.mark.parametrize(

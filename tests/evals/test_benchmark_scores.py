@@ -61,12 +61,12 @@ def test_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> Non
     centres = rng.normal(size=(4, 6))
     train, test = (centres[own] + rng.normal(size=(len(own), 6)) for own in (labels, truth))
     model = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
-    wanted = model.fit(train, labels).predict(test) == truth
-    found = knn.knn("kNN", _rows(train, labels), _rows(test, truth))
-    assert found.values.tolist() == wanted.astype(float).tolist() and 0.3 < wanted.mean() < 1
+    expected = model.fit(train, labels).predict(test) == truth
+    actual = knn.knn("kNN", _rows(train, labels), _rows(test, truth))
+    assert actual.values.tolist() == expected.astype(float).tolist() and 0.3 < expected.mean() < 1
     places = np.repeat(np.arange(60), resamples(60, 1)[1])
     again = model.fit(train[places], labels[places]).predict(test) == truth
-    assert found.retrained is not None and found.retrained[0] == again.mean()
+    assert actual.retrained is not None and actual.retrained[0] == again.mean()
 
 
 def test_regression_ignores_the_scale_of_features_and_finds_what_is_there() -> None:

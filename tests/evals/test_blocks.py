@@ -53,10 +53,10 @@ def test_adapted_and_merged_towers(tmp_path: Path) -> None:
     # What was trained up to a block is read there, by what the adapter and the header of the merged file say.
     backbone, adapter = _adapted(tmp_path, f"{path}#0")
     merge(path, adapter, tmp_path / "short.safetensors")
-    wanted = backbone(images)[0]
+    expected = backbone(images)[0]
     for model in (f"{path}+{tmp_path}/adapter", f"{tmp_path}/short.safetensors"):
-        assert relative(_read(model, images)["patches"], wanted) < 1e-5
-    assert relative(_read(f"{tmp_path}/short.safetensors#1", images)["patches"], wanted) > 1e-2
+        assert relative(_read(model, images)["patches"], expected) < 1e-5
+    assert relative(_read(f"{tmp_path}/short.safetensors#1", images)["patches"], expected) > 1e-2
 
 
 @pytest.mark.parametrize(("name", "index"), [("test_vit", 2), ("test_efficientnet", 3)])
@@ -69,14 +69,14 @@ def test_models_of_timm(tmp_path: Path, name: str, index: int) -> None:
     images = torch.randn(1, 3, 160, 160)
     is_vit = name == "test_vit"
     options = {"norm": True, "return_prefix_tokens": True} if is_vit else {}
-    (wanted,) = model.forward_intermediates(images, indices=[index], intermediates_only=True, **options)
-    wanted, token = (wanted[0], wanted[1][:, 0]) if is_vit else (wanted, wanted.mean(dim=(2, 3)))
-    found = _read(f"timm:{name}:{tmp_path}/w.safetensors#{index}", images)
-    assert torch.equal(found["patches"], wanted)
-    torch.testing.assert_close(found["pooled"], token)
+    (expected,) = model.forward_intermediates(images, indices=[index], intermediates_only=True, **options)
+    expected, token = (expected[0], expected[1][:, 0]) if is_vit else (expected, expected.mean(dim=(2, 3)))
+    actual = _read(f"timm:{name}:{tmp_path}/w.safetensors#{index}", images)
+    assert torch.equal(actual["patches"], expected)
+    torch.testing.assert_close(actual["pooled"], token)
     # A folder as timm's `save_for_hf` leaves it, which stands for `hf-hub:`, too.
     config = {"architecture": name, "num_classes": 5, "pretrained_cfg": dict(model.pretrained_cfg)}
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub/config.json").write_text(json.dumps(config))
     (tmp_path / "w.safetensors").rename(tmp_path / "hub/model.safetensors")
-    assert torch.equal(_read(f"timm:local-dir:{tmp_path}/hub#{index}", images)["patches"], wanted)
+    assert torch.equal(_read(f"timm:local-dir:{tmp_path}/hub#{index}", images)["patches"], expected)

@@ -47,15 +47,17 @@ def test_our_tower_and_the_text_side_of_its_file_are_open_clips(
     path = save_clip(clip, tmp_path / "clip.safetensors", layout=layout)
     encoder = load_encoder(parse_model(str(path)), "fp32")
     assert encoder.kinds == KINDS and encoder.text is not None
-    found = encoder.module(images, KINDS)
-    torch.testing.assert_close(found["clip"], clip.encode_image(images, normalize=True), rtol=1e-5, atol=1e-6)
-    tokens = clip.visual.trunk.forward_features(images)
-    torch.testing.assert_close(found["pooled"], tokens[:, 0], rtol=1e-5, atol=1e-5)
+    actual = encoder.module(images, KINDS)
     torch.testing.assert_close(
-        found["patches"].flatten(2).transpose(1, 2), tokens[:, 1:], rtol=1e-5, atol=1e-5
+        actual["clip"], clip.encode_image(images, normalize=True), rtol=1e-5, atol=1e-6
     )
-    wanted = clip.encode_text(open_clip.SimpleTokenizer()(TEXTS), normalize=True)
-    torch.testing.assert_close(encoder.text.encode(TEXTS, CPU), wanted, rtol=1e-5, atol=1e-6)
+    tokens = clip.visual.trunk.forward_features(images)
+    torch.testing.assert_close(actual["pooled"], tokens[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        actual["patches"].flatten(2).transpose(1, 2), tokens[:, 1:], rtol=1e-5, atol=1e-5
+    )
+    expected = clip.encode_text(open_clip.SimpleTokenizer()(TEXTS), normalize=True)
+    torch.testing.assert_close(encoder.text.encode(TEXTS, CPU), expected, rtol=1e-5, atol=1e-6)
     classes, templates = ["cat", "hot dog", "sea"], ["a photo of a {}.", "a bad {}"]
     ours = class_embeddings(encoder.text.encode(sentences(classes, templates), CPU), len(templates))
     theirs = open_clip.build_zero_shot_classifier(clip, open_clip.SimpleTokenizer(), classes, templates)
@@ -76,13 +78,13 @@ def test_open_clips_own_tower(images: torch.Tensor, tmp_path: Path, pooler: dict
     model = open_clip.create_model("Tiny-test", load_weights=False).eval()
     save_file(model.state_dict(), tmp_path / "tiny.safetensors")
     encoder = load_encoder(parse_model(f"open_clip:Tiny-test:{tmp_path}/tiny.safetensors"), "fp32")
-    wanted = model.encode_image(images, normalize=True)
+    expected = model.encode_image(images, normalize=True)
     for kinds in (("clip",),) if pooler else (("clip",), KINDS):
-        torch.testing.assert_close(encoder.module(images, kinds)["clip"], wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(encoder.module(images, kinds)["clip"], expected, rtol=1e-5, atol=1e-6)
     assert pooler or encoder.module(images, KINDS)["patches"].shape == (3, 64, 2, 2)
     assert encoder.text is not None
-    wanted = model.encode_text(open_clip.SimpleTokenizer()(TEXTS), normalize=True)
-    torch.testing.assert_close(encoder.text.encode(TEXTS, CPU), wanted, rtol=1e-5, atol=1e-6)
+    expected = model.encode_text(open_clip.SimpleTokenizer()(TEXTS), normalize=True)
+    torch.testing.assert_close(encoder.text.encode(TEXTS, CPU), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "grid"), [("test_vit", 10), ("test_vit2", 10), ("test_convnext", 5)])
@@ -96,11 +98,11 @@ def test_a_model_of_timm_without_its_classifier(tmp_path: Path, name: str, grid:
     path = _saved(model, tmp_path)
     encoder = load_encoder(parse_model(f"timm:{name}:{path}"), "fp32")
     image = torch.randn(1, 3, encoder.side, encoder.side)
-    found, features = encoder.module(image, encoder.kinds), model.forward_features(image)
-    wanted = features[:, 0] if name == "test_vit" else features[:, 1:].mean(dim=1)
-    wanted = features.mean(dim=(2, 3)) if features.ndim == 4 else wanted
-    torch.testing.assert_close(found["pooled"], wanted)
-    assert found["patches"].shape[2:] == (grid, grid) and encoder.text is None
+    actual, features = encoder.module(image, encoder.kinds), model.forward_features(image)
+    expected = features[:, 0] if name == "test_vit" else features[:, 1:].mean(dim=1)
+    expected = features.mean(dim=(2, 3)) if features.ndim == 4 else expected
+    torch.testing.assert_close(actual["pooled"], expected)
+    assert actual["patches"].shape[2:] == (grid, grid) and encoder.text is None
     classifier = model.pretrained_cfg["classifier"]
     own = [f"{one}.weight" for one in ([classifier] if isinstance(classifier, str) else classifier)]
     assert not set(own) & {key.removeprefix("backbone.") for key in encoder.module.state_dict()}

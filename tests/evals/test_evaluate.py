@@ -85,10 +85,10 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
 
 def test_numbers_are_those_of_pycocotools(whole: Evaluation, world: World) -> None:
     for task, kind, prefix in (("detection", "bbox", "box"), ("segmentation", "segm", "mask")):
-        found = _found(whole, task)
+        actual = _found(whole, task)
         with contextlib.redirect_stdout(io.StringIO()):
             truth = COCO(str(world.tree.instances))
-            judged = truth.loadRes([result for result in found if result["category_id"] in truth.cats])
+            judged = truth.loadRes([result for result in actual if result["category_id"] in truth.cats])
             oracle = COCOeval(truth, judged, kind)
             oracle.evaluate()
             oracle.accumulate()
@@ -97,11 +97,11 @@ def test_numbers_are_those_of_pycocotools(whole: Evaluation, world: World) -> No
         assert 0.01 < stats[0] < 0.95, "the comparison below would not say much"
         measured = [whole.metrics[f"{prefix}/{name}"] for name in ("AP", "AP50", "AP75")]
         assert measured == pytest.approx(stats, abs=1e-9)
-        assert len(found) == IMAGES * RESULTS[task]
+        assert len(actual) == IMAGES * RESULTS[task]
     said = [{"image_id": image, "caption": text} for image, text in _captions(whole).items()]
-    wanted = caption_metrics(json.loads(world.tree.captions.read_text()), said)
-    assert {name: value for name, value in whole.metrics.items() if name.startswith("caption/")} == wanted
-    assert 0.05 < wanted["caption/BLEU-4"] < 0.95 and wanted["caption/CIDEr"] > 0
+    expected = caption_metrics(json.loads(world.tree.captions.read_text()), said)
+    assert {name: value for name, value in whole.metrics.items() if name.startswith("caption/")} == expected
+    assert 0.05 < expected["caption/BLEU-4"] < 0.95 and expected["caption/CIDEr"] > 0
 
 
 def test_the_model_is_the_one_that_trains(world: World) -> None:
@@ -118,11 +118,11 @@ def test_the_model_is_the_one_that_trains(world: World) -> None:
             pipeline = pipeline_of(stream, model.vocabulary, train=False)
             batch = next(iter(evaluation_batches(reader, pipeline, 3, 0, 1, np.arange(3))))
             with torch.no_grad():
-                wanted = prepared(batch)[task]
+                expected = prepared(batch)[task]
             got = model.predict(batch)[task]
             names = [name for name in vars(got) if isinstance(getattr(got, name), torch.Tensor)]
             assert names
-            assert all(torch.equal(getattr(got, name), getattr(wanted, name)) for name in names)
+            assert all(torch.equal(getattr(got, name), getattr(expected, name)) for name in names)
 
 
 def test_merged_weights_do_what_the_adapter_does(world: World, whole: Evaluation, tmp_path: Path) -> None:

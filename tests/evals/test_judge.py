@@ -60,9 +60,9 @@ def finished(clip_world: Path) -> Path:
 def test_one_table_of_all_models(clip_world: Path, finished: Path) -> None:
     record = record_in(finished)
     rows = {row["name"]: row for row in record["rows"]}
-    wanted = ["top1", "kNN", "linear", "1-shot", "image to text R@1", "text to image R@10", "text top1"]
-    wanted.append("marked top1")
-    assert all(any(name.endswith(end) for name in rows) for end in wanted)
+    expected = ["top1", "kNN", "linear", "1-shot", "image to text R@1", "text to image R@10", "text top1"]
+    expected.append("marked top1")
+    assert all(any(name.endswith(end) for name in rows) for end in expected)
     assert list(record["models"]) == ["base", "visft", "merged"]
     row = rows["retrieval/coco text to image R@5"]
     assert row["items"] == 24 and row["differences"].keys() == {"visft", "merged"}
@@ -124,9 +124,9 @@ def test_scale_of_an_adapter(clip_world: Path) -> None:
     merged = load_encoder(parse_model(f"{clip_world}/merged.safetensors"), "fp32").module
     with torch.no_grad():
         plain, nothing, whole, half, back = (module(image, ["pooled"])["pooled"] for module in loaded)
-        wanted = merged(image, ["pooled"])["pooled"]
+        expected = merged(image, ["pooled"])["pooled"]
     torch.testing.assert_close(plain, nothing, rtol=0, atol=1e-6)
-    torch.testing.assert_close(whole, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
     assert min((whole - plain).abs().max(), (half - whole).abs().max(), (back - plain).abs().max()) > 1e-2
     assert len({str(parse_model(text).identity) for text in texts}) == len(texts)
 
@@ -272,9 +272,9 @@ def test_a_rehearsal_tells_models_data_and_time_and_writes_nothing(
     ]
     models = [f"base={clip_world}/clip.safetensors", f"cut={clip_world}/clip.safetensors#0"]
     words += ["--quick", "--dry-run", "--out", str(tmp_path / "out")]
-    status, said, errors = run(*models, *words)
+    status, printed, errors = run(*models, *words)
     assert (status, errors) == (0, "") and not (tmp_path / "out").exists()
-    text = " ".join(said.split())
+    text = " ".join(printed.split())
     assert f"base best of blocks.0 to blocks.1 {clip_world}/clip.safetensors" in text
     assert f"cut blocks.0 {clip_world}/clip.safetensors after block 0" in text
     assert "classification/shapes 6 train, 6 test kNN" in text
@@ -285,9 +285,9 @@ def test_a_rehearsal_tells_models_data_and_time_and_writes_nothing(
     # models; an image of the tower's 28 x 28 pixels takes 3.6 s here.
     monkeypatch.setattr("visft_ds.evals.judge.rehearsal.seconds_of", lambda *_: 3.6)
     published = [word for word in words if word not in ("--quick", "--numbers", "kNN")]
-    _, said, _ = run(*models, *published)
+    _, printed, _ = run(*models, *published)
     hours = (224 / SIDE) ** 2 * (12_800_000 + 2 * 12) * 4 * 3.6 / 3600
-    assert f"published heads 4 models {hours:,.2g} hours" in " ".join(said.split())
+    assert f"published heads 4 models {hours:,.2g} hours" in " ".join(printed.split())
     monkeypatch.setattr("visft_ds.distributed.rank", lambda: 1)
     monkeypatch.setattr("visft_ds.evals.judge.scoring._present", lambda path: pytest.fail("waited for ever"))
     assert run(*models, *words) == (0, "", "")
@@ -352,6 +352,6 @@ def test_images_of_a_group_are_one_piece_of_evidence(clip_world: Path, tmp_path:
     words = ["--primary", "zero_shot/shapes top1", "--out", tmp_path / "out"]
     status, _, errors = run(*models, "--on", f"zero_shot={clip_world}/shapes,groups=-([0-4])", *words)
     assert status == 2 and "gives no group for circle/0-5.png" in errors
-    status, said, _ = run(*models, "--on", rf"zero_shot={clip_world}/shapes,groups=^\w+", *words)
-    assert status == 0 and "fewer than six items can show nothing" in " ".join(said.split())
+    status, printed, _ = run(*models, "--on", rf"zero_shot={clip_world}/shapes,groups=^\w+", *words)
+    assert status == 0 and "fewer than six items can show nothing" in " ".join(printed.split())
     assert record_in(tmp_path / "out")["rows"][0]["differences"]["tuned"]["detectable"] is None

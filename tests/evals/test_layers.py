@@ -52,14 +52,14 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
     [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES],
 )
 def test_a_run_says_what_it_said(case: str, record: Judged) -> None:
-    found, wanted = digits_of(record(case)), json.loads(FILE.read_text())[case]
-    assert (found["words"], found["layers"]) == (wanted["words"], wanted["layers"])
+    actual, expected = digits_of(record(case)), json.loads(FILE.read_text())[case]
+    assert (actual["words"], actual["layers"]) == (expected["words"], expected["layers"])
     for name in ("shifts", "scales"):
-        assert found[name] == pytest.approx(wanted[name], rel=0.02, abs=TOLERANCE), name
-    assert found["rows"].keys() == wanted["rows"].keys()
-    for number, row in wanted["rows"].items():
-        assert found["rows"][number]["values"] == pytest.approx(row["values"], abs=TOLERANCE)
-        differences = found["rows"][number]["differences"]
+        assert actual[name] == pytest.approx(expected[name], rel=0.02, abs=TOLERANCE), name
+    assert actual["rows"].keys() == expected["rows"].keys()
+    for number, row in expected["rows"].items():
+        assert actual["rows"][number]["values"] == pytest.approx(row["values"], abs=TOLERANCE)
+        differences = actual["rows"][number]["differences"]
         assert differences.keys() == row["differences"].keys()
         for name, interval in row["differences"].items():
             assert differences[name] == pytest.approx(interval, abs=TOLERANCE), f"{number}: {name}"
@@ -161,8 +161,8 @@ def test_a_control_counts_for_every_tuned_model(record: Judged) -> None:
     }
     for arm, names in controls.items():
         assert _row(two)["controls"][arm].keys() == set(names)
-        wanted = [two["shifts"][arm]] * 2
-        assert [two["shifts"][name] for name in names] == pytest.approx(wanted, rel=0.01)
+        expected = [two["shifts"][arm]] * 2
+        assert [two["shifts"][name] for name in names] == pytest.approx(expected, rel=0.01)
 
 
 def test_seeds_choose_one_layer_and_have_their_own_controls(record: Judged) -> None:

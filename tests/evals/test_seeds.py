@@ -40,9 +40,9 @@ def test_the_command_compares_seeds_and_keeps_what_was_named(clip_world: Path, t
     ]
     command += ["--layers", "last"]
     first, other = (f"retrieval/coco text to image R@{count}" for count in (1, 5))
-    status, said, errors = run(*command, "--primary", first)
+    status, printed, errors = run(*command, "--primary", first)
     assert status == 0, errors
-    assert f"in {first}" in said
+    assert f"in {first}" in printed
     record = record_in(tmp_path / "out")
     assert record["primary"] == first and record["variants"]["seeds"] == ["seeds 1", "seeds 2", "seeds 3"]
     (row,) = (row for row in record["rows"] if row["name"] == first)

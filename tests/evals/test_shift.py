@@ -98,14 +98,14 @@ def test_the_shift_is_of_directions_over_all_training_images(monkeypatch: pytest
     assert sorted(seen) == [0, 2, 4, 6, 8]
     grey = [(10 * place + 10) / 255 for place in range(9)]
     cosines = [math.sqrt(3) * value / math.hypot(math.sqrt(3) * value, 0.2) for value in grey]
-    wanted = math.sqrt(sum(2 - 2 * cosine for cosine in cosines) / 9)
+    expected = math.sqrt(sum(2 - 2 * cosine for cosine in cosines) / 9)
     spec = SimpleNamespace(scale=1.0)
     monkeypatch.setattr(shift_of, "load_encoder", lambda *_: load(0.2, "fp32"))
-    assert meter.measure(spec)[1] == pytest.approx(wanted, rel=1e-5)  # type: ignore[arg-type]
+    assert meter.measure(spec)[1] == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type]
     mixture = SimpleNamespace(at=lambda scale: load(scale, "fp32"))
     monkeypatch.setattr(shift_of, "Mixture", lambda *_: mixture)
-    scale, shift, reached = meter.match(spec, wanted)  # type: ignore[arg-type]
-    assert reached and shift == pytest.approx(wanted, rel=WITHIN) and scale == pytest.approx(0.2, rel=0.03)
+    scale, shift, reached = meter.match(spec, expected)  # type: ignore[arg-type]
+    assert reached and shift == pytest.approx(expected, rel=WITHIN) and scale == pytest.approx(0.2, rel=0.03)
 
 
 def test_controls_are_brought_to_the_shift_of_what_they_control(

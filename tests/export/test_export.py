@@ -90,9 +90,9 @@ def test_onnxruntime_says_what_the_run_says(tmp_path: Path, capsys: pytest.Captu
     """DETR, Mask2Former and captions, one file each (of captions two), in batches of another size than the traced one."""
     run = finished.runs() / "stage2"
     assert export(run, tmp_path / "exported", "--verify", "4") == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for task in ("detection", "segmentation", "captioning"):
-        assert re.search(rf"verify   {task}: .* on 4 pictures", said), said
+        assert re.search(rf"verify   {task}: .* on 4 pictures", printed), printed
     assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == [
         "README.md", "captioning_encoder.onnx", "captioning_step.onnx", "detection.onnx", "segmentation.onnx",
     ]  # fmt: skip
@@ -159,8 +159,8 @@ def test_a_run_on_tiles_leaves_with_them(tmp_path: Path, capsys: pytest.CaptureF
     run = tmp_path / "run"
     run_ranks(["launchers/train.py", *command(finished.shards(), run, extra=extra)], world=1)
     assert export(run, tmp_path / "out", "--verify", "all") == 0
-    said = capsys.readouterr().out
-    assert "on 16 tiles" in said and "mask/AP " in said  # four pictures, of four tiles each
+    printed = capsys.readouterr().out
+    assert "on 16 tiles" in printed and "mask/AP " in printed  # four pictures, of four tiles each
     assert "squares of 36 pixels" in (tmp_path / "out/README.md").read_text()
     picture = np.random.default_rng(0).integers(0, 256, (56, 90, 3), np.uint8)
     ours, theirs = (visft_ds.load(place, device="cpu") for place in (run, tmp_path / "out"))

@@ -72,11 +72,11 @@ def test_one_file_is_enough_to_have_the_head_again(tmp_path: Path, task: str) ->
     assert torch.equal(torch.get_rng_state(), state)
     assert type(again) is type(head) and not again.training
     assert repr(again) == repr(head) and _described(again) == _described(head)
-    wanted = head.state_dict()
-    assert all(torch.equal(value, wanted[name]) for name, value in again.state_dict().items())
+    expected = head.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
     opened = open_head(path, task).check(_head(task).to("meta"))
     assert opened.info == HeadInfo(task, [[WIDTH, 14]], OPTIONS[task], [], {})
-    assert all(torch.equal(opened.tensors.tensor(name, v.dtype), v) for name, v in wanted.items())
+    assert all(torch.equal(opened.tensors.tensor(name, v.dtype), v) for name, v in expected.items())
     with pytest.raises(ValueError, match="holds a"):
         open_head(path, next(name for name in HEADS if name != task))
 

@@ -39,27 +39,27 @@ def test_open_clip_computes_base_plus_adapter_from_a_merged_folder(tmp_path: Pat
         out = merge(base, adapter_of(ours), tmp_path / "merged", "--format", "open_clip", verify=True)
         got: Any = open_clip.create_model(f"local-dir:{out}", require_pretrained=True).eval()
     with torch.no_grad():
-        wanted = ours.tokens(images)[0]
-        assert relative(wanted, plain) > 1e-2, "the adapter must matter, or the next line proves nothing"
-        assert relative(got.visual.trunk.forward_features(images), wanted) < TOLERANCE
+        expected = ours.tokens(images)[0]
+        assert relative(expected, plain) > 1e-2, "the adapter must matter, or the next line proves nothing"
+        assert relative(got.visual.trunk.forward_features(images), expected) < TOLERANCE
         assert torch.equal(got.encode_text(text), wanted_text), "the text tower is untouched"
         # Class token -> CLIP projection, which the tower of ours does not have.
-        assert relative(got.encode_image(images), whole.visual.trunk.head(wanted[:, 0])) < TOLERANCE
+        assert relative(got.encode_image(images), whole.visual.trunk.head(expected[:, 0])) < TOLERANCE
 
 
 @pytest.mark.parametrize(("preset", "name"), [("eva_e", "EVA02-E-14-plus"), ("eva_g", "EVA01-g-14-plus")])
 def test_our_configuration_of_published_models_is_open_clips(preset: str, name: str) -> None:
-    wanted = open_clip.get_model_config(name)
+    expected = open_clip.get_model_config(name)
     with torch.device("meta"):
         theirs = open_clip.factory.CustomTextCLIP(
-            **{key: value for key, value in wanted.items() if key != "custom_text"}
+            **{key: value for key, value in expected.items() if key != "custom_text"}
         )
     file = Weights({key: Lazy.of(value) for key, value in theirs.state_dict().items()}, Path("published"))
     backbone = build_backbone(preset, device="meta", class_token=True)
     written = CONTENT["open_clip"](file.under("visual.trunk."), file, backbone)
     assert list(written.files) == ["open_clip_config.json"] and written.tensors.keys() == file.keys()
     config = written.files["open_clip_config.json"]
-    assert config["model_cfg"] == wanted | {"custom_text": True}
+    assert config["model_cfg"] == expected | {"custom_text": True}
     from open_clip import constants
 
     assert tuple(config["preprocess_cfg"]["mean"]) == constants.OPENAI_DATASET_MEAN

@@ -41,17 +41,17 @@ def test_a_tower_whose_attention_passes_by_pefts_layers_is_told(
 ) -> None:
     """timm's EVA computes the base then, without a word; README leads with what works, and then the loop."""
     ours, out = _merged(tmp_path, ("q", "v"))
-    told = capsys.readouterr()
-    assert "warning: PEFT computes something else" in told.err
-    assert re.search(r"relative difference \S+e-0[678] by peft", told.out)
+    printed = capsys.readouterr()
+    assert "warning: PEFT computes something else" in printed.err
+    assert re.search(r"relative difference \S+e-0[678] by peft", printed.out)
     merge(tmp_path / "base.safetensors", None, out / "BASE")
     images = torch.randn(2, 3, 28, 28)
     with torch.no_grad():
-        wanted = ours.tokens(images)[0]
+        expected = ours.tokens(images)[0]
         for piece in (0, 1):
             names = {"timm": timm, "PeftModel": peft.PeftModel} if piece else {}
             model = run_readme(out, monkeypatch, piece=piece, **names)["model"]
-            assert relative(model.forward_features(images), wanted) < TOLERANCE
+            assert relative(model.forward_features(images), expected) < TOLERANCE
 
 
 @pytest.mark.slow
@@ -67,8 +67,8 @@ def test_peft_computes_what_ours_computes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], targets: tuple[str, ...], pre_norm: bool, word: str
 ) -> None:
     _merged(tmp_path, targets, post_norm=not pre_norm)
-    told = capsys.readouterr().err
-    assert word in told and bool(word) == bool(told)
+    printed = capsys.readouterr().err
+    assert word in printed and bool(word) == bool(printed)
 
 
 @pytest.mark.slow
@@ -150,9 +150,9 @@ def test_a_folder_that_peft_wrote_computes_what_peft_computes(
     with torch.no_grad():
         plain = ours(images)[0]
         read_folder(tmp_path).install(ours)
-        wanted = theirs.base_model.model.forward_features(images)
+        expected = theirs.base_model.model.forward_features(images)
         got = ours(images)[0]
-        assert relative(got, plain) > 1e-3 and relative(as_map(wanted, got), got) < TOLERANCE
+        assert relative(got, plain) > 1e-3 and relative(as_map(expected, got), got) < TOLERANCE
 
 
 def test_a_card_keeps_its_table_whole() -> None:

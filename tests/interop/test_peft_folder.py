@@ -115,9 +115,9 @@ def test_a_folder_of_peft_changes_weights_by_its_formula(
     assert adapter.on(random_tower()).targets == ("blocks.1.attn.qkv", "blocks.1.mlp.fc1")
     for name, layer in lora_layers(model).items():
         a, b = (tensors[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
-        wanted = scale[name.rpartition(".")[2]] * b @ a
-        assert relative(adapter.delta(f"{name}.weight"), wanted) < 1e-6
-        assert relative(layer.scale * layer.lora_B @ layer.lora_A, wanted) < 1e-6
+        expected = scale[name.rpartition(".")[2]] * b @ a
+        assert relative(adapter.delta(f"{name}.weight"), expected) < 1e-6
+        assert relative(layer.scale * layer.lora_B @ layer.lora_A, expected) < 1e-6
 
 
 def test_different_ranks_are_padded_by_what_cannot_learn(tmp_path: Path) -> None:
@@ -293,10 +293,10 @@ def test_a_convolution_that_pads_by_the_image_is_adapted(side: int, stride: Any,
     assert torch.equal(model(images), layer(images))
     nn.init.normal_(adapted.lora_B)
     with torch.no_grad():
-        wanted = model(images)
+        expected = model(images)
         layer.weight += 1.5 * (adapted.lora_B @ adapted.lora_A.flatten(1)).view_as(layer.weight)
         adapted.lora_B.zero_()
-        assert relative(layer(images), wanted) < 1e-6
+        assert relative(layer(images), expected) < 1e-6
 
 
 def test_targets_say_what_is_adapted() -> None:

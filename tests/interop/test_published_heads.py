@@ -117,7 +117,7 @@ def test_a_checkpoint_of_its_training_holds_everything(
 ) -> None:
     """One more level, a prefix, bf16, LoRA of the backbone, the optimizer, and all three heads."""
     state = {name: value.bfloat16() for name, value in states["segmentation"].items()}
-    wanted = expected_head(task, {name: value.float() for name, value in state.items()}, OPTIONS[task])
+    expected = expected_head(task, {name: value.float() for name, value in state.items()}, OPTIONS[task])
     for block in range(2):
         attention = f"visft_heads.backbone.0.blocks.{block}.attn.qkv."
         state |= {
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_its_training_holds_everything(
     model, path = {f"module.{name}": value for name, value in state.items()}, tmp_path / "current.ckpt"
     torch.save({"model": model, "optimizer": optimizer, "num_updates": 7, "best_metric_value": None}, path)
     head = open_head(path, task).build()
-    assert same(head, wanted) and {value.dtype for value in head.state_dict().values()} == {torch.float32}
+    assert same(head, expected) and {value.dtype for value in head.state_dict().values()} == {torch.float32}
     assert read_visft_lora(path).rank == 4
 
 
@@ -227,8 +227,8 @@ def test_decoders_of_pmt_are_plain_heads(tmp_path: Path) -> None:
     torch.save({"state_dict": state}, tmp_path / "pytorch_model.bin")
     file = open_head(tmp_path, "segmentation")
     assert file.info.shapes == [(32, 16)] * 4 and file.info.extra["layers"] == [2, 5, 8, 11]
-    wanted = {"type": "plain", "num_classes": 80, "num_queries": 9, "blocks": 3, "ffn_dim": 48}
-    assert file.info.options.items() >= wanted.items() and file.info.names() == COCO_NAMES
+    expected = {"type": "plain", "num_classes": 80, "num_queries": 9, "blocks": 3, "ffn_dim": 48}
+    assert file.info.options.items() >= expected.items() and file.info.names() == COCO_NAMES
     head = file.build()
     assert isinstance(head, PlainHead)
     assert len(list(head.parameters())) == len(list(theirs.parameters()))
@@ -243,5 +243,5 @@ def test_decoders_of_pmt_are_plain_heads(tmp_path: Path) -> None:
         "scalers.3",
     ):
         mine = {"blocks": "blocks.1.k.weight", "upscal": "upscale.1.near.weight", "mask_h": "mask3.bias"}
-        found = head.get_parameter(mine.get(name[:6], "laterals.3.gain"))
-        assert torch.equal(found, state[f"network.decoder.{name}"])
+        actual = head.get_parameter(mine.get(name[:6], "laterals.3.gain"))
+        assert torch.equal(actual, state[f"network.decoder.{name}"])

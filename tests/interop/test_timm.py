@@ -42,13 +42,13 @@ def test_timm_loads_the_folder_as_its_card_says(
     merge(base, adapter_of(ours), out, verify=True)
     model = run_readme(out, monkeypatch)["model"].eval()
     with torch.no_grad():
-        got, wanted = model.forward_features(images), ours.tokens(images)[0]
-        assert relative(wanted, plain) > 1e-2, "the adapter must matter, or the next line proves nothing"
-        assert relative(got, wanted) < TOLERANCE
+        got, expected = model.forward_features(images), ours.tokens(images)[0]
+        assert relative(expected, plain) > 1e-2, "the adapter must matter, or the next line proves nothing"
+        assert relative(got, expected) < TOLERANCE
     again = random_tower(2, class_token=class_token, post_norm=post_norm, image_size=56)
     fill(again, open_backbone(again, out / "model.safetensors"))
     with torch.no_grad():
-        assert relative(again.tokens(images)[0], wanted) < TOLERANCE, "we read it, too"
+        assert relative(again.tokens(images)[0], expected) < TOLERANCE, "we read it, too"
 
 
 def test_published_towers_are_timms() -> None:

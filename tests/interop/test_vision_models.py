@@ -48,15 +48,15 @@ def _images(side: int = 32) -> torch.Tensor:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_loads_the_folder_by_itself(tmp_path: Path, name: str) -> None:
     backbone, out = _export(name, tmp_path, "transformers")
-    model, found = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
+    model, actual = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
     assert type(model).__name__ == json.loads((out / "config.json").read_text())["architectures"][0]
-    assert not any(found.values()), found
+    assert not any(actual.values()), actual
     with torch.no_grad():
-        wanted = backbone(_images())[0]
+        expected = backbone(_images())[0]
         tokens = model.eval()(pixel_values=_images()).last_hidden_state
         if "clip" in name:
             tokens = model.post_layernorm(tokens)
-    assert relative(as_map(tokens, wanted), wanted) < TOLERANCE
+    assert relative(as_map(tokens, expected), expected) < TOLERANCE
     processor = transformers.AutoImageProcessor.from_pretrained(out)
     pixels = processor(torch.zeros(3, 40, 50, dtype=torch.uint8), return_tensors="pt").pixel_values
     assert pixels.shape == (1, 3, 32, 32)
@@ -78,8 +78,8 @@ def test_a_tower_that_ends_early_is_a_shorter_model(tmp_path: Path) -> None:
     model = transformers.AutoModel.from_pretrained(out).eval()
     with torch.no_grad():
         tokens = model.post_layernorm(model(pixel_values=_images()).last_hidden_state)
-        wanted = short(_images())[0]
-        assert relative(as_map(tokens, wanted), wanted) < TOLERANCE
+        expected = short(_images())[0]
+        assert relative(as_map(tokens, expected), expected) < TOLERANCE
     assert model.config.num_hidden_layers == 1 and "what `blocks.0` gives" in (out / README).read_text()
 
 
@@ -100,9 +100,9 @@ def test_a_base_that_ends_early_is_a_shorter_model_of_timm(
     again = merge(tmp_path / "base.safetensors", adapter_of(ours), tmp_path / "again")
     models = [timm.create_model(f"local-dir:{folder}", pretrained=True).eval() for folder in (out, again)]
     with torch.no_grad():
-        wanted = ours(_images())[0]
+        expected = ours(_images())[0]
         for model in models:
-            assert relative(as_map(model.forward_features(_images()), wanted), wanted) < TOLERANCE
+            assert relative(as_map(model.forward_features(_images()), expected), expected) < TOLERANCE
         assert torch.equal(models[0](_images()), models[1](_images())), "nor the pooling"
 
 
@@ -114,10 +114,10 @@ def test_a_convolutional_base_that_ends_early_is_refused(
     save_file({key: value for key, value in whole.items() if not key.startswith("stages.3.")}, base)
     save_file(load_file(base), base, {MODEL: json.dumps({"preset": "timm:test_convnext", "layers": [2]})})
     assert main(["export", "--backbone", str(base), "--format", "timm", "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        "lacks stages.3.downsample.1.weight" in said
-        and "--tasks none" in said
+        "lacks stages.3.downsample.1.weight" in printed
+        and "--tasks none" in printed
         and not (tmp_path / "out").exists()
     )
 
@@ -131,11 +131,11 @@ def test_several_maps_come_out_of_what_is_exported(tmp_path: Path) -> None:
     model = timm.create_model(f"local-dir:{other}", pretrained=True).eval()
     (call,) = re.findall(r"`(model\.forward_intermediates[^`]+)`", (other / README).read_text())
     with torch.no_grad():
-        wanted, names = ours.eval()(_images()), {"model": model, "images": _images()}
+        expected, names = ours.eval()(_images()), {"model": model, "images": _images()}
         exec(f"maps = {call}", names)
-        for found in (theirs(_images()).feature_maps, names["maps"]):
-            assert len(found) == 2 == len(wanted)
-            assert all(relative(one, want) < TOLERANCE for one, want in zip(found, wanted, strict=True))
+        for actual in (theirs(_images()).feature_maps, names["maps"]):
+            assert len(actual) == 2 == len(expected)
+            assert all(relative(one, want) < TOLERANCE for one, want in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -171,12 +171,14 @@ def test_published_sizes_have_names_and_shapes_of_transformers(name: str) -> Non
     config = written.files["config.json"]
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config))
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     got = {
         re.sub(r"^vision_model\.", "", re.sub(r"^layer\.", "model.layer.", key)): one.shape
         for key, one in written.tensors.items()
     }
-    assert got == wanted and config.get("vision_use_head", False) == ("siglip" in name and "gap" not in name)
+    assert got == expected and config.get("vision_use_head", False) == (
+        "siglip" in name and "gap" not in name
+    )
 
 
 def test_blip2_reads_a_tower_of_eva(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,8 +234,10 @@ def test_transformers_loads_a_folder_for_timm(tmp_path: Path, name: str) -> None
     backbone, out = _export(name, tmp_path, "timm", behind=("head.norm",))
     model = transformers.AutoModel.from_pretrained(out).eval()
     with torch.no_grad():
-        got, wanted = model(pixel_values=_images(side)).last_hidden_state, backbone(_images(side))[0]
-    assert type(model).__name__ == "TimmWrapperModel" and relative(as_map(got, wanted), wanted) < TOLERANCE
+        got, expected = model(pixel_values=_images(side)).last_hidden_state, backbone(_images(side))[0]
+    assert (
+        type(model).__name__ == "TimmWrapperModel" and relative(as_map(got, expected), expected) < TOLERANCE
+    )
 
 
 def test_a_base_has_a_name_where_its_weights_tell_it() -> None:

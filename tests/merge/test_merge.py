@@ -137,8 +137,8 @@ def test_scale_and_mean(tmp_path: Path) -> None:
     assert _run("--backbone", base, *words, "--scale", -0.5, "--out", tmp_path / "out.safetensors") == 0
     after, before = load_file(tmp_path / "out.safetensors"), load_file(base)
     for name in adapter.weights():
-        wanted = -0.25 * (adapter.delta(name) + second.delta(name))
-        assert torch.allclose(after[name] - before[f"visual.{name}"], wanted, atol=1e-5), name
+        expected = -0.25 * (adapter.delta(name) + second.delta(name))
+        assert torch.allclose(after[name] - before[f"visual.{name}"], expected, atol=1e-5), name
     with pytest.raises(ValueError, match="averaged"):
         average([adapter, replace(second, model={**second.model, "layers": [0]})])
     with pytest.raises(ValueError, match="different base weights"):
@@ -397,8 +397,8 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(
             arguments.append(value)
     capsys.readouterr()
     assert main(arguments) == 2
-    said = capsys.readouterr()
-    assert word in said.err and said.err.splitlines()[-1].startswith(f"{command}: ")
+    printed = capsys.readouterr()
+    assert word in printed.err and printed.err.splitlines()[-1].startswith(f"{command}: ")
     assert sorted(os.listdir(tmp_path)) == before, "no result and no temporary file"
 
 

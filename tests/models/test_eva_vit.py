@@ -136,15 +136,15 @@ def test_16_bit_matrices_keep_an_fp32_residual_stream(images: Tensor, post_norm:
     for name, parameter in mixed.named_parameters():
         if parameter.ndim < 2 or name == "pos_embed":
             parameter.data = exact.get_parameter(name).data
-    wanted = exact(images)[0]
+    expected = exact(images)[0]
     results = {"stored": mixed(images)[0]}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results |= {"autocast": exact(images)[0], "both": mixed(images)[0]}
         assert build_backbone("debug", **TINY, dtype=torch.bfloat16).embed(images).dtype == torch.float32
-    for kind, found in results.items():
-        assert found.dtype == torch.float32, kind
+    for kind, actual in results.items():
+        assert actual.dtype == torch.float32, kind
         # bf16 products (8 bits) inside a few blocks.
-        assert (found - wanted).norm() / wanted.norm() < 2e-2, kind
+        assert (actual - expected).norm() / expected.norm() < 2e-2, kind
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -43,9 +43,9 @@ def test_equal_to_timm_at_224(preset: str, class_token: bool) -> None:
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         tokens, features = ours.tokens(images)[0], ours(images)[0]
-        wanted = theirs.forward_features(images)
-    assert _difference(tokens, wanted) < TOLERANCE
-    patches = wanted[:, int(class_token) :]
+        expected = theirs.forward_features(images)
+    assert _difference(tokens, expected) < TOLERANCE
+    patches = expected[:, int(class_token) :]
     assert _difference(features, patches.transpose(1, 2).reshape(2, 96, 16, 16)) < TOLERANCE
 
 
@@ -75,15 +75,15 @@ def test_gradients_equal_timms(preset: str) -> None:
     images, gradient = torch.randn(2, 3, 56, 56), torch.randn(2, 16, 48)
     ours.tokens(images)[0].backward(gradient)
     theirs.forward_features(images).backward(gradient)
-    wanted = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        found = parameter.grad
-        assert found is not None, name
+        actual = parameter.grad
+        assert actual is not None, name
         if name == "pos_embed":
-            assert not found[:, 0].any()
-            found = found[:, 1:]
+            assert not actual[:, 0].any()
+            actual = actual[:, 1:]
         # Gradients pass two softmaxes and norms; 1e-4 still separates them from any wrong wiring.
-        assert _difference(found, wanted[name]) < 1e-4, name
+        assert _difference(actual, expected[name]) < 1e-4, name
 
 
 def test_resizing_is_bicubic_without_antialiasing() -> None:
@@ -98,10 +98,10 @@ def test_resizing_is_bicubic_without_antialiasing() -> None:
 
     weights = torch.tensor([keys(1.25), keys(0.25), keys(0.75), keys(1.75)])
     doubled = resized_positions(grid, (32, 32)).view(32, 32, 5)
-    wanted = torch.einsum("r,s,rsd->d", weights, weights, grid.view(16, 16, 5)[:4, :4])
-    torch.testing.assert_close(doubled[3, 3], wanted, rtol=0, atol=1e-5)  # fp32, 16 terms of order 1
+    expected = torch.einsum("r,s,rsd->d", weights, weights, grid.view(16, 16, 5)[:4, :4])
+    torch.testing.assert_close(doubled[3, 3], expected, rtol=0, atol=1e-5)  # fp32, 16 terms of order 1
     # Shrinking: an antialiased result would average over more than four rows, this one must not.
     halved = resized_positions(grid, (8, 8)).view(8, 8, 5)
     weights = torch.tensor([keys(1.5), keys(0.5), keys(0.5), keys(1.5)])
-    wanted = torch.einsum("r,s,rsd->d", weights, weights, grid.view(16, 16, 5)[1:5, 1:5])
-    torch.testing.assert_close(halved[1, 1], wanted, rtol=0, atol=1e-5)
+    expected = torch.einsum("r,s,rsd->d", weights, weights, grid.view(16, 16, 5)[1:5, 1:5])
+    torch.testing.assert_close(halved[1, 1], expected, rtol=0, atol=1e-5)

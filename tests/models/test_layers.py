@@ -64,9 +64,9 @@ def test_a_model_of_timm_ends_after_a_block(name: str) -> None:
     with torch.no_grad():
         twin.forward_features(images)
         hook.remove()
-        features, wanted = cut(images)[0], given[0]
-        wanted = twin.norm(wanted) if wanted.ndim == 3 else wanted
-        assert torch.equal(features, as_map(wanted, features))
+        features, expected = cut(images)[0], given[0]
+        expected = twin.norm(expected) if expected.ndim == 3 else expected
+        assert torch.equal(features, as_map(expected, features))
         exec(cut.pruning, {"model": twin})
         again = twin.forward_features(images)
     assert torch.equal(as_map(again, features), features)
@@ -132,13 +132,13 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
     folder = _adapted(ours, base, targets[name], tmp_path)
     images, out = torch.randn(1, 3, 64, 96), tmp_path / "merged"
     with torch.no_grad():
-        wanted = ours(images)[0]
+        expected = ours(images)[0]
     known = None if name == "eva" else {"preset": f"timm:{name}"}
-    assert torch.equal(_features(ModelFiles(base, tmp_path, folder, known), images), wanted)
+    assert torch.equal(_features(ModelFiles(base, tmp_path, folder, known), images), expected)
     words = ["--backbone", str(base), "--adapter", str(folder), "--out", str(out)]
     assert export([*words, "--format", "timm"]) == 0
     merged = ModelFiles(out / "model.safetensors", out, None)
-    assert relative(_features(merged, images), wanted) < TOLERANCE
+    assert relative(_features(merged, images), expected) < TOLERANCE
     names = run_readme(out, monkeypatch)
     model = names["model"].eval()
     with torch.no_grad():
@@ -148,10 +148,10 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
             square = torch.randn(1, 3, 56, 56)
             model_of = {"preset": "debug", **SMALL, "class_token": True, "layers": (1,)}
             plain = load_backbone(out / "model.safetensors", model_of).eval()
-            got, wanted = model.forward_features(square)[:, 1:], plain(square)[0].flatten(2).transpose(1, 2)
+            got, expected = model.forward_features(square)[:, 1:], plain(square)[0].flatten(2).transpose(1, 2)
         else:
-            got = as_map(model.forward_features(images), wanted)
-        assert relative(got, wanted) < TOLERANCE
+            got = as_map(model.forward_features(images), expected)
+        assert relative(got, expected) < TOLERANCE
 
 
 def test_an_adapter_knows_where_its_tower_ended(tmp_path: Path) -> None:
@@ -227,18 +227,18 @@ def test_several_maps_are_those_behind_their_blocks(name: str) -> None:
     prefix = getattr(cut, "num_prefix_tokens", 0) if name != "eva" and cut.patch else 0
     with torch.no_grad():
         whole(images)
-        (*found,) = cut(images, prefixes=True)
+        (*actual,) = cut(images, prefixes=True)
         (ends,) = _of_blocks(name, layers[-1:]).eval()(images)
-    assert len(found) == len(layers) * (2 if prefix else 1) and torch.equal(found[len(layers) - 1], ends)
+    assert len(actual) == len(layers) * (2 if prefix else 1) and torch.equal(actual[len(layers) - 1], ends)
     for place, number in enumerate(layers):
-        wanted = given[number] if given[number].ndim == 4 else whole.norm(given[number])
+        expected = given[number] if given[number].ndim == 4 else whole.norm(given[number])
         width, stride = cut.shapes[place]
-        assert found[place].shape == (2, width, 64 // stride, 96 // stride)
-        if wanted.ndim == 3:
+        assert actual[place].shape == (2, width, 64 // stride, 96 // stride)
+        if expected.ndim == 3:
             if prefix:
-                assert torch.equal(found[len(layers) + place], wanted[:, :prefix])
-            wanted = wanted[:, prefix:].transpose(1, 2).unflatten(2, found[place].shape[-2:])
-        assert torch.equal(found[place], wanted)
+                assert torch.equal(actual[len(layers) + place], expected[:, :prefix])
+            expected = expected[:, prefix:].transpose(1, 2).unflatten(2, actual[place].shape[-2:])
+        assert torch.equal(actual[place], expected)
     gradients = []
     for cut.recompute in ("none", "block"):
         cut.zero_grad()

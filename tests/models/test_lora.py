@@ -149,12 +149,12 @@ def test_adapters_stay_fp32_over_16_bit_weights_and_train_under_autocast(images:
     exact(images)[0].square().mean().backward()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed(images)[0].square().mean().backward()
-    wanted = lora_parameters(exact)
+    expected = lora_parameters(exact)
     for name, parameter in lora_parameters(mixed).items():
         assert parameter.dtype == torch.float32 and parameter.grad is not None
         assert parameter.grad.dtype == torch.float32
         # bf16 keeps 8 bits; weights and activations are both rounded, over two blocks and back.
-        assert _difference(parameter.grad, wanted[name].grad) < 5e-2, name
+        assert _difference(parameter.grad, expected[name].grad) < 5e-2, name
     assert all(p.grad is None for name, p in mixed.named_parameters() if "lora_" not in name)
 
 

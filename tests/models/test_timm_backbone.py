@@ -203,10 +203,10 @@ def test_peft_computes_it(tmp_path: Path, name: str) -> None:
     model = timm.create_model(name, num_classes=0, checkpoint_path=str(_base_file(name, tmp_path)))
     theirs = peft.PeftModel.from_pretrained(model, folder).eval()
     with torch.no_grad():
-        wanted, got = ours(images)[0], theirs.base_model.model.forward_features(images)
+        expected, got = ours(images)[0], theirs.base_model.model.forward_features(images)
         with theirs.disable_adapter():
             plain = theirs.base_model.model.forward_features(images)
-    assert relative(got, plain) > 1e-3 and relative(as_map(got, wanted), wanted) < TOLERANCE
+    assert relative(got, plain) > 1e-3 and relative(as_map(got, expected), expected) < TOLERANCE
     again = read_adapter(folder)
     assert again.fingerprint() == adapter.fingerprint() and again.slices == adapter.slices
     assert all(torch.equal(value, again.tensors[key]) for key, value in adapter.tensors.items())
@@ -243,9 +243,9 @@ def test_timm_loads_the_folder_by_itself(
         run_readme(out, monkeypatch)["model"].eval(),
     )
     with torch.no_grad():
-        wanted = ours(images)[0]
+        expected = ours(images)[0]
         for model in (loaded, printed):
-            assert relative(as_map(model.forward_features(images), wanted), wanted) < TOLERANCE
+            assert relative(as_map(model.forward_features(images), expected), expected) < TOLERANCE
         if classes:
             assert torch.equal(loaded.get_classifier().weight, whole.get_classifier().weight)
 

@@ -39,13 +39,13 @@ def _lora(
 
 def _compare_lora(tensors: list[Tensor], slices: Slices, gradient: Tensor, *, with_bias: bool = True) -> None:
     """Output and all gradients of the Triton backend against the eager one in float64."""
-    found = []
+    actual = []
     for dtype, backend in ((gradient.dtype, "triton"), (torch.float64, "eager")):
         x, weight, bias, a, b = (tensor.to(dtype).requires_grad_() for tensor in tensors)
         out = lora_linear(x, weight.detach(), bias if with_bias else None, a, b, 0.5, slices, backend=backend)
-        wanted = (x, a, b, bias) if with_bias else (x, a, b)
-        found.append((out.detach(), *torch.autograd.grad(out, wanted, gradient.to(dtype))))
-    for name, value, exact in zip(("y", "dx", "dA", "dB", "dbias"), *found, strict=False):
+        expected = (x, a, b, bias) if with_bias else (x, a, b)
+        actual.append((out.detach(), *torch.autograd.grad(out, expected, gradient.to(dtype))))
+    for name, value, exact in zip(("y", "dx", "dA", "dB", "dbias"), *actual, strict=False):
         assert _error(value, exact) < TOLERANCE[gradient.dtype], (name, _error(value, exact))
 
 

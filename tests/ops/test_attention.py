@@ -48,8 +48,8 @@ def test_packed_lengths_equal_one_image_after_the_other(lengths: list[int], head
     shares = scores.masked_fill(owner[:, None] != owner[None], -torch.inf).softmax(dim=-1)
     exact = torch.einsum("hqk,khd->qhd", shares, v)
     gradient = torch.randn_like(out)
-    found, wanted = (torch.autograd.grad(value, (q, k, v), gradient) for value in (out, exact))
-    torch.testing.assert_close((out, *found), (exact, *wanted), rtol=0, atol=1e-12)
+    actual, expected = (torch.autograd.grad(value, (q, k, v), gradient) for value in (out, exact))
+    torch.testing.assert_close((out, *actual), (exact, *expected), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,11 @@ def test_non_contiguous_input_and_output_gradient(backend: str) -> None:
     x = x.transpose(0, 2).requires_grad_()
     a.requires_grad_(), b.requires_grad_()
     gradient = torch.randn(24, 3, 4, 6, dtype=torch.float64).permute(1, 2, 3, 0)
-    found = torch.autograd.grad(
+    actual = torch.autograd.grad(
         lora_linear(x, weight, bias, a, b, SCALE, QV, backend=backend), (x, a, b), gradient
     )
-    wanted = torch.autograd.grad(_dense(x, weight, bias, a, b, QV), (x, a, b), gradient)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    expected = torch.autograd.grad(_dense(x, weight, bias, a, b, QV), (x, a, b), gradient)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("trains", ["a", "b", "bias", "weight", "x"])
@@ -78,9 +78,9 @@ def test_every_input_alone_gets_its_gradient(trains: str) -> None:
     x, weight, bias, a, b = _tensors(RAGGED)
     chosen = {"x": x, "weight": weight, "bias": bias, "a": a, "b": b}[trains].requires_grad_()
     gradient = torch.randn(2, 5, 24, dtype=torch.float64)
-    (found,) = torch.autograd.grad(lora_linear(x, weight, bias, a, b, SCALE, RAGGED), (chosen,), gradient)
-    (wanted,) = torch.autograd.grad(_dense(x, weight, bias, a, b, RAGGED), (chosen,), gradient)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    (actual,) = torch.autograd.grad(lora_linear(x, weight, bias, a, b, SCALE, RAGGED), (chosen,), gradient)
+    (expected,) = torch.autograd.grad(_dense(x, weight, bias, a, b, RAGGED), (chosen,), gradient)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", LIBRARY)
@@ -110,24 +110,24 @@ def test_autocast_computes_in_16_bit_with_fp32_gradients(backend: str, weight_dt
             out, lora_linear(x.bfloat16(), weight.bfloat16(), bias, a, b, SCALE, QV, backend=backend)
         )
     gradient = torch.randn_like(out)
-    found = torch.autograd.grad(out, (x, a, b), gradient)
+    actual = torch.autograd.grad(out, (x, a, b), gradient)
     exact = _dense(x, weight, bias, a, b, QV)
-    wanted = torch.autograd.grad(exact, (x, a, b), gradient.float())
+    expected = torch.autograd.grad(exact, (x, a, b), gradient.float())
     assert out.dtype == torch.bfloat16
-    assert [g.dtype for g in found] == [torch.float32] * 3
+    assert [g.dtype for g in actual] == [torch.float32] * 3
     # 8 bits of mantissa and a few roundings; the norm, not the largest element, is what bf16 promises.
-    for value, reference in zip((out, *found), (exact, *wanted), strict=True):
+    for value, reference in zip((out, *actual), (exact, *expected), strict=True):
         assert (value.float() - reference).norm() / reference.norm() < 1e-2
 
 
 def test_backward_computes_in_the_precision_of_the_forward() -> None:
     x, weight, bias, a, b = (t.float() for t in _tensors(QV))
     inputs = [t.requires_grad_() for t in (x, a, b)]
-    wanted = torch.autograd.grad(lora_linear(x, weight, bias, a, b, SCALE, QV).sum(), inputs)
+    expected = torch.autograd.grad(lora_linear(x, weight, bias, a, b, SCALE, QV).sum(), inputs)
     loss = lora_linear(x, weight, bias, a, b, SCALE, QV).sum()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = torch.autograd.grad(loss, inputs)
-    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+        actual = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(f, w) for f, w in zip(actual, expected, strict=True))
 
 
 @st.composite
@@ -158,8 +158,8 @@ def test_any_shape_equals_the_dense_update(
     out = lora_linear(x, weight, bias, a, b, SCALE, slices, backend=backend)
     exact = _dense(x, weight, bias, a, b, slices)
     torch.testing.assert_close(out, exact, rtol=0, atol=1e-12)
-    found, wanted = (torch.autograd.grad(value, inputs, gradient) for value in (out, exact))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)  # sums over up to 125 tokens
+    actual, expected = (torch.autograd.grad(value, inputs, gradient) for value in (out, exact))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)  # sums over up to 125 tokens
 
 
 @pytest.mark.parametrize("bias_size", [0.1, 1.0])

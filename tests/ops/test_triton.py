@@ -31,8 +31,10 @@ def _interpret(selection: str) -> None:
     # The interpreter of Triton 3.6 does what NumPy deprecates.
     command += ["-W", "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"]
     # One thread: torch's and numpy's would wait for each other.
-    said = python(*command, HERE / "interpreted_kernels.py", TRITON_INTERPRET="1", OPENBLAS_NUM_THREADS="1")
-    assert re.search(r"\d+ passed", said) and "skipped" not in said
+    printed = python(
+        *command, HERE / "interpreted_kernels.py", TRITON_INTERPRET="1", OPENBLAS_NUM_THREADS="1"
+    )
+    assert re.search(r"\d+ passed", printed) and "skipped" not in printed
 
 
 def test_interpreted_kernels_equal_float64() -> None:

@@ -366,16 +366,16 @@ def resume(engine: Any, folder: Path) -> bool:
     from visft_ds.checkpoint.format import newest_checkpoint
     from visft_ds.parallel.state import gather_state, restore_state
 
-    found, _ = newest_checkpoint(folder)
-    assert found is not None
-    wanted = found.load()
-    restore_state(engine, wanted, found.step)
+    actual, _ = newest_checkpoint(folder)
+    assert actual is not None
+    expected = actual.load()
+    restore_state(engine, expected, actual.step)
     held = gather_state(engine)
     if held is None:
         return True
-    pairs = [(held.parameters, wanted.parameters), (held.moments, wanted.moments)]
+    pairs = [(held.parameters, expected.parameters), (held.moments, expected.moments)]
     same = all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
-    return same and held.updates == wanted.updates and held.loss_scale == wanted.loss_scale
+    return same and held.updates == expected.updates and held.loss_scale == expected.loss_scale
 
 
 def write_results(found: Callable[..., dict[str, Any]]) -> None:

@@ -107,7 +107,7 @@ def test_every_kind_of_input_is_the_same_picture(model: Model, place: Path) -> N
     Image.fromarray(pixels).save(folder / "dog.webp", lossless=True)
     (folder / "notes.txt").write_text("no picture")
     (folder / "._dog.png").write_bytes(b"what macOS leaves beside a file")
-    wanted = model.predict(place / "dog.jpg", threshold=0)
+    expected = model.predict(place / "dog.jpg", threshold=0)
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     frozen = pixels.copy()
     frozen.setflags(write=False)  # torch warns of such arrays
@@ -119,7 +119,7 @@ def test_every_kind_of_input_is_the_same_picture(model: Model, place: Path) -> N
             np.testing.assert_array_equal(opened(source)[0][0].pixels, pixels)
     alone = [str(place / "dog.jpg"), Image.fromarray(pixels), pixels, frozen, tensor, data]
     for one in alone:
-        _same(model.predict(one, threshold=0), wanted)
+        _same(model.predict(one, threshold=0), expected)
     lists: list[Any] = [
         [pixels],
         (tensor,),
@@ -133,8 +133,8 @@ def test_every_kind_of_input_is_the_same_picture(model: Model, place: Path) -> N
     for many, count in zip(lists, counts, strict=True):
         predictions = model.predict(many, threshold=0, batch_size=1)
         assert len(predictions) == count
-        for found in predictions:
-            _same(found, wanted)
+        for actual in predictions:
+            _same(actual, expected)
 
 
 def test_tiles_are_those_of_a_picture_in_pieces(place: Path, tmp_path: Path) -> None:
@@ -312,18 +312,18 @@ def test_the_threshold_is_of_scores(model: Model, place: Path) -> None:
 
 
 def test_a_drawing_shows_what_was_found(model: Model, place: Path) -> None:
-    found = model.predict(place / "dog.jpg", threshold=0)
+    actual = model.predict(place / "dog.jpg", threshold=0)
     # heads with classes for COCO's ids, which name only those of their data
-    colours = palette([*model.categories.values(), *found.boxes.names, *found.masks.names])
-    wanted = [colours[names[0]] for names in (found.boxes.names, found.boxes.names, found.masks.names)]
+    colours = palette([*model.categories.values(), *actual.boxes.names, *actual.masks.names])
+    expected = [colours[names[0]] for names in (actual.boxes.names, actual.boxes.names, actual.masks.names)]
 
     def shown(image: Image.Image) -> list[bool]:
         panels = np.split(np.asarray(image)[:, 6:-6], 3, axis=1)
         return [
-            bool((panel == colour).all(axis=-1).any()) for panel, colour in zip(panels, wanted, strict=True)
+            bool((panel == colour).all(axis=-1).any()) for panel, colour in zip(panels, expected, strict=True)
         ]
 
-    assert shown(found.draw(side=200)) == [False, True, True]
+    assert shown(actual.draw(side=200)) == [False, True, True]
     none = model.predict(place / "dog.jpg", threshold=1)
     assert shown(none.draw(side=200)) == [False, False, False]
 
@@ -353,8 +353,8 @@ def test_the_backbone_gives_features_of_images(model: Model, place: Path) -> Non
 
 def test_an_export_and_merged_weights_are_the_model_of_the_run(model: Model, place: Path) -> None:
     run = place / "runs/stage2"
-    wanted = model.predict("dog.jpg", threshold=0)
-    _same(load(run / "export").predict("dog.jpg", threshold=0), wanted)
+    expected = model.predict("dog.jpg", threshold=0)
+    _same(load(run / "export").predict("dog.jpg", threshold=0), expected)
     (place / "merged").mkdir()
     merged = place / "merged/model.safetensors"
     merge(run / "export/backbone.safetensors", read_adapter(run / "export/adapter"), merged)
@@ -364,9 +364,9 @@ def test_an_export_and_merged_weights_are_the_model_of_the_run(model: Model, pla
         with pytest.raises(ValueError, match="heads=FOLDER"):
             load(source)
         loaded = load(source, heads=heads, image_size=56)
-        found = loaded.predict("dog.jpg", threshold=0)
-        np.testing.assert_allclose(found.boxes.xyxy, wanted.boxes.xyxy, atol=1e-3)
-        assert found.caption is not None
+        actual = loaded.predict("dog.jpg", threshold=0)
+        np.testing.assert_allclose(actual.boxes.xyxy, expected.boxes.xyxy, atol=1e-3)
+        assert actual.caption is not None
         load_backbone(source)
 
 
@@ -375,8 +375,8 @@ def test_an_export_keeps_its_adapter_on_base_weights_from_elsewhere(place: Path)
     shutil.copytree(place / "runs/stage2/export", carried)
     (carried / "backbone.safetensors").rename(base)
     pixels = torch.rand(1, 3, 56, 56)
-    wanted = load_backbone(place / "runs/stage2")(pixels)
-    assert torch.equal(load_backbone(carried, backbone=base)(pixels), wanted)
+    expected = load_backbone(place / "runs/stage2")(pixels)
+    assert torch.equal(load_backbone(carried, backbone=base)(pixels), expected)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 7])
@@ -387,10 +387,10 @@ def test_photographs_are_turned_upright(place: Path, tmp_path: Path, orientation
         path = tmp_path / f"turned.{kind}"
         Image.open(place / "dog.jpg").crop((0, 0, 40, 24)).save(path, exif=exif)
         with Image.open(path) as image:
-            wanted = np.asarray(ImageOps.exif_transpose(image))
-            np.testing.assert_array_equal(open_file(path).pixels, wanted)
-            np.testing.assert_array_equal(opened(image)[0][0].pixels, wanted)
-        assert wanted.shape[:2] == ((24, 40) if orientation < 5 else (40, 24))
+            expected = np.asarray(ImageOps.exif_transpose(image))
+            np.testing.assert_array_equal(open_file(path).pixels, expected)
+            np.testing.assert_array_equal(opened(image)[0][0].pixels, expected)
+        assert expected.shape[:2] == ((24, 40) if orientation < 5 else (40, 24))
 
 
 def test_what_is_no_picture_is_named(model: Model, place: Path, tmp_path: Path) -> None:

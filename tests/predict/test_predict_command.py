@@ -41,8 +41,8 @@ def test_it_writes_what_the_model_predicts(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _run(tmp_path, "photos", *ALL) == 0
-    said = capsys.readouterr()
-    assert "predicted  4 of 4 images" in said.out
+    printed = capsys.readouterr()
+    assert "predicted  4 of 4 images" in printed.out
     whole = _results(tmp_path)
     files = sorted(Path("photos").iterdir())
     assert [one["file_name"] for one in whole["images"]] == [file.name for file in files]

@@ -23,9 +23,9 @@ with Watchdog(1, 0.8).watching() as dog:
 
 
 def test_no_progress_ends_the_process_with_its_stacks() -> None:
-    said = python("-c", HANGS, code=3)
-    assert "[rank 1] stopped: no progress for" in said and "step 7: reading" in said
-    assert "most recent call first" in said and 'File "<string>", line 8' in said
+    printed = python("-c", HANGS, code=3)
+    assert "[rank 1] stopped: no progress for" in printed and "step 7: reading" in printed
+    assert "most recent call first" in printed and 'File "<string>", line 8' in printed
 
 
 @pytest.mark.parametrize(

@@ -150,11 +150,11 @@ def test_the_last_numbers_are_those_of_the_evaluation_tool(held: Held, tmp_path:
     """What training exported, evaluated by the command: the same model, the same images, the same numbers."""
     status = evaluate(["--run", str(held.out), "--out", str(tmp_path / "out"), "--visualizations", "0"])
     assert status == 0
-    found = read_evaluation("", tmp_path / "out")
-    wanted = {name.removeprefix("val/"): value for name, value in _judged(held.out)[4].items()}
+    actual = read_evaluation("", tmp_path / "out")
+    expected = {name.removeprefix("val/"): value for name, value in _judged(held.out)[4].items()}
     # float32 rounding of other batch sizes; the numbers have no categories
-    assert {name: found.metrics[name] for name in wanted} == pytest.approx(wanted, abs=1e-6)
-    assert any(value > 0 for name, value in wanted.items() if name.startswith("caption/"))
+    assert {name: actual.metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert any(value > 0 for name, value in expected.items() if name.startswith("caption/"))
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,10 @@ def test_a_dry_run_shows_what_is_there_and_ends_with_what_is_missing(
 ) -> None:
     words = tmp_path / "words.json"
     assert main([*DRY, str(tmp_path), "--set", f"visft.tasks.captioning.vocabulary.file={words}"]) == 2
-    out, told = capsys.readouterr()
-    assert "this run cannot start: 2 of its inputs are missing" in told and f"not found: {words}" in told
+    out, printed = capsys.readouterr()
+    assert (
+        "this run cannot start: 2 of its inputs are missing" in printed and f"not found: {words}" in printed
+    )
     title, assumed = trains(out)
     assert title == "-- what trains, with a vocabulary of 9,490 ids (ASSUMED)"
     assert main([*DRY, str(shards)]) == 0  # 12 images with captions of five words, and the special ones

@@ -131,8 +131,8 @@ def test_the_tool_runs_in_its_own_folder(tree: Tree, tmp_path: Path) -> None:
         main(["build", *tree.arguments(tmp_path / "out"), "--dry-run"]) == 0
         and not (tmp_path / "out").exists()
     )
-    said = python("make_shards.py", "build", *tree.arguments(tmp_path / "out"), folder=ROOT / "tools")
-    assert "toy: built 1 shard(s), 0.1 MB, " in said and "1 x crowd" in said
+    printed = python("make_shards.py", "build", *tree.arguments(tmp_path / "out"), folder=ROOT / "tools")
+    assert "toy: built 1 shard(s), 0.1 MB, " in printed and "1 x crowd" in printed
 
 
 def test_a_changed_picture_changes_its_shard_only(tree: Tree, tmp_path: Path) -> None:
@@ -236,8 +236,12 @@ def test_limit_order_and_chosen_images(tree: Tree, tmp_path: Path) -> None:
 def test_verify_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_split(tmp_path).root
     assert main(["info", str(root)]) == 0
-    told = capsys.readouterr().out
-    assert "3 shard(s)" in told and "12 images" in told and "3 categories: 3 thing 3, 8 thing 8, 13" in told
+    printed = capsys.readouterr().out
+    assert (
+        "3 shard(s)" in printed
+        and "12 images" in printed
+        and "3 categories: 3 thing 3, 8 thing 8, 13" in printed
+    )
     assert main(["verify", str(root)]) == 0
     shard = Path(root, "toy-000001.tar")
     data = bytearray(shard.read_bytes())

@@ -208,8 +208,8 @@ def test_names_that_would_move_a_terminal_are_shown_as_escapes(
     tree = write_tree(tmp_path / "tree", 40)
     tree.edit(lambda content: content["images"][0].update(file_name="a\n\x1b[2Jb.jpg"))
     assert main(["build", *tree.arguments(tmp_path / "out")]) == 0
-    told = capsys.readouterr().out
-    assert "1 x name not allowed" in told and "\x1b" not in told and r"a\n\x1b[2Jb.jpg" in told
+    printed = capsys.readouterr().out
+    assert "1 x name not allowed" in printed and "\x1b" not in printed and r"a\n\x1b[2Jb.jpg" in printed
 
 
 def _exported(folder: Path, file: str, prefix: str = "", images: str = "images") -> Path:

@@ -170,10 +170,10 @@ def test_lost_pictures_are_counted_and_above_a_tenth_an_error(
     cut = (tree.images / "picture.3.jpg").read_bytes()[:-40]
     (tree.images / "picture.3.jpg").write_bytes(cut)
     assert main(command) == 0
-    told = capsys.readouterr().out
-    assert "36 images" in told and "4 left out" in told
+    printed = capsys.readouterr().out
+    assert "36 images" in printed and "4 left out" in printed
     for reason in ("1 x no such file", "2 x unreadable", "1 x another size, e.g. picture.2.jpg (7 x 7"):
-        assert reason in told
+        assert reason in printed
     assert len(Manifest.load(tmp_path / "out", "toy").left_out) == 4
     (tree.images / "picture.4.jpg").write_bytes(b"")
     assert main(command) == 2

@@ -114,8 +114,8 @@ def test_numbers_are_those_of_pycocotools(
         # float64 means of the same hundred numbers, summed in another order
         assert fast[f"{prefix}/{name}"] == pytest.approx(stats[place], abs=1e-12), name
     for place, category in enumerate((1, 5, 7, 90)):
-        wanted = precision[:, :, place, 0, -1].mean()  # all -1 for category 7, which has no object
-        assert ours[f"{prefix}/AP/name {category}"] == pytest.approx(wanted, abs=1e-12)
+        expected = precision[:, :, place, 0, -1].mean()  # all -1 for category 7, which has no object
+        assert ours[f"{prefix}/AP/name {category}"] == pytest.approx(expected, abs=1e-12)
     assert len(ours) == len(SUMMARY) + 4 and len(fast) == len(SUMMARY)
 
 

@@ -73,10 +73,10 @@ def test_a_mask_is_interpolated_in_its_box_alone(corners: list[float]) -> None:
     sampled = torch.nn.functional.grid_sample(
         logits[None, None], grid[None], padding_mode="border", align_corners=False
     )
-    wanted = (sampled[0, 0] > 0) & (grid.abs() <= 1).all(dim=-1)
+    expected = (sampled[0, 0] > 0) & (grid.abs() <= 1).all(dim=-1)
     code = mask_code(logits.numpy(), corners, (100, 120))
     drawn = coco_mask.decode(code).astype(bool)
-    assert (drawn == wanted.numpy()).mean() > 0.999 and wanted.any()
+    assert (drawn == expected.numpy()).mean() > 0.999 and expected.any()
     assert coco_mask.area(mask_code(logits.numpy(), [5.2, 5.2, 5.4, 5.4], (100, 120))) == 0
 
 
@@ -92,8 +92,8 @@ def test_targets_are_masks_in_boxes_that_move_a_little(ops: list[Flip | Resize |
     rows, columns = final_size(RAW.size, ops)
     left, top, right, bottom = (targets["regions"][0] * [columns, rows, columns, rows]).round().astype(int)
     whole = draw_masks([TRIANGLE], RAW.size, ops, stride=1)[0, top:bottom, left:right]
-    wanted = np.asarray(Image.fromarray(whole).resize((SIDE, SIDE), Image.Resampling.BOX))
-    assert np.abs(targets["masks"][0] / 255 - wanted / 255).mean() < 0.03
+    expected = np.asarray(Image.fromarray(whole).resize((SIDE, SIDE), Image.Resampling.BOX))
+    assert np.abs(targets["masks"][0] / 255 - expected / 255).mean() < 0.03
 
 
 def test_one_object_is_one_box_one_mask_one_score() -> None:
@@ -144,8 +144,8 @@ def test_a_head_learns_masks_of_the_objects_that_have_one() -> None:
     assert criterion.count(batch) == {"boxes": 4.0, "masks": 2.0}
     losses = criterion(output, packed, {"boxes": torch.tensor(4.0), "masks": torch.tensor(2.0)})
     inside = (packed.masks > 127).float()
-    wanted = torch.nn.functional.binary_cross_entropy_with_logits(output.masks, inside)
-    torch.testing.assert_close(losses["mask"], wanted)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(output.masks, inside)
+    torch.testing.assert_close(losses["mask"], expected)
     losses["mask"].backward()
     assert head.masks.input_projs[0].weight.grad.abs().sum() > 0
     none = SPEC.pack([samples[1]], (100, 120))

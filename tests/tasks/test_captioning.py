@@ -205,11 +205,11 @@ def test_losses_by_their_definition() -> None:
     losses = criterion(output, targets, denominators("captioning", criterion, targets))
     rows = [(image, step) for image in range(4) for step in range(int(targets.lengths[image]) - 1)]
     logits = torch.stack([output.scores[image, step] for image, step in rows])
-    wanted = torch.tensor([int(targets.tokens[image, step + 1]) for image, step in rows])
-    torch.testing.assert_close(losses["ce"], F.cross_entropy(logits, wanted), **EXACT)
+    expected = torch.tensor([int(targets.tokens[image, step + 1]) for image, step in rows])
+    torch.testing.assert_close(losses["ce"], F.cross_entropy(logits, expected), **EXACT)
     uneven = torch.stack([(1 - output.attention[image].sum(0)) ** 2 for image in (0, 1, 3)])
     torch.testing.assert_close(losses["attention"], uneven.mean(), **EXACT)
-    top5 = (logits.topk(5).indices == wanted[:, None]).any(1).double().mean() * 100
+    top5 = (logits.topk(5).indices == expected[:, None]).any(1).double().mean() * 100
     torch.testing.assert_close(losses["top5_accuracy"], top5, **EXACT)
     assert criterion.weights == {"ce": 1.0, "attention": 0.5}
     assert losses.keys() - criterion.weights.keys() == {"top5_accuracy"}

@@ -58,8 +58,8 @@ def test_a_map_moves_with_its_picture() -> None:
     metres = _map(0, 12, 16)
     ops: Sequence[Op] = [Flip(), Resize(24, 32), Crop(-2, 3, 20, 30), Pad(25, 33, 0)]
     fine = metres[:, ::-1].repeat(2, axis=0).repeat(2, axis=1)
-    wanted = np.pad(np.pad(fine, ((2, 0), (0, 1)))[:20, 3:33], ((0, 5), (0, 3)))
-    assert np.array_equal(moved(metres, ops), wanted)
+    expected = np.pad(np.pad(fine, ((2, 0), (0, 1)))[:20, 3:33], ((0, 5), (0, 3)))
+    assert np.array_equal(moved(metres, ops), expected)
     small = F.interpolate(torch.from_numpy(metres)[None, None], (5, 7), mode="nearest-exact")[0, 0]
     assert np.array_equal(moved(metres, [Resize(5, 7)]), small)
 
@@ -130,10 +130,10 @@ def test_the_dpt_head_is_that_of_transformers(grid: tuple[int, int]) -> None:
     features = [torch.randn(2, width, *grid) for _ in range(4)]
     tokens = [F.pad(map_.flatten(2).mT, (0, 0, 1, 0)) for map_ in features]
     with torch.no_grad():
-        wanted = last(neck(tokens, *grid), *grid)
-        found = head([map_of(map_, torch.ones(2, *grid, dtype=torch.bool)) for map_ in features]).metres
-    assert found.shape == (2, patch * grid[0], patch * grid[1])
-    assert torch.allclose(found, wanted, atol=1e-5) and wanted.std() > 1e-3
+        expected = last(neck(tokens, *grid), *grid)
+        actual = head([map_of(map_, torch.ones(2, *grid, dtype=torch.bool)) for map_ in features]).metres
+    assert actual.shape == (2, patch * grid[0], patch * grid[1])
+    assert torch.allclose(actual, expected, atol=1e-5) and expected.std() > 1e-3
 
 
 @pytest.mark.parametrize("strides", [(4, 4, 4, 4), (4, 8, 16)])
@@ -179,11 +179,11 @@ def test_the_loss_depends_on_no_division_and_no_padding() -> None:
     maps = [_map(1, 16, 24), _map(2, 16, 24), np.zeros((16, 24), np.float32)]
     metres = torch.rand(3, 8, 12, dtype=torch.float64) * 5 + 1
     whole, every = _packed(*maps), [_packed(one) for one in maps]
-    wanted = _losses(metres, whole)
+    expected = _losses(metres, whole)
     alone = [_losses(metres[n : n + 1], every[n], *every[:n], *every[n + 1 :]) for n in range(3)]
     wider = _packed(*maps, frame=(20, 32))
     padded = F.pad(metres, (0, 4, 0, 2), value=7.0)
-    for name, value in wanted.items():
+    for name, value in expected.items():
         assert torch.allclose(sum(one[name] for one in alone), value, rtol=1e-12)
         assert torch.allclose(
             _losses(padded, wider, share=(16 / 20, 24 / 32))[name], value, rtol=1e-5
@@ -229,9 +229,9 @@ def test_metrics_by_hand() -> None:
     truth = encoded(np.array([[2, 4, 5, 0, 12]], np.float32))
     predicted = encoded(np.array([[2, 5, 11, 1, 1]], np.float32))  # 11 is clipped
     images = {"images": [{"id": 7, "depth": truth}, {"id": 8, "depth": None}]}
-    found = measure_depth(images, [{"image_id": 7, "depth": predicted}], DepthHeadConfig())
+    actual = measure_depth(images, [{"image_id": 7, "depth": predicted}], DepthHeadConfig())
     logs = np.log([1, 1.25, 2])
-    wanted = [
+    expected = [
         (0 + 0.25 + 1) / 3,
         np.sqrt((0 + 1 + 25) / 3),
         100 * np.sqrt((logs**2).mean() - logs.mean() ** 2),
@@ -239,19 +239,19 @@ def test_metrics_by_hand() -> None:
         2 / 3,
         2 / 3,
     ]
-    assert list(found.values()) == pytest.approx(wanted)
+    assert list(actual.values()) == pytest.approx(expected)
     inverse = encoded(np.array([[0.5, 0.25, 0.2, 0, 1]], np.float32)) | {"metres": None}
     exact = encoded(np.array([[2, 4, 5, 1, 1]], np.float32))
-    found = measure_depth(
+    actual = measure_depth(
         {"images": [{"id": 7, "depth": inverse}]}, [{"image_id": 7, "depth": exact}], DepthHeadConfig()
     )
-    assert found["depth/AbsRel"] < 1e-6 and found["depth/delta1"] == 1
+    assert actual["depth/AbsRel"] < 1e-6 and actual["depth/delta1"] == 1
     # Of a head without a unit, whose numbers are 3 / depth + 1.
     relative = encoded_relative(np.array([[2.5, 1.75, 1.6, 4, 4]], np.float32))
     for image in ({"id": 7, "depth": inverse}, {"id": 7, "depth": exact}):
         images = {"images": [image]}
-        found = measure_depth(images, [{"image_id": 7, "depth": relative}], DepthHeadConfig(relative=True))
-        assert found["depth/AbsRel"] < 1e-4 and found["depth/delta1"] == 1
+        actual = measure_depth(images, [{"image_id": 7, "depth": relative}], DepthHeadConfig(relative=True))
+        assert actual["depth/AbsRel"] < 1e-4 and actual["depth/delta1"] == 1
     with pytest.raises(ValueError, match="no depth"):
         measure_depth({"images": [{"id": 8, "depth": None}]}, [], DepthHeadConfig())
 
@@ -272,12 +272,12 @@ def test_results_have_the_stored_size_and_millimetres() -> None:
     batch = replace(batch, real=torch.tensor([True, False]))
     metres = torch.rand(2, 8, 12) * 5 + 1
     (result,) = depth_results(DepthOutput(metres, extents_of(batch)), batch)
-    wanted = F.interpolate(metres[:1, None], (31, 47), mode="bilinear")[0, 0]
-    assert result["image_id"] == 1 and np.abs(values_of(result["depth"]) - wanted.numpy()).max() < 6e-4
+    expected = F.interpolate(metres[:1, None], (31, 47), mode="bilinear")[0, 0]
+    assert result["image_id"] == 1 and np.abs(values_of(result["depth"]) - expected.numpy()).max() < 6e-4
     (result,) = depth_results(DepthOutput(metres, extents_of(batch), relative=True), batch)
     numbers = values_of(result["depth"])
     assert result["depth"]["metres"] is None and numbers.max() == 65_535
-    assert np.abs(numbers / (65_535 * wanted.min().item()) - 1 / wanted.numpy()).max() < 1e-4
+    assert np.abs(numbers / (65_535 * expected.min().item()) - 1 / expected.numpy()).max() < 1e-4
     assert "without a unit" in TASKS["depth"].describe([result], {})
     prediction = Prediction(np.zeros((31, 47, 3), np.uint8), None, {}, {"depth": [result]})
     assert not prediction.depth_has_unit and " m" not in repr(prediction)
@@ -291,8 +291,8 @@ def test_a_backbone_may_pad_an_image_to_whole_cells() -> None:
     output = DepthOutput(metres, torch.tensor([[0.75, 1.0]]))
     inside = metres[:, None, :6]
     (result,) = depth_results(output, batch)
-    wanted = F.interpolate(inside, (36, 72), mode="bilinear")[0, 0]
-    assert np.abs(values_of(result["depth"]) - wanted.numpy()).max() < 6e-4
+    expected = F.interpolate(inside, (36, 72), mode="bilinear")[0, 0]
+    assert np.abs(values_of(result["depth"]) - expected.numpy()).max() < 6e-4
 
     targets = DepthTargets(
         depth=F.interpolate(inside, (18, 36), mode="bilinear")[:, 0],

@@ -29,9 +29,9 @@ def case() -> tuple[Tensor, Tensor, DetectionTargets]:
     total = sum(COUNTS)
     logits = torch.randn(LAYERS, len(COUNTS), QUERIES, CLASSES + 1, generator=generator) * 2
     boxes = torch.rand(LAYERS, len(COUNTS), QUERIES, 4, generator=generator) * 0.8 + 0.1
-    wanted = torch.rand(total, 4, generator=generator) * 0.8 + 0.1
+    expected = torch.rand(total, 4, generator=generator) * 0.8 + 0.1
     labels = torch.randint(1, CLASSES, (total,), generator=generator)
-    return logits, boxes, DetectionTargets(wanted, labels, torch.tensor(COUNTS))
+    return logits, boxes, DetectionTargets(expected, labels, torch.tensor(COUNTS))
 
 
 def _their_targets(targets: DetectionTargets) -> list[dict[str, Tensor]]:
@@ -54,8 +54,8 @@ def test_matches_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> Non
         )
         for image, (queries, objects) in enumerate(theirs):
             here = (ours.layers == layer) & (ours.images == image)
-            wanted = set(zip(queries.tolist(), (objects + starts[image]).tolist(), strict=True))
-            assert set(zip(ours.queries[here].tolist(), ours.objects[here].tolist(), strict=True)) == wanted
+            expected = set(zip(queries.tolist(), (objects + starts[image]).tolist(), strict=True))
+            assert set(zip(ours.queries[here].tolist(), ours.objects[here].tolist(), strict=True)) == expected
 
 
 def test_losses_and_gradients_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> None:

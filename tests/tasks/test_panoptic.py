@@ -152,19 +152,19 @@ def test_masks_are_merged_as_those_of_transformers() -> None:
         original_sizes=torch.tensor(stored),
     )
     output = PanopticOutput(logits, masks, extents_of(batch), options=options)
-    found = panoptic_results(output, batch, [10 * label for label in range(classes)])
-    for image, wanted in enumerate(theirs, 1):
-        own = [one for one in found if one["image_id"] == image]
-        infos = wanted["segments_info"]
+    actual = panoptic_results(output, batch, [10 * label for label in range(classes)])
+    for image, expected in enumerate(theirs, 1):
+        own = [one for one in actual if one["image_id"] == image]
+        infos = expected["segments_info"]
         assert [one["id"] for one in own] == [info["id"] + 1 for info in infos]
         for one, info in zip(own, infos, strict=True):
             assert one["category_id"] == 10 * info["label_id"] and one["score"] == pytest.approx(
                 info["score"], abs=1e-6
             )
-            there = (wanted["segmentation"] == info["id"]).numpy()
+            there = (expected["segmentation"] == info["id"]).numpy()
             assert (coco_mask.decode(one["segmentation"]) == there).mean() > 0.999
-    kinds = Counter((one["image_id"], one["category_id"]) for one in found)
-    assert len(found) > 12 and max(kinds.values()) > 1
+    kinds = Counter((one["image_id"], one["category_id"]) for one in actual)
+    assert len(actual) > 12 and max(kinds.values()) > 1
     assert {count for (_, category), count in kinds.items() if category in (10, 40)} == {1}
     part = panoptic_results(
         output, replace(batch, real=torch.tensor([False, True, False])), range(classes), 0.9

@@ -48,12 +48,12 @@ def test_masks_at_the_stored_size() -> None:
     output = replace(_scene((5, 8)), class_ids="published")
     results = _results(output, _show((70, 112), (70, 112), (60, 95)))
     assert len(results) == 3
-    wanted = F.interpolate(output.masks[0], size=(60, 95), mode="bilinear", align_corners=False)[0]
+    expected = F.interpolate(output.masks[0], size=(60, 95), mode="bilinear", align_corners=False)[0]
     scores = output.logits[0, 0].softmax(-1)[:, 1:-1]
     for query, result in enumerate(results):
         seen = _pixels(result)
         assert seen.shape == (60, 95)
-        assert (seen != (wanted[query] > 0)).sum() <= 1  # a logit of almost exactly 0
+        assert (seen != (expected[query] > 0)).sum() <= 1  # a logit of almost exactly 0
         rows, columns = seen.nonzero().unbind(1)
         left, top = int(columns.min()), int(rows.min())
         assert result["bbox"] == [left, top, int(columns.max()) + 1 - left, int(rows.max()) + 1 - top]
@@ -71,10 +71,10 @@ def test_padding_is_cut_off() -> None:
     output.masks[..., 6:, :] = output.masks[..., 9:] = 0  # as the head gives them
     results = _results(output, _show((84, 126), (112, 140), (200, 300)))
     large = F.interpolate(output.masks[0], size=(112, 140), mode="bilinear")[..., :84, :126]
-    wanted = F.interpolate(large, size=(200, 300), mode="bilinear")[0] > 0
+    expected = F.interpolate(large, size=(200, 300), mode="bilinear")[0] > 0
     for query, result in enumerate(results):
         # interpolating twice bends the zero line a little; half a percent of the picture
-        assert (_pixels(result) != wanted[query]).float().mean() < 0.005
+        assert (_pixels(result) != expected[query]).float().mean() < 0.005
 
 
 def test_categories() -> None:
@@ -148,10 +148,10 @@ def test_of_own_heads_the_best_pairs_of_query_and_class_count() -> None:
         output.logits[0, 0, query, label] = logit
     results = _results(output, _show((4, 6), (4, 6), (4, 6)), threshold=0.01)
     inside = float(torch.tensor(2.0).sigmoid())
-    wanted = [(6, 1 / (1 + math.exp(-1))), (10, 0.5), (8, 1 / (1 + math.exp(1)))]
-    assert [one["category_id"] for one in results] == [label for label, _ in wanted]
+    expected = [(6, 1 / (1 + math.exp(-1))), (10, 0.5), (8, 1 / (1 + math.exp(1)))]
+    assert [one["category_id"] for one in results] == [label for label, _ in expected]
     assert [one["score"] for one in results] == pytest.approx(
-        [share * inside for _, share in wanted], rel=1e-5
+        [share * inside for _, share in expected], rel=1e-5
     )
 
 

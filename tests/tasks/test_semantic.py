@@ -107,14 +107,14 @@ def test_the_loss_is_torch_s_and_depends_on_no_division_and_no_padding() -> None
 
     labels = torch.from_numpy(np.stack(maps)).long()
     fine = F.interpolate(logits, (16, 24), mode="bilinear")
-    wanted = F.cross_entropy(fine, labels, ignore_index=VOID)
-    assert number == (labels != VOID).sum() and torch.allclose(loss(logits, packed), wanted, rtol=1e-12)
+    expected = F.cross_entropy(fine, labels, ignore_index=VOID)
+    assert number == (labels != VOID).sum() and torch.allclose(loss(logits, packed), expected, rtol=1e-12)
     alone = [loss(logits[n : n + 1], _packed(maps[n])) for n in range(2)]
-    assert torch.allclose(alone[0] + alone[1], wanted, rtol=1e-12)
+    assert torch.allclose(alone[0] + alone[1], expected, rtol=1e-12)
     wider = _packed(*maps, frame=(20, 32))
     padded = F.pad(logits, (0, 4, 0, 2), value=7.0)
     share = (16 / 20, 24 / 32)  # in float32
-    assert torch.allclose(loss(padded, wider, share), wanted, rtol=1e-6)
+    assert torch.allclose(loss(padded, wider, share), expected, rtol=1e-6)
 
 
 def test_the_head_starts_small_and_sees_a_cell_alone() -> None:
@@ -148,13 +148,13 @@ def test_results_are_the_class_that_torch_s_interpolation_makes_the_most_probabl
     sizes, stored = torch.tensor([[64, 96], [64, 96]]), torch.tensor([[75, 113], [40, 50]])
     batch = batch_of(2, images=torch.zeros(2, 3, 64, 96), sizes=sizes, original_sizes=stored)
     output = SemanticOutput(torch.randn(2, CLASSES, 8, 12, dtype=torch.float64) * 3, extents_of(batch))
-    found = semantic_results(output, batch, [10 * place for place in range(CLASSES)])
+    actual = semantic_results(output, batch, [10 * place for place in range(CLASSES)])
     for image, size in ((1, (75, 113)), (2, (40, 50))):
-        wanted = F.interpolate(output.logits[image - 1 : image].softmax(dim=1), size, mode="bilinear")[
+        expected = F.interpolate(output.logits[image - 1 : image].softmax(dim=1), size, mode="bilinear")[
             0
         ].argmax(dim=0)
-        own = [one for one in found if one["image_id"] == image]
-        assert np.array_equal(number_map(own, size, {10 * n: n for n in range(CLASSES)}), wanted.numpy())
+        own = [one for one in actual if one["image_id"] == image]
+        assert np.array_equal(number_map(own, size, {10 * n: n for n in range(CLASSES)}), expected.numpy())
     part = semantic_results(output, replace(batch, real=torch.tensor([True, False])))
     assert {one["image_id"] for one in part} == {1}
 
@@ -183,7 +183,7 @@ def test_windows_and_their_mean_are_those_of_transformers(head: str) -> None:
         logits = torch.randn(len(parts), CLASSES, 4, 4) * 3
         output: SemanticOutput | MaskOutput = SemanticOutput(logits, extents_of(cut))
         fine = F.interpolate(logits.softmax(dim=1), (side, side), mode="bilinear")
-        wanted = processor.merge_image_patches(fine, offsets, stored, size)
+        expected = processor.merge_image_patches(fine, offsets, stored, size)
     else:
         masks, logits = (
             torch.randn(1, len(parts), 30, 8, 8) * 3,
@@ -196,11 +196,11 @@ def test_windows_and_their_mean_are_those_of_transformers(head: str) -> None:
         results = processor.post_process_semantic_segmentation(
             theirs, stored, size, return_segmentation_scores=True
         )
-        wanted = [one.segmentation_scores for one in results]
-    found = semantic_results(Windows(output, starts, (side, side)), batch)
-    for image, (size, scores) in enumerate(zip(stored, wanted, strict=True), 1):
+        expected = [one.segmentation_scores for one in results]
+    actual = semantic_results(Windows(output, starts, (side, side)), batch)
+    for image, (size, scores) in enumerate(zip(stored, expected, strict=True), 1):
         own = number_map(
-            [one for one in found if one["image_id"] == image], size, {n: n for n in range(CLASSES)}
+            [one for one in actual if one["image_id"] == image], size, {n: n for n in range(CLASSES)}
         )
         best = scores.topk(2, dim=0)
         clear = (best.values[0] - best.values[1] > 1e-5).numpy()

@@ -73,17 +73,17 @@ class Kind:
         shape = "boxes" if self.task == "detection" else "masks"
         cut = {name: getattr(output, name)[:, first:last] for name in ("logits", shape)}
         start, stop = int(targets.counts[:first].sum()), int(targets.counts[:last].sum())
-        found = {}
+        actual = {}
         for name, value in vars(targets).items():
             packed = name in ("boxes", "masks", "labels")
-            found[name] = value[start:stop] if packed else value[first:last]
+            actual[name] = value[start:stop] if packed else value[first:last]
         if self.task == "segmentation":
             cut["extents"] = output.extents[first:last]
-        return replace(output, **cut), type(targets)(**found)
+        return replace(output, **cut), type(targets)(**actual)
 
     def classes_of_queries(self, output: Any, targets: Any) -> Tensor:
         """(L, B, Q) the class of each query's object, matched image by image."""
-        wanted = torch.full(output.logits.shape[:3], self.classes)
+        expected = torch.full(output.logits.shape[:3], self.classes)
         for image, count in enumerate(targets.counts.tolist()):
             if count:
                 own, alone = self.part(output, targets, image, image + 1)
@@ -92,11 +92,11 @@ class Kind:
                     pairs = match(own.logits, own.boxes, alone, (1, 5, 2))
                 else:
                     points = self.criterion().points
-                    drawn = draw_points(alone.keys.tolist(), len(wanted), points, torch.device("cpu"))[0]
+                    drawn = draw_points(alone.keys.tolist(), len(expected), points, torch.device("cpu"))[0]
                     there = images_with_objects(alone, own.extents)
                     pairs = match_masks(own.logits, own.masks, alone, there, labels, drawn, (2, 5, 5))
-                wanted[pairs.layers, image, pairs.queries] = labels[pairs.objects]
-        return wanted
+                expected[pairs.layers, image, pairs.queries] = labels[pairs.objects]
+        return expected
 
 
 @pytest.fixture

@@ -304,8 +304,8 @@ def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
     script = text.partition("## Train and evaluate\n")[2].partition("```python\n")[2].partition("```")[0]
     (tmp_path / "train.py").write_text(script, encoding="utf-8")
     (tmp_path / "shards").symlink_to(SHARDS)
-    said = python("train.py", folder=tmp_path)
-    assert said.count("\n4: ") == 4, said
+    printed = python("train.py", folder=tmp_path)
+    assert printed.count("\n4: ") == 4, printed
 
 
 @pytest.mark.slow
@@ -383,9 +383,9 @@ def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(
             shutil.rmtree(tmp_path / "checkpoints/step_00000003")
             (tmp_path / "export/detection.safetensors").unlink()
         ended = stage1(tmp_path, **EARLY)
-        said = capfd.readouterr().out
-        assert (ended.finished, ended.step) == (True, 3) and told in said
-        assert number == 2 or "exporting step 1, the best by box/AP50" in said
+        printed = capfd.readouterr().out
+        assert (ended.finished, ended.step) == (True, 3) and told in printed
+        assert number == 2 or "exporting step 1, the best by box/AP50" in printed
         assert {*steps_recorded(tmp_path)} == {1, 2, 3} and (
             tmp_path / "export/detection.safetensors"
         ).is_file()

@@ -155,9 +155,9 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, capsys: pytest.Captur
     words += words_of(
         {**SETTINGS, "visft.heads.path": f"{work}/one/export", "visft.model.weights": str(base)}
     )
-    wanted = f"""has other settings: --set 'visft.lora={{"rank":2,"alpha":{adapter.alpha},"""
-    assert wanted in refused(capsys, *words, *FROZEN)
-    assert wanted in refused(capsys, *words, *FROZEN, "--dry-run")
+    expected = f"""has other settings: --set 'visft.lora={{"rank":2,"alpha":{adapter.alpha},"""
+    assert expected in refused(capsys, *words, *FROZEN)
+    assert expected in refused(capsys, *words, *FROZEN, "--dry-run")
     done(*words, *words_of({"visft.lora.rank": 2, "visft.lora.alpha": adapter.alpha}), *FROZEN, *ONE_STEP)
     after = learnt(out, 1)
     assert after.keys() == {f"backbone.{name}" for name in adapter.tensors}

@@ -111,22 +111,22 @@ def open_parts(flags: Namespace) -> tuple[Adapter | None, Base]:
 
 def _open_base(flags: Namespace, adapter: Adapter | None) -> Base:
     """The base weights of `--backbone`, or those of the run that the first adapter is of."""
-    described: Any = None
+    description: Any = None
     if flags.backbone is not None:
         chosen = named(flags.backbone, download=flags.download)
         path = chosen.file(download=flags.download)
         weights = flags.backbone
-        described = chosen.description
+        description = chosen.description
     else:
         path, weights = base_of(flags.adapters[0])
     of_adapter: Mapping[str, Any] = {} if adapter is None else adapter.model or {}
     if of_adapter.get("preset", "").startswith(TIMM):
-        described = of_adapter
+        description = of_adapter
     file = layouts.open_model(path)
-    if described is None or layouts.MODEL in file.metadata:
-        described = layouts.model_in(file)
+    if description is None or layouts.MODEL in file.metadata:
+        description = layouts.model_in(file)
     read = {key: of_adapter[key] for key in ("layers", "bands") if key in of_adapter}
-    model = layouts.whole({**described, **read}, file)
+    model = layouts.whole({**description, **read}, file)
     backbone = layouts.built(model, "meta")
     run = run_around(flags.adapters[0]) if flags.adapters else None
     fingerprint = layouts.fingerprint_of(backbone, path)

@@ -181,7 +181,7 @@ def _sine_positions(shape: Sequence[int]) -> Tensor:
 class Start:
     """Values that a run begins with in place of drawn ones: those of another run, or of an adapter."""
 
-    place: Path
+    path: Path
     sha256: str  #: of what is read
     tensors: Weights  #: by qualified name of a parameter
     base: str | None  #: fingerprint of the base weights that they were trained on; None: nobody recorded it
@@ -193,9 +193,7 @@ class Start:
         base.
         """
         if self.base not in (None, base):
-            raise ValueError(
-                f"{self.place} was trained on other base weights ({self.base}); these are {base}"
-            )
+            raise ValueError(f"{self.path} was trained on other base weights ({self.base}); these are {base}")
         buffers = dict(module.named_buffers())
         measured = {name: value for name, value in buffers.items() if name.startswith("heads.")}
         values = {name: module.get_parameter(name) for name in trained} | measured

@@ -53,7 +53,7 @@ def write_record(
     with explained("the record of the run", run, "The same command continues"):
         parent = None if earlier is None else earlier.parent
         if start is not None:
-            parent = Parent(path=os.path.abspath(start.place), step=start.step, sha256=start.sha256)
+            parent = Parent(path=os.path.abspath(start.path), step=start.step, sha256=start.sha256)
         started = "" if earlier is None else earlier.started
         write_run(run, tree.values, distributed.world_size(), command, identity, parent, started)
 

@@ -115,7 +115,7 @@ def _start_from_adapter(config: VisftConfig, path: Path) -> Start:
     _check_lora(path, there, config.lora)
     tensors = {f"backbone.{name}": Lazy.of(value) for name, value in adapter.tensors.items()}
     return Start(
-        place=path,
+        path=path,
         sha256=adapter.fingerprint(),
         tensors=Weights(tensors, path),
         base=adapter.base,
@@ -147,7 +147,7 @@ def _start_from_run(config: VisftConfig, data: RunData, run: Path, checkpoint: C
     beginnings = ("backbone.", *(f"heads.{task}." for task in continued))
     tensors = {name: value for name, value in values.items() if name.startswith(beginnings)}
     return Start(
-        place=checkpoint.path,
+        path=checkpoint.path,
         sha256=checkpoint.record["files"][PARAMETERS_FILE],
         tensors=Weights(tensors, path),
         base=checkpoint.record["identity"]["base weights"],
