@@ -71,19 +71,19 @@ def write_tree(folder: Path, count: int = 12) -> Tree:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
-    for place in range(count):
+    for index in range(count):
         height, width = (int(side) for side in rng.integers(24, 60, 2))
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        image_id, name = 1000 + 7 * place, f"picture.{place}.jpg"
+        image_id, name = 1000 + 7 * index, f"picture.{index}.jpg"
         (tree.images / name).write_bytes(simplejpeg.encode_jpeg(pixels, quality=60))
         images.append({"id": image_id, "file_name": name, "width": width, "height": height, "license": 4})
-        for number in range(place % 4 if place < count - 1 else 0):
+        for number in range(index % 4 if index < count - 1 else 0):
             left, top = rng.integers(0, 10, 2).tolist()
             box = [left, top, width - left - 2 - number, height - top - 3]
             corners = [left, top, left + 9, top, left + 9, top + 9]
             annotations.append(_annotation(len(annotations) + 1, image_id, 3 + 5 * number, box, [corners]))
         captions += [
-            {"id": 2 * place + n, "image_id": image_id, "caption": f"Picture {n}, it's red."} for n in (0, 1)
+            {"id": 2 * index + n, "image_id": image_id, "caption": f"Picture {n}, it's red."} for n in (0, 1)
         ]
     size = [images[0]["height"], images[0]["width"]]
     code = coco_mask.frPyObjects({"size": size, "counts": [5, 4, size[0] * size[1] - 9]}, *size)

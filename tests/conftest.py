@@ -111,7 +111,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     import torch
 
-    places = {folder: place for place, folder in enumerate(FIRST)}
+    places = {folder: index for index, folder in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.parent.name, len(places)))
 
     torch.set_num_threads(1)

@@ -75,6 +75,6 @@ def use_labels(folder: Path) -> None:
     assert all(caption_words(one["caption"]) is not None for one in caption_dataset(reader)["annotations"])
     assert len(others(len(truth["images"]), 0)) == len(reader)
     names = [image["file_name"] for image in truth["images"]]
-    images = ImageSet(names, lambda place: None, "")  # type: ignore[arg-type, return-value]
+    images = ImageSet(names, lambda position: None, "")  # type: ignore[arg-type, return-value]
     judged = _of_outlines(images, list(labels_of_split(reader)), reader.manifest.categories)
-    assert {judged.label(place).dtype for place in range(len(reader))} == {np.dtype(np.uint16)}
+    assert {judged.label(position).dtype for position in range(len(reader))} == {np.dtype(np.uint16)}

@@ -149,14 +149,14 @@ def test_shards_keep_every_value_of_16_bits(tmp_path: Path) -> None:
     bands = manifest.bands
     assert bands is not None and (bands.numbers, bands.count, bands.range) == ((4, 2), 4, (0.0, 65535.0))
     levels = set[float]()
-    for place in range(len(reader)):
-        raw = read_raw(reader, place)
+    for index in range(len(reader)):
+        raw = read_raw(reader, index)
         source = (
             read_bands(pictures[raw.image_id - 1])[..., [3, 1]]
             if raw.image_id < 15
             else scene(0)[..., [3, 1]]
         )
-        stored, _ = reader.read(place, "images")
+        stored, _ = reader.read(index, "images")
         assert np.array_equal(read_bands(stored or b""), source)
         assert raw.image is not None and raw.image.dtype == np.float32
         assert np.array_equal(np.rint(raw.image.astype(np.float64) * 257), source)

@@ -91,8 +91,8 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
 
     def read_split(folder: Path) -> None:
         reader = ShardReader(Manifest.load(folder, "val"))
-        for place in range(len(reader)):
-            reader.read(place)
+        for index in range(len(reader)):
+            reader.read(index)
 
     def read_tree(folder: Path) -> None:
         _, splits, _ = recognise(folder)

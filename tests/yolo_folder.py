@@ -24,9 +24,9 @@ def write_yolo(folder: Path, labels: tuple[str | None, ...] = LABELS) -> Path:
     """The same pictures and labels in train/ and valid/. Returns the data.yaml."""
     for split in ("train", "valid"):
         (folder / split / "labels").mkdir(parents=True)
-        for place, label in enumerate(labels):
-            write_picture(folder / split / f"images/{place}.jpg", seed=place)
+        for index, label in enumerate(labels):
+            write_picture(folder / split / f"images/{index}.jpg", seed=index)
             if label is not None:
-                (folder / split / f"labels/{place}.txt").write_text(label)
+                (folder / split / f"labels/{index}.txt").write_text(label)
     (folder / "data.yaml").write_text(DESCRIPTION)
     return folder / "data.yaml"

@@ -147,9 +147,9 @@ def test_samples_with_features_are_read_without_pixels(
     cache = FeatureCache(tmp_path, IDENTITY)
     for batch in steps(0, cache):
         assert batch.views is not None and all(view.features is None for view in batch.views)
-        for place, view in enumerate(batch.views):
-            assert view.frame == tuple(batch.sizes[place].tolist())
-            cache.put(int(batch.random_keys[place]), int(batch.indices[place]), view.frame, some(place))
+        for index, view in enumerate(batch.views):
+            assert view.frame == tuple(batch.sizes[index].tolist())
+            cache.put(int(batch.random_keys[index]), int(batch.indices[index]), view.frame, some(index))
     expected = steps(2, None)  # the next epoch
     monkeypatch.setattr(reading, "stored_pixels", lambda *_, **__: pytest.fail("pixels are read"))
     for batch, with_pixels in zip(steps(2, cache), expected, strict=True):
@@ -176,23 +176,23 @@ def test_features_do_not_depend_on_the_batch(preset: str, tmp_path: Path) -> Non
     module.feature_cache = FeatureCache(tmp_path, IDENTITY)
     for known in (0, 2, 4):
         parts = []
-        for place, sample in enumerate(every):
+        for index, sample in enumerate(every):
             assert sample.image is not None
-            view = module.feature_cache.get(place + 1, sample.index) if place < known else None
-            assert (view is not None) == (place < known)
+            view = module.feature_cache.get(index + 1, sample.index) if index < known else None
+            assert (view is not None) == (index < known)
             frame = (sample.image.shape[1], sample.image.shape[2])
             image = sample.image if view is None else None
-            parts.append(replace(sample, random_key=place + 1, image=image, view=view or View(frame)))
+            parts.append(replace(sample, random_key=index + 1, image=image, view=view or View(frame)))
         for level, actual in enumerate(module.features(collate_joint(parts))):
             assert (actual.prefix is None) == (preset == "debug")
-            for place, maps in enumerate(single):
+            for index, maps in enumerate(single):
                 one, (h, w) = maps[level], maps[level].features.shape[-2:]
                 expected = one.features[0].bfloat16().float()
-                assert torch.equal(actual.features[place, :, :h, :w], expected), (known, place)
-                assert torch.equal(actual.valid[place, :h, :w], one.valid[0])
-                assert not actual.valid[place, h:].any() and not actual.valid[place, :, w:].any()
+                assert torch.equal(actual.features[index, :, :h, :w], expected), (known, index)
+                assert torch.equal(actual.valid[index, :h, :w], one.valid[0])
+                assert not actual.valid[index, h:].any() and not actual.valid[index, :, w:].any()
                 if actual.prefix is not None and one.prefix is not None:
-                    assert torch.equal(actual.prefix[place], one.prefix[0].bfloat16().float())
+                    assert torch.equal(actual.prefix[index], one.prefix[0].bfloat16().float())
 
 
 @pytest.mark.parametrize(

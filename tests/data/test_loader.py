@@ -74,13 +74,13 @@ def _by_sample(batches: list[tuple[StepPlan, Batch]]) -> Samples:
     table = {}
     for step_plan, batch in batches:
         boxes = batch.targets["detection"].boxes.split(batch.targets["detection"].counts.tolist())
-        for place, index in enumerate(batch.indices.tolist()):
-            height, width = batch.sizes[place].tolist()
-            image = batch.images[place, :, :height, :width]
+        for position, index in enumerate(batch.indices.tolist()):
+            height, width = batch.sizes[position].tolist()
+            image = batch.images[position, :, :height, :width]
             table[step_plan.step, index] = [
                 image.tolist(),
-                boxes[place].tolist(),
-                batch.random_keys[place].item(),
+                boxes[position].tolist(),
+                batch.random_keys[position].item(),
             ]
     return table
 

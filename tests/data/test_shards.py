@@ -43,7 +43,7 @@ def test_a_split_describes_itself(split: Manifest) -> None:
     assert split.vocabulary == {"picture": 24, "it's": 24, "red": 24, "0": 12, "1": 12}
     assert split.labels == {"annotations", "captions"} and split.index.dtype == INDEX_DTYPE
     ids = split.index["image_id"].tolist()
-    assert ids != sorted(ids) and sorted(ids) == [1000 + 7 * place for place in range(12)]
+    assert ids != sorted(ids) and sorted(ids) == [1000 + 7 * index for index in range(12)]
     assert int(split.index["num_annotations"].sum()) == split.counts["trainable"] == 15
 
 

@@ -118,7 +118,7 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
             for parameter in head.parameters():
                 parameter.mul_(3 if task == "captioning" else 2)
     categories = [
-        asdict(Category(place, number, f"thing {number}")) for place, number in enumerate(COCO_CATEGORY_IDS)
+        asdict(Category(index, number, f"thing {number}")) for index, number in enumerate(COCO_CATEGORY_IDS)
     ]
     infos = {}
     for task, settings in first.visft.tasks.enabled().items():
@@ -201,8 +201,8 @@ def _many_words(content: dict[str, Any]) -> None:
         "near two large white boats",
         "grey water in a wide bay",
     )
-    for place, entry in enumerate(content["annotations"]):
-        entry["caption"] = sentences[place % len(sentences)]
+    for index, entry in enumerate(content["annotations"]):
+        entry["caption"] = sentences[index % len(sentences)]
 
 
 def _caption(content: dict[str, Any], captions: Results) -> None:
@@ -210,9 +210,9 @@ def _caption(content: dict[str, Any], captions: Results) -> None:
     them.
     """
     entries = content["annotations"] = []
-    for place, result in enumerate(captions):
+    for index, result in enumerate(captions):
         words = result["caption"].split()
-        for text in (" ".join([*words[:3], *words[4:], "here"]), f"a number {place} of some"):
+        for text in (" ".join([*words[:3], *words[4:], "here"]), f"a number {index} of some"):
             entries.append({"id": len(entries), "image_id": result["image_id"], "caption": text})
 
 
@@ -247,10 +247,10 @@ def _draw_shapes(root: Path) -> None:
     captions: list[dict[str, Any]] = []
     for number, name in enumerate(CLASSES):
         coco["categories"].append({"id": number, "name": name})
-        for place in range(6):
+        for index in range(6):
             # each its own colour: towers of random weights tell little else apart
             pixels = (rng.integers(0, 180, 3) + rng.integers(0, 75, (40, 52, 3))).astype(np.uint8)
-            file = f"{number}-{place}.png"
+            file = f"{number}-{index}.png"
             for path in (
                 root / "shapes" / name / file,
                 root / "coco/val2017" / file,
@@ -263,7 +263,7 @@ def _draw_shapes(root: Path) -> None:
             box = {"bbox": [2, 3, 20, 30], "iscrowd": 0, "category_id": number, "image_id": image}
             coco["annotations"].append({"id": image, **box})
             captions += [
-                {"image_id": image, "caption": f"{name} {place}, {word}"} for word in ("seen", "drawn")
+                {"image_id": image, "caption": f"{name} {index}, {word}"} for word in ("seen", "drawn")
             ]
     (root / "coco/annotations").mkdir()
     for part in ("train", "val"):

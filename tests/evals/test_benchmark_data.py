@@ -169,7 +169,7 @@ def test_boxes_of_a_coco_tree(tmp_path: Path) -> None:
         (tmp_path / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
     benchmark = parse_benchmark(f"objects={tmp_path}", QUICK)
     images = benchmark.sets["test"]
-    assert [images.read(place).size for place in range(len(images))] == [
+    assert [images.read(index).size for index in range(len(images))] == [
         (48, 48),
         (36, 36),
     ] and not images.stretched

@@ -39,13 +39,13 @@ def test_recall_against_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
     backward = retrieval.rank_of_own(texts, images, owners, torch.arange(6))
     alike = retrieval.rank_of_own(torch.zeros(6, 8), texts, torch.arange(6), owners)
     assert alike.tolist() == [8, 10, 9, 10, 8, 10]  # equal answers do not count as right
-    for place in range(6):
-        order = (texts @ images[place]).argsort(descending=True).tolist()
-        first = next(number for number, caption in enumerate(order) if owners[caption] == place)
-        assert ranks[place] == first  # all that come before are captions of others
-    for place in range(11):
-        order = (images @ texts[place]).argsort(descending=True).tolist()
-        assert backward[place] == order.index(int(owners[place]))
+    for index in range(6):
+        order = (texts @ images[index]).argsort(descending=True).tolist()
+        first = next(number for number, caption in enumerate(order) if owners[caption] == index)
+        assert ranks[index] == first  # all that come before are captions of others
+    for index in range(11):
+        order = (images @ texts[index]).argsort(descending=True).tolist()
+        assert backward[index] == order.index(int(owners[index]))
 
 
 def _rows(features: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Rows:

@@ -26,14 +26,14 @@ from visft_ds.evals.judge.protocol import PUBLISHED, QUICK
 def _folder(root: Path, size: tuple[int, int], images: int = 2) -> Path:
     rng = np.random.default_rng(0)
     for part in ("train", "test"):
-        for place in range(images):
+        for index in range(images):
             for kind in ("images", "depth"):
                 (root / kind / part).mkdir(parents=True, exist_ok=True)
             near = np.linspace(1000, 5000, size[1]).astype(np.uint16)[None].repeat(size[0], 0)
             near[:3, :3] = 0
-            Image.fromarray(near).save(root / "depth" / part / f"{place}.png")
+            Image.fromarray(near).save(root / "depth" / part / f"{index}.png")
             colours = rng.integers(0, 255, (*size, 3)).astype(np.uint8)
-            Image.fromarray(colours).save(root / "images" / part / f"{place}.png")
+            Image.fromarray(colours).save(root / "images" / part / f"{index}.png")
     return root
 
 

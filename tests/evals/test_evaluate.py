@@ -280,7 +280,7 @@ def test_published_heads_need_their_word_map(world: World, tmp_path: Path) -> No
     save_published_head(head, "captioning", tmp_path / "heads/eva_e_caption_heads.ckpt")
     files = ["--backbone", world.run(1) / "export" / BACKBONE_FILE, "--heads", tmp_path / "heads"]
     common = [*files, "--data", world.shards, "--limit", 2]
-    word_map = {word: place for place, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
+    word_map = {word: index for index, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
     (tmp_path / "words.json").write_text(json.dumps(word_map))
     evaluation = _finished(tmp_path / "out", *common, "--vocabulary", tmp_path / "words.json")
     said = {word for caption in _captions(evaluation).values() for word in caption.split()}

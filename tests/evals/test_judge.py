@@ -86,11 +86,11 @@ def test_numbers_are_those_of_plain_loops(clip_world: Path, finished: Path) -> N
     captions = json.loads((clip_world / "coco/annotations/captions_val2017.json").read_text())["annotations"]
     texts = encoder.text.encode([caption["caption"] for caption in captions], torch.device("cpu"))
     right, found = [], []
-    for place, label in enumerate(data.labels):
+    for index, label in enumerate(data.labels):
         with torch.no_grad():
-            image = clip.encode_image(encoder.preprocess(data.images.read(place))[None], normalize=True)[0]
+            image = clip.encode_image(encoder.preprocess(data.images.read(index))[None], normalize=True)[0]
         right.append(int((classes @ image).argmax()) == label)
-        found.append(captions[int((texts @ image).argmax())]["image_id"] == place)
+        found.append(captions[int((texts @ image).argmax())]["image_id"] == index)
     assert rows["zero_shot/shapes top1"]["values"]["base"] == pytest.approx(np.mean(right))
     assert rows["retrieval/coco image to text R@1"]["values"]["base"] == pytest.approx(np.mean(found))
 
@@ -167,7 +167,7 @@ def test_an_image_with_broken_features_is_named(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setenv("RANK", "1")  # where no bar counts
     drawn = ImageSet(
-        [f"{place}.png" for place in range(5)], lambda place: Image.new("RGB", (4, 4), (place,) * 3), ""
+        [f"{index}.png" for index in range(5)], lambda index: Image.new("RGB", (4, 4), (index,) * 3), ""
     )
     encoder = Encoder(
         Broken(), ("pooled",), square_preprocess(4, (0,) * 3, (1,) * 3), ((0,) * 3, (1,) * 3), 4, None

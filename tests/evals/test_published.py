@@ -239,8 +239,8 @@ def test_windows_are_means_of_logits_at_the_labels_size(tmp_path: Path) -> None:
 
     score = mean_iou(LINEAR.name, source.in_windows(head.requires_grad_(False)), truth_of, 5)
     both, union = np.zeros(5), np.zeros(5)
-    for place in range(3):
-        image = test.images.read(place)
+    for position in range(3):
+        image = test.images.read(position)
         width = int(side * image.width / image.height + 0.5)
         pixels = _normalised(image.resize((width, side), Image.Resampling.BILINEAR))
         total, times = torch.zeros(5, side, width), torch.zeros(side, width)
@@ -250,7 +250,7 @@ def test_windows_are_means_of_logits_at_the_labels_size(tmp_path: Path) -> None:
             logits = head(encoder.module(part, ("patches",))["patches"])[:, 0]
             total[:, :, end - side : end] += F.interpolate(logits, (side, side), mode="bilinear")[0]
             times[:, end - side : end] += 1
-        label = test.label(place)
+        label = test.label(position)
         answers = (
             F.interpolate((total / times)[None], label.shape, mode="bilinear")[0]
             .softmax(dim=0)
@@ -395,10 +395,10 @@ def test_depth_is_the_mean_of_an_image_and_its_mirror_image_turned_back() -> Non
     monkey.undo()
     bins = torch.linspace(0.001, 10, 256)[:, None, None]
     errors, within = [], []
-    for place, truth in enumerate(metres):
+    for index, truth in enumerate(metres):
         both = []
         for turned in (False, True):
-            image = pictures[place][:, ::-1] if turned else pictures[place]
+            image = pictures[index][:, ::-1] if turned else pictures[index]
             pixels = F.pad(_normalised(Image.fromarray(np.ascontiguousarray(image))), (1, 2, 2, 2))
             weights = head(encoder.module(pixels[None], ("patches",))["patches"])[0, 0].relu() + 0.1
             seen = (weights / weights.sum(dim=0) * bins).sum(dim=0)

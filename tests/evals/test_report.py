@@ -112,8 +112,8 @@ def test_each_run_is_compared_with_the_first(tmp_path: Path, undrawn: None) -> N
     runs = [
         _run(tmp_path / name, f"visft.lora.rank={rank}") for name, rank in (("a", 4), ("b", 8), ("<c>", 8))
     ]
-    for place, run in enumerate(runs):
-        _evaluate(run, (0.0, 0.125, -1e-6)[place], total=200)
+    for index, run in enumerate(runs):
+        _evaluate(run, (0.0, 0.125, -1e-6)[index], total=200)
     text = _page(*runs, "--out", tmp_path / "new/all.html")
     assert _cells(text, "box/AP50") == [("0.5000", ""), ("0.6250", "+0.1250"), ("0.5000", "+0.0000")]
     assert _cells(text, "box/APl") == [("–", ""), ("–", "–"), ("–", "–")]

@@ -203,9 +203,9 @@ def _set(labels: list[Label], names: str, things: tuple[Thing, ...] = ()) -> Den
     """Images whose grey levels are their labels."""
     pictures = [Image.fromarray((60 * (label % 4)).astype(np.uint8)).convert("RGB") for label in labels]
     images = ImageSet(
-        [str(place) for place in range(len(labels))], lambda place: pictures[place], "x", stretched=True
+        [str(index) for index in range(len(labels))], lambda index: pictures[index], "x", stretched=True
     )
-    return DenseSet(images, lambda place: labels[place], tuple(names), things)
+    return DenseSet(images, lambda index: labels[index], tuple(names), things)
 
 
 def test_objects_are_means_over_their_outlines() -> None:
@@ -238,7 +238,7 @@ def test_quick_numbers_and_the_choice_of_a_layer(monkeypatch: pytest.MonkeyPatch
     benchmark = segmentation("segmentation/x", parts["train"], parts["test"], few)
     good, bad = {}, {}
     for name, part in parts.items():
-        truth = np.stack([part.label(place)[8::16, 8::16] for place in range(len(part.images))])
+        truth = np.stack([part.label(index)[8::16, 8::16] for index in range(len(part.images))])
         noise = torch.from_numpy(rng.normal(size=(len(truth), 4, 2, 2))).float()
         bad[name] = {"patches": noise}
         good[name] = {"patches": noise + 6 * F.one_hot(torch.from_numpy(truth).long(), 4).permute(0, 3, 1, 2)}

@@ -167,7 +167,7 @@ def _plain_shift(clip_world: Path) -> float:
         for name in ("clip", "merged")
     ]
     data = read_classes(str(clip_world / "shapes"))
-    images = torch.stack([models[0].preprocess(data.images.read(place)) for place in range(len(data.labels))])
+    images = torch.stack([models[0].preprocess(data.images.read(index)) for index in range(len(data.labels))])
     with torch.no_grad():
         before, after = (model.module(images, ["clip"])["clip"] for model in models)
     squares = ((after - before) ** 2).sum(dim=1).tolist()

@@ -132,7 +132,7 @@ def test_scale_and_mean(tmp_path: Path) -> None:
     base, adapter, model = _case(tmp_path)
     move_adapters(model)
     second = replace(adapter_of(model, adapter.base), alpha=0.5)
-    folders = [save_adapter(one, tmp_path / f"a{place}") for place, one in enumerate((adapter, second))]
+    folders = [save_adapter(one, tmp_path / f"a{index}") for index, one in enumerate((adapter, second))]
     words = [word for folder in folders for word in ("--adapter", folder)]
     assert _run("--backbone", base, *words, "--scale", -0.5, "--out", tmp_path / "out.safetensors") == 0
     after, before = load_file(tmp_path / "out.safetensors"), load_file(base)

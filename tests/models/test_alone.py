@@ -79,17 +79,17 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 def test_features_are_those_of_each_image_alone(kind: str, layers: tuple[int, ...]) -> None:
     module = model(tower(kind, layers))
     together = module.features(collate_joint(samples()))
-    for place, sample in enumerate(samples()):
+    for index, sample in enumerate(samples()):
         for many, one in zip(together, module.features(collate_joint([sample])), strict=True):
             height, width = one.features.shape[2:]
-            close(many.features[place, :, :height, :width], one.features[0])
-            assert torch.equal(many.valid[place, :height, :width], one.valid[0])
-            assert many.valid[place].sum() == one.valid.sum()
+            close(many.features[index, :, :height, :width], one.features[0])
+            assert torch.equal(many.valid[index, :height, :width], one.valid[0])
+            assert many.valid[index].sum() == one.valid.sum()
             assert many.cells is not None and one.cells is not None
-            assert torch.equal(many.cells[place], one.cells[0])
+            assert torch.equal(many.cells[index], one.cells[0])
             assert (many.prefix is None) == (one.prefix is None)
             if many.prefix is not None and one.prefix is not None:
-                close(many.prefix[place], one.prefix[0])
+                close(many.prefix[index], one.prefix[0])
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def test_heads_say_the_same_of_an_image_alone(kind: str, layers: tuple[int, ...]
             parameter.add_(0.03 * torch.randn(parameter.shape, generator=drawn))
     module = model(backbone, heads)
     together = module(collate_joint(samples()))
-    for place, sample in enumerate(samples()):
+    for index, sample in enumerate(samples()):
         alone = module(collate_joint([sample]))
         for name in ("logits", "boxes"):
-            close(getattr(together["detection"], name)[:, place], getattr(alone["detection"], name)[:, 0])
-        close(together["segmentation"].logits[:, place], alone["segmentation"].logits[:, 0])
+            close(getattr(together["detection"], name)[:, index], getattr(alone["detection"], name)[:, 0])
+        close(together["segmentation"].logits[:, index], alone["segmentation"].logits[:, 0])
         for ours, theirs in (
-            (together["segmentation"].masks[-1, place], alone["segmentation"].masks[-1, 0]),
-            (together["semantic"].logits[place], alone["semantic"].logits[0]),
+            (together["segmentation"].masks[-1, index], alone["segmentation"].masks[-1, 0]),
+            (together["semantic"].logits[index], alone["semantic"].logits[0]),
         ):
             close(ours[:, : theirs.shape[1], : theirs.shape[2]], theirs)
 

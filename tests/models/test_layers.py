@@ -230,15 +230,15 @@ def test_several_maps_are_those_behind_their_blocks(name: str) -> None:
         (*actual,) = cut(images, prefixes=True)
         (ends,) = _of_blocks(name, layers[-1:]).eval()(images)
     assert len(actual) == len(layers) * (2 if prefix else 1) and torch.equal(actual[len(layers) - 1], ends)
-    for place, number in enumerate(layers):
+    for index, number in enumerate(layers):
         expected = given[number] if given[number].ndim == 4 else whole.norm(given[number])
-        width, stride = cut.shapes[place]
-        assert actual[place].shape == (2, width, 64 // stride, 96 // stride)
+        width, stride = cut.shapes[index]
+        assert actual[index].shape == (2, width, 64 // stride, 96 // stride)
         if expected.ndim == 3:
             if prefix:
-                assert torch.equal(actual[len(layers) + place], expected[:, :prefix])
-            expected = expected[:, prefix:].transpose(1, 2).unflatten(2, actual[place].shape[-2:])
-        assert torch.equal(actual[place], expected)
+                assert torch.equal(actual[len(layers) + index], expected[:, :prefix])
+            expected = expected[:, prefix:].transpose(1, 2).unflatten(2, actual[index].shape[-2:])
+        assert torch.equal(actual[index], expected)
     gradients = []
     for cut.recompute in ("none", "block"):
         cut.zero_grad()

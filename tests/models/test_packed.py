@@ -27,7 +27,7 @@ SIZES = ((56, 112), (112, 56), (28, 112), (56, 112))
 
 def mixed(step: int = 3) -> list[Sample]:
     """Four images of three sizes with labels of every task; one has no object, one no caption."""
-    return [case.samples(step, sides=(size,))[place] for place, size in enumerate(SIZES)]
+    return [case.samples(step, sides=(size,))[index] for index, size in enumerate(SIZES)]
 
 
 def model() -> MultiTaskModel:

@@ -119,22 +119,22 @@ def samples(step: int, order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)) -> 
     sizes: Any = sides[step % len(sides)]
     rng = np.random.default_rng(100 + step)
     made = []
-    for place, objects in enumerate((2, 0, 1, 3)):
-        height, width = size = sizes if isinstance(sizes[0], int) else sizes[place]
+    for position, objects in enumerate((2, 0, 1, 3)):
+        height, width = size = sizes if isinstance(sizes[0], int) else sizes[position]
         targets = {
             "detection": _boxes(rng, objects),
             "segmentation": _masks(rng, objects, size),
-            "captioning": _caption(rng, words=(3, 5, 0, 2)[place]),
+            "captioning": _caption(rng, words=(3, 5, 0, 2)[position]),
         }
         image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
         made.append(
             Sample(
-                index=place,
-                image_id=place,
+                index=position,
+                image_id=position,
                 original_size=size,
                 size=size,
                 image=image,
-                random_key=1000 * step + place,
+                random_key=1000 * step + position,
                 targets={task: targets[task] for task in order[step]},
             )
         )

@@ -83,7 +83,7 @@ def build(run: Run, stage: int, *, storage: torch.dtype) -> tuple[MultiTaskModel
     if run.targets:
         inject_lora(backbone, rank=4, alpha=8.0, targets=run.targets, seed=1)
         move_adapters(backbone, spread=0.05)  # B = 0 would hide errors in the gradient of A
-    groups = [ParamGroup(name=str(place), params=params) for place, params in enumerate(run.groups)]
+    groups = [ParamGroup(name=str(index), params=params) for index, params in enumerate(run.groups)]
     trained = apply_groups(module, groups, OptimizerParams(lr=1e-3, weight_decay=1e-4))
     for name, parameter in backbone.named_parameters():
         if not parameter.requires_grad and not is_small(name, parameter.shape):

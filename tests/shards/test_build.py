@@ -303,9 +303,9 @@ def test_real_photographs_come_back_as_they_were(tmp_path: Path, split: str) -> 
         image["id"]: [text["caption"] for text in texts if text["image_id"] == image["id"]]
         for image in source["images"]
     }
-    for place in range(len(reader)):
-        image = (PHOTOS / split / stored[place]["file_name"]).read_bytes()
-        assert reader.read(place, "images")[0] == image
+    for position in range(len(reader)):
+        image = (PHOTOS / split / stored[position]["file_name"]).read_bytes()
+        assert reader.read(position, "images")[0] == image
 
 
 def test_sides_of_objects_are_those_of_what_is_seen_in_parts_of_the_picture(

@@ -269,8 +269,8 @@ def test_ids_of_images_and_categories_are_their_own(toy: Tree) -> None:
 def test_entries_of_images_are_lost_like_their_files(toy: Tree) -> None:
     toy.edit(lambda content: content["images"][0].update(width=-1))
     assert count(read(toy), "impossible id or size") == 1
-    for place in range(1, 5):
-        toy.edit(lambda content, place=place: content["images"][place].pop("file_name"))
+    for index in range(1, 5):
+        toy.edit(lambda content, index=index: content["images"][index].pop("file_name"))
     with pytest.raises(ValueError, match="5 of its 24 images cannot be used"):
         read(toy)
 

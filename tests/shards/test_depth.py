@@ -150,13 +150,13 @@ def test_kitti_as_it_is_downloaded(tmp_path: Path, listed: bool) -> None:
     lines = []
     for day, split in ((1, "train"), (2, "val")):
         drive = f"2011_09_26_drive_000{day}_sync"
-        for place in range(3):
-            image = f"2011_09_26/{drive}/image_02/data/{place:010d}.png"
-            depth = f"{drive}/proj_depth/groundtruth/image_02/{place:010d}.png"
+        for index in range(3):
+            image = f"2011_09_26/{drive}/image_02/data/{index:010d}.png"
+            depth = f"{drive}/proj_depth/groundtruth/image_02/{index:010d}.png"
             _save(tmp_path / "data/raw" / image, shade)
-            if place:
+            if index:
                 _save(tmp_path / "data/data_depth_annotated" / split / depth, numbers)
-            lines.append(f"{image} {depth if place else None} 721.5377")
+            lines.append(f"{image} {depth if index else None} 721.5377")
     if listed:
         for split in ("train", "test"):
             path = tmp_path / f"data/eigen_{split}_files_with_gt.txt"
@@ -169,10 +169,10 @@ def test_kitti_as_it_is_downloaded(tmp_path: Path, listed: bool) -> None:
 
 def test_nyu_as_bts_and_densedepth_have_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shade = np.full((40, 64, 3), 90, np.uint8)
-    for place in range(11):
+    for index in range(11):
         scene = tmp_path / "bts/sync/kitchen_0028b"
-        _save(scene / f"rgb_{place:05d}.jpg", shade)
-        _save(scene / f"sync_depth_{place:05d}.png", np.full((40, 64), 3000, np.uint16))
+        _save(scene / f"rgb_{index:05d}.jpg", shade)
+        _save(scene / f"sync_depth_{index:05d}.png", np.full((40, 64), 3000, np.uint16))
     (tmp_path / "bts/nyudepthv2_train_files_with_gt.txt").write_text(
         "\n".join(
             f"/kitchen_0028b/rgb_{n:05d}.jpg /kitchen_0028b/sync_depth_{n:05d}.png 518.8" for n in range(11)
@@ -182,10 +182,10 @@ def test_nyu_as_bts_and_densedepth_have_it(tmp_path: Path, capsys: pytest.Captur
     assert main([str(tmp_path / "bts")]) == 0 and "1 x image or depth map" in capsys.readouterr().out
     found = _metres_of(tmp_path / "bts-shards", "train")
     assert len(found) == 10 and all((values == 3).all() for values in found.values())
-    for place in range(4):
-        folder = tmp_path / "dense" / ("nyu2_test" if place % 2 else "nyu2_train/kitchen")
-        _save(folder / f"{place:05d}_colors.png", shade)
-        _save(folder / f"{place:05d}_depth.png", np.full((40, 64), 1500, np.uint16))
+    for index in range(4):
+        folder = tmp_path / "dense" / ("nyu2_test" if index % 2 else "nyu2_train/kitchen")
+        _save(folder / f"{index:05d}_colors.png", shade)
+        _save(folder / f"{index:05d}_depth.png", np.full((40, 64), 1500, np.uint16))
     assert main([str(tmp_path / "dense")]) == 0
     for split in ("train", "test"):
         assert [values.max() for values in _metres_of(tmp_path / "dense-shards", split).values()] == [

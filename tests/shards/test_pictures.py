@@ -179,8 +179,8 @@ def test_lost_pictures_are_counted_and_above_a_tenth_an_error(
     assert main(command) == 2
     assert "5 of its 40 images cannot be used" in capsys.readouterr().err
     assert not (tmp_path / "out/toy.manifest.json").exists()
-    for place in range(5, 30):
-        (tree.images / f"picture.{place}.jpg").unlink()
+    for index in range(5, 30):
+        (tree.images / f"picture.{index}.jpg").unlink()
     assert main(command) == 2
     assert "26 of its 40" in capsys.readouterr().err, "missing files are found before anything is written"
 
@@ -198,8 +198,8 @@ def test_what_is_no_plain_file_is_left_out(tmp_path: Path) -> None:
     elsewhere.
     """
     tree = write_tree(tmp_path / "tree", 80)
-    for place in range(5):
-        (tree.images / f"picture.{place}.jpg").unlink()
+    for index in range(5):
+        (tree.images / f"picture.{index}.jpg").unlink()
     os.mkfifo(tree.images / "picture.0.jpg")
     (tree.images / "picture.1.jpg").symlink_to("/dev/zero")
     (tree.images / "picture.2.jpg").touch()

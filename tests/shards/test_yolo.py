@@ -175,7 +175,7 @@ def test_labels_without_a_picture_are_counted_and_above_a_tenth_an_error(tmp_pat
     (tmp_path / "train/labels/classes.txt").write_text("cat\n")
     findings = read_yolo(path, "train")[0].findings
     assert findings == {"label without image": (1, [str(tmp_path / "train/labels/2.txt")])}
-    for place in range(3, 6):
-        (tmp_path / f"train/images/{place}.jpg").unlink()
+    for index in range(3, 6):
+        (tmp_path / f"train/images/{index}.jpg").unlink()
     with pytest.raises(ValueError, match="4 x label without image"):
         read(path)

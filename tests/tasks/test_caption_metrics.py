@@ -78,10 +78,10 @@ def named(scores: Mapping[str, float]) -> dict[str, float]:
 def corpus(seed: int, images: int, shortest: int) -> tuple[dict[int, list[str]], dict[int, str]]:
     """Sentences of 30 words, some much more frequent than others, so that n-grams repeat and are shared."""
     rng = random.Random(seed)
-    words = [f"w{place}" for place in range(30)]
+    words = [f"w{index}" for index in range(30)]
 
     def sentence() -> str:
-        weights = [1 / (place + 1) for place in range(30)]
+        weights = [1 / (index + 1) for index in range(30)]
         return " ".join(rng.choices(words, weights, k=rng.randint(shortest, 14)))
 
     references = {image: [sentence() for _ in range(rng.randint(1, 5))] for image in range(images)}
@@ -118,7 +118,7 @@ def test_equal_to_pycocoevalcap() -> None:
             "ROUGE-L": Rouge().compute_score(given, said)[0],
         }
         bleu = Bleu(4).compute_score(given, said, verbose=0)[0]
-        expected |= {f"BLEU-{place + 1}": score for place, score in enumerate(bleu)}
+        expected |= {f"BLEU-{index + 1}": score for index, score in enumerate(bleu)}
         scores = scores_of(given, {image: text for image, (text,) in said.items()})
         # The same formulas in another order of summation: rounding only.
         assert {name: scores[f"caption/{name}"] for name in expected} == pytest.approx(

@@ -48,9 +48,9 @@ def _map(seed: int, *size: int) -> np.ndarray:
 
 def _packed(*maps: np.ndarray, frame: tuple[int, int] | None = None, relative: bool = False) -> DepthTargets:
     samples = []
-    for place, values in enumerate(maps):
+    for index, values in enumerate(maps):
         target = {"depth": values, "relative": np.array(relative)}
-        samples.append(Sample(place, place, values.shape, values.shape, None, 0, {"depth": target}))
+        samples.append(Sample(index, index, values.shape, values.shape, None, 0, {"depth": target}))
     return TASKS["depth"].pack(samples, frame or maps[0].shape)
 
 

@@ -183,7 +183,7 @@ def _samples() -> list[Sample]:
     """48 x 61, 61 x 48 and 48 x 48; the second without objects and captions."""
     raws = [_raw(), _raw((90, 70), (), ()), _raw((60, 60), (_annotation(0, 0, 60, 60),), ("c d",))]
     return [
-        replace(_joint(False)(raw, generator(0)), random_key=70 + place) for place, raw in enumerate(raws)
+        replace(_joint(False)(raw, generator(0)), random_key=70 + index) for index, raw in enumerate(raws)
     ]
 
 

@@ -132,13 +132,13 @@ def test_every_class_of_coco_is_its_place_among_the_80() -> None:
 
 def _info(task: str, number: int, table: Mapping[int, str], **extra: Any) -> HeadInfo:
     categories = [
-        {"id": place, "coco_id": id_, "name": name} for place, (id_, name) in enumerate(table.items())
+        {"id": index, "coco_id": id_, "name": name} for index, (id_, name) in enumerate(table.items())
     ]
     return HeadInfo(task, [(8, 14)], {"num_classes": number}, categories, extra)
 
 
 def _table(names: Mapping[int, str]) -> list[Category]:
-    return [Category(place, id_, name) for place, (id_, name) in enumerate(names.items())]
+    return [Category(index, id_, name) for index, (id_, name) in enumerate(names.items())]
 
 
 @pytest.mark.parametrize("task", BOTH)

@@ -245,7 +245,7 @@ def test_maps_of_unequal_strides_meet_at_the_one_nearest_16() -> None:
     head = PlainHead(
         [(8, 8), (12, 16), (WIDTH, 32)], PlainHeadConfig(num_classes=CLASSES, num_queries=QUERIES, blocks=1)
     )
-    valid = [torch.ones(1, 8 >> place, 8 >> place, dtype=torch.bool) for place in range(3)]
+    valid = [torch.ones(1, 8 >> index, 8 >> index, dtype=torch.bool) for index in range(3)]
     maps = [
         map_of(torch.randn(1, width, *one.shape[1:]), one)
         for width, one in zip((8, 12, WIDTH), valid, strict=True)

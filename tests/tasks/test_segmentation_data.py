@@ -100,7 +100,7 @@ def test_what_gives_no_target() -> None:
         _annotation([corners(30, 30, 31, 31)], category=1),
         OBJECTS[1],
     ]
-    raw, labels = _raw((70, 90), *annotations), {id_: place for place, id_ in enumerate(COCO_CATEGORY_IDS)}
+    raw, labels = _raw((70, 90), *annotations), {id_: index for index, id_ in enumerate(COCO_CATEGORY_IDS)}
     targets = mask_targets(labels, raw, [], generator(0))
     assert targets["labels"].tolist() == [0, 79]
     assert targets["masks"].shape == (2, 18, 23) and targets["masks"].dtype == np.uint8

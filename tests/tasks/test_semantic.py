@@ -61,10 +61,10 @@ def _packed(
 ) -> MaskTargets:
     """Labels of images with these maps, whose padding fills `frame`."""
     places, samples = {number: number for number in range(CLASSES)}, []
-    for place, numbers in enumerate(maps):
-        raw = RawSample(place, place, numbers.shape, None, _annotations(numbers), ())
+    for index, numbers in enumerate(maps):
+        raw = RawSample(index, index, numbers.shape, None, _annotations(numbers), ())
         found, size = mask_targets(places, raw, ops, generator(0), stride), final_size(raw.size, ops)
-        samples.append(Sample(place, place, raw.size, size, None, 0, {"semantic": found}))
+        samples.append(Sample(index, index, raw.size, size, None, 0, {"semantic": found}))
     return TASKS["semantic"].pack(samples, frame or samples[0].size)
 
 
@@ -148,7 +148,7 @@ def test_results_are_the_class_that_torch_s_interpolation_makes_the_most_probabl
     sizes, stored = torch.tensor([[64, 96], [64, 96]]), torch.tensor([[75, 113], [40, 50]])
     batch = batch_of(2, images=torch.zeros(2, 3, 64, 96), sizes=sizes, original_sizes=stored)
     output = SemanticOutput(torch.randn(2, CLASSES, 8, 12, dtype=torch.float64) * 3, extents_of(batch))
-    actual = semantic_results(output, batch, [10 * place for place in range(CLASSES)])
+    actual = semantic_results(output, batch, [10 * index for index in range(CLASSES)])
     for image, size in ((1, (75, 113)), (2, (40, 50))):
         expected = F.interpolate(output.logits[image - 1 : image].softmax(dim=1), size, mode="bilinear")[
             0
