@@ -134,13 +134,14 @@ class Classification(Task):
         present = {(annotation["image_id"], annotation["category_id"]) for annotation in truth["annotations"]}
         return {
             "class/accuracy": float(
-                np.mean([(one["image_id"], one["category_id"]) in present for one in results])
+                np.mean([(result["image_id"], result["category_id"]) in present for result in results])
             )
         }
 
     def describe(self, results: Results, names: Mapping[int, str]) -> str:
         return ", ".join(
-            f"{names.get(one['category_id'], one['category_id'])} {one['score']:.2f}" for one in results
+            f"{names.get(result['category_id'], result['category_id'])} {result['score']:.2f}"
+            for result in results
         )
 
 

@@ -72,7 +72,10 @@ def use_labels(folder: Path) -> None:
     coco_average_precision(truth, [])
     coco_average_precision(truth, [], masks=True)
     measure_semantic(truth, [], per_category=True)
-    assert all(caption_words(one["caption"]) is not None for one in caption_dataset(reader)["annotations"])
+    assert all(
+        caption_words(annotation["caption"]) is not None
+        for annotation in caption_dataset(reader)["annotations"]
+    )
     assert len(others(len(truth["images"]), 0)) == len(reader)
     names = [image["file_name"] for image in truth["images"]]
     images = ImageSet(names, lambda position: None, "")  # type: ignore[arg-type, return-value]

@@ -278,7 +278,11 @@ def test_a_command_does_what_is_to_be_done_at_its_end_and_takes_nothing_apart() 
 def test_the_range_of_deepspeed_is_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"version: {visft_ds.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    [needed] = [one for one in map(Requirement, project["dependencies"]) if one.name == "deepspeed"]
+    [needed] = [
+        requirement
+        for requirement in map(Requirement, project["dependencies"])
+        if requirement.name == "deepspeed"
+    ]
     assert needed.specifier == SpecifierSet(visft_ds.DEEPSPEED) and needed.specifier.contains(
         deepspeed.__version__
     )

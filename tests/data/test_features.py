@@ -117,7 +117,9 @@ def test_keys_come_again_after_so_many_epochs_whatever_the_seed(reader: ShardRea
     def keys(views: int | None, epoch: int, seed: int = 3) -> dict[int, int]:
         plan = plan_of(reader, views, seed)
         steps = [plan.step(step) for step in (2 * epoch, 2 * epoch + 1)]
-        return {i: k for one in steps for i, k in zip(one.indices.tolist(), one.keys.tolist(), strict=True)}
+        return {
+            i: k for step in steps for i, k in zip(step.indices.tolist(), step.keys.tolist(), strict=True)
+        }
 
     assert keys(2, 0) == keys(2, 2) == keys(2, 4, seed=9) != keys(2, 1) == keys(2, 3)
     assert len({*keys(2, 0).values(), *keys(2, 1).values()}) == 2 * len(reader)

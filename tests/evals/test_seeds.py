@@ -21,7 +21,7 @@ def test_arms_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (
         len(parse_variants(["l,m.pt"])) == len(parse_variants(["x=l,m.pt"])) == 1
     )  # a name that exists is never cut
-    assert [one.label for one in parse_variants(["c.pt", "a.pt,b.pt"])["a"]] == ["a 1", "a 2"]
+    assert [variant.label for variant in parse_variants(["c.pt", "a.pt,b.pt"])["a"]] == ["a 1", "a 2"]
     with pytest.raises(ValueError, match="seeds"):
         parse_variants(["c.pt", "a=a.pt,b.pt", "b=a.pt,b.pt,c.pt"])
 

@@ -165,8 +165,8 @@ def test_overlaps_are_scikit_learns() -> None:
     score = mean_iou("x", maps, partial(label_of, _set(labels, "a" * 99)), 99)
     for draw in range(3):
         said = [
-            F.interpolate(one[draw : draw + 1], label.shape, mode="bilinear")[0].argmax(dim=0).numpy()
-            for one, label in zip(maps, labels, strict=True)
+            F.interpolate(feature_map[draw : draw + 1], label.shape, mode="bilinear")[0].argmax(dim=0).numpy()
+            for feature_map, label in zip(maps, labels, strict=True)
         ]
         step = 4 if draw else 1  # of resamples only the spread is asked for
         several = [

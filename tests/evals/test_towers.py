@@ -55,7 +55,7 @@ def test_a_tower_beside_itself_noise_and_another_one(tmp_path: Path) -> None:
     )
     assert status == 0, errors
     record = record_in(tmp_path / "out")
-    words = {one["variant"]: one["word"] for one in record["verdicts"]}
+    words = {verdict["variant"]: verdict["word"] for verdict in record["verdicts"]}
     assert words["copy"] == "the same"
     assert words["noisy"] in ("lost", "not shown")
     assert words["lite2"] in ("lost", "not shown", "better, without control")
@@ -101,7 +101,7 @@ def test_a_planted_tower_gains_and_its_twin_of_shuffled_labels_does_not(tmp_path
     status, _, errors = run(*models, *twin, *judged, "--out", tmp_path / "out")
     assert status == 0, errors
     record = record_in(tmp_path / "out")
-    words = {one["variant"]: one["word"] for one in record["verdicts"]}
+    words = {verdict["variant"]: verdict["word"] for verdict in record["verdicts"]}
     assert words["planted"] == "gained"
     assert words["shuffled"] in ("lost", "not shown")
 

@@ -213,7 +213,9 @@ def test_verification_passes_a_right_file_and_fails_a_wrong_one(
     base, adapter, _ = _case(tmp_path)
 
     def towers() -> int:
-        return sum(type(one) is EvaViT and not one.norm.weight.is_meta for one in gc.get_objects())
+        return sum(
+            type(object_) is EvaViT and not object_.norm.weight.is_meta for object_ in gc.get_objects()
+        )
 
     others, load = towers(), export.by_library
 

@@ -95,9 +95,10 @@ def test_packed_images_are_processed_as_if_alone(post_norm: bool, class_token: b
         assert maps.shape == (4, 32, 4, 6)
         grids = [(height // 14, width // 14) for height, width in frames]
         assert all(
-            not one[:, h:].any() and not one[:, :, w:].any() for one, (h, w) in zip(maps, grids, strict=True)
+            not feature_map[:, h:].any() and not feature_map[:, :, w:].any()
+            for feature_map, (h, w) in zip(maps, grids, strict=True)
         )
-        return [one[:, :h, :w] for one, (h, w) in zip(maps, grids, strict=True)]
+        return [feature_map[:, :h, :w] for feature_map, (h, w) in zip(maps, grids, strict=True)]
 
     def alone() -> list[Tensor]:
         return [backbone(one[None, :, :h, :w])[0][0] for one, (h, w) in zip(batch, frames, strict=True)]
@@ -108,7 +109,7 @@ def test_packed_images_are_processed_as_if_alone(post_norm: bool, class_token: b
         for run in (packed, alone):
             backbone.zero_grad()
             maps = run()
-            torch.stack([one.square().mean() for one in maps]).sum().backward()
+            torch.stack([feature_map.square().mean() for feature_map in maps]).sum().backward()
             results.append((maps, {name: p.grad.clone() for name, p in backbone.named_parameters()}))
         torch.testing.assert_close(*results, rtol=0, atol=1e-10)
     # A gradient that one image alone has must not reach the other's pixels.

@@ -163,5 +163,9 @@ def test_packed_lengths_never_meet_cudnn(
 
 def test_torch_which_takes_cudnn_whatever_it_is_told_is_not_installed() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    (torch_here,) = [one for one in map(Requirement, project["dependencies"]) if one.name == "torch"]
+    (torch_here,) = [
+        requirement
+        for requirement in map(Requirement, project["dependencies"])
+        if requirement.name == "torch"
+    ]
     assert "2.14.0" not in torch_here.specifier and "2.13.0" in torch_here.specifier

@@ -145,7 +145,7 @@ def compared(name: str, precisions: Sequence[str], modes: Sequence[str]) -> dict
                 "everyone": distributed.gather_objects([report.refused, report.skipped, dict(report.faults)]),
                 "equal": [torch.equal(values[key], value) for key, value in reference.items()],
                 "reports_equal": reports == without,
-                "refused": [one.refused for one in reports],
+                "refused": [report.refused for report in reports],
                 "skipped_steps": engine.deepspeed.skipped_steps,
             }
     return results
@@ -182,7 +182,7 @@ def test_no_trace_in_any_precision(engine: str, tmp_path: Path) -> None:
     precisions = ("fp32", "bf16") if engine == "zero3_offload" else ("fp32", "bf16", "fp16")
     results = results_of("test_traceless", tmp_path / "out.pt", engine, *precisions)
     assert results.pop("printed") and results.keys() == {
-        f"{one}-{mode}" for one in precisions for mode in MODES
+        f"{precision}-{mode}" for precision in precisions for mode in MODES
     }
     check(results)
 

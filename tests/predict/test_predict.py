@@ -73,27 +73,29 @@ def test_predictions_are_those_of_an_evaluation(model: Model, place: Path) -> No
     predictions = model.predict([f"photos/{image_id:012}.jpg" for image_id in ids], threshold=0)
     for image_id, found in zip(ids, predictions, strict=True):
         own = {
-            task: [one for one in results if one["image_id"] == image_id]
+            task: [result for result in results if result["image_id"] == image_id]
             for task, results in collected.items()
         }
         boxes = sorted(own["detection"], key=lambda one: -one["score"])
-        corners = [(x, y, x + w, y + h) for x, y, w, h in (one["bbox"] for one in boxes)]
+        corners = [(x, y, x + w, y + h) for x, y, w, h in (result["bbox"] for result in boxes)]
         assert len(boxes) > 2 and found.boxes is not None and found.masks is not None
         np.testing.assert_array_equal(found.boxes.xyxy, np.array(corners, dtype=np.float32))
         np.testing.assert_array_equal(
-            found.boxes.scores, np.array([one["score"] for one in boxes], dtype=np.float32)
+            found.boxes.scores, np.array([result["score"] for result in boxes], dtype=np.float32)
         )
-        assert found.boxes.ids.tolist() == [one["category_id"] for one in boxes]
-        assert list(found.boxes.names) == [names[one["category_id"]] for one in boxes]
+        assert found.boxes.ids.tolist() == [result["category_id"] for result in boxes]
+        assert list(found.boxes.names) == [names[result["category_id"]] for result in boxes]
         coco, masks = found.to_coco(image_id), sorted(own["segmentation"], key=lambda one: -one["score"])
-        assert [one["bbox"] for one in coco["detection"]] == [
-            pytest.approx(one["bbox"], abs=1e-4) for one in boxes
+        assert [result["bbox"] for result in coco["detection"]] == [
+            pytest.approx(result["bbox"], abs=1e-4) for result in boxes
         ]
         # run-length codes are unique: these came from a bool mask and back
-        assert [one["segmentation"] for one in coco["segmentation"]] == [one["segmentation"] for one in masks]
-        assert [one["bbox"] for one in coco["segmentation"]] == [one["bbox"] for one in masks]
+        assert [result["segmentation"] for result in coco["segmentation"]] == [
+            result["segmentation"] for result in masks
+        ]
+        assert [result["bbox"] for result in coco["segmentation"]] == [result["bbox"] for result in masks]
         assert found.masks.to_coco(image_id) == [
-            {**one, "score": pytest.approx(one["score"])} for one in coco["segmentation"]
+            {**result, "score": pytest.approx(result["score"])} for result in coco["segmentation"]
         ]
         assert coco["captioning"] == own["captioning"] and found.caption == own["captioning"][0]["caption"]
 

@@ -45,7 +45,7 @@ def test_it_writes_what_the_model_predicts(
     assert "predicted  4 of 4 images" in printed.out
     whole = _results(tmp_path)
     files = sorted(Path("photos").iterdir())
-    assert [one["file_name"] for one in whole["images"]] == [file.name for file in files]
+    assert [image["file_name"] for image in whole["images"]] == [file.name for file in files]
     assert whole["skipped"] == [] and {"id": 52, "name": "star"} in whole["categories"]
     wanted: dict[str, list[Any]] = {}
     for number, prediction in enumerate(load("runs/stage2").predict(files, threshold=0, batch_size=1), 1):
@@ -60,8 +60,8 @@ def test_it_writes_what_the_model_predicts(
     truth.dataset = {"images": whole["images"], "categories": whole["categories"], "annotations": []}
     truth.createIndex()
     assert len(truth.loadRes(whole["detection"]).getAnnIds()) == 16
-    known = {one["id"] for one in whole["categories"]}
-    assert {one["category_id"] for one in whole["detection"] + whole["segmentation"]} <= known
+    known = {category["id"] for category in whole["categories"]}
+    assert {result["category_id"] for result in whole["detection"] + whole["segmentation"]} <= known
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -101,13 +101,13 @@ def test_the_same_command_continues_after_an_interruption(
     assert (out / f"visualizations/{files[0].stem}.jpg").stat().st_mtime_ns == kept
     assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "visualizations"]
     whole = _results(out)
-    assert [(one["id"], one["file_name"]) for one in whole["images"]] == [
+    assert [(image["id"], image["file_name"]) for image in whole["images"]] == [
         *enumerate([f.name for f in files], 1)
     ]
-    assert [one["image_id"] for one in whole["captioning"]] == [1, 2, 3, 4]
-    boxes = [one for one in whole["detection"] if one["image_id"] == 1]
-    assert [one["bbox"] for one in boxes] == [
-        one["bbox"] for one in json.loads(lines[1])["results"]["detection"]
+    assert [result["image_id"] for result in whole["captioning"]] == [1, 2, 3, 4]
+    boxes = [result for result in whole["detection"] if result["image_id"] == 1]
+    assert [result["bbox"] for result in boxes] == [
+        result["bbox"] for result in json.loads(lines[1])["results"]["detection"]
     ]
 
 
@@ -122,7 +122,7 @@ def test_predictions_are_no_input(
     monkeypatch.chdir(tmp_path)
     assert main([".", *options]) == 0  # into the default folder, below the one that is searched
     assert "detection, segmentation  no object scores 0.5 or more" in capsys.readouterr().out
-    assert [one["file_name"] for one in _results(tmp_path / "predictions")["images"]] == [
+    assert [image["file_name"] for image in _results(tmp_path / "predictions")["images"]] == [
         "a/same.png",
         "b/same.png",
     ]
@@ -142,8 +142,8 @@ def test_a_broken_file_is_named_and_skipped(
     assert _run(tmp_path / "out", tmp_path / "in", *ALL) == 0
     assert f"skipped {folder / '0.jpg'}" in capsys.readouterr().err
     whole = _results(tmp_path / "out")
-    assert [one["file_name"] for one in whole["skipped"]] == ["deep/0.jpg"]
-    assert [one["file_name"] for one in whole["images"]] == [
+    assert [file["file_name"] for file in whole["skipped"]] == ["deep/0.jpg"]
+    assert [image["file_name"] for image in whole["images"]] == [
         *(f"deep/{n}.jpg" for n in (1, 2, 3)),
         r"deep/caf\xe9.jpg",
     ]
@@ -166,7 +166,7 @@ def test_pipes_devices_links_and_what_only_calls_itself_a_picture(
     (folder / "drawing.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
     for number, given in enumerate((folder, f"{folder}/**/*.jpg")):
         assert _run(tmp_path / f"out{number}", given, *ALL) == 0
-        assert [one["file_name"] for one in _results(tmp_path / f"out{number}")["images"]] == ["dog.jpg"]
+        assert [image["file_name"] for image in _results(tmp_path / f"out{number}")["images"]] == ["dog.jpg"]
     capsys.readouterr()
     for name in ("pipe.jpg", "zero.jpg", "drawing.jpg"):
         assert _run(tmp_path / "none", folder / name) == 2

@@ -50,7 +50,7 @@ def count(source: CocoSource, word: str) -> int:
 
 def stored(source: CocoSource) -> list[Content]:
     """All annotations as they go into the labels."""
-    return [one for image in source.images for one in json.loads(image.label())["annotations"]]
+    return [annotation for image in source.images for annotation in json.loads(image.label())["annotations"]]
 
 
 def each(change: Callable[[Content], Any], share: float = 1.0) -> Change:
@@ -104,7 +104,7 @@ def test_duplicate_annotations_are_counted(toy: Tree) -> None:
 
     def twice(number: int) -> Change:
         return lambda content: content["annotations"].extend(
-            {**one, "id": 10_000 + one["id"]} for one in before[:number]
+            {**annotation, "id": 10_000 + annotation["id"]} for annotation in before[:number]
         )
 
     toy.edit(twice(2))
@@ -131,7 +131,9 @@ def test_masks_that_contradict_their_boxes_are_counted_above_a_tenth(toy: Tree) 
         x, y, width, height = entry["bbox"]
         entry["bbox"] = [max(0, x - 4), max(0, y - 4), width, height]
 
-    objects = sum(not one["iscrowd"] for one in json.loads(toy.instances.read_text())["annotations"])
+    objects = sum(
+        not annotation["iscrowd"] for annotation in json.loads(toy.instances.read_text())["annotations"]
+    )
     assert not count(read(toy), "from its box")
     toy.edit(each(moved, 0.08))
     assert not count(read(toy), "from its box")
@@ -146,7 +148,7 @@ def test_kept_as_they_are(toy: Tree) -> None:
 
     def change(content: Content) -> None:
         first, second, third, fourth, fifth, *_ = [
-            one for one in content["annotations"] if not one["iscrowd"]
+            annotation for annotation in content["annotations"] if not annotation["iscrowd"]
         ]
         first["bbox"][2] = 0
         first["keypoints"] = [1, 2, 3]
@@ -162,7 +164,7 @@ def test_kept_as_they_are(toy: Tree) -> None:
     toy.edit(change)
     toy.instances.write_bytes(b"\xef\xbb\xbf" + toy.instances.read_bytes())
     source = read(toy)
-    labels = {one["id"]: one for one in stored(source)}
+    labels = {annotation["id"]: annotation for annotation in stored(source)}
     first, second, third, fourth, fifth = (labels[number] for number in changed)
     assert first["bbox"][2] == 0 and "keypoints" not in first
     assert second["area"] == second["bbox"][2] * second["bbox"][3] and second["segmentation"] == []
@@ -192,14 +194,16 @@ def test_run_length_codes(toy: Tree) -> None:
     codes.extend([codes[0]] * 60)  # a tenth may be lost
 
     def change(content: Content) -> None:
-        one = next(one for one in content["annotations"] if not one["iscrowd"])
+        one = next(annotation for annotation in content["annotations"] if not annotation["iscrowd"])
         kept = [{**one, "id": n, "segmentation": code, "area": n} for n, code in enumerate(codes)]
         content["annotations"] = kept
 
     toy.edit(change)
     source = read(toy)
     good = {"size": size, "counts": text}
-    assert [one.get("segmentation") for one in stored(source)] == [good] * 2 + [None] * 6 + [good] * 60
+    assert [annotation.get("segmentation") for annotation in stored(source)] == [good] * 2 + [None] * 6 + [
+        good
+    ] * 60
     assert count(source, "neither polygons") == 6
 
 
@@ -229,7 +233,7 @@ def test_polygons_end_where_training_cuts_them_off(toy: Tree) -> None:
     toy.edit(each(lambda entry: entry.update(segmentation=[[1, 1, 31, 1, 1e9, -1e9]]), 0.09))
     source = read(toy)
     cut = count(source, "cut off there")
-    shapes = [one["segmentation"] for one in stored(source)]
+    shapes = [annotation["segmentation"] for annotation in stored(source)]
     assert cut == sum(shape == [[1, 1, 31, 1, 288, -96]] for shape in shapes) > 0
 
 
@@ -237,7 +241,7 @@ def test_classes_are_counted_by_images(toy: Tree, tmp_path: Path, capsys: pytest
     """A class that no image has, such as a background that a tool adds, trains nothing."""
     toy.edit(lambda content: content["categories"].append({"id": 0, "name": "back\x1b[2Jground"}))
     content = json.loads(toy.instances.read_text())
-    own = [one for one in content["annotations"] if not one["iscrowd"]]
+    own = [annotation for annotation in content["annotations"] if not annotation["iscrowd"]]
     most = max(
         content["categories"],
         key=lambda one: len({a["image_id"] for a in own if a["category_id"] == one["id"]}),

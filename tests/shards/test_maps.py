@@ -150,7 +150,7 @@ def test_a_number_without_a_class_loses_its_name(tmp_path: Path, capsys: pytest.
     assert main([*command, "3"]) == 0
     assert "e.g. 3 Unlabelled" in capsys.readouterr().out
     reader = ShardReader(Manifest.load(tmp_path / "shards", "val"))
-    assert [one.name for one in reader.manifest.categories] == ["sky", "meadow", "house"]
+    assert [category.name for category in reader.manifest.categories] == ["sky", "meadow", "house"]
     truth = coco_dataset(reader)
     assert measure_semantic(truth, truth["annotations"], per_category=True) == {
         **{"semantic/mIoU": 1, "semantic/accuracy": 1},
@@ -175,4 +175,7 @@ def test_another_number_without_a_class(tmp_path: Path) -> None:
     assert main([str(tmp_path), "--out", str(tmp_path / "shards"), "--void", "0", "--masks-from-boxes"]) == 2
     assert main([str(tmp_path), "--out", str(tmp_path / "shards"), "--void", "0"]) == 0
     manifest = Manifest.load(tmp_path / "shards", "val")
-    assert [(one.coco_id, one.name) for one in manifest.categories] == [(1, "meadow"), (2, "house")]
+    assert [(category.coco_id, category.name) for category in manifest.categories] == [
+        (1, "meadow"),
+        (2, "house"),
+    ]

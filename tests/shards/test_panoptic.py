@@ -33,7 +33,7 @@ def test_maps_are_stored_byte_for_byte(
     assert main(["verify", str(shards)]) == 0
     manifest = Manifest.load(shards, "train")
     assert manifest.labels == {"panoptic"} and manifest.counts["panoptic"] == 6 and not manifest.categories
-    assert [(one.coco_id, one.name, one.thing) for one in manifest.panoptic] == [
+    assert [(category.coco_id, category.name, category.thing) for category in manifest.panoptic] == [
         (2, "sky", False),
         (7, "box", True),
         (300, "ground", False),

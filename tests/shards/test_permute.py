@@ -45,9 +45,13 @@ def test_labels_lie_beside_another_image_which_takes_their_size(split: Manifest,
             label["width"],
             label["height"],
         )
-        own = [one for one in content["annotations"] if one["image_id"] == image["id"]]
-        assert [one["bbox"] for one in own] == [one["bbox"] for one in label["annotations"]]
-        texts = [one["caption"] for one in captions["annotations"] if one["image_id"] == image["id"]]
+        own = [annotation for annotation in content["annotations"] if annotation["image_id"] == image["id"]]
+        assert [one["bbox"] for one in own] == [annotation["bbox"] for annotation in label["annotations"]]
+        texts = [
+            annotation["caption"]
+            for annotation in captions["annotations"]
+            if annotation["image_id"] == image["id"]
+        ]
         assert texts == label["captions"]
         found, (data, _) = tmp_path / "tree/toy2017" / image["file_name"], reader.read(int(place), "images")
         other = labels[place]

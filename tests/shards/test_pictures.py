@@ -187,7 +187,9 @@ def test_lost_pictures_are_counted_and_above_a_tenth_an_error(
     def without_the_lost(content: dict[str, Any]) -> None:
         content["images"] = content["images"][30:]
         kept = {image["id"] for image in content["images"]}
-        content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
+        content["annotations"] = [
+            annotation for annotation in content["annotations"] if annotation["image_id"] in kept
+        ]
 
     tree.edit(without_the_lost)
     assert main(command) == 0, "what failed builds left is not in the way"

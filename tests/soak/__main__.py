@@ -44,17 +44,17 @@ def as_text(report: Report) -> str:
     """The report as a table of faults and a summary."""
     lines = [f"{'at':>7} {'step':>6}  {'fault':34} {'restarted':12} {'lost':>5} {'back after':>10}"]
     lines += [
-        f"{one.at:5.0f} s {one.step:6}  {one.kind:34} {one.by:12} {one.lost:5} {one.seconds:8.0f} s  {one.note}"
-        for one in report.faults
+        f"{fault.at:5.0f} s {fault.step:6}  {fault.kind:34} {fault.by:12} {fault.lost:5} {fault.seconds:8.0f} s  {fault.note}"
+        for fault in report.faults
     ]
     lines += [
         "",
         f"{len(report.faults)} faults in {report.total_steps} steps",
         f"restarts: {report.restarts} by itself, {report.starts - 1} by hand where it does not by design",
-        f"steps lost and made again: {sum(one.lost for one in report.faults)}",
+        f"steps lost and made again: {sum(fault.lost for fault in report.faults)}",
         f"undisturbed run {report.reference_seconds:.0f} s, disturbed run {report.seconds:.0f} s",
     ]
-    lines += [f"DIFFERENT: {one}" for one in report.differences] or [
+    lines += [f"DIFFERENT: {difference}" for difference in report.differences] or [
         "the same, bit for bit, as the undisturbed run"
     ]
     return "\n".join(lines)

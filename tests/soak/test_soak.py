@@ -24,7 +24,7 @@ from visft_ds.run_files import EXPORT_RECORD_FILE
 def test_a_disturbed_run_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     report = soak(tmp_path, seed=51, gap=15, steps=90)
     assert report.differences == []
-    assert [one.kind for one in report.faults] == [
+    assert [fault.kind for fault in report.faults] == [
         "disk full",
         "SIGTERM to rank",
         "SIGKILL, and again while it starts",
@@ -65,7 +65,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
     ),
     "more than once [2]": lambda out: write(out, [*records(out), records(out)[1]]),
     "the first is 1": lambda out: write(
-        out, [{**one, "loss/loss": 2.0} if one["step"] == 1 else one for one in records(out)]
+        out, [{**record, "loss/loss": 2.0} if record["step"] == 1 else record for record in records(out)]
     ),
     "evaluations of []": lambda out: write(out, records(out)[:-1]),
 }
@@ -75,7 +75,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 def test_every_difference_is_seen_and_nothing_else(change: str | None, tmp_path: Path) -> None:
     for name in ("reference", "run"):
         leave(tmp_path / name)
-    write(tmp_path / "run", [{**one, "time": 99} for one in records(tmp_path / "run")])
+    write(tmp_path / "run", [{**record, "time": 99} for record in records(tmp_path / "run")])
     if change is not None:
         CHANGES[change](tmp_path / "run")
     found = differences(tmp_path / "reference", tmp_path / "run", 4)

@@ -148,7 +148,9 @@ def test_shards_and_file_give_the_same(split: Manifest) -> None:
     with ShardReader(split) as reader:
         from_shards = coco_average_precision(coco_dataset(reader), results, of_record=True)
     assert from_shards == coco_average_precision(source, results, of_record=True)
-    assert any(one["iscrowd"] for one in source["annotations"]) and 0 < from_shards["box/AP"] < 1
+    assert (
+        any(annotation["iscrowd"] for annotation in source["annotations"]) and 0 < from_shards["box/AP"] < 1
+    )
 
 
 def test_results_of_categories_that_do_not_exist_are_left_out() -> None:
@@ -159,7 +161,7 @@ def test_results_of_categories_that_do_not_exist_are_left_out() -> None:
     results = _results(truth)
     strange = [{**result, "category_id": 12, "score": 1.0} for result in results]
     assert coco_average_precision(truth, results + strange) == coco_average_precision(truth, results)
-    truth["annotations"] = [one for one in truth["annotations"] if one["area"] < 96**2]
+    truth["annotations"] = [annotation for annotation in truth["annotations"] if annotation["area"] < 96**2]
     for of_record in (False, True):
         found = coco_average_precision(truth, strange, of_record=of_record)
         assert found["box/AP"] == 0 and found["box/APl"] == -1

@@ -178,7 +178,7 @@ def test_silog_by_hand_and_gradients_of_a_step() -> None:
 def test_the_loss_depends_on_no_division_and_no_padding() -> None:
     maps = [_map(1, 16, 24), _map(2, 16, 24), np.zeros((16, 24), np.float32)]
     metres = torch.rand(3, 8, 12, dtype=torch.float64) * 5 + 1
-    whole, every = _packed(*maps), [_packed(one) for one in maps]
+    whole, every = _packed(*maps), [_packed(feature_map) for feature_map in maps]
     expected = _losses(metres, whole)
     alone = [_losses(metres[n : n + 1], every[n], *every[:n], *every[n + 1 :]) for n in range(3)]
     wider = _packed(*maps, frame=(20, 32))

@@ -54,7 +54,7 @@ def _made_up(seed: int) -> tuple[Any, Any]:
     predicted = np.where(draw.random(true.shape) < 0.2, draw.integers(0, 12, true.shape), true)
     predicted[draw.random(true.shape) < 0.1] = 0
     categories = [3 * int(n) for n in draw.integers(1, 7, 12)]
-    theirs = [one if draw.random() < 0.75 else 3 * int(draw.integers(1, 7)) for one in categories]
+    theirs = [category if draw.random() < 0.75 else 3 * int(draw.integers(1, 7)) for category in categories]
     crowds = []
     for number in draw.integers(1, 9, 2).tolist():  # of one category there is one in an image at most
         if categories[number] not in [categories[crowd] for crowd in crowds]:
@@ -215,7 +215,11 @@ def test_the_whole_way(tmp_path: Path, how: str) -> None:
     assert 0 <= measured["panoptic/PQ"] <= 1 and "panoptic/SQ/box" in measured
     whole = json.loads((tmp_path / "found/predictions.json").read_text())
     coco = orjson.loads((tmp_path / "found/panoptic.json").read_bytes())
-    assert {one["name"]: one["isthing"] for one in coco["categories"]} == {"box": 1, "sky": 0, "ground": 0}
+    assert {category["name"]: category["isthing"] for category in coco["categories"]} == {
+        "box": 1,
+        "sky": 0,
+        "ground": 0,
+    }
     for annotation, listed in zip(coco["annotations"], whole["images"], strict=True):
         numbers = read_segment_numbers((tmp_path / "found/panoptic" / annotation["file_name"]).read_bytes())
         assert annotation["image_id"] == listed["id"] and numbers.shape == (listed["height"], listed["width"])

@@ -149,8 +149,8 @@ def test_of_own_heads_the_best_pairs_of_query_and_class_count() -> None:
     results = _results(output, _show((4, 6), (4, 6), (4, 6)), threshold=0.01)
     inside = float(torch.tensor(2.0).sigmoid())
     expected = [(6, 1 / (1 + math.exp(-1))), (10, 0.5), (8, 1 / (1 + math.exp(1)))]
-    assert [one["category_id"] for one in results] == [label for label, _ in expected]
-    assert [one["score"] for one in results] == pytest.approx(
+    assert [result["category_id"] for result in results] == [label for label, _ in expected]
+    assert [result["score"] for result in results] == pytest.approx(
         [share * inside for _, share in expected], rel=1e-5
     )
 

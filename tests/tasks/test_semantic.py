@@ -124,7 +124,10 @@ def test_the_head_starts_small_and_sees_a_cell_alone() -> None:
 
     def logits(*maps: torch.Tensor) -> torch.Tensor:
         return head(
-            [map_of(one, torch.ones(len(one), *one.shape[2:], dtype=torch.bool)) for one in maps]
+            [
+                map_of(feature_map, torch.ones(len(feature_map), *feature_map.shape[2:], dtype=torch.bool))
+                for feature_map in maps
+            ]
         ).logits
 
     whole, part = logits(fine, coarse), logits(fine[:1, :, 1:3, 2:6], same[:1, :, 1:3, 2:6])
@@ -196,7 +199,7 @@ def test_windows_and_their_mean_are_those_of_transformers(head: str) -> None:
         results = processor.post_process_semantic_segmentation(
             theirs, stored, size, return_segmentation_scores=True
         )
-        expected = [one.segmentation_scores for one in results]
+        expected = [result.segmentation_scores for result in results]
     actual = semantic_results(Windows(output, starts, (side, side)), batch)
     for image, (size, scores) in enumerate(zip(stored, expected, strict=True), 1):
         own = number_map(
@@ -220,7 +223,7 @@ def test_mean_iou_and_accuracy_are_those_of_scikit_learn() -> None:
         predicted[-1][predicted[-1] == VOID] = 8
     images = [{"id": number, "height": 30, "width": 40} for number in range(3)]
     entries = [
-        [{**one, "image_id": n} for n in range(3) for one in _annotations(part[n])]
+        [{**annotation, "image_id": n} for n in range(3) for annotation in _annotations(part[n])]
         for part in (true, predicted)
     ]
     categories = [{"id": number, "name": f"class {number}"} for number in range(CLASSES)]
@@ -330,7 +333,7 @@ def test_the_whole_way(tmp_path: Path, head: dict[str, object], how: str) -> Non
 def test_photographs_are_learnt_by_heart(tmp_path: Path, head: str, steps: int, least: float) -> None:
     """Label maps of the objects of COCO's at 224 pixels, by a linear head or a plain one on three maps."""
     content = json.loads((PHOTOS / "annotations/instances_train2017.json").read_text())
-    used = sorted({one["category_id"] for one in content["annotations"]})
+    used = sorted({annotation["category_id"] for annotation in content["annotations"]})
     for image in content["images"]:
         size, name = (image["height"], image["width"]), Path(image["file_name"])
         numbers, own = np.full(size, VOID, dtype=np.uint8), []

@@ -38,7 +38,7 @@ def test_any_text_has_defined_words_and_ids(text: str) -> None:
     words = caption_words(text)
     assert caption_words(" ".join(words)) == words  # cutting again changes nothing: shards and heads agree
     first, *ids, last = VOCABULARY.encode(words)
-    assert (first, last, len(ids)) == (6, 7, len(words)) and all(0 < one < VOCABULARY.size for one in ids)
+    assert (first, last, len(ids)) == (6, 7, len(words)) and all(0 < token < VOCABULARY.size for token in ids)
 
 
 def test_ids_begin_with_the_words() -> None:

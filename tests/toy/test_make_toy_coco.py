@@ -120,8 +120,8 @@ def test_pycocotools_reads_the_annotations(tree: Path, split: str) -> None:
     assert (
         0 < sum(not coco.getAnnIds(number) for number in coco.imgs) < len(coco.imgs) // 2
     )  # images without objects
-    assert {one["category_id"] for one in coco.anns.values()} == set(coco.cats)
-    assert any(one["iscrowd"] for one in coco.anns.values())
+    assert {annotation["category_id"] for annotation in coco.anns.values()} == set(coco.cats)
+    assert any(annotation["iscrowd"] for annotation in coco.anns.values())
 
 
 def test_even_colours_say_nothing_about_shapes() -> None:
@@ -250,13 +250,13 @@ def test_segments_of_rooms_are_their_objects_and_the_room(tmp_path: Path) -> Non
     folder = tmp_path / "rooms/annotations"
     content = json.loads((folder / "panoptic_train2017.json").read_bytes())
     coco = COCO(str(folder / "instances_train2017.json"))
-    assert [one["isthing"] for one in content["categories"]] == [1, 1, 0, 0, 0]
+    assert [category["isthing"] for category in content["categories"]] == [1, 1, 0, 0, 0]
     for annotation in content["annotations"]:
-        segments = {one["id"]: one for one in annotation["segments_info"]}
+        segments = {segment["id"]: segment for segment in annotation["segments_info"]}
         file = folder / "panoptic_train2017" / annotation["file_name"]
         numbers = read_segment_numbers(file.read_bytes())
         assert set(np.unique(numbers).tolist()) == set(segments)  # nothing is void
-        stuff = [one["category_id"] for one in segments.values() if one["category_id"] > 2]
+        stuff = [segment["category_id"] for segment in segments.values() if segment["category_id"] > 2]
         assert sorted(stuff) == [3, 4, 5]
         for shape in coco.imgToAnns[annotation["image_id"]]:
             (own,) = np.unique(numbers[coco.annToMask(shape).astype(bool)]).tolist()
@@ -277,7 +277,7 @@ def test_questions_have_true_answers(tree: Path, split: str) -> None:
         answer = answered["multiple_choice_answer"]
         assert (entry["question_id"], len(answered["answers"])) == (answered["question_id"], 10)
         assert {one["answer"] for one in answered["answers"]} == {answer}
-        shapes = [one for one in coco.imgToAnns[entry["image_id"]] if not one["iscrowd"]]
+        shapes = [annotation for annotation in coco.imgToAnns[entry["image_id"]] if not annotation["iscrowd"]]
         names = [coco.cats[one["category_id"]]["name"] for one in shapes]
         described = captions.imgToAnns[entry["image_id"]][0]["caption"]
         counts[answered["answer_type"], answer if answer in ("yes", "no") else ""] += 1
